@@ -1,0 +1,29 @@
+"""DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
+
+from dataflex.core.protocols import (
+    BatchView,
+    Card,
+    Context,
+    Mix,
+    Mixer,
+    Needs,
+    Params,
+    Selection,
+    Selector,
+    Weighter,
+)
+from dataflex.version import __version__
+
+__all__ = [
+    "BatchView",
+    "Card",
+    "Context",
+    "Mix",
+    "Mixer",
+    "Needs",
+    "Params",
+    "Selection",
+    "Selector",
+    "Weighter",
+    "__version__",
+]

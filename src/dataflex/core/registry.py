@@ -1,0 +1,119 @@
+"""Finds methods by kind and name: built in, from other packages' entry points, or from a user's file.
+
+Built-in methods are named by module path and imported when asked for, so that ``dataflex --help``
+stays quick. Other packages add methods through the entry point groups ``dataflex.selectors``,
+``dataflex.mixers`` and ``dataflex.weighters``; a file of the user's own is named in
+``dynamic.plugins`` and every method class defined in it is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from dataflex.core.protocols import Method
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
+
+__all__ = ["KINDS", "find", "load_plugin", "names"]
+
+KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
+
+_BUILTIN: dict[str, dict[str, str]] = {
+    "selector": {
+        "all": "dataflex.selectors.all_rows:AllRows",
+        "random": "dataflex.selectors.random_rows:RandomRows",
+        "loss": "dataflex.selectors.loss:LossSelector",
+        "tacs": "dataflex.selectors.tacs:Tacs",
+    },
+    "mixer": {
+        "static": "dataflex.mixers.static:Static",
+        "uniform": "dataflex.mixers.uniform:Uniform",
+        "size": "dataflex.mixers.size:Size",
+        "temperature": "dataflex.mixers.temperature:Temperature",
+        "unimax": "dataflex.mixers.unimax:UniMax",
+        "staged": "dataflex.mixers.staged:Staged",
+    },
+    "weighter": {
+        "none": "dataflex.weighters.none:NoWeights",
+        "column": "dataflex.weighters.column:Column",
+        "loss": "dataflex.weighters.loss:LossWeighter",
+    },
+}
+
+_plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
+_plugin_files: dict[Path, list[type[Method]]] = {}
+
+
+def _entry_point_names(kind: str) -> dict[str, object]:
+    return {point.name: point for point in entry_points(group=f"dataflex.{kind}s")}
+
+
+def names(kind: str) -> list[str]:
+    """Return every known name of ``kind``, built-in ones first, each group in its own order."""
+    known = dict.fromkeys(_BUILTIN[kind])
+    known.update(dict.fromkeys(sorted(_entry_point_names(kind))))
+    known.update(dict.fromkeys(_plugins[kind]))
+    return list(known)
+
+
+def find(kind: str, name: str) -> type[Method]:
+    """Return the class of a method.
+
+    Raises:
+        ConfigError: Unknown name, with the nearest known spelling.
+        ComponentError: The class found is not a ``kind``.
+    """
+    if name in _plugins[kind]:
+        return _plugins[kind][name]
+    if name in _BUILTIN[kind]:
+        module, _, attribute = _BUILTIN[kind][name].partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+    else:
+        points = _entry_point_names(kind)
+        if name not in points:
+            known = names(kind)
+            raise ConfigError(
+                f"dynamic.{kind}: unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+            )
+        cls = points[name].load()  # type: ignore[attr-defined]
+    if not (isinstance(cls, type) and issubclass(cls, Method) and cls.kind == kind):
+        raise ComponentError(f"{kind} {name!r}: {cls!r} is not a subclass of dataflex.{kind.capitalize()}")
+    return cls
+
+
+def load_plugin(path: str | Path) -> list[type[Method]]:
+    """Import a user's Python file and register every method class defined in it.
+
+    Raises:
+        ConfigError: The file is missing, cannot be imported, or defines no method.
+    """
+    file = Path(path).expanduser().resolve()
+    if file in _plugin_files:
+        return _plugin_files[file]
+    if not file.is_file():
+        raise ConfigError(f"dynamic.plugins: no such file: {path}")
+    module_name = f"dataflex_plugin_{file.stem}_{abs(hash(str(file))) % 10**8}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"dynamic.plugins: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code: told as a configuration problem, with its cause
+        del sys.modules[module_name]
+        raise ConfigError(f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    found = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module_name and cls.name
+    ]
+    if not found:
+        raise ConfigError(f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name)")
+    for cls in found:
+        _plugins[cls.kind][cls.name] = cls
+    _plugin_files[file] = found
+    return found
