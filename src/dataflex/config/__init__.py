@@ -1,0 +1,1 @@
+"""Configuration: reading, translating and checking it. ``split.resolve`` does all of it."""

@@ -131,6 +131,8 @@ class Context:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     total_sequences: int = 0
     """Sequences served over the whole run (total steps x global batch)."""
+    unit: Literal["sequences", "tokens"] = "sequences"
+    """What proportions are proportions of."""
 
     def rng(self, name: str) -> np.random.Generator:
         """Named, counter-based random stream of this interval; equal on every rank."""
@@ -231,6 +233,7 @@ class BatchView:
         tokens_M: ``tokens_B`` of all ranks.
         local: Slice of this rank inside ``_M`` arrays.
         step: Optimizer step, counted from 0.
+        total_steps: Optimizer steps of the whole run.
     """
 
     rows_B: Rows
@@ -242,6 +245,7 @@ class BatchView:
     tokens_M: torch.Tensor
     local: slice
     step: int
+    total_steps: int
 
 
 class Weighter(Method):
@@ -265,6 +269,10 @@ class Weighter(Method):
     def normaliser(self) -> Normaliser:
         """Which denominator the weights are meant for."""
         return "token"
+
+    def active(self, step: int, total_steps: int) -> bool:
+        """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
+        return True
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Weights [len(rows)] known before the forward pass, or None when they depend on the batch."""

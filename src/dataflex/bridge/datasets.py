@@ -1,0 +1,263 @@
+"""Loads data through LLaMA-Factory's own ``get_dataset`` and says which row came from where.
+
+Upstream names relied upon: ``llamafactory.data.get_dataset`` (public), the workflows' own reference to
+it, ``llamafactory.data.loader.align_dataset`` (wrapped while loading, to see each source's raw columns
+before they are dropped), the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
+
+One data set: LLaMA-Factory's result is taken as it is. Several: one call each, concatenated, so that
+domains are exact ranges and packing stays inside a domain; a validation split is cut afterwards from the
+whole, which is the stock split when nothing is packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from llamafactory.data import get_dataset as lf_get_dataset
+from llamafactory.data import loader as lf_loader
+from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
+from numpy.typing import NDArray
+
+from dataflex.config.schema import DynamicConfig
+from dataflex.core.domains import Domains
+from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.train.row_space import RowSpace, TargetSpace, measure
+
+__all__ = ["DataLoading", "scoring_collator"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _raw_columns(wanted: Sequence[str], seen: list[Dataset]) -> Iterator[None]:
+    """Keep a reference to every raw data set that LLaMA-Factory aligns while inside, if columns are wanted."""
+    if not wanted:
+        yield
+        return
+    original = lf_loader.align_dataset
+
+    def keep(dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(dataset)
+        return original(dataset, *args, **kwargs)
+
+    lf_loader.align_dataset = keep
+    try:
+        yield
+    finally:
+        lf_loader.align_dataset = original
+
+
+class DataLoading:
+    """Stands in for ``get_dataset`` in LLaMA-Factory's workflows and builds the row space on the way.
+
+    Args:
+        config: The dynamic block.
+    """
+
+    def __init__(self, config: DynamicConfig) -> None:
+        self._config = config
+        self.space: RowSpace | None = None
+
+    def __call__(
+        self, template: Any, model_args: Any, data_args: Any, training_args: Any, stage: Any, **tokenizer_module: Any
+    ) -> dict[str, Any]:
+        """Return LLaMA-Factory's data set module; ``space`` is set afterwards."""
+
+        def load(**changes: Any) -> dict[str, Any]:
+            args = copy.copy(data_args)
+            for key, value in changes.items():
+                setattr(args, key, value)
+            return lf_get_dataset(template, model_args, args, training_args, stage, **tokenizer_module)
+
+        columns = tuple(dict.fromkeys([*self._config.columns, *filter(None, [self._config.domain_column])]))
+        names = list(data_args.dataset)
+        raw: list[Dataset] = []
+        with _raw_columns(columns, raw):
+            if len(names) == 1 or data_args.tokenized_path is not None:
+                module = load()
+                raw = raw[:1]  # what comes after is the evaluation set
+                sizes = {names[0] if len(names) == 1 else "all": len(module["train_dataset"])}
+            else:
+                module, sizes = self._load_each(names, data_args, training_args, load)
+        train = module["train_dataset"]
+        kept = self._kept_rows(raw, data_args, training_args) if columns else None
+        found = {name: _column(name, raw, kept, len(train)) for name in columns}
+        measures = measure(train)
+        labels = _source_labels(sizes, module.pop("_source_of_row", None))
+        self.space = RowSpace(
+            dataset=train,
+            sources=sizes,
+            domains=self._domains(sizes, labels, found, measures.lengths),
+            supervised=measures.supervised,
+            fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
+            columns={name: found[name] for name in self._config.columns},
+            targets=self._targets(load),
+        )
+        _warn_about_masked_rows(self.space)
+        return module
+
+    def _load_each(
+        self, names: list[str], data_args: Any, training_args: Any, load: Callable[..., dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        if data_args.val_size > 1e-6 and training_args.predict_with_generate:
+            raise UnsupportedError(
+                "val_size with predict_with_generate over several data sets: name an 'eval_dataset' instead"
+            )
+        parts = {
+            name: load(dataset=[name], eval_dataset=None, val_size=0.0)["train_dataset"] for name in names
+        }
+        sizes = {name: len(part) for name, part in parts.items()}
+        whole = concatenate_datasets(list(parts.values()))
+        module: dict[str, Any] = {"train_dataset": whole}
+        if data_args.eval_dataset is not None:
+            module = {**load(dataset=None, val_size=0.0), **module}
+        elif data_args.val_size > 1e-6:
+            size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
+            split = whole.train_test_split(test_size=size, seed=training_args.seed)
+            module = {"train_dataset": split["train"], "eval_dataset": split["test"]}
+            source = np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
+            source = source[_split_rows(len(whole), size, training_args.seed)]
+            module["_source_of_row"] = source
+            sizes = dict(zip(sizes, np.bincount(source, minlength=len(sizes)).tolist(), strict=True))
+        return module, sizes
+
+    def _kept_rows(self, raw: list[Dataset], data_args: Any, training_args: Any) -> NDArray[np.int64]:
+        """Return which raw rows went into training, in training order."""
+        total = sum(len(part) for part in raw)
+        if data_args.val_size > 1e-6:
+            size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
+            return _split_rows(total, size, training_args.seed)
+        return np.arange(total, dtype=np.int64)
+
+    def _domains(
+        self,
+        sizes: dict[str, int],
+        labels: NDArray[np.int32],
+        columns: dict[str, NDArray[Any]],
+        lengths: NDArray[np.int64],
+    ) -> Domains:
+        if self._config.domain_column is not None:
+            return Domains.from_labels(columns[self._config.domain_column], lengths=lengths)
+        return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths)
+
+    def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:
+        names = dict.fromkeys(
+            name
+            for method in (self._config.selector, self._config.mixer, self._config.weighter)
+            if method is not None
+            for name in method.targets
+        )
+        targets = {}
+        for name in names:
+            dataset = load(dataset=[name], eval_dataset=None, val_size=0.0, packing=False, neat_packing=False)
+            rows = dataset["train_dataset"]
+            measures = measure(rows)
+            if not (measures.supervised > 0).any():
+                raise DataError(f"target {name!r}: none of its {len(rows):,} rows has a supervised token")
+            targets[name] = TargetSpace(name=name, dataset=rows, lengths=measures.lengths)
+        return targets
+
+
+def _split_rows(total: int, size: int | float, seed: int) -> NDArray[np.int64]:
+    """Return the training rows of ``Dataset.train_test_split``, in its order, by letting it split positions."""
+    positions = Dataset.from_dict({"row": np.arange(total, dtype=np.int64)})
+    split = positions.train_test_split(test_size=size, seed=seed)
+    return _values(split["train"], "row").astype(np.int64)
+
+
+def _values(dataset: Dataset, name: str) -> NDArray[Any]:
+    # By way of arrow: the data sets' own numpy format imports a video reader that newer torchvisions lack.
+    table = dataset.select_columns([name]).with_format("arrow")[:]
+    return table.column(name).to_numpy()
+
+
+def _source_labels(sizes: dict[str, int], given: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    empty = [name for name, size in sizes.items() if size == 0]
+    if empty:
+        raise DataError(f"domain {empty[0]!r} has no rows: nothing can be drawn from it")
+    if given is not None:
+        return given
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
+
+
+def _column(name: str, raw: list[Dataset], kept: NDArray[np.int64] | None, num_rows: int) -> NDArray[Any]:
+    """Return a raw column in training order.
+
+    Raises:
+        ConfigError: A source lacks the column.
+        DataError: Raw rows and training rows do not match one to one.
+    """
+    if not raw or kept is None:
+        raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenised (tokenized_path)")
+    for part in raw:
+        if name not in part.column_names:
+            known = ", ".join(part.column_names)
+            raise ConfigError(f"column {name!r} is not in the data (columns found: {known})")
+    if len(kept) != num_rows:
+        raise DataError(
+            f"column {name!r}: {len(kept):,} raw rows became {num_rows:,} training rows, so that its values cannot be "
+            "matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
+        )
+    values = np.concatenate([_values(part, name) for part in raw])
+    return values[kept]
+
+
+def _fingerprint(sizes: dict[str, int], labels: NDArray[np.int32], content: str) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr(sorted(sizes.items())).encode())
+    digest.update(labels.tobytes())
+    digest.update(content.encode())
+    return digest.hexdigest()
+
+
+def _warn_about_masked_rows(space: RowSpace) -> None:
+    masked = int((space.supervised == 0).sum())
+    if masked == space.num_rows:
+        raise DataError(
+            f"all {masked:,} rows have their labels fully masked: nothing can be learned from them. "
+            "Is cutoff_len shorter than the prompts?"
+        )
+    if masked:
+        logger.warning(
+            "%d of %d rows have no supervised token (labels fully masked, cutoff_len too short?): "
+            "methods that score rows never select them",
+            masked,
+            space.num_rows,
+        )
+
+
+_SCORED_COLUMNS = {
+    "rm": {"input_ids": "chosen_input_ids", "attention_mask": "chosen_attention_mask", "labels": "chosen_labels"},
+    "kto": {"input_ids": "input_ids", "attention_mask": "attention_mask", "labels": "labels"},
+}
+_SCORED_COLUMNS["dpo"] = _SCORED_COLUMNS["rm"]
+
+
+def scoring_collator(stage: str) -> Callable[[Any], Callable[[list[dict[str, Any]]], dict[str, Any]]]:
+    """Return a maker of collators for scoring passes: preference rows are reduced to the answer that is scored."""
+
+    def make(collator: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        if stage not in _SCORED_COLUMNS:
+            return collator
+        columns = _SCORED_COLUMNS[stage]
+
+        def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+            plain = [
+                {
+                    **{ours: feature[theirs] for ours, theirs in columns.items()},
+                    **{media: feature[media] for media in ("images", "videos", "audios")},
+                }
+                for feature in features
+            ]
+            return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
+
+        return collate
+
+    return make

@@ -1,0 +1,69 @@
+"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher.
+
+Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
+and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``; ``OPTIM_TORCH``. Upstream names relied
+upon: ``llamafactory.extras.misc``'s ``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+__all__ = ["torchrun_command", "wants_torchrun", "with_torchrun"]
+
+_WORKER_MODULE = "dataflex.worker"
+
+
+def wants_torchrun() -> bool:
+    """Whether this run is to be started under torchrun, and is not already inside it."""
+    if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
+        return False
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    if is_env_enabled("FORCE_TORCHRUN"):
+        return True
+    return get_device_count() > 1 and not use_ray() and not use_kt()
+
+
+def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
+    """Return the torchrun command line for the given environment.
+
+    Args:
+        args: Arguments of ``dataflex train``.
+        env: Environment variables.
+        devices: Visible devices, the default of NPROC_PER_NODE.
+        free_port: Default of MASTER_PORT.
+    """
+    nnodes = env.get("NNODES", "1")
+    per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    port = env.get("MASTER_PORT", str(free_port))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", per_node]
+    rendezvous = env.get("RDZV_ID")
+    if rendezvous is not None:
+        if env.get("MIN_NNODES") is not None and env.get("MAX_NNODES") is not None:
+            nnodes = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}"
+        command += ["--nnodes", nnodes, "--rdzv-id", rendezvous, "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", f"{address}:{port}", "--max-restarts", env.get("MAX_RESTARTS", "0")]
+    else:
+        command += ["--nnodes", nnodes, "--node-rank", env.get("NODE_RANK", "0")]
+        command += ["--master-addr", address, "--master-port", port]
+    return [*command, "-m", _WORKER_MODULE, *args]
+
+
+def with_torchrun(args: list[str]) -> int:
+    """Run ``dataflex train`` in one process per device and return the exit code."""
+    from llamafactory.extras.misc import find_available_port, get_device_count, is_env_enabled
+
+    env = dict(os.environ)
+    if is_env_enabled("OPTIM_TORCH", "1"):
+        env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        env["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
+    if get_device_count() == 0:
+        # Without it a rank maps checkpoints to the device 'cpu:1', which torch cannot restore to.
+        env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    command = torchrun_command(args, env, devices=get_device_count(), free_port=find_available_port())
+    return subprocess.run(command, env=env, check=False).returncode

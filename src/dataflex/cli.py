@@ -1,0 +1,173 @@
+"""The command line: ``dataflex train | plan | methods | report | version``.
+
+Imports nothing heavy until a command needs it. A user's mistake is told in plain lines on stderr
+and ends with 2; a run that fails for another reason ends with 1 (an error of ours keeps its trace).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+
+__all__ = ["main"]
+
+_FAILED = 1
+_MISTAKE = 2
+
+_EXAMPLES = {
+    "train": "dataflex train run.yaml dynamic.interval_steps=20 output_dir=saves/run2",
+    "plan": "dataflex plan run.yaml dynamic.selector=loss",
+    "methods": "dataflex methods selector/loss",
+    "report": "dataflex report saves/run2 --out report",
+    "version": "dataflex version",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises mistakes instead of printing usage and exiting, and takes options in full only."""
+
+    def __init__(self, **settings: object) -> None:
+        settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see '{self.prog} --help')")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        0 when all went well, 2 for a mistake of the user's, 1 when a run failed otherwise.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except DataFlexError as error:
+        sys.stderr.write("".join(f"dataflex: {line}\n" for line in str(error).splitlines()))
+        return _MISTAKE
+    except KeyboardInterrupt:
+        sys.stderr.write("dataflex: interrupted\n")
+        return _FAILED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; keep Python from complaining while it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    if not arguments or arguments[0] == "help":
+        _write(parser.format_help())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in _EXAMPLES and not command.startswith("-"):
+        known = list(_EXAMPLES)
+        raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
+    if command == "train" and not (rest and rest[0] in ("-h", "--help")):
+        return _train(rest)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit:  # argparse has printed the help
+        return 0
+    handler: Callable[[argparse.Namespace], str] = options.handler
+    _write(handler(options))
+    return 0
+
+
+def _train(rest: list[str]) -> int:
+    """Hand everything after ``train`` on untouched, so that LLaMA-Factory's own flags pass through."""
+    if not rest:
+        raise ConfigError(f"train: name a configuration file, as in '{_EXAMPLES['train']}'")
+    from dataflex.run import train
+
+    code = train(rest)
+    return code if code in (0, _MISTAKE) else _FAILED
+
+
+def _plan(options: argparse.Namespace) -> str:
+    from dataflex.commands.plan import plan
+
+    return plan(options.config, options.overrides)
+
+
+def _methods(options: argparse.Namespace) -> str:
+    from dataflex.commands.methods import methods
+
+    return methods(options.name)
+
+
+def _report(options: argparse.Namespace) -> str:
+    from dataflex.record.report import report
+
+    return report(options.run_dir, options.out)
+
+
+def _version(options: argparse.Namespace) -> str:
+    from dataflex.commands.version import version
+
+    return version()
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="dataflex",
+        description="Train with data that is decided during training, on top of LLaMA-Factory.",
+        epilog="'dataflex COMMAND --help' explains a command.\n\nexample:\n  " + _EXAMPLES["train"],
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, told: str, handler: Callable[[argparse.Namespace], str], more: str = "") -> _Parser:
+        command: _Parser = commands.add_parser(
+            name, help=told, description=f"{told}{more}", epilog=f"example:\n  {_EXAMPLES[name]}"
+        )
+        command.set_defaults(handler=handler)
+        return command
+
+    train = add(
+        "train",
+        "Train as a configuration says.",
+        _version,
+        "\n\nAny LLaMA-Factory configuration works unchanged; a 'dynamic' block turns methods on.\n"
+        "LLaMA-Factory's own flags (--stage sft ...) are accepted instead of a file.\n"
+        "FORCE_TORCHRUN=1, NPROC_PER_NODE, NNODES, NODE_RANK and USE_RAY=1 work as there.",
+    )
+    _add_config(train)
+    _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", _plan))
+    methods = add("methods", "List the methods, or tell all about one.", _methods)
+    methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss")
+    report = add("report", "Summarise a run and plot what happened in it.", _report)
+    report.add_argument("run_dir", type=Path, help="the output_dir of a run")
+    report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
+    add("version", "Print the versions of dataflex and what it stands on.", _version)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="a .yaml, .yml or .json file")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="overrides, nested keys with dots: dynamic.interval_steps=20",
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

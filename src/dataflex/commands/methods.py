@@ -1,0 +1,152 @@
+"""``dataflex methods``: the gallery in the terminal, rendered from the classes themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from typing import Any
+
+from dataflex.commands.layout import columns, rows_of
+from dataflex.config.collect import field_hints
+from dataflex.config.convert import describe, shown
+from dataflex.config.methods import method_class
+from dataflex.config.show import as_yaml, plain
+from dataflex.core.protocols import STAGES, Method
+from dataflex.core.registry import KINDS, names
+from dataflex.errors import ConfigError, did_you_mean
+
+__all__ = ["example", "methods"]
+
+_EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("mixer", "static"): {"proportions": [0.7, 0.3]},
+    ("mixer", "staged"): {
+        "stages": [
+            {"start_step": 0, "proportions": [0.9, 0.1]},
+            {"start_step": 500, "proportions": [0.5, 0.5]},
+        ]
+    },
+}
+
+_WIDTH = 110
+
+
+def methods(name: str | None = None) -> str:
+    """Return a table of all methods, or everything about those called ``name``.
+
+    Args:
+        name: "loss" for every method of that name, or "selector/loss" for one.
+
+    Raises:
+        ConfigError: There is no such method, with the nearest spelling.
+    """
+    known = [(kind, each) for kind in KINDS for each in names(kind)]
+    if name is None:
+        return "\n".join(_table(known))
+    kind, slash, rest = name.partition("/")
+    if slash and kind not in KINDS:
+        raise ConfigError(f"methods: {kind!r} is not a kind{did_you_mean(kind, KINDS)} (kinds: {', '.join(KINDS)})")
+    found = [(k, n) for k, n in known if n == (rest if slash else name) and (not slash or k == kind)]
+    if not found:
+        spellings = [n for k, n in known if not slash or k == kind]
+        wanted = rest if slash else name
+        listed = ", ".join(dict.fromkeys(spellings))
+        raise ConfigError(f"methods: there is no {wanted!r}{did_you_mean(wanted, spellings)} (known: {listed})")
+    return "\n\n".join("\n".join(_page(_loaded(k, n))) for k, n in found)
+
+
+def _loaded(kind: str, name: str) -> type[Method]:
+    problems: list[str] = []
+    cls = method_class(kind, name, f"{kind}/{name}", problems)
+    if cls is None:
+        raise ConfigError(problems)
+    return cls
+
+
+def _table(known: list[tuple[str, str]]) -> list[str]:
+    lines: list[str] = []
+    broken: list[str] = []
+    for kind in KINDS:
+        rows = []
+        for name in (n for k, n in known if k == kind):
+            cls = method_class(kind, name, f"{kind}/{name}", broken)
+            if cls is not None:
+                rows.append([name, cls.card.summary, _needs(cls) or "-", cls.card.cost])
+        lines += [*([""] if lines else []), f"{kind}s", *columns([["name", "what it does", "needs", "cost"], *rows])]
+    lines += ["", "F, B: forward and backward passes. 'dataflex methods NAME' tells more about one."]
+    return lines + [f"not available: {problem}" for problem in broken]
+
+
+def _needs(cls: type[Method]) -> str:
+    needs = cls.needs
+    domains = max(2, needs.domains) if cls.kind == "mixer" else needs.domains
+    told = [f"{signal} signal" for signal in sorted(needs.signals)]
+    if needs.targets:
+        told.append("targets")
+    if domains > 1:
+        told.append(f"at least {domains} domains")
+    if needs.stages != STAGES:
+        told.append(f"stage {' or '.join(needs.stages)}")
+    if not needs.zero3:
+        told.append("whole parameters (no ZeRO-3, no FSDP)")
+    return ", ".join(told)
+
+
+def _page(cls: type[Method]) -> list[str]:
+    lines = [f"{cls.kind}/{cls.name}", *textwrap.wrap(cls.card.summary, _WIDTH, initial_indent="  ")]
+    lines += rows_of(
+        [
+            ("paper", cls.card.paper),
+            ("cost", cls.card.cost),
+            ("needs", _needs(cls) or "nothing"),
+            ("decides", "anew in every interval (interval_steps)" if cls.adaptive else _decides(cls.kind)),
+        ],
+        width=10,
+    )
+    lines += ["", "  parameters", *_parameters(cls)]
+    return [*lines, "", "  example", *as_yaml(example(cls), indent=4).splitlines()]
+
+
+def _decides(kind: str) -> str:
+    return "in every step" if kind == "weighter" else "alike in every interval; interval_steps is not needed"
+
+
+def _parameters(cls: type[Method]) -> list[str]:
+    hints = field_hints(cls.Params)
+    rows = []
+    for field in dataclasses.fields(cls.Params):
+        takes = describe(hints[field.name])
+        limits = _limits(field.metadata)
+        told = str(field.metadata.get("help", ""))
+        rows.append([field.name, takes, _default(field), f"{told} ({limits})" if limits else told])
+    if cls.needs.targets:
+        rows.insert(0, ["targets", "a list of texts", "required", "data sets of dataset_info.json to select towards"])
+    return columns(rows, indent=4) or ["    none"]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return shown(plain(field.default))
+    if field.default_factory is not dataclasses.MISSING:
+        return shown(plain(field.default_factory()))
+    return "required"
+
+
+def _limits(metadata: Any) -> str:
+    told = []
+    if "minimum" in metadata:
+        told.append(f"at least {metadata['minimum']:g}")
+    if "above" in metadata:
+        told.append(f"above {metadata['above']:g}")
+    if "maximum" in metadata:
+        told.append(f"at most {metadata['maximum']:g}")
+    return ", ".join(told)
+
+
+def example(cls: type[Method]) -> dict[str, Any]:
+    """Return a configuration block that uses a method, defaults left out."""
+    block: dict[str, Any] = {"name": cls.name}
+    if cls.needs.targets:
+        block["targets"] = ["my_target"]
+    block.update(_EXAMPLE_PARAMS.get((cls.kind, cls.name), {}))
+    head = {"interval_steps": 100} if cls.adaptive else {}
+    return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}

@@ -1,0 +1,147 @@
+"""The schedule and the cost of a run in words and numbers, for ``dataflex plan``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dataflex.config.forecast import Forecast
+from dataflex.config.schema import MethodConfig
+from dataflex.config.values import env_enabled, number
+from dataflex.errors import UnsupportedError
+
+__all__ = ["cost_lines", "schedule_lines"]
+
+_BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
+_DEFAULT_EPOCHS = 3.0
+
+Lines = list[tuple[str, str]]
+
+
+def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
+    """Return label and text of what is served when."""
+    batch = view.batch
+    processes = f"{batch.world} process" if batch.world == 1 else f"{batch.world} processes"
+    if env_enabled("FORCE_TORCHRUN") and "NPROC_PER_NODE" not in os.environ:
+        processes += ", as NPROC_PER_NODE is not set"
+    parts = f"{batch.per_device} per device x {batch.accumulation} accumulated x {processes}"
+    lines = [
+        ("global batch", f"{batch.size:,} sequences ({parts})"),
+        ("rows", _rows(view, lf)),
+        ("steps", _steps(view, lf)),
+    ]
+    if not view.dynamic.methods or view.schedule is None:
+        return lines
+    return lines + _interval_lines(view) + _epoch_lines(view)
+
+
+def _rows(view: Forecast, lf: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in view.counts.items())
+    if view.packs:
+        return f"known after packing (samples: {listed})"
+    if view.rows is None:
+        return f"known after loading ({listed})"
+    held = f"; val_size sets {sum(c or 0 for c in view.counts.values()) - view.rows:,} aside" if _holds(lf) else ""
+    return f"{view.rows:,} ({listed}{held})"
+
+
+def _holds(lf: Mapping[str, Any]) -> bool:
+    return number(lf, "val_size", 0.0) > 1e-6
+
+
+def _steps(view: Forecast, lf: Mapping[str, Any]) -> str:
+    epochs = number(lf, "num_train_epochs", _DEFAULT_EPOCHS)
+    if view.steps is None:
+        return f"known after loading ({epochs:g} epochs)"
+    if number(lf, "max_steps", -1) > 0:
+        return f"{view.steps:,} (max_steps)"
+    return f"{view.steps:,} ({epochs:g} epochs over {view.rows:,} rows)"
+
+
+def _interval_lines(view: Forecast) -> Lines:
+    dynamic, size, first = view.dynamic, view.batch.size, view.first_decision
+    lines: Lines = []
+    if dynamic.warmup_steps:
+        what = "at initial_proportions" if dynamic.initial_proportions is not None else "rows as they come"
+        lines.append(("warm-up", f"{dynamic.warmup_steps:,} steps, {what}"))
+    if dynamic.cycle_steps is not None:
+        lines.append(("cycle", f"warm-up and intervals start again every {dynamic.cycle_steps:,} steps"))
+    if first is None:
+        return [*lines, ("intervals", "none: the run ends with the warm-up, and no method ever decides")]
+    if dynamic.interval_steps is None:
+        if dynamic.selector is not None or dynamic.mixer is not None:
+            lines.append(("intervals", "1: decided once for the whole run"))
+        return lines
+    assert view.steps is not None
+    rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
+    last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
+    told = f"{view.num_decisions:,} of {first.steps:,} steps, {first.steps * size:,} sequences each{last}"
+    return [*lines, ("intervals", told)]
+
+
+def _epoch_lines(view: Forecast) -> Lines:
+    """Return how often each domain is seen, where the mixture is known before training."""
+    assert view.steps is not None
+    dynamic, label = view.dynamic, "epochs per domain"
+    if dynamic.mixer is None:
+        if view.rows is None:
+            return []
+        narrowed = ", but the selector decides which rows" if dynamic.selector is not None else ""
+        return [("epochs", f"{view.steps * view.batch.size / view.rows:.3g} over all rows on average{narrowed}")]
+    if view.domains is None:
+        return [(label, "known after loading")]
+    if dynamic.unit == "tokens":
+        return [(label, "known after tokenising (proportions are of tokens)")]
+    try:
+        served = view.served()
+    except UnsupportedError as error:
+        return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
+    lines: Lines = []
+    for name, sequences, rows in zip(view.domains.names, served, view.domains.num_rows, strict=True):
+        epochs = float(sequences) / int(rows)
+        share = float(sequences) / float(served.sum())
+        cap = dynamic.max_epochs.get(name) if isinstance(dynamic.max_epochs, dict) else dynamic.max_epochs
+        over = f", above max_epochs {cap:g}: {dynamic.at_cap}" if cap is not None and epochs > cap else ""
+        told = f"{name}: {epochs:.3g} ({sequences:,.0f} sequences, {share:.1%}{over})"
+        lines.append((label if not lines else "", told))
+    return lines
+
+
+def cost_lines(view: Forecast) -> Lines:
+    """Return label and text of the passes that training and each method take, and the methods' share."""
+    if view.steps is None:
+        training, total = "known after loading", None
+    else:
+        sequences = view.steps * view.batch.size
+        training, total = f"{sequences:,} F + {sequences:,} B", _in_forwards(sequences, sequences)
+    lines: Lines = [("training", training)]
+    if not view.dynamic.methods:
+        return lines
+    extra: float | None = 0.0
+    for method in view.dynamic.methods:
+        text, passes = _method_cost(method, view)
+        lines.append((f"{method.kind} {method.name}", text))
+        extra = None if extra is None or passes is None else extra + passes
+    if total and extra is not None:
+        lines.append(("share of methods", f"{extra / (extra + total):.1%} of all passes, a B counted as two F"))
+    return lines
+
+
+def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
+    """Return the text, and the passes counted in forward passes (None where not known)."""
+    card = method.cls.card
+    forward, backward = card.forward_per_pool_row, card.backward_per_pool_row
+    if not forward and not backward:
+        return card.cost, 0.0
+    each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
+    if view.rows is None or view.schedule is None:
+        return f"{each} per row of the pool and interval ({card.cost})", None
+    rows = view.num_decisions * view.rows
+    counted = [f"{rows * n:,.0f} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n]
+    text = f"{' + '.join(counted)} ({view.num_decisions:,} intervals x {view.rows:,} rows x {each}; {card.cost})"
+    return text, _in_forwards(rows * forward, rows * backward)
+
+
+def _in_forwards(forward: float, backward: float) -> float:
+    return forward + _BACKWARD_IN_FORWARDS * backward

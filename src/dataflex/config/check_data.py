@@ -1,0 +1,153 @@
+"""Checks of the data: data sets, targets, domains and their proportions, and whether there are enough rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, tokenized
+from dataflex.config.forecast import Forecast, forecast
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.values import number
+from dataflex.core.domains import Domains
+from dataflex.core.protocols import Mixer, Selector, Weighter
+from dataflex.core.schedule import Interval
+from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+
+__all__ = ["column_problems", "data_set_problems", "domain_problems", "target_problems"]
+
+
+def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]) -> Iterator[str]:
+    """Yield what is wrong with ``dataset`` and ``eval_dataset``; put the data sets that are there into ``found``."""
+    if tokenized(lf):
+        found += [Source(name=name) for name in data_sets(lf.get("dataset"))]
+        return
+    names = data_sets(lf.get("dataset"))
+    if not names:
+        yield "dataset: missing; name one or more data sets of dataset_info.json, with commas between them"
+        return
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        yield f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs"
+    if lf.get("eval_dataset") and number(lf, "val_size", 0.0) > 1e-6:
+        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
+    sources, problems = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
+    yield from problems
+    for source in sources:
+        if source.path is not None and count_rows(source, lf) == 0:
+            yield f"dataset: {source.name!r} has no rows ({source.path})"
+    if not problems:
+        found += sources
+    if not any(problem.startswith("dataset_dir:") for problem in problems):
+        yield from find_sources(data_sets(lf.get("eval_dataset")), lf, "eval_dataset", base_dir)[1]
+
+
+def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+    """Yield the targets that are not defined or whose files are missing."""
+    for method in dynamic.methods:
+        key = f"dynamic.{method.kind}.targets"
+        for problem in find_sources(method.targets, lf, key, base_dir)[1]:
+            if not problem.startswith("dataset_dir:"):  # told once, for the training data
+                yield problem
+
+
+def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why data columns cannot ride along with the rows."""
+    columns = dynamic.columns
+    if not columns:
+        return
+    asked = f"'{', '.join(columns)}'"
+    if packed(lf):
+        pt = " (pre-training packs unless told otherwise)" if lf.get("packing") is None and "stage" in lf else ""
+        yield (
+            f"packing: rows hold several samples{pt}, so the column {asked} has no single value in a row; "
+            "set 'packing: false', or do without the column"
+        )
+    if lf.get("tokenized_path"):
+        yield f"tokenized_path: a tokenised copy does not keep the column {asked}; remove it"
+
+
+def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Iterator[str]:
+    """Yield what is wrong with the domains, their proportions, and the number of rows."""
+    names = [source.name for source in sources]
+    if dynamic.mixer is not None and dynamic.domain_column is None:
+        least = max(2, dynamic.mixer.cls.needs.domains)
+        if names and len(names) < least:
+            yield (
+                f"dynamic.mixer: {dynamic.mixer.name} needs at least {'two' if least == 2 else least} domains, found "
+                f"{len(names)}; list several data sets in 'dataset', or name a 'domain_column'"
+            )
+            return
+        if len(names) > 1 and lf.get("tokenized_path"):
+            yield "tokenized_path: a tokenised copy does not say which data set a row is from; remove it"
+    if not names:
+        return
+    view = forecast(dynamic, lf, sources)
+    if dynamic.mixer is not None and dynamic.domain_column is None:
+        yield from _mixture_problems(dynamic, view, names)
+    yield from _too_few_rows(dynamic, view)
+    yield from _idle_weighter(dynamic, view)
+
+
+def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
+    """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
+    from dataflex.mixers.proportions import by_domain
+
+    domains = view.domains or Domains.from_sizes(names, [1] * len(names))
+    written = dynamic.initial_proportions
+    if written is not None:
+        try:
+            by_domain(written, domains.names, "dynamic.initial_proportions")
+        except ConfigError as error:
+            yield from error.problems
+    if isinstance(dynamic.max_epochs, Mapping):
+        for name in dynamic.max_epochs:
+            if name not in names:
+                known = ", ".join(names)
+                yield f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} (domains: {known})"
+    assert dynamic.mixer is not None
+    mixer = dynamic.mixer.build()
+    assert isinstance(mixer, Mixer)
+    interval = view.first_decision or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
+    try:
+        mixer.mix(view.context(interval, domains))
+    except ConfigError as error:
+        yield from error.problems
+    except DataError as error:
+        if view.domains is not None and view.steps is not None and dynamic.unit == "sequences":
+            yield f"dynamic.mixer: {error}"
+    except UnsupportedError:
+        return  # it looks at the model: what it will say is not known yet
+
+
+def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
+    selector, first = dynamic.selector, view.first_decision
+    if selector is None or dynamic.mixer is not None or dynamic.repeat or view.rows is None or first is None:
+        return
+    cls = selector.cls
+    assert issubclass(cls, Selector)
+    replaced = {field.name for field in dataclasses.fields(selector.params)} & {"replacement"}
+    if not cls.narrows or (replaced and dataclasses.asdict(selector.params)["replacement"]):
+        return
+    wanted = first.steps * view.batch.size
+    if wanted > view.rows:
+        fitting = view.rows // view.batch.size
+        lower = f"Lower interval_steps to {fitting} or less, or set" if fitting else "Use smaller batches, or set"
+        yield (
+            f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets hold "
+            f"{view.rows:,}. {lower} 'repeat: true'."
+        )
+
+
+def _idle_weighter(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
+    """Ask the weighter whether it would ever act."""
+    if dynamic.weighter is None or view.steps is None:
+        return
+    weighter = dynamic.weighter.build()
+    assert isinstance(weighter, Weighter)
+    try:
+        weighter.active(0, view.steps)
+    except ConfigError as error:
+        yield from error.problems

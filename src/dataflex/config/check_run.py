@@ -1,0 +1,169 @@
+"""Checks of the run itself: stage, back end, settings that cannot be honoured, and where it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.convert import shown
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.values import env_enabled, number, truthy
+from dataflex.core.protocols import STAGES, Weighter
+from dataflex.errors import did_you_mean
+
+__all__ = ["model_problems", "output_problems", "setting_problems", "stage_problems"]
+
+_REFUSED: dict[str, str] = {
+    "streaming": "a decision is a list of rows, and a stream has no row numbers; remove it",
+    "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
+    "auto_find_batch_size": "the plan is cut for one batch size, which this changes in the middle; set the batch size",
+    "use_unsloth": "it replaces the training loop that the plan is served through; remove it",
+    "use_mca": "Megatron has its own training loop, which cannot be served a plan; remove it",
+    "use_hyper_parallel": "it has its own training loop, which cannot be served a plan; remove it",
+    "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
+}
+
+_REFUSED_WITH_WEIGHTER: dict[str, str] = {
+    "use_dft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
+    "use_asft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
+    "use_eaft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
+    "enable_liger_kernel": "its fused loss gives no loss per token to be weighed; remove it or the weighter",
+    "use_liger_kernel": "its fused loss gives no loss per token to be weighed; remove it or the weighter",
+}
+
+_PARALLEL_KEYS = (
+    "sequence_parallel_size",
+    "context_parallel_size",
+    "cp_size",
+    "sp_size",
+    "ulysses_degree",
+    "ulysses_size",
+)
+
+
+def stage_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what speaks against the stage, the back end, and methods under them."""
+    stage = lf.get("stage", "sft")
+    if stage == "ppo":
+        yield (
+            "stage: ppo is not supported: the policy writes its own training batches, so there are no fixed rows to "
+            f"decide about; use one of {', '.join(STAGES)}"
+        )
+        return
+    if stage not in STAGES:
+        yield f"stage: {shown(stage)} is not a stage{did_you_mean(str(stage), STAGES)} (choices: {', '.join(STAGES)})"
+        return
+    partitioned = _partitioned(lf)
+    for method in dynamic.methods:
+        cls = method.cls
+        where = f"dynamic.{method.kind}: "
+        if _weighs(cls) and stage not in ("pt", "sft"):
+            yield (
+                f"{where}reweighting needs per-token losses of a causal LM, and stage {stage} trains on a loss of "
+                "its own; remove the weighter, or train with stage pt or sft"
+            )
+        elif stage not in cls.needs.stages:
+            yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(cls.needs.stages)})"
+        if partitioned and not cls.needs.zero3:
+            yield (
+                f"{where}{method.name} does not work with partitioned parameters ({partitioned}); "
+                "use DeepSpeed ZeRO-2 or less, or plain data parallelism"
+            )
+
+
+def _weighs(cls: type[Any]) -> bool:
+    return issubclass(cls, Weighter) and not cls.neutral
+
+
+def _partitioned(lf: Mapping[str, Any]) -> str:
+    """Return what partitions the parameters, or an empty string."""
+    if lf.get("fsdp") not in (None, "", [], False):
+        return "fsdp"
+    config = lf.get("deepspeed")
+    if isinstance(config, str) and Path(config).is_file():
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except ValueError:
+            return ""
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    return "DeepSpeed ZeRO-3" if isinstance(zero, Mapping) and zero.get("stage") == 3 else ""
+
+
+def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that cannot be honoured, each with the reason."""
+    if not truthy(lf, "do_train"):
+        yield "do_train: is not on, so nothing is trained and 'dynamic' has no effect; set 'do_train: true'"
+    for key, reason in _REFUSED.items():
+        if truthy(lf, key):
+            yield f"{key}: {reason}"
+    if env_enabled("USE_MCA"):
+        yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
+    order = lf.get("train_sampling_strategy")
+    if order == "group_by_length":
+        yield f"train_sampling_strategy: {_REFUSED['group_by_length']}"
+    elif order == "sequential":
+        yield "train_sampling_strategy: the plan decides the order of rows; for file order set 'disable_shuffling'"
+    if str(lf.get("mix_strategy") or "concat") != "concat":
+        yield (
+            f"mix_strategy: {lf['mix_strategy']} is not supported: data sets are kept apart as domains; remove it and "
+            "give proportions to a mixer (such as 'mixer: uniform')"
+        )
+    yield from _parallel(lf)
+    if dynamic.weighter is not None and _weighs(dynamic.weighter.cls):
+        for key, reason in _REFUSED_WITH_WEIGHTER.items():
+            if truthy(lf, key):
+                yield f"{key}: {reason}"
+        if number(lf, "label_smoothing_factor", 0.0) > 0:
+            yield "label_smoothing_factor: smoothing replaces the loss that is weighed; remove it or the weighter"
+
+
+def _parallel(lf: Mapping[str, Any]) -> Iterator[str]:
+    reason = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
+    for key in _PARALLEL_KEYS:
+        if number(lf, key, 1) > 1:
+            yield f"{key}: {reason}"
+    config = lf.get("parallelism_config")
+    if isinstance(config, Mapping) and any(number(config, key, 1) > 1 for key in _PARALLEL_KEYS):
+        yield f"parallelism_config: {reason}"
+
+
+def model_problems(lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the model's and the back end's paths."""
+    model = lf.get("model_name_or_path")
+    if not model:
+        yield "model_name_or_path: missing; give a model's folder or its name on a hub"
+    elif str(model).startswith(("/", "./", "../", "~")) and not Path(str(model)).expanduser().exists():
+        yield f"model_name_or_path: no such folder: {model}"
+    deepspeed = lf.get("deepspeed")
+    if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
+        yield f"deepspeed: no such file: {deepspeed}"
+
+
+def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what speaks against the output folder and the checkpoint to resume from."""
+    output = lf.get("output_dir")
+    if not output:
+        yield "output_dir: missing; checkpoints, plans and the record of the run go there"
+        return
+    folder = Path(str(output))
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        yield f"output_dir: {above} is a file, not a folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        yield f"output_dir: {above} cannot be written to; choose another folder or change its permissions"
+    resume = lf.get("resume_from_checkpoint")
+    if isinstance(resume, str) and resume.lower() not in ("true", "false", "none", ""):
+        if not Path(resume).is_dir():
+            yield f"resume_from_checkpoint: no such folder: {resume}"
+    elif truthy(lf, "resume_from_checkpoint") and not _checkpoints(folder):
+        yield f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start afresh"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]

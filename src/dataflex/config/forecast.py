@@ -1,0 +1,168 @@
+"""What a run will do, as far as it follows from the configuration and the files: rows, steps, mixture, cost.
+
+Nothing is tokenised and no model is looked at, so a packed or remote data set leaves the numbers
+open (None) rather than guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
+from dataflex.core.domains import Domains
+from dataflex.core.protocols import Context, Mixer, Rows, Signals
+from dataflex.core.schedule import Interval, Schedule
+from dataflex.errors import UnsupportedError
+
+__all__ = ["Forecast", "forecast"]
+
+_MOST_DECISIONS = 2_000
+_MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is not quick to make
+
+
+class _NoSignals:
+    """Stands where the model would be: nothing can be asked before training."""
+
+    def _refuse(self) -> NoReturn:
+        raise UnsupportedError("this method looks at the model, which is not known before training")
+
+    def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        self._refuse()
+
+    def adapted_losses(
+        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
+    ) -> NDArray[np.float32]:
+        self._refuse()
+
+    def num_rows(self, target: str | None = None) -> int:
+        self._refuse()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What is known of a run before it is loaded.
+
+    Attributes:
+        dynamic: What is decided during training.
+        batch: The global batch.
+        counts: Rows that each data set gives at most; None where that is not known.
+        packs: Whether several samples share a row, so that rows are not known.
+        rows: Rows to train on, ``val_size`` set aside; None where not known.
+        steps: Optimizer steps of the run; None where not known.
+    """
+
+    dynamic: DynamicConfig
+    batch: Batch
+    counts: Mapping[str, int | None]
+    packs: bool
+    rows: int | None
+    steps: int | None
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """The intervals of the run; None where its length is not known."""
+        return None if self.steps is None else schedule_of(self.dynamic, self.steps)
+
+    @cached_property
+    def domains(self) -> Domains | None:
+        """The data sets as domains, ``val_size`` taken from all alike; None where rows are not known."""
+        sizes = [count for count in self.counts.values() if count is not None]
+        total = sum(sizes)
+        if self.dynamic.domain_column or self.packs or self.rows is None or not self.rows or total > _MOST_ROWS:
+            return None
+        left = [max(1, round(size * self.rows / total)) for size in sizes]
+        return Domains.from_sizes(list(self.counts), left)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of all warm-ups together."""
+        schedule = self.schedule
+        if schedule is None:
+            return 0
+        period = schedule.cycle_steps or schedule.total_steps
+        cycles, rest = divmod(schedule.total_steps, period)
+        return cycles * min(schedule.warmup_steps, period) + min(schedule.warmup_steps, rest)
+
+    @property
+    def num_decisions(self) -> int:
+        """Number of intervals that something is decided for."""
+        schedule = self.schedule
+        if schedule is None:
+            return 0
+        period = schedule.cycle_steps or schedule.total_steps
+        return schedule.num_intervals - (math.ceil(schedule.total_steps / period) if schedule.warmup_steps else 0)
+
+    @property
+    def first_decision(self) -> Interval | None:
+        """The first interval that something is decided for; none is longer."""
+        schedule = self.schedule
+        if schedule is None or schedule.warmup_steps >= schedule.total_steps:
+            return None
+        return schedule.interval(schedule.warmup_steps)
+
+    def context(self, interval: Interval, domains: Domains) -> Context:
+        """Return what a mixer may look at before training."""
+        signals: Signals = _NoSignals()
+        return Context(
+            interval=interval,
+            seed=self.dynamic.seed or 0,
+            domains=domains,
+            signals=signals,
+            total_sequences=(self.steps or 1) * self.batch.size,
+        )
+
+    def served(self) -> NDArray[np.float64]:
+        """Return the expected sequences of each domain over the whole run, float64 [K].
+
+        Raises:
+            ConfigError: Proportions that do not fit the domains.
+            DataError: Domains that cannot be served as asked.
+            UnsupportedError: The mixer looks at the model, or decides too often to add it up.
+        """
+        from dataflex.mixers.proportions import by_domain
+
+        dynamic, domains, schedule, first = self.dynamic, self.domains, self.schedule, self.first_decision
+        assert dynamic.mixer is not None
+        assert domains is not None
+        assert schedule is not None
+        mixer = dynamic.mixer.build()
+        assert isinstance(mixer, Mixer)
+        shares = domains.sizes("sequences") / domains.sizes("sequences").sum()
+        if dynamic.initial_proportions is not None:
+            shares = by_domain(dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
+        total = self.warmup_steps * shares
+        if first is not None and not mixer.adaptive:
+            total = (
+                total + (schedule.total_steps - self.warmup_steps) * mixer.mix(self.context(first, domains)).proportions
+            )
+        elif first is not None:
+            if self.num_decisions > _MOST_DECISIONS:
+                raise UnsupportedError("too many intervals to add up")
+            for interval in schedule.intervals():
+                if interval.kind == "dynamic":
+                    total = total + interval.steps * mixer.mix(self.context(interval, domains)).proportions
+        return total * self.batch.size
+
+
+def forecast(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Forecast:
+    """Return what is known of the run over ``sources`` before it is loaded."""
+    known = {source.name: None if tokenized(lf) else count_rows(source, lf) for source in sources}
+    packs = packed(lf)
+    rows = None if packs else train_rows(list(known.values()), lf)
+    return Forecast(
+        dynamic=dynamic,
+        batch=batch_of(lf),
+        counts=known,
+        packs=packs,
+        rows=rows,
+        steps=total_steps(lf, rows),
+    )

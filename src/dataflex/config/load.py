@@ -1,0 +1,169 @@
+"""Reads a configuration file and its ``key=value`` overrides, as LLaMA-Factory does.
+
+LLaMA-Factory reads YAML with OmegaConf, merges the command line into it and takes the container
+without resolving interpolations; so do we, for YAML and JSON alike. What it does not do: say where
+a file is malformed in one line. Nothing is validated here beyond "it is a mapping".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex.core.registry import KINDS
+from dataflex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["ENDINGS", "load_mapping"]
+
+ENDINGS: tuple[str, ...] = (".yaml", ".yml", ".json")
+
+
+def load_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the mapping of a YAML or JSON file with ``overrides`` merged into it, left to right.
+
+    Nested keys are written with dots (``dynamic.interval_steps=20``). An override below a method
+    that is written as a bare name keeps the name: ``dynamic.selector.focus=high`` over
+    ``selector: loss`` gives ``selector: {name: loss, focus: high}``.
+
+    Raises:
+        ConfigError: The file is missing or malformed, its top level is not a mapping, or an
+            override is not of the form ``key=value``; all malformed overrides are told at once.
+    """
+    config = _read(Path(path))
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            config = _merged(config, text)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _read(path: Path) -> DictConfig:
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"{path}: a configuration ends in {', '.join(ENDINGS)}")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the configuration file inside it")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file{_nearest_file(path)}")
+    try:
+        config = _read_json(path) if path.suffix.lower() == ".json" else _read_yaml(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    from omegaconf import DictConfig
+
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: the top level must be a mapping (key: value), found a list or a single value")
+    if not config:
+        raise ConfigError(f"{path}: is empty")
+    return config
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: malformed YAML{_yaml_place(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # OmegaConf says so without an errno when the document is a single value.
+        raise ConfigError(
+            f"{path}: the top level must be a mapping (key: value), found a list or a single value"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConfigError(f"{path}: malformed JSON: found duplicate key {twice}")
+        return mapping
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    if not isinstance(content, dict):
+        return None
+    try:
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+
+
+def _merged(config: DictConfig, text: str) -> DictConfig:
+    """Return ``config`` with one ``key=value`` merged into it."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r}: expected key=value, such as dynamic.interval_steps=20")
+    if key.startswith("-"):
+        raise ConfigError(f"override {text!r}: after a configuration file write {text.lstrip('-')!r}, without dashes")
+    _lift_name(config, key.split("."))
+    try:
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: malformed value{_yaml_place(error)}") from error
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+    assert not isinstance(merged, list)
+    return merged  # type: ignore[return-value]
+
+
+def _lift_name(config: DictConfig, keys: Sequence[str]) -> None:
+    """Turn ``selector: loss`` into ``selector: {name: loss}`` where an override goes below it."""
+    from omegaconf import DictConfig
+
+    if len(keys) < 3 or keys[0] != "dynamic" or keys[1] not in KINDS:
+        return
+    block = config.get("dynamic")
+    if isinstance(block, DictConfig) and isinstance(block.get(keys[1]), str):
+        block[keys[1]] = {"name": block[keys[1]]}
+
+
+def _yaml_place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or _first_line(error)
+    return f": {what}" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}: {what}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _nearest_file(path: Path) -> str:
+    from dataflex.errors import did_you_mean
+
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    return did_you_mean(path.name, [file.name for file in path.parent.iterdir() if file.suffix in ENDINGS])

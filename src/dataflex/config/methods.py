@@ -1,0 +1,84 @@
+"""One method's block: a bare name, or a mapping of its name, its targets and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dataflex.config.collect import collect
+from dataflex.config.convert import shown
+from dataflex.config.schema import MethodConfig
+from dataflex.core.protocols import Method
+from dataflex.core.registry import find, names
+from dataflex.errors import ComponentError, ConfigError
+
+__all__ = ["method_block", "method_class", "needs_target", "target_list"]
+
+
+def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
+    """Return what a block such as ``selector: {name: loss, focus: high}`` asks for, or None after noting why not."""
+    if isinstance(block, str):
+        block = {"name": block}
+    if not isinstance(block, Mapping):
+        problems.append(f"{path}: expected the name of a {kind} or a mapping with 'name', found {shown(block)}")
+        return None
+    name = block.get("name")
+    if name is None:
+        problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))})")
+        return None
+    if not isinstance(name, str):
+        problems.append(f"{path}.name: expected text, found {shown(name)}")
+        return None
+    cls = method_class(kind, name, path, problems)
+    if cls is None:
+        return None
+    before = len(problems)
+    targets = _targets(cls, block, path, problems)
+    rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
+    params = collect(cls.Params, rest, path, problems, subject=f"{name} {kind}")
+    if params is None or len(problems) > before:
+        return None
+    return MethodConfig(kind=kind, name=name, params=params, targets=targets)
+
+
+def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:
+    """Return the class of a method, or None after noting why there is none."""
+    try:
+        return find(kind, name)
+    except ConfigError as error:
+        problems += [problem.replace(f"dynamic.{kind}:", f"{path}:", 1) for problem in error.problems]
+    except ComponentError as error:
+        problems.append(f"{path}: {error}")
+    except ImportError as error:
+        problems.append(f"{path}: the package that offers {kind} {name!r} cannot be imported: {error}")
+    return None
+
+
+def needs_target(cls: type[Method]) -> str:
+    """Return what to tell someone who named no target for a method that needs one."""
+    summary = cls.card.summary.rstrip(".")
+    return f"{cls.name} needs a target: add 'targets: [<data set>]' (it {summary[:1].lower()}{summary[1:]})"
+
+
+def target_list(value: Any, path: str, problems: list[str]) -> tuple[str, ...]:
+    """Return data set names given as a list, or as text with commas as LLaMA-Factory's ``dataset`` is."""
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",")]
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
+        problems.append(f"{path}: expected the names of data sets, found {shown(value)}")
+        return ()
+    if len(set(value)) < len(value):
+        problems.append(f"{path}: names a data set twice: {', '.join(value)}")
+    return tuple(value)
+
+
+def _targets(cls: type[Method], block: Mapping[str, Any], path: str, problems: list[str]) -> tuple[str, ...]:
+    value = block.get("targets")
+    if not cls.needs.targets:
+        if "targets" in block:
+            problems.append(f"{path}.targets: the {cls.name} {cls.kind} takes no targets; remove the key")
+        return ()
+    if value is None or value in ([], (), ""):
+        problems.append(f"{path}: {needs_target(cls)}")
+        return ()
+    return target_list(value, f"{path}.targets", problems)

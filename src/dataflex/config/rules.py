@@ -1,0 +1,82 @@
+"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and what would have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from dataflex.config.schema import DynamicConfig
+from dataflex.core.protocols import Selector
+from dataflex.core.registry import KINDS
+from dataflex.mixers.proportions import check_numbers
+
+__all__ = ["rule_problems"]
+
+
+def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Iterator[str]:
+    """Yield one line per rule that the configuration breaks.
+
+    Args:
+        dynamic: The configuration, without the keys that could not be read.
+        unread: Those keys; no rule complains that they are missing.
+    """
+    if not dynamic.methods and not any(kind in unread for kind in KINDS):
+        yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
+        return
+    if "interval_steps" not in unread:
+        yield from _intervals(dynamic)
+    if "selector" not in unread:
+        yield from _selector_rules(dynamic, unread)
+    if "mixer" not in unread:
+        yield from _mixer_rules(dynamic, unread)
+
+
+def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
+    if dynamic.interval_steps is not None:
+        return
+    for method in dynamic.methods:
+        if method.cls.adaptive:
+            yield (
+                f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
+                "that moment, so say after how many optimizer steps it decides again "
+                "(for example 'interval_steps: 100')"
+            )
+            return
+
+
+def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
+    selector, mixer = dynamic.selector, dynamic.mixer
+    if selector is None:
+        if dynamic.keep_ratio is not None:
+            yield "dynamic.keep_ratio: has no effect without a selector; add one, or remove the key"
+        if dynamic.repeat:
+            yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
+        return
+    cls = selector.cls
+    assert issubclass(cls, Selector)
+    if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
+        yield (
+            f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
+            f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
+        )
+
+
+def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
+    if dynamic.mixer is None:
+        given = {
+            "initial_proportions": dynamic.initial_proportions is not None,
+            "max_epochs": dynamic.max_epochs is not None,
+            "unit": dynamic.unit != "sequences",
+        }
+        for key in (key for key, there in given.items() if there):
+            yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
+        return
+    if dynamic.initial_proportions is not None:
+        try:
+            check_numbers(dynamic.initial_proportions, "dynamic.initial_proportions")
+        except ValueError as error:
+            yield str(error)
+    if dynamic.initial_proportions is not None and dynamic.warmup_steps == 0 and "warmup_steps" not in unread:
+        yield (
+            "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; "
+            "set warmup_steps, or remove the key"
+        )

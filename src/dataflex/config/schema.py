@@ -1,0 +1,126 @@
+"""What a configuration means, once read: frozen dataclasses without any parsing.
+
+The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block, with their ranges in the
+metadata; ``user=False`` marks what only the translation of flat keys sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dataflex.core.protocols import STAGES, Method, Needs, Params
+from dataflex.core.registry import find
+
+__all__ = ["DynamicConfig", "MethodConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One method of a run: which, with what parameters, towards which targets.
+
+    Attributes:
+        kind: "selector", "mixer" or "weighter".
+        name: Its name in the registry.
+        params: Its built parameters.
+        targets: Names of the target data sets; empty where the method takes none.
+    """
+
+    kind: str
+    name: str
+    params: Params
+    targets: tuple[str, ...] = ()
+
+    @property
+    def cls(self) -> type[Method]:
+        """The class of the method."""
+        return find(self.kind, self.name)
+
+    def build(self) -> Method:
+        """Return a new instance of the method."""
+        return self.cls(self.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """Everything that the ``dynamic`` block (or the flat keys of existing DataFlex) asks for."""
+
+    selector: MethodConfig | None = field(default=None, metadata={"help": "method that chooses rows"})
+    mixer: MethodConfig | None = field(default=None, metadata={"help": "method that sets proportions of domains"})
+    weighter: MethodConfig | None = field(default=None, metadata={"help": "method that weighs losses"})
+    warmup_steps: int = field(default=0, metadata={"help": "optimizer steps before the first decision", "minimum": 0})
+    interval_steps: int | None = field(
+        default=None, metadata={"help": "optimizer steps between two decisions", "minimum": 1}
+    )
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the pool that the selector leaves to the mixer",
+            "above": 0.0,
+            "maximum": 1.0,
+        },
+    )
+    repeat: bool = field(
+        default=False, metadata={"help": "whether an interval may serve a row again when too few were selected"}
+    )
+    unit: Literal["sequences", "tokens"] = field(
+        default="sequences", metadata={"help": "what proportions are proportions of"}
+    )
+    initial_proportions: tuple[float, ...] | dict[str, float] | None = field(
+        default=None, metadata={"help": "proportions of the domains during warm-up", "minimum": 0.0}
+    )
+    max_epochs: float | dict[str, float] | None = field(
+        default=None, metadata={"help": "most epochs over any domain, or over each", "above": 0.0}
+    )
+    at_cap: Literal["error", "redistribute", "stop"] = field(
+        default="redistribute", metadata={"help": "what happens to a domain that reached max_epochs"}
+    )
+    domain_column: str | None = field(
+        default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
+    )
+    plugins: tuple[str, ...] = field(default=(), metadata={"help": "Python files that define methods"})
+    resume_plan: Literal["strict", "ignore"] = field(
+        default="strict", metadata={"help": "whether a resumed run must find the data of the saved plan"}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "seed of all decisions; without it, the run's seed", "minimum": 0}
+    )
+    freeze_gate: bool = field(default=False, metadata={"help": "whether the gates of a MoE model are not trained"})
+    early_stopping_min_delta: float = field(
+        default=0.0, metadata={"help": "least gain that counts for early_stopping_steps", "minimum": 0.0}
+    )
+    cycle_steps: int | None = field(default=None, metadata={"user": False})
+    total_steps: int | None = field(default=None, metadata={"user": False})
+
+    @property
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The methods asked for, in the order in which they decide."""
+        return tuple(method for method in (self.selector, self.mixer, self.weighter) if method is not None)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether any method decides from the model or the step."""
+        return any(method.cls.adaptive for method in self.methods)
+
+    @property
+    def needs(self) -> Needs:
+        """What all methods together need; stages and back ends are those that every one works under."""
+        all_needs = [method.cls.needs for method in self.methods]
+        return Needs(
+            signals=frozenset().union(*(needs.signals for needs in all_needs)),
+            targets=any(needs.targets for needs in all_needs),
+            domains=max((needs.domains for needs in all_needs), default=1),
+            stages=tuple(stage for stage in STAGES if all(stage in needs.stages for needs in all_needs)),
+            zero3=all(needs.zero3 for needs in all_needs),
+        )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of all target data sets, each once, in order of mention."""
+        return tuple(dict.fromkeys(target for method in self.methods for target in method.targets))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the raw data columns that must ride along with the rows, each once."""
+        asked = [column for method in self.methods for column in method.build().columns()]
+        return tuple(dict.fromkeys(([self.domain_column] if self.domain_column else []) + asked))

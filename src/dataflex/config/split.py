@@ -1,0 +1,91 @@
+"""Splits one configuration into LLaMA-Factory's part and ours; ``resolve`` also checks them, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.build import parse_dynamic
+from dataflex.config.check import found_problems
+from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.legacy import translate
+from dataflex.config.schema import DynamicConfig
+from dataflex.core.registry import KINDS
+from dataflex.errors import ConfigError, did_you_mean
+
+__all__ = ["Split", "resolve", "split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One configuration in two parts.
+
+    Attributes:
+        lf: LLaMA-Factory's keys, untouched but for ``max_steps`` where flat keys fix the run's length.
+        dynamic: What is decided during training; None for a stock run.
+        notes: What the translation of flat keys dropped or means differently, one line each.
+        early_stopping_min_delta: Least gain that counts for ``early_stopping_steps``; may be set in a
+            stock run of existing DataFlex too.
+    """
+
+    lf: dict[str, Any]
+    dynamic: DynamicConfig | None
+    notes: tuple[str, ...] = ()
+    early_stopping_min_delta: float = 0.0
+
+
+def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
+    """Return the two parts of a configuration, without looking at LLaMA-Factory's.
+
+    Args:
+        mapping: The whole configuration.
+        base_dir: Folder of the configuration file.
+
+    Raises:
+        ConfigError: All problems of the ``dynamic`` block or of the flat keys.
+    """
+    flat = [key for key in mapping if key in FLAT_KEYS]
+    problems = list(_misspelt(mapping))
+    if mapping.get("dynamic") is not None and flat:
+        problems.append(
+            f"dynamic: given together with flat keys of existing DataFlex ({', '.join(flat)}); write one or the other"
+        )
+    if problems:
+        raise ConfigError(problems)
+    rest = {key: value for key, value in mapping.items() if key != "dynamic"}
+    if mapping.get("dynamic") is None:
+        lf, dynamic, delta, notes = translate(rest, base_dir)
+        return Split(lf=lf, dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
+    dynamic = parse_dynamic(mapping["dynamic"], base_dir)
+    return Split(lf=rest, dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta)
+
+
+def resolve(mapping: Mapping[str, Any], base_dir: Path) -> Split:
+    """Return the two parts of a configuration, with everything checked that needs no model.
+
+    Raises:
+        ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
+    """
+    problems: list[str] = []
+    try:
+        parts = split(mapping, base_dir)
+    except ConfigError as error:
+        problems += error.problems
+        # What can be said about the rest does not depend on the part that is broken.
+        lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
+        parts = Split(lf=lf, dynamic=DynamicConfig())
+    problems += found_problems(parts.dynamic, parts.lf, base_dir)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return parts
+
+
+def _misspelt(mapping: Mapping[str, Any]) -> list[str]:
+    """Return a problem per top-level mapping that looks like a misspelt ``dynamic`` block."""
+    return [
+        f"{key}: unknown key{did_you_mean(str(key), ['dynamic'])}"
+        for key, value in mapping.items()
+        if key != "dynamic" and isinstance(value, Mapping) and any(kind in value for kind in KINDS)
+    ]

@@ -1,0 +1,249 @@
+"""The mixture stream: which row comes next when domains are served in proportions that may change.
+
+No data set is rebuilt. All that changes is an append-only log of segments and how far each domain was
+read; the rest is a function of (seed, segment, block) and (seed, domain name, epoch). So the stream is
+the same however it is cut into calls, and a resumed run goes on at any sequence. Knows no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.core.blocks import block_counts, block_labels
+from dataflex.core.caps import AtCap, cap_limits, expected_epochs, without
+from dataflex.core.domains import Domains, check_proportions
+from dataflex.core.epochs import ShuffledEpochs, serve
+from dataflex.core.protocols import Rows, State
+from dataflex.core.segments import Segment, log_from_state, log_state
+from dataflex.errors import CheckpointError, DataError
+
+__all__ = ["MixtureSampler"]
+
+_CHUNK_IDS = 1 << 19  # ids made at a time
+_CHUNK_CELLS = 1 << 21  # block x domain cells made at a time
+
+
+class MixtureSampler:
+    """Yields row ids so that domains follow proportions, block by block, without replacement.
+
+    - Counts in a block follow the proportions by residual carry (``block_counts``).
+    - The order within a block is a permutation keyed by (seed, segment, block).
+    - Each domain is read in shuffled epochs (``ShuffledEpochs``): every row once before any twice.
+    - A segment may end inside a block; carried on is then the served share of the block's change of
+      residual, so that small domains are not forgotten by short segments.
+
+    At the first sequence past a domain's cap ``error`` raises and leaves the sampler as it was before the
+    call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
+    ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
+
+    Args:
+        domains_rows: The domains, or the rows of each domain (as after a selection).
+        seed: Seed of the run.
+        block: Sequences in a block, usually the global batch.
+        max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
+        at_cap: What happens at a cap.
+        names: Names of the domains where ``domains_rows`` is a list.
+    """
+
+    def __init__(
+        self,
+        domains_rows: Domains | Sequence[Rows],
+        seed: int,
+        block: int,
+        max_epochs: ArrayLike | None = None,
+        at_cap: AtCap = "error",
+        *,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        assert block >= 1, f"block {block}"
+        assert at_cap in get_args(AtCap), f"at_cap {at_cap!r}"
+        if isinstance(domains_rows, Domains):
+            names = domains_rows.names
+            domains_rows = [domains_rows.rows(k) for k in range(len(names))]
+        self.names: tuple[str, ...] = tuple(names or map(str, range(len(domains_rows))))
+        assert len(self.names) == len(domains_rows), f"{len(self.names)} names, {len(domains_rows)} domains"
+        self.sizes: NDArray[np.int64] = np.array([len(rows) for rows in domains_rows], dtype=np.int64)
+        self.seed = int(seed)
+        self.block = int(block)
+        self.at_cap: AtCap = at_cap
+        self._max_epochs = None if max_epochs is None else np.asarray(max_epochs, dtype=np.float64)
+        self._limits = cap_limits(self.sizes, max_epochs)
+        self._segments: list[Segment] = []
+        self._position = 0
+        self._drawn = np.zeros(len(self.names), dtype=np.int64)
+        self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self._streams = [ShuffledEpochs(*pair, self.seed) for pair in zip(domains_rows, self.names, strict=True)]
+
+    @property
+    def position(self) -> int:
+        """Index of the next sequence."""
+        return self._position
+
+    @property
+    def drawn(self) -> NDArray[np.int64]:
+        """Sequences drawn so far by domain, int64 [K]."""
+        return self._drawn.copy()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The log, oldest first."""
+        return tuple(self._segments)
+
+    @property
+    def exhausted(self) -> tuple[str, ...]:
+        """Names of the domains at their cap."""
+        return tuple(self.names[k] for k in np.flatnonzero(self._drawn >= self._limits))
+
+    def expected(self, proportions: ArrayLike, total: int) -> NDArray[np.float64]:
+        """Return the epochs of each domain [K] once ``total`` more sequences were drawn."""
+        shares = check_proportions(proportions, self.names)
+        sizes = np.maximum(self.sizes, 1)
+        return expected_epochs(sizes, shares, total, self._max_epochs, self.at_cap, self._drawn)
+
+    def append(self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "") -> None:
+        """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
+
+        Args:
+            proportions: Proportions of sequences [K], >= 0, sum 1; 0 means never.
+            start: Must equal ``position``; only the first segment may start anywhere.
+            decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
+            reason: One line.
+
+        Raises:
+            ComponentError: Malformed proportions.
+            DataError: A domain without rows has a share, or all domains with a share are at their caps.
+        """
+        shares = check_proportions(proportions, self.names)
+        for k in np.flatnonzero((shares > 0) & (self.sizes == 0)):
+            raise DataError(f"domain {self.names[k]!r} has no rows, but a proportion of {shares[k]:.4g}")
+        if not self._segments:
+            self._position = int(start)
+        assert start == self._position, f"segment starts at {start}, but the next sequence is {self._position}"
+        self._open(shares, decided_at_step, reason)
+        if self.at_cap == "redistribute" and ((self._drawn >= self._limits) & (shares > 0)).any():
+            self._redistribute()
+
+    def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
+        if self._segments:
+            last = self._segments[-1]
+            served = (self._position - last.start) % self.block
+            if served:
+                _, rests = block_counts(last.proportions, self.block, self._residual, 1)
+                self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
+        # A domain that is left out has no claims; the others' still have to sum to 0.
+        residual = np.where(shares > 0, self._residual, 0.0)
+        self._residual = residual - residual.sum() * shares
+        self._segments.append(
+            Segment(start=self._position, proportions=shares, decided_at_step=int(decided_at_step), reason=reason)
+        )
+
+    def _redistribute(self) -> None:
+        last = self._segments[-1]
+        closed = (self._drawn >= self._limits) & (last.proportions > 0)
+        shares = without(last.proportions, closed)
+        told = ", ".join(f"{self.names[k]!r} at {self._drawn[k]:,} rows" for k in np.flatnonzero(closed))
+        if shares is None:
+            raise DataError(
+                f"after {self._position:,} sequences every domain with a share is at its max_epochs ({told}). "
+                "Raise max_epochs or train for fewer steps."
+            )
+        self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
+
+    def draw(self, count: int) -> Rows:
+        """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
+
+        Raises:
+            DataError: A cap is passed and the policy is ``error``, or no domain is left.
+        """
+        assert self._segments, "append proportions before drawing"
+        before, num_segments = (self._position, self._residual, self._drawn), len(self._segments)
+        out, done = np.empty(count, dtype=np.int64), 0
+        try:
+            while done < count:
+                rows, blocked = self._serve(count - done)
+                out[done : done + rows.size] = rows
+                done += rows.size
+                if blocked is None:
+                    continue
+                if self.at_cap == "stop":
+                    break
+                if self.at_cap == "error":
+                    raise DataError(
+                        f"domain {self.names[blocked]!r} is used up after {self._position:,} sequences: max_epochs "
+                        f"allows {self._limits[blocked]:,} draws of its {self.sizes[blocked]:,} rows. Raise "
+                        "max_epochs, lower its proportion, or set 'at_cap: redistribute'."
+                    )
+                self._redistribute()
+        except DataError:
+            self._position, self._residual, self._drawn = before
+            del self._segments[num_segments:]
+            raise
+        return out[:done]
+
+    def _serve(self, count: int) -> tuple[Rows, int | None]:
+        """Draw at most ``count`` rows of the current segment; the domain whose cap is next, if it cut them."""
+        first, offset = divmod(self._position - self._segments[-1].start, self.block)
+        labels, rests = self._labels(first, offset, count)
+        used = np.bincount(labels, minlength=len(self.names))
+        over = np.flatnonzero(used > self._limits - self._drawn)
+        blocked: int | None = None
+        if over.size:
+            # The first sequence past a cap is that domain's occurrence number (limit - drawn).
+            cuts = [int(np.flatnonzero(labels == k)[self._limits[k] - self._drawn[k]]) for k in over]
+            blocked = int(over[np.argmin(cuts)])
+            labels = labels[: min(cuts)]
+            used = np.bincount(labels, minlength=len(self.names))
+        rows = serve(labels, used, self._drawn, self._streams)
+        self._drawn = self._drawn + used
+        self._position += labels.size
+        self._residual = rests[(offset + labels.size) // self.block]
+        return rows, blocked
+
+    def _labels(self, first: int, offset: int, count: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
+        """Domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
+        shares, block, num_domains = self._segments[-1].proportions, self.block, len(self.names)
+        active = shares > 0
+        # Blocks far beyond the nearest cap would be made in vain.
+        to_cap = (((self._limits - self._drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
+        most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // num_domains, int(min(to_cap, 1e9))))
+        num = min(-(-(offset + count) // block), most)
+        labels, rests = block_labels(shares, block, self._residual, self.seed, len(self._segments) - 1, first, num)
+        return labels[offset : offset + count], rests
+
+    def state_dict(self) -> State:
+        """Return everything that a resumed run needs: the log, positions and the residual."""
+        return {
+            "names": list(self.names),
+            "sizes": self.sizes.copy(),
+            "seed": self.seed,
+            "block": self.block,
+            "position": self._position,
+            "drawn": self.drawn,
+            "residual": self._residual.copy(),
+            "segments": log_state(self._segments, len(self.names)),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where ``state_dict`` was taken; caps and their policy may have changed.
+
+        Raises:
+            CheckpointError: Other domains, sizes, seed or block, or a malformed state.
+        """
+        for key, mine in (("names", self.names), ("sizes", self.sizes), ("seed", self.seed), ("block", self.block)):
+            found = state.get(key)
+            if not np.array_equal(np.asarray(found), np.asarray(mine)):
+                raise CheckpointError(
+                    f"resume: {key} of the mixture's domains changed ({found} -> {mine}); the stream would go on "
+                    "with other samples. Restore the data and settings, or start fresh with 'resume_plan: ignore'."
+                )
+        try:
+            segments = log_from_state(state["segments"])
+            position = int(state["position"])
+            drawn, residual = np.array(state["drawn"], np.int64), np.array(state["residual"], np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"resume: the state of the mixture is malformed ({error!r})") from error
+        self._segments, self._position, self._drawn, self._residual = segments, position, drawn, residual

@@ -1,0 +1,248 @@
+"""A run in pictures, each drawn only when the record has data for it, its title saying what one sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dataflex.record import canvas
+from dataflex.record.canvas import COLOURS, GREY
+from dataflex.record.digest import Event, Run, domain_groups, domain_shares, running_mean
+from dataflex.record.summary import methods
+from dataflex.record.text import cut, duration, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["PLOTS", "draw"]
+
+_MIXTURE_DOMAINS, _COMPOSITION_DOMAINS, _EVALS = 12, 24, 6
+_SMOOTH_FROM = 120
+_PHASES = {"training": COLOURS[0], "evaluation": COLOURS[3], "checkpoint": COLOURS[2], "other": GREY}
+_DECIDING = (COLOURS[5], COLOURS[1], COLOURS[6], COLOURS[4])
+
+
+def draw(run: Run) -> dict[str, bytes]:
+    """Draw every picture that the record has data for; file name -> PNG."""
+    drawn = {}
+    with canvas.styled():
+        for name, plot in PLOTS.items():
+            figure = plot(run)
+            if figure is not None:
+                drawn[name] = canvas.png(figure)
+    return drawn
+
+
+def _train_curve(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
+    if len(values) < _SMOOTH_FROM:
+        axes.plot(steps, values, color=COLOURS[0], linewidth=1.6, label="train")
+        return
+    axes.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.3, label="train")
+    axes.plot(
+        steps, running_mean(values, len(values) // 60), color=COLOURS[0], linewidth=1.8, label="train, running mean"
+    )
+
+
+def _loss(run: Run) -> Figure | None:
+    train = run.train_loss()
+    evals = [(key, curve) for key, curve in run.metrics().items() if key.endswith("loss")][:_EVALS]
+    if not train and not evals:
+        return None
+    figure, (axes,) = canvas.new_figure()
+    told = []
+    for at, event in enumerate(event for event in run.planned if event["kind"] == "warmup"):
+        span = (event["start_step"], event["stop_step"])
+        axes.axvspan(*span, color="#EFEFEF", label=None if at else "warm-up", zorder=0)
+    if train:
+        steps, values = zip(*train, strict=True)
+        _train_curve(axes, steps, values)
+        told.append(f"Training loss {number(values[0], 3)} -> {number(values[-1], 3)}")
+    for at, (key, curve) in enumerate(evals):
+        steps, values = zip(*curve, strict=True)
+        name = canvas.short_name(key, 28)
+        axes.plot(
+            steps, values, color=COLOURS[(1 + at) % len(COLOURS)], marker="o", markersize=4, clip_on=False, label=name
+        )
+    if evals:
+        key, curve = evals[0]
+        best_step, best = min(curve, key=lambda point: point[1])
+        told.append(f"{cut(key, 28)} {number(curve[0][1], 3)} -> {number(curve[-1][1], 3)}")
+        told[-1] += f" (best {number(best, 3)} at step {best_step})" if best_step != curve[-1][0] else ""
+    canvas.step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+    stage = (run.started.get("config") or {}).get("stage")
+    axes.set_ylabel("loss (nats per token)" if stage in ("sft", "pt") else "loss")
+    canvas.headline(figure, "; ".join(told))
+    canvas.legend(axes)
+    return figure
+
+
+def _mixture(run: Run) -> Figure | None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    planned = [event for event in run.planned if sum((event.get("domain_counts") or {}).values())]
+    if not planned:
+        return None
+    groups = domain_groups(run, _MIXTURE_DOMAINS)
+    figure, (axes,) = canvas.new_figure()
+    xs, below = canvas.corners(planned, [0.0] * len(planned))
+    nominal_below = below
+    nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
+    handles: list[Any] = []
+    for at, (name, members) in enumerate(groups):
+        rest = at == _MIXTURE_DOMAINS
+        look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
+        look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
+        heights = canvas.corners(planned, domain_shares(planned, "domain_counts", members))[1]
+        top = [low + height for low, height in zip(below, heights, strict=True)]
+        axes.fill_between(xs, below, top, **look)
+        handles.append(Patch(label=canvas.short_name(name), **look))
+        below = top
+        nominal = canvas.corners(planned, domain_shares(planned, "proportions", members))[1]
+        nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
+        if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
+            axes.plot(xs, nominal_below, **nominal_look)
+    handles.reverse()  # the legend reads from top to bottom, as the areas lie
+    if any(event.get("proportions") for event in planned):
+        handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
+    canvas.step_axis(axes, run, planned[-1]["stop_step"])
+    handles += axes.get_legend_handles_labels()[0]
+    axes.set_ylim(0, 1)
+    canvas.percent_axis(axes.yaxis)
+    axes.set_ylabel("share of served rows")
+    canvas.headline(figure, _mixture_headline(run, planned))
+    canvas.legend(axes, handles)
+    return figure
+
+
+def _mixture_headline(run: Run, planned: Sequence[Event]) -> str:
+    ends = []
+    for name in run.domains:
+        shares = domain_shares([planned[0], planned[-1]], "domain_counts", [name])
+        ends.append((name, shares[0] or 0.0, shares[1] or 0.0))
+    if len(planned) == 1:
+        return "Served mixture of the one interval so far"
+    name, first, last = max(ends, key=lambda end: abs(end[2] - end[1]))
+    if abs(last - first) < 0.01:
+        return f"Served mixture: the same in the first and the last of {len(planned)} intervals"
+    told = f"{'rose' if last > first else 'fell'} from {percent(first, 0)} to {percent(last, 0)}"
+    return f"Served mixture: {cut(name, 28)} {told}"
+
+
+def _scores(run: Run) -> Figure | None:
+    scored = [event for event in run.planned if (event.get("scores") or {}).get("p50") is not None]
+    if not scored:
+        return None
+    figure, (axes,) = canvas.new_figure()
+    for low, high, colour in (("p05", "p95", "#D6E6F2"), ("p25", "p75", "#9CC4E0")):
+        xs, lows = canvas.corners(scored, [event["scores"][low] for event in scored])
+        highs = canvas.corners(scored, [event["scores"][high] for event in scored])[1]
+        name = f"pool, {int(low[1:])} % to {int(high[1:])} %"
+        axes.fill_between(xs, lows, highs, color=colour, linewidth=0.0, label=name)
+    medians = [event["scores"]["p50"] for event in scored]
+    axes.plot(*canvas.corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
+    told = f"Median score of the pool {number(medians[0], 3)} -> {number(medians[-1], 3)}"
+    served = [(event.get("served_scores") or {}).get("p50") for event in scored]
+    known = [value for value in served if value is not None]
+    if known:
+        axes.plot(*canvas.corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
+        told += f", of the rows served {number(known[0], 3)} -> {number(known[-1], 3)}"
+    canvas.step_axis(axes, run, scored[-1]["stop_step"])
+    selector = [name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "selector"]
+    axes.set_ylabel(f"score (selector {selector[0]})" if selector else "score")
+    canvas.headline(figure, told)
+    canvas.legend(axes)
+    return figure
+
+
+def _composition(run: Run) -> Figure | None:
+    served, pool = run.served(), run.pool
+    all_served, all_pool = sum(served.values()), sum(pool.values())
+    if not all_served or not all_pool:
+        return None
+    groups = domain_groups(run, _COMPOSITION_DOMAINS)
+    shares = [sum(served[name] for name in members) / all_served for _, members in groups]
+    fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
+    figure, (axes,) = canvas.new_figure(1.4 + 0.45 * len(groups))
+    places = list(range(len(groups)))
+    axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
+    axes.barh([place + 0.19 for place in places], fair, 0.36, color=GREY, label="pool")
+    for place, share, base in zip(places, shares, fair, strict=True):
+        text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
+        axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(places, [canvas.short_name(name, 28) for name, _ in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.22 * max(*shares, *fair))
+    canvas.percent_axis(axes.xaxis)
+    axes.set_xlabel("share of rows")
+    ratios = [
+        (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
+    ]
+    (most, most_name), (least, least_name) = max(ratios), min(ratios)
+    if most < 1.02 and least > 0.98:
+        canvas.headline(figure, "Domains are served in the proportions of the pool")
+    else:
+        canvas.headline(
+            figure, f"{most_name} is served {most:.2f} times its share of the pool, {least_name} {least:.2f} times"
+        )
+    canvas.legend(axes)
+    return figure
+
+
+def _seconds(run: Run) -> Figure | None:
+    phases = run.phase_seconds()
+    total = sum(phases.values())
+    if not total:
+        return None
+    figure, (axes,) = canvas.new_figure(2.6)
+    spare = iter(_DECIDING * len(phases))
+    left = 0.0
+    for phase, seconds in phases.items():
+        name = f"{canvas.short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
+        colour = _PHASES.get(phase) or next(spare)
+        axes.barh([0], [seconds], 0.6, left=left, color=colour, edgecolor="white", linewidth=0.8, label=name)
+        if seconds / total >= 0.08:
+            ink = "white" if phase == "training" else "black"
+            axes.annotate(percent(seconds / total, 0), (left + seconds / 2, 0), ha="center", va="center", color=ink)
+        left += seconds
+    axes.set_yticks([])
+    axes.set_xlim(0, total)
+    axes.set_xlabel("seconds")
+    spent = sum(seconds for phase, seconds in phases.items() if phase in run.deciding_phases())
+    canvas.headline(figure, f"Deciding took {percent(spent / total)} of {duration(total)}")
+    canvas.legend(axes)
+    return figure
+
+
+def _weights(run: Run) -> Figure | None:
+    names = {"ess": "effective sample size", "max": "largest weight"}
+    told = [(name, run.weight_curve(key)) for key, name in names.items() if run.weight_curve(key)]
+    if not told:
+        return None
+    figure, every = canvas.new_figure(1.4 + 1.9 * len(told), rows=len(told))
+    for axes, (name, curve) in zip(every, told, strict=True):
+        share = name == names["ess"]
+        axes.plot(*zip(*curve, strict=True), color=COLOURS[0 if share else 5], linewidth=1.4)
+        axes.set_ylabel("effective sample size\n(share of sequences)" if share else name)
+        if share:
+            canvas.percent_axis(axes.yaxis)
+        canvas.step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+        axes.label_outer()
+    means = [(name, sum(value for _, value in curve) / len(curve)) for name, curve in told]
+    said = [f"{name} {percent(mean) if name == names['ess'] else number(mean, 2)}" for name, mean in means]
+    canvas.headline(figure, "Weights, on average: " + ", ".join(said))
+    return figure
+
+
+PLOTS: dict[str, Callable[[Run], Figure | None]] = {
+    "loss.png": _loss,
+    "mixture.png": _mixture,
+    "scores.png": _scores,
+    "composition.png": _composition,
+    "seconds.png": _seconds,
+    "weights.png": _weights,
+}
+"""File name -> what draws it, in the order of the report."""

@@ -1,0 +1,122 @@
+"""Reads a run's record back: the events, and the stored plans.
+
+Works while the run is still going on and after it was killed, so a torn last line is left out; any
+other damage is an error, since a record with holes would be summed up wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import Rows
+from dataflex.errors import DataError
+
+__all__ = ["EVENTS", "StoredPlan", "load_plan", "parse_events", "plan_name", "read_events", "record_dir"]
+
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPlan:
+    """The arrays of one interval.
+
+    Attributes:
+        rows: Row ids in serving order [m], int64.
+        pool: Row ids chosen from [n], int64; None when that was every row, in order.
+        scores: Score of every pool row [n], float32, NaN where not scored; None without scores.
+        weights: Weight of every row of ``rows`` [m], float32; None when not known beforehand.
+    """
+
+    rows: Rows
+    pool: Rows | None = None
+    scores: NDArray[np.float32] | None = None
+    weights: NDArray[np.float32] | None = None
+
+
+def plan_name(interval: int) -> str:
+    """Path of an interval's arrays, relative to the record's folder."""
+    return f"plans/plan-{interval:05d}.npz"
+
+
+def record_dir(run_dir: Path | str) -> Path:
+    """Find the record of a run.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+
+    Raises:
+        DataError: There is none.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} is not a folder; give the output_dir of a run with a dynamic block")
+    for folder in (run_dir / "dataflex", run_dir):
+        if (folder / EVENTS).is_file():
+            return folder
+    raise DataError(f"{run_dir} has no dataflex/{EVENTS}; is it the output_dir of a run with a dynamic block?")
+
+
+def parse_events(path: Path) -> list[dict[str, Any]]:
+    """Read a file of events in the order they were written; a torn last line is left out.
+
+    Raises:
+        DataError: The file cannot be read, or a line before the last is not an event.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[: last + 1]):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or not {"event", "step", "time"} <= event.keys():
+                raise ValueError("an event is an object with the keys event, step and time")
+        except ValueError as error:
+            if number == last and number == len(lines) - 1:  # no newline: the process ended while writing it
+                break
+            raise DataError(
+                f"{path}, line {number + 1} is not an event ({error}); the record is damaged: "
+                "remove that line to read the rest, or move the file away to record afresh"
+            ) from error
+        events.append(event)
+    return events
+
+
+def read_events(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Read the events of a run.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+
+    Raises:
+        DataError: The folder has no record, or the record is damaged.
+    """
+    return parse_events(record_dir(run_dir) / EVENTS)
+
+
+def load_plan(run_dir: Path | str, index: int) -> StoredPlan:
+    """Load the arrays of interval ``index``.
+
+    Raises:
+        DataError: The folder has no record, or no plan of that interval, or the file is damaged.
+    """
+    folder = record_dir(run_dir)
+    path = folder / plan_name(index)
+    if not path.is_file():
+        known = sorted(int(file.stem.removeprefix("plan-")) for file in (folder / "plans").glob("plan-*.npz"))
+        told = f"it has {known[0]} to {known[-1]}" if known else "it has none yet"
+        raise DataError(f"{folder} holds no plan of interval {index}; {told}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return StoredPlan(**{name: stored[name] for name in stored.files})
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,223 @@
+"""Writes what a run decides and does while it happens, so that a killed run still tells its story.
+
+``events.jsonl`` holds one JSON object a line, appended and flushed at once; ``plans/plan-00003.npz``
+holds the arrays of one interval, written aside and renamed. Only rank 0 records; the other ranks
+hold a ``NullRecorder``. Nothing here reads a model, a clock other than the wall's, or a random
+stream, and nothing is computed per step beyond turning a dozen numbers into text.
+
+Every event is ``{"event": name, "step": optimizer steps done, "time": Unix seconds, ...}``. Numbers
+that are NaN or infinite are written as null and their dotted keys listed under ``nonfinite``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import Rows
+from dataflex.errors import DataError
+from dataflex.record.read import EVENTS, parse_events, plan_name
+from dataflex.record.values import plain, replacing, scores_of, summarise_scores
+
+if TYPE_CHECKING:
+    from dataflex.core.plan import DataPlan
+    from dataflex.core.schedule import Interval
+
+__all__ = ["NullRecorder", "RunRecorder"]
+
+_OURS = ("event", "step", "time", "seconds", "nonfinite")
+
+
+def _happens_again(event: Mapping[str, Any], step: int, plan_in_progress: int | None) -> bool:
+    """Whether a run that goes on after ``step`` optimizer steps will record this event once more."""
+    if event["event"] == "finished":
+        return True
+    if event["event"] == "planned":
+        return event["start_step"] >= step and event["interval"] != plan_in_progress
+    return event["step"] > step
+
+
+class RunRecorder:
+    """The record of one run, kept by rank 0.
+
+    A fresh run replaces an older record of the same folder. A resumed run keeps the lines up to the
+    step it starts from, drops those that will happen again, and appends.
+
+    Args:
+        directory: ``<output_dir>/dataflex``; made when missing.
+        resume_step: Optimizer steps done in the checkpoint that the run starts from; None when fresh.
+        plan_in_progress: Index of the interval whose plan the checkpoint holds. Only needed when that
+            plan starts exactly at ``resume_step`` (otherwise it started earlier and is kept anyway).
+
+    Raises:
+        DataError: The folder cannot be written, or the record to go on with is damaged.
+    """
+
+    def __init__(self, directory: Path, resume_step: int | None = None, *, plan_in_progress: int | None = None) -> None:
+        self.directory = Path(directory)
+        self._first_step = resume_step or 0
+        path = self.directory / EVENTS
+        try:
+            (self.directory / "plans").mkdir(parents=True, exist_ok=True)
+            kept: list[dict[str, Any]] = []
+            if resume_step is not None and path.is_file():
+                events = parse_events(path)
+                kept = [event for event in events if not _happens_again(event, resume_step, plan_in_progress)]
+            with replacing(path) as file:
+                file.writelines(json.dumps(event).encode() + b"\n" for event in kept)
+            names = {plan_name(event["interval"]) for event in kept if event["event"] == "planned"}
+            for stored in (self.directory / "plans").iterdir():
+                if stored.name.endswith((".npz", ".tmp")) and f"plans/{stored.name}" not in names:
+                    stored.unlink()
+        except OSError as error:
+            raise DataError(
+                f"output_dir: cannot keep the record of the run in {self.directory}: {error.strerror or error}"
+            ) from error
+
+    def run_started(
+        self,
+        *,
+        config: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        row_space: Mapping[str, Any],
+        versions: Mapping[str, str],
+        world: int,
+        global_batch: int,
+    ) -> None:
+        """Record what is about to run; a resumed run may say it again.
+
+        Args:
+            config: Resolved configuration; methods are looked for under its key ``dynamic``, or at its top.
+            schedule: ``warmup_steps``, ``interval_steps``, ``total_steps``.
+            row_space: ``fingerprint``, ``domains`` {domain: rows} (or ``sources``), ``tokens``.
+            versions: Package -> version.
+            world: Number of ranks.
+            global_batch: Sequences per optimizer step, over all ranks and micro-batches.
+        """
+        fields = {"config": config, "schedule": schedule, "row_space": row_space, "versions": versions}
+        self._write("run_started", self._first_step, {**fields, "world": world, "global_batch": global_batch})
+
+    def planned(
+        self,
+        *,
+        interval: Interval,
+        plan: DataPlan,
+        domain_counts: Mapping[str, int],
+        seconds: Mapping[str, float],
+        reason: str = "",
+        proportions: Mapping[str, float] | None = None,
+        pool: Rows | None = None,
+        scores: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Record the plan of one interval, decided when its first step was about to begin, and store its arrays.
+
+        Args:
+            interval: Which one.
+            plan: Its plan; negative row ids are places that no row is served in.
+            domain_counts: Rows served in this interval by domain.
+            seconds: Phase ("signals", "select", "plan", ...) -> seconds; no second in two phases.
+            reason: The methods' own words.
+            proportions: Nominal proportions by domain, when a mixer set them.
+            pool: Row ids that the selector chose from [n]; None means every row, in order.
+            scores: Score of every pool row [n], NaN where not scored.
+        """
+        arrays: dict[str, NDArray[Any]] = {"rows": np.asarray(plan.rows, dtype=np.int64)}
+        served = arrays["rows"][arrays["rows"] >= 0]
+        summaries: dict[str, Any] = {"scores": None, "served_scores": None}
+        if pool is not None:
+            arrays["pool"] = np.asarray(pool, dtype=np.int64)
+        if scores is not None:
+            arrays["scores"] = np.asarray(scores, dtype=np.float32)
+            of_served = scores_of(served, arrays.get("pool"), np.asarray(scores))
+            summaries = {"scores": summarise_scores(scores), "served_scores": summarise_scores(of_served)}
+        if plan.weights is not None:
+            arrays["weights"] = np.asarray(plan.weights, dtype=np.float32)
+        # The arrays come first: a line that names a plan must never name a file that is not there.
+        with replacing(self.directory / plan_name(interval.index)) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        fields = {
+            "interval": interval.index,
+            "kind": interval.kind,
+            "start_step": interval.start_step,
+            "stop_step": interval.stop_step,
+            "decided_at_step": interval.start_step,
+            "rows": len(served),
+            "digest": plan.digest(),
+            "domain_counts": domain_counts,
+            "proportions": proportions,
+            **summaries,
+            "seconds": seconds,
+            "reason": reason,
+            "plan": plan_name(interval.index),
+        }
+        self._write("planned", interval.start_step, fields)
+
+    def stepped(self, step: int, logs: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Record a training log of the Trainer, at its own rhythm.
+
+        Args:
+            step: Optimizer steps done.
+            logs: The log as the Trainer gives it ("loss", "grad_norm", "learning_rate", "dataflex/...").
+            seconds: Seconds spent in training steps since the last call; deciding, evaluating and
+                saving are not part of it. Without them, training counts as what is left of the time.
+        """
+        fields = {key: value for key, value in logs.items() if key not in _OURS}
+        self._write("stepped", step, fields if seconds is None else {**fields, "seconds": seconds})
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of one evaluation ("eval_loss", "eval_runtime", ...)."""
+        self._write("evaluated", step, {"metrics": metrics})
+
+    def checkpointed(self, step: int, path: Path | str, seconds: float) -> None:
+        """Record a checkpoint that is complete on disk, and the seconds it took."""
+        self._write("checkpointed", step, {"path": str(path), "seconds": seconds})
+
+    def resumed(self, step: int, checkpoint: Path | str) -> None:
+        """Record that the run goes on from a checkpoint after ``step`` steps."""
+        self._write("resumed", step, {"checkpoint": str(checkpoint)})
+
+    def finished(self, step: int, metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> None:
+        """Record the end of training; evaluations may still follow.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: The Trainer's closing metrics.
+            seconds: Phase -> seconds. Only phases that no other event carries are read from here,
+                since the others add up over all processes of a resumed run.
+        """
+        self._write("finished", step, {"metrics": metrics, "seconds": seconds or {}})
+
+    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        nonfinite: list[str] = []
+        line = {"event": event, "step": int(step), "time": time.time(), **plain(fields, "", nonfinite)}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        path = self.directory / EVENTS
+        try:
+            # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise DataError(f"output_dir: cannot write {path}: {error.strerror or error}") from error
+
+
+class NullRecorder(RunRecorder):
+    """Takes every call and does nothing: for the ranks other than 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def planned(self, **_: Any) -> None:
+        """Do nothing."""
+
+    def run_started(self, **_: Any) -> None:
+        """Do nothing."""
+
+    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        pass

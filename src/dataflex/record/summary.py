@@ -1,0 +1,206 @@
+"""A run in at most a hundred columns of text: what ran, where it got, where time and data went.
+
+Deterministic: the same record gives the same text, whatever the locale, the clock or the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from dataflex.record.digest import Curve, Event, Run, higher_is_better
+from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
+
+__all__ = ["methods", "summary"]
+
+_METHODS = ("selector", "mixer", "orderer", "weighter")
+_SETTINGS = (
+    "model_name_or_path",
+    "stage",
+    "finetuning_type",
+    "dataset",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "cutoff_len",
+    "seed",
+)
+_FIRST, _LAST = 10, 5
+_DOMAINS = 40
+_BAR = 30
+
+
+def summary(run: Run, title: str) -> str:
+    """Render the summary of a run.
+
+    Args:
+        run: The digested record.
+        title: Name of the run, usually its folder.
+    """
+    sections = (_head(run, title), _losses(run), _time(run), _intervals(run), _composition(run), _weights(run))
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def methods(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """List the methods of a configuration: kind, name and the settings that are not null.
+
+    Args:
+        config: The resolved configuration; methods lie under its key ``dynamic``, or at its top.
+    """
+    block = config.get("dynamic")
+    block = block if isinstance(block, Mapping) else config
+    found = []
+    for kind in _METHODS:
+        entry = block.get(kind)
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if isinstance(entry, Mapping) and entry.get("name"):
+            settings = {key: value for key, value in entry.items() if key not in ("name", "params")}
+            settings |= entry.get("params") or {}
+            told = {key: value for key, value in settings.items() if value is not None}
+            found.append((kind, str(entry["name"]), told))
+    return found
+
+
+def _head(run: Run, title: str) -> list[str]:
+    started = run.started
+    config = started.get("config") or {}
+    space = started.get("row_space") or {}
+    lines = [cut(f"DataFlex run {title}", WIDTH), "=" * min(width(f"DataFlex run {title}"), WIDTH)]
+    for kind, name, told in methods(config):
+        lines += labelled(kind, [name, *(f"{key} {short(value)}" for key, value in told.items())])
+    settings = [f"{key} {short(config[key])}" for key in _SETTINGS if config.get(key) is not None]
+    lines += labelled("settings", settings)
+    schedule = started.get("schedule") or {}
+    lines += labelled("schedule", [f"{key} {short(value)}" for key, value in schedule.items() if value is not None])
+    data = [f"{sum(run.pool.values()):,} rows in {len(run.pool)} domains"]
+    tokens = space.get("tokens")
+    tokens = sum(tokens.values()) if isinstance(tokens, Mapping) else tokens
+    data += [f"{tokens:,} tokens"] if tokens else []
+    data += [f"fingerprint {space['fingerprint']}"] if space.get("fingerprint") else []
+    lines += labelled("data", data)
+    if started:
+        lines += labelled("ranks", [short(started["world"]), f"global batch {short(started['global_batch'])}"])
+    lines += labelled("versions", [f"{name} {version}" for name, version in (started.get("versions") or {}).items()])
+    first, *later = run.started_times
+    lines += labelled("started", [_utc(first), *([f"again {_utc(later[-1])}"] if later else [])])
+    of = f" of {run.total_steps}" if run.total_steps else ""
+    state = "finished" if run.finished else "still running, or stopped,"
+    lines += labelled("state", [f"{state} at step {run.steps_done}{of}"])
+    resumes = [f"at step {event['step']} from {event['checkpoint']}" for event in run.resumed]
+    many = [f"{len(resumes)} times, of late"] if len(resumes) > _LAST else []
+    return lines + labelled("resumed", many + resumes[-_LAST:])
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(int(seconds), tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _curve(name: str, curve: Curve, higher: bool | None) -> list[str]:
+    cells = [cut(name, 36)]
+    best = [] if higher is None else [(max if higher else min)(curve, key=lambda point: point[1])]
+    for step, value in (curve[0], curve[-1], *best):
+        cells += [number(value), str(step)]
+    return cells + [""] * (7 - len(cells))
+
+
+def _losses(run: Run) -> list[str]:
+    curves = {"train loss": run.train_loss(), **run.metrics()}
+    rows = [["", "first", "at step", "last", "at step", "best", "at step"]]
+    rows += [
+        _curve(name, curve, False if name == "train loss" else higher_is_better(name))
+        for name, curve in curves.items()
+        if curve
+    ]
+    lines = ["Loss and evaluation", *table(rows, "<>>>>>>")] if len(rows) > 1 else []
+    broken = [event for event in run.stepped if "loss" in event.get("nonfinite", ())]
+    if broken:
+        first = broken[0]["step"]
+        lines.append(f"  train loss was not finite in {len(broken)} of {len(run.stepped)} logs, first at step {first}")
+    return lines if lines else ["Loss and evaluation", "  nothing logged yet"]
+
+
+def _time(run: Run) -> list[str]:
+    phases = run.phase_seconds()
+    total = sum(phases.values())
+    if not total:
+        return []
+    rows = [
+        [cut(name, 30), duration(seconds), percent(seconds / total), "#" * round(_BAR * seconds / total)]
+        for name, seconds in phases.items()
+    ]
+    return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")]
+
+
+def _interval_cells(event: Event, scored: bool) -> list[str]:
+    # Steps are shown as the Trainer logs them: counted from 1, both ends included.
+    steps = f"{event['start_step'] + 1}-{event['stop_step']}"
+    cells = [str(event["interval"]), cut(str(event["kind"]), 10), steps, f"{event['rows']:,}"]
+    scores = [number((event.get(key) or {}).get("p50"), 3) for key in ("scores", "served_scores")]
+    return cells + scores if scored else cells
+
+
+def _most_served(event: Event, room: int) -> str:
+    counts = event.get("domain_counts") or {}
+    total = sum(counts.values())
+    told = ""
+    for name, rows in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        item = f"{', ' if told else ''}{cut(name, 16)} {percent(rows / total if total else 0.0, 0)}"
+        if not rows or width(told + item) > room:
+            break
+        told += item
+    return told
+
+
+def _intervals(run: Run) -> list[str]:
+    planned = run.planned
+    if not planned:
+        return ["Intervals", "  none decided yet"]
+    shown = planned if len(planned) <= _FIRST + _LAST + 1 else [*planned[:_FIRST], *planned[-_LAST:]]
+    scored = any(event.get("scores") for event in planned)
+    header = ["#", "kind", "steps", "rows", *(["score p50", "served p50"] if scored else [])]
+    lines = table([header, *(_interval_cells(event, scored) for event in shown)], "><>>>>"[: len(header)])
+    column = max(width(line) for line in lines) + 2
+    tails = ["most served domains", *(_most_served(event, WIDTH - column) for event in shown)]
+    lines = [(line + " " * (column - width(line)) + tail).rstrip() for line, tail in zip(lines, tails, strict=True)]
+    if len(shown) < len(planned):
+        lines.insert(1 + _FIRST, f"  ... {len(planned) - len(shown)} more")
+    return [f"Intervals: {len(planned)}", *lines]
+
+
+def _composition(run: Run) -> list[str]:
+    served, pool = run.served(), run.pool
+    all_served, all_pool = sum(served.values()), sum(pool.values())
+    if not all_served:
+        return []
+    names = run.domains
+    if len(names) > _DOMAINS:
+        kept = set(sorted(names, key=lambda name: -served[name])[:_DOMAINS])
+        names = [name for name in names if name in kept]
+    entries = [(cut(name, 32), served[name], pool.get(name, 0)) for name in names]
+    if len(names) < len(run.domains):
+        rest = [name for name in run.domains if name not in names]
+        others = (sum(served[name] for name in rest), sum(pool.get(name, 0) for name in rest))
+        entries.append((f"{len(rest)} others", *others))
+    rows = [["domain", "rows served", "share", "pool rows", "share", "times its share", "epochs"]]
+    for name, count, size in entries:
+        share, fair = count / all_served, size / all_pool if all_pool else 0.0
+        times = f"{share / fair:.2f} x" if fair else "-"
+        epochs = f"{count / size:.2f}" if size else "-"
+        rows.append([name, f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
+    return ["Composition of the served rows", *table(rows, "<>>>>>>")]
+
+
+def _weights(run: Run) -> list[str]:
+    lines = []
+    ess, largest = run.weight_curve("ess"), run.weight_curve("max")
+    if ess:
+        step, least = min(ess, key=lambda point: point[1])
+        mean = sum(value for _, value in ess) / len(ess)
+        told = f"mean {percent(mean)} of the sequences, lowest {percent(least)} (step {step})"
+        lines.append(f"  effective sample size  {told}")
+    if largest:
+        step, most = max(largest, key=lambda point: point[1])
+        lines.append(f"  largest weight         {number(most, 2)} (step {step})")
+    return ["Weights", *lines] if lines else []

@@ -1,0 +1,102 @@
+"""Plain text for terminals: numbers without locale, columns that count wide characters as two."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["WIDTH", "cut", "duration", "labelled", "number", "percent", "short", "table", "width"]
+
+WIDTH = 100
+"""Columns of a report's text."""
+
+
+def width(text: str) -> int:
+    """Terminal columns that ``text`` takes."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def cut(text: str, columns: int) -> str:
+    """Shorten ``text`` to at most ``columns`` columns, ending in ``..`` when something was cut."""
+    text = " ".join(text.split())
+    if width(text) <= columns:
+        return text
+    kept = ""
+    for char in text:
+        if width(kept + char) > columns - 2:
+            break
+        kept += char
+    return kept + ".."
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number with fixed digits, or three significant ones where those would hide it; ``-`` for None."""
+    if value is None:
+        return "-"
+    if value and not 10.0 ** (1 - digits) <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{digits}f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Write a share of one as a percentage."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``12.3 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short(value: Any) -> str:
+    """Write a setting's value on one line: lists by commas, mappings as ``key: value`` in braces."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {short(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(short(item) for item in value) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def labelled(label: str, items: Sequence[str], indent: int = 12) -> list[str]:
+    """``label`` and its items, by commas, broken between items so that no line is wider than ``WIDTH``."""
+    room = WIDTH - indent
+    lines: list[str] = []
+    for item in items:
+        piece = cut(item, room - 1)
+        if lines and width(lines[-1]) + width(piece) + 3 <= room:
+            lines[-1] += f", {piece}"
+        else:
+            if lines:
+                lines[-1] += ","
+            lines.append(piece)
+    return [f"{label if not at else '':<{indent}}{line}" for at, line in enumerate(lines)]
+
+
+def table(rows: Sequence[Sequence[str]], align: str, indent: int = 2) -> list[str]:
+    """Rows of cells as aligned lines.
+
+    Args:
+        rows: The first is the header; all have as many cells as ``align`` has letters.
+        align: One letter a column: ``<`` left, ``>`` right.
+        indent: Spaces before each line.
+    """
+    columns = [max(width(row[at]) for row in rows) for at in range(len(align))]
+    lines = []
+    for row in rows:
+        cells = []
+        for cell, side, column in zip(row, align, columns, strict=True):
+            blank = " " * (column - width(cell))
+            cells.append(cell + blank if side == "<" else blank + cell)
+        lines.append((" " * indent + "  ".join(cells)).rstrip())
+    return lines

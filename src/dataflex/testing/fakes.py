@@ -1,0 +1,195 @@
+"""Stand-ins for what a run provides: signals, a context, a micro-batch."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.core.domains import Domains
+from dataflex.core.protocols import BatchView, Context, Rows
+from dataflex.core.schedule import Interval
+
+__all__ = [
+    "Call",
+    "FakeSignals",
+    "example_batch",
+    "example_context",
+    "global_random_state_untouched",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One question that a method asked of the signals.
+
+    Attributes:
+        signal: Which of ``Needs.signals`` it belongs to.
+        rows: The rows asked about.
+        options: Every other argument.
+    """
+
+    signal: str
+    rows: Rows
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FakeSignals:
+    """Signals read from arrays, which remember what was asked.
+
+    Args:
+        losses: Loss of every training row [N].
+        targets: Losses of every row of each target data set, by name.
+        adapted: Loss of every training row [N] under the probe of each target, by name; where it
+            is left out, a tenth less than ``losses``.
+    """
+
+    def __init__(
+        self,
+        losses: ArrayLike,
+        *,
+        targets: Mapping[str, ArrayLike] | None = None,
+        adapted: Mapping[str, ArrayLike] | None = None,
+    ) -> None:
+        self._losses = np.asarray(losses, dtype=np.float32)
+        self._targets = {name: np.asarray(values, dtype=np.float32) for name, values in (targets or {}).items()}
+        self._adapted = {name: np.asarray(values, dtype=np.float32) for name, values in (adapted or {}).items()}
+        self.calls: list[Call] = []
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """The signals that were asked for, to be compared with ``Needs.signals``."""
+        return frozenset(call.signal for call in self.calls)
+
+    def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Token-mean loss of each row [len(rows)]."""
+        self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
+        return (self._losses if target is None else self._targets[target])[rows]
+
+    def adapted_losses(
+        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
+    ) -> NDArray[np.float32]:
+        """Losses [len(rows)] under the probe trained towards a target."""
+        options = {
+            "towards": towards,
+            "depth_steps": depth_steps,
+            "learning_rate": learning_rate,
+            "rank": rank,
+            "alpha": alpha,
+        }
+        self.calls.append(Call(signal="losses", rows=rows, options=options))
+        return self._adapted.get(towards, self._losses * np.float32(0.9))[rows]
+
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of rows of the training set, or of the named target."""
+        return len(self._losses if target is None else self._targets[target])
+
+
+def example_context(
+    sizes: Mapping[str, int] | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    signals: FakeSignals | None = None,
+    seed: int = 0,
+    index: int = 0,
+    start_step: int = 0,
+    stop_step: int = 10,
+    targets: tuple[str, ...] = ("target",),
+    columns: Mapping[str, NDArray[Any]] | None = None,
+    total_sequences: int = 100,
+    unit: Literal["sequences", "tokens"] = "sequences",
+) -> Context:
+    """Return a context as a method meets it at an interval.
+
+    Args:
+        sizes: Rows of each domain, by name; web 40, code 20 and math 4 if left out.
+        lengths: Tokens of each row [N]; 10 each if left out.
+        signals: What the model makes of the rows; distinct losses 1, 1.01, ... if left out.
+        seed: Seed of the run.
+        index: Index of the interval.
+        start_step: First optimizer step of the interval.
+        stop_step: The step after its last one.
+        targets: Names of the target data sets.
+        columns: Raw columns that ride along with the rows.
+        total_sequences: Sequences of the whole run.
+        unit: Unit of the proportions.
+    """
+    sizes = {"web": 40, "code": 20, "math": 4} if sizes is None else sizes
+    num_rows = sum(sizes.values())
+    return Context(
+        interval=Interval(index=index, kind="dynamic", start_step=start_step, stop_step=stop_step),
+        seed=seed,
+        domains=Domains.from_sizes(
+            tuple(sizes),
+            tuple(sizes.values()),
+            np.full(num_rows, 10, dtype=np.int64) if lengths is None else np.asarray(lengths, dtype=np.int64),
+        ),
+        signals=FakeSignals(1.0 + 0.01 * np.arange(num_rows)) if signals is None else signals,
+        targets=targets,
+        columns=columns or {},
+        total_sequences=total_sequences,
+        unit=unit,
+    )
+
+
+def example_batch(
+    losses: Sequence[float],
+    tokens: Sequence[int] | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    step: int = 0,
+    total_steps: int = 100,
+) -> BatchView:
+    """Return the micro-batch that ``rank`` of ``world`` sees; every token has its sequence's loss.
+
+    Args:
+        losses: Token-mean loss of every sequence of all ranks [M], in rank order; M a multiple of ``world``.
+        tokens: Supervised tokens of each [M]; 4 each if left out.
+        rank: Which rank is looking.
+        world: Number of ranks.
+        step: Optimizer step.
+        total_steps: Optimizer steps of the run.
+    """
+    import torch
+
+    counts = [4] * len(losses) if tokens is None else list(tokens)
+    size = len(losses) // world
+    local = slice(rank * size, (rank + 1) * size)
+    loss_M = torch.tensor(list(losses), dtype=torch.float32)
+    tokens_M = torch.tensor(counts, dtype=torch.int64)
+    mask_BT = torch.arange(max(counts)) < tokens_M[local, None]
+    return BatchView(
+        rows_B=np.arange(len(losses), dtype=np.int64)[local],
+        loss_B=loss_M[local],
+        tokens_B=tokens_M[local],
+        loss_BT=torch.where(mask_BT, loss_M[local, None], 0.0),
+        mask_BT=mask_BT,
+        loss_M=loss_M,
+        tokens_M=tokens_M,
+        local=local,
+        step=step,
+        total_steps=total_steps,
+    )
+
+
+@contextmanager
+def global_random_state_untouched() -> Iterator[None]:
+    """Raise ``AssertionError`` if the block moves a global random stream (Python's, numpy's, torch's CPU one)."""
+
+    def snapshot() -> tuple[object, ...]:
+        torch = sys.modules.get("torch")
+        state = np.random.get_state(legacy=False)
+        return random.getstate(), repr(state), None if torch is None else torch.get_rng_state().numpy().tobytes()
+
+    before = snapshot()
+    yield
+    for stream, was, now in zip(("Python's", "numpy's", "torch's"), before, snapshot(), strict=True):
+        if was is not None and was != now:
+            raise AssertionError(f"{stream} global random state was moved; draw from ctx.rng(name) instead")

@@ -1,0 +1,347 @@
+"""Decides the next stretch of the id stream: runs the methods of an interval and lays out the plan.
+
+The order of decisions is fixed: pool, selector narrows, mixer sets quotas over what is left. The
+controller knows nothing of the Hugging Face Trainer; ``train.seam`` drives it. Everything it decides is
+a function of (seed, interval, state of the methods, signals), equal on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.config.schema import DynamicConfig
+from dataflex.core import choose
+from dataflex.core.plan import DataPlan
+from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State
+from dataflex.core.rng import stream
+from dataflex.core.sampler import MixtureSampler
+from dataflex.core.schedule import Interval, Schedule
+from dataflex.dist import comm
+from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
+from dataflex.mixers.proportions import by_domain, normalised
+from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.signals.service import SignalService
+from dataflex.train.row_space import RowSpace
+
+__all__ = ["BatchShape", "Controller"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """How one optimizer step is cut up.
+
+    Attributes:
+        micro_batch_size: Sequences per rank and micro-batch.
+        accumulation: Micro-batches per optimizer step.
+        world: Data-parallel ranks.
+        rank: This rank.
+        drop_last: ``dataloader_drop_last``.
+        shuffle: Whether whole-pool epochs are shuffled (``disable_shuffling: false``).
+    """
+
+    micro_batch_size: int
+    accumulation: int
+    world: int
+    rank: int
+    drop_last: bool
+    shuffle: bool
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.micro_batch_size * self.accumulation * self.world
+
+
+@dataclass(kw_only=True)
+class Controller:
+    """Holds the methods, the mixture stream and the plan in progress."""
+
+    config: DynamicConfig
+    space: RowSpace
+    schedule: Schedule
+    shape: BatchShape
+    seed: int
+    signals: SignalService
+    selector: Selector | None
+    mixer: Mixer | None
+    recorder: RunRecorder | NullRecorder = field(default_factory=NullRecorder)
+    plan: DataPlan | None = None
+    ends_at: int | None = None
+    """Step at which the data run out under ``at_cap: stop``."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"signals": 0.0, "decide": 0.0})
+
+    def __post_init__(self) -> None:
+        domains = self.space.domains
+        self.layout = EpochLayout(
+            num_rows=self.space.num_rows,
+            global_batch=self.shape.global_batch,
+            micro_batch_size=self.shape.micro_batch_size,
+            world=self.shape.world,
+            drop_last=self.shape.drop_last,
+        )
+        self.sampler: MixtureSampler | None = None
+        if self.mixer is not None and not self.narrows:
+            self.sampler = MixtureSampler(
+                domains,
+                seed=self.seed,
+                block=self.shape.global_batch,
+                max_epochs=_caps(self.config.max_epochs, domains.names),
+                at_cap=self.config.at_cap,
+            )
+        self.initial: NDArray[np.float64] | None = None
+        if self.config.initial_proportions is not None:
+            self.initial = by_domain(self.config.initial_proportions, domains.names, "dynamic.initial_proportions")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a selector leaves rows out."""
+        return self.selector is not None and self.selector.narrows
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows flow as whole epochs, whose last step may be short, as in the stock Trainer."""
+        return self.mixer is None and not self.narrows
+
+    def plan_for(self, step: int) -> DataPlan:
+        """Return the plan that covers ``step``, deciding it first if need be (collective).
+
+        Under ``at_cap: stop`` the plan returned last may hold no step at all.
+        """
+        if self.ends_at is not None and step >= self.ends_at:
+            assert self.plan is not None
+            return self.plan
+        if self.plan is None or not self.plan.interval.start_step <= step < self.plan.interval.stop_step:
+            interval = self.schedule.interval(step)
+            if step != interval.start_step:  # a fresh plan in the middle of an interval (resume_plan: ignore)
+                interval = replace(interval, start_step=step)
+            self.plan = self._decide(interval)
+        return self.plan
+
+    def _decide(self, interval: Interval) -> DataPlan:
+        started = time.perf_counter()
+        self.signals.begin(interval.start_step)
+        self.signals.seconds = 0.0
+        ctx = Context(
+            interval=interval,
+            seed=self.seed,
+            domains=self.space.domains,
+            signals=self.signals,
+            targets=self.config.selector.targets if self.config.selector else (),
+            columns=self.space.columns,
+            total_sequences=self.schedule.total_steps * self.shape.global_batch,
+            unit=self.config.unit,
+        )
+        selection = self._select(ctx) if self.narrows and interval.kind == "dynamic" else None
+        rows, proportions, reason = self._lay_out(ctx, selection)
+        whole_steps = len(rows) // self.shape.global_batch
+        if whole_steps < interval.steps:  # at_cap: stop
+            assert self.sampler is not None
+            interval = replace(interval, stop_step=interval.start_step + whole_steps)
+            rows = rows[: whole_steps * self.shape.global_batch]
+            self.ends_at = interval.stop_step
+            reason = f"{reason}; at its cap: {', '.join(self.sampler.exhausted)}; training ends here (at_cap: stop)"
+        plan = DataPlan(
+            interval=interval,
+            rows=rows,
+            fill=self._fill(interval),
+            global_batch=self.shape.global_batch,
+            row_space=self.space.fingerprint,
+            weights=None,
+            trace={"reason": reason},
+        )
+        comm.agree(f"plan of interval {interval.index}", plan.digest())
+        total = time.perf_counter() - started
+        self.seconds["signals"] += self.signals.seconds
+        self.seconds["decide"] += total - self.signals.seconds
+        self._record(plan, selection, proportions, reason, {"signals": self.signals.seconds, "decide": total - self.signals.seconds})
+        return plan
+
+    def _select(self, ctx: Context) -> Selection:
+        assert self.selector is not None
+        pool = self.space.all_rows()
+        wanted = ctx.interval.steps * self.shape.global_batch
+        if self.mixer is not None:
+            assert self.config.keep_ratio is not None
+            wanted = max(1, round(self.config.keep_ratio * len(pool)))
+        elif self.config.keep_ratio is not None:
+            wanted = min(wanted, max(1, round(self.config.keep_ratio * len(pool))))
+        selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
+        _check_selection(self.selector, selection, pool, wanted)
+        return selection
+
+    def _lay_out(
+        self, ctx: Context, selection: Selection | None
+    ) -> tuple[Rows, NDArray[np.float64] | None, str]:
+        """Return serving order, nominal proportions if a mixer set them, and the reason for the record."""
+        interval, batch = ctx.interval, self.shape.global_batch
+        total = interval.steps * batch
+        reasons = [selection.reason] if selection is not None and selection.reason else []
+        if self.mixer is not None:
+            proportions, why = self._mix(ctx)
+            reasons.append(why)
+            shares = self.space.domains.sequence_proportions(proportions, self.config.unit)
+            if self.sampler is not None:
+                start = interval.start_step * batch
+                self.sampler.append(shares, start=start, decided_at_step=interval.start_step, reason=why)
+                rows = self.sampler.draw(total)
+            else:
+                kept = selection.rows if selection is not None else self.space.all_rows()
+                rows = self._quota(kept, shares, total, interval)
+            return rows, proportions, "; ".join(filter(None, reasons))
+        if selection is not None:
+            rows = spread(
+                selection.rows, interval.steps, batch, stream(self.seed, "order", interval.index), self._repeats()
+            )
+            return rows, None, "; ".join(reasons)
+        if self.narrows:
+            return warmup_rows(self.space.all_rows(), interval, batch, self.seed), None, "warm-up: uniform"
+        rows = epoch_stream(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
+        return rows, None, "every row, epoch by epoch"
+
+    def _repeats(self) -> bool:
+        # keep_ratio says how much of the pool is served, however long the interval is: copies are meant.
+        return self.config.repeat or self.config.keep_ratio is not None
+
+    def _mix(self, ctx: Context) -> tuple[NDArray[np.float64], str]:
+        assert self.mixer is not None
+        if ctx.interval.kind == "warmup" and self.initial is not None:
+            return self.initial, "warm-up: initial proportions"
+        mix = self.mixer.mix(ctx)
+        given = np.asarray(mix.proportions, dtype=np.float64)
+        names = self.space.domains.names
+        if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+            raise ComponentError(
+                f"mixer {self.mixer.name!r} returned {given.tolist()} for the domains {', '.join(names)}; "
+                "expected one finite number >= 0 each, not all zero"
+            )
+        return normalised(given), mix.reason
+
+    def _quota(self, kept: Rows, shares: NDArray[np.float64], total: int, interval: Interval) -> Rows:
+        """Serve each domain's quota from the kept rows, without replacement while they last."""
+        domain_of = self.space.domains.domain_of[kept]
+        counts = choose.largest_remainder(total, shares)
+        parts = []
+        for index, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            name = self.space.domains.names[index]
+            rows = kept[domain_of == index]
+            if not len(rows):
+                raise DataError(
+                    f"interval {interval.index}: the mixer wants {count:,} rows of domain {name!r}, but the selector "
+                    "kept none of it. Raise dynamic.keep_ratio, or give the domain a proportion of 0."
+                )
+            if count > len(rows) and not self.config.repeat:
+                raise DataError(
+                    f"interval {interval.index} wants {count:,} rows of domain {name!r}; the selector kept "
+                    f"{len(rows):,} of it. Raise dynamic.keep_ratio, lower interval_steps or set 'repeat: true'."
+                )
+            order = stream(self.seed, f"quota/{name}", interval.index)
+            copies = [order.permutation(rows) for _ in range(-(-count // len(rows)))]
+            parts.append(np.concatenate(copies)[:count])
+        return stream(self.seed, "order", interval.index).permutation(np.concatenate(parts))
+
+    def _fill(self, interval: Interval) -> Rows:
+        """Return the rows that even out short steps over ranks; only whole epochs have short steps."""
+        if not self.ragged:
+            return np.zeros(0, dtype=np.int64)
+        return epoch_fill(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
+
+    def _record(
+        self,
+        plan: DataPlan,
+        selection: Selection | None,
+        proportions: NDArray[np.float64] | None,
+        reason: str,
+        seconds: dict[str, float],
+    ) -> None:
+        names = self.space.domains.names
+        served = plan.rows[plan.rows >= 0]
+        counts = dict(zip(names, self.space.domains.counts(served).tolist(), strict=True))
+        self.recorder.planned(
+            interval=plan.interval,
+            seconds=seconds,
+            reason=reason,
+            domain_counts=counts,
+            proportions=None if proportions is None else dict(zip(names, proportions.tolist(), strict=True)),
+            scores=None if selection is None else selection.scores,
+            plan=plan,
+        )
+        if plan.interval.kind == "dynamic" or plan.interval.index == 0:
+            top = sorted(counts.items(), key=lambda item: -item[1])[:4]
+            logger.info(
+                "interval %d (steps %d to %d): %d rows; %s%s",
+                plan.interval.index,
+                plan.interval.start_step,
+                plan.interval.stop_step,
+                len(served),
+                ", ".join(f"{name} {count / max(len(served), 1):.1%}" for name, count in top),
+                f"; {reason}" if reason else "",
+            )
+
+    def shares(self) -> dict[str, float]:
+        """Return each domain's share of the rows of the plan in progress."""
+        if self.plan is None:
+            return {}
+        served = self.plan.rows[self.plan.rows >= 0]
+        counts = self.space.domains.counts(served) / max(len(served), 1)
+        return dict(zip(self.space.domains.names, counts.tolist(), strict=True))
+
+    def state_dict(self) -> State:
+        """Everything but the plan, which is saved as arrays of its own."""
+        return {
+            "selector": self.selector.state_dict() if self.selector else {},
+            "mixer": self.mixer.state_dict() if self.mixer else {},
+            "sampler": self.sampler.state_dict() if self.sampler else {},
+            "seconds": dict(self.seconds),
+            "ends_at": self.ends_at,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if self.selector:
+            self.selector.load_state_dict(state["selector"])
+        if self.mixer:
+            self.mixer.load_state_dict(state["mixer"])
+        if self.sampler:
+            self.sampler.load_state_dict(state["sampler"])
+        self.ends_at = state["ends_at"]
+        self.seconds = {key: float(value) for key, value in state["seconds"].items()}
+
+
+def _caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
+    """Turn ``dynamic.max_epochs`` into epochs by domain [K]; domains that are not named have no cap."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        return np.full(len(names), float(given))
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ConfigError(
+            [f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} ({', '.join(names)})" for name in unknown]
+        )
+    return np.array([float(given.get(name, np.inf)) for name in names])
+
+
+def _check_selection(selector: Selector, selection: Selection, pool: Rows, wanted: int) -> None:
+    rows = selection.rows
+    what = f"selector {selector.name!r}"
+    if rows.dtype != np.int64 or rows.ndim != 1:
+        raise ComponentError(f"{what} returned rows of dtype {rows.dtype} and shape {rows.shape}; expected int64 [n]")
+    if len(rows) == 0:
+        raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
+    if rows.min() < 0 or rows.max() >= len(pool):
+        raise ComponentError(f"{what} returned rows outside 0..{len(pool) - 1}")
+    if len(rows) > wanted:
+        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}")
+    if selection.scores is not None and len(selection.scores) != len(pool):
+        raise ComponentError(f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows")

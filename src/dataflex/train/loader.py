@@ -1,0 +1,128 @@
+"""Turns a plan into this rank's collated micro-batches, never reading past the plan.
+
+Worker processes may fetch ahead inside a plan, where every row is already decided; at the end of a
+plan the loader stops, so that the next decision is made on the newest model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataflex.core.plan import DataPlan
+from dataflex.core.protocols import Rows
+from dataflex.train.controller import BatchShape
+
+__all__ = ["EpochShell", "PlanFeed"]
+
+
+class _Shards(Sampler[list[int]]):
+    """The row lists of this rank's micro-batches from ``first_step`` to the end of a plan."""
+
+    def __init__(self, plan: DataPlan, shape: BatchShape, first_step: int) -> None:
+        self._plan, self._shape, self._first = plan, shape, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._first, self._plan.interval.stop_step):
+            for rows in micro_batches(self._plan, self._shape, step):
+                yield rows.tolist()
+
+
+def micro_batches(plan: DataPlan, shape: BatchShape, step: int) -> list[Rows]:
+    """Return the rows of this rank's micro-batches of an optimizer step."""
+    return plan.shard(
+        step, rank=shape.rank, world=shape.world, micro_batch_size=shape.micro_batch_size, num_micro=shape.accumulation
+    )
+
+
+class PlanFeed:
+    """Collated micro-batches of a plan, optimizer step by optimizer step.
+
+    Args:
+        dataset: Features by row id.
+        collate: The Trainer's collator.
+        shape: How a step is cut up.
+        num_workers: Worker processes.
+        pin_memory: Passed to the DataLoader.
+        prefetch_factor: Passed to the DataLoader when there are workers.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        shape: BatchShape,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        prefetch_factor: int | None,
+    ) -> None:
+        self._dataset, self._collate, self._shape = dataset, collate, shape
+        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        if num_workers:
+            self._options["prefetch_factor"] = prefetch_factor
+        self._plan: DataPlan | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._next_step = -1
+
+    def step(self, plan: DataPlan, step: int) -> tuple[list[Any], list[Rows]]:
+        """Return the collated micro-batches of ``step`` and their rows."""
+        if plan is not self._plan or step != self._next_step or self._iterator is None:
+            # Its own generator: opening a DataLoader without one draws from the global random stream.
+            loader: DataLoader[Any] = DataLoader(
+                self._dataset,
+                batch_sampler=_Shards(plan, self._shape, step),
+                collate_fn=self._collate,
+                generator=torch.Generator().manual_seed(0),
+                **self._options,
+            )
+            self._iterator = iter(loader)
+            self._plan = plan
+        rows = micro_batches(plan, self._shape, step)
+        batches = [next(self._iterator) for _ in rows]
+        self._next_step = step + 1
+        if self._next_step == plan.interval.stop_step:
+            self._iterator = None
+        return batches, rows
+
+
+class _Nothing(Dataset[int]):
+    """As long as the training set, holding nothing."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        raise AssertionError("the epoch shell is never read: batches come from the plan")
+
+
+class _Counted(Sampler[list[int]]):
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([])
+
+
+class EpochShell(DataLoader[int]):
+    """What the Trainer takes for its training loader: right lengths, no batches.
+
+    The Trainer counts epochs, steps and examples by it and opens it once per epoch, which draws one
+    number from the global random stream, as its own loader would.
+
+    Args:
+        num_rows: Rows of the training set.
+        num_micro_batches: Micro-batches of this rank per epoch.
+    """
+
+    def __init__(self, num_rows: int, num_micro_batches: int) -> None:
+        super().__init__(_Nothing(num_rows), batch_sampler=_Counted(num_micro_batches))

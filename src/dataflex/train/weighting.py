@@ -1,0 +1,176 @@
+"""The one weighted loss: token losses, weights, an explicit denominator.
+
+Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
+follow Z = token | count | sample of ``core.protocols.Weighter``. With unit weights under ``token``
+and ``count`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
+of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
+is corrected for the order of summation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
+from dataflex.dist import comm
+from dataflex.errors import ComponentError
+
+__all__ = ["IGNORE_INDEX", "TokenLosses", "WeightStats", "checked", "sample_means", "token_losses", "view", "weighted_loss"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLosses:
+    """Token losses of one micro-batch.
+
+    Attributes:
+        loss_BT: Cross-entropy per position in fp32, with gradient; 0 where ``mask_BT`` is False.
+        mask_BT: Positions whose next token is supervised.
+        plain_sum: Detached sum, added up in the order of ``cross_entropy(reduction="sum")``.
+    """
+
+    loss_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    plain_sum: torch.Tensor
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> TokenLosses:
+    """Return next-token losses of ``logits`` [B, T, V] against ``labels`` [B, T] (-100 is ignored)."""
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
+    log_probs = F.log_softmax(logits.float().view(-1, logits.shape[-1]), dim=-1)
+    flat = targets.reshape(-1)
+    loss = F.nll_loss(log_probs, flat, ignore_index=IGNORE_INDEX, reduction="none")
+    plain = F.nll_loss(log_probs.detach(), flat, ignore_index=IGNORE_INDEX, reduction="sum")
+    return TokenLosses(loss_BT=loss.view(targets.shape), mask_BT=targets.ne(IGNORE_INDEX), plain_sum=plain)
+
+
+def sample_means(loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token-mean losses [B] (0 without supervised tokens) and supervised tokens [B]."""
+    tokens_B = mask_BT.sum(dim=1)
+    return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
+
+
+def view(losses: TokenLosses, rows_B: Rows, *, step: int, total_steps: int) -> BatchView:
+    """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
+    loss_BT = losses.loss_BT.detach()
+    loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT)
+    both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1))
+    return BatchView(
+        rows_B=rows_B,
+        loss_B=loss_B,
+        tokens_B=tokens_B,
+        loss_BT=loss_BT,
+        mask_BT=losses.mask_BT,
+        loss_M=both[:, 0],
+        tokens_M=both[:, 1].to(torch.int64),
+        local=local,
+        step=step,
+        total_steps=total_steps,
+    )
+
+
+class WeightStats:
+    """Running effective sample size and largest weight, on the device, read once per logging step.
+
+    ESS = (sum w)^2 / sum w^2 over the sequences of this rank since the last ``read``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._sums: torch.Tensor | None = None
+        self._range: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, weights: torch.Tensor) -> None:
+        """Take in the weights [B, 1] or [B, T] of one micro-batch.
+
+        They are checked here at once on a CPU, and at the next ``read`` on an accelerator, where
+        looking at a value would make the device wait.
+        """
+        w = weights.detach().double().mean(dim=1)
+        sums = torch.stack([w.sum(), (w * w).sum()])
+        span = torch.stack([weights.min(), -weights.max()]) if weights.numel() else weights.new_zeros(2)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._range = span if self._range is None else torch.minimum(self._range, span)
+        self._count += len(w)
+        if weights.device.type == "cpu":
+            self._check()
+
+    def _check(self) -> float:
+        assert self._sums is not None
+        assert self._range is not None
+        smallest, largest = float(self._range[0]), -float(self._range[1])
+        if not (math.isfinite(float(self._sums[0])) and smallest >= 0.0):
+            raise ComponentError(f"weighter {self._name!r} returned negative or non-finite weights")
+        return largest
+
+    def read(self) -> dict[str, float]:
+        """Return ``weight_ess`` (share of the sequences, 0 to 1) and ``weight_max``, and start anew."""
+        if self._sums is None or self._count == 0:
+            return {}
+        largest = self._check()
+        total, squares = self._sums.tolist()
+        share = total * total / squares / self._count if squares > 0 else 0.0
+        self._sums, self._range, self._count = None, None, 0
+        return {"weight_ess": share, "weight_max": largest}
+
+
+def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses) -> torch.Tensor:
+    """Return weights as fp32 [B, 1] or [B, T], on the device of the losses.
+
+    Raises:
+        ComponentError: Wrong shape. Values are checked by ``WeightStats``.
+    """
+    batch, width = losses.loss_BT.shape
+    if weights.shape not in {(batch,), (batch, width)}:
+        raise ComponentError(
+            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)}; "
+            f"expected ({batch},) or ({batch}, {width})"
+        )
+    weights = weights.detach().to(losses.loss_BT.device, torch.float32)
+    return weights[:, None] if weights.dim() == 1 else weights
+
+
+def weighted_loss(
+    losses: TokenLosses,
+    weights: torch.Tensor,
+    *,
+    normaliser: Normaliser,
+    num_items: torch.Tensor | float,
+    num_micro_batches: int,
+    step_scale: torch.Tensor | float | None,
+    replicas: int,
+) -> torch.Tensor:
+    """Return this micro-batch's share of the step's loss, to be summed over micro-batches and ranks.
+
+    Args:
+        losses: Token losses of this rank's micro-batch.
+        weights: [B, 1] or [B, T], from ``checked``.
+        normaliser: ``token``, ``count`` or ``sample``.
+        num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
+        num_micro_batches: Micro-batches of this optimizer step.
+        step_scale: For ``token`` with weights known beforehand: num_items / sum(w * tokens) over
+            the step. None rescales inside the global micro-batch instead (collective).
+        replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
+    """
+    loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
+    if normaliser == "sample":
+        loss_B, _ = sample_means(loss_BT, mask_BT)
+        if weights.shape[1] != 1:
+            raise ComponentError("normaliser 'sample' takes one weight per sequence")
+        return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
+    if normaliser == "token":
+        if step_scale is None:
+            parts = torch.stack([mask_BT.sum().double(), (weights * mask_BT).sum().double()])
+            tokens, weighted_tokens = comm.gather_sum(parts).unbind()
+            step_scale = torch.where(weighted_tokens > 0, tokens / weighted_tokens, torch.zeros_like(tokens))
+        weights = weights * (step_scale.to(weights) if torch.is_tensor(step_scale) else step_scale)
+    weighted = (weights * loss_BT).sum()
+    in_stock_order = losses.plain_sum + ((weights - 1.0) * loss_BT.detach()).sum()
+    weighted = weighted + (in_stock_order - weighted).detach()
+    return weighted / (num_items.to(weighted.device) if torch.is_tensor(num_items) else num_items)

@@ -1,0 +1,229 @@
+"""Weights from the losses of the micro-batch itself: LinUpper and its relatives.
+
+The losses of one micro-batch, over all ranks, are mapped to [-delta, delta], shaped by a strategy
+and exponentiated; the weights sum to one. Only the ``microbatch`` scope of the paper's code is
+built: with gradient accumulation each micro-batch is weighed alone, and a micro-batch of one
+sequence (over all ranks) is not reweighted at all. Weighing a whole optimizer step together would
+need a second pass and is not offered.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["STRATEGIES", "LossWeighter", "Softness", "Strategy", "loss_weights", "scheduled"]
+
+Strategy = Literal["linupper", "quadratic", "extremes", "upper", "softmax_loss"]
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+_LEAST_RANGE = 1e-6  # below it the losses differ by rounding only: weigh them alike
+
+
+def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, delta: float, r: float) -> torch.Tensor:
+    """Return fp32 weights [M] that sum to one over the valid sequences and are 0 elsewhere.
+
+    With l_min and l_max over the valid sequences, ``h = delta (2 l - l_max - l_min) / (l_max - l_min)``,
+    the strategy's f(h), and ``w = softmax(f / r)`` (Sow et al., ICLR 2025, arXiv 2502.06733):
+
+    - ``linupper``: min(h + delta, delta): easy sequences count less, hard ones alike.
+    - ``quadratic``: 1 - h^2 / delta^2: the middle counts most.
+    - ``extremes``: abs(h): both ends count most.
+    - ``upper``: (h + delta) / 2: the harder, the more.
+    - ``softmax_loss``: h: the same, sharper ("uniform" in the authors' code, which it is not).
+
+    Losses that span less than 1e-6 get equal weights. No valid sequence: all weights are 0.
+
+    Args:
+        loss_M: Token-mean loss of each sequence, nats per token; ignored where not valid.
+        valid_M: Which sequences have supervised tokens, bool.
+        strategy: One of ``STRATEGIES``.
+        delta: Half-width of the range that losses are mapped to.
+        r: Softness; small is sharp, infinite is uniform.
+
+    Raises:
+        ValueError: Unknown strategy.
+    """
+    if loss_M.numel() == 0:
+        return loss_M.float()
+    loss = loss_M.detach().float()
+    least = loss.masked_fill(~valid_M, math.inf).amin()
+    most = loss.masked_fill(~valid_M, -math.inf).amax()
+    spread = most - least
+    h = delta * ((loss - least) - (most - loss)) / spread.clamp(min=_LEAST_RANGE)
+    if strategy == "linupper":
+        f = (h + delta).clamp(max=delta)
+    elif strategy == "quadratic":
+        f = 1.0 - (h / delta).square()
+    elif strategy == "extremes":
+        f = h.abs()
+    elif strategy == "upper":
+        f = 0.5 * (h + delta)
+    elif strategy == "softmax_loss":
+        f = h
+    else:
+        raise ValueError(f"unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}")
+    f = f.masked_fill(spread < _LEAST_RANGE, 0.0).masked_fill(~valid_M, -math.inf)
+    w = ((f - f.amax()) / r).exp().masked_fill(~valid_M, 0.0)
+    return w / w.sum().clamp(min=1.0)  # the largest term is exp(0), so the sum is 0 or at least 1
+
+
+def scheduled(step: int, r: float, knots: tuple[tuple[int, float], ...], interpolation: str) -> float:
+    """Return r at ``step``: ``r`` at step 0, then through ``knots`` (step, r), constant after the last.
+
+    ``step`` keeps each value until the next knot; ``linear`` and ``exponential`` interpolate r and
+    log r between knots.
+    """
+    points = ((0, r), *knots)
+    before = [point for point in points if point[0] <= step]
+    after = [point for point in points if point[0] > step]
+    start, value = before[-1]
+    if interpolation == "step" or not after:
+        return value
+    stop, goal = after[0]
+    share = (step - start) / (stop - start)
+    if interpolation == "linear":
+        return value + share * (goal - value)
+    return math.exp(math.log(value) + share * (math.log(goal) - math.log(value)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softness:
+    """One entry of ``r_schedule``.
+
+    Attributes:
+        step: Optimizer step, counted from 0, at which ``r`` is reached.
+        r: Softness of the weights from there on.
+    """
+
+    step: int = field(metadata={"help": "optimizer step at which r is reached", "minimum": 1})
+    r: float = field(metadata={"help": "softness of the weights from there on", "above": 0.0})
+
+
+class LossWeighter(Weighter):
+    """Weigh the sequences of a micro-batch by their own losses."""
+
+    name = "loss"
+    needs = Needs(stages=("pt", "sft"))
+    adaptive: ClassVar[bool] = False  # acts in every micro-batch; needs no interval
+    card = Card(
+        summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
+        paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "
+        "arXiv 2502.06733",
+        cost="one gather of a number per sequence and micro-batch",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the loss-based weighter."""
+
+        strategy: Strategy = field(default="linupper", metadata={"help": "how the loss becomes a weight"})
+        delta: float = field(
+            default=1.0, metadata={"help": "half-width of the range that losses are mapped to", "above": 0.0}
+        )
+        r: float = field(
+            default=1.0, metadata={"help": "softness of the weights: small is sharp, large is uniform", "above": 0.0}
+        )
+        r_schedule: tuple[Softness, ...] = field(
+            default=(), metadata={"help": "later values of r: [{step: 2000, r: 0.4}, ...], steps rising from 1"}
+        )
+        r_interpolation: Literal["step", "linear", "exponential"] = field(
+            default="step",
+            metadata={"help": "what happens between the values of r_schedule"},
+        )
+        burn_in_steps: int | None = field(
+            default=None,
+            metadata={
+                "help": "optimizer steps with the plain loss at first; null is the larger of 1000 and 5 % of the run",
+                "minimum": 0,
+            },
+        )
+        length_norm: Literal["none", "paper_hf"] = field(
+            default="none",
+            metadata={"help": "paper_hf: multiply by length over mean length, as the authors' Hugging Face trainer"},
+        )
+
+        def __post_init__(self) -> None:
+            steps = [0, *(knot.step for knot in self.r_schedule)]
+            for before, after in pairwise(steps):
+                if after <= before:
+                    raise ValueError(
+                        f"r_schedule: step {after} must come after step {before} (r itself is the value at step 0)"
+                    )
+            if self.r_schedule and not all(math.isfinite(r) for r in (self.r, *(knot.r for knot in self.r_schedule))):
+                raise ValueError("r_schedule: every r, the first one included, must be finite")
+
+    params: Params
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Weights multiply the token-mean losses of the sequences."""
+        return "sample"
+
+    def burn_in(self, total_steps: int) -> int:
+        """Return how many optimizer steps use the plain loss at first.
+
+        Raises:
+            ConfigError: They would take up the whole run, so that the weights never act.
+        """
+        default = max(1000, math.ceil(0.05 * total_steps))
+        steps = default if self.params.burn_in_steps is None else self.params.burn_in_steps
+        if steps >= total_steps:
+            told = " (its default)" if self.params.burn_in_steps is None else ""
+            raise ConfigError(
+                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
+                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
+            )
+        return steps
+
+    def active(self, step: int, total_steps: int) -> bool:
+        """Whether the burn-in is over at ``step``."""
+        return step >= self.burn_in(total_steps)
+
+    def r_at(self, step: int) -> float:
+        """Return r at optimizer step ``step``, counted from 0, burn-in included."""
+        knots = tuple((knot.step, knot.r) for knot in self.params.r_schedule)
+        return scheduled(step, self.params.r, knots, self.params.r_interpolation)
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [B] of this rank's sequences; over all ranks they sum to one.
+
+        With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the
+        micro-batch's valid sequences and sum to one only when lengths are equal. The mean is taken
+        over all ranks (the authors take it on each rank), so that the number of ranks changes nothing.
+
+        Raises:
+            ComponentError: A sequence with supervised tokens has a NaN or infinite loss.
+        """
+        valid = batch.tokens_M > 0
+        _refuse_non_finite(batch, valid)
+        w = loss_weights(batch.loss_M, valid, self.params.strategy, self.params.delta, self.r_at(batch.step))
+        if self.params.length_norm == "paper_hf":
+            tokens = batch.tokens_M.float()
+            w = w * tokens * valid.sum() / tokens.sum().clamp(min=1.0)
+        return w[batch.local]
+
+
+def _refuse_non_finite(batch: BatchView, valid_M: torch.Tensor) -> None:
+    bad = valid_M & ~batch.loss_M.isfinite()
+    if not bool(bad.any()):
+        return
+    mine = bad[batch.local].nonzero().flatten().tolist()
+    if mine:
+        which = "rows " + ", ".join(str(int(batch.rows_B[i])) for i in mine[:8])
+    else:
+        which = f"{int(bad.sum())} sequences of other ranks"
+    raise ComponentError(
+        f"loss weighter: the loss of {which} at step {batch.step} is not finite. "
+        "The model has diverged or these rows are broken; lower the learning rate or look at the rows."
+    )

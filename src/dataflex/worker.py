@@ -1,0 +1,13 @@
+"""What torchrun starts on every rank: ``python -m dataflex.worker CONFIG [key=value ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+from dataflex.cli import guarded
+from dataflex.run import train_here
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: train_here(sys.argv[1:])))

@@ -1,0 +1,129 @@
+"""Fixtures shared by all tests: offline, a temporary working directory, a tiny model and ragged rows in three domains."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = (
+    "the cat sat on a mat and saw two red balls near one big tree while three old dogs ran to see "
+    "sum of four plus five is nine times seven less eight so we add then divide by ten print return "
+    "def class for in range if else import list map set open close file line code loop"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("FORCE_TORCHRUN", "USE_RAY", "NPROC_PER_NODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random 2-layer Llama with attention dropout-free defaults and a word tokenizer, built in code."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *sorted(set(WORDS))])}
+    for token in ("Human", "Assistant", ":", ".", "?", "#"):
+        vocabulary.setdefault(token, len(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        attention_dropout=0.0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """64 ragged rows in 3 domains (one tiny), text, preference and target rows, registered for LLaMA-Factory."""
+    rng = random.Random(1)
+    folder = tmp_path_factory.mktemp("data")
+    info: dict[str, dict] = {}
+
+    def write(name, rows, **entry):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        info[name] = {"file_name": f"{name}.jsonl", **entry}
+
+    def instruction(source, weight):
+        return {
+            "instruction": sentence(rng, 2, 9),
+            "input": "",
+            "output": sentence(rng, 1, 12),
+            "source": source,
+            "sample_weight": weight,
+        }
+
+    for name, count in (("alpha", 40), ("beta", 21), ("gamma", 3)):
+        write(name, [instruction(f"{name}{i % 2}", round(rng.uniform(0.0, 2.0), 3)) for i in range(count)])
+    write("ones", [{**instruction("one", 1.0)} for _ in range(37)])
+    write("goal", [instruction("goal", 1.0) for _ in range(5)])
+    write("held", [instruction("held", 1.0) for _ in range(7)])
+    write("text", [{"text": sentence(rng, 5, 40)} for _ in range(60)], columns={"prompt": "text"})
+    write(
+        "pairs",
+        [
+            {
+                "conversations": [{"from": "human", "value": sentence(rng, 2, 9)}],
+                "chosen": {"from": "gpt", "value": sentence(rng, 1, 9)},
+                "rejected": {"from": "gpt", "value": sentence(rng, 1, 9)},
+            }
+            for _ in range(24)
+        ],
+        formatting="sharegpt",
+        ranking=True,
+        columns={"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    )
+    write(
+        "tagged",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": sentence(rng, 2, 9)},
+                    {"role": "assistant", "content": sentence(rng, 1, 9)},
+                ],
+                "label": bool(i % 2),
+            }
+            for i in range(24)
+        ],
+        formatting="sharegpt",
+        columns={"messages": "messages", "kto_tag": "label"},
+        tags={"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    )
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder

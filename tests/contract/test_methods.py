@@ -1,0 +1,334 @@
+"""What every registered method must satisfy, whatever it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex.config.methods import method_block
+from dataflex.core.protocols import STAGES, Mixer, Selector, Weighter
+from dataflex.core.registry import KINDS, find, names
+from dataflex.errors import DataFlexError
+from dataflex.testing import (
+    FakeSignals,
+    example_batch,
+    example_context,
+    global_random_state_untouched,
+)
+
+# The parameters that cannot be left out, for K domains. A new method gets one line here.
+MINIMAL = {
+    ("selector", "all"): lambda K: {},
+    ("selector", "random"): lambda K: {},
+    ("selector", "loss"): lambda K: {},
+    ("selector", "tacs"): lambda K: {},
+    ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
+    ("mixer", "uniform"): lambda K: {},
+    ("mixer", "size"): lambda K: {},
+    ("mixer", "temperature"): lambda K: {},
+    ("mixer", "unimax"): lambda K: {},
+    ("mixer", "staged"): lambda K: {
+        "stages": [
+            {"start_step": 0, "proportions": [1.0] * K},
+            {"start_step": 50, "proportions": [1.0] + [2.0] * (K - 1)},
+        ]
+    },
+    ("weighter", "none"): lambda K: {},
+    ("weighter", "column"): lambda K: {},
+    ("weighter", "loss"): lambda K: {},
+}
+DRAWS = {("selector", "random"), ("selector", "loss")}  # another seed, another answer
+
+# Taken while collecting, before any test registers a plugin.
+METHODS = [(kind, name) for kind in KINDS for name in names(kind)]
+SELECTORS = [name for kind, name in METHODS if kind == "selector"]
+MIXERS = [name for kind, name in METHODS if kind == "mixer"]
+WEIGHTERS = [name for kind, name in METHODS if kind == "weighter"]
+every_method = pytest.mark.parametrize(("kind", "name"), METHODS)
+every_selector = pytest.mark.parametrize("name", SELECTORS)
+every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_weighter = pytest.mark.parametrize("name", WEIGHTERS)
+
+NUM_ROWS = 64
+COLUMNS = {"sample_weight": np.linspace(0.0, 2.0, NUM_ROWS)}
+
+
+def read(kind, name, params):
+    problems = []
+    targets = {"targets": ["target"]} if find(kind, name).needs.targets else {}
+    return method_block(kind, {"name": name, **targets, **params}, f"dynamic.{kind}", problems), problems
+
+
+def build(kind, name, num_domains=3):
+    config, problems = read(kind, name, MINIMAL[kind, name](num_domains))
+    assert problems == []
+    return config.build()
+
+
+def pool_of(num_rows):
+    return np.arange(num_rows, dtype=np.int64)
+
+
+def decide(method, **options):
+    """Return a decision as plain Python, for comparing."""
+    ctx = example_context(columns=COLUMNS, **options)
+    if isinstance(method, Selector):
+        selection = method.select(pool_of(NUM_ROWS), 16, ctx)
+        return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
+    if isinstance(method, Mixer):
+        return method.mix(ctx).proportions.tolist()
+    static = method.static_weights(pool_of(NUM_ROWS), COLUMNS)
+    if static is not None:
+        return static.tolist()
+    return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
+
+
+def is_plain(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | np.ndarray)
+
+
+# ---------------------------------------------------------------- 1. building
+
+
+def test_every_registered_method_is_in_the_table():
+    assert list(MINIMAL) == METHODS
+
+
+@every_method
+def test_it_builds_from_its_defaults_or_least_parameters(kind, name):
+    method = build(kind, name)
+    assert isinstance(method, {"selector": Selector, "mixer": Mixer, "weighter": Weighter}[kind])
+    assert (type(method).kind, type(method).name) == (kind, name)
+    if not MINIMAL[kind, name](3) and not method.needs.targets:
+        assert method_block(kind, name, f"dynamic.{kind}", []).params == type(method).Params()
+
+
+@every_method
+def test_the_table_holds_only_what_cannot_be_left_out(kind, name):
+    params = MINIMAL[kind, name](3)
+    for key in params:
+        config, problems = read(kind, name, {other: value for other, value in params.items() if other != key})
+        assert config is None
+        assert problems[0].startswith(f"dynamic.{kind}.{key}: missing")
+
+
+@every_method
+def test_an_unknown_key_is_refused(kind, name):
+    config, problems = read(kind, name, {**MINIMAL[kind, name](3), "nonsense": 1})
+    assert config is None
+    assert len(problems) == 1
+    assert problems[0].startswith(f"dynamic.{kind}.nonsense: unknown key")
+
+
+@every_method
+def test_parameters_are_frozen_keyword_only_and_explained(kind, name):
+    params = find(kind, name).Params
+    assert params.__dataclass_params__.frozen
+    for field in dataclasses.fields(params):
+        assert field.kw_only, field.name
+        assert 0 < len(field.metadata.get("help", "")) <= 140, field.name
+    method = build(kind, name)
+    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+        method.params.nonsense = 1
+
+
+# ---------------------------------------------------------------- 2. randomness
+
+
+@every_method
+def test_the_same_seed_gives_the_same_answer(kind, name):
+    assert decide(build(kind, name), seed=3) == decide(build(kind, name), seed=3)
+
+
+@every_method
+def test_another_seed_changes_draws_and_nothing_else(kind, name):
+    differs = decide(build(kind, name), seed=3) != decide(build(kind, name), seed=4)
+    assert differs == ((kind, name) in DRAWS)
+
+
+@every_method
+def test_global_random_streams_are_left_alone(kind, name):
+    with global_random_state_untouched():
+        decide(build(kind, name))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda: np.random.rand(), lambda: torch.rand(1), lambda: __import__("random").random()]
+)
+def test_the_guard_of_the_global_streams_can_fail(move):
+    with pytest.raises(AssertionError, match="global random state was moved"), global_random_state_untouched():
+        move()
+
+
+# ---------------------------------------------------------------- 3. state
+
+
+@every_method
+def test_state_goes_through_a_checkpoint(kind, name):
+    steps = [{"index": i, "start_step": 10 * i, "stop_step": 10 * i + 10} for i in range(14)]
+    straight = build(kind, name)
+    for step in steps[:4]:
+        decide(straight, **step)
+    state = straight.state_dict()
+    assert is_plain(state)
+    resumed = build(kind, name)
+    resumed.load_state_dict(state)
+    assert [decide(resumed, **step) for step in steps[4:]] == [decide(straight, **step) for step in steps[4:]]
+
+
+@every_method
+def test_a_foreign_state_is_refused(kind, name):
+    with pytest.raises((ValueError, DataFlexError)):
+        build(kind, name).load_state_dict({"nonsense": 1})
+
+
+# ---------------------------------------------------------------- 4. and 5. answers
+
+
+def check_selection(selector, selection, pool, budget):
+    rows = selection.rows
+    assert rows.dtype == np.int64
+    assert rows.ndim == 1
+    assert set(rows.tolist()) <= set(pool.tolist())
+    assert len(set(rows.tolist())) == len(rows)
+    if selector.narrows:
+        assert len(rows) <= budget
+    else:
+        assert rows.tolist() == pool.tolist()
+    if selection.scores is not None:
+        assert selection.scores.shape == pool.shape
+        assert np.issubdtype(selection.scores.dtype, np.floating)
+        position = {row: i for i, row in enumerate(pool.tolist())}
+        assert not any(math.isnan(selection.scores[position[row]]) for row in rows.tolist())
+    assert selection.reason
+    assert "\n" not in selection.reason
+
+
+@every_selector
+@pytest.mark.parametrize(
+    ("num_pool", "budget"), [(64, 16), (64, 64), (64, 0), (64, 1000), (1, 1), (1, 5), (0, 0), (0, 5)]
+)
+def test_rows_come_from_the_pool_within_the_budget(name, num_pool, budget):
+    selector = build("selector", name)
+    pool = np.random.default_rng(0).permutation(NUM_ROWS)[:num_pool].astype(np.int64)
+    before = pool.copy()
+    selection = selector.select(pool, budget, example_context())
+    check_selection(selector, selection, pool, budget)
+    if selector.narrows:
+        assert len(selection.rows) == min(budget, num_pool)
+    assert pool.tolist() == before.tolist()
+
+
+@every_selector
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
+    losses = 1.0 + 0.01 * np.arange(NUM_ROWS)
+    losses[::2] = bad
+    selector = build("selector", name)
+    selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
+    check_selection(selector, selection, pool_of(NUM_ROWS), 48)
+    if selector.needs.signals:
+        assert (selection.rows % 2 == 1).all()
+        assert np.isnan(selection.scores[::2]).all()
+
+
+@every_mixer
+@pytest.mark.parametrize("unit", ["sequences", "tokens"])
+@pytest.mark.parametrize("sizes", [{"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny": 1}])
+def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
+    mixer = build("mixer", name, len(sizes))
+    ctx = example_context(sizes, unit=unit, lengths=1 + np.arange(sum(sizes.values())) % 7)
+    mix = mixer.mix(ctx)
+    assert mix.proportions.dtype == np.float64
+    assert mix.proportions.shape == (len(sizes),)
+    assert (mix.proportions >= 0).all()
+    assert abs(mix.proportions.sum() - 1.0) < 1e-12
+    assert mix.reason
+    assert "\n" not in mix.reason
+
+
+@every_weighter
+def test_weights_are_finite_and_not_negative(name):
+    weighter = build("weighter", name)
+    assert weighter.normaliser in ("token", "count", "sample")
+    assert weighter.active(99_999, 100_000) is True
+    rows = np.array([63, 0, 5, 5], dtype=np.int64)
+    static = weighter.static_weights(rows, COLUMNS)
+    if static is not None:
+        assert static.dtype == np.float32
+        assert static.shape == rows.shape
+        assert np.isfinite(static).all()
+        assert (static >= 0).all()
+        return
+    for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
+        batch = example_batch(losses, tokens)
+        w = weighter.weigh(batch)
+        assert w.dtype == torch.float32
+        assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
+        assert not w.requires_grad
+        assert bool(w.isfinite().all())
+        assert bool((w >= 0).all())
+
+
+@every_weighter
+def test_columns_asked_for_are_names(name):
+    weighter = build("weighter", name)
+    assert all(isinstance(column, str) and column for column in weighter.columns())
+    if weighter.columns():
+        with pytest.raises(DataFlexError):
+            weighter.static_weights(pool_of(4), {})
+
+
+# ---------------------------------------------------------------- 8. and 9. card and needs
+
+
+@every_method
+def test_the_card_is_complete(kind, name):
+    cls = find(kind, name)
+    card, needs = cls.card, cls.needs
+    assert card.summary.endswith(".")
+    assert card.summary[0].isupper()
+    assert len(card.summary) <= 140
+    assert card.paper
+    assert card.cost
+    assert "baseline" in card.paper or "arXiv" in card.paper
+    assert (card.forward_per_pool_row > 0) == (kind == "selector" and bool(needs.signals))
+    assert set(needs.stages) <= set(STAGES)
+    assert needs.stages
+    assert needs.signals <= {"losses", "embeddings", "gradients", "generate"}
+    assert cls.__doc__
+    assert sys.modules[cls.__module__].__doc__
+
+
+@every_weighter
+def test_reweighting_is_offered_for_token_losses_only(name):
+    weighter = find("weighter", name)
+    assert weighter.neutral or set(weighter.needs.stages) == {"pt", "sft"}
+
+
+@every_method
+def test_signals_asked_for_are_those_declared(kind, name):
+    signals = FakeSignals(1.0 + 0.01 * np.arange(NUM_ROWS))
+    decide(build(kind, name), signals=signals)
+    assert signals.asked == find(kind, name).needs.signals
+
+
+def test_methods_are_imported_without_torch():
+    script = (
+        "import sys, dataflex.testing\n"
+        "from dataflex.core.registry import KINDS, find, names\n"
+        "[find(kind, name) for kind in KINDS for name in names(kind)]\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

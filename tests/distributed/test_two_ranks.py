@@ -1,0 +1,111 @@
+"""Two CPU ranks give the single-process result: the same rows, the same losses to 1e-5."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.gloo
+
+CASES = {
+    "stock": {},
+    "all": {"dynamic": {"selector": "all"}},
+    "selection": {"dynamic": {"warmup_steps": 1, "interval_steps": 3, "selector": {"name": "loss"}}},
+    "mixture": {
+        "dataset": "alpha,beta,gamma",
+        "dynamic": {"mixer": {"name": "static", "proportions": [0.5, 0.3, 0.2]}},
+    },
+    "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
+    "lossweight": {"dynamic": {"weighter": {"name": "loss", "burn_in_steps": 1, "r": 0.5}}},
+}
+MAX_STEPS = 8
+
+
+def settings(case, world):
+    return {
+        **CASES[case],
+        "max_steps": MAX_STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // (2 * world) * 2,
+        "ddp_find_unused_parameters": False,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
+    """All cases on one and on two ranks, and the two-rank continuation of a one-rank checkpoint."""
+    from tests.integration.conftest import Outcome, Runner, base_settings
+
+    folder = tmp_path_factory.mktemp("ranks")
+    runner = Runner(base_settings(tiny_model, data_dir), folder)
+    single = {case: runner(f"one-{case}", **settings(case, 1)) for case in CASES}
+    configs = []
+    for case in CASES:
+        mapping = runner.mapping(f"two-{case}", **settings(case, 2))
+        configs.append(folder / f"two-{case}.json")
+        configs[-1].write_text(json.dumps(mapping))
+    for case in ("selection", "mixture"):
+        name = f"moved-{case}"
+        shutil.copytree(single[case].folder / "checkpoint-3", folder / name / "checkpoint-3")
+        shutil.copytree(single[case].folder / "dataflex", folder / name / "dataflex")
+        mapping = runner.mapping(name, **settings(case, 2), resume_from_checkpoint=str(folder / name / "checkpoint-3"))
+        configs.append(folder / f"{name}.json")
+        configs[-1].write_text(json.dumps(mapping))
+    mapping = runner.mapping(
+        "two-resumed", **settings("selection", 2), resume_from_checkpoint=str(folder / "two-selection" / "checkpoint-6")
+    )
+    configs.append(folder / "two-resumed.json")
+    configs[-1].write_text(json.dumps(mapping))
+    two_ranks(configs, folder)
+    errors = [path.read_text() for path in folder.glob("*.error")]
+    assert not errors, errors
+    double = {path.stem: Outcome(folder / path.stem) for path in map(Path, configs)}
+    return single, double
+
+
+def rows_of(outcome):
+    from dataflex.record.read import load_plan
+
+    return [load_plan(outcome.folder, e["interval"]).rows.tolist() for e in outcome.events if e["event"] == "planned"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "lossweight"])
+def test_two_ranks_equal_one(results, case):
+    single, double = results
+    one, two = single[case], double[f"two-{case}"]
+    np.testing.assert_allclose(two.series(), one.series(), rtol=1e-5)
+    np.testing.assert_allclose(two.series("grad_norm"), one.series("grad_norm"), rtol=1e-4)
+    if case != "stock":
+        assert rows_of(two) == rows_of(one)
+
+
+def test_file_order_on_two_ranks_is_stock_bit_for_bit(results):
+    _, double = results
+    assert double["two-all"].series() == double["two-stock"].series()
+    assert double["two-all"].series("grad_norm") == double["two-stock"].series("grad_norm")
+
+
+def test_loss_weights_look_at_the_global_micro_batch(results):
+    """Weights are made per micro-batch: two ranks of 2 are one rank of 4, not two micro-batches of 2."""
+    single, double = results
+    one, two = single["lossweight"], double["two-lossweight"]
+    assert one.series()[:1] == pytest.approx(two.series()[:1], rel=1e-5)
+    assert one.series()[1:] != pytest.approx(two.series()[1:], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["selection", "mixture"])
+def test_one_rank_checkpoint_goes_on_with_two(results, case):
+    single, double = results
+    np.testing.assert_allclose(double[f"moved-{case}"].series(), single[case].series(), rtol=1e-5)
+    assert rows_of(double[f"moved-{case}"]) == rows_of(single[case])
+
+
+def test_two_ranks_resume_exactly(results):
+    _, double = results
+    assert double["two-resumed"].series() == double["two-selection"].series()

@@ -1,0 +1,148 @@
+"""A resumed run continues bit for bit, at every step where a checkpoint can be written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+CASES = {
+    "selection": {"dynamic": {"warmup_steps": 2, "interval_steps": 3, "selector": {"name": "loss"}}},
+    "mixture": {
+        "dataset": "alpha,beta,gamma",
+        "dynamic": {
+            "interval_steps": 4,
+            "mixer": {
+                "name": "staged",
+                "stages": [
+                    {"start_step": 0, "proportions": [0.5, 0.4, 0.1]},
+                    {"start_step": 6, "proportions": [0.2, 0.5, 0.3]},
+                ],
+            },
+        },
+    },
+    "reweighting": {"dynamic": {"weighter": {"name": "loss", "burn_in_steps": 3}}},
+    "everything": {
+        "dataset": "alpha,beta",
+        "dynamic": {
+            "warmup_steps": 1,
+            "interval_steps": 4,
+            "keep_ratio": 0.6,
+            "repeat": True,
+            "selector": {"name": "loss", "focus": "medium"},
+            "mixer": {"name": "static", "proportions": [0.3, 0.7]},
+            "weighter": {"name": "column"},
+        },
+    },
+    "epochs": {"dynamic": {"selector": "all"}, "disable_shuffling": False, "dataset": "beta"},
+}
+
+SETTINGS = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_dropout": 0.1,
+    "max_steps": 12,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def ids_of(outcome):
+    from dataflex.record.read import load_plan
+
+    served = {}
+    for event in outcome.events:
+        if event["event"] == "planned":
+            rows = load_plan(outcome.folder, event["interval"]).rows.reshape(-1, 4)
+            for offset, step_rows in enumerate(rows):
+                served[event["start_step"] + offset] = step_rows.tolist()
+    return served
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact_at_every_step(run, case):
+    straight = run("straight", **SETTINGS, **CASES[case])
+    losses = straight.series()
+    assert losses[1] != losses[2], "a run that does not change cannot show that resuming works"
+    for step in range(1, 12, 2 if case in {"everything", "epochs"} else 1):
+        name = f"resumed-{step}"
+        folder = run.folder / name
+        shutil.copytree(straight.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copytree(straight.folder / "dataflex", folder / "dataflex")
+        resumed = run(name, **SETTINGS, **CASES[case], resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert resumed.series() == losses, step
+        assert resumed.series("grad_norm") == straight.series("grad_norm"), step
+        assert resumed.series("epoch") == straight.series("epoch"), step
+        assert ids_of(resumed) == ids_of(straight), step
+        ours, theirs = resumed.weights(), straight.weights()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in theirs), step
+        shutil.rmtree(folder)
+
+
+def test_resume_true_takes_the_newest_complete_checkpoint(run):
+    straight = run("straight", **SETTINGS, **CASES["selection"])
+    folder = run.folder / "again"
+    for step in (3, 6, 9, 11):
+        shutil.copytree(straight.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (folder / "checkpoint-11" / "trainer_state.json").unlink()  # killed before it was written
+    torn = folder / "checkpoint-9" / "dataflex" / "run.json"
+    torn.write_text(torn.read_text()[:20])
+    resumed = run("again", **SETTINGS, **CASES["selection"], resume_from_checkpoint=True)
+    started = [event for event in resumed.events if event["event"] == "resumed"]
+    assert [event["step"] for event in started] == [6]
+    assert resumed.series() == straight.series()
+
+
+def test_changed_runs_refuse(run, data_dir, tmp_path):
+    from dataflex.errors import CheckpointError
+
+    straight = run("straight", **{**SETTINGS, "save_steps": 6}, **CASES["selection"])
+    checkpoint = str(straight.folder / "checkpoint-6")
+
+    def refused(expected, **changes):
+        with pytest.raises(CheckpointError, match=expected):
+            run("changed", **{**SETTINGS, **CASES["selection"], "resume_from_checkpoint": checkpoint, **changes})
+
+    other = tmp_path / "other"
+    shutil.copytree(data_dir, other)
+    rows = (other / "ones.jsonl").read_text().splitlines()
+    (other / "ones.jsonl").write_text("\n".join(rows[:-2]) + "\n")
+    refused(r"row space changed \(source 'ones': 37 -> 35 rows\)", dataset_dir=str(other))
+    same_size = [json.loads(row) for row in rows]
+    same_size[3]["output"] = "the cat"
+    (other / "ones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same_size))
+    refused("row space changed", dataset_dir=str(other))
+    refused(r"global batch changed \(4 -> 8 sequences\)", gradient_accumulation_steps=4)
+    refused("selector changed", dynamic={"warmup_steps": 2, "interval_steps": 3, "selector": "random"})
+    refused(r"interval_steps changed \(3 -> 4\)", dynamic={"warmup_steps": 2, "interval_steps": 4, "selector": "loss"})
+
+
+def test_resume_plan_ignore_starts_afresh(run):
+    straight = run("straight", **{**SETTINGS, "save_steps": 6}, **CASES["selection"])
+    checkpoint = str(straight.folder / "checkpoint-6")
+    block = {"warmup_steps": 2, "interval_steps": 3, "selector": "random", "resume_plan": "ignore"}
+    fresh = run("fresh", **{**SETTINGS, "resume_from_checkpoint": checkpoint}, dynamic=block)
+    assert len(fresh.series()) == 12
+    assert fresh.series()[:6] == straight.series()[:6]
+    assert fresh.series()[6:] != straight.series()[6:]
+
+
+def test_foreign_checkpoint_refuses(run):
+    from dataflex.errors import CheckpointError
+
+    stock = run("stock", **{**SETTINGS, "save_steps": 6})
+    with pytest.raises(CheckpointError, match="no 'dataflex' folder"):
+        run("ours", **SETTINGS, **CASES["selection"], resume_from_checkpoint=str(stock.folder / "checkpoint-6"))
+
+
+def test_a_finished_run_can_be_made_longer(run):
+    settings = {**SETTINGS, "lr_scheduler_type": "constant"}
+    long = run("long", **settings, **CASES["selection"])
+    short = run("short", **{**settings, "max_steps": 8}, **CASES["selection"])  # ends with an interval
+    assert short.series() == long.series()[:8]
+    longer = run("short", **settings, **CASES["selection"], resume_from_checkpoint=True)
+    assert longer.series() == long.series()

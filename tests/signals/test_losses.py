@@ -1,0 +1,218 @@
+"""Per-sample losses against a row-by-row transcription, and passes that leave everything as it was."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dataflex.signals.losses import token_mean_losses
+from dataflex.signals.passes import bucketed, preserved, run_pass
+from dataflex.signals.service import Corpus, ModelHandle, SignalService
+
+
+def oracle_loss(logits_TV, labels_T) -> float:
+    """Token-mean cross-entropy of one row in float64, one token at a time."""
+    logits, total, count = logits_TV.double(), 0.0, 0
+    for position in range(len(labels_T) - 1):
+        label = int(labels_T[position + 1])
+        if label == -100:
+            continue
+        row = logits[position]
+        total += float(torch.log(torch.exp(row - row.max()).sum()) + row.max() - row[label])
+        count += 1
+    return total / count if count else float("nan")
+
+
+@given(
+    batch=st.integers(1, 4),
+    width=st.integers(2, 9),
+    vocabulary=st.integers(2, 11),
+    seed=st.integers(0, 10_000),
+    masked=st.floats(0.0, 1.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_token_mean_losses(batch, width, vocabulary, seed, masked):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, width, vocabulary, generator=generator) * 3
+    labels = torch.randint(0, vocabulary, (batch, width), generator=generator)
+    labels[torch.rand(batch, width, generator=generator) < masked] = -100
+    got = token_mean_losses(logits, labels).double().numpy()
+    want = np.array([oracle_loss(logits[i], labels[i]) for i in range(batch)])
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 200))
+def test_bucketed_batches_cover_every_row_once_within_the_budget(lengths, budget):
+    array = np.array(lengths, dtype=np.int64)
+    batches = bucketed(array, budget)
+    assert sorted(np.concatenate(batches).tolist() if batches else []) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * array[batch].max() <= budget
+    longest = [array[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+class Rows:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitems__(self, ids):
+        return [dict(self.rows[i]) for i in ids]
+
+
+def collate(features):
+    width = max(len(feature["input_ids"]) for feature in features)
+
+    def padded(key, value):
+        return torch.tensor([f[key] + [value] * (width - len(f[key])) for f in features])
+
+    mask = torch.tensor([[1] * len(f["input_ids"]) + [0] * (width - len(f["input_ids"])) for f in features])
+    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", -100)}
+
+
+@pytest.fixture(scope="module")
+def service():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_dropout=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    rng = random.Random(0)
+
+    def row():
+        length = rng.randint(3, 12)
+        ids = [rng.randrange(23) for _ in range(length)]
+        prompt = rng.randint(1, length)
+        return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+
+    def corpus(count):
+        rows = [row() for _ in range(count)]
+        return Corpus(dataset=Rows(rows), lengths=np.array([len(r["input_ids"]) for r in rows]))
+
+    import contextlib
+
+    handle = ModelHandle(
+        model=model,
+        collate=collate,
+        autocast=contextlib.nullcontext,
+        device=torch.device("cpu"),
+        token_budget=40,
+    )
+    return SignalService(handle=handle, train=corpus(30), targets={"goal": corpus(6)}, seed=5)
+
+
+def one_row_losses(service, corpus, rows):
+    model, out = service.handle.model, []
+    model.eval()
+    for row in rows:
+        features = corpus.dataset.__getitems__([int(row)])
+        batch = collate(features)
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"]).logits[0]
+        out.append(oracle_loss(logits, batch["labels"][0]))
+    return np.array(out)
+
+
+def test_losses_equal_one_row_at_a_time(service):
+    rows = np.array([4, 0, 29, 4, 17, 8, 3, 2, 1], dtype=np.int64)
+    want = one_row_losses(service, service.train, rows)
+    np.testing.assert_allclose(service.losses(rows), want, rtol=1e-5)
+    target = np.arange(6)
+    want = one_row_losses(service, service.targets["goal"], target)
+    np.testing.assert_allclose(service.losses(target, target="goal"), want, rtol=1e-5)
+
+
+def test_answers_are_cached_per_step_and_rows(service):
+    calls = []
+    original = service._losses
+    service._losses = lambda rows, target: calls.append(target) or original(rows, target)
+    service.begin(100)
+    rows = np.arange(5)
+    first = service.losses(rows)
+    first[:] = -1.0  # a caller may do as it likes with its copy
+    assert (service.losses(rows) >= 0).sum() == np.isfinite(service.losses(rows)).sum()
+    service.losses(np.arange(6))
+    service.losses(rows, target="goal")
+    assert len(calls) == 3
+    service.begin(101)
+    service.losses(rows)
+    assert len(calls) == 4
+    service._losses = original
+
+
+def test_a_pass_touches_nothing(service):
+    model = service.handle.model
+    model.train()
+    model.model.layers[0].eval()  # a mixed mode must come back as it was
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    service.begin(7)
+    service.losses(np.arange(10))
+    service.adapted_losses(np.arange(10), towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    model.zero_grad(set_to_none=True)
+
+
+def test_preserved_restores_after_an_error(service):
+    model = service.handle.model
+    model.train()
+    with pytest.raises(RuntimeError), preserved(model):
+        model.eval()
+        raise RuntimeError
+    assert model.training
+
+
+def test_an_untrained_probe_changes_nothing_and_training_lowers_the_target_loss(service):
+    rows = np.arange(12)
+    service.begin(11)
+    plain = service.losses(rows)
+    same = service.adapted_losses(rows, towards="goal", depth_steps=0, learning_rate=0.1, rank=2, alpha=4.0)
+    np.testing.assert_array_equal(plain, same)
+    # The target scored as if it were the pool: its losses must fall.
+    twin = SignalService(handle=service.handle, train=service.targets["goal"], targets=service.targets, seed=5)
+    before = np.nanmean(twin.losses(np.arange(6)))
+    after = np.nanmean(
+        twin.adapted_losses(np.arange(6), towards="goal", depth_steps=20, learning_rate=0.05, rank=2, alpha=4.0)
+    )
+    assert after < before - 0.05
+
+
+def test_run_pass_scores_repeated_rows_and_reports_progress():
+    dataset = Rows([{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 5, 2)])
+    seen = []
+    out = run_pass(
+        dataset,
+        np.array([2, 0, 1, 0]),
+        np.array([2, 3, 5, 3]),
+        collate=collate,
+        score=lambda batch: batch["attention_mask"].sum(dim=1).float(),
+        token_budget=6,
+        device=torch.device("cpu"),
+        progress=lambda done, total, seconds: seen.append((done, total)),
+    )
+    assert out.tolist() == [2.0, 3.0, 5.0, 3.0]
+    assert seen[-1] == (4, 4)
+    assert run_pass(
+        dataset, np.array([], dtype=np.int64), np.array([], dtype=np.int64), collate=collate, score=lambda b: b,
+        token_budget=6, device=torch.device("cpu"),
+    ).shape == (0,)

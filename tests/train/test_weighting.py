@@ -1,0 +1,162 @@
+"""The one weighted loss against loops in float64 (T0, T0b, T31 of the specification), and the identity at unit weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataflex.errors import ComponentError
+from dataflex.train.weighting import WeightStats, sample_means, token_losses, view, weighted_loss
+
+
+def batch(seed, rows=3, width=6, vocabulary=7, empty=()):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, width, vocabulary, generator=generator, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (rows, width), generator=generator)
+    for row in range(rows):
+        prompt = int(torch.randint(1, width - 1, (1,), generator=generator))
+        labels[row, :prompt] = -100
+    for row in empty:
+        labels[row] = -100
+    return logits, labels
+
+
+def items(labels):
+    return labels[:, 1:].ne(-100).sum()
+
+
+def stock(logits, labels, num_items):
+    targets = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets, reduction="sum") / num_items
+
+
+def oracle(batches, weights, normaliser, num_items):
+    """Sum over micro-batches, sequences and tokens, in float64 with an explicit denominator."""
+    total = 0.0
+    for (logits, labels), w in zip(batches, weights, strict=True):
+        log_probs = F.log_softmax(logits.double(), dim=-1)
+        means = []
+        for i in range(len(labels)):
+            losses = [
+                -log_probs[i, t, int(labels[i, t + 1])]
+                for t in range(labels.shape[1] - 1)
+                if int(labels[i, t + 1]) != -100
+            ]
+            means.append(sum(losses) / len(losses) if losses else 0.0)
+            if normaliser in {"count", "token"}:
+                total = total + float(w[i]) * sum(losses)
+        if normaliser == "sample":
+            total = total + sum(float(w[i]) * means[i] for i in range(len(labels))) / len(batches)
+    if normaliser == "sample":
+        return total
+    if normaliser == "count":
+        return total / float(num_items)
+    z = sum(float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in zip(batches, weights) for i in range(len(w)))
+    return total / z
+
+
+@given(seed=st.integers(0, 5000), empty=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
+    logits, labels = batch(seed, empty=(1,) if empty else ())
+    num_items = items(labels) + 5
+    expected = stock(logits, labels, num_items)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    for normaliser, scale in (("count", None), ("token", torch.ones((), dtype=torch.float64))):
+        losses = token_losses(logits, labels)
+        got = weighted_loss(
+            losses,
+            torch.ones(len(labels), 1),
+            normaliser=normaliser,
+            num_items=num_items,
+            num_micro_batches=2,
+            step_scale=scale,
+            replicas=1,
+        )
+        assert torch.equal(got, expected)
+        (gradient,) = torch.autograd.grad(got, logits)
+        assert torch.equal(gradient, wanted)
+
+
+@given(seed=st.integers(0, 5000), normaliser=st.sampled_from(["count", "token", "sample"]))
+@settings(max_examples=40, deadline=None)
+def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
+    batches = [batch(seed + i, rows=2 + i % 2) for i in range(3)]
+    rng = np.random.default_rng(seed)
+    weights = [torch.from_numpy(rng.uniform(0.0, 2.0, len(labels)).astype(np.float32)) for _, labels in batches]
+    num_items = sum(items(labels) for _, labels in batches)
+    z = sum((w.double() * labels[:, 1:].ne(-100).sum(dim=1)).sum() for (_, labels), w in zip(batches, weights))
+    total = 0.0
+    for (logits, labels), w in zip(batches, weights, strict=True):
+        total = total + weighted_loss(
+            token_losses(logits, labels),
+            w[:, None],
+            normaliser=normaliser,
+            num_items=num_items,
+            num_micro_batches=len(batches),
+            step_scale=num_items / z if normaliser == "token" else None,
+            replicas=1,
+        )
+    wanted = oracle(batches, weights, normaliser, num_items).item()
+    assert total.item() == pytest.approx(wanted, rel=2e-5)
+
+
+def test_token_normaliser_without_known_weights_is_a_mean_inside_the_micro_batch():
+    logits, labels = batch(4)
+    w = torch.tensor([0.5, 2.0, 0.0])
+    losses = token_losses(logits, labels)
+    got = weighted_loss(
+        losses, w[:, None], normaliser="token", num_items=items(labels), num_micro_batches=1, step_scale=None, replicas=1
+    )
+    expected = (w[:, None] * losses.loss_BT).sum() / (w * losses.mask_BT.sum(1)).sum()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_one_hot_weights_leave_one_row_in_the_gradient():
+    """T0b."""
+    logits, labels = batch(9)
+    w = torch.tensor([0.0, 1.0, 0.0])
+    loss = weighted_loss(
+        token_losses(logits, labels),
+        w[:, None],
+        normaliser="token",
+        num_items=items(labels),
+        num_micro_batches=1,
+        step_scale=None,
+        replicas=1,
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    alone = logits[1:2].detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(stock(alone, labels[1:2], items(labels[1:2])), alone)
+    torch.testing.assert_close(gradient[1:2], wanted, rtol=1e-5, atol=1e-7)
+    assert gradient[0].abs().sum() == 0
+    assert gradient[2].abs().sum() == 0
+
+
+def test_rows_without_labels_have_zero_loss():
+    """T31."""
+    logits, labels = batch(2, empty=(0,))
+    losses = token_losses(logits, labels)
+    means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
+    assert means[0] == 0
+    assert tokens[0] == 0
+    seen = view(losses, np.array([5, 6, 7]), step=3, total_steps=9)
+    assert seen.loss_M.tolist() == means.tolist()
+    assert (seen.local, seen.step, seen.total_steps) == (slice(0, 3), 3, 9)
+    assert not seen.loss_BT.requires_grad
+
+
+def test_weight_statistics_and_their_checks():
+    stats = WeightStats("mine")
+    stats.add(torch.tensor([[1.0], [1.0]]))
+    stats.add(torch.tensor([[3.0], [0.0]]))
+    assert stats.read() == {"weight_ess": pytest.approx(25 / 11 / 4), "weight_max": 3.0}
+    assert stats.read() == {}
+    for bad in ([-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
+        with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
+            stats.add(torch.tensor(bad)[:, None])
+        stats = WeightStats("mine")

@@ -1,0 +1,138 @@
+"""Every LLaMA-Factory, transformers, accelerate and datasets symbol that we rely on, with the shape we rely on.
+
+An upgrade that breaks one of them fails here first, and names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+
+METHODS = {
+    "get_train_dataloader": ["self"],
+    "set_initial_training_values": ["self", "args", "dataloader"],
+    "_init_training_state": [
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "compute_loss_context_manager": ["self"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
+    "log": ["self", "logs", "start_time"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "get_tp_size": ["self"],
+    "get_cp_size": ["self"],
+    "get_sp_size": ["self"],
+    "is_world_process_zero": ["self"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trainer_methods(name):
+    from transformers import Trainer
+
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == METHODS[name]
+
+
+def test_the_trainer_draws_batches_after_the_update():
+    """The seam: all micro-batches of a step are asked for at once, before the first forward pass of the step."""
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("self.get_batch_samples(") < source.index("self.training_step(")
+    assert "skip_first_batches" in source
+    assert "current_gradient_accumulation_steps" in source
+
+
+def test_the_trainer_state_is_written_after_the_random_states():
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = [source.index(part) for part in ("self._save_rng_state(", "save_to_json(", "rotate_checkpoints(")]
+    assert order == sorted(order)
+
+
+def test_custom_losses_are_not_divided_by_accumulation():
+    from transformers import Trainer
+
+    step, loss = inspect.getsource(Trainer.training_step), inspect.getsource(Trainer.compute_loss)
+    assert "self.compute_loss_func is None" in step
+    assert "loss *= self.accelerator.num_processes" in loss
+
+
+def test_trainer_classes_and_data_loading():
+    from dataflex.bridge.swap import TRAINERS
+
+    for stage, (caller, holder, name) in TRAINERS.items():
+        workflow, home = importlib.import_module(caller), importlib.import_module(holder)
+        assert inspect.isclass(getattr(home, name)), stage
+        assert list(inspect.signature(workflow.get_dataset).parameters) == [
+            "template",
+            "model_args",
+            "data_args",
+            "training_args",
+            "stage",
+            "tokenizer",
+            "processor",
+        ], stage
+
+
+def test_tuner():
+    from llamafactory.train import tuner
+
+    assert list(inspect.signature(tuner.run_exp).parameters) == ["args", "callbacks"]
+    assert list(inspect.signature(tuner._training_function).parameters) == ["config"]
+    assert list(inspect.signature(tuner.Worker._training_function).parameters) == ["self", "config"]
+    assert "early_stopping_threshold" in inspect.signature(tuner.EarlyStoppingCallback).parameters
+
+
+def test_raw_data_are_seen_before_alignment():
+    from llamafactory.data import loader
+
+    parameters = list(inspect.signature(loader.align_dataset).parameters)
+    assert parameters == ["dataset", "dataset_attr", "data_args", "training_args"]
+    assert "return align_dataset(dataset," in inspect.getsource(loader._load_single_dataset)
+
+
+def test_launcher_helpers():
+    from llamafactory.extras import misc
+
+    for name in ("find_available_port", "get_device_count", "is_env_enabled", "use_kt", "use_ray"):
+        assert callable(getattr(misc, name)), name
+
+
+def test_collators():
+    from llamafactory.data import KTODataCollatorWithPadding, PairwiseDataCollatorWithPadding
+    from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
+
+    assert issubclass(PairwiseDataCollatorWithPadding, MultiModalDataCollatorForSeq2Seq)
+    assert issubclass(KTODataCollatorWithPadding, MultiModalDataCollatorForSeq2Seq)
+
+
+def test_data_arguments():
+    from llamafactory.hparams import DataArguments
+
+    arguments = DataArguments(dataset="a, b")
+    assert arguments.dataset == ["a", "b"]
+    for name in ("eval_dataset", "val_size", "packing", "neat_packing", "tokenized_path", "max_samples"):
+        assert hasattr(arguments, name), name
+
+
+def test_splitting_depends_on_length_and_seed_only():
+    import numpy as np
+    from datasets import Dataset
+
+    rows = np.arange(23)
+    numbers = Dataset.from_dict({"row": rows}).train_test_split(test_size=0.2, seed=3)["train"]["row"]
+    words = Dataset.from_dict({"word": [f"w{i}" for i in rows]}).train_test_split(test_size=0.2, seed=3)["train"]
+    assert [f"w{i}" for i in numbers] == list(words["word"])
