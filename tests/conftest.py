@@ -95,35 +95,35 @@ def data_dir(tmp_path_factory) -> Path:
     write("goal", [instruction("goal", 1.0) for _ in range(5)])
     write("held", [instruction("held", 1.0) for _ in range(7)])
     write("text", [{"text": sentence(rng, 5, 40)} for _ in range(60)], columns={"prompt": "text"})
-    write(
-        "pairs",
-        [
-            {
-                "conversations": [{"from": "human", "value": sentence(rng, 2, 9)}],
-                "chosen": {"from": "gpt", "value": sentence(rng, 1, 9)},
-                "rejected": {"from": "gpt", "value": sentence(rng, 1, 9)},
-            }
-            for _ in range(24)
-        ],
-        formatting="sharegpt",
-        ranking=True,
-        columns={"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
-    )
-    write(
-        "tagged",
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": sentence(rng, 2, 9)},
-                    {"role": "assistant", "content": sentence(rng, 1, 9)},
-                ],
-                "label": bool(i % 2),
-            }
-            for i in range(24)
-        ],
-        formatting="sharegpt",
-        columns={"messages": "messages", "kto_tag": "label"},
-        tags={"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    )
+    weighted = [{"text": sentence(rng, 5, 40), "sample_weight": rng.uniform(0, 2)} for _ in range(30)]
+    write("weighted_text", weighted, columns={"prompt": "text"})
+    pairs = [
+        {
+            "conversations": [{"from": "human", "value": sentence(rng, 2, 9)}],
+            "chosen": {"from": "gpt", "value": sentence(rng, 1, 9)},
+            "rejected": {"from": "gpt", "value": sentence(rng, 1, 9)},
+        }
+        for _ in range(24)
+    ]
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    write("pairs", pairs[:16], formatting="sharegpt", ranking=True, columns=columns)
+    write("pairs2", pairs[16:], formatting="sharegpt", ranking=True, columns=columns)
+    tagged = [
+        {
+            "messages": [
+                {"role": "user", "content": sentence(rng, 2, 9)},
+                {"role": "assistant", "content": sentence(rng, 1, 9)},
+            ],
+            "label": bool(i % 2),
+        }
+        for i in range(24)
+    ]
+    entry = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "label"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    write("tagged", tagged[:16], **entry)
+    write("tagged2", tagged[16:], **entry)
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return folder

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 
-__all__ = ["main"]
+__all__ = ["guarded", "main"]
 
 _FAILED = 1
 _MISTAKE = 2
@@ -51,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all went well, 2 for a mistake of the user's, 1 when a run failed otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(arguments))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run ``action`` and turn mistakes of the user's into plain lines on stderr and an exit code."""
     try:
-        return _run(arguments)
+        return action()
     except DataFlexError as error:
         sys.stderr.write("".join(f"dataflex: {line}\n" for line in str(error).splitlines()))
         return _MISTAKE

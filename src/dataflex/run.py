@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check import check
 from dataflex.config.load import load_mapping
-from dataflex.config.schema import DynamicConfig
-from dataflex.config.split import split
+from dataflex.config.split import resolve
 from dataflex.errors import CheckpointError
 
 __all__ = ["train", "train_here"]
@@ -31,9 +29,7 @@ def train(args: list[str]) -> int:
             which always mean a stock run.
     """
     if _is_config(args):  # tell mistakes before LLaMA-Factory is imported
-        parts = split(load_mapping(args[0], args[1:]), Path(args[0]).resolve().parent)
-        if parts.dynamic is not None:
-            check(parts.dynamic, parts.lf, Path(args[0]).resolve().parent)
+        resolve(load_mapping(args[0], args[1:]), Path(args[0]).resolve().parent)
     from dataflex.bridge.launch import wants_torchrun, with_torchrun
 
     if wants_torchrun():
@@ -50,24 +46,22 @@ def train_here(args: list[str]) -> int:
         return 0
     base_dir = Path(args[0]).resolve().parent
     mapping = load_mapping(args[0], args[1:])
-    parts = split(mapping, base_dir)
+    parts = resolve(mapping, base_dir)
     lf, config = dict(parts.lf), parts.dynamic
     _show_progress()
     for note in parts.notes:
         logger.info("%s", note)
     if config is not None:
-        check(config, lf, base_dir)
-        resume(lf, config)
+        resume(lf)
     from dataflex.bridge.swap import run
 
-    stage = lf.get("stage", "sft")
     if config is not None and _uses_ray():
         from dataflex.bridge.ray_worker import ray_workers
 
-        with ray_workers(mapping, base_dir, stage):
-            run(lf, config, mapping)
+        with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
+            run(lf, config, parts.early_stopping_min_delta)
     else:
-        run(lf, config, mapping)
+        run(lf, config, parts.early_stopping_min_delta)
     return 0
 
 
@@ -92,7 +86,7 @@ def _show_progress() -> None:
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def resume(lf: dict[str, Any], config: DynamicConfig) -> None:
+def resume(lf: dict[str, Any]) -> None:
     """Settle which checkpoint a dynamic run goes on from, so that an incomplete one is never loaded.
 
     A path must be complete; ``true``, or nothing with an output folder that holds checkpoints (where
@@ -123,4 +117,3 @@ def resume(lf: dict[str, Any], config: DynamicConfig) -> None:
         raise CheckpointError(f"resume_from_checkpoint: {output_dir} holds no complete checkpoint")
     elif passed_over:
         lf["overwrite_output_dir"] = True
-

@@ -169,6 +169,11 @@ def test_largest_remainder_ties_by_index():
     assert largest_remainder(0, [0.5, 0.5]).tolist() == [0, 0]
 
 
+def test_largest_remainder_keeps_a_share_of_zero_at_zero_whatever_rounding_does():
+    # The sum is 1 up to rounding, every exact share a whole number, and one is missing.
+    assert largest_remainder(2**41, [0.0, 1 - 2.0**-41]).tolist() == [0, 2**41]
+
+
 @pytest.mark.parametrize("shares", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_largest_remainder_refuses(shares):
     with pytest.raises(ComponentError, match="finite, >= 0 and not all 0"):

@@ -62,7 +62,11 @@ def test_streams_are_named():
 def test_numbers_do_not_change_between_releases():
     # A change here would serve other data to a resumed run.
     assert rng.stream(42, "warmup", 3).integers(0, 1000, 5).tolist() == [436, 190, 843, 493, 416]
-    assert rng.uniforms(42, "gumbel", 3, np.array([0, 1, 10**12])).tolist() == [0.3196440083616342, 0.5238975984943183, 0.8401469951643131]
+    assert rng.uniforms(42, "gumbel", 3, np.array([0, 1, 10**12])).tolist() == [
+        0.3196440083616342,
+        0.5238975984943183,
+        0.8401469951643131,
+    ]
     assert rng.permutations(42, "domain:code", 2, 1, 8).tolist() == [[5, 4, 6, 7, 1, 3, 0, 2]]
 
 

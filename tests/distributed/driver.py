@@ -19,8 +19,11 @@ def main() -> None:
 
     from dataflex.run import train_here
 
-    os.environ.setdefault("TORCHELASTIC_USE_AGENT_STORE", "False")
-    for config in json.loads(Path(sys.argv[1]).read_text()):
+    # Every job meets at a port of its own, hosted by rank 0: torchrun's own store still holds the last job's keys.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for config, port in jobs:
+        os.environ["MASTER_PORT"] = str(port)
         try:
             train_here([config])
         except Exception as error:  # noqa: BLE001 (the test reads what happened)

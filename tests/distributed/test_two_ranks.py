@@ -79,8 +79,10 @@ def rows_of(outcome):
 def test_two_ranks_equal_one(results, case):
     single, double = results
     one, two = single[case], double[f"two-{case}"]
-    np.testing.assert_allclose(two.series(), one.series(), rtol=1e-5)
-    np.testing.assert_allclose(two.series("grad_norm"), one.series("grad_norm"), rtol=1e-4)
+    # 37 rows, 8 in a step: the fifth step is short, and two ranks even it out with rows from the start, as stock does.
+    steps = 4 if case in {"stock", "all"} else MAX_STEPS
+    np.testing.assert_allclose(two.series()[:steps], one.series()[:steps], rtol=1e-5)
+    np.testing.assert_allclose(two.series("grad_norm")[:steps], one.series("grad_norm")[:steps], rtol=1e-4)
     if case != "stock":
         assert rows_of(two) == rows_of(one)
 

@@ -146,3 +146,11 @@ def test_a_finished_run_can_be_made_longer(run):
     assert short.series() == long.series()[:8]
     longer = run("short", **settings, **CASES["selection"], resume_from_checkpoint=True)
     assert longer.series() == long.series()
+
+
+def test_a_finished_run_is_not_trained_further(run):
+    done = run("done", **SETTINGS, **CASES["selection"])
+    before = done.weights()
+    again = run("done", **SETTINGS, **CASES["selection"])  # LLaMA-Factory resumes by itself where checkpoints lie
+    assert again.series() == done.series()
+    assert all(np.array_equal(before[name], value) for name, value in again.weights().items())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def tick(monkeypatch, seconds: float = 1.0, begin: float = 1.7e9) -> None:
         now[0] += seconds
         return now[0]
 
-    monkeypatch.setattr(time, "time", clock)
+    monkeypatch.setattr("dataflex.record.recorder.time", SimpleNamespace(time=clock))
 
 
 def started(recorder: RunRecorder, *, dynamic: dict, sources: dict[str, int], schedule: dict) -> None:

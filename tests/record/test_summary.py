@@ -32,20 +32,20 @@ state       finished at step 6 of 6
 resumed     at step 2 from out/checkpoint-2
 
 Loss and evaluation
-                  first  at step    last  at step    best  at step
-  train loss     3.0000        2  2.0000        6  2.0000        6
-  eval_loss      2.5000        4  2.7500        6  2.5000        4
-  eval_accuracy  0.2500        4  0.5000        6  0.5000        6
-  eval_length   12.0000        4  9.0000        6
+                   first  at step    last  at step    best  at step
+  train loss      3.0000        2  2.0000        6  2.0000        6
+  eval_loss       2.5000        4  2.7500        6  2.5000        4
+  eval_accuracy   0.2500        4  0.5000        6  0.5000        6
+  eval_length    12.0000        4  9.0000        6
   train loss was not finite in 1 of 3 logs, first at step 4
 
 Time: 1 min 40 s
-  training      50.0 s  50.0 %  ###############
-  signals       20.0 s  20.0 %  ######
-  plan           4.0 s   4.0 %  #
-  evaluation     6.0 s   6.0 %  ##
-  checkpoint     2.5 s   2.5 %  #
-  other         17.5 s  17.5 %  #####
+  training    50.0 s  50.0 %  ###############
+  signals     20.0 s  20.0 %  ######
+  plan         4.0 s   4.0 %  #
+  evaluation   6.0 s   6.0 %  ##
+  checkpoint   2.5 s   2.5 %  #
+  other       17.5 s  17.5 %  #####
 
 Intervals: 3
   #  kind     steps  rows  score p50  served p50  most served domains
@@ -54,9 +54,9 @@ Intervals: 3
   2  dynamic    5-6    32      0.500       1.000  alpaca 50 %, code 50 %
 
 Composition of the served rows
-  domain  rows served   share  pool rows   share  times its share  epochs
-  alpaca           56  58.3 %         10  25.0 %           2.33 x    5.60
-  code             40  41.7 %         30  75.0 %           0.56 x    1.33
+  domain  rows served   share  pool rows   share   times  epochs
+  alpaca           56  58.3 %         10  25.0 %  2.33 x    5.60
+  code             40  41.7 %         30  75.0 %  0.56 x    1.33
 
 Weights
   effective sample size  mean 75.0 % of the sequences, lowest 50.0 % (step 6)

@@ -213,6 +213,11 @@ def test_run_pass_scores_repeated_rows_and_reports_progress():
     assert out.tolist() == [2.0, 3.0, 5.0, 3.0]
     assert seen[-1] == (4, 4)
     assert run_pass(
-        dataset, np.array([], dtype=np.int64), np.array([], dtype=np.int64), collate=collate, score=lambda b: b,
-        token_budget=6, device=torch.device("cpu"),
+        dataset,
+        np.array([], dtype=np.int64),
+        np.array([], dtype=np.int64),
+        collate=collate,
+        score=lambda b: b,
+        token_budget=6,
+        device=torch.device("cpu"),
     ).shape == (0,)

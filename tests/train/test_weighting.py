@@ -55,7 +55,9 @@ def oracle(batches, weights, normaliser, num_items):
         return total
     if normaliser == "count":
         return total / float(num_items)
-    z = sum(float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in zip(batches, weights) for i in range(len(w)))
+    z = sum(
+        float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in zip(batches, weights) for i in range(len(w))
+    )
     return total / z
 
 
@@ -110,7 +112,13 @@ def test_token_normaliser_without_known_weights_is_a_mean_inside_the_micro_batch
     w = torch.tensor([0.5, 2.0, 0.0])
     losses = token_losses(logits, labels)
     got = weighted_loss(
-        losses, w[:, None], normaliser="token", num_items=items(labels), num_micro_batches=1, step_scale=None, replicas=1
+        losses,
+        w[:, None],
+        normaliser="token",
+        num_items=items(labels),
+        num_micro_batches=1,
+        step_scale=None,
+        replicas=1,
     )
     expected = (w[:, None] * losses.loss_BT).sum() / (w * losses.mask_BT.sum(1)).sum()
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)

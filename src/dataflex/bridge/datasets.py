@@ -110,9 +110,7 @@ class DataLoading:
             raise UnsupportedError(
                 "val_size with predict_with_generate over several data sets: name an 'eval_dataset' instead"
             )
-        parts = {
-            name: load(dataset=[name], eval_dataset=None, val_size=0.0)["train_dataset"] for name in names
-        }
+        parts = {name: load(dataset=[name], eval_dataset=None, val_size=0.0)["train_dataset"] for name in names}
         sizes = {name: len(part) for name, part in parts.items()}
         whole = concatenate_datasets(list(parts.values()))
         module: dict[str, Any] = {"train_dataset": whole}

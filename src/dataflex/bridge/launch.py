@@ -1,8 +1,9 @@
 """Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher.
 
-Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
-and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``; ``OPTIM_TORCH``. Upstream names relied
-upon: ``llamafactory.extras.misc``'s ``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
+Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``, and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``;
+``OPTIM_TORCH``. Upstream names relied upon, of ``llamafactory.extras.misc``: ``find_available_port``,
+``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
 """
 
 from __future__ import annotations

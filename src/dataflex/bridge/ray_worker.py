@@ -25,13 +25,13 @@ class RayWorker(tuner.Worker):
     """Runs LLaMA-Factory's training function with our trainer swapped in."""
 
     def _training_function(self, config: dict[str, Any]) -> None:
-        from dataflex.bridge.swap import swapped
+        from dataflex.bridge.swap import least_gain, swapped
         from dataflex.config.split import split
 
         given = json.loads(os.environ[ENVIRONMENT_KEY])
-        dynamic = split(given["mapping"], Path(given["base_dir"])).dynamic
-        assert dynamic is not None
-        with swapped(given["stage"], dynamic, given["mapping"]):
+        parts = split(given["mapping"], Path(given["base_dir"]))
+        assert parts.dynamic is not None
+        with least_gain(parts.early_stopping_min_delta), swapped(given["stage"], parts.dynamic, parts.lf):
             super()._training_function(config)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 
 from dataflex.bridge.datasets import DataLoading, scoring_collator
 from dataflex.config.schema import DynamicConfig
+from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
-from dataflex.train.seam import Setup, TrainerMixin
+from dataflex.train.seam import TrainerMixin
+from dataflex.train.session import Setup
 from dataflex.version import __version__
 
-__all__ = ["TRAINERS", "run", "swapped", "versions"]
+__all__ = ["TRAINERS", "least_gain", "run", "swapped", "versions"]
 
 TRAINERS: dict[str, tuple[str, str, str]] = {
     "pt": ("llamafactory.train.pt.workflow", "llamafactory.train.pt.workflow", "CustomTrainer"),
@@ -44,7 +46,29 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def swapped(stage: str, config: DynamicConfig, mapping: dict[str, Any]) -> Iterator[Setup]:
+def _replaced(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Set attributes of modules while inside."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
+def least_gain(delta: float) -> Iterator[None]:
+    """Make LLaMA-Factory's early stopping ask for a gain of at least ``delta`` while inside."""
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    stops = functools.partial(tuner.EarlyStoppingCallback, early_stopping_threshold=delta)
+    with _replaced([(tuner, "EarlyStoppingCallback", stops)] if delta else []):
+        yield
+
+
+@contextmanager
+def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any]) -> Iterator[Setup]:
     """Make LLaMA-Factory's workflow of ``stage`` build our trainer while inside.
 
     Raises:
@@ -54,14 +78,13 @@ def swapped(stage: str, config: DynamicConfig, mapping: dict[str, Any]) -> Itera
         raise UnsupportedError(f"stage {stage!r} has no dynamic training (supported: {', '.join(TRAINERS)})")
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
-    tuner = importlib.import_module("llamafactory.train.tuner")
     loading = DataLoading(config)
     setup = Setup(
         config=config,
-        resolved=mapping,
+        resolved={**lf, "dynamic": as_mapping(config)},
         versions=versions(),
         stage=stage,
-        shuffle=not mapping.get("disable_shuffling", False),
+        shuffle=not lf.get("disable_shuffling", False),
         scoring_collator=scoring_collator(stage),
     )
 
@@ -72,29 +95,22 @@ def swapped(stage: str, config: DynamicConfig, mapping: dict[str, Any]) -> Itera
 
     base = getattr(home, name)
     ours = type(f"Dynamic{name}", (TrainerMixin, base), {"dataflex_setup": setup})
-    stops = functools.partial(tuner.EarlyStoppingCallback, early_stopping_threshold=config.early_stopping_min_delta)
-    changes = [(workflow, "get_dataset", load), (home, name, ours), (tuner, "EarlyStoppingCallback", stops)]
-    before = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in changes]
-    for module, attribute, value in changes:
-        setattr(module, attribute, value)
-    try:
+    with _replaced([(workflow, "get_dataset", load), (home, name, ours)]):
         yield setup
-    finally:
-        for module, attribute, value in before:
-            setattr(module, attribute, value)
 
 
-def run(lf: dict[str, Any], config: DynamicConfig | None, mapping: dict[str, Any]) -> None:
+def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_delta: float = 0.0) -> None:
     """Train in this process: stock LLaMA-Factory without a dynamic block, our trainer with one.
 
     Args:
         lf: LLaMA-Factory's own keys.
         config: The dynamic block, or None.
-        mapping: The whole configuration as given, for the record.
+        early_stopping_min_delta: Least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
     """
     tuner = importlib.import_module("llamafactory.train.tuner")
-    if config is None:
-        tuner.run_exp(lf)
-        return
-    with swapped(lf.get("stage", "sft"), config, mapping):
-        tuner.run_exp(lf)
+    with least_gain(early_stopping_min_delta):
+        if config is None:
+            tuner.run_exp(lf)
+            return
+        with swapped(lf.get("stage", "sft"), config, lf):
+            tuner.run_exp(lf)

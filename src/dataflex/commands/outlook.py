@@ -63,7 +63,9 @@ def _interval_lines(view: Forecast) -> Lines:
     dynamic, size, first = view.dynamic, view.batch.size, view.first_decision
     lines: Lines = []
     if dynamic.warmup_steps:
-        what = "at initial_proportions" if dynamic.initial_proportions is not None else "rows as they come"
+        what = "rows drawn uniformly" if dynamic.mixer is None else "at the mixer's proportions of step 0"
+        if dynamic.initial_proportions is not None:
+            what = "at initial_proportions"
         lines.append(("warm-up", f"{dynamic.warmup_steps:,} steps, {what}"))
     if dynamic.cycle_steps is not None:
         lines.append(("cycle", f"warm-up and intervals start again every {dynamic.cycle_steps:,} steps"))
@@ -71,7 +73,7 @@ def _interval_lines(view: Forecast) -> Lines:
         return [*lines, ("intervals", "none: the run ends with the warm-up, and no method ever decides")]
     if dynamic.interval_steps is None:
         if dynamic.selector is not None or dynamic.mixer is not None:
-            lines.append(("intervals", "1: decided once for the whole run"))
+            lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
         return lines
     assert view.steps is not None
     rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
@@ -98,13 +100,17 @@ def _epoch_lines(view: Forecast) -> Lines:
     except UnsupportedError as error:
         return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
     lines: Lines = []
-    for name, sequences, rows in zip(view.domains.names, served, view.domains.num_rows, strict=True):
+    wanted = view.steps * view.batch.size
+    for name, sequences, rows, cap in zip(view.domains.names, served, view.domains.num_rows, view.caps(), strict=True):
         epochs = float(sequences) / int(rows)
-        share = float(sequences) / float(served.sum())
-        cap = dynamic.max_epochs.get(name) if isinstance(dynamic.max_epochs, dict) else dynamic.max_epochs
-        over = f", above max_epochs {cap:g}: {dynamic.at_cap}" if cap is not None and epochs > cap else ""
-        told = f"{name}: {epochs:.3g} ({sequences:,.0f} sequences, {share:.1%}{over})"
+        over = ", at its cap" if epochs >= cap - 1e-9 else ""
+        if dynamic.at_cap == "error" and epochs > cap + 1e-9:
+            over = f", more than max_epochs {cap:g}: the run would fail"
+        told = f"{name}: {epochs:.3g} ({sequences:,.0f} sequences, {sequences / wanted:.1%}{over})"
         lines.append((label if not lines else "", told))
+    short = wanted - float(served.sum())
+    if short >= 1:
+        lines.append(("", f"max_epochs leaves the run {short:,.0f} of {wanted:,} sequences short ({dynamic.at_cap})"))
     return lines
 
 

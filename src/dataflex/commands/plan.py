@@ -53,7 +53,7 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
         ConfigError: All problems of the configuration.
     """
     base_dir = config.absolute().parent
-    parts = resolve(load_mapping(config, overrides), base_dir)
+    parts = resolve(load_mapping(config, overrides), base_dir, check_stock=True)
     lines = [f"note: {note}" for note in parts.notes]
     lines += ["", "Configuration"] if lines else ["Configuration"]
     lines += [f"  {line}" for line in _configuration(parts).splitlines()]

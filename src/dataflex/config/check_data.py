@@ -9,7 +9,7 @@ from typing import Any
 
 from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, tokenized
 from dataflex.config.forecast import Forecast, forecast
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import number
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Selector, Weighter
@@ -113,6 +113,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
     interval = view.first_decision or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
     try:
         mixer.mix(view.context(interval, domains))
+        yield from _too_small_domains(dynamic, view, mixer)
     except ConfigError as error:
         yield from error.problems
     except DataError as error:
@@ -122,23 +123,51 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         return  # it looks at the model: what it will say is not known yet
 
 
-def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    selector, first = dynamic.selector, view.first_decision
-    if selector is None or dynamic.mixer is not None or dynamic.repeat or view.rows is None or first is None:
-        return
+def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
+    """Return the selector if it leaves rows out."""
+    selector = dynamic.selector
+    if selector is None:
+        return None
     cls = selector.cls
     assert issubclass(cls, Selector)
-    replaced = {field.name for field in dataclasses.fields(selector.params)} & {"replacement"}
-    if not cls.narrows or (replaced and dataclasses.asdict(selector.params)["replacement"]):
+    return selector if cls.narrows else None
+
+
+def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
+    selector, first = _narrowing(dynamic), view.first_decision
+    if selector is None or dynamic.mixer is not None or view.rows is None or first is None:
+        return
+    replaces = dataclasses.asdict(selector.params).get("replacement") is True
+    if dynamic.repeat or dynamic.keep_ratio is not None or replaces:
         return
     wanted = first.steps * view.batch.size
     if wanted > view.rows:
         fitting = view.rows // view.batch.size
-        lower = f"Lower interval_steps to {fitting} or less, or set" if fitting else "Use smaller batches, or set"
+        way = "Set" if dynamic.interval_steps is None else "Lower"
+        advice = f"{way} interval_steps to {fitting:,} or less, or set" if fitting else "Use smaller batches, or set"
         yield (
-            f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets hold "
-            f"{view.rows:,}. {lower} 'repeat: true'."
+            f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets "
+            f"hold {view.rows:,}. {advice} 'repeat: true'."
         )
+
+
+def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
+    """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
+    first, domains = view.first_decision, view.domains
+    if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit != "sequences" or domains is None or first is None:
+        return
+    kept = max(1, round((dynamic.keep_ratio or 1.0) * len(domains.domain_of)))
+    stretches = [(first.steps, mixer.mix(view.context(first, domains)).proportions, kept)]
+    if dynamic.warmup_steps:
+        stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), len(domains.domain_of)))
+    for steps, shares, most in stretches:
+        for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
+            wanted, there = int(steps * view.batch.size * share), min(int(rows), most)
+            if wanted > there:
+                yield (
+                    f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
+                    "it are left by the selector. Lower interval_steps (or warmup_steps) or set 'repeat: true'."
+                )
 
 
 def _idle_weighter(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:

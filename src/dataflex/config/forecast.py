@@ -7,7 +7,7 @@ open (None) rather than guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
+from dataflex.core.caps import expected_epochs
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Context, Mixer, Rows, Signals
 from dataflex.core.schedule import Interval, Schedule
@@ -120,37 +121,64 @@ class Forecast:
             total_sequences=(self.steps or 1) * self.batch.size,
         )
 
-    def served(self) -> NDArray[np.float64]:
-        """Return the expected sequences of each domain over the whole run, float64 [K].
+    def mixture(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield stretches of the run: optimizer steps, and the proportions of their sequences, float64 [K].
 
         Raises:
             ConfigError: Proportions that do not fit the domains.
             DataError: Domains that cannot be served as asked.
             UnsupportedError: The mixer looks at the model, or decides too often to add it up.
         """
-        from dataflex.mixers.proportions import by_domain
-
         dynamic, domains, schedule, first = self.dynamic, self.domains, self.schedule, self.first_decision
         assert dynamic.mixer is not None
         assert domains is not None
         assert schedule is not None
         mixer = dynamic.mixer.build()
         assert isinstance(mixer, Mixer)
-        shares = domains.sizes("sequences") / domains.sizes("sequences").sum()
-        if dynamic.initial_proportions is not None:
-            shares = by_domain(dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
-        total = self.warmup_steps * shares
-        if first is not None and not mixer.adaptive:
-            total = (
-                total + (schedule.total_steps - self.warmup_steps) * mixer.mix(self.context(first, domains)).proportions
-            )
-        elif first is not None:
-            if self.num_decisions > _MOST_DECISIONS:
-                raise UnsupportedError("too many intervals to add up")
-            for interval in schedule.intervals():
-                if interval.kind == "dynamic":
-                    total = total + interval.steps * mixer.mix(self.context(interval, domains)).proportions
-        return total * self.batch.size
+        if self.warmup_steps:
+            yield self.warmup_steps, self.warmup_shares(domains, mixer)
+        if first is None:
+            return
+        if not mixer.adaptive:
+            yield schedule.total_steps - self.warmup_steps, mixer.mix(self.context(first, domains)).proportions
+            return
+        if self.num_decisions > _MOST_DECISIONS:
+            raise UnsupportedError("it decides too often to add it up")
+        for interval in schedule.intervals():
+            if interval.kind == "dynamic":
+                yield interval.steps, mixer.mix(self.context(interval, domains)).proportions
+
+    def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
+        """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
+        from dataflex.mixers.proportions import by_domain
+
+        if self.dynamic.initial_proportions is not None:
+            return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
+        assert self.schedule is not None
+        return mixer.mix(self.context(self.schedule.interval(0), domains)).proportions
+
+    def served(self) -> NDArray[np.float64]:
+        """Return the expected sequences of each domain over the whole run, caps followed, float64 [K].
+
+        With ``at_cap: error`` the caps are left aside, so that one sees by how much they are passed.
+        All warm-ups are taken to come first. Raises what ``mixture`` raises.
+        """
+        assert self.domains is not None
+        sizes = self.domains.num_rows
+        served = np.zeros(len(sizes), dtype=np.float64)
+        for steps, shares in self.mixture():
+            total = steps * self.batch.size
+            drawn = np.rint(served).astype(np.int64)
+            epochs = expected_epochs(sizes, shares, total, self.caps(), self.dynamic.at_cap, drawn)
+            served = epochs * sizes
+        return served
+
+    def caps(self) -> NDArray[np.float64]:
+        """Return the most epochs of each domain, float64 [K]; infinite where there is no cap."""
+        assert self.domains is not None
+        caps = self.dynamic.max_epochs
+        each = [caps.get(name) if isinstance(caps, Mapping) else caps for name in self.domains.names]
+        return np.array([math.inf if cap is None else cap for cap in each], dtype=np.float64)
 
 
 def forecast(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Forecast:

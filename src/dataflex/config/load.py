@@ -78,7 +78,10 @@ def _read_yaml(path: Path) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.load(path)
+        config = OmegaConf.load(path)
+        # OmegaConf takes a document that is a single text for a key without a value.
+        single = isinstance(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), yaml.ScalarNode)
+        return None if single else config
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: malformed YAML{_yaml_place(error)}") from error
     except OmegaConfBaseException as error:
@@ -133,7 +136,8 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: malformed value{_yaml_place(error)}") from error
+        what = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"override {text!r}: malformed value: {what}") from error
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
     assert not isinstance(merged, list)

@@ -70,6 +70,13 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
         for key in (key for key, there in given.items() if there):
             yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
         return
+    if dynamic.max_epochs is not None and dynamic.selector is not None:
+        cls = dynamic.selector.cls
+        if issubclass(cls, Selector) and cls.narrows:
+            yield (
+                f"dynamic.max_epochs: has no effect beside the {dynamic.selector.name} selector, which decides anew in "
+                "every interval what is served; remove one of the two"
+            )
     if dynamic.initial_proportions is not None:
         try:
             check_numbers(dynamic.initial_proportions, "dynamic.initial_proportions")

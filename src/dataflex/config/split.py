@@ -62,8 +62,14 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
     return Split(lf=rest, dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta)
 
 
-def resolve(mapping: Mapping[str, Any], base_dir: Path) -> Split:
+def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = False) -> Split:
     """Return the two parts of a configuration, with everything checked that needs no model.
+
+    Args:
+        mapping: The whole configuration.
+        base_dir: Folder of the configuration file.
+        check_stock: Whether the model and the data sets of a stock run are looked for too; else
+            that is left to LLaMA-Factory.
 
     Raises:
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
@@ -76,7 +82,8 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path) -> Split:
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
         parts = Split(lf=lf, dynamic=DynamicConfig())
-    problems += found_problems(parts.dynamic, parts.lf, base_dir)
+    if parts.dynamic is not None or check_stock:
+        problems += found_problems(parts.dynamic, parts.lf, base_dir)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return parts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.values import env_enabled, number
+from dataflex.config.values import env_enabled, number, truthy
 from dataflex.core.schedule import Schedule
 
 __all__ = ["Batch", "batch_of", "schedule_of", "total_steps"]
@@ -61,7 +61,10 @@ def total_steps(lf: Mapping[str, Any], rows: int | None) -> int | None:
     if not rows:
         return None
     batch = batch_of(lf)
-    micro_batches = math.ceil(rows / (batch.per_device * batch.world))
+    if truthy(lf, "dataloader_drop_last"):
+        micro_batches = rows // batch.per_device // batch.world
+    else:
+        micro_batches = math.ceil(rows / (batch.per_device * batch.world))
     steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
     return math.ceil(number(lf, "num_train_epochs", _DEFAULT_EPOCHS) * steps_per_epoch)
 

@@ -1,0 +1,1 @@
+"""Decisions without torch: schedules, plans, streams, subset rules, state, the contracts of methods."""

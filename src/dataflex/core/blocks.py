@@ -55,13 +55,14 @@ def _carry_vector(
         base = np.maximum(np.floor(need), 0.0)
         left = need - base
         short = block - int(base.sum())
-        # The `short` largest are what one-at-a-time would pick, as long as none is picked twice.
-        order = np.argsort(-left, kind="stable")[: max(short, 0)]
-        if short < 0 or (short > 0 and (short > left.size or left[order[-1]] <= 0.0)):
+        if short < 0:
             base_list, left_list = base.astype(np.int64).tolist(), left.tolist()
             _settle(base_list, left_list, short)
             counts[b], rests[b + 1] = base_list, left_list
             continue
+        # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
+        # that handing out one at a time would pick none twice.
+        order = np.argsort(-left, kind="stable")[:short]
         left[order] -= 1.0
         base[order] += 1.0
         counts[b], rests[b + 1] = base, left

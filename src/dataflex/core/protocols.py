@@ -115,7 +115,7 @@ class Signals(Protocol):
         ...
 
     def num_rows(self, target: str | None = None) -> int:
-        """Number of rows of the training set, or of the named target."""
+        """Return the number of rows of the training set, or of the named target."""
         ...
 
 
@@ -180,7 +180,7 @@ class Method:
 
     Params: ClassVar[type[Params]] = Params
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Any) -> None:
         self.params = params
 
     def columns(self) -> tuple[str, ...]:
@@ -257,8 +257,9 @@ class Weighter(Method):
       Z = sum of w over the whole optimizer step; weights computed in the micro-batch are rescaled
       there to a token mean of one. Equal weights give the plain loss.
     - ``count``: Z = number of supervised tokens of the step; weights change the step size.
-    - ``sample``: weights over the sequences of a micro-batch (all ranks) that sum to one multiply
-      the sequences' token-mean losses; the step's loss is the mean over its micro-batches.
+    - ``sample``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
+      token-mean losses; the step's loss is the mean over its micro-batches. They sum to one unless the
+      method's paper has it otherwise.
     """
 
     kind = "weighter"

@@ -1,0 +1,1 @@
+"""Methods that set the proportions of domains, one file each."""

@@ -1,0 +1,1 @@
+"""What a run did: events, plans, summary, plots."""

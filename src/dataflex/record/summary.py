@@ -178,12 +178,12 @@ def _composition(run: Run) -> list[str]:
     if len(names) > _DOMAINS:
         kept = set(sorted(names, key=lambda name: -served[name])[:_DOMAINS])
         names = [name for name in names if name in kept]
-    entries = [(cut(name, 32), served[name], pool.get(name, 0)) for name in names]
+    entries = [(cut(name, 28), served[name], pool.get(name, 0)) for name in names]
     if len(names) < len(run.domains):
         rest = [name for name in run.domains if name not in names]
         others = (sum(served[name] for name in rest), sum(pool.get(name, 0) for name in rest))
         entries.append((f"{len(rest)} others", *others))
-    rows = [["domain", "rows served", "share", "pool rows", "share", "times its share", "epochs"]]
+    rows = [["domain", "rows served", "share", "pool rows", "share", "times", "epochs"]]
     for name, count, size in entries:
         share, fair = count / all_served, size / all_pool if all_pool else 0.0
         times = f"{share / fair:.2f} x" if fair else "-"

@@ -51,7 +51,7 @@ class LossSelector(Selector):
 
     name = "loss"
     adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}))
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
         summary="Draws rows at random, preferring those whose current loss is high, medium or low.",
         paper="baseline (no paper)",

@@ -1,4 +1,4 @@
-"""A low-rank probe: how would the model's losses look after a little training on a target?
+"""A low-rank probe: what the model's losses would be after a little training on a target.
 
 The probe adds B A x * (alpha / rank) to the output of every linear layer inside the model's blocks
 through forward hooks. Its matrices are its own leaf tensors, trained with AdamW on the whole

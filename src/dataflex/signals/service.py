@@ -164,10 +164,7 @@ class SignalService:
         for positions in bucketed(corpus.lengths, self.handle.token_budget):
             batch = self.handle.collate(list(corpus.dataset.__getitems__(positions.tolist())))
             batches.append(
-                {
-                    key: value.to(self.handle.device) if torch.is_tensor(value) else value
-                    for key, value in batch.items()
-                }
+                {key: value.to(self.handle.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             )
         return batches
 

@@ -1,0 +1,1 @@
+"""The training path: plans served through the Trainer, weighted losses, checkpoints."""

@@ -184,7 +184,7 @@ def find_resumable(output_dir: Path) -> tuple[Path | None, list[str]]:
             match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
             if match and entry.is_dir():
                 found.append((int(match[1]), entry))
-    passed_over = []
+    passed_over: list[str] = []
     for _, checkpoint in sorted(found, reverse=True):
         reason = incomplete_reason(checkpoint)
         if reason is None:

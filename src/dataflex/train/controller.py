@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +161,13 @@ class Controller:
         total = time.perf_counter() - started
         self.seconds["signals"] += self.signals.seconds
         self.seconds["decide"] += total - self.signals.seconds
-        self._record(plan, selection, proportions, reason, {"signals": self.signals.seconds, "decide": total - self.signals.seconds})
+        self._record(
+            plan,
+            selection,
+            proportions,
+            reason,
+            {"signals": self.signals.seconds, "decide": total - self.signals.seconds},
+        )
         return plan
 
     def _select(self, ctx: Context) -> Selection:
@@ -178,9 +183,7 @@ class Controller:
         _check_selection(self.selector, selection, pool, wanted)
         return selection
 
-    def _lay_out(
-        self, ctx: Context, selection: Selection | None
-    ) -> tuple[Rows, NDArray[np.float64] | None, str]:
+    def _lay_out(self, ctx: Context, selection: Selection | None) -> tuple[Rows, NDArray[np.float64] | None, str]:
         """Return serving order, nominal proportions if a mixer set them, and the reason for the record."""
         interval, batch = ctx.interval, self.shape.global_batch
         total = interval.steps * batch
@@ -288,13 +291,15 @@ class Controller:
                 f"; {reason}" if reason else "",
             )
 
-    def shares(self) -> dict[str, float]:
-        """Return each domain's share of the rows of the plan in progress."""
+    def scalars(self) -> dict[str, float]:
+        """Return numbers for the training log: interval, share of each domain in its plan, time spent deciding."""
         if self.plan is None:
             return {}
         served = self.plan.rows[self.plan.rows >= 0]
-        counts = self.space.domains.counts(served) / max(len(served), 1)
-        return dict(zip(self.space.domains.names, counts.tolist(), strict=True))
+        shares = self.space.domains.counts(served) / max(len(served), 1)
+        mixture = {f"mix/{name}": share for name, share in zip(self.space.domains.names, shares.tolist(), strict=True)}
+        spent = self.seconds["signals"] + self.seconds["decide"]
+        return {"interval": float(self.plan.interval.index), **mixture, "decide_seconds": spent}
 
     def state_dict(self) -> State:
         """Everything but the plan, which is saved as arrays of its own."""
@@ -327,7 +332,10 @@ def _caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDA
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ConfigError(
-            [f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} ({', '.join(names)})" for name in unknown]
+            [
+                f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} ({', '.join(names)})"
+                for name in unknown
+            ]
         )
     return np.array([float(given.get(name, np.inf)) for name in names])
 

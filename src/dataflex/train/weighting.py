@@ -19,7 +19,16 @@ from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
 
-__all__ = ["IGNORE_INDEX", "TokenLosses", "WeightStats", "checked", "sample_means", "token_losses", "view", "weighted_loss"]
+__all__ = [
+    "IGNORE_INDEX",
+    "TokenLosses",
+    "WeightStats",
+    "checked",
+    "sample_means",
+    "token_losses",
+    "view",
+    "weighted_loss",
+]
 
 IGNORE_INDEX = -100
 
@@ -169,8 +178,8 @@ def weighted_loss(
             parts = torch.stack([mask_BT.sum().double(), (weights * mask_BT).sum().double()])
             tokens, weighted_tokens = comm.gather_sum(parts).unbind()
             step_scale = torch.where(weighted_tokens > 0, tokens / weighted_tokens, torch.zeros_like(tokens))
-        weights = weights * (step_scale.to(weights) if torch.is_tensor(step_scale) else step_scale)
+        weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
     in_stock_order = losses.plain_sum + ((weights - 1.0) * loss_BT.detach()).sum()
     weighted = weighted + (in_stock_order - weighted).detach()
-    return weighted / (num_items.to(weighted.device) if torch.is_tensor(num_items) else num_items)
+    return weighted / torch.as_tensor(num_items, device=weighted.device)

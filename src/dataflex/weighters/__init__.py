@@ -1,0 +1,1 @@
+"""Methods that say how much a sample or token counts, one file each."""

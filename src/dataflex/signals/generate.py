@@ -1,0 +1,223 @@
+"""Batched sampling from the model under training.
+
+The loop is our own rather than ``model.generate``: it calls the outermost module, so that FSDP2 and
+ZeRO-3 gather parameters as in any forward, keeps all ranks in step, leaves nothing behind on the model
+and draws no global random numbers. Each draw is a function of (seed, prompt id, sample, position) only,
+so that the batch and the number of ranks change nothing but the last bits of the logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dataflex.core.rng import uniforms
+from dataflex.dist import comm
+from dataflex.errors import ComponentError, DataError, UnsupportedError
+from dataflex.signals.anatomy import anatomy, is_partitioned
+from dataflex.signals.passes import bucketed, preserved
+from dataflex.signals.specs import GenerationSpec
+
+__all__ = ["Generation", "Generator", "pick_tokens"]
+
+_SAMPLES = 2**20  # ids of draws: prompt id x this + sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One sample.
+
+    Attributes:
+        prompt: Position of its prompt in the list asked for.
+        sample: 0 .. num_samples - 1.
+        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
+        text: The tokens as text, special tokens left out.
+        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
+    """
+
+    prompt: int
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: GenerationSpec) -> torch.Tensor:
+    """Choose one token per row by inverting the cumulative distribution.
+
+    Order of operations as in transformers: temperature, then ``top_k``, then ``top_p``.
+
+    Args:
+        logits_BV: [B, V].
+        uniforms_B: float64 [B] in (0, 1); not looked at when greedy.
+        spec: How to sample.
+
+    Returns:
+        int64 [B].
+    """
+    logits_BV = logits_BV.float()
+    if spec.temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    scaled_BV = logits_BV / spec.temperature
+    if 0 < spec.top_k < scaled_BV.shape[-1]:
+        scaled_BV, token_BV = scaled_BV.topk(spec.top_k, dim=-1)
+    elif spec.top_p < 1.0:
+        scaled_BV, token_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
+    else:
+        token_BV = torch.arange(scaled_BV.shape[-1], device=scaled_BV.device).expand_as(scaled_BV)
+    p_BV = torch.softmax(scaled_BV.double(), dim=-1)
+    if spec.top_p < 1.0:  # likeliest first: a token stays while those before it do not reach top_p
+        p_BV = p_BV * (p_BV.cumsum(dim=-1) - p_BV < spec.top_p)
+    cumulative_BV = p_BV.cumsum(dim=-1)
+    goal_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    place_B1 = torch.searchsorted(cumulative_BV, goal_B1, right=True)
+    last_B1 = cumulative_BV.shape[-1] - 1 - p_BV.flip(-1).gt(0).long().argmax(dim=-1, keepdim=True)
+    place_B1 = place_B1.minimum(last_B1)  # rounding at a number close to 1
+    return token_BV.gather(1, place_B1)[:, 0]
+
+
+class Generator:
+    """Samples from a causal language model.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        tokenizer: Decodes; its ``eos_token_id`` ends a sample, besides the model's own.
+        device: Where the model is.
+        token_budget: Padded tokens of a batch at most, prompt and new ones together.
+        autocast: The trainer's mixed-precision context.
+
+    Raises:
+        UnsupportedError: No causal language model inside.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        token_budget: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._parts = anatomy(model)
+        if self._parts.head is None or hasattr(model, "pretrained_model"):
+            raise UnsupportedError(f"generation needs a causal language model, found {type(model).__name__}")
+        self._tokenizer, self._device = tokenizer, device
+        self._token_budget, self._autocast = token_budget, autocast
+        self._accepts = frozenset(inspect.signature(self._parts.lm.forward).parameters)
+        self._ends = _end_tokens(self._parts.lm, tokenizer)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: NDArray[np.int64] | None = None
+    ) -> list[Generation]:
+        """Sample ``spec.num_samples`` continuations of every prompt (collective).
+
+        Args:
+            prompts: Token ids of each prompt; at least one token each.
+            spec: How to sample.
+            ids: An id per prompt [n] that its draws depend on, as a row id; positions if left out.
+
+        Returns:
+            Prompt by prompt, sample by sample, equal on every rank.
+
+        Raises:
+            DataError: An empty prompt.
+            ComponentError: The model's logits are not finite.
+        """
+        empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
+        if empty:
+            raise DataError(f"generation: prompts {empty[:5]} have no tokens")
+        names = np.arange(len(prompts), dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+        count = spec.num_samples
+        which = np.repeat(np.arange(len(prompts)), count).tolist()
+        draws = np.repeat(names, count) * _SAMPLES + np.tile(np.arange(count), len(prompts))
+        lengths = np.array([len(prompts[index]) for index in which], dtype=np.int64)
+        batches = bucketed(lengths + spec.max_new_tokens, self._token_budget)
+        world, rank = comm.world(), comm.rank()
+        made = [torch.zeros(0, spec.max_new_tokens, dtype=torch.int64, device=self._device)]
+        places = [torch.zeros(0, dtype=torch.int64, device=self._device)]
+        with preserved(self._parts.root):
+            self._parts.root.eval()
+            for first in range(0, len(batches), world):
+                index = first + rank
+                # A rank without a batch left repeats the last one: partitioned parameters need equal numbers of passes.
+                batch = batches[min(index, len(batches) - 1)]
+                tokens = self._batch([prompts[which[i]] for i in batch.tolist()], draws[batch], spec)
+                if index < len(batches):
+                    made.append(tokens)
+                    places.append(torch.from_numpy(batch).to(self._device))
+        tokens_all, _ = comm.gather_rows(torch.cat(made))
+        places_all, _ = comm.gather_rows(torch.cat(places))
+        by_place = tokens_all[places_all.argsort()].cpu().tolist()
+        return [self._generation(i // count, i % count, row) for i, row in enumerate(by_place)]
+
+    def _generation(self, prompt: int, sample: int, row: list[int]) -> Generation:
+        tokens = tuple(token for token in row if token >= 0)
+        return Generation(
+            prompt=prompt,
+            sample=sample,
+            token_ids=tokens,
+            text=self._tokenizer.decode(list(tokens), skip_special_tokens=True),
+            finished=tokens[-1] in self._ends,
+        )
+
+    def _batch(self, prompts: list[Sequence[int]], draws: NDArray[np.int64], spec: GenerationSpec) -> torch.Tensor:
+        """Return new tokens [B, max_new_tokens], -1 after the end."""
+        width = max(len(prompt) for prompt in prompts)
+        inputs = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(inputs)
+        for row, prompt in enumerate(prompts):
+            inputs[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
+            mask[row, width - len(prompt) :] = 1
+        inputs, mask = inputs.to(self._device), mask.to(self._device)
+        ends = torch.tensor(sorted(self._ends), dtype=torch.int64, device=self._device)
+        new = torch.full((len(prompts), spec.max_new_tokens), -1, dtype=torch.int64, device=self._device)
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=self._device)
+        in_step = comm.world() > 1 and is_partitioned(self._parts.root)
+        fed, past = inputs, None
+        for step in range(spec.max_new_tokens):
+            logits, past = self._forward(fed, mask, past)
+            if not torch.isfinite(logits.max(dim=-1).values).all():
+                raise ComponentError("generation: the model's logits are not finite")
+            u = torch.from_numpy(uniforms(spec.seed, "generate", step, draws)).to(self._device)
+            token = pick_tokens(logits, u, spec)
+            new[:, step] = torch.where(alive, token, -1)
+            alive = alive & ~torch.isin(token, ends)
+            going = alive.any().long()
+            if not int(comm.gather_sum(going) if in_step else going):
+                break
+            token = torch.where(alive, token, 0)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            inputs = torch.cat([inputs, token[:, None]], dim=1)
+            fed = inputs if past is None else token[:, None]
+        return new
+
+    def _forward(self, fed: torch.Tensor, mask: torch.Tensor, past: Any) -> tuple[torch.Tensor, Any]:
+        """Return logits of the last position [B, V] and the cache, or None where the model keeps none."""
+        options: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+        if past is not None:
+            options["past_key_values"] = past
+        if "position_ids" in self._accepts:  # counted from the first real token: padding is on the left
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        if "logits_to_keep" in self._accepts:
+            options["logits_to_keep"] = 1
+        with self._autocast():
+            outputs = self._parts.root(input_ids=fed, **options)
+        return outputs.logits[:, -1], getattr(outputs, "past_key_values", None)
+
+
+def _end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
+    """Token ids that end a sample: the tokenizer's and those of the model's generation settings."""
+    config = getattr(lm, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return frozenset(int(token) for token in found if token is not None)

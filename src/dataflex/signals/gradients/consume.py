@@ -1,0 +1,219 @@
+"""What is made of per-sample gradients: dot products with targets, norms, products within a batch, weighted sums.
+
+Consumers are fed parameter by parameter, so nothing of size samples x parameters is ever held. Each
+says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the
+cheaper one for all consumers together. Sums over parameters are kept in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dataflex.signals.gradients.pieces import (
+    Factors,
+    FactorShape,
+    ghost_dots,
+    ghost_gram,
+    ghost_norms,
+    weighted_sum,
+)
+from dataflex.signals.gradients.vectors import TargetVectors
+
+__all__ = ["Block", "Consumer", "Dots", "Gram", "Norms", "WeightedSums"]
+
+# A number moved through memory costs about as much as this many multiply-adds of a matrix product.
+_MEMORY = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Gradients of all samples for a stretch of one parameter.
+
+    Attributes:
+        name: The parameter.
+        part: Range of its flat index.
+        values: fp32 [b, part]; read only.
+    """
+
+    name: str
+    part: slice
+    values: torch.Tensor
+
+
+class Consumer:
+    """Base of everything that eats per-sample gradients.
+
+    Attributes:
+        name: Key of the result.
+        raw: Take gradients as they are, even where the pass preconditions them.
+    """
+
+    name: str
+    raw: bool = False
+
+    def begin(self, rows: int, device: torch.device) -> None:
+        """Start a batch of ``rows`` samples, forgetting the last one."""
+        raise NotImplementedError
+
+    def dense_cost(self, shape: FactorShape) -> float:
+        """Return multiply-adds per sample for a formed gradient of this shape."""
+        raise NotImplementedError
+
+    def ghost_cost(self, shape: FactorShape) -> float:
+        """Return multiply-adds per sample for the factored form; infinite where it cannot be used."""
+        return math.inf
+
+    def add(self, block: Block) -> None:
+        """Take a block of formed gradients."""
+        raise NotImplementedError
+
+    def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:
+        """Take a whole parameter in factored form."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Return the batch's results: "" for the main one, or a suffix; first dimension b."""
+        raise NotImplementedError
+
+
+class Norms(Consumer):
+    """L2 norm of each sample's gradient, fp32 [b] (GraNd, arXiv 2107.07075)."""
+
+    def __init__(self, *, name: str = "norms", raw: bool = False) -> None:
+        self.name, self.raw = name, raw
+
+    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
+        self.squares = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return _MEMORY * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.tokens**2 * (shape.n + (1 if shape.one_hot else shape.m) + 2 * _MEMORY)
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        self.squares += torch.linalg.vecdot(block.values, block.values)
+
+    def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self.squares += ghost_norms(factors)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"": self.squares.clamp_min(0).sqrt().float()}
+
+
+class Dots(Consumer):
+    """Exact inner products with target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
+
+    Args:
+        targets: M vectors of the size of the parameters.
+        normalise: "none": plain products. "row": divided by the sample's norm; with targets that are
+            means of unit vectors this is LESS's mean of cosines. "both": cosines.
+        name: Key of the result.
+        raw: As ``Consumer``.
+    """
+
+    def __init__(
+        self,
+        targets: TargetVectors,
+        *,
+        normalise: Literal["none", "row", "both"] = "row",
+        name: str = "dots",
+        raw: bool = False,
+    ) -> None:
+        self.targets, self.normalise, self.name, self.raw = targets, normalise, name, raw
+        self._norms = Norms()
+
+    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
+        self._norms.begin(rows, device)
+        self.products = torch.zeros(rows, len(self.targets), dtype=torch.float64, device=device)
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return (_MEMORY + len(self.targets)) * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        each = shape.tokens * shape.n * (1 if shape.one_hot else shape.m)
+        return self._norms.ghost_cost(shape) + len(self.targets) * each
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        vectors = self.targets.flat(block.name)[:, block.part].to(block.values.device)
+        self.products += block.values @ vectors.t()
+        self._norms.add(block)
+
+    def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self.products += ghost_dots(factors, self.targets.tensors[name].to(factors[0].right.device))
+        self._norms.add_factors(name, factors, shape)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        norms = self._norms.finish()[""]
+        products = self.products
+        if self.normalise != "none":
+            products = products / norms.double().clamp_min(1e-30).unsqueeze(1)
+        if self.normalise == "both":
+            products = products / self.targets.norms().double().to(products.device).clamp_min(1e-30)
+        return {"": products.float(), ".norms": norms}
+
+
+class Gram(Consumer):
+    """Inner products of the batch's samples with one another, fp32 [b, b]."""
+
+    def __init__(self, *, name: str = "gram", raw: bool = False) -> None:
+        self.name, self.raw = name, raw
+
+    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
+        self.gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.rows * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.rows * shape.tokens**2 * (shape.n + (1 if shape.one_hot else shape.m) + 2 * _MEMORY)
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        self.gram += block.values @ block.values.t()
+
+    def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self.gram += ghost_gram(factors)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"": self.gram.float()}
+
+
+class WeightedSums(Consumer):
+    """Adds sum_i w_ki G_i to ``vectors``, over as many batches as wanted; per-task means are made of this.
+
+    Args:
+        vectors: K running sums, changed in place.
+        name: Key under which the weights come back [b, K].
+        raw: As ``Consumer``.
+    """
+
+    def __init__(self, vectors: TargetVectors, *, name: str = "sums", raw: bool = False) -> None:
+        self.vectors, self.name, self.raw = vectors, name, raw
+        self.weights = torch.zeros(0)
+
+    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
+        self._weights = self.weights.to(device)
+        assert self._weights.shape == (len(self.vectors), rows), "set .weights [K, b] before every batch"
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return len(self.vectors) * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.tokens * shape.n * (1 if shape.one_hot else shape.m)
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        sums = self.vectors.flat(block.name)
+        sums[:, block.part] += (self._weights @ block.values).to(sums.device)
+
+    def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        sums = self.vectors.tensors[name]
+        for k, weights in enumerate(self._weights):
+            if weights.any():
+                sums[k] += weighted_sum(factors, weights, shape).to(sums.device)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"": self._weights.t()}

@@ -1,0 +1,144 @@
+"""What an optimizer would make of a gradient: Adam's direction with its moments held fixed, or signs.
+
+Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and
+direction = m' / (sqrt(v') + eps). Source: LESS (arXiv 2402.04333), equation in section 3.1. The
+original code puts eps inside the root and leaves out the bias correction; with the tiny moments of
+real LoRA runs that is another ranking, so both are presets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.signals.gradients.moments import Moments
+
+__all__ = ["PRESETS", "Precondition", "Preconditioner", "adam_direction", "preconditioner"]
+
+Preconditioner = Callable[[str, slice, torch.Tensor], torch.Tensor]
+"""(parameter's name, range of its flat index, fp32 gradients [b, range]) -> directions; may change them in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precondition:
+    """How gradients are preconditioned.
+
+    Attributes:
+        kind: "none", "adam" or "sign".
+        eps_mode: "outside": sqrt(v) + eps; "inside": sqrt(v + eps).
+        bias_correction: Divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far.
+        include_momentum: Keep the term beta1 m, which all samples share.
+        betas: Instead of the optimizer's own.
+        eps: Instead of the optimizer's own.
+    """
+
+    kind: Literal["none", "adam", "sign"] = "none"
+    eps_mode: Literal["outside", "inside"] = "outside"
+    bias_correction: bool = True
+    include_momentum: bool = True
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+
+    @classmethod
+    def preset(cls, name: str) -> Precondition:
+        """Return a preset by name.
+
+        Raises:
+            ConfigError: Unknown name.
+        """
+        if name not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ConfigError(
+                f"gradients: unknown precondition {name!r}{did_you_mean(name, list(PRESETS))} (known: {known})"
+            )
+        return PRESETS[name]
+
+
+PRESETS: dict[str, Precondition] = {
+    "none": Precondition(),
+    "sign": Precondition(kind="sign"),
+    "true_adam": Precondition(kind="adam"),
+    "paper_repo": Precondition(
+        kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8
+    ),
+}
+
+
+def adam_direction(
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    eps_mode: Literal["outside", "inside"] = "outside",
+    bias_correction: bool = True,
+    include_momentum: bool = True,
+) -> torch.Tensor:
+    """Return the direction of Adam's next step for each gradient.
+
+    Args:
+        gradient: fp32 [b, n].
+        first: First moment m [n] after ``step`` steps.
+        second: Second moment v [n].
+        step: Optimizer steps so far.
+        betas: Adam's.
+        eps: Adam's.
+        eps_mode: Where eps stands.
+        bias_correction: As ``Precondition``.
+        include_momentum: As ``Precondition``.
+
+    Returns:
+        fp32 [b, n].
+    """
+    beta1, beta2 = betas
+    root = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)
+    if bias_correction and eps_mode == "inside":
+        root.div_(1 - beta2 ** (step + 1))
+    if eps_mode == "inside":
+        root.add_(eps).sqrt_()
+    else:
+        root.sqrt_()
+        if bias_correction:
+            root.div_((1 - beta2 ** (step + 1)) ** 0.5)
+        root.add_(eps)
+    direction = torch.lerp(first, gradient, 1 - beta1) if include_momentum else gradient * (1 - beta1)
+    if bias_correction:
+        direction.div_(1 - beta1 ** (step + 1))
+    return direction.div_(root)
+
+
+def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
+    """Return the function that turns blocks of gradients into directions; None where gradients stay as they are.
+
+    Args:
+        spec: What to do.
+        moments: By parameter name, from ``moments_of``; only Adam needs them.
+    """
+    if spec.kind == "none":
+        return None
+    if spec.kind == "sign":
+        return lambda _name, _part, gradient: gradient.sign_()
+    assert moments is not None
+    flat = {name: (state.first.flatten(), state.second.flatten()) for name, state in moments.items()}
+
+    def direction(name: str, part: slice, gradient: torch.Tensor) -> torch.Tensor:
+        state, (first, second) = moments[name], flat[name]
+        return adam_direction(
+            gradient,
+            first[part].to(gradient.device),
+            second[part].to(gradient.device),
+            step=state.step,
+            betas=spec.betas or state.betas,
+            eps=state.eps if spec.eps is None else spec.eps,
+            eps_mode=spec.eps_mode,
+            bias_correction=spec.bias_correction,
+            include_momentum=spec.include_momentum,
+        )
+
+    return direction

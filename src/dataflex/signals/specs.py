@@ -1,0 +1,84 @@
+"""What embeddings and generations are asked for: plain settings without torch, usable by methods and configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dataflex.errors import ConfigError, did_you_mean
+
+__all__ = ["EmbeddingSpec", "GenerationSpec", "Pooling"]
+
+Pooling = Literal["last", "mean", "weighted_mean", "first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """How the hidden states of a row become one vector.
+
+    Attributes:
+        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
+            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
+        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
+            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
+            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
+        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
+        normalise: Divide by the L2 norm; a zero vector stays zero.
+
+    Raises:
+        ConfigError: Unknown pooling, or a layer that is not an integer.
+    """
+
+    layer: int = -1
+    pooling: Pooling = "weighted_mean"
+    completion_only: bool = False
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        known = get_args(Pooling)
+        problems = []
+        if self.pooling not in known:
+            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
+            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSpec:
+    """How the model under training is sampled from.
+
+    Attributes:
+        max_new_tokens: Tokens generated at most per sample.
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+        top_k: Likeliest tokens kept; 0 keeps all.
+        num_samples: Samples per prompt.
+        seed: Seed of the draws. A draw depends on (seed, prompt id, sample, position) only: neither the
+            batch nor the number of ranks changes it.
+
+    Raises:
+        ConfigError: A value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("num_samples", 1 <= self.num_samples < 2**20, "between 1 and 1,048,575"),
+        )
+        problems = [
+            f"{name}: must be {wanted}, found {getattr(self, name)!r}" for name, holds, wanted in rules if not holds
+        ]
+        if problems:
+            raise ConfigError(problems)

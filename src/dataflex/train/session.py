@@ -1,0 +1,218 @@
+"""Builds what a run needs once the Trainer knows its batch shape: schedule, signals, controller, feed.
+
+Reads the Trainer's arguments; calls none of its methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.core.schedule import Schedule
+from dataflex.errors import UnsupportedError
+from dataflex.signals.service import Corpus, ModelHandle, SignalService
+from dataflex.train.checkpoint import Identity
+from dataflex.train.controller import BatchShape, Controller
+from dataflex.train.loader import PlanFeed
+from dataflex.train.row_space import RowSpace
+
+__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch"]
+
+_PLAN_IDS = 2**20
+"""Ids planned at once when nothing adaptive asks for shorter intervals."""
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """What the trainer is told from outside, filled in as the run is built up.
+
+    Attributes:
+        config: The dynamic block.
+        resolved: JSON form of the whole configuration, for the record.
+        versions: Package versions, for the record.
+        stage: LLaMA-Factory stage.
+        shuffle: False under ``disable_shuffling``.
+        space: The row space, once the data is loaded.
+        scoring_collator: Makes the collator for scoring passes from the Trainer's.
+    """
+
+    config: DynamicConfig
+    resolved: dict[str, Any]
+    versions: dict[str, str]
+    stage: str
+    shuffle: bool
+    space: RowSpace | None = None
+    scoring_collator: Callable[[Any], Callable[[list[dict[str, Any]]], dict[str, Any]]] = lambda collator: collator
+
+    @property
+    def rows(self) -> RowSpace:
+        """The row space, which must have been loaded."""
+        assert self.space is not None, "the trainer was built before the data was loaded"
+        return self.space
+
+
+@dataclass(kw_only=True)
+class Session:
+    """The running parts of one training run.
+
+    Attributes:
+        controller: Decides plans.
+        feed: Serves them.
+        identity: What a checkpoint must match.
+        seconds: Time spent outside training and deciding.
+    """
+
+    controller: Controller
+    feed: PlanFeed
+    identity: Identity
+    seconds: dict[str, float] = field(default_factory=lambda: {"checkpoint": 0.0, "evaluate": 0.0})
+
+    @classmethod
+    def begin(
+        cls, setup: Setup, trainer: Any, *, max_steps: int, shape: BatchShape, methods: dict[str, Any]
+    ) -> Session:
+        """Build a session for a Trainer that is about to start.
+
+        Args:
+            setup: What the run is.
+            trainer: The Trainer; its arguments, model, data and collator are read.
+            max_steps: Optimizer steps of the whole run.
+            shape: How one step is cut up.
+            methods: Built ``selector`` and ``mixer``, or None.
+        """
+        config, args = setup.config, trainer.args
+        schedule = Schedule(
+            warmup_steps=config.warmup_steps,
+            interval_steps=config.interval_steps or max(1, _PLAN_IDS // shape.global_batch),
+            total_steps=max_steps,
+            cycle_steps=config.cycle_steps,
+        )
+        seed = args.seed if config.seed is None else config.seed
+        controller = Controller(
+            config=config,
+            space=setup.rows,
+            schedule=schedule,
+            shape=shape,
+            seed=seed,
+            signals=_signals(setup, trainer, shape, seed),
+            selector=methods["selector"],
+            mixer=methods["mixer"],
+        )
+        identity = Identity.of(
+            config,
+            setup.rows,
+            global_batch=shape.global_batch,
+            seed=seed,
+            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"},
+        )
+        feed = PlanFeed(
+            trainer.train_dataset,
+            trainer.data_collator,
+            shape,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return cls(controller=controller, feed=feed, identity=identity)
+
+    def spent(self) -> dict[str, float]:
+        """Return seconds by phase, training itself left out."""
+        return {**self.controller.seconds, **self.seconds}
+
+
+def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
+    space = setup.rows
+    rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
+    longest = max(
+        int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
+    )
+    return SignalService(
+        handle=ModelHandle(
+            model=trainer.model,
+            collate=setup.scoring_collator(trainer.data_collator),
+            autocast=trainer.compute_loss_context_manager,
+            device=trainer.args.device,
+            token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
+        ),
+        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths),
+        targets={name: Corpus(dataset=t.dataset, lengths=t.lengths) for name, t in space.targets.items()},
+        seed=seed,
+    )
+
+
+def build(config: MethodConfig | None) -> Any:
+    """Return the method that a configuration names, or None."""
+    return None if config is None else config.build()
+
+
+def batch_shape(trainer: Any, *, shuffle: bool) -> BatchShape:
+    """Read how one optimizer step is cut up from the Trainer's arguments."""
+    args = trainer.args
+    return BatchShape(
+        micro_batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world=args.world_size,
+        rank=args.process_index,
+        drop_last=args.dataloader_drop_last,
+        shuffle=shuffle,
+    )
+
+
+def micro_batches_per_epoch(num_rows: int, shape: BatchShape, *, full_steps: bool) -> int:
+    """Return this rank's micro-batches per epoch as the stock Trainer counts them.
+
+    Args:
+        num_rows: Rows of the training set.
+        shape: How one step is cut up.
+        full_steps: Whether every step is full, as when a selector or mixer fills it.
+    """
+    if shape.drop_last:
+        micro = num_rows // shape.micro_batch_size // shape.world
+    else:
+        micro = -(-(-(-num_rows // shape.micro_batch_size)) // shape.world)
+    if full_steps:
+        micro = -(-micro // shape.accumulation) * shape.accumulation
+    return max(micro, 1)
+
+
+def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:
+    """Refuse kinds of parallelism that plans or methods cannot serve.
+
+    Raises:
+        UnsupportedError: With the reason.
+    """
+    zero3 = False
+    if trainer.is_deepspeed_enabled:
+        zero3 = int(trainer.accelerator.state.deepspeed_plugin.zero_stage) == 3
+    if (zero3 or trainer.is_fsdp_enabled) and not config.needs.zero3:
+        raise UnsupportedError("this method needs whole parameters, but ZeRO-3 or FSDP partitions them over ranks")
+    sizes = {
+        "tensor": trainer.get_tp_size(),
+        "context": trainer.get_cp_size(),
+        "sequence": trainer.get_sp_size(),
+    }
+    for what, size in sizes.items():
+        if size > 1:
+            raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
+    if trainer.args.n_gpu > 1:
+        raise UnsupportedError("several devices in one process (DataParallel): start one process per device")
+
+
+def freeze_gates(model: torch.nn.Module) -> int:
+    """Freeze the routers of a mixture-of-experts model and return how many parameters that were.
+
+    Raises:
+        UnsupportedError: The model has no router.
+    """
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if {"gate", "router"} & set(name.split(".")):
+            parameter.requires_grad = False
+            frozen += 1
+    if not frozen:
+        raise UnsupportedError("freeze_gate: the model has no router (a module named 'gate' or 'router')")
+    return frozen

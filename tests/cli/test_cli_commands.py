@@ -1,0 +1,196 @@
+"""The command line: help, exit codes, messages without traces, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.cli import main
+from dataflex.errors import ConfigError
+
+Config = Callable[..., dict[str, Any]]
+
+COMMANDS = ("train", "plan", "methods", "report", "version")
+
+HEAVY = ("torch", "transformers", "llamafactory", "datasets", "accelerate", "peft", "matplotlib")
+
+
+@pytest.fixture
+def run_file(project: Path, config: Config) -> Path:
+    file = project / "run.json"
+    file.write_text(json.dumps(config()))
+    return file
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(f"    {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: dataflex {command}" in out
+    assert f"example:\n  dataflex {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "x.yaml"], "dataflex: unknown command 'trian'; did you mean 'train'? (commands: train, plan"),
+        (["train"], "dataflex: train: name a configuration file, as in 'dataflex train run.yaml"),
+        (["plan"], "dataflex: the following arguments are required: CONFIG (see 'dataflex plan --help')"),
+        (["plan", "run.yaml"], "dataflex: run.yaml: no such file; did you mean 'run.json'?"),
+        (["plan", "run.json", "--seed"], "dataflex: unrecognized arguments: --seed"),
+        (["report", "x", "--ou", "y"], "dataflex: unrecognized arguments: --ou y"),
+        (["report"], "dataflex: the following arguments are required: run_dir (see 'dataflex report --help')"),
+        (["methods", "a", "b"], "dataflex: unrecognized arguments: b"),
+        (["methods", "lss"], "dataflex: methods: there is no 'lss'; did you mean 'loss'? (known: all, random"),
+        (["methods", "mixer/loss"], "dataflex: methods: there is no 'loss' (known: static, uniform"),
+        (["methods", "mixr/loss"], "dataflex: methods: 'mixr' is not a kind; did you mean 'mixer'?"),
+        (["--verbose"], "dataflex: "),
+    ],
+)
+def test_mistakes_are_told_in_plain_lines(
+    arguments: list[str], message: str, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert "Traceback" not in captured.err
+
+
+def test_every_problem_has_its_own_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.json", "streaming=true", "dynamic.interval_steps=0", "dynamic.selector.k=3"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("dataflex: ") for line in lines)
+
+
+def test_train_hands_its_arguments_on_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataflex.run
+
+    seen: list[list[str]] = []
+    codes = iter([0, 2, 1, 137])
+    monkeypatch.setattr(dataflex.run, "train", lambda args: (seen.append(args), next(codes))[1])
+    flags = ["--stage", "sft", "--do_train", "True", "--help"]
+    assert [main(["train", *flags]) for _ in range(4)] == [0, 2, 1, 1]
+    assert seen[0] == flags
+
+
+def test_a_mistake_found_while_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataflex.run
+
+    def refuse(args: list[str]) -> int:
+        raise ConfigError(["one: wrong", "two: wrong too"])
+
+    monkeypatch.setattr(dataflex.run, "train", refuse)
+    assert main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == "dataflex: one: wrong\ndataflex: two: wrong too\n"
+
+
+def test_a_defect_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataflex.run
+
+    def fail(args: list[str]) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(dataflex.run, "train", fail)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main(["train", "run.yaml"])
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataflex.run
+
+    def stop(args: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataflex.run, "train", stop)
+    assert main(["train", "run.yaml"]) == 1
+    assert capsys.readouterr().err == "dataflex: interrupted\n"
+
+
+def test_report_prints_the_summary(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataflex.record.report
+
+    seen: list[tuple[Path, Path | None]] = []
+
+    def report(run_dir: Path, out: Path | None) -> str:
+        seen.append((run_dir, out))
+        return "summary"
+
+    monkeypatch.setattr(dataflex.record.report, "report", report)
+    assert main(["report", "saves/run"]) == 0
+    assert main(["report", "saves/run", "--out", "plots"]) == 0
+    assert seen == [(Path("saves/run"), None), (Path("saves/run"), Path("plots"))]
+    assert capsys.readouterr().out == "summary\nsummary\n"
+
+
+def test_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    from dataflex.version import __version__
+
+    assert main(["version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"dataflex {__version__}"
+    assert [line.split()[0] for line in lines] == ["dataflex", "python", "llamafactory", "transformers", "torch"]
+    assert lines[2] == f"llamafactory {version('llamafactory')}"
+
+
+PROGRAM = """
+import sys
+from dataflex.cli import main
+code = main(sys.argv[1:])
+heavy = [name for name in {heavy!r} if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["version"], 0),
+        (["methods"], 0),
+        (["methods", "loss"], 0),
+        (["plan", "run.json"], 0),
+        (["plan", "run.json", "dynamic.selector=lose"], 2),
+    ],
+)
+def test_answers_within_two_seconds_and_without_torch(arguments: list[str], code: int, run_file: Path) -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), *arguments],
+        cwd=run_file.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.perf_counter() - start < 2.0
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_failure(project: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "dataflex.cli", "methods"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,65 @@
+"""``dataflex methods``: what the classes say is what is printed, and the examples work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dataflex.commands.methods import example, methods
+from dataflex.config.build import parse_dynamic
+from dataflex.config.show import as_yaml
+from dataflex.core.registry import KINDS, find, names
+
+ALL = [(kind, name) for kind in KINDS for name in names(kind)]
+
+
+def test_table_names_every_method_under_its_kind() -> None:
+    text = methods()
+    position = 0
+    for kind in KINDS:
+        position = text.index(f"{kind}s\n", position)
+        for name in names(kind):
+            position = text.index(f"\n  {name} ", position)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_page_tells_all(kind: str, name: str) -> None:
+    cls = find(kind, name)
+    text = methods(f"{kind}/{name}")
+    flowed = " ".join(text.split())
+    assert text.startswith(f"{kind}/{name}\n")
+    for told in (cls.card.summary, cls.card.paper, cls.card.cost):
+        assert " ".join(told.split()) in flowed
+    for field in dataclasses.fields(cls.Params):
+        assert f"\n    {field.name} " in text
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_example_is_a_valid_block(kind: str, name: str) -> None:
+    cls = find(kind, name)
+    block = yaml.safe_load(as_yaml(example(cls)))
+    dynamic = parse_dynamic(block["dynamic"], Path("."))
+    method = getattr(dynamic, kind)
+    assert method.name == name
+    text = methods(f"{kind}/{name}")
+    printed = text[text.index("    dynamic:") :]
+    assert yaml.safe_load(printed) == block
+
+
+def test_a_name_of_several_kinds_shows_all() -> None:
+    text = methods("loss")
+    assert text.index("selector/loss\n") < text.index("\nweighter/loss\n")
+    assert "weighter/loss" not in methods("selector/loss")
+
+
+def test_page_of_a_method_with_ranges_choices_and_targets() -> None:
+    text = methods("tacs")
+    assert "losses signal, targets, stage pt or sft, whole parameters (no ZeRO-3, no FSDP)" in text
+    assert "    targets        a list of texts  required" in text
+    assert "    rank           a whole number   1" in text
+    assert "(at least 1)" in text
+    assert "targets: [my_target]" in text
+    assert "one of high, medium, low" in methods("selector/loss")

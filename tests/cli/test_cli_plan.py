@@ -1,0 +1,233 @@
+"""``dataflex plan`` on small examples whose numbers can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.cli import main
+
+Config = Callable[..., dict[str, Any]]
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def plan(project: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Return a function that writes a configuration with changes, plans it and returns what was printed."""
+
+    def printed(*overrides: str, **changes: Any) -> str:
+        (project / "run.json").write_text(json.dumps(config(**changes)))
+        code = main(["plan", "run.json", *overrides])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return printed
+
+
+def section(text: str, title: str) -> list[str]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    stop = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
+    return lines[start + 1 : stop]
+
+
+EXPECTED = """\
+Configuration
+  model_name_or_path: ./model
+  stage: sft
+  finetuning_type: lora
+  dataset: a,b
+  dataset_dir: data
+  val_size: 0.0
+  cutoff_len: 2048
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 3
+  num_train_epochs: 2
+  learning_rate: 5.0e-05
+  disable_shuffling: false
+  seed: 42
+  output_dir: out
+  dynamic:
+    selector:
+      name: loss
+      focus: medium
+      focus_weight: 5.0
+      quantiles: [0.33, 0.66]
+      temperature: 1.0
+      replacement: false
+    mixer: null
+    weighter: {name: column, column: w, normaliser: token}
+    warmup_steps: 10
+    interval_steps: 15
+    keep_ratio: null
+    repeat: false
+    unit: sequences
+    initial_proportions: null
+    max_epochs: null
+    at_cap: redistribute
+    domain_column: null
+    plugins: []
+    resume_plan: strict
+    seed: null
+    freeze_gate: false
+    early_stopping_min_delta: 0.0
+
+Schedule
+  global batch         6 sequences (2 per device x 3 accumulated x 1 process)
+  rows                 150 (a 100, b 50)
+  steps                50 (2 epochs over 150 rows)
+  warm-up              10 steps, rows drawn uniformly
+  intervals            3 of 15 steps, 90 sequences each; the last has 10 steps
+  epochs               2 over all rows on average, but the selector decides which rows
+
+Cost (F: forward pass of one sequence, B: backward pass)
+  training             300 F + 300 B
+  selector loss        450 F (3 intervals x 150 rows x 1 F; 1 F over the pool per interval)
+  weighter column      none
+  share of methods     33.3% of all passes, a B counted as two F
+"""
+
+
+def test_selection_and_weights(plan: Plan) -> None:
+    text = plan(
+        "dynamic.selector.focus=medium",
+        gradient_accumulation_steps=3,
+        num_train_epochs=2,
+        dynamic={
+            "selector": "loss",
+            "weighter": {"name": "column", "column": "w"},
+            "warmup_steps": 10,
+            "interval_steps": 15,
+        },
+    )
+    assert text == EXPECTED
+
+
+def test_the_printed_block_gives_the_same_run(plan: Plan, project: Path) -> None:
+    import textwrap
+
+    import yaml
+
+    from dataflex.config.load import load_mapping
+    from dataflex.config.split import resolve
+
+    text = plan(dynamic={"mixer": {"name": "static", "proportions": {"a": 1, "b": 2.5}}, "max_epochs": {"b": 3}})
+    block = textwrap.dedent("\n".join(section(text, "Configuration")))
+    (project / "again.yaml").write_text(f"{block}\ndo_train: true\n")
+    assert yaml.safe_load(block)["dynamic"]["mixer"]["proportions"] == {"a": 1.0, "b": 2.5}
+    first = resolve(load_mapping("run.json"), project)
+    assert resolve(load_mapping("again.yaml"), project).dynamic == first.dynamic
+
+
+def test_epochs_per_domain(plan: Plan) -> None:
+    text = plan(
+        max_steps=60,
+        dynamic={
+            "mixer": {"name": "static", "proportions": [1, 3]},
+            "warmup_steps": 20,
+            "initial_proportions": [1, 1],
+            "max_epochs": {"b": 1},
+        },
+    )
+    assert section(text, "Schedule")[2:] == [
+        "  steps                60 (max_steps)",
+        "  warm-up              20 steps, at initial_proportions",
+        "  intervals            interval_steps is not set: decided alike throughout",
+        "  epochs per domain    a: 0.7 (70 sequences, 58.3%)",
+        "                       b: 1 (50 sequences, 41.7%, at its cap)",
+    ]
+    assert section(text, "Cost")[-1] == "  share of methods     0.0% of all passes, a B counted as two F"
+
+
+def test_caps_that_end_the_run_are_told(plan: Plan) -> None:
+    mixer = {"name": "static", "proportions": [1, 3]}
+    stop = plan(max_steps=60, dynamic={"mixer": mixer, "max_epochs": 1, "at_cap": "stop"})
+    assert section(stop, "Schedule")[-1].strip() == "max_epochs leaves the run 53 of 120 sequences short (stop)"
+    error = plan(max_steps=60, dynamic={"mixer": mixer, "max_epochs": 1, "at_cap": "error"})
+    assert "b: 1.8 (90 sequences, 75.0%, more than max_epochs 1: the run would fail)" in error
+
+
+def test_processes_count(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert "(2 per device x 1 accumulated x 1 process, as NPROC_PER_NODE is not set)" in plan()
+    monkeypatch.setenv("NPROC_PER_NODE", "4")
+    text = plan()
+    assert "8 sequences (2 per device x 1 accumulated x 4 processes)" in text
+    assert section(text, "Schedule")[2] == "  steps                57 (3 epochs over 150 rows)"
+
+
+def test_packed_rows_are_not_guessed(plan: Plan) -> None:
+    text = plan(packing=True, dynamic={"selector": "loss", "interval_steps": 5})
+    assert section(text, "Schedule")[1:] == [
+        "  rows                 known after packing (samples: a 100, b 50)",
+        "  steps                known after loading (3 epochs)",
+    ]
+    assert section(text, "Cost")[0] == "  training             known after loading"
+
+
+def test_remote_data_sets_are_not_counted(plan: Plan) -> None:
+    text = plan(dataset="a,hub", max_steps=10, dynamic={"mixer": "uniform"})
+    assert "  rows                 known after loading (a 100, hub ?)" in text
+    assert "  epochs per domain    known after loading" in text
+    assert "  training             20 F + 20 B" in text
+
+
+def test_proportions_of_tokens_are_not_guessed(plan: Plan) -> None:
+    text = plan(dynamic={"mixer": "uniform", "unit": "tokens"})
+    assert "  epochs per domain    known after tokenising (proportions are of tokens)" in text
+
+
+def test_validation_rows(plan: Plan) -> None:
+    assert "  rows                 135 (a 100, b 50; val_size sets 15 aside)" in plan(val_size=0.1)
+
+
+def test_warm_up_that_takes_the_whole_run(plan: Plan) -> None:
+    text = plan(max_steps=5, dynamic={"selector": "random", "warmup_steps": 5, "interval_steps": 5})
+    assert "  intervals            none: the run ends with the warm-up, and no method ever decides" in text
+
+
+def test_stock_run(plan: Plan) -> None:
+    text = plan(dynamic=None)
+    assert "No method is named, so this is a stock LLaMA-Factory run." in text
+    assert "dynamic" not in text
+    assert section(text, "Cost") == ["  training             450 F + 450 B"]
+
+
+def test_stock_run_that_trains_nothing(plan: Plan) -> None:
+    text = plan(dynamic=None, do_train=False, dataset="nowhere")
+    assert text.endswith("Nothing is trained (do_train is not on).\n")
+
+
+def test_flat_keys_are_shown_translated(plan: Plan) -> None:
+    text = plan(
+        dynamic=None,
+        train_type="dynamic_select",
+        components_cfg_file="src/dataflex/configs/components.yaml",
+        component_name="loss",
+        warmup_step=10,
+        update_step=10,
+        update_times=2,
+        num_train_epochs=1.5,
+    )
+    assert text.startswith("note: components_cfg_file: src/dataflex/configs/components.yaml is not there;")
+    assert "  max_steps: 45\n" in text
+    assert "    warmup_steps: 10\n    interval_steps: 10\n" in text
+    assert "train_type" not in text
+    assert section(text, "Schedule")[3:6] == [
+        "  warm-up              10 steps, rows drawn uniformly",
+        "  cycle                warm-up and intervals start again every 30 steps",
+        "  intervals            3 of 10 steps, 20 sequences each",
+    ]
+
+
+def test_a_stock_run_with_a_missing_file_is_refused(
+    project: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "run.json").write_text(json.dumps(config(dynamic=None, dataset="a,gone")))
+    assert main(["plan", "run.json"]) == 2
+    assert capsys.readouterr().err == "dataflex: dataset: the file of 'gone' is missing: data/gone.jsonl\n"

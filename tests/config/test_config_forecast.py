@@ -1,0 +1,266 @@
+"""Rows, steps and mixtures that are known before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataflex.config.build import parse_dynamic
+from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, train_rows
+from dataflex.config.forecast import Forecast, forecast
+from dataflex.config.steps import batch_of, schedule_of, total_steps
+from dataflex.errors import UnsupportedError
+
+Config = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("x.jsonl", '{"a": 1}\n\n{"a": 2}\n', 2),
+        ("x.jsonl", '{"a": 1}\n{"a": 2}', 2),
+        ("x.json", '{"a": 1}\n{"a": 2}\n', 2),
+        ("x.json", '\n [{"a": 1},\n {"a": 2}, {"a": 3}]', 3),
+        ("x.json", "[]", 0),
+        ("x.json", '{\n"a": 1\n}', None),
+        ("x.json", '[{"a": 1}', None),
+        ("x.txt", "one\n\ntwo\n", 3),
+        ("x.txt", "", 0),
+        ("x.csv", "a,b\n1,2\n", None),
+    ],
+)
+def test_rows_of_a_file(name: str, text: str, rows: int | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert count_rows(Source(name="x", path=tmp_path / name), {}) == rows
+
+
+def test_rows_of_a_folder_are_added_up(tmp_path: Path) -> None:
+    for i in (1, 2):
+        (tmp_path / f"{i}.jsonl").write_text('{"a": 1}\n' * i)
+    assert count_rows(Source(name="x", path=tmp_path), {}) == 3
+
+
+def test_a_changed_file_is_counted_again(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"a": 1}\n')
+    assert count_rows(Source(name="x", path=file), {}) == 1
+    file.write_text('{"a": 1}\n' * 3)
+    assert count_rows(Source(name="x", path=file), {}) == 3
+
+
+def test_samples_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"a": 1}\n' * 9)
+    assert count_rows(Source(name="x", path=file), {"max_samples": 5}) == 5
+    assert count_rows(Source(name="x", path=file), {"max_samples": 50}) == 9
+    assert count_rows(Source(name="x", path=file, num_samples=20), {}) == 20
+    assert count_rows(Source(name="x", path=file, num_samples=20), {"max_samples": 12}) == 12
+    assert count_rows(Source(name="hub"), {"max_samples": 12}) is None
+
+
+@pytest.mark.parametrize(
+    ("val_size", "left"), [(0, 150), (0.1, 135), (0.001, 149), (30, 120), (1, 0), ("0.1", 135), (200, 0)]
+)
+def test_rows_set_aside(val_size: Any, left: int) -> None:
+    assert train_rows([100, 50], {"val_size": val_size}) == left
+    assert train_rows([100, None], {"val_size": val_size}) is None
+
+
+def test_names_of_data_sets() -> None:
+    assert data_sets("a, b,c ") == ("a", "b", "c")
+    assert data_sets(["a", "b"]) == ("a", "b")
+    assert data_sets(None) == ()
+
+
+def test_sources_of_every_kind(project: Path) -> None:
+    for lf in ({"dataset_dir": "ONLINE"}, {"dataset_dir": "REMOTE:someone/info"}):
+        assert find_sources(["x"], lf, "dataset", project) == ([Source(name="x")], [])
+    sources, problems = find_sources(["a", "hub"], {}, "dataset", project)
+    assert sources == [Source(name="a", path=Path("data/a.jsonl")), Source(name="hub")]
+    assert problems == []
+    (project / "data" / "dataset_info.json").write_text('{"a": ')
+    assert find_sources(["a"], {}, "dataset", project)[1][0].startswith(
+        "dataset_dir: data/dataset_info.json is malformed JSON at line 1, column 7"
+    )
+    assert find_sources(["a"], {"dataset_dir": {"a": {"file_name": "data/a.jsonl"}}}, "dataset", project)[0] == [
+        Source(name="a", path=Path("data/a.jsonl"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lf", "packs"),
+    [
+        ({}, False),
+        ({"stage": "pt"}, True),
+        ({"stage": "pt", "packing": False}, False),
+        ({"packing": True}, True),
+        ({"neat_packing": True, "packing": False}, True),
+    ],
+)
+def test_packing(lf: dict[str, Any], packs: bool) -> None:
+    assert packed(lf) is packs
+
+
+@given(
+    rows=st.integers(1, 400),
+    per_device=st.integers(1, 9),
+    accumulation=st.integers(1, 5),
+    world=st.integers(1, 3),
+    epochs=st.sampled_from([0.3, 1.0, 1.5, 3.0]),
+)
+def test_steps_against_counting_batches(
+    rows: int, per_device: int, accumulation: int, world: int, epochs: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        lf = {
+            "per_device_train_batch_size": per_device,
+            "gradient_accumulation_steps": accumulation,
+            "num_train_epochs": epochs,
+        }
+        steps, left = 0, rows
+        while left > 0:  # one optimizer step takes up to `accumulation` rounds of one micro-batch per rank
+            left -= per_device * accumulation * world
+            steps += 1
+        assert total_steps(lf, rows) == math.ceil(epochs * steps)
+        assert batch_of(lf).size == per_device * accumulation * world
+
+
+def test_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batch_of({}).size == 8
+    monkeypatch.setenv("NPROC_PER_NODE", "4")
+    assert batch_of({}).world == 1
+    monkeypatch.setenv("FORCE_TORCHRUN", "true")
+    monkeypatch.setenv("NNODES", "2")
+    assert batch_of({}).world == 8
+    monkeypatch.setenv("USE_RAY", "1")
+    assert batch_of({"ray_num_workers": 3}).world == 3
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert batch_of({"ray_num_workers": 3}).world == 5
+
+
+def view_of(block: dict[str, Any], project: Path, **lf: Any) -> Forecast:
+    lf = {"per_device_train_batch_size": 2, "max_steps": 60, **lf}
+    sources, problems = find_sources(["a", "b"], lf, "dataset", project)
+    assert problems == []
+    return forecast(parse_dynamic(block, project), lf, sources)
+
+
+def test_mixture_over_warm_up_and_stages(project: Path) -> None:
+    block = {
+        "mixer": {
+            "name": "staged",
+            "stages": [{"start_step": 0, "proportions": [1, 0]}, {"start_step": 40, "proportions": [1, 3]}],
+        },
+        "warmup_steps": 10,
+        "interval_steps": 20,
+        "initial_proportions": [1, 1],
+    }
+    view = view_of(block, project)
+    # 10 steps half and half, 10-30 and 30-50 all a (the stage of step 40 begins inside), 50-60 a quarter a
+    assert view.served().tolist() == [10 + 80 + 5, 10 + 15]
+    assert view.num_decisions == 3
+    assert view.warmup_steps == 10
+
+
+def test_caps_are_followed(project: Path) -> None:
+    capped = view_of({"mixer": {"name": "static", "proportions": [1, 3]}, "max_epochs": {"b": 1}}, project)
+    assert capped.served().tolist() == [70, 50]
+    stopped = view_of(
+        {"mixer": {"name": "static", "proportions": [1, 3]}, "max_epochs": {"b": 1}, "at_cap": "stop"}, project
+    )
+    assert stopped.served() == pytest.approx([50 / 3, 50])
+    over = view_of({"mixer": {"name": "static", "proportions": [1, 3]}, "max_epochs": 1, "at_cap": "error"}, project)
+    assert over.served().tolist() == [30, 90]
+
+
+@given(
+    warmup=st.integers(0, 9),
+    interval=st.integers(1, 9),
+    total=st.integers(1, 60),
+    cycle=st.none() | st.integers(10, 25),
+)
+def test_counts_of_intervals_against_listing_them(warmup: int, interval: int, total: int, cycle: int | None) -> None:
+    from dataclasses import replace
+
+    dynamic = parse_dynamic({"selector": "random", "warmup_steps": warmup, "interval_steps": interval}, Path("."))
+    dynamic = replace(dynamic, cycle_steps=cycle)
+    view = Forecast(dynamic=dynamic, batch=batch_of({}), counts={}, packs=False, rows=None, steps=total)
+    listed = list(schedule_of(dynamic, total).intervals())
+    assert view.num_decisions == sum(one.kind == "dynamic" for one in listed)
+    assert view.warmup_steps == sum(one.steps for one in listed if one.kind == "warmup")
+    decided = [one for one in listed if one.kind == "dynamic"]
+    assert view.first_decision == (decided[0] if decided else None)
+    assert all(one.steps <= decided[0].steps for one in decided)
+
+
+def test_what_is_not_known_stays_open(project: Path) -> None:
+    packing = view_of({"mixer": "uniform"}, project, packing=True, max_steps=-1)
+    assert (packing.rows, packing.steps, packing.domains, packing.schedule) == (None, None, None, None)
+    assert packing.counts == {"a": 100, "b": 50}
+    by_column = view_of({"mixer": "uniform", "domain_column": "source"}, project)
+    assert by_column.domains is None
+    assert by_column.rows == 150
+
+
+def test_validation_rows_are_taken_from_all_domains_alike(project: Path) -> None:
+    view = view_of({"mixer": "size"}, project, val_size=0.2)
+    assert view.rows == 120
+    assert view.domains is not None
+    assert view.domains.num_rows.tolist() == [80, 40]
+
+
+def test_a_mixer_that_looks_at_the_model_is_not_asked(project: Path) -> None:
+    (project / "looking.py").write_text(
+        "import numpy as np\n"
+        "from dataflex import Card, Mix, Mixer, Needs\n"
+        "class Looking(Mixer):\n"
+        "    name = 'looking'\n"
+        "    adaptive = True\n"
+        "    card = Card(summary='Looks.', paper='baseline', cost='1 F over the pool', forward_per_pool_row=1.0)\n"
+        "    needs = Needs(signals=frozenset({'losses'}))\n"
+        "    def mix(self, ctx):\n"
+        "        return Mix(proportions=ctx.signals.losses(np.arange(3)))\n"
+    )
+    view = view_of({"plugins": ["looking.py"], "mixer": "looking", "interval_steps": 10}, project)
+    with pytest.raises(UnsupportedError, match="looks at the model"):
+        view.served()
+
+
+def test_ten_million_rows_are_quick(tmp_path: Path) -> None:
+    import time
+
+    dynamic = parse_dynamic({"mixer": "temperature"}, tmp_path)
+    view = Forecast(
+        dynamic=dynamic,
+        batch=batch_of({}),
+        counts={"x": 9_000_000, "y": 900_000, "z": 100_000},
+        packs=False,
+        rows=10_000_000,
+        steps=10**6,
+    )
+    start = time.perf_counter()
+    served = view.served()
+    assert time.perf_counter() - start < 1.0
+    assert served.sum() == pytest.approx(8e6)
+    roots = np.sqrt([90, 9, 1])
+    assert served / served.sum() == pytest.approx(roots / roots.sum())
+
+
+def test_rows_are_read_once_and_without_tokenising(project: Path) -> None:
+    big = project / "data" / "big.jsonl"
+    line = json.dumps({"instruction": "x" * 200, "output": "y" * 200}) + "\n"
+    big.write_text(line * 50_000)
+    import time
+
+    start = time.perf_counter()
+    assert count_rows(Source(name="big", path=big), {}) == 50_000
+    assert time.perf_counter() - start < 1.0

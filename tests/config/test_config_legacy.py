@@ -1,0 +1,412 @@
+"""Configurations written for existing DataFlex: the same run, in our words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.split import Split, resolve, split
+from dataflex.config.steps import schedule_of
+from dataflex.core.registry import find
+from dataflex.errors import ConfigError
+
+Config = Callable[..., dict[str, Any]]
+
+COMPONENTS = """
+selectors:
+  loss:
+    name: loss
+    params:
+      cache_dir: ../saves/loss_output
+      focus: "medium"
+      focus_weight: 3
+      quantiles: [0.2, 0.8]
+      replacement: true
+      temperature: 0.5
+      score_batch_size: 8
+      score_num_workers: 2
+  random:
+    name: random
+    params: {cache_dir: ../saves/random_output, seed: 123, replacement: false}
+  targeted:
+    name: tacs
+    params: {cache_dir: x}
+  broken:
+    name: loss
+    params: {focsu: high, focus_weight: -1}
+  unknown:
+    name: lose
+  bare: 3
+mixers:
+  static:
+    name: static
+    params: {proportions: [0.6, 0.4]}
+  even:
+    name: static
+    params: {proportions: null}
+  random:
+    name: random
+    params: {seed: 42}
+weighters:
+  loss:
+    name: loss
+    params: {strategy: quadratic, delta: 2.0}
+  softmax:
+    name: loss
+    params: {strategy: uniform, delta: 1.0}
+"""
+
+
+@pytest.fixture
+def flat(project: Path, config: Config) -> Callable[..., dict[str, Any]]:
+    (project / "components.yaml").write_text(COMPONENTS)
+
+    def changed(**changes: Any) -> dict[str, Any]:
+        return config(dynamic=None, components_cfg_file="components.yaml", **changes)
+
+    return changed
+
+
+def method(kind: str, name: str, targets: tuple[str, ...] = (), **params: Any) -> MethodConfig:
+    return MethodConfig(kind=kind, name=name, params=find(kind, name).Params(**params), targets=targets)
+
+
+def dynamic_of(parts: Split) -> DynamicConfig:
+    assert parts.dynamic is not None
+    assert not set(parts.lf) & set(FLAT_KEYS)
+    return parts.dynamic
+
+
+def test_select(flat: Config, project: Path) -> None:
+    given_keys = flat(
+        train_type="dynamic_select",
+        component_name="loss",
+        warmup_step=10,
+        update_step=20,
+        update_times=3,
+        num_train_epochs=1.5,
+        learning_rate=1e-4,
+        early_stopping_min_delta=0.01,
+    )
+    parts = resolve(given_keys, project)
+    assert dynamic_of(parts) == DynamicConfig(
+        selector=method(
+            "selector",
+            "loss",
+            focus="medium",
+            focus_weight=3.0,
+            quantiles=(0.2, 0.8),
+            temperature=0.5,
+            replacement=True,
+        ),
+        warmup_steps=10,
+        interval_steps=20,
+        cycle_steps=70,
+        total_steps=105,
+        early_stopping_min_delta=0.01,
+    )
+    expected = {key: value for key, value in given_keys.items() if key not in FLAT_KEYS}
+    assert parts.lf == {**expected, "max_steps": 105}
+    notes = "\n".join(parts.notes)
+    for dropped in ("cache_dir", "score_batch_size", "score_num_workers"):
+        assert f"components_cfg_file: selectors.loss.params.{dropped}: no effect here" in notes
+    assert "1.5 x 70 = 105" in notes
+
+
+def test_select_takes_three_epochs_unless_told(flat: Config, project: Path) -> None:
+    parts = resolve(flat(train_type="dynamic_select", component_name="random", update_step=7, update_times=2), project)
+    dynamic = dynamic_of(parts)
+    assert (dynamic.cycle_steps, dynamic.total_steps, parts.lf["max_steps"]) == (14, 42, 42)
+    assert dynamic.selector == method("selector", "random", replacement=False)
+    assert dynamic.seed == 123
+    assert any("num_train_epochs x" in note for note in parts.notes)
+
+
+@pytest.mark.parametrize("update_times", [0, -1])
+def test_select_without_a_count_lasts_for_the_epochs(flat: Config, project: Path, update_times: int) -> None:
+    keys = flat(
+        train_type="dynamic_select",
+        component_name="loss",
+        warmup_step=4,
+        update_step=5,
+        update_times=update_times,
+        max_steps=77,
+    )
+    parts = resolve(keys, project)
+    dynamic = dynamic_of(parts)
+    assert (dynamic.warmup_steps, dynamic.interval_steps) == (4, 5)
+    assert dynamic.cycle_steps is None
+    assert dynamic.total_steps is None
+    assert "max_steps" not in parts.lf
+    assert any(note.startswith("max_steps: 77 is not looked at") for note in parts.notes)
+
+
+def test_train_step_fixes_the_total_and_stages_go_on(flat: Config, project: Path) -> None:
+    keys = flat(
+        train_type="dynamic_select", component_name="loss", warmup_step=1, update_step=5, update_times=2, train_step=40
+    )
+    parts = resolve(keys, project)
+    assert (dynamic_of(parts).cycle_steps, dynamic_of(parts).total_steps, parts.lf["max_steps"]) == (11, 40, 40)
+
+
+def test_targets_come_from_the_evaluation_set(flat: Config, project: Path) -> None:
+    keys = flat(train_type="dynamic_select", component_name="targeted", update_step=5, eval_dataset="t, b")
+    parts = resolve(keys, project)
+    assert dynamic_of(parts).selector == method("selector", "tacs", targets=("t", "b"))
+    assert parts.lf["eval_dataset"] == "t, b"
+    del keys["eval_dataset"]
+    with pytest.raises(ConfigError, match=r"selectors.targeted: tacs needs a target: .* eval_dataset"):
+        resolve(keys, project)
+
+
+@given(
+    warmup=st.integers(0, 7),
+    interval=st.integers(1, 6),
+    times=st.integers(1, 4),
+    epochs=st.floats(0.1, 4),
+    train_step=st.integers(0, 60),
+)
+def test_schedule_of_select_against_a_step_by_step_reading(
+    warmup: int, interval: int, times: int, epochs: float, train_step: int
+) -> None:
+    mapping = {
+        "train_type": "dynamic_select",
+        "component_name": "loss",
+        "components_cfg_file": "configs/components.yaml",
+        "warmup_step": warmup,
+        "update_step": interval,
+        "update_times": times,
+        "num_train_epochs": epochs,
+        "train_step": train_step,
+    }
+    parts = split(mapping, Path("/nowhere"))
+    stage = warmup + interval * times
+    total = train_step if train_step else math.ceil(epochs * stage)
+    assert parts.lf["max_steps"] == total
+    decided, warmed = [], []
+    for step in range(total):
+        within = step % stage
+        if within == 0 and warmup:
+            warmed.append(step)
+        elif within >= warmup and (within - warmup) % interval == 0:
+            decided.append(step)
+    intervals = list(schedule_of(dynamic_of(parts), total).intervals())
+    assert [i.start_step for i in intervals if i.kind == "dynamic"] == decided
+    assert [i.start_step for i in intervals if i.kind == "warmup"] == warmed
+
+
+def test_mix(flat: Config, project: Path) -> None:
+    keys = flat(
+        train_type="dynamic_mix",
+        component_name="static",
+        mixture_sample_rule="mixture",
+        init_mixture_proportions=[0.7, 0.3],
+        warmup_step=4,
+        update_step=3,
+        update_times=2,
+        freeze_gate=True,
+    )
+    parts = resolve(keys, project)
+    assert dynamic_of(parts) == DynamicConfig(
+        mixer=method("mixer", "static", proportions=(0.6, 0.4)),
+        warmup_steps=4,
+        interval_steps=3,
+        initial_proportions=(0.7, 0.3),
+        total_steps=10,
+        freeze_gate=True,
+    )
+    assert parts.lf["max_steps"] == 10
+
+
+def test_mix_starts_uniformly_unless_told(flat: Config, project: Path) -> None:
+    keys = flat(train_type="dynamic_mix", component_name="even", warmup_step=4, update_step=3, update_times=-1)
+    parts = resolve(keys, project)
+    dynamic = dynamic_of(parts)
+    assert dynamic.initial_proportions == (1.0, 1.0)
+    assert dynamic.mixer == method("mixer", "uniform")
+    assert dynamic.total_steps is None
+    assert "max_steps" not in parts.lf
+
+
+def test_mix_without_warm_up_starts_with_the_component(flat: Config, project: Path) -> None:
+    keys = flat(
+        train_type="dynamic_mix", component_name="static", update_step=3, init_mixture_proportions=[1, 1], train_step=9
+    )
+    parts = resolve(keys, project)
+    assert dynamic_of(parts).initial_proportions is None
+    assert dynamic_of(parts).total_steps == 9
+    assert any(note.startswith("init_mixture_proportions: no effect") for note in parts.notes)
+
+
+def test_random_mixer_draws_once(flat: Config, project: Path) -> None:
+    import numpy as np
+
+    np.random.seed(42)
+    raw = np.random.random(2)
+    keys = flat(train_type="dynamic_mix", component_name="random", update_step=3, train_step=9)
+    mixer = dynamic_of(resolve(keys, project)).mixer
+    assert mixer == method("mixer", "static", proportions=tuple((raw / raw.sum()).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixer"),
+    [
+        ({"static_mix": True}, ("uniform", {})),
+        ({"static_mix": True, "init_mixture_proportions": [3, 1]}, ("static", {"proportions": (3.0, 1.0)})),
+        ({"mixture_sample_rule": "stratified", "init_mixture_proportions": [3, 1]}, ("size", {})),
+        ({"mixture_sample_rule": "uniform", "component_name": "static"}, ("uniform", {})),
+    ],
+)
+def test_fixed_mixtures(
+    flat: Config, project: Path, changes: dict[str, Any], mixer: tuple[str, dict[str, Any]]
+) -> None:
+    keys = flat(train_type="dynamic_mix", warmup_step=5, update_step=5, update_times=4, **changes)
+    parts = resolve(keys, project)
+    name, params = mixer
+    total = None if changes.get("static_mix") else 25
+    assert dynamic_of(parts) == DynamicConfig(mixer=method("mixer", name, **params), total_steps=total)
+    assert parts.lf.get("max_steps") == total
+    if "component_name" in changes:
+        assert any("'static' has no say" in note for note in parts.notes)
+
+
+def test_weight(flat: Config, project: Path) -> None:
+    for name in ("dynamic_weight", "dynamic_weighting"):
+        parts = resolve(flat(train_type=name, component_name="loss", warmup_step=100, train_step=500), project)
+        weighter = method("weighter", "loss", strategy="quadratic", delta=2.0, burn_in_steps=100)
+        assert dynamic_of(parts) == DynamicConfig(weighter=weighter, total_steps=500)
+        assert parts.lf["max_steps"] == 500
+
+
+def test_weight_called_uniform_there(flat: Config, project: Path) -> None:
+    parts = resolve(flat(train_type="dynamic_weight", component_name="softmax", max_steps=60), project)
+    assert dynamic_of(parts).weighter == method("weighter", "loss", strategy="softmax_loss", burn_in_steps=0)
+    assert parts.lf["max_steps"] == 60
+    assert any("softmax_loss" in note for note in parts.notes)
+
+
+@pytest.mark.parametrize("train_type", [None, "static"])
+def test_static_is_a_stock_run(flat: Config, project: Path, train_type: str | None) -> None:
+    keys = flat(component_name="loss", warmup_step=3, update_step=4, early_stopping_min_delta=0.02, max_steps=9)
+    if train_type:
+        keys["train_type"] = train_type
+    parts = resolve(keys, project)
+    assert parts.dynamic is None
+    assert parts.lf == {key: value for key, value in keys.items() if key not in FLAT_KEYS}
+    assert parts.early_stopping_min_delta == 0.02
+    assert parts.notes == (
+        "components_cfg_file, component_name, warmup_step, update_step: no effect with train_type static; "
+        "the run is LLaMA-Factory's own",
+    )
+
+
+def test_a_plain_configuration_is_left_alone(config: Config, project: Path) -> None:
+    mapping = config(dynamic=None, anything={"deep": [1, None]})
+    parts = resolve(mapping, project)
+    assert parts == Split(lf=mapping, dynamic=None)
+
+
+def test_components_are_looked_for_in_the_working_directory_first(
+    flat: Config, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = flat(train_type="dynamic_select", component_name="loss", update_step=5)
+    (project / "work").mkdir()
+    monkeypatch.chdir(project / "work")
+    selector = dynamic_of(split(keys, project)).selector
+    assert selector is not None
+    assert selector.params.focus == "medium"  # type: ignore[attr-defined]
+    (project / "work" / "components.yaml").write_text("selectors: {loss: {name: loss, params: {focus: low}}}")
+    selector = dynamic_of(split(keys, project)).selector
+    assert selector is not None
+    assert selector.params.focus == "low"  # type: ignore[attr-defined]
+
+
+def test_the_file_that_existing_examples_name_need_not_be_there(flat: Config, project: Path) -> None:
+    keys = flat(train_type="dynamic_select", component_name="loss", update_step=5)
+    keys["components_cfg_file"] = "src/dataflex/configs/components.yaml"
+    parts = resolve(keys, project)
+    assert dynamic_of(parts).selector == method("selector", "loss", focus="medium")
+    assert any("the presets that existing DataFlex ships are used" in note for note in parts.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"component_name": "los"},
+            "component_name: 'los' is not among the selectors of components.yaml; did you mean 'loss'?",
+        ),
+        ({"component_name": None}, "component_name: missing; name a selector of the components file"),
+        ({"components_cfg_file": "comp.yaml"}, "components_cfg_file: comp.yaml is neither in the working directory"),
+        (
+            {"component_name": "broken"},
+            "components_cfg_file: selectors.broken.params.focsu: unknown key; did you mean 'focus'? "
+            "(loss selector accepts:",
+        ),
+        (
+            {"component_name": "broken"},
+            "components_cfg_file: selectors.broken.params.focus_weight: must be at least 0, found -1",
+        ),
+        (
+            {"component_name": "unknown"},
+            "components_cfg_file: selectors.unknown: unknown selector 'lose'; did you mean 'loss'?",
+        ),
+        (
+            {"component_name": "bare"},
+            "components_cfg_file: selectors.bare: expected a mapping with 'name' and 'params'",
+        ),
+        ({"update_step": 0}, "update_step: must be at least 1 with train_type dynamic_select, found 0"),
+        ({"update_step": "5"}, "update_step: expected a whole number, found the text '5'"),
+        ({"warmup_step": -1}, "warmup_step: must be at least 0, found -1"),
+        (
+            {"train_type": "dynamic_selct"},
+            "train_type: 'dynamic_selct' is not available; did you mean 'dynamic_select'?",
+        ),
+        ({"train_type": "dynamic_lego"}, "train_type: 'dynamic_lego' is not available"),
+        ({"train_type": 3}, "train_type: expected text, found 3"),
+        ({"num_train_epochs": "many"}, "num_train_epochs: expected a number above 0, found 'many'"),
+        (
+            {"train_type": "dynamic_mix", "component_name": "static", "init_mixture_proportions": [1, 2, 3]},
+            "init_mixture_proportions: 3 numbers for 2 data sets (a, b)",
+        ),
+        (
+            {"train_type": "dynamic_mix", "component_name": "static", "init_mixture_proportions": [1, -2]},
+            "init_mixture_proportions[1]: must be at least 0, found -2",
+        ),
+        (
+            {"train_type": "dynamic_mix", "component_name": "static", "init_mixture_proportions": [0, 0]},
+            "init_mixture_proportions: all are 0",
+        ),
+        (
+            {"train_type": "dynamic_mix", "component_name": "static", "mixture_sample_rule": "stratifed"},
+            "mixture_sample_rule: 'stratifed' is not a choice; did you mean 'stratified'?",
+        ),
+        (
+            {"train_type": "dynamic_mix", "component_name": "static", "update_times": 0},
+            "update_times: 0 with warmup_step 0 asks for a run of no steps",
+        ),
+    ],
+)
+def test_refused(flat: Config, project: Path, changes: dict[str, Any], line: str) -> None:
+    keys = flat(train_type="dynamic_select", component_name="loss", update_step=5)
+    keys |= changes
+    keys = {key: value for key, value in keys.items() if value is not None}
+    with pytest.raises(ConfigError) as caught:
+        resolve(keys, project)
+    assert any(problem.startswith(line) for problem in caught.value.problems), caught.value.problems
+
+
+def test_problems_of_flat_keys_and_of_the_rest_are_told_together(flat: Config, project: Path) -> None:
+    keys = flat(train_type="dynamic_select", component_name="broken", update_step=0, streaming=True, dataset="a,z")
+    with pytest.raises(ConfigError) as caught:
+        resolve(keys, project)
+    beginnings = {problem.split(":")[0] for problem in caught.value.problems}
+    assert beginnings == {"update_step", "components_cfg_file", "streaming", "dataset"}
