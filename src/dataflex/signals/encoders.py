@@ -185,7 +185,8 @@ class SentenceEncoder:
         own = self._model.max_seq_length
         self._model.max_seq_length = max_length if own is None else min(own, max_length)
         self._normalise, self._token_budget = normalise, token_budget
-        self.dimension = int(self._model.get_embedding_dimension())
+        with preserved():  # the method that tells the dimension has another name in each major version
+            self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
         commits = [
             getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
         ]

@@ -86,9 +86,11 @@ class EndpointClient:
 
     def __post_init__(self) -> None:
         name = self.config.api_key_env
-        self._key = os.environ.get(name) if name is not None else None
+        self._key = os.environ.get(name, "").strip() if name is not None else None
         if name is not None and not self._key:
             raise ConfigError(f"endpoint.api_key_env: the environment variable {name!r} is not set")
+        if self._key and not all("!" <= letter <= "~" for letter in self._key):  # would be shown in a library's error
+            raise ConfigError(f"endpoint.api_key_env: {name!r} holds characters that cannot be in a key")
         self._lock = threading.Lock()
 
     def complete(self, prompts: Sequence[str | Sequence[Message]]) -> list[list[Completion]]:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,8 @@ class ArrayStore:
                 write_directory(ready, fill)
                 self._install(key, ready)
         finally:
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):  # moved, or never written
+                scratch.unlink()
             shutil.rmtree(ready, ignore_errors=True)
 
     def _install(self, key: Fingerprint, ready: Path) -> None:

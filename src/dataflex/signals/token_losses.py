@@ -203,9 +203,9 @@ class TokenScorer:
         if self._entropy:
             out["entropy"] = -(p_SV * log_p_SV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
         if self._el2n:
-            # The norm of p - e_y itself: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
-            p_SV.scatter_(1, targets_S[:, None], torch.expm1(-loss_S)[:, None])
-            out["el2n"] = p_SV.norm(dim=-1)
+            # 1 - p_y as the sum of the others: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
+            others_SV = p_SV.scatter(1, targets_S[:, None], 0.0)
+            out["el2n"] = torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))
         return out
 
 

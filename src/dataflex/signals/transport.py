@@ -16,7 +16,6 @@ __all__ = ["Failure", "post_json"]
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _SHOWN = 300
-_LARGEST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -
     opener = urllib.request.build_opener(_StayHere)
     try:
         with opener.open(request, timeout=timeout_seconds) as response:
-            content = response.read(_LARGEST_BYTES)
+            content = response.read()
     except urllib.error.HTTPError as error:
         with error:
             return _refused(error, key)
@@ -77,7 +76,7 @@ def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -
 
 def _refused(error: urllib.error.HTTPError, key: str | None) -> Failure:
     try:
-        content = error.read(_LARGEST_BYTES)
+        content = error.read()
     except (OSError, http.client.HTTPException):
         content = b""
     location = error.headers.get("Location")

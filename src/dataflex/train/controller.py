@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.config.schema import DynamicConfig
-from dataflex.core import choose
 from dataflex.core.plan import DataPlan
 from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
 from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State
@@ -23,10 +22,11 @@ from dataflex.core.rng import stream
 from dataflex.core.sampler import MixtureSampler
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.dist import comm
-from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
-from dataflex.mixers.proportions import by_domain, normalised
+from dataflex.mixers.proportions import by_domain
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.signals.passes import preserved
 from dataflex.signals.service import SignalService
+from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
 from dataflex.train.row_space import RowSpace
 
 __all__ = ["BatchShape", "Controller"]
@@ -59,6 +59,16 @@ class BatchShape:
         """Sequences of one optimizer step."""
         return self.micro_batch_size * self.accumulation * self.world
 
+    def layout(self, num_rows: int) -> EpochLayout:
+        """Return how whole epochs over ``num_rows`` rows fall into steps, as in the stock Trainer."""
+        return EpochLayout(
+            num_rows=num_rows,
+            global_batch=self.global_batch,
+            micro_batch_size=self.micro_batch_size,
+            world=self.world,
+            drop_last=self.drop_last,
+        )
+
 
 @dataclass(kw_only=True)
 class Controller:
@@ -72,7 +82,7 @@ class Controller:
     signals: SignalService
     selector: Selector | None
     mixer: Mixer | None
-    recorder: RunRecorder | NullRecorder = field(default_factory=NullRecorder)
+    recorder: RunRecorder = field(default_factory=NullRecorder)
     plan: DataPlan | None = None
     ends_at: int | None = None
     """Step at which the data run out under ``at_cap: stop``."""
@@ -80,20 +90,14 @@ class Controller:
 
     def __post_init__(self) -> None:
         domains = self.space.domains
-        self.layout = EpochLayout(
-            num_rows=self.space.num_rows,
-            global_batch=self.shape.global_batch,
-            micro_batch_size=self.shape.micro_batch_size,
-            world=self.shape.world,
-            drop_last=self.shape.drop_last,
-        )
+        self.layout = self.shape.layout(self.space.num_rows)
         self.sampler: MixtureSampler | None = None
         if self.mixer is not None and not self.narrows:
             self.sampler = MixtureSampler(
                 domains,
                 seed=self.seed,
                 block=self.shape.global_batch,
-                max_epochs=_caps(self.config.max_epochs, domains.names),
+                max_epochs=caps(self.config.max_epochs, domains.names),
                 at_cap=self.config.at_cap,
             )
         self.initial: NDArray[np.float64] | None = None
@@ -126,6 +130,10 @@ class Controller:
         return self.plan
 
     def _decide(self, interval: Interval) -> DataPlan:
+        with preserved(self.signals.handle.model):  # methods may be anyone's: what they draw or switch stays here
+            return self._decided(interval)
+
+    def _decided(self, interval: Interval) -> DataPlan:
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
         self.signals.seconds = 0.0
@@ -161,13 +169,8 @@ class Controller:
         total = time.perf_counter() - started
         self.seconds["signals"] += self.signals.seconds
         self.seconds["decide"] += total - self.signals.seconds
-        self._record(
-            plan,
-            selection,
-            proportions,
-            reason,
-            {"signals": self.signals.seconds, "decide": total - self.signals.seconds},
-        )
+        phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
+        self._record(plan, selection, proportions, reason, phases)
         return plan
 
     def _select(self, ctx: Context) -> Selection:
@@ -180,7 +183,7 @@ class Controller:
         elif self.config.keep_ratio is not None:
             wanted = min(wanted, max(1, round(self.config.keep_ratio * len(pool))))
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
-        _check_selection(self.selector, selection, pool, wanted)
+        check_selection(self.selector, selection, pool, wanted)
         return selection
 
     def _lay_out(self, ctx: Context, selection: Selection | None) -> tuple[Rows, NDArray[np.float64] | None, str]:
@@ -198,12 +201,13 @@ class Controller:
                 rows = self.sampler.draw(total)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
-                rows = self._quota(kept, shares, total, interval)
+                rows = quota_rows(
+                    kept, shares, total, interval, self.space.domains, seed=self.seed, repeat=self.config.repeat
+                )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
-            rows = spread(
-                selection.rows, interval.steps, batch, stream(self.seed, "order", interval.index), self._repeats()
-            )
+            order, size = stream(self.seed, "order", interval.index), self.space.num_rows
+            rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=size)
             return rows, None, "; ".join(reasons)
         if self.narrows:
             return warmup_rows(self.space.all_rows(), interval, batch, self.seed), None, "warm-up: uniform"
@@ -219,39 +223,7 @@ class Controller:
         if ctx.interval.kind == "warmup" and self.initial is not None:
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(ctx)
-        given = np.asarray(mix.proportions, dtype=np.float64)
-        names = self.space.domains.names
-        if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
-            raise ComponentError(
-                f"mixer {self.mixer.name!r} returned {given.tolist()} for the domains {', '.join(names)}; "
-                "expected one finite number >= 0 each, not all zero"
-            )
-        return normalised(given), mix.reason
-
-    def _quota(self, kept: Rows, shares: NDArray[np.float64], total: int, interval: Interval) -> Rows:
-        """Serve each domain's quota from the kept rows, without replacement while they last."""
-        domain_of = self.space.domains.domain_of[kept]
-        counts = choose.largest_remainder(total, shares)
-        parts = []
-        for index, count in enumerate(counts.tolist()):
-            if count == 0:
-                continue
-            name = self.space.domains.names[index]
-            rows = kept[domain_of == index]
-            if not len(rows):
-                raise DataError(
-                    f"interval {interval.index}: the mixer wants {count:,} rows of domain {name!r}, but the selector "
-                    "kept none of it. Raise dynamic.keep_ratio, or give the domain a proportion of 0."
-                )
-            if count > len(rows) and not self.config.repeat:
-                raise DataError(
-                    f"interval {interval.index} wants {count:,} rows of domain {name!r}; the selector kept "
-                    f"{len(rows):,} of it. Raise dynamic.keep_ratio, lower interval_steps or set 'repeat: true'."
-                )
-            order = stream(self.seed, f"quota/{name}", interval.index)
-            copies = [order.permutation(rows) for _ in range(-(-count // len(rows)))]
-            parts.append(np.concatenate(copies)[:count])
-        return stream(self.seed, "order", interval.index).permutation(np.concatenate(parts))
+        return check_mix(self.mixer, mix, self.space.domains.names), mix.reason
 
     def _fill(self, interval: Interval) -> Rows:
         """Return the rows that even out short steps over ranks; only whole epochs have short steps."""
@@ -321,35 +293,3 @@ class Controller:
             self.sampler.load_state_dict(state["sampler"])
         self.ends_at = state["ends_at"]
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}
-
-
-def _caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
-    """Turn ``dynamic.max_epochs`` into epochs by domain [K]; domains that are not named have no cap."""
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        return np.full(len(names), float(given))
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise ConfigError(
-            [
-                f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} ({', '.join(names)})"
-                for name in unknown
-            ]
-        )
-    return np.array([float(given.get(name, np.inf)) for name in names])
-
-
-def _check_selection(selector: Selector, selection: Selection, pool: Rows, wanted: int) -> None:
-    rows = selection.rows
-    what = f"selector {selector.name!r}"
-    if rows.dtype != np.int64 or rows.ndim != 1:
-        raise ComponentError(f"{what} returned rows of dtype {rows.dtype} and shape {rows.shape}; expected int64 [n]")
-    if len(rows) == 0:
-        raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
-    if rows.min() < 0 or rows.max() >= len(pool):
-        raise ComponentError(f"{what} returned rows outside 0..{len(pool) - 1}")
-    if len(rows) > wanted:
-        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}")
-    if selection.scores is not None and len(selection.scores) != len(pool):
-        raise ComponentError(f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows")

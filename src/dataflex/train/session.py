@@ -170,13 +170,9 @@ def micro_batches_per_epoch(num_rows: int, shape: BatchShape, *, full_steps: boo
         shape: How one step is cut up.
         full_steps: Whether every step is full, as when a selector or mixer fills it.
     """
-    if shape.drop_last:
-        micro = num_rows // shape.micro_batch_size // shape.world
-    else:
-        micro = -(-(-(-num_rows // shape.micro_batch_size)) // shape.world)
-    if full_steps:
-        micro = -(-micro // shape.accumulation) * shape.accumulation
-    return max(micro, 1)
+    layout = shape.layout(num_rows)
+    micro_batches = layout.steps_per_epoch * shape.accumulation if full_steps else layout.micro_batches_per_epoch
+    return max(micro_batches, 1)
 
 
 def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:

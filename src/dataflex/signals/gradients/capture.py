@@ -25,7 +25,7 @@ from dataflex.signals.gradients.units import Unit, Units
 __all__ = ["Capture", "Distrusted", "HandUp"]
 
 
-class HandUp(Exception):  # noqa: N818  a signal to the engine, never shown
+class HandUp(Exception):
     """A unit cannot keep samples apart; the module around it must answer."""
 
     def __init__(self, unit: Unit, reason: str) -> None:
@@ -99,10 +99,7 @@ class Capture:
     @contextmanager
     def attached(self) -> Iterator[Capture]:
         """Keep the hooks on the model while inside."""
-        handles = [
-            unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
-            for unit in self.units
-        ]
+        handles = [unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.units]
         try:
             yield self
         finally:

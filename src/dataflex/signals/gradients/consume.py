@@ -55,8 +55,11 @@ class Consumer:
     name: str
     raw: bool = False
 
-    def begin(self, rows: int, device: torch.device) -> None:
-        """Start a batch of ``rows`` samples, forgetting the last one."""
+    def begin(self, finite: torch.Tensor) -> None:
+        """Start a batch, forgetting the last one; ``finite`` [b] says which samples have a loss.
+
+        A batch may be started again before it is finished.
+        """
         raise NotImplementedError
 
     def dense_cost(self, shape: FactorShape) -> float:
@@ -86,8 +89,8 @@ class Norms(Consumer):
     def __init__(self, *, name: str = "norms", raw: bool = False) -> None:
         self.name, self.raw = name, raw
 
-    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
-        self.squares = torch.zeros(rows, dtype=torch.float64, device=device)
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self.squares = torch.zeros(len(finite), dtype=torch.float64, device=finite.device)
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return _MEMORY * shape.m * shape.n
@@ -127,9 +130,9 @@ class Dots(Consumer):
         self.targets, self.normalise, self.name, self.raw = targets, normalise, name, raw
         self._norms = Norms()
 
-    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
-        self._norms.begin(rows, device)
-        self.products = torch.zeros(rows, len(self.targets), dtype=torch.float64, device=device)
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self._norms.begin(finite)
+        self.products = torch.zeros(len(finite), len(self.targets), dtype=torch.float64, device=finite.device)
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return (_MEMORY + len(self.targets)) * shape.m * shape.n
@@ -163,8 +166,8 @@ class Gram(Consumer):
     def __init__(self, *, name: str = "gram", raw: bool = False) -> None:
         self.name, self.raw = name, raw
 
-    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
-        self.gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self.gram = torch.zeros(len(finite), len(finite), dtype=torch.float64, device=finite.device)
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return shape.rows * shape.m * shape.n
@@ -185,19 +188,24 @@ class Gram(Consumer):
 class WeightedSums(Consumer):
     """Adds sum_i w_ki G_i to ``vectors``, over as many batches as wanted; per-task means are made of this.
 
+    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights
+    that were used come back [b, K].
+
     Args:
-        vectors: K running sums, changed in place.
-        name: Key under which the weights come back [b, K].
+        vectors: K running sums, changed when a batch is finished.
+        name: Key of the result.
         raw: As ``Consumer``.
     """
 
+    weights: torch.Tensor
+
     def __init__(self, vectors: TargetVectors, *, name: str = "sums", raw: bool = False) -> None:
         self.vectors, self.name, self.raw = vectors, name, raw
-        self.weights = torch.zeros(0)
 
-    def begin(self, rows: int, device: torch.device) -> None:  # noqa: D102
-        self._weights = self.weights.to(device)
-        assert self._weights.shape == (len(self.vectors), rows), "set .weights [K, b] before every batch"
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        assert self.weights.shape == (len(self.vectors), len(finite)), "weights do not fit the batch"
+        self._weights = self.weights.to(finite.device) * finite
+        self._batch: dict[str, torch.Tensor] = {}  # added at the end: a batch that is started again counts once
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return len(self.vectors) * shape.m * shape.n
@@ -206,14 +214,18 @@ class WeightedSums(Consumer):
         return shape.tokens * shape.n * (1 if shape.one_hot else shape.m)
 
     def add(self, block: Block) -> None:  # noqa: D102
-        sums = self.vectors.flat(block.name)
-        sums[:, block.part] += (self._weights @ block.values).to(sums.device)
+        part = self._weights @ block.values
+        if block.name not in self._batch:
+            self._batch[block.name] = part.new_zeros(self.vectors.flat(block.name).shape)
+        self._batch[block.name][:, block.part] += part
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
-        sums = self.vectors.tensors[name]
-        for k, weights in enumerate(self._weights):
-            if weights.any():
-                sums[k] += weighted_sum(factors, weights, shape).to(sums.device)
+        sums = [weighted_sum(factors, weights, shape).flatten() for weights in self._weights]
+        self._batch[name] = torch.stack(sums)
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        for name, part in self._batch.items():
+            sums = self.vectors.flat(name)
+            sums += part.to(sums.device)
+        self._batch = {}
         return {"": self._weights.t()}

@@ -137,5 +137,7 @@ def _keep_dora(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _dora(module: Any, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
     magnitude = module.weight.detach().float()
     if magnitude.numel() != grad.shape[-1]:
-        raise UnsupportedError("gradients of DoRA's magnitudes need whole parameters, but they are partitioned over ranks")
+        raise UnsupportedError(
+            "gradients of DoRA's magnitudes need whole parameters, but they are partitioned over ranks"
+        )
     return {"weight": _summed(grad.float() * kept[0].float()) / magnitude}

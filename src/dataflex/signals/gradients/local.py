@@ -26,7 +26,7 @@ Tensors = tuple[torch.Tensor, ...]
 _said: set[str] = set()
 
 
-class NotSeparable(Exception):  # noqa: N818  a signal to the capture, never shown
+class NotSeparable(Exception):
     """The module's outputs cannot be taken apart by sample."""
 
 

@@ -10,6 +10,7 @@ Legend: b samples, T tokens, m rows and n columns of the parameter, M target vec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -34,7 +35,7 @@ class Factors:
         return self.left.dim() == 2
 
 
-Piece = Factors | torch.Tensor
+Piece: TypeAlias = Factors | torch.Tensor
 """Contribution of one use of a parameter: factors, or per-sample gradients [b, *parameter.shape]."""
 
 

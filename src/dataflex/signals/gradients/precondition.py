@@ -62,9 +62,7 @@ PRESETS: dict[str, Precondition] = {
     "none": Precondition(),
     "sign": Precondition(kind="sign"),
     "true_adam": Precondition(kind="adam"),
-    "paper_repo": Precondition(
-        kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8
-    ),
+    "paper_repo": Precondition(kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8),
 }
 
 

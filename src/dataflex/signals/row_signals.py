@@ -1,0 +1,75 @@
+"""Whole passes over rows, harmless to training: token losses and embeddings of the model under training.
+
+All functions are collective. They run in eval mode without gradient and leave random states, modes,
+parameters and hooks as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dataflex.signals.embeddings import embed_batch, embedding_size
+from dataflex.signals.passes import preserved
+from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.sweep import Sweep, stored_pass, token_pass, vector_pass
+from dataflex.signals.token_losses import TokenLosses, TokenScorer
+
+__all__ = ["row_embeddings", "token_losses"]
+
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+def token_losses(
+    model: nn.Module, sweep: Sweep, *, el2n: bool = False, entropy: bool = False, around: Around = nullcontext
+) -> TokenLosses:
+    """Return the cross-entropy of every supervised token of the sweep's rows, equal on every rank.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        sweep: The rows.
+        el2n: Also EL2N per token.
+        entropy: Also the entropy per token.
+        around: Entered around each forward, as the trainer's autocast.
+    """
+    with preserved(model), torch.no_grad():
+        model.eval()
+        return token_pass(sweep, TokenScorer(model, el2n=el2n, entropy=entropy), around)
+
+
+def row_embeddings(
+    model: nn.Module,
+    sweep: Sweep,
+    spec: EmbeddingSpec,
+    *,
+    around: Around = nullcontext,
+    work: ResumablePass | None = None,
+) -> NDArray[Any]:
+    """Return one vector per row of the sweep [n, D], equal on every rank; NaN where there is nothing to pool.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        sweep: The rows.
+        spec: How hidden states become a vector.
+        around: Entered around each forward, as the trainer's autocast.
+        work: Write the vectors to disk as they come, go on after a kill, and return them memory-mapped
+            in the type that it was opened with; None holds them in memory as float32.
+    """
+
+    def score(batch: dict[str, Any]) -> torch.Tensor:
+        with around():
+            return embed_batch(model, batch, spec)
+
+    with preserved(model), torch.no_grad():
+        model.eval()
+        if work is not None:
+            return stored_pass(sweep, score, work)
+        found: NDArray[np.float32] = vector_pass(sweep, score, (embedding_size(model),))
+        return found
