@@ -19,6 +19,10 @@ CASES = {
         "dataset": "alpha,beta,gamma",
         "dynamic": {"mixer": {"name": "static", "proportions": [0.5, 0.3, 0.2]}},
     },
+    "targeted": {
+        "dataset": "alpha",
+        "dynamic": {"interval_steps": 4, "selector": {"name": "tacs", "targets": ["goal"], "learning_rate": 0.01}},
+    },
     "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
     "lossweight": {"dynamic": {"weighter": {"name": "loss", "burn_in_steps": 1, "r": 0.5}}},
 }

@@ -109,7 +109,10 @@ def test_the_head_never_sees_more_than_a_chunk(models, monkeypatch):
     model = models["llama"]
     batch = tiny.collate(tiny.make_rows(12, seed=2).rows)
     whole = TokenScorer(model.eval(), el2n=True)(batch)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 5 * tiny.VOCABULARY)
+    assert module.chunk_tokens(4096, CPU) == 512
+    assert module.chunk_tokens(152_000, CPU) == 256
+    assert module.chunk_tokens(32_000, torch.device("meta")) == 1048
+    monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary, device: 5)
     seen = []
     original = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda x: seen.append(x.shape[:-1].numel()) or original(x))

@@ -27,6 +27,8 @@ __all__ = ["BatchTokens", "TokenLosses", "TokenScorer"]
 
 _IGNORE = -100
 _CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MiB in fp32
+_CHUNK_ELEMENTS_CPU = 2**21  # stays in the cache: a fifth faster than chunks of 128 MiB
+_FEWEST_TOKENS = 256  # fewer would read the weights of a large head again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,7 @@ class TokenScorer:
     def _chunks(
         self, logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, vocabulary: int
     ) -> dict[str, torch.Tensor]:
-        size = max(1, _CHUNK_ELEMENTS // vocabulary)
+        size = chunk_tokens(vocabulary, targets.device)
         parts: list[dict[str, torch.Tensor]] = []
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -207,6 +209,12 @@ class TokenScorer:
             others_SV = p_SV.scatter(1, targets_S[:, None], 0.0)
             out["el2n"] = torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))
         return out
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens' logits are looked at together."""
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(_FEWEST_TOKENS, elements // vocabulary)
 
 
 def _logits(outputs: Any) -> torch.Tensor:

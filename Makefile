@@ -1,0 +1,73 @@
+# Everything works from a fresh clone: the first target that needs it makes .venv and installs into it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+CODE := src tests benchmarks examples docs
+
+# Nothing asks a hub. The rest is for machines with few cores: threads that wait do not spin, and memory that
+# each step frees and asks for again does not go back to the system in between.
+TUNED := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+QUIET := LLAMAFACTORY_VERBOSITY=WARN TRANSFORMERS_VERBOSITY=error
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick check lint types pytest format docs bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## install, then train a small model with and without selection (about 5 minutes)
+	@$(RUN) examples/demo.py
+
+test: $(VENV)/.installed-dev lint types pytest  ## install, then linter, type checker and all tests
+	@echo "== make test: all passed"
+
+test-quick: $(VENV)/.installed-dev  ## tests that need one process and a few seconds each
+	$(TUNED) $(QUIET) $(RUN) -m pytest -q -m "not slow and not gloo"
+
+check: lint types  ## linter, formatting and type checker, without tests
+	$(RUN) -m ruff format --check $(CODE)
+
+lint: $(VENV)/.installed-dev
+	@echo "== ruff"
+	$(RUN) -m ruff check $(CODE)
+
+types: $(VENV)/.installed-dev
+	@echo "== mypy"
+	$(RUN) -m mypy
+
+pytest: $(VENV)/.installed-dev
+	@echo "== pytest"
+	$(TUNED) $(QUIET) $(RUN) -m pytest -q
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
+	$(RUN) -m ruff check --fix $(CODE)
+	$(RUN) -m ruff format $(CODE)
+
+docs: $(VENV)/.installed-dev  ## render docs/methods.md from the methods' classes
+	$(RUN) docs/render_methods.py
+
+bench: $(VENV)/.installed  ## all benchmarks
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(TUNED) $(RUN) $$file; done
+
+clean:  ## remove the virtual environment, the runs and the caches
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: a second call installs nothing, a changed pyproject.toml installs again.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing dataflex and what it needs into $(VENV) (several minutes the first time)"
+	$(RUN) -m pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing dataflex and its development tools into $(VENV) (several minutes the first time)"
+	$(RUN) -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

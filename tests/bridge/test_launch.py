@@ -1,0 +1,119 @@
+"""Launching as LLaMA-Factory does: when torchrun, with which arguments; and our trainer in Ray's workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dataflex.bridge.launch import torchrun_command, wants_torchrun
+
+
+def options(env, devices=2):
+    command = torchrun_command(["run.yaml", "seed=3"], env, devices=devices, free_port=4242)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[-4:] == ["-m", "dataflex.worker", "run.yaml", "seed=3"]
+    middle = command[3:-4]
+    return dict(zip(middle[::2], middle[1::2], strict=True))
+
+
+def test_defaults():
+    assert options({}) == {
+        "--nproc-per-node": "2",
+        "--nnodes": "1",
+        "--node-rank": "0",
+        "--master-addr": "127.0.0.1",
+        "--master-port": "4242",
+    }
+    assert options({}, devices=0)["--nproc-per-node"] == "1"
+
+
+def test_several_nodes():
+    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NPROC_PER_NODE": "8"}
+    assert options(env) == {
+        "--nproc-per-node": "8",
+        "--nnodes": "2",
+        "--node-rank": "1",
+        "--master-addr": "10.0.0.1",
+        "--master-port": "29500",
+    }
+
+
+def test_elastic():
+    env = {"RDZV_ID": "job7", "MIN_NNODES": "1", "MAX_NNODES": "3", "MAX_RESTARTS": "2", "MASTER_PORT": "29500"}
+    assert options(env) == {
+        "--nproc-per-node": "2",
+        "--nnodes": "1:3",
+        "--rdzv-id": "job7",
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": "127.0.0.1:29500",
+        "--max-restarts": "2",
+    }
+    assert options({"RDZV_ID": "job7", "NNODES": "2"})["--nnodes"] == "2"
+
+
+def test_when(monkeypatch):
+    from llamafactory.extras import misc
+
+    monkeypatch.setattr(misc, "get_device_count", lambda: 1)
+    assert not wants_torchrun()
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert wants_torchrun()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not wants_torchrun()
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("FORCE_TORCHRUN")
+    monkeypatch.setattr(misc, "get_device_count", lambda: 4)
+    assert wants_torchrun()
+    monkeypatch.setenv("USE_RAY", "1")
+    assert not wants_torchrun()
+
+
+def test_ray_workers_train_with_our_trainer(tiny_model, data_dir, tmp_path, monkeypatch):
+    """What a Ray worker does, without a cluster: the driver's environment is all it gets."""
+    from llamafactory.train import tuner
+
+    from dataflex.bridge import ray_worker
+    from tests.integration.conftest import Outcome, base_settings
+
+    lf = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
+    mapping = {**lf, "dynamic": {"interval_steps": 2, "selector": "random"}}
+    stock = tuner.Worker
+    with ray_worker.ray_workers(mapping, tmp_path, "sft"):
+        assert tuner.Worker is ray_worker.RayWorker
+        environment = dict(os.environ)
+        assert json.loads(environment[ray_worker.ENVIRONMENT_KEY])["stage"] == "sft"
+        worker = tuner.Worker.__new__(tuner.Worker)  # its constructor picks a device, which Ray assigns
+        worker._training_function({"args": lf, "callbacks": []})
+    assert tuner.Worker is stock
+    assert ray_worker.ENVIRONMENT_KEY not in os.environ
+    assert any(event["event"] == "planned" for event in Outcome(tmp_path / "out").events)
+
+
+@pytest.mark.gloo
+def test_the_command_on_two_ranks(tiny_model, data_dir, tmp_path):
+    """``FORCE_TORCHRUN=1 NPROC_PER_NODE=2 dataflex train``, as a user types it; a mistake ends it at once."""
+    from tests.integration.conftest import Outcome, base_settings
+
+    config = tmp_path / "run.json"
+    mapping = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
+    config.write_text(json.dumps({**mapping, "dynamic": {"interval_steps": 2, "selector": "random"}}))
+    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+
+    def train(*overrides):
+        command = [sys.executable, "-m", "dataflex", "train", str(config), *overrides]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+    done = train("ddp_find_unused_parameters=false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = Outcome(tmp_path / "out")
+    started = next(event for event in outcome.events if event["event"] == "run_started")
+    assert (started["world"], started["global_batch"]) == (2, 4)
+    wrong = train("dynamic.selector=randon")
+    assert wrong.returncode == 2
+    assert "did you mean 'random'?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
