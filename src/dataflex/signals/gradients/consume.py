@@ -2,7 +2,7 @@
 
 Consumers are fed parameter by parameter, so nothing of size samples x parameters is ever held. Each
 says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the
-cheaper one for all consumers together. Sums over parameters are kept in float64.
+cheaper one for all consumers together. Sums over parameters are taken at the end, in float64.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ __all__ = ["Block", "Consumer", "Dots", "Gram", "Norms", "WeightedSums"]
 
 # A number moved through memory costs about as much as this many multiply-adds of a matrix product.
 _MEMORY = 8.0
+
+
+def total(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of equal-shaped fp32 tensors in float64."""
+    return torch.stack(parts).sum(dim=0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ class Norms(Consumer):
         self.name, self.raw = name, raw
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
-        self.squares = torch.zeros(len(finite), dtype=torch.float64, device=finite.device)
+        self._squares = [torch.zeros(len(finite), device=finite.device)]
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return _MEMORY * shape.m * shape.n
@@ -99,13 +104,13 @@ class Norms(Consumer):
         return shape.tokens**2 * (shape.n + (1 if shape.one_hot else shape.m) + 2 * _MEMORY)
 
     def add(self, block: Block) -> None:  # noqa: D102
-        self.squares += torch.linalg.vecdot(block.values, block.values)
+        self._squares.append(torch.linalg.vecdot(block.values, block.values))
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
-        self.squares += ghost_norms(factors)
+        self._squares.append(ghost_norms(factors))
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        return {"": self.squares.clamp_min(0).sqrt().float()}
+        return {"": total(self._squares).clamp_min(0).sqrt().float()}
 
 
 class Dots(Consumer):
@@ -132,7 +137,7 @@ class Dots(Consumer):
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._norms.begin(finite)
-        self.products = torch.zeros(len(finite), len(self.targets), dtype=torch.float64, device=finite.device)
+        self._products = [torch.zeros(len(finite), len(self.targets), device=finite.device)]
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return (_MEMORY + len(self.targets)) * shape.m * shape.n
@@ -143,16 +148,16 @@ class Dots(Consumer):
 
     def add(self, block: Block) -> None:  # noqa: D102
         vectors = self.targets.flat(block.name)[:, block.part].to(block.values.device)
-        self.products += block.values @ vectors.t()
+        self._products.append(block.values @ vectors.t())
         self._norms.add(block)
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
-        self.products += ghost_dots(factors, self.targets.tensors[name].to(factors[0].right.device))
+        self._products.append(ghost_dots(factors, self.targets.tensors[name].to(factors[0].right.device)))
         self._norms.add_factors(name, factors, shape)
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         norms = self._norms.finish()[""]
-        products = self.products
+        products = total(self._products)
         if self.normalise != "none":
             products = products / norms.double().clamp_min(1e-30).unsqueeze(1)
         if self.normalise == "both":

@@ -95,20 +95,18 @@ def adam_direction(
         fp32 [b, n].
     """
     beta1, beta2 = betas
-    root = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)
-    if bias_correction and eps_mode == "inside":
-        root.div_(1 - beta2 ** (step + 1))
+    correct1 = 1 - beta1 ** (step + 1) if bias_correction else 1.0
+    correct2 = 1 - beta2 ** (step + 1) if bias_correction else 1.0
+    # Corrections are moved into the scalars and the moments, so that the large tensor is read fewer times:
+    # (m' / c1) / (sqrt(v' / c2) + eps) = (m' sqrt(c2) / c1) / (sqrt(v') + eps sqrt(c2)).
+    scale = correct2**0.5 / correct1
     if eps_mode == "inside":
-        root.add_(eps).sqrt_()
+        root = torch.addcmul(second * beta2 + eps * correct2, gradient, gradient, value=1 - beta2).sqrt_()
     else:
-        root.sqrt_()
-        if bias_correction:
-            root.div_((1 - beta2 ** (step + 1)) ** 0.5)
-        root.add_(eps)
-    direction = torch.lerp(first, gradient, 1 - beta1) if include_momentum else gradient * (1 - beta1)
-    if bias_correction:
-        direction.div_(1 - beta1 ** (step + 1))
-    return direction.div_(root)
+        root = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2).sqrt_().add_(eps * correct2**0.5)
+    if include_momentum:
+        return torch.add(first * (beta1 * scale), gradient, alpha=(1 - beta1) * scale).div_(root)
+    return (gradient * ((1 - beta1) * scale)).div_(root)
 
 
 def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:

@@ -14,7 +14,7 @@ import hashlib
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.gradients.consume import Block, Consumer
+from dataflex.signals.gradients.consume import Block, Consumer, Norms
 from dataflex.signals.gradients.pieces import FactorShape
 
 __all__ = ["Sketch", "buckets_and_signs"]
@@ -79,10 +79,11 @@ class Sketch(Consumer):
         if nonzeros < 1 or size < nonzeros or size % nonzeros:
             raise ConfigError(f"gradients: sketch size {size} is not a positive multiple of its {nonzeros} nonzeros")
         self.size, self.nonzeros, self.seed, self.name, self.raw = size, nonzeros, seed, name, raw
+        self._norms = Norms()
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._sums = torch.zeros(self.size, len(finite), dtype=torch.float32, device=finite.device)
-        self._squares = torch.zeros(len(finite), dtype=torch.float64, device=finite.device)
+        self._norms.begin(finite)
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return _COST_PER_COORDINATE * self.nonzeros * shape.m * shape.n
@@ -95,7 +96,7 @@ class Sketch(Consumer):
         )
         for where, sign in zip(buckets, signs, strict=True):
             self._sums.index_add_(0, where, columns * sign.unsqueeze(1))
-        self._squares += torch.linalg.vecdot(block.values, block.values)
+        self._norms.add(block)
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._squares.sqrt().float()}
+        return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._norms.finish()[""]}
