@@ -116,8 +116,8 @@ def _decides(cls: type[Method]) -> str:
     if cls.kind == "weighter":
         return "in every step"
     if cls.adaptive:
-        return "anew in every interval (`interval_steps` must be given)"
-    return "alike in every interval (`interval_steps` may be left out)"
+        return "anew in every interval, from the model or the step (`interval_steps` must be given)"
+    return "without a look at the model or the step (`interval_steps` may be left out)"
 
 
 def _parameters(cls: type[Method]) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from dataflex.record.read import read_events
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {"dynamic": Path("runs/demo/dynamic"), "static": Path("runs/demo/static")}
 REPORT = RUNS["dynamic"] / "dataflex" / "report"
-MOST_SOURCES = 6
+COMMAND = [sys.executable, "-m", "dataflex"]
+MOST_SOURCES, MOST_UNSEEN, WIDTH = 6, 20, 110
 
 # Everything lies in the repository, so no hub is asked; the rest keeps two threads on two cores from waiting in
 # turns, and memory that each step frees and asks for again from going back to the system in between.
@@ -48,16 +50,35 @@ def heading(text: str) -> None:
     say(f"\n{text}\n{'-' * len(text)}")
 
 
+def shortened(line: str) -> str | None:
+    """Return what is worth seeing of a line that a training prints; its bars and messages come another way."""
+    found = re.search(r"\{'(loss|eval_loss)': '?([\d.]+)", line)
+    return None if found is None else {"loss": "training loss", "eval_loss": "held-out loss"}[found[1]] + f" {found[2]}"
+
+
 def dataflex(*arguments: str) -> float:
     """Run one command from the repository's root, in sight; return its seconds, or end with its exit code."""
     say(f"$ dataflex {' '.join(arguments)}")
     started = time.monotonic()
-    environment = {**QUIET_AND_QUICK, **os.environ}
-    code = subprocess.run(
-        [sys.executable, "-m", "dataflex", *arguments], cwd=ROOT, env=environment, check=False
-    ).returncode
+    training = arguments[0] == "train"
+    unseen: deque[str] = deque(maxlen=MOST_UNSEEN)
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env={**QUIET_AND_QUICK, **os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE if training else None,
+        text=True,
+        errors="replace",
+    ) as process:
+        for line in process.stdout or ():
+            unseen.append(line.rstrip())
+            told = shortened(line)
+            if told is not None:
+                say(f"\r{told:<{WIDTH}}")  # over the progress bar, which draws itself again below
+        code = process.wait()
     if code != 0:
-        say(f"\ndemo: 'dataflex {' '.join(arguments)}' ended with exit code {code}; its own messages are above")
+        say("\n".join(["", *unseen]))
+        say(f"demo: 'dataflex {' '.join(arguments)}' ended with exit code {code}; its messages are above")
         sys.exit(code if code > 0 else 128 - code)
     return time.monotonic() - started
 

@@ -1,16 +1,61 @@
 """Runs several configurations one after another on every rank of one torchrun job (imports are paid once).
 
-Usage: torchrun ... driver.py JOBS.json, where JOBS is a list of configuration files. A job that fails is
-noted in ``<file>.error`` with the error's type and text, and the next one goes on.
+Usage: torchrun ... driver.py JOBS.json, where JOBS is a list of configuration files. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type and text, and the next one goes on.
+
+Two things that only a machine without accelerators needs are patched here, never in the package:
+accelerate makes FSDP of several ranks on GPU-like devices only, and DeepSpeed would compile a
+shared-memory operator for a minute.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import Any
+
+
+def fsdp_on_cpu() -> None:
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    original = state.AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        plugin = kwargs.get("fsdp_plugin")
+        original(self, *args, **kwargs)
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = plugin
+
+    state.AcceleratorState.__init__ = patched
+
+
+def deepspeed_without_compiling() -> None:
+    try:
+        import deepspeed
+    except ImportError:
+        return
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def meeting_port(file: Path) -> str:
+    """Rank 0 finds a port that is free now and leaves it in ``file`` for the others."""
+    if os.environ["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        aside = file.with_suffix(".aside")
+        aside.write_text(str(port))
+        aside.rename(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return file.read_text()
 
 
 def main() -> None:
@@ -19,11 +64,16 @@ def main() -> None:
 
     from dataflex.run import train_here
 
+    fsdp_on_cpu()
+    deepspeed_without_compiling()
     # Every job meets at a port of its own, hosted by rank 0: torchrun's own store still holds the last job's keys.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    environment = dict(os.environ)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    for config, port in jobs:
-        os.environ["MASTER_PORT"] = str(port)
+    for config in jobs:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.environ["MASTER_PORT"] = meeting_port(Path(f"{config}.port"))
         try:
             train_here([config])
         except Exception as error:  # noqa: BLE001 (the test reads what happened)
@@ -31,9 +81,25 @@ def main() -> None:
             traceback.print_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
+        forget_engines()
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         GradientState._reset_state()
+
+
+def forget_engines() -> None:
+    """Drop what DeepSpeed and transformers remember of the last job."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    module = sys.modules.get("deepspeed.comm.comm")
+    if module is not None:
+        module.cdb = None
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        for name, value in vars(groups).items():
+            if name.startswith("_") and name.isupper() and (value is None or "GROUP" in name):
+                setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
 if __name__ == "__main__":

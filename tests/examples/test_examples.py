@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,6 +48,20 @@ SHORT = {
 def parsed(name: str) -> Split:
     """Read an example strictly, as from the repository's root."""
     return resolve(load_mapping(EXAMPLES / name), EXAMPLES, check_stock=True)
+
+
+def tiny(model, output_dir):
+    """Return the overrides that make an example run on the tiny model, from any working directory."""
+    return [
+        f"model_name_or_path={model}",
+        f"dataset_dir={EXAMPLES / 'data'}",
+        f"output_dir={output_dir}",
+        "max_samples=100",
+        "cutoff_len=48",
+        "per_device_train_batch_size=2",
+        "logging_steps=1",
+        "disable_tqdm=true",
+    ]
 
 
 @pytest.fixture
@@ -111,20 +128,10 @@ def test_everything_is_small_enough_to_lie_in_the_repository():
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_an_example_runs(name, tiny_model, tmp_path, monkeypatch):
+def test_an_example_runs(name, tiny_model, tmp_path):
     from dataflex.run import train_here
 
-    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "WARN")
-    settings = [
-        f"model_name_or_path={tiny_model}",
-        f"dataset_dir={EXAMPLES / 'data'}",
-        f"output_dir={tmp_path / 'run'}",
-        "max_samples=100",
-        "cutoff_len=48",
-        "per_device_train_batch_size=2",
-        "disable_tqdm=true",
-        *SHORT.get(name, []),
-    ]
+    settings = [*tiny(tiny_model, tmp_path / "run"), *SHORT.get(name, [])]
     assert train_here([str(EXAMPLES / name), *settings]) == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -142,3 +149,79 @@ def _undocumented(events, page):
     for event in events:
         words |= {key.split("/")[0] + "/" if "/" in key else key for key in event}
     return {word for word in words if f"`{word}" not in page}
+
+
+# ---------------------------------------------------------------- the demo
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    spec = importlib.util.spec_from_file_location("dataflex_demo", EXAMPLES / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "dataflex_demo", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, capsys):
+    """Its commands run here, on the tiny model; what it reads and prints at the end is its own."""
+    from dataflex.cli import main
+    from dataflex.run import train_here
+
+    def short(*arguments):
+        if arguments[0] == "report":
+            assert main(list(arguments)) == 0
+            return 2.0
+        name = Path(arguments[1]).name
+        settings = [*tiny(tiny_model, Path(parsed(name).lf["output_dir"])), *SHORT["demo_dynamic.yaml"][:3]]
+        settings += SHORT["demo_dynamic.yaml"][3:] if name == "demo_dynamic.yaml" else []
+        assert train_here([str(EXAMPLES / name), *settings, "eval_on_start=true"]) == 0
+        return 60.0
+
+    monkeypatch.chdir(ROOT)
+    parsed("demo_dynamic.yaml"), parsed("demo_static.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "dataflex", short)
+    assert demo.main() == 0
+    told = capsys.readouterr().out
+    result = told[told.index("\nResult\n") :]
+    for kind in ("dynamic", "static"):
+        final = json.loads((tmp_path / "runs" / "demo" / kind / "all_results.json").read_text())["eval_loss"]
+        assert re.search(rf"\({kind}\) +{final:.4f}\n", result)
+    before = float(re.search(r"before training +([\d.]+)\n", result).group(1))
+    history = json.loads((tmp_path / "runs/demo/static/trainer_state.json").read_text())["log_history"]
+    assert before == pytest.approx(history[0]["eval_loss"], abs=1e-4)  # both runs start from the same model
+    rows = [int(number) for number in re.findall(r"^  \w[\w ]+? +(\d+) +[\d.]+% +[\d.]+%$", result, re.MULTILINE)]
+    assert sum(rows) == 2 * 2  # two steps of two rows after the warm-up
+    assert f"Report  {tmp_path / 'runs/demo/dynamic/dataflex/report'}\n" in result
+    assert (tmp_path / "runs/demo/dynamic/dataflex/report/summary.txt").is_file()
+    assert "Time    dynamic run 60 s, static run 60 s, report 2 s, total" in result
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "exit_code"),
+    [("sys.exit(2)", 2, 2), ("sys.exit(1)", 1, 1), ("os.kill(os.getpid(), 9)", -9, 137)],
+)
+def test_the_demo_ends_with_the_exit_code_of_a_run_that_fails(demo, monkeypatch, capsys, end, code, exit_code):
+    script = f"import os, sys; print('first'); print(os.getcwd(), os.environ['HF_HUB_OFFLINE'], *sys.argv[1:]); {end}"
+    monkeypatch.setattr(demo, "COMMAND", [sys.executable, "-c", script])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == exit_code
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3:] == [
+        "first",
+        f"{ROOT} 1 train examples/demo_dynamic.yaml",
+        f"demo: 'dataflex train examples/demo_dynamic.yaml' ended with exit code {code}; its messages are above",
+    ]
+
+
+def test_the_demo_shows_losses_and_leaves_the_rest_to_the_record(demo, monkeypatch, capsys):
+    script = (
+        "print('input_ids:'); print({'loss': '2.5', 'dataflex/mix/a': '0.1'}); print({'eval_loss': 3.61, 'epoch': 0})"
+    )
+    monkeypatch.setattr(demo, "COMMAND", [sys.executable, "-c", script])
+    assert 0 < demo.dataflex("train", "x.yaml") < 30
+    told = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in told if line] == ["$ dataflex train x.yaml", "training loss 2.5", "held-out loss 3.61"]

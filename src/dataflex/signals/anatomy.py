@@ -78,10 +78,13 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP2), so that all ranks must call in step."""
+    """Whether parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP), so that all ranks must call in step."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_shape") for p in model.parameters())
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape") for parameter in model.parameters())
 
 
 @contextmanager

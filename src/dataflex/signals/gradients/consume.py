@@ -172,7 +172,8 @@ class Gram(Consumer):
         self.name, self.raw = name, raw
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
-        self.gram = torch.zeros(len(finite), len(finite), dtype=torch.float64, device=finite.device)
+        self._finite = finite
+        self._products = [torch.zeros(len(finite), len(finite), device=finite.device)]
 
     def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return shape.rows * shape.m * shape.n
@@ -181,13 +182,13 @@ class Gram(Consumer):
         return shape.rows * shape.tokens**2 * (shape.n + (1 if shape.one_hot else shape.m) + 2 * _MEMORY)
 
     def add(self, block: Block) -> None:  # noqa: D102
-        self.gram += block.values @ block.values.t()
+        self._products.append(block.values @ block.values.t())
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
-        self.gram += ghost_gram(factors)
+        self._products.append(ghost_gram(factors))
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        return {"": self.gram.float()}
+        return {"": total(self._products).float().masked_fill(~self._finite, torch.nan)}
 
 
 class WeightedSums(Consumer):

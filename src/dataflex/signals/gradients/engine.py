@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.assemble import Assembler
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
 from dataflex.signals.gradients.consume import Consumer
@@ -69,12 +70,13 @@ class GradientEngine:
 
     @property
     def layers(self) -> dict[str, str]:
-        """How each parameter is differentiated: the name of a layer kind, or ``torch.func``."""
-        return {
-            name: unit.kind.name if unit.kind else "torch.func"
-            for unit in self._units
-            for name in unit.parameters.values()
-        }
+        """How each parameter is differentiated: names of layer kinds or ``torch.func``, " + " between several uses."""
+        found: dict[str, str] = {}
+        for unit in self._units:
+            for name in unit.parameters.values():
+                kind = unit.kind.name if unit.kind else "torch.func"
+                found[name] = f"{found[name]} + {kind}" if name in found else kind
+        return found
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -138,6 +140,8 @@ class GradientEngine:
         with capture.attached(), torch.enable_grad():
             with self._autocast():
                 row_losses = self._loss(batch)
+            if not row_losses.requires_grad:
+                raise UnsupportedError("per-sample gradients: the losses do not depend on any layer's output")
             finite = torch.isfinite(row_losses.detach())
             total = torch.where(finite, row_losses, 0.0).sum()
             finite = finite & labelled

@@ -163,13 +163,8 @@ class Units:
         known = self._units.get(path)
         if known is not None and known.kind is None:
             known.parameters.update(parameters)
-            return
-        if known is not None:
-            parameters = {**known.parameters, **parameters}
-        self._units[path] = Unit(name=path, module=module, kind=None, parameters=dict(parameters))
-        logger.info(
-            "gradients of %s: through torch.func on %s (%s)",
-            ", ".join(parameters.values()),
-            self._units[path],
-            reason,
-        )
+        else:
+            kept = {} if known is None else known.parameters
+            known = Unit(name=path, module=module, kind=None, parameters={**kept, **parameters})
+            self._units[path] = known
+        logger.info("gradients of %s: through torch.func on %s (%s)", ", ".join(parameters.values()), known, reason)

@@ -1,0 +1,107 @@
+"""Passes are harmless under every engine, and every engine gives the same scores: DDP, ZeRO-1/2/3, FSDP2; full and LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.conftest import Outcome, Runner, base_settings
+
+pytestmark = pytest.mark.gloo
+
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TUNING = {
+    "full": {"finetuning_type": "full"},
+    "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"},
+}
+WATCHERS = Path(__file__).with_name("watchers.py")
+
+
+def engine_settings(engine: str, folder: Path) -> dict:
+    if engine.startswith("zero"):
+        config = {
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
+            "zero_optimization": {
+                "stage": int(engine[-1]),
+                "overlap_comm": False,
+                "contiguous_gradients": True,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+        }
+        path = folder / f"{engine}.json"
+        path.write_text(json.dumps(config))
+        return {"deepspeed": str(path)}
+    if engine == "fsdp2":
+        wrap = {"fsdp_version": 2, "sync_module_states": False, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": wrap}
+    return {"ddp_find_unused_parameters": False}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
+    folder = tmp_path_factory.mktemp("engines")
+    runner = Runner(base_settings(tiny_model, data_dir), folder)
+
+    def mapping(name, watching, tuning, **settings):
+        plugin = folder / name / "watchers.py"
+        plugin.parent.mkdir()
+        shutil.copy(WATCHERS, plugin)
+        selector = {"name": "watcher", "targets": ["goal"]} if watching else {"name": "blind"}
+        block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": selector}
+        common = {"max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+        return {**common, **TUNING[tuning], **settings, "dynamic": block}
+
+    configs = []
+    for engine in ENGINES:
+        for tuning in TUNING:
+            for watching in (False, True):
+                name = f"{engine}-{tuning}-{'watch' if watching else 'blind'}"
+                settings = mapping(name, watching, tuning, **engine_settings(engine, folder))
+                path = folder / f"{name}.json"
+                path.write_text(json.dumps(runner.mapping(name, **settings)))
+                configs.append(path)
+    log = two_ranks(configs, folder)
+    (folder / "log.txt").write_text(log)
+    for tuning in TUNING:
+        runner(f"one-{tuning}", **mapping(f"one-{tuning}", True, tuning, per_device_train_batch_size=2))
+    return folder
+
+
+def outcome(folder, name):
+    errors = [path.read_text() for path in folder.glob(f"{name}.json.*error")]
+    assert not errors, errors
+    return Outcome(folder / name)
+
+
+@pytest.mark.parametrize("tuning", TUNING)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_watching_changes_nothing(outcomes, engine, tuning):
+    blind, watching = (outcome(outcomes, f"{engine}-{tuning}-{kind}") for kind in ("blind", "watch"))
+    assert len(blind.series()) == 5
+    assert blind.series() == watching.series()
+    assert blind.series("grad_norm") == watching.series("grad_norm")
+
+
+@pytest.mark.parametrize("tuning", TUNING)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_same_scores(outcomes, engine, tuning):
+    """Compared in the first interval, before different engines round their updates differently."""
+    one = json.loads((outcomes / f"one-{tuning}" / "scores-0.json").read_text())
+    outcome(outcomes, f"{engine}-{tuning}-watch")
+    two = json.loads((outcomes / f"{engine}-{tuning}-watch" / "scores-0.json").read_text())
+    assert one.pop("kinds") == ["whole"]
+    assert two.pop("kinds") == [{"zero3": "ZeRO-3", "fsdp2": "DTensor"}.get(engine, "whole")], "not really partitioned"
+    assert one.keys() == two.keys()
+    for key in one:
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)

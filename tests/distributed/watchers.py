@@ -1,0 +1,40 @@
+"""Selectors for the tests of harmlessness: both serve rows in file order, one of them looks at everything first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dataflex import Card, Needs, Selection, Selector
+
+CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
+
+
+class Blind(Selector):
+    name, card, adaptive = "blind", CARD, True
+
+    def select(self, pool, budget, ctx):
+        start = ctx.interval.start_step * 4 % (len(pool) - budget)
+        return Selection(rows=pool[start : start + budget])
+
+
+class Watcher(Blind):
+    name = "watcher"
+    needs = Needs(signals=frozenset({"losses"}), targets=True)
+
+    def select(self, pool, budget, ctx):
+        scores = {"losses": ctx.signals.losses(pool).tolist()}
+        scores["few"] = ctx.signals.losses(pool[:1]).tolist()  # fewer rows than ranks
+        scores["target"] = ctx.signals.losses(pool[:5], target="goal").tolist()
+        parameters = list(ctx.signals.handle.model.parameters())
+        kinds = {
+            "DTensor" if type(p).__name__ == "DTensor" else "ZeRO-3" if hasattr(p, "ds_id") else "whole"
+            for p in parameters
+        }
+        scores["kinds"] = sorted(kinds)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            file = Path(__file__).parent / f"scores-{ctx.interval.index}.json"
+            file.write_text(json.dumps(scores))
+        return super().select(pool, budget, ctx)
