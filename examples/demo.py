@@ -110,9 +110,9 @@ def tell(seconds: dict[str, float]) -> None:
     _, static = held_out(RUNS["static"])
     heading("Result")
     say(f"Held-out loss on {config['eval_dataset']} (nats per token), after {config['max_steps']} steps each")
-    say(f"  before training                        {before:.4f}")
-    say(f"  rows selected by {config['dynamic']['selector']['name']:<6} (dynamic)        {dynamic:.4f}")
-    say(f"  rows of the whole pool (static)        {static:.4f}")
+    labels = ("before training", f"rows selected by {config['dynamic']['selector']['name']} (dynamic)")
+    for label, loss in zip((*labels, "rows of the whole pool (static)"), (before, dynamic, static), strict=True):
+        say(f"  {label:<36} {loss:.4f}")
     say("\nWhat was selected")
     say(f"  {'source':<20} {'rows':>5} {'share':>7} {'share of pool':>14}")
     sources = selected(events)

@@ -1,6 +1,7 @@
 """Runs several configurations one after another on every rank of one torchrun job (imports are paid once).
 
-Usage: torchrun ... driver.py JOBS.json, where JOBS is a list of configuration files. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type and text, and the next one goes on.
+Usage: torchrun ... driver.py JOBS.json, where JOBS is a list of configuration files. A job that fails
+is noted in ``<file>.rank<r>.error`` with the error's type and text, and the next one goes on.
 
 Two things that only a machine without accelerators needs are patched here, never in the package:
 accelerate makes FSDP of several ranks on GPU-like devices only, and DeepSpeed would compile a

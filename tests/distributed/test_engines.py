@@ -1,4 +1,4 @@
-"""Passes are harmless under every engine, and every engine gives the same scores: DDP, ZeRO-1/2/3, FSDP2; full and LoRA."""
+"""Passes are harmless and scores the same under DDP, ZeRO-1/2/3 and FSDP2, full and LoRA."""
 
 from __future__ import annotations
 

@@ -1,45 +1,29 @@
-"""What is written is true as far as a machine can tell: blocks parse, commands and links exist, tables match code."""
+"""What is written is true as far as a machine can tell: blocks parse, tables match the code, every method is there."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import sys
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
 
-from dataflex.cli import _parser
-from dataflex.config.build import parse_dynamic, user_keys
+from dataflex.config.build import parse_dynamic
 from dataflex.config.check_run import _REFUSED, _REFUSED_WITH_WEIGHTER
 from dataflex.config.collect import field_hints
 from dataflex.config.convert import describe, shown
 from dataflex.config.flat import FLAT_KEYS, FlatKeys
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
+from dataflex.core.protocols import Signals
 from dataflex.core.registry import KINDS, find, names
-from dataflex.record.plots import PLOTS
+from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *EXAMPLES.rglob("*.md")])
-TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
 METHODS = [(kind, name) for kind in KINDS for name in names(kind) if find(kind, name).__module__.startswith(OURS)]
-
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language):
-    return [(page, code) for page, text in TEXTS.items() for kind, code in BLOCK.findall(text) if kind == language]
-
-
-def prose(text):
-    return BLOCK.sub("", text)
 
 
 def test_the_expected_pages_are_there():
@@ -85,17 +69,18 @@ def default(field):
     return "`" + shown(plain(field.default)).strip("'") + "`"
 
 
-def test_every_key_of_the_dynamic_block_is_described_as_it_is():
-    table = {row[0].strip("`"): row for row in rows_of("docs/configuration.md", "## The dynamic block")}
-    assert list(table) == user_keys()
-    hints, words = field_hints(DynamicConfig), {"minimum": "at least", "above": "above", "maximum": "at most"}
-    for field in fields(DynamicConfig):
-        if not field.metadata.get("user", True):
-            continue
+@pytest.mark.parametrize(("cls", "heading"), [(DynamicConfig, "## The dynamic block"), (SignalsConfig, "### Signals")])
+def test_every_key_of_the_dynamic_block_is_described_as_it_is(cls, heading):
+    table = {row[0].strip("`"): row for row in rows_of("docs/configuration.md", heading)}
+    known = [field for field in fields(cls) if field.metadata.get("user", True)]
+    assert list(table) == [field.name for field in known]
+    hints, words = field_hints(cls), {"minimum": "at least", "above": "above", "maximum": "at most"}
+    for field in known:
         limits = [f"{word} {field.metadata[key]:g}" for key, word in words.items() if key in field.metadata]
         takes = ", ".join([describe(hints[field.name]), *limits])
         takes = "a name, or a mapping with `name`" if field.name in KINDS else takes
-        assert table[field.name][1:3] == [takes, default(field)], field.name
+        told = "all of its defaults" if is_dataclass(field.default) else default(field)
+        assert table[field.name][1:3] == [takes, told], field.name
 
 
 def test_every_flat_key_is_described_with_its_default():
@@ -170,114 +155,12 @@ def test_the_test_in_the_guide_passes(monkeypatch):
         test()
 
 
+def test_the_guide_tells_every_signal_that_methods_may_ask_for():
+    calls = [name for name in vars(Signals) if not name.startswith("_")]
+    assert "losses" in calls
+    assert [name for name in calls if f"`ctx.signals.{name}(" not in TEXTS["docs/writing-a-method.md"]] == []
+
+
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_python_blocks_compile(page, code):
     compile(code, page, "exec")
-
-
-# ---------------------------------------------------------------- commands, links, files
-
-
-def commands():
-    """Every command shown: lines of bash blocks, and inline code that begins with dataflex."""
-    found = []
-    for page, code in blocks("bash"):
-        for line in code.splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)
-            if words:
-                found.append((page, words))
-    for page, text in TEXTS.items():
-        for code in re.findall(r"`((?:dataflex|make) [^`]+)`", prose(text)):
-            found.append((page, shlex.split(code)))
-    return found
-
-
-def targets():
-    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-
-
-@pytest.mark.parametrize(("page", "words"), commands())
-def test_every_command_exists(page, words):
-    program, *rest = words
-    if program == "make":
-        assert set(rest) <= targets()
-        return
-    if program in ("python", "pip"):
-        return
-    assert (
-        (program == "dataflex") or (program, rest[:1]) == ("pre-commit", ["install"]) or program == "llamafactory-cli"
-    )
-    if program != "dataflex" or rest in (["--help"], ["help"]):
-        return
-    from dataflex.cli import _EXAMPLES as COMMANDS
-
-    assert rest[0] in COMMANDS
-    if len(rest) == 1 or rest[1].startswith("--stage"):
-        return  # a mention of the command, or LLaMA-Factory's own flags
-    options = _parser().parse_args(rest)
-    for path in (word for word in rest if word.startswith("examples/")):
-        assert (ROOT / path).is_file(), path
-    for override in getattr(options, "overrides", []):
-        key, _, _ = override.partition("=")
-        if key.startswith("dynamic."):
-            assert key.split(".")[1] in user_keys(), override
-
-
-def test_commands_were_found():
-    shown_commands = {words[1] for _, words in commands() if words[0] == "dataflex" and len(words) > 1}
-    assert {"train", "plan", "methods", "report", "version"} <= shown_commands
-    assert ["make", "demo"] in [words for _, words in commands()]
-    text = TEXTS["README.md"]
-    assert text.index("make demo") < text.index("make test") < text.index("dataflex plan")
-
-
-def anchors(text):
-    """Anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", TEXTS)
-def test_links_resolve(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[page])):
-        if link.startswith("https://"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
-        assert target.exists(), f"{page}: {link}"
-        if anchor:
-            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page}: {link}"
-
-
-def test_every_page_is_linked_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", TEXTS["README.md"]))
-    assert {page for page in TEXTS if page.startswith("docs/")} == linked
-
-
-def test_the_rooms_in_the_design_are_those_of_the_package():
-    design = TEXTS["docs/design.md"]
-    rooms = {path.name for path in (ROOT / "src" / "dataflex").iterdir() if (path / "__init__.py").is_file()}
-    assert [room for room in rooms if f" {room}/ " not in design] == []
-    modules = re.findall(r"`(core|train|config|signals|dist|bridge|record)\.(\w+)", design)
-    assert len(modules) > 10
-    for package, module in modules:
-        assert (ROOT / "src" / "dataflex" / package / f"{module}.py").is_file(), f"{package}.{module}"
-
-
-def test_every_plot_is_described():
-    assert re.findall(r"^\| `(\w+\.png)` \|", TEXTS["docs/report.md"], re.MULTILINE) == list(PLOTS)
-
-
-@pytest.mark.parametrize("page", TEXTS)
-def test_pages_are_plain_text_without_paths_of_a_machine(page):
-    assert TEXTS[page].isascii()
-    assert not re.search(r"(?<![\w.])/(home|root|work|tmp|opt)/", TEXTS[page])
-
-
-def test_the_licence_is_the_one_that_the_package_names():
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in text
-    assert "END OF TERMS AND CONDITIONS" in text
-    assert "Apache-2.0" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -148,7 +148,7 @@ class WrongShape(Weighter):
     )
     base = {"plugins": [str(plugin)], "interval_steps": 2}
     cases = [
-        ({"selector": "outside"}, ComponentError, r"'outside' returned rows outside 0\.\.36"),
+        ({"selector": "outside"}, ComponentError, "'outside' returned .* rows that are not in the pool, such as 1000"),
         ({"selector": "empty"}, DataError, r"'empty' kept no row at all \(nothing was good enough\)"),
         ({"weighter": "notanumber"}, ComponentError, "'notanumber' returned negative or non-finite weights"),
         ({"weighter": "wrongshape"}, ComponentError, r"'wrongshape' returned weights of shape \(7,\)"),

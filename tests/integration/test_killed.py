@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, goes on from its newest complete checkpoint and ends as if nothing had happened."""
+"""A killed run goes on from its newest complete checkpoint and ends as if nothing had happened."""
 
 from __future__ import annotations
 

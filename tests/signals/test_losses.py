@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.signals.losses import token_mean_losses
-from dataflex.signals.passes import bucketed, preserved, run_pass
+from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.service import Corpus, ModelHandle, SignalService
+from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.store import ArrayStore
+from dataflex.signals.sweep import Sweep, vector_pass
 
 
 def oracle_loss(logits_TV, labels_T) -> float:
@@ -135,22 +138,81 @@ def test_losses_equal_one_row_at_a_time(service):
     np.testing.assert_allclose(service.losses(target, target="goal"), want, rtol=1e-5)
 
 
-def test_answers_are_cached_per_step_and_rows(service):
-    calls = []
-    original = service._losses
-    service._losses = lambda rows, target: calls.append(target) or original(rows, target)
-    service.begin(100)
-    rows = np.arange(5)
-    first = service.losses(rows)
-    first[:] = -1.0  # a caller may do as it likes with its copy
-    assert (service.losses(rows) >= 0).sum() == np.isfinite(service.losses(rows)).sum()
-    service.losses(np.arange(6))
-    service.losses(rows, target="goal")
-    assert len(calls) == 3
-    service.begin(101)
+class Counted:
+    """Counts the passes that a service makes."""
+
+    def __init__(self, service):
+        self.passes, self._service, self._original = 0, service, service._sweep
+
+    def __enter__(self):
+        def sweep(*args):
+            self.passes += 1
+            return self._original(*args)
+
+        self._service._sweep = sweep
+        return self
+
+    def __exit__(self, *_):
+        self._service._sweep = self._original
+
+
+def test_answers_are_shared_within_a_step(service):
+    with Counted(service) as counted:
+        service.begin(100)
+        rows = np.arange(5)
+        first = service.losses(rows)
+        first[:] = -1.0  # a caller may do as it likes with its copy
+        assert not (service.losses(rows) == -1.0).any()
+        service.losses(np.arange(6))
+        service.losses(rows, target="goal")
+        assert counted.passes == 3
+        service.begin(101)
+        service.losses(rows)
+        assert counted.passes == 4
+
+
+def test_older_answers_are_given_again_up_to_their_age(service):
+    service.max_age_steps = 10
+    rows = np.arange(7)
+    with Counted(service) as counted:
+        service.begin(200)
+        first = service.losses(rows)
+        service.begin(210)
+        assert np.array_equal(service.losses(rows), first, equal_nan=True)
+        state = service.state_dict()
+        service.begin(211)
+        service.losses(rows)
+        assert counted.passes == 2
+        service.load_state_dict(state)  # as a run resumed at step 210 does
+        service.begin(210)
+        assert np.array_equal(service.losses(rows), first, equal_nan=True)
+        assert counted.passes == 2
+    service.max_age_steps = 0
+    assert service.state_dict() == {"answers": {}}
+
+
+def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
+    rows, spec = np.arange(9), EmbeddingSpec()
+    service.begin(300)
+    losses, vectors = service.losses(rows), service.embeddings(rows, spec)
+    service.store = ArrayStore(tmp_path)
+    service.begin(301)
+    assert np.array_equal(service.losses(rows), losses, equal_nan=True)
+    assert np.array_equal(service.embeddings(rows, spec), vectors, equal_nan=True)
+    assert len(service.store.entries()) == 2
+    service.begin(302)  # another step, the same weights: found again
     service.losses(rows)
-    assert len(calls) == 4
-    service._losses = original
+    assert len(service.store.entries()) == 2
+    weight = service.handle.model.lm_head.weight
+    with torch.no_grad():
+        weight[0, 0] += 1.0
+    service.begin(303)
+    changed = service.losses(rows)
+    assert len(service.store.entries()) == 3
+    assert not np.array_equal(changed, losses, equal_nan=True)
+    with torch.no_grad():
+        weight[0, 0] -= 1.0
+    service.store = None
 
 
 def test_a_pass_touches_nothing(service):
@@ -176,9 +238,14 @@ def test_a_pass_touches_nothing(service):
 def test_preserved_restores_after_an_error(service):
     model = service.handle.model
     model.train()
-    with pytest.raises(RuntimeError), preserved(model):
-        model.eval()
-        raise RuntimeError
+
+    def fails():
+        with preserved(model):
+            model.eval()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert model.training
 
 
@@ -197,27 +264,24 @@ def test_an_untrained_probe_changes_nothing_and_training_lowers_the_target_loss(
     assert after < before - 0.05
 
 
-def test_run_pass_scores_repeated_rows_and_reports_progress():
+def test_a_sweep_scores_repeated_rows_and_reports_progress():
     dataset = Rows([{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 5, 2)])
     seen = []
-    out = run_pass(
-        dataset,
-        np.array([2, 0, 1, 0]),
-        np.array([2, 3, 5, 3]),
-        collate=collate,
-        score=lambda batch: batch["attention_mask"].sum(dim=1).float(),
-        token_budget=6,
-        device=torch.device("cpu"),
-        progress=lambda done, total, seconds: seen.append((done, total)),
-    )
-    assert out.tolist() == [2.0, 3.0, 5.0, 3.0]
+
+    def sweep(rows, lengths):
+        return Sweep(
+            dataset=dataset,
+            rows=np.array(rows, dtype=np.int64),
+            lengths=np.array(lengths, dtype=np.int64),
+            collate=collate,
+            token_budget=6,
+            device=torch.device("cpu"),
+            progress=lambda done, total, seconds: seen.append((done, total)),
+        )
+
+    def tokens(batch):
+        return batch["attention_mask"].sum(dim=1).float()
+
+    assert vector_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
     assert seen[-1] == (4, 4)
-    assert run_pass(
-        dataset,
-        np.array([], dtype=np.int64),
-        np.array([], dtype=np.int64),
-        collate=collate,
-        score=lambda b: b,
-        token_budget=6,
-        device=torch.device("cpu"),
-    ).shape == (0,)
+    assert vector_pass(sweep([], []), tokens, ()).shape == (0,)

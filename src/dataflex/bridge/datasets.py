@@ -159,7 +159,9 @@ class DataLoading:
             measures = measure(rows)
             if not (measures.supervised > 0).any():
                 raise DataError(f"target {name!r}: none of its {len(rows):,} rows has a supervised token")
-            targets[name] = TargetSpace(name=name, dataset=rows, lengths=measures.lengths)
+            targets[name] = TargetSpace(
+                name=name, dataset=rows, lengths=measures.lengths, fingerprint=measures.fingerprint
+            )
         return targets
 
 

@@ -11,7 +11,7 @@ from dataflex.config.collect import collect, values
 from dataflex.config.convert import shown
 from dataflex.config.methods import method_block
 from dataflex.config.rules import rule_problems
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.core.registry import KINDS, load_plugin
 from dataflex.errors import ConfigError
 
@@ -36,7 +36,8 @@ def build(cls: type[T], mapping: Any, path: str, *, subject: str = "") -> T:
 
 def user_keys() -> list[str]:
     """Return the keys of the ``dynamic`` block, in the order of the schema."""
-    return [field.name for field in fields(DynamicConfig) if field.metadata.get("user", True)]
+    keys = [field.name for field in fields(DynamicConfig) if field.metadata.get("user", True)]
+    return keys + [f"signals.{field.name}" for field in fields(SignalsConfig)]
 
 
 def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:

@@ -12,7 +12,7 @@ from typing import Literal
 from dataflex.core.protocols import STAGES, Method, Needs, Params
 from dataflex.core.registry import find
 
-__all__ = ["DynamicConfig", "MethodConfig"]
+__all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,25 @@ class MethodConfig:
     def build(self) -> Method:
         """Return a new instance of the method."""
         return self.cls(self.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalsConfig:
+    """How the passes are made that methods ask for."""
+
+    pool_fraction: float = field(
+        default=1.0,
+        metadata={"help": "share of the rows, drawn anew each interval, that is scored", "above": 0.0, "maximum": 1.0},
+    )
+    max_age_steps: int = field(
+        default=0, metadata={"help": "oldest answer, in optimizer steps, that is given again", "minimum": 0}
+    )
+    store: str | None = field(
+        default=None, metadata={"help": "folder that passes write to as they go, to be taken up after a kill"}
+    )
+    store_gb: float = field(
+        default=10.0, metadata={"help": "size in GB beyond which the oldest stored answers are dropped", "above": 0.0}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +97,7 @@ class DynamicConfig:
     domain_column: str | None = field(
         default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
     )
+    signals: SignalsConfig = field(default=SignalsConfig(), metadata={"help": "how the model is asked about rows"})
     plugins: tuple[str, ...] = field(default=(), metadata={"help": "Python files that define methods"})
     resume_plan: Literal["strict", "ignore"] = field(
         default="strict", metadata={"help": "whether a resumed run must find the data of the saved plan"}

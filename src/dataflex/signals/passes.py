@@ -1,25 +1,16 @@
-"""Forward passes over rows of a data set: bucketed by length, shared out over ranks, harmless to training.
-
-Batches are formed from all rows, before they are shared out, so that a row's batch, and with it
-the last bit of its loss, does not depend on the number of ranks.
-"""
+"""What every pass needs: batches by length, and the promise that training does not notice."""
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
-from dataflex.dist import comm
-
-__all__ = ["bucketed", "preserved", "run_pass"]
+__all__ = ["bucketed", "preserved"]
 
 
 def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
@@ -59,65 +50,3 @@ def preserved(*modules: torch.nn.Module) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-def run_pass(
-    dataset: Any,
-    rows: Rows,
-    lengths: NDArray[np.int64],
-    *,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    score: Callable[[dict[str, Any]], torch.Tensor],
-    token_budget: int,
-    device: torch.device,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> NDArray[np.float32]:
-    """Score rows batch by batch on all ranks (collective).
-
-    Args:
-        dataset: Anything that gives features by row id.
-        rows: Row ids to score [n]; may repeat.
-        lengths: Tokens of those rows [n].
-        collate: Features to a batch of CPU tensors.
-        score: Batch on the device to one fp32 score per row [b].
-        token_budget: Padded tokens of a batch at most.
-        device: Where batches go.
-        progress: Called with rows done, rows in all, seconds so far.
-
-    Returns:
-        Scores in the order of ``rows`` [n], equal on every rank.
-    """
-    batches = bucketed(lengths, token_budget)
-    world, rank = comm.world(), comm.rank()
-    rounds = -(-len(batches) // world) if batches else 0
-    mine: list[torch.Tensor] = []
-    positions: list[NDArray[np.int64]] = []
-    started = time.perf_counter()
-    done = 0
-    for turn in range(rounds):
-        index = turn * world + rank
-        # A rank without a batch left repeats the last one: partitioned parameters need equal numbers of passes.
-        batch = batches[min(index, len(batches) - 1)]
-        features = collate(_fetch(dataset, rows[batch]))
-        moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in features.items()}
-        scored = score(moved).detach().float()
-        if index < len(batches):
-            mine.append(scored)
-            positions.append(batch)
-        done += sum(len(batches[i]) for i in range(turn * world, min((turn + 1) * world, len(batches))))
-        if progress is not None:
-            progress(done, len(rows), time.perf_counter() - started)
-    values = torch.cat(mine) if mine else torch.zeros(0, device=device)
-    where = torch.from_numpy(np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)).to(device)
-    all_values, _ = comm.gather_rows(values)
-    all_where, _ = comm.gather_rows(where)
-    out = np.full(len(rows), np.nan, dtype=np.float32)
-    out[all_where.cpu().numpy()] = all_values.cpu().numpy()
-    return out
-
-
-def _fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
-    ids = rows.tolist()
-    if hasattr(dataset, "__getitems__"):
-        return list(dataset.__getitems__(ids))
-    return [dataset[row] for row in ids]

@@ -63,8 +63,9 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
         raise ComponentError(f"{what} returned rows of dtype {rows.dtype} and shape {rows.shape}; expected int64 [n]")
     if len(rows) == 0:
         raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
-    if rows.min() < 0 or rows.max() >= len(pool):
-        raise ComponentError(f"{what} returned rows outside 0..{len(pool) - 1}")
+    outside = rows[~np.isin(rows, pool)] if len(pool) else rows
+    if len(outside):
+        raise ComponentError(f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}")
     if len(rows) > wanted:
         raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}")
     if selection.scores is not None and len(selection.scores) != len(pool):

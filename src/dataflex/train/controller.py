@@ -136,7 +136,6 @@ class Controller:
     def _decided(self, interval: Interval) -> DataPlan:
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
-        self.signals.seconds = 0.0
         ctx = Context(
             interval=interval,
             seed=self.seed,
@@ -175,7 +174,7 @@ class Controller:
 
     def _select(self, ctx: Context) -> Selection:
         assert self.selector is not None
-        pool = self.space.all_rows()
+        pool = self._pool(ctx.interval)
         wanted = ctx.interval.steps * self.shape.global_batch
         if self.mixer is not None:
             assert self.config.keep_ratio is not None
@@ -185,6 +184,14 @@ class Controller:
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
+
+    def _pool(self, interval: Interval) -> Rows:
+        """Return the rows that are scored in an interval, ascending: all, or a share drawn anew each time."""
+        rows, fraction = self.space.all_rows(), self.config.signals.pool_fraction
+        if fraction == 1.0:
+            return rows
+        count = max(1, round(fraction * len(rows)))
+        return np.sort(stream(self.seed, "pool", interval.index).choice(rows, size=count, replace=False))
 
     def _lay_out(self, ctx: Context, selection: Selection | None) -> tuple[Rows, NDArray[np.float64] | None, str]:
         """Return serving order, nominal proportions if a mixer set them, and the reason for the record."""
@@ -206,7 +213,7 @@ class Controller:
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
-            order, size = stream(self.seed, "order", interval.index), self.space.num_rows
+            order, size = stream(self.seed, "order", interval.index), len(self._pool(interval))
             rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=size)
             return rows, None, "; ".join(reasons)
         if self.narrows:
@@ -248,6 +255,7 @@ class Controller:
             reason=reason,
             domain_counts=counts,
             proportions=None if proportions is None else dict(zip(names, proportions.tolist(), strict=True)),
+            pool=self._pool(plan.interval) if selection is not None and self.config.signals.pool_fraction < 1 else None,
             scores=None if selection is None else selection.scores,
             plan=plan,
         )
@@ -279,6 +287,7 @@ class Controller:
             "selector": self.selector.state_dict() if self.selector else {},
             "mixer": self.mixer.state_dict() if self.mixer else {},
             "sampler": self.sampler.state_dict() if self.sampler else {},
+            "signals": self.signals.state_dict(),
             "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
         }
@@ -291,5 +300,6 @@ class Controller:
             self.mixer.load_state_dict(state["mixer"])
         if self.sampler:
             self.sampler.load_state_dict(state["sampler"])
+        self.signals.load_state_dict(state["signals"])
         self.ends_at = state["ends_at"]
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}

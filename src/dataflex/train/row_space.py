@@ -102,11 +102,13 @@ class TargetSpace:
         name: Data set name.
         dataset: ``datasets.Dataset``.
         lengths: Tokens of each row.
+        fingerprint: Hash of all tokens and labels.
     """
 
     name: str
     dataset: Any
     lengths: NDArray[np.int64]
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.schedule import Schedule
 from dataflex.errors import UnsupportedError
 from dataflex.signals.service import Corpus, ModelHandle, SignalService
+from dataflex.signals.store import ArrayStore
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
 from dataflex.train.loader import PlanFeed
@@ -130,6 +131,7 @@ def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> Signal
     longest = max(
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
+    options = setup.config.signals
     return SignalService(
         handle=ModelHandle(
             model=trainer.model,
@@ -137,10 +139,17 @@ def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> Signal
             autocast=trainer.compute_loss_context_manager,
             device=trainer.args.device,
             token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
+            tokenizer=trainer.processing_class,
         ),
-        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths),
-        targets={name: Corpus(dataset=t.dataset, lengths=t.lengths) for name, t in space.targets.items()},
+        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint),
+        targets={
+            name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+            for name, target in space.targets.items()
+        },
         seed=seed,
+        store=None if options.store is None else ArrayStore(options.store),
+        store_bytes=int(options.store_gb * 1e9),
+        max_age_steps=options.max_age_steps,
     )
 
 

@@ -64,8 +64,8 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**{**_SIZES, "num_hidden_layers": 1}, num_local_experts=3))
 
 
-def lora(model: nn.Module, targets="all-linear", **changes) -> nn.Module:
-    """Wrap a model with peft's LoRA; B is drawn too, since with B = 0 the gradient of A vanishes."""
+def lora(model: nn.Module, targets="all-linear", *, drawn: bool = True, **changes) -> nn.Module:
+    """Wrap a model with peft's LoRA; B is drawn too unless told not to, since with B = 0 A has no gradient."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -74,7 +74,7 @@ def lora(model: nn.Module, targets="all-linear", **changes) -> nn.Module:
             model, LoraConfig(r=3, lora_alpha=6, lora_dropout=0.2, target_modules=targets, **changes)
         )
     for name, parameter in model.named_parameters():
-        if "lora_" in name and "magnitude" not in name:
+        if drawn and "lora_" in name and "magnitude" not in name:
             nn.init.normal_(parameter, std=0.2)
     return model
 

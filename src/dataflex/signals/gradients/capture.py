@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.local import LocalCall, NotSeparable, local_gradients
 from dataflex.signals.gradients.pieces import Piece
 from dataflex.signals.gradients.units import Unit, Units
@@ -117,13 +118,21 @@ class Capture:
             if (parameter := unit.module.get_parameter(local)).requires_grad and parameter.is_leaf
         ]
         # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
-        found = torch.autograd.grad(total, [self.anchor, *(p for _, p in behind)], allow_unused=True)
+        try:
+            found = torch.autograd.grad(total, [self.anchor, *(p for _, p in behind)], allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedError(
+                "per-sample gradients: the model keeps reentrant activation checkpointing in eval mode; "
+                "use the kind that is not reentrant"
+            ) from error
         for (unit, _), gradient in zip(behind, found[1:], strict=True):
             if gradient is not None:
                 raise HandUp(unit, "its parameters are used without calling it")
         for unit in self._blind.values():
             if not any(name in self._expected for name in unit.parameters.values()):
-                raise HandUp(unit, "it ran without recording gradients (reentrant activation checkpointing?)")
+                raise HandUp(unit, "it ran without recording gradients")
         for name, pieces in list(self._pending.items()):
             self.take(name, pieces)  # some of its uses did not take part in the loss
         self._pending.clear()

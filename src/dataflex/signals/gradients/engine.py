@@ -150,6 +150,7 @@ class GradientEngine:
             for consumer in consumers:
                 consumer.begin(finite)
             capture.backward(total)
+        self._units.require_all()
         results = {"losses": row_losses.detach().float()}
         for consumer in consumers:
             for suffix, values in consumer.finish().items():

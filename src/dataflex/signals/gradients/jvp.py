@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataflex.errors import UnsupportedError
@@ -57,10 +58,13 @@ def row_derivatives(
     moving = {name: parameter for name, parameter in parameters.items() if name in direction}
     primals = {own[id(parameter)]: parameter.detach() for parameter in moving.values()}
     tangents = {own[id(p)]: direction[name].to(p.device, p.dtype).view_as(p) for name, p in moving.items()}
-    losses = _Losses(model, loss)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            _, derivative = jvp(lambda values: functional_call(losses, values, (batch,)), (primals,), (tangents,))
+        # Forward mode as such, not torch.func.jvp: inside that, hooks that mark inputs for checkpointing fail.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(value, tangents[name]) for name, value in primals.items()}
+            losses = functional_call(_Losses(model, loss), duals, (batch,))
+            derivative = forward_ad.unpack_dual(losses).tangent
     except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedError(f"jvp: torch.func cannot differentiate this model forwards: {error}") from error
-    return derivative.detach().float()
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"jvp: this model cannot be differentiated forwards: {first}") from error
+    return torch.zeros(len(losses)) if derivative is None else derivative.float()

@@ -69,10 +69,12 @@ def dense_part(pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
     """
     total: torch.Tensor | None = None
     for piece in pieces:
-        part = _materialise(piece, start, stop) if isinstance(piece, Factors) else piece[:, start:stop].float()
-        part = part.flatten(1)
+        if isinstance(piece, Factors):
+            part = _materialise(piece, start, stop).flatten(1)
+        else:  # a parameter of no dimension counts as one row
+            part = (piece if piece.dim() > 1 else piece.unsqueeze(1))[:, start:stop].float().flatten(1)
         if total is None:
-            total = part.clone() if not isinstance(piece, Factors) else part
+            total = part if isinstance(piece, Factors) else part.clone()
         else:
             total += part
     assert total is not None

@@ -112,6 +112,7 @@ class Units:
     shapes: dict[str, torch.Size] = field(init=False)
     _units: dict[str, Unit] = field(init=False, default_factory=dict)
     _reasons: dict[str, list[str]] = field(init=False, default_factory=dict)
+    _failed: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shapes = {name: shape_of(parameter) for name, parameter in self.chosen.items()}
@@ -139,17 +140,24 @@ class Units:
         self._make_local(unit.name, unit.parameters, reason)
 
     def hand_up(self, unit: Unit, reason: str) -> None:
-        """Let the module around a unit answer for it.
-
-        Raises:
-            UnsupportedError: There is none; names every parameter concerned and what was tried.
-        """
-        if not unit.name:
-            tried = [f"  {name}: {'; '.join([*self._reasons[name], reason])}" for name in unit.parameters.values()]
-            raise UnsupportedError("\n".join(["no per-sample gradients for:", *tried]))
+        """Let the module around a unit answer for it; the model's own parameters have failed for good."""
         del self._units[unit.name]
+        if not unit.name:
+            for name in unit.parameters.values():
+                self._failed[name] = "; ".join(dict.fromkeys([*self._reasons[name], reason]))
+            return
         parent, _, last = unit.name.rpartition(".")
         self._make_local(parent, {f"{last}.{local}": name for local, name in unit.parameters.items()}, reason)
+
+    def require_all(self) -> None:
+        """Make sure that every parameter has a unit.
+
+        Raises:
+            UnsupportedError: Names every parameter that has none, and what was tried.
+        """
+        if self._failed:
+            lines = [f"  {name}: {reason}" for name, reason in self._failed.items()]
+            raise UnsupportedError("\n".join(["no per-sample gradients for:", *lines]))
 
     def _make_local(self, path: str, parameters: Mapping[str, str], reason: str) -> None:
         for name in parameters.values():
