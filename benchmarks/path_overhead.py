@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ def step_seconds(settings: dict, dynamic: dict | None, folder: Path) -> list[flo
             train_here([str(config)])
     finally:
         Trainer._maybe_log_save_evaluate = original[1]
-    return [later - earlier for earlier, later in zip(stamps[3:], stamps[4:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(stamps[3:])]
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: offline, a temporary working directory, a tiny model and ragged rows in three domains."""
+"""Fixtures shared by all tests: offline, a working directory of its own, a tiny model, ragged rows in three domains."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def test_answers_given_again_survive_a_resume(run, step):
     folder = run.folder / "resumed"
     shutil.copytree(straight.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     shutil.copytree(straight.folder / "dataflex", folder / "dataflex")
-    resumed = run(
-        "resumed", **SETTINGS, dynamic=block, resume_from_checkpoint=str(folder / f"checkpoint-{step}")
-    )
+    resumed = run("resumed", **SETTINGS, dynamic=block, resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert resumed.series() == straight.series()
 
 

@@ -1,4 +1,4 @@
-"""The one weighted loss against loops in float64 (T0, T0b, T31 of the specification), and the identity at unit weights."""
+"""The one weighted loss against loops in float64, and the identity at unit weights."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ def oracle(batches, weights, normaliser, num_items):
         return total
     if normaliser == "count":
         return total / float(num_items)
-    z = sum(
-        float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in zip(batches, weights) for i in range(len(w))
-    )
+    pairs = zip(batches, weights, strict=True)
+    z = sum(float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in pairs for i in range(len(w)))
     return total / z
 
 
@@ -91,7 +90,8 @@ def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
     rng = np.random.default_rng(seed)
     weights = [torch.from_numpy(rng.uniform(0.0, 2.0, len(labels)).astype(np.float32)) for _, labels in batches]
     num_items = sum(items(labels) for _, labels in batches)
-    z = sum((w.double() * labels[:, 1:].ne(-100).sum(dim=1)).sum() for (_, labels), w in zip(batches, weights))
+    pairs = zip(batches, weights, strict=True)
+    z = sum((w.double() * labels[:, 1:].ne(-100).sum(dim=1)).sum() for (_, labels), w in pairs)
     total = 0.0
     for (logits, labels), w in zip(batches, weights, strict=True):
         total = total + weighted_loss(

@@ -15,7 +15,7 @@ from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.core.registry import KINDS, load_plugin
 from dataflex.errors import ConfigError
 
-__all__ = ["build", "parse_dynamic", "user_keys"]
+__all__ = ["block_keys", "build", "parse_dynamic", "user_keys"]
 
 T = TypeVar("T")
 
@@ -34,10 +34,14 @@ def build(cls: type[T], mapping: Any, path: str, *, subject: str = "") -> T:
     return built
 
 
-def user_keys() -> list[str]:
+def block_keys() -> list[str]:
     """Return the keys of the ``dynamic`` block, in the order of the schema."""
-    keys = [field.name for field in fields(DynamicConfig) if field.metadata.get("user", True)]
-    return keys + [f"signals.{field.name}" for field in fields(SignalsConfig)]
+    return [field.name for field in fields(DynamicConfig) if field.metadata.get("user", True)]
+
+
+def user_keys() -> list[str]:
+    """Return the keys of the ``dynamic`` block and those one level below, as dotted paths."""
+    return block_keys() + [f"signals.{field.name}" for field in fields(SignalsConfig)]
 
 
 def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:

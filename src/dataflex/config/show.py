@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.config.build import user_keys
+from dataflex.config.build import block_keys
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.registry import KINDS
 
@@ -21,7 +21,7 @@ def as_mapping(dynamic: DynamicConfig) -> dict[str, Any]:
 
     Read again, it gives an equal configuration, but for the length of a run that flat keys fixed.
     """
-    return {key: plain(getattr(dynamic, key)) for key in user_keys()}
+    return {key: plain(getattr(dynamic, key)) for key in block_keys()}
 
 
 def as_yaml(mapping: Mapping[str, Any], indent: int = 0) -> str:

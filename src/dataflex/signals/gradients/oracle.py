@@ -39,6 +39,8 @@ def oracle_row_gradients(
 ) -> dict[str, torch.Tensor]:
     """Return the gradient of one row's loss by autograd, fp32; zeros for parameters that it does not use.
 
+    A row without labels has no gradient: zeros.
+
     Use it in eval mode, on a model whose parameters are whole; ``.grad`` is not touched.
 
     Args:
@@ -49,7 +51,9 @@ def oracle_row_gradients(
     """
     with torch.enable_grad():
         total = loss(row_of(batch, row)).sum()
-    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    gradients: tuple[torch.Tensor | None, ...] = (None,) * len(parameters)
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros(shape_of(parameter)) if gradient is None else gradient.float()
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
