@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dataflex.signals.answers import AnswerBook
+from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import token_mean_losses
 from dataflex.signals.passes import bucketed, preserved
-from dataflex.signals.service import Corpus, ModelHandle, SignalService
+from dataflex.signals.service import SignalService
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.store import ArrayStore
 from dataflex.signals.sweep import Sweep, vector_pass
@@ -172,7 +175,7 @@ def test_answers_are_shared_within_a_step(service):
 
 
 def test_older_answers_are_given_again_up_to_their_age(service):
-    service.max_age_steps = 10
+    service.book.max_age_steps = 10
     rows = np.arange(7)
     with Counted(service) as counted:
         service.begin(200)
@@ -187,7 +190,7 @@ def test_older_answers_are_given_again_up_to_their_age(service):
         service.begin(210)
         assert np.array_equal(service.losses(rows), first, equal_nan=True)
         assert counted.passes == 2
-    service.max_age_steps = 0
+    service.book.max_age_steps = 0
     assert service.state_dict() == {"answers": {}}
 
 
@@ -195,24 +198,26 @@ def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
     rows, spec = np.arange(9), EmbeddingSpec()
     service.begin(300)
     losses, vectors = service.losses(rows), service.embeddings(rows, spec)
-    service.store = ArrayStore(tmp_path)
+    service.book = AnswerBook(
+        store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.handle.model.named_parameters())
+    )
     service.begin(301)
     assert np.array_equal(service.losses(rows), losses, equal_nan=True)
     assert np.array_equal(service.embeddings(rows, spec), vectors, equal_nan=True)
-    assert len(service.store.entries()) == 2
+    assert len(service.book.store.entries()) == 2
     service.begin(302)  # another step, the same weights: found again
     service.losses(rows)
-    assert len(service.store.entries()) == 2
+    assert len(service.book.store.entries()) == 2
     weight = service.handle.model.lm_head.weight
     with torch.no_grad():
         weight[0, 0] += 1.0
     service.begin(303)
     changed = service.losses(rows)
-    assert len(service.store.entries()) == 3
+    assert len(service.book.store.entries()) == 3
     assert not np.array_equal(changed, losses, equal_nan=True)
     with torch.no_grad():
         weight[0, 0] -= 1.0
-    service.store = None
+    service.book = AnswerBook()
 
 
 def test_a_pass_touches_nothing(service):

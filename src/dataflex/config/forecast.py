@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
 from dataflex.core.caps import expected_epochs
 from dataflex.core.domains import Domains
-from dataflex.core.protocols import Context, Mixer, Rows, Signals
+from dataflex.core.protocols import Context, Mixer, Signals
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import UnsupportedError
 
@@ -33,19 +33,8 @@ _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is 
 class _NoSignals:
     """Stands where the model would be: nothing can be asked before training."""
 
-    def _refuse(self) -> NoReturn:
-        raise UnsupportedError("this method looks at the model, which is not known before training")
-
-    def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        self._refuse()
-
-    def adapted_losses(
-        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
-    ) -> NDArray[np.float32]:
-        self._refuse()
-
-    def num_rows(self, target: str | None = None) -> int:
-        self._refuse()
+    def __getattr__(self, question: str) -> NoReturn:
+        raise UnsupportedError(f"this method looks at the model ({question}), which is not known before training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +101,7 @@ class Forecast:
 
     def context(self, interval: Interval, domains: Domains) -> Context:
         """Return what a mixer may look at before training."""
-        signals: Signals = _NoSignals()
+        signals = cast(Signals, _NoSignals())
         return Context(
             interval=interval,
             seed=self.dynamic.seed or 0,

@@ -8,7 +8,7 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dataflex.core.domains import Domains
     from dataflex.core.schedule import Interval
+    from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 
 __all__ = [
     "STAGES",
@@ -114,6 +115,22 @@ class Signals(Protocol):
         """Losses of training rows under a low-rank probe trained on the target ``towards``."""
         ...
 
+    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """EL2N scores of rows, averaged over supervised tokens [len(rows)]; NaN without any."""
+        ...
+
+    def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> NDArray[np.float32]:
+        """Vectors of rows from the model under training [len(rows), D]; NaN where nothing can be pooled."""
+        ...
+
+    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
+        """Comparison of each training row's gradient with each target's mean one [len(rows), len(targets)]."""
+        ...
+
+    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
+        """Norm of each row's gradient [len(rows)]; NaN for rows without supervised tokens."""
+        ...
+
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""
         ...
@@ -133,6 +150,8 @@ class Context:
     """Sequences served over the whole run (total steps x global batch)."""
     unit: Literal["sequences", "tokens"] = "sequences"
     """What proportions are proportions of."""
+    learning_rate: float = 0.0
+    """The optimizer's learning rate at the step of the decision."""
 
     def rng(self, name: str) -> np.random.Generator:
         """Named, counter-based random stream of this interval; equal on every rank."""

@@ -27,6 +27,9 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "random": "dataflex.selectors.random_rows:RandomRows",
         "loss": "dataflex.selectors.loss:LossSelector",
         "tacs": "dataflex.selectors.tacs:Tacs",
+        "less": "dataflex.selectors.less:Less",
+        "grad_norm": "dataflex.selectors.difficulty:GradNorm",
+        "el2n": "dataflex.selectors.difficulty:El2n",
     },
     "mixer": {
         "static": "dataflex.mixers.static:Static",

@@ -7,78 +7,39 @@ gradients, optimizer, random states and modes as they were.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows, State
 from dataflex.errors import DataError, UnsupportedError
+from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.embeddings import embedding_size
-from dataflex.signals.fingerprint import Fingerprint
 from dataflex.signals.generate import Generation, Generator
-from dataflex.signals.identity import state_identity
+from dataflex.signals.gradient_signals import GradientSource
+from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.probe import LowRankProbe
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.row_signals import row_embeddings, token_losses
-from dataflex.signals.specs import EmbeddingSpec, GenerationSpec
-from dataflex.signals.store import ArrayStore
+from dataflex.signals.specs import EmbeddingSpec, GenerationSpec, GradientSpec
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["Corpus", "ModelHandle", "SignalService"]
+__all__ = ["SignalService"]
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
 
-Answer = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """A tokenised data set that rows can be taken from.
-
-    Attributes:
-        dataset: Features by row id.
-        lengths: Tokens of each row.
-        identity: Fingerprint of its content.
-    """
-
-    dataset: Any
-    lengths: NDArray[np.int64]
-    identity: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelHandle:
-    """How passes reach the model under training.
-
-    Attributes:
-        model: The module to call; not the DDP or DeepSpeed engine around it.
-        collate: Features to a batch for scoring.
-        autocast: The Trainer's mixed-precision context.
-        device: Where batches go.
-        token_budget: Padded tokens of a scoring batch at most.
-        tokenizer: For generation.
-    """
-
-    model: torch.nn.Module
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    autocast: Callable[[], AbstractContextManager[Any]]
-    device: torch.device
-    token_budget: int
-    tokenizer: Any = None
+Compute = Callable[[Sweep, ResumablePass | None], Answer]
 
 
 @dataclass(kw_only=True)
@@ -90,29 +51,21 @@ class SignalService:
         train: Training rows.
         targets: Target data sets by name.
         seed: Seed of everything random in here.
-        store: Where passes write their answers as they go; None keeps them in memory only.
-        store_bytes: Oldest stored answers are dropped beyond this size.
-        max_age_steps: Oldest answer, in optimizer steps, that is given again instead of a new pass.
-        step: Optimizer step that answers belong to; set by the controller before a decision.
-        seconds: Time spent in passes since the controller last took it.
+        book: Answers that were paid for.
+        seconds: Time spent in passes since the decision began.
     """
 
     handle: ModelHandle
     train: Corpus
     targets: Mapping[str, Corpus]
     seed: int
-    store: ArrayStore | None = None
-    store_bytes: int = 10 * 2**30
-    max_age_steps: int = 0
-    step: int = 0
+    book: AnswerBook = field(default_factory=AnswerBook)
     seconds: float = 0.0
-    _answers: dict[str, tuple[int, Answer]] = field(default_factory=dict)
-    _identity: tuple[int, str] | None = None
 
     def begin(self, step: int) -> None:
-        """Start a decision at ``step``: forget answers that are too old for it."""
-        self.step, self.seconds = step, 0.0
-        self._answers = {key: kept for key, kept in self._answers.items() if step - kept[0] <= self.max_age_steps}
+        """Start a decision at ``step``."""
+        self.seconds = 0.0
+        self.book.begin(step)
 
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of training rows, or of the named target's rows."""
@@ -123,25 +76,47 @@ class SignalService:
         return self._answer("losses", {}, rows, target, self._token_means("loss"))
 
     def el2n(self, rows: Rows, *, target: str | None = None) -> Answer:
-        """Return EL2N scores averaged over supervised tokens [len(rows)] (arXiv 2107.07075, per token)."""
+        """Return EL2N averaged over supervised tokens [len(rows)] (arXiv 2107.07075, per token)."""
         return self._answer("el2n", {}, rows, target, self._token_means("el2n"))
 
     def token_losses(self, rows: Rows, *, target: str | None = None, el2n: bool = False) -> TokenLosses:
-        """Return the losses of every supervised token of ``rows``; not cached, since they are many."""
-        started = time.perf_counter()
-        sweep = self._sweep(rows, target, "token losses")
-        found = token_losses(self.handle.model, sweep, el2n=el2n, around=self.handle.autocast)
-        self.seconds += time.perf_counter() - started
-        return found
+        """Return the losses of every supervised token of ``rows``; not kept, since they are many."""
+        with self._timed():
+            sweep = self._sweep(rows, target, "token losses")
+            return token_losses(self.handle.model, sweep, el2n=el2n, around=self.handle.autocast)
 
     def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> Answer:
         """Return vectors of rows from the model under training [len(rows), D]; see ``EmbeddingSpec``."""
-        model, around = self.handle.model, self.handle.autocast
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return row_embeddings(model, sweep, spec, around=around, work=work)
+            return row_embeddings(self.handle.model, sweep, spec, around=self.handle.autocast, work=work)
 
-        return self._answer("embeddings", asdict(spec), rows, target, compute, (embedding_size(model),))
+        return self._answer("embeddings", asdict(spec), rows, target, compute, (embedding_size(self.handle.model),))
+
+    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> Answer:
+        """Return how far a step on each row goes along each target's gradient [len(rows), len(targets)].
+
+        Rows without supervised tokens get NaN. See ``GradientSpec`` for what is compared.
+
+        Raises:
+            UnsupportedError: The optimizer has no moments to precondition with, or some parameters'
+                gradients cannot be told apart by sample.
+        """
+        source = GradientSource(self.handle, spec)
+        aims = [self._corpus(name).identity or name for name in targets]
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            sweeps = [self._sweep(np.arange(self.num_rows(name)), name, "gradients") for name in targets]
+            return source.scores(sweep, sweeps, work)
+
+        parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
+        return self._answer("gradient scores", parameters, rows, None, compute, (len(targets),))
+
+    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> Answer:
+        """Return the norm of each row's gradient [len(rows)]; ``spec`` says of which parameters."""
+        source = GradientSource(self.handle, spec)
+        parameters = {**asdict(spec), "moments": self._moments(source)}
+        return self._answer("gradient norms", parameters, rows, target, source.norms)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
@@ -149,21 +124,34 @@ class SignalService:
         """Sample from the model under training; draws depend on (seed, prompt id, sample, position) only."""
         if self.handle.tokenizer is None:
             raise UnsupportedError("generation needs the tokenizer of the model, which this run does not have")
-        started = time.perf_counter()
-        made = Generator(
-            self.handle.model,
-            self.handle.tokenizer,
-            device=self.handle.device,
-            token_budget=self.handle.token_budget,
-            autocast=self.handle.autocast,
-        ).sample(prompts, spec, ids=ids)
-        self.seconds += time.perf_counter() - started
-        return made
+        with self._timed():
+            handle = self.handle
+            generator = Generator(
+                handle.model,
+                handle.tokenizer,
+                device=handle.device,
+                token_budget=handle.token_budget,
+                autocast=handle.autocast,
+            )
+            return generator.sample(prompts, spec, ids=ids)
 
     def adapted_losses(
         self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
     ) -> Answer:
         """Return losses of training rows under a low-rank probe trained on target ``towards``."""
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            model = self.handle.model
+            with preserved(model):
+                model.eval()
+                probe = LowRankProbe(model, rank=rank, alpha=alpha, seed=self.seed)
+                history = probe.train(
+                    self._batches(towards), self._row_losses, steps=depth_steps, learning_rate=learning_rate
+                )
+                logger.info("probe on target %s: losses before each step %s", towards, [round(x, 4) for x in history])
+                with probe.attached():
+                    return self._token_means("loss")(sweep, work)
+
         parameters = {
             "towards": self._corpus(towards).identity or towards,
             "depth_steps": depth_steps,
@@ -172,28 +160,23 @@ class SignalService:
             "alpha": alpha,
             "seed": self.seed,
         }
-
-        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            with preserved(self.handle.model):
-                self.handle.model.eval()
-                probe = LowRankProbe(self.handle.model, rank=rank, alpha=alpha, seed=self.seed)
-                history = probe.train(
-                    self._batches(towards), self._row_losses, steps=depth_steps, learning_rate=learning_rate
-                )
-                logger.info("probe on target %s: losses before each step %s", towards, [round(x, 4) for x in history])
-                with probe.attached():
-                    return self._token_means("loss")(sweep, work)
-
         return self._answer("adapted losses", parameters, rows, None, compute)
 
     def state_dict(self) -> State:
-        """Return answers that a later step may be given again, so that a resumed run gives the same ones."""
-        kept = self._answers.items() if self.max_age_steps else ()
-        return {"answers": {key: {"step": step, "values": values} for key, (step, values) in kept}}
+        """Return what a resumed run needs to give the same answers."""
+        return self.book.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self._answers = {key: (int(kept["step"]), kept["values"]) for key, kept in state["answers"].items()}
+        self.book.load_state_dict(state)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _corpus(self, target: str | None) -> Corpus:
         if target is None:
@@ -202,46 +185,31 @@ class SignalService:
             raise DataError(f"unknown target {target!r} (known: {', '.join(self.targets) or 'none'})")
         return self.targets[target]
 
+    def _moments(self, source: GradientSource) -> str:
+        """Name the optimizer's state, which only stored answers need."""
+        return "" if self.book.store is None else source.moments_identity()
+
     def _answer(
         self,
         method: str,
         parameters: dict[str, Any],
         rows: Rows,
         target: str | None,
-        compute: Callable[[Sweep, ResumablePass | None], Answer],
+        compute: Compute,
         tail: tuple[int, ...] = (),
     ) -> Answer:
-        """Give a kept answer, or make a pass and keep what it gives. Callers get their own copy."""
-        corpus = self._corpus(target)
-        which = hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=16).hexdigest()
-        key = json.dumps([method, parameters, target or "", which], sort_keys=True)
-        if key not in self._answers:
-            started = time.perf_counter()
-            work = None
-            if self.store is not None:
-                work = ResumablePass(
-                    self.store,
-                    Fingerprint(
-                        model=self._model_identity(),
-                        data=f"{corpus.identity} {target or 'training rows'} {which} {self.handle.token_budget}",
-                        method=method,
-                        parameters=parameters,
-                    ),
-                    shape=(len(rows), *tail),
-                    dtype=np.float32,
-                    device=self.handle.device,
-                )
-            answer = compute(self._sweep(rows, target, method), work)
-            self._answers[key] = (self.step, np.array(answer, dtype=np.float32))
-            if self.store is not None:
-                self.store.evict(self.store_bytes)
-            self.seconds += time.perf_counter() - started
-        return self._answers[key][1].copy()
-
-    def _model_identity(self) -> str:
-        if self._identity is None or self._identity[0] != self.step:
-            self._identity = (self.step, state_identity(self.handle.model.named_parameters()))
-        return self._identity[1]
+        question = Question(
+            method=method,
+            parameters={**parameters, "token_budget": self.handle.token_budget},
+            rows=rows,
+            corpus=target or "",
+            data=self._corpus(target).identity,
+            tail=tail,
+        )
+        with self._timed():
+            return self.book.give(
+                question, lambda work: compute(self._sweep(rows, target, method), work), self.handle.device
+            )
 
     def _sweep(self, rows: Rows, target: str | None, what: str) -> Sweep:
         corpus = self._corpus(target)
@@ -253,10 +221,10 @@ class SignalService:
             collate=self.handle.collate,
             token_budget=self.handle.token_budget,
             device=self.handle.device,
-            progress=_progress(f"step {self.step}: {what} of {len(rows):,} {whose}"),
+            progress=_progress(f"step {self.book.step}: {what} of {len(rows):,} {whose}"),
         )
 
-    def _token_means(self, value: str) -> Callable[[Sweep, ResumablePass | None], Answer]:
+    def _token_means(self, value: str) -> Compute:
         """Return a pass that averages a value over each row's supervised tokens."""
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:

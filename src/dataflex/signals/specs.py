@@ -1,4 +1,4 @@
-"""What embeddings and generations are asked for: plain settings without torch, usable by methods and configurations."""
+"""What embeddings, gradients and generations are asked for: plain settings without torch, usable by methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["EmbeddingSpec", "GenerationSpec", "Pooling"]
+__all__ = ["EmbeddingSpec", "GenerationSpec", "GradientSpec", "Pooling"]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 
@@ -82,3 +82,32 @@ class GenerationSpec:
         ]
         if problems:
             raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpec:
+    """Which gradients of training rows are compared with which of the targets.
+
+    Attributes:
+        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
+            (LESS's code: eps inside the root, no bias correction), ``sign`` or ``none``. Targets stay plain.
+        include_momentum: Keep Adam's momentum term, which all rows share.
+        normalise: Whether scores are cosines rather than inner products.
+        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
+            or the cosine with its mean gradient (the paper's text).
+        parameters: Regular expression searched for in parameter names; None: all trainable ones.
+        last_blocks: Only the last so many blocks of the model; None: all of them.
+        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
+        sketch_seed: Seed of the sketch.
+        bf16: Run the passes in bfloat16 autocast.
+    """
+
+    precondition: str = "true_adam"
+    include_momentum: bool = True
+    normalise: bool = True
+    mean_of_cosines: bool = True
+    parameters: str | None = None
+    last_blocks: int | None = None
+    sketch_size: int | None = None
+    sketch_seed: int = 0
+    bf16: bool = False

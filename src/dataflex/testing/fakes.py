@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import BatchView, Context, Rows
 from dataflex.core.schedule import Interval
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 
 __all__ = [
     "Call",
@@ -48,6 +49,8 @@ class FakeSignals:
         targets: Losses of every row of each target data set, by name.
         adapted: Loss of every training row [N] under the probe of each target, by name; where it
             is left out, a tenth less than ``losses``.
+        gradients: Gradient of every training row [N, P]; where it is left out, made of the losses.
+        target_gradients: Mean gradient of each target [P], by name; ones where it is left out.
     """
 
     def __init__(
@@ -56,10 +59,16 @@ class FakeSignals:
         *,
         targets: Mapping[str, ArrayLike] | None = None,
         adapted: Mapping[str, ArrayLike] | None = None,
+        gradients: ArrayLike | None = None,
+        target_gradients: Mapping[str, ArrayLike] | None = None,
     ) -> None:
         self._losses = np.asarray(losses, dtype=np.float32)
         self._targets = {name: np.asarray(values, dtype=np.float32) for name, values in (targets or {}).items()}
         self._adapted = {name: np.asarray(values, dtype=np.float32) for name, values in (adapted or {}).items()}
+        known = np.where(np.isfinite(self._losses), self._losses, np.nan)
+        made = np.stack([known, np.cos(7 * known)], axis=1)
+        self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
+        self._directions = {name: np.asarray(values) for name, values in (target_gradients or {}).items()}
         self.calls: list[Call] = []
 
     @property
@@ -85,6 +94,34 @@ class FakeSignals:
         }
         self.calls.append(Call(signal="losses", rows=rows, options=options))
         return self._adapted.get(towards, self._losses * np.float32(0.9))[rows]
+
+    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """EL2N [len(rows)], made of the losses."""
+        self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
+        losses = self._losses if target is None else self._targets[target]
+        return np.where(np.isfinite(losses[rows]), np.tanh(losses[rows]), np.nan).astype(np.float32)
+
+    def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> NDArray[np.float32]:
+        """Vectors [len(rows), 2], made of the losses."""
+        self.calls.append(Call(signal="embeddings", rows=rows, options={"spec": spec, "target": target}))
+        losses = self._losses if target is None else self._targets[target]
+        return np.stack([np.sin(losses[rows]), np.cos(losses[rows])], axis=1)
+
+    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
+        """Cosines, or inner products, of rows with targets [len(rows), len(targets)]."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
+        width = self._gradients.shape[1]
+        aims = np.stack([self._directions.get(name, np.ones(width)) for name in targets])
+        products = self._gradients[rows] @ aims.T
+        if spec.normalise:
+            lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
+            products = products / np.maximum(lengths, 1e-30) / np.linalg.norm(aims, axis=1)
+        return products.astype(np.float32)
+
+    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
+        """Norms of the rows' gradients [len(rows)]."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
+        return np.linalg.norm(self._gradients[rows], axis=1).astype(np.float32)
 
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""

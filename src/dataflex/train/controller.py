@@ -145,6 +145,7 @@ class Controller:
             columns=self.space.columns,
             total_sequences=self.schedule.total_steps * self.shape.global_batch,
             unit=self.config.unit,
+            learning_rate=self.signals.handle.learning_rate(),
         )
         selection = self._select(ctx) if self.narrows and interval.kind == "dynamic" else None
         rows, proportions, reason = self._lay_out(ctx, selection)

@@ -14,7 +14,10 @@ import torch
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.schedule import Schedule
 from dataflex.errors import UnsupportedError
-from dataflex.signals.service import Corpus, ModelHandle, SignalService
+from dataflex.signals.answers import AnswerBook
+from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.identity import state_identity
+from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
@@ -140,6 +143,10 @@ def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> Signal
             device=trainer.args.device,
             token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
             tokenizer=trainer.processing_class,
+            optimizer=lambda: trainer.optimizer,
+            learning_rate=lambda: float(trainer._get_learning_rate()),
+            backend="zero" if trainer.is_deepspeed_enabled else "plain",
+            release=lambda: release_gathered(trainer),
         ),
         train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint),
         targets={
@@ -147,10 +154,24 @@ def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> Signal
             for name, target in space.targets.items()
         },
         seed=seed,
-        store=None if options.store is None else ArrayStore(options.store),
-        store_bytes=int(options.store_gb * 1e9),
-        max_age_steps=options.max_age_steps,
+        book=AnswerBook(
+            max_age_steps=options.max_age_steps,
+            store=None if options.store is None else ArrayStore(options.store),
+            store_bytes=int(options.store_gb * 1e9),
+            model_identity=lambda: state_identity(trainer.model.named_parameters()),
+        ),
     )
+
+
+def release_gathered(trainer: Any) -> None:
+    """Let go of the parameters that a pass left gathered on this rank (ZeRO-3)."""
+    if zero_stage(trainer) == 3:
+        trainer.model_wrapped.empty_partition_cache()
+
+
+def zero_stage(trainer: Any) -> int:
+    """Return DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+    return int(trainer.accelerator.state.deepspeed_plugin.zero_stage) if trainer.is_deepspeed_enabled else 0
 
 
 def build(config: MethodConfig | None) -> Any:
@@ -190,10 +211,7 @@ def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:
     Raises:
         UnsupportedError: With the reason.
     """
-    zero3 = False
-    if trainer.is_deepspeed_enabled:
-        zero3 = int(trainer.accelerator.state.deepspeed_plugin.zero_stage) == 3
-    if (zero3 or trainer.is_fsdp_enabled) and not config.needs.zero3:
+    if (zero_stage(trainer) == 3 or trainer.is_fsdp_enabled) and not config.needs.zero3:
         raise UnsupportedError("this method needs whole parameters, but ZeRO-3 or FSDP partitions them over ranks")
     sizes = {
         "tensor": trainer.get_tp_size(),

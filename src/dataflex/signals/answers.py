@@ -1,0 +1,123 @@
+"""Answers that were paid for: kept for the step they belong to, for a while, or on disk as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import Rows, State
+from dataflex.signals.fingerprint import Fingerprint
+from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.store import ArrayStore
+
+__all__ = ["Answer", "AnswerBook", "Question"]
+
+Answer = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Everything that an answer depends on, besides the model.
+
+    Attributes:
+        method: What is computed.
+        parameters: How: JSON values.
+        rows: Row ids [n].
+        corpus: Which rows those are: "" for the training set, or a target's name.
+        data: Fingerprint of the corpus.
+        tail: Shape of one row's answer.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    rows: Rows
+    corpus: str
+    data: str
+    tail: tuple[int, ...] = ()
+
+    @property
+    def rows_digest(self) -> str:
+        """Hash of the row ids."""
+        return hashlib.blake2b(np.ascontiguousarray(self.rows).tobytes(), digest_size=16).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """Name of the answer in memory."""
+        return json.dumps([self.method, self.parameters, self.corpus, self.rows_digest], sort_keys=True)
+
+
+@dataclass(kw_only=True)
+class AnswerBook:
+    """Gives answers again.
+
+    Attributes:
+        max_age_steps: Oldest answer, in optimizer steps, that is given again.
+        store: Where passes write as they go; None keeps answers in memory only.
+        store_bytes: Oldest stored answers are dropped beyond this size.
+        model_identity: Names the model's state; asked once a step, and only with a store (collective).
+        step: Optimizer step that answers belong to.
+    """
+
+    max_age_steps: int = 0
+    store: ArrayStore | None = None
+    store_bytes: int = 10 * 2**30
+    model_identity: Callable[[], str] = lambda: ""
+    step: int = 0
+    _kept: dict[str, tuple[int, Answer]] = field(default_factory=dict)
+    _identity: tuple[int, str] | None = None
+
+    def begin(self, step: int) -> None:
+        """Forget answers that are too old for ``step``."""
+        self.step = step
+        self._kept = {key: kept for key, kept in self._kept.items() if step - kept[0] <= self.max_age_steps}
+
+    def give(
+        self, question: Question, compute: Callable[[ResumablePass | None], Answer], device: torch.device
+    ) -> Answer:
+        """Return the answer [n, *tail], computing it if need be (collective). Callers get their own copy.
+
+        Args:
+            question: What is asked.
+            compute: Makes the pass, writing into the resumable one where there is one.
+            device: Where ranks exchange tensors.
+        """
+        if question.key not in self._kept:
+            answer = compute(self._work(question, device))
+            self._kept[question.key] = (self.step, np.array(answer, dtype=np.float32))
+            if self.store is not None:
+                self.store.evict(self.store_bytes)
+        return self._kept[question.key][1].copy()
+
+    def _work(self, question: Question, device: torch.device) -> ResumablePass | None:
+        if self.store is None:
+            return None
+        if self._identity is None or self._identity[0] != self.step:
+            self._identity = (self.step, self.model_identity())
+        return ResumablePass(
+            self.store,
+            Fingerprint(
+                model=self._identity[1],
+                data=f"{question.data} {question.corpus or 'training rows'} {question.rows_digest}",
+                method=question.method,
+                parameters=question.parameters,
+            ),
+            shape=(len(question.rows), *question.tail),
+            dtype=np.float32,
+            device=device,
+        )
+
+    def state_dict(self) -> State:
+        """Return answers that a later step may be given again, so that a resumed run gives the same ones."""
+        kept = self._kept.items() if self.max_age_steps else ()
+        return {"answers": {key: {"step": step, "values": values} for key, (step, values) in kept}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._kept = {key: (int(kept["step"]), kept["values"]) for key, kept in state["answers"].items()}
