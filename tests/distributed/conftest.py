@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -25,22 +25,23 @@ def free_port() -> int:
 def two_ranks():
     """Return a function that runs configuration files on two ranks, in one torchrun job."""
 
-    def start(configs: list[Path], folder: Path, timeout: int = 240) -> str:
+    def start(configs: list[Path], folder: Path, timeout: int = 150) -> str:
         jobs = folder / "jobs.json"
         jobs.write_text(json.dumps([str(config) for config in configs]))
         env = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(DRIVER), str(jobs)]
-        process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        log = folder / "output.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
         try:
-            output, _ = process.communicate(timeout=timeout)
+            process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's children too
-            output, _ = process.communicate()
-            pytest.fail(f"two ranks did not end within {timeout} s:\n{output[-4000:]}")
-        assert process.returncode == 0, output[-4000:]
-        return output
+            family = psutil.Process(process.pid)
+            for member in [*family.children(recursive=True), family]:
+                member.kill()
+            pytest.fail(f"two ranks did not end within {timeout} s:\n{log.read_text()[-4000:]}")
+        assert process.returncode == 0, log.read_text()[-4000:]
+        return log.read_text()
 
     return start

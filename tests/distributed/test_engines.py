@@ -59,7 +59,9 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
         shutil.copy(WATCHERS, plugin)
         selector = {"name": "watcher", "targets": ["goal"]} if watching else {"name": "blind"}
         block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": selector}
+        # A large epsilon: Adam's direction of a gradient that is rounding only would be rounding of full size.
         common = {"max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+        common["adam_epsilon"] = 1e-3
         return {**common, **TUNING[tuning], **settings, "dynamic": block}
 
     configs = []
@@ -104,4 +106,5 @@ def test_every_engine_gives_the_same_scores(outcomes, engine, tuning):
     assert two.pop("kinds") == [{"zero3": "ZeRO-3", "fsdp2": "DTensor"}.get(engine, "whole")], "not really partitioned"
     assert one.keys() == two.keys()
     for key in one:
-        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
+        scale = np.abs(one[key]).max()
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, atol=1e-5 * scale, err_msg=key)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dataflex import Card, Needs, Selection, Selector
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 
 CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
 
@@ -22,12 +23,19 @@ class Blind(Selector):
 
 class Watcher(Blind):
     name = "watcher"
-    needs = Needs(signals=frozenset({"losses"}), targets=True)
+    needs = Needs(signals=frozenset({"losses", "embeddings", "gradients"}), targets=True)
 
     def select(self, pool, budget, ctx):
         scores = {"losses": ctx.signals.losses(pool).tolist()}
         scores["few"] = ctx.signals.losses(pool[:1]).tolist()  # fewer rows than ranks
         scores["target"] = ctx.signals.losses(pool[:5], target="goal").tolist()
+        scores["el2n"] = ctx.signals.el2n(pool).tolist()
+        scores["embeddings"] = ctx.signals.embeddings(pool, EmbeddingSpec()).tolist()
+        for precondition in ("none", "true_adam"):
+            spec = GradientSpec(precondition=precondition)
+            key = f"gradients {precondition}"
+            scores[key] = ctx.signals.gradient_scores(pool, spec, targets=("goal",)).tolist()
+            scores[f"norms {precondition}"] = ctx.signals.gradient_norms(pool[:9], spec).tolist()
         parameters = list(ctx.signals.handle.model.parameters())
         kinds = {
             "DTensor" if type(p).__name__ == "DTensor" else "ZeRO-3" if hasattr(p, "ds_id") else "whole"

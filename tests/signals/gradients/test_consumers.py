@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from dataflex.errors import DataError
 from dataflex.signals.gradients import Block, Dots, Factors, Gram, Norms, TargetBuilder, TargetVectors, WeightedSums
-from dataflex.signals.gradients.consume import Consumer
+from dataflex.signals.gradients.consume import Consumer, inner_products, total
 from dataflex.signals.gradients.pieces import dense_part, ghost_dots, ghost_gram, ghost_norms, weighted_sum
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
@@ -250,3 +250,10 @@ def test_collect_sees_raw_and_preconditioned_gradients_of_one_pass():
     found = engine.run(batch, [raw, signs], precondition=lambda name, part, gradient: gradient.sign_())
     close(found["raw"], rows, rows.norm(dim=1).max())
     assert torch.equal(found["signs"], found["raw"].sign())
+
+
+def test_long_inner_products_keep_their_digits():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(2, 1_000_000, generator=generator)
+    exact = a.double() @ a.double().t()
+    assert ((total(inner_products(a, a)) - exact).abs() <= 1e-6 * exact).all()

@@ -27,6 +27,14 @@ __all__ = ["Block", "Consumer", "Dots", "Gram", "Norms", "WeightedSums"]
 
 # A number moved through memory costs about as much as this many multiply-adds of a matrix product.
 _MEMORY = 8.0
+# A matrix product over more numbers than this loses digits in fp32 (5e-5 at a million).
+_STRETCH = 2**15
+
+
+def inner_products(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    """Return [rows of a, rows of b] inner products as parts to be added up in float64."""
+    stretches = zip(a.split(_STRETCH, dim=1), b.split(_STRETCH, dim=1), strict=True)
+    return [one @ other.t() for one, other in stretches]
 
 
 def total(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -148,7 +156,7 @@ class Dots(Consumer):
 
     def add(self, block: Block) -> None:  # noqa: D102
         vectors = self.targets.flat(block.name)[:, block.part].to(block.values.device)
-        self._products.append(block.values @ vectors.t())
+        self._products += inner_products(block.values, vectors)
         self._norms.add(block)
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
@@ -182,7 +190,7 @@ class Gram(Consumer):
         return shape.rows * shape.tokens**2 * (shape.n + (1 if shape.one_hot else shape.m) + 2 * _MEMORY)
 
     def add(self, block: Block) -> None:  # noqa: D102
-        self._products.append(block.values @ block.values.t())
+        self._products += inner_products(block.values, block.values)
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
         self._products.append(ghost_gram(factors))

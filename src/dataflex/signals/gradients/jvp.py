@@ -67,4 +67,4 @@ def row_derivatives(
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0]
         raise UnsupportedError(f"jvp: this model cannot be differentiated forwards: {first}") from error
-    return torch.zeros(len(losses)) if derivative is None else derivative.float()
+    return (torch.zeros_like(losses) if derivative is None else derivative).float()

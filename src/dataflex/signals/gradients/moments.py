@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
+from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.units import shape_of
 
@@ -74,8 +76,9 @@ def moments_of(optimizer: Any, parameters: Mapping[str, Any], backend: Backend =
     Raises:
         UnsupportedError: The optimizer keeps no moments for each element, or not of these parameters.
     """
-    base = optimizer
+    base, wrappers = optimizer, []
     while hasattr(base, "optimizer"):
+        wrappers.append(base)
         base = base.optimizer
     name = type(base).__name__
     for word, reason in _REASONS.items():
@@ -86,7 +89,7 @@ def moments_of(optimizer: Any, parameters: Mapping[str, Any], backend: Backend =
     if any(group.get("amsgrad") for group in base.param_groups):
         raise _refusal(name, "amsgrad divides by the largest second moment so far")
     if backend == "zero":
-        return _zero_moments(base, parameters)
+        return _zero_moments(base, parameters, wrappers)
     groups = {id(parameter): group for group in base.param_groups for parameter in group["params"]}
     missing = [key for key, parameter in parameters.items() if id(parameter) not in groups]
     if missing:
@@ -134,7 +137,18 @@ def _dequantised(state: Mapping[str, Any], value: torch.Tensor, which: str, name
     return dequantise(value, absmax=absmax, code=code, blocksize=fitting[0]).view(value.shape)
 
 
-def _zero_moments(base: Any, parameters: Mapping[str, Any]) -> dict[str, Moments]:
+def _link_states(wrappers: list[Any]) -> None:
+    """Link every group's states to its parameters (ZeRO-1/2).
+
+    DeepSpeed does so once, after the first group's first step, when the other groups have no state yet.
+    """
+    for wrapper in wrappers:
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any]) -> dict[str, Moments]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     settings = {(*map(float, group["betas"]), float(group["eps"])) for group in base.param_groups}
@@ -142,14 +156,29 @@ def _zero_moments(base: Any, parameters: Mapping[str, Any]) -> dict[str, Moments
         raise _refusal(type(base).__name__, f"its groups differ in betas or eps ({sorted(settings)})")
     beta1, beta2, eps = settings.pop()
     steps = [int(state["step"]) for state in base.state.values() if "step" in state]
-    step = max(steps, default=0)
+    step = _largest(max(steps, default=0))
+    if step:
+        _link_states(wrappers)
     moments = {}
     for key, parameter in parameters.items():
+        if step == 0:  # asked before the first step, DeepSpeed fails on one rank and leaves the others waiting
+            zeros = torch.zeros(shape_of(parameter), device=parameter.device)
+            moments[key] = Moments(first=zeros, second=zeros, step=0, betas=(beta1, beta2), eps=eps)
+            continue
         pair = [safe_get_full_optimizer_state(parameter, which) for which in ("exp_avg", "exp_avg_sq")]
-        if step == 0 or all(value is None for value in pair):
+        if all(value is None for value in pair):
             pair = [torch.zeros(shape_of(parameter), device=parameter.device) for _ in pair]
         if any(value is None for value in pair):
             raise _refusal(type(base).__name__, f"DeepSpeed gives no moments of {key}")
         first, second = (value.detach().float().view(shape_of(parameter)) for value in pair)
         moments[key] = Moments(first=first, second=second, step=step, betas=(beta1, beta2), eps=eps)
     return moments
+
+
+def _largest(step: int) -> int:
+    """Return the largest of all ranks' numbers: a rank whose partition is empty has counted nothing."""
+    if comm.world() == 1:
+        return step
+    seen: list[int] = [0] * comm.world()
+    dist.all_gather_object(seen, step)
+    return max(seen)

@@ -24,6 +24,8 @@ _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _COST_PER_COORDINATE = 40.0
+# Hashing costs as much as the sketch itself, so the first so many buckets are remembered for the next batch.
+_REMEMBERED = 2**23
 
 
 def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -80,6 +82,8 @@ class Sketch(Consumer):
             raise ConfigError(f"gradients: sketch size {size} is not a positive multiple of its {nonzeros} nonzeros")
         self.size, self.nonzeros, self.seed, self.name, self.raw = size, nonzeros, seed, name, raw
         self._norms = Norms()
+        self._maps: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._room = _REMEMBERED
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._sums = torch.zeros(self.size, len(finite), dtype=torch.float32, device=finite.device)
@@ -90,13 +94,20 @@ class Sketch(Consumer):
 
     def add(self, block: Block) -> None:  # noqa: D102
         columns = block.values.t().contiguous()
-        device = columns.device
-        buckets, signs = buckets_and_signs(
-            self.seed, block.name, block.part, size=self.size, nonzeros=self.nonzeros, device=device
-        )
+        buckets, signs = self._map(block.name, block.part, columns.device)
         for where, sign in zip(buckets, signs, strict=True):
             self._sums.index_add_(0, where, columns * sign.unsqueeze(1))
         self._norms.add(block)
+
+    def _map(self, name: str, part: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (name, part.start, part.stop, device)
+        if key in self._maps:
+            return self._maps[key]
+        found = buckets_and_signs(self.seed, name, part, size=self.size, nonzeros=self.nonzeros, device=device)
+        self._room -= found[0].numel()
+        if self._room >= 0:
+            self._maps[key] = found
+        return found
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._norms.finish()[""]}
