@@ -71,7 +71,7 @@ Configuration
     max_epochs: null
     at_cap: redistribute
     domain_column: null
-    signals: {pool_fraction: 1.0, max_age_steps: 0, store: null, store_gb: 10.0}
+    signals: {pool_fraction: 1.0, screen_fraction: 1.0, max_age_steps: 0, store: null, store_gb: 10.0}
     plugins: []
     resume_plan: strict
     seed: null

@@ -53,13 +53,22 @@ def test_unit_weights_are_stock(run, accumulation, normaliser):
     assert {entry["dataflex/weight_ess"] for entry in ours.log} == {1.0}
 
 
-def test_scoring_changes_nothing(run, tmp_path):
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2},
+        {"finetuning_type": "full", "neftune_noise_alpha": 5.0},
+        {"finetuning_type": "full", "bf16": True, "use_cpu": True},
+    ],
+)
+def test_scoring_changes_nothing(run, tmp_path, tuning):
     """A selector that scores every interval and then keeps the same plan equals the run without it."""
     plugin = tmp_path / "watcher.py"
     plugin.write_text(
         """
 import numpy as np
 from dataflex import Card, Needs, Selection, Selector
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 
 
 class Watcher(Selector):
@@ -71,6 +80,10 @@ class Watcher(Selector):
     def select(self, pool, budget, ctx):
         np.random.rand()
         scores = ctx.signals.losses(pool)
+        ctx.signals.gradient_scores(pool, GradientSpec(), targets=("goal",))
+        ctx.signals.gradient_norms(pool, GradientSpec(precondition="none"))
+        ctx.signals.embeddings(pool, EmbeddingSpec())
+        ctx.signals.el2n(pool)
         ctx.signals.adapted_losses(pool, towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0)
         return Selection(rows=pool[:budget], scores=scores)
 
@@ -83,7 +96,7 @@ class Blind(Watcher):
         return Selection(rows=pool[:budget])
 """
     )
-    settings = {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "max_steps": 9}
+    settings = {**tuning, "gradient_accumulation_steps": 2, "max_steps": 9}
     blocks = {"interval_steps": 3, "plugins": [str(plugin)]}
     blind = run("blind", **settings, dynamic={**blocks, "selector": "blind"})
     watching = run(

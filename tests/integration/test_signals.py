@@ -55,3 +55,34 @@ def test_a_store_changes_nothing_and_holds_the_passes(run, tmp_path):
     again = run("again", **SETTINGS, dynamic={**BLOCK, "signals": {"store": str(store)}})
     assert again.series() == plain.series()
     assert len(ArrayStore(store).entries()) == 4
+
+
+def test_screening_leaves_the_rows_nearest_to_the_targets(run):
+    """The target holds copies of pool rows: those are nearest, survive the screen, and are chosen by LESS."""
+    import json
+    from pathlib import Path
+
+    data = Path(run.base["dataset_dir"])
+    rows = (data / "alpha.jsonl").read_text().splitlines()
+    folder = run.folder / "own"
+    folder.mkdir()
+    copied = [3, 17, 30]
+    (folder / "pool.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "aim.jsonl").write_text("\n".join(rows[i] for i in copied) + "\n")
+    info = {name: {"file_name": f"{name}.jsonl"} for name in ("pool", "aim")}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    settings = {"dataset_dir": str(folder), "dataset": "pool", "max_steps": 4, "finetuning_type": "lora"}
+    block = {"interval_steps": 2, "selector": {"name": "less", "targets": ["aim"]}}
+    outcome = run("out", **settings, dynamic={**block, "signals": {"screen_fraction": 0.5}})
+    for event in planned(outcome):
+        stored = load_plan(outcome.folder, event["interval"])
+        assert len(stored.pool) == 20
+        assert set(stored.rows.tolist()) <= set(stored.pool.tolist())
+        assert len(set(copied) & set(stored.pool.tolist())) >= 2
+
+
+def test_screening_needs_targets(run):
+    from dataflex.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"screen_fraction.*has none"):
+        run("out", **SETTINGS, dynamic={**BLOCK, "signals": {"screen_fraction": 0.5}})

@@ -48,11 +48,18 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
     if selector is None:
         if dynamic.keep_ratio is not None:
             yield "dynamic.keep_ratio: has no effect without a selector; add one, or remove the key"
+        if dynamic.signals.screen_fraction < 1.0:
+            yield "dynamic.signals.screen_fraction: has no effect without a selector; add one, or remove the key"
         if dynamic.repeat:
             yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
         return
     cls = selector.cls
     assert issubclass(cls, Selector)
+    if dynamic.signals.screen_fraction < 1.0 and not selector.targets:
+        yield (
+            f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
+            "selector has none; remove the key, or use a selector with targets"
+        )
     if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "

@@ -49,6 +49,14 @@ class SignalsConfig:
         default=1.0,
         metadata={"help": "share of the rows, drawn anew each interval, that is scored", "above": 0.0, "maximum": 1.0},
     )
+    screen_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of those rows, the nearest to the targets by embedding, that the selector is given",
+            "above": 0.0,
+            "maximum": 1.0,
+        },
+    )
     max_age_steps: int = field(
         default=0, metadata={"help": "oldest answer, in optimizer steps, that is given again", "minimum": 0}
     )

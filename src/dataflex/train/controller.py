@@ -25,6 +25,7 @@ from dataflex.dist import comm
 from dataflex.mixers.proportions import by_domain
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.passes import preserved
+from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
 from dataflex.train.row_space import RowSpace
@@ -147,8 +148,12 @@ class Controller:
             unit=self.config.unit,
             learning_rate=self.signals.handle.learning_rate(),
         )
-        selection = self._select(ctx) if self.narrows and interval.kind == "dynamic" else None
-        rows, proportions, reason = self._lay_out(ctx, selection)
+        pool = self.space.all_rows()
+        selection = None
+        if self.narrows and interval.kind == "dynamic":
+            pool = self._pool(ctx)
+            selection = self._select(pool, ctx)
+        rows, proportions, reason = self._lay_out(ctx, pool, selection)
         whole_steps = len(rows) // self.shape.global_batch
         if whole_steps < interval.steps:  # at_cap: stop
             assert self.sampler is not None
@@ -170,12 +175,11 @@ class Controller:
         self.seconds["signals"] += self.signals.seconds
         self.seconds["decide"] += total - self.signals.seconds
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
-        self._record(plan, selection, proportions, reason, phases)
+        self._record(plan, pool, selection, proportions, reason, phases)
         return plan
 
-    def _select(self, ctx: Context) -> Selection:
+    def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        pool = self._pool(ctx.interval)
         wanted = ctx.interval.steps * self.shape.global_batch
         if self.mixer is not None:
             assert self.config.keep_ratio is not None
@@ -186,15 +190,19 @@ class Controller:
         check_selection(self.selector, selection, pool, wanted)
         return selection
 
-    def _pool(self, interval: Interval) -> Rows:
-        """Return the rows that are scored in an interval, ascending: all, or a share drawn anew each time."""
-        rows, fraction = self.space.all_rows(), self.config.signals.pool_fraction
-        if fraction == 1.0:
-            return rows
-        count = max(1, round(fraction * len(rows)))
-        return np.sort(stream(self.seed, "pool", interval.index).choice(rows, size=count, replace=False))
+    def _pool(self, ctx: Context) -> Rows:
+        """Return the rows that a selector is given, ascending: all of them, or a drawn and screened share."""
+        rows, options = self.space.all_rows(), self.config.signals
+        if options.pool_fraction < 1.0:
+            count = max(1, round(options.pool_fraction * len(rows)))
+            rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=count, replace=False))
+        if options.screen_fraction < 1.0:
+            rows = screened(rows, options.screen_fraction, self.signals, ctx.targets)
+        return rows
 
-    def _lay_out(self, ctx: Context, selection: Selection | None) -> tuple[Rows, NDArray[np.float64] | None, str]:
+    def _lay_out(
+        self, ctx: Context, pool: Rows, selection: Selection | None
+    ) -> tuple[Rows, NDArray[np.float64] | None, str]:
         """Return serving order, nominal proportions if a mixer set them, and the reason for the record."""
         interval, batch = ctx.interval, self.shape.global_batch
         total = interval.steps * batch
@@ -214,8 +222,8 @@ class Controller:
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
-            order, size = stream(self.seed, "order", interval.index), len(self._pool(interval))
-            rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=size)
+            order = stream(self.seed, "order", interval.index)
+            rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=len(pool))
             return rows, None, "; ".join(reasons)
         if self.narrows:
             return warmup_rows(self.space.all_rows(), interval, batch, self.seed), None, "warm-up: uniform"
@@ -242,6 +250,7 @@ class Controller:
     def _record(
         self,
         plan: DataPlan,
+        pool: Rows,
         selection: Selection | None,
         proportions: NDArray[np.float64] | None,
         reason: str,
@@ -256,7 +265,7 @@ class Controller:
             reason=reason,
             domain_counts=counts,
             proportions=None if proportions is None else dict(zip(names, proportions.tolist(), strict=True)),
-            pool=self._pool(plan.interval) if selection is not None and self.config.signals.pool_fraction < 1 else None,
+            pool=pool if selection is not None and len(pool) < self.space.num_rows else None,
             scores=None if selection is None else selection.scores,
             plan=plan,
         )
