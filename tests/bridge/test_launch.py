@@ -117,3 +117,39 @@ def test_the_command_on_two_ranks(tiny_model, data_dir, tmp_path):
     assert wrong.returncode == 2
     assert "did you mean 'random'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.gloo
+def test_one_rank_that_fails_ends_them_all(tiny_model, data_dir, tmp_path):
+    """A rank that fails alone, in the middle of deciding, is told and ends the job; the others do not wait for it."""
+    from tests.integration.conftest import base_settings
+
+    plugin = tmp_path / "fragile.py"
+    plugin.write_text(
+        """
+import os
+
+from dataflex import Card, Needs, Selection, Selector
+
+
+class Fragile(Selector):
+    name, adaptive = "fragile", True
+    card = Card(summary="Fails on rank 1.", paper="test", cost="1F")
+    needs = Needs(signals=frozenset({"losses"}))
+
+    def select(self, pool, budget, ctx):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("rank 1 lost its mind")
+        ctx.signals.losses(pool)
+        return Selection(rows=pool[:budget])
+"""
+    )
+    config = tmp_path / "run.json"
+    mapping = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
+    block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": "fragile"}
+    config.write_text(json.dumps({**mapping, "ddp_find_unused_parameters": False, "dynamic": block}))
+    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dataflex", "train", str(config)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1
+    assert "rank 1 lost its mind" in done.stderr + done.stdout

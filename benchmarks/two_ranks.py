@@ -1,0 +1,119 @@
+"""How many more rows a second two ranks score than one, when each has a core: losses and exact LESS scores.
+
+Starts jobs of one and of two gloo ranks in turn, one thread each; each job times its passes between
+barriers and rank 0 reports. The ratio is meaningful only where two cores are otherwise idle.
+
+Usage: python benchmarks/two_ranks.py [--quick] [--rows N] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+
+
+def job(rows: int) -> None:
+    """Score on this rank; rank 0 prints seconds."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from cheaper_scores import CUTOFF, ROOT, Rows, collate, prepared
+    from transformers import AutoTokenizer
+
+    from dataflex.signals.handle import Corpus, ModelHandle
+    from dataflex.signals.service import SignalService
+    from dataflex.signals.specs import GradientSpec
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/models/base-4m")
+    pool = Rows(ROOT / "examples/data/pool.jsonl", tokenizer, rows)
+    target = Rows(ROOT / "examples/data/gsm8k_valid.jsonl", tokenizer, 2)
+    model, optimizer = prepared(pool, 3)
+    service = SignalService(
+        handle=ModelHandle(
+            model=model,
+            collate=collate,
+            autocast=contextlib.nullcontext,
+            device=torch.device("cpu"),
+            token_budget=8 * CUTOFF,
+            optimizer=lambda: optimizer,
+        ),
+        train=Corpus(dataset=pool, lengths=pool.lengths),
+        targets={"target": Corpus(dataset=target, lengths=target.lengths)},
+        seed=0,
+    )
+    ids = np.arange(len(pool.rows), dtype=np.int64)
+    seconds = {}
+    service.losses(ids[:16])
+    for step, (name, ask) in enumerate(
+        {
+            "losses": lambda: service.losses(ids),
+            "less": lambda: service.gradient_scores(ids, GradientSpec(), targets=("target",)),
+        }.items()
+    ):
+        service.begin(step + 1)
+        dist.barrier()
+        started = time.perf_counter()
+        ask()
+        dist.barrier()
+        seconds[name] = time.perf_counter() - started
+    if dist.get_rank() == 0:
+        sys.stdout.write("SECONDS " + json.dumps(seconds) + "\n")
+    dist.destroy_process_group()
+
+
+def start(ranks: int, rows: int) -> dict[str, float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), str(HERE), "--job", str(rows)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if "SECONDS " in line]
+    if done.returncode or not lines:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(lines[-1].split("SECONDS ")[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rows, one round")
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        job(options.job)
+        return 0
+    if options.quick:
+        options.rows, options.rounds = 120, 1
+    taken: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    for _ in range(options.rounds):
+        for ranks, found in taken.items():
+            found.append(start(ranks, options.rows))
+    write = sys.stdout.write
+    write(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread a rank; base-4m, ")
+    write(f"LoRA rank 8, {options.rows} rows, {options.rounds} rounds\n")
+    for name in taken[1][0]:
+        one, two = (statistics.median(run[name] for run in taken[ranks]) for ranks in (1, 2))
+        write(
+            f"{name:<8} one rank {options.rows / one:7.1f} rows/s, two {options.rows / two:7.1f}, ratio {one / two:.2f}\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
