@@ -28,9 +28,9 @@ def job(rows: int) -> None:
     import numpy as np
     import torch
     import torch.distributed as dist
-    from cheaper_scores import CUTOFF, ROOT, Rows, collate, prepared
     from transformers import AutoTokenizer
 
+    from cheaper_scores import CUTOFF, ROOT, Rows, collate, prepared
     from dataflex.signals.handle import Corpus, ModelHandle
     from dataflex.signals.service import SignalService
     from dataflex.signals.specs import GradientSpec
@@ -109,9 +109,8 @@ def main() -> int:
     write(f"LoRA rank 8, {options.rows} rows, {options.rounds} rounds\n")
     for name in taken[1][0]:
         one, two = (statistics.median(run[name] for run in taken[ranks]) for ranks in (1, 2))
-        write(
-            f"{name:<8} one rank {options.rows / one:7.1f} rows/s, two {options.rows / two:7.1f}, ratio {one / two:.2f}\n"
-        )
+        speeds = f"one rank {options.rows / one:7.1f} rows/s, two {options.rows / two:7.1f}"
+        write(f"{name:<8} {speeds}, ratio {one / two:.2f}\n")
     return 0
 
 

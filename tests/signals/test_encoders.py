@@ -126,3 +126,40 @@ def test_what_cannot_be_loaded(tmp_path, tiny_model):
         load_encoder(str(tiny_model), spec=EmbeddingSpec(completion_only=True))
     with pytest.raises(ConfigError, match="pools by its own rules"):
         load_encoder(str(tiny_model), kind="sentence_transformers", spec=EmbeddingSpec(pooling="mean"))
+
+
+def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
+    """Through the service: tokens back to text, in length buckets, in the order asked for."""
+    import contextlib
+
+    from dataflex.signals.handle import Corpus, ModelHandle
+    from dataflex.signals.service import SignalService
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = ["the cat sat on a mat", "red balls", "old dogs ran to see one big tree", "a mat"]
+
+    class Rows:
+        def __getitems__(self, ids):
+            return [{"input_ids": [1, *tokenizer(texts[i])["input_ids"], 2]} for i in ids]
+
+    lengths = np.array([len(tokenizer(text)["input_ids"]) + 2 for text in texts])
+    service = SignalService(
+        handle=ModelHandle(
+            model=torch.nn.Linear(1, 1),
+            collate=lambda features: {},
+            autocast=contextlib.nullcontext,
+            device=torch.device("cpu"),
+            token_budget=12,
+            tokenizer=tokenizer,
+        ),
+        train=Corpus(dataset=Rows(), lengths=lengths),
+        targets={"goal": Corpus(dataset=Rows(), lengths=lengths)},
+        seed=0,
+    )
+    spec = EmbeddingSpec(pooling="mean")
+    wanted = load_encoder(str(bert), spec=spec).encode([texts[i] for i in (2, 0, 3)])
+    got = service.embeddings(np.array([2, 0, 3]), spec, encoder=str(bert))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    assert service.embeddings(np.array([1]), spec, target="goal", encoder=str(bert)).shape == (1, 16)
+    assert len(service.encoders) == 1
+    assert service.seconds > 0

@@ -119,8 +119,10 @@ class Signals(Protocol):
         """EL2N scores of rows, averaged over supervised tokens [len(rows)]; NaN without any."""
         ...
 
-    def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> NDArray[np.float32]:
-        """Vectors of rows from the model under training [len(rows), D]; NaN where nothing can be pooled."""
+    def embeddings(
+        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
+    ) -> NDArray[np.float32]:
+        """Vectors of rows [len(rows), D] from the model under training, or from the model ``encoder``."""
         ...
 
     def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:

@@ -21,6 +21,8 @@ from dataflex.core.protocols import Rows, State
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.embeddings import embedding_size
+from dataflex.signals.encoded import encoded_rows
+from dataflex.signals.encoders import TextEncoder, load_encoder
 from dataflex.signals.generate import Generation, Generator
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.handle import Corpus, ModelHandle
@@ -53,6 +55,7 @@ class SignalService:
         seed: Seed of everything random in here.
         book: Answers that were paid for.
         seconds: Time spent in passes since the decision began.
+        encoders: Other models that were loaded, by folder or hub id and how they pool.
     """
 
     handle: ModelHandle
@@ -61,6 +64,7 @@ class SignalService:
     seed: int
     book: AnswerBook = field(default_factory=AnswerBook)
     seconds: float = 0.0
+    encoders: dict[tuple[str, EmbeddingSpec], TextEncoder] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""
@@ -85,13 +89,39 @@ class SignalService:
             sweep = self._sweep(rows, target, "token losses")
             return token_losses(self.handle.model, sweep, el2n=el2n, around=self.handle.autocast)
 
-    def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> Answer:
-        """Return vectors of rows from the model under training [len(rows), D]; see ``EmbeddingSpec``."""
+    def embeddings(
+        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
+    ) -> Answer:
+        """Return vectors of rows [len(rows), D]; NaN where there is nothing to pool.
+
+        Args:
+            rows: Row ids.
+            spec: How hidden states become a vector.
+            target: Name of a target data set; None means the training set.
+            encoder: Folder or hub id of another model that reads the rows' text; None means the model under
+                training.
+        """
+        if encoder is not None:
+            return self._encoded(rows, spec, target, encoder)
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
             return row_embeddings(self.handle.model, sweep, spec, around=self.handle.autocast, work=work)
 
         return self._answer("embeddings", asdict(spec), rows, target, compute, (embedding_size(self.handle.model),))
+
+    def _encoded(self, rows: Rows, spec: EmbeddingSpec, target: str | None, name: str) -> Answer:
+        if (name, spec) not in self.encoders:
+            self.encoders[name, spec] = load_encoder(name, spec=spec, device=self.handle.device)
+        encoder, corpus = self.encoders[name, spec], self._corpus(target)
+        with self._timed(), preserved(self.handle.model):
+            return encoded_rows(
+                encoder,
+                corpus,
+                rows,
+                self.handle.tokenizer,
+                token_budget=self.handle.token_budget,
+                device=self.handle.device,
+            )
 
     def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> Answer:
         """Return how far a step on each row goes along each target's gradient [len(rows), len(targets)].

@@ -101,9 +101,12 @@ class FakeSignals:
         losses = self._losses if target is None else self._targets[target]
         return np.where(np.isfinite(losses[rows]), np.tanh(losses[rows]), np.nan).astype(np.float32)
 
-    def embeddings(self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None) -> NDArray[np.float32]:
+    def embeddings(
+        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
+    ) -> NDArray[np.float32]:
         """Vectors [len(rows), 2], made of the losses."""
-        self.calls.append(Call(signal="embeddings", rows=rows, options={"spec": spec, "target": target}))
+        options = {"spec": spec, "target": target, "encoder": encoder}
+        self.calls.append(Call(signal="embeddings", rows=rows, options=options))
         losses = self._losses if target is None else self._targets[target]
         return np.stack([np.sin(losses[rows]), np.cos(losses[rows])], axis=1)
 

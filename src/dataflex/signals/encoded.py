@@ -1,0 +1,49 @@
+"""Embeddings of a data set's rows by another model: tokens back to text, shared out over ranks in fixed batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex.core.protocols import Rows
+from dataflex.dist import comm
+from dataflex.signals.answers import Answer
+from dataflex.signals.encoders import TextEncoder
+from dataflex.signals.handle import Corpus
+from dataflex.signals.passes import bucketed
+
+__all__ = ["encoded_rows", "row_texts"]
+
+
+def row_texts(corpus: Corpus, rows: Rows, tokenizer: Any) -> list[str]:
+    """Return the text of rows: their tokens decoded, special ones left out (the chosen answer of a preference row)."""
+    features = corpus.dataset.__getitems__(rows.tolist())
+    ids = [feature["input_ids"] if "input_ids" in feature else feature["chosen_input_ids"] for feature in features]
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def encoded_rows(
+    encoder: TextEncoder, corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device
+) -> Answer:
+    """Return one vector per row [n, dimension], equal on every rank and for every number of ranks (collective).
+
+    Args:
+        encoder: Turns texts into vectors.
+        corpus: Where the rows are.
+        rows: Row ids [n].
+        tokenizer: Decodes the rows.
+        token_budget: Padded tokens of a batch at most.
+        device: Where ranks exchange tensors.
+    """
+    batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
+    values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
+    values += [encoder.encode(row_texts(corpus, rows[positions], tokenizer)) for positions in batches]
+    places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
+    whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
+    where, _ = comm.gather_rows(torch.from_numpy(places).to(device))
+    out = np.full((len(rows), encoder.dimension), np.nan, dtype=np.float32)
+    out[where.cpu().numpy()] = whole.cpu().numpy()
+    return out
