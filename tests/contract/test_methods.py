@@ -31,6 +31,12 @@ MINIMAL = {
     ("selector", "less"): lambda K: {},
     ("selector", "grad_norm"): lambda K: {},
     ("selector", "el2n"): lambda K: {},
+    ("selector", "rds_plus"): lambda K: {},
+    ("selector", "near"): lambda K: {},
+    ("selector", "tsds"): lambda K: {},
+    ("selector", "delta_loss"): lambda K: {"updates": 10},
+    ("selector", "longest"): lambda K: {},
+    ("selector", "random_balanced"): lambda K: {},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -46,7 +52,13 @@ MINIMAL = {
     ("weighter", "column"): lambda K: {},
     ("weighter", "loss"): lambda K: {},
 }
-DRAWS = {("selector", "random"), ("selector", "loss")}  # another seed, another answer
+DRAWS = {  # another seed, another answer
+    ("selector", "random"),
+    ("selector", "loss"),
+    ("selector", "tsds"),
+    ("selector", "delta_loss"),
+    ("selector", "random_balanced"),
+}
 
 # Taken while collecting, before any test registers a plugin.
 METHODS = [(kind, name) for kind in KINDS for name in names(kind)]

@@ -30,6 +30,12 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "less": "dataflex.selectors.less:Less",
         "grad_norm": "dataflex.selectors.difficulty:GradNorm",
         "el2n": "dataflex.selectors.difficulty:El2n",
+        "rds_plus": "dataflex.selectors.rds_plus:RdsPlus",
+        "near": "dataflex.selectors.near:Near",
+        "tsds": "dataflex.selectors.tsds:Tsds",
+        "delta_loss": "dataflex.selectors.delta_loss:DeltaLoss",
+        "longest": "dataflex.selectors.longest:Longest",
+        "random_balanced": "dataflex.selectors.random_balanced:RandomBalanced",
     },
     "mixer": {
         "static": "dataflex.mixers.static:Static",

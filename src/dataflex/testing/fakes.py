@@ -25,6 +25,8 @@ __all__ = [
     "global_random_state_untouched",
 ]
 
+_TARGET = np.array([1.0, 1.25, 1.5], dtype=np.float32)  # losses of a target that was left out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
@@ -46,7 +48,8 @@ class FakeSignals:
 
     Args:
         losses: Loss of every training row [N].
-        targets: Losses of every row of each target data set, by name.
+        targets: Losses of every row of each target data set, by name; a target that is left out has
+            the three losses 1, 1.25 and 1.5.
         adapted: Loss of every training row [N] under the probe of each target, by name; where it
             is left out, a tenth less than ``losses``.
         gradients: Gradient of every training row [N, P]; where it is left out, made of the losses.
@@ -79,7 +82,7 @@ class FakeSignals:
     def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
         """Token-mean loss of each row [len(rows)]."""
         self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
-        return (self._losses if target is None else self._targets[target])[rows]
+        return self._of(target)[rows]
 
     def adapted_losses(
         self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
@@ -98,7 +101,7 @@ class FakeSignals:
     def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
         """EL2N [len(rows)], made of the losses."""
         self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
-        losses = self._losses if target is None else self._targets[target]
+        losses = self._of(target)
         return np.where(np.isfinite(losses[rows]), np.tanh(losses[rows]), np.nan).astype(np.float32)
 
     def embeddings(
@@ -107,8 +110,9 @@ class FakeSignals:
         """Vectors [len(rows), 2], made of the losses."""
         options = {"spec": spec, "target": target, "encoder": encoder}
         self.calls.append(Call(signal="embeddings", rows=rows, options=options))
-        losses = self._losses if target is None else self._targets[target]
-        return np.stack([np.sin(losses[rows]), np.cos(losses[rows])], axis=1)
+        losses = self._of(target)[rows]
+        angles = np.where(np.isfinite(losses), losses, np.nan)
+        return np.stack([np.sin(angles), np.cos(angles)], axis=1)
 
     def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
         """Cosines, or inner products, of rows with targets [len(rows), len(targets)]."""
@@ -128,7 +132,10 @@ class FakeSignals:
 
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""
-        return len(self._losses if target is None else self._targets[target])
+        return len(self._of(target))
+
+    def _of(self, target: str | None) -> NDArray[np.float32]:
+        return self._losses if target is None else self._targets.get(target, _TARGET)
 
 
 def example_context(

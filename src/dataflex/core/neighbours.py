@@ -1,0 +1,161 @@
+"""Exact nearest rows of many queries, in blocks: the similarities of all pairs are never held at once.
+
+Pure functions on inner products. Ties go to the smaller position. Lists of nearest rows start short and
+grow only when a rule runs out of them, so that memory follows the budget, not queries x rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.core.choose import top_k
+
+__all__ = ["best_similarity", "nearest_euclidean", "nearest_lists", "round_robin_nearest", "walk_by_rank"]
+
+_CELLS = 1 << 25  # similarities held at a time: 128 MiB of float32
+_SHORTEST = 64  # length that lists of nearest rows start with at least
+_WINDOW = 256  # rows of a list looked at together
+
+
+def _blocks(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the number of a block's first query, and the inner products of its queries with all rows."""
+    size = max(1, _CELLS // max(1, len(rows_ND)))
+    for start in range(0, len(queries_MD), size):
+        yield start, queries_MD[start : start + size] @ rows_ND.T
+
+
+def best_similarity(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return each row's largest inner product with any query [N]; there must be a query."""
+    best = np.full(len(rows_ND), -np.inf, dtype=np.float32)
+    for _, block in _blocks(queries_MD, rows_ND):
+        np.maximum(best, block.max(axis=0), out=best)
+    return best
+
+
+def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int32]:
+    """Return the positions of the ``k`` rows of largest inner product with each query [M, min(k, N)], best first.
+
+    Args:
+        queries_MD: Queries, finite.
+        rows_ND: Rows, finite, N < 2**31.
+        k: How many for each query.
+    """
+    lists = np.empty((len(queries_MD), min(k, len(rows_ND))), dtype=np.int32)
+    for start, block in _blocks(queries_MD, rows_ND):
+        for j, similarities in enumerate(block):
+            lists[start + j] = top_k(similarities, k)
+    return lists
+
+
+def nearest_euclidean(
+    queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the ``k`` rows nearest to each query by Euclidean distance.
+
+    Args:
+        queries_MD: Queries, finite, M >= 1.
+        rows_ND: Rows, finite.
+        k: How many for each query, 1 <= k <= N.
+
+    Returns:
+        Positions int64 [M, k] and distances float64 [M, k], ascending; each row's distance to its nearest query [N].
+    """
+    half = 0.5 * np.einsum("nd,nd->n", rows_ND, rows_ND)
+    places = np.empty((len(queries_MD), k), dtype=np.int64)
+    distances = np.empty((len(queries_MD), k))
+    nearest = np.full(len(rows_ND), np.inf)
+    for start, block in _blocks(queries_MD, rows_ND):
+        block -= half  # half of |query|**2 - distance**2
+        for j, closeness in enumerate(block, start):
+            query = queries_MD[j].astype(np.float64)
+            np.minimum(nearest, query @ query - 2.0 * closeness, out=nearest)
+            found = top_k(closeness, k)
+            # Anew from the differences: products cancel where a row is close to the query.
+            exact = np.linalg.norm(rows_ND[found] - query, axis=1)
+            order = np.lexsort((found, exact))
+            places[j], distances[j] = found[order], exact[order]
+    return places, distances, np.sqrt(np.maximum(nearest, 0.0))
+
+
+def _first_length(limit: int, num_queries: int) -> int:
+    return min(limit, max(_SHORTEST, 4 * -(-limit // num_queries)))
+
+
+def _free(nearest: NDArray[np.int32], head: int, taken: NDArray[np.bool_]) -> int:
+    """Return the place, from ``head`` on, of the first row of a list that is not taken, or the list's length."""
+    while head < nearest.size:
+        free = ~taken[nearest[head : head + _WINDOW]]
+        step = int(free.argmax())
+        if free[step]:
+            return head + step
+        head += _WINDOW
+    return nearest.size
+
+
+def round_robin_nearest(
+    queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, order: ArrayLike | None = None
+) -> NDArray[np.int64]:
+    """Let queries take turns, each taking its nearest row that is not yet taken.
+
+    ``core.choose.round_robin`` on the inner products, without holding them. At worst (all queries alike)
+    memory is 4 bytes x M x k for the lists.
+
+    Args:
+        queries_MD: Queries, finite, M >= 1.
+        rows_ND: Rows, finite.
+        k: How many.
+        order: Query indices in the order of their turns; default 0..M-1.
+
+    Returns:
+        Positions int64 [min(k, N)], in the order taken.
+    """
+    queries = queries_MD if order is None else queries_MD[np.asarray(order)]
+    limit = min(k, len(rows_ND))
+    lists = nearest_lists(queries, rows_ND, _first_length(limit, len(queries)))
+    taken = np.zeros(len(rows_ND), dtype=np.bool_)
+    heads = [0] * len(queries)
+    chosen = np.empty(limit, dtype=np.int64)
+    for turn in range(limit):
+        j = turn % len(queries)
+        while (head := _free(lists[j], heads[j], taken)) == lists.shape[1]:
+            # Fewer than limit rows are taken, so a list of limit rows never runs out.
+            lists = nearest_lists(queries, rows_ND, min(limit, 4 * lists.shape[1]))
+        position = lists[j, head]
+        heads[j] = head + 1
+        taken[position] = True
+        chosen[turn] = position
+    return chosen
+
+
+def walk_by_rank(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Take the nearest row of every query, then the second nearest of every query, and so on; repeats are passed over.
+
+    Unlike round-robin, a query whose row of this rank is already taken takes nothing in this turn.
+
+    Args:
+        queries_MD: Queries, finite, M >= 1.
+        rows_ND: Rows, finite.
+        k: How many.
+
+    Returns:
+        Positions int64 [min(k, N)], in the order taken.
+    """
+    limit = min(k, len(rows_ND))
+    lists = nearest_lists(queries_MD, rows_ND, _first_length(limit, len(queries_MD)))
+    taken = np.zeros(len(rows_ND), dtype=np.bool_)
+    parts: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    count = rank = 0
+    while count < limit:
+        if rank == lists.shape[1]:
+            lists = nearest_lists(queries_MD, rows_ND, min(limit, 4 * rank))
+        column = lists[:, rank]
+        fresh = column[~taken[column]]
+        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])].astype(np.int64)
+        taken[fresh] = True
+        parts.append(fresh)
+        count += fresh.size
+        rank += 1
+    return np.concatenate(parts)[:limit]

@@ -1,0 +1,150 @@
+"""Rows by how far their loss has fallen since the first decision, in a window that slides over the run.
+
+A method of existing DataFlex without a paper. The first decision records the losses and draws uniformly. Later
+ones rank rows by the fall of their loss since then; a window over the ranks moves from those that fell most to
+those that fell less, along a sigmoid, and rows in it are preferred. Rows whose loss rose are never in the window;
+when none is left in it (small pools, or a model that got worse), the draw is uniform and the reason says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import gumbel_top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.rng import uniforms
+from dataflex.errors import DataError
+from dataflex.selectors.finite import finite_rows
+from dataflex.selectors.tacs import relative_gain
+
+__all__ = ["DeltaLoss", "window"]
+
+
+def window(num_rows: int, progress: float, size: float, steepness: float) -> tuple[int, int]:
+    """Return the first rank of the window and the one past its last; fractions are cut, not rounded.
+
+    Args:
+        num_rows: Ranked rows N.
+        progress: Share of the run's decisions behind us, 0 to 1.
+        size: Length of the window as a share of the rows.
+        steepness: Slope of the sigmoid.
+    """
+    place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
+    start = int(place * (1.0 - size) * num_rows)
+    return start, start + int(size * num_rows)
+
+
+class DeltaLoss(Selector):
+    """Draw rows, preferring a sliding window over the falls of their loss."""
+
+    name = "delta_loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
+    card = Card(
+        summary="Draws rows at random, first preferring those whose loss fell most, later slower ones.",
+        paper="baseline (no paper)",
+        cost="1 F over the pool per interval",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the delta-loss selector."""
+
+        updates: int = field(
+            metadata={"help": "decisions in the run; the window is at its end at the last of them", "minimum": 2}
+        )
+        window_size: float = field(
+            default=0.2, metadata={"help": "length of the window, as a share of the pool", "above": 0.0, "maximum": 1.0}
+        )
+        steepness: float = field(
+            default=10.0,
+            metadata={"help": "slope of the sigmoid that moves the window", "above": 0.0, "maximum": 100.0},
+        )
+        outside_weight: float = field(
+            default=0.025, metadata={"help": "weight of rows outside the window, against 1 inside", "above": 0.0}
+        )
+        relative: bool = field(default=False, metadata={"help": "divide the fall by the first loss"})
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._decisions = 0
+        self._first = np.zeros(0, dtype=np.float32)
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Draw up to ``budget`` rows without replacement (Gumbel top-k keyed by row id).
+
+        A row that joins the pool later counts from its first loss. Rows without a finite loss are never
+        drawn, so fewer than ``budget`` rows come back when there are not enough.
+
+        Returns:
+            Rows in order of drawing; scores [len(pool)] are the falls of the loss, NaN where not finite.
+
+        Raises:
+            DataError: No row of a non-empty pool has a finite loss, or the data set is not the one that the
+                first losses belong to.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0, dtype=np.float64), reason="empty pool")
+        losses = ctx.signals.losses(pool)
+        finite = finite_rows(self.name, losses, len(pool))
+        falls = np.full(len(pool), np.nan)
+        falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
+        eligible = np.flatnonzero(finite)
+        in_window, how = self._preferred(falls[eligible])
+        self._decisions += 1
+        log_w = np.where(in_window, 0.0, math.log(self.params.outside_weight))
+        u = uniforms(ctx.seed, "selector.delta_loss", ctx.interval.index, pool[eligible])
+        drawn = gumbel_top_k(log_w, min(budget, len(eligible)), u)
+        reason = f"{len(drawn)} of {len(pool)} rows, {how.format(int(in_window[drawn].sum()))}"
+        if len(eligible) < len(pool):
+            reason += f"; {len(pool) - len(eligible)} rows have no finite loss"
+        return Selection(rows=pool[eligible[drawn]], scores=falls, reason=reason)
+
+    def _falls(self, rows: Rows, losses: NDArray[np.float32], num_rows: int) -> NDArray[np.float64]:
+        if not len(self._first):
+            self._first = np.full(num_rows, np.nan, dtype=np.float32)
+        if len(self._first) != num_rows:
+            raise DataError(
+                f"delta_loss: the first losses are those of {len(self._first):,} rows, but the training set has "
+                f"{num_rows:,}. Resume with the data set that the run began with."
+            )
+        self._first[rows] = np.where(np.isnan(self._first[rows]), losses, self._first[rows])
+        first = self._first[rows].astype(np.float64)
+        return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
+
+    def _preferred(self, falls: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
+        """Return which rows are in the window, and what the reason says, with a place for their number."""
+        p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
+        if self._decisions == 0:
+            return inside, "drawn uniformly while first losses are recorded"
+        progress = min(1.0, (self._decisions - 1) / (p.updates - 1))
+        start, stop = window(len(falls), progress, p.window_size, p.steepness)
+        stop = min(stop, int(np.count_nonzero(falls >= 0)))
+        if start >= stop:
+            return inside, f"drawn uniformly: no row whose loss fell ranks {start} or later"
+        inside[np.argsort(-falls, kind="stable")[start:stop]] = True
+        return inside, f"{{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
+
+    def state_dict(self) -> State:
+        """Return the number of decisions and the first losses."""
+        return {"decisions": self._decisions, "first": self._first.copy()} if self._decisions else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of ours.
+        """
+        if state and set(state) != {"decisions", "first"}:
+            raise ValueError(f"delta_loss keeps decisions and first, but was given {sorted(state)}")
+        self._decisions = int(state["decisions"]) if state else 0
+        self._first = np.array(state["first"] if state else [], dtype=np.float32)

@@ -1,0 +1,132 @@
+"""TSDS: rows drawn so that the sample looks like the target, without near-duplicates counting twice.
+
+"TSDS: Data Selection for Task-Specific Model Finetuning", NeurIPS 2024, arXiv 2410.11303. Every target row
+spreads its mass 1 / M over its nearest rows, each counted as 1 / density, where the density is the number of
+near-duplicates around it by an Epanechnikov kernel of radius ``sigma``. All target rows widen their
+neighbourhoods together, until transport costs more than the diversity gained: larger ``alpha`` stops earlier.
+
+The defaults are the paper's and belong to its encoder: calibrate. ``c`` is on the scale of the distances: take
+about the median distance between a target row and its neighbours. With unit vectors (distances below 2) and
+c = 5 the walk stops only after some 50 to 100 neighbours. ``sigma`` is the radius within which rows count as
+duplicates: take, say, the 5th percentile of the distance from a row to its nearest one; 0 switches the density
+off ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact; densities compare
+all rows found by any target row with each other, so their cost is quadratic in the number of rows found.
+
+The paper draws with replacement. The default here draws without: Gumbel top-k on the log probabilities, which
+changes the rows' inclusion probabilities; when the budget exceeds the rows of probability above 0, the rest is
+filled up with the rows nearest to any target row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import gumbel_top_k, top_k
+from dataflex.core.neighbours import nearest_euclidean
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.rng import uniforms
+from dataflex.core.transport import epanechnikov, tsds_probabilities
+from dataflex.selectors.similarity import Embedded, embedded, selection
+from dataflex.signals.specs import EmbeddingSpec
+
+__all__ = ["Tsds"]
+
+
+class Tsds(Selector):
+    """Draw rows from the distribution nearest to the targets'."""
+
+    name = "tsds"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
+    card = Card(
+        summary="Draws rows distributed like the targets' by optimal transport; near-duplicates share one place.",
+        paper="TSDS: Data Selection for Task-Specific Model Finetuning, NeurIPS 2024, arXiv 2410.11303",
+        cost="1 F of the encoder over the pool and the targets, and exact search of neighbours",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of TSDS; the defaults are the paper's, but for ``replacement``."""
+
+        encoder: str | None = field(
+            default=None, metadata={"help": "folder or hub id of another model; null: the model under training"}
+        )
+        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
+        max_k: int = field(
+            default=5000,
+            metadata={"help": "neighbours of a target row at most, also a tenth of the pool", "minimum": 2},
+        )
+        kde_k: int = field(
+            default=1000, metadata={"help": "rows in a density at most, also a tenth of the pool", "minimum": 1}
+        )
+        sigma: float = field(
+            default=0.75, metadata={"help": "distance within which rows count as duplicates; 0: never", "minimum": 0.0}
+        )
+        alpha: float = field(
+            default=0.5,
+            metadata={"help": "closeness to the target (1) against diversity (0)", "minimum": 0.0, "maximum": 1.0},
+        )
+        c: float = field(default=5.0, metadata={"help": "scale of the distances", "above": 0.0})
+        replacement: bool = field(
+            default=False, metadata={"help": "draw with replacement, as the paper, so that rows may repeat"}
+        )
+
+    params: Params
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Draw ``budget`` rows, or all that have an embedding where that is fewer and nothing repeats.
+
+        Returns:
+            Rows in the order drawn; scores [len(pool)] are the probabilities (sum 1), NaN for rows without
+            an embedding, which are never drawn.
+
+        Raises:
+            DataError: The pool, or a target, has no row with an embedding.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        spec = EmbeddingSpec(layer=self.params.layer)
+        space = embedded(self.name, pool, ctx, spec, self.params.encoder)
+        probabilities, nearest = self._probabilities(space)
+        kept = self._draw(probabilities, nearest, pool[space.places], budget, ctx)
+        positive = int(np.count_nonzero(probabilities))
+        how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
+        if not self.params.replacement and len(kept) > positive:
+            how += f", and the {len(kept) - positive} nearest of the others"
+        return selection(pool, space, kept, probabilities, how)
+
+    def _probabilities(self, space: Embedded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the probability of each embedded row, and its distance to the nearest target row."""
+        p, num_rows = self.params, len(space.vectors)
+        # The paper's cap of a tenth leaves nothing to widen in a tiny pool: two neighbours are the least.
+        width = min(num_rows, max(2, min(p.max_k, num_rows // 10)))
+        neighbours, distances, nearest = nearest_euclidean(np.concatenate(space.queries), space.vectors, width)
+        found, inverse = np.unique(neighbours, return_inverse=True)
+        density = np.ones(len(found))
+        if p.sigma > 0:
+            density = epanechnikov(space.vectors[found], p.sigma, max(1, min(p.kde_k, num_rows // 10)))
+        densities = density[inverse.reshape(neighbours.shape)]
+        return tsds_probabilities(distances, neighbours, densities, num_rows, alpha=p.alpha, c=p.c), nearest
+
+    def _draw(
+        self, probabilities: NDArray[np.float64], nearest: NDArray[np.float64], rows: Rows, budget: int, ctx: Context
+    ) -> NDArray[np.int64]:
+        """Return positions in ``rows``, in order of drawing."""
+        stream = (ctx.seed, "selector.tsds", ctx.interval.index)
+        if self.params.replacement:
+            cumulative = np.cumsum(probabilities)
+            u = uniforms(*stream, np.arange(budget, dtype=np.int64))
+            positions = np.searchsorted(cumulative, u * cumulative[-1], side="right")
+            return np.minimum(positions, np.flatnonzero(probabilities)[-1]).astype(np.int64)
+        positive = probabilities > 0
+        with np.errstate(divide="ignore"):
+            log_p = np.log(probabilities)
+        drawn = gumbel_top_k(log_p, min(budget, int(positive.sum())), uniforms(*stream, rows))
+        rest = top_k(np.where(positive, -np.inf, -nearest), budget - len(drawn))
+        return np.concatenate([drawn, rest])
