@@ -18,6 +18,7 @@ from dataflex.errors import ConfigError, did_you_mean
 __all__ = ["example", "methods"]
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("selector", "delta_loss"): {"updates": 10},
     ("mixer", "static"): {"proportions": [0.7, 0.3]},
     ("mixer", "staged"): {
         "stages": [

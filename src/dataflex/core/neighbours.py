@@ -153,9 +153,9 @@ def walk_by_rank(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], 
             lists = nearest_lists(queries_MD, rows_ND, min(limit, 4 * rank))
         column = lists[:, rank]
         fresh = column[~taken[column]]
-        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])].astype(np.int64)
+        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])]
         taken[fresh] = True
-        parts.append(fresh)
+        parts.append(fresh.astype(np.int64))
         count += fresh.size
         rank += 1
     return np.concatenate(parts)[:limit]

@@ -31,7 +31,7 @@ def window(num_rows: int, progress: float, size: float, steepness: float) -> tup
 
     Args:
         num_rows: Ranked rows N.
-        progress: Share of the run's decisions behind us, 0 to 1.
+        progress: Share of the updates behind us, 0 at the first and 1 at the last.
         size: Length of the window as a share of the rows.
         steepness: Slope of the sigmoid.
     """
@@ -58,7 +58,7 @@ class DeltaLoss(Selector):
         """Parameters of the delta-loss selector."""
 
         updates: int = field(
-            metadata={"help": "decisions in the run; the window is at its end at the last of them", "minimum": 2}
+            metadata={"help": "decisions after the first; at the last of them the window is at its end", "minimum": 1}
         )
         window_size: float = field(
             default=0.2, metadata={"help": "length of the window, as a share of the pool", "above": 0.0, "maximum": 1.0}
@@ -126,7 +126,7 @@ class DeltaLoss(Selector):
         p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
         if self._decisions == 0:
             return inside, "drawn uniformly while first losses are recorded"
-        progress = min(1.0, (self._decisions - 1) / (p.updates - 1))
+        progress = min(1.0, (self._decisions - 1) / max(1, p.updates - 1))
         start, stop = window(len(falls), progress, p.window_size, p.steepness)
         stop = min(stop, int(np.count_nonzero(falls >= 0)))
         if start >= stop:
