@@ -34,6 +34,8 @@ __all__ = ["BatchShape", "Controller"]
 
 logger = logging.getLogger(__name__)
 
+_LOGGED_DOMAINS = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
@@ -287,7 +289,10 @@ class Controller:
             return {}
         served = self.plan.rows[self.plan.rows >= 0]
         shares = self.space.domains.counts(served) / max(len(served), 1)
-        mixture = {f"mix/{name}": share for name, share in zip(self.space.domains.names, shares.tolist(), strict=True)}
+        names = self.space.domains.names
+        mixture = {f"mix/{name}": share for name, share in zip(names, shares.tolist(), strict=True)}
+        if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
+            mixture = {}
         spent = self.seconds["signals"] + self.seconds["decide"]
         return {"interval": float(self.plan.interval.index), **mixture, "decide_seconds": spent}
 
