@@ -90,6 +90,32 @@ def plain_pass(model, pool: Rows, budget: int) -> None:
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
+def plain_forward(model, pool: Rows, budget: int) -> None:
+    with torch.no_grad():
+        for positions in bucketed(pool.lengths, budget):
+            batch = collate(pool.__getitems__(positions.tolist()))
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+
+def tell(options, pool: Rows, target: Rows, base, forward, taken, found) -> None:
+    """Print the table."""
+    tenth = max(1, len(pool.rows) // 10)
+    wanted = set(top_k(found["exact, fp32"], tenth).tolist())
+    write = sys.stdout.write
+    write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, LoRA rank 8, ")
+    write(f"{len(pool.rows)} rows of up to {CUTOFF} tokens, {len(target.rows)} target rows, {options.rounds} rounds\n")
+    for name in list(forward)[1:]:
+        ratio = statistics.median(forward[name]) / statistics.median(forward["plain"])
+        write(f"a pass for {name} costs {ratio:.2f} of a plain length-bucketed forward pass\n")
+    write(f"{'way':<24}{'cost / (F + B)':>15}{'overlap of the best tenth':>27}{'target source':>15}\n")
+    plain = statistics.median(base)
+    for way, seconds in taken.items():
+        chosen = top_k(found[way], tenth).tolist()
+        overlap = len(wanted & set(chosen)) / tenth
+        right = sum(pool.source[i] == "gsm8k" for i in chosen) / tenth
+        write(f"{way:<24}{statistics.median(seconds) / plain:>15.2f}{overlap:>27.1%}{right:>15.1%}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="120 rows, one round")
@@ -146,29 +172,29 @@ def main() -> int:
             service.embeddings(np.arange(len(target.rows)), EmbeddingSpec(), target="target").mean(axis=0)
         ),
     }
+    forward_only = {
+        "losses": lambda: service.losses(everything),
+        "embeddings": lambda: service.embeddings(everything, EmbeddingSpec()),
+    }
+    forward: dict[str, list[float]] = {"plain": [], **{name: [] for name in forward_only}}
     step, base, taken, found = 0, [], {way: [] for way in ways}, {}
     for _ in range(options.rounds):
         started = time.process_time()
         plain_pass(model, pool, budget)
         base.append(time.process_time() - started)
+        for name in forward:
+            step += 1
+            service.begin(step)
+            started = time.process_time()
+            forward_only.get(name, lambda: plain_forward(model, pool, budget))()
+            forward[name].append(time.process_time() - started)
         for way, ask in ways.items():
             step += 1
             service.begin(step)
             started = time.process_time()
             found[way] = np.nan_to_num(ask(), nan=-np.inf)
             taken[way].append(time.process_time() - started)
-    tenth = max(1, len(pool.rows) // 10)
-    wanted = set(top_k(found["exact, fp32"], tenth).tolist())
-    write = sys.stdout.write
-    write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, LoRA rank 8, ")
-    write(f"{len(pool.rows)} rows of up to {CUTOFF} tokens, {len(target.rows)} target rows, {options.rounds} rounds\n")
-    write(f"{'way':<24}{'cost / (F + B)':>15}{'overlap of the best tenth':>27}{'target source':>15}\n")
-    plain = statistics.median(base)
-    for way, seconds in taken.items():
-        chosen = top_k(found[way], tenth).tolist()
-        overlap = len(wanted & set(chosen)) / tenth
-        right = sum(pool.source[i] == "gsm8k" for i in chosen) / tenth
-        write(f"{way:<24}{statistics.median(seconds) / plain:>15.2f}{overlap:>27.1%}{right:>15.1%}\n")
+    tell(options, pool, target, base, forward, taken, found)
     return 0
 
 

@@ -82,7 +82,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Make the 8 target vectors and take the optimizer's moments."""
-        from dataflex.signals.gradients import PRESETS, TargetBuilder, moments_of, preconditioner
+        from dataflex.signals.gradients import PRESETS, Dots, Sketch, TargetBuilder, moments_of, preconditioner
 
         torch = self.torch
         moments = moments_of(self.optimizer, self.engine.parameters)
@@ -92,6 +92,7 @@ class Bench:
             part = self.targets[start : start + 8]
             builder.add(collate(torch, part), (torch.arange(len(part)) + start) % TARGETS)
         self.vectors = builder.finish()
+        self.dots, self.sketch = Dots(self.vectors), Sketch(size=8192)
 
     # -- passes: batch -> scores or None ------------------------------------------------------------
 
@@ -120,9 +121,7 @@ class Bench:
             return self.loss(batch)
 
     def _less(self, engine: Any, batch: Any) -> Any:
-        from dataflex.signals.gradients import Dots
-
-        return engine.run(batch, [Dots(self.vectors)], precondition=self.direction)["dots"]
+        return engine.run(batch, [self.dots], precondition=self.direction)["dots"]
 
     def less(self, batch: Any) -> Any:
         return self._less(self.engine, batch)
@@ -134,9 +133,7 @@ class Bench:
         return self._less(self.engine_half, batch)
 
     def sketched(self, batch: Any) -> Any:
-        from dataflex.signals.gradients import Sketch
-
-        return self.engine.run(batch, [Sketch(size=8192)], precondition=self.direction)["sketch"]
+        return self.engine.run(batch, [self.sketch], precondition=self.direction)["sketch"]
 
     def norms(self, batch: Any) -> Any:
         from dataflex.signals.gradients import Norms
@@ -145,7 +142,7 @@ class Bench:
 
     def loop(self, batch: Any) -> Any:
         """One row at a time, without padding: gradients by autograd, Adam, dot products."""
-        from dataflex.signals.gradients import oracle_row_gradients
+        from dataflex.signals.gradients import Segment, oracle_row_gradients
 
         scores = []
         for i, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
@@ -153,7 +150,7 @@ class Bench:
             gradients = oracle_row_gradients(self.loss, row, 0, self.engine.parameters)
             total, square = 0.0, 0.0
             for name, gradient in gradients.items():
-                way = self.direction(name, slice(0, gradient.numel()), gradient.view(1, -1))
+                way = self.direction((Segment(name, 0, gradient.numel()),), gradient.view(1, -1))
                 total = total + way @ self.vectors.flat(name).t()
                 square = square + way.square().sum()
             scores.append(total / square.sqrt())

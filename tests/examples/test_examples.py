@@ -31,8 +31,10 @@ DYNAMIC = [name for name in CONFIGS if name not in STOCK]
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
 REGISTERED = {(kind, name) for kind in KINDS for name in names(kind) if find(kind, name).__module__.startswith(OURS)}
 
-# What makes a run of the demo as short as the others; every other example is run with its own schedule.
+# What makes a run of the demo as short as the others, and finds a folder from any working directory; every other
+# example is run as it is.
 SHORT = {
+    "select_near.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
     "demo_dynamic.yaml": [
         "max_steps=3",
         "eval_on_start=false",
@@ -40,7 +42,7 @@ SHORT = {
         "dynamic.warmup_steps=1",
         "dynamic.interval_steps=2",
         "dynamic.selector.depth_steps=1",
-    ]
+    ],
 }
 
 

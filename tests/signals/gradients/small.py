@@ -131,7 +131,8 @@ class Collect(Consumer):
         return 0.0
 
     def add(self, block):
-        self.rows[block.name][:, block.part] = block.values
+        for (name, start, stop), values in block.parts():
+            self.rows[name][:, start:stop] = values
 
     def finish(self):
         return {"": torch.cat(list(self.rows.values()), dim=1)}

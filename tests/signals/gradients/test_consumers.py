@@ -11,7 +11,17 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.errors import DataError
-from dataflex.signals.gradients import Block, Dots, Factors, Gram, Norms, TargetBuilder, TargetVectors, WeightedSums
+from dataflex.signals.gradients import (
+    Block,
+    Dots,
+    Factors,
+    Gram,
+    Norms,
+    Segment,
+    TargetBuilder,
+    TargetVectors,
+    WeightedSums,
+)
 from dataflex.signals.gradients.consume import Consumer, inner_products, total
 from dataflex.signals.gradients.pieces import dense_part, ghost_dots, ghost_gram, ghost_norms, weighted_sum
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
@@ -207,7 +217,7 @@ def test_mean_of_cosines_is_not_the_cosine_with_the_mean():
     def scores(rows, normalise):
         dots = Dots(TargetVectors(tensors={"w": rows.mean(dim=0, keepdim=True)}), normalise=normalise)
         dots.begin(torch.ones(2, dtype=torch.bool))
-        dots.add(Block(name="w", part=slice(0, 2), values=train))
+        dots.add(Block(segments=(Segment("w", 0, 2),), values=train))
         return [round(x, 4) for x in dots.finish()[""].flatten().tolist()]
 
     assert scores(unit, "row") == [0.5, 0.7]
@@ -247,7 +257,7 @@ def test_a_batch_that_is_started_again_counts_once():
 def test_collect_sees_raw_and_preconditioned_gradients_of_one_pass():
     _, engine, batch, rows = prepared("lora")
     raw, signs = Collect(engine, name="raw", raw=True), Collect(engine, name="signs")
-    found = engine.run(batch, [raw, signs], precondition=lambda name, part, gradient: gradient.sign_())
+    found = engine.run(batch, [raw, signs], precondition=lambda segments, gradient: gradient.sign_())
     close(found["raw"], rows, rows.norm(dim=1).max())
     assert torch.equal(found["signs"], found["raw"].sign())
 

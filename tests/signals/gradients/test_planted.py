@@ -9,6 +9,7 @@ from dataflex.signals.gradients import (
     Block,
     Dots,
     Norms,
+    Segment,
     Sketch,
     TargetBuilder,
     TargetVectors,
@@ -81,7 +82,7 @@ def test_planted_pool_is_recovered():
             sketch.begin(torch.ones(1, dtype=torch.bool))
             for key in targets.tensors:
                 values = targets.flat(key)
-                sketch.add(Block(name=key, part=slice(0, values.shape[1]), values=values))
+                sketch.add(Block(segments=(Segment(key, 0, values.shape[1]),), values=values))
             rows = torch.cat([one["sketch"] / one["sketch.norms"][:, None] for one in found])
             assert recovered(rows @ sketch.finish()[""][0], planted) >= 0.95, (name, preset, "sketched")
 

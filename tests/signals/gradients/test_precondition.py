@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from torch import nn
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.gradients import PRESETS, Moments, Precondition, adam_direction, moments_of, preconditioner
+from dataflex.signals.gradients import (
+    PRESETS,
+    Moments,
+    Precondition,
+    Segment,
+    adam_direction,
+    moments_of,
+    preconditioner,
+)
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
 
@@ -134,9 +142,9 @@ def test_presets():
     assert (paper.betas, paper.eps, paper.eps_mode, paper.bias_correction) == ((0.9, 0.999), 1e-8, "inside", False)
     state = Moments(first=torch.full((1,), 1e-3), second=torch.full((1,), 1e-6), step=7, betas=(0.5, 0.5), eps=1.0)
     direction = preconditioner(paper, {"w": state})
-    assert float(direction("w", slice(0, 1), torch.full((1, 1), 1e-2))) == pytest.approx(1.804213, rel=1e-5)
+    assert float(direction((Segment("w", 0, 1),), torch.full((1, 1), 1e-2))) == pytest.approx(1.804213, rel=1e-5)
     signs = preconditioner(PRESETS["sign"])
-    assert signs("w", slice(0, 3), torch.tensor([[0.5, -2.0, 0.0]])).tolist() == [[1.0, -1.0, 0.0]]
+    assert signs((Segment("w", 0, 3),), torch.tensor([[0.5, -2.0, 0.0]])).tolist() == [[1.0, -1.0, 0.0]]
     assert preconditioner(PRESETS["none"]) is None
     assert Precondition.preset("true_adam") == Precondition(kind="adam")
     with pytest.raises(ConfigError, match="did you mean 'true_adam'"):
@@ -214,7 +222,7 @@ def test_before_the_first_step_the_direction_is_the_sign():
     layer = nn.Linear(3, 2)
     moments = moments_of(torch.optim.AdamW(layer.parameters()), dict(layer.named_parameters()))
     direction = preconditioner(PRESETS["true_adam"], moments)
-    assert direction("weight", slice(0, 2), torch.tensor([[0.3, -0.7]])).tolist() == [
+    assert direction((Segment("weight", 0, 2),), torch.tensor([[0.3, -0.7]])).tolist() == [
         pytest.approx([1.0, -1.0], abs=1e-5)
     ]
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.errors import ConfigError
-from dataflex.signals.gradients import Block, Sketch
+from dataflex.signals.gradients import Block, Segment, Sketch
 from dataflex.signals.gradients.sketch import buckets_and_signs
 from tests.signals.gradients.small import Collect, build, engine_of, ragged
 
@@ -21,7 +21,7 @@ def sketched(values, *, size=64, nonzeros=2, seed=0, cuts=(), name="w"):
     sketch.begin(torch.ones(len(values), dtype=torch.bool))
     edges = [0, *sorted(cuts), values.shape[1]]
     for start, stop in itertools.pairwise(edges):
-        sketch.add(Block(name=name, part=slice(start, stop), values=values[:, start:stop]))
+        sketch.add(Block(segments=(Segment(name, start, stop),), values=values[:, start:stop]))
     return sketch.finish()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataflex.signals.gradients.consume import Block, Consumer, Dots, Gram, Norms, WeightedSums
+from dataflex.signals.gradients.blocks import Block, Segment
+from dataflex.signals.gradients.consume import Consumer, Dots, Gram, Norms, WeightedSums
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.moments import Moments, moments_of
+from dataflex.signals.gradients.narrow import supervised_losses
 from dataflex.signals.gradients.oracle import oracle_row_gradients
 from dataflex.signals.gradients.pieces import Factors
 from dataflex.signals.gradients.precondition import PRESETS, Precondition, adam_direction, preconditioner
@@ -25,6 +27,7 @@ __all__ = [
     "Moments",
     "Norms",
     "Precondition",
+    "Segment",
     "Sketch",
     "TargetBuilder",
     "TargetVectors",
@@ -36,4 +39,5 @@ __all__ = [
     "moments_of",
     "oracle_row_gradients",
     "preconditioner",
+    "supervised_losses",
 ]

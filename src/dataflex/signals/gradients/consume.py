@@ -8,11 +8,11 @@ cheaper one for all consumers together. Sums over parameters are taken at the en
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from dataflex.signals.gradients.blocks import Block, Columns
 from dataflex.signals.gradients.pieces import (
     Factors,
     FactorShape,
@@ -23,7 +23,7 @@ from dataflex.signals.gradients.pieces import (
 )
 from dataflex.signals.gradients.vectors import TargetVectors
 
-__all__ = ["Block", "Consumer", "Dots", "Gram", "Norms", "WeightedSums"]
+__all__ = ["Consumer", "Dots", "Gram", "Norms", "WeightedSums"]
 
 # A number moved through memory costs about as much as this many multiply-adds of a matrix product.
 _MEMORY = 8.0
@@ -40,21 +40,6 @@ def inner_products(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
 def total(parts: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum of equal-shaped fp32 tensors in float64."""
     return torch.stack(parts).sum(dim=0, dtype=torch.float64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Gradients of all samples for a stretch of one parameter.
-
-    Attributes:
-        name: The parameter.
-        part: Range of its flat index.
-        values: fp32 [b, part]; read only.
-    """
-
-    name: str
-    part: slice
-    values: torch.Tensor
 
 
 class Consumer:
@@ -142,6 +127,7 @@ class Dots(Consumer):
     ) -> None:
         self.targets, self.normalise, self.name, self.raw = targets, normalise, name, raw
         self._norms = Norms()
+        self._columns = Columns(targets.flat)
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._norms.begin(finite)
@@ -155,7 +141,7 @@ class Dots(Consumer):
         return self._norms.ghost_cost(shape) + len(self.targets) * each
 
     def add(self, block: Block) -> None:  # noqa: D102
-        vectors = self.targets.flat(block.name)[:, block.part].to(block.values.device)
+        vectors = self._columns.of(block.segments, block.values.device)
         self._products += inner_products(block.values, vectors)
         self._norms.add(block)
 
@@ -228,10 +214,10 @@ class WeightedSums(Consumer):
         return shape.tokens * shape.n * (1 if shape.one_hot else shape.m)
 
     def add(self, block: Block) -> None:  # noqa: D102
-        part = self._weights @ block.values
-        if block.name not in self._batch:
-            self._batch[block.name] = part.new_zeros(self.vectors.flat(block.name).shape)
-        self._batch[block.name][:, block.part] += part
+        for (name, start, stop), values in block.parts():
+            if name not in self._batch:
+                self._batch[name] = values.new_zeros(self.vectors.flat(name).shape)
+            self._batch[name][:, start:stop] += self._weights @ values
 
     def add_factors(self, name: str, factors: list[Factors], shape: torch.Size) -> None:  # noqa: D102
         sums = [weighted_sum(factors, weights, shape).flatten() for weights in self._weights]

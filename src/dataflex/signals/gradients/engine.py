@@ -19,6 +19,7 @@ from dataflex.signals.gradients.assemble import Assembler
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
 from dataflex.signals.gradients.consume import Consumer
 from dataflex.signals.gradients.jvp import row_derivatives
+from dataflex.signals.gradients.narrow import supervised_losses
 from dataflex.signals.gradients.oracle import batch_rows, batch_tokens
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.gradients.units import Units, choose_parameters
@@ -38,6 +39,7 @@ class GradientEngine:
     Args:
         model: The inner module (not the DDP or DeepSpeed engine around it).
         loss: Batch on the device to row losses [b]: each row's own token mean, NaN for rows without labels.
+            None: ``supervised_losses``.
         autocast: The Trainer's mixed-precision context.
         parameters: What is differentiated, by name; all trainable parameters if None (see ``choose_parameters``).
         dtype: Layer products are computed in this dtype; None: as the backward pass gives them.
@@ -49,7 +51,7 @@ class GradientEngine:
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Batch], torch.Tensor],
+        loss: Callable[[Batch], torch.Tensor] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         parameters: Mapping[str, nn.Parameter] | None = None,
         dtype: torch.dtype | None = None,
@@ -58,7 +60,8 @@ class GradientEngine:
     ) -> None:
         self.model = model
         self.parameters = dict(choose_parameters(model) if parameters is None else parameters)
-        self._loss, self._autocast, self._dtype, self._release = loss, autocast, dtype, release
+        self._loss = supervised_losses(model, self.parameters.values()) if loss is None else loss
+        self._autocast, self._dtype, self._release = autocast, dtype, release
         self._units = Units(model, self.parameters)
         self._block_numbers = block_numbers
         self._depth = 0
@@ -128,11 +131,12 @@ class GradientEngine:
     def _attempt(
         self, batch: Batch, consumers: Sequence[Consumer], precondition: Preconditioner | None
     ) -> dict[str, torch.Tensor]:
+        assembler = Assembler(self.shapes, consumers, precondition, self._block_numbers)
         capture = Capture(
             units=self._units,
             rows=batch_rows(batch),
             tokens=batch_tokens(batch),
-            take=Assembler(self.shapes, consumers, precondition, self._block_numbers).take,
+            take=assembler.take,
             autocast=self._autocast,
             dtype=self._dtype,
         )
@@ -150,6 +154,7 @@ class GradientEngine:
             for consumer in consumers:
                 consumer.begin(finite)
             capture.backward(total)
+        assembler.flush()
         self._units.require_all()
         results = {"losses": row_losses.detach().float()}
         for consumer in consumers:

@@ -93,7 +93,7 @@ def _materialise(piece: Factors, start: int, stop: int) -> torch.Tensor:
     left = piece.left[..., start:stop]
     # The narrow side goes first: matrix libraries are about twice as fast then for LoRA's shapes.
     if left.shape[2] > n:
-        return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).contiguous().float()
+        return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).float()
     return torch.bmm(left.transpose(1, 2), right).float()
 
 

@@ -15,12 +15,13 @@ from typing import Literal
 import torch
 
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.signals.gradients.blocks import Block, Columns, Segment
 from dataflex.signals.gradients.moments import Moments
 
 __all__ = ["PRESETS", "Precondition", "Preconditioner", "adam_direction", "preconditioner"]
 
-Preconditioner = Callable[[str, slice, torch.Tensor], torch.Tensor]
-"""(parameter's name, range of its flat index, fp32 gradients [b, range]) -> directions; may change them in place."""
+Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
+"""(what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +120,28 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
     if spec.kind == "none":
         return None
     if spec.kind == "sign":
-        return lambda _name, _part, gradient: gradient.sign_()
+        return lambda _segments, gradient: gradient.sign_()
     assert moments is not None
-    flat = {name: (state.first.flatten(), state.second.flatten()) for name, state in moments.items()}
+    first, second = (
+        Columns(lambda name: moments[name].first.flatten()),
+        Columns(lambda name: moments[name].second.flatten()),
+    )
 
-    def direction(name: str, part: slice, gradient: torch.Tensor) -> torch.Tensor:
-        state, (first, second) = moments[name], flat[name]
+    def settings(state: Moments) -> tuple[int, tuple[float, float], float]:
+        return state.step, spec.betas or state.betas, state.eps if spec.eps is None else spec.eps
+
+    def direction(segments: tuple[Segment, ...], gradient: torch.Tensor) -> torch.Tensor:
+        step, betas, eps = settings(moments[segments[0].name])
+        if len(segments) > 1 and any(settings(moments[one.name]) != (step, betas, eps) for one in segments):
+            parts = Block(segments=segments, values=gradient).parts()
+            return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
         return adam_direction(
             gradient,
-            first[part].to(gradient.device),
-            second[part].to(gradient.device),
-            step=state.step,
-            betas=spec.betas or state.betas,
-            eps=state.eps if spec.eps is None else spec.eps,
+            first.of(segments, gradient.device),
+            second.of(segments, gradient.device),
+            step=step,
+            betas=betas,
+            eps=eps,
             eps_mode=spec.eps_mode,
             bias_correction=spec.bias_correction,
             include_momentum=spec.include_momentum,

@@ -14,7 +14,8 @@ import hashlib
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.gradients.consume import Block, Consumer, Norms
+from dataflex.signals.gradients.blocks import Block, Segment
+from dataflex.signals.gradients.consume import Consumer, Norms
 from dataflex.signals.gradients.pieces import FactorShape
 
 __all__ = ["Sketch", "buckets_and_signs"]
@@ -82,7 +83,7 @@ class Sketch(Consumer):
             raise ConfigError(f"gradients: sketch size {size} is not a positive multiple of its {nonzeros} nonzeros")
         self.size, self.nonzeros, self.seed, self.name, self.raw = size, nonzeros, seed, name, raw
         self._norms = Norms()
-        self._maps: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._maps: dict[tuple[Segment, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = _REMEMBERED
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
@@ -94,19 +95,20 @@ class Sketch(Consumer):
 
     def add(self, block: Block) -> None:  # noqa: D102
         columns = block.values.t().contiguous()
-        buckets, signs = self._map(block.name, block.part, columns.device)
+        buckets, signs = self._map(block.segments, columns.device)
         for where, sign in zip(buckets, signs, strict=True):
             self._sums.index_add_(0, where, columns * sign.unsqueeze(1))
         self._norms.add(block)
 
-    def _map(self, name: str, part: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (name, part.start, part.stop, device)
-        if key in self._maps:
-            return self._maps[key]
-        found = buckets_and_signs(self.seed, name, part, size=self.size, nonzeros=self.nonzeros, device=device)
+    def _map(self, segments: tuple[Segment, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if segments in self._maps:
+            return self._maps[segments]
+        options = {"size": self.size, "nonzeros": self.nonzeros, "device": device}
+        parts = [buckets_and_signs(self.seed, name, slice(start, stop), **options) for name, start, stop in segments]
+        found = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
         self._room -= found[0].numel()
         if self._room >= 0:
-            self._maps[key] = found
+            self._maps[segments] = found
         return found
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
