@@ -1,0 +1,67 @@
+"""Row losses whose output head sees supervised positions only: the same values and gradients for less.
+
+A training step computes logits for every position, prompt and padding included. Where the head's own
+parameters are not differentiated (LoRA, frozen embeddings), its input can be narrowed to the positions
+that have a label; with a large vocabulary the logits are most of a pass's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dataflex.signals.anatomy import anatomy
+from dataflex.signals.losses import model_inputs, row_losses
+
+__all__ = ["supervised_losses"]
+
+_IGNORE = -100
+_CHUNK_TOKENS = 4096
+
+Loss = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
+    """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        parameters: What is differentiated; if the head has a part in it, the head sees every position.
+
+    Raises:
+        UnsupportedError: No transformers model inside.
+    """
+    head = anatomy(model).head
+    differentiated = {id(parameter) for parameter in parameters}
+    if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
+        return lambda batch: row_losses(model, batch)
+    return lambda batch: _narrowed(model, head, batch)
+
+
+def _narrowed(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    targets = F.pad(batch["labels"], (0, 1), value=_IGNORE)[..., 1:]
+    row, position = targets.ne(_IGNORE).nonzero(as_tuple=True)
+    narrowed: list[bool] = []
+
+    def narrow(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        whole = bool(inputs) and inputs[0].shape[:2] == targets.shape
+        narrowed.append(whole)
+        return (inputs[0][row, position].unsqueeze(0), *inputs[1:]) if whole else None
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        outputs = model(**model_inputs(batch), use_cache=False)
+    finally:
+        handle.remove()
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
+    picked = logits[0] if narrowed == [True] else logits[row, position]
+    losses = [
+        F.cross_entropy(part.float(), wanted, reduction="none")
+        for part, wanted in zip(picked.split(_CHUNK_TOKENS), targets[row, position].split(_CHUNK_TOKENS), strict=True)
+    ]
+    sums = torch.zeros(len(targets), dtype=torch.float32, device=targets.device)
+    return sums.index_add(0, row, torch.cat(losses)) / torch.bincount(row, minlength=len(targets))
