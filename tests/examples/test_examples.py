@@ -41,7 +41,6 @@ SHORT = {
         "eval_dataset=gsm8k_valid",
         "dynamic.warmup_steps=1",
         "dynamic.interval_steps=2",
-        "dynamic.selector.depth_steps=1",
     ],
 }
 

@@ -40,6 +40,10 @@ class Server:
                     outer.requests.append((self.path, dict(self.headers), body, time.monotonic()))
                 try:
                     status, headers, content = outer.script(number, body)
+                finally:  # before the answer goes out: the client may send its next request at once
+                    with lock:
+                        outer.busy -= 1
+                try:
                     self.send_response(status)
                     for name, value in headers.items():
                         self.send_header(name, value)
@@ -49,9 +53,6 @@ class Server:
                     self.wfile.write(content)
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client's time was up
-                finally:
-                    with lock:
-                        outer.busy -= 1
 
             def log_message(self, *args):
                 pass

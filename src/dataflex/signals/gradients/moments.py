@@ -66,7 +66,8 @@ class Moments:
 def moments_of(optimizer: Any, parameters: Mapping[str, Any], backend: Backend = "plain") -> dict[str, Moments]:
     """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
 
-    Before the optimizer's first step the moments are zero, as Adam itself has them.
+    Before the optimizer's first step the moments are zero, as Adam itself has them. Where they are whole
+    and fp32, they are the optimizer's own tensors and no copies: use them before its next step.
 
     Args:
         optimizer: The Trainer's optimizer; wrappers of accelerate and DeepSpeed are looked through.
