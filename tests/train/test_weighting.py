@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
-from dataflex.train.weighting import WeightStats, sample_means, token_losses, view, weighted_loss
+from dataflex.train.weighting import (
+    WeightStats,
+    document_sequences,
+    row_sequences,
+    sample_means,
+    token_losses,
+    view,
+    weighted_loss,
+)
 
 
 def batch(seed, rows=3, width=6, vocabulary=7, empty=()):
@@ -72,6 +80,7 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
         got = weighted_loss(
             losses,
             torch.ones(len(labels), 1),
+            sequences=row_sequences(np.arange(len(labels))),
             normaliser=normaliser,
             num_items=num_items,
             num_micro_batches=2,
@@ -97,6 +106,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
         total = total + weighted_loss(
             token_losses(logits, labels),
             w[:, None],
+            sequences=row_sequences(np.arange(len(labels))),
             normaliser=normaliser,
             num_items=num_items,
             num_micro_batches=len(batches),
@@ -114,6 +124,7 @@ def test_token_normaliser_without_known_weights_is_a_mean_inside_the_micro_batch
     got = weighted_loss(
         losses,
         w[:, None],
+        sequences=row_sequences(np.arange(len(labels))),
         normaliser="token",
         num_items=items(labels),
         num_micro_batches=1,
@@ -131,6 +142,7 @@ def test_one_hot_weights_leave_one_row_in_the_gradient():
     loss = weighted_loss(
         token_losses(logits, labels),
         w[:, None],
+        sequences=row_sequences(np.arange(len(labels))),
         normaliser="token",
         num_items=items(labels),
         num_micro_batches=1,
@@ -152,7 +164,9 @@ def test_rows_without_labels_have_zero_loss():
     means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
     assert means[0] == 0
     assert tokens[0] == 0
-    seen = view(losses, np.array([5, 6, 7]), step=3, total_steps=9)
+    seen = view(
+        losses, row_sequences(np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
+    )
     assert seen.loss_M.tolist() == means.tolist()
     assert (seen.local, seen.step, seen.total_steps) == (slice(0, 3), 3, 9)
     assert not seen.loss_BT.requires_grad
@@ -168,3 +182,28 @@ def test_weight_statistics_and_their_checks():
         with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
             stats.add(torch.tensor(bad)[:, None])
         stats = WeightStats("mine")
+
+
+def test_packed_documents_are_the_sequences():
+    logits, labels = batch(3, rows=2, width=8)
+    labels[0] = torch.tensor([-100, 1, 2, -100, 3, 4, -100, -100])
+    labels[1] = torch.tensor([-100, -100, 5, 6, -100, -100, -100, 1])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0, 0, 0, 0, 1, 1, 2, 2]])
+    losses = token_losses(logits, labels)
+    sequences = document_sequences(documents, losses.mask_BT, np.array([40, 41]))
+    assert sequences.rows_B.tolist() == [40, 40, 41, 41]  # document 1 of the second row has no label
+    means, tokens = sample_means(losses.loss_BT, losses.mask_BT, sequences)
+    log_probs = F.log_softmax(logits, dim=-1)
+
+    def mean(row, places):
+        return sum(-log_probs[row, t - 1, labels[row, t]] for t in places) / len(places)
+
+    expected = torch.stack([mean(0, (1, 2)), mean(0, (4, 5)), mean(1, (2, 3)), mean(1, (7,))])
+    torch.testing.assert_close(means, expected)
+    assert tokens.tolist() == [2, 2, 2, 1]
+    weights = torch.tensor([[1.0], [0.0], [2.0], [0.5]])
+    options = {"num_items": 7, "num_micro_batches": 1, "step_scale": None, "replicas": 1, "sequences": sequences}
+    by_sequence = weighted_loss(losses, weights, normaliser="sample", **options)
+    torch.testing.assert_close(by_sequence, (weights[:, 0] * expected).sum())
+    by_token = weighted_loss(losses, weights, normaliser="count", **options)
+    torch.testing.assert_close(by_token, (weights[:, 0] * expected * tokens).sum() / 7)

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dataflex.bridge.datasets import DataLoading, scoring_collator
+from dataflex.config.data import packed
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
@@ -68,8 +69,10 @@ def least_gain(delta: float) -> Iterator[None]:
 
 
 @contextmanager
-def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any]) -> Iterator[Setup]:
-    """Make LLaMA-Factory's workflow of ``stage`` build our trainer while inside.
+def swapped(
+    stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[Any] = TrainerMixin
+) -> Iterator[Setup]:
+    """Make LLaMA-Factory's workflow of ``stage`` build our trainer while inside: ``mixin`` before its own.
 
     Raises:
         UnsupportedError: The stage has no trainer that data can be decided for.
@@ -85,6 +88,7 @@ def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any]) -> Iterator[S
         versions=versions(),
         stage=stage,
         shuffle=not lf.get("disable_shuffling", False),
+        packed=packed({**lf, "stage": stage}),
         scoring_collator=scoring_collator(stage),
     )
 
@@ -94,7 +98,7 @@ def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any]) -> Iterator[S
         return module
 
     base = getattr(home, name)
-    ours = type(f"Dynamic{name}", (TrainerMixin, base), {"dataflex_setup": setup})
+    ours = type(f"Dynamic{name}", (mixin, base), {"dataflex_setup": setup})
     with _replaced([(workflow, "get_dataset", load), (home, name, ours)]):
         yield setup
 

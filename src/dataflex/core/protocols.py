@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+    from dataflex.core.domain_stats import DomainStats
     from dataflex.core.domains import Domains
     from dataflex.core.schedule import Interval
-    from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+    from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
 
 __all__ = [
     "STAGES",
     "BatchView",
     "Card",
     "Context",
+    "DomainNormaliser",
     "Method",
     "Mix",
     "Mixer",
@@ -48,6 +50,8 @@ State = dict[str, Any]
 """JSON values and numpy arrays only; saved without pickle."""
 
 Normaliser = Literal["token", "count", "sample"]
+
+DomainNormaliser = Literal["token", "domain"]
 
 STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
 
@@ -83,7 +87,8 @@ class Needs:
     """What a method asks of its surroundings, checked before a model loads.
 
     Attributes:
-        signals: Subset of {"losses", "embeddings", "gradients", "generate"}.
+        signals: Subset of {"losses", "embeddings", "gradients", "generate", "texts"}; "texts" stands for
+            tokens and texts as the rows were tokenised, which ask no model.
         targets: Whether ``targets: [data set, ...]`` must be given.
         domains: Least number of domains.
         stages: LLaMA-Factory stages that it works under.
@@ -100,13 +105,34 @@ class Needs:
 class Signals(Protocol):
     """What the model makes of the data. Every call is collective: all ranks, same arguments."""
 
-    def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+    def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
+        """Tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
+        ...
+
+    def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
+        """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
+        ...
+
+    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> NDArray[np.float32]:
         """Token-mean loss of each row [len(rows)]; NaN for rows without supervised tokens.
 
         Args:
             rows: Row ids of the training set, or of the named target.
             target: Name of a target data set; None means the training set.
+            model: Folder or hub id of another causal model; None means the model under training.
         """
+        ...
+
+    def answer_losses(
+        self,
+        rows: Rows,
+        *,
+        conditioned: bool,
+        scorer: str | None = None,
+        prefix_tokens: int = 0,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Token-mean loss of each row's answers, the same tokens with or without what comes before them."""
         ...
 
     def adapted_losses(
@@ -131,6 +157,22 @@ class Signals(Protocol):
 
     def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
         """Norm of each row's gradient [len(rows)]; NaN for rows without supervised tokens."""
+        ...
+
+    def gradient_sketches(
+        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
+    ) -> NDArray[np.float32]:
+        """Sketches of rows' gradients, of length one [len(rows), dim]; target rows share the projection."""
+        ...
+
+    def gradient_products(
+        self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n]."""
+        ...
+
+    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
+        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
         ...
 
     def num_rows(self, target: str | None = None) -> int:
@@ -208,6 +250,11 @@ class Method:
         """Names of the raw data columns that must ride along with the rows."""
         return ()
 
+    @property
+    def reference(self) -> str | None:
+        """Folder or hub id of the reference model whose token losses are needed in training, or None."""
+        return None
+
     def state_dict(self) -> State:
         """Everything that a resumed run needs; empty for stateless methods."""
         return {}
@@ -231,9 +278,41 @@ class Selector(Method):
 
 
 class Mixer(Method):
-    """Sets the proportions in which domains are served during an interval."""
+    """Sets the proportions in which domains are served during an interval, or how much each counts in the loss.
+
+    An online mixer sets ``observes`` and learns from ``observe``, which is called after the backward passes
+    of every optimizer step, with the same numbers on every rank. It must not look at anything else.
+    """
 
     kind = "mixer"
+    observes: ClassVar[bool] = False
+    """Whether ``observe`` is to be called."""
+    weighs_loss: ClassVar[bool] = False
+    """Whether ``loss_weights`` gives weights."""
+
+    @property
+    def pure_micro_batches(self) -> bool:
+        """Whether every micro-batch must hold one domain only (bandits that pull one arm at a time)."""
+        return False
+
+    @property
+    def loss_normaliser(self) -> DomainNormaliser:
+        """What ``loss_weights`` are weights of.
+
+        - ``token``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
+        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
+        """
+        return "token"
+
+    def loss_weights(self) -> NDArray[np.float64] | None:
+        """Return the weights of the domains in the loss of the next optimizer step [K] (under ``weighs_loss``).
+
+        Asked after the step's ``mix``, so that the domains are known.
+        """
+        return None
+
+    def observe(self, stats: DomainStats) -> None:
+        """Learn from one optimizer step; deterministic, on the CPU in float64."""
 
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
@@ -244,20 +323,32 @@ class Mixer(Method):
 class BatchView:
     """One micro-batch as a weighter sees it. Tensors are detached, fp32 or int64, on the model's device.
 
+    A sequence is a row, or, where rows are packed, a document of a row; ``_B`` counts this rank's
+    sequences, ``R`` its rows (R = B without packing).
+
     Attributes:
-        rows_B: Row ids of this rank's sequences (numpy).
+        rows_B: Row id of each sequence (numpy).
+        domains_B: Domain index of each sequence (numpy).
         loss_B: Token-mean loss per sequence; 0 where ``tokens_B`` is 0.
         tokens_B: Supervised tokens per sequence.
-        loss_BT: Loss per token position, 0 where ``mask_BT`` is False.
-        mask_BT: Supervised positions.
+        loss_BT: Loss per token position [R, T], 0 where ``mask_BT`` is False.
+        mask_BT: Supervised positions [R, T].
         loss_M: ``loss_B`` of all ranks, in rank order.
         tokens_M: ``tokens_B`` of all ranks.
         local: Slice of this rank inside ``_M`` arrays.
         step: Optimizer step, counted from 0.
         total_steps: Optimizer steps of the whole run.
+        sequence_BT: Index into ``_B`` of the sequence of each position [R, T]; None without packing.
+        reference_BT: Token losses of the reference model [R, T], 0 where ``mask_BT`` is False; None unless
+            ``Weighter.reference`` names one.
+        entropy_BT: Entropy of each prediction, nats [R, T], 0 where ``mask_BT`` is False; None unless
+            ``Weighter.entropy``.
+        embeddings_BH: Embedding of each sequence from the training forward [B, H], fp32; None unless
+            ``Weighter.embedding``.
     """
 
     rows_B: Rows
+    domains_B: NDArray[np.int64]
     loss_B: torch.Tensor
     tokens_B: torch.Tensor
     loss_BT: torch.Tensor
@@ -267,6 +358,10 @@ class BatchView:
     local: slice
     step: int
     total_steps: int
+    sequence_BT: torch.Tensor | None = None
+    reference_BT: torch.Tensor | None = None
+    entropy_BT: torch.Tensor | None = None
+    embeddings_BH: torch.Tensor | None = None
 
 
 class Weighter(Method):
@@ -296,10 +391,32 @@ class Weighter(Method):
         """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
         return True
 
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """How sequences are embedded from the training forward for ``BatchView.embeddings_BH``, or None."""
+        return None
+
+    @property
+    def entropy(self) -> bool:
+        """Whether ``BatchView.entropy_BT`` is needed."""
+        return False
+
+    def due(self, step: int) -> bool:
+        """Whether ``prepare`` is to be called before optimizer step ``step`` (counted from 0)."""
+        return False
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Ask the signals what is needed for the coming step (collective; ``due`` says when).
+
+        Args:
+            ctx: As for a decision; ``ctx.interval`` is the one step, ``ctx.targets`` the weighter's targets.
+            rows: Row ids of the whole optimizer step, over all ranks and micro-batches, in the plan's order.
+        """
+
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Weights [len(rows)] known before the forward pass, or None when they depend on the batch."""
         return None
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return weights [B] or [B, T], fp32, detached, finite and >= 0."""
+        """Return weights [B] (by sequence) or [R, T] (by position), fp32, detached, finite and >= 0."""
         raise NotImplementedError

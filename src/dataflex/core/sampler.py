@@ -47,6 +47,7 @@ class MixtureSampler:
         max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
         at_cap: What happens at a cap.
         names: Names of the domains where ``domains_rows`` is a list.
+        unit: Sequences that are of one domain together (a domain-pure micro-batch); divides ``block``.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class MixtureSampler:
         at_cap: AtCap = "error",
         *,
         names: Sequence[str] | None = None,
+        unit: int = 1,
     ) -> None:
         assert block >= 1, f"block {block}"
+        assert block % unit == 0, f"block {block}, unit {unit}"
         assert at_cap in get_args(AtCap), f"at_cap {at_cap!r}"
         if isinstance(domains_rows, Domains):
             names = domains_rows.names
@@ -69,6 +72,8 @@ class MixtureSampler:
         self.sizes: NDArray[np.int64] = np.array([len(rows) for rows in domains_rows], dtype=np.int64)
         self.seed = int(seed)
         self.block = int(block)
+        self.unit = int(unit)
+        self._units = self.block // self.unit
         self.at_cap: AtCap = at_cap
         self._max_epochs = None if max_epochs is None else np.asarray(max_epochs, dtype=np.float64)
         self._limits = cap_limits(self.sizes, max_epochs)
@@ -132,7 +137,7 @@ class MixtureSampler:
             last = self._segments[-1]
             served = (self._position - last.start) % self.block
             if served:
-                _, rests = block_counts(last.proportions, self.block, self._residual, 1)
+                _, rests = block_counts(last.proportions, self._units, self._residual, 1)
                 self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
         # A domain that is left out has no claims; the others' still have to sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
@@ -211,7 +216,11 @@ class MixtureSampler:
         to_cap = (((self._limits - self._drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // num_domains, int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
-        labels, rests = block_labels(shares, block, self._residual, self.seed, len(self._segments) - 1, first, num)
+        labels, rests = block_labels(
+            shares, self._units, self._residual, self.seed, len(self._segments) - 1, first, num
+        )
+        if self.unit > 1:
+            labels = np.repeat(labels, self.unit)
         return labels[offset : offset + count], rests
 
     def state_dict(self) -> State:
@@ -221,6 +230,7 @@ class MixtureSampler:
             "sizes": self.sizes.copy(),
             "seed": self.seed,
             "block": self.block,
+            "unit": self.unit,
             "position": self._position,
             "drawn": self.drawn,
             "residual": self._residual.copy(),
@@ -233,8 +243,9 @@ class MixtureSampler:
         Raises:
             CheckpointError: Other domains, sizes, seed or block, or a malformed state.
         """
-        for key, mine in (("names", self.names), ("sizes", self.sizes), ("seed", self.seed), ("block", self.block)):
-            found = state.get(key)
+        state = {"unit": 1, **state}
+        for key in ("names", "sizes", "seed", "block", "unit"):
+            found, mine = state.get(key), getattr(self, key)
             if not np.array_equal(np.asarray(found), np.asarray(mine)):
                 raise CheckpointError(
                     f"resume: {key} of the mixture's domains changed ({found} -> {mine}); the stream would go on "

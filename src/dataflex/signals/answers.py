@@ -19,6 +19,8 @@ from dataflex.signals.store import ArrayStore
 
 __all__ = ["Answer", "AnswerBook", "Question"]
 
+_AGELESS = -1  # step of answers of models that stay as they are
+
 Answer = NDArray[np.float32]
 
 
@@ -33,6 +35,7 @@ class Question:
         corpus: Which rows those are: "" for the training set, or a target's name.
         data: Fingerprint of the corpus.
         tail: Shape of one row's answer.
+        model: Identity of a model that stays as it is; "" for the model under training.
     """
 
     method: str
@@ -41,6 +44,7 @@ class Question:
     corpus: str
     data: str
     tail: tuple[int, ...] = ()
+    model: str = ""
 
     @property
     def rows_digest(self) -> str:
@@ -50,12 +54,15 @@ class Question:
     @property
     def key(self) -> str:
         """Name of the answer in memory."""
-        return json.dumps([self.method, self.parameters, self.corpus, self.rows_digest], sort_keys=True)
+        other = [self.model] if self.model else []
+        return json.dumps([self.method, self.parameters, self.corpus, self.rows_digest, *other], sort_keys=True)
 
 
 @dataclass(kw_only=True)
 class AnswerBook:
     """Gives answers again.
+
+    Those of a model that stays as it is are kept as long as every decision asks for them.
 
     Attributes:
         max_age_steps: Oldest answer, in optimizer steps, that is given again.
@@ -72,11 +79,17 @@ class AnswerBook:
     step: int = 0
     _kept: dict[str, tuple[int, Answer]] = field(default_factory=dict)
     _identity: tuple[int, str] | None = None
+    _asked: set[str] = field(default_factory=set)
 
     def begin(self, step: int) -> None:
         """Forget answers that are too old for ``step``."""
         self.step = step
-        self._kept = {key: kept for key, kept in self._kept.items() if step - kept[0] <= self.max_age_steps}
+        self._kept = {
+            key: kept
+            for key, kept in self._kept.items()
+            if (key in self._asked if kept[0] == _AGELESS else step - kept[0] <= self.max_age_steps)
+        }
+        self._asked = set()
 
     def give(
         self, question: Question, compute: Callable[[ResumablePass | None], Answer], device: torch.device
@@ -88,9 +101,11 @@ class AnswerBook:
             compute: Makes the pass, writing into the resumable one where there is one.
             device: Where ranks exchange tensors.
         """
+        self._asked.add(question.key)
         if question.key not in self._kept:
             answer = compute(self._work(question, device))
-            self._kept[question.key] = (self.step, np.array(answer, dtype=np.float32))
+            made = _AGELESS if question.model else self.step
+            self._kept[question.key] = (made, np.array(answer, dtype=np.float32))
             if self.store is not None:
                 self.store.evict(self.store_bytes)
         return self._kept[question.key][1].copy()
@@ -98,12 +113,15 @@ class AnswerBook:
     def _work(self, question: Question, device: torch.device) -> ResumablePass | None:
         if self.store is None:
             return None
-        if self._identity is None or self._identity[0] != self.step:
-            self._identity = (self.step, self.model_identity())
+        model = question.model
+        if not model:
+            if self._identity is None or self._identity[0] != self.step:
+                self._identity = (self.step, self.model_identity())
+            model = self._identity[1]
         return ResumablePass(
             self.store,
             Fingerprint(
-                model=self._identity[1],
+                model=model,
                 data=f"{question.data} {question.corpus or 'training rows'} {question.rows_digest}",
                 method=question.method,
                 parameters=question.parameters,
@@ -115,9 +133,10 @@ class AnswerBook:
 
     def state_dict(self) -> State:
         """Return answers that a later step may be given again, so that a resumed run gives the same ones."""
-        kept = self._kept.items() if self.max_age_steps else ()
-        return {"answers": {key: {"step": step, "values": values} for key, (step, values) in kept}}
+        kept = {key: kept for key, kept in self._kept.items() if self.max_age_steps or kept[0] == _AGELESS}
+        return {"answers": {key: {"step": step, "values": values} for key, (step, values) in kept.items()}}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
         self._kept = {key: (int(kept["step"]), kept["values"]) for key, kept in state["answers"].items()}
+        self._asked = set(self._kept)

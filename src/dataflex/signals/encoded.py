@@ -13,16 +13,9 @@ from dataflex.signals.answers import Answer
 from dataflex.signals.encoders import TextEncoder
 from dataflex.signals.handle import Corpus
 from dataflex.signals.passes import bucketed
+from dataflex.signals.texts import row_texts
 
-__all__ = ["encoded_rows", "row_texts"]
-
-
-def row_texts(corpus: Corpus, rows: Rows, tokenizer: Any) -> list[str]:
-    """Return the text of rows: their tokens decoded, special ones left out (the chosen answer of a preference row)."""
-    features = corpus.dataset.__getitems__(rows.tolist())
-    ids = [feature["input_ids"] if "input_ids" in feature else feature["chosen_input_ids"] for feature in features]
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
+__all__ = ["encoded_rows"]
 
 
 def encoded_rows(
@@ -40,7 +33,7 @@ def encoded_rows(
     """
     batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
     values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
-    values += [encoder.encode(row_texts(corpus, rows[positions], tokenizer)) for positions in batches]
+    values += [encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)) for positions in batches]
     places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
     whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
     where, _ = comm.gather_rows(torch.from_numpy(places).to(device))

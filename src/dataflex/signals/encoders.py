@@ -22,7 +22,7 @@ from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.pooling import pool
 from dataflex.signals.specs import EmbeddingSpec
 
-__all__ = ["EncoderError", "SentenceEncoder", "TextEncoder", "TransformersEncoder", "load_encoder"]
+__all__ = ["EncoderError", "SentenceEncoder", "TextEncoder", "TransformersEncoder", "load_encoder", "model_identity"]
 
 _WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
 _MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
@@ -131,7 +131,7 @@ class TransformersEncoder:
         self._spec, self._device = spec, device
         self._max_length, self._token_budget = max_length, token_budget
         self.dimension = int(body.config.get_text_config().hidden_size)
-        self.identity = _identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
+        self.identity = model_identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -190,7 +190,7 @@ class SentenceEncoder:
         commits = [
             getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
         ]
-        self.identity = _identity(model, str(commits[:1]), normalise, self._model.max_seq_length, dtype)
+        self.identity = model_identity(model, str(commits[:1]), normalise, self._model.max_seq_length, dtype)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]."""
@@ -209,8 +209,8 @@ class SentenceEncoder:
         return out
 
 
-def _identity(model: str, commit: str | None, *settings: Any) -> str:
-    """Hash what an encoder's vectors depend on: its files (or hub commit) and its settings."""
+def model_identity(model: str, commit: str | None, *settings: Any) -> str:
+    """Return a hash of what another model's answers depend on: its files (or hub commit) and its settings."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8"), digest_size=16)
     folder = Path(model)
     if folder.is_dir():

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from dataflex.dist import comm
@@ -29,10 +30,10 @@ from dataflex.signals.gradients import (
     preconditioner,
 )
 from dataflex.signals.gradients.precondition import Preconditioner
+from dataflex.signals.gradients.rows import held_rows, products_of, rows_at_once
 from dataflex.signals.gradients.sketch import buckets_and_signs
 from dataflex.signals.handle import ModelHandle
 from dataflex.signals.identity import state_identity
-from dataflex.signals.losses import row_losses
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
@@ -63,7 +64,6 @@ class GradientSource:
 
         self._engine = GradientEngine(
             handle.model,
-            loss=lambda batch: row_losses(handle.model, batch),
             autocast=half if spec.bf16 else handle.autocast,
             parameters=choose_parameters(handle.model, pattern=spec.parameters, last_blocks=spec.last_blocks),
             release=handle.release,
@@ -76,7 +76,8 @@ class GradientSource:
             UnsupportedError: The optimizer has no moments for each element.
             DataError: A target without a supervised token.
         """
-        score = self._scorer(self._target_vectors(targets), self._precondition())
+        mean_of_cosines = self._spec.normalise and self._spec.mean_of_cosines
+        score = self._scorer(self._target_vectors(targets, mean_of_cosines), self._precondition())
         return self._pass(sweep, score, (len(targets),), work)
 
     def norms(self, sweep: Sweep, work: ResumablePass | None) -> Answer:
@@ -87,6 +88,66 @@ class GradientSource:
             return self._engine.run(batch, [Norms()], precondition=precondition)["norms"]
 
         return self._pass(sweep, score, (), work)
+
+    def sketches(self, sweep: Sweep, work: ResumablePass | None, *, dim: int, seed: int, plain: bool) -> Answer:
+        """Return each row's sketched gradient, of length one [n, dim]; ``plain`` leaves the preconditioning out.
+
+        Raises:
+            ConfigError: ``dim`` is not a positive even number.
+        """
+        sketch = Sketch(size=dim, seed=seed)
+        precondition = None if plain else self._precondition()
+
+        def score(batch: dict[str, Any]) -> torch.Tensor:
+            found = self._engine.run(batch, [sketch], precondition=precondition)["sketch"]
+            return found / found.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+        return self._pass(sweep, score, (dim,), work)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many single rows others can be compared with in one pass."""
+        return rows_at_once(self._engine.shapes)
+
+    def pairs(self, sweep: Sweep, target: Sweep, work: ResumablePass | None) -> Answer:
+        """Return the comparison of each row with each row of ``target``, at most ``rows_at_once``, [n, m]."""
+        precondition = self._precondition()
+        vectors, known = held_rows(self._engine, target)
+        dots = Dots(vectors, normalise="both" if self._spec.normalise else "none")
+
+        def score(batch: dict[str, Any]) -> torch.Tensor:
+            found = self._engine.run(batch, [dots], precondition=precondition)["dots"]
+            return found.masked_fill(~known.to(found.device), torch.nan)
+
+        return self._pass(sweep, score, (len(target.rows),), work)
+
+    def products(self, sweep: Sweep, targets: Sequence[Sweep], work: ResumablePass | None) -> Answer:
+        """Return inner products of each row with the targets' mean gradients and with every row [n, targets + n].
+
+        More than ``rows_at_once`` rows take a further pass over the rest for each so many.
+        """
+        num, num_targets = len(sweep.rows), len(targets)
+        aims, precondition = self._target_vectors(targets, False), self._precondition()
+        out, known = np.full((num, num_targets + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
+        gram = out[:, num_targets:]
+        for start in range(0, num, self.rows_at_once):
+            block = slice(start, min(start + self.rows_at_once, num))
+            vectors, finite = held_rows(self._engine, _part(sweep, block), precondition)
+            known[block] = finite.cpu().numpy()
+            out[block, :num_targets] = products_of(vectors, aims).cpu().numpy()
+            gram[block, block] = products_of(vectors, vectors).cpu().numpy()
+            rest = slice(block.stop, num)
+            if block.stop < num:
+                score = self._dots(Dots(vectors, normalise="none"), precondition)
+                gram[rest, block] = self._pass(_part(sweep, rest), score, (len(vectors),), None)
+                gram[block, rest] = gram[rest, block].T
+        out[~known] = np.nan
+        gram[:, ~known] = np.nan
+        if work is None:
+            return out
+        if comm.rank() == 0:
+            work.record(np.arange(num), out)
+        return work.finish()
 
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
@@ -110,10 +171,9 @@ class GradientSource:
         with self._engine.observing():
             return vector_pass(sweep, score, tail) if work is None else stored_pass(sweep, score, work)
 
-    def _target_vectors(self, sweeps: Sequence[Sweep]) -> TargetVectors:
-        """Return one mean gradient per target, equal on every rank."""
-        mean_of_cosines = self._spec.normalise and self._spec.mean_of_cosines
-        builder = TargetBuilder(self._engine, num_tasks=len(sweeps), normalise_rows=mean_of_cosines)
+    def _target_vectors(self, sweeps: Sequence[Sweep], normalise_rows: bool) -> TargetVectors:
+        """Return one mean gradient per target, or mean unit vector, equal on every rank."""
+        builder = TargetBuilder(self._engine, num_tasks=len(sweeps), normalise_rows=normalise_rows)
         with self._engine.observing():
             for task, sweep in enumerate(sweeps):
                 for turn in sweep.turns():
@@ -121,12 +181,14 @@ class GradientSource:
                     builder.add(turn.batch, torch.full((len(turn.positions),), task if turn.mine else -1))
         return builder.finish(reduce=comm.gather_sum)
 
+    def _dots(self, dots: Dots, precondition: Preconditioner | None) -> Score:
+        return lambda batch: self._engine.run(batch, [dots], precondition=precondition)["dots"]
+
     def _scorer(self, targets: TargetVectors, precondition: Preconditioner | None) -> Score:
         spec, engine = self._spec, self._engine
         if spec.sketch_size is None:
             how: Literal["none", "row", "both"] = "row" if spec.mean_of_cosines else "both"
-            dots = Dots(targets, normalise=how if spec.normalise else "none")
-            return lambda batch: engine.run(batch, [dots], precondition=precondition)["dots"]
+            return self._dots(Dots(targets, normalise=how if spec.normalise else "none"), precondition)
         sketch = Sketch(size=spec.sketch_size, seed=spec.sketch_seed)
         wanted = sketched(targets, sketch)
         if spec.normalise and not spec.mean_of_cosines:
@@ -138,6 +200,10 @@ class GradientSource:
             return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalise else scores
 
         return score
+
+
+def _part(sweep: Sweep, which: slice) -> Sweep:
+    return replace(sweep, rows=sweep.rows[which], lengths=sweep.lengths[which])
 
 
 def sketched(targets: TargetVectors, sketch: Sketch) -> torch.Tensor:

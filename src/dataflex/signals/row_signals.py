@@ -22,7 +22,7 @@ from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, stored_pass, token_pass, vector_pass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["row_embeddings", "token_losses"]
+__all__ = ["piece_sums", "row_embeddings", "token_losses"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -73,3 +73,26 @@ def row_embeddings(
             return stored_pass(sweep, score, work)
         found: NDArray[np.float32] = vector_pass(sweep, score, (embedding_size(model),))
         return found
+
+
+def piece_sums(
+    model: nn.Module, sweep: Sweep, around: Around = nullcontext, work: ResumablePass | None = None
+) -> NDArray[np.float32]:
+    """Return the sum of the losses of each sequence and its number of supervised tokens, float32 [P, 2].
+
+    Args:
+        model: The outermost module to call, in eval mode; the caller keeps random states.
+        sweep: The sequences.
+        around: Entered around each forward, as the trainer's autocast.
+        work: Write to disk as they come, and go on after a kill; None holds them in memory.
+    """
+    scorer = TokenScorer(model)
+
+    def score(batch: dict[str, Any]) -> torch.Tensor:
+        with around():
+            tokens = scorer(batch)
+        sums = tokens.loss.new_zeros(tokens.num_rows).index_add_(0, tokens.row, tokens.loss)
+        return torch.stack([sums, torch.bincount(tokens.row, minlength=tokens.num_rows).float()], dim=1)
+
+    with torch.no_grad():
+        return vector_pass(sweep, score, (2,)) if work is None else stored_pass(sweep, score, work)

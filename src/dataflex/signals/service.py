@@ -11,14 +11,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows, State
-from dataflex.errors import DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.embeddings import embedding_size
 from dataflex.signals.encoded import encoded_rows
@@ -28,11 +29,14 @@ from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved
+from dataflex.signals.pieces import Cut, Pieces, collate_pieces, row_means
 from dataflex.signals.probe import LowRankProbe
 from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.row_signals import row_embeddings, token_losses
-from dataflex.signals.specs import EmbeddingSpec, GenerationSpec, GradientSpec
+from dataflex.signals.row_signals import piece_sums, row_embeddings, token_losses
+from dataflex.signals.scorers import Scorer, start_tokens
+from dataflex.signals.specs import EmbeddingSpec, GenerationSpec, GradientSpec, Part
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
+from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
 __all__ = ["SignalService"]
@@ -56,6 +60,7 @@ class SignalService:
         book: Answers that were paid for.
         seconds: Time spent in passes since the decision began.
         encoders: Other models that were loaded, by folder or hub id and how they pool.
+        scorers: Other causal models that were asked for, by folder or hub id.
     """
 
     handle: ModelHandle
@@ -65,6 +70,7 @@ class SignalService:
     book: AnswerBook = field(default_factory=AnswerBook)
     seconds: float = 0.0
     encoders: dict[tuple[str, EmbeddingSpec], TextEncoder] = field(default_factory=dict)
+    scorers: dict[str, Scorer] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""
@@ -75,9 +81,111 @@ class SignalService:
         """Return the number of training rows, or of the named target's rows."""
         return len(self._corpus(target).lengths)
 
-    def losses(self, rows: Rows, *, target: str | None = None) -> Answer:
-        """Return token-mean losses [len(rows)], NaN for rows without supervised tokens."""
+    def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
+        """Return the tokens of each row, or of its prompt or completion; nothing is computed."""
+        return row_tokens(self._corpus(target).dataset, rows, part)
+
+    def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
+        """Return the text of each row, or of its prompt or completion, without special tokens."""
+        return row_texts(self._corpus(target).dataset, rows, self._tokenizer("texts"), part)
+
+    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> Answer:
+        """Return token-mean losses [len(rows)], NaN for rows without supervised tokens.
+
+        Args:
+            rows: Row ids.
+            target: Name of a target data set; None means the training set.
+            model: Folder or hub id of another causal model; None means the model under training. A model
+                with another tokenizer reads the rows' text.
+        """
+        if model is not None:
+            return self._scored(rows, target, self.scorer(model), Cut(leave_out_first=False))
         return self._answer("losses", {}, rows, target, self._token_means("loss"))
+
+    def answer_losses(
+        self,
+        rows: Rows,
+        *,
+        conditioned: bool,
+        scorer: str | None = None,
+        prefix_tokens: int = 0,
+        target: str | None = None,
+    ) -> Answer:
+        """Return token-mean losses of rows' answers [len(rows)], with or without what comes before them.
+
+        Both ways score the same tokens. Sequences begin with the token that the tokenizer puts there by
+        itself; where there is none, an answer's first token, which alone follows nothing, is left out both
+        ways. NaN for rows without such tokens. An answer is a stretch of supervised tokens; a row of several
+        turns has several, each of which is alone without the others.
+
+        Args:
+            rows: Row ids.
+            conditioned: Whether an answer follows what comes before it in its row.
+            scorer: Folder or hub id of another causal model; None means the model under training.
+            prefix_tokens: Tokens directly before an answer that it keeps when alone.
+            target: Name of a target data set; None means the training set.
+        """
+        cut = Cut(alone=not conditioned, prefix_tokens=prefix_tokens)
+        if scorer is not None:
+            return self._scored(rows, target, self.scorer(scorer), cut)
+        cut = replace(cut, start=start_tokens(self._tokenizer("answer_losses")))
+        return self._pieces("answer losses", rows, target, cut, self._piece_sums)
+
+    def scorer(self, name: str) -> Scorer:
+        """Return another causal model by folder or hub id; its weights are loaded for each pass."""
+        if name not in self.scorers:
+            self.scorers[name] = Scorer(name, self._tokenizer("another model's losses"))
+        return self.scorers[name]
+
+    def _scored(self, rows: Rows, target: str | None, scorer: Scorer, cut: Cut) -> Answer:
+        """Return another model's losses of the sequences that ``cut`` makes."""
+        translate = None if scorer.same_tokens else scorer.translate
+        cut = replace(cut, start=scorer.start, limit=scorer.limit, translate=translate)
+        if not cut.leave_out_first and scorer.same_tokens:
+            cut = replace(cut, start=())  # as they are trained on
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            with preserved(self.handle.model), scorer.loaded(self.handle.device) as model:
+                return piece_sums(model, sweep, self.handle.autocast, work)
+
+        return self._pieces("losses by another model", rows, target, cut, compute, scorer.identity)
+
+    def _piece_sums(self, sweep: Sweep, work: ResumablePass | None) -> Answer:
+        with preserved(self.handle.model):
+            self.handle.model.eval()
+            return piece_sums(self.handle.model, sweep, self.handle.autocast, work)
+
+    def _pieces(
+        self, method: str, rows: Rows, target: str | None, cut: Cut, compute: Compute, model: str = ""
+    ) -> Answer:
+        """Return row means of the losses of sequences cut out of rows."""
+        corpus = self._corpus(target)
+        with self._timed():
+            pieces = Pieces(dataset=corpus.dataset, rows=rows, cut=cut)
+            question = Question(
+                method=method,
+                parameters={**pieces.identity, "token_budget": self.handle.token_budget},
+                rows=np.arange(len(pieces), dtype=np.int64),
+                corpus=target or "",
+                data=corpus.identity,
+                tail=(2,),
+                model=model,
+            )
+            sweep = Sweep(
+                dataset=pieces,
+                rows=question.rows,
+                lengths=pieces.lengths,
+                collate=collate_pieces,
+                token_budget=self.handle.token_budget,
+                device=self.handle.device,
+                progress=_progress(f"step {self.book.step}: {method} of {len(pieces):,} sequences"),
+            )
+            return row_means(pieces, self.book.give(question, lambda work: compute(sweep, work), self.handle.device))
+
+    def _tokenizer(self, what: str) -> Any:
+        if self.handle.tokenizer is None:
+            raise UnsupportedError(f"{what}: the tokenizer of the model is needed, which this run does not have")
+        return self.handle.tokenizer
 
     def el2n(self, rows: Rows, *, target: str | None = None) -> Answer:
         """Return EL2N averaged over supervised tokens [len(rows)] (arXiv 2107.07075, per token)."""
@@ -136,8 +244,7 @@ class SignalService:
         aims = [self._corpus(name).identity or name for name in targets]
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            sweeps = [self._sweep(np.arange(self.num_rows(name)), name, "gradients") for name in targets]
-            return source.scores(sweep, sweeps, work)
+            return source.scores(sweep, [self._whole_target(name) for name in targets], work)
 
         parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
         return self._answer("gradient scores", parameters, rows, None, compute, (len(targets),))
@@ -147,6 +254,97 @@ class SignalService:
         source = GradientSource(self.handle, spec)
         parameters = {**asdict(spec), "moments": self._moments(source)}
         return self._answer("gradient norms", parameters, rows, target, source.norms)
+
+    def gradient_sketches(self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None) -> Answer:
+        """Return sparse sketches of rows' gradients, of length one [len(rows), dim], for clustering and coverage.
+
+        Inner products of sketches estimate cosines of the gradients, those of training rows with target rows too:
+        the projection follows from the run's seed alone. Rows without supervised tokens get NaN.
+
+        Args:
+            rows: Row ids.
+            spec: Which gradients; training rows are preconditioned, target rows never are. Its ``normalise``
+                and ``sketch_*`` say nothing here.
+            dim: Numbers per row, even.
+            target: Name of a target data set; None means the training set.
+
+        Raises:
+            ConfigError: ``dim`` is not a positive even number.
+        """
+        source = GradientSource(self.handle, spec)
+        plain = target is not None
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            return source.sketches(sweep, work, dim=dim, seed=self.seed, plain=plain)
+
+        moments = "" if plain else self._moments(source)
+        parameters = {**asdict(spec), "dim": dim, "seed": self.seed, "moments": moments}
+        return self._answer("gradient sketches", parameters, rows, target, compute, (dim,))
+
+    def gradient_products(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> tuple[Answer, Answer]:
+        """Return inner products of rows' gradients with each target's mean one, and with one another.
+
+        For choosing within one batch (GREATS, NeurIPS 2024): gradients of all rows are held, about 1 GiB at a time.
+
+        Args:
+            rows: Row ids, few.
+            spec: Which gradients; training rows are preconditioned, targets never are. Its ``normalise``,
+                ``mean_of_cosines`` and ``sketch_*`` say nothing here.
+            targets: Names of target data sets.
+
+        Returns:
+            Scores float32 [len(rows), len(targets)] and the Gram matrix float32 [len(rows), len(rows)];
+            NaN in the rows and columns of rows without supervised tokens.
+        """
+        source = GradientSource(self.handle, spec)
+        aims = [self._corpus(name).identity or name for name in targets]
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            return source.products(sweep, [self._whole_target(name) for name in targets], work)
+
+        parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
+        found = self._answer("gradient products", parameters, rows, None, compute, (len(targets) + len(rows),))
+        return found[:, : len(targets)], found[:, len(targets) :]
+
+    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> Answer:
+        """Return the comparison of each row's gradient with that of each single row of a target.
+
+        Exact: the target rows' gradients are held, about 1 GiB at a time, and each so many take one pass over
+        ``rows``. With ``spec.sketch_size`` both sides are sketched instead, in one pass each.
+
+        Args:
+            rows: Row ids.
+            spec: Which gradients; training rows are preconditioned, target rows never are. Cosines, or inner
+                products without ``normalise``.
+            target: Name of a target data set.
+
+        Returns:
+            float32 [len(rows), rows of the target]; NaN for rows of either side without supervised tokens.
+
+        Raises:
+            ConfigError: Sketches without ``normalise``.
+        """
+        everyone = np.arange(self.num_rows(target), dtype=np.int64)
+        if spec.sketch_size is not None:
+            if not spec.normalise:
+                raise ConfigError("gradients: pairs of sketches (sketch_size) give cosines; normalise cannot be false")
+            ours, theirs = (
+                self.gradient_sketches(which, spec, dim=spec.sketch_size, target=whose)
+                for which, whose in ((rows, None), (everyone, target))
+            )
+            return ours @ theirs.T
+        source = GradientSource(self.handle, spec)
+        moments, aim = self._moments(source), self._corpus(target).identity or target
+        parts = [np.zeros((len(rows), 0), dtype=np.float32)]
+        for start in range(0, len(everyone), source.rows_at_once):
+            part = everyone[start : start + source.rows_at_once]
+
+            def compute(sweep: Sweep, work: ResumablePass | None, part: Rows = part) -> Answer:
+                return source.pairs(sweep, self._sweep(part, target, "gradients"), work)
+
+            parameters = {**asdict(spec), "target": aim, "start": start, "stop": start + len(part), "moments": moments}
+            parts.append(self._answer("pair scores", parameters, rows, None, compute, (len(part),)))
+        return np.concatenate(parts, axis=1)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
@@ -236,10 +434,17 @@ class SignalService:
             data=self._corpus(target).identity,
             tail=tail,
         )
+
+        def make(work: ResumablePass | None) -> Answer:
+            if work is not None and work.complete:  # stored: nothing that leads up to the pass is needed either
+                return work.finish()
+            return compute(self._sweep(rows, target, method), work)
+
         with self._timed():
-            return self.book.give(
-                question, lambda work: compute(self._sweep(rows, target, method), work), self.handle.device
-            )
+            return self.book.give(question, make, self.handle.device)
+
+    def _whole_target(self, name: str) -> Sweep:
+        return self._sweep(np.arange(self.num_rows(name), dtype=np.int64), name, "gradients")
 
     def _sweep(self, rows: Rows, target: str | None, what: str) -> Sweep:
         corpus = self._corpus(target)

@@ -7,9 +7,11 @@ from typing import Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["EmbeddingSpec", "GenerationSpec", "GradientSpec", "Pooling"]
+__all__ = ["EmbeddingSpec", "GenerationSpec", "GradientSpec", "Part", "Pooling"]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
+Part = Literal["all", "prompt", "completion"]
+"""Of a row's tokens: all, those without a label, or the supervised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import BatchView, Context, Rows
 from dataflex.core.schedule import Interval
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
 
 __all__ = [
     "Call",
@@ -52,8 +52,13 @@ class FakeSignals:
             the three losses 1, 1.25 and 1.5.
         adapted: Loss of every training row [N] under the probe of each target, by name; where it
             is left out, a tenth less than ``losses``.
+        models: Loss of every training row [N] under other models, by folder or hub id; half of ``losses``
+            where it is left out.
         gradients: Gradient of every training row [N, P]; where it is left out, made of the losses.
-        target_gradients: Mean gradient of each target [P], by name; ones where it is left out.
+        target_gradients: Mean gradient of each target [P], by name; where it is left out, the mean of its
+            ``target_rows``, or else ones.
+        target_rows: Gradient of every row of each target [m, P], by name; where it is left out, the mean
+            gradient, each row leaning a little to another coordinate.
     """
 
     def __init__(
@@ -62,16 +67,21 @@ class FakeSignals:
         *,
         targets: Mapping[str, ArrayLike] | None = None,
         adapted: Mapping[str, ArrayLike] | None = None,
+        models: Mapping[str, ArrayLike] | None = None,
         gradients: ArrayLike | None = None,
         target_gradients: Mapping[str, ArrayLike] | None = None,
+        target_rows: Mapping[str, ArrayLike] | None = None,
     ) -> None:
         self._losses = np.asarray(losses, dtype=np.float32)
         self._targets = {name: np.asarray(values, dtype=np.float32) for name, values in (targets or {}).items()}
         self._adapted = {name: np.asarray(values, dtype=np.float32) for name, values in (adapted or {}).items()}
+        self._models = {name: np.asarray(values, dtype=np.float32) for name, values in (models or {}).items()}
         known = np.where(np.isfinite(self._losses), self._losses, np.nan)
         made = np.stack([known, np.cos(7 * known)], axis=1)
         self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
-        self._directions = {name: np.asarray(values) for name, values in (target_gradients or {}).items()}
+        self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
+        self._directions = {name: np.nanmean(values, axis=0) for name, values in self._rows.items()}
+        self._directions.update({name: np.asarray(values) for name, values in (target_gradients or {}).items()})
         self.calls: list[Call] = []
 
     @property
@@ -79,10 +89,36 @@ class FakeSignals:
         """The signals that were asked for, to be compared with ``Needs.signals``."""
         return frozenset(call.signal for call in self.calls)
 
-    def losses(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Token-mean loss of each row [len(rows)]."""
-        self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
-        return self._of(target)[rows]
+    def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
+        """Tokens made of the losses, those of the prompt below 100; none where the loss is not finite."""
+        self.calls.append(Call(signal="texts", rows=rows, options={"target": target, "part": part}))
+        return [_tokens(float(loss), part) for loss in self._of(target)[rows]]
+
+    def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
+        """Return one word per token; see ``tokens``."""
+        return [" ".join(f"word{token}" for token in row) for row in self.tokens(rows, target=target, part=part)]
+
+    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> NDArray[np.float32]:
+        """Token-mean loss of each row [len(rows)]; of another model those given, or half the losses."""
+        self.calls.append(Call(signal="losses", rows=rows, options={"target": target, "model": model}))
+        if model is None:
+            return self._of(target)[rows]
+        return self._models.get(model, self._of(target) / 2)[rows]
+
+    def answer_losses(
+        self,
+        rows: Rows,
+        *,
+        conditioned: bool,
+        scorer: str | None = None,
+        prefix_tokens: int = 0,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Losses of answers [len(rows)]: as ``losses`` under the conditions, else a quarter and 0.1 more."""
+        options = {"conditioned": conditioned, "scorer": scorer, "prefix_tokens": prefix_tokens, "target": target}
+        self.calls.append(Call(signal="losses", rows=rows, options=options))
+        losses = self._of(target)[rows]
+        return losses if conditioned else np.asarray(1.25 * losses + 0.1, dtype=np.float32)
 
     def adapted_losses(
         self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
@@ -117,8 +153,7 @@ class FakeSignals:
     def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
         """Cosines, or inner products, of rows with targets [len(rows), len(targets)]."""
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
-        width = self._gradients.shape[1]
-        aims = np.stack([self._directions.get(name, np.ones(width)) for name in targets])
+        aims = self._means(targets)
         products = self._gradients[rows] @ aims.T
         if spec.normalise:
             lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
@@ -130,12 +165,62 @@ class FakeSignals:
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
         return np.linalg.norm(self._gradients[rows], axis=1).astype(np.float32)
 
+    def gradient_sketches(
+        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
+    ) -> NDArray[np.float32]:
+        """Gradients of length one [len(rows), dim]: filled up with zeros, or projected where ``dim`` is too small."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "dim": dim, "target": target}))
+        whole = (self._gradients if target is None else self._target_rows(target))[rows]
+        width = whole.shape[1]
+        matrix = np.eye(width, dim)
+        if dim < width:
+            matrix = np.random.default_rng(0).choice([-1.0, 1.0], size=(width, dim))
+        return _unit(whole @ matrix).astype(np.float32)
+
+    def gradient_products(
+        self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Inner products with the targets' mean gradients [n, len(targets)] and of rows with rows [n, n]."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
+        own = self._gradients[rows]
+        return (own @ self._means(targets).T).astype(np.float32), (own @ own.T).astype(np.float32)
+
+    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
+        """Cosines, or inner products, of rows with each row of a target [len(rows), rows of target]."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
+        ours, theirs = self._gradients[rows], self._target_rows(target)
+        return ((_unit(ours) @ _unit(theirs).T) if spec.normalise else ours @ theirs.T).astype(np.float32)
+
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""
-        return len(self._of(target))
+        return len(self._rows[target]) if target in self._rows else len(self._of(target))
+
+    def _means(self, targets: Sequence[str]) -> NDArray[np.float64]:
+        return np.stack([self._directions.get(name, np.ones(self._gradients.shape[1])) for name in targets])
+
+    def _target_rows(self, target: str) -> NDArray[np.float64]:
+        if target in self._rows:
+            return self._rows[target]
+        mean = self._means([target])[0]
+        leaning = 0.1 * np.linalg.norm(mean) * np.eye(len(mean))[np.arange(self.num_rows(target)) % len(mean)]
+        return np.asarray(mean + leaning - leaning.mean(axis=0))
 
     def _of(self, target: str | None) -> NDArray[np.float32]:
         return self._losses if target is None else self._targets.get(target, _TARGET)
+
+
+def _tokens(loss: float, part: Part) -> NDArray[np.int64]:
+    if not np.isfinite(loss):
+        return np.zeros(0, dtype=np.int64)
+    number = round(100 * loss)
+    prompt = [number % size for size in (2, 3, 5)] + [number % 7] * (1 + number % 3)
+    completion = [100 + number % 11] * 5
+    return np.array({"all": prompt + completion, "prompt": prompt, "completion": completion}[part], dtype=np.int64)
+
+
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-30))
 
 
 def example_context(
@@ -193,6 +278,7 @@ def example_batch(
     world: int = 1,
     step: int = 0,
     total_steps: int = 100,
+    num_domains: int = 3,
 ) -> BatchView:
     """Return the micro-batch that ``rank`` of ``world`` sees; every token has its sequence's loss.
 
@@ -203,6 +289,7 @@ def example_batch(
         world: Number of ranks.
         step: Optimizer step.
         total_steps: Optimizer steps of the run.
+        num_domains: Sequence i is of domain i modulo this.
     """
     import torch
 
@@ -214,6 +301,7 @@ def example_batch(
     mask_BT = torch.arange(max(counts)) < tokens_M[local, None]
     return BatchView(
         rows_B=np.arange(len(losses), dtype=np.int64)[local],
+        domains_B=np.arange(len(losses), dtype=np.int64)[local] % num_domains,
         loss_B=loss_M[local],
         tokens_B=tokens_M[local],
         loss_BT=torch.where(mask_BT, loss_M[local, None], 0.0),

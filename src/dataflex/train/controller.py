@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.plan import DataPlan
 from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
-from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State
+from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.core.rng import stream
 from dataflex.core.sampler import MixtureSampler
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.dist import comm
+from dataflex.errors import UnsupportedError
 from dataflex.mixers.proportions import by_domain
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.passes import preserved
@@ -95,6 +96,16 @@ class Controller:
         domains = self.space.domains
         self.layout = self.shape.layout(self.space.num_rows)
         self.sampler: MixtureSampler | None = None
+        pure = self.mixer is not None and self.mixer.pure_micro_batches
+        if pure and self.narrows:
+            assert self.mixer is not None
+            assert self.selector is not None
+            raise UnsupportedError(
+                f"the {self.mixer.name} mixer wants micro-batches of one domain each, which the {self.selector.name} "
+                "selector cannot give; use one of the two"
+            )
+        self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
+        """Sampling proportions of sequences in the plan in progress."""
         if self.mixer is not None and not self.narrows:
             self.sampler = MixtureSampler(
                 domains,
@@ -102,6 +113,7 @@ class Controller:
                 block=self.shape.global_batch,
                 max_epochs=caps(self.config.max_epochs, domains.names),
                 at_cap=self.config.at_cap,
+                unit=self.shape.micro_batch_size if pure else 1,
             )
         self.initial: NDArray[np.float64] | None = None
         if self.config.initial_proportions is not None:
@@ -139,17 +151,7 @@ class Controller:
     def _decided(self, interval: Interval) -> DataPlan:
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
-        ctx = Context(
-            interval=interval,
-            seed=self.seed,
-            domains=self.space.domains,
-            signals=self.signals,
-            targets=self.config.selector.targets if self.config.selector else (),
-            columns=self.space.columns,
-            total_sequences=self.schedule.total_steps * self.shape.global_batch,
-            unit=self.config.unit,
-            learning_rate=self.signals.handle.learning_rate(),
-        )
+        ctx = self._context(interval, self.config.selector)
         pool = self.space.all_rows()
         selection = None
         if self.narrows and interval.kind == "dynamic":
@@ -179,6 +181,34 @@ class Controller:
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
         self._record(plan, pool, selection, proportions, reason, phases)
         return plan
+
+    def _context(self, interval: Interval, method: MethodConfig | None) -> Context:
+        return Context(
+            interval=interval,
+            seed=self.seed,
+            domains=self.space.domains,
+            signals=self.signals,
+            targets=method.targets if method else (),
+            columns=self.space.columns,
+            total_sequences=self.schedule.total_steps * self.shape.global_batch,
+            unit=self.config.unit,
+            learning_rate=self.signals.handle.learning_rate(),
+        )
+
+    def prepare(self, weighter: Weighter, step: int) -> None:
+        """Let a weighter that is due at ``step`` ask the signals what it needs (collective)."""
+        if self.plan is None or not weighter.due(step):
+            return
+        started, batch = time.perf_counter(), self.shape.global_batch
+        interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
+        first = (step - self.plan.interval.start_step) * batch
+        rows = self.plan.rows[first : first + batch]
+        with preserved(self.signals.handle.model):
+            self.signals.begin(step)
+            weighter.prepare(self._context(interval, self.config.weighter), rows[rows >= 0])
+        total = time.perf_counter() - started
+        self.seconds["signals"] += self.signals.seconds
+        self.seconds["decide"] += max(total - self.signals.seconds, 0.0)
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
@@ -213,6 +243,7 @@ class Controller:
             proportions, why = self._mix(ctx)
             reasons.append(why)
             shares = self.space.domains.sequence_proportions(proportions, self.config.unit)
+            self.proportions = shares
             if self.sampler is not None:
                 start = interval.start_step * batch
                 self.sampler.append(shares, start=start, decided_at_step=interval.start_step, reason=why)
@@ -238,9 +269,12 @@ class Controller:
 
     def _mix(self, ctx: Context) -> tuple[NDArray[np.float64], str]:
         assert self.mixer is not None
+        asked = replace(ctx, targets=self.config.mixer.targets if self.config.mixer else ())
         if ctx.interval.kind == "warmup" and self.initial is not None:
+            if self.mixer.observes:  # it learns already, and has to know the domains for that
+                self.mixer.mix(asked)
             return self.initial, "warm-up: initial proportions"
-        mix = self.mixer.mix(ctx)
+        mix = self.mixer.mix(asked)
         return check_mix(self.mixer, mix, self.space.domains.names), mix.reason
 
     def _fill(self, interval: Interval) -> Rows:
@@ -305,6 +339,7 @@ class Controller:
             "signals": self.signals.state_dict(),
             "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
+            "proportions": self.proportions,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -317,4 +352,5 @@ class Controller:
             self.sampler.load_state_dict(state["sampler"])
         self.signals.load_state_dict(state["signals"])
         self.ends_at = state["ends_at"]
+        self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}

@@ -26,6 +26,7 @@ from dataflex.dist import comm
 from dataflex.errors import ComponentError
 from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
@@ -36,6 +37,7 @@ from dataflex.train.session import (
     build,
     freeze_gates,
     micro_batches_per_epoch,
+    open_reference,
     refuse_unsupported,
 )
 
@@ -57,15 +59,8 @@ class TrainerMixin(_Trainer):
         setup = self.dataflex_setup
         refuse_unsupported(self, setup.config)
         self._dataflex_methods = {"selector": build(setup.config.selector), "mixer": build(setup.config.mixer)}
-        weighter = build(setup.config.weighter)
-        self._dataflex_reweighter: Reweighter | None = None
-        if weighter is not None and not weighter.neutral:
-            self._dataflex_reweighter = Reweighter(
-                weighter,
-                setup.rows.columns,
-                over_ranks=self.args.average_tokens_across_devices,
-                world=self.args.world_size,
-            )
+        self._dataflex_reweighter = self._dataflex_make_reweighter(build(setup.config.weighter))
+        if self._dataflex_reweighter is not None:
             self.compute_loss_func: Any = self._dataflex_loss
         if setup.config.freeze_gate:
             freeze_gates(self.model)
@@ -73,8 +68,29 @@ class TrainerMixin(_Trainer):
         self._dataflex_recorder: RunRecorder = NullRecorder()
         self._dataflex_queue: deque[Rows] = deque()
         self._dataflex_rows: Rows | None = None
+        self._dataflex_batch: dict[str, Any] = {}
+        self._dataflex_hidden: list[torch.Tensor] = []
 
     # -- before training ------------------------------------------------------------------------
+
+    def _dataflex_make_reweighter(self, weighter: Any) -> Reweighter | None:
+        """Return what makes the training loss, or None where it is the stock one and nobody looks at it."""
+        setup, mixer = self.dataflex_setup, self._dataflex_methods["mixer"]
+        if weighter is not None and weighter.neutral:
+            weighter = None
+        if mixer is not None and not (mixer.observes or mixer.weighs_loss):
+            mixer = None
+        if weighter is None and mixer is None:
+            return None
+        return Reweighter(
+            weighter,
+            mixer,
+            columns=setup.rows.columns,
+            domains=setup.rows.domains,
+            over_ranks=self.args.average_tokens_across_devices,
+            world=self.args.world_size,
+            packed=setup.packed,
+        )
 
     def get_train_dataloader(self) -> EpochShell:
         """Return a loader that has the right lengths and no batches; see ``EpochShell``."""
@@ -94,8 +110,9 @@ class TrainerMixin(_Trainer):
         values = super().set_initial_training_values(args, dataloader)
         max_steps = int(values[-1])
         setup = self.dataflex_setup
-        if self._dataflex_reweighter is not None:
-            self._dataflex_reweighter.weighter.active(0, max_steps)  # a burn-in longer than the run is told now
+        reweighter = self._dataflex_reweighter
+        if reweighter is not None and reweighter.weighter is not None:
+            reweighter.weighter.active(0, max_steps)  # a burn-in longer than the run is told now
         self._dataflex_session = Session.begin(
             setup,
             self,
@@ -103,6 +120,8 @@ class TrainerMixin(_Trainer):
             shape=batch_shape(self, shuffle=setup.shuffle),
             methods=self._dataflex_methods,
         )
+        if reweighter is not None:
+            reweighter.reference = open_reference(setup, self)
         return values
 
     def _init_training_state(
@@ -120,7 +139,7 @@ class TrainerMixin(_Trainer):
         if resume is not None and self.dataflex_setup.config.resume_plan == "strict":
             session.controller.plan, state = checkpoint.load(Path(resume), session.identity)
             session.controller.load_state_dict(state["controller"])
-            if self._dataflex_reweighter is not None:
+            if self._dataflex_reweighter is not None and self._dataflex_reweighter.weighter is not None:
                 self._dataflex_reweighter.weighter.load_state_dict(state["weighter"])
             session.seconds.update(state["seconds"])
         self._dataflex_open_record(resume)
@@ -170,22 +189,41 @@ class TrainerMixin(_Trainer):
             raise ComponentError(f"step {step}: the plan has {len(batches)} micro-batches, the Trainer {num_batches}")
         num_items = self._get_num_items_in_batch(batches, device)
         self._dataflex_queue = deque(rows)
-        if self._dataflex_reweighter is not None:
-            self._dataflex_reweighter.begin_step(batches, rows, num_items, device)
+        reweighter = self._dataflex_reweighter
+        if reweighter is not None:
+            if reweighter.weighter is not None:
+                controller.prepare(reweighter.weighter, step)
+            reweighter.begin_step(batches, rows, num_items, device)
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Note which rows the micro-batch holds while the Trainer trains on it."""
         self._dataflex_rows = self._dataflex_queue.popleft()
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._dataflex_rows = None
+        if not self._dataflex_queue and self._dataflex_reweighter is not None:
+            self._dataflex_reweighter.end_step(
+                step=self.state.global_step,
+                total_steps=self.state.max_steps,
+                proportions=self._session.controller.proportions,
+                learning_rate=float(self._get_learning_rate()),
+                device=self.args.device,
+            )
+        return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Weights act on training losses only; evaluation computes the stock loss."""
-        if self._dataflex_reweighter is None or self._dataflex_rows is not None:
+        reweighter = self._dataflex_reweighter
+        if reweighter is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self._dataflex_rows is not None:
+            self._dataflex_batch = inputs
+            if reweighter.embedding is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
+                return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = None
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -200,6 +238,8 @@ class TrainerMixin(_Trainer):
             outputs.logits,
             labels,
             self._dataflex_rows,
+            batch={"labels": labels, **self._dataflex_batch},
+            hidden=self._dataflex_hidden[-1] if self._dataflex_hidden else None,
             num_items=num_items_in_batch,
             num_micro_batches=self.current_gradient_accumulation_steps,
             step=self.state.global_step,
@@ -230,8 +270,8 @@ class TrainerMixin(_Trainer):
         controller = self._session.controller
         scalars = {f"dataflex/{name}": value for name, value in controller.scalars().items()}
         if self._dataflex_reweighter is not None:
-            stats = self._dataflex_reweighter.stats.read()
-            scalars.update({f"dataflex/{name}": value for name, value in stats.items()})
+            read = self._dataflex_reweighter.scalars()
+            scalars.update({f"dataflex/{name}": value for name, value in read.items()})
         return scalars
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,7 +297,7 @@ class TrainerMixin(_Trainer):
             session, reweighter = self._session, self._dataflex_reweighter
             state = {
                 "controller": session.controller.state_dict(),
-                "weighter": reweighter.weighter.state_dict() if reweighter else {},
+                "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
                 "seconds": dict(session.seconds),
             }
             plan, step = session.controller.plan, self.state.global_step

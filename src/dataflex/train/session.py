@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.schedule import Schedule
-from dataflex.errors import UnsupportedError
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.answers import AnswerBook
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.identity import state_identity
@@ -24,7 +25,7 @@ from dataflex.train.controller import BatchShape, Controller
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch"]
+__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_service"]
 
 _PLAN_IDS = 2**20
 """Ids planned at once when nothing adaptive asks for shorter intervals."""
@@ -40,6 +41,7 @@ class Setup:
         versions: Package versions, for the record.
         stage: LLaMA-Factory stage.
         shuffle: False under ``disable_shuffling``.
+        packed: Whether several samples share a row.
         space: The row space, once the data is loaded.
         scoring_collator: Makes the collator for scoring passes from the Trainer's.
     """
@@ -49,6 +51,7 @@ class Setup:
     versions: dict[str, str]
     stage: str
     shuffle: bool
+    packed: bool = False
     space: RowSpace | None = None
     scoring_collator: Callable[[Any], Callable[[list[dict[str, Any]]], dict[str, Any]]] = lambda collator: collator
 
@@ -102,7 +105,7 @@ class Session:
             schedule=schedule,
             shape=shape,
             seed=seed,
-            signals=_signals(setup, trainer, shape, seed),
+            signals=signal_service(setup, trainer, shape, seed),
             selector=methods["selector"],
             mixer=methods["mixer"],
         )
@@ -128,7 +131,7 @@ class Session:
         return {**self.controller.seconds, **self.seconds}
 
 
-def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
+def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
     space = setup.rows
     rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
     longest = max(
@@ -161,6 +164,40 @@ def _signals(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> Signal
             model_identity=lambda: state_identity(trainer.model.named_parameters()),
         ),
     )
+
+
+def open_reference(setup: Setup, trainer: Any) -> Any:
+    """Return the reference model's token losses, or None when no method asks for them (collective).
+
+    Raises:
+        ConfigError: Two methods name different references.
+    """
+    wanted = {method.kind: method.build().reference for method in setup.config.methods}
+    folders = dict.fromkeys(folder for folder in wanted.values() if folder is not None)
+    if not folders:
+        return None
+    if len(folders) > 1:
+        named = ", ".join(f"dynamic.{kind}.reference: {folder}" for kind, folder in wanted.items() if folder)
+        raise ConfigError(f"one run has one reference model, but two are named ({named})")
+    from dataflex.train.reference import ReferenceLosses
+
+    handle = signal_service(setup, trainer, batch_shape(trainer, shuffle=setup.shuffle), 0).handle
+    cache = all(getattr(method.params, "reference_cache", True) for method in setup.config.methods)
+    losses = ReferenceLosses.open(
+        next(iter(folders)),
+        dataset=trainer.train_dataset,
+        lengths=setup.rows.lengths,
+        fingerprint=setup.rows.fingerprint,
+        collate=handle.collate,
+        tokenizer=handle.tokenizer,
+        device=handle.device,
+        token_budget=handle.token_budget,
+        autocast=handle.autocast,
+        store=Path(trainer.args.output_dir) / "dataflex" / "reference",
+        cache=cache,
+    )
+    losses.begin()
+    return losses
 
 
 def release_gathered(trainer: Any) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
 from dataflex.dist import comm
@@ -21,9 +23,12 @@ from dataflex.errors import ComponentError
 
 __all__ = [
     "IGNORE_INDEX",
+    "Sequences",
     "TokenLosses",
     "WeightStats",
     "checked",
+    "document_sequences",
+    "row_sequences",
     "sample_means",
     "token_losses",
     "view",
@@ -35,42 +40,111 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """Token losses of one micro-batch.
+    """Token losses of one micro-batch of R rows.
 
     Attributes:
-        loss_BT: Cross-entropy per position in fp32, with gradient; 0 where ``mask_BT`` is False.
+        loss_BT: Cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False.
         mask_BT: Positions whose next token is supervised.
         plain_sum: Detached sum, added up in the order of ``cross_entropy(reduction="sum")``.
+        entropy_BT: Entropy of each prediction in nats, 0 where ``mask_BT`` is False; None if not asked for.
     """
 
     loss_BT: torch.Tensor
     mask_BT: torch.Tensor
     plain_sum: torch.Tensor
+    entropy_BT: torch.Tensor | None = None
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> TokenLosses:
-    """Return next-token losses of ``logits`` [B, T, V] against ``labels`` [B, T] (-100 is ignored)."""
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """The sequences of one micro-batch: its rows, or the documents that its packed rows hold.
+
+    Attributes:
+        rows_B: Row id of each sequence.
+        index_BT: Sequence of each supervised position [R, T], int64, 0 elsewhere; None where rows are sequences.
+    """
+
+    rows_B: Rows
+    index_BT: torch.Tensor | None = None
+
+    def sums(self, values_BT: torch.Tensor) -> torch.Tensor:
+        """Add up ``values_BT`` (0 where nothing is supervised) by sequence [B]."""
+        if self.index_BT is None:
+            return values_BT.sum(dim=1)
+        return values_BT.new_zeros(len(self.rows_B)).index_add(0, self.index_BT.flatten(), values_BT.flatten())
+
+    def spread(self, values_B: torch.Tensor) -> torch.Tensor:
+        """Give each position its sequence's value: [R, 1], or [R, T] under packing."""
+        return values_B[:, None] if self.index_BT is None else values_B[self.index_BT]
+
+
+def row_sequences(rows: Rows) -> Sequences:
+    """Return the rows of a micro-batch as its sequences."""
+    return Sequences(rows_B=rows)
+
+
+def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
+    """Return the documents with a supervised token as the sequences of a packed micro-batch.
+
+    A position predicts the token after it and belongs to that token's document.
+
+    Args:
+        documents_BT: Document of each token in its row, see ``signals.packing.document_ids``.
+        mask_BT: Positions whose next token is supervised.
+        rows: Row ids of the micro-batch [R].
+    """
+    predicted = F.pad(documents_BT[:, 1:], (0, 1), value=0).clamp(min=0)
+    width = int(predicted.max()) + 1 if predicted.numel() else 1
+    keys_BT = torch.arange(len(rows), device=mask_BT.device)[:, None] * width + predicted
+    keys, inverse = torch.unique(keys_BT[mask_BT], return_inverse=True)
+    index_BT = torch.zeros_like(keys_BT)
+    index_BT[mask_BT] = inverse
+    return Sequences(rows_B=rows[(keys // width).cpu().numpy()], index_BT=index_BT)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = False) -> TokenLosses:
+    """Return next-token losses of ``logits`` [R, T, V] against ``labels`` [R, T] (-100 is ignored)."""
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
+    mask_BT = targets.ne(IGNORE_INDEX)
     log_probs = F.log_softmax(logits.float().view(-1, logits.shape[-1]), dim=-1)
     flat = targets.reshape(-1)
     loss = F.nll_loss(log_probs, flat, ignore_index=IGNORE_INDEX, reduction="none")
     plain = F.nll_loss(log_probs.detach(), flat, ignore_index=IGNORE_INDEX, reduction="sum")
-    return TokenLosses(loss_BT=loss.view(targets.shape), mask_BT=targets.ne(IGNORE_INDEX), plain_sum=plain)
+    spread = None
+    if entropy:
+        known = log_probs.detach()
+        spread = -(known.exp() * known).sum(dim=-1).view(targets.shape).masked_fill(~mask_BT, 0.0)
+    return TokenLosses(loss_BT=loss.view(targets.shape), mask_BT=mask_BT, plain_sum=plain, entropy_BT=spread)
 
 
-def sample_means(loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_means(
+    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token-mean losses [B] (0 without supervised tokens) and supervised tokens [B]."""
-    tokens_B = mask_BT.sum(dim=1)
-    return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
+    if sequences is None or sequences.index_BT is None:
+        tokens_B = mask_BT.sum(dim=1)
+        return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
+    tokens_B = sequences.sums(mask_BT.long())
+    return sequences.sums(loss_BT) / tokens_B.clamp(min=1), tokens_B
 
 
-def view(losses: TokenLosses, rows_B: Rows, *, step: int, total_steps: int) -> BatchView:
+def view(
+    losses: TokenLosses,
+    sequences: Sequences,
+    *,
+    domains_B: NDArray[np.int64],
+    step: int,
+    total_steps: int,
+    reference_BT: torch.Tensor | None = None,
+    embeddings_BH: torch.Tensor | None = None,
+) -> BatchView:
     """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
     loss_BT = losses.loss_BT.detach()
-    loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT)
+    loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT, sequences)
     both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1))
     return BatchView(
-        rows_B=rows_B,
+        rows_B=sequences.rows_B,
+        domains_B=domains_B,
         loss_B=loss_B,
         tokens_B=tokens_B,
         loss_BT=loss_BT,
@@ -80,6 +154,10 @@ def view(losses: TokenLosses, rows_B: Rows, *, step: int, total_steps: int) -> B
         local=local,
         step=step,
         total_steps=total_steps,
+        sequence_BT=sequences.index_BT,
+        reference_BT=reference_BT,
+        entropy_BT=losses.entropy_BT,
+        embeddings_BH=embeddings_BH,
     )
 
 
@@ -96,7 +174,7 @@ class WeightStats:
         self._count = 0
 
     def add(self, weights: torch.Tensor) -> None:
-        """Take in the weights [B, 1] or [B, T] of one micro-batch.
+        """Take in the weights [B, 1], or [R, T] by position, of one micro-batch.
 
         They are checked here at once on a CPU, and at the next ``read`` on an accelerator, where
         looking at a value would make the device wait.
@@ -129,17 +207,17 @@ class WeightStats:
         return {"weight_ess": share, "weight_max": largest}
 
 
-def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses) -> torch.Tensor:
-    """Return weights as fp32 [B, 1] or [B, T], on the device of the losses.
+def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:
+    """Return weights as fp32 [B, 1] by sequence or [R, T] by position, on the device of the losses.
 
     Raises:
         ComponentError: Wrong shape. Values are checked by ``WeightStats``.
     """
-    batch, width = losses.loss_BT.shape
-    if weights.shape not in {(batch,), (batch, width)}:
+    count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
+    if weights.shape not in {(count,), shape}:
         raise ComponentError(
             f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)}; "
-            f"expected ({batch},) or ({batch}, {width})"
+            f"expected ({count},) or {shape}"
         )
     weights = weights.detach().to(losses.loss_BT.device, torch.float32)
     return weights[:, None] if weights.dim() == 1 else weights
@@ -149,6 +227,7 @@ def weighted_loss(
     losses: TokenLosses,
     weights: torch.Tensor,
     *,
+    sequences: Sequences,
     normaliser: Normaliser,
     num_items: torch.Tensor | float,
     num_micro_batches: int,
@@ -159,7 +238,8 @@ def weighted_loss(
 
     Args:
         losses: Token losses of this rank's micro-batch.
-        weights: [B, 1] or [B, T], from ``checked``.
+        weights: [B, 1] or [R, T], from ``checked``.
+        sequences: Which sequence each position belongs to.
         normaliser: ``token``, ``count`` or ``sample``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
@@ -169,10 +249,12 @@ def weighted_loss(
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
     if normaliser == "sample":
-        loss_B, _ = sample_means(loss_BT, mask_BT)
-        if weights.shape[1] != 1:
+        loss_B, _ = sample_means(loss_BT, mask_BT, sequences)
+        if len(weights) != len(loss_B) or weights.shape[1] != 1:
             raise ComponentError("normaliser 'sample' takes one weight per sequence")
         return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
+    if weights.shape[1] == 1:
+        weights = sequences.spread(weights[:, 0])
     if normaliser == "token":
         if step_scale is None:
             parts = torch.stack([mask_BT.sum().double(), (weights * mask_BT).sum().double()])

@@ -1,0 +1,103 @@
+"""Other causal language models that score rows: a small scorer, a reference model, checkpoints of a proxy.
+
+A model with the tokenizer of the run is fed the rows as they are trained on; any other reads their text in its
+own tokens. It is loaded for a pass and let go after it, so that only one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataflex.errors import DataFlexError, UnsupportedError
+from dataflex.signals.encoders import model_identity
+from dataflex.signals.passes import preserved
+
+__all__ = ["Scorer", "ScorerError", "start_tokens"]
+
+
+class ScorerError(DataFlexError):
+    """A model that scores rows could not be loaded."""
+
+
+class Scorer:
+    """A causal language model by folder or hub id, its weights not loaded yet.
+
+    Args:
+        name: Folder or hub id.
+        tokenizer: The tokenizer of the run, which made the rows.
+
+    Attributes:
+        identity: Changes when the model's answers may change.
+        same_tokens: Whether the rows' tokens mean the same to it.
+
+    Raises:
+        ScorerError: There is no such model, or it has no tokenizer.
+    """
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.name = name
+        with preserved():
+            try:
+                self._config: Any = AutoConfig.from_pretrained(name)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError, KeyError) as error:
+                raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
+        self._theirs = tokenizer
+        text = self._config.get_text_config()
+        self.identity = model_identity(name, getattr(self._config, "_commit_hash", None), "causal", "float32")
+        self.same_tokens = _same_tokens(self._tokenizer, tokenizer, int(text.vocab_size))
+        self.limit: int | None = getattr(text, "max_position_embeddings", None)
+        """Tokens of a sequence at most, or None."""
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Token that its sequences begin with, or none."""
+        return start_tokens(self._tokenizer)
+
+    def translate(self, ids: list[int]) -> list[int]:
+        """Return its tokens of the text of the run's tokens ``ids``; special tokens are left out."""
+        text = self._theirs.decode(ids, skip_special_tokens=True)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @contextmanager
+    def loaded(self, device: torch.device) -> Iterator[nn.Module]:
+        """Give the model in float32 and eval mode, frozen, for the length of a block.
+
+        Raises:
+            ScorerError: The weights cannot be loaded as those of a causal language model.
+            UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+        if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+            raise UnsupportedError(
+                f"model {self.name}: another model cannot score rows while parameters are partitioned over ranks "
+                "(ZeRO-3, FSDP); use ZeRO-2 or less, or the model under training"
+            )
+        with preserved():  # a model may draw random numbers while it is built
+            try:
+                model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
+            except (OSError, ValueError, KeyError) as error:
+                raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
+        yield model.to(device).eval().requires_grad_(False)
+
+
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the token that a tokenizer puts before every text by itself, or none."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("a")["input_ids"][:1]
+    return (int(bos),) if bos is not None and first == [bos] else ()
+
+
+def _same_tokens(ours: Any, theirs: Any, vocabulary: int) -> bool:
+    """Return whether every token of the run has the same number in the scorer's tokenizer and embedding."""
+    known, used = ours.get_vocab(), theirs.get_vocab()
+    return max(used.values()) < vocabulary and used.items() <= known.items()
