@@ -65,6 +65,37 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_moe(tiny_model, tmp_path_factory) -> Path:
+    """A random mixture of four experts with the tiny model's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    for file in tiny_model.iterdir():
+        if "token" in file.name:
+            shutil.copy(file, folder)
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def sentence(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 

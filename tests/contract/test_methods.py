@@ -19,6 +19,7 @@ from dataflex.testing import (
     FakeSignals,
     example_batch,
     example_context,
+    example_stats,
     global_random_state_untouched,
 )
 
@@ -37,6 +38,18 @@ MINIMAL = {
     ("selector", "delta_loss"): lambda K: {"updates": 10},
     ("selector", "longest"): lambda K: {},
     ("selector", "random_balanced"): lambda K: {},
+    ("selector", "compose"): lambda K: {},
+    ("selector", "bm25"): lambda K: {},
+    ("selector", "dsir"): lambda K: {},
+    ("selector", "embed"): lambda K: {},
+    ("selector", "ifd"): lambda K: {},
+    ("selector", "s2l"): lambda K: {},
+    ("selector", "rho_loss"): lambda K: {"reference": "folder"},
+    ("selector", "icons"): lambda K: {},
+    ("selector", "cluster_less"): lambda K: {},
+    ("selector", "coincide"): lambda K: {},
+    ("selector", "zeroth"): lambda K: {},
+    ("selector", "nice"): lambda K: {"reward": "exact_match"},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -48,9 +61,31 @@ MINIMAL = {
             {"start_step": 50, "proportions": [1.0] + [2.0] * (K - 1)},
         ]
     },
+    ("mixer", "random"): lambda K: {},
+    ("mixer", "odm"): lambda K: {},
+    ("mixer", "sheared"): lambda K: {"target_losses": [0.5] * K},
+    ("mixer", "velocity"): lambda K: {"target_losses": [0.5] * K},
+    ("mixer", "dynamic_moe"): lambda K: {},
+    ("mixer", "ado"): lambda K: {},
+    ("mixer", "doge"): lambda K: {},
+    ("mixer", "dga"): lambda K: {},
+    ("mixer", "pike"): lambda K: {},
+    ("mixer", "skill_it"): lambda K: {"graph": [[1.0 + (i == j) for j in range(K)] for i in range(K)]},
+    ("mixer", "aioli"): lambda K: {},
+    ("mixer", "doremi"): lambda K: {"reference": "runs/reference"},
+    ("mixer", "group_dro"): lambda K: {},
     ("weighter", "none"): lambda K: {},
     ("weighter", "column"): lambda K: {},
     ("weighter", "loss"): lambda K: {},
+    ("weighter", "adapt"): lambda K: {},
+    ("weighter", "joint_update_aware"): lambda K: {},
+    ("weighter", "slm"): lambda K: {"reference": "runs/reference"},
+    ("weighter", "rho"): lambda K: {"reference": "runs/reference"},
+    ("weighter", "group"): lambda K: {},
+    ("weighter", "focal"): lambda K: {},
+    ("weighter", "token"): lambda K: {},
+    ("weighter", "meta"): lambda K: {},
+    ("weighter", "presence"): lambda K: {},
 }
 DRAWS = {  # another seed, another answer
     ("selector", "random"),
@@ -58,6 +93,15 @@ DRAWS = {  # another seed, another answer
     ("selector", "tsds"),
     ("selector", "delta_loss"),
     ("selector", "random_balanced"),
+    ("selector", "dsir"),
+    ("selector", "s2l"),
+    ("selector", "cluster_less"),
+    ("selector", "zeroth"),
+    ("selector", "nice"),
+    ("mixer", "random"),
+    ("mixer", "doge"),
+    ("mixer", "dga"),
+    ("mixer", "pike"),
 }
 
 # Taken while collecting, before any test registers a plugin.
@@ -97,11 +141,32 @@ def decide(method, **options):
         selection = method.select(pool_of(NUM_ROWS), 16, ctx)
         return selection.rows.tolist(), None if selection.scores is None else selection.scores.tolist()
     if isinstance(method, Mixer):
-        return method.mix(ctx).proportions.tolist()
+        return mixed(method, ctx)
+    prepare(method, ctx)
     static = method.static_weights(pool_of(NUM_ROWS), COLUMNS)
     if static is not None:
         return static.tolist()
     return method.weigh(example_batch([1.0, 2.0, 3.0, 0.5], step=ctx.interval.index)).tolist()
+
+
+def prepare(weighter, ctx):
+    if weighter.due(ctx.interval.start_step):
+        weighter.prepare(ctx, pool_of(8))
+
+
+def mixed(mixer, ctx):
+    """Return proportions and loss weights, then let the mixer see a step."""
+    held = ctx.domains.names if mixer.needs.targets else ()
+    proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
+    weights = mixer.loss_weights().tolist() if mixer.weighs_loss else None
+    if mixer.observes:
+        step = ctx.interval.start_step
+        losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(ctx.domains.names))]
+        names = ctx.domains.names
+        excess = [max(loss - 2.0, 0.0) for loss in losses]
+        absent = [0.0 if k == 1 and step % 20 else 10.0 for k in range(len(names))]
+        mixer.observe(example_stats(losses, absent, names=names, excess=excess, proportions=proportions, step=step))
+    return proportions, weights
 
 
 def is_plain(value):
@@ -262,7 +327,11 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
 @pytest.mark.parametrize("sizes", [{"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny": 1}])
 def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     mixer = build("mixer", name, len(sizes))
-    ctx = example_context(sizes, unit=unit, lengths=1 + np.arange(sum(sizes.values())) % 7)
+    targets = tuple(sizes) if mixer.needs.targets else ()
+    lengths = 1 + np.arange(sum(sizes.values())) % 7
+    ctx = example_context(sizes, unit=unit, lengths=lengths, targets=targets)
+    if len(sizes) < mixer.needs.domains:
+        return
     mix = mixer.mix(ctx)
     assert mix.proportions.dtype == np.float64
     assert mix.proportions.shape == (len(sizes),)
@@ -277,6 +346,7 @@ def test_weights_are_finite_and_not_negative(name):
     weighter = build("weighter", name)
     assert weighter.normaliser in ("token", "count", "sample")
     assert weighter.active(99_999, 100_000) is True
+    prepare(weighter, example_context(columns=COLUMNS))
     rows = np.array([63, 0, 5, 5], dtype=np.int64)
     static = weighter.static_weights(rows, COLUMNS)
     if static is not None:
@@ -317,10 +387,10 @@ def test_the_card_is_complete(kind, name):
     assert card.paper
     assert card.cost
     assert "baseline" in card.paper or "arXiv" in card.paper
-    assert (card.forward_per_pool_row > 0) == (kind == "selector" and bool(needs.signals))
+    assert (card.forward_per_pool_row > 0) == (kind == "selector" and bool(needs.signals - {"texts"}))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
-    assert needs.signals <= {"losses", "embeddings", "gradients", "generate"}
+    assert needs.signals <= {"losses", "embeddings", "gradients", "generate", "gates", "texts"}
     assert cls.__doc__
     assert sys.modules[cls.__module__].__doc__
 

@@ -35,6 +35,9 @@ REGISTERED = {(kind, name) for kind in KINDS for name in names(kind) if find(kin
 # example is run as it is.
 SHORT = {
     "select_near.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
+    "select_embed.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
+    "select_ifd.yaml": [f"dynamic.selector.scorer={EXAMPLES / 'models' / 'base-4m'}"],
+    "select_rho_loss.yaml": ["dynamic.selector.reference={model}"],  # the tokenizer must be that of the run
     "demo_dynamic.yaml": [
         "max_steps=3",
         "eval_on_start=false",
@@ -129,10 +132,12 @@ def test_everything_is_small_enough_to_lie_in_the_repository():
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_an_example_runs(name, tiny_model, tmp_path):
+def test_an_example_runs(name, tiny_model, tiny_moe, tmp_path):
     from dataflex.run import train_here
 
-    settings = [*tiny(tiny_model, tmp_path / "run"), *SHORT.get(name, [])]
+    model = tiny_moe if "moe" in name else tiny_model
+    own = [setting.replace("{model}", str(model)) for setting in SHORT.get(name, [])]
+    settings = [*tiny(model, tmp_path / "run"), *own]
     assert train_here([str(EXAMPLES / name), *settings]) == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]

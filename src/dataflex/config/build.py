@@ -15,7 +15,7 @@ from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.core.registry import KINDS, load_plugin
 from dataflex.errors import ConfigError
 
-__all__ = ["block_keys", "build", "parse_dynamic", "user_keys"]
+__all__ = ["block_keys", "build", "load_plugins", "parse_dynamic", "user_keys"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     if isinstance(mapping.get("plugins"), str):
         mapping["plugins"] = [mapping["plugins"]]
     given = values(DynamicConfig, mapping, "dynamic", problems, skip=KINDS)
-    given["plugins"] = _plugins(given.get("plugins", ()), base_dir, problems)
+    given["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
     for kind in KINDS:
         if mapping.get(kind) is not None:
             given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", problems)
@@ -74,7 +74,7 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     return dynamic
 
 
-def _plugins(paths: tuple[str, ...], base_dir: Path, problems: list[str]) -> tuple[str, ...]:
+def load_plugins(paths: tuple[str, ...], base_dir: Path, problems: list[str]) -> tuple[str, ...]:
     """Load the user's files and return their absolute paths, which other processes can load too."""
     loaded = []
     for path in paths:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.check_data import column_problems, data_set_problems, domain_problems, target_problems
-from dataflex.config.check_run import model_problems, output_problems, setting_problems, stage_problems
+from dataflex.config.check_models import other_model_problems
+from dataflex.config.check_run import (
+    model_problems,
+    output_problems,
+    reference_problems,
+    setting_problems,
+    stage_problems,
+)
 from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import truthy
@@ -47,6 +54,8 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
         *stage_problems(dynamic, lf),
         *setting_problems(dynamic, lf),
         *model_problems(lf),
+        *reference_problems(dynamic),
+        *other_model_problems(dynamic),
         *output_problems(lf),
         *data_set_problems(lf, base_dir, sources),
         *target_problems(dynamic, lf, base_dir),

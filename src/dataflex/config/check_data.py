@@ -84,11 +84,25 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
             yield "tokenized_path: a tokenised copy does not say which data set a row is from; remove it"
     if not names:
         return
+    if dynamic.mixer is not None and dynamic.domain_column is not None:
+        yield from _unread_file(dynamic.mixer)
     view = forecast(dynamic, lf, sources)
     if dynamic.mixer is not None and dynamic.domain_column is None:
         yield from _mixture_problems(dynamic, view, names)
     yield from _too_few_rows(dynamic, view)
     yield from _idle_weighter(dynamic, view)
+
+
+def _unread_file(mixer: MethodConfig) -> Iterator[str]:
+    """Yield why the proportions file of a mixer cannot be read, where its domains are not known yet."""
+    from dataflex.mixing.proportions_file import read_proportions
+
+    file = getattr(mixer.params, "from_file", None)
+    if file is not None:
+        try:
+            read_proportions(file, "dynamic.mixer.from")
+        except ConfigError as error:
+            yield from error.problems
 
 
 def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:

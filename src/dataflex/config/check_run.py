@@ -15,7 +15,7 @@ from dataflex.config.values import env_enabled, number, truthy
 from dataflex.core.protocols import STAGES, Weighter
 from dataflex.errors import did_you_mean
 
-__all__ = ["model_problems", "output_problems", "setting_problems", "stage_problems"]
+__all__ = ["model_problems", "output_problems", "reference_problems", "setting_problems", "stage_problems"]
 
 _REFUSED: dict[str, str] = {
     "streaming": "a decision is a list of rows, and a stream has no row numbers; remove it",
@@ -141,6 +141,20 @@ def model_problems(lf: Mapping[str, Any]) -> Iterator[str]:
     deepspeed = lf.get("deepspeed")
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
+
+
+def reference_problems(dynamic: DynamicConfig) -> Iterator[str]:
+    """Yield the reference models that are not there: without one, such a method is another method."""
+    for method in dynamic.methods:
+        folder = method.build().reference
+        if folder is None:
+            continue
+        key, path = f"dynamic.{method.kind}.reference", Path(folder).expanduser()
+        if not path.is_dir():
+            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+            yield f"{key}: no such folder: {folder}{near} (the reference model is trained before this run)"
+        elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
 
 
 def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:

@@ -9,9 +9,11 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
 from dataflex.config.convert import BAD, convert, describe, shown
-from dataflex.errors import ComponentError, did_you_mean
+from dataflex.config.parts import read_part
+from dataflex.core.parts import Part
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
-__all__ = ["collect", "dotted", "field_hints", "values"]
+__all__ = ["collect", "dotted", "field_hints", "key_of", "values"]
 
 T = TypeVar("T")
 
@@ -32,12 +34,17 @@ def collect(
     Raises:
         ComponentError: A field of ``cls`` has a type that cannot come from a configuration.
     """
+    if issubclass(cls, Part):
+        return read_part(cls, mapping, path, problems, collect)
     before = len(problems)
     given = values(cls, mapping, path, problems, subject=subject, extra=extra)
     if len(problems) > before:
         return None
     try:
         return cls(**given)
+    except ConfigError as error:
+        problems += [dotted(path, problem) for problem in error.problems]
+        return None
     except ValueError as error:
         first = re.match(r"\w*", str(error))
         named = first is not None and first.group() in field_hints(cls)
@@ -59,7 +66,7 @@ def values(
 
     Fields in ``skip`` and those marked ``user=False`` are neither read nor named.
     """
-    known = {f.name: f for f in fields(cls) if f.init and f.metadata.get("user", True)}
+    known = {key_of(f): f for f in fields(cls) if f.init and f.metadata.get("user", True)}
     accepted = [*extra, *known]
     if not isinstance(mapping, Mapping):
         problems.append(f"{path}: expected a mapping of keys, found {shown(mapping)}")
@@ -67,7 +74,8 @@ def values(
     for key in mapping:
         if key not in accepted:
             problems.append(f"{dotted(path, key)}: unknown key{_help(str(key), accepted, subject or path)}")
-    hints = field_hints(cls)
+    types = field_hints(cls)
+    hints = {key: types[field.name] for key, field in known.items()}
     result: dict[str, Any] = {}
     for name, field in known.items():
         if name in skip:
@@ -79,8 +87,13 @@ def values(
             continue
         value = convert(value, hints[name], dotted(path, name), field.metadata, problems, _nested)
         if value is not BAD:
-            result[name] = value
+            result[field.name] = value
     return result
+
+
+def key_of(field: Field[Any]) -> str:
+    """Return the key of a field in a configuration: its name, unless that is a word of Python's own (``from``)."""
+    return str(field.metadata.get("key", field.name))
 
 
 def dotted(path: str, key: Any) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from dataflex.config.collect import collect
 from dataflex.config.convert import shown
+from dataflex.config.legacy_mixers import mixer_params
+from dataflex.config.legacy_selectors import selector_params
 from dataflex.config.load import load_mapping
 from dataflex.config.methods import method_class, needs_target
 from dataflex.config.schema import MethodConfig
@@ -29,6 +31,16 @@ _SHIPPED: dict[str, dict[str, Any]] = {
     "selectors": {
         "loss": {"name": "loss", "params": {"focus": "medium"}},
         "random": {"name": "random", "params": {"seed": 42, "replacement": False}},
+        "less": {"name": "less", "params": {"gradient_type": "adam", "seed": 123}},
+        "icons": {"name": "icons", "params": {"gradient_type": "adam", "seed": 123}},
+        "cluster_less": {
+            "name": "cluster_less",
+            "params": {"gradient_type": "adam", "proj_dim": 4096, "seed": 42, "samples_per_cluster": 4},
+        },
+        "coincide": {"name": "coincide", "params": {"seed": 42, "num_clusters": 10_000, "temperature": 1.0}},
+        "delta_loss": {"name": "delta_loss", "params": {"window_size": 0.2}},
+        "near": {"name": "near", "params": {}},
+        "tsds": {"name": "tsds", "params": {}},
     },
     "mixers": {
         "random": {"name": "random", "params": {"seed": 42}},
@@ -60,6 +72,7 @@ def read_component(
     targets: tuple[str, ...],
     num_domains: int,
     burn_in_steps: int,
+    updates: int,
     problems: list[str],
     notes: list[str],
 ) -> Component | None:
@@ -73,6 +86,7 @@ def read_component(
         targets: Data sets for a method that needs targets.
         num_domains: Number of data sets.
         burn_in_steps: Steps of plain loss before a weighter acts.
+        updates: Decisions of a selector after each warm-up.
         problems: Takes one line per problem.
         notes: Takes one line per parameter that is dropped or means something else here.
     """
@@ -103,7 +117,13 @@ def read_component(
     if (kind, method_name) == ("mixer", "random"):
         method_name, given = "static", _drawn(given, num_domains, where, problems, notes)
     method_name, given, seed = _renamed(kind, method_name, given, burn_in_steps, where, notes)
-    return _built(kind, method_name, given, seed, targets, where, problems)
+    before = len(problems)
+    if kind == "selector":
+        given = selector_params(method_name, given, updates, where, problems, notes)
+    elif kind == "mixer":
+        given = mixer_params(method_name, given, where, problems, notes)
+    component = _built(kind, method_name, given, seed, targets, where, problems)
+    return component if len(problems) == before else None
 
 
 def _file(file: str, base_dir: Path, notes: list[str]) -> dict[str, Any]:

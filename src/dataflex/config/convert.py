@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
+from dataflex.core.parts import Part
 from dataflex.errors import ComponentError, did_you_mean
 
 __all__ = ["BAD", "convert", "describe", "shown"]
@@ -52,6 +53,8 @@ def describe(hint: Any) -> str:
         return f"a list of {_plural(args[0])}"
     if origin is dict:
         return f"a mapping from names to {_plural(args[1])}"
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return "text, or a mapping with 'name'"
     return _SINGULAR.get(hint) or f"a mapping{_keys(hint)}"
 
 
@@ -131,6 +134,8 @@ def _same_shape(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (tuple, list):
         return isinstance(value, list | tuple)
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return isinstance(value, str | Mapping)
     if origin is dict or is_dataclass(hint):
         return isinstance(value, Mapping)
     if origin is Literal:

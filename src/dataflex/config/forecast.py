@@ -107,7 +107,9 @@ class Forecast:
             seed=self.dynamic.seed or 0,
             domains=domains,
             signals=signals,
+            targets=self.dynamic.mixer.targets if self.dynamic.mixer else (),
             total_sequences=(self.steps or 1) * self.batch.size,
+            global_batch=self.batch.size,
         )
 
     def mixture(self) -> Iterator[tuple[int, NDArray[np.float64]]]:

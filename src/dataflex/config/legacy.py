@@ -92,6 +92,7 @@ class _Translation:
             targets=targets,
             num_domains=len(self._data_sets()),
             burn_in_steps=keys.warmup_step,
+            updates=keys.update_times,
             problems=self.problems,
             notes=self.notes,
         )

@@ -8,7 +8,7 @@ a file is malformed in one line. Nothing is validated here beyond "it is a mappi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from dataflex.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["ENDINGS", "load_mapping"]
+__all__ = ["ENDINGS", "load_mapping", "merged"]
 
 ENDINGS: tuple[str, ...] = (".yaml", ".yml", ".json")
 
@@ -34,7 +34,21 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         ConfigError: The file is missing or malformed, its top level is not a mapping, or an
             override is not of the form ``key=value``; all malformed overrides are told at once.
     """
-    config = _read(Path(path))
+    return _with_overrides(_read(Path(path)), overrides)
+
+
+def merged(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``mapping`` with ``key=value`` texts merged into it, as ``load_mapping`` does with those of a file.
+
+    Raises:
+        ConfigError: All malformed overrides.
+    """
+    from omegaconf import OmegaConf
+
+    return _with_overrides(OmegaConf.create(dict(mapping)), overrides)
+
+
+def _with_overrides(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     problems: list[str] = []
     for text in overrides:
         try:

@@ -23,6 +23,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
         problems.append(f"{path}: expected the name of a {kind} or a mapping with 'name', found {shown(block)}")
         return None
     name = block.get("name")
+    if name is None and kind == "selector" and "represent" in block:
+        name = "compose"
     if name is None:
         problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))})")
         return None
@@ -33,12 +35,20 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     if cls is None:
         return None
     before = len(problems)
-    targets = _targets(cls, block, path, problems)
     rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
-    params = collect(cls.Params, rest, path, problems, subject=f"{name} {kind}")
+    found: list[str] = []
+    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}")
+    # Whether there must be targets can depend on the parameters: then only good ones tell.
+    known = _needs_are_fixed(cls) or params is not None
+    targets = _targets(cls if params is None else cls.variant(params), block, path, problems) if known else ()
+    problems += found
     if params is None or len(problems) > before:
         return None
     return MethodConfig(kind=kind, name=name, params=params, targets=targets)
+
+
+def _needs_are_fixed(cls: type[Method]) -> bool:
+    return getattr(cls.variant, "__func__", None) is getattr(Method.variant, "__func__", None)
 
 
 def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:

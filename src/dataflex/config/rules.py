@@ -28,6 +28,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         yield from _selector_rules(dynamic, unread)
     if "mixer" not in unread:
         yield from _mixer_rules(dynamic, unread)
+    if dynamic.leakage != "warn" and not dynamic.targets and not any(kind in unread for kind in KINDS):
+        yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
 
 
 def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
@@ -52,6 +54,8 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             yield "dynamic.signals.screen_fraction: has no effect without a selector; add one, or remove the key"
         if dynamic.repeat:
             yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
+        if dynamic.exclude_seen:
+            yield "dynamic.exclude_seen: has no effect without a selector; add one, or remove the key"
         return
     cls = selector.cls
     assert issubclass(cls, Selector)
@@ -60,10 +64,29 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
             "selector has none; remove the key, or use a selector with targets"
         )
+    if dynamic.exclude_seen:
+        yield from _unseen_rules(dynamic, cls)
     if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
+        )
+
+
+def _unseen_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
+    assert dynamic.selector is not None
+    name = dynamic.selector.name
+    if not cls.narrows:
+        yield f"dynamic.exclude_seen: has no effect with the {name} selector, which keeps every row; remove the key"
+    if dynamic.mixer is not None:
+        yield (
+            "dynamic.exclude_seen: works without a mixer, whose quotas a domain without unseen rows could not fill; "
+            "remove one of the two (a mixer alone serves every row of a domain once before any twice)"
+        )
+    if getattr(dynamic.selector.params, "checkpoints", 1) > 1:
+        yield (
+            f"dynamic.exclude_seen: the {name} selector averages scores of several intervals over the same rows; "
+            "set checkpoints to 1, or remove exclude_seen"
         )
 
 

@@ -33,8 +33,8 @@ class MethodConfig:
 
     @property
     def cls(self) -> type[Method]:
-        """The class of the method."""
-        return find(self.kind, self.name)
+        """The class of the method, with what it needs under these parameters."""
+        return find(self.kind, self.name).variant(self.params)
 
     def build(self) -> Method:
         """Return a new instance of the method."""
@@ -87,6 +87,10 @@ class DynamicConfig:
             "maximum": 1.0,
         },
     )
+    exclude_seen: bool = field(
+        default=False,
+        metadata={"help": "whether rows that were served leave the selector's pool until too few are left"},
+    )
     repeat: bool = field(
         default=False, metadata={"help": "whether an interval may serve a row again when too few were selected"}
     )
@@ -107,6 +111,9 @@ class DynamicConfig:
     )
     signals: SignalsConfig = field(default=SignalsConfig(), metadata={"help": "how the model is asked about rows"})
     plugins: tuple[str, ...] = field(default=(), metadata={"help": "Python files that define methods"})
+    leakage: Literal["warn", "error", "drop"] = field(
+        default="warn", metadata={"help": "what happens to training rows that are also rows of a target"}
+    )
     resume_plan: Literal["strict", "ignore"] = field(
         default="strict", metadata={"help": "whether a resumed run must find the data of the saved plan"}
     )

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dataflex.config.build import block_keys
+from dataflex.config.collect import key_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.core.parts import Part
 from dataflex.core.registry import KINDS
 
 __all__ = ["as_mapping", "as_yaml", "plain"]
@@ -60,8 +62,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, MethodConfig):
         targets = {"targets": list(value.targets)} if value.targets else {}
         return {"name": value.name, **targets, **plain(value.params)}
+    if isinstance(value, Part):
+        own = plain(value.params)
+        return {"name": value.name, **own} if own else value.name
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {key_of(field): plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -7,7 +7,7 @@ that need some are given uniforms, which come from ``dataflex.core.rng``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,9 @@ __all__ = [
     "gumbel_top_k",
     "largest_remainder",
     "round_robin",
+    "take_turns",
     "top_k",
+    "weighted_with_replacement",
     "weighted_without_replacement",
 ]
 
@@ -105,6 +107,51 @@ def weighted_without_replacement(weights: ArrayLike, k: int, uniforms: NDArray[n
         raise ComponentError(f"weight {values[negative[0]]} at position {negative[0]}: weights must be >= 0")
     with np.errstate(divide="ignore"):
         return gumbel_top_k(np.log(values), k, uniforms)
+
+
+def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Sample ``k`` positions independently with probability proportional to ``weights``; positions may repeat.
+
+    Args:
+        weights: Weights [n], >= 0, any scale, at least one above 0 where ``k`` is.
+        k: How many.
+        uniforms: One number in (0, 1) per draw [k].
+
+    Returns:
+        int64 [k], in the order of the draw; a position of weight 0 is never drawn.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    if k == 0:
+        return np.empty(0, dtype=np.int64)
+    cumulative = np.cumsum(values)
+    positions = np.searchsorted(cumulative, np.asarray(uniforms) * cumulative[-1], side="right")
+    return np.minimum(positions, np.flatnonzero(values)[-1]).astype(np.int64)
+
+
+def take_turns(lists: Sequence[NDArray[np.int64]], k: int) -> NDArray[np.int64]:
+    """Let lists take turns, each giving its next position that is not yet taken.
+
+    Args:
+        lists: Positions in order of preference, each list without repeats; a list of length ``k`` never runs out.
+        k: How many.
+
+    Returns:
+        int64, at most ``k``, in the order taken: fewer where all lists have run out.
+    """
+    queues = [iter(one.tolist()) for one in lists]
+    taken: dict[int, None] = {}
+    while queues and len(taken) < k:
+        waiting = []
+        for queue in queues:
+            position = next((each for each in queue if each not in taken), None)
+            if position is None:
+                continue
+            waiting.append(queue)
+            taken[position] = None
+            if len(taken) == k:
+                break
+        queues = waiting
+    return np.fromiter(taken, dtype=np.int64, count=len(taken))
 
 
 def _best_first(scores: NDArray[np.floating], first: int) -> Iterator[int]:

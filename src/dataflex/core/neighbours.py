@@ -13,11 +13,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.core.choose import top_k
 
-__all__ = ["best_similarity", "nearest_euclidean", "nearest_lists", "round_robin_nearest", "walk_by_rank"]
+__all__ = [
+    "best_similarity",
+    "distances_to",
+    "nearest_euclidean",
+    "nearest_lists",
+    "nearest_rows",
+    "round_robin_nearest",
+    "walk_by_rank",
+]
 
 _CELLS = 1 << 25  # similarities held at a time: 128 MiB of float32
 _SHORTEST = 64  # length that lists of nearest rows start with at least
 _WINDOW = 256  # rows of a list looked at together
+_SHARE = 16  # one row in so many tells how good a row must be to come into question
 
 
 def _blocks(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -45,9 +54,41 @@ def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32],
     """
     lists = np.empty((len(queries_MD), min(k, len(rows_ND))), dtype=np.int32)
     for start, block in _blocks(queries_MD, rows_ND):
-        for j, similarities in enumerate(block):
-            lists[start + j] = top_k(similarities, k)
+        for j, found in enumerate(_best_of_each(block, k), start):
+            lists[j] = found
     return lists
+
+
+def nearest_rows(vectors_ND: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Return the ``k`` rows of largest inner product with each row, itself among them where it is.
+
+    Args:
+        vectors_ND: Rows, finite, 1 <= N < 2**31.
+        k: How many for each row.
+
+    Returns:
+        Positions int32 [N, min(k, N)], best first, and the inner products float32 of the same shape.
+    """
+    shape = (len(vectors_ND), min(k, len(vectors_ND)))
+    places, products = np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32)
+    for start, block in _blocks(vectors_ND, vectors_ND):
+        for j, found in enumerate(_best_of_each(block, k)):
+            places[start + j], products[start + j] = found, block[j, found]
+    return places, products
+
+
+def _best_of_each(block_BN: NDArray[np.float32], k: int) -> Iterator[NDArray[np.int64]]:
+    """Yield ``top_k`` of each line; a sample of a line tells first which positions can be left out."""
+    num_rows = block_BN.shape[1]
+    sample = max(num_rows // _SHARE, 2 * k)
+    if k == 0 or 2 * sample > num_rows:
+        for line in block_BN:
+            yield top_k(line, k)
+        return
+    least = np.partition(block_BN[:, :sample], sample - k, axis=1)[:, sample - k]
+    for line, bound in zip(block_BN, least, strict=True):
+        fitting = np.flatnonzero(line >= bound)
+        yield fitting[top_k(line[fitting], k)]
 
 
 def nearest_euclidean(
@@ -72,12 +113,21 @@ def nearest_euclidean(
         for j, closeness in enumerate(block, start):
             query = queries_MD[j].astype(np.float64)
             np.minimum(nearest, query @ query - 2.0 * closeness, out=nearest)
-            found = top_k(closeness, k)
-            # Anew from the differences: products cancel where a row is close to the query.
-            exact = np.linalg.norm(rows_ND[found] - query, axis=1)
-            order = np.lexsort((found, exact))
-            places[j], distances[j] = found[order], exact[order]
+        for j, found in enumerate(_best_of_each(block, k), start):
+            places[j], distances[j] = distances_to(queries_MD[j], rows_ND, found)
     return places, distances, np.sqrt(np.maximum(nearest, 0.0))
+
+
+def distances_to(
+    query_D: NDArray[np.float32], rows_ND: NDArray[np.float32], found: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return positions ``found`` [k] and their Euclidean distances float64 [k], nearest first, ties by position.
+
+    They are made of differences: products cancel where a row is close to the query.
+    """
+    exact = np.linalg.norm(rows_ND[found] - query_D.astype(np.float64), axis=1)
+    order = np.lexsort((found, exact))
+    return found[order], exact[order]
 
 
 def _first_length(limit: int, num_queries: int) -> int:

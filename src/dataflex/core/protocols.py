@@ -8,9 +8,9 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dataflex.core.domain_stats import DomainStats
     from dataflex.core.domains import Domains
     from dataflex.core.schedule import Interval
-    from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
+    from dataflex.mixing.proportions_file import ProportionsFile
+    from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
 
 __all__ = [
     "STAGES",
@@ -42,6 +43,8 @@ __all__ = [
     "State",
     "Weighter",
 ]
+
+T = TypeVar("T")
 
 Rows = NDArray[np.int64]
 """Positions in the training row space, 0 <= r < N."""
@@ -87,7 +90,7 @@ class Needs:
     """What a method asks of its surroundings, checked before a model loads.
 
     Attributes:
-        signals: Subset of {"losses", "embeddings", "gradients", "generate", "texts"}; "texts" stands for
+        signals: Subset of {"losses", "embeddings", "gradients", "generate", "gates", "texts"}; "texts" stands for
             tokens and texts as the rows were tokenised, which ask no model.
         targets: Whether ``targets: [data set, ...]`` must be given.
         domains: Least number of domains.
@@ -113,13 +116,16 @@ class Signals(Protocol):
         """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
         ...
 
-    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> NDArray[np.float32]:
+    def losses(
+        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
+    ) -> NDArray[np.float32]:
         """Token-mean loss of each row [len(rows)]; NaN for rows without supervised tokens.
 
         Args:
             rows: Row ids of the training set, or of the named target.
             target: Name of a target data set; None means the training set.
             model: Folder or hub id of another causal model; None means the model under training.
+            same_tokens: Refuse a model with another tokenizer.
         """
         ...
 
@@ -175,6 +181,39 @@ class Signals(Protocol):
         """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
         ...
 
+    def answer_scores(
+        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
+    ) -> NDArray[np.float32]:
+        """Comparison of rows' gradients with those of each task's weighted answers [len(rows), len(answers)]."""
+        ...
+
+    def perturbed_losses(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        direction: int,
+        epsilon: float,
+        parameters: str | None = None,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Losses of rows [len(rows)] with ``epsilon`` times random direction ``direction`` added to the parameters."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
+    ) -> list[Generation]:
+        """Sample answers of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
+        ...
+
+    def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
+        ...
+
+    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Tokens of each row that a mixture-of-experts model sends to each expert [len(rows), layers, experts]."""
+        ...
+
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""
         ...
@@ -192,6 +231,8 @@ class Context:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     total_sequences: int = 0
     """Sequences served over the whole run (total steps x global batch)."""
+    global_batch: int = 1
+    """Sequences of one optimizer step."""
     unit: Literal["sequences", "tokens"] = "sequences"
     """What proportions are proportions of."""
     learning_rate: float = 0.0
@@ -245,6 +286,11 @@ class Method:
 
     def __init__(self, params: Any) -> None:
         self.params = params
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
+        return cls
 
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows."""
@@ -314,6 +360,14 @@ class Mixer(Method):
     def observe(self, stats: DomainStats) -> None:
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
 
+    def outcome(self) -> ProportionsFile | None:
+        """Return the proportions that the run has found so far, or None.
+
+        They are written to ``OUTPUT_DIR/dataflex/<name>.json`` at checkpoints and at the end, for
+        ``mixer: {name: static, from: FILE}`` of another run.
+        """
+        return None
+
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
         raise NotImplementedError
@@ -338,6 +392,7 @@ class BatchView:
         local: Slice of this rank inside ``_M`` arrays.
         step: Optimizer step, counted from 0.
         total_steps: Optimizer steps of the whole run.
+        num_micro_batches: Micro-batches of this optimizer step.
         sequence_BT: Index into ``_B`` of the sequence of each position [R, T]; None without packing.
         reference_BT: Token losses of the reference model [R, T], 0 where ``mask_BT`` is False; None unless
             ``Weighter.reference`` names one.
@@ -358,6 +413,7 @@ class BatchView:
     local: slice
     step: int
     total_steps: int
+    num_micro_batches: int = 1
     sequence_BT: torch.Tensor | None = None
     reference_BT: torch.Tensor | None = None
     entropy_BT: torch.Tensor | None = None

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dataflex.signals.embeddings import embed_batch, embedding_size
+from dataflex.signals.gates import GateLoads
 from dataflex.signals.passes import preserved
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, stored_pass, token_pass, vector_pass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["piece_sums", "row_embeddings", "token_losses"]
+__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "token_losses"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -96,3 +97,17 @@ def piece_sums(
 
     with torch.no_grad():
         return vector_pass(sweep, score, (2,)) if work is None else stored_pass(sweep, score, work)
+
+
+def row_gate_loads(
+    model: nn.Module, gates: GateLoads, sweep: Sweep, *, around: Around = nullcontext, work: ResumablePass | None = None
+) -> NDArray[Any]:
+    """Return the expert loads of each row of the sweep [n, layers, experts], equal on every rank."""
+
+    def score(batch: dict[str, Any]) -> torch.Tensor:
+        with around():
+            return gates(batch)
+
+    with preserved(model), torch.no_grad():
+        model.eval()
+        return vector_pass(sweep, score, gates.shape) if work is None else stored_pass(sweep, score, work)

@@ -12,29 +12,33 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows, State
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.dist import comm
+from dataflex.errors import ComponentError, ConfigError, DataError, DataFlexError, UnsupportedError
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.embeddings import embedding_size
 from dataflex.signals.encoded import encoded_rows
 from dataflex.signals.encoders import TextEncoder, load_encoder
-from dataflex.signals.generate import Generation, Generator
+from dataflex.signals.gates import GateLoads
+from dataflex.signals.generate import Generator
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved
+from dataflex.signals.perturbed import perturbed_row_losses
 from dataflex.signals.pieces import Cut, Pieces, collate_pieces, row_means
+from dataflex.signals.policy import answers_digest
 from dataflex.signals.probe import LowRankProbe
 from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.row_signals import piece_sums, row_embeddings, token_losses
+from dataflex.signals.row_signals import piece_sums, row_embeddings, row_gate_loads, token_losses
 from dataflex.signals.scorers import Scorer, start_tokens
-from dataflex.signals.specs import EmbeddingSpec, GenerationSpec, GradientSpec, Part
+from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
@@ -45,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
 
+T = TypeVar("T")
 Compute = Callable[[Sweep, ResumablePass | None], Answer]
 
 
@@ -89,7 +94,9 @@ class SignalService:
         """Return the text of each row, or of its prompt or completion, without special tokens."""
         return row_texts(self._corpus(target).dataset, rows, self._tokenizer("texts"), part)
 
-    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> Answer:
+    def losses(
+        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
+    ) -> Answer:
         """Return token-mean losses [len(rows)], NaN for rows without supervised tokens.
 
         Args:
@@ -97,9 +104,19 @@ class SignalService:
             target: Name of a target data set; None means the training set.
             model: Folder or hub id of another causal model; None means the model under training. A model
                 with another tokenizer reads the rows' text.
+            same_tokens: Refuse a model with another tokenizer, whose losses per token cannot be compared.
+
+        Raises:
+            ConfigError: ``same_tokens``, and the tokenizers differ.
         """
         if model is not None:
-            return self._scored(rows, target, self.scorer(model), Cut(leave_out_first=False))
+            scorer = self.scorer(model)
+            if same_tokens and not scorer.same_tokens:
+                raise ConfigError(
+                    f"model {model}: its tokenizer is not that of the run, so its losses per token cannot be compared "
+                    "with those of the model under training; take a model of the same family"
+                )
+            return self._scored(rows, target, scorer, Cut(leave_out_first=False))
         return self._answer("losses", {}, rows, target, self._token_means("loss"))
 
     def answer_losses(
@@ -180,7 +197,13 @@ class SignalService:
                 device=self.handle.device,
                 progress=_progress(f"step {self.book.step}: {method} of {len(pieces):,} sequences"),
             )
-            return row_means(pieces, self.book.give(question, lambda work: compute(sweep, work), self.handle.device))
+
+            def make(work: ResumablePass | None) -> Answer:
+                if work is not None and work.complete:  # stored: the other model need not be loaded
+                    return work.finish()
+                return compute(sweep, work)
+
+            return row_means(pieces, self.book.give(question, make, self.handle.device))
 
     def _tokenizer(self, what: str) -> Any:
         if self.handle.tokenizer is None:
@@ -345,6 +368,95 @@ class SignalService:
             parameters = {**asdict(spec), "target": aim, "start": start, "stop": start + len(part), "moments": moments}
             parts.append(self._answer("pair scores", parameters, rows, None, compute, (len(part),)))
         return np.concatenate(parts, axis=1)
+
+    def answer_scores(
+        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
+    ) -> Answer:
+        """Return how far a step on each row goes along the gradient of weighted answers [len(rows), len(answers)].
+
+        Args:
+            rows: Row ids of the training set.
+            spec: As for ``gradient_scores``; ``mean_of_cosines`` is over the groups of answers.
+            answers: By task; the vector of a group is the sum of weight times the gradient of
+                -log p(answer | prompt), that of a task the mean over its groups.
+
+        Raises:
+            UnsupportedError: As ``gradient_scores``.
+            DataError: A task without answers, or an answer without tokens.
+        """
+        source = GradientSource(self.handle, spec)
+        digests = {name: answers_digest(given) for name, given in answers.items()}
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            return source.answer_scores(sweep, list(answers.values()), work)
+
+        parameters = {**asdict(spec), "answers": digests, "moments": self._moments(source)}
+        return self._answer("answer scores", parameters, rows, None, compute, (len(answers),))
+
+    def perturbed_losses(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        direction: int,
+        epsilon: float,
+        parameters: str | None = None,
+        target: str | None = None,
+    ) -> Answer:
+        """Return losses [len(rows)] with ``epsilon`` times a random direction added to the parameters; not kept.
+
+        Args:
+            rows: Row ids.
+            seed: Seed of the directions.
+            direction: Number of the direction; the same for training and target rows.
+            epsilon: Step, of either sign.
+            parameters: Regular expression of the names of trainable parameters that move; None: all.
+            target: Name of a target data set; None means the training set.
+
+        Raises:
+            UnsupportedError: Parameters that move are not float32, or are partitioned over ranks.
+        """
+        with self._timed():
+            sweep = self._sweep(rows, target, "perturbed losses")
+            return perturbed_row_losses(
+                self.handle.model, sweep, seed=seed, direction=direction, epsilon=epsilon, pattern=parameters
+            )
+
+    def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on rank 0 alone and return its value on every rank, for what must not be done twice.
+
+        Raises:
+            ComponentError: On the other ranks, if it fails on rank 0, where its own error is raised.
+        """
+        with self._timed():
+            if comm.rank() != 0:
+                failed, value = comm.broadcast_object(("", None))
+                if failed:
+                    raise ComponentError(failed)
+                return cast(T, value)
+            outcome: tuple[str, T | None] = (f"{what} failed on rank 0", None)
+            try:
+                value = compute()
+                outcome = ("", value)
+                return value
+            except DataFlexError as error:
+                outcome = (str(error), None)
+                raise
+            finally:
+                comm.broadcast_object(outcome)
+
+    def gate_loads(self, rows: Rows, *, target: str | None = None) -> Answer:
+        """Return how many tokens of each row go to each expert [len(rows), layers, experts], padding left out.
+
+        Raises:
+            UnsupportedError: The model is no mixture of experts, or hides its router logits.
+        """
+        gates = GateLoads(self.handle.model)
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            return row_gate_loads(self.handle.model, gates, sweep, around=self.handle.autocast, work=work)
+
+        return self._answer("gate loads", {}, rows, target, compute, gates.shape)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None

@@ -8,6 +8,7 @@ from dataflex.testing.fakes import (
     FakeSignals,
     example_batch,
     example_context,
+    example_stats,
     global_random_state_untouched,
 )
 from dataflex.testing.oracles import (
@@ -24,6 +25,7 @@ __all__ = [
     "FakeSignals",
     "example_batch",
     "example_context",
+    "example_stats",
     "global_random_state_untouched",
     "oracle_bucket_weights",
     "oracle_loss_weights",

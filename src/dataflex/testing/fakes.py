@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataflex.core.directions import rademacher
+from dataflex.core.domain_stats import DomainStats
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import BatchView, Context, Rows
+from dataflex.core.rng import uniforms
 from dataflex.core.schedule import Interval
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
+from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
 
 __all__ = [
     "Call",
     "FakeSignals",
     "example_batch",
     "example_context",
+    "example_stats",
     "global_random_state_untouched",
 ]
+
+T = TypeVar("T")
 
 _TARGET = np.array([1.0, 1.25, 1.5], dtype=np.float32)  # losses of a target that was left out
 
@@ -98,7 +104,9 @@ class FakeSignals:
         """Return one word per token; see ``tokens``."""
         return [" ".join(f"word{token}" for token in row) for row in self.tokens(rows, target=target, part=part)]
 
-    def losses(self, rows: Rows, *, target: str | None = None, model: str | None = None) -> NDArray[np.float32]:
+    def losses(
+        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
+    ) -> NDArray[np.float32]:
         """Token-mean loss of each row [len(rows)]; of another model those given, or half the losses."""
         self.calls.append(Call(signal="losses", rows=rows, options={"target": target, "model": model}))
         if model is None:
@@ -183,13 +191,76 @@ class FakeSignals:
         """Inner products with the targets' mean gradients [n, len(targets)] and of rows with rows [n, n]."""
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
         own = self._gradients[rows]
-        return (own @ self._means(targets).T).astype(np.float32), (own @ own.T).astype(np.float32)
+        scores = own @ self._means(targets).T if targets else np.zeros((len(rows), 0))
+        return scores.astype(np.float32), (own @ own.T).astype(np.float32)
 
     def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
         """Cosines, or inner products, of rows with each row of a target [len(rows), rows of target]."""
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
         ours, theirs = self._gradients[rows], self._target_rows(target)
         return ((_unit(ours) @ _unit(theirs).T) if spec.normalise else ours @ theirs.T).astype(np.float32)
+
+    def answer_scores(
+        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
+    ) -> NDArray[np.float32]:
+        """Cosines, or inner products, of rows with the weighted sums of ``answer_gradient`` [len(rows), len(answers)]."""
+        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "answers": dict(answers)}))
+        aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in given) for given in answers.values()])
+        ours = self._gradients[rows]
+        return ((_unit(ours) @ _unit(aims).T) if spec.normalise else ours @ aims.T).astype(np.float32)
+
+    def answer_gradient(self, answer: WeightedAnswer) -> NDArray[np.float64]:
+        """Gradient of an answer [P], made of its tokens; meant to be overridden."""
+        places = 1.0 + np.arange(self._gradients.shape[1])
+        return np.asarray(np.sin(np.outer(np.asarray(answer.answer, dtype=np.float64), places)).sum(axis=0))
+
+    def perturbed_losses(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        direction: int,
+        epsilon: float,
+        parameters: str | None = None,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Losses [len(rows)] of functions that are linear with the rows' gradients."""
+        options = {"direction": direction, "epsilon": epsilon, "parameters": parameters, "target": target}
+        self.calls.append(Call(signal="losses", rows=rows, options=options))
+        gradients = (self._gradients if target is None else self._target_rows(target))[rows]
+        signs = rademacher(seed, "fake", direction, gradients.shape[1])
+        base = self._losses[rows] if target is None else 1.0
+        return np.asarray(base + epsilon * (gradients @ signs), dtype=np.float32)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
+    ) -> list[Generation]:
+        """Sample the completion of the target row that has the prompt, or one other token, by fair draws."""
+        names = np.arange(len(prompts), dtype=np.int64) if ids is None else ids
+        self.calls.append(Call(signal="generate", rows=names, options={"spec": spec}))
+        known = [loss for losses in (_TARGET, *self._targets.values()) for loss in losses.tolist()]
+        right = {tuple(_tokens(loss, "prompt").tolist()): _tokens(loss, "completion").tolist() for loss in known}
+        made = []
+        for place, (prompt, name) in enumerate(zip(prompts, names.tolist(), strict=True)):
+            draws = uniforms(spec.seed, "fake generate", name, np.arange(spec.num_samples))
+            for sample, draw in enumerate(draws.tolist()):
+                tokens = right.get(tuple(int(token) for token in prompt)) if draw < 0.5 else None
+                tokens = [int(1000 * draw)] if tokens is None else tokens
+                text = " ".join(f"word{token}" for token in tokens)
+                made.append(
+                    Generation(prompt=place, sample=sample, token_ids=tuple(tokens), text=text, finished=True)
+                )
+        return made
+
+    def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
+        """Return what ``compute`` gives."""
+        return compute()
+
+    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Loads of two experts in one layer [len(rows), 1, 2], made of the losses."""
+        self.calls.append(Call(signal="gates", rows=rows, options={"target": target}))
+        share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
+        return np.stack([share, 1.0 - share], axis=1)[:, None, :].astype(np.float32)
 
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of rows of the training set, or of the named target."""
@@ -236,6 +307,7 @@ def example_context(
     columns: Mapping[str, NDArray[Any]] | None = None,
     total_sequences: int = 100,
     unit: Literal["sequences", "tokens"] = "sequences",
+    learning_rate: float = 1e-3,
 ) -> Context:
     """Return a context as a method meets it at an interval.
 
@@ -251,6 +323,7 @@ def example_context(
         columns: Raw columns that ride along with the rows.
         total_sequences: Sequences of the whole run.
         unit: Unit of the proportions.
+        learning_rate: Learning rate of the optimizer.
     """
     sizes = {"web": 40, "code": 20, "math": 4} if sizes is None else sizes
     num_rows = sum(sizes.values())
@@ -266,7 +339,54 @@ def example_context(
         targets=targets,
         columns=columns or {},
         total_sequences=total_sequences,
+        global_batch=4,
         unit=unit,
+        learning_rate=learning_rate,
+    )
+
+
+def example_stats(
+    losses: Sequence[float],
+    tokens: Sequence[float] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    excess: Sequence[float] | None = None,
+    proportions: Sequence[float] | None = None,
+    step: int = 0,
+    total_steps: int = 100,
+    learning_rate: float = 1e-3,
+) -> DomainStats:
+    """Return what a step made of K domains.
+
+    Args:
+        losses: Mean token loss of each domain.
+        tokens: Supervised tokens of each; 10 each if left out, 0 for an absent domain.
+        names: Names; web, code, math, then d3, d4, ... if left out.
+        excess: Mean clipped excess over the reference of each domain's tokens; 0 if left out.
+        proportions: Sampling proportions; equal ones if left out.
+        step: Optimizer step.
+        total_steps: Optimizer steps of the run.
+        learning_rate: Learning rate of the step.
+    """
+    num_domains = len(losses)
+    known = ("web", "code", "math", *(f"d{i}" for i in range(3, num_domains)))
+    tokens_K = np.full(num_domains, 10.0) if tokens is None else np.array(tokens, dtype=np.float64)
+    losses_K = np.array(losses, dtype=np.float64)
+    excess_K = np.zeros(num_domains) if excess is None else np.array(excess, dtype=np.float64)
+    even = np.full(num_domains, 1.0 / num_domains)
+    return DomainStats(
+        names=known[:num_domains] if names is None else tuple(names),
+        step=step,
+        total_steps=total_steps,
+        loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
+        square_sum=np.where(tokens_K > 0, losses_K, 0.0) ** 2 * tokens_K,
+        excess_sum=excess_K * tokens_K,
+        excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
+        tokens=tokens_K,
+        sequences=np.ceil(tokens_K / 10.0),
+        micro_batches=(tokens_K > 0).astype(np.float64),
+        proportions=even if proportions is None else np.array(proportions, dtype=np.float64),
+        learning_rate=learning_rate,
     )
 
 
@@ -281,6 +401,9 @@ def example_batch(
     num_domains: int = 3,
 ) -> BatchView:
     """Return the micro-batch that ``rank`` of ``world`` sees; every token has its sequence's loss.
+
+    The reference's losses are half of the losses, entropies are equal to the losses, and embeddings are those of
+    ``FakeSignals``.
 
     Args:
         losses: Token-mean loss of every sequence of all ranks [M], in rank order; M a multiple of ``world``.
@@ -299,18 +422,22 @@ def example_batch(
     loss_M = torch.tensor(list(losses), dtype=torch.float32)
     tokens_M = torch.tensor(counts, dtype=torch.int64)
     mask_BT = torch.arange(max(counts)) < tokens_M[local, None]
+    loss_BT = torch.where(mask_BT, loss_M[local, None], 0.0)
     return BatchView(
         rows_B=np.arange(len(losses), dtype=np.int64)[local],
         domains_B=np.arange(len(losses), dtype=np.int64)[local] % num_domains,
         loss_B=loss_M[local],
         tokens_B=tokens_M[local],
-        loss_BT=torch.where(mask_BT, loss_M[local, None], 0.0),
+        loss_BT=loss_BT,
         mask_BT=mask_BT,
         loss_M=loss_M,
         tokens_M=tokens_M,
         local=local,
         step=step,
         total_steps=total_steps,
+        reference_BT=loss_BT / 2,
+        entropy_BT=loss_BT.clone(),
+        embeddings_BH=torch.stack([loss_M[local].sin(), loss_M[local].cos()], dim=1),
     )
 
 

@@ -30,6 +30,7 @@ from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
 from dataflex.train.row_space import RowSpace
+from dataflex.train.seen import SeenRows
 
 __all__ = ["BatchShape", "Controller"]
 
@@ -115,6 +116,7 @@ class Controller:
                 at_cap=self.config.at_cap,
                 unit=self.shape.micro_batch_size if pure else 1,
             )
+        self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
         self.initial: NDArray[np.float64] | None = None
         if self.config.initial_proportions is not None:
             self.initial = by_domain(self.config.initial_proportions, domains.names, "dynamic.initial_proportions")
@@ -157,6 +159,8 @@ class Controller:
         if self.narrows and interval.kind == "dynamic":
             pool = self._pool(ctx)
             selection = self._select(pool, ctx)
+            if self.seen is not None and self.seen.note:
+                selection = replace(selection, reason=f"{selection.reason}; {self.seen.note}")
         rows, proportions, reason = self._lay_out(ctx, pool, selection)
         whole_steps = len(rows) // self.shape.global_batch
         if whole_steps < interval.steps:  # at_cap: stop
@@ -175,6 +179,8 @@ class Controller:
             trace={"reason": reason},
         )
         comm.agree(f"plan of interval {interval.index}", plan.digest())
+        if self.seen is not None:
+            self.seen.mark(plan.rows)
         total = time.perf_counter() - started
         self.seconds["signals"] += self.signals.seconds
         self.seconds["decide"] += total - self.signals.seconds
@@ -191,6 +197,7 @@ class Controller:
             targets=method.targets if method else (),
             columns=self.space.columns,
             total_sequences=self.schedule.total_steps * self.shape.global_batch,
+            global_batch=self.shape.global_batch,
             unit=self.config.unit,
             learning_rate=self.signals.handle.learning_rate(),
         )
@@ -212,24 +219,33 @@ class Controller:
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        wanted = ctx.interval.steps * self.shape.global_batch
-        if self.mixer is not None:
-            assert self.config.keep_ratio is not None
-            wanted = max(1, round(self.config.keep_ratio * len(pool)))
-        elif self.config.keep_ratio is not None:
-            wanted = min(wanted, max(1, round(self.config.keep_ratio * len(pool))))
+        wanted = self._wanted(ctx.interval, len(pool) if self.seen is None else self._pool_sizes()[1])
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
 
+    def _wanted(self, interval: Interval, pool_size: int) -> int:
+        """Return how many rows a selector is asked for."""
+        wanted, ratio = interval.steps * self.shape.global_batch, self.config.keep_ratio
+        if self.mixer is not None:
+            assert ratio is not None
+            return max(1, round(ratio * pool_size))
+        return wanted if ratio is None else min(wanted, max(1, round(ratio * pool_size)))
+
+    def _pool_sizes(self) -> tuple[int, int]:
+        """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
+        drawn = max(1, round(self.config.signals.pool_fraction * self.space.num_rows))
+        return drawn, max(1, round(self.config.signals.screen_fraction * drawn))
+
     def _pool(self, ctx: Context) -> Rows:
-        """Return the rows that a selector is given, ascending: all of them, or a drawn and screened share."""
-        rows, options = self.space.all_rows(), self.config.signals
-        if options.pool_fraction < 1.0:
-            count = max(1, round(options.pool_fraction * len(rows)))
-            rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=count, replace=False))
-        if options.screen_fraction < 1.0:
-            rows = screened(rows, options.screen_fraction, self.signals, ctx.targets)
+        """Return the rows that a selector is given, ascending: all or the unseen, or a drawn and screened share."""
+        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
+        if self.seen is not None:
+            rows = self.seen.unseen(self._wanted(ctx.interval, left))
+        if drawn < len(rows):
+            rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=drawn, replace=False))
+        if left < len(rows):
+            rows = screened(rows, left / len(rows), self.signals, ctx.targets)
         return rows
 
     def _lay_out(
@@ -337,6 +353,7 @@ class Controller:
             "mixer": self.mixer.state_dict() if self.mixer else {},
             "sampler": self.sampler.state_dict() if self.sampler else {},
             "signals": self.signals.state_dict(),
+            "seen": self.seen.state_dict() if self.seen else {},
             "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
             "proportions": self.proportions,
@@ -351,6 +368,8 @@ class Controller:
         if self.sampler:
             self.sampler.load_state_dict(state["sampler"])
         self.signals.load_state_dict(state["signals"])
+        if self.seen and state.get("seen"):
+            self.seen.load_state_dict(state["seen"])
         self.ends_at = state["ends_at"]
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}

@@ -24,12 +24,14 @@ import torch
 from dataflex.core.protocols import Rows
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
+from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
+from dataflex.train.samples import SAMPLES, describe_rows
 from dataflex.train.session import (
     Session,
     Setup,
@@ -139,8 +141,11 @@ class TrainerMixin(_Trainer):
         if resume is not None and self.dataflex_setup.config.resume_plan == "strict":
             session.controller.plan, state = checkpoint.load(Path(resume), session.identity)
             session.controller.load_state_dict(state["controller"])
-            if self._dataflex_reweighter is not None and self._dataflex_reweighter.weighter is not None:
-                self._dataflex_reweighter.weighter.load_state_dict(state["weighter"])
+            reweighter = self._dataflex_reweighter
+            if reweighter is not None and reweighter.weighter is not None:
+                reweighter.weighter.load_state_dict(state["weighter"])
+                if reweighter.row_weights is not None:
+                    reweighter.row_weights.load_state_dict(state.get("row_weights") or {})
             session.seconds.update(state["seconds"])
         self._dataflex_open_record(resume)
         self._dataflex_clock = time.perf_counter()
@@ -234,7 +239,7 @@ class TrainerMixin(_Trainer):
         """Weigh one training micro-batch; the Trainer calls it as its ``compute_loss_func``."""
         assert self._dataflex_reweighter is not None
         assert self._dataflex_rows is not None
-        return self._dataflex_reweighter.loss(
+        loss = self._dataflex_reweighter.loss(
             outputs.logits,
             labels,
             self._dataflex_rows,
@@ -245,6 +250,10 @@ class TrainerMixin(_Trainer):
             step=self.state.global_step,
             total_steps=self.state.max_steps,
         )
+        balance = getattr(outputs, "aux_loss", None)  # routers of a mixture of experts, as in the model's own loss
+        if balance is None:
+            return loss
+        return loss + getattr(self.model.config, "router_aux_loss_coef", 0.0) * balance.to(loss.device)
 
     # -- record and checkpoints -------------------------------------------------------------------
 
@@ -265,6 +274,30 @@ class TrainerMixin(_Trainer):
             here = sum(spent.values()) - self._dataflex_spent_before
             training_seconds = max(time.perf_counter() - self._dataflex_clock - here, 0.0)
             self._dataflex_recorder.finished(step, dict(logs), {"train": training_seconds, **spent})
+            if self.is_world_process_zero():
+                self._dataflex_write_outcome()
+                self._dataflex_write_weights()
+
+    def _dataflex_write_outcome(self) -> None:
+        """Write the proportions that a mixer has found so far, if it looks for any."""
+        mixer = self._dataflex_methods["mixer"]
+        found = None if mixer is None else mixer.outcome()
+        if found is not None:
+            write_proportions(Path(self.args.output_dir) / checkpoint.FOLDER / f"{mixer.name}.json", found)
+
+    def _dataflex_write_weights(self) -> None:
+        """Write the rows that weighed most and least so far, with their text, if any were weighed."""
+        reweighter, space = self._dataflex_reweighter, self.dataflex_setup.rows
+        if reweighter is None or reweighter.row_weights is None or not len(reweighter.row_weights):
+            return
+        described = [
+            describe_rows(rows, self.train_dataset, self.processing_class, space.domains)
+            for rows in reweighter.row_weights.extremes(SAMPLES)
+        ]
+        rows_weighed = len(reweighter.row_weights)
+        self._dataflex_recorder.weighed(
+            self.state.global_step, most=described[0], least=described[1], rows=rows_weighed
+        )
 
     def _dataflex_scalars(self) -> dict[str, float]:
         controller = self._session.controller
@@ -298,8 +331,11 @@ class TrainerMixin(_Trainer):
             state = {
                 "controller": session.controller.state_dict(),
                 "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
+                "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
                 "seconds": dict(session.seconds),
             }
             plan, step = session.controller.plan, self.state.global_step
             checkpoint.save(Path(output_dir), session.identity, plan, state, step)
+            self._dataflex_write_outcome()
+            self._dataflex_write_weights()
         comm.barrier()  # trainer_state.json marks the checkpoint complete: every rank's part is there by then

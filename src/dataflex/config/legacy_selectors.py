@@ -1,0 +1,158 @@
+"""Parameters of existing DataFlex's selector components in our spelling.
+
+What only steered memory, caches or an approximation that is exact here is dropped with a note; files of scores that
+were computed beforehand are not read, since the same is computed here from the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dataflex.config.convert import shown
+
+__all__ = ["selector_params"]
+
+_PRECONDITION = {"adam": "true_adam", "sgd": "none"}
+_PICK = {
+    "random": ("random", "rand"),
+    "nearest": ("nearest", "nearest_to_centroid", "center", "centroid"),
+    "farthest": ("farthest", "farthest_from_centroid", "boundary"),
+    "mixed": ("mixed", "mixed_center_boundary", "center_boundary"),
+}
+_FEW_UPDATES = 10**9  # updates that never end: the window stays where it starts
+
+# What the components mean where they leave a parameter out, and we have another default.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "icons": {"gradient_type": "adam"},
+    "cluster_less": {"representative_strategy": "random"},
+    "coincide": {"num_clusters": 10_000, "temperature": 1.0, "clustering_max_iter": 10},
+}
+_RENAMED: dict[str, dict[str, str]] = {
+    "less": {"gradient_type": "precondition"},
+    "icons": {"gradient_type": "precondition"},
+    "nice": {"gradient_type": "precondition"},
+    "cluster_less": {
+        "gradient_type": "precondition",
+        "num_clusters": "clusters",
+        "samples_per_cluster": "representatives",
+        "representative_strategy": "pick",
+        "proj_dim": "sketch_size",
+        "embedding_layer": "layer",
+    },
+    "coincide": {
+        "num_clusters": "clusters",
+        "clustering_max_iter": "iterations",
+        "embedding_layers": "layers",
+        "embedding_model_name_or_path": "encoder",
+    },
+}
+_EXACT = "gradients are compared as they are here, without a projection; 'sketch_size' brings a sparse one"
+_IDLE = "no effect here"
+_DROPPED: dict[str, dict[str, str]] = {
+    "near": {"indices_path": "is not read; neighbours are computed here from the targets, 'encoder' names the model"},
+    "tsds": {"probs_path": "is not read; probabilities are computed here from the targets, 'encoder' names the model"},
+    "less": {"proj_dim": _EXACT},
+    "icons": {"proj_dim": _EXACT},
+    "nice": {"proj_dim": _EXACT},
+    "cluster_less": dict.fromkeys(
+        ("clustering_batch_size", "clustering_max_iter", "assignment_chunk_size", "embedding_model_dtype"), _IDLE
+    ),
+    "coincide": dict.fromkeys(
+        (
+            "clustering_batch_size",
+            "clustering_num_workers",
+            "clustering_device",
+            "assignment_chunk_size",
+            "density_chunk_size",
+            "embedding_model_dtype",
+        ),
+        _IDLE,
+    ),
+}
+
+
+def selector_params(
+    name: str, given: Mapping[str, Any], updates: int, where: str, problems: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return the parameters of our selector ``name``.
+
+    Args:
+        name: The component's method.
+        given: Its parameters, those of no effect anywhere already removed; null means not given.
+        updates: Decisions after each warm-up (``update_times``).
+        where: Path of the component, for messages.
+        problems: Takes one line per parameter that cannot be followed.
+        notes: Takes one line per parameter that is dropped or means something else here.
+    """
+    params = {**_DEFAULTS.get(name, {}), **{key: value for key, value in given.items() if value is not None}}
+    for key, why in _DROPPED.get(name, {}).items():
+        if params.pop(key, None) is not None:
+            notes.append(f"{where}.params.{key}: {why}")
+    special = _SPECIAL.get(name)
+    if special is not None:
+        special(params, updates, where, problems, notes)
+    translated = {}
+    for key, value in params.items():
+        if key == "gradient_type":
+            value = _choice(value, _PRECONDITION, f"{where}.params.{key}", problems)
+        translated[_RENAMED.get(name, {}).get(key, key)] = value
+    return translated
+
+
+def _choice(value: Any, choices: Mapping[str, str], path: str, problems: list[str]) -> Any:
+    found = choices.get(str(value).lower())
+    if found is None:
+        problems.append(f"{path}: {shown(value)} is not a choice (choices: {', '.join(choices)})")
+    return found
+
+
+def _delta_loss(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+    if updates < 1:
+        notes.append(f"{where}: without update_times the window stays where it starts, as there")
+    params.setdefault("updates", max(1, updates - 1) if updates >= 1 else _FEW_UPDATES)
+
+
+def _icons(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+    if params.pop("task_boundaries", None) is not None:
+        problems.append(
+            f"{where}.params.task_boundaries: here every task is a data set of its own; list one per task in "
+            "eval_dataset, and remove the key"
+        )
+
+
+def _cluster_less(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+    size = params.pop("cluster_size", 64)
+    if "num_clusters" not in params and size != 64:
+        problems.append(
+            f"{where}.params.cluster_size: {shown(size)} is not supported, clusters hold 64 rows on average unless "
+            "their number is given; write num_clusters instead (rows of the pool divided by the size)"
+        )
+    method = params.pop("clustering_method", "kmeans")
+    if method != "kmeans":
+        problems.append(f"{where}.params.clustering_method: {shown(method)} is not offered; use kmeans")
+    params.pop("lsh_num_bits", None)
+    model = params.pop("embedding_model_name_or_path", None)
+    if model is not None:
+        problems.append(
+            f"{where}.params.embedding_model_name_or_path: rows are clustered by the model under training here; "
+            "remove it"
+        )
+    strategies = {alias: name for name, aliases in _PICK.items() for alias in aliases}
+    path = f"{where}.params.representative_strategy"
+    params["representative_strategy"] = _choice(params["representative_strategy"], strategies, path, problems)
+
+
+def _coincide(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+    density = params.pop("single_member_density", 1.0)
+    if density != 1.0:
+        problems.append(f"{where}.params.single_member_density: {shown(density)} is not supported; it is 1 here")
+
+
+_Special = Callable[[dict[str, Any], int, str, list[str], list[str]], None]
+_SPECIAL: dict[str, _Special] = {
+    "delta_loss": _delta_loss,
+    "icons": _icons,
+    "cluster_less": _cluster_less,
+    "coincide": _coincide,
+}

@@ -1,0 +1,160 @@
+"""Adaptive Data Optimization: serve the domains whose scaling laws promise the most from the next sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.domain_stats import DomainStats
+from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import CheckpointError
+from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.saved import require
+from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
+from dataflex.mixers.sizes import sizes
+
+__all__ = ["Ado", "preference"]
+
+Floats = NDArray[np.float64]
+
+
+def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, floor: float) -> Floats:
+    """Return slope x prior x credit^exponent divided by its sum, each at least ``floor``, divided again [K]."""
+    score = slopes * prior * credit**exponent
+    share = score / score.sum() if score.sum() > 0 else prior
+    return normalised(np.maximum(share, floor))
+
+
+class Ado(Mixer):
+    """Serve domains by the slopes of their own scaling laws, fitted during training."""
+
+    name = "ado"
+    adaptive: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+    needs = Needs(domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains by how fast their losses still fall, by scaling laws fitted during training.",
+        paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
+        "arXiv 2410.11820",
+        cost="one reduction of 7 numbers per domain and step, and a fit per domain every fit_steps",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of ADO."""
+
+        start_step: int = field(
+            default=1000,
+            metadata={"help": "optimizer step of the first fit", "minimum": 101},
+        )
+        ignore_steps: int = field(
+            default=500, metadata={"help": "optimizer steps at the beginning that fits leave out", "minimum": 0}
+        )
+        fit_steps: int = field(default=1000, metadata={"help": "optimizer steps between fits", "minimum": 1})
+        prior_share: float = field(
+            default=0.9,
+            metadata={"help": "weight of the average of past preferences", "minimum": 0.0, "maximum": 1.0},
+        )
+        credit_exponent: float = field(
+            default=0.5, metadata={"help": "exponent of a domain's share in recent batches", "minimum": 0.0}
+        )
+        floor: float = field(
+            default=0.01, metadata={"help": "least preference of a domain", "minimum": 0.0, "maximum": 0.5}
+        )
+        least_e: float = field(default=0.5, metadata={"help": "least log of a domain's irreducible loss, in log nats"})
+
+        def __post_init__(self) -> None:
+            if self.start_step < self.ignore_steps + 101:
+                raise ValueError(
+                    f"start_step: a fit needs 101 steps, so it must be at least ignore_steps + 101 = "
+                    f"{self.ignore_steps + 101}"
+                )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.names: tuple[str, ...] = ()
+        self.prior: Floats = np.zeros(0)
+        self.average: Floats = np.zeros(0)
+        self.credit: Floats = np.zeros(0)
+        self.served: Floats = np.zeros(0)
+        self.last: Floats = np.zeros(0)
+        self.samples: list[float] = []
+        self.losses: list[Floats] = []
+        self.laws: list[PowerLaw] = []
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the proportions after the last step; those by size until laws are fitted."""
+        if not self.names:
+            self.names = ctx.domains.names
+            self.prior = normalised(sizes(ctx, self.name))
+            self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
+            self.last = np.full(len(self.names), np.nan)
+        if self.names != ctx.domains.names:
+            raise CheckpointError(f"ado: saved for the domains {self.names}, the run has {ctx.domains.names}")
+        told = "laws fitted" if self.laws else "by size, no laws yet"
+        return Mix(proportions=normalised(self.served), reason=f"{told}: {shares(self.names, self.served)}")
+
+    def observe(self, stats: DomainStats) -> None:
+        """Note the losses, fit when it is time, and move the proportions.
+
+        With the share h of recent batches and the average q of past preferences: score = slope x prior x
+        h^(1/2), d = score / sum, p = 0.9 q + 0.1 d, then q <- (1 - 1 / (t + 1)) q + d / (t + 1).
+        """
+        loss = stats.mean_loss()
+        whole = stats.loss_sum.sum() / max(stats.tokens.sum(), 1.0)
+        self.last = np.where(stats.seen, loss, np.where(np.isnan(self.last), whole, self.last))
+        drawn = stats.sequences / max(stats.sequences.sum(), 1.0)
+        self.samples.append((self.samples[-1] if self.samples else 0.0) + float(stats.sequences.sum()))
+        self.losses.append(self.last.copy())
+        self.credit = 0.9 * self.credit + 0.1 * drawn
+        step = stats.step + 1
+        if step >= self.params.start_step and (step - self.params.start_step) % self.params.fit_steps == 0:
+            self._fit()
+        if not self.laws:
+            return
+        n = self.samples[-1]
+        slopes = np.array([law.slope(n) for law in self.laws])
+        wanted = preference(slopes, self.prior, self.credit, self.params.credit_exponent, self.params.floor)
+        self.served = normalised(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
+        self.average = (1.0 - 1.0 / (step + 1)) * self.average + wanted / (step + 1)
+
+    def _fit(self) -> None:
+        skip = self.params.ignore_steps
+        samples, losses = np.array(self.samples[skip:]), np.stack(self.losses[skip:])
+        found = [fit_power_law(samples, column, least_e=self.params.least_e) for column in losses.T]
+        if self.laws:  # a domain whose losses cannot be fitted keeps its law
+            self.laws = [new or old for new, old in zip(found, self.laws, strict=True)]
+            return
+        laws = [law for law in found if law is not None]
+        self.laws = laws if len(laws) == len(found) else []
+
+    def state_dict(self) -> State:
+        """Return the history, the laws and the averages."""
+        if not self.names:
+            return {}
+        return {
+            "names": list(self.names),
+            **{key: getattr(self, key) for key in ("prior", "average", "credit", "served", "last")},
+            "samples": np.array(self.samples),
+            "losses": np.stack(self.losses) if self.losses else np.zeros((0, len(self.names))),
+            "laws": np.array([[law.e, law.a, law.alpha] for law in self.laws]).reshape(-1, 3),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if not state:
+            return
+        keys = ("prior", "average", "credit", "served", "last")
+        require(self.name, state, "names", "samples", "losses", "laws", *keys)
+        self.names = tuple(state["names"])
+        for key in keys:
+            setattr(self, key, np.array(state[key], dtype=np.float64))
+        self.samples = [float(value) for value in state["samples"]]
+        self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
+        self.laws = [PowerLaw(e=float(e), a=float(a), alpha=float(alpha)) for e, a, alpha in state["laws"]]

@@ -1,0 +1,215 @@
+"""DoReMi's proxy run: Group DRO over domains with the excess loss over a reference model.
+
+Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
+arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
+step, with e = loss - reference loss per token,
+
+    s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
+    alpha_d is multiplied by exp(eta s_d), normalised, and smoothed: (1 - c) alpha + c / K
+
+and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
+which the main model samples. Three variants differ in details:
+
+- ``repo``: the authors' code. Weighted token mean as the loss, corrected for the sampling (alpha / pi); an
+  absent domain keeps its score, ln(vocabulary) before its first; the mean counts the first weights.
+- ``paper``: the text. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
+- ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
+
+``dataflex mix doremi`` runs reference, proxy and main model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.domain_stats import DomainStats
+from dataflex.core.protocols import Card, DomainNormaliser, Needs, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import CheckpointError, ConfigError
+from dataflex.mixers import simplex
+from dataflex.mixers.loss_weights import LossWeightMixer
+from dataflex.mixers.proportions import check_numbers
+from dataflex.mixers.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from dataflex.mixing.proportions_file import ProportionsFile
+
+__all__ = ["DoReMi", "corrected", "vocabulary_size"]
+
+Floats = NDArray[np.float64]
+
+
+def corrected(alpha: Floats, sampling: Floats) -> Floats:
+    """Return alpha_d / pi_d divided by its sum [K]: token weights that undo the sampling; 0 where pi_d is 0."""
+    ratio = np.divide(alpha, sampling, out=np.zeros_like(alpha), where=sampling > 0)
+    return ratio / ratio.sum()
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Return the vocabulary of the model in a folder; that of its base model for an adapter.
+
+    Raises:
+        ConfigError: The folder does not say.
+    """
+    try:
+        if (folder / "adapter_config.json").is_file():
+            adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            folder = Path(adapter["base_model_name_or_path"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"dynamic.mixer.initial_score: a domain was absent before its first score, which is ln(vocabulary), and "
+            f"{folder} does not tell the vocabulary ({type(error).__name__}: {error}); give the score"
+        ) from error
+
+
+class DoReMi(LossWeightMixer):
+    """Weigh the domains in the loss towards those where the reference does better."""
+
+    name = "doremi"
+    needs = Needs(domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Weighs the domains in the loss towards those of the largest excess loss over a reference model.",
+        paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
+        cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the proxy run."""
+
+        reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
+        reference_cache: bool = field(
+            default=True,
+            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
+        )
+        variant: Literal["repo", "paper", "levanter"] = field(
+            default="repo", metadata={"help": "the authors' code, the paper's text, or Levanter's implementation"}
+        )
+        normaliser: Literal["token", "domain"] | None = field(
+            default=None,
+            metadata={"help": "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"},
+        )
+        eta: float = field(default=1.0, metadata={"help": "step size of the weights", "above": 0.0})
+        smoothing: float = field(
+            default=1e-3,
+            metadata={"help": "c, share of equal weights mixed in after every step", "minimum": 0.0, "maximum": 1.0},
+        )
+        sampling: tuple[float, ...] | dict[str, float] | None = field(
+            default=None,
+            metadata={"help": "proportions in which domains are served; null: equal shares", "minimum": 0.0},
+        )
+        initial_score: float | None = field(
+            default=None,
+            metadata={"help": "score of a domain not yet seen, nats; null: ln(vocabulary)", "minimum": 0.0},
+        )
+
+        def __post_init__(self) -> None:
+            if not self.reference.strip():
+                raise ValueError(
+                    "reference: is empty; without a reference model this is not DoReMi but the hardest domains first"
+                )
+            if self.sampling is not None:
+                check_numbers(self.sampling, "sampling")
+
+    params: Params
+
+    @property
+    def reference(self) -> str:
+        """Folder of the reference model."""
+        return self.params.reference
+
+    @property
+    def loss_normaliser(self) -> DomainNormaliser:
+        """``token`` for the authors' code, ``domain`` for the others, unless chosen."""
+        return self.params.normaliser or ("token" if self.params.variant == "repo" else "domain")
+
+    def loss_weights(self) -> Floats:
+        """Return the weights [K] of the next step: alpha, divided by the sampling under ``token``."""
+        return corrected(self.alpha, self.sampling) if self.loss_normaliser == "token" else self.alpha
+
+    def _start(self) -> None:
+        self.scores: Floats = np.full(len(self.names), np.nan)  # not yet seen
+        self.mean = simplex.RunningMean(self.alpha if self.params.variant == "repo" else None)
+        self.trajectory = Trajectory()
+        self.trajectory.add(0, self.alpha)
+
+    def _learn(self, stats: DomainStats) -> None:
+        self.scores = self._scored(stats)
+        self.log_alpha = simplex.exponentiated(
+            self.log_alpha, self.scores, eta=self.params.eta, smoothing=self.params.smoothing
+        )
+        self.mean.add(self.alpha)
+        self.trajectory.add(self.steps + 1, self.alpha)
+
+    def _scored(self, stats: DomainStats) -> Floats:
+        if self.params.variant == "levanter":
+            seen = stats.excess_tokens > 0
+            return np.divide(stats.excess_sum, stats.excess_tokens, out=np.zeros(len(self.names)), where=seen)
+        scores = np.where(stats.seen, stats.mean_excess(), self.scores)
+        unknown = np.isnan(scores) & (self.sampling > 0)
+        if unknown.any():
+            first = self.params.initial_score
+            scores[unknown] = math.log(vocabulary_size(Path(self.reference))) if first is None else first
+        return scores
+
+    def outcome(self) -> ProportionsFile | None:
+        """Return the mean of alpha so far as proportions for a static mixer, with its trajectory."""
+        if self.mean_alpha is None:
+            return None
+        from dataflex.mixing.proportions_file import ProportionsFile, provenance
+
+        return ProportionsFile(
+            names=self.names,
+            proportions=tuple(self.mean_alpha.tolist()),
+            method="doremi",
+            provenance=provenance("dataflex train", settings=asdict(self.params)),
+            details={
+                "steps": self.steps,
+                "vectors_in_mean": self.mean.count,
+                "last": dict(zip(self.names, self.alpha.tolist(), strict=True)),
+                "scores": dict(zip(self.names, self.scores.tolist(), strict=True)),
+                "sampling": dict(zip(self.names, self.sampling.tolist(), strict=True)),
+                "sizes": dict(zip(self.names, self.sizes.tolist(), strict=bool(self.sizes.size))),
+                "trajectory": self.trajectory.to_json(self.names),
+            },
+        )
+
+    @property
+    def mean_alpha(self) -> Floats | None:
+        """Mean of the weights [K] over the run so far, None before the first step."""
+        return self.mean.value / self.mean.value.sum() if self.steps else None
+
+    def state_dict(self) -> State:
+        """Weights, scores, mean with its counter, and the trajectory."""
+        state = super().state_dict()
+        if state:
+            state |= {
+                "scores": self.scores,
+                "mean": self.mean.value,
+                "mean_count": self.mean.count,
+                "trajectory": self.trajectory.state_dict(),
+            }
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        if not state:
+            return
+        try:
+            self.scores = np.asarray(state["scores"], dtype=np.float64)
+            self.mean = simplex.RunningMean()
+            self.mean.value, self.mean.count = np.asarray(state["mean"], dtype=np.float64), int(state["mean_count"])
+            self.trajectory = Trajectory()
+            self.trajectory.load_state_dict(state["trajectory"])
+        except KeyError as error:
+            raise CheckpointError(f"doremi: the saved state lacks {error}") from error

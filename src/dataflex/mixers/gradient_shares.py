@@ -1,0 +1,222 @@
+"""Mixers that learn proportions from gradients of domains: DoGE, DGA and PiKE, once per interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import Card, Context, Mix, Needs, State
+from dataflex.errors import ConfigError
+from dataflex.mixers import simplex
+from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
+from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
+from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.saved import require
+
+__all__ = ["Dga", "Doge", "Pike", "doge_scores", "pike_scores"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GradientParams(InitialParams):
+    """Parameters of the family."""
+
+    rows_per_domain: int = field(
+        default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
+    )
+    parameters: str | None = field(
+        default=None, metadata={"help": "regular expression of the parameters compared; null: all trainable ones"}
+    )
+    last_blocks: int | None = field(
+        default=None, metadata={"help": "only the last so many blocks of the model; null: all", "minimum": 1}
+    )
+
+
+class _GradientMixer(ExponentiatedMixer):
+    params: _GradientParams
+
+    def _gradients(self, ctx: Context) -> DomainGradients:
+        return domain_gradients(
+            ctx,
+            rows_per_domain=self.params.rows_per_domain,
+            parameters=self.params.parameters,
+            last_blocks=self.params.last_blocks,
+        )
+
+
+def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
+    """Return lr <g_d, G> / (mean norm + 1e-6), within 0 and 5 lr [K].
+
+    Args:
+        aligned: <g_d, G> [K]; G is the sum of the domains' gradients, or the target's.
+        norms: ||g_d|| [K].
+        learning_rate: Learning rate of the optimizer.
+    """
+    return np.clip(learning_rate * aligned / (norms.mean() + 1e-6), 0.0, 5.0 * learning_rate)
+
+
+class Doge(_GradientMixer):
+    """Serve the domains whose gradients go along with those of all, or of the targets."""
+
+    name = "doge"
+    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains more, the more their gradients go along with those of all domains.",
+        paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
+        cost="F + B over rows_per_domain rows of each domain",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_GradientParams):
+        """Parameters of DoGE."""
+
+        mu: float = field(
+            default=0.05,
+            metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
+        )
+        smoothing: float = field(
+            default=0.0,
+            metadata={"help": "share of equal proportions mixed in each time", "minimum": 0.0, "maximum": 1.0},
+        )
+        average: bool = field(
+            default=True, metadata={"help": "whether to serve the mean of all proportions so far instead of the last"}
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.mean = simplex.RunningMean()
+
+    def _moved(self, ctx: Context) -> tuple[Floats, str]:
+        found = self._gradients(ctx)
+        norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
+        scores = doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
+        moved = simplex.exponentiated(
+            self.log_shares, scores, eta=1.0 / self.params.mu, smoothing=self.params.smoothing
+        )
+        self.mean.add(simplex.weights(moved))
+        return moved, f"last {shares(self.names, simplex.weights(moved))}; served"
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the mean of the proportions so far, or the last ones."""
+        mix = super().mix(ctx)
+        if not self.params.average or self.mean.count == 0:
+            return mix
+        proportions = normalised(self.mean.value)
+        return Mix(proportions=proportions, reason=f"mean of {self.mean.count}: {shares(self.names, proportions)}")
+
+    def state_dict(self) -> State:
+        """Add the mean."""
+        state = super().state_dict()
+        return {**state, "mean": self.mean.value, "mean_count": self.mean.count} if state else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        if state:
+            require(self.name, state, "mean", "mean_count")
+            self.mean.value = np.array(state["mean"], dtype=np.float64)
+            self.mean.count = int(state["mean_count"])
+
+
+class Dga(_GradientMixer):
+    """Serve the domains whose gradients go along with the targets'."""
+
+    name = "dga"
+    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains more, the more their gradients go along with those of target data.",
+        paper="Dynamic Gradient Alignment for Online Data Mixing (Fan et al.), 2024, arXiv 2410.02498",
+        cost="F + B over rows_per_domain rows of each domain and over the targets",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_GradientParams):
+        """Parameters of DGA."""
+
+        eta: float = field(default=1.0, metadata={"help": "step size of the proportions", "above": 0.0})
+        memory: float = field(
+            default=0.9,
+            metadata={"help": "weight of the past in the proportions served", "minimum": 0.0, "maximum": 1.0},
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.served: Floats = np.zeros(0)
+
+    def _moved(self, ctx: Context) -> tuple[Floats, str]:
+        """Return w exp(eta <g_d, g_target>), normalised; several targets count alike."""
+        scores = self._gradients(ctx).targets.mean(axis=1)
+        return simplex.exponentiated(self.log_shares, scores, eta=self.params.eta), ""
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the moving average of the weights."""
+        mix = super().mix(ctx)
+        before = self.served if self.served.size else simplex.weights(simplex.logs(self._first(ctx)))
+        self.served = before
+        if ctx.interval.kind != "warmup":
+            self.served = self.params.memory * before + (1.0 - self.params.memory) * mix.proportions
+        proportions = normalised(self.served)
+        return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
+
+    def _first(self, ctx: Context) -> Floats:
+        return self._initial(ctx, self.params.initial)
+
+    def state_dict(self) -> State:
+        """Add the moving average."""
+        state = super().state_dict()
+        return {**state, "served": self.served} if state else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        if state:
+            require(self.name, state, "served")
+            self.served = np.array(state["served"], dtype=np.float64)
+
+
+def pike_scores(squared_norms: Floats, variance: Floats, zeta1: float, zeta2: float, batch: float) -> Floats:
+    """Return zeta1 ||g_d||^2 - zeta2 variance_d / (2 b) [K]."""
+    return zeta1 * squared_norms - zeta2 * variance / (2.0 * batch)
+
+
+class Pike(_GradientMixer):
+    """Serve domains of strong gradients more and those of noisy ones less."""
+
+    name = "pike"
+    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains more, the larger their gradients are against the noise in them.",
+        paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
+        " NeurIPS 2025, arXiv 2502.06244",
+        cost="F + B over rows_per_domain rows of each domain",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_GradientParams):
+        """Parameters of PiKE."""
+
+        zeta1: float = field(default=0.1, metadata={"help": "weight of the squared gradient norm", "minimum": 0.0})
+        zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
+
+    params: Params
+
+    def _moved(self, ctx: Context) -> tuple[Floats, str]:
+        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalised; b is the batch of an optimizer step.
+
+        Raises:
+            ConfigError: A domain of one row has no variance.
+        """
+        found = self._gradients(ctx)
+        if np.isnan(found.variance).any():
+            lost = self.names[int(np.flatnonzero(np.isnan(found.variance))[0])]
+            raise ConfigError(f"dynamic.mixer: pike needs two rows of every domain with labels; {lost!r} has one")
+        batch = ctx.global_batch
+        scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)
+        return simplex.exponentiated(self.log_shares, scores, eta=1.0), ""

@@ -1,0 +1,177 @@
+"""Online Data Mixing: a bandit over domains whose reward is the training loss.
+
+Four variants that must not be mixed up, since the authors' paper and code differ (see ``Odm.Params``).
+``full_information`` needs no bandit: it reads the mean loss of every domain from mixed batches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.domain_stats import DomainStats
+from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import CheckpointError, ConfigError
+from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.saved import require
+from dataflex.mixers.sizes import sizes
+
+__all__ = ["Odm", "exploration", "policy"]
+
+
+def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
+    """Return epsilon at ``turn`` >= 1: min(1 / K, sqrt(ln K / (K turn))), at least ``floor``."""
+    if num_domains < 2:
+        return 1.0 / num_domains
+    return max(min(1.0 / num_domains, math.sqrt(math.log(num_domains) / (num_domains * turn))), floor)
+
+
+def policy(reward_K: NDArray[np.float64], before: float, now: float, linear: bool) -> NDArray[np.float64]:
+    """Return the proportions [K]: (1 - K eps) share + eps, with eps = ``now``.
+
+    Args:
+        reward_K: Rewards R of the domains.
+        before: Epsilon of the turn before, by which rewards are scaled in the exponential policy.
+        now: Epsilon of this turn.
+        linear: Whether the share of a domain is R / sum(R) instead of softmax(before x R).
+    """
+    if linear:
+        share = reward_K / reward_K.sum()
+    else:
+        share = np.exp(before * (reward_K - reward_K.max()))
+        share /= share.sum()
+    return normalised((1.0 - len(reward_K) * now) * share + now)
+
+
+class Odm(Mixer):
+    """Serve domains with high training loss more often, with exploration that fades."""
+
+    name = "odm"
+    adaptive: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+    needs = Needs(domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains by a bandit whose reward is their training loss, with exploration that fades.",
+        paper="Efficient Online Data Mixing For Language Model Pre-Training (Albalak et al.), 2023, arXiv 2312.02406",
+        cost="one reduction of 7 numbers per domain and step",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of ODM."""
+
+        variant: Literal["full_information", "paper", "official", "exp3"] = field(
+            default="full_information",
+            metadata={
+                "help": "full_information: mixed batches; bandits with one domain per micro-batch: paper, official "
+                "(the authors' code), exp3"
+            },
+        )
+        smoothing: float = field(
+            default=0.9,
+            metadata={"help": "weight of the past in the average reward", "minimum": 0.0, "maximum": 1.0},
+        )
+        floor: float = field(
+            default=0.0,
+            metadata={"help": "least proportion of any domain, beside the exploration that fades", "minimum": 0.0},
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._names: tuple[str, ...] = ()
+        self._reward: NDArray[np.float64] = np.zeros(0)
+        self._turn = 0
+        self._warming = False
+
+    @property
+    def pure_micro_batches(self) -> bool:
+        """The bandits pull one domain per micro-batch."""
+        return self.params.variant != "full_information"
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the policy after the last update; sizes during warm-up, and before ``official`` has a reward.
+
+        Raises:
+            ConfigError: ``floor`` leaves nothing to decide.
+        """
+        names = ctx.domains.names
+        if self.params.floor * len(names) >= 1.0:
+            raise ConfigError(
+                f"dynamic.mixer.floor: {self.params.floor:g} for each of {len(names)} domains leaves nothing to "
+                f"decide; it must be below {1 / len(names):.4g}"
+            )
+        if not self._names:
+            self._names, self._reward = names, np.zeros(len(names))
+        self._check(names)
+        self._warming = ctx.interval.kind == "warmup"
+        if self._warming or (self._linear and not self._reward.any()):
+            proportions = normalised(sizes(ctx, self.name))
+            return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
+        before, now = self._epsilon(self._turn - 1), self._epsilon(self._turn)
+        proportions = policy(self._reward, before, now, self._linear)
+        reason = f"turn {self._turn}, exploration {now:.3g} each: {shares(names, proportions)}"
+        return Mix(proportions=proportions, reason=reason)
+
+    @property
+    def _linear(self) -> bool:
+        return self.params.variant == "official"
+
+    def _epsilon(self, turn: int) -> float:
+        return exploration(max(turn, 1), len(self._names), self.params.floor)
+
+    def observe(self, stats: DomainStats) -> None:
+        """Update the rewards of the domains that the step held; the others keep theirs.
+
+        With the mean loss L and the proportion p of a domain, and smoothing a:
+
+        - ``full_information``: R = a R + (1 - a) L
+        - ``paper``: R = a R + (1 - a) L / p
+        - ``official``: R = a R + (1 - a) exp(L)
+        - ``exp3``: R = R + L / (10 p)
+
+        A turn is an update; in ``official`` it is the optimizer step, warm-up included.
+        """
+        if self._warming:
+            return
+        self._turn = stats.step + 1 if self._linear else self._turn + 1
+        seen, a = stats.seen, self.params.smoothing
+        loss = stats.mean_loss()[seen]
+        if self.params.variant == "exp3":
+            self._reward[seen] += loss / stats.proportions[seen] / 10.0
+            return
+        if self.params.variant == "paper":
+            loss = loss / stats.proportions[seen]
+        elif self._linear:
+            loss = np.exp(loss)
+        self._reward[seen] = a * self._reward[seen] + (1.0 - a) * loss
+
+    def _check(self, names: tuple[str, ...]) -> None:
+        if names != self._names:
+            raise CheckpointError(f"odm: rewards of the domains {self._names}, but the run has {names}")
+
+    def state_dict(self) -> State:
+        """Return rewards by name and the turn."""
+        if not self._names:
+            return {}
+        return {
+            "names": list(self._names),
+            "reward": self._reward.copy(),
+            "turn": self._turn,
+            "warming": self._warming,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if not state:
+            return
+        require(self.name, state, "names", "reward", "turn", "warming")
+        self._names = tuple(state["names"])
+        self._reward = np.array(state["reward"], dtype=np.float64)
+        self._turn, self._warming = int(state["turn"]), bool(state["warming"])

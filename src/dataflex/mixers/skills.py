@@ -1,0 +1,237 @@
+"""Mixers that know how much training on one domain helps another: Skill-it and Aioli.
+
+The matrix A says so: A[i, j] is what the held-out loss of domain i gains from training on domain j. Note
+that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Params.graph``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import CheckpointError, ConfigError
+from dataflex.mixers import simplex
+from dataflex.mixers.held_out import check_targets, held_out_losses
+from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.saved import require
+
+__all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
+
+Floats = NDArray[np.float64]
+
+
+class _SkillMixer(Mixer):
+    adaptive: ClassVar[bool] = True
+
+    def __init__(self, params: BaseParams) -> None:
+        super().__init__(params)
+        self.names: tuple[str, ...] = ()
+
+    def _meet(self, ctx: Context) -> None:
+        if self.names and self.names != ctx.domains.names:
+            raise CheckpointError(f"{self.name}: saved for the domains {self.names}, the run has {ctx.domains.names}")
+        self.names = ctx.domains.names
+        check_targets(ctx, self.name)
+
+
+class SkillIt(_SkillMixer):
+    """Serve the domains that help those whose held-out losses are high."""
+
+    name = "skill_it"
+    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
+        paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
+        "NeurIPS 2023, arXiv 2307.14430",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of Skill-it."""
+
+        graph: tuple[tuple[float, ...], ...] = field(
+            metadata={"help": "K rows of K numbers: in row i, column j, how much training on i helps j"}
+        )
+        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
+        window: int = field(default=3, metadata={"help": "decisions whose losses are added up", "minimum": 1})
+
+        def __post_init__(self) -> None:
+            sizes = {len(row) for row in self.graph}
+            if sizes != {len(self.graph)}:
+                raise ValueError("graph: must be K rows of K numbers, K the number of domains")
+            if not np.isfinite(np.array(self.graph)).all():
+                raise ValueError("graph: every number must be finite")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.losses: list[Floats] = []
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return p ~ exp(eta sum over the window of A L); before losses are known, p ~ exp(eta A 1).
+
+        The proportions are made anew from equal ones each time: the window, not the past, has a memory.
+
+        Raises:
+            ConfigError: The graph is for another number of domains.
+        """
+        graph = np.array(self.params.graph, dtype=np.float64)
+        if len(graph) != len(ctx.domains.names):
+            raise ConfigError(
+                f"dynamic.mixer.graph: {len(graph)} rows for {len(ctx.domains.names)} domains "
+                f"({', '.join(ctx.domains.names)})"
+            )
+        self._meet(ctx)
+        benefit = graph.sum(axis=1)
+        told = "start"
+        if ctx.interval.kind != "warmup":
+            self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
+            benefit = graph @ np.sum(self.losses, axis=0)
+            told = f"losses of {len(self.losses)} decisions"
+        proportions = normalised(simplex.weights(self.params.eta * benefit))
+        return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
+
+    def state_dict(self) -> State:
+        """Return the losses in the window."""
+        return {"names": list(self.names), "losses": np.stack(self.losses)} if self.losses else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if state:
+            require(self.name, state, "names", "losses")
+            self.names = tuple(state["names"])
+            self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
+
+
+def near_one_hot(num_domains: int, focus: float) -> Floats:
+    """Return K mixes [K, K]: mix k has ``focus`` on domain k, the others share the rest."""
+    mixes = np.full((num_domains, num_domains), (1.0 - focus) / max(num_domains - 1, 1))
+    np.fill_diagonal(mixes, focus if num_domains > 1 else 1.0)
+    return mixes
+
+
+def interactions(mixes_MK: Floats, drops_MK: Floats) -> Floats:
+    """Return A [K, K] with drop_i = sum_j A[i, j] p_j, by least squares over M probes, made positive, summing to 1.
+
+    Args:
+        mixes_MK: Proportions of the probes.
+        drops_MK: Drop of each held-out loss during the probe.
+    """
+    solved, *_ = np.linalg.lstsq(mixes_MK, drops_MK, rcond=None)
+    matrix = solved.T
+    if matrix.min() < 0:
+        matrix = matrix - matrix.min()
+    total = matrix.sum()
+    return matrix / total if total > 0 else np.full_like(matrix, 1.0 / matrix.size)
+
+
+class Aioli(_SkillMixer):
+    """Probe one domain after another, learn what helps whom, and serve accordingly."""
+
+    name = "aioli"
+    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Probes domains one after another for what they gain each other, then serves what helps most.",
+        paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
+        "arXiv 2411.05735",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of Aioli. One probe takes one interval."""
+
+        focus: float = field(
+            default=0.75, metadata={"help": "share of the domain that is probed", "above": 0.0, "maximum": 1.0}
+        )
+        sweeps: int = field(default=1, metadata={"help": "times that every domain is probed in a round", "minimum": 1})
+        hold: int = field(
+            default=8, metadata={"help": "intervals that the learned proportions are served in a round", "minimum": 1}
+        )
+        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
+        ema: float | None = field(
+            default=None,
+            metadata={
+                "help": "weight of the new A in its average, proportions made from equal ones; null: the last are moved",
+                "above": 0.0,
+                "maximum": 1.0,
+            },
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.turn = 0
+        self.before: Floats = np.zeros(0)
+        """Held-out losses at the last decision."""
+        self.drops: list[Floats] = []
+        self.log_shares: Floats = np.zeros(0)
+        self.matrix: Floats = np.zeros((0, 0))
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the next probe's mix, or p ~ p exp(eta sum_i A[i, j]) once a sweep is through."""
+        self._meet(ctx)
+        num_domains = len(self.names)
+        if not self.log_shares.size:
+            self.log_shares = np.full(num_domains, -np.log(num_domains))
+        if ctx.interval.kind == "warmup":
+            proportions = normalised(simplex.weights(self.log_shares))
+            return Mix(proportions=proportions, reason=f"warm-up: {shares(self.names, proportions)}")
+        probes = num_domains * self.params.sweeps
+        turn = self.turn % (probes + self.params.hold)
+        self.turn += 1
+        mixes = near_one_hot(num_domains, self.params.focus)
+        if turn <= probes:
+            losses = held_out_losses(ctx)
+            if turn > 0:
+                self.drops.append(self.before - losses)
+            self.before = losses
+        if turn < probes:
+            probed = turn % num_domains
+            return Mix(proportions=normalised(mixes[probed]), reason=f"probe of {self.names[probed]}")
+        if turn == probes:
+            self._learn(np.tile(mixes, (self.params.sweeps, 1)), np.stack(self.drops))
+            self.drops = []
+        proportions = normalised(simplex.weights(self.log_shares))
+        return Mix(proportions=proportions, reason=shares(self.names, proportions))
+
+    def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
+        new, ema = interactions(mixes_MK, drops_MK), self.params.ema
+        if ema is None or not self.matrix.size:
+            self.matrix = new
+        else:
+            self.matrix = ema * new + (1.0 - ema) * self.matrix
+        start = self.log_shares if ema is None else np.zeros(len(new))
+        self.log_shares = simplex.exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
+
+    def state_dict(self) -> State:
+        """Return where in the round it is and what was learned."""
+        if not self.names:
+            return {}
+        return {
+            "names": list(self.names),
+            "turn": self.turn,
+            "before": self.before,
+            "drops": np.stack(self.drops) if self.drops else np.zeros((0, len(self.names))),
+            "log_shares": self.log_shares,
+            "matrix": self.matrix,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if not state:
+            return
+        require(self.name, state, "names", "turn", "before", "drops", "log_shares", "matrix")
+        self.names, self.turn = tuple(state["names"]), int(state["turn"])
+        self.before = np.array(state["before"], dtype=np.float64)
+        self.drops = [np.array(row, dtype=np.float64) for row in state["drops"]]
+        self.log_shares = np.array(state["log_shares"], dtype=np.float64)
+        self.matrix = np.array(state["matrix"], dtype=np.float64)

@@ -1,0 +1,452 @@
+"""Mixers that learn during training, against slow transcriptions and fixed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.mixers.ado import Ado, preference
+from dataflex.mixers.domain_gradients import domain_gradients
+from dataflex.mixers.dynamic_moe import DynamicMoe, distances
+from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, pike_scores
+from dataflex.mixers.held_out import held_out_losses
+from dataflex.mixers.odm import Odm, exploration, policy
+from dataflex.mixers.random_shares import RandomShares
+from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
+from dataflex.mixers.simplex import exponentiated, logs, weights
+from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
+from dataflex.mixers.target_loss import Sheared, Velocity, velocities
+from dataflex.testing import FakeSignals, example_context, example_stats
+
+TWO = {"a": 8, "b": 8}
+HELD = ("a", "b")
+
+
+def odm(**params):
+    return Odm(Odm.Params(**params))
+
+
+def context(sizes=TWO, **options):
+    return example_context(sizes, targets=tuple(sizes), **options)
+
+
+def held(*losses):
+    """Signals under which target k has the loss ``losses[k]``."""
+    return FakeSignals(np.ones(16), targets={name: [loss] for name, loss in zip(HELD, losses, strict=True)})
+
+
+# ---------------------------------------------------------------- ODM
+
+
+def test_exploration_is_uniform_until_k_ln_k():
+    """T7."""
+    assert exploration(68, 22) == 1 / 22
+    assert exploration(69, 22) < 1 / 22
+    assert exploration(1, 2) == 0.5
+    assert exploration(2, 2) == pytest.approx(0.416277, abs=1e-6)
+    assert exploration(100, 2) == pytest.approx(0.0588705, abs=1e-7)
+    assert exploration(10**6, 2, floor=0.1) == 0.1
+
+
+def test_policies_of_paper_and_official_code():
+    """T8."""
+    now = exploration(100, 2)
+    assert policy(np.array([1.0, 3.0]), 0.3, now, True).tolist() == pytest.approx([0.279435, 0.720565], abs=1e-6)
+    assert policy(np.array([0.4, 0.0]), 0.5, now, False).tolist() == pytest.approx([0.543966, 0.456034], abs=1e-6)
+
+
+def test_updates_of_each_variant():
+    """One arm of two is drawn with loss 2 and proportion 1/2."""
+    stats = example_stats([2.0, 0.0], [10, 0], names=HELD, step=0)
+    expected = {"paper": 0.4, "official": 0.1 * math.e**2, "exp3": 0.4, "full_information": 0.2}
+    for variant, reward in expected.items():
+        mixer = odm(variant=variant)
+        mixer.mix(context())
+        mixer.observe(stats)
+        assert mixer.state_dict()["reward"].tolist() == pytest.approx([reward, 0.0]), variant
+    assert expected["official"] == pytest.approx(0.738906, abs=1e-6)
+
+
+def slow_odm(history, variant, a, sizes):
+    """Every formula written out, one domain and step at a time."""
+    num = len(sizes)
+    reward, turn = [0.0] * num, 0
+    for step, (losses, tokens, shares) in enumerate(history):
+        turn = step + 1 if variant == "official" else turn + 1
+        for k in range(num):
+            if tokens[k] == 0:
+                continue
+            value = {
+                "paper": losses[k] / shares[k],
+                "official": math.exp(losses[k]),
+                "full_information": losses[k],
+                "exp3": losses[k] / shares[k] / 10,
+            }[variant]
+            reward[k] = reward[k] + value if variant == "exp3" else a * reward[k] + (1 - a) * value
+    eps = min(1 / num, math.sqrt(math.log(num) / (num * turn)))
+    before = min(1 / num, math.sqrt(math.log(num) / (num * max(turn - 1, 1))))
+    if variant == "official":
+        share = [value / sum(reward) for value in reward]
+    else:
+        powers = [math.exp(before * value) for value in reward]
+        share = [value / sum(powers) for value in powers]
+    return [(1 - num * eps) * value + eps for value in share]
+
+
+@given(seed=st.integers(0, 1000), variant=st.sampled_from(["paper", "official", "full_information", "exp3"]))
+@settings(max_examples=40, deadline=None)
+def test_odm_against_a_slow_transcription(seed, variant):
+    rng = np.random.default_rng(seed)
+    sizes = {"a": 5, "b": 3, "c": 9}
+    mixer, history = odm(variant=variant), []
+    for step in range(60):
+        mixer.mix(context(sizes))
+        losses, tokens = rng.uniform(0.5, 4, 3), rng.integers(0, 3, 3) * 10
+        tokens[step % 3] = 10
+        shares = rng.dirichlet(np.ones(3) * 5)
+        history.append((losses, tokens, shares))
+        mixer.observe(example_stats(losses, tokens, names=sizes, proportions=shares, step=step))
+    got = mixer.mix(context(sizes)).proportions
+    assert got.tolist() == pytest.approx(slow_odm(history, variant, 0.9, sizes), rel=1e-9)
+
+
+def test_absent_domains_keep_their_rewards():
+    """T5."""
+    mixer = odm()
+    mixer.mix(context())
+    mixer.observe(example_stats([2.0, 3.0], names=HELD))
+    before = mixer.state_dict()["reward"]
+    mixer.observe(example_stats([2.0, 0.0], [10, 0], names=HELD, step=1))
+    assert mixer.state_dict()["reward"][1] == before[1]
+    assert mixer.state_dict()["reward"][0] != before[0]
+
+
+def test_a_floor_that_leaves_nothing_is_refused():
+    """T9."""
+    with pytest.raises(ConfigError, match=r"dynamic.mixer.floor: 0.5 for each of 2 domains leaves nothing"):
+        odm(floor=0.5).mix(context())
+    odm(floor=0.49).mix(context())
+
+
+def test_only_the_bandits_want_pure_micro_batches():
+    assert not odm().pure_micro_batches
+    assert odm(variant="paper").pure_micro_batches
+    assert odm(variant="official").pure_micro_batches
+
+
+def test_odm_of_other_domains_is_refused():
+    mixer = odm()
+    mixer.mix(context())
+    other = odm()
+    other.load_state_dict(mixer.state_dict())
+    with pytest.raises(CheckpointError, match="odm"):
+        other.mix(context({"a": 8, "c": 8}))
+
+
+def test_noise_wins_under_a_reward_that_is_the_loss():
+    """What the documentation warns of: a domain that cannot be learned has the highest loss for ever."""
+    for variant in ("official", "full_information"):
+        mixer = odm(variant=variant)
+        for step in range(2000):
+            mixer.mix(context())
+            learned = 4.0 * math.exp(-step / 100)
+            mixer.observe(example_stats([learned, 5.0], names=HELD, step=step))
+        assert mixer.mix(context()).proportions[1] > 0.5, variant
+
+
+# ---------------------------------------------------------------- random
+
+
+def test_random_shares_are_dirichlet_around_their_centre():
+    ctx = [example_context({"a": 30, "b": 10}, index=i) for i in range(3000)]
+    drawn = np.array([RandomShares(RandomShares.Params(around="size")).mix(c).proportions for c in ctx])
+    assert drawn.mean(axis=0).tolist() == pytest.approx([0.75, 0.25], abs=0.02)
+    # Dirichlet(1.5, 0.5): variance of a share is m (1 - m) / (sum + 1).
+    assert drawn[:, 0].var() == pytest.approx(0.75 * 0.25 / 3.0, rel=0.1)
+
+
+# ---------------------------------------------------------------- Sheared and Velocitune
+
+
+def test_sheared_golden():
+    """T11."""
+    start = logs(np.array([0.67, 0.33]))
+    gaps = np.array([math.log(3), 0.0])
+    assert weights(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
+    mixer = Sheared(Sheared.Params(target_losses=(1.0, 1.0), initial=(0.67, 0.33), smoothing=1e-4))
+    got = mixer.mix(context(signals=held(1.0 + math.log(3), 1.0))).proportions
+    assert got.tolist() == pytest.approx([0.858938, 0.141062], abs=1e-6)
+
+
+def test_sheared_clips_only_when_told():
+    for clip, expected in ((False, [2 / 3, 1 / 3]), (True, [0.5, 0.5])):
+        params = Sheared.Params(target_losses=(1.0, 1.0), initial="uniform", smoothing=0.0, clip=clip)
+        got = Sheared(params).mix(context(signals=held(1.0, 1.0 - math.log(2)))).proportions
+        assert got.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_velocity_golden():
+    """T12."""
+    first, target = np.array([3.0, 2.4]), np.array([2.0, 2.0])
+    assert velocities(np.array([2.8, 2.1]), first, target).tolist() == pytest.approx([0.8, 0.25])
+    mixer = Velocity(Velocity.Params(target_losses=(2.0, 2.0), initial="uniform"))
+    mixer.mix(context(signals=held(3.0, 2.4)))
+    assert mixer.first.tolist() == pytest.approx([3.0, 2.4])
+    mixer.log_shares = logs(np.array([0.5, 0.5]))
+    got = mixer.mix(context(signals=held(2.8, 2.1), index=1)).proportions
+    assert got.tolist() == pytest.approx([0.634136, 0.365864], abs=1e-5)
+
+
+def test_a_domain_that_began_below_its_target_has_no_way_to_go():
+    assert velocities(np.array([1.5]), np.array([1.0]), np.array([2.0])).tolist() == [0.0]
+    assert velocities(np.array([9.0]), np.array([3.0]), np.array([2.0])).tolist() == [1.0]
+
+
+def test_one_held_out_set_for_each_domain():
+    mixer = Sheared(Sheared.Params(target_losses=(1.0, 1.0)))
+    with pytest.raises(ConfigError, match=r"name one data set for each of a, b, in this order \(found 1: goal\)"):
+        mixer.mix(example_context(TWO, targets=("goal",)))
+    with pytest.raises(ConfigError, match=r"target_losses.c: no such domain"):
+        Sheared(Sheared.Params(target_losses={"a": 1.0, "c": 1.0})).mix(context())
+
+
+def test_held_out_losses_weigh_rows_by_their_tokens():
+    class Uneven(FakeSignals):
+        def tokens(self, rows, *, target=None, part="all"):
+            return [np.zeros(1 + 2 * row, dtype=np.int64) for row in rows]
+
+    signals = Uneven(np.ones(16), targets={"a": [1.0, 3.0, math.nan], "b": [2.0]})
+    assert held_out_losses(context(signals=signals)).tolist() == pytest.approx([(1 + 9) / 4, 2.0])
+    with pytest.raises(DataError, match="'b' has no row with a finite loss"):
+        held_out_losses(context(signals=Uneven(np.ones(16), targets={"a": [1.0], "b": [math.nan]})))
+
+
+# ---------------------------------------------------------------- dynamic_moe
+
+
+def test_dynamic_moe_golden():
+    """T10."""
+    loads = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    delta = distances(loads, "l2")
+    assert delta.tolist() == pytest.approx([0.707107, 0.707107, 0.471405], abs=1e-6)
+    moved = exponentiated(logs(np.full(3, 1 / 3)), delta, eta=10.0, smoothing=0.05)
+    assert weights(moved).tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["l2", "cosine"])
+def test_distances_do_not_depend_on_the_number_of_tokens(measure):
+    loads = np.random.default_rng(0).uniform(1, 5, (4, 6))
+    scaled = loads * np.array([[1.0], [7.0], [0.1], [100.0]])
+    assert np.allclose(distances(loads, measure), distances(scaled, measure), atol=1e-12)
+    assert np.allclose(distances(np.ones((3, 5)), measure), 0.0)
+
+
+def test_dynamic_moe_reads_the_loads_of_the_held_out_sets():
+    class Loads(FakeSignals):
+        def gate_loads(self, rows, *, target=None):
+            share = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.5, 0.5]}[target]
+            return np.array([[[9.0, 1.0], share]] * len(rows), dtype=np.float32)
+
+    sizes = {"a": 4, "b": 4, "c": 4}
+    mixer = DynamicMoe(DynamicMoe.Params())
+    got = mixer.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    assert got.tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
+    both = DynamicMoe(DynamicMoe.Params(layers="all", eta=1.0, smoothing=0.0))
+    halves = np.array([0.707107, 0.707107, 0.471405]) / 2  # the first layer's loads are all alike
+    got = both.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    assert got.tolist() == pytest.approx((np.exp(halves) / np.exp(halves).sum()).tolist(), abs=1e-6)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_doge_golden():
+    vectors = np.array([[1.0, 0.0], [0.0, 2.0]])
+    scores = doge_scores(vectors @ vectors.sum(axis=0), np.linalg.norm(vectors, axis=1), 0.1)
+    assert scores.tolist() == pytest.approx([0.066667, 0.266666], abs=1e-6)
+    moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1 / 0.05)
+    assert weights(moved).tolist() == pytest.approx([0.017986, 0.982014], abs=1e-6)
+
+
+def test_dga_golden():
+    scores = np.array([1.0, 0.0])
+    moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=math.log(2))
+    assert weights(moved).tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_pike_golden():
+    """T16."""
+    scores = pike_scores(np.array([4.0, 1.0]), np.array([8.0, 8.0]), 0.1, 0.2, 16)
+    moved = weights(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
+    assert moved.tolist() == pytest.approx([0.574443, 0.425557], abs=1e-6)
+    assert np.round(16 * moved).tolist() == [9, 7]
+
+
+def gradients(seed=0, num=16, size=5):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(num, size)) + np.repeat([[2.0], [-1.0]], num // 2, axis=0)
+
+
+def test_domain_gradients_against_explicit_means():
+    vectors = gradients()
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
+    ctx = example_context(TWO, signals=signals, targets=("goal",))
+    found = domain_gradients(ctx, rows_per_domain=8)
+    means = np.stack([vectors[:8].mean(axis=0), vectors[8:].mean(axis=0)])
+    assert np.allclose(found.products, means @ means.T, rtol=1e-5)
+    assert np.allclose(found.targets[:, 0], means @ np.arange(5.0), rtol=1e-5)
+    spread = [vectors[:8].var(axis=0, ddof=1).sum(), vectors[8:].var(axis=0, ddof=1).sum()]
+    assert np.allclose(found.variance, spread, rtol=1e-5)
+    expected = np.maximum((means**2).sum(axis=1) - np.array(spread) / 8, 0)
+    assert np.allclose(found.squared_norms, expected, rtol=1e-5)
+
+
+def test_squared_norms_are_unbiased():
+    truth, estimates = np.full(5, 0.3), []
+    for seed in range(400):
+        vectors = np.random.default_rng(seed).normal(size=(16, 5)) + truth
+        found = domain_gradients(
+            example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=()), rows_per_domain=8
+        )
+        estimates.append(found.products.diagonal() - found.variance / found.rows)
+    assert np.mean(estimates) == pytest.approx(float(truth @ truth), abs=0.06)
+
+
+def test_gradient_mixers_move_towards_what_their_papers_say():
+    vectors = np.concatenate([np.tile([3.0, 0.0], (8, 1)), np.tile([0.0, 1.0], (8, 1))])
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.array([0.0, 1.0])})
+    ctx = example_context(TWO, signals=signals, targets=("goal",))
+    dga = Dga(Dga.Params(eta=1.0, memory=0.0, initial="uniform")).mix(ctx).proportions
+    assert dga.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)], rel=1e-5)
+    pike = Pike(Pike.Params(zeta1=0.1, zeta2=0.0, initial="uniform")).mix(ctx).proportions
+    assert pike[0] / pike[1] == pytest.approx(math.exp(0.1 * (9 - 1)), rel=1e-5)
+
+
+def test_doge_serves_the_mean_of_its_weights():
+    signals = FakeSignals(np.ones(16), gradients=gradients())
+    steps = [example_context(TWO, signals=signals, targets=(), index=i) for i in range(3)]
+    last = Doge(Doge.Params(average=False, initial="uniform"))
+    mean = Doge(Doge.Params(initial="uniform"))
+    vectors = [last.mix(ctx).proportions for ctx in steps]
+    served = [mean.mix(ctx).proportions for ctx in steps]
+    assert served[-1].tolist() == pytest.approx(np.mean(vectors, axis=0).tolist())
+
+
+# ---------------------------------------------------------------- Skill-it and Aioli
+
+
+def test_skill_it_golden():
+    """T15: the graph is read by rows; transposed, both domains would be served alike."""
+    graph = ((1.0, 0.5), (0.0, 1.0))
+    mixer = SkillIt(SkillIt.Params(graph=graph, eta=0.2))
+    warm = example_context(TWO, targets=HELD)
+    warm = type(warm)(
+        **{**warm.__dict__, "interval": type(warm.interval)(index=0, kind="warmup", start_step=0, stop_step=5)}
+    )
+    assert mixer.mix(warm).proportions.tolist() == pytest.approx([0.524979, 0.475021], abs=1e-6)
+    got = mixer.mix(context(signals=held(2.0, 1.0))).proportions
+    assert got.tolist() == pytest.approx([0.574443, 0.425557], abs=1e-6)
+    turned = SkillIt(SkillIt.Params(graph=((1.0, 0.0), (0.5, 1.0)), eta=0.2))
+    assert turned.mix(context(signals=held(2.0, 1.0))).proportions.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_skill_it_forgets_what_is_out_of_the_window():
+    graph = ((1.0, 0.0), (0.0, 1.0))
+    mixer = SkillIt(SkillIt.Params(graph=graph, eta=0.5, window=2))
+    for i, losses in enumerate([(9.0, 0.0), (2.0, 1.0), (1.0, 1.5)]):
+        got = mixer.mix(context(signals=held(*losses), index=i)).proportions
+    expected = math.exp(0.5 * 3.0) / (math.exp(0.5 * 3.0) + math.exp(0.5 * 2.5))
+    assert got[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("graph", [((1.0,), (1.0, 2.0)), ((1.0, math.nan), (0.0, 1.0))])
+def test_a_graph_that_is_none_is_refused(graph):
+    with pytest.raises(ValueError, match="graph"):
+        SkillIt.Params(graph=graph)
+    with pytest.raises(ConfigError, match=r"dynamic.mixer.graph: 1 rows for 2 domains \(a, b\)"):
+        SkillIt(SkillIt.Params(graph=((1.0,),))).mix(context())
+
+
+def test_aioli_orientation():
+    """T15: the columns of A are added up."""
+    matrix = np.array([[0.3, 0.1], [0.0, 0.2]])
+    moved = weights(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
+    assert moved.tolist() == pytest.approx([0.5, 0.5])
+    turned = weights(exponentiated(np.zeros(2), matrix.sum(axis=1), eta=1.0))
+    assert turned.tolist() == pytest.approx([0.549834, 0.450166], abs=1e-6)
+
+
+def test_interactions_solve_for_the_matrix():
+    truth = np.array([[0.3, 0.1], [0.05, 0.2]])
+    mixes = np.tile(near_one_hot(2, 0.75), (3, 1))
+    assert mixes.sum(axis=1).tolist() == pytest.approx([1.0] * 6)
+    found = interactions(mixes, mixes @ truth.T)
+    assert np.allclose(found, truth / truth.sum())
+    shifted = interactions(mixes, mixes @ (truth - 0.2).T)
+    assert shifted.min() == pytest.approx(0.0, abs=1e-12)
+    assert shifted.sum() == pytest.approx(1.0)
+
+
+def test_aioli_probes_then_serves_what_helps():
+    """A world in which only training on b lowers losses: a round later b is served more."""
+    mixer, levels = Aioli(Aioli.Params(focus=0.75, sweeps=2, hold=2, eta=1.0)), np.array([3.0, 3.0])
+    seen = []
+    for i in range(6):
+        mix = mixer.mix(context(signals=held(*levels), index=i))
+        seen.append(mix.proportions.tolist())
+        levels = levels - 0.1 * mix.proportions[1]
+    assert seen[:4] == [[0.75, 0.25], [0.25, 0.75]] * 2
+    assert seen[4][1] == pytest.approx(1 / (1 + math.exp(-1.0)), abs=1e-4)
+    assert seen[5] == seen[4]
+
+
+# ---------------------------------------------------------------- ADO
+
+
+def test_ado_golden():
+    """T14."""
+    law = PowerLaw(e=0.0, a=math.log(2), alpha=0.5)
+    assert 1.0 + law.reducible(100) == pytest.approx(1.2)
+    assert law.slope(100) == pytest.approx(0.001)
+    prior = np.array([0.8, 0.2])
+    wanted = preference(np.array([0.001, 0.004]), prior, prior, 0.5, 0.0)
+    assert wanted.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert (0.9 * prior + 0.1 * wanted).tolist() == pytest.approx([0.786667, 0.213333], abs=1e-6)
+
+
+def test_a_power_law_is_found_again():
+    samples = np.arange(1, 1201) * 64.0
+    truth = PowerLaw(e=0.7, a=2.0, alpha=0.4)
+    noise = np.random.default_rng(0).normal(0, 0.01, len(samples))
+    losses = math.exp(truth.e) + np.exp(truth.a) * samples**-truth.alpha + noise
+    found = fit_power_law(samples[100:], losses[100:])
+    assert found is not None
+    for n in (20_000.0, 76_800.0, 150_000.0):
+        exact = math.exp(truth.e) + truth.reducible(n)
+        assert math.exp(found.e) + found.reducible(n) == pytest.approx(exact, abs=0.02)
+    assert found.slope(76_800.0) == pytest.approx(truth.slope(76_800.0), rel=0.3)
+    assert fit_power_law(samples[:100], losses[:100]) is None
+
+
+def test_ado_goes_to_the_domain_that_still_falls():
+    params = Ado.Params(start_step=160, ignore_steps=20, fit_steps=40)
+    mixer, resumed = Ado(params), Ado(params)
+    for step in range(240):
+        mixer.mix(context(index=step))
+        n = (step + 1) * 2.0
+        losses = [2.0 + 3.0 * n**-0.4, 2.5]
+        if step == 150:
+            assert mixer.mix(context()).proportions.tolist() == [0.5, 0.5]
+            resumed.load_state_dict(mixer.state_dict())
+        stats = example_stats(losses, names=HELD, step=step)
+        mixer.observe(stats)
+        if step >= 150:
+            resumed.mix(context(index=step))
+            resumed.observe(stats)
+    assert mixer.mix(context()).proportions[0] > 0.54
+    assert mixer.mix(context()).proportions.tolist() == resumed.mix(context()).proportions.tolist()
