@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.domains import Domains
 from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.train.leakage import Leak, find_leaks
 from dataflex.train.row_space import RowSpace, TargetSpace, measure
 
 __all__ = ["DataLoading", "scoring_collator"]
@@ -69,6 +70,9 @@ class DataLoading:
         self, template: Any, model_args: Any, data_args: Any, training_args: Any, stage: Any, **tokenizer_module: Any
     ) -> dict[str, Any]:
         """Return LLaMA-Factory's data set module; ``space`` is set afterwards."""
+        by_domain = self._config.eval_by_domain
+        if by_domain and data_args.eval_dataset is not None and self._config.domain_column is None:
+            data_args.eval_on_each_dataset = True
 
         def load(**changes: Any) -> dict[str, Any]:
             args = copy.copy(data_args)
@@ -82,15 +86,26 @@ class DataLoading:
         with _raw_columns(columns, raw):
             if len(names) == 1 or data_args.tokenized_path is not None:
                 module = load()
-                raw = raw[:1]  # what comes after is the evaluation set
                 sizes = {names[0] if len(names) == 1 else "all": len(module["train_dataset"])}
             else:
                 module, sizes = self._load_each(names, data_args, training_args, load)
+        held_raw, raw = raw[len(names) :], raw[: len(names)]
+        if by_domain:
+            module["eval_dataset"] = self._held_out(module, raw, held_raw, data_args, training_args)
         train = module["train_dataset"]
         kept = self._kept_rows(raw, data_args, training_args) if columns else None
         found = {name: _column(name, raw, kept, len(train)) for name in columns}
-        measures = measure(train)
         labels = _source_labels(sizes, module.pop("_source_of_row", None))
+        targets = self._targets(load)
+        leaked = find_leaks(train, {name: target.dataset for name, target in targets.items()})
+        if any(leak.num_rows for leak in leaked.values()):
+            kept = self._without_leaks(leaked, len(train))
+            if kept is not None:
+                train = module["train_dataset"] = train.select(kept)
+                labels, found = labels[kept], {name: values[kept] for name, values in found.items()}
+                sizes = dict(zip(sizes, np.bincount(labels, minlength=len(sizes)).tolist(), strict=True))
+                _source_labels(sizes, labels)
+        measures = measure(train)
         self.space = RowSpace(
             dataset=train,
             sources=sizes,
@@ -98,10 +113,30 @@ class DataLoading:
             supervised=measures.supervised,
             fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
-            targets=self._targets(load),
+            targets=targets,
+            leaks={name: leak.describe() for name, leak in leaked.items()},
         )
         _warn_about_masked_rows(self.space)
         return module
+
+    def _without_leaks(self, leaked: Mapping[str, Leak], num_rows: int) -> NDArray[np.int64] | None:
+        """Tell about target rows that lie in the training pool; return the rows to keep where these are to go.
+
+        Raises:
+            DataError: ``leakage: error``, or nothing would be left.
+        """
+        told = [f"target {name!r}: {leak.tell()}" for name, leak in leaked.items() if leak.num_rows]
+        if self._config.leakage == "error":
+            raise DataError("\n".join(f"dynamic.leakage: {line}" for line in told))
+        for line in told:
+            logger.warning("%s%s", line, "; they leave the pool" if self._config.leakage == "drop" else "")
+        if self._config.leakage != "drop":
+            return None
+        rows = np.unique(np.concatenate([leak.pool_rows for leak in leaked.values()]))
+        kept = np.setdiff1d(np.arange(num_rows, dtype=np.int64), rows)
+        if not len(kept):
+            raise DataError("dynamic.leakage: every training row is also a target row; nothing is left to train on")
+        return kept
 
     def _load_each(
         self, names: list[str], data_args: Any, training_args: Any, load: Callable[..., dict[str, Any]]
@@ -121,10 +156,52 @@ class DataLoading:
             split = whole.train_test_split(test_size=size, seed=training_args.seed)
             module = {"train_dataset": split["train"], "eval_dataset": split["test"]}
             source = np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
+            held = source[_split_rows(len(whole), size, training_args.seed, part="test")]
+            module["_held_sources"] = [list(sizes)[k] for k in held]
             source = source[_split_rows(len(whole), size, training_args.seed)]
             module["_source_of_row"] = source
             sizes = dict(zip(sizes, np.bincount(source, minlength=len(sizes)).tolist(), strict=True))
         return module, sizes
+
+    def _held_out(
+        self, module: dict[str, Any], raw: list[Dataset], held_raw: list[Dataset], data_args: Any, training_args: Any
+    ) -> Any:
+        """Return the evaluation rows as one data set per domain, in the order of first appearance.
+
+        Raises:
+            ConfigError: There is nothing held out, or nothing that could be told apart.
+        """
+        held, column, sources = (
+            module.get("eval_dataset"),
+            self._config.domain_column,
+            module.pop("_held_sources", None),
+        )
+        if held is None:
+            raise ConfigError("dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'")
+        if isinstance(held, dict) and column is None:
+            return held
+        if column is None and sources is None:
+            raise ConfigError(
+                "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several "
+                "data sets"
+            )
+        labels: Sequence[Any]
+        if column is None:
+            labels = sources or []
+        elif data_args.val_size > 1e-6:
+            total = sum(len(part) for part in raw)
+            size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
+            rows = _split_rows(total, size, training_args.seed, part="test")
+            labels = _column(column, raw, rows, len(held))
+        else:
+            if isinstance(held, dict):
+                held = concatenate_datasets(list(held.values()))
+            everything = np.arange(sum(len(part) for part in held_raw), dtype=np.int64)
+            labels = _column(column, held_raw, everything, len(held))
+        rows_of: dict[str, list[int]] = {}
+        for row, label in enumerate(labels):
+            rows_of.setdefault(str(label), []).append(row)
+        return {label: held.select(rows) for label, rows in rows_of.items()}
 
     def _kept_rows(self, raw: list[Dataset], data_args: Any, training_args: Any) -> NDArray[np.int64]:
         """Return which raw rows went into training, in training order."""
@@ -146,14 +223,8 @@ class DataLoading:
         return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths)
 
     def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:
-        names = dict.fromkeys(
-            name
-            for method in (self._config.selector, self._config.mixer, self._config.weighter)
-            if method is not None
-            for name in method.targets
-        )
         targets = {}
-        for name in names:
+        for name in self._config.targets:
             dataset = load(dataset=[name], eval_dataset=None, val_size=0.0, packing=False, neat_packing=False)
             rows = dataset["train_dataset"]
             measures = measure(rows)
@@ -165,11 +236,11 @@ class DataLoading:
         return targets
 
 
-def _split_rows(total: int, size: int | float, seed: int) -> NDArray[np.int64]:
-    """Return the training rows of ``Dataset.train_test_split``, in its order, by letting it split positions."""
+def _split_rows(total: int, size: int | float, seed: int, part: str = "train") -> NDArray[np.int64]:
+    """Return the rows of one part of ``Dataset.train_test_split``, in its order, by letting it split positions."""
     positions = Dataset.from_dict({"row": np.arange(total, dtype=np.int64)})
     split = positions.train_test_split(test_size=size, seed=seed)
-    return _values(split["train"], "row").astype(np.int64)
+    return _values(split[part], "row").astype(np.int64)
 
 
 def _values(dataset: Dataset, name: str) -> NDArray[Any]:

@@ -52,10 +52,14 @@ class SignalsConfig:
     screen_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "share of those rows, the nearest to the targets by embedding, that the selector is given",
+            "help": "share of those rows, the most promising for the targets, that the selector is given",
             "above": 0.0,
             "maximum": 1.0,
         },
+    )
+    screen_by: Literal["embeddings", "pilot"] = field(
+        default="embeddings",
+        metadata={"help": "nearness of embeddings, or scores predicted from those of a tenth of the rows"},
     )
     max_age_steps: int = field(
         default=0, metadata={"help": "oldest answer, in optimizer steps, that is given again", "minimum": 0}
@@ -108,6 +112,9 @@ class DynamicConfig:
     )
     domain_column: str | None = field(
         default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
+    )
+    eval_by_domain: bool = field(
+        default=False, metadata={"help": "whether held-out rows are evaluated domain by domain, and over all of them"}
     )
     signals: SignalsConfig = field(default=SignalsConfig(), metadata={"help": "how the model is asked about rows"})
     plugins: tuple[str, ...] = field(default=(), metadata={"help": "Python files that define methods"})

@@ -26,6 +26,7 @@ from dataflex.errors import UnsupportedError
 from dataflex.mixers.proportions import by_domain
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.passes import preserved
+from dataflex.signals.pilot import piloted
 from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
@@ -105,6 +106,8 @@ class Controller:
                 f"the {self.mixer.name} mixer wants micro-batches of one domain each, which the {self.selector.name} "
                 "selector cannot give; use one of the two"
             )
+        self.rows_before: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
+        self.tokens_before: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         """Sampling proportions of sequences in the plan in progress."""
         if self.mixer is not None and not self.narrows:
@@ -143,7 +146,9 @@ class Controller:
             interval = self.schedule.interval(step)
             if step != interval.start_step:  # a fresh plan in the middle of an interval (resume_plan: ignore)
                 interval = replace(interval, start_step=step)
+            served = self._served(step)
             self.plan = self._decide(interval)
+            self.rows_before, self.tokens_before = served
         return self.plan
 
     def _decide(self, interval: Interval) -> DataPlan:
@@ -245,6 +250,8 @@ class Controller:
         if drawn < len(rows):
             rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=drawn, replace=False))
         if left < len(rows):
+            if self.config.signals.screen_by == "pilot":
+                return piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
             rows = screened(rows, left / len(rows), self.signals, ctx.targets)
         return rows
 
@@ -333,18 +340,43 @@ class Controller:
                 f"; {reason}" if reason else "",
             )
 
-    def scalars(self) -> dict[str, float]:
-        """Return numbers for the training log: interval, share of each domain in its plan, time spent deciding."""
+    def scalars(self, step: int) -> dict[str, float]:
+        """Return numbers for the training log after ``step`` optimizer steps.
+
+        Interval, time spent deciding, and by domain: its share of the plan, the nominal one, and the tokens and
+        epochs served since the run began.
+        """
         if self.plan is None:
             return {}
-        served = self.plan.rows[self.plan.rows >= 0]
-        shares = self.space.domains.counts(served) / max(len(served), 1)
-        names = self.space.domains.names
-        mixture = {f"mix/{name}": share for name, share in zip(names, shares.tolist(), strict=True)}
-        if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
-            mixture = {}
         spent = self.seconds["signals"] + self.seconds["decide"]
-        return {"interval": float(self.plan.interval.index), **mixture, "decide_seconds": spent}
+        told = {"interval": float(self.plan.interval.index), "decide_seconds": spent}
+        names = self.space.domains.names
+        if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
+            return told
+        served = self.plan.rows[self.plan.rows >= 0]
+        rows, tokens = self._served(step)
+        columns = {
+            "mix": self.space.domains.counts(served) / max(len(served), 1),
+            "tokens": tokens,
+            "epochs": rows / self.space.domains.num_rows,
+        }
+        if self.mixer is not None:
+            columns["nominal"] = self.proportions
+        for what, values in columns.items():
+            told |= {f"{what}/{name}": float(value) for name, value in zip(names, values, strict=True)}
+        return told
+
+    def _served(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and tokens of each domain [K] served before ``step``, plans of the past included."""
+        rows, tokens = self.rows_before, self.tokens_before
+        if self.plan is not None:
+            count = (step - self.plan.interval.start_step) * self.shape.global_batch
+            part = self.plan.rows[: max(count, 0)]
+            part = part[part >= 0]
+            rows = rows + self.space.domains.counts(part)
+            labels, lengths = self.space.domains.domain_of[part], self.space.lengths[part]
+            tokens = tokens + np.bincount(labels, weights=lengths, minlength=len(rows)).astype(np.int64)
+        return rows, tokens
 
     def state_dict(self) -> State:
         """Everything but the plan, which is saved as arrays of its own."""
@@ -357,6 +389,8 @@ class Controller:
             "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
             "proportions": self.proportions,
+            "rows_before": self.rows_before,
+            "tokens_before": self.tokens_before,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -372,4 +406,6 @@ class Controller:
             self.seen.load_state_dict(state["seen"])
         self.ends_at = state["ends_at"]
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
+        self.rows_before = np.asarray(state["rows_before"], dtype=np.int64)
+        self.tokens_before = np.asarray(state["tokens_before"], dtype=np.int64)
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}

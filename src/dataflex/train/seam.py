@@ -29,6 +29,7 @@ from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
+from dataflex.train.held_out import EvaluationSums, perplexity, totals
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.samples import SAMPLES, describe_rows
@@ -72,6 +73,8 @@ class TrainerMixin(_Trainer):
         self._dataflex_rows: Rows | None = None
         self._dataflex_batch: dict[str, Any] = {}
         self._dataflex_hidden: list[torch.Tensor] = []
+        self._dataflex_evaluation = EvaluationSums()
+        self._dataflex_evaluated: dict[str, tuple[float, float]] = {}
 
     # -- before training ------------------------------------------------------------------------
 
@@ -219,21 +222,34 @@ class TrainerMixin(_Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Weights act on training losses only; evaluation computes the stock loss."""
+        """Weights act on training losses only; evaluation computes the stock loss, which is added up by token."""
+        if self._dataflex_rows is None:
+            return self._dataflex_held_out_loss(model, inputs, *args, **kwargs)
         reweighter = self._dataflex_reweighter
-        if reweighter is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        if self._dataflex_rows is not None:
+        if reweighter is None or reweighter.embedding is None:
             self._dataflex_batch = inputs
-            if reweighter.embedding is None:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-        self.compute_loss_func = None
-        try:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        self._dataflex_batch = inputs
+        with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _dataflex_held_out_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.get("labels")
+        ours, self.compute_loss_func = self.compute_loss_func, None
+        if self._dataflex_reweighter is None:
+            self.compute_loss_func = ours  # LLaMA-Factory's own
+        try:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = self._dataflex_loss
+            self.compute_loss_func = ours
+        loss = found[0] if isinstance(found, tuple) else found
+        if self.dataflex_setup.stage in ("pt", "sft") and labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            counted = num_items is not None and self.model_accepts_loss_kwargs
+            over_ranks = counted and self.args.average_tokens_across_devices
+            scale = 1.0 / comm.world() if over_ranks else 1.0
+            self._dataflex_evaluation.add(loss * scale, labels, num_items if counted else None)
+        return found
 
     def _dataflex_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Weigh one training micro-batch; the Trainer calls it as its ``compute_loss_func``."""
@@ -301,19 +317,44 @@ class TrainerMixin(_Trainer):
 
     def _dataflex_scalars(self) -> dict[str, float]:
         controller = self._session.controller
-        scalars = {f"dataflex/{name}": value for name, value in controller.scalars().items()}
+        scalars = {f"dataflex/{name}": value for name, value in controller.scalars(self.state.global_step).items()}
         if self._dataflex_reweighter is not None:
             read = self._dataflex_reweighter.scalars()
             scalars.update({f"dataflex/{name}": value for name, value in read.items()})
         return scalars
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as stock, noting the time."""
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> Any:
+        """Evaluate as stock, noting the time; over several sets add the losses over all of them."""
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if several:
+            self._dataflex_evaluated.clear()
         started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if several:  # each of its sets was timed by a call of its own
+            overall = totals(self._dataflex_evaluated, metric_key_prefix)
+            if overall:
+                self.log(dict(overall))
+            return {**metrics, **overall}
         if self._dataflex_session is not None:
             self._dataflex_session.seconds["evaluate"] += time.perf_counter() - started
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one set as stock, and add its loss by token and its perplexity."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output = super().evaluation_loop(*args, **kwargs)
+        total, tokens = self._dataflex_evaluation.take(self.args.device)
+        if tokens > 0:
+            self._dataflex_evaluated[prefix] = (total, tokens)
+            output.metrics[f"{prefix}_token_loss"] = total / tokens
+            output.metrics[f"{prefix}_perplexity"] = perplexity(total / tokens)
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
