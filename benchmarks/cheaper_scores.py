@@ -1,12 +1,15 @@
 """Cheaper than exact: what scores towards a target cost by other ways, and how often they choose the same rows.
 
 Exact LESS scores (LoRA on all linear layers, Adam, fp32) of a pool towards a target are compared with scoring in
-bfloat16, with gradients of the last blocks only, with sparse sketches, and with a screen by embeddings before exact
-gradients. Costs are ratios to a plain batched forward and backward pass over the same rows, in CPU seconds within
-one run (the target's own gradients, a cost that does not grow with the pool, are part of every way and shown alone);
-overlap is the share of the exact choice of the best tenth that the other way chooses too.
+bfloat16, with gradients of the last blocks only, with sparse sketches, with the forward-mode derivative along the
+target (scaled by Adam's second moment, without norms), and with screens that leave a share of the pool to exact
+gradients: by embeddings, or by a pilot. Costs are ratios to a plain batched forward and backward pass over the same
+rows, in CPU seconds within one run. The target's own gradients, a cost that does not grow with the pool, are part of
+every way; the second number leaves them out. Overlap is the share of the exact choice of the best tenth that the other
+way chooses too.
 
-Usage: python benchmarks/cheaper_scores.py [--quick] [--pool FILE] [--target FILE] [--rows N]
+Usage: python benchmarks/cheaper_scores.py [--quick] [--pool FILE] [--target FILE] [--rows N] [--target-rows N]
+                                           [--rounds N] [--ways PATTERN]
 FILEs are JSON lines with "instruction", "input", "output" (examples/data by default).
 """
 
@@ -17,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -28,9 +32,11 @@ import numpy as np
 import torch
 
 from dataflex.core.choose import top_k
+from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed
+from dataflex.signals.pilot import piloted
 from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec
@@ -49,8 +55,9 @@ class Rows:
             prompt = "\n".join(filter(None, ["Human: " + row["instruction"], row.get("input", "")])) + "\nAssistant:"
             question, answer = tokenizer(prompt)["input_ids"], tokenizer(row["output"])["input_ids"]
             ids = (question + answer + [tokenizer.eos_token_id])[:CUTOFF]
-            self.rows.append({"ids": ids, "labels": ([-100] * len(question) + ids[len(question) :])[: len(ids)]})
-        self.lengths = np.array([len(row["ids"]) for row in self.rows], dtype=np.int64)
+            labels = ([-100] * len(question) + ids[len(question) :])[: len(ids)]
+            self.rows.append({"input_ids": ids, "labels": labels})
+        self.lengths = np.array([len(row["input_ids"]) for row in self.rows], dtype=np.int64)
         self.source = [json.loads(line).get("source", "") for line in lines]
 
     def __getitems__(self, ids):
@@ -58,10 +65,12 @@ class Rows:
 
 
 def collate(features):
-    width = max(len(f["ids"]) for f in features)
+    width = max(len(f["input_ids"]) for f in features)
     return {
-        "input_ids": torch.tensor([f["ids"] + [2] * (width - len(f["ids"])) for f in features]),
-        "attention_mask": torch.tensor([[1] * len(f["ids"]) + [0] * (width - len(f["ids"])) for f in features]),
+        "input_ids": torch.tensor([f["input_ids"] + [2] * (width - len(f["input_ids"])) for f in features]),
+        "attention_mask": torch.tensor(
+            [[1] * len(f["input_ids"]) + [0] * (width - len(f["input_ids"])) for f in features]
+        ),
         "labels": torch.tensor([f["labels"] + [-100] * (width - len(f["labels"])) for f in features]),
     }
 
@@ -97,6 +106,25 @@ def plain_forward(model, pool: Rows, budget: int) -> None:
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
+def derivatives(model, optimizer, pool: Rows, target: Rows, budget: int) -> np.ndarray:
+    """Return the derivative of each row's loss along the mean target gradient over sqrt(v) + eps, by forward mode."""
+    engine = GradientEngine(model)
+    builder = TargetBuilder(engine, num_tasks=1)
+    with engine.observing():
+        for positions in bucketed(target.lengths, budget):
+            builder.add(
+                collate(target.__getitems__(positions.tolist())), torch.zeros(len(positions), dtype=torch.int64)
+            )
+        direction = builder.finish().one(0)
+        for name, moments in moments_of(optimizer, engine.parameters).items():
+            corrected = (moments.second / (1 - moments.betas[1] ** moments.step)).sqrt() + moments.eps
+            direction[name] = direction[name] / corrected.view_as(direction[name])
+        out = np.zeros(len(pool.rows))
+        for positions in bucketed(pool.lengths, budget):
+            out[positions] = engine.jvp(collate(pool.__getitems__(positions.tolist())), direction).numpy()
+    return out
+
+
 def tell(options, pool: Rows, target: Rows, base, forward, taken, found) -> None:
     """Print the table."""
     tenth = max(1, len(pool.rows) // 10)
@@ -107,13 +135,17 @@ def tell(options, pool: Rows, target: Rows, base, forward, taken, found) -> None
     for name in list(forward)[1:]:
         ratio = statistics.median(forward[name]) / statistics.median(forward["plain"])
         write(f"a pass for {name} costs {ratio:.2f} of a plain length-bucketed forward pass\n")
-    write(f"{'way':<24}{'cost / (F + B)':>15}{'overlap of the best tenth':>27}{'target source':>15}\n")
+    write(
+        f"{'way':<26}{'cost / (F + B)':>15}{'less target':>13}{'overlap of the best tenth':>27}{'target source':>15}\n"
+    )
     plain = statistics.median(base)
+    alone = statistics.median(taken["the target alone"]) / plain
     for way, seconds in taken.items():
         chosen = top_k(found[way], tenth).tolist()
         overlap = len(wanted & set(chosen)) / tenth
         right = sum(pool.source[i] == "gsm8k" for i in chosen) / tenth
-        write(f"{way:<24}{statistics.median(seconds) / plain:>15.2f}{overlap:>27.1%}{right:>15.1%}\n")
+        cost = statistics.median(seconds) / plain
+        write(f"{way:<26}{cost:>15.2f}{cost - alone:>13.2f}{overlap:>27.1%}{right:>15.1%}\n")
 
 
 def main() -> int:
@@ -122,7 +154,9 @@ def main() -> int:
     parser.add_argument("--pool", type=Path, default=ROOT / "examples/data/pool.jsonl")
     parser.add_argument("--target", type=Path, default=ROOT / "examples/data/gsm8k_valid.jsonl")
     parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--target-rows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", default="", help="regular expression of the ways to measure beside the exact one")
     options = parser.parse_args()
     if options.quick:
         options.rows, options.rounds = 120, 1
@@ -130,7 +164,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/models/base-4m")
-    pool, target = Rows(options.pool, tokenizer, options.rows), Rows(options.target, tokenizer, 32)
+    pool, target = Rows(options.pool, tokenizer, options.rows), Rows(options.target, tokenizer, options.target_rows)
     model, optimizer = prepared(pool, 4 if options.quick else 20)
     budget = 8 * CUTOFF
     service = SignalService(
@@ -156,6 +190,10 @@ def main() -> int:
     def screen(share: float) -> np.ndarray:
         return scores(GradientSpec(), screened(everything, share, service, ("target",)))
 
+    def pilot(share: float) -> np.ndarray:
+        kept = piloted(everything, round(share * len(everything)), service, ("target",), seed=0, interval=0)
+        return scores(GradientSpec(), kept)
+
     ways = {
         "exact, fp32": lambda: scores(GradientSpec()),
         "the target alone": lambda: scores(GradientSpec(), everything[:1]),
@@ -168,10 +206,16 @@ def main() -> int:
         "screen to 50 %, exact": lambda: screen(0.5),
         "screen to 30 %, exact": lambda: screen(0.3),
         "screen to 20 %, exact": lambda: screen(0.2),
+        "pilot, 40 % exact": lambda: pilot(0.4),
+        "pilot, 30 % exact": lambda: pilot(0.3),
+        "pilot, 20 % exact": lambda: pilot(0.2),
+        "derivative, forward mode": lambda: derivatives(model, optimizer, pool, target, budget),
         "embeddings only": lambda: service.embeddings(everything, EmbeddingSpec()).dot(
             service.embeddings(np.arange(len(target.rows)), EmbeddingSpec(), target="target").mean(axis=0)
         ),
     }
+    always = ("exact, fp32", "the target alone")
+    ways = {way: ask for way, ask in ways.items() if way in always or re.search(options.ways, way)}
     forward_only = {
         "losses": lambda: service.losses(everything),
         "embeddings": lambda: service.embeddings(everything, EmbeddingSpec()),

@@ -8,7 +8,10 @@ clock beside it), so that what else runs on the machine counts as little as poss
 peak of what torch allocates during a pass, from the profiler's record of every allocation, on top of
 what was there before; resident memory says more about the allocator than about the pass.
 
-    python benchmarks/selection_cost.py [--quick] [--check] [--model DIR]
+    python benchmarks/selection_cost.py [--quick] [--check] [--model DIR] [--rows N] [--repeats N]
+
+`make bench BENCH_MODEL=DIR` measures another model instead, for example SmolLM2-135M; by hand on few cores add
+--rows 24 --repeats 2.
 
 --check ends with 1 if a goal is missed. Goals: LESS fp32 <= 1.10, LESS bf16 <= 0.85 (only where this
 processor multiplies bf16 matrices faster than fp32 ones), losses and embeddings <= 1.05 of a plain
@@ -141,7 +144,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats, under a minute")
     parser.add_argument("--check", action="store_true", help="end with 1 if a goal is missed")
-    parser.add_argument("--model", default=str(ROOT / "examples/models/base-4m"), help="folder of a causal model")
+    model = os.environ.get("BENCH_MODEL") or str(ROOT / "examples/models/base-4m")
+    parser.add_argument("--model", default=model, help="folder of a causal model")
     parser.add_argument("--rows", type=int, default=0, help="rows of the pool")
     parser.add_argument("--repeats", type=int, default=0, help="passes over the rows")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.commands.methods import example
-from dataflex.config.collect import field_hints
+from dataflex.config.collect import field_hints, key_of
 from dataflex.config.convert import describe, shown
 from dataflex.config.load import load_mapping
 from dataflex.config.show import as_yaml, plain
@@ -123,7 +123,7 @@ def _decides(cls: type[Method]) -> str:
 def _parameters(cls: type[Method]) -> list[str]:
     hints = field_hints(cls.Params)
     rows = [
-        (f"`{field.name}`", describe(hints[field.name]), _default(field), _meaning(field.metadata))
+        (f"`{key_of(field)}`", describe(hints[field.name]), _default(field), _meaning(field.metadata))
         for field in dataclasses.fields(cls.Params)
     ]
     if cls.needs.targets:

@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | report | version``.
+"""The command line: ``dataflex train | plan | methods | score | select | mix | report | version``.
 
 Imports nothing heavy until a command needs it. A user's mistake is told in plain lines on stderr
 and ends with 2; a run that fails for another reason ends with 1 (an error of ours keeps its trace).
@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from dataflex.commands.mix_options import add_mix_steps
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 
 __all__ = ["guarded", "main"]
@@ -24,6 +25,9 @@ _EXAMPLES = {
     "train": "dataflex train run.yaml dynamic.interval_steps=20 output_dir=saves/run2",
     "plan": "dataflex plan run.yaml dynamic.selector=loss",
     "methods": "dataflex methods selector/loss",
+    "score": "dataflex score run.yaml --method less,loss --out scores.parquet less.precondition=none",
+    "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
+    "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "report": "dataflex report saves/run2 --out report",
     "version": "dataflex version",
 }
@@ -36,6 +40,16 @@ class _Parser(argparse.ArgumentParser):
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)  # type: ignore[arg-type]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse, taking ``key=value`` overrides also where they come after options."""
+        options, left = self.parse_known_args(args, namespace)
+        if any(text.startswith("-") or "=" not in text for text in left) or not hasattr(options, "overrides"):
+            if left:
+                self.error(f"unrecognized arguments: {' '.join(left)}")
+        elif left:
+            options.overrides = [*options.overrides, *left]
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see '{self.prog} --help')")
@@ -85,8 +99,13 @@ def _run(arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
     except SystemExit:  # argparse has printed the help
         return 0
-    handler: Callable[[argparse.Namespace], str] = options.handler
-    _write(handler(options))
+    options.arguments = rest
+    handler: Callable[[argparse.Namespace], str | int] = options.handler
+    told = handler(options)
+    if isinstance(told, int):
+        return told if told in (0, _MISTAKE) else _FAILED
+    if told:
+        _write(told)
     return 0
 
 
@@ -112,6 +131,43 @@ def _methods(options: argparse.Namespace) -> str:
     return methods(options.name)
 
 
+def _score(options: argparse.Namespace) -> str | int:
+    from dataflex.commands.score import score
+
+    return score(
+        options.data,
+        options.overrides,
+        methods=options.method,
+        out=options.out,
+        targets=options.targets,
+        budget=options.budget,
+        store=options.store,
+        arguments=options.arguments,
+    )
+
+
+def _select(options: argparse.Namespace) -> str:
+    from dataflex.commands.select import select
+
+    return select(
+        options.scores,
+        column=options.score,
+        budget=options.budget,
+        rule=options.rule,
+        settings=options.overrides,
+        prefer=options.prefer,
+        order=options.order,
+        seed=options.seed,
+        out=options.out,
+    )
+
+
+def _mix(options: argparse.Namespace) -> str | int:
+    from dataflex.commands.mix import mix
+
+    return mix(options)
+
+
 def _report(options: argparse.Namespace) -> str:
     from dataflex.record.report import report
 
@@ -132,7 +188,7 @@ def _parser() -> _Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    def add(name: str, told: str, handler: Callable[[argparse.Namespace], str], more: str = "") -> _Parser:
+    def add(name: str, told: str, handler: Callable[[argparse.Namespace], str | int], more: str = "") -> _Parser:
         command: _Parser = commands.add_parser(
             name, help=told, description=f"{told}{more}", epilog=f"example:\n  {_EXAMPLES[name]}"
         )
@@ -151,11 +207,61 @@ def _parser() -> _Parser:
     _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", _plan))
     methods = add("methods", "List the methods, or tell all about one.", _methods)
     methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss")
+    _add_score(add("score", "Score every row of a data set with selectors, without training.", _score, _SCORE))
+    _add_select(add("select", "Write the subset of a data set that scores ask for.", _select, _SELECT))
+    mix = add("mix", "Find proportions of domains before the large run, step by step.", _mix)
+    mix.set_defaults(handler=lambda _: mix.format_help())
+    add_mix_steps(mix, _mix)
     report = add("report", "Summarise a run and plot what happened in it.", _report)
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
     add("version", "Print the versions of dataflex and what it stands on.", _version)
     return parser
+
+
+_SCORE = (
+    "\n\nDATA is a LLaMA-Factory configuration, with or without a 'dynamic' block, or the names of data sets.\n"
+    "METHOD.key=value sets a method's parameter. A run that was killed goes on where it stopped.\n"
+    "FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'."
+)
+_SELECT = (
+    "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
+    "for dataset_info.json. key=value sets a parameter of the rule."
+)
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    command.add_argument("data", metavar="DATA", help="a .yaml, .yml or .json configuration, or names of data sets")
+    command.add_argument("--method", required=True, metavar="NAME[,NAME]", help="selectors (see 'dataflex methods')")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
+    command.add_argument("--targets", metavar="NAME[,NAME]", help="data sets for the methods that need targets")
+    command.add_argument("--budget", type=int, metavar="ROWS", help="rows that a method is asked for (default: all)")
+    command.add_argument("--store", metavar="DIR", help="keep finished passes here (default: beside FILE, removed)")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides")
+
+
+def _add_select(command: argparse.ArgumentParser) -> None:
+    command.add_argument("scores", type=Path, metavar="SCORES", help="a file that 'dataflex score' wrote")
+    command.add_argument("--score", metavar="COLUMN", help="column to select by (default: the only method's)")
+    command.add_argument(
+        "--budget", required=True, metavar="AMOUNT", help="a share (0.1), rows (500) or tokens (200000tokens)"
+    )
+    command.add_argument("--rule", default="top_k", metavar="NAME", help="subset rule (default: top_k)")
+    command.add_argument(
+        "--prefer", choices=("high", "low"), default=None, help="which scores are good (default: high, ranks: low)"
+    )
+    command.add_argument(
+        "--order", choices=("source", "preference"), default="source", help="order of the rows written"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of rules that draw (default: 0)")
+    command.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file to write; without an ending, a folder with a file for each data set",
+    )
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="parameters of the rule")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

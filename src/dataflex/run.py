@@ -12,7 +12,7 @@ from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import CheckpointError
 
-__all__ = ["train", "train_here"]
+__all__ = ["show_progress", "train", "train_here"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def train_here(args: list[str]) -> int:
     mapping = load_mapping(args[0], args[1:])
     parts = resolve(mapping, base_dir)
     lf, config = dict(parts.lf), parts.dynamic
-    _show_progress()
+    show_progress()
     for note in parts.notes:
         logger.info("%s", note)
     if config is not None:
@@ -75,7 +75,7 @@ def _uses_ray() -> bool:
     return os.environ.get("USE_RAY", "0").lower() in {"true", "y", "1"}
 
 
-def _show_progress() -> None:
+def show_progress() -> None:
     """Show our own log lines on stderr, on rank 0."""
     ours = logging.getLogger("dataflex")
     if not ours.handlers:

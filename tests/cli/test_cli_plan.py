@@ -65,14 +65,22 @@ Configuration
     warmup_steps: 10
     interval_steps: 15
     keep_ratio: null
+    exclude_seen: false
     repeat: false
     unit: sequences
     initial_proportions: null
     max_epochs: null
     at_cap: redistribute
     domain_column: null
-    signals: {pool_fraction: 1.0, screen_fraction: 1.0, max_age_steps: 0, store: null, store_gb: 10.0}
+    signals:
+      pool_fraction: 1.0
+      screen_fraction: 1.0
+      screen_by: embeddings
+      max_age_steps: 0
+      store: null
+      store_gb: 10.0
     plugins: []
+    leakage: warn
     resume_plan: strict
     seed: null
     freeze_gate: false

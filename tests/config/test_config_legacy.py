@@ -62,6 +62,13 @@ weighters:
   softmax:
     name: loss
     params: {strategy: uniform, delta: 1.0}
+  adapt:
+    name: adapt
+    params: {tau: 0.5, refresh_interval: 20, anchor_batch_size: 8, clip: null}
+  joint_update_aware:
+    name: joint_update_aware
+    params: {beta: 0.2, tau: 0.1, fixed_point_iters: 5, damping: 1.0, target_update_step: 7, target_batch_size: 1,
+      target_num_batches: 1, embed_normalize: true, pooling: mean_pool, embed_layer: -2, objective_mode: diverse_only}
 """
 
 
@@ -256,6 +263,15 @@ def test_random_mixer_draws_once(flat: Config, project: Path) -> None:
     assert mixer == method("mixer", "static", proportions=tuple((raw / raw.sum()).tolist()))
 
 
+def test_odm_and_dynamic_moe(flat: Config, project: Path) -> None:
+    keys = flat(train_type="dynamic_mix", update_step=3, train_step=9, component_name="odm")
+    del keys["components_cfg_file"]  # the presets of existing DataFlex
+    parts = resolve(keys, project)
+    assert dynamic_of(parts).mixer == method("mixer", "odm", smoothing=0.9, floor=0.03)
+    assert any("reward_scale: no effect here; losses are not scaled" in note for note in parts.notes)
+    assert any("full_information" in note for note in parts.notes)
+
+
 @pytest.mark.parametrize(
     ("changes", "mixer"),
     [
@@ -291,6 +307,20 @@ def test_weight_called_uniform_there(flat: Config, project: Path) -> None:
     assert dynamic_of(parts).weighter == method("weighter", "loss", strategy="softmax_loss", burn_in_steps=0)
     assert parts.lf["max_steps"] == 60
     assert any("softmax_loss" in note for note in parts.notes)
+
+
+def test_weight_by_likeness(flat: Config, project: Path) -> None:
+    keys = {"train_type": "dynamic_weight", "max_steps": 60, "eval_dataset": "t"}
+    parts = resolve(flat(**keys, component_name="adapt"), project)
+    wanted = method("weighter", "adapt", ("t",), tau=0.5, refresh_steps=20)
+    assert dynamic_of(parts).weighter == wanted
+    assert any("params.anchor_batch_size: no effect here" in note for note in parts.notes)
+    assert any("not a sum over the batch" in note for note in parts.notes)
+    parts = resolve(flat(**keys, component_name="joint_update_aware"), project)
+    params = {"beta": 0.2, "tau": 0.1, "refresh_steps": 7, "layer": -2, "mode": "diverse_only"}
+    pooled = {"pooling": "mean", "completion_only": True, "normalise": True}
+    assert dynamic_of(parts).weighter == method("weighter", "joint_update_aware", ("t",), **params, **pooled)
+    assert sum("fixed point" in note for note in parts.notes) == 3
 
 
 @pytest.mark.parametrize("train_type", [None, "static"])

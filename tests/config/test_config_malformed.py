@@ -267,11 +267,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "context parallel": ({"parallelism_config": {"cp_size": 2}}, ["parallelism_config: one row would be spread over"]),
     "loss of its own": (
         {"use_dft_loss": True, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
-        ["use_dft_loss: it is a loss of its own, and so is the weighted one"],
+        ["use_dft_loss: it is a loss of its own, and so is the one that the loss weighter makes"],
     ),
     "smoothed loss": (
         {"label_smoothing_factor": 0.1, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
-        ["label_smoothing_factor: smoothing replaces the loss that is weighed"],
+        ["label_smoothing_factor: smoothing replaces the loss that the loss weighter looks at"],
     ),
     "fused loss": (
         {"enable_liger_kernel": True, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},

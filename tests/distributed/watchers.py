@@ -36,6 +36,11 @@ class Watcher(Blind):
             key = f"gradients {precondition}"
             scores[key] = ctx.signals.gradient_scores(pool, spec, targets=("goal",)).tolist()
             scores[f"norms {precondition}"] = ctx.signals.gradient_norms(pool[:9], spec).tolist()
+            scores[f"sketches {precondition}"] = ctx.signals.gradient_sketches(pool[:9], spec, dim=32).tolist()
+            scores[f"pairs {precondition}"] = ctx.signals.pair_scores(pool[:9], spec, target="goal").tolist()
+            products, gram = ctx.signals.gradient_products(pool[:9], spec, targets=("goal",))
+            scores[f"products {precondition}"], scores[f"gram {precondition}"] = products.tolist(), gram.tolist()
+        scores["target sketches"] = ctx.signals.gradient_sketches(pool[:5], spec, dim=32, target="goal").tolist()
         parameters = list(ctx.signals.handle.model.parameters())
         kinds = {
             "DTensor" if type(p).__name__ == "DTensor" else "ZeRO-3" if hasattr(p, "ds_id") else "whole"

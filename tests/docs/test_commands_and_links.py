@@ -9,6 +9,7 @@ import pytest
 
 from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
+from dataflex.commands.mix_options import MIX_STEPS
 from dataflex.config.build import user_keys
 from dataflex.record.plots import PLOTS
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose
@@ -50,6 +51,9 @@ def test_every_command_exists(page, words):
     assert rest[0] in COMMANDS
     if len(rest) == 1 or rest[1].startswith("--stage"):
         return  # a mention of the command, or LLaMA-Factory's own flags
+    if rest[0] == "mix" and len(rest) == 2:
+        assert rest[1] in MIX_STEPS  # a mention of a step
+        return
     options = _parser().parse_args(rest)
     for path in (word for word in rest if word.startswith("examples/")):
         assert (ROOT / path).is_file(), path

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dataflex.config.build import parse_dynamic
-from dataflex.config.check_run import _REFUSED, _REFUSED_WITH_WEIGHTER
+from dataflex.config.check_run import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.collect import field_hints
 from dataflex.config.convert import describe, shown
 from dataflex.config.flat import FLAT_KEYS, FlatKeys
@@ -30,7 +30,7 @@ def test_the_expected_pages_are_there():
     expected = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "examples/data/README.md"}
     expected |= {
         f"docs/{name}.md"
-        for name in ("configuration", "design", "limits", "methods", "paper-index", "report", "writing-a-method")
+        for name in ("configuration", "design", "limits", "methods", "offline", "paper-index", "report", "writing-a-method")
     }
     assert expected <= set(TEXTS)
 
@@ -92,7 +92,7 @@ def test_every_flat_key_is_described_with_its_default():
 
 def test_every_refused_setting_is_told():
     limits = TEXTS["docs/limits.md"]
-    assert [key for key in [*_REFUSED, *_REFUSED_WITH_WEIGHTER] if f"`{key}`" not in limits] == []
+    assert [key for key in [*_REFUSED, *_REFUSED_WITH_TOKEN_LOSSES] if f"`{key}`" not in limits] == []
 
 
 # ---------------------------------------------------------------- methods

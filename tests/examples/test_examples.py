@@ -34,10 +34,13 @@ REGISTERED = {(kind, name) for kind in KINDS for name in names(kind) if find(kin
 # What makes a run of the demo as short as the others, and finds a folder from any working directory; every other
 # example is run as it is.
 SHORT = {
+    "mix_doremi.yaml": ["dynamic.mixer.reference={model}"],
     "select_near.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
     "select_embed.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
     "select_ifd.yaml": [f"dynamic.selector.scorer={EXAMPLES / 'models' / 'base-4m'}"],
     "select_rho_loss.yaml": ["dynamic.selector.reference={model}"],  # the tokenizer must be that of the run
+    "weight_slm.yaml": ["dynamic.weighter.reference={model}"],
+    "weight_rho.yaml": ["dynamic.weighter.reference={model}"],
     "demo_dynamic.yaml": [
         "max_steps=3",
         "eval_on_start=false",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.test_identity import same
 
-PLUGIN = '''
+PLUGIN = """
 import json
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Watch(Mixer):
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
-'''
+"""
 
 
 def watch(tmp_path, name, pure=False, weighs=False):

@@ -9,7 +9,9 @@ TWO = {"dataset": "alpha,beta", "max_steps": 6}
 
 
 def shares(outcome):
-    return [event["proportions"] for event in outcome.events if event["event"] == "planned" and event.get("proportions")]
+    return [
+        event["proportions"] for event in outcome.events if event["event"] == "planned" and event.get("proportions")
+    ]
 
 
 def test_gate_loads_are_those_of_the_routers(tiny_moe):

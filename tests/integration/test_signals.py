@@ -57,7 +57,8 @@ def test_a_store_changes_nothing_and_holds_the_passes(run, tmp_path):
     assert len(ArrayStore(store).entries()) == 4
 
 
-def test_screening_leaves_the_rows_nearest_to_the_targets(run):
+@pytest.mark.parametrize("how", ["embeddings", "pilot"])
+def test_screening_leaves_the_rows_nearest_to_the_targets(run, how):
     """The target holds copies of pool rows: those are nearest, survive the screen, and are chosen by LESS."""
     import json
     from pathlib import Path
@@ -73,12 +74,23 @@ def test_screening_leaves_the_rows_nearest_to_the_targets(run):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     settings = {"dataset_dir": str(folder), "dataset": "pool", "max_steps": 4, "finetuning_type": "lora"}
     block = {"interval_steps": 2, "selector": {"name": "less", "targets": ["aim"]}}
-    outcome = run("out", **settings, dynamic={**block, "signals": {"screen_fraction": 0.5}})
+    outcome = run("out", **settings, dynamic={**block, "signals": {"screen_fraction": 0.5, "screen_by": how}})
     for event in planned(outcome):
         stored = load_plan(outcome.folder, event["interval"])
         assert len(stored.pool) == 20
         assert set(stored.rows.tolist()) <= set(stored.pool.tolist())
         assert len(set(copied) & set(stored.pool.tolist())) >= 2
+
+
+def test_a_pilot_needs_gradients_and_something_to_screen(run):
+    from dataflex.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"screen_by: has no effect without screen_fraction"):
+        run("out", **SETTINGS, dynamic={**BLOCK, "signals": {"screen_by": "pilot"}})
+    less = {"name": "less", "targets": ["beta"]}
+    block = {"interval_steps": 2, "selector": less, "signals": {"screen_by": "pilot", "screen_fraction": 0.5}}
+    with pytest.raises(ConfigError, match=r"screen_by: a pilot looks at gradients"):
+        run("out", **{**SETTINGS, "stage": "dpo"}, dynamic=block)
 
 
 def test_screening_needs_targets(run):

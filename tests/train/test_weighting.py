@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
+from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import (
-    WeightStats,
     document_sequences,
     row_sequences,
     sample_means,
@@ -176,12 +176,51 @@ def test_weight_statistics_and_their_checks():
     stats = WeightStats("mine")
     stats.add(torch.tensor([[1.0], [1.0]]))
     stats.add(torch.tensor([[3.0], [0.0]]))
-    assert stats.read() == {"weight_ess": pytest.approx(25 / 11 / 4), "weight_max": 3.0}
+    read = stats.read()
+    assert read == {
+        "weight_ess": pytest.approx(25 / 11 / 4),
+        "weight_p05": pytest.approx(0.15),
+        "weight_p50": 1.0,
+        "weight_p95": pytest.approx(2.7),
+        "weight_max": 3.0,
+    }
     assert stats.read() == {}
     for bad in ([-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
         with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
             stats.add(torch.tensor(bad)[:, None])
         stats = WeightStats("mine")
+
+
+def test_many_micro_batches_between_two_logs_are_all_counted():
+    stats = WeightStats("mine")
+    for i in range(200):
+        stats.add(torch.tensor([[float(i)]]))
+    assert stats.read()["weight_p50"] == pytest.approx(99.5)
+
+
+def test_mean_weight_of_each_row():
+    table = RowWeights()
+    rng = np.random.default_rng(0)
+    wanted = {}
+    for _ in range(150):
+        rows = rng.integers(0, 40, 5)
+        w = rng.uniform(0, 2, 5).astype(np.float32)
+        for row, weight in zip(rows.tolist(), w.tolist(), strict=True):
+            wanted.setdefault(row, []).append(weight)
+        table.add(rows, torch.from_numpy(w))
+    other = RowWeights()
+    other.load_state_dict(table.state_dict())
+    ordered = sorted(wanted, key=lambda row: -np.mean(wanted[row]))
+    for one in (table, other):
+        most, least = one.extremes(3)
+        assert [item.row for item in most] == ordered[:3]
+        assert [item.row for item in least] == ordered[:-4:-1]
+        assert most[0].weight == pytest.approx(np.mean(wanted[ordered[0]]))
+        assert most[0].times == len(wanted[ordered[0]])
+    few = RowWeights()
+    few.add(np.array([7]), torch.tensor([2.0]))
+    assert [len(part) for part in few.extremes(5)] == [1, 1]
+    assert RowWeights().extremes(5) == ([], [])
 
 
 def test_packed_documents_are_the_sequences():

@@ -30,6 +30,8 @@ METHODS = {
     "_save_rng_state": ["self", "output_dir"],
     "log": ["self", "logs", "start_time"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "get_tp_size": ["self"],
     "get_cp_size": ["self"],
     "get_sp_size": ["self"],
@@ -136,3 +138,57 @@ def test_splitting_depends_on_length_and_seed_only():
     numbers = Dataset.from_dict({"row": rows}).train_test_split(test_size=0.2, seed=3)["train"]["row"]
     words = Dataset.from_dict({"word": [f"w{i}" for i in rows]}).train_test_split(test_size=0.2, seed=3)["train"]
     assert [f"w{i}" for i in numbers] == list(words["word"])
+
+
+def test_a_second_model_can_be_loaded_whole_under_zero3_and_fsdp(monkeypatch):
+    """``bridge.whole``: what makes ``from_pretrained`` partition is unset for the time being, and set again."""
+    import os
+
+    from transformers.integrations import deepspeed, fsdp
+
+    from dataflex.bridge.whole import loading_whole
+
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    config = Zero3()
+    deepspeed.set_hf_deepspeed_config(config)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert "FSDP_CPU_RAM_EFFICIENT_LOADING" in inspect.getsource(fsdp.is_fsdp_enabled)
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        with loading_whole():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+            assert "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
+def test_rows_without_an_answer_are_left_out_by_these_rules():
+    """``bridge.origins`` follows rows back to their files, and knows which ones the processors drop."""
+    from llamafactory.data.processor import feedback, pairwise, pretrain, supervised
+
+    prompt = 'len(examples["_prompt"][i]) % 2 != 1'
+    for processor, answers in (
+        (supervised.SupervisedDatasetProcessor, "!= 1"),
+        (pairwise.PairwiseDatasetProcessor, "< 2"),
+        (feedback.FeedbackDatasetProcessor, "< 2"),
+    ):
+        source = inspect.getsource(processor.preprocess_dataset)
+        assert source.count("continue") == 1
+        assert f'if {prompt} or len(examples["_response"][i]) {answers}:' in source
+    assert "continue" not in inspect.getsource(pretrain.PretrainDatasetProcessor.preprocess_dataset)
+
+
+def test_create_optimizer_needs_nothing():
+    from transformers import Trainer
+
+    required = [
+        parameter
+        for parameter in inspect.signature(Trainer.create_optimizer).parameters.values()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    assert [parameter.name for parameter in required] == ["self"]

@@ -25,6 +25,8 @@ from llamafactory.data import loader as lf_loader
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
+from dataflex.bridge.domains import FILE_COLUMN, cluster_labels, file_numbers, path_labels
+from dataflex.bridge.streaming import joined, tokenised_when_served
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.domains import Domains
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -34,6 +36,8 @@ from dataflex.train.row_space import RowSpace, TargetSpace, measure
 __all__ = ["DataLoading", "scoring_collator"]
 
 logger = logging.getLogger(__name__)
+
+CLUSTERS = "dataflex_cluster"
 
 
 @contextmanager
@@ -76,14 +80,18 @@ class DataLoading:
 
         def load(**changes: Any) -> dict[str, Any]:
             args = copy.copy(data_args)
+            args.streaming = False  # served rows stay random-access
             for key, value in changes.items():
                 setattr(args, key, value)
             return lf_get_dataset(template, model_args, args, training_args, stage, **tokenizer_module)
 
-        columns = tuple(dict.fromkeys([*self._config.columns, *filter(None, [self._config.domain_column])]))
+        by_file = self._config.domain_path is not None
+        columns = tuple(dict.fromkeys([*self._config.columns, *([FILE_COLUMN] if by_file else [])]))
+        served = bool(data_args.streaming)
+        files: list[str] = []
         names = list(data_args.dataset)
         raw: list[Dataset] = []
-        with _raw_columns(columns, raw):
+        with _raw_columns(columns, raw), file_numbers(by_file, files), tokenised_when_served(served):
             if len(names) == 1 or data_args.tokenized_path is not None:
                 module = load()
                 sizes = {names[0] if len(names) == 1 else "all": len(module["train_dataset"])}
@@ -94,10 +102,12 @@ class DataLoading:
             module["eval_dataset"] = self._held_out(module, raw, held_raw, data_args, training_args)
         train = module["train_dataset"]
         kept = self._kept_rows(raw, data_args, training_args) if columns else None
+        if kept is not None and served:
+            kept = kept[train.raw_rows]
         found = {name: _column(name, raw, kept, len(train)) for name in columns}
         labels = _source_labels(sizes, module.pop("_source_of_row", None))
         targets = self._targets(load)
-        leaked = find_leaks(train, {name: target.dataset for name, target in targets.items()})
+        leaked = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
         if any(leak.num_rows for leak in leaked.values()):
             kept = self._without_leaks(leaked, len(train))
             if kept is not None:
@@ -105,7 +115,19 @@ class DataLoading:
                 labels, found = labels[kept], {name: values[kept] for name, values in found.items()}
                 sizes = dict(zip(sizes, np.bincount(labels, minlength=len(sizes)).tolist(), strict=True))
                 _source_labels(sizes, labels)
-        measures = measure(train)
+        measures = train.measures() if served else measure(train)
+        if by_file:
+            found[FILE_COLUMN] = path_labels(found[FILE_COLUMN], files, str(self._config.domain_path))
+        if self._config.domain_clusters is not None:
+            found[CLUSTERS] = cluster_labels(
+                train,
+                measures.lengths,
+                tokenizer_module["tokenizer"],
+                clusters=self._config.domain_clusters,
+                encoder=str(self._config.domain_encoder),
+                seed=training_args.seed if self._config.seed is None else self._config.seed,
+                device=training_args.device,
+            )
         self.space = RowSpace(
             dataset=train,
             sources=sizes,
@@ -147,7 +169,9 @@ class DataLoading:
             )
         parts = {name: load(dataset=[name], eval_dataset=None, val_size=0.0)["train_dataset"] for name in names}
         sizes = {name: len(part) for name, part in parts.items()}
-        whole = concatenate_datasets(list(parts.values()))
+        if data_args.streaming and data_args.val_size > 1e-6:
+            raise UnsupportedError("val_size with streaming over several data sets: name an 'eval_dataset' instead")
+        whole = joined(list(parts.values())) if data_args.streaming else concatenate_datasets(list(parts.values()))
         module: dict[str, Any] = {"train_dataset": whole}
         if data_args.eval_dataset is not None:
             module = {**load(dataset=None, val_size=0.0), **module}
@@ -218,8 +242,9 @@ class DataLoading:
         columns: dict[str, NDArray[Any]],
         lengths: NDArray[np.int64],
     ) -> Domains:
-        if self._config.domain_column is not None:
-            return Domains.from_labels(columns[self._config.domain_column], lengths=lengths)
+        for column in (self._config.domain_column, FILE_COLUMN, CLUSTERS):
+            if column is not None and column in columns:
+                return Domains.from_labels(columns[column], lengths=lengths)
         return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths)
 
     def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:

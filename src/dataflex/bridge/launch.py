@@ -29,7 +29,9 @@ def wants_torchrun() -> bool:
     return get_device_count() > 1 and not use_ray() and not use_kt()
 
 
-def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
+def torchrun_command(
+    args: list[str], env: Mapping[str, str], *, devices: int, free_port: int, module: str = _WORKER_MODULE
+) -> list[str]:
     """Return the torchrun command line for the given environment.
 
     Args:
@@ -37,6 +39,7 @@ def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, f
         env: Environment variables.
         devices: Visible devices, the default of NPROC_PER_NODE.
         free_port: Default of MASTER_PORT.
+        module: What each rank runs.
     """
     nnodes = env.get("NNODES", "1")
     per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
@@ -52,11 +55,11 @@ def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, f
     else:
         command += ["--nnodes", nnodes, "--node-rank", env.get("NODE_RANK", "0")]
         command += ["--master-addr", address, "--master-port", port]
-    return [*command, "-m", _WORKER_MODULE, *args]
+    return [*command, "-m", module, *args]
 
 
-def with_torchrun(args: list[str]) -> int:
-    """Run ``dataflex train`` in one process per device and return the exit code."""
+def with_torchrun(args: list[str], module: str = _WORKER_MODULE) -> int:
+    """Run a module with ``args`` in one process per device and return the exit code; by default ``dataflex train``."""
     from llamafactory.extras.misc import find_available_port, get_device_count, is_env_enabled
 
     env = dict(os.environ)
@@ -66,5 +69,6 @@ def with_torchrun(args: list[str]) -> int:
     if get_device_count() == 0:
         # Without it a rank maps checkpoints to the device 'cpu:1', which torch cannot restore to.
         env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    command = torchrun_command(args, env, devices=get_device_count(), free_port=find_available_port())
+    port = find_available_port()
+    command = torchrun_command(args, env, devices=get_device_count(), free_port=port, module=module)
     return subprocess.run(command, env=env, check=False).returncode

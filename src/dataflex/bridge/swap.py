@@ -69,9 +69,7 @@ def least_gain(delta: float) -> Iterator[None]:
 
 
 @contextmanager
-def swapped(
-    stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[Any] = TrainerMixin
-) -> Iterator[Setup]:
+def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[Any] = TrainerMixin) -> Iterator[Setup]:
     """Make LLaMA-Factory's workflow of ``stage`` build our trainer while inside: ``mixin`` before its own.
 
     Raises:

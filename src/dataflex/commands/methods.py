@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from dataflex.commands.layout import columns, rows_of
-from dataflex.config.collect import field_hints
+from dataflex.config.collect import field_hints, key_of
 from dataflex.config.convert import describe, shown
 from dataflex.config.methods import method_class
 from dataflex.config.show import as_yaml, plain
@@ -18,7 +18,9 @@ from dataflex.errors import ConfigError, did_you_mean
 __all__ = ["example", "methods"]
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("selector", "nice"): {"reward": "rougeL"},
     ("selector", "delta_loss"): {"updates": 10},
+    ("selector", "compose"): {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde"},
     ("mixer", "static"): {"proportions": [0.7, 0.3]},
     ("mixer", "staged"): {
         "stages": [
@@ -118,7 +120,7 @@ def _parameters(cls: type[Method]) -> list[str]:
         takes = describe(hints[field.name])
         limits = _limits(field.metadata)
         told = str(field.metadata.get("help", ""))
-        rows.append([field.name, takes, _default(field), f"{told} ({limits})" if limits else told])
+        rows.append([key_of(field), takes, _default(field), f"{told} ({limits})" if limits else told])
     if cls.needs.targets:
         rows.insert(0, ["targets", "a list of texts", "required", "data sets of dataset_info.json to select towards"])
     return columns(rows, indent=4) or ["    none"]

@@ -10,7 +10,7 @@ from typing import Any
 from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, tokenized
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import number
+from dataflex.config.values import number, truthy
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Selector, Weighter
 from dataflex.core.schedule import Interval
@@ -38,6 +38,8 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
     for source in sources:
         if source.path is not None and count_rows(source, lf) == 0:
             yield f"dataset: {source.name!r} has no rows ({source.path})"
+        if truthy(lf, "streaming") and source.path is None:
+            yield f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
     if not problems:
         found += sources
     if not any(problem.startswith("dataset_dir:") for problem in problems):
@@ -54,8 +56,8 @@ def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Pat
 
 
 def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why data columns cannot ride along with the rows."""
-    columns = dynamic.columns
+    """Yield why data columns, or the paths of files, cannot ride along with the rows."""
+    columns = (*dynamic.columns, *(["domain_path"] if dynamic.domain_path else []))
     if not columns:
         return
     asked = f"'{', '.join(columns)}'"
@@ -72,7 +74,7 @@ def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[s
 def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Iterator[str]:
     """Yield what is wrong with the domains, their proportions, and the number of rows."""
     names = [source.name for source in sources]
-    if dynamic.mixer is not None and dynamic.domain_column is None:
+    if dynamic.mixer is not None and dynamic.domains_are_sources:
         least = max(2, dynamic.mixer.cls.needs.domains)
         if names and len(names) < least:
             yield (
@@ -87,7 +89,7 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
     if dynamic.mixer is not None and dynamic.domain_column is not None:
         yield from _unread_file(dynamic.mixer)
     view = forecast(dynamic, lf, sources)
-    if dynamic.mixer is not None and dynamic.domain_column is None:
+    if dynamic.mixer is not None and dynamic.domains_are_sources:
         yield from _mixture_problems(dynamic, view, names)
     yield from _too_few_rows(dynamic, view)
     yield from _idle_weighter(dynamic, view)

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.convert import shown
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
-from dataflex.core.protocols import STAGES, Weighter
+from dataflex.core.protocols import STAGES, Mixer, Weighter
 from dataflex.errors import did_you_mean
 
 __all__ = ["model_problems", "output_problems", "reference_problems", "setting_problems", "stage_problems"]
 
 _REFUSED: dict[str, str] = {
-    "streaming": "a decision is a list of rows, and a stream has no row numbers; remove it",
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
     "auto_find_batch_size": "the plan is cut for one batch size, which this changes in the middle; set the batch size",
     "use_unsloth": "it replaces the training loop that the plan is served through; remove it",
@@ -27,12 +26,15 @@ _REFUSED: dict[str, str] = {
     "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
 }
 
-_REFUSED_WITH_WEIGHTER: dict[str, str] = {
-    "use_dft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
-    "use_asft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
-    "use_eaft_loss": "it is a loss of its own, and so is the weighted one; keep one of the two",
-    "enable_liger_kernel": "its fused loss gives no loss per token to be weighed; remove it or the weighter",
-    "use_liger_kernel": "its fused loss gives no loss per token to be weighed; remove it or the weighter",
+_LOSS_OF_ITS_OWN = "it is a loss of its own, and so is the one that the {method} makes; keep one of the two"
+_FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
+
+_REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
+    "use_dft_loss": _LOSS_OF_ITS_OWN,
+    "use_asft_loss": _LOSS_OF_ITS_OWN,
+    "use_eaft_loss": _LOSS_OF_ITS_OWN,
+    "enable_liger_kernel": _FUSED,
+    "use_liger_kernel": _FUSED,
 }
 
 _PARALLEL_KEYS = (
@@ -57,6 +59,11 @@ def stage_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[st
     if stage not in STAGES:
         yield f"stage: {shown(stage)} is not a stage{did_you_mean(str(stage), STAGES)} (choices: {', '.join(STAGES)})"
         return
+    if dynamic.signals.screen_by == "pilot" and stage not in ("pt", "sft"):
+        yield (
+            f"dynamic.signals.screen_by: a pilot looks at gradients, which there are none of under stage {stage}; "
+            "use embeddings, or stage pt or sft"
+        )
     partitioned = _partitioned(lf)
     for method in dynamic.methods:
         cls = method.cls
@@ -100,6 +107,7 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
     for key, reason in _REFUSED.items():
         if truthy(lf, key):
             yield f"{key}: {reason}"
+    yield from _streaming_problems(dynamic, lf)
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.get("train_sampling_strategy")
@@ -113,12 +121,40 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
             "give proportions to a mixer (such as 'mixer: uniform')"
         )
     yield from _parallel(lf)
-    if dynamic.weighter is not None and _weighs(dynamic.weighter.cls):
-        for key, reason in _REFUSED_WITH_WEIGHTER.items():
+    taker = _takes_token_losses(dynamic)
+    if taker is not None:
+        method = f"{taker.name} {taker.kind}"
+        for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items():
             if truthy(lf, key):
-                yield f"{key}: {reason}"
+                yield f"{key}: {reason.format(method=method, kind=taker.kind)}"
         if number(lf, "label_smoothing_factor", 0.0) > 0:
-            yield "label_smoothing_factor: smoothing replaces the loss that is weighed; remove it or the weighter"
+            yield (
+                f"label_smoothing_factor: smoothing replaces the loss that the {method} looks at; remove it or the "
+                f"{taker.kind}"
+            )
+
+
+def _streaming_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what cannot be done with rows that are tokenised when they are served."""
+    if not truthy(lf, "streaming"):
+        return
+    stage = lf.get("stage", "sft")
+    if stage not in ("pt", "sft"):
+        yield f"streaming: rows of stage {stage} are not tokenised one by one; remove it"
+    if stage == "sft" and (truthy(lf, "packing") or truthy(lf, "neat_packing")):
+        yield "packing: samples are packed after all of them were tokenised, which streaming does not do; remove one"
+    if dynamic.leakage != "warn" and dynamic.targets:
+        yield "dynamic.leakage: rows that are tokenised when they are served are not compared with targets; remove it"
+
+
+def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
+    """Return the method that makes the training loss itself: a weighter, or a mixer that observes or weighs it."""
+    weighter, mixer = dynamic.weighter, dynamic.mixer
+    if weighter is not None and _weighs(weighter.cls):
+        return weighter
+    if mixer is not None and issubclass(mixer.cls, Mixer) and (mixer.cls.observes or mixer.cls.weighs_loss):
+        return mixer
+    return None
 
 
 def _parallel(lf: Mapping[str, Any]) -> Iterator[str]:

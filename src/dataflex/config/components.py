@@ -16,6 +16,7 @@ from dataflex.config.collect import collect
 from dataflex.config.convert import shown
 from dataflex.config.legacy_mixers import mixer_params
 from dataflex.config.legacy_selectors import selector_params
+from dataflex.config.legacy_weighters import weighter_params
 from dataflex.config.load import load_mapping
 from dataflex.config.methods import method_class, needs_target
 from dataflex.config.schema import MethodConfig
@@ -45,8 +46,24 @@ _SHIPPED: dict[str, dict[str, Any]] = {
     "mixers": {
         "random": {"name": "random", "params": {"seed": 42}},
         "static": {"name": "static", "params": {"proportions": [0.5, 0.5]}},
+        "doremi": {"name": "doremi", "params": {"reference_model_path": None}},  # a placeholder there
+        "odm": {
+            "name": "odm",
+            "params": {"alpha": 0.9, "warmup_steps": 2000, "reward_scale": 15.0, "min_exploration_rate": 0.03},
+        },
+        "dynamic_moe": {
+            "name": "dynamic_moe",
+            "params": {"eta": 10.0, "c": 0.05, "collect_steps": 5, "eval_samples": 1000, "eval_batch_size": 32},
+        },
     },
-    "weighters": {"loss": {"name": "loss", "params": {"strategy": "linupper", "delta": 1.0}}},
+    "weighters": {
+        "loss": {"name": "loss", "params": {"strategy": "linupper", "delta": 1.0}},
+        "adapt": {"name": "adapt", "params": {"tau": 1.0, "refresh_interval": 50}},
+        "joint_update_aware": {
+            "name": "joint_update_aware",
+            "params": {"beta": 0.1, "tau": 0.05, "target_update_step": 50, "pooling": "last_token"},
+        },
+    },
 }
 
 
@@ -122,6 +139,8 @@ def read_component(
         given = selector_params(method_name, given, updates, where, problems, notes)
     elif kind == "mixer":
         given = mixer_params(method_name, given, where, problems, notes)
+    else:
+        given = weighter_params(method_name, given, where, notes)
     component = _built(kind, method_name, given, seed, targets, where, problems)
     return component if len(problems) == before else None
 

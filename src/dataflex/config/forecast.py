@@ -67,7 +67,13 @@ class Forecast:
         """The data sets as domains, ``val_size`` taken from all alike; None where rows are not known."""
         sizes = [count for count in self.counts.values() if count is not None]
         total = sum(sizes)
-        if self.dynamic.domain_column or self.packs or self.rows is None or not self.rows or total > _MOST_ROWS:
+        if (
+            not self.dynamic.domains_are_sources
+            or self.packs
+            or self.rows is None
+            or not self.rows
+            or total > _MOST_ROWS
+        ):
             return None
         left = [max(1, round(size * self.rows / total)) for size in sizes]
         return Domains.from_sizes(list(self.counts), left)

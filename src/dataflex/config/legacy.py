@@ -132,9 +132,7 @@ class _Translation:
     def _select(self) -> dict[str, Any]:
         keys = self.keys
         interval = self._interval()
-        evaluated = self.lf.get("eval_dataset")
-        targets = target_list(evaluated, "eval_dataset", self.problems) if evaluated is not None else ()
-        component = self._component(targets)
+        component = self._component(self._evaluated())
         cycle = keys.warmup_step + (interval or 0) * keys.update_times if keys.update_times > 0 else None
         if keys.train_step > 0:
             total = self._fix_steps(keys.train_step, f"train_step asks for {keys.train_step} steps")
@@ -154,6 +152,11 @@ class _Translation:
             "cycle_steps": cycle,
             "total_steps": total,
         }
+
+    def _evaluated(self) -> tuple[str, ...]:
+        """Return the data sets that existing DataFlex takes for a component's targets."""
+        evaluated = self.lf.get("eval_dataset")
+        return target_list(evaluated, "eval_dataset", self.problems) if evaluated is not None else ()
 
     def _mix(self) -> dict[str, Any]:
         keys = self.keys
@@ -219,7 +222,7 @@ class _Translation:
         total = None
         if keys.train_step > 0:
             total = self._fix_steps(keys.train_step, f"train_step asks for {keys.train_step} steps")
-        return {**_method(self._component(), "weighter"), "total_steps": total}
+        return {**_method(self._component(self._evaluated()), "weighter"), "total_steps": total}
 
 
 def _plain(name: str, **given: Any) -> MethodConfig:

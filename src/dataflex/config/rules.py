@@ -24,12 +24,25 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         return
     if "interval_steps" not in unread:
         yield from _intervals(dynamic)
+    yield from _domain_rules(dynamic)
     if "selector" not in unread:
         yield from _selector_rules(dynamic, unread)
     if "mixer" not in unread:
         yield from _mixer_rules(dynamic, unread)
     if dynamic.leakage != "warn" and not dynamic.targets and not any(kind in unread for kind in KINDS):
         yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
+
+
+def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
+    given = [key for key in ("domain_column", "domain_path", "domain_clusters") if getattr(dynamic, key) is not None]
+    if len(given) > 1:
+        yield f"dynamic.{given[1]}: says what domains are, and so does {given[0]}; remove one of the two"
+    if dynamic.domain_clusters is not None and dynamic.domain_encoder is None:
+        yield "dynamic.domain_encoder: missing; name a model (folder or hub id) whose embeddings are clustered"
+    if dynamic.domain_encoder is not None and dynamic.domain_clusters is None:
+        yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
+    if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
+        yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
 
 
 def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
@@ -47,6 +60,8 @@ def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
 
 def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
     selector, mixer = dynamic.selector, dynamic.mixer
+    if dynamic.signals.screen_by != "embeddings" and dynamic.signals.screen_fraction == 1.0:
+        yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if selector is None:
         if dynamic.keep_ratio is not None:
             yield "dynamic.keep_ratio: has no effect without a selector; add one, or remove the key"

@@ -59,7 +59,7 @@ class SignalsConfig:
     )
     screen_by: Literal["embeddings", "pilot"] = field(
         default="embeddings",
-        metadata={"help": "nearness of embeddings, or scores predicted from those of a tenth of the rows"},
+        metadata={"help": "nearness of embeddings, or scores predicted from those of a twentieth of the rows"},
     )
     max_age_steps: int = field(
         default=0, metadata={"help": "oldest answer, in optimizer steps, that is given again", "minimum": 0}
@@ -113,6 +113,16 @@ class DynamicConfig:
     domain_column: str | None = field(
         default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
     )
+    domain_path: str | None = field(
+        default=None,
+        metadata={"help": "end of the path of a row's file, as web/*.jsonl: what the first * stands for is its domain"},
+    )
+    domain_clusters: int | None = field(
+        default=None, metadata={"help": "domains are so many clusters of the rows' embeddings", "minimum": 2}
+    )
+    domain_encoder: str | None = field(
+        default=None, metadata={"help": "model, by folder or hub id, that embeds rows for domain_clusters"}
+    )
     eval_by_domain: bool = field(
         default=False, metadata={"help": "whether held-out rows are evaluated domain by domain, and over all of them"}
     )
@@ -133,6 +143,11 @@ class DynamicConfig:
     )
     cycle_steps: int | None = field(default=None, metadata={"user": False})
     total_steps: int | None = field(default=None, metadata={"user": False})
+
+    @property
+    def domains_are_sources(self) -> bool:
+        """Whether the data sets are the domains."""
+        return self.domain_column is None and self.domain_path is None and self.domain_clusters is None
 
     @property
     def methods(self) -> tuple[MethodConfig, ...]:

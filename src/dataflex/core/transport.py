@@ -115,7 +115,7 @@ def _sparse_sums(
     away = squares_B[line] + squares_N[column] - 2.0 * products[line, column]
     kernel = np.clip(1.0 - away / sigma**2, 0.0, 1.0)
     kernel[column == own[line]] = 1.0
-    sums = np.bincount(line, weights=kernel, minlength=len(own))
+    sums = np.bincount(line, weights=kernel, minlength=len(own)).astype(np.float64)
     counts = np.bincount(line, weights=kernel > 0, minlength=len(own)).astype(np.int64)
     ends = np.cumsum(np.bincount(line, minlength=len(own)))
     for crowded in np.flatnonzero(counts > k):

@@ -105,8 +105,13 @@ class Run:
         """Training loss at the Trainer's logging rhythm."""
         return [(event["step"], event["loss"]) for event in self.stepped if _is_number(event.get("loss"))]
 
+    def plain_loss(self) -> Curve:
+        """Token mean of the losses before any weights, of the first rank; empty without a weighter."""
+        name = "dataflex/plain_loss"
+        return [(event["step"], event[name]) for event in self.stepped if _is_number(event.get(name))]
+
     def weight_curve(self, key: str) -> Curve:
-        """Curve of "ess" (share of the sequences, 0 to 1) or "max" of the weights; empty for unit weights."""
+        """Curve of "ess" (share of the sequences, 0 to 1), "p05", "p50", "p95" or "max"; empty for unit weights."""
         name = f"dataflex/weight_{key}"
         curve = [(event["step"], event[name]) for event in self.stepped if _is_number(event.get(name))]
         return curve if any(abs(value - 1.0) > 1e-9 for _, value in curve) else []

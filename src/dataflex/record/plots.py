@@ -59,6 +59,9 @@ def _loss(run: Run) -> Figure | None:
         steps, values = zip(*train, strict=True)
         _train_curve(axes, steps, values)
         told.append(f"Training loss {number(values[0], 3)} -> {number(values[-1], 3)}")
+    if run.plain_loss():
+        steps, values = zip(*run.plain_loss(), strict=True)
+        axes.plot(steps, values, color=COLOURS[0], linewidth=1.0, linestyle=(0, (2, 2)), label="train, unweighted")
     for at, (key, curve) in enumerate(evals):
         steps, values = zip(*curve, strict=True)
         name = canvas.short_name(key, 28)
@@ -218,23 +221,44 @@ def _seconds(run: Run) -> Figure | None:
 
 
 def _weights(run: Run) -> Figure | None:
-    names = {"ess": "effective sample size", "max": "largest weight"}
-    told = [(name, run.weight_curve(key)) for key, name in names.items() if run.weight_curve(key)]
-    if not told:
+    curves = {key: run.weight_curve(key) for key in ("ess", "p05", "p50", "p95", "max")}
+    panels = [name for name in ("ess", "p95", "max") if curves[name]]
+    if not panels:
         return None
-    figure, every = canvas.new_figure(1.4 + 1.9 * len(told), rows=len(told))
-    for axes, (name, curve) in zip(every, told, strict=True):
-        share = name == names["ess"]
-        axes.plot(*zip(*curve, strict=True), color=COLOURS[0 if share else 5], linewidth=1.4)
-        axes.set_ylabel("effective sample size\n(share of sequences)" if share else name)
-        if share:
+    figure, every = canvas.new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
+    for axes, name in zip(every, panels, strict=True):
+        if name == "p95":
+            _spread(axes, curves)
+        else:
+            axes.plot(*zip(*curves[name], strict=True), color=COLOURS[0 if name == "ess" else 5], linewidth=1.4)
+            axes.set_ylabel("effective sample size\n(share of sequences)" if name == "ess" else "largest weight")
+        if name == "ess":
             canvas.percent_axis(axes.yaxis)
         canvas.step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
         axes.label_outer()
-    means = [(name, sum(value for _, value in curve) / len(curve)) for name, curve in told]
-    said = [f"{name} {percent(mean) if name == names['ess'] else number(mean, 2)}" for name, mean in means]
+    means = {name: sum(value for _, value in curves[name]) / len(curves[name]) for name in panels}
+    said = [f"effective sample size {percent(means['ess'])}"] if "ess" in means else []
+    said += [f"largest weight {number(means['max'], 2)}"] if "max" in means else []
     canvas.headline(figure, "Weights, on average: " + ", ".join(said))
     return figure
+
+
+def _spread(axes: Axes, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw quantiles of the weights of sequences; equal weights are 1."""
+    low, high = dict(curves["p05"]), dict(curves["p95"])
+    steps = [step for step in low if step in high]
+    axes.fill_between(
+        steps,
+        [low[step] for step in steps],
+        [high[step] for step in steps],
+        color="#9CC4E0",
+        linewidth=0.0,
+        label="5 % to 95 %",
+    )
+    if curves["p50"]:
+        axes.plot(*zip(*curves["p50"], strict=True), color=COLOURS[0], linewidth=1.4, label="median")
+    axes.set_ylabel("weights of sequences\n(1 is equal)")
+    canvas.legend(axes)
 
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {

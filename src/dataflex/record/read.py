@@ -18,9 +18,21 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
 
-__all__ = ["EVENTS", "StoredPlan", "load_plan", "parse_events", "plan_name", "read_events", "record_dir"]
+__all__ = [
+    "EVENTS",
+    "WEIGHTS",
+    "StoredPlan",
+    "load_plan",
+    "parse_events",
+    "plan_name",
+    "read_events",
+    "read_weights",
+    "record_dir",
+]
 
 EVENTS = "events.jsonl"
+WEIGHTS = "weights.json"
+"""Rows that weighed most and least, beside the events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,23 @@ def read_events(run_dir: Path | str) -> list[dict[str, Any]]:
         DataError: The folder has no record, or the record is damaged.
     """
     return parse_events(record_dir(run_dir) / EVENTS)
+
+
+def read_weights(run_dir: Path | str) -> dict[str, Any] | None:
+    """Read the rows that weighed most and least; None where a run has weighed none.
+
+    Raises:
+        DataError: The folder has no record, or the file is damaged.
+    """
+    path = record_dir(run_dir) / WEIGHTS
+    if not path.is_file():
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(path.read_bytes())
+        assert {"step", "rows", "most", "least"} <= stored.keys()
+    except (OSError, ValueError, AssertionError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}; move it away to read the rest") from error
+    return stored
 
 
 def load_plan(run_dir: Path | str, index: int) -> StoredPlan:

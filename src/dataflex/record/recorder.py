@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
-from dataflex.record.read import EVENTS, parse_events, plan_name
+from dataflex.record.read import EVENTS, WEIGHTS, parse_events, plan_name
 from dataflex.record.values import plain, replacing, scores_of, summarise_scores
 
 if TYPE_CHECKING:
@@ -170,6 +170,23 @@ class RunRecorder:
         fields = {key: value for key, value in logs.items() if key not in _OURS}
         self._write("stepped", step, fields if seconds is None else {**fields, "seconds": seconds})
 
+    def weighed(
+        self, step: int, *, most: Sequence[Mapping[str, Any]], least: Sequence[Mapping[str, Any]], rows: int
+    ) -> None:
+        """Store the rows that weighed most and least so far; an earlier such file is replaced.
+
+        Args:
+            step: Optimizer steps done.
+            most: Rows of the largest mean weight, largest first: ``row``, ``weight``, ``times``, ``domain``, ``text``.
+            least: Rows of the smallest mean weight, smallest first.
+            rows: How many rows were weighed.
+        """
+        nonfinite: list[str] = []
+        fields = {"step": int(step), "rows": int(rows), "most": list(most), "least": list(least)}
+        told = plain(fields, "", nonfinite)
+        with replacing(self.directory / WEIGHTS) as file:
+            file.write(json.dumps(told, allow_nan=False).encode() + b"\n")
+
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of one evaluation ("eval_loss", "eval_runtime", ...)."""
         self._write("evaluated", step, {"metrics": metrics})
@@ -217,6 +234,9 @@ class NullRecorder(RunRecorder):
         """Do nothing."""
 
     def run_started(self, **_: Any) -> None:
+        """Do nothing."""
+
+    def weighed(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:

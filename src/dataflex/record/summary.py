@@ -29,16 +29,26 @@ _SETTINGS = (
 _FIRST, _LAST = 10, 5
 _DOMAINS = 40
 _BAR = 30
+_SAMPLES, _SAMPLE_WIDTH = 5, 52
 
 
-def summary(run: Run, title: str) -> str:
+def summary(run: Run, title: str, weighed: Mapping[str, Any] | None = None) -> str:
     """Render the summary of a run.
 
     Args:
         run: The digested record.
         title: Name of the run, usually its folder.
+        weighed: The rows that weighed most and least, from ``read_weights``.
     """
-    sections = (_head(run, title), _losses(run), _time(run), _intervals(run), _composition(run), _weights(run))
+    sections = (
+        _head(run, title),
+        _losses(run),
+        _time(run),
+        _intervals(run),
+        _composition(run),
+        _weights(run),
+        _weighed(weighed),
+    )
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
@@ -106,10 +116,10 @@ def _curve(name: str, curve: Curve, higher: bool | None) -> list[str]:
 
 
 def _losses(run: Run) -> list[str]:
-    curves = {"train loss": run.train_loss(), **run.metrics()}
+    curves = {"train loss": run.train_loss(), "unweighted train loss": run.plain_loss(), **run.metrics()}
     rows = [["", "first", "at step", "last", "at step", "best", "at step"]]
     rows += [
-        _curve(name, curve, False if name == "train loss" else higher_is_better(name))
+        _curve(name, curve, False if name.endswith("train loss") else higher_is_better(name))
         for name, curve in curves.items()
         if curve
     ]
@@ -193,6 +203,7 @@ def _composition(run: Run) -> list[str]:
 
 
 def _weights(run: Run) -> list[str]:
+    """Say how uneven the weights were; equal weights are 1."""
     lines = []
     ess, largest = run.weight_curve("ess"), run.weight_curve("max")
     if ess:
@@ -203,4 +214,22 @@ def _weights(run: Run) -> list[str]:
     if largest:
         step, most = max(largest, key=lambda point: point[1])
         lines.append(f"  largest weight         {number(most, 2)} (step {step})")
+    curves = [run.weight_curve(key) for key in ("p05", "p50", "p95")]
+    if all(curves):
+        for word, place in (("first", 0), ("last", -1)):
+            low, middle, high = (number(curve[place][1], 3) for curve in curves)
+            told = f"5 % {low}, median {middle}, 95 % {high} (step {curves[0][place][0]})"
+            lines.append(f"  {word + ' weights':<21}  {told}")
     return ["Weights", *lines] if lines else []
+
+
+def _weighed(weighed: Mapping[str, Any] | None) -> list[str]:
+    if not weighed or not weighed["most"]:
+        return []
+    lines = [f"Rows that weighed most and least, of {weighed['rows']:,} on the first rank up to step {weighed['step']}"]
+    rows = [["weight", "times", "row", "domain", "text"]]
+    for part in ("most", "least"):
+        for entry in weighed[part][:_SAMPLES]:
+            cells = [number(entry["weight"], 3), str(entry["times"]), str(entry["row"]), cut(entry["domain"], 14)]
+            rows.append([*cells, cut(entry["text"], _SAMPLE_WIDTH)])
+    return lines + table(rows, ">>><<")

@@ -41,7 +41,8 @@ class Near(Selector):
         """Parameters of NEAR."""
 
         encoder: str | None = field(
-            default=None, metadata={"help": "folder or hub id of an embedding model; null: the model under training"}
+            default=None,
+            metadata={"help": "folder or hub id of an embedding model; null: the model under training", "model": True},
         )
         pooling: Pooling = field(
             default="mean",

@@ -43,7 +43,8 @@ class RdsPlus(Selector):
         """Parameters of RDS+; the defaults are the paper's."""
 
         encoder: str | None = field(
-            default=None, metadata={"help": "folder or hub id of another model; null: the model under training"}
+            default=None,
+            metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
         )
         layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
         completion_only: bool = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from dataflex.core.protocols import Context, Rows, Selection
 from dataflex.errors import ComponentError, DataError
 from dataflex.signals.specs import EmbeddingSpec
 
-__all__ = ["Embedded", "embedded", "selection"]
+__all__ = ["Embedded", "compared", "embedded", "selection"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,38 @@ def embedded(method: str, pool: Rows, ctx: Context, spec: EmbeddingSpec, encoder
         DataError: A target, or the pool, has no row with an embedding.
         ComponentError: Embeddings do not fit the rows asked for.
     """
+
+    def ask(rows: Rows, target: str | None) -> NDArray[np.floating]:
+        return ctx.signals.embeddings(rows, spec, target=target, encoder=encoder)
+
+    more = " with supervised tokens, which completion_only asks for" if spec.completion_only else ""
+    return compared(method, pool, ctx, ask, f"an embedding. Check that the rows hold text{more}.")
+
+
+def compared(
+    method: str,
+    pool: Rows,
+    ctx: Context,
+    ask: Callable[[Rows, str | None], NDArray[np.floating]],
+    lacking: str = "a vector. Check that the rows hold text, with supervised tokens where those are asked for.",
+) -> Embedded:
+    """Ask for the vectors of a pool that is not empty, and of the rows of every target.
+
+    Args:
+        method: Name of the selector, for messages.
+        pool: Row ids [N], N >= 1.
+        ctx: Context of the decision.
+        ask: Gives vectors [n, D] of rows of the training set, or of the named target.
+        lacking: What none of the pool's rows has, and what to do; for the message.
+
+    Raises:
+        DataError: A target, or the pool, has no row with a vector.
+        ComponentError: Vectors do not fit the rows asked for.
+    """
     queries = []
     for target in ctx.targets:
         rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-        found = ctx.signals.embeddings(rows, spec, target=target, encoder=encoder) if len(rows) else np.empty((0, 0))
+        found = ask(rows, target) if len(rows) else np.empty((0, 0))
         usable = _usable(found, len(rows), method)
         if not len(usable):
             raise DataError(
@@ -65,13 +94,10 @@ def embedded(method: str, pool: Rows, ctx: Context, spec: EmbeddingSpec, encoder
                 "with. Give a target data set with text in it."
             )
         queries.append(_kept(found, usable))
-    found = ctx.signals.embeddings(pool, spec, encoder=encoder)
+    found = ask(pool, None)
     places = _usable(found, len(pool), method)
     if not len(places):
-        raise DataError(
-            f"{method}: none of {len(pool):,} rows has an embedding. Check that the rows hold text"
-            + (" with supervised tokens, which completion_only asks for." if spec.completion_only else ".")
-        )
+        raise DataError(f"{method}: none of {len(pool):,} rows has {lacking}")
     return Embedded(places=places, vectors=_kept(found, places), queries=tuple(queries))
 
 

@@ -9,8 +9,10 @@ The defaults are the paper's and belong to its encoder: calibrate. ``c`` is on t
 about the median distance between a target row and its neighbours. With unit vectors (distances below 2) and
 c = 5 the walk stops only after some 50 to 100 neighbours. ``sigma`` is the radius within which rows count as
 duplicates: take, say, the 5th percentile of the distance from a row to its nearest one; 0 switches the density
-off ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact; densities compare
-all rows found by any target row with each other, so their cost is quadratic in the number of rows found.
+off ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact
+unless ``search`` says faiss. Densities are computed only for rows that the walk reaches, and compare them with all
+rows found by any target row; beyond two thousand million pairs, with those of at most ten cells of an inverted file,
+as the authors' code does throughout.
 
 The paper draws with replacement. The default here draws without: Gumbel top-k on the log probabilities, which
 changes the rows' inclusion probabilities; when the budget exceeds the rows of probability above 0, the rest is
@@ -25,13 +27,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import gumbel_top_k, top_k
-from dataflex.core.neighbours import nearest_euclidean
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
-from dataflex.core.transport import epanechnikov, tsds_probabilities
-from dataflex.selectors.similarity import Embedded, embedded, selection
+from dataflex.rules import knn
+from dataflex.rules.search import Search
+from dataflex.selectors.similarity import embedded, selection
 from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["Tsds"]
@@ -55,7 +56,8 @@ class Tsds(Selector):
         """Parameters of TSDS; the defaults are the paper's, but for ``replacement``."""
 
         encoder: str | None = field(
-            default=None, metadata={"help": "folder or hub id of another model; null: the model under training"}
+            default=None,
+            metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
         )
         layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
         max_k: int = field(
@@ -76,6 +78,9 @@ class Tsds(Selector):
         replacement: bool = field(
             default=False, metadata={"help": "draw with replacement, as the paper, so that rows may repeat"}
         )
+        search: Search = field(
+            default="exact", metadata={"help": "how neighbours are found: exact, or by faiss (extra: faiss)"}
+        )
 
     params: Params
 
@@ -93,40 +98,17 @@ class Tsds(Selector):
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         spec = EmbeddingSpec(layer=self.params.layer)
         space = embedded(self.name, pool, ctx, spec, self.params.encoder)
-        probabilities, nearest = self._probabilities(space)
-        kept = self._draw(probabilities, nearest, pool[space.places], budget, ctx)
+        p, queries = self.params, np.concatenate(space.queries)
+        probabilities, away = knn.probabilities(
+            queries, space.vectors, max_k=p.max_k, kde_k=p.kde_k, sigma=p.sigma, alpha=p.alpha, c=p.c, search=p.search
+        )
+
+        def draws(_: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+            return uniforms(ctx.seed, "selector.tsds", ctx.interval.index, ids)
+
+        kept = knn.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
         positive = int(np.count_nonzero(probabilities))
         how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
         if not self.params.replacement and len(kept) > positive:
             how += f", and the {len(kept) - positive} nearest of the others"
         return selection(pool, space, kept, probabilities, how)
-
-    def _probabilities(self, space: Embedded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the probability of each embedded row, and its distance to the nearest target row."""
-        p, num_rows = self.params, len(space.vectors)
-        # The paper's cap of a tenth leaves nothing to widen in a tiny pool: two neighbours are the least.
-        width = min(num_rows, max(2, min(p.max_k, num_rows // 10)))
-        neighbours, distances, nearest = nearest_euclidean(np.concatenate(space.queries), space.vectors, width)
-        found, inverse = np.unique(neighbours, return_inverse=True)
-        density = np.ones(len(found))
-        if p.sigma > 0:
-            density = epanechnikov(space.vectors[found], p.sigma, max(1, min(p.kde_k, num_rows // 10)))
-        densities = density[inverse.reshape(neighbours.shape)]
-        return tsds_probabilities(distances, neighbours, densities, num_rows, alpha=p.alpha, c=p.c), nearest
-
-    def _draw(
-        self, probabilities: NDArray[np.float64], nearest: NDArray[np.float64], rows: Rows, budget: int, ctx: Context
-    ) -> NDArray[np.int64]:
-        """Return positions in ``rows``, in order of drawing."""
-        stream = (ctx.seed, "selector.tsds", ctx.interval.index)
-        if self.params.replacement:
-            cumulative = np.cumsum(probabilities)
-            u = uniforms(*stream, np.arange(budget, dtype=np.int64))
-            positions = np.searchsorted(cumulative, u * cumulative[-1], side="right")
-            return np.minimum(positions, np.flatnonzero(probabilities)[-1]).astype(np.int64)
-        positive = probabilities > 0
-        with np.errstate(divide="ignore"):
-            log_p = np.log(probabilities)
-        drawn = gumbel_top_k(log_p, min(budget, int(positive.sum())), uniforms(*stream, rows))
-        rest = top_k(np.where(positive, -np.inf, -nearest), budget - len(drawn))
-        return np.concatenate([drawn, rest])

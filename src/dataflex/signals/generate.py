@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,30 +23,11 @@ from dataflex.dist import comm
 from dataflex.errors import ComponentError, DataError, UnsupportedError
 from dataflex.signals.anatomy import anatomy, is_partitioned
 from dataflex.signals.passes import bucketed, preserved
-from dataflex.signals.specs import GenerationSpec
+from dataflex.signals.specs import Generation, GenerationSpec
 
 __all__ = ["Generation", "Generator", "pick_tokens"]
 
 _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One sample.
-
-    Attributes:
-        prompt: Position of its prompt in the list asked for.
-        sample: 0 .. num_samples - 1.
-        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
-        text: The tokens as text, special tokens left out.
-        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
-    """
-
-    prompt: int
-    sample: int
-    token_ids: tuple[int, ...]
-    text: str
-    finished: bool
 
 
 def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: GenerationSpec) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dataflex.dist import comm
+from dataflex.errors import ConfigError
 from dataflex.signals.answers import Answer
 from dataflex.signals.gradients import (
     Dots,
@@ -34,11 +35,14 @@ from dataflex.signals.gradients.rows import held_rows, products_of, rows_at_once
 from dataflex.signals.gradients.sketch import buckets_and_signs
 from dataflex.signals.handle import ModelHandle
 from dataflex.signals.identity import state_identity
+from dataflex.signals.policy import policy_vectors
 from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.specs import GradientSpec, WeightedAnswer
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
 
 __all__ = ["GradientSource", "sketched"]
+
+_KEPT_NUMBERS = 2**28  # targets of more numbers (1 GiB in fp32) are made anew by every call
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
@@ -69,16 +73,65 @@ class GradientSource:
             release=handle.release,
         )
 
-    def scores(self, sweep: Sweep, targets: Sequence[Sweep], work: ResumablePass | None) -> Answer:
+    def scores(
+        self,
+        sweep: Sweep,
+        targets: Sequence[Sweep],
+        work: ResumablePass | None,
+        kept: dict[str, TargetVectors] | None = None,
+        name: str = "",
+    ) -> Answer:
         """Return the comparison of each row with each target's mean gradient [n, targets].
 
+        Args:
+            sweep: The rows.
+            targets: Rows of each target.
+            work: Where the answers go.
+            kept: Mean gradients that were made of the same model before, and are kept for the next call.
+            name: Names the targets' data in ``kept``.
+
         Raises:
+            ConfigError: Forward mode with cosines, preconditioning or sketches.
             UnsupportedError: The optimizer has no moments for each element.
             DataError: A target without a supervised token.
         """
+        if self._spec.forward_mode:
+            return self._derivatives(sweep, targets, work)
         mean_of_cosines = self._spec.normalise and self._spec.mean_of_cosines
-        score = self._scorer(self._target_vectors(targets, mean_of_cosines), self._precondition())
+        spec, vectors = self._spec, None
+        key = repr((name, spec.parameters, spec.last_blocks, spec.bf16, mean_of_cosines))
+        if kept is None or key not in kept:
+            vectors = self._target_vectors(targets, mean_of_cosines)
+            if kept is not None and sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
+                kept[key] = vectors
+        else:
+            vectors = kept[key]
+        score = self._scorer(vectors, self._precondition())
         return self._pass(sweep, score, (len(targets),), work)
+
+    def _derivatives(self, sweep: Sweep, targets: Sequence[Sweep], work: ResumablePass | None) -> Answer:
+        """Return the derivative of each row's loss along each target's mean gradient [n, targets]."""
+        if self._spec.normalise or self._kind.kind != "none" or self._spec.sketch_size is not None:
+            raise ConfigError("gradients: forward mode knows plain inner products only, no cosines or preconditioning")
+        aims = self._target_vectors(targets, False)
+
+        def score(batch: dict[str, Any]) -> torch.Tensor:
+            return torch.stack([self._engine.jvp(batch, aims.one(task)) for task in range(len(targets))], dim=1)
+
+        return self._pass(sweep, score, (len(targets),), work)
+
+    def answer_scores(
+        self, sweep: Sweep, tasks: Sequence[Sequence[WeightedAnswer]], work: ResumablePass | None
+    ) -> Answer:
+        """Return the comparison of each row with each task's weighted answers [n, tasks].
+
+        Raises:
+            UnsupportedError: The optimizer has no moments for each element.
+            DataError: A task without answers.
+        """
+        directions = self._spec.normalise and self._spec.mean_of_cosines
+        vectors = policy_vectors(self._engine, self._handle, tasks, normalise_groups=directions)
+        return self._pass(sweep, self._scorer(vectors, self._precondition()), (len(tasks),), work)
 
     def norms(self, sweep: Sweep, work: ResumablePass | None) -> Answer:
         """Return the norm of each row's gradient [n] (GraNd, arXiv 2107.07075)."""
@@ -127,14 +180,16 @@ class GradientSource:
         More than ``rows_at_once`` rows take a further pass over the rest for each so many.
         """
         num, num_targets = len(sweep.rows), len(targets)
-        aims, precondition = self._target_vectors(targets, False), self._precondition()
+        aims = self._target_vectors(targets, False) if targets else None
+        precondition = self._precondition()
         out, known = np.full((num, num_targets + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
         gram = out[:, num_targets:]
         for start in range(0, num, self.rows_at_once):
             block = slice(start, min(start + self.rows_at_once, num))
             vectors, finite = held_rows(self._engine, _part(sweep, block), precondition)
             known[block] = finite.cpu().numpy()
-            out[block, :num_targets] = products_of(vectors, aims).cpu().numpy()
+            if aims is not None:
+                out[block, :num_targets] = products_of(vectors, aims).cpu().numpy()
             gram[block, block] = products_of(vectors, vectors).cpu().numpy()
             rest = slice(block.stop, num)
             if block.stop < num:

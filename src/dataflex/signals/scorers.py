@@ -6,8 +6,10 @@ own tokens. It is loaded for a pass and let go after it, so that only one is in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +21,15 @@ from dataflex.signals.passes import preserved
 
 __all__ = ["Scorer", "ScorerError", "start_tokens"]
 
+_ADAPTER = "adapter_config.json"
+
 
 class ScorerError(DataFlexError):
     """A model that scores rows could not be loaded."""
 
 
 class Scorer:
-    """A causal language model by folder or hub id, its weights not loaded yet.
+    """A causal language model by folder (an adapter's too) or hub id, its weights not loaded yet.
 
     Args:
         name: Folder or hub id.
@@ -43,15 +47,16 @@ class Scorer:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name = name
+        base = _base(name)
         with preserved():
             try:
-                self._config: Any = AutoConfig.from_pretrained(name)
+                self._config: Any = AutoConfig.from_pretrained(base or name)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError, KeyError) as error:
                 raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
         self._theirs = tokenizer
-        text = self._config.get_text_config()
-        self.identity = model_identity(name, getattr(self._config, "_commit_hash", None), "causal", "float32")
+        text, commit = self._config.get_text_config(), getattr(self._config, "_commit_hash", None)
+        self.identity = model_identity(name, commit, base and model_identity(base, commit), "causal")
         self.same_tokens = _same_tokens(self._tokenizer, tokenizer, int(text.vocab_size))
         self.limit: int | None = getattr(text, "max_position_embeddings", None)
         """Tokens of a sequence at most, or None."""
@@ -74,6 +79,7 @@ class Scorer:
             ScorerError: The weights cannot be loaded as those of a causal language model.
             UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
         """
+        from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM
         from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
@@ -84,10 +90,19 @@ class Scorer:
             )
         with preserved():  # a model may draw random numbers while it is built
             try:
-                model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
+                loader = AutoPeftModelForCausalLM if _base(self.name) else AutoModelForCausalLM
+                model: Any = loader.from_pretrained(self.name, dtype=torch.float32)
             except (OSError, ValueError, KeyError) as error:
                 raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
         yield model.to(device).eval().requires_grad_(False)
+
+
+def _base(name: str) -> str | None:
+    """Return the base model of a folder that holds an adapter, or None."""
+    file = Path(name) / _ADAPTER
+    if not file.is_file():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def start_tokens(tokenizer: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import Rows, State
 from dataflex.dist import comm
 from dataflex.errors import ComponentError, ConfigError, DataError, DataFlexError, UnsupportedError
+from dataflex.signals.answer_source import AnswerSource
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.embeddings import embedding_size
 from dataflex.signals.encoded import encoded_rows
@@ -28,16 +29,17 @@ from dataflex.signals.encoders import TextEncoder, load_encoder
 from dataflex.signals.gates import GateLoads
 from dataflex.signals.generate import Generator
 from dataflex.signals.gradient_signals import GradientSource
+from dataflex.signals.gradients import TargetVectors
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.perturbed import perturbed_row_losses
-from dataflex.signals.pieces import Cut, Pieces, collate_pieces, row_means
+from dataflex.signals.pieces import Cut
 from dataflex.signals.policy import answers_digest
 from dataflex.signals.probe import LowRankProbe
 from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.row_signals import piece_sums, row_embeddings, row_gate_loads, token_losses
-from dataflex.signals.scorers import Scorer, start_tokens
+from dataflex.signals.row_signals import row_embeddings, row_gate_loads, token_losses
+from dataflex.signals.scorers import Scorer
 from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
 from dataflex.signals.texts import row_texts, row_tokens
@@ -65,6 +67,7 @@ class SignalService:
         book: Answers that were paid for.
         seconds: Time spent in passes since the decision began.
         encoders: Other models that were loaded, by folder or hub id and how they pool.
+        target_gradients: Mean gradients of targets that were made in this decision.
         scorers: Other causal models that were asked for, by folder or hub id.
     """
 
@@ -76,11 +79,17 @@ class SignalService:
     seconds: float = 0.0
     encoders: dict[tuple[str, EmbeddingSpec], TextEncoder] = field(default_factory=dict)
     scorers: dict[str, Scorer] = field(default_factory=dict)
+    target_gradients: dict[str, TargetVectors] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""
         self.seconds = 0.0
+        self.target_gradients.clear()
         self.book.begin(step)
+
+    def end(self) -> None:
+        """Let go of what only this decision needed."""
+        self.target_gradients.clear()
 
     def num_rows(self, target: str | None = None) -> int:
         """Return the number of training rows, or of the named target's rows."""
@@ -110,13 +119,7 @@ class SignalService:
             ConfigError: ``same_tokens``, and the tokenizers differ.
         """
         if model is not None:
-            scorer = self.scorer(model)
-            if same_tokens and not scorer.same_tokens:
-                raise ConfigError(
-                    f"model {model}: its tokenizer is not that of the run, so its losses per token cannot be compared "
-                    "with those of the model under training; take a model of the same family"
-                )
-            return self._scored(rows, target, scorer, Cut(leave_out_first=False))
+            return self._answers(rows, target, lambda source: source.losses(model, same_tokens=same_tokens))
         return self._answer("losses", {}, rows, target, self._token_means("loss"))
 
     def answer_losses(
@@ -143,67 +146,21 @@ class SignalService:
             target: Name of a target data set; None means the training set.
         """
         cut = Cut(alone=not conditioned, prefix_tokens=prefix_tokens)
-        if scorer is not None:
-            return self._scored(rows, target, self.scorer(scorer), cut)
-        cut = replace(cut, start=start_tokens(self._tokenizer("answer_losses")))
-        return self._pieces("answer losses", rows, target, cut, self._piece_sums)
+        return self._answers(rows, target, lambda source: source.answer_losses(scorer, cut))
 
-    def scorer(self, name: str) -> Scorer:
-        """Return another causal model by folder or hub id; its weights are loaded for each pass."""
-        if name not in self.scorers:
-            self.scorers[name] = Scorer(name, self._tokenizer("another model's losses"))
-        return self.scorers[name]
-
-    def _scored(self, rows: Rows, target: str | None, scorer: Scorer, cut: Cut) -> Answer:
-        """Return another model's losses of the sequences that ``cut`` makes."""
-        translate = None if scorer.same_tokens else scorer.translate
-        cut = replace(cut, start=scorer.start, limit=scorer.limit, translate=translate)
-        if not cut.leave_out_first and scorer.same_tokens:
-            cut = replace(cut, start=())  # as they are trained on
-
-        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            with preserved(self.handle.model), scorer.loaded(self.handle.device) as model:
-                return piece_sums(model, sweep, self.handle.autocast, work)
-
-        return self._pieces("losses by another model", rows, target, cut, compute, scorer.identity)
-
-    def _piece_sums(self, sweep: Sweep, work: ResumablePass | None) -> Answer:
-        with preserved(self.handle.model):
-            self.handle.model.eval()
-            return piece_sums(self.handle.model, sweep, self.handle.autocast, work)
-
-    def _pieces(
-        self, method: str, rows: Rows, target: str | None, cut: Cut, compute: Compute, model: str = ""
-    ) -> Answer:
-        """Return row means of the losses of sequences cut out of rows."""
-        corpus = self._corpus(target)
+    def _answers(self, rows: Rows, target: str | None, ask: Callable[[AnswerSource], Answer]) -> Answer:
+        self._tokenizer("losses of answers")
+        source = AnswerSource(
+            handle=self.handle,
+            corpus=self._corpus(target),
+            name=target or "",
+            rows=rows,
+            book=self.book,
+            scorers=self.scorers,
+            progress=_progress(f"step {self.book.step}: answers of {len(rows):,} rows"),
+        )
         with self._timed():
-            pieces = Pieces(dataset=corpus.dataset, rows=rows, cut=cut)
-            question = Question(
-                method=method,
-                parameters={**pieces.identity, "token_budget": self.handle.token_budget},
-                rows=np.arange(len(pieces), dtype=np.int64),
-                corpus=target or "",
-                data=corpus.identity,
-                tail=(2,),
-                model=model,
-            )
-            sweep = Sweep(
-                dataset=pieces,
-                rows=question.rows,
-                lengths=pieces.lengths,
-                collate=collate_pieces,
-                token_budget=self.handle.token_budget,
-                device=self.handle.device,
-                progress=_progress(f"step {self.book.step}: {method} of {len(pieces):,} sequences"),
-            )
-
-            def make(work: ResumablePass | None) -> Answer:
-                if work is not None and work.complete:  # stored: the other model need not be loaded
-                    return work.finish()
-                return compute(sweep, work)
-
-            return row_means(pieces, self.book.give(question, make, self.handle.device))
+            return ask(source)
 
     def _tokenizer(self, what: str) -> Any:
         if self.handle.tokenizer is None:
@@ -267,7 +224,8 @@ class SignalService:
         aims = [self._corpus(name).identity or name for name in targets]
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return source.scores(sweep, [self._whole_target(name) for name in targets], work)
+            sweeps = [self._whole_target(name) for name in targets]
+            return source.scores(sweep, sweeps, work, self.target_gradients, repr(aims))
 
         parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
         return self._answer("gradient scores", parameters, rows, None, compute, (len(targets),))

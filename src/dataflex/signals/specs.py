@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["EmbeddingSpec", "GenerationSpec", "GradientSpec", "Part", "Pooling"]
+__all__ = ["EmbeddingSpec", "Generation", "GenerationSpec", "GradientSpec", "Part", "Pooling", "WeightedAnswer"]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
@@ -87,6 +88,42 @@ class GenerationSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One sample.
+
+    Attributes:
+        prompt: Position of its prompt in the list asked for.
+        sample: 0 .. num_samples - 1.
+        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
+        text: The tokens as text, special tokens left out.
+        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
+    """
+
+    prompt: int
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAnswer:
+    """An answer whose gradient counts, as in a policy gradient.
+
+    Attributes:
+        prompt: Token ids before the answer, at least one.
+        answer: Token ids of the answer, at least one; all are supervised.
+        weight: Factor of the gradient of -log p(answer | prompt), which is summed over the answer's tokens.
+        group: Answers of equal group are added up to one vector.
+    """
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    weight: float
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradientSpec:
     """Which gradients of training rows are compared with which of the targets.
 
@@ -102,6 +139,8 @@ class GradientSpec:
         sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
         sketch_seed: Seed of the sketch.
         bf16: Run the passes in bfloat16 autocast.
+        forward_mode: Take ``gradient_scores`` by forward-mode differentiation along the targets' mean gradients:
+            plain inner products only (``precondition: none``, no ``normalise``), without per-row gradients.
     """
 
     precondition: str = "true_adam"
@@ -113,3 +152,4 @@ class GradientSpec:
     sketch_size: int | None = None
     sketch_seed: int = 0
     bf16: bool = False
+    forward_mode: bool = False

@@ -22,7 +22,7 @@ from dataflex.signals.passes import bucketed
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["Sweep", "Turn", "stored_pass", "token_pass", "vector_pass"]
+__all__ = ["Sweep", "Turn", "fetch", "stored_pass", "token_pass", "vector_pass"]
 
 _INTEGERS = frozenset({"place", "position", "document"})
 
@@ -79,7 +79,7 @@ class Sweep:
             index = first + rank
             # A rank without a batch left repeats the last one: partitioned parameters need equal numbers of passes.
             positions = batches[min(index, len(batches) - 1)]
-            features = self.collate(_fetch(self.dataset, self.rows[positions]))
+            features = self.collate(fetch(self.dataset, self.rows[positions]))
             batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in features.items()}
             yield Turn(positions=positions, batch=batch, mine=index < len(batches))
             count += sum(len(batch) for batch in batches[first : first + world])
@@ -166,7 +166,8 @@ def token_pass(
     )
 
 
-def _fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
+def fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
+    """Return the features of rows of anything that gives features by row id."""
     ids = rows.tolist()
     if hasattr(dataset, "__getitems__"):
         return list(dataset.__getitems__(ids))

@@ -111,7 +111,8 @@ class FakeSignals:
         self.calls.append(Call(signal="losses", rows=rows, options={"target": target, "model": model}))
         if model is None:
             return self._of(target)[rows]
-        return self._models.get(model, self._of(target) / 2)[rows]
+        found: NDArray[np.float32] = self._models.get(model, self._of(target) / np.float32(2))[rows]
+        return found
 
     def answer_losses(
         self,
@@ -203,7 +204,7 @@ class FakeSignals:
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
     ) -> NDArray[np.float32]:
-        """Cosines, or inner products, of rows with the weighted sums of ``answer_gradient`` [len(rows), len(answers)]."""
+        """Cosines, or inner products, of rows with weighted sums of ``answer_gradient`` [len(rows), len(answers)]."""
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "answers": dict(answers)}))
         aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in given) for given in answers.values()])
         ours = self._gradients[rows]
@@ -247,9 +248,7 @@ class FakeSignals:
                 tokens = right.get(tuple(int(token) for token in prompt)) if draw < 0.5 else None
                 tokens = [int(1000 * draw)] if tokens is None else tokens
                 text = " ".join(f"word{token}" for token in tokens)
-                made.append(
-                    Generation(prompt=place, sample=sample, token_ids=tuple(tokens), text=text, finished=True)
-                )
+                made.append(Generation(prompt=place, sample=sample, token_ids=tuple(tokens), text=text, finished=True))
         return made
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:

@@ -167,6 +167,7 @@ class Controller:
             if self.seen is not None and self.seen.note:
                 selection = replace(selection, reason=f"{selection.reason}; {self.seen.note}")
         rows, proportions, reason = self._lay_out(ctx, pool, selection)
+        self.signals.end()
         whole_steps = len(rows) // self.shape.global_batch
         if whole_steps < interval.steps:  # at_cap: stop
             assert self.sampler is not None

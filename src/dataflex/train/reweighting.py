@@ -22,9 +22,12 @@ from dataflex.signals.packing import document_ids
 from dataflex.signals.pooling import pool, pool_documents
 from dataflex.train import weighting
 from dataflex.train.domain_sums import DomainSums
+from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import Sequences, TokenLosses
 
 __all__ = ["References", "Reweighter"]
+
+_LOGGED_DOMAINS = 32
 
 
 class References(Protocol):
@@ -68,7 +71,9 @@ class Reweighter:
                 f"{weighter.name} weighter; use 'normaliser: token' of the mixer, or one of the two methods"
             )
         self.weighter, self.mixer = weighter, mixer
-        self.stats = None if weighter is None else weighting.WeightStats(weighter.name)
+        self.stats = None if weighter is None else WeightStats(weighter.name)
+        self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
+        self._plain: torch.Tensor | None = None
         self.reference = reference
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
@@ -179,6 +184,10 @@ class Reweighter:
         sequences = self._sequences(batch, losses, rows) if acts else weighting.row_sequences(rows)
         normaliser, scale = self._normaliser, self._scale
         known = self._known(rows) if acts or weighter is None else None
+        seen = None
+        if weighter is not None:
+            plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
+            self._plain = plain if self._plain is None else self._plain + plain
         if acts and weighter is not None:
             if known is None:
                 seen = weighting.view(
@@ -187,6 +196,7 @@ class Reweighter:
                     domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
                     step=step,
                     total_steps=total_steps,
+                    num_micro_batches=num_micro_batches,
                     reference_BT=reference,
                     embeddings_BH=self._embedded(hidden, batch, losses, sequences),
                 )
@@ -194,8 +204,7 @@ class Reweighter:
             else:
                 sequences = weighting.row_sequences(rows)
                 weights = weighting.checked(torch.from_numpy(known), weighter, losses, sequences)
-            if self.stats is not None:
-                self.stats.add(weights)
+            self._note(weights, losses, sequences, num_sequences=1 if seen is None else len(seen.loss_M))
         else:
             weights = losses.loss_BT.new_ones(len(rows), 1)
             if weighter is not None:
@@ -214,6 +223,18 @@ class Reweighter:
             step_scale=scale,
             replicas=1 if self._over_ranks else self._world,
         )
+
+    def _note(self, weights: torch.Tensor, losses: TokenLosses, sequences: Sequences, *, num_sequences: int) -> None:
+        """Keep weights for the log and the report, relative to equal ones (1 / sequences under ``sample``)."""
+        relative = weights * num_sequences if self._normaliser == "sample" else weights
+        by_sequence = relative[:, 0]
+        if relative.shape[1] > 1 or len(relative) != len(sequences.rows_B):
+            tokens_B = sequences.sums(losses.mask_BT.to(relative.dtype))
+            by_sequence = sequences.sums(relative * losses.mask_BT) / tokens_B.clamp(min=1)
+        assert self.stats is not None
+        self.stats.add(relative, by_sequence)
+        if self.row_weights is not None:
+            self.row_weights.add(sequences.rows_B, by_sequence)
 
     def _sequences(self, batch: dict[str, Any], losses: TokenLosses, rows: Rows) -> Sequences:
         if not self._packed:
@@ -278,12 +299,20 @@ class Reweighter:
     def scalars(self) -> dict[str, float]:
         """Return numbers for the training log since the last call: weights, and the plain loss of each domain."""
         scalars = {} if self.stats is None else self.stats.read()
+        if self._plain is not None:
+            total, count = self._plain.tolist()
+            scalars["plain_loss"] = total / max(count, 1.0)
+            self._plain = None
         if self.observes:
             tokens, losses = self._logged[SUMS.index("tokens")], self._logged[SUMS.index("loss_sum")]
             for name, count, total in zip(self._domains.names, tokens, losses, strict=True):
                 if count > 0:
                     scalars[f"loss/{name}"] = float(total / count)
             self._logged = np.zeros_like(self._logged)
+        names = self._domains.names
+        if self.mixer is not None and self.mixer.weighs_loss and len(names) <= _LOGGED_DOMAINS:
+            weights = self._checked(self.mixer).tolist()
+            scalars.update({f"loss_weight/{name}": weight for name, weight in zip(names, weights, strict=True)})
         return scalars
 
 

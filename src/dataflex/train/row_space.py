@@ -19,9 +19,9 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
 
-__all__ = ["RowSpace", "TargetSpace", "measure"]
+__all__ = ["TOKEN_COLUMNS", "RowSpace", "TargetSpace", "flat", "measure"]
 
-_TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
+TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
 _LABEL_COLUMNS = ("labels", "chosen_labels")
 _HASHED = (
     "input_ids",
@@ -51,7 +51,7 @@ class Measures:
     fingerprint: str
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return row offsets [n + 1] and flattened values of a list column."""
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -62,7 +62,7 @@ def _flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
 def measure(dataset: Any) -> Measures:
     """Read a tokenised data set once (``datasets.Dataset``), in chunks, without a Python object per row."""
     names = dataset.column_names
-    tokens = next((name for name in _TOKEN_COLUMNS if name in names), None)
+    tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
     labels = next((name for name in _LABEL_COLUMNS if name in names), None)
     if tokens is None:
         raise DataError(f"the tokenised data set has no token column (found: {', '.join(names)})")
@@ -76,7 +76,7 @@ def measure(dataset: Any) -> Measures:
             if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
                 digest.update(np.asarray(column.to_pylist(), dtype=np.int64).tobytes())
                 continue
-            offsets, values = _flat(column)
+            offsets, values = flat(column)
             digest.update(np.ascontiguousarray(offsets).tobytes())
             digest.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
             if name == tokens:
@@ -123,6 +123,7 @@ class RowSpace:
         fingerprint: Identity of the whole.
         columns: Raw columns that methods asked for, each [N].
         targets: Target data sets by name.
+        leaks: Target rows that also lie in the training pool, by target, as ``Leak.describe`` gives them.
     """
 
     dataset: Any
@@ -132,6 +133,7 @@ class RowSpace:
     fingerprint: str
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     targets: Mapping[str, TargetSpace] = field(default_factory=dict)
+    leaks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -157,4 +159,5 @@ class RowSpace:
             "domains": dict(zip(self.domains.names, self.domains.num_rows.tolist(), strict=True)),
             "tokens": int(self.lengths.sum()),
             "rows_without_labels": int((self.supervised == 0).sum()),
+            **({"leaks": {name: dict(leak) for name, leak in self.leaks.items()}} if self.leaks else {}),
         }

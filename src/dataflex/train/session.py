@@ -132,6 +132,7 @@ class Session:
 
 
 def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
+    """Return the service that answers about the Trainer's model and the set-up's rows."""
     space = setup.rows
     rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
     longest = max(

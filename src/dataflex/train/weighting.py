@@ -9,7 +9,6 @@ is corrected for the order of summation.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
+from dataflex.train.token_entropy import token_cross_entropy
 
 __all__ = [
     "IGNORE_INDEX",
     "Sequences",
     "TokenLosses",
-    "WeightStats",
     "checked",
     "document_sequences",
     "row_sequences",
@@ -106,15 +105,17 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = 
     """Return next-token losses of ``logits`` [R, T, V] against ``labels`` [R, T] (-100 is ignored)."""
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
     mask_BT = targets.ne(IGNORE_INDEX)
-    log_probs = F.log_softmax(logits.float().view(-1, logits.shape[-1]), dim=-1)
     flat = targets.reshape(-1)
-    loss = F.nll_loss(log_probs, flat, ignore_index=IGNORE_INDEX, reduction="none")
-    plain = F.nll_loss(log_probs.detach(), flat, ignore_index=IGNORE_INDEX, reduction="sum")
-    spread = None
-    if entropy:
-        known = log_probs.detach()
-        spread = -(known.exp() * known).sum(dim=-1).view(targets.shape).masked_fill(~mask_BT, 0.0)
-    return TokenLosses(loss_BT=loss.view(targets.shape), mask_BT=mask_BT, plain_sum=plain, entropy_BT=spread)
+    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, IGNORE_INDEX, entropy=entropy)
+    # The stock loss adds in the order of this kernel, whatever the number of classes: one class is enough for it.
+    picked = torch.where(mask_BT.reshape(-1), 0, IGNORE_INDEX)
+    plain = F.nll_loss(-loss.detach()[:, None], picked, ignore_index=IGNORE_INDEX, reduction="sum")
+    return TokenLosses(
+        loss_BT=loss.view(targets.shape),
+        mask_BT=mask_BT,
+        plain_sum=plain,
+        entropy_BT=None if spread is None else spread.view(targets.shape),
+    )
 
 
 def sample_means(
@@ -135,6 +136,7 @@ def view(
     domains_B: NDArray[np.int64],
     step: int,
     total_steps: int,
+    num_micro_batches: int = 1,
     reference_BT: torch.Tensor | None = None,
     embeddings_BH: torch.Tensor | None = None,
 ) -> BatchView:
@@ -154,57 +156,12 @@ def view(
         local=local,
         step=step,
         total_steps=total_steps,
+        num_micro_batches=num_micro_batches,
         sequence_BT=sequences.index_BT,
         reference_BT=reference_BT,
         entropy_BT=losses.entropy_BT,
         embeddings_BH=embeddings_BH,
     )
-
-
-class WeightStats:
-    """Running effective sample size and largest weight, on the device, read once per logging step.
-
-    ESS = (sum w)^2 / sum w^2 over the sequences of this rank since the last ``read``.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._sums: torch.Tensor | None = None
-        self._range: torch.Tensor | None = None
-        self._count = 0
-
-    def add(self, weights: torch.Tensor) -> None:
-        """Take in the weights [B, 1], or [R, T] by position, of one micro-batch.
-
-        They are checked here at once on a CPU, and at the next ``read`` on an accelerator, where
-        looking at a value would make the device wait.
-        """
-        w = weights.detach().double().mean(dim=1)
-        sums = torch.stack([w.sum(), (w * w).sum()])
-        span = torch.stack([weights.min(), -weights.max()]) if weights.numel() else weights.new_zeros(2)
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._range = span if self._range is None else torch.minimum(self._range, span)
-        self._count += len(w)
-        if weights.device.type == "cpu":
-            self._check()
-
-    def _check(self) -> float:
-        assert self._sums is not None
-        assert self._range is not None
-        smallest, largest = float(self._range[0]), -float(self._range[1])
-        if not (math.isfinite(float(self._sums[0])) and smallest >= 0.0):
-            raise ComponentError(f"weighter {self._name!r} returned negative or non-finite weights")
-        return largest
-
-    def read(self) -> dict[str, float]:
-        """Return ``weight_ess`` (share of the sequences, 0 to 1) and ``weight_max``, and start anew."""
-        if self._sums is None or self._count == 0:
-            return {}
-        largest = self._check()
-        total, squares = self._sums.tolist()
-        share = total * total / squares / self._count if squares > 0 else 0.0
-        self._sums, self._range, self._count = None, None, 0
-        return {"weight_ess": share, "weight_max": largest}
 
 
 def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:

@@ -215,6 +215,8 @@ class LossWeighter(Weighter):
 
 
 def _refuse_non_finite(batch: BatchView, valid_M: torch.Tensor) -> None:
+    if batch.loss_M.device.type != "cpu":
+        return  # looking would make the device wait; the weights are not finite either, which the next log tells
     bad = valid_M & ~batch.loss_M.isfinite()
     if not bool(bad.any()):
         return

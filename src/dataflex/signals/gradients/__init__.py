@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataflex.signals.gradients.blocks import Block, Segment
 from dataflex.signals.gradients.consume import Consumer, Dots, Gram, Norms, WeightedSums
+from dataflex.signals.gradients.documents import Documents
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.moments import Moments, moments_of
 from dataflex.signals.gradients.narrow import supervised_losses
@@ -20,6 +21,7 @@ __all__ = [
     "PRESETS",
     "Block",
     "Consumer",
+    "Documents",
     "Dots",
     "Factors",
     "GradientEngine",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dataflex.errors import UnsupportedError
+from dataflex.signals.gradients.documents import Documents
 from dataflex.signals.gradients.local import LocalCall, NotSeparable, local_gradients
 from dataflex.signals.gradients.pieces import Piece
 from dataflex.signals.gradients.units import Unit, Units
@@ -79,6 +80,7 @@ class Capture:
         take: Called with a parameter's name and its pieces once all of its uses are there.
         autocast: The context in which modules are run again.
         dtype: Output gradients are cast to this dtype first; None leaves them.
+        documents: Samples are these documents instead of the rows.
     """
 
     units: Units
@@ -87,6 +89,7 @@ class Capture:
     take: Callable[[str, list[Piece]], None]
     autocast: Callable[[], Any]
     dtype: torch.dtype | None = None
+    documents: Documents | None = None
     finite: torch.Tensor | None = None
     """Set before the backward pass: samples [b] whose gradients count; the others are zeroed. None: all."""
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -193,6 +196,10 @@ class Capture:
         if call.flat:
             grads = tuple(grad.reshape(self.rows, -1, *grad.shape[1:]) for grad in grads)
             kept = tuple(tensor.reshape(self.rows, len(tensor) // self.rows, *tensor.shape[1:]) for tensor in kept)
+        if self.documents is not None:
+            if call.local is not None:
+                raise UnsupportedError(f"gradients by document: {unit} has no formula for its gradients")
+            grads, kept = (tuple(map(self.documents.apart, tensors)) for tensors in (grads, kept))
         if call.local is not None:
             pieces = self._run_locally(unit, call.local, kept, grads)
         else:

@@ -17,12 +17,13 @@ from torch import nn
 from dataflex.signals.anatomy import anatomy
 from dataflex.signals.losses import model_inputs, row_losses
 
-__all__ = ["supervised_losses"]
+__all__ = ["TokenLoss", "supervised_losses", "supervised_tokens"]
 
 _IGNORE = -100
 _CHUNK_TOKENS = 4096
 
 Loss = Callable[[dict[str, Any]], torch.Tensor]
+TokenLoss = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
@@ -35,14 +36,47 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
     Raises:
         UnsupportedError: No transformers model inside.
     """
+    if _free_head(model, parameters) is None:
+        return lambda batch: row_losses(model, batch)
+    tokens = supervised_tokens(model, parameters)
+
+    def losses(batch: dict[str, Any]) -> torch.Tensor:
+        row, _, values = tokens(batch)
+        rows = len(batch["labels"])
+        sums = torch.zeros(rows, dtype=torch.float32, device=values.device)
+        return sums.index_add(0, row, values) / torch.bincount(row, minlength=rows)
+
+    return losses
+
+
+def supervised_tokens(model: nn.Module, parameters: Collection[nn.Parameter]) -> TokenLoss:
+    """Return a function from a collated batch to the losses of its supervised tokens [S].
+
+    It gives each one's row, the position that it is predicted from, and its loss, with gradient.
+
+    Args:
+        model: As ``supervised_losses``.
+        parameters: As ``supervised_losses``.
+
+    Raises:
+        UnsupportedError: No transformers model inside.
+    """
+    head = _free_head(model, parameters)
+    return lambda batch: _token_losses(model, head, batch)
+
+
+def _free_head(model: nn.Module, parameters: Collection[nn.Parameter]) -> nn.Module | None:
+    """Return the head if none of its parameters is differentiated."""
     head = anatomy(model).head
     differentiated = {id(parameter) for parameter in parameters}
     if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
-        return lambda batch: row_losses(model, batch)
-    return lambda batch: _narrowed(model, head, batch)
+        return None
+    return head
 
 
-def _narrowed(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def _token_losses(
+    model: nn.Module, head: nn.Module | None, batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     targets = F.pad(batch["labels"], (0, 1), value=_IGNORE)[..., 1:]
     row, position = targets.ne(_IGNORE).nonzero(as_tuple=True)
     narrowed: list[bool] = []
@@ -52,16 +86,16 @@ def _narrowed(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> torch
         narrowed.append(whole)
         return (inputs[0][row, position].unsqueeze(0), *inputs[1:]) if whole else None
 
-    handle = head.register_forward_pre_hook(narrow)
+    handle = None if head is None else head.register_forward_pre_hook(narrow)
     try:
         outputs = model(**model_inputs(batch), use_cache=False)
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
     picked = logits[0] if narrowed == [True] else logits[row, position]
     losses = [
         F.cross_entropy(part.float(), wanted, reduction="none")
         for part, wanted in zip(picked.split(_CHUNK_TOKENS), targets[row, position].split(_CHUNK_TOKENS), strict=True)
     ]
-    sums = torch.zeros(len(targets), dtype=torch.float32, device=targets.device)
-    return sums.index_add(0, row, torch.cat(losses)) / torch.bincount(row, minlength=len(targets))
+    return row, position, torch.cat(losses)

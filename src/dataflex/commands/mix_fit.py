@@ -1,0 +1,188 @@
+"""``dataflex mix fit`` and ``dataflex mix propose``: from the runs of a swarm to a proportions file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.commands.layout import columns
+from dataflex.commands.mix_result import check_names, names_of, write_result
+from dataflex.errors import ConfigError, DataError, did_you_mean
+from dataflex.mixing.proportions_file import provenance
+
+if TYPE_CHECKING:
+    from dataflex.mixing.swarm_file import Swarm
+
+__all__ = ["fit", "propose"]
+
+Floats = NDArray[np.float64]
+
+_MAX_EPOCHS = 4.0
+
+
+def fit(options: argparse.Namespace) -> str:
+    """Fit losses to mixtures, write ``fit.json`` and return what to print.
+
+    Raises:
+        ConfigError: Options that cannot work.
+        DataError: Too few runs, or numbers that cannot be used.
+    """
+    from dataflex.mixing.boosted import lightgbm
+    from dataflex.mixing.fit import fit_losses, warnings_of, write_fit
+    from dataflex.mixing.swarm_file import SWARM, read_swarm
+    from dataflex.mixing.tables import RATIOS, join, read_table
+
+    if options.folds < 0 or options.folds == 1:
+        raise ConfigError(f"--folds: must be 0 (leave one out) or at least 2, found {options.folds}")
+    if options.method == "lightgbm":
+        lightgbm()
+    ratios = read_table(options.folder / RATIOS, shares=True)
+    swarm = read_swarm(options.folder) if (options.folder / SWARM).is_file() else None
+    without = names_of(options.without)
+    strangers = [run for run in without if run not in ratios.runs]
+    if strangers:
+        raise ConfigError([f"--without: {run}: no such run{did_you_mean(run, ratios.runs)}" for run in strangers])
+    notes: list[str] = []
+    losses = _losses(options, swarm, ratios.runs, without, notes)
+    mixtures, measured = join(ratios, losses, names_of(options.tasks))
+    unseen = [name for name, column in zip(mixtures.columns, mixtures.values.T, strict=True) if column.max() == 0]
+    if unseen:
+        raise DataError(f"no run has any of {', '.join(unseen)}, so nothing is known about it; leave the column out")
+    inputs = [options.folder / RATIOS, *([options.metrics] if options.metrics else [])]
+    told = {key: getattr(options, key) for key in ("method", "tasks", "without", "folds", "seed")}
+    packages = ("scipy", "lightgbm") if options.method == "lightgbm" else ("scipy",)
+    source = provenance(
+        "dataflex mix fit",
+        inputs=inputs,
+        settings=told,
+        packages=packages,
+        config_digest=swarm.config_digest if swarm else None,
+    )
+    folds = options.folds or len(mixtures.runs)
+    found = fit_losses(options.method, mixtures, measured, folds=folds, seed=options.seed, provenance=source)
+    path = write_fit(options.folder, found)
+    how = "leave-one-out" if folds >= len(found.runs) else f"{folds}-fold cross-validation"
+    table = [["held-out set", "Spearman", "error (nats)", "spread (nats)"]]
+    table += [[t, f"{q.spearman:.3f}", f"{q.error:.4f}", f"{q.spread:.4f}"] for t, q in found.quality.items()]
+    lines = [
+        f"{found.method} on {len(found.runs)} runs; quality by {how}, on runs that the fit has not seen",
+        *columns(table),
+    ]
+    notes += warnings_of(found.method, len(found.runs), len(found.names))
+    lines += [f"note: {note}" for note in notes]
+    return "\n".join([*lines, f"written: {path}; next: dataflex mix propose {options.folder}"])
+
+
+def _losses(
+    options: argparse.Namespace, swarm: Swarm | None, runs: Sequence[str], without: Sequence[str], notes: list[str]
+) -> dict[str, dict[str, float]]:
+    """Return the held-out losses of each run that is to be fitted."""
+    from dataflex.mixing.tables import losses_of_run, read_table
+
+    if options.metrics:
+        table = read_table(options.metrics, skip=without)
+        return {
+            run: dict(zip(table.columns, row.tolist(), strict=True))
+            for run, row in zip(table.runs, table.values, strict=True)
+        }
+    if swarm is None:
+        raise ConfigError(f"--metrics: missing; {options.folder} holds no swarm.json whose runs could be read")
+    unfinished = [run for run in swarm.unfinished() if run not in without]
+    if unfinished:
+        shown = ", ".join(unfinished[:4]) + (", ..." if len(unfinished) > 4 else "")
+        notes.append(f"{len(unfinished)} of {len(runs)} runs are not finished and were left out ({shown})")
+    done = [run for run in swarm.runs if run not in unfinished and run not in without]
+    losses = {run: losses_of_run(swarm.output_dir(run)) for run in done}
+    return {run: found for run, found in losses.items() if found}
+
+
+def propose(options: argparse.Namespace) -> str:
+    """Write the proportions file of a fit and return what to print.
+
+    Raises:
+        ConfigError: Options that cannot work, such as caps that cannot be met.
+        DataError: There is no fit.
+    """
+    from dataflex.mixing.fit import FIT, read_fit
+    from dataflex.mixing.propose import KL
+    from dataflex.mixing.propose import propose as proposed
+    from dataflex.mixing.swarm_file import SWARM, read_swarm
+
+    found = read_fit(options.folder)
+    if found.method == "lightgbm" and options.kl is not None:
+        raise ConfigError("--kl: has no effect with lightgbm, whose search stays near the natural mix by its draws")
+    swarm = read_swarm(options.folder) if (options.folder / SWARM).is_file() else None
+    sizes, unit = _sizes(options, swarm, found.names)
+    caps, notes = _caps(options, sizes, unit, found.names)
+    kl = KL if options.kl is None else options.kl
+    power = {} if swarm is None else {"prior_power": swarm.settings.prior_power}
+    tasks = names_of(options.tasks)
+    shares, details = proposed(found, sizes, tasks=tasks, kl=kl, caps_K=caps, seed=options.seed, **power)
+    keys = ("budget", "max_epochs", "cap", "tasks", "natural", "seed")
+    source = provenance(
+        "dataflex mix propose",
+        inputs=[options.folder / FIT],
+        settings={**{key: getattr(options, key) for key in keys}, "kl": kl},
+        packages=("scipy",),
+        config_digest=found.provenance.get("config_digest"),
+    )
+    lines = write_result(
+        options.out or options.folder / "proportions.json",
+        found.names,
+        shares,
+        method=found.method,
+        source={**source, "fit": found.provenance},
+        details={**details, "caps": dict(zip(found.names, caps.tolist(), strict=True))},
+        natural=sizes / sizes.sum(),
+        caps=caps,
+    )
+    table = [["held-out set", "natural mix", "proposed"]]
+    for task, after in details["predicted"].items():
+        table.append([task, f"{details['predicted_natural'][task]:.4f}", f"{after:.4f}"])
+    notes += [details["warning"]] if "warning" in details else []
+    return "\n".join([*lines, "predicted losses", *columns(table), *(f"note: {note}" for note in notes)])
+
+
+def _sizes(options: argparse.Namespace, swarm: Swarm | None, names: Sequence[str]) -> tuple[Floats, str]:
+    """Return the natural sizes [K] in the order of ``names``, and their unit."""
+    from dataflex.mixing.natural import given_sizes
+
+    if options.natural is not None:
+        given, sizes, unit = given_sizes(options.natural)
+    elif swarm is not None:
+        given, sizes, unit = swarm.names, swarm.sizes, swarm.unit
+    else:
+        raise ConfigError(f"--natural: missing; {options.folder} holds no swarm.json with the sizes of the domains")
+    known = dict(zip(given, sizes.tolist(), strict=True))
+    check_names("--natural", known, names, every=True)
+    if not sizes.sum() > 0:
+        raise ConfigError("--natural: all sizes are 0")
+    return np.asarray([known[name] for name in names]), unit
+
+
+def _caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence[str]) -> tuple[Floats, list[str]]:
+    """Return the largest share of each domain [K], and notes."""
+    from dataflex.mixing.natural import numbers_by_name
+    from dataflex.mixing.simplex import caps_of_epochs
+
+    caps, notes = np.ones(len(names)), []
+    epochs = _MAX_EPOCHS if options.max_epochs is None else options.max_epochs
+    if options.budget is not None:
+        if not options.budget > 0 or not epochs > 0:
+            raise ConfigError("--budget and --max-epochs: must be above 0")
+        if unit == "shares":
+            raise ConfigError("--budget: sizes are known as shares only; give --natural with sizes in a unit")
+        caps = caps_of_epochs(sizes, options.budget, epochs)
+    elif options.max_epochs is not None:
+        raise ConfigError("--max-epochs: has no effect without --budget, what the large run uses in the unit of sizes")
+    else:
+        notes.append(f"no --budget (in {unit}), so no domain is kept from being repeated too often")
+    if options.cap:
+        single = numbers_by_name(options.cap, "--cap")
+        check_names("--cap", single, names, every=False)
+        caps = np.minimum(caps, [single.get(name, 1.0) for name in names])
+    return caps, notes

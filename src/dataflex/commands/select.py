@@ -1,0 +1,73 @@
+"""``dataflex select``: the subset of a data set that scores ask for, in the format of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.config.show import plain
+from dataflex.offline.budget import Budget
+from dataflex.offline.chosen import chosen_rows, rule_of, score_column
+from dataflex.offline.files import FileRecord
+from dataflex.offline.subset import write_subset
+from dataflex.offline.table import read_scores
+from dataflex.version import __version__
+
+__all__ = ["select"]
+
+
+def select(
+    scores: Path,
+    *,
+    column: str | None,
+    budget: str,
+    rule: str,
+    settings: Sequence[str],
+    prefer: str | None,
+    order: str,
+    seed: int,
+    out: Path,
+) -> str:
+    """Write the subset and return what to print.
+
+    Args:
+        scores: A file that ``dataflex score`` wrote.
+        column: Column to select by; None: that of the only method.
+        budget: A share, a number of rows or of tokens, as text.
+        rule: Name of a subset rule.
+        settings: ``key=value`` texts, its parameters.
+        prefer: "high" or "low" scores; None: high, and low for ranks.
+        order: "source" or "preference".
+        seed: Of rules that draw.
+        out: File to write, or a folder.
+
+    Raises:
+        ConfigError: Something asked for does not exist or does not fit.
+        DataError: The budget exceeds the rows, or the source changed.
+    """
+    table = read_scores(scores)
+    name = score_column(table, column)
+    wanted = Budget.read(budget, table.num_rows)
+    how = rule_of(rule, settings, wanted)
+    rows = chosen_rows(table, name, wanted, how, prefer=prefer, seed=seed)
+    provenance = {
+        "scores": asdict(FileRecord.of(scores)),
+        "column": name,
+        "budget": budget,
+        "rule": {"name": how.name, **plain(how.params)},
+        "prefer": prefer,
+        "order": order,
+        "seed": seed,
+        "dataflex": __version__,
+        "scored": dict(table.provenance),
+    }
+    written = write_subset(table, rows, out, order=order, provenance=provenance)
+    lines = [f"{file.rows:,} rows ({file.tokens:,} tokens) of {file.dataset} -> {file.path}" for file in written]
+    if wanted.rows is not None and len(rows) < wanted.rows:
+        lines.append(f"{how.name} chose {len(rows):,} rows of the {wanted.rows:,} wanted")
+    if len(np.unique(rows)) < len(rows):
+        lines.append(f"{len(rows) - len(np.unique(rows)):,} rows are there more than once (drawn with replacement)")
+    return "\n".join(lines)

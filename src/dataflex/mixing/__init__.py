@@ -1,0 +1,1 @@
+"""Proportions of domains from small runs, proxies or embeddings, before the large run: what ``dataflex mix`` does."""

@@ -1,0 +1,222 @@
+"""Fits held-out losses to mixtures, says how well that orders unseen mixtures, and keeps the result as ``fit.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import DataError
+from dataflex.mixing.boosted import fit_trees, load_trees
+from dataflex.mixing.laws import LAWS, RESTARTS, fit_law, predict
+from dataflex.mixing.tables import Table
+from dataflex.mixing.validate import Predictor, folds_of, out_of_fold, spearman
+
+__all__ = ["FIT", "METHODS", "Fit", "Method", "Quality", "fit_losses", "read_fit", "warnings_of", "write_fit"]
+
+Floats = NDArray[np.float64]
+Method = Literal["log_linear", "mixing_law", "lightgbm"]
+
+FIT = "fit.json"
+METHODS: tuple[Method, ...] = get_args(Method)
+LEAST_RUNS = 3
+
+_FOLD_RESTARTS = 3  # of 30: folds only measure quality
+_TREES_ENOUGH = 118
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well runs are predicted by fits that have not seen them.
+
+    Attributes:
+        spearman: Rank correlation of predicted and measured losses; NaN when one of them is constant.
+        error: Mean absolute difference in nats.
+        spread: Standard deviation of the measured losses, to compare the error with.
+    """
+
+    spearman: float
+    error: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One model per task.
+
+    Attributes:
+        method: "log_linear", "mixing_law" or "lightgbm".
+        names: Domains [K].
+        tasks: What losses are of [T].
+        theta: Parameters of the laws [T, K + 2]; None for trees.
+        trees: Text of each task's trees; empty for laws.
+        quality: Task -> quality out of fold.
+        runs: Runs that were fitted.
+        provenance: Where it is from.
+    """
+
+    method: Method
+    names: tuple[str, ...]
+    tasks: tuple[str, ...]
+    theta: Floats | None = None
+    trees: tuple[str, ...] = ()
+    quality: Mapping[str, Quality] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def predict(self, mixtures_RK: Floats, tasks: Sequence[str] = ()) -> Floats:
+        """Return predicted losses [R, T] of mixtures [R, K], of all tasks or of those named."""
+        places = [self.tasks.index(task) for task in tasks or self.tasks]
+        if self.theta is not None:
+            columns = [predict(self.theta[place], mixtures_RK) for place in places]
+        else:
+            columns = [load_trees(self.trees[place]).predict(np.asarray(mixtures_RK)) for place in places]
+        return np.stack(columns, axis=1)
+
+
+def warnings_of(method: Method, num_runs: int, num_domains: int) -> list[str]:
+    """Return what makes a fit doubtful, one line each."""
+    lines = []
+    wanted = 3 * (num_domains + 1)
+    if num_runs < wanted:
+        lines.append(
+            f"{num_runs} runs for {num_domains} domains; Olmix advises at least 3 (domains + 1) = {wanted}, so "
+            "trust the held-out correlation before the proposal"
+        )
+    if method == "lightgbm" and num_runs <= _TREES_ENOUGH:
+        lines.append(
+            f"{num_runs} runs: trees were found to need more than {_TREES_ENOUGH} runs to match the log-linear law"
+        )
+    return lines
+
+
+def fit_losses(
+    method: Method, mixtures: Table, losses: Table, *, folds: int, seed: int = 0, provenance: Mapping[str, Any]
+) -> Fit:
+    """Fit one model per task to the runs of a swarm.
+
+    Args:
+        method: Which model.
+        mixtures: Mixtures of the runs [R, K].
+        losses: Their held-out losses [R, T].
+        folds: Folds that quality is measured with; at least R means leave-one-out.
+        seed: Seed of starts, trees and folds.
+        provenance: Where the numbers are from, to be kept.
+
+    Raises:
+        DataError: Too few runs.
+        ConfigError: LightGBM is missing.
+    """
+    num_runs = len(mixtures.runs)
+    if num_runs < LEAST_RUNS:
+        raise DataError(
+            f"{num_runs} finished runs with held-out losses; a fit needs at least {LEAST_RUNS}, and Olmix advises "
+            f"3 (domains + 1) = {3 * (len(mixtures.columns) + 1)}"
+        )
+    parts = folds_of(num_runs, folds, seed)
+    theta, trees, quality = [], [], {}
+    for task, losses_R in zip(losses.columns, losses.values.T, strict=True):
+        if method == "lightgbm":
+            trees.append(fit_trees(mixtures.values, losses_R, seed=seed).model_to_string())
+        else:
+            theta.append(fit_law(method, mixtures.values, losses_R, seed=seed, restarts=RESTARTS))
+        quality[task] = _quality(method, mixtures.values, losses_R, parts, seed)
+    return Fit(
+        method=method,
+        names=mixtures.columns,
+        tasks=losses.columns,
+        theta=np.stack(theta) if theta else None,
+        trees=tuple(trees),
+        quality=quality,
+        runs=mixtures.runs,
+        provenance=provenance,
+    )
+
+
+def _quality(
+    method: Method, mixtures_RK: Floats, losses_R: Floats, parts: list[NDArray[np.int64]], seed: int
+) -> Quality:
+    def fit(fitted_RK: Floats, fitted_R: Floats) -> Predictor:
+        if method == "lightgbm":
+            booster = fit_trees(fitted_RK, fitted_R, seed=seed)
+            return lambda unseen: np.asarray(booster.predict(unseen))
+        theta = fit_law(method, fitted_RK, fitted_R, seed=seed, restarts=min(_FOLD_RESTARTS, RESTARTS))
+        return lambda unseen: predict(theta, unseen)
+
+    predicted = out_of_fold(fit, mixtures_RK, losses_R, parts)
+    return Quality(
+        spearman=spearman(predicted, losses_R),
+        error=float(np.abs(predicted - losses_R).mean()),
+        spread=float(losses_R.std()),
+    )
+
+
+def write_fit(folder: Path, fit: Fit) -> Path:
+    """Write ``fit.json`` and, for trees, ``trees/task-000.txt`` and so on; return the path of the former."""
+    from dataflex.record.values import plain, replacing
+
+    for number, text in enumerate(fit.trees):
+        path = _tree_file(folder, number)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
+    body = {
+        "format": _FORMAT,
+        "method": fit.method,
+        "names": list(fit.names),
+        "tasks": list(fit.tasks),
+        "theta": None if fit.theta is None else fit.theta.tolist(),
+        "quality": {task: vars(quality) for task, quality in fit.quality.items()},
+        "runs": list(fit.runs),
+        "provenance": fit.provenance,
+    }
+    with replacing(folder / FIT) as file:
+        file.write(json.dumps(plain(body), indent=1).encode() + b"\n")
+    return folder / FIT
+
+
+def read_fit(folder: Path) -> Fit:
+    """Read what ``write_fit`` wrote.
+
+    Raises:
+        DataError: There is no fit yet, or its files are damaged.
+    """
+    path = folder / FIT
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {FIT}; run 'dataflex mix fit {folder}' first")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        method = body["method"]
+        theta = None if body["theta"] is None else np.asarray(body["theta"], dtype=np.float64)
+        if method not in METHODS or (method in LAWS) != (theta is not None):
+            raise ValueError(f"method {method!r} and its parameters do not fit together")
+        if theta is not None and theta.shape != (len(body["tasks"]), len(body["names"]) + 2):
+            raise ValueError(f"parameters of shape {theta.shape}")
+        num_trees = len(body["tasks"]) if theta is None else 0
+        trees = [_tree_file(folder, number).read_text() for number in range(num_trees)]
+        return Fit(
+            method=method,
+            names=tuple(body["names"]),
+            tasks=tuple(body["tasks"]),
+            theta=theta,
+            trees=tuple(trees),
+            quality={task: Quality(**_numbers(values)) for task, values in body["quality"].items()},
+            runs=tuple(body["runs"]),
+            provenance=body["provenance"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}; run 'dataflex mix fit {folder}' again") from error
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: float("nan") if value is None else float(value) for key, value in values.items()}
+
+
+def _tree_file(folder: Path, number: int) -> Path:
+    return folder / "trees" / f"task-{number:03d}.txt"

@@ -1,0 +1,180 @@
+"""Draws a swarm of mixtures around the natural one, for one small run each.
+
+Sources: RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), data sampling; Olmix (Chen et al., arXiv
+2602.12237), which found the untempered natural prior better, and caps better left to the proposal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.rng import stream
+from dataflex.errors import ConfigError
+
+__all__ = ["SwarmSettings", "dirichlet", "prior_of", "sample_swarm", "settings_of"]
+
+Floats = NDArray[np.float64]
+
+_BATCH = 1024
+_MOST_BATCHES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwarmSettings:
+    """How mixtures are drawn.
+
+    Attributes:
+        runs: Number of mixtures.
+        seed: Seed of all draws; the first mixtures of a larger swarm are those of a smaller one.
+        least_strength: Smallest concentration of the Dirichlet draws.
+        most_strength: Largest one.
+        strengths: Number of concentrations, evenly spaced in logarithm.
+        prior_power: Power of the natural shares that the prior is proportional to.
+        max_ratio: Most times its natural share that a domain may get, at least 1; None for no cap.
+        min_weight: Shares below it become 0.
+        step: Shares are rounded to multiples of it.
+        distance: Mixtures at most this far apart (L1) count as one.
+        oversample: Candidates drawn per mixture wanted, at most.
+    """
+
+    runs: int
+    seed: int = 0
+    least_strength: float = 0.1
+    most_strength: float = 5.0
+    strengths: int = 15
+    prior_power: float = 1.0
+    max_ratio: float | None = None
+    min_weight: float = 2e-4
+    step: float = 2e-4
+    distance: float = 1e-5
+    oversample: int = 100
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.runs < 1:
+            problems.append(f"--runs: must be at least 1, found {self.runs}")
+        if not 0 < self.least_strength <= self.most_strength:
+            problems.append(
+                f"--strengths: must be 0 < least <= most, found {self.least_strength:g} and {self.most_strength:g}"
+            )
+        if self.strengths < 1:
+            problems.append(f"--strengths: their number must be at least 1, found {self.strengths}")
+        if self.prior_power < 0:
+            problems.append(f"--prior-power: must be at least 0, found {self.prior_power:g}")
+        if self.max_ratio is not None and not self.max_ratio >= 1:
+            problems.append(
+                f"--max-ratio: a cap of {self.max_ratio:g} times the natural share cannot be met, since the caps then "
+                "sum to less than 1; give at least 1"
+            )
+        if not 0 <= self.min_weight < 1:
+            problems.append(f"--min-weight: must be at least 0 and below 1, found {self.min_weight:g}")
+        if not 0 <= self.step <= 0.5:
+            problems.append(f"--round: must be from 0 (no rounding) to 0.5, found {self.step:g}")
+        if problems:
+            raise ConfigError(problems)
+
+
+def settings_of(style: Literal["regmix", "olmix"], runs: int, seed: int, **changes: object) -> SwarmSettings:
+    """Return the settings of a paper, with those ``changes`` that are not None.
+
+    Args:
+        style: "regmix": prior ~ share^0.5, at most 15 times the natural share; "olmix": the natural prior, no cap.
+        runs: Number of mixtures.
+        seed: Seed of the draws.
+        changes: Fields of ``SwarmSettings``.
+
+    Raises:
+        ConfigError: Settings that cannot work.
+    """
+    paper = {"prior_power": 0.5, "max_ratio": 15.0} if style == "regmix" else {}
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(SwarmSettings(runs=runs, seed=seed), **{**paper, **given})  # type: ignore[arg-type]
+
+
+def prior_of(sizes_K: Floats, power: float) -> Floats:
+    """Return the prior [K]: natural shares to ``power``, renormalised; a domain of size 0 stays at 0.
+
+    Args:
+        sizes_K: Sizes in any unit [K], >= 0, not all 0.
+        power: 1 for the natural shares, 0 for equal ones.
+    """
+    prior = np.where(sizes_K > 0, np.power(np.maximum(sizes_K, 1e-300) / sizes_K.max(), power), 0.0)
+    return prior / prior.sum()
+
+
+def dirichlet(rng: np.random.Generator, alpha_BK: Floats) -> Floats:
+    """Draw one mixture per row of concentrations; exact also where concentrations are far below 1.
+
+    A Gamma(a) variable is a Gamma(a + 1) variable times U^(1/a); in logarithms nothing underflows.
+
+    Args:
+        rng: Source of randomness.
+        alpha_BK: Concentrations [B, K], >= 0; a 0 gives a share of 0.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(rng.standard_gamma(alpha_BK + 1.0)) + np.log1p(-rng.random(alpha_BK.shape)) / alpha_BK
+    logs -= logs.max(axis=1, keepdims=True)
+    weights = np.exp(logs)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
+    """Draw the mixtures of a swarm.
+
+    Per candidate: one of the strengths at random, one Dirichlet(strength x prior) draw; refused above
+    the caps; small shares become 0; renormalised, rounded, renormalised; dropped when it repeats an
+    earlier one.
+
+    Args:
+        sizes_K: Natural sizes in any unit [K], >= 0.
+        settings: How to draw.
+
+    Returns:
+        float64 [runs, K], rows on the simplex; the same for the same sizes, settings and seed.
+
+    Raises:
+        ConfigError: Fewer than two domains have a size, or too few distinct mixtures meet the settings.
+    """
+    sizes_K = np.asarray(sizes_K, dtype=np.float64)
+    if not np.isfinite(sizes_K).all() or (sizes_K < 0).any() or (sizes_K > 0).sum() < 2:
+        raise ConfigError("--natural: sizes must be finite numbers of at least 0, two of them above 0")
+    natural = sizes_K / sizes_K.sum()
+    prior = prior_of(sizes_K, settings.prior_power)
+    caps = np.ones_like(natural) if settings.max_ratio is None else np.minimum(settings.max_ratio * natural, 1.0)
+    strengths = np.geomspace(settings.least_strength, settings.most_strength, settings.strengths)
+    kept = np.empty((settings.runs, len(natural)))
+    num_kept = num_accepted = batch = 0
+    while num_kept < settings.runs and num_accepted < settings.oversample * settings.runs and batch < _MOST_BATCHES:
+        rng = stream(settings.seed, "mixing.swarm", batch)
+        batch += 1
+        drawn = dirichlet(rng, strengths[rng.integers(len(strengths), size=_BATCH), None] * prior)
+        for mixture in _tidied(drawn[(drawn <= caps).all(axis=1)], caps, settings):
+            num_accepted += 1
+            if num_kept and np.abs(kept[:num_kept] - mixture).sum(axis=1).min() <= settings.distance:
+                continue
+            kept[num_kept] = mixture
+            num_kept += 1
+            if num_kept == settings.runs:
+                break
+    if num_kept < settings.runs:
+        raise ConfigError(
+            f"--runs: only {num_kept} of {settings.runs} distinct mixtures were found in {batch * _BATCH:,} draws; "
+            "ask for fewer runs, raise --max-ratio, or lower --min-weight and --round"
+        )
+    return kept
+
+
+def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats:
+    """Zero small shares, renormalise, round, renormalise; leave out what is empty or above its cap by then."""
+    weights = np.where(drawn_BK < settings.min_weight, 0.0, drawn_BK)
+    weights = weights[weights.sum(axis=1) > 0]
+    weights /= weights.sum(axis=1, keepdims=True)
+    if settings.step > 0:
+        weights = np.round(weights / settings.step) * settings.step
+        weights = weights[weights.sum(axis=1) > 0]
+        weights /= weights.sum(axis=1, keepdims=True)
+    return weights[(weights <= caps_K).all(axis=1)]

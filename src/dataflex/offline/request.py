@@ -1,0 +1,313 @@
+"""What ``dataflex score`` is asked for, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.build import load_plugins
+from dataflex.config.check_data import column_problems, data_set_problems
+from dataflex.config.check_run import model_problems, setting_problems, stage_problems
+from dataflex.config.collect import values
+from dataflex.config.data import Source, data_sets, find_sources
+from dataflex.config.load import ENDINGS, load_mapping, merged
+from dataflex.config.methods import method_block, method_class, target_list
+from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.show import plain
+from dataflex.config.split import split
+from dataflex.config.values import env_enabled, truthy
+from dataflex.core.registry import KINDS, names
+from dataflex.errors import ConfigError
+
+__all__ = ["OfflineConfig", "ScoreRequest", "score_request"]
+
+_DROPPED = (
+    "auto_find_batch_size",
+    "do_eval",
+    "do_predict",
+    "early_stopping_steps",
+    "eval_dataset",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "evaluation_strategy",
+    "group_by_length",
+    "ignore_data_skip",
+    "load_best_model_at_end",
+    "mix_strategy",
+    "plot_loss",
+    "predict_with_generate",
+    "push_to_hub",
+    "save_steps",
+    "train_sampling_strategy",
+    "val_size",
+)
+"""Keys that only training and evaluation look at."""
+_FIXED: dict[str, Any] = {
+    "do_train": True,
+    "neat_packing": False,
+    "overwrite_output_dir": True,
+    "packing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+_STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(DynamicConfig):
+    """A configuration whose methods are several selectors, each asked once about every row."""
+
+    scorers: tuple[MethodConfig, ...] = ()
+
+    @property
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The selectors asked."""
+        return self.scorers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """One run of ``dataflex score``.
+
+    Attributes:
+        lf: LLaMA-Factory's keys, those of training left out.
+        config: Methods, plugins, seed, domains and signals.
+        out: The file to write.
+        work: Folder for what is not finished yet, removed at the end.
+        checkpoint: Checkpoint whose weights and optimizer state are taken, or None.
+        budget: Rows that every method is asked for; None: all.
+        sources: The data sets, with their files where these are local.
+        entries: What ``dataset_info.json`` says about each data set.
+        notes: What is done differently from a training run, one line each.
+    """
+
+    lf: dict[str, Any]
+    config: OfflineConfig
+    out: Path
+    work: Path
+    checkpoint: Path | None
+    budget: int | None
+    sources: tuple[Source, ...]
+    entries: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def score_request(
+    data: str,
+    overrides: Sequence[str],
+    *,
+    methods: Sequence[str],
+    out: Path,
+    targets: str | None = None,
+    budget: int | None = None,
+    store: str | None = None,
+) -> ScoreRequest:
+    """Read and check what is to be scored.
+
+    Args:
+        data: A LLaMA-Factory YAML or JSON file, or the names of data sets.
+        overrides: ``key=value`` texts; ``METHOD.key=value`` sets a method's parameter.
+        methods: Names of selectors.
+        out: The parquet file to write.
+        targets: Data sets for the methods that need targets and have none of their own.
+        budget: Rows that every method is asked for; None: all.
+        store: Folder for finished passes, kept; None: one beside ``out``, removed at the end.
+
+    Raises:
+        ConfigError: All problems, one line each.
+    """
+    problems: list[str] = []
+    ours = [text for text in overrides if text.partition("=")[0].partition(".")[0] in methods and "." in text]
+    theirs = [text for text in overrides if text not in ours]
+    for text in theirs:
+        method, dot, _ = text.partition("=")[0].partition(".")
+        if dot and method in names("selector"):
+            problems.append(f"{text}: {method} is not among the methods asked for ({', '.join(methods)})")
+    is_file = data.lower().endswith(ENDINGS)
+    base_dir = Path(data).absolute().parent if is_file else Path.cwd()
+    mapping = load_mapping(data, theirs) if is_file else merged({"dataset": data}, theirs)
+    given = merged({}, ours)
+    lf, config = _parts(mapping, base_dir, problems)
+    scorers = _scorers(methods, given, config, targets, problems)
+    notes = _tidy(lf, problems)
+    checkpoint = _checkpoint(lf, problems)
+    work = out.with_name(f"{out.name}.work")
+    signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
+    config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
+    sources = _checked(lf, config, base_dir, problems)
+    problems += _out_problems(out)
+    if budget is not None and budget < 1:
+        problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
+    if checkpoint is None:
+        problems += _adam_problems(scorers)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    lf.update(_FIXED, output_dir=str(work / "run"))
+    return ScoreRequest(
+        lf=lf,
+        config=config,
+        out=out,
+        work=work,
+        checkpoint=checkpoint,
+        budget=budget,
+        sources=tuple(sources),
+        entries=_entries(lf, [source.name for source in sources]),
+        notes=tuple(notes),
+    )
+
+
+def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tuple[dict[str, Any], OfflineConfig]:
+    """Return LLaMA-Factory's keys and ours; the rules between keys of a training run do not apply."""
+    block = mapping.get("dynamic")
+    if block is None:
+        parts = split({key: value for key, value in mapping.items() if key != "dynamic"}, base_dir)
+        dynamic = parts.dynamic or DynamicConfig()
+        return dict(parts.lf), OfflineConfig(selector=dynamic.selector, seed=dynamic.seed, signals=dynamic.signals)
+    if not isinstance(block, Mapping):
+        raise ConfigError("dynamic: expected a mapping")
+    given = values(DynamicConfig, block, "dynamic", problems, skip=KINDS)
+    kept: dict[str, Any] = {key: given[key] for key in ("seed", "signals", "domain_column", "unit") if key in given}
+    kept["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
+    if block.get("selector") is not None:
+        kept["selector"] = method_block("selector", block["selector"], "dynamic.selector", problems)
+    return {key: value for key, value in mapping.items() if key != "dynamic"}, OfflineConfig(**kept)
+
+
+def _scorers(
+    asked: Sequence[str],
+    given: Mapping[str, Any],
+    config: OfflineConfig,
+    targets: str | None,
+    problems: list[str],
+) -> tuple[MethodConfig, ...]:
+    """Return the methods: parameters of the configuration's own selector of that name, then those given."""
+    if not asked:
+        problems.append("--method: name one or more selectors, with commas between them (see 'dataflex methods')")
+    twice = [name for name in dict.fromkeys(asked) if list(asked).count(name) > 1]
+    if twice:
+        problems.append(f"--method: names {', '.join(twice)} twice")
+    own = config.selector
+    aims = target_list(targets, "--targets", problems) if targets is not None else ()
+    if not aims and own is not None:
+        aims = own.targets
+    built = []
+    for name in dict.fromkeys(asked):
+        cls = method_class("selector", name, "--method", problems)
+        if cls is None:
+            continue
+        base = plain(own) if own is not None and own.name == name else {}
+        block = {**base, "name": name, **(given.get(name) or {})}
+        if cls.needs.targets and aims and (targets is not None or "targets" not in block):
+            block["targets"] = (given.get(name) or {}).get("targets", list(aims))
+        method = method_block("selector", block, name, problems)
+        if method is not None:
+            built.append(method)
+    return tuple(built)
+
+
+def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
+    """Take out what only training needs; return notes on what is done otherwise."""
+    notes = []
+    if lf.get("tokenized_path"):
+        problems.append("tokenized_path: a tokenised copy does not say which row of a file it came from; remove it")
+    if truthy(lf, "packing") or truthy(lf, "neat_packing") or (lf.get("stage") == "pt" and lf.get("packing") is None):
+        notes.append("packing is off: every sample is scored by itself")
+    config = lf.pop("deepspeed", None)
+    if config is not None:
+        if isinstance(config, str) and Path(config).is_file():
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, Mapping) else 0
+        if stage == 3:
+            problems.append(
+                "deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it"
+            )
+        else:
+            notes.append("deepspeed is left out: nothing is trained")
+    if lf.get("fsdp") not in (None, "", [], False):
+        problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
+    if env_enabled("USE_RAY"):
+        problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
+    held = [key for key in ("val_size", "eval_dataset") if lf.get(key)]
+    if held:
+        notes.append(f"{', '.join(held)} left out: every row of the data set is scored")
+    for key in _DROPPED:
+        lf.pop(key, None)
+    return notes
+
+
+def _checkpoint(lf: dict[str, Any], problems: list[str]) -> Path | None:
+    asked = lf.pop("resume_from_checkpoint", None)
+    if asked in (None, False, "false", "False"):
+        return None
+    if asked in (True, "true", "True"):
+        problems.append(
+            "resume_from_checkpoint: name the checkpoint's folder whose weights and optimizer are to be used"
+        )
+        return None
+    folder = Path(str(asked))
+    if not (folder / "optimizer.pt").is_file():
+        problems.append(f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)")
+    return folder
+
+
+def _checked(lf: dict[str, Any], config: OfflineConfig, base_dir: Path, problems: list[str]) -> list[Source]:
+    """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
+    view = {**lf, **_FIXED}
+    problems += [
+        problem.replace("dynamic.selector: ", "--method: ", 1)
+        for problem in (*stage_problems(config, view), *setting_problems(config, view))
+    ]
+    problems += model_problems(view)
+    sources: list[Source] = []
+    problems += data_set_problems(view, base_dir, sources)
+    for method in config.scorers:
+        for problem in find_sources(method.targets, view, f"{method.name}.targets", base_dir)[1]:
+            if not problem.startswith("dataset_dir:"):  # told once, for the data set
+                problems.append(problem)
+    problems += column_problems(config, view)
+    for source in sources:
+        if source.num_samples is not None:
+            problems.append(
+                f"dataset: {source.name!r} has num_samples in dataset_info.json, which draws rows anew in every load; "
+                "remove it, and draw with 'dataflex select --budget'"
+            )
+    return sources
+
+
+def _entries(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
+    folder = lf.get("dataset_dir", "data")
+    if isinstance(folder, Mapping):
+        info: Mapping[str, Any] = folder
+    else:
+        path = Path(str(folder)) / "dataset_info.json"
+        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: dict(info[name]) for name in datasets if name in info}
+
+
+def _out_problems(out: Path) -> list[str]:
+    if out.suffix != ".parquet":
+        return [f"--out: {out} must end in .parquet"]
+    if out.is_dir():
+        return [f"--out: {out} is a folder"]
+    above = next(path for path in out.absolute().parents if path.exists())
+    return [] if above.is_dir() else [f"--out: {above} is a file, not a folder"]
+
+
+def _adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
+    """Without training there is no optimizer whose moments could precondition gradients."""
+    return [
+        f"{method.name}.precondition: {kind} needs the moments of a run's Adam, and without training there are none; "
+        f"write '{method.name}.precondition=none', or name a checkpoint of the run: "
+        "'resume_from_checkpoint=saves/run/checkpoint-100'"
+        for method in scorers
+        if (kind := getattr(method.params, "precondition", None)) in ("true_adam", "paper_repo")
+    ]
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return names given with commas between them."""
+    return data_sets(text)

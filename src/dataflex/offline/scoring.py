@@ -1,0 +1,244 @@
+"""Runs ``dataflex score``: LLaMA-Factory's own data pipeline and model, and methods asked instead of a training run.
+
+LLaMA-Factory's workflow builds tokenizer, data, model and trainer as for training; our trainer's ``train``
+scores and stops there. Passes write into a store as they go, so that a killed run goes on where it was.
+Upstream names relied upon: those of ``train.seam`` and ``bridge``; of the Trainer ``train``,
+``create_optimizer`` and ``_load_from_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dataflex.bridge.origins import Origin, watched_origins
+from dataflex.bridge.swap import swapped, versions
+from dataflex.config.show import as_mapping, plain
+from dataflex.core.protocols import Context
+from dataflex.core.schedule import Interval
+from dataflex.dist import comm
+from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.offline.columns import Column, ask
+from dataflex.offline.files import file_records
+from dataflex.offline.request import ScoreRequest
+from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.signals.identity import state_identity
+from dataflex.signals.passes import preserved
+from dataflex.signals.service import SignalService
+from dataflex.train.row_space import RowSpace
+from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_service
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+__all__ = ["run_score"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Scored(Exception):
+    def __init__(self, columns: list[Column], model: str, seed: int) -> None:
+        super().__init__("scored")
+        self.columns, self.model, self.seed = columns, model, seed
+
+
+class _ScoringMixin(_Trainer):
+    """A trainer that scores every row instead of training."""
+
+    dataflex_setup: ClassVar[Setup]
+    dataflex_request: ClassVar[ScoreRequest]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_unsupported(self, self.dataflex_setup.config)
+
+    def train(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Score, and leave the workflow."""
+        setup, request = self.dataflex_setup, self.dataflex_request
+        step = 0 if request.checkpoint is None else _take_checkpoint(self, request.checkpoint)
+        seed = self.args.seed if setup.config.seed is None else setup.config.seed
+        service = signal_service(setup, self, batch_shape(self, shuffle=False), seed)
+        optimizer = _optimizer(self, request.checkpoint)
+        rate = float(self.args.learning_rate)
+        service.handle = replace(service.handle, optimizer=optimizer, learning_rate=lambda: rate)
+        columns = _columns(service, setup, request, seed, step)
+        raise _Scored(columns, state_identity(self.model.named_parameters()), seed)
+
+
+def _take_checkpoint(trainer: Any, checkpoint: Path) -> int:
+    """Load a checkpoint's weights as a resumed run would; return its optimizer step."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"resume_from_checkpoint: {checkpoint} has no readable trainer_state.json") from error
+
+
+def _optimizer(trainer: Any, checkpoint: Path | None) -> Callable[[], Any]:
+    """Return what gives the checkpoint's optimizer, loaded when it is first asked for."""
+    loaded: list[Any] = []
+
+    def give() -> Any:
+        if checkpoint is None:
+            raise ConfigError(
+                "a method asks for the moments of a run's optimizer, and without training there are none; set its "
+                "'precondition=none', or name a checkpoint: 'resume_from_checkpoint=saves/run/checkpoint-100'"
+            )
+        if not loaded:
+            optimizer = trainer.create_optimizer()
+            state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            try:
+                optimizer.load_state_dict(state)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"resume_from_checkpoint: the optimizer of {checkpoint} is of other parameters: {error}"
+                ) from error
+            loaded.append(optimizer)
+        return loaded[0]
+
+    return give
+
+
+def _columns(service: SignalService, setup: Setup, request: ScoreRequest, seed: int, step: int) -> list[Column]:
+    space = setup.rows
+    service.begin(step)
+    ctx = Context(
+        interval=Interval(index=0, kind="dynamic", start_step=step, stop_step=step + 1),
+        seed=seed,
+        domains=space.domains,
+        signals=service,
+        columns=space.columns,
+        total_sequences=space.num_rows,
+        unit=setup.config.unit,
+        learning_rate=service.handle.learning_rate(),
+    )
+    pool, columns = space.all_rows(), []
+    budget = space.num_rows if request.budget is None else request.budget
+    if budget > space.num_rows:
+        raise DataError(f"--budget: {budget:,} rows of {space.num_rows:,}")
+    for method in request.config.scorers:
+        with preserved(service.handle.model):
+            columns += ask(method, pool, budget, ctx)
+        logger.info("%s: %s rows scored", method.name, f"{space.num_rows:,}")
+    digest = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column.values).tobytes())
+    comm.agree("scores", digest.hexdigest())
+    return columns
+
+
+def run_score(request: ScoreRequest) -> str:
+    """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks).
+
+    Raises:
+        DataFlexError: Anything that the user can mend.
+    """
+    for note in request.notes:
+        logger.info("%s", note)
+    stage = str(request.lf.get("stage", "sft"))
+    mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    records = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
+    try:
+        with watched_origins(stage) as found, swapped(stage, request.config, request.lf, mixin) as setup:
+            try:
+                tuner.run_exp(dict(request.lf))
+            except _Scored as done:
+                scored = done
+        rows = setup.rows
+        table = _table(request, rows, found[: len(request.sources)], records, scored)
+        text = ""
+        if comm.rank() == 0:
+            write_scores(request.out, table)
+            shutil.rmtree(request.work, ignore_errors=True)
+            text = _told(request, table, scored.columns)
+        comm.barrier()
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return text
+
+
+def _table(
+    request: ScoreRequest,
+    space: RowSpace,
+    origins: list[Origin],
+    records: list[Any],
+    scored: _Scored,
+) -> ScoreTable:
+    names = [source.name for source in request.sources]
+    sizes = [space.sources[name] for name in names]
+    for name, size, origin in zip(names, sizes, origins, strict=True):
+        if len(origin.kept) != size:
+            raise DataError(
+                f"{name}: {len(origin.kept):,} rows of its files were to become {size:,} training rows, so that scores "
+                "cannot be given back to rows of the files"
+            )
+    parts = zip(names, origins, records, strict=True)
+    provenance = {
+        "config": {key: value for key, value in request.lf.items() if key not in ("output_dir",)},
+        "dynamic": {
+            key: value
+            for key, value in as_mapping(request.config).items()
+            if key in ("seed", "domain_column", "plugins")
+        },
+        "methods": [plain(method) for method in request.config.scorers],
+        "budget": request.budget,
+        "seed": scored.seed,
+        "model": {
+            "name_or_path": request.lf.get("model_name_or_path"),
+            "adapter": request.lf.get("adapter_name_or_path"),
+            "checkpoint": None if request.checkpoint is None else str(request.checkpoint),
+            "identity": scored.model,
+        },
+        "data": {
+            "fingerprint": space.fingerprint,
+            "dataset_dir": request.lf.get("dataset_dir", "data"),
+            "sources": [
+                {
+                    "name": name,
+                    "rows": len(origin.kept),
+                    "rows_read": origin.num_rows,
+                    "entry": request.entries.get(name),
+                    "files": [asdict(record) for record in files],
+                }
+                for name, origin, files in parts
+            ],
+        },
+        "targets": {name: target.fingerprint for name, target in space.targets.items()},
+        "columns": {column.name: column.told for column in scored.columns},
+        "versions": versions(),
+    }
+    return ScoreTable(
+        datasets=tuple(names),
+        dataset_of=np.repeat(np.arange(len(names), dtype=np.int64), sizes),
+        domains=space.domains.names,
+        domain_of=np.asarray(space.domains.domain_of, dtype=np.int64),
+        position=np.concatenate([np.zeros(0, dtype=np.int64), *(origin.kept for origin in origins)]),
+        tokens=space.lengths,
+        supervised_tokens=space.supervised,
+        columns={column.name: column.values for column in scored.columns},
+        provenance=json.loads(json.dumps(provenance, default=str)),
+    )
+
+
+def _told(request: ScoreRequest, table: ScoreTable, columns: list[Column]) -> str:
+    lines = [f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}"]
+    for column in columns:
+        there = int((column.values >= 0).sum() if column.name.endswith(".rank") else np.isfinite(column.values).sum())
+        lines.append(f"  {column.name}: {there:,} values; {column.told}")
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""Writes a subset: the rows of the source files byte for byte, their provenance, and an entry for dataset_info.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.core.protocols import Rows
+from dataflex.core.state import atomic_write_text
+from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.offline.files import FileRecord, SourceRows
+from dataflex.offline.table import ScoreTable
+
+__all__ = ["Written", "write_subset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One file of a subset: where, from which data set, and how many rows and tokens."""
+
+    path: Path
+    dataset: str
+    rows: int
+    tokens: int
+
+
+def write_subset(
+    table: ScoreTable, rows: Rows, out: Path, *, order: str, provenance: Mapping[str, Any]
+) -> list[Written]:
+    """Write the rows, one file for each data set that has any.
+
+    The provenance is written first, a file of rows last: where it stands, all of it does.
+
+    Args:
+        table: The scores.
+        rows: Chosen rows, in order of preference.
+        out: A file; or, without an ending, a folder that takes a file for each data set and can be used as
+            ``dataset_dir``.
+        order: "source" or "preference".
+        provenance: JSON values on how the rows were chosen.
+
+    Raises:
+        ConfigError: ``out`` does not fit the format, or the number of data sets.
+        DataError: A source changed since it was scored, or is not there.
+        UnsupportedError: A source whose rows cannot be written back.
+    """
+    if order == "source":
+        rows = np.sort(rows)
+    used = [place for place in range(len(table.datasets)) if (table.dataset_of[rows] == place).any()]
+    sources = {place: _source(table, place) for place in used}
+    in_folder = not out.suffix or out.is_dir()
+    targets = _targets(table, sources, out, in_folder)
+    infos, written = {}, []
+    for place in used:
+        name, path = table.datasets[place], targets[place]
+        mine = rows[table.dataset_of[rows] == place]
+        written.append(Written(path=path, dataset=name, rows=len(mine), tokens=int(table.tokens[mine].sum())))
+        entry = {key: value for key, value in (_record(table, place)["entry"] or {}).items() if key != "num_samples"}
+        infos[name if in_folder else out.stem] = {**entry, "file_name": path.name}
+    parts = []
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if in_folder:
+            out.mkdir(exist_ok=True)
+        for place, file in zip(used, written, strict=True):
+            aside = file.path.with_name(f".{file.path.name}.{os.getpid()}.tmp")
+            mine = rows[table.dataset_of[rows] == place]
+            sources[place].write(aside, table.position[mine].tolist())
+            parts.append((aside, file))
+        folder, prefix = (out, "") if in_folder else (out.parent, f"{out.stem}.")
+        whole = {**provenance, "files": [_described(aside, file) for aside, file in parts]}
+        atomic_write_text(folder / f"{prefix}provenance.json", json.dumps(whole, indent=1) + "\n")
+        atomic_write_text(folder / f"{prefix}dataset_info.json", json.dumps(infos, indent=2) + "\n")
+        for aside, file in parts:
+            os.replace(aside, file.path)
+    except OSError as error:
+        raise DataError(f"--out: cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for aside, _ in parts:
+            aside.unlink(missing_ok=True)
+    return written
+
+
+def _described(aside: Path, file: Written) -> dict[str, Any]:
+    found = FileRecord.of(aside)
+    return {
+        "path": file.path.name,
+        "dataset": file.dataset,
+        "rows": file.rows,
+        "tokens": file.tokens,
+        "size": found.size,
+        "blake2b": found.blake2b,
+    }
+
+
+def _record(table: ScoreTable, place: int) -> dict[str, Any]:
+    return next(one for one in table.provenance["data"]["sources"] if one["name"] == table.datasets[place])
+
+
+def _source(table: ScoreTable, place: int) -> SourceRows:
+    """Return the rows of a data set's files, which must be those that were scored."""
+    record = _record(table, place)
+    name = record["name"]
+    if not record["files"]:
+        raise UnsupportedError(f"{name}: is not in local files, so its rows cannot be written in their format")
+    for scored in record["files"]:
+        path = Path(scored["path"])
+        if not path.is_file():
+            raise DataError(f"{name}: no such file: {path} (relative to the folder that 'dataflex score' ran in)")
+        if asdict(FileRecord.of(path)) != scored:
+            raise DataError(
+                f"{name}: {path} changed since it was scored ({scored['size']:,} bytes then, "
+                f"{path.stat().st_size:,} now), so that rows cannot be told apart; score it again"
+            )
+    rows = SourceRows([Path(scored["path"]) for scored in record["files"]])
+    read, limited = record["rows_read"], table.provenance["config"].get("max_samples") is not None
+    if rows.num_rows < read or (rows.num_rows > read and not limited):
+        raise UnsupportedError(
+            f"{name}: {rows.num_rows:,} rows were found in its files, and {read:,} were read from them when it was "
+            "scored, so that rows cannot be matched"
+        )
+    return rows
+
+
+def _targets(table: ScoreTable, sources: Mapping[int, SourceRows], out: Path, in_folder: bool) -> dict[int, Path]:
+    names = [table.datasets[place] for place in sources]
+    if in_folder and out.is_file():
+        raise ConfigError(f"--out: {out} is a file; name a folder, or a file with the ending of its format")
+    if not in_folder and len(sources) > 1:
+        raise ConfigError(
+            f"--out: {out}: the rows are of {len(names)} data sets ({', '.join(names)}); name a folder, which "
+            "takes a file for each"
+        )
+    targets = {}
+    for place, rows in sources.items():
+        path = out / f"{table.datasets[place]}{rows.ending}" if in_folder else out
+        if path.suffix.lower() != rows.ending:
+            raise ConfigError(f"--out: {out} must end in {rows.ending}, as the file that the rows are from")
+        if any(path.absolute() == Path(one["path"]).absolute() for one in _record(table, place)["files"]):
+            raise ConfigError(f"--out: {path} is the file that the rows are from; choose another name")
+        targets[place] = path
+    return targets

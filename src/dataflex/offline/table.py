@@ -1,0 +1,153 @@
+"""The scores on disk: one parquet file, whole or absent, with its provenance in the file's metadata.
+
+Columns: ``row`` (int64, place among the rows scored), ``dataset`` and ``domain`` (text), ``position`` (int64,
+place in the data set's files, counted from 0), ``tokens`` and ``supervised_tokens`` (int64), then the methods' columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dataflex.errors import DataError
+
+__all__ = ["FIXED_COLUMNS", "ScoreTable", "read_scores", "write_scores"]
+
+FIXED_COLUMNS = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
+_KEY = b"dataflex"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Scores of N rows.
+
+    Attributes:
+        datasets: Names of the data sets.
+        dataset_of: Index into ``datasets`` of each row [N].
+        domains: Names of the domains.
+        domain_of: Index into ``domains`` of each row [N].
+        position: Place of each row in its data set's files [N].
+        tokens: Tokens of each row [N].
+        supervised_tokens: Those that a loss is taken of [N].
+        columns: The methods' columns by name, each [N]; NaN where there is no value.
+        provenance: What the scores were computed from; JSON values.
+    """
+
+    datasets: tuple[str, ...]
+    dataset_of: NDArray[np.int64]
+    domains: tuple[str, ...]
+    domain_of: NDArray[np.int64]
+    position: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    supervised_tokens: NDArray[np.int64]
+    columns: Mapping[str, NDArray[Any]]
+    provenance: Mapping[str, Any]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.position)
+
+
+def write_scores(path: Path, table: ScoreTable) -> None:
+    """Write the file aside and rename it, so that it is whole or absent.
+
+    Raises:
+        DataError: The operating system refused, with its reason.
+    """
+    arrays: dict[str, Any] = {
+        "row": np.arange(table.num_rows, dtype=np.int64),
+        "dataset": _named(table.datasets, table.dataset_of),
+        "domain": _named(table.domains, table.domain_of),
+        "position": table.position,
+        "tokens": table.tokens,
+        "supervised_tokens": table.supervised_tokens,
+        **{name: _nullable(values) for name, values in table.columns.items()},
+    }
+    content = pa.table(arrays).replace_schema_metadata(
+        {_KEY: json.dumps({"format": _FORMAT, **table.provenance}, sort_keys=True)}
+    )
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            pq.write_table(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"--out: cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _named(names: tuple[str, ...], index: NDArray[np.int64]) -> Any:
+    return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(names)))
+
+
+def _names(column: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return the names in a text column and the index of each row's."""
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    encoded = encoded.unify_dictionaries().combine_chunks()
+    array = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+    return tuple(array.dictionary.to_pylist()), array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _nullable(values: NDArray[Any]) -> Any:
+    """Return an arrow array in which ranks of -1 (not chosen) are null."""
+    if np.issubdtype(values.dtype, np.integer):
+        return pa.array(values, mask=values < 0)
+    return pa.array(values)
+
+
+def read_scores(path: Path) -> ScoreTable:
+    """Read what ``write_scores`` wrote; null ranks become NaN.
+
+    Raises:
+        DataError: No such file, or not one of ours.
+    """
+    try:
+        content = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; scores are written by 'dataflex score'") from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    told = (content.schema.metadata or {}).get(_KEY)
+    missing = [name for name in FIXED_COLUMNS if name not in content.column_names]
+    if told is None or missing:
+        raise DataError(f"{path}: is not a file of scores that 'dataflex score' wrote")
+    provenance = json.loads(told)
+    if provenance.get("format") != _FORMAT:
+        raise DataError(f"{path}: has format {provenance.get('format')!r}; this version reads {_FORMAT}")
+    datasets, dataset_of = _names(content.column("dataset"))
+    domains, domain_of = _names(content.column("domain"))
+
+    def whole(name: str) -> NDArray[np.int64]:
+        return content.column(name).to_numpy().astype(np.int64)
+
+    return ScoreTable(
+        datasets=datasets,
+        dataset_of=dataset_of,
+        domains=domains,
+        domain_of=domain_of,
+        position=whole("position"),
+        tokens=whole("tokens"),
+        supervised_tokens=whole("supervised_tokens"),
+        columns={name: _floats(content.column(name)) for name in content.column_names if name not in FIXED_COLUMNS},
+        provenance=provenance,
+    )
+
+
+def _floats(column: Any) -> NDArray[Any]:
+    values = column.to_numpy()
+    return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)

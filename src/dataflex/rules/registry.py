@@ -1,0 +1,218 @@
+"""The subset rules by name: what each needs of the candidates, its parameters, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import round_robin, top_k
+from dataflex.core.neighbours import round_robin_nearest
+from dataflex.core.parts import Part
+from dataflex.core.protocols import Params
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.rules import draws, facility, knn, params, quotas, ranked, spread
+from dataflex.rules.candidates import Candidates
+
+__all__ = ["RULES", "Rule", "RuleSpec", "choose"]
+
+Chosen = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSpec:
+    """One rule.
+
+    Attributes:
+        params: Its parameters.
+        call: ``(candidates, k, params)`` to at most k positions, in order of preference.
+        needs: Of ``scores``, ``queries`` (vectors of target rows, or scores by query), ``query_vectors``,
+            ``vectors``, ``lengths``; or what gives them for some parameters.
+        ranks: Whether a shorter answer is the beginning of a longer one, so that several can take turns.
+        draws: Whether the answer depends on the seed, for some parameters.
+    """
+
+    params: type[Params]
+    call: Callable[[Candidates, int, Any], Chosen]
+    needs: frozenset[str] | Callable[[Any], frozenset[str]]
+    ranks: bool = False
+    draws: bool = False
+
+
+def _top_k(c: Candidates, k: int, _: Params) -> Chosen:
+    assert c.scores is not None
+    return top_k(c.scores, k)
+
+
+def _round_robin(c: Candidates, k: int, p: params.RoundRobin) -> Chosen:
+    count = len(c.queries) if c.queries is not None else len(c.by_query) if c.by_query is not None else 0
+    assert count > 0
+    order = np.argsort(c.uniforms("turns", np.arange(count))) if p.shuffle else None
+    if c.queries is not None:
+        assert c.vectors is not None
+        return round_robin_nearest(c.queries, c.vectors, k, order)
+    assert c.by_query is not None
+    return round_robin(c.by_query, k, order)
+
+
+def _knn(c: Candidates, k: int, p: params.KnnUniform) -> Chosen:
+    assert c.queries is not None
+    assert c.vectors is not None
+    kde = (p.sigma, p.kde_k) if isinstance(p, params.KnnKde) else (0.0, 1)
+    probability, away = knn.probabilities(
+        c.queries, c.vectors, max_k=p.max_k, kde_k=kde[1], sigma=kde[0], alpha=p.alpha, c=p.c, search=p.search
+    )
+    return knn.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
+
+
+def _gumbel(c: Candidates, k: int, p: params.GumbelTopK) -> Chosen:
+    assert c.scores is not None
+    return draws.gumbel(draws.log_weights(c.scores, p.temperature, p.standardise), k, c.rows, c.uniforms)
+
+
+def _multinomial(c: Candidates, k: int, p: params.Multinomial) -> Chosen:
+    assert c.scores is not None
+    weights = np.asarray(c.scores, dtype=np.float64)
+    if p.weights == "softmax" and len(weights):
+        weights = np.exp((weights - weights.max()) / p.temperature)
+    return draws.multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
+
+
+def _token_budget(c: Candidates, k: int, p: params.TokenBudget) -> Chosen:
+    assert c.scores is not None
+    assert c.lengths is not None
+    return ranked.token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
+
+
+def _deita(c: Candidates, k: int, p: params.Deita) -> Chosen:
+    assert c.scores is not None
+    assert c.vectors is not None
+    order = ranked.ranking(c.scores)
+    chosen = spread.apart(spread.unit(c.vectors), order, p.threshold, k)
+    if not p.fill or len(chosen) == k:
+        return chosen
+    return np.concatenate([chosen, order[~np.isin(order, chosen)][: k - len(chosen)]])
+
+
+def _among(c: Candidates, k: int, share: float) -> tuple[NDArray[np.float32], Chosen | None]:
+    """Return the vectors chosen from, and their positions where they are not all: the best share by score."""
+    assert c.vectors is not None
+    if c.scores is None or share >= 1.0:
+        return c.vectors, None
+    best = top_k(c.scores, max(k, round(share * len(c.scores))))
+    return c.vectors[best], best
+
+
+def _k_center(c: Candidates, k: int, p: params.KCenter) -> Chosen:
+    vectors, best = _among(c, k, p.best_share)
+    chosen = spread.k_center(vectors, k)
+    return chosen if best is None else best[chosen]
+
+
+def _facility(c: Candidates, k: int, p: params.FacilityLocation) -> Chosen:
+    vectors, best = _among(c, k, p.best_share)
+    chosen = facility.facility_location(vectors, k, neighbours=p.neighbours, search=p.search)
+    return chosen if best is None else best[chosen]
+
+
+def _water_filling(c: Candidates, k: int, p: params.WaterFilling) -> Chosen:
+    assert c.groups is not None
+    return quotas.by_quota(c.groups, _preference(c, p.within), k, "water_filling")
+
+
+def _cluster_quota(c: Candidates, k: int, p: params.ClusterQuota) -> Chosen:
+    assert c.vectors is not None
+    vectors = spread.unit(c.vectors) if p.normalise else c.vectors
+    count = p.clusters or max(1, round(np.sqrt(len(vectors))))
+    seed = int(c.uniforms("kmeans", np.zeros(1, dtype=np.int64))[0] * 2**52)
+    labels = quotas.kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
+    return quotas.by_quota(labels, _preference(c, p.within), k, p.quota)
+
+
+def _preference(c: Candidates, within: str) -> NDArray[np.floating]:
+    if within == "random":
+        return c.uniforms("within", c.rows)
+    assert c.scores is not None
+    return c.scores
+
+
+def _within(p: Any) -> frozenset[str]:
+    own = frozenset({"vectors"} if isinstance(p, params.ClusterQuota) else {"groups"})
+    return own if p.within == "random" else own | {"scores"}
+
+
+def _spreads(p: Any) -> frozenset[str]:
+    return frozenset({"vectors"}) if p.best_share >= 1.0 else frozenset({"vectors", "scores"})
+
+
+_SCORES = frozenset({"scores"})
+_TARGETED = frozenset({"query_vectors"})
+
+RULES: Final[dict[str, RuleSpec]] = {
+    "top_k": RuleSpec(params=params.TopK, call=_top_k, needs=_SCORES, ranks=True),
+    "round_robin": RuleSpec(
+        params=params.RoundRobin, call=_round_robin, needs=frozenset({"queries"}), ranks=True, draws=True
+    ),
+    "knn_uniform": RuleSpec(params=params.KnnUniform, call=_knn, needs=_TARGETED, ranks=True, draws=True),
+    "knn_kde": RuleSpec(params=params.KnnKde, call=_knn, needs=_TARGETED, ranks=True, draws=True),
+    "gumbel_top_k": RuleSpec(params=params.GumbelTopK, call=_gumbel, needs=_SCORES, ranks=True, draws=True),
+    "multinomial": RuleSpec(params=params.Multinomial, call=_multinomial, needs=_SCORES, ranks=True, draws=True),
+    "token_budget": RuleSpec(params=params.TokenBudget, call=_token_budget, needs=_SCORES | {"lengths"}),
+    "deita": RuleSpec(params=params.Deita, call=_deita, needs=_SCORES | {"vectors"}),
+    "k_center": RuleSpec(params=params.KCenter, call=_k_center, needs=_spreads),
+    "facility_location": RuleSpec(params=params.FacilityLocation, call=_facility, needs=_spreads),
+    "water_filling": RuleSpec(params=params.WaterFilling, call=_water_filling, needs=_within, draws=True),
+    "cluster_quota": RuleSpec(params=params.ClusterQuota, call=_cluster_quota, needs=_within, draws=True),
+}
+
+
+@dataclass(frozen=True)
+class Rule(Part):
+    """A subset rule with its parameters."""
+
+    what = "rule"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return the names of all rules."""
+        return list(RULES)
+
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return a rule's parameters.
+
+        Raises:
+            ConfigError: There is no such rule.
+        """
+        if name not in RULES:
+            raise ConfigError(f"unknown rule {name!r}{did_you_mean(name, list(RULES))} (known: {', '.join(RULES)})")
+        return RULES[name].params
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rule needs of the candidates with these parameters."""
+        needs = RULES[self.name].needs
+        return needs if isinstance(needs, frozenset) else needs(self.params)
+
+
+def choose(rule: Rule, candidates: Candidates, k: int) -> NDArray[np.int64]:
+    """Return the positions of at most ``k`` candidates, in order of preference.
+
+    Distinct, unless the rule draws with replacement. All ``k`` come back while the candidates last, except where
+    the rule says otherwise: ``token_budget``, ``deita``, and draws that leave out weights of 0.
+
+    Args:
+        rule: The rule.
+        candidates: What it may look at, with all that ``rule.needs`` names.
+        k: How many, >= 0.
+
+    Raises:
+        DataError: Weights that cannot be drawn from.
+        UnsupportedError: A package that the rule needs is not installed.
+    """
+    if k == 0 or len(candidates.rows) == 0:
+        return np.empty(0, dtype=np.int64)
+    return RULES[rule.name].call(candidates, k, rule.params)

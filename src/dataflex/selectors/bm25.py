@@ -1,0 +1,114 @@
+"""BM25: rows that share rare words with the target's rows.
+
+A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208, where it is among the best per unit
+of compute. Every target row is a query; a row's score for a target is the mean of its BM25 (Okapi) scores over the
+target's rows, and the largest over targets counts. The prompt is compared, lower-cased, without punctuation, cut at
+white space. Words say what a row is about and nothing about whether its answer is right.
+
+The prompt is what the template made of it, so its role names are words too; they are in every row and weigh next to
+nothing. ``rule: round_robin`` lets the target's rows (with several targets, the targets) take turns instead; with one
+target it holds 4 bytes for each pair of a pool row and a target row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import round_robin, top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.selectors.okapi import Okapi
+from dataflex.selectors.text_features import Remembered, cut_words, no_words, pool_texts, target_words
+from dataflex.signals.specs import Part
+
+__all__ = ["Bm25"]
+
+
+class Bm25(Selector):
+    """Keep the rows that share rare words with the targets' rows."""
+
+    name = "bm25"
+    needs = Needs(signals=frozenset({"texts"}), targets=True)
+    card = Card(
+        summary="Keeps the rows whose prompts share rare words with those of the targets' rows (BM25).",
+        paper="Compute-Constrained Data Selection, ICLR 2025, arXiv 2410.16208",
+        cost="none on the device: words are counted once",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of BM25; the defaults are the paper's."""
+
+        part: Part = field(default="prompt", metadata={"help": "what of a row is compared"})
+        rule: Literal["top_k", "round_robin"] = field(
+            default="top_k", metadata={"help": "keep the highest scores, or let target rows (or targets) take turns"}
+        )
+        k1: float = field(
+            default=1.5,
+            metadata={"help": "how slowly repeats of a word saturate; 0: only its presence", "minimum": 0.0},
+        )
+        b: float = field(
+            default=0.75,
+            metadata={"help": "how much long rows are held back, 0 to 1", "minimum": 0.0, "maximum": 1.0},
+        )
+        epsilon: float = field(
+            default=0.25,
+            metadata={"help": "share of the mean idf for words in more than half of the rows", "minimum": 0.0},
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._remembered = Remembered()
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep up to ``budget`` rows; ties by pool order.
+
+        Returns:
+            Rows in order; scores [len(pool)] are the largest mean score over targets, NaN for rows without
+            words, which are never kept.
+
+        Raises:
+            DataError: The pool, or a target, has no row with a word.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        means, turns, wordless = self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))
+        scores = means.max(axis=0)
+        kept = top_k(scores, budget) if self.params.rule == "top_k" else round_robin(turns, budget)
+        reason = f"{len(kept)} of {len(pool)} rows by words of {', '.join(ctx.targets)} ({self.params.rule})"
+        if wordless:
+            reason += f"; {wordless} rows have no words"
+        return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+    def _scores(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], NDArray[np.floating], int]:
+        """Return mean scores by target [T, N], scores of those that take turns [Q, N], and rows without words."""
+        p = self.params
+        targets = target_words(self.name, ctx, p.part, cut_words)
+        asked = {word for rows in targets for row in rows for word in row}
+        texts = map(cut_words, pool_texts(pool, ctx, p.part))
+        index = Okapi(texts, asked, k1=p.k1, b=p.b, epsilon=p.epsilon)
+        empty = index.lengths == 0
+        if empty.all():
+            raise no_words(self.name, len(pool), p.part)
+        means = np.stack([index.scores(_mean(rows)) for rows in targets])
+        means[:, empty] = np.nan
+        turns: NDArray[np.floating] = means
+        if p.rule == "round_robin" and len(targets) == 1:
+            turns = np.empty((len(targets[0]), len(pool)), dtype=np.float32)
+            for j, row in enumerate(targets[0]):
+                turns[j] = index.scores(Counter(row))
+            turns[:, empty] = np.nan
+        return means, turns, int(empty.sum())
+
+
+def _mean(queries: list[list[str]]) -> dict[str, float]:
+    """Return how often each word occurs in a query, on average."""
+    counts = Counter(word for query in queries for word in query)
+    return {word: count / len(queries) for word, count in counts.items()}

@@ -1,0 +1,176 @@
+"""COINCIDE: clusters of what rows are about; more rows from clusters that transfer well and are not dense.
+
+"Concept-skill Transferability-based Data Selection for Large Vision-Language Models", EMNLP 2024,
+arXiv 2406.10995. A cluster's share is softmax(S / D / temperature): its transferability S is the mean cosine of
+its centre with the other centres, those above 0.9 (itself and near-duplicates) left out; its density D is the mean
+Gaussian kernel over all pairs of its rows, each with itself included. Clusters are served by descending share, the
+shares of the rest taken anew after each; inside a cluster rows are added one at a time so that the maximum mean
+discrepancy to the whole cluster is least. Clusters are those of spherical k-means.
+
+The original embeds text and images with the attention outputs of five layers of a small vision-language model.
+Here features are text only and of the residual stream: for each of ``layers`` the tanh of the mean hidden state over
+a row's tokens, scaled to length one, concatenated. They come from the model under training or from ``encoder``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.cluster import members, spherical_kmeans
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError, DataError
+from dataflex.selectors.mmd import density, greedy_mmd
+from dataflex.signals.specs import EmbeddingSpec
+
+__all__ = ["Coincide", "cluster_quotas", "shares", "transferability"]
+
+_NEAR = 0.9  # cosine of centres above which one is the other's near-duplicate
+
+
+def transferability(centres: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return S of each cluster [K]: the mean cosine with the centres that are no near-duplicates; 0 without any."""
+    units = np.asarray(centres, dtype=np.float64)
+    units = units / np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-30)
+    result = np.zeros(len(units))
+    step = max(1, (1 << 23) // len(units))
+    for start in range(0, len(units), step):
+        cosines = units[start : start + step] @ units.T
+        kept = cosines <= _NEAR
+        rows = np.arange(len(cosines))
+        kept[rows, start + rows] = False  # a centre of zeros has cosine 0 with itself
+        result[start : start + step] = np.where(kept, cosines, 0.0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+    return result
+
+
+def shares(scores: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    """Return softmax(scores / temperature) [K]."""
+    raised = np.asarray(scores, dtype=np.float64) / temperature
+    weights = np.exp(raised - raised.max())
+    return np.asarray(weights / weights.sum())
+
+
+def cluster_quotas(
+    scores: NDArray[np.floating], sizes: NDArray[np.integer], budget: int, temperature: float
+) -> list[tuple[int, int]]:
+    """Return (cluster, rows to take) in the order served; the numbers add up to min(budget, rows).
+
+    Each cluster is given its share of what is left, rounded (half to even), and at most its size; then the
+    shares of the clusters not yet served are taken anew. What rounding and small clusters leave over is filled
+    up in the same order.
+
+    Args:
+        scores: S / D of each cluster [K], finite.
+        sizes: Rows of each [K].
+        budget: Rows in all.
+        temperature: Of the softmax.
+    """
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    left = min(int(budget), int(np.sum(sizes)))
+    # Shares of the clusters from place i on are weights[i] over the sum of those from i on.
+    ordered = np.asarray(scores, dtype=np.float64)[order] / temperature
+    quotas = []
+    after = np.logaddexp.accumulate(ordered[::-1])[::-1]
+    for place, cluster in enumerate(order.tolist()):
+        count = min(round(left * float(np.exp(ordered[place] - after[place]))), int(sizes[cluster]), left)
+        quotas.append(count)
+        left -= count
+    for place, cluster in enumerate(order.tolist()):
+        more = min(left, int(sizes[cluster]) - quotas[place])
+        quotas[place] += more
+        left -= more
+    return list(zip(order.tolist(), quotas, strict=True))
+
+
+class Coincide(Selector):
+    """Keep rows of transferable, sparse clusters, each cluster in miniature."""
+
+    name = "coincide"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"embeddings"}), stages=("pt", "sft"))
+    card = Card(
+        summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",
+        paper="COINCIDE: Concept-skill Transferability-based Data Selection, EMNLP 2024, arXiv 2406.10995",
+        cost="1 F over the pool per layer and interval, and k-means",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of COINCIDE; temperature and kernel are the original code's."""
+
+        clusters: int | None = field(
+            default=None, metadata={"help": "number of clusters; null: one for 66 rows, as published", "minimum": 1}
+        )
+        temperature: float = field(
+            default=0.1, metadata={"help": "of the softmax over clusters; large: equal shares", "above": 0.0}
+        )
+        gamma: float = field(default=1.0, metadata={"help": "width of the Gaussian kernel", "above": 0.0})
+        layers: tuple[int, ...] = field(
+            default=(-1,), metadata={"help": "layers whose hidden states make the features; 1 F each"}
+        )
+        iterations: int = field(default=50, metadata={"help": "rounds of k-means at most", "minimum": 1})
+        encoder: str | None = field(
+            default=None, metadata={"help": "folder or hub id of another (small) model; null: the model under training"}
+        )
+
+        def __post_init__(self) -> None:
+            if not self.layers:
+                raise ValueError("layers: name at least one layer (-1 is the last)")
+            if len(set(self.layers)) < len(self.layers):
+                raise ValueError(f"layers: names a layer twice: {', '.join(map(str, self.layers))}")
+
+    params: Params
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep up to ``budget`` rows.
+
+        Returns:
+            Rows cluster by cluster as they are served, inside a cluster in the order they are added; scores
+            [len(pool)] are S / D of each row's cluster, NaN for rows without features, which are never kept.
+
+        Raises:
+            DataError: No row of a non-empty pool has features.
+            ComponentError: Embeddings do not fit the rows asked for.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        p = self.params
+        features = self._features(pool, ctx)
+        places = np.flatnonzero(np.isfinite(features).all(axis=1))
+        if not len(places):
+            raise DataError(f"coincide: none of {len(pool):,} rows has an embedding. Check that the rows hold text.")
+        features = features[places]
+        wanted = p.clusters if p.clusters is not None else -(-len(places) // 66)
+        labels, centres = spherical_kmeans(
+            features, wanted, ctx.rng("selector.coincide.kmeans"), iterations=p.iterations
+        )
+        groups = members(labels)
+        densities = np.array([density(features[group], p.gamma) for group in groups])
+        values = transferability(centres) / densities
+        kept = [np.empty(0, dtype=np.int64)]
+        for cluster, count in cluster_quotas(values, np.bincount(labels), budget, p.temperature):
+            group = groups[cluster]
+            kept.append(group[greedy_mmd(features[group], count, p.gamma)])
+        chosen = np.concatenate(kept)
+        scores = np.full(len(pool), np.nan)
+        scores[places] = values[labels]
+        used = sum(len(part) > 0 for part in kept)
+        reason = f"{len(chosen)} of {len(pool)} rows from {used} of {len(groups)} clusters"
+        if len(places) < len(pool):
+            reason += f"; {len(pool) - len(places)} rows have no embedding"
+        return Selection(rows=pool[places[chosen]], scores=scores, reason=reason)
+
+    def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        parts = []
+        for layer in self.params.layers:
+            spec = EmbeddingSpec(layer=layer, pooling="mean", normalise=False)
+            found = np.tanh(ctx.signals.embeddings(pool, spec, encoder=self.params.encoder))
+            if found.ndim != 2 or len(found) != len(pool):
+                raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
+            parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30))
+        return np.asarray(np.concatenate(parts, axis=1) / np.sqrt(len(parts)), dtype=np.float32)

@@ -1,0 +1,216 @@
+"""DSIR: rows drawn so that their words look like the target's, by importance weights of hashed n-grams.
+
+"Data Selection for Language Models via Importance Resampling", NeurIPS 2023, arXiv 2302.03169. Texts are lower-cased
+and cut into words and punctuation; every word and pair of words falls into a bucket by its hash. With the shares of
+the buckets in the target p_t and in the pool p_r, a row's weight is
+
+    log w = sum over buckets of count x [log(p_t + 1e-8) - log(p_r + 1e-8)],
+
+and rows are drawn without replacement in proportion to w (Gumbel top-k, keyed by row).
+
+The sum is not divided by length, as published: long rows get extreme weights, so that the draw comes near to a plain
+top-k. The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into
+one costs up to 18 nats, and the shortest rows win whatever they say; ``smoothing``, a count added to every bucket of
+the target and of the pool, is therefore 1 here and 0 as published. ``per_ngram`` divides by the number of n-grams,
+which is not the paper's. The reason tells the effective sample size (sum w)^2 / sum w^2 of the pool: near 1 it says
+that one row outweighs all others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.core.choose import gumbel_top_k, largest_remainder, top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.rng import uniforms
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
+from dataflex.signals.specs import Part
+
+__all__ = ["Dsir", "Hasher", "effective_size", "log_ratios"]
+
+_EPSILON = 1e-8
+
+
+class Hasher:
+    """Gives every n-gram its bucket: SHA-256 as a whole number, modulo the number of buckets.
+
+    Args:
+        buckets: Number of buckets.
+        ngrams: Longest n-gram in words, joined by single spaces.
+    """
+
+    def __init__(self, buckets: int, ngrams: int) -> None:
+        self._buckets, self._ngrams = buckets, ngrams
+        self._known: dict[str, int] = {}
+
+    def __call__(self, words: list[str]) -> NDArray[np.int64]:
+        """Return the bucket of every n-gram of a text, by length of n-gram."""
+        grams = [" ".join(words[i : i + n]) for n in range(1, self._ngrams + 1) for i in range(len(words) - n + 1)]
+        return np.array([self._bucket(gram) for gram in grams], dtype=np.int64)
+
+    def _bucket(self, gram: str) -> int:
+        found = self._known.get(gram)
+        if found is None:
+            found = int.from_bytes(hashlib.sha256(gram.encode("utf-8")).digest(), "big") % self._buckets
+            if len(self._known) < 2_000_000:  # rare n-grams of a large pool are not worth holding
+                self._known[gram] = found
+        return found
+
+
+def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
+    """Return log(p_t + 1e-8) - log(p_r + 1e-8) of each bucket."""
+    target, pool = np.asarray(p_target, dtype=np.float64), np.asarray(p_pool, dtype=np.float64)
+    return np.asarray(np.log(target + _EPSILON) - np.log(pool + _EPSILON))
+
+
+def effective_size(log_weights: NDArray[np.float64]) -> float:
+    """Return (sum w)^2 / sum w^2 of weights given by finite logarithms."""
+    weights = np.exp(log_weights - log_weights.max())
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+class Dsir(Selector):
+    """Draw rows whose n-grams look like the targets'."""
+
+    name = "dsir"
+    needs = Needs(signals=frozenset({"texts"}), targets=True)
+    card = Card(
+        summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
+        paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
+        cost="none on the device: n-grams are counted once",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of DSIR; the paper's defaults, but for ``smoothing`` and for short rows, which are kept."""
+
+        part: Part = field(default="all", metadata={"help": "what of a row is looked at"})
+        ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
+        buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
+        smoothing: float = field(
+            default=1.0,
+            metadata={"help": "count added to every bucket; 0 as published, for large targets", "minimum": 0.0},
+        )
+        min_ngrams: int = field(
+            default=1, metadata={"help": "rows of fewer n-grams are never drawn (the paper: 100 words)", "minimum": 1}
+        )
+        per_ngram: bool = field(default=False, metadata={"help": "divide log weights by the number of n-grams"})
+        rule: Literal["gumbel_top_k", "top_k"] = field(
+            default="gumbel_top_k", metadata={"help": "draw in proportion to the weights, or keep the largest"}
+        )
+        target_proportions: dict[str, float] | None = field(
+            default=None,
+            metadata={"help": "draw for each target by itself, in these proportions; null: pool the targets"},
+        )
+
+        def __post_init__(self) -> None:
+            given = self.target_proportions
+            if given is not None and (
+                not given or any(not 0 <= share < np.inf for share in given.values()) or not any(given.values())
+            ):
+                raise ValueError("target_proportions: must be finite, at least 0 and not all 0")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._remembered = Remembered()
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Draw up to ``budget`` rows without replacement.
+
+        Returns:
+            Rows in the order drawn; scores [len(pool)] are log weights (with ``target_proportions`` the largest
+            over targets), NaN for rows with too few n-grams, which are never drawn.
+
+        Raises:
+            ConfigError: ``target_proportions`` does not name exactly the targets.
+            DataError: A target has no words, or no row of the pool has enough n-grams.
+        """
+        shares = self._shares(ctx.targets)
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        by_task = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
+        usable = np.isfinite(by_task[0])
+        kept = self._draw(by_task, pool, min(budget, int(usable.sum())), shares, ctx)
+        size = ", ".join(f"{effective_size(one[usable]):.3g}" for one in by_task)
+        reason = (
+            f"{len(kept)} of {len(pool)} rows by n-grams of {', '.join(ctx.targets)} ({self.params.rule}); "
+            f"effective sample size {size}"
+        )
+        if not usable.all():
+            reason += f"; {int((~usable).sum())} rows have too few n-grams"
+        return Selection(rows=pool[kept], scores=by_task.max(axis=0), reason=reason)
+
+    def _shares(self, targets: tuple[str, ...]) -> NDArray[np.float64]:
+        given = self.params.target_proportions
+        if given is None:
+            return np.ones(1)
+        for name in given:
+            if name not in targets:
+                raise ConfigError(
+                    f"dynamic.selector.target_proportions.{name}: no such target{did_you_mean(name, targets)} "
+                    f"(targets: {', '.join(targets)})"
+                )
+        missing = [name for name in targets if name not in given]
+        if missing:
+            raise ConfigError(f"dynamic.selector.target_proportions: {', '.join(missing)} missing; name every target")
+        return np.array([given[name] for name in targets], dtype=np.float64)
+
+    def _log_weights(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams."""
+        p, hasher = self.params, Hasher(self.params.buckets, self.params.ngrams)
+        targets = target_words(self.name, ctx, p.part, word_punct)
+        if p.target_proportions is None:
+            targets = [[row for rows in targets for row in rows]]
+        wanted = [_counts((hasher(row) for row in rows), p.buckets) for rows in targets]
+        smallest = np.min_scalar_type(p.buckets - 1)
+        rows = [hasher(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        usable = lengths >= p.min_ngrams
+        if not usable.any():
+            if not lengths.any():
+                raise no_words(self.name, len(pool), p.part)
+            raise ConfigError(
+                f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
+            )
+        raw = _share(_counts(rows, p.buckets), p.smoothing)
+        ratios = np.stack([log_ratios(_share(counts, p.smoothing), raw) for counts in wanted])
+        found = np.full((len(wanted), len(pool)), np.nan)
+        for place in np.flatnonzero(usable):
+            found[:, place] = ratios[:, rows[place]].sum(axis=1)
+        return found / np.maximum(lengths, 1) if p.per_ngram else found
+
+    def _draw(
+        self, by_task: NDArray[np.float64], pool: Rows, count: int, shares: NDArray[np.float64], ctx: Context
+    ) -> NDArray[np.int64]:
+        """Return positions in the pool, targets one after another, none twice."""
+        left, kept = by_task.copy(), []
+        for task, quota in enumerate(largest_remainder(count, shares).tolist()):
+            if self.params.rule == "top_k":
+                chosen = top_k(left[task], quota)
+            else:
+                name = "selector.dsir" if len(by_task) == 1 else f"selector.dsir.{ctx.targets[task]}"
+                chosen = gumbel_top_k(left[task], quota, uniforms(ctx.seed, name, ctx.interval.index, pool))
+            left[:, chosen] = np.nan
+            kept.append(chosen)
+        return np.concatenate(kept)
+
+
+def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int64]:
+    total = np.zeros(buckets, dtype=np.int64)
+    for row in rows:
+        np.add.at(total, row, 1)
+    return total
+
+
+def _share(counts: NDArray[np.int64], smoothing: float) -> NDArray[np.float64]:
+    return np.asarray((counts + smoothing) / (counts.sum() + smoothing * len(counts)))

@@ -1,0 +1,133 @@
+"""IFD: rows whose instruction helps least to predict the answer, among those where it helps at all.
+
+Instruction-following difficulty compares a row's answer loss given its prompt, l(a | p), with that of the answer
+alone, l(a): ``ratio: loss`` is l(a | p) / l(a) of "From Quantity to Quality" (Cherry LLM), NAACL 2024, arXiv
+2308.12032; ``ratio: perplexity`` is exp(l(a | p) - l(a)) of Superfiltering, ACL 2024, arXiv 2402.00530, which takes a
+small model as ``scorer``. The two rank differently. Rows at ``threshold`` or above (the prompt does not help:
+misaligned or cut off) are dropped, and the highest of the rest are kept.
+
+Both losses are means over the same tokens. Where the tokenizer puts no token before a text by itself, the first
+token of an answer alone would follow nothing; it is then left out of both. ``prefix_tokens`` keeps the last tokens of
+the prompt with the answer, as Cherry LLM keeps "### Response:". Rows of several turns: each answer is alone for
+itself. Very short answers have extreme ratios (``min_answer_tokens``). A model that has already been trained on the
+pool makes all ratios small, and on large mixed pools IFD can lose to random rows (arXiv 2503.01807).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.core.choose import top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import DataError
+from dataflex.selectors.finite import finite_rows
+
+__all__ = ["Ifd", "ifd_ratios"]
+
+Ratio = Literal["loss", "perplexity"]
+
+
+def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.float64]:
+    """Return IFD of each row [n]: losses 1.0 and 2.0 give 0.5 by loss and 0.3679 by perplexity.
+
+    Args:
+        given: Answer losses under the prompt [n], nats per token.
+        alone: Answer losses without it [n].
+        ratio: Which form.
+
+    Returns:
+        float64 [n]; NaN where a loss is not finite, or where the loss alone is 0 and divides.
+    """
+    conditioned, unconditioned = np.asarray(given, dtype=np.float64), np.asarray(alone, dtype=np.float64)
+    usable = np.isfinite(conditioned) & np.isfinite(unconditioned)
+    if ratio == "loss":
+        usable &= unconditioned > 0
+    conditioned, unconditioned = np.where(usable, conditioned, 1.0), np.where(usable, unconditioned, 1.0)
+    with np.errstate(over="ignore"):
+        found = conditioned / unconditioned if ratio == "loss" else np.exp(conditioned - unconditioned)
+    return np.where(usable, found, np.nan)
+
+
+class Ifd(Selector):
+    """Keep the rows of highest instruction-following difficulty below a threshold."""
+
+    name = "ifd"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses", "texts"}), stages=("sft",))
+    card = Card(
+        summary="Keeps the rows whose prompt helps least to predict the answer, of those where it helps.",
+        paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
+        cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
+        forward_per_pool_row=2.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of IFD; the defaults are those of Cherry LLM."""
+
+        scorer: str | None = field(
+            default=None,
+            metadata={
+                "help": "folder or hub id of a small causal model; null: the model under training",
+                "model": True,
+            },
+        )
+        ratio: Ratio = field(default="loss", metadata={"help": "ratio of losses (Cherry LLM) or perplexities"})
+        threshold: float = field(
+            default=1.0, metadata={"help": "rows at or above this ratio are dropped", "above": 0.0}
+        )
+        prefix_tokens: int = field(
+            default=0, metadata={"help": "last tokens of the prompt that the answer alone keeps", "minimum": 0}
+        )
+        min_answer_tokens: int = field(
+            default=1, metadata={"help": "rows with fewer supervised tokens are dropped", "minimum": 1}
+        )
+        fill: bool = field(
+            default=False,
+            metadata={"help": "when too few rows are below the threshold, fill up with the lowest above it"},
+        )
+
+    params: Params
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep up to ``budget`` rows; ties by pool order.
+
+        Returns:
+            Rows of highest ratio below the threshold; scores [len(pool)] are ratios, NaN where there is none.
+
+        Raises:
+            DataError: No row of a non-empty pool has a ratio, or none is below the threshold.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        p = self.params
+        given, alone = (
+            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=p.prefix_tokens)
+            for conditioned in (True, False)
+        )
+        scores = ifd_ratios(given, alone, p.ratio)
+        answers = ctx.signals.tokens(pool, part="completion")
+        short = np.array([len(answer) for answer in answers], dtype=np.int64) < p.min_answer_tokens
+        scores[short] = np.nan
+        finite = finite_rows(self.name, scores, len(pool))
+        below = finite & (scores < p.threshold)
+        kept = top_k(np.where(below, scores, np.nan), budget)
+        if not below.any() and not p.fill and budget:
+            raise DataError(
+                f"ifd: none of {int(finite.sum()):,} rows has a ratio below {p.threshold:g} (the lowest is "
+                f"{np.nanmin(scores):.4g}): to this model no prompt helps to predict its answer. Check the template "
+                "and the scorer, raise 'threshold', or set 'fill: true'."
+            )
+        reason = f"{len(kept)} of {len(pool)} rows, highest of {int(below.sum())} with IFD below {p.threshold:g}"
+        if p.fill and len(kept) < budget:
+            rest = top_k(np.where(finite & ~below, -scores, np.nan), budget - len(kept))
+            kept = np.concatenate([kept, rest])
+            reason += f", and the lowest {len(rest)} above"
+        if not finite.all():
+            reason += f"; {int((~finite).sum())} rows have no ratio"
+        return Selection(rows=pool[kept], scores=scores, reason=reason)

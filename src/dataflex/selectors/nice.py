@@ -1,0 +1,250 @@
+"""NICE: rows whose optimizer step raises the reward of the model's own answers to the target's prompts.
+
+"NICE Data Selection for Instruction Tuning in LLMs with Non-differentiable Evaluation Metric", ICML 2025 (OpenReview
+2wt8m5HUBs). It is LESS (arXiv 2402.04333) with a policy gradient in the place of the target's loss: answers y_i are
+sampled from the model under training for each prompt x, graded by any reward r_i, and the prompt's gradient is
+
+    1 / n  sum_i (r_i - b_i) grad(-log p(y_i | x)),    b_i the mean of the other answers' rewards,
+
+log p summed over the answer's tokens, its end included. This is the gradient of -E[r], so that rows of positive
+cosine raise the reward. Training gradients go through Adam as in LESS; scores are the mean of the cosines over a
+task's prompts, exact, without the random projection.
+
+The leave-one-out baseline b is ours (``baseline: none`` is as published): without it a reward that is always positive
+just makes the model imitate itself. So are sampling at temperature 1 from all tokens, since gradients are taken
+there, and one checkpoint, that of the run, instead of four. Prompts whose answers all have the same reward say
+nothing and are left out; a task without any other is left out with a warning; without any task, rows are drawn
+uniformly for the interval, with a warning, unless ``without_signal: error``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError, DataError
+from dataflex.rewards.build import build_reward, reward_problem
+from dataflex.rewards.judge import JudgeConfig
+from dataflex.selectors.answered import Answered, ask_and_grade
+from dataflex.signals.specs import GenerationSpec, GradientSpec, WeightedAnswer
+
+__all__ = ["Nice", "advantages"]
+
+logger = logging.getLogger(__name__)
+
+
+def advantages(
+    rewards: NDArray[np.floating], *, baseline: Literal["leave_one_out", "none"], standardise: bool
+) -> NDArray[np.float64]:
+    """Return r - b of the answers to one prompt [n], NaN where there is no reward.
+
+    Args:
+        rewards: Rewards [n]; NaN for answers that could not be graded, which count for nothing.
+        baseline: ``leave_one_out``: b_i is the mean of the others (0 with one answer, which then says nothing).
+        standardise: Divide by the standard deviation of the rewards + 1e-6.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    known = np.isfinite(values)
+    count = int(known.sum())
+    result = np.full(len(values), np.nan)
+    if not count:
+        return result
+    own = values[known]
+    if baseline == "leave_one_out":
+        # Equal rewards must give exact zeros, which a mean of floats need not.
+        equal = count == 1 or own.min() == own.max()
+        result[known] = 0.0 if equal else (own - own.mean()) * (count / (count - 1))
+    else:
+        result[known] = own
+    return result / (own.std() + 1e-6) if standardise else result
+
+
+class Nice(Selector):
+    """Keep the rows with the largest influence on the expected reward of answers to the targets' prompts."""
+
+    name = "nice"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
+    card = Card(
+        summary="Keeps the rows whose optimizer step raises the reward of the model's answers to the targets.",
+        paper="NICE, ICML 2025 (OpenReview 2wt8m5HUBs), after LESS, arXiv 2402.04333",
+        cost="1 F + 1 B over the pool; 20 answers to each target prompt: generated, graded, and 1 F + 1 B each",
+        forward_per_pool_row=1.0,
+        backward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of NICE."""
+
+        reward: str = field(
+            metadata={
+                "help": "exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
+            }
+        )
+        command: str | None = field(
+            default=None, metadata={"help": "for reward: command; reads JSON lines, writes one reward per line"}
+        )
+        judge: JudgeConfig | None = field(
+            default=None, metadata={"help": "for reward: judge; an OpenAI-compatible server (url, model, ...)"}
+        )
+        reward_timeout_seconds: float = field(
+            default=30.0, metadata={"help": "longest call of a function, or silence of a command", "above": 0.0}
+        )
+        on_reward_error: Literal["drop", "raise"] = field(
+            default="drop", metadata={"help": "leave an answer out that cannot be graded, or end the run"}
+        )
+        without_signal: Literal["random", "error"] = field(
+            default="random", metadata={"help": "when all rewards are equal: uniform draws with a warning, or an error"}
+        )
+        samples: int = field(default=20, metadata={"help": "answers to each prompt", "minimum": 1})
+        max_new_tokens: int = field(default=300, metadata={"help": "tokens of an answer at most", "minimum": 1})
+        temperature: float = field(
+            default=1.0, metadata={"help": "of sampling; 1 keeps gradients unbiased", "above": 0.0}
+        )
+        top_p: float = field(
+            default=1.0, metadata={"help": "nucleus of sampling; 1 keeps all tokens", "above": 0.0, "maximum": 1.0}
+        )
+        top_k: int = field(default=0, metadata={"help": "likeliest tokens of sampling; 0 keeps all", "minimum": 0})
+        max_prompts: int | None = field(
+            default=None, metadata={"help": "prompts of each target, drawn anew each interval; null: all", "minimum": 1}
+        )
+        baseline: Literal["leave_one_out", "none"] = field(
+            default="leave_one_out",
+            metadata={"help": "subtracted from a reward: mean of the other answers, or nothing"},
+        )
+        standardise: bool = field(
+            default=False, metadata={"help": "divide a prompt's advantages by the deviation of its rewards"}
+        )
+        token_reduction: Literal["sum", "mean"] = field(
+            default="sum", metadata={"help": "of log p over an answer's tokens"}
+        )
+        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
+            default="true_adam", metadata={"help": "what turns training gradients into directions"}
+        )
+        aggregate: Literal["max", "mean"] = field(
+            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
+        )
+        sketch_size: int | None = field(
+            default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
+        )
+        parameters: str | None = field(
+            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
+        )
+        last_blocks: int | None = field(
+            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
+        )
+        bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+
+        def __post_init__(self) -> None:
+            problem = reward_problem(self.reward, self.command, self.judge)
+            if problem:
+                raise ValueError(problem)
+            if self.baseline == "leave_one_out" and self.samples < 2:
+                raise ValueError("samples: the baseline leave_one_out needs at least 2 answers to a prompt, found 1")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep the ``budget`` rows of the largest score; ties by pool order.
+
+        Returns:
+            Rows best first; scores [len(pool)] after bringing tasks together, NaN for rows without a supervised
+            token, which are never kept. Without any signal: rows drawn uniformly, no scores.
+
+        Raises:
+            DataError: No row of a non-empty pool has a score; a target has no prompt; or there is no signal
+                and ``without_signal`` is ``error``.
+            RewardError: Every answer of all targets failed to be graded; or one did and ``on_reward_error`` is
+                ``raise``.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        p = self.params
+        answered = {target: self._answers(target, number, ctx) for number, target in enumerate(ctx.targets)}
+        weighted = {target: self._weighted(found) for target, found in answered.items()}
+        told = ", ".join(f"{target} {found.mean:.4g}" for target, found in answered.items())
+        tasks = {target: answers for target, answers in weighted.items() if answers}
+        if not tasks:
+            return self._without_signal(pool, budget, ctx, told)
+        silent = [target for target in weighted if target not in tasks]
+        if silent:
+            logger.warning(
+                "nice: all answers to each prompt of target %s have the same reward (mean reward: %s), so it is left "
+                "out of this decision. More samples, or a reward with finer steps, would help",
+                ", ".join(silent),
+                told,
+            )
+        spec = GradientSpec(
+            precondition=p.precondition,
+            parameters=p.parameters,
+            last_blocks=p.last_blocks,
+            sketch_size=p.sketch_size,
+            sketch_seed=ctx.seed,
+            bf16=p.bf16,
+        )
+        by_task = ctx.signals.answer_scores(pool, spec, answers=tasks)
+        if by_task.shape != (len(pool), len(tasks)):
+            raise ComponentError(f"nice: asked for the influence of {len(pool):,} rows, was given {by_task.shape}")
+        together = (by_task.mean(axis=1) if p.aggregate == "mean" else by_task.max(axis=1)).astype(np.float64)
+        scores = np.where(np.isfinite(together), together, np.nan)
+        scored = int(np.isfinite(scores).sum())
+        if not scored:
+            raise DataError(
+                f"nice: none of {len(pool):,} rows has a gradient to compare (are their labels all masked?). "
+                "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
+            )
+        kept = top_k(scores, budget)
+        reason = f"{len(kept)} of {len(pool)} rows by influence on the reward (mean reward: {told})"
+        if silent:
+            reason += f"; without a signal: {', '.join(silent)}"
+        if scored < len(pool):
+            reason += f"; {len(pool) - scored} rows have no supervised token"
+        return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+    def _answers(self, target: str, number: int, ctx: Context) -> Answered:
+        p = self.params
+        spec = GenerationSpec(
+            max_new_tokens=p.max_new_tokens,
+            temperature=p.temperature,
+            top_p=p.top_p,
+            top_k=p.top_k,
+            num_samples=p.samples,
+            seed=int(ctx.rng(f"selector.nice.generate.{number}").integers(2**31)),
+        )
+        keep_going = p.on_reward_error == "drop"
+        return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
+
+    def _weighted(self, found: Answered) -> list[WeightedAnswer]:
+        """Return the answers that count; those of a prompt are one group."""
+        p = self.params
+        result = []
+        for group, (prompt, answers, rewards) in enumerate(
+            zip(found.prompts, found.answers, found.rewards, strict=True)
+        ):
+            gains = advantages(rewards, baseline=p.baseline, standardise=p.standardise)
+            count = int(np.isfinite(gains).sum())
+            for answer, gain in zip(answers, gains, strict=True):
+                if np.isfinite(gain) and gain != 0.0:
+                    weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
+                    result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
+        return result
+
+    def _without_signal(self, pool: Rows, budget: int, ctx: Context, told: str) -> Selection:
+        why = f"all answers to each prompt have the same reward (mean reward: {told})"
+        if self.params.without_signal == "error":
+            raise DataError(f"nice: {why}, so that no row can be preferred; set without_signal: random to go on")
+        logger.warning("nice: %s; rows are drawn uniformly until the next decision", why)
+        drawn = pool[ctx.rng("selector.nice.random").permutation(len(pool))[:budget]]
+        return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {why}")

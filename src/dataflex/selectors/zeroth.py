@@ -1,0 +1,160 @@
+"""Zeroth-order influence (experimental): directional derivatives of losses by differences, no backward pass.
+
+A method of existing DataFlex, without a paper: for random directions x_k, the same for all rows, the derivative of
+row i's loss is g_ik = (l_i(p + e x_k) - l_i(p - e x_k)) / (2 e), the simultaneous perturbation of Spall (1992). The
+vector of all K derivatives is a sketch of the row's gradient; rows are ranked by the cosine of theirs with that of
+the target's mean loss, or by the mean product, which is an unbiased estimate of the inner product of gradients.
+
+Be warned. The estimate of a cosine has a standard error of about 1 / sqrt(K), so that K = 256 directions, that is
+512 forward passes over the pool, tell apart cosines that differ by 0.1 or so; one backward pass (``less``,
+``precondition: none``) gives them exactly for the price of some three. One direction is noise: it ranks
+all rows by one random projection. Use this only where no gradient can be had.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError, DataError
+
+__all__ = ["Zeroth", "central_difference"]
+
+logger = logging.getLogger(__name__)
+
+_FORWARD = 512.0  # of the default number of directions
+
+
+def central_difference(above: NDArray[np.floating], below: NDArray[np.floating], epsilon: float) -> NDArray[np.float64]:
+    """Return (above - below) / (2 epsilon) in float64: exact for linear and quadratic functions; NaN where not finite.
+
+    Args:
+        above: Losses at p + epsilon x [n].
+        below: Losses at p - epsilon x [n].
+        epsilon: The step.
+    """
+    with np.errstate(invalid="ignore"):
+        found = (above.astype(np.float64) - below.astype(np.float64)) / (2.0 * epsilon)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+class Zeroth(Selector):
+    """Keep the rows whose loss changes as the target's does under random changes of the parameters."""
+
+    name = "zeroth"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
+    card = Card(
+        summary="Experimental and noisy: keeps rows by influence on the targets, estimated without backward passes.",
+        paper="baseline (simultaneous perturbation of existing DataFlex; no paper)",
+        cost="2 F over the pool and the targets per direction (256) and interval; prefer less, which is exact",
+        forward_per_pool_row=_FORWARD,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the zeroth-order selector."""
+
+        directions: int = field(
+            default=256,
+            metadata={"help": "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", "minimum": 1},
+        )
+        epsilon: float = field(
+            default=1e-3, metadata={"help": "step added to or taken from every parameter", "above": 0.0}
+        )
+        similarity: Literal["cosine", "product"] = field(
+            default="cosine", metadata={"help": "compare directions, or inner products, which favour steep rows"}
+        )
+        aggregate: Literal["max", "mean"] = field(
+            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
+        )
+        parameters: str | None = field(
+            default=None, metadata={"help": "regular expression of the parameters that move; null: all trainable ones"}
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._warned = False
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep the ``budget`` rows of the largest estimated influence; ties by pool order.
+
+        Returns:
+            Rows best first; scores [len(pool)] after bringing tasks together, NaN for rows without a finite
+            loss, which are never kept.
+
+        Raises:
+            DataError: No row of a non-empty pool, or of a target, has a finite loss.
+            ComponentError: Losses do not fit the rows asked for.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        num = self.params.directions
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "zeroth is experimental: with %d directions its cosines have a standard error of about %.2f, for %d "
+                "forward passes over the pool; less gives them exactly for one forward and one backward pass",
+                num,
+                num**-0.5,
+                2 * num,
+            )
+        by_task = self._influence(pool, ctx)
+        scores = by_task.mean(axis=1) if self.params.aggregate == "mean" else by_task.max(axis=1)
+        scored = int(np.isfinite(scores).sum())
+        if not scored:
+            raise DataError(
+                f"zeroth: all {len(pool):,} rows have no finite loss (are their labels all masked?). Check that "
+                "cutoff_len leaves room for the response, and that the model's own loss is finite; or lower epsilon."
+            )
+        kept = top_k(scores, budget)
+        reason = (
+            f"{len(kept)} of {len(pool)} rows by estimated influence on {', '.join(ctx.targets)} "
+            f"({num} directions, standard error about {num**-0.5:.2f})"
+        )
+        if scored < len(pool):
+            reason += f"; {len(pool) - scored} rows have no finite loss"
+        return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+    def _influence(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return cosines or mean products [len(pool), targets], adding up direction by direction."""
+        num, targets = self.params.directions, ctx.targets
+        products, squares = np.zeros((len(pool), len(targets))), np.zeros(len(pool))
+        target_squares = np.zeros(len(targets))
+        for direction in range(num * ctx.interval.index, num * (ctx.interval.index + 1)):
+            aims = np.array([self._target_derivative(name, direction, ctx) for name in targets])
+            own = self._derivatives(pool, direction, ctx, None)
+            products += own[:, None] * aims
+            squares += own**2
+            target_squares += aims**2
+        if self.params.similarity == "product":
+            return products / num
+        return np.asarray(products / np.maximum(np.sqrt(squares[:, None] * target_squares), 1e-30))
+
+    def _target_derivative(self, target: str, direction: int, ctx: Context) -> float:
+        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+        found = self._derivatives(rows, direction, ctx, target) if len(rows) else np.empty(0)
+        if not np.isfinite(found).any():
+            raise DataError(f"zeroth: target {target!r} has {len(rows):,} rows, none of which has a finite loss")
+        return float(np.nanmean(found))
+
+    def _derivatives(self, rows: Rows, direction: int, ctx: Context, target: str | None) -> NDArray[np.float64]:
+        p = self.params
+        above, below = (
+            ctx.signals.perturbed_losses(
+                rows, seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters, target=target
+            )
+            for step in (p.epsilon, -p.epsilon)
+        )
+        if above.shape != (len(rows),) or below.shape != (len(rows),):
+            raise ComponentError(f"zeroth: asked for losses of {len(rows):,} rows, was given shape {above.shape}")
+        return central_difference(above, below, p.epsilon)

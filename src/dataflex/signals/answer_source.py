@@ -1,0 +1,119 @@
+"""Losses of rows' answers: by the model under training or by another one, with or without what comes before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dataflex.core.protocols import Rows
+from dataflex.errors import ConfigError
+from dataflex.signals.answers import Answer, AnswerBook, Question
+from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.passes import preserved
+from dataflex.signals.pieces import Cut, Pieces, collate_pieces, row_means
+from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.row_signals import piece_sums
+from dataflex.signals.scorers import Scorer, start_tokens
+from dataflex.signals.sweep import Sweep
+
+__all__ = ["AnswerSource"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSource:
+    """Scores the answers of some rows (collective).
+
+    Attributes:
+        handle: The model under training, whose tokenizer made the rows.
+        corpus: Where the rows are.
+        name: Name of the target, "" for the training set.
+        rows: Row ids [n].
+        book: Answers that were paid for.
+        scorers: Other models by folder or hub id; those asked for are added.
+        progress: Called with sequences done, sequences in all, seconds so far.
+    """
+
+    handle: ModelHandle
+    corpus: Corpus
+    name: str
+    rows: Rows
+    book: AnswerBook
+    scorers: dict[str, Scorer]
+    progress: Callable[[int, int, float], None] | None = None
+
+    def losses(self, model: str, *, same_tokens: bool) -> Answer:
+        """Return token-mean losses of whole rows by another model [n].
+
+        Raises:
+            ConfigError: ``same_tokens``, and its tokenizer is not that of the run.
+        """
+        scorer = self._scorer(model)
+        if same_tokens and not scorer.same_tokens:
+            raise ConfigError(
+                f"model {model}: its tokenizer is not that of the run, so its losses per token cannot be compared "
+                "with those of the model under training; take a model of the same family"
+            )
+        # Rows of the same tokens are scored as they are trained on; a text begins as the model has learnt it.
+        start = () if scorer.same_tokens else scorer.start
+        return self._by(scorer, Cut(leave_out_first=False, start=start))
+
+    def answer_losses(self, scorer: str | None, cut: Cut) -> Answer:
+        """Return token-mean losses of answers [n], of the sequences that ``cut`` makes (its ``start`` is set here)."""
+        if scorer is not None:
+            other = self._scorer(scorer)
+            return self._by(other, replace(cut, start=other.start))
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            model = self.handle.model
+            with preserved(model):
+                model.eval()
+                return piece_sums(model, sweep, self.handle.autocast, work)
+
+        return self._means("answer losses", replace(cut, start=start_tokens(self.handle.tokenizer)), compute, "")
+
+    def _scorer(self, name: str) -> Scorer:
+        """Return another model, whose weights are loaded for each pass."""
+        if name not in self.scorers:
+            self.scorers[name] = Scorer(name, self.handle.tokenizer)
+        return self.scorers[name]
+
+    def _by(self, scorer: Scorer, cut: Cut) -> Answer:
+        cut = replace(cut, limit=scorer.limit, translate=None if scorer.same_tokens else scorer.translate)
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            with preserved(self.handle.model), scorer.loaded(self.handle.device) as model:
+                return piece_sums(model, sweep, self.handle.autocast, work)
+
+        return self._means("losses by another model", cut, compute, scorer.identity)
+
+    def _means(
+        self, method: str, cut: Cut, compute: Callable[[Sweep, ResumablePass | None], Answer], model: str
+    ) -> Answer:
+        pieces = Pieces(dataset=self.corpus.dataset, rows=self.rows, cut=cut)
+        question = Question(
+            method=method,
+            parameters={**pieces.identity, "token_budget": self.handle.token_budget},
+            rows=np.arange(len(pieces), dtype=np.int64),
+            corpus=self.name,
+            data=self.corpus.identity,
+            tail=(2,),
+            model=model,
+        )
+        sweep = Sweep(
+            dataset=pieces,
+            rows=question.rows,
+            lengths=pieces.lengths,
+            collate=collate_pieces,
+            token_budget=self.handle.token_budget,
+            device=self.handle.device,
+            progress=self.progress,
+        )
+
+        def make(work: ResumablePass | None) -> Answer:
+            if work is not None and work.complete:  # stored: the other model need not be loaded
+                return work.finish()
+            return compute(sweep, work)
+
+        return row_means(pieces, self.book.give(question, make, self.handle.device))

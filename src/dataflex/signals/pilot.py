@@ -1,0 +1,97 @@
+"""Screening by a pilot: exact scores of a few rows teach a linear model of tokens which others are worth scoring.
+
+A twentieth of the rows, drawn by chance, is scored exactly. Ridge regression from the rows' token counts (prompt and
+completion apart) to those scores predicts the rest, without a pass of the model. Its strength is chosen by the
+leave-one-out error (generalised cross-validation, Golub, Heath and Wahba 1979). The rows of the highest
+scores, predicted or known, are kept for the exact method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import top_k
+from dataflex.core.protocols import Rows, Signals
+from dataflex.core.rng import uniforms
+from dataflex.errors import DataError
+from dataflex.signals.specs import GradientSpec, Part
+
+__all__ = ["fitted", "piloted", "token_counts"]
+
+_SHARE = 0.05
+_FEWEST, _MOST = 32, 4096
+_BUCKETS = 4096
+_CHUNK_ROWS = 8192
+_STRENGTHS = np.logspace(-4, 3, 29)
+
+
+def piloted(rows: Rows, count: int, signals: Signals, targets: Sequence[str], *, seed: int, interval: int) -> Rows:
+    """Return ``count`` of ``rows`` that promise the best LESS scores towards any target, ascending.
+
+    Args:
+        rows: Row ids [n], ascending.
+        count: Rows to keep.
+        signals: Of the model under training; a twentieth of the rows (at least 32, at most 4096) is scored exactly.
+        targets: Names of target data sets; the best target of a row counts.
+        seed: Seed of the run.
+        interval: Index of the interval, for the draw.
+
+    Raises:
+        DataError: No row of the pilot has a score.
+    """
+    size = min(len(rows), max(_FEWEST, min(_MOST, round(_SHARE * len(rows)))))
+    drawn = np.sort(np.argsort(uniforms(seed, "screening pilot", interval, rows), kind="stable")[:size])
+    scores = signals.gradient_scores(rows[drawn], GradientSpec(), targets=targets).max(axis=1).astype(np.float64)
+    known = np.isfinite(scores)
+    if not known.any():
+        raise DataError("dynamic.signals.screen_by: no row of the pilot has a gradient that could be compared")
+    features = token_counts(signals, rows[drawn[known]])
+    weights, offset = fitted(features, scores[known])
+    predicted = np.empty(len(rows))
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
+        predicted[part] = token_counts(signals, rows[part]) @ weights + offset
+    predicted[drawn] = np.where(known, scores, -np.inf)
+    return np.sort(rows[top_k(predicted, min(count, len(rows)))])
+
+
+def token_counts(signals: Signals, rows: Rows) -> NDArray[np.float64]:
+    """Return what rows are made of: log counts of prompt and of completion tokens, each of length one, and log lengths.
+
+    Tokens beyond the 4096th share a number with others (token modulo 4096).
+
+    Returns:
+        float64 [len(rows), 2 * 4096 + 2].
+    """
+    out = np.zeros((len(rows), 2 * _BUCKETS + 2))
+    parts: tuple[Part, ...] = ("prompt", "completion")
+    for number, part in enumerate(parts):
+        for i, tokens in enumerate(signals.tokens(rows, part=part)):
+            counts = np.log1p(np.bincount(tokens % _BUCKETS, minlength=_BUCKETS))
+            out[i, number * _BUCKETS : (number + 1) * _BUCKETS] = counts / max(np.linalg.norm(counts), 1e-30)
+            out[i, 2 * _BUCKETS + number] = np.log1p(len(tokens)) / 10
+    return out
+
+
+def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Return weights [d] and offset of the ridge regression of least generalised cross-validation error.
+
+    Args:
+        features: [n, d]; n may be smaller than d.
+        values: [n].
+    """
+    centre, offset = features.mean(axis=0), float(values.mean())
+    centred, wanted = features - centre, values - offset
+    squares, basis = np.linalg.eigh(centred @ centred.T)
+    squares = squares.clip(0.0)
+    turned = basis.T @ wanted
+    errors = []
+    for strength in _STRENGTHS:
+        left = strength / (squares + strength)  # share of each direction that is not fitted
+        errors.append(np.sum((left * turned) ** 2) / max(left.sum() / len(values), 1e-30) ** 2)
+    strength = _STRENGTHS[int(np.argmin(errors))]
+    weights = centred.T @ (basis @ (turned / (squares + strength)))
+    return weights, offset - float(centre @ weights)

@@ -1,0 +1,140 @@
+"""The reference model that token losses are compared with: its folder, its tokenizer, its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex.errors import ConfigError
+from dataflex.signals.fingerprint import Fingerprint
+from dataflex.signals.identity import state_identity
+from dataflex.signals.sweep import fetch
+
+__all__ = ["KEY", "check_folder", "check_tokenizer", "load_reference", "losses_key"]
+
+KEY = "reference"
+"""The parameter that names the folder, for messages."""
+
+_ADAPTER = "adapter_config.json"
+_PROBED_ROWS = 16
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Return the folder of a reference model.
+
+    Raises:
+        ConfigError: It is not there, or holds no model.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"{KEY}: no such folder: {folder} (the model to compare losses with; train it first)")
+    if not any((path / name).is_file() for name in ("config.json", _ADAPTER)):
+        raise ConfigError(f"{KEY}: {folder} holds no model (neither config.json nor {_ADAPTER})")
+    return path
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse a reference whose tokens are not those of the run.
+
+    Raises:
+        ConfigError: The folder has no tokenizer, or one with another vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{KEY}: {folder} has no tokenizer that can be loaded: {error}") from error
+    ours = tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    token = differing[0]
+    raise ConfigError(
+        f"{KEY}: the tokenizer of {folder} is not that of the run: {len(theirs):,} tokens against {len(ours):,}, "
+        f"{len(differing):,} differ (such as {token!r}: id {theirs.get(token)} there, {ours.get(token)} here). Losses "
+        "of different tokens cannot be compared; take a reference with the tokenizer of the run"
+    )
+
+
+def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.nn.Module:
+    """Return the model of a folder (or the adapter on its base model), whole, frozen, in eval mode.
+
+    Raises:
+        ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from dataflex.bridge.whole import loading_whole
+
+    try:
+        with loading_whole():
+            if (folder / _ADAPTER).is_file():
+                from peft import AutoPeftModelForCausalLM
+
+                model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+            else:
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{KEY}: {folder} cannot be loaded as a language model: {error}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise ConfigError(f"{KEY}: {folder} knows {rows:,} tokens, and the tokenizer has ids up to {largest:,}")
+    loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def losses_key(
+    model: torch.nn.Module,
+    *,
+    tokenizer: Any,
+    data: str,
+    dataset: Any,
+    num_rows: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Fingerprint:
+    """Name token losses by weights, data, tokenizer, precision, and how rows become batches (collective).
+
+    Args:
+        model: The reference.
+        tokenizer: The run's.
+        data: Fingerprint of the rows' tokens and labels.
+        dataset: Features by row id; some rows are collated, since masks and positions tell how the documents
+            of a packed row are kept apart.
+        num_rows: N.
+        collate: Features to a batch.
+        autocast: The trainer's mixed-precision context.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row in np.unique(np.linspace(0, num_rows - 1, _PROBED_ROWS).astype(np.int64)):
+        batch = collate(fetch(dataset, np.array([row])))
+        for name in sorted(batch):
+            value = batch[name]
+            if torch.is_tensor(value):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.float().numpy().tobytes())
+    parameter = next(model.parameters())
+    with autocast():
+        enabled = torch.is_autocast_enabled(parameter.device.type)
+        precision = str(torch.get_autocast_dtype(parameter.device.type)) if enabled else "none"
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return Fingerprint(
+        model=state_identity(model.named_parameters()),
+        data=data,
+        method="reference-losses",
+        parameters={
+            "tokenizer": hashlib.blake2b(vocabulary.encode("utf-8"), digest_size=16).hexdigest(),
+            "inputs": digest.hexdigest(),
+            "dtype": str(parameter.dtype),
+            "autocast": precision,
+        },
+    )

@@ -1,0 +1,90 @@
+"""Cross-entropy of each position in chunks: no copy of the logits in fp32, log-probabilities never kept.
+
+Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same
+kernels see the same positions, and treat them one by one. On a CPU only supervised positions are looked at.
+On an accelerator, picking them out would make the device wait for their number, so chunks are plain slices
+of all positions, as in the stock loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dataflex.signals.token_losses import chunk_tokens
+
+__all__ = ["token_cross_entropy"]
+
+_Where = slice | torch.Tensor
+_MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
+
+
+def token_cross_entropy(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the cross-entropy of each position and, if asked for, the entropy of its prediction.
+
+    Args:
+        logits_NV: Logits in any floating dtype.
+        targets_N: The class of each position, or ``ignore_index``.
+        ignore_index: Such positions have loss 0, no gradient and entropy 0.
+        entropy: Whether the entropy is wanted.
+
+    Returns:
+        fp32 [N] in nats, with gradient; fp32 [N] in nats, without, or None.
+    """
+    chunks = list(_chunks(targets_N, ignore_index, logits_NV.shape[1]))
+    loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, ignore_index, chunks, entropy)
+    return loss_N, entropy_N if entropy else None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits, which the model's output holds anyway, and works out log-probabilities twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: torch.Tensor,
+        targets_N: torch.Tensor,
+        ignore_index: int,
+        chunks: list[_Where],
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_N = torch.zeros(len(targets_N), dtype=torch.float32, device=logits_NV.device)
+        entropy_N = torch.zeros_like(loss_N) if entropy else loss_N.new_zeros(0)
+        for where in chunks:
+            log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
+            loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
+            if entropy:
+                spread = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
+                entropy_N[where] = spread.masked_fill(targets.eq(ignore_index), 0.0)
+        ctx.save_for_backward(logits_NV, targets_N)
+        ctx.ignore_index, ctx.chunks = ignore_index, chunks
+        ctx.mark_non_differentiable(entropy_N)
+        return loss_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None, None]:
+        (logits_NV, targets_N), gradient_N = ctx.saved_tensors, gradients[0]
+        whole = len(ctx.chunks) > 0 and isinstance(ctx.chunks[0], slice)
+        out_NV = torch.empty_like(logits_NV) if whole else torch.zeros_like(logits_NV)
+        for where in ctx.chunks:
+            log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
+            slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
+            part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
+            # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
+            out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(logits_NV.dtype)
+        return out_NV, None, None, None, None
+
+
+def _chunks(targets_N: torch.Tensor, ignore_index: int, vocabulary: int) -> Iterator[_Where]:
+    size = chunk_tokens(vocabulary, targets_N.device)
+    if targets_N.device.type == "cpu":
+        supervised = targets_N.ne(ignore_index).nonzero().squeeze(1)
+        if len(supervised) < _MOSTLY * len(targets_N):
+            yield from supervised.split(size)
+            return
+    yield from (slice(start, start + size) for start in range(0, len(targets_N), size))

@@ -1,0 +1,54 @@
+"""Focal weights: the less likely a token is to the model, the more it counts.
+
+Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002: the cross-entropy of each token is
+multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the opposite of DFT (``token``); tokens
+that are wrong in the data are unlikely, and gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.weighters.token_functions import focal
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Focal"]
+
+
+class Focal(Weighter):
+    """Weigh tokens by (1 - p) ^ gamma."""
+
+    name = "focal"
+    adaptive: ClassVar[bool] = False
+    needs = Needs(stages=("pt", "sft"))
+    card = Card(
+        summary="Weighs each token by how unlikely it is to the model.",
+        paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the focal loss; the defaults are the paper's."""
+
+        gamma: float = field(default=2.0, metadata={"help": "exponent; 0 is the plain loss", "minimum": 0.0})
+        normaliser: Literal["count", "token"] = field(
+            default="count",
+            metadata={"help": "count: divided by the tokens, as the paper's; token: weighted mean"},
+        )
+
+    params: Params
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The denominator asked for."""
+        return self.params.normaliser
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [R, T], 0 where nothing is supervised."""
+        return focal(-batch.loss_BT, gamma=self.params.gamma).masked_fill(~batch.mask_BT, 0.0)

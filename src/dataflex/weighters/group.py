@@ -1,0 +1,171 @@
+"""Weights of domains: rare ones count more, or those of the largest loss.
+
+- ``inverse_frequency``: w_d = 1 / n_d ^ power, n_d the training rows of domain d.
+- ``class_balanced``: w_d = (1 - beta) / (1 - beta ^ n_d), one over the effective number of rows (Cui et al.,
+  "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555).
+- ``group_dro``: q_d is multiplied by exp(eta (L_d + C / sqrt(n_d))) in every micro-batch, L_d the mean token loss of
+  the domain there (0 where absent), and normalised; the loss is sum_d q_d L_d (Sagawa et al., "Distributionally
+  Robust Neural Networks", ICLR 2020, arXiv 1911.08731). With gradient accumulation every micro-batch is a batch
+  of the paper's; the ``group_dro`` mixer updates once per optimizer step instead.
+
+The first two are importance weights of the weighted token mean: only ratios matter. They are scaled to a mean of
+one over the training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import CheckpointError, ComponentError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GroupWeighter", "domain_weights"]
+
+Floats = NDArray[np.float64]
+
+
+def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
+    """Return the weight of each domain [K], with a mean of one over the training rows.
+
+    Args:
+        rows: Training rows of each domain, at least 1 [K].
+        strategy: ``inverse_frequency`` or ``class_balanced``.
+        power: Exponent of the inverse frequency; 0 is equal weights.
+        beta: 0 is equal weights, towards 1 it becomes the inverse frequency.
+    """
+    sizes = np.asarray(rows, dtype=np.float64)
+    if strategy == "inverse_frequency":
+        raw = sizes**-power
+    else:
+        raw = np.ones_like(sizes) if beta == 0.0 else (1.0 - beta) / -np.expm1(sizes * np.log(beta))
+    return np.asarray(raw * sizes.sum() / (raw * sizes).sum())
+
+
+class GroupWeighter(Weighter):
+    """Weigh sequences by their domain."""
+
+    name = "group"
+    adaptive: ClassVar[bool] = False
+    needs = Needs(domains=2, stages=("pt", "sft"))
+    card = Card(
+        summary="Weighs sequences by their domain: rare domains count more, or those of the largest loss.",
+        paper="Class-Balanced Loss, CVPR 2019, arXiv 1901.05555; Group DRO, ICLR 2020, arXiv 1911.08731",
+        cost="none; group_dro one gather of two numbers per domain and micro-batch",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the group weighter."""
+
+        strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = field(
+            default="inverse_frequency", metadata={"help": "what a domain's weight follows from"}
+        )
+        power: float = field(default=1.0, metadata={"help": "exponent of inverse_frequency", "minimum": 0.0})
+        beta: float = field(
+            default=0.999,
+            metadata={"help": "of class_balanced; towards 1 it becomes the inverse frequency", "minimum": 0.0},
+        )
+        eta: float = field(default=0.01, metadata={"help": "step size of group_dro", "above": 0.0})
+        adjustment: float = field(
+            default=0.0,
+            metadata={"help": "C of group_dro's adjustment C / sqrt(rows of the domain), nats", "minimum": 0.0},
+        )
+
+        def __post_init__(self) -> None:
+            if self.beta >= 1.0:
+                raise ValueError("beta: must be below 1")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._names: tuple[str, ...] = ()
+        self._sizes = np.zeros(0, dtype=np.int64)
+        self._domain_of: NDArray[np.integer] | None = None
+        self._log_q: Floats | None = None
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Group DRO weighs domains' means; the others are weights of a token mean."""
+        return "sample" if self.params.strategy == "group_dro" else "token"
+
+    def due(self, step: int) -> bool:
+        """Whether the domains are not known yet."""
+        return self._domain_of is None
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Note the domains.
+
+        Raises:
+            CheckpointError: Saved weights are of other domains.
+        """
+        domains = ctx.domains
+        if self._log_q is not None and self._names != domains.names:
+            raise CheckpointError(
+                f"group weighter: the saved weights are of {', '.join(self._names)}, "
+                f"but the data has {', '.join(domains.names)}"
+            )
+        self._names, self._sizes = domains.names, np.asarray(domains.num_rows)
+        self._domain_of = domains.domain_of
+        if self._log_q is None:
+            self._log_q = np.full(len(domains.names), -np.log(len(domains.names)))
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+        """Return the weights of ``rows`` [len(rows)]; None under ``group_dro``, or before ``prepare``."""
+        if self._domain_of is None or self.params.strategy == "group_dro":
+            return None
+        by_domain = domain_weights(self._sizes, self.params.strategy, power=self.params.power, beta=self.params.beta)
+        return by_domain[self._domain_of[rows]].astype(np.float32)
+
+    @property
+    def domain_shares(self) -> dict[str, float]:
+        """Weights q of ``group_dro`` by domain, which sum to one; empty before ``prepare``."""
+        return {} if self._log_q is None else dict(zip(self._names, np.exp(self._log_q).tolist(), strict=True))
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Update q and return q_d n_i / n_d [B], n_i tokens of the sequence, n_d of its domain (collective).
+
+        Raises:
+            ComponentError: ``prepare`` was not called, or the strategy has weights known from the rows alone.
+        """
+        if self._log_q is None or self.params.strategy != "group_dro":
+            raise ComponentError(f"{self.name}: weights of the domains were not prepared")
+        import torch
+
+        from dataflex.dist import comm
+        from dataflex.mixers import simplex
+
+        tokens = batch.tokens_B.cpu().double()
+        which = torch.from_numpy(batch.domains_B.astype(np.int64))
+        sums = torch.zeros(2, len(self._names), dtype=torch.float64)
+        sums.index_add_(1, which, torch.stack([batch.loss_B.cpu().double() * tokens, tokens]))
+        loss_K, tokens_K = comm.gather_sum(sums.to(batch.loss_B.device)).cpu().numpy()
+        means = np.divide(loss_K, tokens_K, out=np.zeros_like(loss_K), where=tokens_K > 0)
+        scores = means + self.params.adjustment / np.sqrt(self._sizes)
+        self._log_q = simplex.exponentiated(self._log_q, scores, eta=self.params.eta)
+        per_token = np.divide(np.exp(self._log_q), tokens_K, out=np.zeros_like(tokens_K), where=tokens_K > 0)
+        return (torch.from_numpy(per_token)[which] * tokens).to(batch.loss_B)
+
+    def state_dict(self) -> State:
+        """Return q by domain, under ``group_dro``."""
+        if self.params.strategy != "group_dro" or self._log_q is None:
+            return {}
+        return {"domains": list(self._names), "log_weights": self._log_q}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if not state:
+            return
+        if set(state) != {"domains", "log_weights"}:
+            raise ValueError(f"{self.name} keeps 'domains' and 'log_weights', but was given {sorted(state)}")
+        self._names = tuple(state["domains"])
+        self._log_q = np.asarray(state["log_weights"], dtype=np.float64)

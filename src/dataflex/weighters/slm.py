@@ -1,0 +1,93 @@
+"""Selective language modelling (Rho-1): train on the tokens that the reference finds easier than the model does.
+
+Lin, Gou et al., "Rho-1: Not All Tokens Are What You Need", NeurIPS 2024, arXiv 2404.07965. The excess of a token
+is its loss less the reference's, not clipped; of all supervised tokens of the micro-batch the share ``keep`` of
+largest excess is trained on, and the loss is the mean over those. The reference was trained on clean data with
+the same tokenizer; with the model itself as the reference every excess is 0. The logged loss is that of the kept
+tokens; ``dataflex/plain_loss`` is that of all.
+
+The micro-batch is that of all ranks (``threshold: global``), or each rank's own. A rank with supervised tokens
+trains on one at least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.weighters.excess import largest
+from dataflex.weighters.sequences import reference_losses
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SelectiveLanguageModelling"]
+
+_ONE = 1e-12  # a share of which one token is left
+
+
+class SelectiveLanguageModelling(Weighter):
+    """Keep the tokens of largest excess loss."""
+
+    name = "slm"
+    adaptive: ClassVar[bool] = False
+    needs = Needs(stages=("pt", "sft"), zero3=False)
+    card = Card(
+        summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
+        paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
+        cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of SLM."""
+
+        reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
+        reference_cache: bool = field(
+            default=True,
+            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
+        )
+        keep: float = field(
+            default=0.6,
+            metadata={"help": "share of the supervised tokens that is trained on", "above": 0.0, "maximum": 1.0},
+        )
+        threshold: Literal["global", "local"] = field(
+            default="global", metadata={"help": "compare tokens over all ranks, or on each rank alone"}
+        )
+
+        def __post_init__(self) -> None:
+            if not self.reference.strip():
+                raise ValueError("reference: is empty; without a reference model there is no excess loss")
+
+    params: Params
+
+    @property
+    def reference(self) -> str:
+        """Folder of the reference model."""
+        return self.params.reference
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The mean over kept tokens."""
+        return "token"
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return 1 for kept tokens and 0 for all others [R, T] (collective under ``threshold: global``)."""
+        excess = (batch.loss_BT - reference_losses(self.name, batch)).flatten()
+        mask = batch.mask_BT.flatten()
+        if self.params.threshold == "local":
+            kept = largest(excess, mask, self.params.keep)
+        else:
+            kept = self._kept_everywhere(excess, mask) | largest(excess, mask, _ONE)
+        return kept.view(batch.mask_BT.shape).to(batch.loss_BT.dtype)
+
+    def _kept_everywhere(self, excess: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from dataflex.dist import comm
+
+        # An excess of minus infinity stands for a position that is not supervised.
+        both, local = comm.gather_rows(torch.where(mask, excess, float("-inf")))
+        return largest(both, both > float("-inf"), self.params.keep)[local]

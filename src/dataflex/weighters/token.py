@@ -1,0 +1,137 @@
+"""Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
+
+Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above a
+quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
+``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name (tensors of
+the supervised tokens [S]) and returns weights [S].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dataflex.core.protocols import BatchView, Card, Method, Needs, Normaliser, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError
+from dataflex.weighters import token_functions
+from dataflex.weighters.sequences import reference_losses
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TokenWeighter", "TokenWeighterWithReference"]
+
+
+class TokenWeighter(Weighter):
+    """Weigh each token by a function of what the model thinks of it."""
+
+    name = "token"
+    adaptive: ClassVar[bool] = False
+    needs = Needs(stages=("pt", "sft"))
+    card = Card(
+        summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
+        paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
+        cost="none; with entropy one more product per logit; with a reference as slm",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the token weighter."""
+
+        function: str = field(
+            default="dft",
+            metadata={"help": "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"},
+        )
+        normaliser: Literal["count", "token"] = field(
+            default="count",
+            metadata={"help": "count: divided by the tokens, as DFT is; token: weighted mean, only ratios matter"},
+        )
+        gamma: float = field(default=2.0, metadata={"help": "exponent of focal", "minimum": 0.0})
+        power: float = field(default=1.0, metadata={"help": "exponent of entropy", "minimum": 0.0})
+        quantile: float = field(
+            default=0.9,
+            metadata={"help": "quantile of clip_quantile; above it tokens are left out", "above": 0.0, "maximum": 1.0},
+        )
+        reference: str | None = field(
+            default=None, metadata={"help": "folder of a reference model, for functions that take one"}
+        )
+        reference_cache: bool = field(
+            default=True,
+            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
+        )
+
+        def __post_init__(self) -> None:
+            try:
+                taken = token_functions.asked(token_functions.load(self.function))
+            except ValueError as error:
+                raise ValueError(f"function: {error}") from error
+            if "reference" in taken and not (self.reference or "").strip():
+                raise ValueError(f"reference: missing; {self.function} compares with a reference model")
+            if "reference" not in taken and self.reference is not None:
+                raise ValueError(f"reference: {self.function} does not look at it; remove the key")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._function = token_functions.load(
+            params.function, gamma=params.gamma, power=params.power, quantile=params.quantile
+        )
+        self._taken = token_functions.asked(self._function)
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Return the class that holds a reference model where one is named."""
+        return TokenWeighter if params.reference is None else TokenWeighterWithReference
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The denominator asked for."""
+        return self.params.normaliser
+
+    @property
+    def reference(self) -> str | None:
+        """Folder of the reference model, if the function takes one."""
+        return self.params.reference
+
+    @property
+    def entropy(self) -> bool:
+        """Whether the function takes the entropy."""
+        return "entropy" in self._taken
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [R, T], 0 where nothing is supervised.
+
+        Raises:
+            ComponentError: The function returned something else than a weight for each token.
+        """
+        values = {"logp": -batch.loss_BT}
+        if "reference" in self._taken:
+            values["reference"] = -reference_losses(self.name, batch)
+        if "entropy" in self._taken:
+            if batch.entropy_BT is None:
+                raise ComponentError(f"{self.name}: the micro-batch carries no entropies")
+            values["entropy"] = batch.entropy_BT
+        values = {key: value for key, value in values.items() if key in self._taken}
+        mask = batch.mask_BT
+        if self.params.function in token_functions.BY_TOKEN:
+            weights: torch.Tensor = self._function(**values)
+            return weights.masked_fill(~mask, 0.0)
+        picked = {key: value[mask] for key, value in values.items()}
+        found = self._function(**picked)
+        wanted = next(iter(picked.values())).shape
+        if getattr(found, "shape", None) != wanted:
+            raise ComponentError(
+                f"{self.name}: {self.params.function} returned {getattr(found, 'shape', type(found).__name__)}, "
+                f"expected a tensor of shape {tuple(wanted)}"
+            )
+        out = batch.loss_BT.new_zeros(mask.shape)
+        out[mask] = found.detach().to(out)
+        return out
+
+
+class TokenWeighterWithReference(TokenWeighter):
+    """The same, beside a reference model, which cannot be loaded where parameters are partitioned."""
+
+    needs = Needs(stages=("pt", "sft"), zero3=False)

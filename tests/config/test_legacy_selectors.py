@@ -1,0 +1,119 @@
+"""Selector components of existing DataFlex: what their parameters mean here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dataflex.config.components import _SHIPPED, Component, read_component
+from dataflex.core.registry import find
+
+
+def read(
+    tmp_path: Path, name: str, params: dict[str, Any], updates: int = 4
+) -> tuple[Component | None, list[str], str]:
+    content = {"selectors": {"mine": {"name": name, "params": params}}}
+    (tmp_path / "components.yaml").write_text(yaml.safe_dump(content))
+    problems: list[str] = []
+    notes: list[str] = []
+    component = read_component(
+        kind="selector",
+        name="mine",
+        file="components.yaml",
+        base_dir=tmp_path,
+        targets=("t",),
+        num_domains=1,
+        burn_in_steps=0,
+        updates=updates,
+        problems=problems,
+        notes=notes,
+    )
+    return component, problems, "\n".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "ours", "noted"),
+    [
+        (
+            "near",
+            {"indices_path": "x.npy", "cache_dir": "c"},
+            {},
+            ["indices_path: is not read", "cache_dir: no effect"],
+        ),
+        ("tsds", {"probs_path": "x.npy"}, {}, ["probs_path: is not read"]),
+        ("delta_loss", {"window_size": 0.3, "score_batch_size": 8}, {"window_size": 0.3, "updates": 3}, []),
+        ("less", {"gradient_type": "sgd", "proj_dim": 4096}, {"precondition": "none"}, ["proj_dim: gradients are"]),
+        ("less", {"gradient_type": "adam", "save_interval": 16}, {"precondition": "true_adam"}, []),
+        ("icons", {"task_boundaries": None}, {"precondition": "true_adam"}, []),
+        (
+            "cluster_less",
+            {"cluster_size": 64, "samples_per_cluster": 4, "proj_dim": 1024, "clustering_max_iter": 10},
+            {"pick": "random", "representatives": 4, "sketch_size": 1024},
+            ["clustering_max_iter: no effect"],
+        ),
+        (
+            "cluster_less",
+            {"num_clusters": 9, "cluster_size": 3, "representative_strategy": "center", "embedding_layer": 2},
+            {"pick": "nearest", "clusters": 9, "layer": 2},
+            [],
+        ),
+        (
+            "coincide",
+            {"embedding_layers": [1, 2], "density_chunk_size": 5, "embedding_model_name_or_path": "m"},
+            {"clusters": 10_000, "temperature": 1.0, "iterations": 10, "layers": (1, 2), "encoder": "m"},
+            ["density_chunk_size: no effect"],
+        ),
+    ],
+)
+def test_parameters(tmp_path: Path, name: str, given: dict[str, Any], ours: dict[str, Any], noted: list[str]) -> None:
+    component, problems, notes = read(tmp_path, name, given)
+    assert problems == []
+    assert component is not None
+    assert component.method.params == find("selector", name).Params(**ours)
+    assert all(note in notes for note in noted)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("less", {"gradient_type": "adan"}, "gradient_type: 'adan' is not a choice (choices: adam, sgd)"),
+        ("icons", {"task_boundaries": [3, 2]}, "task_boundaries: here every task is a data set of its own"),
+        ("cluster_less", {"cluster_size": 10}, "cluster_size: 10 is not supported"),
+        ("cluster_less", {"clustering_method": "lsh"}, 'clustering_method: "lsh" is not offered'),
+        ("cluster_less", {"representative_strategy": "best"}, "representative_strategy: 'best' is not a choice"),
+        ("coincide", {"single_member_density": 2.0}, "single_member_density: 2.0 is not supported"),
+        ("near", {"indices": "x"}, "indices: unknown key"),
+        ("delta_loss", {"windowsize": 0.2}, "windowsize: unknown key"),
+    ],
+)
+def test_parameters_that_cannot_be_followed(tmp_path: Path, name: str, given: dict[str, Any], told: str) -> None:
+    component, problems, _ = read(tmp_path, name, given)
+    assert component is None
+    assert any(
+        problem.startswith(f"components_cfg_file: selectors.mine.params.{told}".replace('"', "'"))
+        for problem in problems
+    )
+
+
+@pytest.mark.parametrize("updates", [0, -1])
+def test_a_window_without_a_number_of_updates_stays_where_it_starts(tmp_path: Path, updates: int) -> None:
+    component, problems, notes = read(tmp_path, "delta_loss", {}, updates=updates)
+    assert problems == []
+    assert "the window stays where it starts" in notes
+    assert component is not None
+    from dataflex.selectors.delta_loss import window
+
+    size = component.method.params.updates
+    assert window(1000, 500 / (size - 1), 0.2, 10.0) == window(1000, 0.0, 0.2, 10.0)
+
+
+@pytest.mark.parametrize("name", sorted(_SHIPPED["selectors"]))
+def test_every_preset_can_be_built(tmp_path: Path, name: str) -> None:
+    entry = _SHIPPED["selectors"][name]
+    component, problems, _ = read(tmp_path, entry["name"], entry["params"])
+    assert problems == []
+    assert component is not None
+    component.method.build()

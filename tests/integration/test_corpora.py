@@ -1,0 +1,135 @@
+"""Corpora that are tokenised when served, and domains by path or by clusters."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.integration.test_identity import same
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Shards of two domains in two formats: plain text documents of uneven length, some long."""
+    import pandas as pd
+
+    from tests.conftest import WORDS
+
+    rng = np.random.default_rng(0)
+
+    def documents(count):
+        return [" ".join(rng.choice(WORDS, size=rng.integers(3, 90))) for _ in range(count)]
+
+    folder = tmp_path / "corpus"
+    for name in ("json", "parquet"):
+        (folder / name).mkdir(parents=True)
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in documents(20 + shard)]
+        (folder / "json" / f"web-{shard}.jsonl").write_text("".join(lines))
+        pd.DataFrame({"text": documents(9)}).to_parquet(folder / "parquet" / f"code-{shard}.parquet")
+    (folder / "json" / "math-0.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(12)))
+    info = {name: {"file_name": name, "columns": {"prompt": "text"}} for name in ("json", "parquet")}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def settings(corpus, **changes):
+    return {
+        "stage": "pt",
+        "dataset_dir": str(corpus),
+        "dataset": "json,parquet",
+        "cutoff_len": 32,
+        "max_steps": 8,
+        "disable_shuffling": False,
+        "preprocessing_batch_size": 16,
+        **changes,
+    }
+
+
+MIX = {"mixer": {"name": "static", "proportions": [3, 1]}}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_served_rows_are_those_tokenised_beforehand(run, corpus, packing):
+    """Shards in JSON lines and Parquet, blocks cut in groups of 16 documents, two worker processes."""
+    plain = run("plain", **settings(corpus, packing=packing), dynamic=MIX)
+    served = run("served", **settings(corpus, packing=packing), streaming=True, dataloader_num_workers=2, dynamic=MIX)
+    same(plain, served)
+    spaces = [outcome.events[0]["row_space"] for outcome in (plain, served)]
+    assert spaces[0]["domains"] == spaces[1]["domains"]
+    assert spaces[0]["tokens"] == spaces[1]["tokens"]
+
+
+def test_instructions_too(run):
+    base = {"dataset": "alpha,beta", "max_steps": 5, "dynamic": MIX}
+    same(run("plain", **base), run("served", **base, streaming=True))
+
+
+def test_a_streamed_run_is_resumed_exactly(run, corpus):
+    base = settings(corpus, streaming=True, save_strategy="steps", save_steps=3)
+    dynamic = {"mixer": "odm", "interval_steps": 1}
+    whole = run("whole", **base, dynamic=dynamic)
+    rest = run("rest", **base, resume_from_checkpoint=str(whole.folder / "checkpoint-3"), dynamic=dynamic)
+    assert whole.series()[3:] == rest.series()[-5:]
+    for name, value in whole.weights().items():
+        assert np.array_equal(value, rest.weights()[name]), name
+
+
+def test_selection_by_a_signal_on_a_stream(run):
+    ours = run("loss", dataset="alpha", streaming=True, max_steps=4, dynamic={"selector": "loss", "interval_steps": 2})
+    kinds = [event["kind"] for event in ours.events if event["event"] == "planned"]
+    assert kinds == ["dynamic", "dynamic"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_domains_by_path(run, corpus, streaming):
+    dynamic = {"mixer": "uniform", "domain_path": "json/*-*.jsonl"}
+    base = {**settings(corpus, dataset="json", packing=False), "streaming": streaming or None}
+    ours = run("paths", **base, dynamic=dynamic)
+    assert ours.events[0]["row_space"]["domains"] == {"web": 63, "math": 12} or ours.events[0]["row_space"][
+        "domains"
+    ] == {"math": 12, "web": 63}
+    counts = [event["domain_counts"] for event in ours.events if event["event"] == "planned"]
+    assert counts == [{name: 8 for name in counts[0]}]
+
+
+def test_a_pattern_that_does_not_fit_is_told(run, corpus):
+    from dataflex.errors import ConfigError
+
+    dynamic = {"mixer": "uniform", "domain_path": "text/*.jsonl"}
+    with pytest.raises(ConfigError, match=r"dynamic.domain_path: 'text/\*.jsonl' does not fit the file .*json/"):
+        run("paths", **settings(corpus, dataset="json", packing=False), dynamic=dynamic)
+
+
+def test_domains_by_clusters(run, tiny_model):
+    pytest.importorskip("sklearn")
+    dynamic = {"mixer": "uniform", "domain_clusters": 3, "domain_encoder": str(tiny_model)}
+    outcomes = [run(name, dataset="alpha", max_steps=3, dynamic=dynamic) for name in ("one", "two")]
+    spaces = [outcome.events[0]["row_space"]["domains"] for outcome in outcomes]
+    assert spaces[0] == spaces[1]
+    assert set(spaces[0]) == {"cluster_00", "cluster_01", "cluster_02"}
+    assert sum(spaces[0].values()) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "dpo", "dataset": "pairs"}, "streaming: rows of stage dpo are not tokenised one by one"),
+        ({"packing": True}, "packing: samples are packed after all of them were tokenised"),
+        ({"dynamic": {**MIX, "domain_clusters": 3}}, "dynamic.domain_encoder: missing"),
+        ({"dynamic": {**MIX, "domain_encoder": "x"}}, "dynamic.domain_encoder: has no effect"),
+        ({"dynamic": {**MIX, "domain_path": "x"}}, "dynamic.domain_path: 'x' has no '\\*'"),
+        (
+            {"dynamic": {**MIX, "domain_path": "*", "domain_column": "source"}},
+            "dynamic.domain_path: says what domains are, and so does domain_column",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_told(run, changes, message):
+    from dataflex.errors import ConfigError
+
+    base = {"dataset": "alpha,beta", "max_steps": 3, "streaming": True, "dynamic": MIX}
+    with pytest.raises(ConfigError, match=message):
+        run("refused", **{**base, **changes})

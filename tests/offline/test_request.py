@@ -1,0 +1,119 @@
+"""What ``dataflex score`` refuses before anything is loaded, and what it leaves out of a training configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataflex.errors import ConfigError
+from dataflex.offline.request import score_request
+from tests.offline.conftest import rows_of
+
+
+@pytest.fixture
+def request_of(scoring):
+    scoring.write("pool", rows_of(5))
+    scoring.write("goal", rows_of(2, seed=9))
+    scoring.write("drawn", rows_of(3, seed=4), num_samples=2)
+
+    def make(*overrides, methods=("loss",), out="scores.parquet", config=None, **options):
+        data = scoring.config(dataset="pool", **(config or {}))
+        return score_request(data, overrides, methods=methods, out=Path(out), **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "told"),
+    [
+        ((), {"methods": ("lose",)}, "--method: unknown selector 'lose'; did you mean 'loss'?"),
+        ((), {"methods": ()}, "--method: name one or more selectors"),
+        ((), {"methods": ("loss", "loss")}, "--method: names loss twice"),
+        (("less.bf16=true",), {}, "less.bf16=true: less is not among the methods asked for (loss)"),
+        (("loss.fokus=low",), {}, "loss.fokus: unknown key; did you mean 'focus'?"),
+        ((), {"methods": ("rds_plus",)}, "rds_plus: rds_plus needs a target"),
+        ((), {"methods": ("rds_plus",), "targets": "gaol"}, "rds_plus.targets: 'gaol' is not defined"),
+        ((), {"methods": ("less",), "targets": "goal"}, "write 'less.precondition=none', or name a checkpoint"),
+        ((), {"out": "scores.csv"}, "must end in .parquet"),
+        ((), {"budget": 0}, "--budget: 0 rows"),
+        (("dataset=pol",), {}, "'pol' is not defined"),
+        (("dataset=drawn",), {}, "has num_samples"),
+        (("tokenized_path=somewhere",), {}, "tokenized_path"),
+        (("streaming=true",), {}, "streaming"),
+        (("stage=ppo",), {}, "stage: ppo is not supported"),
+        (("stage=rm",), {}, "--method: loss does not work under stage rm"),
+        (("model_name_or_path=/nowhere/model",), {}, "no such folder"),
+        (("resume_from_checkpoint=true",), {}, "name the checkpoint's folder"),
+        (("resume_from_checkpoint=nowhere",), {}, "holds no optimizer.pt"),
+        (("fsdp=full_shard",), {}, "fsdp: scoring keeps the whole model"),
+        (("deepspeed.zero_optimization.stage=3",), {}, "ZeRO-3 partitions it"),
+    ],
+)
+def test_what_is_refused(request_of, overrides, options, told):
+    with pytest.raises(ConfigError) as caught:
+        request_of(*overrides, **options)
+    assert told in str(caught.value)
+
+
+def test_all_problems_at_once(request_of):
+    with pytest.raises(ConfigError) as caught:
+        request_of("dataset=pol", "loss.fokus=low", out="scores.csv")
+    assert len(caught.value.problems) == 3
+
+
+def test_training_keys_are_left_out(request_of):
+    found = request_of(
+        config={
+            "val_size": 0.1,
+            "packing": True,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "load_best_model_at_end": True,
+            "deepspeed": {"zero_optimization": {"stage": 2}},
+            "group_by_length": True,
+        }
+    )
+    for key in ("val_size", "eval_strategy", "eval_steps", "load_best_model_at_end", "deepspeed", "group_by_length"):
+        assert key not in found.lf
+    assert found.lf["packing"] is False
+    assert found.lf["do_train"] is True
+    assert len(found.notes) == 3
+    assert found.work == Path("scores.parquet.work")
+    assert found.config.signals.store == "scores.parquet.work/store"
+
+
+def test_the_selector_of_the_configuration_is_the_base(request_of):
+    block = {"interval_steps": 5, "seed": 3, "selector": {"name": "rds_plus", "targets": ["goal"], "layer": 1}}
+    config = {"dynamic": block}
+    found = request_of("rds_plus.rule=top_k", methods=("rds_plus", "near", "loss"), config=config)
+    first, second, third = found.config.scorers
+    assert (first.params.layer, first.params.rule, first.targets) == (1, "top_k", ("goal",))
+    assert (second.targets, third.targets) == (("goal",), ())
+    assert found.config.seed == 3
+    assert found.config.targets == ("goal",)
+    other = request_of(methods=("rds_plus",), config=config, targets="pool")
+    assert other.config.scorers[0].targets == ("pool",)
+
+
+def test_names_of_data_sets_instead_of_a_file(request_of, scoring):
+    overrides = [f"dataset_dir={scoring.data}", f"model_name_or_path={scoring.base['model_name_or_path']}"]
+    found = score_request("pool,goal", overrides, methods=["loss"], out=Path("s.parquet"))
+    assert [source.name for source in found.sources] == ["pool", "goal"]
+    assert found.entries["goal"] == {"file_name": "goal.jsonl"}
+    with pytest.raises(ConfigError, match="model_name_or_path: missing"):
+        score_request("pool", overrides[:1], methods=["loss"], out=Path("s.parquet"))
+
+
+def test_refusals_do_not_import_torch(request_of, scoring):
+    config = scoring.config(dataset="pol")
+    code = (
+        "import sys; from dataflex.cli import main;"
+        f"code = main(['score', {config!r}, '--method', 'loss', '--out', 's.parquet']);"
+        "assert code == 2, code; assert 'torch' not in sys.modules and 'llamafactory' not in sys.modules;"
+        "assert main(['score', '--help']) == 0 and main(['select', '--help']) == 0;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

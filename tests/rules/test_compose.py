@@ -1,0 +1,391 @@
+"""The composable selector: parts against the selectors they make up, what cannot work, configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex.config.build import parse_dynamic
+from dataflex.config.methods import method_block
+from dataflex.config.show import as_mapping, as_yaml
+from dataflex.core.choose import round_robin, take_turns, top_k
+from dataflex.core.protocols import Card, Params, Selection, Selector
+from dataflex.core.registry import find
+from dataflex.errors import ConfigError, DataError
+from dataflex.rules import Rule
+from dataflex.rules.knn import draw, probabilities
+from dataflex.selectors import represent
+from dataflex.selectors.aggregate import Aggregate, together
+from dataflex.selectors.compose import Compose
+from dataflex.selectors.icons import count_votes
+from dataflex.selectors.less import Less
+from dataflex.selectors.rds_plus import RdsPlus
+from dataflex.selectors.represent import Represent
+from dataflex.selectors.tacs import Tacs
+from dataflex.testing import FakeSignals, example_context
+from tests.contract.test_methods import MINIMAL
+from tests.methods.test_embedding_selectors import GivenVectors
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(60, 4)).astype(np.float32)
+TASKS = {"first": RNG.normal(size=(5, 4)), "second": RNG.normal(size=(3, 4)) + 1.0}
+
+
+def read(block):
+    """Return the method that a ``selector:`` block asks for, or its problems."""
+    problems = []
+    config = method_block("selector", block, "dynamic.selector", problems)
+    return config if config is not None else problems
+
+
+def built(**block):
+    config = read({"targets": list(TASKS), **block} if block.pop("aimed", True) else block)
+    assert not isinstance(config, list), config
+    return config.build()
+
+
+def context(**options):
+    return example_context({"a": 40, "b": 20}, signals=GivenVectors(ROWS, TASKS), targets=tuple(TASKS), **options)
+
+
+def run(budget=12, ctx=None, pool=None, **block):
+    return built(**block).select(np.arange(60) if pool is None else pool, budget, ctx or context())
+
+
+def by_largest():
+    return np.stack([(np.float32(one) @ ROWS.T).max(axis=0) for one in TASKS.values()])
+
+
+def by_mean():
+    return np.stack([(np.float32(one) @ ROWS.T).mean(axis=0) for one in TASKS.values()])
+
+
+# ---------------------------------------------------------------- parts that a selector is made of
+
+
+def test_rds_plus_is_one_of_its_combinations():
+    """With several targets: their largest similarities, round-robin over targets."""
+    own = RdsPlus(RdsPlus.Params()).select(np.arange(60), 12, context())
+    composed = run(represent="rds_plus", aggregate="round_robin", rule="top_k")
+    assert composed.rows.tolist() == own.rows.tolist()
+    np.testing.assert_allclose(composed.scores, own.scores)
+    own = RdsPlus(RdsPlus.Params(rule="top_k")).select(np.arange(60), 12, context())
+    assert run(represent="rds_plus", aggregate="max").rows.tolist() == own.rows.tolist()
+
+
+def test_target_rows_take_turns_whatever_their_target():
+    everything = np.concatenate([np.float32(one) for one in TASKS.values()]) @ ROWS.T
+    composed = run(represent="rds_plus", rule="round_robin")
+    assert composed.rows.tolist() == round_robin(everything, 12).tolist()
+    np.testing.assert_allclose(composed.scores, by_largest().max(axis=0), rtol=1e-6)
+
+
+def test_less_and_tacs_are_representations():
+    signals = FakeSignals(
+        1.0 + RNG.random(60),
+        adapted={name: 0.5 + RNG.random(60) for name in TASKS},
+        gradients=ROWS,
+        target_gradients={name: one.mean(axis=0) for name, one in TASKS.items()},
+    )
+    ctx = example_context({"a": 60}, signals=signals, targets=tuple(TASKS))
+    for given in ("influence", "less"):
+        own = Less(Less.Params(aggregate="round_robin")).select(np.arange(60), 12, ctx)
+        assert run(ctx=ctx, represent=given, rule="round_robin").rows.tolist() == own.rows.tolist()
+        own = Less(Less.Params(aggregate="mean")).select(np.arange(60), 12, ctx)
+        assert run(ctx=ctx, represent=given, aggregate="mean").rows.tolist() == own.rows.tolist()
+    own = Tacs(Tacs.Params(floor=0.2)).select(np.arange(60), 12, ctx)
+    composed = run(ctx=ctx, represent={"name": "tacs", "floor": 0.2})
+    assert composed.rows.tolist() == own.rows.tolist()
+    np.testing.assert_allclose(composed.scores, own.scores)
+
+
+def test_gradients_as_vectors():
+    signals = FakeSignals(np.ones(60), gradients=ROWS, target_rows=TASKS)
+    ctx = example_context({"a": 60}, signals=signals, targets=tuple(TASKS))
+    composed = run(ctx=ctx, represent={"name": "gradient", "dim": 4}, aggregate="max")
+    unit = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
+    best = np.max(
+        [((one / np.linalg.norm(one, axis=1, keepdims=True)) @ unit.T).max(axis=0) for one in TASKS.values()], 0
+    )
+    assert composed.rows.tolist() == top_k(best, 12).tolist()
+    assert {call.signal for call in signals.calls} == {"gradients"}
+
+
+@pytest.mark.parametrize("name", Represent.known())
+def test_every_selector_that_scores_is_a_representation(name):
+    given = MINIMAL.get(("selector", name), lambda K: {})(3)
+    targeted = Represent.of(name, **given).spec.kind != "scores"
+    composed = read({"represent": {"name": name, **given}, **({"targets": ["target"]} if targeted else {})})
+    assert not isinstance(composed, list), composed
+    ctx = example_context(targets=composed.targets)
+    kept = composed.build().select(np.arange(64), 8, ctx)
+    assert len(set(kept.rows.tolist())) == 8
+    assert kept.scores[kept.rows].tolist() == sorted(kept.scores[~np.isnan(kept.scores)].tolist())[: -8 - 1 : -1]
+    assert ctx.signals.asked == composed.cls.needs.signals
+
+
+# ---------------------------------------------------------------- aggregation
+
+
+def test_aggregations():
+    means, largest = by_mean().astype(np.float64), by_largest()
+    expected = {
+        "mean": means.mean(axis=0),
+        "mean_then_max": means.max(axis=0),
+        "max": largest.max(axis=0),
+        "z_max": ((means - means.mean(1, keepdims=True)) / means.std(1, keepdims=True)).max(axis=0),
+    }
+    for name, scores in expected.items():
+        composed = run(represent="rds_plus", aggregate=name)
+        np.testing.assert_allclose(composed.scores, scores, rtol=1e-4, atol=1e-6)
+        assert composed.rows.tolist() == top_k(composed.scores, 12).tolist()
+    assert run(represent="rds_plus").rows.tolist() == run(represent="rds_plus", aggregate="mean_then_max").rows.tolist()
+
+
+def test_votes_of_icons():
+    """Of the five rows of the check, the two with two votes; the largest influence would choose others."""
+    influence = np.array([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.9, 0.8], [0.2, 0.2, 0.9], [0.3, 0.3, 0.3]])
+    votes = together(influence.T, Aggregate.of("votes", vote_percent=40.0))
+    assert np.floor(votes).tolist() == [1, 2, 2, 1, 0] == count_votes(influence, 40.0).tolist()
+    assert set(top_k(votes, 2).tolist()) == {1, 2}
+    composed = run(represent="rds_plus", aggregate={"name": "votes", "vote_percent": 10})
+    assert np.floor(composed.scores).max() <= 2
+
+
+def test_targets_take_turns_with_any_ranking_rule():
+    composed = run(represent="rds_plus", aggregate="round_robin", rule={"name": "knn_kde", "sigma": 0.3, "c": 1.0})
+    lists = []
+    for name, one in TASKS.items():
+        p, away = probabilities(
+            np.float32(one), ROWS, max_k=5000, kde_k=1000, sigma=0.3, alpha=0.5, c=1.0, search="exact"
+        )
+        stream = represent_stream(f"selector.compose.{name}")
+        lists.append(draw(p, away, 12, np.arange(60), stream, replacement=False))
+    assert composed.rows.tolist() == take_turns(lists, 12).tolist()
+    assert "round_robin" in composed.reason
+
+
+def represent_stream(name):
+    from dataflex.rules import Candidates
+
+    return Candidates.stream(0, name, 0)
+
+
+# ---------------------------------------------------------------- rows that lack something, and duplicates
+
+
+def test_rows_without_vectors_or_scores_are_never_kept():
+    rows = ROWS.copy()
+    rows[::3] = np.nan
+    losses = np.where(np.arange(60) % 4 == 1, np.nan, 1.0 + 0.01 * np.arange(60))
+    signals = GivenVectors(rows, TASKS)
+    signals._losses = losses.astype(np.float32)
+    ctx = example_context({"a": 60}, signals=signals, targets=())
+    block = {"aimed": False, "represent": "loss", "vectors": "embed", "rule": "deita"}
+    composed = run(budget=60, ctx=ctx, **block)
+    assert set(composed.rows % 3) == {1, 2}
+    assert 1 not in set(composed.rows % 4)
+    assert composed.reason.endswith("; 30 rows have nothing to be compared by")
+    assert np.isfinite(composed.scores[composed.rows]).all()
+    assert np.isnan(composed.scores[::3]).all()
+    signals.vectors[None][:] = np.nan
+    with pytest.raises(DataError, match="compose: none of 60 rows has a vector"):
+        run(ctx=ctx, **block)
+
+
+def test_near_duplicates_go_first():
+    rows = ROWS.copy()
+    rows[30:] = rows[:30] * np.float32(1.5)
+    ctx = example_context({"a": 60}, signals=GivenVectors(rows, TASKS), targets=tuple(TASKS))
+    composed = run(budget=60, ctx=ctx, represent="rds_plus", aggregate="max", near_duplicates=0.9999)
+    assert len({row % 30 for row in composed.rows.tolist()}) == len(composed.rows) == 30
+    assert "30 near-duplicates were dropped" in composed.reason
+    largest = np.max([(np.float32(one) @ rows.T).max(axis=0) for one in TASKS.values()], axis=0)
+    assert all(largest[row] >= largest[(row + 30) % 60] for row in composed.rows)
+
+
+def test_untargeted_diversity_needs_no_targets():
+    composed = run(
+        aimed=False,
+        represent="embed",
+        rule="k_center",
+        ctx=example_context({"a": 60}, signals=GivenVectors(ROWS, {}), targets=()),
+    )
+    assert composed.rows[0] == 0
+    assert composed.scores is None
+    assert len(set(composed.rows.tolist())) == 12
+
+
+def test_token_budgets_and_domains():
+    lengths = 1 + np.arange(60) % 7
+    ctx = example_context({"a": 40, "b": 20}, lengths=lengths, signals=GivenVectors(ROWS, TASKS), targets=tuple(TASKS))
+    kept = run(ctx=ctx, budget=60, represent="rds_plus", rule={"name": "token_budget", "tokens": 33}).rows
+    assert 33 - 7 < lengths[kept].sum() <= 33
+    pool = np.arange(59, 9, -1)
+    kept = run(ctx=ctx, pool=pool, represent="rds_plus", rule="water_filling").rows
+    assert (np.count_nonzero(kept < 40), len(kept)) == (6, 12)
+
+
+def test_positions_are_those_of_the_pool():
+    pool = np.arange(59, 19, -1)
+    for rule in ("top_k", "round_robin", "gumbel_top_k", "knn_uniform", "facility_location"):
+        kept = run(pool=pool, represent="embed", rule=rule, aimed=rule != "facility_location").rows
+        assert set(kept.tolist()) <= set(pool.tolist())
+        assert len(kept) == 12
+    again = run(pool=pool[::-1].copy(), represent="embed", rule="gumbel_top_k").rows
+    assert again.tolist() == run(pool=pool, represent="embed", rule="gumbel_top_k").rows.tolist()
+
+
+# ---------------------------------------------------------------- needs, costs, state
+
+
+@pytest.mark.parametrize(
+    ("block", "signals", "targets", "cost", "stages"),
+    [
+        ({"represent": "rds_plus"}, {"embeddings"}, True, (1, 0), ("pt", "sft")),
+        ({"represent": "embed", "rule": "k_center"}, {"embeddings"}, False, (1, 0), ("pt", "sft")),
+        ({"represent": "loss"}, {"losses"}, False, (1, 0), ("pt", "sft", "dpo", "kto")),
+        ({"represent": "less", "vectors": "embed", "rule": "deita"}, {"gradients", "embeddings"}, True, (2, 1), None),
+        ({"represent": "longest"}, set(), False, (0, 0), None),
+        ({"represent": "gradient", "rule": "facility_location"}, {"gradients"}, False, (1, 1), None),
+    ],
+)
+def test_needs_and_costs_are_those_of_the_parts(block, signals, targets, cost, stages):
+    config = read({**block, **({"targets": ["first"]} if targets else {})})
+    assert not isinstance(config, list), config
+    needs, card = config.cls.needs, config.cls.card
+    assert needs.signals == signals
+    assert needs.targets is targets
+    assert (card.forward_per_pool_row, card.backward_per_pool_row) == cost
+    assert stages is None or needs.stages == stages
+    assert config.cls.adaptive is bool(signals)
+    asked = FakeSignals(1.0 + 0.01 * np.arange(60))
+    ctx = example_context({"a": 60}, signals=asked, targets=("first",) if targets else ())
+    config.build().select(np.arange(60), 8, ctx)
+    assert asked.asked == signals
+
+
+def test_the_class_is_what_the_least_parameters_need():
+    fitted = Compose.variant(Compose.Params())
+    assert (fitted.needs, fitted.adaptive) == (Compose.needs, Compose.adaptive)
+    assert fitted.card.forward_per_pool_row == Compose.card.forward_per_pool_row
+
+
+class Counting(Selector):
+    """Scores rows by how often it was asked: a state."""
+
+    name = "counting"
+    card = Card(summary="Counts.", paper="baseline", cost="none")
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.asked = 0
+
+    def select(self, pool, budget, ctx):
+        self.asked += 1
+        scores = -np.abs(np.arange(len(pool)) - self.asked).astype(float)
+        return Selection(rows=pool[:budget], scores=scores, reason="counted")
+
+    def columns(self):
+        return ("a_column",)
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state.get("asked", 0)
+
+
+def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
+    monkeypatch.setattr(represent, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
+    monkeypatch.setattr(represent, "names", lambda kind: ["counting"])
+    params = Compose.Params(represent=Represent("counting", Params()))
+    one, ctx = Compose(params), example_context({"a": 60}, targets=())
+    assert [one.select(np.arange(60), 1, ctx).rows[0] for _ in range(3)] == [1, 2, 3]
+    other = Compose(params)
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict() == {"": {"asked": 3}}
+    assert other.select(np.arange(60), 1, ctx).rows[0] == 4
+    assert one.columns() == ("a_column",)
+    with pytest.raises(ValueError, match="keeps states"):
+        Compose(Compose.Params()).load_state_dict({"": {"asked": 3}})
+
+
+# ---------------------------------------------------------------- combinations that cannot work
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ({"represent": "loss", "rule": "k_center"}, "rule: k_center compares rows with each other and needs vectors"),
+        ({"represent": "loss", "rule": "round_robin"}, "rule: round_robin lets target rows take turns"),
+        ({"represent": "less", "rule": "knn_kde"}, "rule: knn_kde searches for the neighbours of each target row"),
+        ({"represent": "loss", "aggregate": "mean"}, "aggregate: loss gives one score a row"),
+        ({"represent": "embed", "aggregate": "round_robin", "rule": "deita"}, "and deita does not rank"),
+        (
+            {"represent": "embed", "aggregate": "round_robin", "rule": {"name": "knn_uniform", "replacement": True}},
+            "aggregate: with round_robin rows are taken once",
+        ),
+        ({"represent": "embed", "aggregate": "mean", "rule": "knn_kde"}, "aggregate: mean has no effect"),
+        ({"represent": "embed", "aggregate": "max", "rule": "k_center"}, "aggregate: max has no effect"),
+        ({"represent": "less", "aggregate": "max", "rule": "round_robin"}, "lets targets take turns; remove the key"),
+        ({"represent": "loss", "vectors": "loss", "rule": "deita"}, "vectors: loss gives no vectors"),
+        ({"represent": "loss", "vectors": "embed"}, "vectors: has no effect, since top_k does not compare"),
+        ({"represent": "loss", "near_duplicates": 0.9}, "near_duplicates: needs vectors, which loss does not give"),
+        ({"represent": "loss", "vectors": "embed", "rule": "facility_location"}, "represent: loss has no effect"),
+        ({"represent": "random"}, "represent: the random selector gives no scores"),
+        ({"represent": "rds_pls"}, "unknown representation 'rds_pls'; did you mean 'rds_plus'"),
+        ({"represent": "embed", "rule": "knn_kd"}, "rule: unknown rule 'knn_kd'; did you mean 'knn_kde'"),
+        (
+            {"represent": "embed", "rule": {"name": "knn_kde", "sigm": 1}},
+            "rule.sigm: unknown key; did you mean 'sigma'",
+        ),
+        ({"represent": "embed", "rule": {"name": "knn_kde", "alpha": 2}}, "rule.alpha: must be at most 1, found 2"),
+        ({"represent": "embed", "rule": {"alpha": 2}}, "rule.name: missing; name one (known: top_k,"),
+        ({"represent": "embed", "rule": 3}, "rule: expected text, or a mapping with 'name', found 3"),
+        ({"represent": "embed", "aggregate": "meen"}, "aggregate: unknown aggregation 'meen'; did you mean 'mean'"),
+        ({"represent": {"name": "embed", "pooling": "max"}}, "represent.pooling: 'max' is not a choice"),
+        ({"represent": "embed", "rule": "token_budget"}, "rule.tokens: missing; expected a whole number"),
+        ({"represent": "embed", "near_duplicates": 1.5}, "near_duplicates: must be at most 1"),
+    ],
+)
+def test_bad_combinations_are_refused_with_the_reason(block, told):
+    problems = read(block)
+    assert isinstance(problems, list)
+    assert any(problem.startswith("dynamic.selector.") and told in problem for problem in problems), problems
+
+
+def test_all_problems_are_told_at_once():
+    problems = read({"represent": {"name": "embed", "poolin": "max"}, "rule": "nope", "near_duplicates": 7})
+    assert len(problems) == 3
+    with pytest.raises(ConfigError) as told:
+        Compose.Params(represent=Represent.of("loss"), aggregate=Aggregate.of("mean"), rule=Rule.of("k_center"))
+    assert [problem.split(":")[0] for problem in told.value.problems] == ["rule", "aggregate"]
+
+
+def test_targets_are_asked_for_where_they_are_needed():
+    assert "needs a target" in read({"represent": "embed"})[0]
+    assert "takes no targets" in read({"represent": "embed", "rule": "k_center", "targets": ["t"]})[0]
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def test_the_issue_s_configuration_reads_and_writes_back():
+    block = {
+        "interval_steps": 10,
+        "selector": {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde", "targets": ["t"]},
+    }
+    dynamic = parse_dynamic(block, Path.cwd())
+    params = dynamic.selector.params
+    assert (dynamic.selector.name, params.represent.name, params.rule.params.sigma) == ("compose", "rds_plus", 0.75)
+    written = as_mapping(dynamic)
+    assert parse_dynamic(written, Path.cwd()) == dynamic
+    assert "name: compose" in as_yaml(written)
+    with_params = {**block, "selector": {**block["selector"], "rule": {"name": "knn_kde", "sigma": 0.2}}}
+    assert parse_dynamic(with_params, Path.cwd()).selector.params.rule.params.sigma == 0.2
+    assert parse_dynamic({"selector": {"represent": "longest"}}, Path.cwd()).adaptive is False
+    with pytest.raises(ConfigError, match="interval_steps: missing"):
+        parse_dynamic({"selector": {"represent": "loss"}}, Path.cwd())
