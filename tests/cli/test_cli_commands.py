@@ -73,7 +73,7 @@ def test_mistakes_are_told_in_plain_lines(
 
 
 def test_every_problem_has_its_own_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "run.json", "streaming=true", "dynamic.interval_steps=0", "dynamic.selector.k=3"]) == 2
+    assert main(["plan", "run.json", "group_by_length=true", "dynamic.interval_steps=0", "dynamic.selector.k=3"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("dataflex: ") for line in lines)

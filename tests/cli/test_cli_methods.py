@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dataflex.commands.methods import example, methods
+from dataflex.config.collect import key_of
 from dataflex.config.build import parse_dynamic
 from dataflex.config.show import as_yaml
 from dataflex.core.registry import KINDS, find, names
@@ -34,7 +35,7 @@ def test_page_tells_all(kind: str, name: str) -> None:
     for told in (cls.card.summary, cls.card.paper, cls.card.cost):
         assert " ".join(told.split()) in flowed
     for field in dataclasses.fields(cls.Params):
-        assert f"\n    {field.name} " in text
+        assert f"\n    {key_of(field)} " in text
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

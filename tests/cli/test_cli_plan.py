@@ -72,6 +72,10 @@ Configuration
     max_epochs: null
     at_cap: redistribute
     domain_column: null
+    domain_path: null
+    domain_clusters: null
+    domain_encoder: null
+    eval_by_domain: false
     signals:
       pool_fraction: 1.0
       screen_fraction: 1.0

@@ -246,7 +246,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["dynamic.selector: tacs does not work with partitioned parameters (DeepSpeed ZeRO-3)"],
     ),
-    "streaming": ({"streaming": True}, ["streaming: a decision is a list of rows, and a stream has no row numbers"]),
+    "streaming": (
+        {"streaming": True, "packing": True},
+        ["packing: samples are packed after all of them were tokenised, which streaming does not do"],
+    ),
     "grouped by length": (
         {"group_by_length": True},
         ["group_by_length: the plan decides the order of rows, so batches cannot be grouped by length"],
@@ -385,7 +388,7 @@ def test_the_unchanged_configuration_is_in_order(config: Config, project: Path) 
 def test_all_problems_are_told_at_once(config: Config, project: Path) -> None:
     broken = config(
         dataset="a,c",
-        streaming=True,
+        group_by_length=True,
         output_dir=None,
         dynamic={
             "selector": {"name": "loss", "focs": "high", "focus_weight": "5", "temperature": 0},
@@ -405,7 +408,7 @@ def test_all_problems_are_told_at_once(config: Config, project: Path) -> None:
         "dynamic.selector.focus_weight: expected a number",
         "dynamic.selector.temperature: must be above 0",
         "dynamic.mixer: unknown mixer 'unifrom'; did you mean 'uniform'?",
-        "streaming:",
+        "group_by_length:",
         "output_dir: missing",
         "dataset: 'c' is not defined",
     ]

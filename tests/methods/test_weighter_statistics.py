@@ -18,9 +18,9 @@ from dataflex.weighters.slm import SelectiveLanguageModelling
 VOCABULARY, WIDTH, ROWS = 24, 33, 600
 
 
-def chain(rng, rows):
-    """Rows of a sharp Markov chain."""
-    table = np.full((VOCABULARY, VOCABULARY), 0.1 / VOCABULARY)
+def chain(rng, rows, tail):
+    """Rows of a Markov chain in which two tokens follow each; with probability ``tail`` it is any."""
+    table = np.full((VOCABULARY, VOCABULARY), tail / VOCABULARY)
     table[np.arange(VOCABULARY), np.random.default_rng(5).permutation(VOCABULARY)] += 0.6
     table[np.arange(VOCABULARY), np.random.default_rng(6).permutation(VOCABULARY)] += 0.3
     table /= table.sum(axis=1, keepdims=True)
@@ -33,11 +33,11 @@ def chain(rng, rows):
     return torch.from_numpy(tokens)
 
 
-def mixed(seed, share):
+def mixed(seed, share, tail):
     """A data set of which ``share`` of the rows are random tokens, shuffled; and which ones."""
     rng = np.random.default_rng(seed)
     noise = np.arange(ROWS) < round(share * ROWS)
-    tokens = chain(rng, ROWS)
+    tokens = chain(rng, ROWS, tail)
     tokens[torch.from_numpy(noise)] = torch.from_numpy(rng.integers(0, VOCABULARY, (int(noise.sum()), WIDTH)))
     order = rng.permutation(ROWS)
     return tokens[torch.from_numpy(order)], noise[order]
@@ -69,7 +69,7 @@ def batches(table, tokens, size):
 
 def relative_weights(strategy, seed):
     """Mean weight of the noise rows, in units of the mean weight, after training on the mixture."""
-    tokens, noise = mixed(seed, 0.1)
+    tokens, noise = mixed(seed, 0.1, tail=0.1)
     table = train(tokens, 150, seed)
     weighter = LossWeighter(LossWeighter.Params(strategy=strategy, burn_in_steps=0))
     weights = torch.cat([weighter.weigh(batch) for batch in batches(table, tokens, 10)]).numpy()
@@ -79,9 +79,9 @@ def relative_weights(strategy, seed):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_strategies_by_loss_and_rows_of_random_labels(seed):
     """A tenth of the rows is noise: quadratic lowers it, linupper and extremes raise it."""
-    assert relative_weights("quadratic", seed) < 0.8
-    assert relative_weights("linupper", seed) > 1.2
-    assert relative_weights("extremes", seed) > 1.2
+    assert relative_weights("quadratic", seed) < 0.9
+    assert relative_weights("linupper", seed) > 1.5
+    assert relative_weights("extremes", seed) > 1.05
     assert relative_weights("softmax_loss", seed) > relative_weights("linupper", seed)
 
 
@@ -89,16 +89,16 @@ def test_strategies_by_loss_and_rows_of_random_labels(seed):
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_slm_with_a_clean_reference_drops_noise(seed, share):
     """At least four fifths of the tokens left out are noise, when as many are left out as there is noise."""
-    tokens, noise = mixed(seed, share)
-    reference = train(chain(np.random.default_rng(seed + 100), ROWS), 600, seed)
+    tokens, noise = mixed(seed, share, tail=0.001)
+    reference = train(chain(np.random.default_rng(seed + 100), ROWS, 0.001), 600, seed)
     table = train(tokens, 60, seed)
     weighter = SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=1 - share))
     dropped = dropped_noise = 0
-    for batch in batches(table, tokens, 20):
+    for batch in batches(table, tokens, ROWS):
         beside = losses_of(reference, tokens[torch.from_numpy(batch.rows_B)]).loss_BT
         kept = weighter.weigh(dataclasses.replace(batch, reference_BT=beside)).bool()
         out = batch.mask_BT & ~kept
         dropped += int(out.sum())
         dropped_noise += int(out[torch.from_numpy(noise[batch.rows_B])].sum())
-    assert dropped == pytest.approx(share * ROWS * (WIDTH - 1), rel=0.02)
+    assert dropped == round(share * ROWS * (WIDTH - 1))
     assert dropped_noise / dropped >= 0.8

@@ -169,7 +169,7 @@ def test_names_of_domains_survive_yaml_and_csv(project, config, capsys):
         ([], {"dataset": "a,c"}, "dataset: 'c' is not defined"),
         ([], {"dataset": "a"}, "--natural: sizes must be finite numbers"),
         ([], {"dataset": "a,hub"}, "--natural: the rows of hub are not quick to count"),
-        ([], {"dynamic": {"mixer": "uniform", "domain_column": "source"}}, "--natural: domains come from a column"),
+        ([], {"dynamic": {"mixer": "uniform", "domain_column": "source"}}, "--natural: domains come from the rows"),
         ([], {"dynamic": {"mixer": "uniform", "intervall_steps": 3}}, "dynamic.intervall_steps: unknown key"),
         (
             [],

@@ -171,7 +171,7 @@ class DataLoading:
         sizes = {name: len(part) for name, part in parts.items()}
         if data_args.streaming and data_args.val_size > 1e-6:
             raise UnsupportedError("val_size with streaming over several data sets: name an 'eval_dataset' instead")
-        whole = joined(list(parts.values())) if data_args.streaming else concatenate_datasets(list(parts.values()))
+        whole: Any = joined(list(parts.values())) if data_args.streaming else concatenate_datasets([*parts.values()])
         module: dict[str, Any] = {"train_dataset": whole}
         if data_args.eval_dataset is not None:
             module = {**load(dataset=None, val_size=0.0), **module}
@@ -209,7 +209,7 @@ class DataLoading:
                 "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several "
                 "data sets"
             )
-        labels: Sequence[Any]
+        labels: Any
         if column is None:
             labels = sources or []
         elif data_args.val_size > 1e-6:

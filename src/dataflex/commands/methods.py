@@ -21,7 +21,14 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "nice"): {"reward": "rougeL"},
     ("selector", "delta_loss"): {"updates": 10},
     ("selector", "compose"): {"represent": "rds_plus", "aggregate": "round_robin", "rule": "knn_kde"},
+    ("selector", "rho_loss"): {"reference": "runs/reference"},
     ("mixer", "static"): {"proportions": [0.7, 0.3]},
+    ("mixer", "sheared"): {"target_losses": [1.9, 2.1]},
+    ("mixer", "velocity"): {"target_losses": [1.9, 2.1]},
+    ("mixer", "skill_it"): {"graph": [[1.0, 0.5], [0.0, 1.0]]},
+    ("mixer", "doremi"): {"reference": "runs/reference"},
+    ("weighter", "slm"): {"reference": "runs/reference"},
+    ("weighter", "rho"): {"reference": "runs/reference"},
     ("mixer", "staged"): {
         "stages": [
             {"start_step": 0, "proportions": [0.9, 0.1]},

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.build import load_plugins
-from dataflex.config.check_data import column_problems, data_set_problems
-from dataflex.config.check_run import model_problems, setting_problems, stage_problems
 from dataflex.config.collect import values
-from dataflex.config.data import Source, data_sets, find_sources
+from dataflex.config.data import Source, data_sets
 from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.methods import method_block, method_class, target_list
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
-from dataflex.config.values import env_enabled, truthy
 from dataflex.core.registry import KINDS, names
 from dataflex.errors import ConfigError
+from dataflex.offline.checks import FIXED, adam_problems, checked, checkpoint_of, entries_of, out_problems, tidy
 
-__all__ = ["OfflineConfig", "ScoreRequest", "score_request"]
+__all__ = ["OfflineConfig", "ScoreRequest", "names_of", "score_request"]
 
-_DROPPED = (
-    "auto_find_batch_size",
-    "do_eval",
-    "do_predict",
-    "early_stopping_steps",
-    "eval_dataset",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "evaluation_strategy",
-    "group_by_length",
-    "ignore_data_skip",
-    "load_best_model_at_end",
-    "mix_strategy",
-    "plot_loss",
-    "predict_with_generate",
-    "push_to_hub",
-    "save_steps",
-    "train_sampling_strategy",
-    "val_size",
-)
-"""Keys that only training and evaluation look at."""
-_FIXED: dict[str, Any] = {
-    "do_train": True,
-    "neat_packing": False,
-    "overwrite_output_dir": True,
-    "packing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-}
 _STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
 
 
@@ -133,20 +100,20 @@ def score_request(
     given = merged({}, ours)
     lf, config = _parts(mapping, base_dir, problems)
     scorers = _scorers(methods, given, config, targets, problems)
-    notes = _tidy(lf, problems)
-    checkpoint = _checkpoint(lf, problems)
+    notes = tidy(lf, problems)
+    checkpoint = checkpoint_of(lf, problems)
     work = out.with_name(f"{out.name}.work")
     signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
     config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
-    sources = _checked(lf, config, base_dir, problems)
-    problems += _out_problems(out)
+    sources = checked(lf, config, base_dir, problems)
+    problems += out_problems(out)
     if budget is not None and budget < 1:
         problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
     if checkpoint is None:
-        problems += _adam_problems(scorers)
+        problems += adam_problems(scorers)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    lf.update(_FIXED, output_dir=str(work / "run"))
+    lf.update(FIXED, output_dir=str(work / "run"))
     return ScoreRequest(
         lf=lf,
         config=config,
@@ -155,7 +122,7 @@ def score_request(
         checkpoint=checkpoint,
         budget=budget,
         sources=tuple(sources),
-        entries=_entries(lf, [source.name for source in sources]),
+        entries=entries_of(lf, [source.name for source in sources]),
         notes=tuple(notes),
     )
 
@@ -207,105 +174,6 @@ def _scorers(
         if method is not None:
             built.append(method)
     return tuple(built)
-
-
-def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
-    """Take out what only training needs; return notes on what is done otherwise."""
-    notes = []
-    if lf.get("tokenized_path"):
-        problems.append("tokenized_path: a tokenised copy does not say which row of a file it came from; remove it")
-    if truthy(lf, "packing") or truthy(lf, "neat_packing") or (lf.get("stage") == "pt" and lf.get("packing") is None):
-        notes.append("packing is off: every sample is scored by itself")
-    config = lf.pop("deepspeed", None)
-    if config is not None:
-        if isinstance(config, str) and Path(config).is_file():
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, Mapping) else 0
-        if stage == 3:
-            problems.append(
-                "deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it"
-            )
-        else:
-            notes.append("deepspeed is left out: nothing is trained")
-    if lf.get("fsdp") not in (None, "", [], False):
-        problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
-    if env_enabled("USE_RAY"):
-        problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
-    held = [key for key in ("val_size", "eval_dataset") if lf.get(key)]
-    if held:
-        notes.append(f"{', '.join(held)} left out: every row of the data set is scored")
-    for key in _DROPPED:
-        lf.pop(key, None)
-    return notes
-
-
-def _checkpoint(lf: dict[str, Any], problems: list[str]) -> Path | None:
-    asked = lf.pop("resume_from_checkpoint", None)
-    if asked in (None, False, "false", "False"):
-        return None
-    if asked in (True, "true", "True"):
-        problems.append(
-            "resume_from_checkpoint: name the checkpoint's folder whose weights and optimizer are to be used"
-        )
-        return None
-    folder = Path(str(asked))
-    if not (folder / "optimizer.pt").is_file():
-        problems.append(f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)")
-    return folder
-
-
-def _checked(lf: dict[str, Any], config: OfflineConfig, base_dir: Path, problems: list[str]) -> list[Source]:
-    """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
-    view = {**lf, **_FIXED}
-    problems += [
-        problem.replace("dynamic.selector: ", "--method: ", 1)
-        for problem in (*stage_problems(config, view), *setting_problems(config, view))
-    ]
-    problems += model_problems(view)
-    sources: list[Source] = []
-    problems += data_set_problems(view, base_dir, sources)
-    for method in config.scorers:
-        for problem in find_sources(method.targets, view, f"{method.name}.targets", base_dir)[1]:
-            if not problem.startswith("dataset_dir:"):  # told once, for the data set
-                problems.append(problem)
-    problems += column_problems(config, view)
-    for source in sources:
-        if source.num_samples is not None:
-            problems.append(
-                f"dataset: {source.name!r} has num_samples in dataset_info.json, which draws rows anew in every load; "
-                "remove it, and draw with 'dataflex select --budget'"
-            )
-    return sources
-
-
-def _entries(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
-    folder = lf.get("dataset_dir", "data")
-    if isinstance(folder, Mapping):
-        info: Mapping[str, Any] = folder
-    else:
-        path = Path(str(folder)) / "dataset_info.json"
-        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: dict(info[name]) for name in datasets if name in info}
-
-
-def _out_problems(out: Path) -> list[str]:
-    if out.suffix != ".parquet":
-        return [f"--out: {out} must end in .parquet"]
-    if out.is_dir():
-        return [f"--out: {out} is a folder"]
-    above = next(path for path in out.absolute().parents if path.exists())
-    return [] if above.is_dir() else [f"--out: {above} is a file, not a folder"]
-
-
-def _adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
-    """Without training there is no optimizer whose moments could precondition gradients."""
-    return [
-        f"{method.name}.precondition: {kind} needs the moments of a run's Adam, and without training there are none; "
-        f"write '{method.name}.precondition=none', or name a checkpoint of the run: "
-        "'resume_from_checkpoint=saves/run/checkpoint-100'"
-        for method in scorers
-        if (kind := getattr(method.params, "precondition", None)) in ("true_adam", "paper_repo")
-    ]
 
 
 def names_of(text: str) -> tuple[str, ...]:

@@ -221,5 +221,6 @@ def weighted_loss(
     weighted = (weights * loss_BT).sum()
     # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
     order = losses.plain_sum - loss_BT.detach().sum()
-    weighted = weighted + order * weights.mean()
+    mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
+    weighted = weighted + order * mean
     return weighted / torch.as_tensor(num_items, device=weighted.device)
