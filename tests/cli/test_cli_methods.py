@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from dataflex.commands.methods import example, methods
-from dataflex.config.collect import key_of
 from dataflex.config.build import parse_dynamic
+from dataflex.config.collect import key_of
 from dataflex.config.show import as_yaml
 from dataflex.core.registry import KINDS, find, names
 

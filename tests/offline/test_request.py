@@ -42,7 +42,6 @@ def request_of(scoring):
         (("dataset=pol",), {}, "'pol' is not defined"),
         (("dataset=drawn",), {}, "has num_samples"),
         (("tokenized_path=somewhere",), {}, "tokenized_path"),
-        (("streaming=true",), {}, "streaming"),
         (("stage=ppo",), {}, "stage: ppo is not supported"),
         (("stage=rm",), {}, "--method: loss does not work under stage rm"),
         (("model_name_or_path=/nowhere/model",), {}, "no such folder"),
@@ -74,13 +73,15 @@ def test_training_keys_are_left_out(request_of):
             "load_best_model_at_end": True,
             "deepspeed": {"zero_optimization": {"stage": 2}},
             "group_by_length": True,
+            "streaming": True,
         }
     )
-    for key in ("val_size", "eval_strategy", "eval_steps", "load_best_model_at_end", "deepspeed", "group_by_length"):
+    for key in ("val_size", "eval_strategy", "eval_steps", "load_best_model_at_end", "deepspeed", "streaming"):
         assert key not in found.lf
     assert found.lf["packing"] is False
     assert found.lf["do_train"] is True
-    assert len(found.notes) == 3
+    assert "group_by_length" not in found.lf
+    assert len(found.notes) == 4
     assert found.work == Path("scores.parquet.work")
     assert found.config.signals.store == "scores.parquet.work/store"
 

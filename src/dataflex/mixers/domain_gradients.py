@@ -22,7 +22,8 @@ class DomainGradients:
 
     Attributes:
         products: <g_d, g_e> [K, K]; the diagonal is the squared norm of the mean over the rows drawn.
-        variance: Unbiased variance of a row's gradient within its domain, E ||g_i - g_d||^2 [K]; NaN for one row.
+        variance: Unbiased variance of a row's gradient within its domain, E ||g_i - g_d||^2 [K]; 0 for a domain of
+            one row, which is always the same.
         rows: Rows that each domain's mean is over [K].
         targets: <g_d, g_t> with the mean gradient of each target [K, T].
     """
@@ -36,7 +37,7 @@ class DomainGradients:
     def squared_norms(self) -> Floats:
         """Unbiased estimate of ||E g_d||^2 [K], at least 0: the mean's own norm is too large by variance / rows."""
         biased = self.products.diagonal()
-        return np.maximum(biased - np.nan_to_num(self.variance) / self.rows, 0.0)
+        return np.maximum(biased - self.variance / self.rows, 0.0)
 
 
 def domain_gradients(
@@ -81,5 +82,5 @@ def domain_gradients(
     squares = mean_KN @ gram.diagonal()
     many = counts > 1
     spread = np.maximum(squares - products.diagonal(), 0.0)
-    variance = np.where(many, spread * counts / np.maximum(counts - 1, 1), np.nan)
+    variance = np.where(many, spread * counts / np.maximum(counts - 1, 1), 0.0)
     return DomainGradients(products=products, variance=variance, rows=counts, targets=mean_KN @ scores)

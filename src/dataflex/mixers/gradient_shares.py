@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import Card, Context, Mix, Needs, State
-from dataflex.errors import ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
@@ -208,15 +207,8 @@ class Pike(_GradientMixer):
     params: Params
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalised; b is the batch of an optimizer step.
-
-        Raises:
-            ConfigError: A domain of one row has no variance.
-        """
+        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalised; b is the batch of an optimizer step."""
         found = self._gradients(ctx)
-        if np.isnan(found.variance).any():
-            lost = self.names[int(np.flatnonzero(np.isnan(found.variance))[0])]
-            raise ConfigError(f"dynamic.mixer: pike needs two rows of every domain with labels; {lost!r} has one")
         batch = ctx.global_batch
         scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)
         return simplex.exponentiated(self.log_shares, scores, eta=1.0), ""

@@ -33,6 +33,7 @@ _DROPPED = (
     "predict_with_generate",
     "push_to_hub",
     "save_steps",
+    "streaming",
     "train_sampling_strategy",
     "val_size",
 )
@@ -54,6 +55,8 @@ def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
         problems.append("tokenized_path: a tokenised copy does not say which row of a file it came from; remove it")
     if truthy(lf, "packing") or truthy(lf, "neat_packing") or (lf.get("stage") == "pt" and lf.get("packing") is None):
         notes.append("packing is off: every sample is scored by itself")
+    if truthy(lf, "streaming"):
+        notes.append("streaming is off: all rows are tokenised first")
     config = lf.pop("deepspeed", None)
     if config is not None:
         if isinstance(config, str) and Path(config).is_file():
