@@ -113,6 +113,8 @@ def cases(num_rows: int) -> list[tuple[str, Callable[[], int]]]:
     tail.append(three, 0, 0)
     tail.draw(num_rows // 3)
     state = tail.state_dict()
+    far = {**state, "position": 10_000_000 * GLOBAL_BATCH}
+    far["drawn"] = np.rint(three * far["position"]).astype(np.int64)
     million = f"{num_rows / 1e6:g}M"
     calls = num_rows // 12_800
     return [
@@ -124,6 +126,8 @@ def cases(num_rows: int) -> list[tuple[str, Callable[[], int]]]:
         (f"* mixture: {million} ids, 500 domains, block 1024", lambda: draw(many_domains, many, 1024, num_rows)),
         ("* mixture: the same, 12,800 ids a call", lambda: draw(many_domains, many, 1024, num_rows, calls)),
         ("  mixture: resume, then one batch", lambda: resume(few_domains, state)),
+        ("  mixture: resume at step 10M, then one batch", lambda: resume(few_domains, far)),
+        (f"* mixture: {million} ids, 500 domains, block 512", lambda: draw(many_domains, many, 512, num_rows)),
         (f"  domains: group {million} rows in 3", lambda: group(num_rows, three)),
         (f"  top_k: 5,000 of {million}", lambda: of(num_rows, top_k(scores, 5000))),
         (f"  top_k: half of {million}", lambda: of(num_rows, top_k(scores, num_rows // 2))),

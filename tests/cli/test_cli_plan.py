@@ -68,6 +68,7 @@ Configuration
     exclude_seen: false
     repeat: false
     unit: sequences
+    interleave: shuffled
     initial_proportions: null
     max_epochs: null
     at_cap: redistribute

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.core import blocks
-from dataflex.core.blocks import block_counts, block_labels
+from dataflex.core.blocks import block_counts, block_labels, evenly
 
 from .slow_mixture import slow_block
 
@@ -94,3 +94,16 @@ def test_order_depends_on_seed_segment_and_block_alone():
     assert whole[:64].tolist() != whole[64:128].tolist()
     assert block_labels(*args, 4, 2, 0, 1)[0].tolist() != whole[:64].tolist()
     assert block_labels(*args, 3, 1, 0, 1)[0].tolist() != whole[:64].tolist()
+
+
+def test_even_order_is_that_of_error_diffusion():
+    """T26."""
+    assert evenly(np.array([4, 2, 2])).tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert evenly(np.array([7, 2, 1])).tolist() == [0, 1, 0, 2, 0, 0, 1, 0, 0, 0]
+
+
+@given(counts=st.lists(st.integers(0, 12), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None)
+def test_even_order_keeps_counts(counts):
+    labels = evenly(np.array(counts))
+    assert np.bincount(labels, minlength=len(counts)).tolist() == counts

@@ -367,3 +367,30 @@ def test_epochs_above_and_below_the_threshold(monkeypatch, size):
 def test_rows_beyond_32_bits():
     rows = np.array([5, 2**40])
     assert sorted(ShuffledEpochs(rows, "d", 0).take(0, 2).tolist()) == rows.tolist()
+
+
+@pytest.mark.parametrize("interleave", ["shuffled", "even"])
+@pytest.mark.parametrize("unit", [1, 4])
+def test_a_log_of_thousands_of_segments_is_forgotten_but_not_its_stream(interleave, unit):
+    """One decision per step, as online mixers make them; resumed at two places far apart."""
+    domains, rng = Domains.from_sizes(["a", "b", "c"], [50, 30, 7]), np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), size=1000)
+
+    def fresh():
+        return MixtureSampler(domains, seed=5, block=8, unit=unit, interleave=interleave)
+
+    whole, resumed, served = fresh(), fresh(), []
+    for step, share in enumerate(shares):
+        whole.append(share, step * 8, step)
+        served.append(whole.draw(8).tolist())
+        if step in (400, 900):
+            state = whole.state_dict()
+            assert len(state["segments"]["start"]) <= 128
+            resumed = fresh()
+            resumed.load_state_dict(state)
+        elif step > 400:
+            resumed.append(share, step * 8, step)
+            assert resumed.draw(8).tolist() == served[-1]
+    counts = np.bincount(domains.domain_of[np.concatenate(served)], minlength=3)
+    assert np.abs(counts - 8 * shares.sum(axis=0)).max() < 8 * unit
+    assert len({label for row in served for label in row}) == 87

@@ -150,10 +150,12 @@ def test_a_user_s_method_and_equal_scores(scoring, told, capsys):
         "        return Selection(rows=pool[:budget], scores=np.ones(len(pool)))\n"
     )
     scoring.write("pool", rows_of(6))
-    config = scoring.config(dataset="pool")
+    config = scoring.config(dataset="pool", dynamic={"domain_path": "data/p*.jsonl"})
     command = ["score", config, "--method", "mine", "--budget", "2", "--out", "s.parquet"]
     assert scoring.run(*command, f"dynamic.plugins=[{plugin}]") == 0
-    columns = read_scores(scoring.folder / "s.parquet").columns
+    table = read_scores(scoring.folder / "s.parquet")
+    assert (table.datasets, table.domains) == (("pool",), ("ool",))
+    columns = table.columns
     assert columns["mine"].tolist() == [1.0] * 6
     assert np.isfinite(columns["mine.rank"]).tolist() == [True] * 2 + [False] * 4
     assert "mine: all 6 scores are equal (1), so they say nothing" in told

@@ -111,6 +111,7 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
             "initial_proportions": dynamic.initial_proportions is not None,
             "max_epochs": dynamic.max_epochs is not None,
             "unit": dynamic.unit != "sequences",
+            "interleave": dynamic.interleave != "shuffled",
         }
         for key in (key for key, there in given.items() if there):
             yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"

@@ -83,6 +83,13 @@ class DynamicConfig:
     interval_steps: int | None = field(
         default=None, metadata={"help": "optimizer steps between two decisions", "minimum": 1}
     )
+    candidate_batches: int | None = field(
+        default=None,
+        metadata={
+            "help": "the selector chooses within the next so many times the rows that an interval needs, epoch by epoch",
+            "minimum": 2,
+        },
+    )
     keep_ratio: float | None = field(
         default=None,
         metadata={
@@ -100,6 +107,10 @@ class DynamicConfig:
     )
     unit: Literal["sequences", "tokens"] = field(
         default="sequences", metadata={"help": "what proportions are proportions of"}
+    )
+    interleave: Literal["shuffled", "even"] = field(
+        default="shuffled",
+        metadata={"help": "order of domains within the steps that hold a mixer's proportions: drawn, or spread evenly"},
     )
     initial_proportions: tuple[float, ...] | dict[str, float] | None = field(
         default=None, metadata={"help": "proportions of the domains during warm-up", "minimum": 0.0}

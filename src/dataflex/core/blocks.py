@@ -7,12 +7,16 @@ from block to block does neither.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.rng import keys
 
-__all__ = ["block_counts", "block_labels"]
+__all__ = ["Interleave", "block_counts", "block_labels", "evenly"]
+
+Interleave = Literal["shuffled", "even"]
 
 _SCALAR_DOMAINS = 16  # up to here a plain Python loop beats numpy calls on tiny arrays
 
@@ -101,6 +105,25 @@ def block_counts(
     return counts, residuals
 
 
+def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the domains of one block [sum(counts)] as evenly spread as whole sequences allow.
+
+    Place n goes to the domain that is furthest behind, argmax of share x max(n, 1) - given so far, the first
+    of equal ones, as Megatron-Core's blending has it.
+
+    Args:
+        counts: Sequences of each domain in the block [K].
+    """
+    block = int(counts.sum())
+    shares, given = counts / max(block, 1), np.zeros(counts.size)
+    labels = np.empty(block, dtype=np.int64)
+    for place in range(block):
+        behind = np.where(given < counts, shares * max(place, 1) - given, -np.inf)
+        labels[place] = k = int(np.argmax(behind))
+        given[k] += 1
+    return labels
+
+
 def block_labels(
     proportions: NDArray[np.float64],
     block: int,
@@ -109,10 +132,11 @@ def block_labels(
     segment: int,
     first: int,
     num: int,
+    interleave: Interleave = "shuffled",
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
     """Return the domain of every sequence of consecutive blocks.
 
-    The order within a block is a permutation that depends on (seed, segment, block number) only.
+    The order within a block is a permutation that depends on (seed, segment, block number) only, or ``evenly``.
 
     Args:
         proportions: Proportions of sequences [K], sum 1.
@@ -122,6 +146,7 @@ def block_labels(
         segment: Number of the segment in the log.
         first: Number of the first block within the segment.
         num: Number of blocks.
+        interleave: How sequences lie within a block.
 
     Returns:
         Domain indices [num * block], and the residuals of ``block_counts`` [num + 1, K].
@@ -130,6 +155,8 @@ def block_labels(
     # 16-bit labels make numpy's stable sort a radix sort, here and for whoever groups by label.
     small = proportions.size <= 1 << 16
     numbers: NDArray[np.unsignedinteger] = np.arange(proportions.size, dtype=np.uint16 if small else np.uint64)
+    if interleave == "even":
+        return np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype), rests
     in_order: NDArray[np.unsignedinteger] = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, block)
     places = np.arange(first * block, (first + num) * block, dtype=np.int64).reshape(num, block)
     order = np.argsort(keys(seed, "mixture", segment, places), axis=1)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from dataflex.core.domains import Domains
     from dataflex.core.schedule import Interval
     from dataflex.mixing.proportions_file import ProportionsFile
-    from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
+    from dataflex.signals.specs import (
+        EmbeddingSpec,
+        Generation,
+        GenerationSpec,
+        GradientSpec,
+        LogitSpec,
+        Part,
+        WeightedAnswer,
+    )
 
 __all__ = [
     "STAGES",
@@ -90,7 +98,7 @@ class Needs:
     """What a method asks of its surroundings, checked before a model loads.
 
     Attributes:
-        signals: Subset of {"losses", "embeddings", "gradients", "generate", "gates", "texts"}; "texts" stands for
+        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts" stands for
             tokens and texts as the rows were tokenised, which ask no model.
         targets: Whether ``targets: [data set, ...]`` must be given.
         domains: Least number of domains.
@@ -172,9 +180,17 @@ class Signals(Protocol):
         ...
 
     def gradient_products(
-        self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]
+        self,
+        rows: Rows,
+        spec: GradientSpec,
+        *,
+        targets: Sequence[str],
+        target_rows: Mapping[str, Rows] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n]."""
+        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n].
+
+        A mean is over the ``target_rows`` of its target where they are given.
+        """
         ...
 
     def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
@@ -204,6 +220,14 @@ class Signals(Protocol):
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
         """Sample answers of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
+        ...
+
+    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Sum of the singular values of each row's logits [len(rows)]; NaN for rows without supervised tokens."""
+        ...
+
+    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Sketch of each row's logits [len(rows), spec.rows * spec.columns], from the same pass as their norms."""
         ...
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
@@ -317,6 +341,8 @@ class Selector(Method):
     kind = "selector"
     narrows: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
+    online: ClassVar[bool] = False
+    """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""

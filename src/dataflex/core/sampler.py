@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.core.blocks import block_counts, block_labels
+from dataflex.core.blocks import Interleave, block_counts, block_labels
 from dataflex.core.caps import AtCap, cap_limits, expected_epochs, without
 from dataflex.core.domains import Domains, check_proportions
 from dataflex.core.epochs import ShuffledEpochs, serve
@@ -24,6 +24,7 @@ from dataflex.errors import CheckpointError, DataError
 __all__ = ["MixtureSampler"]
 
 _CHUNK_IDS = 1 << 19  # ids made at a time
+_KEPT_SEGMENTS = 64  # the stream needs the last one only
 _CHUNK_CELLS = 1 << 21  # block x domain cells made at a time
 
 
@@ -48,6 +49,7 @@ class MixtureSampler:
         at_cap: What happens at a cap.
         names: Names of the domains where ``domains_rows`` is a list.
         unit: Sequences that are of one domain together (a domain-pure micro-batch); divides ``block``.
+        interleave: How domains lie within a block.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class MixtureSampler:
         *,
         names: Sequence[str] | None = None,
         unit: int = 1,
+        interleave: Interleave = "shuffled",
     ) -> None:
         assert block >= 1, f"block {block}"
         assert block % unit == 0, f"block {block}, unit {unit}"
@@ -74,10 +77,12 @@ class MixtureSampler:
         self.block = int(block)
         self.unit = int(unit)
         self._units = self.block // self.unit
+        self.interleave: Interleave = interleave
         self.at_cap: AtCap = at_cap
         self._max_epochs = None if max_epochs is None else np.asarray(max_epochs, dtype=np.float64)
         self._limits = cap_limits(self.sizes, max_epochs)
         self._segments: list[Segment] = []
+        self._forgotten = 0  # segments before those in the list
         self._position = 0
         self._drawn = np.zeros(len(self.names), dtype=np.int64)
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
@@ -95,7 +100,7 @@ class MixtureSampler:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The log, oldest first."""
+        """The end of the log, oldest first; what is long past is in the run's record."""
         return tuple(self._segments)
 
     @property
@@ -128,6 +133,9 @@ class MixtureSampler:
         if not self._segments:
             self._position = int(start)
         assert start == self._position, f"segment starts at {start}, but the next sequence is {self._position}"
+        if len(self._segments) >= 2 * _KEPT_SEGMENTS:
+            self._forgotten += len(self._segments) - _KEPT_SEGMENTS
+            del self._segments[:-_KEPT_SEGMENTS]
         self._open(shares, decided_at_step, reason)
         if self.at_cap == "redistribute" and ((self._drawn >= self._limits) & (shares > 0)).any():
             self._redistribute()
@@ -216,8 +224,9 @@ class MixtureSampler:
         to_cap = (((self._limits - self._drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // num_domains, int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
+        segment = self._forgotten + len(self._segments) - 1
         labels, rests = block_labels(
-            shares, self._units, self._residual, self.seed, len(self._segments) - 1, first, num
+            shares, self._units, self._residual, self.seed, segment, first, num, self.interleave
         )
         if self.unit > 1:
             labels = np.repeat(labels, self.unit)
@@ -231,6 +240,8 @@ class MixtureSampler:
             "seed": self.seed,
             "block": self.block,
             "unit": self.unit,
+            "interleave": self.interleave,
+            "forgotten": self._forgotten,
             "position": self._position,
             "drawn": self.drawn,
             "residual": self._residual.copy(),
@@ -243,8 +254,8 @@ class MixtureSampler:
         Raises:
             CheckpointError: Other domains, sizes, seed or block, or a malformed state.
         """
-        state = {"unit": 1, **state}
-        for key in ("names", "sizes", "seed", "block", "unit"):
+        state = {"unit": 1, "interleave": "shuffled", "forgotten": 0, **state}
+        for key in ("names", "sizes", "seed", "block", "unit", "interleave"):
             found, mine = state.get(key), getattr(self, key)
             if not np.array_equal(np.asarray(found), np.asarray(mine)):
                 raise CheckpointError(
@@ -253,8 +264,9 @@ class MixtureSampler:
                 )
         try:
             segments = log_from_state(state["segments"])
-            position = int(state["position"])
+            position, forgotten = int(state["position"]), int(state["forgotten"])
             drawn, residual = np.array(state["drawn"], np.int64), np.array(state["residual"], np.float64)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"resume: the state of the mixture is malformed ({error!r})") from error
+        self._forgotten = forgotten
         self._segments, self._position, self._drawn, self._residual = segments, position, drawn, residual

@@ -159,7 +159,7 @@ class Aioli(_SkillMixer):
         ema: float | None = field(
             default=None,
             metadata={
-                "help": "weight of the new A in its average, proportions made from equal ones; null: the last are moved",
+                "help": "weight of the new A in its average, proportions made from equal ones; null: the last move on",
                 "above": 0.0,
                 "maximum": 1.0,
             },

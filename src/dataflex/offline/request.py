@@ -137,7 +137,8 @@ def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tupl
     if not isinstance(block, Mapping):
         raise ConfigError("dynamic: expected a mapping")
     given = values(DynamicConfig, block, "dynamic", problems, skip=KINDS)
-    kept: dict[str, Any] = {key: given[key] for key in ("seed", "signals", "domain_column", "unit") if key in given}
+    ours = ("seed", "signals", "domain_column", "domain_path", "unit")
+    kept: dict[str, Any] = {key: given[key] for key in ours if key in given}
     kept["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
     if block.get("selector") is not None:
         kept["selector"] = method_block("selector", block["selector"], "dynamic.selector", problems)

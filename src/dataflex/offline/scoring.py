@@ -194,7 +194,7 @@ def _table(
         "dynamic": {
             key: value
             for key, value in as_mapping(request.config).items()
-            if key in ("seed", "domain_column", "plugins")
+            if key in ("seed", "domain_column", "domain_path", "plugins")
         },
         "methods": [plain(method) for method in request.config.scorers],
         "budget": request.budget,

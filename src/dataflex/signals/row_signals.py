@@ -17,13 +17,14 @@ from torch import nn
 
 from dataflex.signals.embeddings import embed_batch, embedding_size
 from dataflex.signals.gates import GateLoads
+from dataflex.signals.logits import LogitScorer
 from dataflex.signals.passes import preserved
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, stored_pass, token_pass, vector_pass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "token_losses"]
+__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "row_logits", "token_losses"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -111,3 +112,23 @@ def row_gate_loads(
     with preserved(model), torch.no_grad():
         model.eval()
         return vector_pass(sweep, score, gates.shape) if work is None else stored_pass(sweep, score, work)
+
+
+def row_logits(
+    model: nn.Module,
+    scorer: LogitScorer,
+    sweep: Sweep,
+    width: int,
+    *,
+    around: Around = nullcontext,
+    work: ResumablePass | None = None,
+) -> NDArray[Any]:
+    """Return the nuclear norm and the sketch of each row's logits [n, width], equal on every rank."""
+
+    def score(batch: dict[str, Any]) -> torch.Tensor:
+        with around():
+            return scorer(batch)
+
+    with preserved(model), torch.no_grad():
+        model.eval()
+        return vector_pass(sweep, score, (width,)) if work is None else stored_pass(sweep, score, work)

@@ -31,6 +31,8 @@ from dataflex.signals.generate import Generator
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.gradients import TargetVectors
 from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.head import LogitReader
+from dataflex.signals.logits import LogitScorer
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.perturbed import perturbed_row_losses
@@ -38,9 +40,17 @@ from dataflex.signals.pieces import Cut
 from dataflex.signals.policy import answers_digest
 from dataflex.signals.probe import LowRankProbe
 from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.row_signals import row_embeddings, row_gate_loads, token_losses
+from dataflex.signals.row_signals import row_embeddings, row_gate_loads, row_logits, token_losses
 from dataflex.signals.scorers import Scorer
-from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
+from dataflex.signals.specs import (
+    EmbeddingSpec,
+    Generation,
+    GenerationSpec,
+    GradientSpec,
+    LogitSpec,
+    Part,
+    WeightedAnswer,
+)
 from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
@@ -262,7 +272,14 @@ class SignalService:
         parameters = {**asdict(spec), "dim": dim, "seed": self.seed, "moments": moments}
         return self._answer("gradient sketches", parameters, rows, target, compute, (dim,))
 
-    def gradient_products(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> tuple[Answer, Answer]:
+    def gradient_products(
+        self,
+        rows: Rows,
+        spec: GradientSpec,
+        *,
+        targets: Sequence[str],
+        target_rows: Mapping[str, Rows] | None = None,
+    ) -> tuple[Answer, Answer]:
         """Return inner products of rows' gradients with each target's mean one, and with one another.
 
         For choosing within one batch (GREATS, NeurIPS 2024): gradients of all rows are held, about 1 GiB at a time.
@@ -272,18 +289,22 @@ class SignalService:
             spec: Which gradients; training rows are preconditioned, targets never are. Its ``normalise``,
                 ``mean_of_cosines`` and ``sketch_*`` say nothing here.
             targets: Names of target data sets.
+            target_rows: Rows of a target, by name, that its mean is over; all of those that are not named.
 
         Returns:
             Scores float32 [len(rows), len(targets)] and the Gram matrix float32 [len(rows), len(rows)];
             NaN in the rows and columns of rows without supervised tokens.
         """
         source = GradientSource(self.handle, spec)
+        drawn = dict(target_rows or {})
         aims = [self._corpus(name).identity or name for name in targets]
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return source.products(sweep, [self._whole_target(name) for name in targets], work)
+            return source.products(sweep, [self._target(name, drawn.get(name)) for name in targets], work)
 
         parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
+        if drawn:
+            parameters["target_rows"] = {name: which.tolist() for name, which in drawn.items()}
         found = self._answer("gradient products", parameters, rows, None, compute, (len(targets) + len(rows),))
         return found[:, : len(targets)], found[:, len(targets) :]
 
@@ -416,6 +437,30 @@ class SignalService:
 
         return self._answer("gate loads", {}, rows, target, compute, gates.shape)
 
+    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> Answer:
+        """Return the sum of the singular values of each training row's logits [len(rows)].
+
+        The sketches of the same rows come out of the same pass. NaN for rows without supervised tokens.
+        """
+        return self._logits(rows, spec)[:, 0]
+
+    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> Answer:
+        """Return a sketch of each training row's logits [len(rows), spec.rows * spec.columns].
+
+        Distances of sketches estimate those of logits, up to a common factor. NaN for rows without supervised tokens.
+        """
+        return self._logits(rows, spec)[:, 1:]
+
+    def _logits(self, rows: Rows, spec: LogitSpec) -> Answer:
+        width, length = 1 + spec.rows * spec.columns, int(self.train.lengths.max(initial=1))
+
+        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
+            model = self.handle.model
+            scorer = LogitScorer(LogitReader(model), spec, length)
+            return row_logits(model, scorer, sweep, width, around=self.handle.autocast, work=work)
+
+        return self._answer("logits", {**asdict(spec), "length": length}, rows, None, compute, (width,))
+
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
@@ -514,7 +559,11 @@ class SignalService:
             return self.book.give(question, make, self.handle.device)
 
     def _whole_target(self, name: str) -> Sweep:
-        return self._sweep(np.arange(self.num_rows(name), dtype=np.int64), name, "gradients")
+        return self._target(name, None)
+
+    def _target(self, name: str, rows: Rows | None) -> Sweep:
+        everyone = np.arange(self.num_rows(name), dtype=np.int64)
+        return self._sweep(everyone if rows is None else rows, name, "gradients")
 
     def _sweep(self, rows: Rows, target: str | None, what: str) -> Sweep:
         corpus = self._corpus(target)

@@ -8,7 +8,16 @@ from typing import Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["EmbeddingSpec", "Generation", "GenerationSpec", "GradientSpec", "Part", "Pooling", "WeightedAnswer"]
+__all__ = [
+    "EmbeddingSpec",
+    "Generation",
+    "GenerationSpec",
+    "GradientSpec",
+    "LogitSpec",
+    "Part",
+    "Pooling",
+    "WeightedAnswer",
+]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
@@ -107,6 +116,26 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitSpec:
+    """What is made of a row's logits, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
+
+    Attributes:
+        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
+            padding.
+        per_length: Divide the nuclear norm by the square root of the number of positions.
+        rows: Positions' side of the sketch.
+        columns: Vocabulary's side of the sketch.
+        seed: Seed of the sketch.
+    """
+
+    tokens: Literal["completion", "all"] = "completion"
+    per_length: bool = False
+    rows: int = 8
+    columns: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightedAnswer:
     """An answer whose gradient counts, as in a policy gradient.
 
@@ -129,7 +158,8 @@ class GradientSpec:
 
     Attributes:
         precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
-            (LESS's code: eps inside the root, no bias correction), ``sign`` or ``none``. Targets stay plain.
+            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
+            ``sign`` or ``none``. Targets stay plain.
         include_momentum: Keep Adam's momentum term, which all rows share.
         normalise: Whether scores are cosines rather than inner products.
         mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),

@@ -1,9 +1,7 @@
 """Cross-entropy of every supervised token, with EL2N and entropy from the same pass.
 
-The output layer is applied to chunks of supervised tokens inside the model's own forward (a hook on
-the head), so that logits of the whole batch never exist. Some models scale or cap their logits after
-the head: the first batch compares the model's own logits with the head's raw output, bit for bit, and
-where they differ the model's logits are computed in full and looked at in chunks.
+The output layer is applied to chunks of supervised tokens inside the model's own forward (``signals.head``), so
+that logits of the whole batch never exist.
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from dataflex.dist import comm
-from dataflex.signals.anatomy import Anatomy, anatomy
-from dataflex.signals.losses import model_inputs
+from dataflex.signals.head import LogitReader, LogitsOf
 from dataflex.signals.packing import document_ids, real_tokens
 
 __all__ = ["BatchTokens", "TokenLosses", "TokenScorer"]
@@ -120,12 +116,15 @@ class TokenScorer:
     """
 
     def __init__(self, model: nn.Module, *, el2n: bool = False, entropy: bool = False) -> None:
-        self._parts: Anatomy = anatomy(model)
+        self._reader = LogitReader(model)
         self._el2n, self._entropy = el2n, entropy
         self.values: tuple[str, ...] = ("loss", *["el2n"] * el2n, *["entropy"] * entropy)
         """Names of what is computed per token."""
-        self.through_head: bool | None = None if self._parts.head is not None else False
+
+    @property
+    def through_head(self) -> bool | None:
         """Whether the head is applied in chunks; None until the first batch has been seen."""
+        return self._reader.through_head
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> BatchTokens:
@@ -135,12 +134,11 @@ class TokenScorer:
         supervised = labels[:, 1:].ne(_IGNORE) & real[:, :-1]
         row, before = supervised.nonzero(as_tuple=True)
         targets = labels[row, before + 1]
-        columns = None
-        if self.through_head is not False:
-            columns = self._in_head(batch, row, before, targets)
-        if columns is None:
-            logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
-            columns = self._chunks(lambda part: logits[row[part], before[part]], targets, logits.shape[-1])
+
+        def score(logits_of: LogitsOf, width: int) -> dict[str, torch.Tensor]:
+            return self._chunks(lambda part: logits_of(row[part], before[part]), targets, width)
+
+        columns = self._reader(batch, score)
         documents = document_ids(batch)
         document = documents[row, before + 1]
         first = real.long().argmax(dim=1)
@@ -151,37 +149,6 @@ class TokenScorer:
             document=torch.where(document.eq(documents[row, before]), document, -1),
             **columns,
         )
-
-    def _in_head(
-        self, batch: dict[str, Any], row: torch.Tensor, before: torch.Tensor, targets: torch.Tensor
-    ) -> dict[str, torch.Tensor] | None:
-        """Score inside the head's call; None where the model does not use its head that way."""
-        head = self._parts.head
-        assert head is not None
-        found: list[dict[str, torch.Tensor]] = []
-        raw: list[torch.Tensor] = []
-
-        def score(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, *rest = inputs
-            last = hidden[:, -1:]
-            if self.through_head is None:
-                raw.append(head.forward(last, *rest))
-            width = self._parts.text_config.vocab_size
-            found.append(
-                self._chunks(lambda part: head.forward(hidden[row[part], before[part]], *rest), targets, width)
-            )
-            return (last, *rest)
-
-        handle = head.register_forward_pre_hook(score)
-        try:
-            outputs = self._parts.root(**model_inputs(batch), use_cache=False)
-        finally:
-            handle.remove()
-        if self.through_head is None:
-            same = len(raw) == 1 and torch.equal(raw[0].float(), _logits(outputs).float())
-            agreed = comm.gather_sum(torch.tensor(int(same), device=row.device))
-            self.through_head = int(agreed) == comm.world()
-        return found[0] if self.through_head else None
 
     def _chunks(
         self, logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, vocabulary: int
@@ -215,7 +182,3 @@ def chunk_tokens(vocabulary: int, device: torch.device) -> int:
     """Return how many tokens' logits are looked at together."""
     elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
     return max(_FEWEST_TOKENS, elements // vocabulary)
-
-
-def _logits(outputs: Any) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs.logits

@@ -18,7 +18,15 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import BatchView, Context, Rows
 from dataflex.core.rng import uniforms
 from dataflex.core.schedule import Interval
-from dataflex.signals.specs import EmbeddingSpec, Generation, GenerationSpec, GradientSpec, Part, WeightedAnswer
+from dataflex.signals.specs import (
+    EmbeddingSpec,
+    Generation,
+    GenerationSpec,
+    GradientSpec,
+    LogitSpec,
+    Part,
+    WeightedAnswer,
+)
 
 __all__ = [
     "Call",
@@ -187,12 +195,23 @@ class FakeSignals:
         return _unit(whole @ matrix).astype(np.float32)
 
     def gradient_products(
-        self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]
+        self,
+        rows: Rows,
+        spec: GradientSpec,
+        *,
+        targets: Sequence[str],
+        target_rows: Mapping[str, Rows] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Inner products with the targets' mean gradients [n, len(targets)] and of rows with rows [n, n]."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
+        drawn = dict(target_rows or {})
+        options = {"spec": spec, "targets": tuple(targets), "target_rows": drawn}
+        self.calls.append(Call(signal="gradients", rows=rows, options=options))
         own = self._gradients[rows]
-        scores = own @ self._means(targets).T if targets else np.zeros((len(rows), 0))
+        aims = [
+            self._target_rows(name)[drawn[name]].mean(axis=0) if name in drawn else self._means([name])[0]
+            for name in targets
+        ]
+        scores = own @ np.stack(aims).T if targets else np.zeros((len(rows), 0))
         return scores.astype(np.float32), (own @ own.T).astype(np.float32)
 
     def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
@@ -250,6 +269,19 @@ class FakeSignals:
                 text = " ".join(f"word{token}" for token in tokens)
                 made.append(Generation(prompt=place, sample=sample, token_ids=tuple(tokens), text=text, finished=True))
         return made
+
+    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Ten times the losses [len(rows)], NaN where they are not finite."""
+        self.calls.append(Call(signal="logits", rows=rows, options={"spec": spec}))
+        losses = self._losses[rows]
+        return np.where(np.isfinite(losses), np.float32(10) * losses, np.nan).astype(np.float32)
+
+    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Vectors [len(rows), 2], made of the losses."""
+        self.calls.append(Call(signal="logits", rows=rows, options={"spec": spec}))
+        losses = self._losses[rows]
+        angles = np.where(np.isfinite(losses), losses, np.nan)
+        return 100 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Return what ``compute`` gives."""

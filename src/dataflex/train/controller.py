@@ -114,10 +114,12 @@ class Controller:
             self.sampler = MixtureSampler(
                 domains,
                 seed=self.seed,
-                block=self.shape.global_batch,
+                # A step that has fewer sequences than there are domains shows little of the proportions.
+                block=self.shape.global_batch * -(-len(domains.names) // self.shape.global_batch),
                 max_epochs=caps(self.config.max_epochs, domains.names),
                 at_cap=self.config.at_cap,
                 unit=self.shape.micro_batch_size if pure else 1,
+                interleave=self.config.interleave,
             )
         self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
         self.initial: NDArray[np.float64] | None = None

@@ -18,7 +18,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.signals.gradients.blocks import Block, Columns, Segment
 from dataflex.signals.gradients.moments import Moments
 
-__all__ = ["PRESETS", "Precondition", "Preconditioner", "adam_direction", "preconditioner"]
+__all__ = ["PRESETS", "Precondition", "Preconditioner", "adam_direction", "adam_scaled", "preconditioner"]
 
 Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
 """(what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place."""
@@ -33,6 +33,9 @@ class Precondition:
         eps_mode: "outside": sqrt(v) + eps; "inside": sqrt(v + eps).
         bias_correction: Divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far.
         include_momentum: Keep the term beta1 m, which all samples share.
+        own_square: Add the sample's own g^2 to v. Without, all samples are scaled alike and there is no momentum term:
+            (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) g / (sqrt(v) + eps), t the coming step (OPUS,
+            arXiv 2602.05400).
         betas: Instead of the optimizer's own.
         eps: Instead of the optimizer's own.
     """
@@ -41,6 +44,7 @@ class Precondition:
     eps_mode: Literal["outside", "inside"] = "outside"
     bias_correction: bool = True
     include_momentum: bool = True
+    own_square: bool = True
     betas: tuple[float, float] | None = None
     eps: float | None = None
 
@@ -63,6 +67,7 @@ PRESETS: dict[str, Precondition] = {
     "none": Precondition(),
     "sign": Precondition(kind="sign"),
     "true_adam": Precondition(kind="adam"),
+    "adam_scale": Precondition(kind="adam", own_square=False, include_momentum=False),
     "paper_repo": Precondition(kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8),
 }
 
@@ -110,6 +115,26 @@ def adam_direction(
     return (gradient * ((1 - beta1) * scale)).div_(root)
 
 
+def adam_scaled(
+    gradient: torch.Tensor, second: torch.Tensor, *, step: int, betas: tuple[float, float], eps: float
+) -> torch.Tensor:
+    """Return gradients scaled as Adam's next step would, with its second moment as it is (OPUS, arXiv 2602.05400).
+
+    Args:
+        gradient: fp32 [b, n].
+        second: Second moment v [n].
+        step: Optimizer steps so far.
+        betas: Adam's.
+        eps: Adam's.
+
+    Returns:
+        fp32 [b, n], linear in the gradient.
+    """
+    beta1, beta2 = betas
+    factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
+    return gradient * (factor / (second.sqrt() + eps))
+
+
 def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
     """Return the function that turns blocks of gradients into directions; None where gradients stay as they are.
 
@@ -135,6 +160,8 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
         if len(segments) > 1 and any(settings(moments[one.name]) != (step, betas, eps) for one in segments):
             parts = Block(segments=segments, values=gradient).parts()
             return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
+        if not spec.own_square:
+            return adam_scaled(gradient, second.of(segments, gradient.device), step=step, betas=betas, eps=eps)
         return adam_direction(
             gradient,
             first.of(segments, gradient.device),
