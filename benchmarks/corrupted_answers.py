@@ -8,7 +8,7 @@ model fine-tuned on them for as many steps.
 
 Usage: python benchmarks/corrupted_answers.py [--data FILE.jsonl] [--steps N] [--seeds N] [--share X] [--methods ...]
 
-FILE.jsonl has ``instruction``, ``input``, ``output`` and ``source``; rows whose source begins with "noise" are left out.
+FILE.jsonl has ``instruction``, ``input``, ``output``, ``source``; rows whose source begins with "noise" are left out.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def prepare(folder: Path, data: Path, share: float) -> str:
         info[name] = {"file_name": f"{name}.jsonl", "columns": columns}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return (
-        f"pool of {len(pool)} rows, {changed / len(pool):.1%} of which have a wrong answer; {len(held)} clean rows held "
-        f"out, {len(clean)} for the reference, {min(TARGET_ROWS, len(clean))} of these as targets"
+        f"pool of {len(pool)} rows, {changed / len(pool):.1%} of which have a wrong answer; {len(held)} clean rows "
+        f"held out, {len(clean)} for the reference, {min(TARGET_ROWS, len(clean))} of these as targets"
     )
 
 

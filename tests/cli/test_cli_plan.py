@@ -64,6 +64,7 @@ Configuration
     weighter: {name: column, column: w, normaliser: token}
     warmup_steps: 10
     interval_steps: 15
+    candidate_batches: null
     keep_ratio: null
     exclude_seen: false
     repeat: false

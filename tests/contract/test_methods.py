@@ -50,6 +50,9 @@ MINIMAL = {
     ("selector", "coincide"): lambda K: {},
     ("selector", "zeroth"): lambda K: {},
     ("selector", "nice"): lambda K: {"reward": "exact_match"},
+    ("selector", "greats"): lambda K: {},
+    ("selector", "opus"): lambda K: {},
+    ("selector", "uds"): lambda K: {},
     ("mixer", "static"): lambda K: {"proportions": [1.0] * K},
     ("mixer", "uniform"): lambda K: {},
     ("mixer", "size"): lambda K: {},
@@ -98,6 +101,7 @@ DRAWS = {  # another seed, another answer
     ("selector", "cluster_less"),
     ("selector", "zeroth"),
     ("selector", "nice"),
+    ("selector", "opus"),
     ("mixer", "random"),
     ("mixer", "doge"),
     ("mixer", "dga"),
@@ -390,7 +394,7 @@ def test_the_card_is_complete(kind, name):
     assert (card.forward_per_pool_row > 0) == (kind == "selector" and bool(needs.signals - {"texts"}))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
-    assert needs.signals <= {"losses", "embeddings", "gradients", "generate", "gates", "texts"}
+    assert needs.signals <= {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}
     assert cls.__doc__
     assert sys.modules[cls.__module__].__doc__
 

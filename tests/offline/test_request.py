@@ -32,6 +32,7 @@ def request_of(scoring):
         ((), {"methods": ("lose",)}, "--method: unknown selector 'lose'; did you mean 'loss'?"),
         ((), {"methods": ()}, "--method: name one or more selectors"),
         ((), {"methods": ("loss", "loss")}, "--method: names loss twice"),
+        ((), {"methods": ("uds",)}, "--method: uds chooses within the candidates of a training step"),
         (("less.bf16=true",), {}, "less.bf16=true: less is not among the methods asked for (loss)"),
         (("loss.fokus=low",), {}, "loss.fokus: unknown key; did you mean 'focus'?"),
         ((), {"methods": ("rds_plus",)}, "rds_plus: rds_plus needs a target"),

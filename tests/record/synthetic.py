@@ -105,6 +105,8 @@ def simulate(
             logs = {"loss": 1.1 + 1.4 * np.exp(-step / total_steps * 3) + rng.normal(0, 0.06), "learning_rate": 1e-4}
             if weighted:
                 logs |= {"dataflex/weight_ess": rng.uniform(0.6, 0.9), "dataflex/weight_max": 2 + rng.uniform()}
+                logs |= {"dataflex/weight_p05": 0.3, "dataflex/weight_p50": 0.9, "dataflex/weight_p95": 1.8}
+                logs |= {"dataflex/plain_loss": logs["loss"] + 0.1}
             recorder.stepped(step, logs, seconds=0.8 * logging_steps)
         if step % save_steps == 0:
             loss = 1.3 + np.exp(-step / total_steps * 3) + 0.003 * max(step - 0.7 * total_steps, 0)

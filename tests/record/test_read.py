@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.record.read import load_plan, read_events, record_dir
+from dataflex.record.read import load_plan, read_events, read_weights, record_dir
 from dataflex.record.recorder import RunRecorder
 from tests.record.synthetic import SELECTION, simulate
 
@@ -81,3 +81,20 @@ def test_a_plan_that_is_not_there_or_damaged_is_told(tmp_path):
     np.savez(path, other=np.zeros(3))
     with pytest.raises(DataError, match=r"plan-00003\.npz is damaged"):
         load_plan(tmp_path, 3)
+
+
+def test_rows_that_weigh_most_and_least_are_read_back_and_belong_to_one_run(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    recorder.stepped(1, {"loss": 1.0})
+    assert read_weights(tmp_path) is None
+    row = {"row": 3, "weight": float("nan"), "times": 2, "domain": "a", "text": "x => y"}
+    recorder.weighed(4, most=[row], least=[row], rows=9)
+    stored = read_weights(tmp_path)
+    assert (stored["step"], stored["rows"], stored["most"]) == (4, 9, [{**row, "weight": None}])
+    RunRecorder(tmp_path, 4)
+    assert read_weights(tmp_path) == stored
+    (tmp_path / "weights.json").write_text("[]")
+    with pytest.raises(DataError, match=r"weights.json is damaged"):
+        read_weights(tmp_path)
+    RunRecorder(tmp_path).stepped(1, {"loss": 1.0})
+    assert read_weights(tmp_path) is None

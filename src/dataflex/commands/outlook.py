@@ -143,9 +143,12 @@ def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | Non
     each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
     if view.rows is None or view.schedule is None:
         return f"{each} per row of the pool and interval ({card.cost})", None
-    rows = view.num_decisions * view.rows
+    pool = view.rows
+    if method.kind == "selector" and view.dynamic.candidate_batches is not None and view.first_decision is not None:
+        pool = min(pool, view.dynamic.candidate_batches * view.first_decision.steps * view.batch.size)
+    rows = view.num_decisions * pool
     counted = [f"{rows * n:,.0f} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n]
-    text = f"{' + '.join(counted)} ({view.num_decisions:,} intervals x {view.rows:,} rows x {each}; {card.cost})"
+    text = f"{' + '.join(counted)} ({view.num_decisions:,} intervals x {pool:,} rows x {each}; {card.cost})"
     return text, _in_forwards(rows * forward, rows * backward)
 
 

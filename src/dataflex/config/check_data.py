@@ -153,6 +153,15 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     selector, first = _narrowing(dynamic), view.first_decision
     if selector is None or dynamic.mixer is not None or view.rows is None or first is None:
         return
+    if dynamic.candidate_batches is not None:
+        looked_at = dynamic.candidate_batches * first.steps * view.batch.size
+        if looked_at > view.rows:
+            yield (
+                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {view.batch.size:,} "
+                f"rows are {looked_at:,} candidates, and the data sets hold {view.rows:,} rows; lower it, or "
+                "interval_steps"
+            )
+        return
     replaces = dataclasses.asdict(selector.params).get("replacement") is True
     if dynamic.repeat or dynamic.keep_ratio is not None or replaces:
         return

@@ -53,7 +53,7 @@ def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
             yield (
                 f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
                 "that moment, so say after how many optimizer steps it decides again "
-                "(for example 'interval_steps: 100')"
+                f"(for example 'interval_steps: {1 if getattr(method.cls, 'online', False) else 100}')"
             )
             return
 
@@ -71,6 +71,8 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
         if dynamic.exclude_seen:
             yield "dynamic.exclude_seen: has no effect without a selector; add one, or remove the key"
+        if dynamic.candidate_batches is not None:
+            yield "dynamic.candidate_batches: has no effect without a selector; add one, or remove the key"
         return
     cls = selector.cls
     assert issubclass(cls, Selector)
@@ -81,10 +83,43 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
         )
     if dynamic.exclude_seen:
         yield from _unseen_rules(dynamic, cls)
+    if "candidate_batches" not in unread:
+        yield from _candidate_rules(dynamic, cls)
     if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
+        )
+
+
+def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
+    assert dynamic.selector is not None
+    name, key = dynamic.selector.name, "dynamic.candidate_batches"
+    if dynamic.candidate_batches is None:
+        if cls.online:
+            yield (
+                f"{key}: missing; the {name} selector chooses within a batch of candidates, so say how many times the "
+                "rows of an interval are looked at (for example 'candidate_batches: 2' with 'interval_steps: 1')"
+            )
+        return
+    if not cls.narrows:
+        yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
+        return
+    if dynamic.interval_steps is None and not cls.adaptive:  # told once for adaptive ones
+        yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
+    if dynamic.mixer is not None:
+        yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
+    others = {
+        "exclude_seen": dynamic.exclude_seen,
+        "signals.pool_fraction": dynamic.signals.pool_fraction < 1.0,
+        "signals.screen_fraction": dynamic.signals.screen_fraction < 1.0,
+    }
+    for other in (other for other, given in others.items() if given):
+        yield f"{key}: says which rows the {name} selector chooses from, and so does {other}; remove one of the two"
+    if getattr(dynamic.selector.params, "checkpoints", 1) > 1:
+        yield (
+            f"{key}: the {name} selector averages scores of several intervals over the same rows; set checkpoints to "
+            "1, or remove candidate_batches"
         )
 
 

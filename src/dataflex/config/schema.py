@@ -86,7 +86,7 @@ class DynamicConfig:
     candidate_batches: int | None = field(
         default=None,
         metadata={
-            "help": "the selector chooses within the next so many times the rows that an interval needs, epoch by epoch",
+            "help": "the selector chooses within the next so many times the rows of an interval, epoch by epoch",
             "minimum": 2,
         },
     )

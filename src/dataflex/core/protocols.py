@@ -98,8 +98,8 @@ class Needs:
     """What a method asks of its surroundings, checked before a model loads.
 
     Attributes:
-        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts" stands for
-            tokens and texts as the rows were tokenised, which ask no model.
+        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts"
+            stands for tokens and texts as the rows were tokenised, which ask no model.
         targets: Whether ``targets: [data set, ...]`` must be given.
         domains: Least number of domains.
         stages: LLaMA-Factory stages that it works under.

@@ -48,6 +48,9 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "coincide": "dataflex.selectors.coincide:Coincide",
         "zeroth": "dataflex.selectors.zeroth:Zeroth",
         "nice": "dataflex.selectors.nice:Nice",
+        "greats": "dataflex.selectors.greats:Greats",
+        "opus": "dataflex.selectors.greats:Opus",
+        "uds": "dataflex.selectors.uds:Uds",
     },
     "mixer": {
         "static": "dataflex.mixers.static:Static",

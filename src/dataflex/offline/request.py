@@ -167,6 +167,11 @@ def _scorers(
         cls = method_class("selector", name, "--method", problems)
         if cls is None:
             continue
+        if getattr(cls, "online", False):
+            problems.append(
+                f"--method: {name} chooses within the candidates of a training step, and scores no data set"
+            )
+            continue
         base = plain(own) if own is not None and own.name == name else {}
         block = {**base, "name": name, **(given.get(name) or {})}
         if cls.needs.targets and aims and (targets is not None or "targets" not in block):

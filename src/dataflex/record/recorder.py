@@ -75,6 +75,8 @@ class RunRecorder:
             for stored in (self.directory / "plans").iterdir():
                 if stored.name.endswith((".npz", ".tmp")) and f"plans/{stored.name}" not in names:
                     stored.unlink()
+            if resume_step is None:
+                (self.directory / WEIGHTS).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(
                 f"output_dir: cannot keep the record of the run in {self.directory}: {error.strerror or error}"

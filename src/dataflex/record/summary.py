@@ -29,7 +29,7 @@ _SETTINGS = (
 _FIRST, _LAST = 10, 5
 _DOMAINS = 40
 _BAR = 30
-_SAMPLES, _SAMPLE_WIDTH = 5, 52
+_SAMPLES = 5
 
 
 def summary(run: Run, title: str, weighed: Mapping[str, Any] | None = None) -> str:
@@ -227,9 +227,10 @@ def _weighed(weighed: Mapping[str, Any] | None) -> list[str]:
     if not weighed or not weighed["most"]:
         return []
     lines = [f"Rows that weighed most and least, of {weighed['rows']:,} on the first rank up to step {weighed['step']}"]
-    rows = [["weight", "times", "row", "domain", "text"]]
     for part in ("most", "least"):
         for entry in weighed[part][:_SAMPLES]:
-            cells = [number(entry["weight"], 3), str(entry["times"]), str(entry["row"]), cut(entry["domain"], 14)]
-            rows.append([*cells, cut(entry["text"], _SAMPLE_WIDTH)])
-    return lines + table(rows, ">>><<")
+            times = "once" if entry["times"] == 1 else f"{entry['times']} times"
+            lines.append(f"  {number(entry['weight'], 3)}  row {entry['row']} of {cut(entry['domain'], 40)}, {times}")
+            prompt, arrow, answer = str(entry["text"]).partition(" => ")
+            lines += [f"    {cut(prompt, WIDTH - 4)}", *([f"    => {cut(answer, WIDTH - 7)}"] if arrow else [])]
+    return lines

@@ -36,7 +36,7 @@ __all__ = ["REPRESENTATIONS", "Kind", "Represent", "Spec", "selector_scores"]
 Kind = Literal["vectors", "tasks", "scores"]
 
 _BOTH = ("pt", "sft")
-_WITHOUT_SCORES = ("all", "random", "random_balanced", "compose")
+_WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
 
 
 @dataclass(frozen=True, kw_only=True)

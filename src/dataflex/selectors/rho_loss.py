@@ -5,9 +5,9 @@ A row's score is its loss minus its irreducible loss, that of a reference model 
 highest are kept. Noise has a high loss under both, and what is known a low one. Irreducible losses are computed once
 for each row; they are part of the checkpoint.
 
-The paper picks the best tenth of a large batch at every step; here the batch is the pool of an interval
-(``signals.pool_fraction`` draws one), scored when it begins. Losses are means over tokens, so the reference must have
-the run's tokenizer; a model whose context is shorter than the rows gives the loss of what fits into it.
+The paper picks the best tenth of a large batch at every step: ``candidate_batches: 10`` with ``interval_steps: 1``. In
+general the batch is the pool of an interval, scored when it begins. Losses are means over tokens, so the reference must
+have the run's tokenizer; a model whose context is shorter than the rows gives the loss of what fits into it.
 """
 
 from __future__ import annotations

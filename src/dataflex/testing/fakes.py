@@ -288,7 +288,7 @@ class FakeSignals:
         return compute()
 
     def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Loads of two experts in one layer [len(rows), 1, 2], made of the losses."""
+        """Return loads of two experts in one layer [len(rows), 1, 2], made of the losses."""
         self.calls.append(Call(signal="gates", rows=rows, options={"target": target}))
         share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
         return np.stack([share, 1.0 - share], axis=1)[:, None, :].astype(np.float32)

@@ -30,6 +30,7 @@ from dataflex.signals.pilot import piloted
 from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
+from dataflex.train.candidates import Candidates
 from dataflex.train.row_space import RowSpace
 from dataflex.train.seen import SeenRows
 
@@ -122,6 +123,15 @@ class Controller:
                 interleave=self.config.interleave,
             )
         self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
+        self.candidates: Candidates | None = None
+        if self.config.candidate_batches is not None:
+            self.candidates = Candidates(
+                np.flatnonzero(self.space.supervised > 0),
+                batches=self.config.candidate_batches,
+                global_batch=self.shape.global_batch,
+                schedule=self.schedule,
+                seed=self.seed,
+            )
         self.initial: NDArray[np.float64] | None = None
         if self.config.initial_proportions is not None:
             self.initial = by_domain(self.config.initial_proportions, domains.names, "dynamic.initial_proportions")
@@ -246,7 +256,9 @@ class Controller:
         return drawn, max(1, round(self.config.signals.screen_fraction * drawn))
 
     def _pool(self, ctx: Context) -> Rows:
-        """Return the rows that a selector is given, ascending: all or the unseen, or a drawn and screened share."""
+        """Return the rows that a selector is given, ascending: all, the unseen, candidates, or a drawn share."""
+        if self.candidates is not None:
+            return self.candidates.pool(ctx.interval)
         rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
         if self.seen is not None:
             rows = self.seen.unseen(self._wanted(ctx.interval, left))

@@ -114,7 +114,8 @@ class Session:
             setup.rows,
             global_batch=shape.global_batch,
             seed=seed,
-            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"},
+            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"}
+            | ({} if config.candidate_batches is None else {"candidate_batches": config.candidate_batches}),
         )
         feed = PlanFeed(
             trainer.train_dataset,

@@ -9,7 +9,7 @@ of all positions, as in the stock loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from dataflex.signals.token_losses import chunk_tokens
 
 __all__ = ["token_cross_entropy"]
 
-_Where = slice | torch.Tensor
+_Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
 
 

@@ -113,7 +113,7 @@ class RowWeights:
         counts = np.concatenate([self._counts, np.ones(len(new), dtype=np.int64)])
         self._pending = []
         self._rows, place = np.unique(rows, return_inverse=True)
-        self._sums = np.bincount(place, weights=sums, minlength=len(self._rows))
+        self._sums = np.asarray(np.bincount(place, weights=sums, minlength=len(self._rows)), dtype=np.float64)
         self._counts = np.bincount(place, weights=counts, minlength=len(self._rows)).astype(np.int64)
 
     def extremes(self, most: int) -> tuple[list[WeighedRow], list[WeighedRow]]:

@@ -5,6 +5,11 @@ and exponentiated; the weights sum to one. Only the ``microbatch`` scope of the 
 built: with gradient accumulation each micro-batch is weighed alone, and a micro-batch of one
 sequence (over all ranks) is not reweighted at all. Weighing a whole optimizer step together would
 need a second pass and is not offered.
+
+Rows with wrong answers have large losses, and ``linupper`` does not drop them: it caps what they count at that of
+any row above the middle of the range. Where a tenth of the rows was random tokens (a Markov chain learnt by a
+bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linupper``, 2.0 under ``upper``, 3.4 under
+``softmax_loss``, 1.1 under ``extremes`` and 0.83 under ``quadratic``.
 """
 
 from __future__ import annotations

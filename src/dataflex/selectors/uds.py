@@ -1,0 +1,134 @@
+"""UDS: of a batch of candidates, the rows whose logits span most and are unlike those of rows chosen lately.
+
+"Utility-Diversity Aware Online Batch Selection for LLM Supervised Fine-tuning", ICML 2026, arXiv 2510.16882. A row's
+score is the nuclear norm of its logits (positions x vocabulary), plus alpha times the mean distance of a sketch of them
+to the sketches of the rows chosen last, a queue of 1,024; nothing is added while the queue is empty. The best rows are
+trained on, and their sketches join the queue.
+
+Norms grow with length, so that long rows win. Padding never counts here, and by default only positions that predict
+the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides by the square root
+of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha depends on the scale
+of the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.choose import top_k
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ComponentError
+from dataflex.selectors.finite import finite_rows
+from dataflex.signals.specs import LogitSpec
+
+__all__ = ["Uds", "mean_distances"]
+
+
+def mean_distances(vectors: NDArray[np.floating], queue: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the mean distance of each vector [n, D] to those of the queue [q, D]: [n], 0 where it is empty."""
+    if not len(queue):
+        return np.zeros(len(vectors))
+    ours, theirs = vectors.astype(np.float64), queue.astype(np.float64)
+    squares = (ours**2).sum(axis=1)[:, None] + (theirs**2).sum(axis=1) - 2.0 * (ours @ theirs.T)
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)).mean(axis=1))
+
+
+class Uds(Selector):
+    """Keep the candidates of largest nuclear norm and distance to what was chosen lately."""
+
+    name = "uds"
+    adaptive: ClassVar[bool] = True
+    online: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"logits"}), stages=("pt", "sft"))
+    card = Card(
+        summary="Keeps, in every step, candidates whose logits span most and are unlike those of rows chosen lately.",
+        paper="Utility-Diversity Aware Online Batch Selection, ICML 2026, arXiv 2510.16882",
+        cost="1 F over the candidates and the eigenvalues of a positions x positions matrix each, per interval",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of UDS; alpha, queue and sketch are the original code's."""
+
+        alpha: float = field(
+            default=2.5e-3, metadata={"help": "factor of the mean distance to rows chosen lately", "minimum": 0.0}
+        )
+        queue_size: int = field(
+            default=1024, metadata={"help": "rows chosen last that distances are taken to", "minimum": 1}
+        )
+        tokens: Literal["completion", "all"] = field(
+            default="completion", metadata={"help": "positions whose logits count; all as published"}
+        )
+        per_length: bool = field(
+            default=False, metadata={"help": "divide the norm by the square root of the number of positions"}
+        )
+        sketch_rows: int = field(default=8, metadata={"help": "positions' side of a sketch", "minimum": 1})
+        sketch_columns: int = field(default=128, metadata={"help": "vocabulary's side of a sketch", "minimum": 1})
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._queue: NDArray[np.float32] | None = None
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Keep up to ``budget`` candidates of the largest score; ties by pool order.
+
+        Returns:
+            Rows best first; scores [len(pool)], NaN for rows without a supervised token.
+
+        Raises:
+            DataError: No candidate has finite logits.
+            ComponentError: Signals do not fit the rows asked for, or the queue holds sketches of another size.
+        """
+        if len(pool) == 0:
+            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        p = self.params
+        spec = LogitSpec(
+            tokens=p.tokens, per_length=p.per_length, rows=p.sketch_rows, columns=p.sketch_columns, seed=ctx.seed
+        )
+        norms = ctx.signals.logit_nuclear_norms(pool, spec)
+        sketches = ctx.signals.logit_sketches(pool, spec)
+        finite = finite_rows(self.name, norms, len(pool))
+        if sketches.ndim != 2 or len(sketches) != len(pool):
+            raise ComponentError(f"uds: asked for sketches of {len(pool):,} rows, was given {sketches.shape}")
+        queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self._queue is None else self._queue
+        if queue.shape[1] != sketches.shape[1]:
+            raise ComponentError(
+                f"uds: the queue holds sketches of {queue.shape[1]:,} numbers, the rows' have {sketches.shape[1]:,}"
+            )
+        scores = np.full(len(pool), np.nan)
+        distances = p.alpha * mean_distances(sketches[finite], queue)
+        scores[finite] = norms[finite].astype(np.float64) + distances
+        kept = top_k(scores, budget)
+        self._queue = np.concatenate([queue, sketches[kept].astype(np.float32)])[-p.queue_size :]
+        reason = f"{len(kept)} of {len(pool)} candidates by nuclear norm"
+        if len(queue):
+            share = distances.mean() / max(abs(float(scores[finite].mean())), 1e-30)
+            reason += f" and distance to {len(queue)} rows ({share:.1%} of the score)"
+        lengths = ctx.domains.lengths
+        if lengths is not None and len(kept):
+            reason += f", {lengths[pool[kept]].mean():.0f} tokens on average against {lengths[pool].mean():.0f}"
+        if not finite.all():
+            reason += f"; {int((~finite).sum())} have no supervised token"
+        return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+    def state_dict(self) -> State:
+        """Return the queue, the row chosen last at its end."""
+        return {} if self._queue is None else {"queue": self._queue.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of ours.
+        """
+        if state and set(state) != {"queue"}:
+            raise ValueError(f"uds keeps a queue, but was given {sorted(state)}")
+        self._queue = np.array(state["queue"], dtype=np.float32) if state else None
