@@ -6,8 +6,8 @@ to the sketches of the rows chosen last, a queue of 1,024; nothing is added whil
 trained on, and their sketches join the queue.
 
 Norms grow with length, so that long rows win. Padding never counts here, and by default only positions that predict
-the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides by the square root
-of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha depends on the scale
+the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides norms
+and sketches by the square root of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha depends on the scale
 of the logits.
 """
 
@@ -66,7 +66,7 @@ class Uds(Selector):
             default="completion", metadata={"help": "positions whose logits count; all as published"}
         )
         per_length: bool = field(
-            default=False, metadata={"help": "divide the norm by the square root of the number of positions"}
+            default=False, metadata={"help": "divide norms and sketches by the square root of the number of positions"}
         )
         sketch_rows: int = field(default=8, metadata={"help": "positions' side of a sketch", "minimum": 1})
         sketch_columns: int = field(default=128, metadata={"help": "vocabulary's side of a sketch", "minimum": 1})

@@ -118,9 +118,10 @@ class LogitScorer:
             for row in predicts.any(dim=1).nonzero().flatten().tolist():
                 positions = taken[row].nonzero().flatten()
                 logits = torch.cat([logits_of(torch.full_like(part, row), part) for part in positions.split(chunk)])
-                norm = nuclear_norm(logits)
-                out[row, 0] = norm / math.sqrt(len(positions)) if self._spec.per_length else norm
+                out[row, 0] = nuclear_norm(logits)
                 out[row, 1:] = self._sketch(logits, chunk)
+                if self._spec.per_length:  # both are linear in the logits
+                    out[row] /= math.sqrt(len(positions))
             return out
 
         return self._reader(batch, use)

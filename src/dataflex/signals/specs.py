@@ -122,7 +122,7 @@ class LogitSpec:
     Attributes:
         tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
             padding.
-        per_length: Divide the nuclear norm by the square root of the number of positions.
+        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
         rows: Positions' side of the sketch.
         columns: Vocabulary's side of the sketch.
         seed: Seed of the sketch.
