@@ -98,3 +98,20 @@ def test_rows_that_weigh_most_and_least_are_read_back_and_belong_to_one_run(tmp_
         read_weights(tmp_path)
     RunRecorder(tmp_path).stepped(1, {"loss": 1.0})
     assert read_weights(tmp_path) is None
+
+
+def test_arrays_of_long_runs_are_thinned():
+    from dataflex.record.read import thinned
+
+    assert [index for index in range(16) if thinned(index, 2)] == [0, 1, 2, 4, 8]
+    assert [index for index in range(64) if thinned(index, 8)] == [
+        *range(8),
+        *range(8, 16, 2),
+        *range(16, 32, 4),
+        32,
+        40,
+        48,
+        56,
+    ]
+    assert all(thinned(index, 1024) for index in range(1024))
+    assert sum(thinned(index, 1024) for index in range(1_000_000)) < 1024 * 8

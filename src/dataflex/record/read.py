@@ -25,6 +25,7 @@ __all__ = [
     "load_plan",
     "parse_events",
     "plan_name",
+    "thinned",
     "read_events",
     "read_weights",
     "record_dir",
@@ -55,6 +56,14 @@ class StoredPlan:
 def plan_name(interval: int) -> str:
     """Path of an interval's arrays, relative to the record's folder."""
     return f"plans/plan-{interval:05d}.npz"
+
+
+def thinned(index: int, first: int) -> bool:
+    """Whether interval ``index`` is one of those kept of a long run.
+
+    The ``first`` ones are, then every second up to twice as many, every fourth up to four times as many, and so on.
+    """
+    return index % (1 << (index // first).bit_length()) == 0
 
 
 def record_dir(run_dir: Path | str) -> Path:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
-from dataflex.record.read import EVENTS, WEIGHTS, parse_events, plan_name
+from dataflex.record.read import EVENTS, WEIGHTS, parse_events, plan_name, thinned
 from dataflex.record.values import plain, replacing, scores_of, summarise_scores
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["NullRecorder", "RunRecorder"]
 
 _OURS = ("event", "step", "time", "seconds", "nonfinite")
+
+_PLANS = 1024
+"""Intervals whose arrays are all stored; of later ones fewer and fewer."""
 
 
 def _happens_again(event: Mapping[str, Any], step: int, plan_in_progress: int | None) -> bool:
@@ -141,8 +144,10 @@ class RunRecorder:
         if plan.weights is not None:
             arrays["weights"] = np.asarray(plan.weights, dtype=np.float32)
         # The arrays come first: a line that names a plan must never name a file that is not there.
-        with replacing(self.directory / plan_name(interval.index)) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        stored = thinned(interval.index, _PLANS)
+        if stored:
+            with replacing(self.directory / plan_name(interval.index)) as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
         fields = {
             "interval": interval.index,
             "kind": interval.kind,
@@ -156,7 +161,7 @@ class RunRecorder:
             **summaries,
             "seconds": seconds,
             "reason": reason,
-            "plan": plan_name(interval.index),
+            "plan": plan_name(interval.index) if stored else None,
         }
         self._write("planned", interval.start_step, fields)
 

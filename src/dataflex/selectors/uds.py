@@ -6,9 +6,9 @@ to the sketches of the rows chosen last, a queue of 1,024; nothing is added whil
 trained on, and their sketches join the queue.
 
 Norms grow with length, so that long rows win. Padding never counts here, and by default only positions that predict
-the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides norms
-and sketches by the square root of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha depends on the scale
-of the logits.
+the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides norms and sketches
+by the square root of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha
+depends on the scale of the logits.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from dataflex.core.schedule import Interval, Schedule
 from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
 from dataflex.mixers.proportions import by_domain
+from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.passes import preserved
 from dataflex.signals.pilot import piloted
@@ -39,6 +40,7 @@ __all__ = ["BatchShape", "Controller"]
 logger = logging.getLogger(__name__)
 
 _LOGGED_DOMAINS = 32
+_LOGGED_INTERVALS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +345,8 @@ class Controller:
             scores=None if selection is None else selection.scores,
             plan=plan,
         )
-        if plan.interval.kind == "dynamic" or plan.interval.index == 0:
+        told = plan.interval.kind == "dynamic" or plan.interval.index == 0
+        if told and thinned(plan.interval.index, _LOGGED_INTERVALS):
             top = sorted(counts.items(), key=lambda item: -item[1])[:4]
             logger.info(
                 "interval %d (steps %d to %d): %d rows; %s%s",
