@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from dataflex.signals.logits import LogitScorer
 from dataflex.signals.passes import preserved
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import Sweep, stored_pass, token_pass, vector_pass
+from dataflex.signals.sweep import Sweep, row_pass, token_pass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "row_logits", "token_losses"]
+__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "row_logits", "token_losses", "token_means"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -46,6 +46,27 @@ def token_losses(
         return token_pass(sweep, TokenScorer(model, el2n=el2n, entropy=entropy), around)
 
 
+def token_means(
+    model: nn.Module,
+    sweep: Sweep,
+    value: Literal["loss", "el2n"],
+    *,
+    around: Around = nullcontext,
+    work: ResumablePass | None = None,
+) -> NDArray[Any]:
+    """Return a value averaged over each row's supervised tokens [n], equal on every rank; NaN without any.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        sweep: The rows.
+        value: What is averaged.
+        around: Entered around each forward, as the trainer's autocast.
+        work: Write to disk as they come, and go on after a kill; None holds them in memory.
+    """
+    scorer = TokenScorer(model, el2n=value == "el2n")
+    return _quiet_pass(model, sweep, lambda batch: scorer(batch).means(value), (), around, work)
+
+
 def row_embeddings(
     model: nn.Module,
     sweep: Sweep,
@@ -64,17 +85,8 @@ def row_embeddings(
         work: Write the vectors to disk as they come, go on after a kill, and return them memory-mapped
             in the type that it was opened with; None holds them in memory as float32.
     """
-
-    def score(batch: dict[str, Any]) -> torch.Tensor:
-        with around():
-            return embed_batch(model, batch, spec)
-
-    with preserved(model), torch.no_grad():
-        model.eval()
-        if work is not None:
-            return stored_pass(sweep, score, work)
-        found: NDArray[np.float32] = vector_pass(sweep, score, (embedding_size(model),))
-        return found
+    tail = () if work is not None else (embedding_size(model),)
+    return _quiet_pass(model, sweep, lambda batch: embed_batch(model, batch, spec), tail, around, work)
 
 
 def piece_sums(
@@ -97,21 +109,14 @@ def piece_sums(
         return torch.stack([sums, torch.bincount(tokens.row, minlength=tokens.num_rows).float()], dim=1)
 
     with torch.no_grad():
-        return vector_pass(sweep, score, (2,)) if work is None else stored_pass(sweep, score, work)
+        return row_pass(sweep, score, (2,), work)
 
 
 def row_gate_loads(
     model: nn.Module, gates: GateLoads, sweep: Sweep, *, around: Around = nullcontext, work: ResumablePass | None = None
 ) -> NDArray[Any]:
     """Return the expert loads of each row of the sweep [n, layers, experts], equal on every rank."""
-
-    def score(batch: dict[str, Any]) -> torch.Tensor:
-        with around():
-            return gates(batch)
-
-    with preserved(model), torch.no_grad():
-        model.eval()
-        return vector_pass(sweep, score, gates.shape) if work is None else stored_pass(sweep, score, work)
+    return _quiet_pass(model, sweep, gates, gates.shape, around, work)
 
 
 def row_logits(
@@ -124,11 +129,23 @@ def row_logits(
     work: ResumablePass | None = None,
 ) -> NDArray[Any]:
     """Return the nuclear norm and the sketch of each row's logits [n, width], equal on every rank."""
+    return _quiet_pass(model, sweep, scorer, (width,), around, work)
 
-    def score(batch: dict[str, Any]) -> torch.Tensor:
+
+def _quiet_pass(
+    model: nn.Module,
+    sweep: Sweep,
+    score: Callable[[dict[str, Any]], torch.Tensor],
+    tail: tuple[int, ...],
+    around: Around,
+    work: ResumablePass | None,
+) -> NDArray[Any]:
+    """Score rows in eval mode without gradient, under ``around``, and leave modes and random states as they were."""
+
+    def scored(batch: dict[str, Any]) -> torch.Tensor:
         with around():
-            return scorer(batch)
+            return score(batch)
 
     with preserved(model), torch.no_grad():
         model.eval()
-        return vector_pass(sweep, score, (width,)) if work is None else stored_pass(sweep, score, work)
+        return row_pass(sweep, scored, tail, work)

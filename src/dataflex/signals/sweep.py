@@ -22,7 +22,7 @@ from dataflex.signals.passes import bucketed
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer
 
-__all__ = ["Sweep", "Turn", "fetch", "stored_pass", "token_pass", "vector_pass"]
+__all__ = ["Sweep", "Turn", "fetch", "row_pass", "stored_pass", "token_pass", "vector_pass"]
 
 _INTEGERS = frozenset({"place", "position", "document"})
 
@@ -111,6 +111,13 @@ def vector_pass(
     out = np.full((len(sweep.rows), *tail), np.nan, dtype=np.float32)
     out[where.cpu().numpy()] = whole.cpu().numpy()
     return out
+
+
+def row_pass(
+    sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], tail: tuple[int, ...], work: ResumablePass | None
+) -> NDArray[Any]:
+    """Score rows on all ranks (collective): into ``work`` (``stored_pass``), or in memory if it is None."""
+    return vector_pass(sweep, score, tail) if work is None else stored_pass(sweep, score, work)
 
 
 def stored_pass(sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], work: ResumablePass) -> NDArray[Any]:

@@ -20,14 +20,18 @@ __all__ = ["EpochShell", "PlanFeed"]
 
 
 class _Shards(Sampler[list[int]]):
-    """The row lists of this rank's micro-batches from ``first_step`` to the end of a plan."""
+    """The row lists of this rank's micro-batches from ``first_step`` to the end of ``plan``, which change."""
 
-    def __init__(self, plan: DataPlan, shape: BatchShape, first_step: int) -> None:
-        self._plan, self._shape, self._first = plan, shape, first_step
+    def __init__(self, shape: BatchShape) -> None:
+        self._shape = shape
+        self.plan: DataPlan | None = None
+        self.first_step = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self._first, self._plan.interval.stop_step):
-            for rows in micro_batches(self._plan, self._shape, step):
+        plan = self.plan
+        assert plan is not None
+        for step in range(self.first_step, plan.interval.stop_step):
+            for rows in micro_batches(plan, self._shape, step):
                 yield rows.tolist()
 
 
@@ -60,10 +64,18 @@ class PlanFeed:
         pin_memory: bool,
         prefetch_factor: int | None,
     ) -> None:
-        self._dataset, self._collate, self._shape = dataset, collate, shape
-        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        if num_workers:
-            self._options["prefetch_factor"] = prefetch_factor
+        self._shape, self._shards = shape, _Shards(shape)
+        options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        if num_workers:  # workers live as long as the run, however short its plans are
+            options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
+        # Its own generator: opening a DataLoader without one draws from the global random stream.
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=self._shards,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
         self._plan: DataPlan | None = None
         self._iterator: Iterator[Any] | None = None
         self._next_step = -1
@@ -71,15 +83,8 @@ class PlanFeed:
     def step(self, plan: DataPlan, step: int) -> tuple[list[Any], list[Rows]]:
         """Return the collated micro-batches of ``step`` and their rows."""
         if plan is not self._plan or step != self._next_step or self._iterator is None:
-            # Its own generator: opening a DataLoader without one draws from the global random stream.
-            loader: DataLoader[Any] = DataLoader(
-                self._dataset,
-                batch_sampler=_Shards(plan, self._shape, step),
-                collate_fn=self._collate,
-                generator=torch.Generator().manual_seed(0),
-                **self._options,
-            )
-            self._iterator = iter(loader)
+            self._shards.plan, self._shards.first_step = plan, step
+            self._iterator = iter(self._loader)
             self._plan = plan
         rows = micro_batches(plan, self._shape, step)
         batches = [next(self._iterator) for _ in rows]
