@@ -98,8 +98,9 @@ class DataLoading:
             else:
                 module, sizes = self._load_each(names, data_args, training_args, load)
         held_raw, raw = raw[len(names) :], raw[: len(names)]
+        sources = module.pop("_held_sources", None)
         if by_domain:
-            module["eval_dataset"] = self._held_out(module, raw, held_raw, data_args, training_args)
+            module["eval_dataset"] = self._held_out(module, sources, raw, held_raw, data_args, training_args)
         train = module["train_dataset"]
         kept = self._kept_rows(raw, data_args, training_args) if columns else None
         if kept is not None and served:
@@ -188,18 +189,20 @@ class DataLoading:
         return module, sizes
 
     def _held_out(
-        self, module: dict[str, Any], raw: list[Dataset], held_raw: list[Dataset], data_args: Any, training_args: Any
+        self,
+        module: dict[str, Any],
+        sources: list[str] | None,
+        raw: list[Dataset],
+        held_raw: list[Dataset],
+        data_args: Any,
+        training_args: Any,
     ) -> Any:
         """Return the evaluation rows as one data set per domain, in the order of first appearance.
 
         Raises:
             ConfigError: There is nothing held out, or nothing that could be told apart.
         """
-        held, column, sources = (
-            module.get("eval_dataset"),
-            self._config.domain_column,
-            module.pop("_held_sources", None),
-        )
+        held, column = module.get("eval_dataset"), self._config.domain_column
         if held is None:
             raise ConfigError("dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'")
         if isinstance(held, dict) and column is None:

@@ -15,6 +15,7 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Selector, Weighter
 from dataflex.core.schedule import Interval
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.mixers.floors import floors_by_domain
 
 __all__ = ["column_problems", "data_set_problems", "domain_problems", "target_problems"]
 
@@ -123,6 +124,12 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
             if name not in names:
                 known = ", ".join(names)
                 yield f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} (domains: {known})"
+    try:
+        floors_by_domain(dynamic.min_proportion, names)
+    except ConfigError as error:
+        if not isinstance(dynamic.min_proportion, Mapping) or "sum to" not in str(error):  # told by the rules
+            yield from error.problems
+        return
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
     assert isinstance(mixer, Mixer)
@@ -182,7 +189,7 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
     if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit != "sequences" or domains is None or first is None:
         return
     kept = max(1, round((dynamic.keep_ratio or 1.0) * len(domains.domain_of)))
-    stretches = [(first.steps, mixer.mix(view.context(first, domains)).proportions, kept)]
+    stretches = [(first.steps, view.mixed(mixer, first), kept)]
     if dynamic.warmup_steps:
         stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), len(domains.domain_of)))
     for steps, shares, most in stretches:

@@ -23,6 +23,7 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Context, Mixer, Signals
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import UnsupportedError
+from dataflex.mixers.floors import floors_by_domain, raised
 
 __all__ = ["Forecast", "forecast"]
 
@@ -137,13 +138,19 @@ class Forecast:
         if first is None:
             return
         if not mixer.adaptive:
-            yield schedule.total_steps - self.warmup_steps, mixer.mix(self.context(first, domains)).proportions
+            yield schedule.total_steps - self.warmup_steps, self.mixed(mixer, first)
             return
         if self.num_decisions > _MOST_DECISIONS:
             raise UnsupportedError("it decides too often to add it up")
         for interval in schedule.intervals():
             if interval.kind == "dynamic":
-                yield interval.steps, mixer.mix(self.context(interval, domains)).proportions
+                yield interval.steps, self.mixed(mixer, interval)
+
+    def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
+        """Return what the mixer says for an interval, floors held, float64 [K]."""
+        assert self.domains is not None
+        proportions = mixer.mix(self.context(interval, self.domains)).proportions
+        return raised(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
         """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
@@ -152,7 +159,7 @@ class Forecast:
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
         assert self.schedule is not None
-        return mixer.mix(self.context(self.schedule.interval(0), domains)).proportions
+        return self.mixed(mixer, self.schedule.interval(0))
 
     def served(self) -> NDArray[np.float64]:
         """Return the expected sequences of each domain over the whole run, caps followed, float64 [K].

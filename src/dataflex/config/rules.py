@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 
-from dataflex.config.schema import DynamicConfig
-from dataflex.core.protocols import Selector
+from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.core.protocols import Mixer, Selector
 from dataflex.core.registry import KINDS
-from dataflex.mixers.proportions import check_numbers
+from dataflex.mixers.floors import Floors
+from dataflex.mixers.proportions import Written, check_numbers
 
 __all__ = ["rule_problems"]
 
@@ -145,12 +147,15 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
         given = {
             "initial_proportions": dynamic.initial_proportions is not None,
             "max_epochs": dynamic.max_epochs is not None,
+            "min_proportion": dynamic.min_proportion is not None,
             "unit": dynamic.unit != "sequences",
             "interleave": dynamic.interleave != "shuffled",
         }
         for key in (key for key, there in given.items() if there):
             yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
         return
+    if dynamic.min_proportion is not None:
+        yield from _floor_rules(dynamic.min_proportion, dynamic.mixer)
     if dynamic.max_epochs is not None and dynamic.selector is not None:
         cls = dynamic.selector.cls
         if issubclass(cls, Selector) and cls.narrows:
@@ -168,3 +173,37 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
             "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; "
             "set warmup_steps, or remove the key"
         )
+
+
+def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
+    cls, key = mixer.cls, "dynamic.min_proportion"
+    if issubclass(cls, Mixer) and cls.weighs_loss:
+        yield (
+            f"{key}: the {mixer.name} mixer serves the domains as its 'sampling' says and moves their weights in the "
+            "loss, whose floor is 'smoothing' / number of domains; set these, or remove the key"
+        )
+        return
+    if isinstance(floors, Mapping):
+        total = math.fsum(floors.values())
+        if total > 1.0 + 1e-9:
+            yield f"{key}: the floors sum to {total:.6g}, and proportions to 1; lower them"
+    for place, written in _written_proportions(mixer.params):
+        items = written.items() if isinstance(written, Mapping) else ((str(i), n) for i, n in enumerate(written))
+        for name, number in items:
+            floor = floors.get(name) if isinstance(floors, Mapping) else floors
+            if number == 0 and floor is not None:
+                yield (
+                    f"{key}: dynamic.mixer.{place} says 0 for {name}, which means never, and so it cannot have a floor "
+                    f"of {floor:g}; give floors by name and leave it out"
+                )
+                return
+
+
+def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
+    """Yield place and numbers of the proportions that a user wrote among a mixer's parameters."""
+    for place in ("proportions", "initial"):
+        written = getattr(params, place, None)
+        if isinstance(written, Mapping | tuple):
+            yield place, written
+    for i, stage in enumerate(getattr(params, "stages", ())):
+        yield f"stages[{i}].proportions", stage.proportions

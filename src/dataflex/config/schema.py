@@ -121,6 +121,14 @@ class DynamicConfig:
     at_cap: Literal["error", "redistribute", "stop"] = field(
         default="redistribute", metadata={"help": "what happens to a domain that reached max_epochs"}
     )
+    min_proportion: float | dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "least proportion that the mixer may give any domain, or each",
+            "above": 0.0,
+            "maximum": 1.0,
+        },
+    )
     domain_column: str | None = field(
         default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
     )

@@ -41,6 +41,7 @@ _NOT_FOR_PROXIES = (
     "repeat",
     "warmup_steps",
     "interval_steps",
+    "min_proportion",
     "initial_proportions",
 )
 

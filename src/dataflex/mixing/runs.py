@@ -74,6 +74,8 @@ def _parts(mapping: Mapping[str, Any], base_dir: Path) -> Split:
     dynamic = {**(block or {}), "mixer": "size"}
     if dynamic.pop("initial_proportions", None) is not None:
         raise ConfigError("dynamic.initial_proportions: a run of a swarm keeps one mixture throughout; remove the key")
+    if dynamic.pop("min_proportion", None) is not None:
+        raise ConfigError("dynamic.min_proportion: a run of a swarm keeps the mixture drawn for it; remove the key")
     return split({**mapping, "dynamic": dynamic}, base_dir)
 
 

@@ -31,16 +31,16 @@ from dataflex.signals.gradients import (
     preconditioner,
 )
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.gradients.rows import held_rows, products_of, rows_at_once
-from dataflex.signals.gradients.sketch import buckets_and_signs
+from dataflex.signals.gradients.rows import held_rows, row_products, rows_at_once
+from dataflex.signals.gradients.sketch import sketched
 from dataflex.signals.handle import ModelHandle
 from dataflex.signals.identity import state_identity
 from dataflex.signals.policy import policy_vectors
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
-from dataflex.signals.sweep import Sweep, stored_pass, vector_pass
+from dataflex.signals.sweep import Sweep, row_pass
 
-__all__ = ["GradientSource", "sketched"]
+__all__ = ["GradientSource"]
 
 _KEPT_NUMBERS = 2**28  # targets of more numbers (1 GiB in fp32) are made anew by every call
 
@@ -179,29 +179,12 @@ class GradientSource:
 
         More than ``rows_at_once`` rows take a further pass over the rest for each so many.
         """
-        num, num_targets = len(sweep.rows), len(targets)
         aims = self._target_vectors(targets, False) if targets else None
-        precondition = self._precondition()
-        out, known = np.full((num, num_targets + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
-        gram = out[:, num_targets:]
-        for start in range(0, num, self.rows_at_once):
-            block = slice(start, min(start + self.rows_at_once, num))
-            vectors, finite = held_rows(self._engine, _part(sweep, block), precondition)
-            known[block] = finite.cpu().numpy()
-            if aims is not None:
-                out[block, :num_targets] = products_of(vectors, aims).cpu().numpy()
-            gram[block, block] = products_of(vectors, vectors).cpu().numpy()
-            rest = slice(block.stop, num)
-            if block.stop < num:
-                score = self._dots(Dots(vectors, normalise="none"), precondition)
-                gram[rest, block] = self._pass(_part(sweep, rest), score, (len(vectors),), None)
-                gram[block, rest] = gram[rest, block].T
-        out[~known] = np.nan
-        gram[:, ~known] = np.nan
+        out = row_products(self._engine, sweep, aims, self._precondition())
         if work is None:
             return out
         if comm.rank() == 0:
-            work.record(np.arange(num), out)
+            work.record(np.arange(len(out)), out)
         return work.finish()
 
     def moments_identity(self) -> str:
@@ -224,7 +207,7 @@ class GradientSource:
 
     def _pass(self, sweep: Sweep, score: Score, tail: tuple[int, ...], work: ResumablePass | None) -> Answer:
         with self._engine.observing():
-            return vector_pass(sweep, score, tail) if work is None else stored_pass(sweep, score, work)
+            return row_pass(sweep, score, tail, work)
 
     def _target_vectors(self, sweeps: Sequence[Sweep], normalise_rows: bool) -> TargetVectors:
         """Return one mean gradient per target, or mean unit vector, equal on every rank."""
@@ -255,28 +238,3 @@ class GradientSource:
             return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalise else scores
 
         return score
-
-
-def _part(sweep: Sweep, which: slice) -> Sweep:
-    return replace(sweep, rows=sweep.rows[which], lengths=sweep.lengths[which])
-
-
-def sketched(targets: TargetVectors, sketch: Sketch) -> torch.Tensor:
-    """Return the sketches of target vectors, fp32 [M, size], by the same hash as the rows'."""
-    sums: torch.Tensor | None = None
-    for name in targets.tensors:
-        flat = targets.flat(name)
-        if sums is None:
-            sums = torch.zeros(sketch.size, len(flat), device=flat.device)
-        buckets, signs = buckets_and_signs(
-            sketch.seed,
-            name,
-            slice(0, flat.shape[1]),
-            size=sketch.size,
-            nonzeros=sketch.nonzeros,
-            device=flat.device,
-        )
-        for where, sign in zip(buckets, signs, strict=True):
-            sums.index_add_(0, where, flat.t() * sign.unsqueeze(1))
-    assert sums is not None
-    return sums.t() / sketch.nonzeros**0.5

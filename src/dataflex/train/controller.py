@@ -23,6 +23,7 @@ from dataflex.core.sampler import MixtureSampler
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
+from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.mixers.proportions import by_domain
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
@@ -124,6 +125,7 @@ class Controller:
                 unit=self.shape.micro_batch_size if pure else 1,
                 interleave=self.config.interleave,
             )
+        self.floors = floors_by_domain(self.config.min_proportion, domains.names)
         self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
         self.candidates: Candidates | None = None
         if self.config.candidate_batches is not None:
@@ -303,6 +305,18 @@ class Controller:
         rows = epoch_stream(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
         return rows, None, "every row, epoch by epoch"
 
+    def proportions_at(self, step: int) -> NDArray[np.float64]:
+        """Return the proportions of sequences under which a step of the plan in progress was drawn [K].
+
+        Those that the mixer set, or what domains at their caps have left of them.
+        """
+        if self.sampler is not None:
+            first = step * self.shape.global_batch
+            for segment in reversed(self.sampler.segments):
+                if segment.start <= first:
+                    return segment.proportions
+        return self.proportions
+
     def _repeats(self) -> bool:
         # keep_ratio says how much of the pool is served, however long the interval is: copies are meant.
         return self.config.repeat or self.config.keep_ratio is not None
@@ -315,7 +329,13 @@ class Controller:
                 self.mixer.mix(asked)
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(asked)
-        return check_mix(self.mixer, mix, self.space.domains.names), mix.reason
+        proportions = check_mix(self.mixer, mix, self.space.domains.names)
+        served = raised(proportions, self.floors)
+        if served is proportions:
+            return proportions, mix.reason
+        low = [self.space.domains.names[k] for k in np.flatnonzero(served > proportions)]
+        told = ", ".join(low[:8]) + (f", {len(low) - 8} more" if len(low) > 8 else "")
+        return served, f"{mix.reason}; raised to min_proportion: {told}"
 
     def _fill(self, interval: Interval) -> Rows:
         """Return the rows that even out short steps over ranks; only whole epochs have short steps."""

@@ -22,6 +22,7 @@ from dataflex.signals.packing import document_ids
 from dataflex.signals.pooling import pool, pool_documents
 from dataflex.train import weighting
 from dataflex.train.domain_sums import DomainSums
+from dataflex.train.noise_watch import NoiseWatch
 from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import Sequences, TokenLosses
 
@@ -81,6 +82,9 @@ class Reweighter:
         self._domain_weights: NDArray[np.float64] | None = None
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))
+        # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
+        blind = mixer is not None and mixer.observes and mixer.reference is None and comm.rank() == 0
+        self._noise = NoiseWatch(domains.names) if blind else None
 
     @property
     def observes(self) -> bool:
@@ -285,6 +289,9 @@ class Reweighter:
         assert self.mixer is not None
         sums = self._sums.take(device)
         self._logged += sums
+        if self._noise is not None:
+            weights = self._checked(self.mixer) if self.mixer.weighs_loss else proportions
+            self._noise.step(sums[SUMS.index("loss_sum")], sums[SUMS.index("tokens")], weights)
         self.mixer.observe(
             DomainStats.of(
                 sums,

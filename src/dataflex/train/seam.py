@@ -215,7 +215,7 @@ class TrainerMixin(_Trainer):
             self._dataflex_reweighter.end_step(
                 step=self.state.global_step,
                 total_steps=self.state.max_steps,
-                proportions=self._session.controller.proportions,
+                proportions=self._session.controller.proportions_at(self.state.global_step),
                 learning_rate=float(self._get_learning_rate()),
                 device=self.args.device,
             )

@@ -7,19 +7,23 @@ rows x parameters, so callers take at most ``rows_at_once`` rows at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dataflex.dist import comm
 from dataflex.signals.gradients.blocks import Block
-from dataflex.signals.gradients.consume import Consumer, inner_products
+from dataflex.signals.gradients.consume import Consumer, Dots, inner_products
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.pieces import FactorShape
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.gradients.vectors import TargetVectors
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.sweep import Sweep, vector_pass
 
-__all__ = ["RowVectors", "held_rows", "products_of", "rows_at_once"]
+__all__ = ["RowVectors", "held_rows", "products_of", "row_products", "rows_at_once"]
 
 _HELD_NUMBERS = 2**28
 """Numbers of all held gradients together: 1 GiB in fp32."""
@@ -102,3 +106,48 @@ def products_of(a: TargetVectors, b: TargetVectors) -> torch.Tensor:
         for part in inner_products(a.flat(name), b.flat(name).to(device)):
             out += part
     return out
+
+
+def row_products(
+    engine: GradientEngine, sweep: Sweep, aims: TargetVectors | None, precondition: Preconditioner | None = None
+) -> NDArray[np.float32]:
+    """Return inner products of rows' gradients with some vectors and with one another (collective).
+
+    More than ``rows_at_once`` rows take a further pass over the rest for each so many.
+
+    Args:
+        engine: Of the model.
+        sweep: The rows [n], few.
+        aims: The vectors [m], or None for none.
+        precondition: Turns the rows' gradients into directions, or None.
+
+    Returns:
+        float32 [n, m + n], equal on every rank; NaN in the rows and columns of rows without a loss.
+    """
+    num, num_aims, at_once = len(sweep.rows), 0 if aims is None else len(aims), rows_at_once(engine.shapes)
+    out, known = np.full((num, num_aims + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
+    gram = out[:, num_aims:]
+    for start in range(0, num, at_once):
+        block = slice(start, min(start + at_once, num))
+        vectors, finite = held_rows(engine, _part(sweep, block), precondition)
+        known[block] = finite.cpu().numpy()
+        if aims is not None:
+            out[block, :num_aims] = products_of(vectors, aims).cpu().numpy()
+        gram[block, block] = products_of(vectors, vectors).cpu().numpy()
+        rest = slice(block.stop, num)
+        if block.stop < num:
+            dots = Dots(vectors, normalise="none")
+
+            def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
+                return engine.run(batch, [dots], precondition=precondition)["dots"]
+
+            with engine.observing():
+                gram[rest, block] = vector_pass(_part(sweep, rest), score, (len(vectors),))
+            gram[block, rest] = gram[rest, block].T
+    out[~known] = np.nan
+    gram[:, ~known] = np.nan
+    return out
+
+
+def _part(sweep: Sweep, which: slice) -> Sweep:
+    return replace(sweep, rows=sweep.rows[which], lengths=sweep.lengths[which])

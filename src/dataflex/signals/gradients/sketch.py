@@ -17,8 +17,9 @@ from dataflex.errors import ConfigError
 from dataflex.signals.gradients.blocks import Block, Segment
 from dataflex.signals.gradients.consume import Consumer, Norms
 from dataflex.signals.gradients.pieces import FactorShape
+from dataflex.signals.gradients.vectors import TargetVectors
 
-__all__ = ["Sketch", "buckets_and_signs"]
+__all__ = ["Sketch", "buckets_and_signs", "sketched"]
 
 # Multipliers of the splitmix64 finaliser, as signed 64-bit numbers.
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
@@ -113,3 +114,24 @@ class Sketch(Consumer):
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._norms.finish()[""]}
+
+
+def sketched(targets: TargetVectors, sketch: Sketch) -> torch.Tensor:
+    """Return the sketches of target vectors, fp32 [M, size], by the same hash as the rows'."""
+    sums: torch.Tensor | None = None
+    for name in targets.tensors:
+        flat = targets.flat(name)
+        if sums is None:
+            sums = torch.zeros(sketch.size, len(flat), device=flat.device)
+        buckets, signs = buckets_and_signs(
+            sketch.seed,
+            name,
+            slice(0, flat.shape[1]),
+            size=sketch.size,
+            nonzeros=sketch.nonzeros,
+            device=flat.device,
+        )
+        for where, sign in zip(buckets, signs, strict=True):
+            sums.index_add_(0, where, flat.t() * sign.unsqueeze(1))
+    assert sums is not None
+    return sums.t() / sketch.nonzeros**0.5
