@@ -95,7 +95,7 @@ def train(out: Path, name: str, seed: int, steps: int, dynamic: dict) -> dict:
             "dataset_dir": str(out / "data"),
             "dataset": ",".join(DOMAINS),
             "eval_dataset": ",".join(f"{domain}_test" for domain in DOMAINS),
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 16,
             "learning_rate": 3.0e-3,
             "lr_scheduler_type": "cosine",
@@ -155,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--odm-interval", type=int, default=1)
     parser.add_argument("--only-seed", type=int, default=None, help="run one seed only, and tell nothing")
@@ -167,7 +167,7 @@ def main() -> int:
         return 0
     runs = {seed: seed_runs(out, seed, options) for seed in range(1, options.seeds + 1)}
     write = sys.stdout.write
-    tokens = options.steps * 16 * 256
+    tokens = options.steps * 4 * 256
     write(
         f"{platform.processor() or platform.machine()}; 1.3M parameters, {options.seeds} seeds, {options.steps} steps, "
     )

@@ -30,7 +30,7 @@ METHODS = {
     "random": [],
     "less": [],
     "icons": [],
-    "cluster_less": ["cluster_less.num_clusters=100"],
+    "cluster_less": ["cluster_less.clusters=100"],
     "tacs": [],
     "rds_plus": [],
     "embed": [f"embed.encoder={MODEL}"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataFlexError
 
 Config = Callable[..., dict[str, Any]]
 
@@ -37,7 +40,8 @@ def test_a_model_that_is_there(config: Config, folders: Path, name: str) -> None
         {"name": "ifd", "scorer": name},
         {"name": "rho_loss", "reference": name},
         {"name": "s2l", "proxies": [name, name]},
-        {"name": "embed", "targets": ["t"], "encoder": "models/sentences"},
+        {"name": "coincide", "encoder": name},
+        {"represent": {"name": "embed", "encoder": name}, "rule": "k_center"},
         {"name": "ifd"},
     ):
         assert problems(config, folders, selector) == []
@@ -55,6 +59,16 @@ def test_a_model_that_is_there(config: Config, folders: Path, name: str) -> None
         ({"name": "near", "targets": ["t"], "encoder": "/none"}, "encoder: no such folder: /none"),
         ({"name": "tsds", "targets": ["t"], "encoder": "/none"}, "encoder: no such folder: /none"),
         ({"name": "rds_plus", "targets": ["t"], "encoder": "/none"}, "encoder: no such folder: /none"),
+        ({"name": "coincide", "encoder": "/none"}, "encoder: no such folder: /none"),
+        (
+            {"represent": {"name": "embed", "encoder": "/none"}, "rule": "k_center"},
+            "represent.encoder: no such folder: /none",
+        ),
+        (
+            {"represent": "loss", "vectors": {"name": "embed", "encoder": "/none"}, "rule": "deita"},
+            "vectors.encoder: no such folder: /none",
+        ),
+        ({"represent": {"name": "ifd", "scorer": "/none"}}, "represent.scorer: no such folder: /none"),
     ],
 )
 def test_a_model_that_is_not_there(config: Config, folders: Path, selector: dict[str, Any], told: str) -> None:
@@ -73,3 +87,58 @@ def test_a_name_on_a_hub(config: Config, folders: Path, monkeypatch: pytest.Monk
     assert "nor is it in the local cache of the hub" in problems(config, folders, selector)[0]
     (folders / "hub" / "models--someone--small-lm").mkdir(parents=True)
     assert problems(config, folders, selector) == []
+
+
+def test_a_model_of_sentence_transformers_needs_the_package(
+    config: Config, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = {"name": "embed", "targets": ["t"], "encoder": "models/sentences"}
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "pip install 'dataflex[encoders]'" in problems(config, folders, selector)[0]
+    there = types.ModuleType("sentence_transformers")
+    there.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", there)
+    assert problems(config, folders, selector) == []
+
+
+@pytest.mark.parametrize(
+    ("selector", "package", "extra"),
+    [
+        ({"name": "s2l"}, "sklearn", "cluster"),
+        ({"name": "cluster_less", "targets": ["t"]}, "sklearn", "cluster"),
+        ({"represent": "embed", "rule": {"name": "cluster_quota", "within": "random"}}, "sklearn", "cluster"),
+        ({"name": "tsds", "targets": ["t"], "search": "faiss"}, "faiss", "faiss"),
+        ({"represent": "embed", "rule": {"name": "facility_location", "search": "faiss"}}, "faiss", "faiss"),
+        ({"represent": "embed", "targets": ["t"], "rule": {"name": "knn_kde", "search": "faiss"}}, "faiss", "faiss"),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_loads(
+    config: Config, project: Path, monkeypatch: pytest.MonkeyPatch, selector: dict[str, Any], package: str, extra: str
+) -> None:
+    """And not at the first decision, which may come after hours of warm-up."""
+    dynamic = {"dynamic": {"selector": selector, "interval_steps": 5}}
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataFlexError, match=rf"dataflex\[{extra}\]"):
+        resolve(config(**dynamic), project)
+    there = types.ModuleType(package)
+    there.__spec__ = importlib.machinery.ModuleSpec(package, None)
+    monkeypatch.setitem(sys.modules, package, there)
+    resolve(config(**dynamic), project)
+
+
+@pytest.mark.parametrize(
+    ("selector", "told"),
+    [
+        ({"target_proportions": {"tt": 1.0, "t": 1.0}}, "target_proportions.tt: no such target; did you mean 't'?"),
+        ({"target_proportions": {"a": 1.0}, "targets": ["a", "t"]}, "target_proportions: t missing"),
+    ],
+)
+def test_numbers_by_target_name_every_target(
+    config: Config, project: Path, selector: dict[str, Any], told: str
+) -> None:
+    found = problems(config, project, {"name": "dsir", "targets": ["t"], **selector})
+    assert any(problem.startswith(f"dynamic.selector.{told}") for problem in found), found
+    good = {"name": "dsir", "targets": ["t"], "target_proportions": {"t": 1.0}}
+    assert problems(config, project, good) == []
+    inside = {"represent": {"name": "dsir", "target_proportions": {"t": 1.0}}, "targets": ["t"]}
+    assert "represent.target_proportions: dsir is asked about one target" in problems(config, project, inside)[0]

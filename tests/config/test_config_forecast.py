@@ -171,6 +171,14 @@ def test_mixture_over_warm_up_and_stages(project: Path) -> None:
     assert view.warmup_steps == 10
 
 
+def test_floors_are_held(project: Path) -> None:
+    block = {"mixer": {"name": "static", "proportions": [1, 9]}, "min_proportion": {"a": 0.25}}
+    assert view_of(block, project).served().tolist() == [30, 90]
+    staged = [{"start_step": 0, "proportions": [1, 9]}, {"start_step": 30, "proportions": [1, 1]}]
+    block = {"mixer": {"name": "staged", "stages": staged}, "interval_steps": 30, "min_proportion": 0.25}
+    assert view_of(block, project).served().tolist() == [15 + 30, 45 + 30]
+
+
 def test_caps_are_followed(project: Path) -> None:
     capped = view_of({"mixer": {"name": "static", "proportions": [1, 3]}, "max_epochs": {"b": 1}}, project)
     assert capped.served().tolist() == [70, 50]

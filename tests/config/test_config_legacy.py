@@ -435,7 +435,9 @@ def test_refused(flat: Config, project: Path, changes: dict[str, Any], line: str
 
 
 def test_problems_of_flat_keys_and_of_the_rest_are_told_together(flat: Config, project: Path) -> None:
-    keys = flat(train_type="dynamic_select", component_name="broken", update_step=0, group_by_length=True, dataset="a,z")
+    keys = flat(
+        train_type="dynamic_select", component_name="broken", update_step=0, group_by_length=True, dataset="a,z"
+    )
     with pytest.raises(ConfigError) as caught:
         resolve(keys, project)
     beginnings = {problem.split(":")[0] for problem in caught.value.problems}

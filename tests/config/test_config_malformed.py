@@ -106,7 +106,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "unit not a choice": (
         {"dynamic": {"mixer": "uniform", "unit": "token"}},
-        ["dynamic.unit: 'token' is not a choice; did you mean 'tokens'? (choices: sequences, tokens)"],
+        ["dynamic.unit: 'token' is not a choice; did you mean 'tokens'? (choices: sequences, tokens, documents)"],
     ),
     "list of the wrong length": (
         {"dynamic": {"selector": {"name": "loss", "quantiles": [0.1, 0.2, 0.3]}, "interval_steps": 5}},
@@ -140,6 +140,56 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dynamic": {"selector": "random", "max_epochs": 3}},
         ["dynamic.max_epochs: has no effect without a mixer"],
     ),
+    "documents of packed rows without a data set each": (
+        {
+            "packing": True,
+            "dynamic": {"mixer": "uniform", "unit": "documents", "domain_clusters": 2, "domain_encoder": "model"},
+        },
+        ["dynamic.unit: rows hold several documents under packing, which are counted by data set only"],
+    ),
+    "floors without mixer": (
+        {"dynamic": {"selector": "random", "min_proportion": 0.1}},
+        ["dynamic.min_proportion: has no effect without a mixer"],
+    ),
+    "floor of zero": (
+        {"dynamic": {"mixer": "uniform", "min_proportion": 0}},
+        ["dynamic.min_proportion: must be above 0, found 0"],
+    ),
+    "floors that are no proportions": (
+        {"dynamic": {"mixer": "uniform", "min_proportion": {"a": 1.5}}},
+        ["dynamic.min_proportion.a: must be at most 1, found 1.5"],
+    ),
+    "floors above one": (
+        {"dynamic": {"mixer": "uniform", "min_proportion": 0.6}},
+        ["dynamic.min_proportion: the floors sum to 1.2 (0.6 for each of 2 domains), and proportions to 1"],
+    ),
+    "floors by name above one": (
+        {"dynamic": {"mixer": "uniform", "min_proportion": {"a": 0.8, "b": 0.3}}},
+        ["dynamic.min_proportion: the floors sum to 1.1, and proportions to 1"],
+    ),
+    "floor of an unknown domain": (
+        {"dynamic": {"mixer": "uniform", "min_proportion": {"aa": 0.2}}},
+        ["dynamic.min_proportion.aa: no such domain; did you mean 'a'? (domains: a, b)"],
+    ),
+    "floor of a domain that is never served": (
+        {"dynamic": {"mixer": {"name": "static", "proportions": {"a": 0, "b": 1}}, "min_proportion": 0.1}},
+        ["dynamic.min_proportion: dynamic.mixer.proportions says 0 for a, which means never"],
+    ),
+    "floors of weights in the loss": (
+        {"dynamic": {"mixer": "group_dro", "min_proportion": 0.1}},
+        ["dynamic.min_proportion: the group_dro mixer serves the domains as its 'sampling' says"],
+    ),
+    "a weighter beside a loss by domain": (
+        {"dynamic": {"mixer": "group_dro", "weighter": "focal"}},
+        [
+            "dynamic.weighter: the loss of the group_dro mixer is a weighted sum of domains' mean losses, which leaves no "
+            "place for the focal weighter; use one of the two methods"
+        ],
+    ),
+    "a weighter beside a loss by domain that can be by token": (
+        {"dynamic": {"mixer": {"name": "doremi", "reference": "r", "variant": "paper"}, "weighter": "focal"}},
+        ["place for the focal weighter; set its 'normaliser: token', or use one of the two methods"],
+    ),
     "target missing": (
         {"dynamic": {"selector": "tacs", "interval_steps": 5}},
         ["dynamic.selector: tacs needs a target: add 'targets: [<data set>]' (it keeps the rows whose loss falls most"],
@@ -151,6 +201,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "target file missing": (
         {"dynamic": {"selector": {"name": "tacs", "targets": "gone"}, "interval_steps": 5}},
         ["dynamic.selector.targets: the file of 'gone' is missing: data/gone.jsonl"],
+    ),
+    "target without rows": (
+        {"dynamic": {"selector": {"name": "tacs", "targets": ["empty"]}, "interval_steps": 5}},
+        ["dynamic.selector.targets: 'empty' has no rows (data/empty.jsonl)"],
     ),
     "target not wanted": (
         {"dynamic": {"selector": {"name": "random", "targets": ["t"]}}},

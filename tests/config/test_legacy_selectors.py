@@ -10,6 +10,7 @@ import yaml
 
 from dataflex.config.components import _SHIPPED, Component, read_component
 from dataflex.core.registry import find
+from dataflex.rewards.judge import JudgeConfig
 
 
 def read(
@@ -66,6 +67,36 @@ def read(
             {"clusters": 10_000, "temperature": 1.0, "iterations": 10, "layers": (1, 2), "encoder": "m"},
             ["density_chunk_size: no effect"],
         ),
+        ("zeroth", {"cache_dir": "c"}, {}, ["cache_dir: no effect"]),
+        ("all", {}, {}, []),
+        (
+            "nice",
+            {
+                "gradient_type": "sgd",
+                "mc_samples": 6,
+                "max_prompt_length": 4096,
+                "reward_model_backend": "api",
+                "reward_backend_params": {
+                    "local_vllm": {"vllm_seed": 1},
+                    "api": {"api_url": "http://h/v1/chat/completions", "api_key": "KEY", "model_name": "m"},
+                },
+            },
+            {
+                "precondition": "none",
+                "samples": 6,
+                "max_new_tokens": 512,
+                "temperature": 0.7,
+                "reward": "judge",
+                "judge": JudgeConfig(url="http://h/v1", model="m", api_key_env="KEY", best=1.0),
+            },
+            ["max_prompt_length: prompts are those"],
+        ),
+        (
+            "nice",
+            {"reward": "rougeL", "reward_model_path": "rm", "policy_model_path": "p", "proj_dim": 8},
+            {"samples": 4, "max_new_tokens": 512, "temperature": 0.7, "reward": "rougeL"},
+            ["policy_model_path: is not read", "proj_dim: gradients are"],
+        ),
     ],
 )
 def test_parameters(tmp_path: Path, name: str, given: dict[str, Any], ours: dict[str, Any], noted: list[str]) -> None:
@@ -85,6 +116,12 @@ def test_parameters(tmp_path: Path, name: str, given: dict[str, Any], ours: dict
         ("cluster_less", {"clustering_method": "lsh"}, 'clustering_method: "lsh" is not offered'),
         ("cluster_less", {"representative_strategy": "best"}, "representative_strategy: 'best' is not a choice"),
         ("coincide", {"single_member_density": 2.0}, "single_member_density: 2.0 is not supported"),
+        ("nice", {"reward_model_backend": "local_vllm"}, "reward_model_backend: a model is not loaded beside the run"),
+        ("nice", {"reward_model_path": "rm"}, "reward_model_path: a model is not loaded beside the run"),
+        ("nice", {"reward_model_backend": "vllm"}, "reward_model_backend: 'vllm' is not a choice"),
+        ("nice", {"reward_model_backend": "api"}, "reward_backend_params.api: expected a mapping with api_url"),
+        ("nice", {"reward": "f1", "reward_prompt_with_ref": "x"}, "reward_prompt_with_ref: is not read"),
+        ("nice", {}, "reward: missing"),
         ("near", {"indices": "x"}, "indices: unknown key"),
         ("delta_loss", {"windowsize": 0.2}, "windowsize: unknown key"),
     ],
@@ -110,7 +147,13 @@ def test_a_window_without_a_number_of_updates_stays_where_it_starts(tmp_path: Pa
     assert window(1000, 500 / (size - 1), 0.2, 10.0) == window(1000, 0.0, 0.2, 10.0)
 
 
-@pytest.mark.parametrize("name", sorted(_SHIPPED["selectors"]))
+def test_the_preset_of_nice_says_what_it_lacks(tmp_path: Path) -> None:
+    component, problems, _ = read(tmp_path, "nice", _SHIPPED["selectors"]["nice"]["params"])
+    assert component is None
+    assert "ask it through an OpenAI-compatible server" in problems[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(_SHIPPED["selectors"]) - {"nice"}))
 def test_every_preset_can_be_built(tmp_path: Path, name: str) -> None:
     entry = _SHIPPED["selectors"][name]
     component, problems, _ = read(tmp_path, entry["name"], entry["params"])

@@ -52,6 +52,21 @@ def test_many_domains_take_the_wide_path():
     assert domains.rows(count - 1).tolist() == np.flatnonzero(labels == count - 1).tolist()
 
 
+def test_document_proportions_divide_by_the_mean_number_in_a_row():
+    # Rows of 1, 2 and 4 documents: equal shares of documents need rows as 4 : 2 : 1, whatever their tokens.
+    domains = Domains(
+        names=("a", "b", "c"),
+        domain_of=np.array([0, 0, 1, 2], dtype=np.int32),
+        documents_per_row=np.array([1.0, 2.0, 4.0]),
+    )
+    third = [1 / 3, 1 / 3, 1 / 3]
+    assert domains.sequence_proportions(third, "documents") == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert domains.sizes("documents").tolist() == [2.0, 2.0, 4.0]
+    single = Domains.from_sizes(["a", "b"], [2, 1])  # a row is a document
+    assert single.sequence_proportions([0.6, 0.4], "documents").tolist() == [0.6, 0.4]
+    assert single.sizes("documents").tolist() == [2.0, 1.0]
+
+
 def test_token_proportions_divide_by_mean_length():
     # Rows of 10, 20 and 40 tokens on average: equal shares of tokens need rows as 4 : 2 : 1.
     domains = Domains.from_sizes(["a", "b", "c"], [2, 2, 1], lengths=[5, 15, 20, 20, 40])

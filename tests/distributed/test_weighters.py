@@ -33,7 +33,15 @@ def blocks(model):
 
 
 NAMES = "loss adapt joint slm rho dro balanced entropy meta presence".split()
-ENGINES = [("zero2", "adapt"), ("zero3", "loss"), ("zero3", "adapt"), ("fsdp2", "joint"), ("fsdp2", "entropy")]
+ENGINES = [
+    ("zero2", "adapt"),
+    ("zero3", "loss"),
+    ("zero3", "adapt"),
+    ("zero3", "slm"),
+    ("fsdp2", "joint"),
+    ("fsdp2", "entropy"),
+    ("fsdp2", "rho"),
+]
 COMMON = {
     "dataset": "alpha,beta",
     "disable_shuffling": False,

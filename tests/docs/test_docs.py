@@ -30,7 +30,16 @@ def test_the_expected_pages_are_there():
     expected = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "examples/data/README.md"}
     expected |= {
         f"docs/{name}.md"
-        for name in ("configuration", "design", "limits", "methods", "offline", "paper-index", "report", "writing-a-method")
+        for name in (
+            "configuration",
+            "design",
+            "limits",
+            "methods",
+            "offline",
+            "paper-index",
+            "report",
+            "writing-a-method",
+        )
     }
     assert expected <= set(TEXTS)
 

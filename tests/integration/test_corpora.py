@@ -62,6 +62,23 @@ def test_served_rows_are_those_tokenised_beforehand(run, corpus, packing):
     assert spaces[0]["tokens"] == spaces[1]["tokens"]
 
 
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"val_size": 6}])
+def test_proportions_of_documents_that_share_rows(run, corpus, options):
+    """75 and 27 documents are packed into rows of 32 tokens; equal shares of documents are other shares of rows."""
+    equal = {"mixer": "uniform", "unit": "documents"}
+    outcome = run("documents", **settings(corpus, packing=True, **options), dynamic=equal)
+    rows = outcome.events[0]["row_space"]["domains"]
+    held = options.get("val_size", 0)
+    if held:  # what was set aside was of the same rows
+        rows = run("all", **settings(corpus, packing=True), dynamic=equal).events[0]["row_space"]["domains"]
+    per_row = np.array([75 / rows["json"], 27 / rows["parquet"]])
+    shares = (1 / per_row) / (1 / per_row).sum()
+    assert abs(shares[0] - 0.5) > 0.005
+    assert outcome.log[0]["dataflex/nominal/json"] == pytest.approx(shares[0], abs=1e-12)
+    apart = run("apart", **settings(corpus, packing=False), dynamic=equal)
+    assert apart.log[0]["dataflex/nominal/json"] == 0.5
+
+
 def test_instructions_too(run):
     base = {"dataset": "alpha,beta", "max_steps": 5, "dynamic": MIX}
     same(run("plain", **base), run("served", **base, streaming=True))

@@ -122,7 +122,7 @@ def test_one_hot_weights_train_on_one_domain_alone(variant):
         parts = [(slice(0, 4), rows[:4]), (slice(4, 6), rows[4:])]
         items = labels.ne(-100).sum()
         batches = [{"labels": labels[part]} for part, _ in parts]
-        reweighter.begin_step(batches, [ids for _, ids in parts], items, torch.device("cpu"))
+        reweighter.begin_step(batches, [ids for _, ids in parts], items, torch.device("cpu"), step=0, total_steps=1)
         total = torch.zeros(())
         for (part, ids), batch in zip(parts, batches, strict=True):
             total = total + reweighter.loss(
@@ -172,6 +172,6 @@ def test_normalisers(variant, want):
         None, mixer, columns={}, domains=Domains.from_sizes(("a", "b"), (1, 1)), over_ranks=True, world=1
     )
     rows, items = np.array([0, 1]), labels.ne(-100).sum()
-    reweighter.begin_step([{"labels": labels}], [rows], items, torch.device("cpu"))
+    reweighter.begin_step([{"labels": labels}], [rows], items, torch.device("cpu"), step=0, total_steps=1)
     loss = reweighter.loss(logits, labels, rows, batch={}, num_items=items, num_micro_batches=1, step=0, total_steps=1)
     assert float(loss) == pytest.approx(want, abs=1e-5)

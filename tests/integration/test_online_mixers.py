@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,20 @@ def test_the_balance_loss_of_a_mixture_of_experts_stays(run, tiny_moe):
     ours = run("ours", **settings, dynamic={"weighter": {"name": "column"}})
     assert np.allclose(stock.series(), ours.series(), rtol=1e-5)
     assert stock.series()[0] > run("without", **{**settings, "moe_aux_loss_coef": None}).series()[0] + 0.1
+
+
+def test_the_balance_loss_is_no_part_of_what_a_token_costs(run, tiny_moe):
+    evaluation = {"eval_dataset": "held", "do_eval": True, "eval_strategy": "steps", "eval_on_start": True}
+    settings = {**TWO, "max_steps": 1, "eval_steps": 1, "model_name_or_path": str(tiny_moe), **evaluation}
+
+    def first(name, coefficient):
+        outcome = run(name, **settings, moe_aux_loss_coef=coefficient, dynamic={"selector": "all"})
+        history = json.loads((outcome.folder / "trainer_state.json").read_text())["log_history"]
+        return next(entry for entry in history if "eval_loss" in entry)
+
+    balanced, plain = first("balanced", 0.5), first("plain", None)
+    assert balanced["eval_loss"] > plain["eval_loss"] + 0.1  # as stock
+    assert balanced["eval_token_loss"] == pytest.approx(plain["eval_token_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["full_information", "paper", "official"])

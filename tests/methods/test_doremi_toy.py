@@ -59,7 +59,7 @@ def train(data, mixer, reference=None, *, steps, rate, seed):
         context = tokens + WORDS * torch.arange(3).repeat_interleave(4)[:, None]
         batch = {"input_ids": context, "labels": tokens}
         items = torch.tensor(len(rows) * (LENGTH - 1))
-        reweighter.begin_step([batch], [rows], items, torch.device("cpu"))
+        reweighter.begin_step([batch], [rows], items, torch.device("cpu"), step=step, total_steps=steps)
         loss = reweighter.loss(
             table[context],
             tokens,

@@ -76,11 +76,11 @@ def nice(reward, **params):
     return method
 
 
-def ask(actions, values, *, offset=0.0, theta=(0.0, 0.0), budget=1, targets=("target",), **params):
+def ask(actions, values, *, offset=0.0, theta=(0.0, 0.0), budget=1, targets=("target",), pool=(0, 1, 2), **params):
     signals = Policy(actions, theta)
     ctx = example_context({"all": 3}, signals=signals, targets=targets)
     method = nice(Table(values, offset), samples=len(actions), **params)
-    return method.select(np.arange(3), budget, ctx), signals
+    return method.select(np.array(pool, dtype=np.int64), budget, ctx), signals
 
 
 def expectation(count, values, offset, theta=(0.0, 0.0), **params):
@@ -200,6 +200,9 @@ def test_without_any_signal_rows_are_drawn_with_a_warning_or_it_is_an_error(capl
     with caplog.at_level(logging.WARNING):
         chosen, signals = ask([0, 1], {"0": 0.0, "1": 0.0}, budget=2)
     assert len(set(chosen.rows.tolist())) == 2
+    for pool in ([2, 1, 0], [1, 0, 2], [0, 2, 1]):  # keyed by row, whatever the order of the pool
+        turned, _ = ask([0, 1], {"0": 0.0, "1": 0.0}, budget=2, pool=pool)
+        assert turned.rows.tolist() == chosen.rows.tolist()
     assert chosen.scores is None
     assert "drawn uniformly" in chosen.reason
     assert "rows are drawn uniformly until the next decision" in caplog.text

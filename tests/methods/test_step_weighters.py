@@ -182,5 +182,13 @@ def test_presence_weighs_groups_of_rows_and_turns_round():
     shares = np.repeat([0.062556, 0.212896, 0.724548], 2) / 2
     batch = with_micro_batches([1.0] * 3, [0, 3, 4], 2)
     np.testing.assert_allclose(weighter.weigh(batch), 2 * shares[[0, 3, 4]], atol=1e-6)
+    # Rows without supervised tokens are no part of their group: what is left carries the group's whole share.
+    unlabelled = FakeSignals(
+        [1.0] * 6, gradients=np.sqrt(np.where(np.arange(6) == 1, np.nan, gradients[:, 0]))[:, None]
+    )
+    other = Presence(Presence.Params(group_rows=2, direct_share=0.3))
+    other.prepare(example_context({"only": 6}, signals=unlabelled, targets=()), np.arange(6))
+    every = with_micro_batches([1.0] * 6, range(6), 1, [4, 0, 4, 4, 4, 4])
+    np.testing.assert_allclose(other.weigh(every), [2 * shares[0], 0.0, *shares[2:]], atol=1e-6)
     late = dataclasses.replace(batch, step=90)
     np.testing.assert_allclose(weighter.weigh(late), 2 * shares[::-1][[0, 3, 4]], atol=1e-6)

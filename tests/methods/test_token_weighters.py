@@ -19,7 +19,7 @@ from dataflex.weighters.excess import largest
 from dataflex.weighters.focal import Focal
 from dataflex.weighters.rho import Rho
 from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter, TokenWeighterWithReference
+from dataflex.weighters.token import TokenWeighter
 from dataflex.weighters.token_functions import clip_quantile
 
 
@@ -174,9 +174,7 @@ def test_entropy_and_excess():
     weighter = TokenWeighter(TokenWeighter.Params(function="entropy", power=2.0))
     assert weighter.entropy
     assert weighter.weigh(batch)[0].tolist() == [1.0, 0.25]
-    params = TokenWeighter.Params(function="excess", reference="r")
-    assert TokenWeighter.variant(params) is TokenWeighterWithReference
-    weighter = TokenWeighterWithReference(params)
+    weighter = TokenWeighter(TokenWeighter.Params(function="excess", reference="r"))
     assert (weighter.reference, weighter.entropy) == ("r", False)
     assert weighter.weigh(batch)[0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-1.5))])
 

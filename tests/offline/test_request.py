@@ -17,6 +17,7 @@ from tests.offline.conftest import rows_of
 def request_of(scoring):
     scoring.write("pool", rows_of(5))
     scoring.write("goal", rows_of(2, seed=9))
+    scoring.write("bare", [])
     scoring.write("drawn", rows_of(3, seed=4), num_samples=2)
 
     def make(*overrides, methods=("loss",), out="scores.parquet", config=None, **options):
@@ -33,10 +34,18 @@ def request_of(scoring):
         ((), {"methods": ()}, "--method: name one or more selectors"),
         ((), {"methods": ("loss", "loss")}, "--method: names loss twice"),
         ((), {"methods": ("uds",)}, "--method: uds chooses within the candidates of a training step"),
+        (("embed.encoder=/none",), {"methods": ("embed",), "targets": "goal"}, "embed.encoder: no such folder: /none"),
+        (("rho_loss.reference=/none",), {"methods": ("rho_loss",)}, "rho_loss.reference: no such folder: /none"),
+        (
+            ("dsir.target_proportions.gaol=1",),
+            {"methods": ("dsir",), "targets": "goal"},
+            "dsir.target_proportions.gaol: no such target; did you mean 'goal'?",
+        ),
         (("less.bf16=true",), {}, "less.bf16=true: less is not among the methods asked for (loss)"),
         (("loss.fokus=low",), {}, "loss.fokus: unknown key; did you mean 'focus'?"),
         ((), {"methods": ("rds_plus",)}, "rds_plus: rds_plus needs a target"),
         ((), {"methods": ("rds_plus",), "targets": "gaol"}, "rds_plus.targets: 'gaol' is not defined"),
+        ((), {"methods": ("rds_plus",), "targets": "bare"}, "rds_plus.targets: 'bare' has no rows"),
         ((), {"methods": ("less",), "targets": "goal"}, "write 'less.precondition=none', or name a checkpoint"),
         ((), {"out": "scores.csv"}, "must end in .parquet"),
         ((), {"budget": 0}, "--budget: 0 rows"),
@@ -98,6 +107,14 @@ def test_the_selector_of_the_configuration_is_the_base(request_of):
     assert found.config.targets == ("goal",)
     other = request_of(methods=("rds_plus",), config=config, targets="pool")
     assert other.config.scorers[0].targets == ("pool",)
+
+
+def test_targets_go_to_the_parts_that_take_them(request_of):
+    base = ("compose.represent=embed",)
+    apart = request_of(*base, "compose.rule=k_center", methods=("compose", "rds_plus"), targets="goal")
+    assert [method.targets for method in apart.config.scorers] == [(), ("goal",)]
+    near = request_of(*base, "compose.rule=knn_kde", methods=("compose",), targets="goal")
+    assert near.config.scorers[0].targets == ("goal",)
 
 
 def test_names_of_data_sets_instead_of_a_file(request_of, scoring):

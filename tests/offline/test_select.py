@@ -172,6 +172,7 @@ def test_domains_share_equally_and_targets_take_turns(tmp_path, lines):
         (["--budget", "2", "--score", "lose"], "no column 'lose'; did you mean 'loss'?"),
         (["--budget", "2", "--rule", "topk"], "unknown rule 'topk'; did you mean 'top_k'?"),
         (["--budget", "2", "--rule", "k_center"], "k_center needs vectors"),
+        (["--budget", "2", "--rule", "knn_kde"], "--method compose --budget ROWS compose.rule=knn_kde"),
         (["--budget", "2", "--rule", "token_budget"], "wants a number of tokens"),
         (["--budget", "9tokens", "--rule", "water_filling"], "wants a number of rows or a share"),
         (["--budget", "2", "--rule", "round_robin"], "loss has no columns by target"),

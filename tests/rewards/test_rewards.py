@@ -176,12 +176,20 @@ def test_a_command_that_never_works_is_given_up(tmp_path):
     found = command(tmp_path, "sys.exit(3)").grade(candidates(*["x"] * 50))
     assert np.isnan(found.values).all()
     assert set(found.problems) == {"the command ended with code 3"}
-    found = CommandReward(command="no-such-command-at-all", timeout_seconds=1).grade(candidates("x", "y"))
+    program = tmp_path / "gone"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    reward = CommandReward(command=str(program), timeout_seconds=1)
+    program.unlink()
+    found = reward.grade(candidates("x", "y"))
     assert "cannot be started" in found.problems[0]
     assert len(found.problems) == 2
 
 
-@pytest.mark.parametrize(("text", "problem"), [("", "is empty"), ("a 'b", "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("", "is empty"), ("a 'b", "cannot be read"), ("no-such-program x", "no such program: no-such-program")],
+)
 def test_a_command_that_cannot_be_read_is_told(text, problem):
     with pytest.raises(ConfigError, match=f"dynamic.selector.command: .*{problem}"):
         CommandReward(command=text, timeout_seconds=1)

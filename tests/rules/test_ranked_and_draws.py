@@ -127,6 +127,13 @@ def test_weights_of_zero_are_never_drawn():
     assert weighted_with_replacement([0.0, 1.0, 0.0], 2, np.array([1e-300, 1 - 1e-16])).tolist() == [1, 1]
 
 
+def test_softmax_weights_too_small_for_a_float_are_drawn_last():
+    scores = np.array([0.0, -5000.0, -1.0, -9000.0])
+    drawn = choose(Rule.of("multinomial", weights="softmax"), candidates(scores=scores), 4)
+    assert drawn[2:].tolist() == [1, 3]
+    assert sorted(drawn[:2].tolist()) == [0, 2]
+
+
 def test_what_cannot_be_drawn_from_is_refused():
     with pytest.raises(DataError, match=r"some are negative\..*weights: softmax"):
         choose(Rule.of("multinomial"), candidates(scores=np.array([1.0, -1.0])), 1)

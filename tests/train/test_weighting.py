@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
+from dataflex.train.balance import balance_loss
 from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import (
     document_sequences,
@@ -246,3 +247,16 @@ def test_packed_documents_are_the_sequences():
     torch.testing.assert_close(by_sequence, (weights[:, 0] * expected).sum())
     by_token = weighted_loss(losses, weights, normaliser="count", **options)
     torch.testing.assert_close(by_token, (weights[:, 0] * expected * tokens).sum() / 7)
+
+
+def test_the_balance_loss_is_that_of_the_language_part():
+    from types import SimpleNamespace
+
+    from transformers import LlavaConfig, MixtralConfig
+
+    config = MixtralConfig(router_aux_loss_coef=0.25)
+    outputs = SimpleNamespace(aux_loss=torch.tensor(2.0))
+    assert balance_loss(outputs, config) == 0.5
+    assert balance_loss(outputs, LlavaConfig(text_config=config)) == 0.5
+    assert balance_loss(SimpleNamespace(aux_loss=None), config) is None
+    assert balance_loss(SimpleNamespace(), config) is None

@@ -15,7 +15,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
 from dataflex.bridge.domains import FILE_COLUMN, cluster_labels, file_numbers, path_labels
+from dataflex.bridge.origins import Origin, watched_origins
 from dataflex.bridge.streaming import joined, tokenised_when_served
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.domains import Domains
@@ -91,12 +92,18 @@ class DataLoading:
         files: list[str] = []
         names = list(data_args.dataset)
         raw: list[Dataset] = []
-        with _raw_columns(columns, raw), file_numbers(by_file, files), tokenised_when_served(served):
+        with (
+            _raw_columns(columns, raw),
+            file_numbers(by_file, files),
+            self._counted(stage) as origins,
+            tokenised_when_served(served),
+        ):
             if len(names) == 1 or data_args.tokenized_path is not None:
                 module = load()
                 sizes = {names[0] if len(names) == 1 else "all": len(module["train_dataset"])}
             else:
                 module, sizes = self._load_each(names, data_args, training_args, load)
+        per_row = _documents_per_row(origins, module.pop("_loaded", {}), data_args)
         held_raw, raw = raw[len(names) :], raw[: len(names)]
         sources = module.pop("_held_sources", None)
         if by_domain:
@@ -132,7 +139,7 @@ class DataLoading:
         self.space = RowSpace(
             dataset=train,
             sources=sizes,
-            domains=self._domains(sizes, labels, found, measures.lengths),
+            domains=self._domains(sizes, labels, found, measures.lengths, per_row),
             supervised=measures.supervised,
             fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
@@ -141,6 +148,10 @@ class DataLoading:
         )
         _warn_about_masked_rows(self.space)
         return module
+
+    def _counted(self, stage: str) -> AbstractContextManager[list[Origin]]:
+        """Give a list that takes what was read of each data set, where proportions are of documents."""
+        return watched_origins(stage) if self._config.unit == "documents" else nullcontext([])
 
     def _without_leaks(self, leaked: Mapping[str, Leak], num_rows: int) -> NDArray[np.int64] | None:
         """Tell about target rows that lie in the training pool; return the rows to keep where these are to go.
@@ -173,13 +184,13 @@ class DataLoading:
         if data_args.streaming and data_args.val_size > 1e-6:
             raise UnsupportedError("val_size with streaming over several data sets: name an 'eval_dataset' instead")
         whole: Any = joined(list(parts.values())) if data_args.streaming else concatenate_datasets([*parts.values()])
-        module: dict[str, Any] = {"train_dataset": whole}
+        module: dict[str, Any] = {"train_dataset": whole, "_loaded": sizes}
         if data_args.eval_dataset is not None:
             module = {**load(dataset=None, val_size=0.0), **module}
         elif data_args.val_size > 1e-6:
             size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
             split = whole.train_test_split(test_size=size, seed=training_args.seed)
-            module = {"train_dataset": split["train"], "eval_dataset": split["test"]}
+            module = {"train_dataset": split["train"], "eval_dataset": split["test"], "_loaded": sizes}
             source = np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
             held = source[_split_rows(len(whole), size, training_args.seed, part="test")]
             module["_held_sources"] = [list(sizes)[k] for k in held]
@@ -244,11 +255,12 @@ class DataLoading:
         labels: NDArray[np.int32],
         columns: dict[str, NDArray[Any]],
         lengths: NDArray[np.int64],
+        documents_per_row: NDArray[np.float64] | None,
     ) -> Domains:
         for column in (self._config.domain_column, FILE_COLUMN, CLUSTERS):
             if column is not None and column in columns:
                 return Domains.from_labels(columns[column], lengths=lengths)
-        return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths)
+        return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row)
 
     def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:
         targets = {}
@@ -262,6 +274,22 @@ class DataLoading:
                 name=name, dataset=rows, lengths=measures.lengths, fingerprint=measures.fingerprint
             )
         return targets
+
+
+def _documents_per_row(
+    origins: Sequence[Origin], loaded: Mapping[str, int], data_args: Any
+) -> NDArray[np.float64] | None:
+    """Return the mean number of documents in the rows of each data set [K]; None where every row is one.
+
+    Args:
+        origins: What was read of each data set, in order; others may follow.
+        loaded: Rows of each of several data sets as loaded, before any were held out.
+        data_args: LLaMA-Factory's.
+    """
+    if not origins or not loaded or not (data_args.packing or data_args.neat_packing):
+        return None
+    documents = np.array([len(origin.kept) for origin in origins[: len(loaded)]], dtype=np.float64)
+    return documents / np.maximum(list(loaded.values()), 1)
 
 
 def _split_rows(total: int, size: int | float, seed: int, part: str = "train") -> NDArray[np.int64]:

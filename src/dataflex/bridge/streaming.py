@@ -67,7 +67,25 @@ def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any
     return tokenised
 
 
-class ServedRows:
+class _ByRow:
+    """Rows one by one, for classes that give several at once."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.__getitems__([row])[0]
+
+
+class ServedRows(_ByRow):
     """A data set of rows that are tokenised on access; row r is what stock preprocessing gives as row r.
 
     Args:
@@ -116,14 +134,6 @@ class ServedRows:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return self.__getitems__([row])[0]
-
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         if not len(rows):
             return []
@@ -156,7 +166,7 @@ class ServedRows:
         return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._digest.hexdigest())
 
 
-class JoinedRows:
+class JoinedRows(_ByRow):
     """Several data sets of served rows, one after the other."""
 
     def __init__(self, parts: Sequence[ServedRows]) -> None:
@@ -167,14 +177,6 @@ class JoinedRows:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         ids = np.asarray(rows, dtype=np.int64)

@@ -18,6 +18,7 @@ from dataflex.config.check_run import (
     setting_problems,
     stage_problems,
 )
+from dataflex.config.check_targets import by_target_problems
 from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import truthy
@@ -59,6 +60,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
         *output_problems(lf),
         *data_set_problems(lf, base_dir, sources),
         *target_problems(dynamic, lf, base_dir),
+        *by_target_problems(dynamic),
         *column_problems(dynamic, lf),
         *domain_problems(dynamic, lf, sources),
     ]

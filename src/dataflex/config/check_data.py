@@ -48,12 +48,16 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
 
 
 def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
-    """Yield the targets that are not defined or whose files are missing."""
+    """Yield the targets that are not defined, whose files are missing, or that have no rows."""
     for method in dynamic.methods:
         key = f"dynamic.{method.kind}.targets"
-        for problem in find_sources(method.targets, lf, key, base_dir)[1]:
+        sources, problems = find_sources(method.targets, lf, key, base_dir)
+        for problem in problems:
             if not problem.startswith("dataset_dir:"):  # told once, for the training data
                 yield problem
+        for source in sources:
+            if source.path is not None and count_rows(source, lf) == 0:
+                yield f"{key}: {source.name!r} has no rows ({source.path})"
 
 
 def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
@@ -87,6 +91,11 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
             yield "tokenized_path: a tokenised copy does not say which data set a row is from; remove it"
     if not names:
         return
+    if dynamic.unit == "documents" and packed(lf) and not dynamic.domains_are_sources:
+        yield (
+            "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
+            "sets be the domains, or set 'packing: false'"
+        )
     if dynamic.mixer is not None and dynamic.domain_column is not None:
         yield from _unread_file(dynamic.mixer)
     view = forecast(dynamic, lf, sources)
@@ -140,7 +149,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
     except ConfigError as error:
         yield from error.problems
     except DataError as error:
-        if view.domains is not None and view.steps is not None and dynamic.unit == "sequences":
+        if view.domains is not None and view.steps is not None and dynamic.unit != "tokens":
             yield f"dynamic.mixer: {error}"
     except UnsupportedError:
         return  # it looks at the model: what it will say is not known yet
@@ -186,7 +195,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
     """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
     first, domains = view.first_decision, view.domains
-    if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit != "sequences" or domains is None or first is None:
+    if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
     kept = max(1, round((dynamic.keep_ratio or 1.0) * len(domains.domain_of)))
     stretches = [(first.steps, view.mixed(mixer, first), kept)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import env_enabled
+from dataflex.core.parts import Part
+from dataflex.core.protocols import Params
 from dataflex.errors import did_you_mean
 
 __all__ = ["other_model_problems"]
@@ -19,18 +22,27 @@ _DESCRIPTIONS = ("config.json", "adapter_config.json", "modules.json")
 
 
 def other_model_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the models named in parameters marked ``model`` that are neither a folder nor, perhaps, on a hub."""
+    """Yield the models named in parameters marked ``model`` that are neither a folder nor, perhaps, on a hub.
+
+    So are encoders of sentence-transformers where that package is not installed.
+    """
     for method in dynamic.methods:
-        for field in fields(type(method.params)):
-            if not field.metadata.get("model"):
-                continue
-            value = getattr(method.params, field.name)
-            names = value if isinstance(value, tuple) else () if value is None else (value,)
-            for i, name in enumerate(names):
-                place = f"[{i}]" if isinstance(value, tuple) else ""
-                problem = _problem(str(name))
-                if problem:
-                    yield f"dynamic.{method.kind}.{field.name}{place}: {problem}"
+        yield from _in_params(method.params, f"dynamic.{method.kind}")
+
+
+def _in_params(params: Params, path: str) -> Iterator[str]:
+    for field in fields(type(params)):
+        value = getattr(params, field.name)
+        if isinstance(value, Part):
+            yield from _in_params(value.params, f"{path}.{field.name}")
+        if not field.metadata.get("model"):
+            continue
+        names = value if isinstance(value, tuple) else () if value is None else (value,)
+        for i, name in enumerate(names):
+            place = f"[{i}]" if isinstance(value, tuple) else ""
+            problem = _problem(str(name)) or (_package_problem(str(name)) if field.name == "encoder" else "")
+            if problem:
+                yield f"{path}.{field.name}{place}: {problem}"
 
 
 def _problem(name: str) -> str:
@@ -48,6 +60,17 @@ def _problem(name: str) -> str:
     if (env_enabled("HF_HUB_OFFLINE") or env_enabled("TRANSFORMERS_OFFLINE")) and not _cached(name):
         return f"no such folder: {name}{near}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
     return ""
+
+
+def _package_problem(name: str) -> str:
+    if not (Path(name).expanduser() / "modules.json").is_file():
+        return ""
+    if importlib.util.find_spec("sentence_transformers") is not None:
+        return ""
+    return (
+        f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
+        "pip install 'dataflex[encoders]'"
+    )
 
 
 def _cached(name: str) -> bool:

@@ -40,6 +40,10 @@ _SHIPPED: dict[str, dict[str, Any]] = {
         },
         "coincide": {"name": "coincide", "params": {"seed": 42, "num_clusters": 10_000, "temperature": 1.0}},
         "delta_loss": {"name": "delta_loss", "params": {"window_size": 0.2}},
+        "nice": {
+            "name": "nice",
+            "params": {"gradient_type": "adam", "seed": 123, "reward_model_backend": "local_vllm"},
+        },
         "near": {"name": "near", "params": {}},
         "tsds": {"name": "tsds", "params": {}},
     },

@@ -27,11 +27,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "icons": {"gradient_type": "adam"},
     "cluster_less": {"representative_strategy": "random"},
     "coincide": {"num_clusters": 10_000, "temperature": 1.0, "clustering_max_iter": 10},
+    "nice": {"mc_samples": 4, "max_new_tokens": 512, "generation_temperature": 0.7},
 }
 _RENAMED: dict[str, dict[str, str]] = {
     "less": {"gradient_type": "precondition"},
     "icons": {"gradient_type": "precondition"},
-    "nice": {"gradient_type": "precondition"},
+    "nice": {
+        "gradient_type": "precondition",
+        "mc_samples": "samples",
+        "generation_temperature": "temperature",
+    },
     "cluster_less": {
         "gradient_type": "precondition",
         "num_clusters": "clusters",
@@ -54,7 +59,12 @@ _DROPPED: dict[str, dict[str, str]] = {
     "tsds": {"probs_path": "is not read; probabilities are computed here from the targets, 'encoder' names the model"},
     "less": {"proj_dim": _EXACT},
     "icons": {"proj_dim": _EXACT},
-    "nice": {"proj_dim": _EXACT},
+    "nice": {
+        "proj_dim": _EXACT,
+        "policy_model_path": "is not read; answers are sampled from the model under training",
+        "max_prompt_length": "prompts are those of the target as cutoff_len leaves them",
+        "prompt_template": "is not read; prompts are those of the target as 'template' writes them",
+    },
     "cluster_less": dict.fromkeys(
         ("clustering_batch_size", "clustering_max_iter", "assignment_chunk_size", "embedding_model_dtype"), _IDLE
     ),
@@ -149,10 +159,42 @@ def _coincide(params: dict[str, Any], updates: int, where: str, problems: list[s
         problems.append(f"{where}.params.single_member_density: {shown(density)} is not supported; it is 1 here")
 
 
+def _nice(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+    """Translate the judge behind a server; a reward model in the process is refused with what to do instead."""
+    path = f"{where}.params"
+    backend, settings = params.pop("reward_model_backend", None), params.pop("reward_backend_params", None) or {}
+    elsewhere = (
+        "ask it through an OpenAI-compatible server (reward_model_backend: api), or give a 'reward' as docs/rewards.md "
+        "describes them"
+    )
+    if backend not in (None, "api", "local_vllm"):
+        problems.append(f"{path}.reward_model_backend: {shown(backend)} is not a choice (choices: api, local_vllm)")
+    elif backend == "local_vllm" and "reward" not in params:
+        problems.append(f"{path}.reward_model_backend: a model is not loaded beside the run here; {elsewhere}")
+    if params.pop("reward_model_path", None) is not None and "reward" not in params:
+        problems.append(f"{path}.reward_model_path: a model is not loaded beside the run here; {elsewhere}")
+    for key in ("reward_prompt_with_ref", "reward_prompt_without_ref"):
+        if params.pop(key, None) is not None:
+            problems.append(f"{path}.{key}: is not read; write what the judge is asked as 'judge.instruction'")
+    if backend == "api" and "reward" not in params:
+        place = f"{path}.reward_backend_params.api"
+        api = settings.get("api") if isinstance(settings, Mapping) else None
+        if not isinstance(api, Mapping) or not api.get("api_url") or not api.get("model_name"):
+            problems.append(f"{place}: expected a mapping with api_url and model_name, found {shown(api)}")
+            return
+        if api.get("temperature"):
+            notes.append(f"{place}.temperature: the judge is asked at temperature 0")
+        judge = {"url": str(api["api_url"]).rstrip("/").removesuffix("/chat/completions"), "model": api["model_name"]}
+        if api.get("api_key") is not None:
+            judge["api_key_env"] = api["api_key"]
+        params.update(reward="judge", judge={**judge, "best": 1.0})
+
+
 _Special = Callable[[dict[str, Any], int, str, list[str], list[str]], None]
 _SPECIAL: dict[str, _Special] = {
     "delta_loss": _delta_loss,
     "icons": _icons,
     "cluster_less": _cluster_less,
     "coincide": _coincide,
+    "nice": _nice,
 }

@@ -156,6 +156,21 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
         return
     if dynamic.min_proportion is not None:
         yield from _floor_rules(dynamic.min_proportion, dynamic.mixer)
+    mixer = dynamic.mixer.cls
+    assert issubclass(mixer, Mixer)
+    weighter = dynamic.weighter
+    if weighter is not None and not getattr(weighter.cls, "neutral", False) and mixer.weighs_loss:
+        if dynamic.mixer.build().loss_normaliser == "domain":
+            way = "set its 'normaliser: token', or use" if hasattr(dynamic.mixer.params, "normaliser") else "use"
+            yield (
+                f"dynamic.weighter: the loss of the {dynamic.mixer.name} mixer is a weighted sum of domains' mean losses, "
+                f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"
+            )
+    if mixer.weighs_loss and dynamic.max_epochs is not None:
+        yield (
+            f"dynamic.max_epochs: the {dynamic.mixer.name} mixer corrects its weights by the proportions that it "
+            "samples in, which a cap would change; remove it"
+        )
     if dynamic.max_epochs is not None and dynamic.selector is not None:
         cls = dynamic.selector.cls
         if issubclass(cls, Selector) and cls.narrows:
@@ -203,7 +218,7 @@ def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
     """Yield place and numbers of the proportions that a user wrote among a mixer's parameters."""
     for place in ("proportions", "initial"):
         written = getattr(params, place, None)
-        if isinstance(written, Mapping | tuple):
+        if isinstance(written, dict | tuple):
             yield place, written
     for i, stage in enumerate(getattr(params, "stages", ())):
         yield f"stages[{i}].proportions", stage.proportions

@@ -105,7 +105,7 @@ class DynamicConfig:
     repeat: bool = field(
         default=False, metadata={"help": "whether an interval may serve a row again when too few were selected"}
     )
-    unit: Literal["sequences", "tokens"] = field(
+    unit: Literal["sequences", "tokens", "documents"] = field(
         default="sequences", metadata={"help": "what proportions are proportions of"}
     )
     interleave: Literal["shuffled", "even"] = field(

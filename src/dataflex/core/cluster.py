@@ -5,6 +5,7 @@ Clusters without members are dropped and the rest numbered anew, so that every l
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 
 import numpy as np
@@ -12,9 +13,20 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 
-__all__ = ["kmeans", "members", "spherical_kmeans"]
+__all__ = ["kmeans", "members", "require_kmeans", "spherical_kmeans"]
 
 _CELLS = 1 << 24  # similarities of rows and centres held at a time: 64 MiB of float32
+_MISSING = "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
+
+
+def require_kmeans() -> None:
+    """Raise the error of a ``kmeans`` that lacks its library now, before a model is loaded; nothing is imported.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(_MISSING)
 
 
 def kmeans(
@@ -46,9 +58,7 @@ def kmeans(
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
     except ImportError as error:
-        raise ConfigError(
-            "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
-        ) from error
+        raise ConfigError(_MISSING) from error
     with warnings.catch_warnings(), threadpool_limits(limits=1):  # threads add up centres in any order
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than k: clusters are dropped below
         found = KMeans(n_clusters=k, n_init=1, max_iter=iterations, random_state=seed, algorithm="lloyd").fit(rows)

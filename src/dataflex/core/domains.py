@@ -20,7 +20,7 @@ from dataflex.errors import ComponentError, DataError
 
 __all__ = ["Domains", "Unit", "check_proportions"]
 
-Unit = Literal["sequences", "tokens"]
+Unit = Literal["sequences", "tokens", "documents"]
 
 
 def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[np.float64]:
@@ -56,6 +56,8 @@ class Domains:
         names: Names [K], distinct.
         domain_of: Domain index of each row, int32 [N].
         lengths: Tokens of each row, int64 [N], or None when not counted.
+        documents_per_row: Mean number of documents (samples) in a row of each domain, float64 [K]; None where every
+            row is one, as without packing.
 
     Raises:
         DataError: A domain without rows, a name given twice, or arrays that do not fit together.
@@ -64,6 +66,7 @@ class Domains:
     names: tuple[str, ...]
     domain_of: NDArray[np.int32]
     lengths: NDArray[np.int64] | None = None
+    documents_per_row: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
@@ -150,13 +153,15 @@ class Domains:
 
     def sizes(self, unit: Unit) -> NDArray[np.float64]:
         """Return the size of each domain in ``unit``, float64 [K]."""
+        if unit == "documents" and self.documents_per_row is not None:
+            return self.num_rows * self.documents_per_row
         return (self.num_tokens if unit == "tokens" else self.num_rows).astype(np.float64)
 
     def sequence_proportions(self, proportions: ArrayLike, unit: Unit) -> NDArray[np.float64]:
         """Convert proportions of ``unit`` to proportions of sequences.
 
         For tokens q_k is proportional to p_k / (mean tokens of a row of domain k), so that the
-        expected tokens served follow p.
+        expected tokens served follow p; for documents the same with their mean number in a row.
 
         Args:
             proportions: float64 [K], >= 0, sum 1.
@@ -167,7 +172,10 @@ class Domains:
             DataError: Tokens were not counted, or a domain with a share has none.
         """
         values = check_proportions(proportions, self.names)
-        if unit == "sequences":
+        if unit == "documents" and self.documents_per_row is not None:
+            weighted = values / self.documents_per_row
+            return np.asarray(weighted / weighted.sum(), dtype=np.float64)
+        if unit != "tokens":
             return values
         for k in np.flatnonzero((self.num_tokens == 0) & (values > 0)):
             raise DataError(f"domain {self.names[k]!r} has no tokens, so it cannot have a proportion of tokens")

@@ -257,7 +257,7 @@ class Context:
     """Sequences served over the whole run (total steps x global batch)."""
     global_batch: int = 1
     """Sequences of one optimizer step."""
-    unit: Literal["sequences", "tokens"] = "sequences"
+    unit: Literal["sequences", "tokens", "documents"] = "sequences"
     """What proportions are proportions of."""
     learning_rate: float = 0.0
     """The optimizer's learning rate at the step of the decision."""

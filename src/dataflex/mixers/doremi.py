@@ -31,12 +31,13 @@ from numpy.typing import NDArray
 
 from dataflex.core.domain_stats import DomainStats
 from dataflex.core.protocols import Card, DomainNormaliser, Needs, State
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.reference import ReferenceParams
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.proportions import check_numbers
 from dataflex.mixers.trajectory import Trajectory
+from dataflex.signals.causal import base_model
 
 if TYPE_CHECKING:
     from dataflex.mixing.proportions_file import ProportionsFile
@@ -59,9 +60,7 @@ def vocabulary_size(folder: Path) -> int:
         ConfigError: The folder does not say.
     """
     try:
-        if (folder / "adapter_config.json").is_file():
-            adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            folder = Path(adapter["base_model_name_or_path"])
+        folder = Path(base_model(folder) or folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return int(config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -83,14 +82,9 @@ class DoReMi(LossWeightMixer):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ReferenceParams):
         """Parameters of the proxy run."""
 
-        reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
-        reference_cache: bool = field(
-            default=True,
-            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
-        )
         variant: Literal["repo", "paper", "levanter"] = field(
             default="repo", metadata={"help": "the authors' code, the paper's text, or Levanter's implementation"}
         )

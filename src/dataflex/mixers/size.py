@@ -16,6 +16,6 @@ class Size(Mixer):
     card = Card(summary="Serves each domain in proportion to its size.", paper="baseline", cost="none")
 
     def mix(self, ctx: Context) -> Mix:
-        """Return size_d / sum of sizes, in tokens or sequences as ``ctx.unit`` says."""
+        """Return size_d / sum of sizes, in tokens, sequences or documents as ``ctx.unit`` says."""
         proportions = normalised(sizes(ctx, self.name))
         return Mix(proportions=proportions, reason=f"by {ctx.unit}: {shares(ctx.domains.names, proportions)}")

@@ -64,8 +64,8 @@ class UniMax(Mixer):
     def mix(self, ctx: Context) -> Mix:
         """Return amounts / sum of amounts for the budget of the whole run.
 
-        The budget is ``ctx.total_sequences``; with unit ``tokens`` it is that times the mean tokens
-        per row of the whole data set, which is what the run serves only when lengths are alike
+        The budget is ``ctx.total_sequences``; with another unit it is that times the mean tokens
+        (or documents) per row of the whole data set, which is what the run serves only when lengths are alike
         across domains.
 
         Raises:
@@ -74,7 +74,7 @@ class UniMax(Mixer):
         assert ctx.total_sequences > 0
         sizes_K = sizes(ctx, self.name)
         rows = float(ctx.domains.num_rows.sum())
-        budget = ctx.total_sequences * (float(sizes_K.sum()) / rows if ctx.unit == "tokens" else 1.0)
+        budget = ctx.total_sequences * (1.0 if ctx.unit == "sequences" else float(sizes_K.sum()) / rows)
         most = self.params.max_epochs * float(sizes_K.sum())
         proportions = normalised(allocate(sizes_K, budget, self.params.max_epochs))
         reason = f"budget {budget:,.0f} {ctx.unit}: {shares(ctx.domains.names, proportions)}"

@@ -54,7 +54,8 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     sources, problems = find_sources(names, parts.lf, "dataset", base_dir)
     if problems:
         raise ConfigError(problems)
-    tokens = packed(parts.lf) or (dynamic is not None and dynamic.unit == "tokens")
+    counted = "sequences" if dynamic is None else dynamic.unit
+    tokens = counted == "tokens" or (packed(parts.lf) and counted == "sequences")
     unit = asked or ("bytes" if tokens else "rows")
     sizes = [_size(source, unit, parts.lf) for source in sources]
     unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check_data import column_problems, data_set_problems
-from dataflex.config.check_run import model_problems, setting_problems, stage_problems
-from dataflex.config.data import Source, find_sources
+from dataflex.config.check_data import column_problems, data_set_problems, target_problems
+from dataflex.config.check_models import other_model_problems
+from dataflex.config.check_run import model_problems, reference_problems, setting_problems, stage_problems
+from dataflex.config.check_targets import by_target_problems
+from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, truthy
 
@@ -104,12 +106,17 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
         for problem in (*stage_problems(config, view), *setting_problems(config, view))
     ]
     problems += model_problems(view)
+    for method in config.methods:
+        alone = DynamicConfig(selector=method)
+        found = (
+            *reference_problems(alone),
+            *other_model_problems(alone),
+            *target_problems(alone, view, base_dir),
+            *by_target_problems(alone),
+        )
+        problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
     sources: list[Source] = []
     problems += data_set_problems(view, base_dir, sources)
-    for method in config.methods:
-        for problem in find_sources(method.targets, view, f"{method.name}.targets", base_dir)[1]:
-            if not problem.startswith("dataset_dir:"):  # told once, for the data set
-                problems.append(problem)
     problems += column_problems(config, view)
     for source in sources:
         if source.num_samples is not None:

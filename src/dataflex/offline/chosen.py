@@ -66,7 +66,9 @@ def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
     if missing:
         fitting = [other for other, spec in RULES.items() if not callable(spec.needs) and spec.needs <= _AT_HAND]
         raise ConfigError(
-            f"--rule: {name} needs {', '.join(missing)}, which scores do not hold; use it in training "
+            f"--rule: {name} needs {', '.join(missing).replace('query_vectors', 'vectors of target rows')}, which "
+            f"scores do not hold; let it choose while scoring ('dataflex score DATA --method compose --budget ROWS "
+            f"compose.rule={name}'), and select by the column compose.rank "
             f"(rules for scores: {', '.join([*fitting, 'water_filling'])})"
         )
     if budget.tokens is not None and name != "token_budget" and not RULES[name].ranks:

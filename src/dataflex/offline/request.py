@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.build import load_plugins
-from dataflex.config.collect import values
+from dataflex.config.collect import collect, values
 from dataflex.config.data import Source, data_sets
 from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.methods import method_block, method_class, target_list
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
+from dataflex.core.protocols import Method
 from dataflex.core.registry import KINDS, names
 from dataflex.errors import ConfigError
 from dataflex.offline.checks import FIXED, adam_problems, checked, checkpoint_of, entries_of, out_problems, tidy
@@ -174,12 +175,19 @@ def _scorers(
             continue
         base = plain(own) if own is not None and own.name == name else {}
         block = {**base, "name": name, **(given.get(name) or {})}
-        if cls.needs.targets and aims and (targets is not None or "targets" not in block):
+        if aims and (targets is not None or "targets" not in block) and _takes_targets(cls, block):
             block["targets"] = (given.get(name) or {}).get("targets", list(aims))
         method = method_block("selector", block, name, problems)
         if method is not None:
             built.append(method)
     return tuple(built)
+
+
+def _takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
+    """Return whether a method takes targets, which for some depends on the parameters."""
+    rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
+    params = collect(cls.Params, rest, "", [])
+    return (cls if params is None else cls.variant(params)).needs.targets
 
 
 def names_of(text: str) -> tuple[str, ...]:

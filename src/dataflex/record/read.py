@@ -25,10 +25,10 @@ __all__ = [
     "load_plan",
     "parse_events",
     "plan_name",
-    "thinned",
     "read_events",
     "read_weights",
     "record_dir",
+    "thinned",
 ]
 
 EVENTS = "events.jsonl"

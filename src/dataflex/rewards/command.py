@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,10 @@ class CommandReward:
             raise ConfigError(f"dynamic.selector.command: {self.command!r} cannot be read: {error}") from error
         if not words:
             raise ConfigError("dynamic.selector.command: is empty")
+        if shutil.which(words[0]) is None:
+            raise ConfigError(
+                f"dynamic.selector.command: no such program: {words[0]}; paths are looked up from the working directory"
+            )
 
     def grade(self, candidates: Sequence[Candidate]) -> Grades:
         """Return one reward per candidate."""

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.choose import round_robin, top_k
+from dataflex.core.cluster import require_kmeans
 from dataflex.core.neighbours import round_robin_nearest
 from dataflex.core.parts import Part
 from dataflex.core.protocols import Params
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.rules import draws, facility, knn, params, quotas, ranked, spread
 from dataflex.rules.candidates import Candidates
+from dataflex.rules.search import require_search
 
 __all__ = ["RULES", "Rule", "RuleSpec", "choose"]
 
@@ -76,6 +78,8 @@ def _gumbel(c: Candidates, k: int, p: params.GumbelTopK) -> Chosen:
 def _multinomial(c: Candidates, k: int, p: params.Multinomial) -> Chosen:
     assert c.scores is not None
     weights = np.asarray(c.scores, dtype=np.float64)
+    if p.weights == "softmax" and not p.replacement:  # no weight is 0, however far below the best a score is
+        return draws.gumbel(draws.log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
     if p.weights == "softmax" and len(weights):
         weights = np.exp((weights - weights.max()) / p.temperature)
     return draws.multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
@@ -196,6 +200,17 @@ class Rule(Part):
         """What the rule needs of the candidates with these parameters."""
         needs = RULES[self.name].needs
         return needs if isinstance(needs, frozenset) else needs(self.params)
+
+    def require(self) -> None:
+        """Raise the error of a package that the rule needs and that is not installed; nothing is imported.
+
+        Raises:
+            ConfigError: scikit-learn is not installed.
+            UnsupportedError: faiss is not installed.
+        """
+        if isinstance(self.params, params.ClusterQuota):
+            require_kmeans()
+        require_search(getattr(self.params, "search", "exact"))
 
 
 def choose(rule: Rule, candidates: Candidates, k: int) -> NDArray[np.int64]:

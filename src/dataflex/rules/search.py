@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
 import numpy as np
@@ -10,11 +11,22 @@ from numpy.typing import NDArray
 from dataflex.core.neighbours import distances_to, nearest_euclidean, nearest_rows
 from dataflex.errors import UnsupportedError
 
-__all__ = ["Search", "nearest", "similar_rows"]
+__all__ = ["Search", "nearest", "require_search", "similar_rows"]
 
 Search = Literal["exact", "faiss"]
 
 _PROBES = 10  # cells looked at per query, as in the code of TSDS
+_MISSING = "search: faiss is not installed; pip install 'dataflex[faiss]', or set 'search: exact'"
+
+
+def require_search(search: Search) -> None:
+    """Raise the error of a search that lacks its library now, before a model is loaded; nothing is imported.
+
+    Raises:
+        UnsupportedError: faiss is asked for and not installed.
+    """
+    if search == "faiss" and importlib.util.find_spec("faiss") is None:
+        raise UnsupportedError(_MISSING)
 
 
 def nearest(
@@ -66,9 +78,7 @@ def _inverted_file(rows_ND: NDArray[np.float32], metric: Literal["l2", "product"
     try:
         import faiss
     except ImportError as error:
-        raise UnsupportedError(
-            "search: faiss is not installed; pip install 'dataflex[faiss]', or set 'search: exact'"
-        ) from error
+        raise UnsupportedError(_MISSING) from error
     rows = np.ascontiguousarray(rows_ND, dtype=np.float32)
     cells = max(1, int(np.sqrt(len(rows))) // 2)
     quantiser = faiss.IndexFlatL2(rows.shape[1]) if metric == "l2" else faiss.IndexFlatIP(rows.shape[1])

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.cluster import kmeans, members
+from dataflex.core.cluster import kmeans, members, require_kmeans
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError, DataError
@@ -137,6 +137,10 @@ class ClusterLess(Selector):
                 raise ValueError(f"sketch_size: must be even, found {self.sketch_size}")
 
     params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        require_kmeans()
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep the ``budget`` rows of the best clusters; in a cluster by distance to its centre, then pool order.

@@ -115,7 +115,11 @@ class Coincide(Selector):
         )
         iterations: int = field(default=50, metadata={"help": "rounds of k-means at most", "minimum": 1})
         encoder: str | None = field(
-            default=None, metadata={"help": "folder or hub id of another (small) model; null: the model under training"}
+            default=None,
+            metadata={
+                "help": "folder or hub id of another (small) model; null: the model under training",
+                "model": True,
+            },
         )
 
         def __post_init__(self) -> None:

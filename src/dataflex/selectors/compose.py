@@ -104,6 +104,7 @@ class Compose(Selector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
+        params.rule.require()
         self._scorers: dict[str, Selector] = {}
         self._states: State = {}
 

@@ -108,7 +108,10 @@ class Dsir(Selector):
         )
         target_proportions: dict[str, float] | None = field(
             default=None,
-            metadata={"help": "draw for each target by itself, in these proportions; null: pool the targets"},
+            metadata={
+                "help": "draw for each target by itself, in these proportions; null: pool the targets",
+                "by_target": True,
+            },
         )
 
         def __post_init__(self) -> None:

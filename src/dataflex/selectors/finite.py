@@ -1,4 +1,4 @@
-"""What every selector that ranks by losses does first: set aside the rows that have none."""
+"""Rows that have no loss or no gradient: set aside, or refused when there are no others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
 
-__all__ = ["finite_rows"]
+__all__ = ["finite_rows", "no_gradients"]
+
+_CHECK = "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
 
 
 def finite_rows(method: str, losses: NDArray[Any], num_rows: int) -> NDArray[np.bool_]:
@@ -28,8 +30,12 @@ def finite_rows(method: str, losses: NDArray[Any], num_rows: int) -> NDArray[np.
         raise ComponentError(f"{method}: asked for the losses of {num_rows:,} rows, was given shape {losses.shape}")
     finite = np.isfinite(losses)
     if not finite.any():
-        raise DataError(
-            f"{method}: all {num_rows:,} rows have no finite loss (are their labels all masked?). "
-            "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
-        )
+        raise DataError(f"{method}: all {num_rows:,} rows have no finite loss (are their labels all masked?). {_CHECK}")
     return finite
+
+
+def no_gradients(method: str, num_rows: int) -> DataError:
+    """Return the error of a selector none of whose ``num_rows`` rows has a gradient."""
+    return DataError(
+        f"{method}: none of {num_rows:,} rows has a gradient to compare (are their labels all masked?). {_CHECK}"
+    )

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from dataflex.core.choose import top_k
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import ComponentError
+from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GradientSpec
 
 __all__ = ["Icons", "count_votes", "percentile_ranks"]
@@ -120,10 +121,7 @@ class Icons(Selector):
             raise ComponentError(f"icons: asked for influences of {len(pool):,} rows, was given {influence.shape}")
         scored = np.flatnonzero(np.isfinite(influence).all(axis=1))
         if not len(scored):
-            raise DataError(
-                f"icons: none of {len(pool):,} rows has a gradient to compare (are their labels all masked?). "
-                "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
-            )
+            raise no_gradients(self.name, len(pool))
         scores = np.full(len(pool), np.nan)
         ranks = percentile_ranks(influence[scored])
         if self.params.votes == "borda":

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from dataflex.core.choose import round_robin, top_k
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import ConfigError, DataError
+from dataflex.errors import ConfigError
+from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GradientSpec
 
 __all__ = ["Less", "lr_weighted"]
@@ -108,10 +109,7 @@ class Less(Selector):
         by_task = self._accumulate(pool, ctx)
         scored = np.flatnonzero(np.isfinite(by_task).all(axis=1))
         if not len(scored):
-            raise DataError(
-                f"less: none of {len(pool):,} rows has a gradient to compare (are their labels all masked?). "
-                "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
-            )
+            raise no_gradients(self.name, len(pool))
         together = by_task.mean(axis=1) if self.params.aggregate == "mean" else by_task.max(axis=1)
         count = min(budget, len(scored))
         if self.params.aggregate == "round_robin":

@@ -29,10 +29,12 @@ from numpy.typing import NDArray
 from dataflex.core.choose import top_k
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.rng import uniforms
 from dataflex.errors import ComponentError, DataError
 from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
 from dataflex.selectors.answered import Answered, ask_and_grade
+from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GenerationSpec, GradientSpec, WeightedAnswer
 
 __all__ = ["Nice", "advantages"]
@@ -201,10 +203,7 @@ class Nice(Selector):
         scores = np.where(np.isfinite(together), together, np.nan)
         scored = int(np.isfinite(scores).sum())
         if not scored:
-            raise DataError(
-                f"nice: none of {len(pool):,} rows has a gradient to compare (are their labels all masked?). "
-                "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
-            )
+            raise no_gradients(self.name, len(pool))
         kept = top_k(scores, budget)
         reason = f"{len(kept)} of {len(pool)} rows by influence on the reward (mean reward: {told})"
         if silent:
@@ -246,5 +245,5 @@ class Nice(Selector):
         if self.params.without_signal == "error":
             raise DataError(f"nice: {why}, so that no row can be preferred; set without_signal: random to go on")
         logger.warning("nice: %s; rows are drawn uniformly until the next decision", why)
-        drawn = pool[ctx.rng("selector.nice.random").permutation(len(pool))[:budget]]
+        drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
         return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {why}")

@@ -33,7 +33,8 @@ class RdsPlusVectors(Params):
     """Last hidden states, weighted by position (RDS+)."""
 
     encoder: str | None = field(
-        default=None, metadata={"help": "folder or hub id of another model; null: the model under training"}
+        default=None,
+        metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
     )
     layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
     completion_only: bool = field(

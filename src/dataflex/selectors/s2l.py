@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.choose import top_k
-from dataflex.core.cluster import kmeans
+from dataflex.core.cluster import kmeans, require_kmeans
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
@@ -82,6 +82,7 @@ class S2l(Selector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
+        require_kmeans()
         self._points = np.zeros((0, 0), dtype=np.float32)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

@@ -31,7 +31,7 @@ from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selec
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
 from dataflex.rules import knn
-from dataflex.rules.search import Search
+from dataflex.rules.search import Search, require_search
 from dataflex.selectors.similarity import embedded, selection
 from dataflex.signals.specs import EmbeddingSpec
 
@@ -83,6 +83,10 @@ class Tsds(Selector):
         )
 
     params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        require_search(params.search)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Draw ``budget`` rows, or all that have an embedding where that is fewer and nothing repeats.

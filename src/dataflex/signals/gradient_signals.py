@@ -219,14 +219,12 @@ class GradientSource:
                     builder.add(turn.batch, torch.full((len(turn.positions),), task if turn.mine else -1))
         return builder.finish(reduce=comm.gather_sum)
 
-    def _dots(self, dots: Dots, precondition: Preconditioner | None) -> Score:
-        return lambda batch: self._engine.run(batch, [dots], precondition=precondition)["dots"]
-
     def _scorer(self, targets: TargetVectors, precondition: Preconditioner | None) -> Score:
         spec, engine = self._spec, self._engine
         if spec.sketch_size is None:
             how: Literal["none", "row", "both"] = "row" if spec.mean_of_cosines else "both"
-            return self._dots(Dots(targets, normalise=how if spec.normalise else "none"), precondition)
+            dots = Dots(targets, normalise=how if spec.normalise else "none")
+            return lambda batch: engine.run(batch, [dots], precondition=precondition)["dots"]
         sketch = Sketch(size=spec.sketch_size, seed=spec.sketch_seed)
         wanted = sketched(targets, sketch)
         if spec.normalise and not spec.mean_of_cosines:

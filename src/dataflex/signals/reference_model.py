@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dataflex.errors import ConfigError
+from dataflex.signals.causal import ADAPTER, LOAD_ERRORS, differing_tokens, holds_model, largest_id, load_causal
 from dataflex.signals.fingerprint import Fingerprint
 from dataflex.signals.identity import state_identity
 from dataflex.signals.sweep import fetch
@@ -22,7 +23,6 @@ __all__ = ["KEY", "check_folder", "check_tokenizer", "load_reference", "losses_k
 KEY = "reference"
 """The parameter that names the folder, for messages."""
 
-_ADAPTER = "adapter_config.json"
 _PROBED_ROWS = 16
 
 
@@ -35,8 +35,8 @@ def check_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{KEY}: no such folder: {folder} (the model to compare losses with; train it first)")
-    if not any((path / name).is_file() for name in ("config.json", _ADAPTER)):
-        raise ConfigError(f"{KEY}: {folder} holds no model (neither config.json nor {_ADAPTER})")
+    if not holds_model(path):
+        raise ConfigError(f"{KEY}: {folder} holds no model (neither config.json nor {ADAPTER})")
     return path
 
 
@@ -49,14 +49,13 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError, KeyError) as error:
+        other = AutoTokenizer.from_pretrained(folder)
+    except LOAD_ERRORS as error:
         raise ConfigError(f"{KEY}: {folder} has no tokenizer that can be loaded: {error}") from error
-    ours = tokenizer.get_vocab()
-    if ours == theirs:
+    differing = differing_tokens(tokenizer, other)
+    if not differing:
         return
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    token = differing[0]
+    token, ours, theirs = differing[0], tokenizer.get_vocab(), other.get_vocab()
     raise ConfigError(
         f"{KEY}: the tokenizer of {folder} is not that of the run: {len(theirs):,} tokens against {len(ours):,}, "
         f"{len(differing):,} differ (such as {token!r}: id {theirs.get(token)} there, {ours.get(token)} here). Losses "
@@ -70,26 +69,18 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     Raises:
         ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
     """
-    from transformers import AutoModelForCausalLM
-
     from dataflex.bridge.whole import loading_whole
 
     try:
         with loading_whole():
-            if (folder / _ADAPTER).is_file():
-                from peft import AutoPeftModelForCausalLM
-
-                model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
-            else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
+            model: Any = load_causal(folder, "auto", device)
+    except LOAD_ERRORS as error:
         raise ConfigError(f"{KEY}: {folder} cannot be loaded as a language model: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    largest = largest_id(tokenizer)
     if largest >= rows:
         raise ConfigError(f"{KEY}: {folder} knows {rows:,} tokens, and the tokenizer has ids up to {largest:,}")
-    loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
-    return loaded
+    return model
 
 
 def losses_key(

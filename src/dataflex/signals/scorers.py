@@ -6,22 +6,19 @@ own tokens. It is loaded for a pass and let go after it, so that only one is in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dataflex.errors import DataFlexError, UnsupportedError
+from dataflex.signals.causal import LOAD_ERRORS, base_model, load_causal, shares_tokens
 from dataflex.signals.encoders import model_identity
 from dataflex.signals.passes import preserved
 
 __all__ = ["Scorer", "ScorerError", "start_tokens"]
-
-_ADAPTER = "adapter_config.json"
 
 
 class ScorerError(DataFlexError):
@@ -47,17 +44,17 @@ class Scorer:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name = name
-        base = _base(name)
+        base = base_model(name)
         with preserved():
             try:
                 self._config: Any = AutoConfig.from_pretrained(base or name)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError, KeyError) as error:
+            except LOAD_ERRORS as error:
                 raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
         self._theirs = tokenizer
         text, commit = self._config.get_text_config(), getattr(self._config, "_commit_hash", None)
         self.identity = model_identity(name, commit, base and model_identity(base, commit), "causal")
-        self.same_tokens = _same_tokens(self._tokenizer, tokenizer, int(text.vocab_size))
+        self.same_tokens = shares_tokens(tokenizer, self._tokenizer, int(text.vocab_size))
         self.limit: int | None = getattr(text, "max_position_embeddings", None)
         """Tokens of a sequence at most, or None."""
 
@@ -79,8 +76,6 @@ class Scorer:
             ScorerError: The weights cannot be loaded as those of a causal language model.
             UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
         """
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoModelForCausalLM
         from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
         if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
@@ -90,19 +85,10 @@ class Scorer:
             )
         with preserved():  # a model may draw random numbers while it is built
             try:
-                loader = AutoPeftModelForCausalLM if _base(self.name) else AutoModelForCausalLM
-                model: Any = loader.from_pretrained(self.name, dtype=torch.float32)
-            except (OSError, ValueError, KeyError) as error:
+                model = load_causal(self.name, torch.float32, device)
+            except LOAD_ERRORS as error:
                 raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
-        yield model.to(device).eval().requires_grad_(False)
-
-
-def _base(name: str) -> str | None:
-    """Return the base model of a folder that holds an adapter, or None."""
-    file = Path(name) / _ADAPTER
-    if not file.is_file():
-        return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        yield model
 
 
 def start_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -110,9 +96,3 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
     bos = tokenizer.bos_token_id
     first = tokenizer("a")["input_ids"][:1]
     return (int(bos),) if bos is not None and first == [bos] else ()
-
-
-def _same_tokens(ours: Any, theirs: Any, vocabulary: int) -> bool:
-    """Return whether every token of the run has the same number in the scorer's tokenizer and embedding."""
-    known, used = ours.get_vocab(), theirs.get_vocab()
-    return max(used.values()) < vocabulary and used.items() <= known.items()

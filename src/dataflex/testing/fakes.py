@@ -337,7 +337,7 @@ def example_context(
     targets: tuple[str, ...] = ("target",),
     columns: Mapping[str, NDArray[Any]] | None = None,
     total_sequences: int = 100,
-    unit: Literal["sequences", "tokens"] = "sequences",
+    unit: Literal["sequences", "tokens", "documents"] = "sequences",
     learning_rate: float = 1e-3,
 ) -> Context:
     """Return a context as a method meets it at an interval.

@@ -1,7 +1,8 @@
 """The training loss where a method acts on it: weights of sequences, tokens and domains, and what it tells mixers.
 
 Knows the weighter, the mixer, the columns and the rows of each micro-batch; the arithmetic is
-``train.weighting``'s. Weights multiply before one normalisation. What mixers observe are the plain losses.
+``train.weighting``'s, and ``train.domain_weights`` says how much domains count. Weights multiply before one
+normalisation. What mixers observe are the plain losses.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataflex.core.domain_stats import SUMS, DomainStats
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Normaliser, Rows, Weighter
 from dataflex.dist import comm
-from dataflex.errors import ComponentError, UnsupportedError
+from dataflex.errors import UnsupportedError
 from dataflex.signals.packing import document_ids
-from dataflex.signals.pooling import pool, pool_documents
 from dataflex.train import weighting
 from dataflex.train.domain_sums import DomainSums
+from dataflex.train.domain_weights import DomainWeights, counted_tokens
+from dataflex.train.embedded import embedded
 from dataflex.train.noise_watch import NoiseWatch
 from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import Sequences, TokenLosses
@@ -68,8 +70,7 @@ class Reweighter:
     ) -> None:
         if weighter is not None and mixer is not None and mixer.weighs_loss and mixer.loss_normaliser == "domain":
             raise UnsupportedError(
-                f"the {mixer.name} mixer normalises the loss by domain, which leaves no place for the "
-                f"{weighter.name} weighter; use 'normaliser: token' of the mixer, or one of the two methods"
+                f"the {mixer.name} mixer normalises the loss by domain, which leaves no place for a weighter"
             )
         self.weighter, self.mixer = weighter, mixer
         self.stats = None if weighter is None else WeightStats(weighter.name)
@@ -78,8 +79,10 @@ class Reweighter:
         self.reference = reference
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
+        weighs = mixer is not None and mixer.weighs_loss
+        self._domain_weights = DomainWeights(mixer, domains, over_ranks=over_ranks) if mixer and weighs else None
+        self._acts = False
         self._scale: torch.Tensor | None = None
-        self._domain_weights: NDArray[np.float64] | None = None
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))
         # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
@@ -96,14 +99,31 @@ class Reweighter:
         """How the training forward's hidden states are pooled, or None."""
         return None if self.weighter is None else self.weighter.embedding
 
-    def begin_step(self, batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device) -> None:
-        """Find what is known of the step's weights before its forward passes (collective)."""
-        self._scale, self._domain_weights = None, None
-        if self.mixer is not None and self.mixer.weighs_loss:
-            alpha = self._domain_weights = self._checked(self.mixer)
-            if self.mixer.loss_normaliser == "domain":
-                self._domain_weights = self._per_token(alpha, batches, rows, num_items, device)
-                return
+    def begin_step(
+        self,
+        batches: list[Any],
+        rows: list[Rows],
+        num_items: Any,
+        device: torch.device,
+        *,
+        step: int,
+        total_steps: int,
+    ) -> None:
+        """Find what is known of the step's weights before its forward passes (collective).
+
+        Args:
+            batches: Collated micro-batches of this rank, with ``labels``.
+            rows: Row ids of each micro-batch.
+            num_items: Supervised tokens of the step, as the Trainer counts them.
+            device: Where collectives work.
+            step: Optimizer step, counted from 0.
+            total_steps: Optimizer steps of the run.
+        """
+        self._acts = self.weighter is not None and self.weighter.active(step, total_steps)
+        self._scale = None
+        domain_weights = self._domain_weights
+        if domain_weights is not None:
+            domain_weights.begin_step(batches, rows, num_items, device, self._normaliser)
         if self._normaliser != "token":
             return
         total = torch.zeros((), dtype=torch.float64)
@@ -111,9 +131,9 @@ class Reweighter:
             weights = self._known(ids)
             if weights is None:
                 return
-            if self._domain_weights is not None:
-                weights = weights * self._domain_weights[self._domains.domain_of[ids]]
-            total += (torch.from_numpy(weights) * _supervised(batch["labels"])).sum()
+            if domain_weights is not None:
+                weights = weights * domain_weights.of(ids)
+            total += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
         if self._over_ranks:
             total = comm.gather_sum(total.to(device))
         items = torch.as_tensor(num_items, dtype=torch.float64, device=total.device)
@@ -121,36 +141,18 @@ class Reweighter:
 
     @property
     def _normaliser(self) -> Normaliser:
-        if self.weighter is not None:
+        """The step's denominator: the acting weighter's, else the mixer's, else that of the stock loss."""
+        if self._acts:
+            assert self.weighter is not None
             return self.weighter.normaliser
-        mixer = self.mixer
-        return "count" if mixer is not None and mixer.weighs_loss and mixer.loss_normaliser == "domain" else "token"
+        return "token" if self._domain_weights is not None and not self._domain_weights.by_domain_means else "count"
 
     def _known(self, rows: Rows) -> NDArray[np.float64] | None:
-        """Return the weighter's weights where they are known from the rows alone; ones without a weighter."""
-        if self.weighter is None:
+        """Return weights that are known from the rows alone; ones where no weighter acts."""
+        if self.weighter is None or not self._acts:
             return np.ones(len(rows))
         weights = self.weighter.static_weights(rows, self._columns)
         return None if weights is None else weights.astype(np.float64)
-
-    def _checked(self, mixer: Mixer) -> NDArray[np.float64]:
-        alpha = np.asarray(mixer.loss_weights(), dtype=np.float64)
-        if alpha.shape != (len(self._domains.names),) or not np.isfinite(alpha).all() or (alpha < 0).any():
-            raise ComponentError(f"mixer {mixer.name!r} gave loss weights that are no numbers >= 0 by domain")
-        return alpha
-
-    def _per_token(
-        self, alpha: NDArray[np.float64], batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device
-    ) -> NDArray[np.float64]:
-        """Return a_d N / n_d, so that the sum over tokens divided by N is sum_d a_d (mean loss of d) (collective)."""
-        counts = torch.zeros(len(alpha), dtype=torch.float64)
-        for batch, ids in zip(batches, rows, strict=True):
-            tokens = batch["labels"][:, 1:].ne(weighting.IGNORE_INDEX).sum(dim=1).double().cpu()
-            counts.index_add_(0, torch.from_numpy(self._domains.domain_of[ids].astype(np.int64)), tokens)
-        if self._over_ranks:
-            counts = comm.gather_sum(counts.to(device)).cpu()
-        tokens_K = counts.numpy()
-        return np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
 
     def loss(
         self,
@@ -165,7 +167,7 @@ class Reweighter:
         step: int,
         total_steps: int,
     ) -> torch.Tensor:
-        """Return the weighted loss of one micro-batch (collective for weights that depend on losses).
+        """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
         Args:
             logits: [R, T, V].
@@ -178,53 +180,46 @@ class Reweighter:
             step: Optimizer step, counted from 0.
             total_steps: Optimizer steps of the run.
         """
-        weighter = self.weighter
-        acts = weighter is not None and weighter.active(step, total_steps)
-        losses = weighting.token_losses(logits, labels, entropy=acts and weighter is not None and weighter.entropy)
+        weighter = self.weighter if self._acts else None
+        losses = weighting.token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
         reference = None if self.reference is None else self.reference.of(batch, rows, losses.mask_BT)
         if self.observes:
             self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
-        sequences = self._sequences(batch, losses, rows) if acts else weighting.row_sequences(rows)
-        normaliser, scale = self._normaliser, self._scale
-        known = self._known(rows) if acts or weighter is None else None
-        seen = None
-        if weighter is not None:
+        if self.weighter is not None:
             plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
             self._plain = plain if self._plain is None else self._plain + plain
-        if acts and weighter is not None:
-            if known is None:
-                seen = weighting.view(
-                    losses,
-                    sequences,
-                    domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
-                    step=step,
-                    total_steps=total_steps,
-                    num_micro_batches=num_micro_batches,
-                    reference_BT=reference,
-                    embeddings_BH=self._embedded(hidden, batch, losses, sequences),
-                )
-                weights = weighting.checked(weighter.weigh(seen), weighter, losses, sequences)
-            else:
-                sequences = weighting.row_sequences(rows)
-                weights = weighting.checked(torch.from_numpy(known), weighter, losses, sequences)
-            self._note(weights, losses, sequences, num_sequences=1 if seen is None else len(seen.loss_M))
-        else:
+        sequences = weighting.row_sequences(rows)
+        if weighter is None:
             weights = losses.loss_BT.new_ones(len(rows), 1)
-            if weighter is not None:
-                normaliser, scale = "count", None
+        elif (known := self._known(rows)) is not None:
+            weights = weighting.checked(torch.from_numpy(known), weighter, losses, sequences)
+            self._note(weights, losses, sequences, num_sequences=1)
+        else:
+            sequences = self._sequences(batch, losses, rows)
+            vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
+            seen = weighting.view(
+                losses,
+                sequences,
+                domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
+                step=step,
+                total_steps=total_steps,
+                num_micro_batches=num_micro_batches,
+                reference_BT=reference,
+                embeddings_BH=vectors,
+            )
+            weights = weighting.checked(weighter.weigh(seen), weighter, losses, sequences)
+            self._note(weights, losses, sequences, num_sequences=len(seen.loss_M))
         if self._domain_weights is not None:
-            weights = self._times_domains(weights, sequences, normaliser)
-            if weighter is not None and not acts:
-                normaliser, scale = "token", None
+            weights = self._domain_weights.times(weights, sequences, self._normaliser)
         return weighting.weighted_loss(
             losses,
             weights,
             sequences=sequences,
-            normaliser=normaliser,
+            normaliser=self._normaliser,
             num_items=num_items,
             num_micro_batches=num_micro_batches,
-            step_scale=scale,
+            step_scale=self._scale,
             replicas=1 if self._over_ranks else self._world,
         )
 
@@ -245,41 +240,6 @@ class Reweighter:
             return weighting.row_sequences(rows)
         return weighting.document_sequences(document_ids(batch), losses.mask_BT, rows)
 
-    def _embedded(
-        self, hidden: torch.Tensor | None, batch: dict[str, Any], losses: TokenLosses, sequences: Sequences
-    ) -> torch.Tensor | None:
-        if hidden is None:
-            return None
-        hidden = hidden.detach()
-        if sequences.index_BT is None:
-            return pool(hidden, batch.get("attention_mask"), batch["labels"], self.embedding).nan_to_num()
-        documents = document_ids(batch)
-        vectors, keys = pool_documents(hidden, documents, batch["labels"], self.embedding)
-        # Keep the documents that are sequences (those with a supervised token), in their order.
-        predicted = torch.nn.functional.pad(documents[:, 1:], (0, 1), value=0).clamp(min=0)
-        row, column = losses.mask_BT.nonzero(as_tuple=True)
-        place = torch.full((len(documents), int(documents.max()) + 1), -1, dtype=torch.int64, device=hidden.device)
-        place[row, predicted[row, column]] = sequences.index_BT[row, column]
-        where = place[keys[:, 0], keys[:, 1]]
-        out = vectors.new_zeros(len(sequences.rows_B), vectors.shape[1])
-        out[where[where >= 0]] = vectors[where >= 0]
-        return out.nan_to_num()
-
-    def _times_domains(self, weights: torch.Tensor, sequences: Sequences, normaliser: Normaliser) -> torch.Tensor:
-        """Multiply by the domains' weights; under ``sample`` the sum over the micro-batch stays as it was."""
-        assert self._domain_weights is not None
-        if len(weights) == len(sequences.rows_B) and weights.shape[1] == 1:
-            rows = sequences.rows_B
-            by_row = torch.from_numpy(self._domain_weights[self._domains.domain_of[rows]]).to(weights)[:, None]
-        else:
-            by_row = torch.from_numpy(self._domain_weights[self._domains.domain_of[sequences.rows_B]]).to(weights)
-            by_row = sequences.spread(by_row)
-        product = weights * by_row
-        if normaliser != "sample":
-            return product
-        before, after = comm.gather_sum(torch.stack([weights.double().sum(), product.double().sum()])).unbind()
-        return product * torch.where(after > 0, before / after, torch.zeros_like(after)).to(product)
-
     def end_step(
         self, *, step: int, total_steps: int, proportions: NDArray[np.float64], learning_rate: float, device: Any
     ) -> None:
@@ -290,7 +250,7 @@ class Reweighter:
         sums = self._sums.take(device)
         self._logged += sums
         if self._noise is not None:
-            weights = self._checked(self.mixer) if self.mixer.weighs_loss else proportions
+            weights = proportions if self._domain_weights is None else self._domain_weights.given()
             self._noise.step(sums[SUMS.index("loss_sum")], sums[SUMS.index("tokens")], weights)
         self.mixer.observe(
             DomainStats.of(
@@ -317,12 +277,7 @@ class Reweighter:
                     scalars[f"loss/{name}"] = float(total / count)
             self._logged = np.zeros_like(self._logged)
         names = self._domains.names
-        if self.mixer is not None and self.mixer.weighs_loss and len(names) <= _LOGGED_DOMAINS:
-            weights = self._checked(self.mixer).tolist()
+        if self._domain_weights is not None and len(names) <= _LOGGED_DOMAINS:
+            weights = self._domain_weights.given().tolist()
             scalars.update({f"loss_weight/{name}": weight for name, weight in zip(names, weights, strict=True)})
         return scalars
-
-
-def _supervised(labels: torch.Tensor) -> torch.Tensor:
-    """Return tokens per row [R] as the stock denominator counts them (a label in the first place included)."""
-    return labels.ne(weighting.IGNORE_INDEX).sum(dim=1).double()

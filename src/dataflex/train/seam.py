@@ -29,6 +29,7 @@ from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
+from dataflex.train.balance import balance_loss
 from dataflex.train.held_out import EvaluationSums, perplexity, totals
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
@@ -201,7 +202,7 @@ class TrainerMixin(_Trainer):
         if reweighter is not None:
             if reweighter.weighter is not None:
                 controller.prepare(reweighter.weighter, step)
-            reweighter.begin_step(batches, rows, num_items, device)
+            reweighter.begin_step(batches, rows, num_items, device, step=step, total_steps=self.state.max_steps)
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -210,7 +211,7 @@ class TrainerMixin(_Trainer):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._dataflex_rows = None
+            self._dataflex_rows, self._dataflex_batch, self._dataflex_hidden = None, {}, []
         if not self._dataflex_queue and self._dataflex_reweighter is not None:
             self._dataflex_reweighter.end_step(
                 step=self.state.global_step,
@@ -247,8 +248,11 @@ class TrainerMixin(_Trainer):
             num_items = kwargs.get("num_items_in_batch")
             counted = num_items is not None and self.model_accepts_loss_kwargs
             over_ranks = counted and self.args.average_tokens_across_devices
-            scale = 1.0 / comm.world() if over_ranks else 1.0
-            self._dataflex_evaluation.add(loss * scale, labels, num_items if counted else None)
+            loss = loss / comm.world() if over_ranks else loss
+            balance = balance_loss(found[1], self.model.config) if isinstance(found, tuple) else None
+            if balance is not None:  # no part of what a token costs
+                loss = loss - balance.to(loss.device)
+            self._dataflex_evaluation.add(loss, labels, num_items if counted else None)
         return found
 
     def _dataflex_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -266,10 +270,8 @@ class TrainerMixin(_Trainer):
             step=self.state.global_step,
             total_steps=self.state.max_steps,
         )
-        balance = getattr(outputs, "aux_loss", None)  # routers of a mixture of experts, as in the model's own loss
-        if balance is None:
-            return loss
-        return loss + getattr(self.model.config, "router_aux_loss_coef", 0.0) * balance.to(loss.device)
+        balance = balance_loss(outputs, self.model.config)  # as in the model's own loss
+        return loss if balance is None else loss + balance.to(loss.device)
 
     # -- record and checkpoints -------------------------------------------------------------------
 

@@ -114,8 +114,7 @@ class Session:
             setup.rows,
             global_batch=shape.global_batch,
             seed=seed,
-            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"}
-            | ({} if config.candidate_batches is None else {"candidate_batches": config.candidate_batches}),
+            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"} | _served(config),
         )
         feed = PlanFeed(
             trainer.train_dataset,
@@ -166,6 +165,13 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
             model_identity=lambda: state_identity(trainer.model.named_parameters()),
         ),
     )
+
+
+def _served(config: DynamicConfig) -> dict[str, Any]:
+    """Return the settings besides the schedule that a saved plan and its successors depend on, as JSON values."""
+    keys = ("unit", "keep_ratio", "initial_proportions", "candidate_batches", "domain_path", "domain_clusters")
+    given = {key: getattr(config, key) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def open_reference(setup: Setup, trainer: Any) -> Any:

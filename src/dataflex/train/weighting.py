@@ -70,11 +70,15 @@ class Sequences:
         """Add up ``values_BT`` (0 where nothing is supervised) by sequence [B]."""
         if self.index_BT is None:
             return values_BT.sum(dim=1)
-        return values_BT.new_zeros(len(self.rows_B)).index_add(0, self.index_BT.flatten(), values_BT.flatten())
+        count = len(self.rows_B)  # without a supervised token there is no sequence, and every index is still 0
+        sums = values_BT.new_zeros(max(count, 1)).index_add(0, self.index_BT.flatten(), values_BT.flatten())
+        return sums[:count]
 
     def spread(self, values_B: torch.Tensor) -> torch.Tensor:
         """Give each position its sequence's value: [R, 1], or [R, T] under packing."""
-        return values_B[:, None] if self.index_BT is None else values_B[self.index_BT]
+        if self.index_BT is None:
+            return values_B[:, None]
+        return values_B[self.index_BT] if len(values_B) else values_B.new_zeros(self.index_BT.shape)
 
 
 def row_sequences(rows: Rows) -> Sequences:
@@ -193,6 +197,8 @@ def weighted_loss(
 ) -> torch.Tensor:
     """Return this micro-batch's share of the step's loss, to be summed over micro-batches and ranks.
 
+    A step without a supervised token has loss 0 and no gradient; the stock loss would be NaN.
+
     Args:
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
@@ -223,4 +229,4 @@ def weighted_loss(
     order = losses.plain_sum - loss_BT.detach().sum()
     mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
     weighted = weighted + order * mean
-    return weighted / torch.as_tensor(num_items, device=weighted.device)
+    return weighted / torch.as_tensor(num_items, device=weighted.device).clamp(min=1)

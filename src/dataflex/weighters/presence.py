@@ -98,6 +98,7 @@ class Presence(Weighter):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._rows: Rows | None = None
+        self._shares = np.zeros(0)
         self._groups = np.zeros(0, dtype=np.int64)
         self._influence = np.zeros(0)
 
@@ -120,6 +121,9 @@ class Presence(Weighter):
         _, gram = ctx.signals.gradient_products(rows, spec, targets=())
         self._rows, self._groups = rows, np.arange(len(rows), dtype=np.int64) // self.params.group_rows
         self._influence = self_influence(gram, self._groups)
+        # Each row its part of the group's mean, which is over the rows that have supervised tokens.
+        known = np.isfinite(np.diagonal(gram))
+        self._shares = known / np.maximum(np.bincount(self._groups, weights=known), 1.0)[self._groups]
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B]; over the step's rows they sum to the number of its micro-batches.
@@ -130,5 +134,4 @@ class Presence(Weighter):
         if self._rows is None:
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         weights = group_weights(self._influence, self.tau_at(batch.step, batch.total_steps))
-        shares = weights / np.bincount(self._groups)  # each row its part of the group's mean
-        return StepWeights(self._rows, shares[self._groups]).weights(batch)
+        return StepWeights(self._rows, weights[self._groups] * self._shares).weights(batch)

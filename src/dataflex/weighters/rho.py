@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.reference import ReferenceParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses, sequence_means
 
@@ -28,7 +28,7 @@ class Rho(Weighter):
 
     name = "rho"
     adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"), zero3=False)
+    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the sequences of each micro-batch whose loss exceeds a reference model's most.",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt, ICML 2022, "
@@ -37,14 +37,9 @@ class Rho(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ReferenceParams):
         """Parameters of RHO-LOSS."""
 
-        reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
-        reference_cache: bool = field(
-            default=True,
-            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
-        )
         keep: float = field(
             default=0.1,
             metadata={

@@ -23,7 +23,9 @@ def sequence_means(values_BT: torch.Tensor, batch: BatchView) -> torch.Tensor:
     if batch.sequence_BT is None:
         sums = values_BT.sum(dim=1)
     else:
-        sums = values_BT.new_zeros(len(batch.rows_B)).index_add(0, batch.sequence_BT.flatten(), values_BT.flatten())
+        count = len(batch.rows_B)  # none where nothing is supervised: every index is still 0
+        sums = values_BT.new_zeros(max(count, 1)).index_add(0, batch.sequence_BT.flatten(), values_BT.flatten())
+        sums = sums[:count]
     return sums / batch.tokens_B.clamp(min=1)
 
 

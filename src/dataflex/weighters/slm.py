@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.reference import ReferenceParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses
 
@@ -33,7 +33,7 @@ class SelectiveLanguageModelling(Weighter):
 
     name = "slm"
     adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"), zero3=False)
+    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
@@ -41,14 +41,9 @@ class SelectiveLanguageModelling(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ReferenceParams):
         """Parameters of SLM."""
 
-        reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
-        reference_cache: bool = field(
-            default=True,
-            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
-        )
         keep: float = field(
             default=0.6,
             metadata={"help": "share of the supervised tokens that is trained on", "above": 0.0, "maximum": 1.0},

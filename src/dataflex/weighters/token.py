@@ -9,9 +9,9 @@ the supervised tokens [S]) and returns weights [S].
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Method, Needs, Normaliser, Weighter
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError
 from dataflex.weighters import token_functions
@@ -20,7 +20,7 @@ from dataflex.weighters.sequences import reference_losses
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TokenWeighter", "TokenWeighterWithReference"]
+__all__ = ["TokenWeighter"]
 
 
 class TokenWeighter(Weighter):
@@ -80,11 +80,6 @@ class TokenWeighter(Weighter):
         )
         self._taken = token_functions.asked(self._function)
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class that holds a reference model where one is named."""
-        return TokenWeighter if params.reference is None else TokenWeighterWithReference
-
     @property
     def normaliser(self) -> Normaliser:
         """The denominator asked for."""
@@ -129,9 +124,3 @@ class TokenWeighter(Weighter):
         out = batch.loss_BT.new_zeros(mask.shape)
         out[mask] = found.detach().to(out)
         return out
-
-
-class TokenWeighterWithReference(TokenWeighter):
-    """The same, beside a reference model, which cannot be loaded where parameters are partitioned."""
-
-    needs = Needs(stages=("pt", "sft"), zero3=False)
