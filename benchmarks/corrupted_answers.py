@@ -111,7 +111,7 @@ def train(folder: Path, output: Path, **changes: Any) -> tuple[float, float]:
         "dataset": "pool",
         "output_dir": str(output),
         "overwrite_output_dir": True,
-        "per_device_eval_batch_size": 1,
+        "per_device_eval_batch_size": 8,
         "learning_rate": 1.0e-3,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.05,

@@ -182,7 +182,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a weighter beside a loss by domain": (
         {"dynamic": {"mixer": "group_dro", "weighter": "focal"}},
         [
-            "dynamic.weighter: the loss of the group_dro mixer is a weighted sum of domains' mean losses, which leaves no "
+            "dynamic.weighter: the group_dro mixer's loss is a weighted sum of domains' mean losses, which leaves no "
             "place for the focal weighter; use one of the two methods"
         ],
     ),
@@ -299,6 +299,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "dynamic": {"selector": {"name": "tacs", "targets": ["t"]}, "interval_steps": 5},
         },
         ["dynamic.selector: tacs does not work with partitioned parameters (DeepSpeed ZeRO-3)"],
+    ),
+    "an optimizer without moments": (
+        {
+            "optim": "adafactor",
+            "dynamic": {"selector": {"name": "less", "targets": ["t"]}, "interval_steps": 5},
+        },
+        ["dynamic.selector.precondition: true_adam needs Adam's moments for each element"],
     ),
     "streaming": (
         {"streaming": True, "packing": True},

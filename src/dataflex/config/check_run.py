@@ -108,6 +108,7 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
         if truthy(lf, key):
             yield f"{key}: {reason}"
     yield from _streaming_problems(dynamic, lf)
+    yield from _optimizer_problems(dynamic, lf)
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.get("train_sampling_strategy")
@@ -131,6 +132,41 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
             yield (
                 f"label_smoothing_factor: smoothing replaces the loss that the {method} looks at; remove it or the "
                 f"{taker.kind}"
+            )
+
+
+_NO_MOMENTS: tuple[str, ...] = (
+    "adafactor",
+    "adagrad",
+    "apollo",
+    "badam",
+    "galore",
+    "lion",
+    "lomo",
+    "muon",
+    "rmsprop",
+    "schedule_free",
+    "sgd",
+    "stable_adamw",
+)
+_MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+_PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
+
+
+def _optimizer_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why gradients cannot be turned into directions of the run's optimizer."""
+    name = str(lf.get("optim") or "adamw_torch")
+    key = next((flag for flag in _MOMENT_FLAGS if truthy(lf, flag)), "")
+    if not key and any(word in name for word in _NO_MOMENTS):
+        key = f"optim: {name}"
+    if not key:
+        return
+    for method in dynamic.methods:
+        asked = getattr(method.params, "precondition", None)
+        if asked in _PRECONDITIONS:
+            yield (
+                f"dynamic.{method.kind}.precondition: {asked} needs Adam's moments for each element, which the run's "
+                f"optimizer ({key}) does not keep; write 'precondition: none' or 'sign', or use an AdamW optimizer"
             )
 
 

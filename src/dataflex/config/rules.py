@@ -160,10 +160,10 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
     assert issubclass(mixer, Mixer)
     weighter = dynamic.weighter
     if weighter is not None and not getattr(weighter.cls, "neutral", False) and mixer.weighs_loss:
-        if dynamic.mixer.build().loss_normaliser == "domain":
+        if mixer(dynamic.mixer.params).loss_normaliser == "domain":
             way = "set its 'normaliser: token', or use" if hasattr(dynamic.mixer.params, "normaliser") else "use"
             yield (
-                f"dynamic.weighter: the loss of the {dynamic.mixer.name} mixer is a weighted sum of domains' mean losses, "
+                f"dynamic.weighter: the {dynamic.mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
                 f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"
             )
     if mixer.weighs_loss and dynamic.max_epochs is not None:
