@@ -40,8 +40,9 @@ class Ranks:
         assert {name for name, _ in found} == {what}, "ranks are in different collectives"
         return [given for _, given in found]
 
-    def _rows(self, local: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    def _rows(self, local: torch.Tensor, *, equal: bool = False) -> tuple[torch.Tensor, slice]:
         parts = self._all("rows", local)
+        assert not equal or len({len(part) for part in parts}) == 1, "ranks differ in length, and were said not to"
         start = sum(len(part) for part in parts[: self._mine.rank])
         return torch.cat(parts), slice(start, start + len(local))
 

@@ -155,7 +155,7 @@ UNIT = {
 def test_unit_weights_on_two_ranks_are_the_stock_loss(monkeypatch, name, over_ranks, accumulation):
     """T0: ragged rows, accumulation, a short last micro-batch, and both ways of counting tokens."""
     data = Data()
-    sides = [PARTS[:accumulation], [np.array([8, 9]), np.array([11, 4, 6]), np.array([1, 2])][:accumulation]]
+    sides = [PARTS[:accumulation], [np.array([8, 9, 4]), np.array([11, 4, 6]), np.array([1, 2])][:accumulation]]
     counts = [sum(data.tokens(rows) for rows in side) for side in sides]
     items = [sum(counts)] * 2 if over_ranks else counts
     got = over(

@@ -37,17 +37,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_rows(local: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """Concatenate tensors of unequal length over ranks.
+def gather_rows(local: torch.Tensor, *, equal: bool = False) -> tuple[torch.Tensor, slice]:
+    """Concatenate tensors over ranks.
 
     Args:
         local: [n, ...]; n may differ between ranks, the rest may not.
+        equal: Whether n is known to be the same on every rank. Lengths are not exchanged then, and nothing is
+            read from the device.
 
     Returns:
         The tensors of all ranks in rank order [sum n, ...] and the slice that is this rank's.
     """
     if world() == 1:
         return local, slice(0, len(local))
+    if equal:
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts), slice(rank() * len(local), (rank() + 1) * len(local))
     counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(world())]
     dist.all_gather(counts, torch.tensor([len(local)], dtype=torch.int64, device=local.device))
     sizes = [int(count) for count in counts]

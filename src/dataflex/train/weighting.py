@@ -147,7 +147,9 @@ def view(
     """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
     loss_BT = losses.loss_BT.detach()
     loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT, sequences)
-    both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1))
+    # Plans give every rank as many rows in a micro-batch, but packed rows hold any number of documents.
+    equal = sequences.index_BT is None
+    both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1), equal=equal)
     return BatchView(
         rows_B=sequences.rows_B,
         domains_B=domains_B,

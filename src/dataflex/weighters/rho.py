@@ -69,7 +69,8 @@ class Rho(Weighter):
         """Return 1 / n for the n sequences kept over all ranks, else 0 [B] (collective)."""
         from dataflex.dist import comm
 
-        irreducible_M, _ = comm.gather_rows(sequence_means(reference_losses(self.name, batch), batch))
+        irreducible_B = sequence_means(reference_losses(self.name, batch), batch)
+        irreducible_M, _ = comm.gather_rows(irreducible_B, equal=batch.sequence_BT is None)
         kept_M = largest(batch.loss_M - irreducible_M, batch.tokens_M > 0, self.params.keep)
         weights_M = kept_M / kept_M.sum().clamp(min=1)
         return weights_M[batch.local].to(batch.loss_B.dtype)
