@@ -28,16 +28,21 @@ def blocks(model):
         "balanced": {"name": "group", "strategy": "class_balanced", "beta": 0.9},
         "entropy": {"name": "token", "function": "entropy"},
         "meta": {"name": "meta", "targets": ["goal"]},
+        "meta-rows": {"name": "meta", "targets": ["goal"], "forward_mode": False},
         "presence": {"name": "presence", "group_rows": 3, "direct_share": 0.5},
     }
 
 
-NAMES = "loss adapt joint slm rho dro balanced entropy meta presence".split()
+NAMES = "loss adapt joint slm rho dro balanced entropy meta meta-rows presence".split()
 ENGINES = [
     ("zero2", "adapt"),
     ("zero3", "loss"),
     ("zero3", "adapt"),
     ("zero3", "slm"),
+    ("zero3", "meta-rows"),
+    ("zero3", "presence"),
+    ("fsdp2", "meta-rows"),
+    ("fsdp2", "presence"),
     ("fsdp2", "joint"),
     ("fsdp2", "entropy"),
     ("fsdp2", "rho"),

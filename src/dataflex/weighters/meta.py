@@ -13,13 +13,13 @@ keep them small. If no row goes along, the step trains on nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, Weighter
+from dataflex.core.protocols import BatchView, Card, Context, Method, Needs, Normaliser, Rows, Weighter
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError
 from dataflex.signals.specs import GradientSpec
@@ -60,10 +60,17 @@ class Meta(Weighter):
         )
         forward_mode: bool = field(
             default=True,
-            metadata={"help": "one pass in forward mode; false: gradients row by row (F + B), the same numbers"},
+            metadata={
+                "help": "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"
+            },
         )
 
     params: Params
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Without forward mode parameters may be partitioned."""
+        return cls if params.forward_mode else _ByRows
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -98,3 +105,10 @@ class Meta(Weighter):
         if self._step is None:
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         return self._step.weights(batch)
+
+
+class _ByRows(Meta):
+    """The same with gradients row by row."""
+
+    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
+    card = replace(Meta.card, cost="F + B over the rows of each step and over the targets")

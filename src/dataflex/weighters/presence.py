@@ -69,7 +69,7 @@ class Presence(Weighter):
 
     name = "presence"
     adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"), zero3=False)
+    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",

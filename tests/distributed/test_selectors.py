@@ -1,0 +1,81 @@
+"""Two ranks choose the rows that one rank chooses: the selectors that are not covered elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from tests.integration.conftest import Outcome, Runner, base_settings
+
+pytestmark = pytest.mark.gloo
+
+
+def blocks(model):
+    goal = {"targets": ["goal"]}
+    encoder = {"encoder": str(model)}
+    found = {
+        "less": {"name": "less", **goal},
+        "grad_norm": "grad_norm",
+        "el2n": "el2n",
+        "rds_plus": {"name": "rds_plus", **goal},
+        "near": {"name": "near", **goal, **encoder},
+        "tsds": {"name": "tsds", **goal, **encoder},
+        "embed": {"name": "embed", **goal, **encoder},
+        "bm25": {"name": "bm25", **goal},
+        "dsir": {"name": "dsir", **goal},
+        "ifd": {"name": "ifd", "fill": True},
+        "rho_loss": {"name": "rho_loss", "reference": str(model)},
+        "random_balanced": "random_balanced",
+        "longest": "longest",
+        "compose": {"represent": "rds_plus", "aggregate": "mean_then_max", "rule": "gumbel_top_k", **goal},
+    }
+    if importlib.util.find_spec("sklearn"):
+        found["s2l"] = {"name": "s2l", "clusters": 3}
+    return found
+
+
+COMMON = {
+    "dataset": "alpha,beta,gamma",
+    "max_steps": 4,
+    "disable_shuffling": False,
+    "learning_rate": 1e-4,
+    "adam_epsilon": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
+    folder = tmp_path_factory.mktemp("selectors")
+    runner, selectors, configs = Runner(base_settings(tiny_model, data_dir), folder), blocks(tiny_model), []
+    for name, selector in selectors.items():
+        dynamic = {"selector": selector, "interval_steps": 2}
+        settings = {**COMMON, "per_device_train_batch_size": 2, "ddp_find_unused_parameters": False, "dynamic": dynamic}
+        configs.append(folder / f"two-{name}.json")
+        configs[-1].write_text(json.dumps(runner.mapping(f"two-{name}", **settings)))
+    two_ranks(configs, folder, timeout=400)
+    for name, selector in selectors.items():
+        dynamic = {"selector": selector, "interval_steps": 2}
+        runner(f"one-{name}", **COMMON, per_device_train_batch_size=4, dynamic=dynamic)
+    return folder
+
+
+def chosen(folder, job):
+    errors = [path.read_text() for path in folder.glob(f"{job}.json.*error")]
+    assert not errors, errors
+    rows = []
+    for event in Outcome(folder / job).events:
+        if event["event"] == "planned":
+            with np.load(folder / job / "dataflex" / event["plan"]) as arrays:
+                rows.append(sorted(arrays["rows"].tolist()))
+    assert len(rows) == 2
+    return rows
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in blocks("model") if name != "s2l" or importlib.util.find_spec("sklearn")]
+)
+def test_the_same_rows_on_one_rank_and_two(outcomes, name):
+    assert chosen(outcomes, f"two-{name}") == chosen(outcomes, f"one-{name}")
