@@ -51,7 +51,7 @@ def prepare(data: Path, out: Path) -> None:
 
 
 def model(out: Path, seed: int) -> Path:
-    """Write a random model of 1.7M parameters with the small model's tokenizer."""
+    """Write a random model of 1.3M parameters with the small model's tokenizer."""
     folder = out / f"model-{seed}"
     if (folder / "config.json").is_file():
         return folder
