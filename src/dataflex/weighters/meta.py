@@ -60,9 +60,7 @@ class Meta(Weighter):
         )
         forward_mode: bool = field(
             default=True,
-            metadata={
-                "help": "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"
-            },
+            metadata={"help": "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"},
         )
 
     params: Params
