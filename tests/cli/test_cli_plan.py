@@ -73,6 +73,7 @@ Configuration
     initial_proportions: null
     max_epochs: null
     at_cap: redistribute
+    min_proportion: null
     domain_column: null
     domain_path: null
     domain_clusters: null
