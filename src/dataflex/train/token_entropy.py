@@ -20,6 +20,7 @@ __all__ = ["token_cross_entropy"]
 
 _Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
+_KEPT_ELEMENTS = 2**24  # 64 MiB
 
 
 def token_cross_entropy(
@@ -42,7 +43,10 @@ def token_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits, which the model's output holds anyway, and works out log-probabilities twice."""
+    """Keeps the logits, which the model's output holds anyway, and works out log-probabilities twice.
+
+    Few of them, of logits in fp32, are kept instead, as the stock loss keeps all.
+    """
 
     @staticmethod
     def forward(
@@ -55,8 +59,12 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss_N = torch.zeros(len(targets_N), dtype=torch.float32, device=logits_NV.device)
         entropy_N = torch.zeros_like(loss_N) if entropy else loss_N.new_zeros(0)
+        keeps = logits_NV.dtype == torch.float32 and logits_NV.numel() <= _KEPT_ELEMENTS
+        ctx.kept = [] if keeps else None
         for where in chunks:
             log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
+            if keeps:
+                ctx.kept.append(log_p)
             loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
             if entropy:
                 spread = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
@@ -71,8 +79,9 @@ class _CrossEntropy(torch.autograd.Function):
         (logits_NV, targets_N), gradient_N = ctx.saved_tensors, gradients[0]
         whole = len(ctx.chunks) > 0 and isinstance(ctx.chunks[0], slice)
         out_NV = torch.empty_like(logits_NV) if whole else torch.zeros_like(logits_NV)
-        for where in ctx.chunks:
-            log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
+        for place, where in enumerate(ctx.chunks):
+            targets = targets_N[where]
+            log_p = F.log_softmax(logits_NV[where].float(), dim=-1) if ctx.kept is None else ctx.kept[place]
             slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
             part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
             # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
