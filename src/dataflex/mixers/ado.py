@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from dataflex.core.domain_stats import DomainStats
 from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import CheckpointError
 from dataflex.mixers.proportions import normalised, shares
-from dataflex.mixers.saved import require
+from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
 from dataflex.mixers.sizes import sizes
 
@@ -95,8 +94,7 @@ class Ado(Mixer):
             self.prior = normalised(sizes(ctx, self.name))
             self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
             self.last = np.full(len(self.names), np.nan)
-        if self.names != ctx.domains.names:
-            raise CheckpointError(f"ado: saved for the domains {self.names}, the run has {ctx.domains.names}")
+        same_domains(self.name, self.names, ctx.domains.names)
         told = "laws fitted" if self.laws else "by size, no laws yet"
         return Mix(proportions=normalised(self.served), reason=f"{told}: {shares(self.names, self.served)}")
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import Context, Mix, Mixer, State
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import CheckpointError
 from dataflex.mixers import simplex
 from dataflex.mixers.proportions import Written, by_domain, check_numbers, normalised, shares
-from dataflex.mixers.saved import require
+from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["ExponentiatedMixer", "InitialParams"]
@@ -72,11 +71,7 @@ class ExponentiatedMixer(Mixer):
     def _meet(self, ctx: Context) -> None:
         names = ctx.domains.names
         if self.names:
-            if self.names != names:
-                raise CheckpointError(
-                    f"{self.name}: the saved proportions are of the domains {', '.join(self.names)}, and the run has "
-                    f"{', '.join(names)}"
-                )
+            same_domains(self.name, self.names, names)
             return
         self.names = names
         self.log_shares = simplex.logs(self._initial(ctx, self.params.initial))

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
+from dataflex.mixers.proportions import refuse_strangers
 
 __all__ = ["Floors", "floors_by_domain", "raised"]
 
@@ -31,9 +32,7 @@ def floors_by_domain(given: Floors | None, names: Sequence[str]) -> NDArray[np.f
     if given is None:
         return None
     if isinstance(given, Mapping):
-        problems = [f"{_KEY}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
-        if problems:
-            raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
+        refuse_strangers(given, names, _KEY)
         floors = np.array([float(given.get(name, 0.0)) for name in names])
     else:
         floors = np.full(len(names), float(given))

@@ -157,15 +157,12 @@ class Dga(_GradientMixer):
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""
         mix = super().mix(ctx)
-        before = self.served if self.served.size else simplex.weights(simplex.logs(self._first(ctx)))
+        before = self.served if self.served.size else self._initial(ctx, self.params.initial)
         self.served = before
         if ctx.interval.kind != "warmup":
             self.served = self.params.memory * before + (1.0 - self.params.memory) * mix.proportions
         proportions = normalised(self.served)
         return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
-
-    def _first(self, ctx: Context) -> Floats:
-        return self._initial(ctx, self.params.initial)
 
     def state_dict(self) -> State:
         """Add the moving average."""

@@ -1,16 +1,14 @@
-"""Held-out losses of the domains, one target data set for each, and numbers that users write by domain."""
+"""Held-out losses of the domains, one target data set for each."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import Context
-from dataflex.errors import ConfigError, DataError, did_you_mean
+from dataflex.errors import ConfigError, DataError
 
-__all__ = ["by_name", "check_targets", "held_out_losses"]
+__all__ = ["check_targets", "held_out_losses"]
 
 
 def check_targets(ctx: Context, method: str) -> None:
@@ -43,20 +41,3 @@ def held_out_losses(ctx: Context) -> NDArray[np.float64]:
             raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
         losses.append(float(np.average(means[known], weights=tokens[known])))
     return np.array(losses)
-
-
-def by_name(value: dict[str, float] | tuple[float, ...], names: Sequence[str], key: str) -> NDArray[np.float64]:
-    """Return numbers by domain float64 [K], as written (not divided by their sum).
-
-    Raises:
-        ConfigError: Wrong length, or names that are not exactly those of the domains.
-    """
-    if isinstance(value, dict):
-        problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in value if name not in names]
-        problems += [f"{key}.{name}: missing; every domain needs a number" for name in names if name not in value]
-        if problems:
-            raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
-        return np.array([value[name] for name in names], dtype=np.float64)
-    if len(value) != len(names):
-        raise ConfigError(f"{key}: {len(value)} numbers for {len(names)} domains ({', '.join(names)})")
-    return np.array(value, dtype=np.float64)

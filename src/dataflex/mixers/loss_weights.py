@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from dataflex.core.domain_stats import DomainStats
 from dataflex.core.protocols import Context, Mix, Mixer, State
-from dataflex.errors import CheckpointError
 from dataflex.mixers import simplex
 from dataflex.mixers.proportions import Written, by_domain, normalised, shares
+from dataflex.mixers.saved import require, same_domains
 
 __all__ = ["LossWeightMixer"]
 
@@ -82,11 +82,7 @@ class LossWeightMixer(Mixer):
             CheckpointError: The state was saved for other domains, or another order of them.
         """
         if self.names:
-            if self.names != tuple(names):
-                raise CheckpointError(
-                    f"{self.name}: the saved weights are of the domains {', '.join(self.names)}, and the run has "
-                    f"{', '.join(names)}"
-                )
+            same_domains(self.name, self.names, names)
             return
         written: Written | None = self.params.sampling
         if written is None:
@@ -115,9 +111,7 @@ class LossWeightMixer(Mixer):
         """Take back what ``state_dict`` gave."""
         if not state:
             return
-        missing = {"names", "sampling", "log_alpha", "rows", "sizes", "steps"} - state.keys()
-        if missing:
-            raise CheckpointError(f"{self.name}: the saved state lacks {', '.join(sorted(missing))}")
+        require(self.name, state, "names", "sampling", "log_alpha", "rows", "sizes", "steps")
         self.names = tuple(state["names"])
         self.sampling = np.asarray(state["sampling"], dtype=np.float64)
         self.log_alpha = np.asarray(state["log_alpha"], dtype=np.float64)

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from dataflex.core.domain_stats import DomainStats
 from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import CheckpointError, ConfigError
+from dataflex.errors import ConfigError
 from dataflex.mixers.proportions import normalised, shares
-from dataflex.mixers.saved import require
+from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["Odm", "exploration", "policy"]
@@ -109,7 +109,7 @@ class Odm(Mixer):
             )
         if not self._names:
             self._names, self._reward = names, np.zeros(len(names))
-        self._check(names)
+        same_domains(self.name, self._names, names)
         self._warming = ctx.interval.kind == "warmup"
         if self._warming or (self._linear and not self._reward.any()):
             proportions = normalised(sizes(ctx, self.name))
@@ -151,10 +151,6 @@ class Odm(Mixer):
         elif self._linear:
             loss = np.exp(loss)
         self._reward[seen] = a * self._reward[seen] + (1.0 - a) * loss
-
-    def _check(self, names: tuple[str, ...]) -> None:
-        if names != self._names:
-            raise CheckpointError(f"odm: rewards of the domains {self._names}, but the run has {names}")
 
     def state_dict(self) -> State:
         """Return rewards by name and the turn."""

@@ -7,14 +7,22 @@ are known. Numbers need not sum to one (7, 2, 1 is fine); they are divided by th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["Written", "by_domain", "check_numbers", "normalised", "shares"]
+__all__ = [
+    "Written",
+    "by_domain",
+    "check_numbers",
+    "normalised",
+    "numbers_by_domain",
+    "refuse_strangers",
+    "shares",
+]
 
 Written = tuple[float, ...] | dict[str, float]
 
@@ -44,21 +52,52 @@ def by_domain(value: Written, names: Sequence[str], key: str) -> NDArray[np.floa
     Raises:
         ConfigError: Wrong length, or names that are not exactly those of the domains.
     """
+    return normalised(numbers_by_domain(value, names, key, zero=", 0 means never"))
+
+
+def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: str = "") -> NDArray[np.float64]:
+    """Return numbers float64 [K] in the order of ``names``, as written.
+
+    Args:
+        value: A list in the order of ``names``, or a mapping by name.
+        names: Names of the run's domains.
+        key: Path of the key in the configuration, for messages.
+        zero: What messages add about a number that is missing.
+
+    Raises:
+        ConfigError: Wrong length, or names that are not exactly those of the domains.
+    """
     if isinstance(value, Mapping):
-        problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in value if name not in names]
-        problems += [
-            f"{key}.{name}: missing; every domain needs a number, 0 means never" for name in names if name not in value
-        ]
-        if problems:
-            raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
-        numbers = [value[name] for name in names]
-    else:
-        if len(value) != len(names):
-            raise ConfigError(
-                f"{key}: {len(value)} numbers for {len(names)} domains; give one for each of {', '.join(names)}"
-            )
-        numbers = list(value)
-    return normalised(np.asarray(numbers, dtype=np.float64))
+        refuse_strangers(
+            value,
+            names,
+            key,
+            also=[f"{key}.{name}: missing; every domain needs a number{zero}" for name in names if name not in value],
+        )
+        return np.array([value[name] for name in names], dtype=np.float64)
+    if len(value) != len(names):
+        raise ConfigError(
+            f"{key}: {len(value)} numbers for {len(names)} domains; give one for each of {', '.join(names)}"
+        )
+    return np.array(value, dtype=np.float64)
+
+
+def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, also: Sequence[str] = ()) -> None:
+    """Make sure that every name given is a domain's.
+
+    Args:
+        given: Names as a user wrote them.
+        names: Names of the run's domains.
+        key: Path of the key in the configuration, for messages.
+        also: Further problems, told with the rest.
+
+    Raises:
+        ConfigError: Some are not, or there are further problems.
+    """
+    problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
+    problems += also
+    if problems:
+        raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
 
 
 def normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,11 +1,13 @@
-"""A word for saved states that are not a mixer's own."""
+"""Checks that a saved state is a mixer's own."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from dataflex.core.protocols import State
 from dataflex.errors import CheckpointError
 
-__all__ = ["require"]
+__all__ = ["require", "same_domains"]
 
 
 def require(name: str, state: State, *keys: str) -> None:
@@ -17,3 +19,15 @@ def require(name: str, state: State, *keys: str) -> None:
     missing = sorted(set(keys) - state.keys())
     if missing:
         raise CheckpointError(f"{name}: the saved state lacks {', '.join(missing)}")
+
+
+def same_domains(name: str, saved: Sequence[str], found: Sequence[str]) -> None:
+    """Make sure that a state is of the run's domains, in their order.
+
+    Raises:
+        CheckpointError: It was saved for others.
+    """
+    if tuple(saved) != tuple(found):
+        raise CheckpointError(
+            f"{name}: the saved weights are of the domains {', '.join(saved)}, and the run has {', '.join(found)}"
+        )

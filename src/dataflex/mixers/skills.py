@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import CheckpointError, ConfigError
+from dataflex.errors import ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.held_out import check_targets, held_out_losses
 from dataflex.mixers.proportions import normalised, shares
-from dataflex.mixers.saved import require
+from dataflex.mixers.saved import require, same_domains
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 
@@ -33,8 +33,8 @@ class _SkillMixer(Mixer):
         self.names: tuple[str, ...] = ()
 
     def _meet(self, ctx: Context) -> None:
-        if self.names and self.names != ctx.domains.names:
-            raise CheckpointError(f"{self.name}: saved for the domains {self.names}, the run has {ctx.domains.names}")
+        if self.names:
+            same_domains(self.name, self.names, ctx.domains.names)
         self.names = ctx.domains.names
         check_targets(ctx, self.name)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import Card, Context, Needs, State
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
-from dataflex.mixers.held_out import by_name, check_targets, held_out_losses
+from dataflex.mixers.held_out import check_targets, held_out_losses
+from dataflex.mixers.proportions import numbers_by_domain
 from dataflex.mixers.saved import require
 
 __all__ = ["Sheared", "Velocity", "velocities"]
@@ -56,7 +57,7 @@ class Sheared(ExponentiatedMixer):
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         """Return (1 - c) softmax(log p + eta (loss - target)) + c / K."""
         check_targets(ctx, self.name)
-        targets = by_name(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
+        targets = numbers_by_domain(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
         gaps = held_out_losses(ctx) - targets
         if self.params.clip:
             gaps = np.maximum(gaps, 0.0)
@@ -102,7 +103,7 @@ class Velocity(ExponentiatedMixer):
         losses = held_out_losses(ctx)
         if not self.first.size:
             self.first = losses
-        targets = by_name(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
+        targets = numbers_by_domain(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
         speeds = velocities(losses, self.first, targets)
         return simplex.exponentiated(self.log_shares, speeds, eta=1.0), _told(self.names, speeds, "way left")
 

@@ -10,8 +10,8 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mix, Mixer, Rows, Selection, Selector
 from dataflex.core.rng import stream
 from dataflex.core.schedule import Interval
-from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
-from dataflex.mixers.proportions import normalised
+from dataflex.errors import ComponentError, DataError
+from dataflex.mixers.proportions import normalised, refuse_strangers
 
 __all__ = ["caps", "check_mix", "check_selection", "quota_rows"]
 
@@ -26,12 +26,7 @@ def caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDAr
         return None
     if not isinstance(given, dict):
         return np.full(len(names), float(given))
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        known = ", ".join(names)
-        raise ConfigError(
-            [f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} ({known})" for name in unknown]
-        )
+    refuse_strangers(given, names, "dynamic.max_epochs")
     return np.array([float(given.get(name, np.inf)) for name in names])
 
 
