@@ -35,6 +35,7 @@ from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
 from dataflex.train.candidates import Candidates
 from dataflex.train.row_space import RowSpace
 from dataflex.train.seen import SeenRows
+from dataflex.train.served import ServedCounts
 
 __all__ = ["BatchShape", "Controller"]
 
@@ -110,8 +111,8 @@ class Controller:
                 f"the {self.mixer.name} mixer wants micro-batches of one domain each, which the {self.selector.name} "
                 "selector cannot give; use one of the two"
             )
-        self.rows_before: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
-        self.tokens_before: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
+        self.served = ServedCounts(domains)
+        self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         """Sampling proportions of sequences in the plan in progress."""
         if self.mixer is not None and not self.narrows:
@@ -162,9 +163,9 @@ class Controller:
             interval = self.schedule.interval(step)
             if step != interval.start_step:  # a fresh plan in the middle of an interval (resume_plan: ignore)
                 interval = replace(interval, start_step=step)
-            served = self._served(step)
+            if self.plan is not None:
+                self.served.count(self.plan, step)
             self.plan = self._decide(interval)
-            self.rows_before, self.tokens_before = served
         return self.plan
 
     def _decide(self, interval: Interval) -> DataPlan:
@@ -391,30 +392,20 @@ class Controller:
         names = self.space.domains.names
         if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
             return told
-        served = self.plan.rows[self.plan.rows >= 0]
-        rows, tokens = self._served(step)
+        self.served.count(self.plan, step)
+        if self._shares is None or self._shares[0] is not self.plan:
+            counts = self.space.domains.counts(self.plan.rows)
+            self._shares = self.plan, counts / max(counts.sum(), 1)
         columns = {
-            "mix": self.space.domains.counts(served) / max(len(served), 1),
-            "tokens": tokens,
-            "epochs": rows / self.space.domains.num_rows,
+            "mix": self._shares[1],
+            "tokens": self.served.tokens,
+            "epochs": self.served.rows / self.space.domains.num_rows,
         }
         if self.mixer is not None:
             columns["nominal"] = self.proportions
         for what, values in columns.items():
             told |= {f"{what}/{name}": float(value) for name, value in zip(names, values, strict=True)}
         return told
-
-    def _served(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and tokens of each domain [K] served before ``step``, plans of the past included."""
-        rows, tokens = self.rows_before, self.tokens_before
-        if self.plan is not None:
-            count = (step - self.plan.interval.start_step) * self.shape.global_batch
-            part = self.plan.rows[: max(count, 0)]
-            part = part[part >= 0]
-            rows = rows + self.space.domains.counts(part)
-            labels, lengths = self.space.domains.domain_of[part], self.space.lengths[part]
-            tokens = tokens + np.bincount(labels, weights=lengths, minlength=len(rows)).astype(np.int64)
-        return rows, tokens
 
     def state_dict(self) -> State:
         """Everything but the plan, which is saved as arrays of its own."""
@@ -427,8 +418,7 @@ class Controller:
             "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
             "proportions": self.proportions,
-            "rows_before": self.rows_before,
-            "tokens_before": self.tokens_before,
+            "served": self.served.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -444,6 +434,5 @@ class Controller:
             self.seen.load_state_dict(state["seen"])
         self.ends_at = state["ends_at"]
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
-        self.rows_before = np.asarray(state["rows_before"], dtype=np.int64)
-        self.tokens_before = np.asarray(state["tokens_before"], dtype=np.int64)
+        self.served.load_state_dict(state["served"])
         self.seconds = {key: float(value) for key, value in state["seconds"].items()}

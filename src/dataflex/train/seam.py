@@ -226,23 +226,21 @@ class TrainerMixin(_Trainer):
         """Weights act on training losses only; evaluation computes the stock loss, which is added up by token."""
         if self._dataflex_rows is None:
             return self._dataflex_held_out_loss(model, inputs, *args, **kwargs)
-        reweighter = self._dataflex_reweighter
+        self._dataflex_batch, reweighter = inputs, self._dataflex_reweighter
         if reweighter is None or reweighter.embedding is None:
-            self._dataflex_batch = inputs
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self._dataflex_batch = inputs
         with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _dataflex_held_out_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         labels = inputs.get("labels")
-        ours, self.compute_loss_func = self.compute_loss_func, None
-        if self._dataflex_reweighter is None:
-            self.compute_loss_func = ours  # LLaMA-Factory's own
+        usual = self.compute_loss_func  # LLaMA-Factory's own where nothing is weighed
+        if self._dataflex_reweighter is not None:
+            self.compute_loss_func = None
         try:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = ours
+            self.compute_loss_func = usual
         loss = found[0] if isinstance(found, tuple) else found
         if self.dataflex_setup.stage in ("pt", "sft") and labels is not None:
             num_items = kwargs.get("num_items_in_batch")
