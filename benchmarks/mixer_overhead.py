@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from path_overhead import ROOT, step_seconds
+from path_overhead import ROOT, run_settings, step_seconds, told
 
 MODEL = ROOT / "examples/models/base-4m"
 CASES = {
@@ -50,23 +49,9 @@ def main() -> int:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
             info[name] = {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
         (folder / "dataset_info.json").write_text(json.dumps(info))
-        settings = {
-            "model_name_or_path": str(MODEL),
-            "stage": "pt",
-            "do_train": True,
-            "finetuning_type": "full",
-            "template": "default",
-            "cutoff_len": 128,
-            "dataset_dir": str(folder),
-            "dataset": "one,two",
-            "packing": True,
-            "per_device_train_batch_size": 8,
-            "max_steps": options.steps,
-            "logging_steps": 1000,
-            "save_strategy": "no",
-            "report_to": "none",
-            "overwrite_output_dir": True,
-        }
+        settings = run_settings(
+            folder, options.steps, stage="pt", dataset="one,two", packing=True, per_device_train_batch_size=8
+        )
         times: dict[str, list[float]] = {case: [] for case in CASES}
         for _ in range(options.rounds):
             for case, dynamic in CASES.items():
@@ -74,11 +59,7 @@ def main() -> int:
     write = sys.stdout.write
     write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, ")
     write(f"batch 8 x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
-    base = statistics.median(times["static"])
-    write(f"{'case':<16} {'median s':>9} {'ratio to static':>16}\n")
-    for case, seconds in times.items():
-        median = statistics.median(seconds)
-        write(f"{case:<16} {median:>9.4f} {median / base:>16.3f}\n")
+    write(told(times, "static"))
     return 0
 
 

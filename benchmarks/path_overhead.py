@@ -62,6 +62,35 @@ def step_seconds(settings: dict, dynamic: dict | None, folder: Path) -> list[flo
     return [later - earlier for earlier, later in itertools.pairwise(stamps[3:])]
 
 
+def run_settings(folder: Path, steps: int, **changes: object) -> dict:
+    """Return a quick run of the small model on the data sets registered in ``folder``."""
+    return {
+        "model_name_or_path": str(ROOT / "examples/models/base-4m"),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "template": "default",
+        "cutoff_len": 128,
+        "dataset_dir": str(folder),
+        "max_steps": steps,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "overwrite_output_dir": True,
+        **changes,
+    }
+
+
+def told(times: dict[str, list[float]], base: str) -> str:
+    """Return a table of median seconds and their ratios to those of the case ``base``."""
+    first = statistics.median(times[base])
+    lines = [f"{'case':<16} {'median s':>9} {'ratio to ' + base:>16}"]
+    for case, seconds in times.items():
+        median = statistics.median(seconds)
+        lines.append(f"{case:<16} {median:>9.4f} {median / first:>16.3f}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
@@ -80,24 +109,14 @@ def main() -> int:
         columns = {"prompt": "instruction", "query": "input", "response": "output"}
         info = {"pool": {"file_name": "pool.jsonl", "columns": columns}}
         (folder / "dataset_info.json").write_text(json.dumps(info))
-        settings = {
-            "model_name_or_path": str(ROOT / "examples/models/base-4m"),
-            "stage": "sft",
-            "do_train": True,
-            "finetuning_type": "full",
-            "template": "default",
-            "cutoff_len": 128,
-            "dataset_dir": str(folder),
-            "dataset": "pool",
-            "packing": False,
-            "per_device_train_batch_size": 4,
-            "max_steps": options.steps,
-            "logging_steps": 1000,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_shuffling": True,
-            "overwrite_output_dir": True,
-        }
+        settings = run_settings(
+            folder,
+            options.steps,
+            dataset="pool",
+            packing=False,
+            per_device_train_batch_size=4,
+            disable_shuffling=True,
+        )
         times: dict[str, list[float]] = {"stock": [], **{case: [] for case in CASES}}
         for _ in range(options.rounds):
             for case in times:
@@ -105,11 +124,7 @@ def main() -> int:
     write = sys.stdout.write
     write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; ")
     write(f"base-4m, batch 4 x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
-    stock = statistics.median(times["stock"])
-    write(f"{'case':<14} {'median s':>9} {'ratio to stock':>15}\n")
-    for case, seconds in times.items():
-        median = statistics.median(seconds)
-        write(f"{case:<14} {median:>9.4f} {median / stock:>15.3f}\n")
+    write(told(times, "stock"))
     return 0
 
 

@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from path_overhead import ROOT, step_seconds
+from path_overhead import ROOT, run_settings, step_seconds, told
 
 MODEL = ROOT / "examples/models/base-4m"
 NEVER = 10**6
@@ -105,25 +104,16 @@ def main() -> int:
             (folder / f"{name}.jsonl").write_text("\n".join(rows[: 8 if name == "goal" else None]) + "\n")
             info[name] = {"file_name": f"{name}.jsonl", "columns": columns}
         (folder / "dataset_info.json").write_text(json.dumps(info))
-        settings = {
-            "model_name_or_path": str(MODEL),
-            "stage": "sft",
-            "do_train": True,
-            "finetuning_type": "full",
-            "template": "default",
-            "cutoff_len": 128,
-            "dataset_dir": str(folder),
-            "dataset": "pool",
-            "max_samples": 30 * options.steps,
-            "packing": False,
-            "per_device_train_batch_size": 8,
-            "max_steps": options.steps,
-            "logging_steps": 10,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_shuffling": True,
-            "overwrite_output_dir": True,
-        }
+        settings = run_settings(
+            folder,
+            options.steps,
+            dataset="pool",
+            max_samples=30 * options.steps,
+            packing=False,
+            per_device_train_batch_size=8,
+            logging_steps=10,
+            disable_shuffling=True,
+        )
         times: dict[str, list[float]] = {"stock": [], **{case: [] for case in options.cases}}
         for _ in range(options.rounds):
             for case in times:
@@ -135,11 +125,7 @@ def main() -> int:
     write = sys.stdout.write
     write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, ")
     write(f"batch 8 x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
-    base = statistics.median(times["stock"])
-    write(f"{'case':<16} {'median s':>9} {'ratio to stock':>15}\n")
-    for case, seconds in times.items():
-        median = statistics.median(seconds)
-        write(f"{case:<16} {median:>9.4f} {median / base:>15.3f}\n")
+    write(told(times, "stock"))
     write("\n" + "\n".join(memory) + "\n")
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import numpy as np
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.gloo
 def blocks(model):
     goal = {"targets": ["goal"]}
     encoder = {"encoder": str(model)}
-    found = {
+    return {
         "less": {"name": "less", **goal},
         "grad_norm": "grad_norm",
         "el2n": "el2n",
@@ -31,10 +30,8 @@ def blocks(model):
         "random_balanced": "random_balanced",
         "longest": "longest",
         "compose": {"represent": "rds_plus", "aggregate": "mean_then_max", "rule": "gumbel_top_k", **goal},
+        "s2l": {"name": "s2l", "clusters": 3},
     }
-    if importlib.util.find_spec("sklearn"):
-        found["s2l"] = {"name": "s2l", "clusters": 3}
-    return found
 
 
 COMMON = {
@@ -74,8 +71,6 @@ def chosen(folder, job):
     return rows
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in blocks("model") if name != "s2l" or importlib.util.find_spec("sklearn")]
-)
+@pytest.mark.parametrize("name", list(blocks("model")))
 def test_the_same_rows_on_one_rank_and_two(outcomes, name):
     assert chosen(outcomes, f"two-{name}") == chosen(outcomes, f"one-{name}")

@@ -121,7 +121,6 @@ def test_a_pattern_that_does_not_fit_is_told(run, corpus):
 
 
 def test_domains_by_clusters(run, tiny_model):
-    pytest.importorskip("sklearn")
     dynamic = {"mixer": "uniform", "domain_clusters": 3, "domain_encoder": str(tiny_model)}
     outcomes = [run(name, dataset="alpha", max_steps=3, dynamic=dynamic) for name in ("one", "two")]
     spaces = [outcome.events[0]["row_space"]["domains"] for outcome in outcomes]

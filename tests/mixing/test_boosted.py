@@ -15,8 +15,6 @@ from dataflex.mixing.swarm import sample_swarm, settings_of
 from dataflex.mixing.tables import Table
 from dataflex.mixing.validate import spearman
 
-pytest.importorskip("lightgbm")
-
 
 @pytest.fixture(autouse=True)
 def _fewer_draws(monkeypatch):

@@ -195,7 +195,6 @@ def test_lists_of_nearest_rows_through_a_sample(seed, k):
 
 
 def test_faiss_finds_what_exact_search_finds_in_a_small_pool():
-    pytest.importorskip("faiss")
     rng = np.random.default_rng(0)
     rows = unit(rng.normal(size=(60, 4)))
     queries = unit(rng.normal(size=(5, 4)))

@@ -119,7 +119,7 @@ def _unread_file(mixer: MethodConfig) -> Iterator[str]:
 
 def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
     """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
-    from dataflex.mixers.proportions import by_domain
+    from dataflex.mixers.proportions import by_domain, refuse_strangers
 
     domains = view.domains or Domains.from_sizes(names, [1] * len(names))
     written = dynamic.initial_proportions
@@ -129,10 +129,10 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         except ConfigError as error:
             yield from error.problems
     if isinstance(dynamic.max_epochs, Mapping):
-        for name in dynamic.max_epochs:
-            if name not in names:
-                known = ", ".join(names)
-                yield f"dynamic.max_epochs.{name}: no such domain{did_you_mean(name, names)} (domains: {known})"
+        try:
+            refuse_strangers(dynamic.max_epochs, names, "dynamic.max_epochs")
+        except ConfigError as error:
+            yield from error.problems
     try:
         floors_by_domain(dynamic.min_proportion, names)
     except ConfigError as error:
