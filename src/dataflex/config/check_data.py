@@ -14,7 +14,7 @@ from dataflex.config.values import number, truthy
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Selector, Weighter
 from dataflex.core.schedule import Interval
-from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.mixers.floors import floors_by_domain
 
 __all__ = ["column_problems", "data_set_problems", "domain_problems", "target_problems"]
