@@ -5,8 +5,9 @@ seconds between optimizer steps, medians over all steps. ``adapt`` embeds its an
 ``slm`` reads the losses of its reference (here the start model) from the cache that is made before the first step:
 both are left out of the medians. Aims: loss at most 1.02, adapt and slm at most 1.03.
 
-Peak memory is that of the loss alone, forward and backward, over logits that exist already: the bytes that torch's
-allocator holds at most beyond them, for the stock loss and for ours, in fp32 and bf16, with all and with half of
+Peak memory is told twice. Of a whole optimizer step, the fifth of a run: the bytes of all tensors that live when it
+begins and the most that torch's allocator holds beyond them until it ends. And of the loss alone, forward and
+backward, over logits that exist already, for the stock loss and for ours, in fp32 and bf16, with all and with half of
 the positions supervised.
 
 Usage: python benchmarks/weighter_overhead.py [--quick] [--steps N] [--rounds N]
@@ -15,12 +16,16 @@ Usage: python benchmarks/weighter_overhead.py [--quick] [--steps N] [--rounds N]
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import json
 import platform
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from path_overhead import ROOT, run_settings, step_seconds, told
 
@@ -39,20 +44,83 @@ CASES = {
 }
 
 
-def peak_bytes(compute: Callable[[], object]) -> int:
-    """Return the most bytes that torch's CPU allocator held at once while computing, beyond those before."""
+def most_held(profiler: Any) -> int:
+    """Return the most bytes that torch's CPU allocator held at once while profiled, beyond those before."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = compute()
-    del result
     held = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def profiling() -> Any:
+    """Return a profiler of memory on the CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def peak_bytes(compute: Callable[[], object]) -> int:
+    """Return the most bytes held at once while computing, beyond those before."""
+    with profiling() as profiler:
+        result = compute()
+    del result
+    return most_held(profiler)
+
+
+def living_bytes() -> int:
+    """Return the bytes of the storages of all tensors that live."""
+    import torch
+
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def step_bytes(settings: dict, dynamic: dict | None, folder: Path) -> tuple[int, int]:
+    """Train five steps; return the bytes that live before the fifth, and the most it holds beyond them."""
+    from transformers import Trainer
+
+    from dataflex.run import train_here
+
+    original = Trainer._maybe_log_save_evaluate
+    profiler, before, ended = profiling(), 0, False
+
+    def finished(self, *args, **kwargs):
+        nonlocal before, ended
+        if self.state.global_step == 5 and not ended:  # called once more at the end of an epoch
+            ended = True
+            profiler.__exit__(None, None, None)
+        original(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            before = living_bytes()
+            profiler.__enter__()
+
+    Trainer._maybe_log_save_evaluate = finished
+    mapping = {**settings, "output_dir": str(folder / "out"), "max_steps": 5}
+    if dynamic is not None:
+        mapping["dynamic"] = dynamic
+    config = folder / "run.json"
+    config.write_text(json.dumps(mapping))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train_here([str(config)])
+    finally:
+        Trainer._maybe_log_save_evaluate = original
+    return before, most_held(profiler)
+
+
+def step_table(peaks: dict[str, tuple[int, int]], base: str) -> str:
+    """Return the peaks of whole steps and their ratios to that of the case ``base``."""
+    lines = [f"{'peak of a step':<16} {'before MB':>9} {'beyond MB':>9} {'ratio to ' + base:>16}"]
+    whole = sum(peaks[base])
+    for case, (before, beyond) in peaks.items():
+        lines.append(f"{case:<16} {before / 1e6:>9.1f} {beyond / 1e6:>9.1f} {(before + beyond) / whole:>16.3f}")
+    return "\n".join(lines) + "\n"
 
 
 def memory_table(positions: int, vocabulary: int) -> list[str]:
@@ -114,18 +182,21 @@ def main() -> int:
             logging_steps=10,
             disable_shuffling=True,
         )
-        times: dict[str, list[float]] = {"stock": [], **{case: [] for case in options.cases}}
+        blocks: dict[str, dict | None] = {case: {"weighter": CASES[case]} for case in options.cases}
+        if "group_dro" in blocks:
+            blocks["group_dro"] = {"weighter": CASES["group_dro"], "domain_column": "source"}
+        blocks = {"stock": None, **blocks}
+        times: dict[str, list[float]] = {case: [] for case in blocks}
         for _ in range(options.rounds):
-            for case in times:
-                block = None if case == "stock" else {"weighter": CASES[case]}
-                if case == "group_dro":
-                    block = {**(block or {}), "domain_column": "source"}
+            for case, block in blocks.items():
                 times[case] += step_seconds(settings, block, folder)
+        peaks = {case: step_bytes(settings, block, folder) for case, block in blocks.items()}
         memory = memory_table(2048 if options.quick else 8192, 4096)
     write = sys.stdout.write
     write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, ")
     write(f"batch 8 x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
     write(told(times, "stock"))
+    write("\n" + step_table(peaks, "stock"))
     write("\n" + "\n".join(memory) + "\n")
     return 0
 

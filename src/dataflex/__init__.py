@@ -11,6 +11,7 @@ from dataflex.core.protocols import (
     Selection,
     Selector,
     Weighter,
+    WeighterParams,
 )
 from dataflex.version import __version__
 
@@ -25,5 +26,6 @@ __all__ = [
     "Selection",
     "Selector",
     "Weighter",
+    "WeighterParams",
     "__version__",
 ]

@@ -316,6 +316,10 @@ def test_weight_by_likeness(flat: Config, project: Path) -> None:
     assert dynamic_of(parts).weighter == wanted
     assert any("params.anchor_batch_size: no effect here" in note for note in parts.notes)
     assert any("not a sum over the batch" in note for note in parts.notes)
+    warmed = resolve(flat(**keys, component_name="adapt", warmup_step=12), project)
+    assert dynamic_of(warmed).weighter == method(
+        "weighter", "adapt", ("t",), tau=0.5, refresh_steps=20, burn_in_steps=12
+    )
     parts = resolve(flat(**keys, component_name="joint_update_aware"), project)
     params = {"beta": 0.2, "tau": 0.1, "refresh_steps": 7, "layer": -2, "mode": "diverse_only"}
     pooled = {"pooling": "mean", "completion_only": True, "normalise": True}

@@ -80,6 +80,17 @@ def test_it_changes_the_run_and_a_resumed_run_goes_on_the_same(run, blocks, name
         assert np.array_equal(value, weights[key]), key
 
 
+@pytest.mark.parametrize("name", ["adapt", "adapt-words", "slm", "slm-live", "dro", "focal", "meta", "presence"])
+def test_burn_in_is_plain_training(run, blocks, name):
+    """Two steps to the bit, with nothing weighed or asked; from the third on weights act."""
+    plain = run("plain", **SETTINGS, dynamic={"selector": "all"})
+    outcome = run("out", **SETTINGS, dynamic={"weighter": {**blocks[name], "burn_in_steps": 2}})
+    for key in ("loss", "grad_norm"):
+        assert outcome.series(key)[:2] == plain.series(key)[:2]
+    assert outcome.series()[2:] != plain.series()[2:]
+    assert ["dataflex/weight_ess" in entry for entry in outcome.log[:3]] == [False, False, True]
+
+
 @pytest.mark.parametrize("name", ["loss", "adapt", "slm", "joint", "clip", "meta"])
 @pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
 def test_packed_documents(run, blocks, name, packing):

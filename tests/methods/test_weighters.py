@@ -225,7 +225,7 @@ def test_burn_in_by_default_is_1000_steps_or_a_twentieth_of_the_run():
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_a_burn_in_over_the_whole_run_is_refused(steps):
     with pytest.raises(ConfigError, match=r"1000 steps of plain loss.* of 600 steps, .*write burn_in_steps: 30"):
-        loss_weighter(burn_in_steps=steps).active(0, 600)
+        loss_weighter(burn_in_steps=steps).refuse_idle(600)
 
 
 def test_r_follows_its_schedule():

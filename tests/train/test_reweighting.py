@@ -111,7 +111,6 @@ def grouped(**params):
     return weighter
 
 
-# slm keeps so many that no rank falls back on the one token that each rank keeps at least.
 WEIGHTERS = {
     "column": lambda: Column(Column.Params()),
     "column-count": lambda: Column(Column.Params(normaliser="count")),
@@ -119,11 +118,12 @@ WEIGHTERS = {
     "adapt": lambda: anchored(Adapt, rescale="mean1"),
     "joint": lambda: anchored(JointUpdateAware),
     "slm": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=0.8)),
+    "slm-one": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=0.01)),
     "rho": lambda: Rho(Rho.Params(reference="r", keep=0.5)),
     "balanced": lambda: grouped(strategy="class_balanced"),
     "dro": lambda: grouped(strategy="group_dro", eta=0.5),
     "focal": lambda: Focal(Focal.Params()),
-    "clip": lambda: TokenWeighter(TokenWeighter.Params(function="clip_quantile", quantile=1.0)),
+    "clip": lambda: TokenWeighter(TokenWeighter.Params(function="clip_quantile", quantile=0.6)),
     "entropy": lambda: TokenWeighter(TokenWeighter.Params(function="entropy")),
 }
 PARTS = [np.array([0, 7, 2]), np.array([3, 10, 5]), np.array([6, 1])]  # the last micro-batch is short

@@ -218,6 +218,6 @@ def _idle_weighter(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     weighter = dynamic.weighter.build()
     assert isinstance(weighter, Weighter)
     try:
-        weighter.active(0, view.steps)
+        weighter.refuse_idle(view.steps)
     except ConfigError as error:
         yield from error.problems

@@ -178,9 +178,9 @@ def _renamed(
         if given.get("strategy") == "uniform":
             notes.append(f"{where}.params.strategy: what 'uniform' computes there is called softmax_loss here")
             given["strategy"] = "softmax_loss"
-        return name, {"burn_in_steps": burn_in_steps, **given}, None
-    if kind == "weighter" and burn_in_steps > 0:
-        notes.append(f"warmup_step: no effect with the {name} weighter")
+    if kind == "weighter":
+        said = burn_in_steps > 0 or name == "loss"  # whose default is a burn-in of many steps
+        return name, {"burn_in_steps": burn_in_steps, **given} if said else given, None
     seed = given.pop("seed", None) if kind == "selector" else None
     if seed is not None:
         notes.append(f"{where}.params.seed: becomes the seed of all decisions")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,7 @@ __all__ = [
     "Signals",
     "State",
     "Weighter",
+    "WeighterParams",
 ]
 
 T = TypeVar("T")
@@ -446,6 +449,15 @@ class BatchView:
     embeddings_BH: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeighterParams(Params):
+    """Base of the parameters of weighters."""
+
+    burn_in_steps: int = field(
+        default=0, metadata={"help": "optimizer steps with the plain loss at first", "minimum": 0}
+    )
+
+
 class Weighter(Method):
     """Says how much each sequence or token of a micro-batch counts.
 
@@ -464,14 +476,39 @@ class Weighter(Method):
     neutral: ClassVar[bool] = False
     """True for ``none``: the stock loss is left alone."""
 
+    Params: ClassVar[type[Params]] = WeighterParams
+
     @property
     def normaliser(self) -> Normaliser:
         """Which denominator the weights are meant for."""
         return "token"
 
+    def default_burn_in(self, total_steps: int) -> int:
+        """Return the steps of plain loss where ``burn_in_steps`` is null or no parameter of the weighter."""
+        return 0
+
+    def burn_in(self, total_steps: int) -> int:
+        """Return how many optimizer steps use the plain loss at first."""
+        given: int | None = getattr(self.params, "burn_in_steps", None)
+        return self.default_burn_in(total_steps) if given is None else given
+
+    def refuse_idle(self, total_steps: int) -> None:
+        """Refuse a run in which the weights never act.
+
+        Raises:
+            ConfigError: The burn-in takes up the whole run.
+        """
+        steps = self.burn_in(total_steps)
+        if 0 < steps >= total_steps:
+            told = " (its default)" if getattr(self.params, "burn_in_steps", None) is None else ""
+            raise ConfigError(
+                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
+                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
+            )
+
     def active(self, step: int, total_steps: int) -> bool:
         """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
-        return True
+        return step >= self.burn_in(total_steps)
 
     @property
     def embedding(self) -> EmbeddingSpec | None:

@@ -183,7 +183,8 @@ class Reweighter:
         weighter = self.weighter if self._acts else None
         losses = weighting.token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
-        reference = None if self.reference is None else self.reference.of(batch, rows, losses.mask_BT)
+        compares = weighter is not None or self.observes
+        reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:
             self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
         if self.weighter is not None:
@@ -264,10 +265,13 @@ class Reweighter:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Return numbers for the training log since the last call: weights, and the plain loss of each domain."""
+        """Return numbers for the training log since the last call: weights, and the plain loss of each domain.
+
+        Collective under a weighter.
+        """
         scalars = {} if self.stats is None else self.stats.read()
         if self._plain is not None:
-            total, count = self._plain.tolist()
+            total, count = comm.gather_sum(self._plain).tolist()
             scalars["plain_loss"] = total / max(count, 1.0)
             self._plain = None
         if self.observes:

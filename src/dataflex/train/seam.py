@@ -118,7 +118,7 @@ class TrainerMixin(_Trainer):
         setup = self.dataflex_setup
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
-            reweighter.weighter.active(0, max_steps)  # a burn-in longer than the run is told now
+            reweighter.weighter.refuse_idle(max_steps)
         self._dataflex_session = Session.begin(
             setup,
             self,
@@ -200,8 +200,9 @@ class TrainerMixin(_Trainer):
         self._dataflex_queue = deque(rows)
         reweighter = self._dataflex_reweighter
         if reweighter is not None:
-            if reweighter.weighter is not None:
-                controller.prepare(reweighter.weighter, step)
+            weighter = reweighter.weighter
+            if weighter is not None and weighter.active(step, self.state.max_steps):
+                controller.prepare(weighter, step)
             reweighter.begin_step(batches, rows, num_items, device, step=step, total_steps=self.state.max_steps)
         return batches, num_items
 

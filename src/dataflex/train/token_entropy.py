@@ -43,9 +43,9 @@ def token_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits, which the model's output holds anyway, and works out log-probabilities twice.
+    """Keeps the logits and works out log-probabilities twice.
 
-    Few of them, of logits in fp32, are kept instead, as the stock loss keeps all.
+    Few log-probabilities, of logits in fp32, are kept in the logits' stead, as the stock loss keeps all.
     """
 
     @staticmethod
@@ -69,23 +69,25 @@ class _CrossEntropy(torch.autograd.Function):
             if entropy:
                 spread = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
                 entropy_N[where] = spread.masked_fill(targets.eq(ignore_index), 0.0)
-        ctx.save_for_backward(logits_NV, targets_N)
+        ctx.save_for_backward(targets_N, *([] if keeps else [logits_NV]))
         ctx.ignore_index, ctx.chunks = ignore_index, chunks
+        ctx.shape, ctx.dtype = logits_NV.shape, logits_NV.dtype
         ctx.mark_non_differentiable(entropy_N)
         return loss_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None, None]:
-        (logits_NV, targets_N), gradient_N = ctx.saved_tensors, gradients[0]
+        (targets_N, *logits), gradient_N = ctx.saved_tensors, gradients[0]
         whole = len(ctx.chunks) > 0 and isinstance(ctx.chunks[0], slice)
-        out_NV = torch.empty_like(logits_NV) if whole else torch.zeros_like(logits_NV)
+        make = torch.empty if whole else torch.zeros
+        out_NV = make(ctx.shape, dtype=ctx.dtype, device=targets_N.device)
         for place, where in enumerate(ctx.chunks):
             targets = targets_N[where]
-            log_p = F.log_softmax(logits_NV[where].float(), dim=-1) if ctx.kept is None else ctx.kept[place]
+            log_p = ctx.kept[place] if ctx.kept is not None else F.log_softmax(logits[0][where].float(), dim=-1)
             slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
             part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
             # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
-            out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(logits_NV.dtype)
+            out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(ctx.dtype)
         return out_NV, None, None, None, None
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows, State
+from dataflex.dist import comm
 from dataflex.errors import ComponentError
 
 __all__ = ["RowWeights", "WeighedRow", "WeightStats"]
@@ -22,7 +23,7 @@ _PENDING = 64
 
 
 class WeightStats:
-    """Effective sample size, quantiles and the largest weight since the last ``read``, of this rank.
+    """Effective sample size, quantiles and the largest weight since the last ``read``, over all ranks.
 
     ESS = (sum w)^2 / sum w^2 over the sequences.
 
@@ -65,11 +66,15 @@ class WeightStats:
         return largest
 
     def read(self) -> dict[str, float]:
-        """Return ``weight_ess`` (share of the sequences, 0 to 1), quantiles and ``weight_max``, and start anew."""
+        """Return ``weight_ess`` (share of the sequences, 0 to 1), quantiles and ``weight_max``, and start anew.
+
+        Collective. Raises ComponentError as ``add`` does.
+        """
         if self._range is None:
             return {}
+        self._range = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
         largest = self._check()
-        w = torch.cat(self._sequences).double().cpu().numpy()
+        w = comm.gather_rows(torch.cat(self._sequences))[0].double().cpu().numpy()
         self._sequences, self._range = [], None
         if not len(w):
             return {}

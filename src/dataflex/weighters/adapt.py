@@ -21,8 +21,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Method, Needs, Normaliser, Rows, State, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import (
+    BatchView,
+    Card,
+    Context,
+    Method,
+    Needs,
+    Normaliser,
+    Rows,
+    State,
+    Weighter,
+    WeighterParams,
+)
 from dataflex.errors import ComponentError
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
@@ -46,7 +56,7 @@ class Adapt(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of ADAPT; the defaults are the paper's."""
 
         tau: float = field(default=1.0, metadata={"help": "temperature of the sigmoid; small is sharp", "above": 0.0})

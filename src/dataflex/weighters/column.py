@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Rows, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Column(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of the column weighter."""
 
         column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
 from dataflex.weighters.token_functions import focal
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Focal(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of the focal loss; the defaults are the paper's."""
 
         gamma: float = field(default=2.0, metadata={"help": "exponent; 0 is the plain loss", "minimum": 0.0})

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter, WeighterParams
 from dataflex.errors import CheckpointError, ComponentError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class GroupWeighter(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of the group weighter."""
 
         strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = field(

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter, WeighterParams
 from dataflex.errors import ComponentError
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
@@ -84,7 +83,7 @@ class JointUpdateAware(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters; the defaults are those of existing DataFlex, except that the iteration converges."""
 
         beta: float = field(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
     import torch
@@ -175,25 +175,9 @@ class LossWeighter(Weighter):
         """Weights multiply the token-mean losses of the sequences."""
         return "sample"
 
-    def burn_in(self, total_steps: int) -> int:
-        """Return how many optimizer steps use the plain loss at first.
-
-        Raises:
-            ConfigError: They would take up the whole run, so that the weights never act.
-        """
-        default = max(1000, math.ceil(0.05 * total_steps))
-        steps = default if self.params.burn_in_steps is None else self.params.burn_in_steps
-        if steps >= total_steps:
-            told = " (its default)" if self.params.burn_in_steps is None else ""
-            raise ConfigError(
-                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
-                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
-            )
-        return steps
-
-    def active(self, step: int, total_steps: int) -> bool:
-        """Whether the burn-in is over at ``step``."""
-        return step >= self.burn_in(total_steps)
+    def default_burn_in(self, total_steps: int) -> int:
+        """Return 1000 steps, or a twentieth of a long run."""
+        return max(1000, math.ceil(0.05 * total_steps))
 
     def r_at(self, step: int) -> float:
         """Return r at optimizer step ``step``, counted from 0, burn-in included."""

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Method, Needs, Normaliser, Rows, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Context, Method, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError
 from dataflex.signals.specs import GradientSpec
 from dataflex.weighters.step_weights import StepWeights
@@ -51,7 +50,7 @@ class Meta(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of one-step reweighting."""
 
         parameters: str | None = field(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import BatchView, Card, Rows, Weighter
+from dataflex.core.protocols import Params as BaseParams
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ class NoWeights(Weighter):
 
     name = "none"
     neutral: ClassVar[bool] = True
+    Params: ClassVar[type[BaseParams]] = BaseParams
     card = Card(summary="Leaves the stock loss alone.", paper="baseline", cost="none")
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError
 from dataflex.signals.specs import GradientSpec
 from dataflex.weighters.step_weights import StepWeights
@@ -77,7 +76,7 @@ class Presence(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of PRESENCE; the defaults are the paper's."""
 
         tau: float = field(default=1.0, metadata={"help": "temperature; 0 is uniform", "minimum": 0.0})

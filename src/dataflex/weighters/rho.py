@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
 from dataflex.core.reference import ReferenceParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses, sequence_means
@@ -37,7 +37,7 @@ class Rho(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(ReferenceParams):
+    class Params(ReferenceParams, WeighterParams):
         """Parameters of RHO-LOSS."""
 
         keep: float = field(

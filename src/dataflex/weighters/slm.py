@@ -6,8 +6,8 @@ largest excess is trained on, and the loss is the mean over those. The reference
 the same tokenizer; with the model itself as the reference every excess is 0. The logged loss is that of the kept
 tokens; ``dataflex/plain_loss`` is that of all.
 
-The micro-batch is that of all ranks (``threshold: global``), or each rank's own. A rank with supervised tokens
-trains on one at least.
+The micro-batch is that of all ranks (``threshold: global``), so that their number changes nothing, or each rank's
+own, of which one token at least is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
 from dataflex.core.reference import ReferenceParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["SelectiveLanguageModelling"]
-
-_ONE = 1e-12  # a share of which one token is left
 
 
 class SelectiveLanguageModelling(Weighter):
@@ -41,7 +39,7 @@ class SelectiveLanguageModelling(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(ReferenceParams):
+    class Params(ReferenceParams, WeighterParams):
         """Parameters of SLM."""
 
         keep: float = field(
@@ -75,7 +73,7 @@ class SelectiveLanguageModelling(Weighter):
         if self.params.threshold == "local":
             kept = largest(excess, mask, self.params.keep)
         else:
-            kept = self._kept_everywhere(excess, mask) | largest(excess, mask, _ONE)
+            kept = self._kept_everywhere(excess, mask)
         return kept.view(batch.mask_BT.shape).to(batch.loss_BT.dtype)
 
     def _kept_everywhere(self, excess: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

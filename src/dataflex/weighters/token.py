@@ -3,7 +3,7 @@
 Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above a
 quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
 ``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name (tensors of
-the supervised tokens [S]) and returns weights [S].
+the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
 from dataflex.errors import ComponentError
 from dataflex.weighters import token_functions
 from dataflex.weighters.sequences import reference_losses
@@ -36,7 +35,7 @@ class TokenWeighter(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(WeighterParams):
         """Parameters of the token weighter."""
 
         function: str = field(
@@ -96,7 +95,7 @@ class TokenWeighter(Weighter):
         return "entropy" in self._taken
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return weights [R, T], 0 where nothing is supervised.
+        """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
 
         Raises:
             ComponentError: The function returned something else than a weight for each token.
@@ -113,14 +112,22 @@ class TokenWeighter(Weighter):
         if self.params.function in token_functions.BY_TOKEN:
             weights: torch.Tensor = self._function(**values)
             return weights.masked_fill(~mask, 0.0)
-        picked = {key: value[mask] for key, value in values.items()}
-        found = self._function(**picked)
-        wanted = next(iter(picked.values())).shape
-        if getattr(found, "shape", None) != wanted:
+        out = batch.loss_BT.new_zeros(mask.shape)
+        out[mask] = self._over_ranks({key: value[mask] for key, value in values.items()}).to(out)
+        return out
+
+    def _over_ranks(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weights of this rank's tokens, by the function over the tokens of all ranks (collective)."""
+        import torch
+
+        from dataflex.dist import comm
+
+        tokens, local = comm.gather_rows(torch.stack(list(values.values()), dim=1))
+        found = self._function(**dict(zip(values, tokens.unbind(dim=1), strict=True)))
+        if getattr(found, "shape", None) != tokens.shape[:1]:
             raise ComponentError(
                 f"{self.name}: {self.params.function} returned {getattr(found, 'shape', type(found).__name__)}, "
-                f"expected a tensor of shape {tuple(wanted)}"
+                f"expected a tensor of shape ({len(tokens)},)"
             )
-        out = batch.loss_BT.new_zeros(mask.shape)
-        out[mask] = found.detach().to(out)
-        return out
+        weights: torch.Tensor = found.detach()[local]
+        return weights

@@ -43,7 +43,7 @@ def entropy_share(entropy: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
 
 
 def clip_quantile(logp: torch.Tensor, *, quantile: float = 0.9) -> torch.Tensor:
-    """Leave out the tokens whose loss is above a quantile of the rank's micro-batch; ``logp`` [S]."""
+    """Leave out the tokens whose loss is above a quantile of the micro-batch; ``logp`` [S]."""
     loss = -logp
     if loss.numel() == 0:
         return loss
