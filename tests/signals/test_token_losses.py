@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.signals import token_losses as module
+from dataflex.signals.cross_entropy import chunk_tokens
 from dataflex.signals.losses import row_losses
 from dataflex.signals.packing import document_ids
 from dataflex.signals.row_signals import token_losses
@@ -109,9 +110,9 @@ def test_the_head_never_sees_more_than_a_chunk(models, monkeypatch):
     model = models["llama"]
     batch = tiny.collate(tiny.make_rows(12, seed=2).rows)
     whole = TokenScorer(model.eval(), el2n=True)(batch)
-    assert module.chunk_tokens(4096, CPU) == 512
-    assert module.chunk_tokens(152_000, CPU) == 256
-    assert module.chunk_tokens(32_000, torch.device("meta")) == 1048
+    assert chunk_tokens(4096, CPU) == 512
+    assert chunk_tokens(152_000, CPU) == 256
+    assert chunk_tokens(32_000, torch.device("meta")) == 1048
     monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary, device: 5)
     seen = []
     original = model.lm_head.forward

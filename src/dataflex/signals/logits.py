@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from dataflex.core.rng import stream
+from dataflex.signals.cross_entropy import chunk_tokens
 from dataflex.signals.head import LogitReader, LogitsOf
 from dataflex.signals.packing import real_tokens
 from dataflex.signals.specs import LogitSpec
-from dataflex.signals.token_losses import chunk_tokens
 
 __all__ = ["LogitScorer", "LogitSketch", "nuclear_norm"]
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dataflex.signals.cross_entropy import token_cross_entropy
+
 __all__ = ["model_inputs", "row_losses", "token_mean_losses"]
 
 _IGNORE = -100
-_CHUNK_TOKENS = 4096
 _NOT_FOR_THE_MODEL = frozenset({"labels", "kto_tags"})
 
 
@@ -29,9 +30,6 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 def token_mean_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the token-mean loss of each row, NaN where no token is supervised.
 
-    Only supervised positions are looked at, ``_CHUNK_TOKENS`` at a time, so that no fp32 copy of
-    the whole logits is made.
-
     Args:
         logits: [B, T, V] in any floating dtype.
         labels: [B, T], -100 is ignored.
@@ -39,21 +37,9 @@ def token_mean_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Returns:
         fp32 [B].
     """
-    targets = F.pad(labels, (0, 1), value=_IGNORE)[..., 1:]
-    supervised = targets.ne(_IGNORE)
-    row_of, column_of = supervised.nonzero(as_tuple=True)
-    picked = targets[row_of, column_of]
-    losses = [
-        F.cross_entropy(logits[rows, columns].float(), labels_, reduction="none")
-        for rows, columns, labels_ in zip(
-            row_of.split(_CHUNK_TOKENS), column_of.split(_CHUNK_TOKENS), picked.split(_CHUNK_TOKENS), strict=True
-        )
-        if len(labels_)
-    ]
-    sums = torch.zeros(len(labels), dtype=torch.float32, device=logits.device)
-    if losses:
-        sums.index_add_(0, row_of, torch.cat(losses))
-    return sums / supervised.sum(dim=1)
+    targets = F.pad(labels, (0, 1), value=_IGNORE)[..., 1:].to(logits.device)
+    losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), _IGNORE)
+    return losses.view(targets.shape).sum(dim=1) / targets.ne(_IGNORE).sum(dim=1)
 
 
 def row_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:

@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from dataflex.signals.cross_entropy import chunk_tokens, entropies
 from dataflex.signals.head import LogitReader, LogitsOf
 from dataflex.signals.packing import document_ids, real_tokens
 
 __all__ = ["BatchTokens", "TokenLosses", "TokenScorer"]
 
 _IGNORE = -100
-_CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MiB in fp32
-_CHUNK_ELEMENTS_CPU = 2**21  # stays in the cache: a fifth faster than chunks of 128 MiB
-_FEWEST_TOKENS = 256  # fewer would read the weights of a large head again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +168,9 @@ class TokenScorer:
         log_p_SV = torch.log_softmax(logits_SV, dim=-1)
         p_SV = log_p_SV.exp()
         if self._entropy:
-            out["entropy"] = -(p_SV * log_p_SV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
+            out["entropy"] = entropies(log_p_SV)
         if self._el2n:
             # 1 - p_y as the sum of the others: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
             others_SV = p_SV.scatter(1, targets_S[:, None], 0.0)
             out["el2n"] = torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))
         return out
-
-
-def chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens' logits are looked at together."""
-    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
-    return max(_FEWEST_TOKENS, elements // vocabulary)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
-from dataflex.train.token_entropy import token_cross_entropy
+from dataflex.signals.cross_entropy import token_cross_entropy
 
 __all__ = [
     "IGNORE_INDEX",

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataflex.signals.anatomy import anatomy
+from dataflex.signals.cross_entropy import token_cross_entropy
 from dataflex.signals.losses import model_inputs, row_losses
 
 __all__ = ["TokenLoss", "supervised_losses", "supervised_tokens"]
 
 _IGNORE = -100
-_CHUNK_TOKENS = 4096
 
 Loss = Callable[[dict[str, Any]], torch.Tensor]
 TokenLoss = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -94,8 +94,5 @@ def _token_losses(
             handle.remove()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
     picked = logits[0] if narrowed == [True] else logits[row, position]
-    losses = [
-        F.cross_entropy(part.float(), wanted, reduction="none")
-        for part, wanted in zip(picked.split(_CHUNK_TOKENS), targets[row, position].split(_CHUNK_TOKENS), strict=True)
-    ]
-    return row, position, torch.cat(losses)
+    losses, _ = token_cross_entropy(picked, targets[row, position], _IGNORE)
+    return row, position, losses

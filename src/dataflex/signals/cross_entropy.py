@@ -1,4 +1,4 @@
-"""Cross-entropy of each position in chunks: no copy of the logits in fp32, log-probabilities never kept.
+"""Cross-entropy of each position in chunks, for training, gradients and scores: no copy of the logits in fp32.
 
 Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same
 kernels see the same positions, and treat them one by one. On a CPU only supervised positions are looked at.
@@ -14,13 +14,25 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from dataflex.signals.token_losses import chunk_tokens
-
-__all__ = ["token_cross_entropy"]
+__all__ = ["chunk_tokens", "entropies", "token_cross_entropy"]
 
 _Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
 _KEPT_ELEMENTS = 2**24  # 64 MiB
+_CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MiB in fp32
+_CHUNK_ELEMENTS_CPU = 2**21  # stays in the cache: a fifth faster than chunks of 128 MiB
+_FEWEST_TOKENS = 256  # fewer would read the weights of a large head again and again
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens' logits are looked at together."""
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(_FEWEST_TOKENS, elements // vocabulary)
+
+
+def entropies(log_p_NV: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each distribution in nats [N], given log-probabilities."""
+    return -(log_p_NV.exp() * log_p_NV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
 
 
 def token_cross_entropy(
@@ -67,9 +79,10 @@ class _CrossEntropy(torch.autograd.Function):
                 ctx.kept.append(log_p)
             loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
             if entropy:
-                spread = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
-                entropy_N[where] = spread.masked_fill(targets.eq(ignore_index), 0.0)
-        ctx.save_for_backward(targets_N, *([] if keeps else [logits_NV]))
+                entropy_N[where] = entropies(log_p).masked_fill(targets.eq(ignore_index), 0.0)
+        saved = [targets_N] if keeps else [targets_N, logits_NV]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.ignore_index, ctx.chunks = ignore_index, chunks
         ctx.shape, ctx.dtype = logits_NV.shape, logits_NV.dtype
         ctx.mark_non_differentiable(entropy_N)
@@ -83,12 +96,31 @@ class _CrossEntropy(torch.autograd.Function):
         out_NV = make(ctx.shape, dtype=ctx.dtype, device=targets_N.device)
         for place, where in enumerate(ctx.chunks):
             targets = targets_N[where]
-            log_p = ctx.kept[place] if ctx.kept is not None else F.log_softmax(logits[0][where].float(), dim=-1)
+            log_p = _log_p(ctx, logits, place)
             slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
             part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
             # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
             out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(ctx.dtype)
         return out_NV, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, None]:
+        (targets_N, *logits), tangent_NV = ctx.saved_tensors, tangents[0]
+        out_N = torch.zeros(len(targets_N), dtype=torch.float32, device=targets_N.device)
+        for place, where in enumerate(ctx.chunks):
+            targets, tangent = targets_N[where], tangent_NV[where].float()
+            mean = (_log_p(ctx, logits, place).exp() * tangent).sum(dim=-1)
+            change = mean - tangent.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+            out_N[where] = change.masked_fill(targets.eq(ctx.ignore_index), 0.0)
+        return out_N, None
+
+
+def _log_p(ctx: Any, logits: list[torch.Tensor], place: int) -> torch.Tensor:
+    """Return the log-probabilities of a chunk, kept or worked out again."""
+    if ctx.kept is not None:
+        kept: torch.Tensor = ctx.kept[place]
+        return kept
+    return F.log_softmax(logits[0][ctx.chunks[place]].float(), dim=-1)
 
 
 def _chunks(targets_N: torch.Tensor, ignore_index: int, vocabulary: int) -> Iterator[_Where]:
