@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,18 +36,17 @@ CASES = {
 }
 
 
-def step_seconds(settings: dict, dynamic: dict | None, folder: Path) -> list[float]:
-    """Train and return CPU seconds of each optimizer step after the third."""
+def watched_run(settings: dict, dynamic: dict | None, folder: Path, watch: Callable[[int], None]) -> None:
+    """Train quietly; ``watch`` is called after every optimizer step with the number of those taken."""
     from transformers import Trainer
 
     from dataflex.run import train_here
 
-    stamps: list[float] = []
-    original = Trainer.get_batch_samples, Trainer._maybe_log_save_evaluate
+    original = Trainer._maybe_log_save_evaluate
 
     def finished(self, *args, **kwargs):
-        stamps.append(time.process_time())
-        return original[1](self, *args, **kwargs)
+        watch(self.state.global_step)
+        return original(self, *args, **kwargs)
 
     Trainer._maybe_log_save_evaluate = finished
     mapping = {**settings, "output_dir": str(folder / "out")}
@@ -58,7 +58,13 @@ def step_seconds(settings: dict, dynamic: dict | None, folder: Path) -> list[flo
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train_here([str(config)])
     finally:
-        Trainer._maybe_log_save_evaluate = original[1]
+        Trainer._maybe_log_save_evaluate = original
+
+
+def step_seconds(settings: dict, dynamic: dict | None, folder: Path) -> list[float]:
+    """Train and return CPU seconds of each optimizer step after the third."""
+    stamps: list[float] = []
+    watched_run(settings, dynamic, folder, lambda step: stamps.append(time.process_time()))
     return [later - earlier for earlier, later in itertools.pairwise(stamps[3:])]
 
 

@@ -10,15 +10,13 @@ begins and the most that torch's allocator holds beyond them until it ends. And 
 backward, over logits that exist already, for the stock loss and for ours, in fp32 and bf16, with all and with half of
 the positions supervised.
 
-Usage: python benchmarks/weighter_overhead.py [--quick] [--steps N] [--rounds N]
+Usage: python benchmarks/weighter_overhead.py [--quick] [--steps N] [--rounds N] [--batch N]
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import io
 import json
 import platform
 import sys
@@ -27,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from path_overhead import ROOT, run_settings, step_seconds, told
+from path_overhead import ROOT, run_settings, step_seconds, told, watched_run
 
 MODEL = ROOT / "examples/models/base-4m"
 NEVER = 10**6
@@ -83,34 +81,18 @@ def living_bytes() -> int:
 
 def step_bytes(settings: dict, dynamic: dict | None, folder: Path) -> tuple[int, int]:
     """Train five steps; return the bytes that live before the fifth, and the most it holds beyond them."""
-    from transformers import Trainer
-
-    from dataflex.run import train_here
-
-    original = Trainer._maybe_log_save_evaluate
     profiler, before, ended = profiling(), 0, False
 
-    def finished(self, *args, **kwargs):
+    def watch(step: int) -> None:
         nonlocal before, ended
-        if self.state.global_step == 5 and not ended:  # called once more at the end of an epoch
-            ended = True
-            profiler.__exit__(None, None, None)
-        original(self, *args, **kwargs)
-        if self.state.global_step == 4:
+        if step == 4:
             before = living_bytes()
             profiler.__enter__()
+        if step == 5 and not ended:  # called once more at the end of an epoch
+            ended = True
+            profiler.__exit__(None, None, None)
 
-    Trainer._maybe_log_save_evaluate = finished
-    mapping = {**settings, "output_dir": str(folder / "out"), "max_steps": 5}
-    if dynamic is not None:
-        mapping["dynamic"] = dynamic
-    config = folder / "run.json"
-    config.write_text(json.dumps(mapping))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train_here([str(config)])
-    finally:
-        Trainer._maybe_log_save_evaluate = original
+    watched_run({**settings, "max_steps": 5}, dynamic, folder, watch)
     return before, most_held(profiler)
 
 
@@ -156,6 +138,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="which weighters")
     options = parser.parse_args()
     if options.quick:
@@ -176,9 +159,9 @@ def main() -> int:
             folder,
             options.steps,
             dataset="pool",
-            max_samples=30 * options.steps,
+            max_samples=4 * options.batch * options.steps,
             packing=False,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=options.batch,
             logging_steps=10,
             disable_shuffling=True,
         )
@@ -194,7 +177,7 @@ def main() -> int:
         memory = memory_table(2048 if options.quick else 8192, 4096)
     write = sys.stdout.write
     write(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; base-4m, ")
-    write(f"batch 8 x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
+    write(f"batch {options.batch} x 128 tokens, {options.rounds} x {options.steps} steps, CPU seconds per step\n")
     write(told(times, "stock"))
     write("\n" + step_table(peaks, "stock"))
     write("\n" + "\n".join(memory) + "\n")
