@@ -12,6 +12,7 @@ from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
+from dataflex.train.weight_stats import WeightStats
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.column import Column
 from dataflex.weighters.focal import Focal
@@ -185,6 +186,24 @@ def test_two_ranks_are_one_of_twice_the_rows(monkeypatch, name, packed, unlabell
     assert one[1].abs().sum() > 0
     for ours, theirs in zip(two, one, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["column", "slm", "loss", "adapt", "rho", "dro"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_are_told_relative_to_equal_ones(monkeypatch, name, packed):
+    """Their mean is 1: over tokens under ``token``, else over sequences (``adapt`` with its weights made so)."""
+    told = []
+    monkeypatch.setattr(WeightStats, "add", lambda stats, weights, by_sequence: told.append((weights, by_sequence)))
+    data, rows = Data(), np.array([0, 7, 2, 3, 10, 5])
+    step_of(data, WEIGHTERS[name], [rows], packed=packed)
+    [(weights, by_sequence)] = told
+    if name in ("column", "slm"):
+        mask = F.pad(data.labels[rows], (0, 1), value=-100)[:, 1:].ne(-100)
+        mean = (weights * mask).sum() / mask.sum()
+    else:
+        mean = by_sequence.mean()
+    assert float(mean) == pytest.approx(1.0, rel=1e-5)
+    assert weights.max() > 1.0
 
 
 @pytest.mark.parametrize("name", ["loss", "joint", "rho", "dro"])

@@ -14,6 +14,7 @@ from dataflex.train.balance import balance_loss
 from dataflex.train.weight_stats import RowWeights, WeightStats
 from dataflex.train.weighting import (
     document_sequences,
+    micro_batch_scale,
     row_sequences,
     sample_means,
     token_losses,
@@ -118,20 +119,26 @@ def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
     assert total.item() == pytest.approx(wanted, rel=2e-5)
 
 
+def token_mean(losses, w):
+    """The loss of a single micro-batch under ``token`` with weights [B] that nothing is known of beforehand."""
+    sequences = row_sequences(np.arange(len(w)))
+    return weighted_loss(
+        losses,
+        w[:, None],
+        sequences=sequences,
+        normaliser="token",
+        num_items=losses.mask_BT.sum(),
+        num_micro_batches=1,
+        step_scale=micro_batch_scale(losses, w[:, None], sequences),
+        replicas=1,
+    )
+
+
 def test_token_normaliser_without_known_weights_is_a_mean_inside_the_micro_batch():
     logits, labels = batch(4)
     w = torch.tensor([0.5, 2.0, 0.0])
     losses = token_losses(logits, labels)
-    got = weighted_loss(
-        losses,
-        w[:, None],
-        sequences=row_sequences(np.arange(len(labels))),
-        normaliser="token",
-        num_items=items(labels),
-        num_micro_batches=1,
-        step_scale=None,
-        replicas=1,
-    )
+    got = token_mean(losses, w)
     expected = (w[:, None] * losses.loss_BT).sum() / (w * losses.mask_BT.sum(1)).sum()
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -140,16 +147,7 @@ def test_one_hot_weights_leave_one_row_in_the_gradient():
     """T0b."""
     logits, labels = batch(9)
     w = torch.tensor([0.0, 1.0, 0.0])
-    loss = weighted_loss(
-        token_losses(logits, labels),
-        w[:, None],
-        sequences=row_sequences(np.arange(len(labels))),
-        normaliser="token",
-        num_items=items(labels),
-        num_micro_batches=1,
-        step_scale=None,
-        replicas=1,
-    )
+    loss = token_mean(token_losses(logits, labels), w)
     (gradient,) = torch.autograd.grad(loss, logits)
     alone = logits[1:2].detach().requires_grad_()
     (wanted,) = torch.autograd.grad(stock(alone, labels[1:2], items(labels[1:2])), alone)

@@ -190,29 +190,24 @@ class Reweighter:
         if self.weighter is not None:
             plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
             self._plain = plain if self._plain is None else self._plain + plain
-        sequences = weighting.row_sequences(rows)
-        if weighter is None:
-            weights = losses.loss_BT.new_ones(len(rows), 1)
-        elif (known := self._known(rows)) is not None:
-            weights = weighting.checked(torch.from_numpy(known), weighter, losses, sequences)
-            self._note(weights, losses, sequences, num_sequences=1)
-        else:
-            sequences = self._sequences(batch, losses, rows)
-            vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
-            seen = weighting.view(
-                losses,
-                sequences,
-                domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
-                step=step,
-                total_steps=total_steps,
-                num_micro_batches=num_micro_batches,
-                reference_BT=reference,
-                embeddings_BH=vectors,
-            )
-            weights = weighting.checked(weighter.weigh(seen), weighter, losses, sequences)
-            self._note(weights, losses, sequences, num_sequences=len(seen.loss_M))
+        weights, sequences, equal = self._weights(
+            weighter,
+            losses,
+            batch,
+            rows,
+            hidden=hidden,
+            reference_BT=reference,
+            step=step,
+            total_steps=total_steps,
+            num_micro_batches=num_micro_batches,
+        )
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normaliser)
+        scale = self._scale
+        if scale is None and self._normaliser == "token":
+            scale = weighting.micro_batch_scale(losses, weights, sequences)
+        if weighter is not None:
+            self._note(weights / equal if scale is None else weights * scale.to(weights), losses, sequences)
         return weighting.weighted_loss(
             losses,
             weights,
@@ -220,13 +215,36 @@ class Reweighter:
             normaliser=self._normaliser,
             num_items=num_items,
             num_micro_batches=num_micro_batches,
-            step_scale=self._scale,
+            step_scale=scale,
             replicas=1 if self._over_ranks else self._world,
         )
 
-    def _note(self, weights: torch.Tensor, losses: TokenLosses, sequences: Sequences, *, num_sequences: int) -> None:
-        """Keep weights for the log and the report, relative to equal ones (1 / sequences under ``sample``)."""
-        relative = weights * num_sequences if self._normaliser == "sample" else weights
+    def _weights(
+        self,
+        weighter: Weighter | None,
+        losses: TokenLosses,
+        batch: dict[str, Any],
+        rows: Rows,
+        *,
+        hidden: torch.Tensor | None,
+        **view: Any,
+    ) -> tuple[torch.Tensor, Sequences, float]:
+        """Return the weighter's weights, whose sequences they are of, and what an equal weight is among them."""
+        sequences = weighting.row_sequences(rows)
+        if weighter is None:
+            return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
+        if (known := self._known(rows)) is not None:
+            return weighting.checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
+        if self._packed:
+            sequences = weighting.document_sequences(document_ids(batch), losses.mask_BT, rows)
+        vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
+        domains_B = self._domains.domain_of[sequences.rows_B].astype(np.int64)
+        seen = weighting.view(losses, sequences, domains_B=domains_B, embeddings_BH=vectors, **view)
+        equal = 1.0 / max(len(seen.loss_M), 1) if self._normaliser == "sample" else 1.0
+        return weighting.checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
+
+    def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:
+        """Keep weights for the log and the report, relative to equal ones."""
         by_sequence = relative[:, 0]
         if relative.shape[1] > 1 or len(relative) != len(sequences.rows_B):
             tokens_B = sequences.sums(losses.mask_BT.to(relative.dtype))
@@ -235,11 +253,6 @@ class Reweighter:
         self.stats.add(relative, by_sequence)
         if self.row_weights is not None:
             self.row_weights.add(sequences.rows_B, by_sequence)
-
-    def _sequences(self, batch: dict[str, Any], losses: TokenLosses, rows: Rows) -> Sequences:
-        if not self._packed:
-            return weighting.row_sequences(rows)
-        return weighting.document_sequences(document_ids(batch), losses.mask_BT, rows)
 
     def end_step(
         self, *, step: int, total_steps: int, proportions: NDArray[np.float64], learning_rate: float, device: Any

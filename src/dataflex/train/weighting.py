@@ -27,6 +27,7 @@ __all__ = [
     "TokenLosses",
     "checked",
     "document_sequences",
+    "micro_batch_scale",
     "row_sequences",
     "sample_means",
     "token_losses",
@@ -186,6 +187,24 @@ def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequ
     return weights[:, None] if weights.dim() == 1 else weights
 
 
+def micro_batch_scale(losses: TokenLosses, weights: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Return what makes the weights of the micro-batch of all ranks 1 in the mean over its tokens (collective).
+
+    Args:
+        losses: Token losses of this rank's part.
+        weights: [B, 1] or [R, T], from ``checked``.
+        sequences: Which sequence each position belongs to.
+
+    Returns:
+        float64 scalar; 0 where all weights are.
+    """
+    if weights.shape[1] == 1:
+        weights = sequences.spread(weights[:, 0])
+    parts = torch.stack([losses.mask_BT.sum().double(), (weights * losses.mask_BT).sum().double()])
+    tokens, weighted_tokens = comm.gather_sum(parts).unbind()
+    return torch.where(weighted_tokens > 0, tokens / weighted_tokens, torch.zeros_like(tokens))
+
+
 def weighted_loss(
     losses: TokenLosses,
     weights: torch.Tensor,
@@ -208,8 +227,8 @@ def weighted_loss(
         normaliser: ``token``, ``count`` or ``sample``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
-        step_scale: For ``token`` with weights known beforehand: num_items / sum(w * tokens) over
-            the step. None rescales inside the global micro-batch instead (collective).
+        step_scale: For ``token``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
+            the step where they are known beforehand, else ``micro_batch_scale``.
         replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
@@ -221,10 +240,7 @@ def weighted_loss(
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
     if normaliser == "token":
-        if step_scale is None:
-            parts = torch.stack([mask_BT.sum().double(), (weights * mask_BT).sum().double()])
-            tokens, weighted_tokens = comm.gather_sum(parts).unbind()
-            step_scale = torch.where(weighted_tokens > 0, tokens / weighted_tokens, torch.zeros_like(tokens))
+        assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
     # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
