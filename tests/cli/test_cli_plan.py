@@ -160,6 +160,26 @@ def test_epochs_per_domain(plan: Plan) -> None:
     assert section(text, "Cost")[-1] == "  share of methods     0.0% of all passes, a B counted as two F"
 
 
+@pytest.mark.parametrize(
+    ("weighter", "cost", "share"),
+    [
+        # 40 steps of 2 rows train on 80 of 150: 240 F in all, a B counted as two
+        ({"name": "slm"}, "150 F of the reference, kept on disk; reference_cache: false takes 80 and keeps none", 150),
+        ({"name": "slm", "reference_cache": False}, "80 F of the reference, in every step", 80),
+        ({"name": "rho", "reference_cache": False, "burn_in_steps": 10}, "60 F of the reference, in every step", 60),
+        ({"name": "presence"}, "80 F + 80 B (80 rows x 1 F + 1 B;", 240),
+        ({"name": "focal"}, "none", 0),
+    ],
+)
+def test_what_a_weighter_costs(plan: Plan, tiny_model: Path, weighter: dict, cost: str, share: int) -> None:
+    if weighter["name"] in ("slm", "rho"):
+        weighter = {**weighter, "reference": str(tiny_model)}
+    text = plan(max_steps=40, gradient_accumulation_steps=1, dynamic={"weighter": weighter})
+    told = section(text, "Cost")
+    assert told[1].split(None, 2)[2].startswith(cost)
+    assert told[2].split(None, 3)[3] == f"{share / (share + 240):.1%} of all passes, a B counted as two F"
+
+
 def test_caps_that_end_the_run_are_told(plan: Plan) -> None:
     mixer = {"name": "static", "proportions": [1, 3]}
     stop = plan(max_steps=60, dynamic={"mixer": mixer, "max_epochs": 1, "at_cap": "stop"})

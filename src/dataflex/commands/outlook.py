@@ -9,6 +9,7 @@ from typing import Any
 from dataflex.config.forecast import Forecast
 from dataflex.config.schema import MethodConfig
 from dataflex.config.values import env_enabled, number
+from dataflex.core.protocols import Method, Weighter
 from dataflex.errors import UnsupportedError
 
 __all__ = ["cost_lines", "schedule_lines"]
@@ -130,26 +131,62 @@ def cost_lines(view: Forecast) -> Lines:
         lines.append((f"{method.kind} {method.name}", text))
         extra = None if extra is None or passes is None else extra + passes
     if total and extra is not None:
-        lines.append(("share of methods", f"{extra / (extra + total):.1%} of all passes, a B counted as two F"))
+        aside = "; passes over targets not counted" if view.dynamic.targets else ""
+        share = f"{extra / (extra + total):.1%} of all passes, a B counted as two F{aside}"
+        lines.append(("share of methods", share))
     return lines
 
 
 def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
     """Return the text, and the passes counted in forward passes (None where not known)."""
-    card = method.cls.card
+    card, built = method.cls.card, method.build()
+    if built.reference is not None:
+        return _reference_cost(method, view)
+    if card.forward_per_served_row or card.backward_per_served_row:
+        each = _passes(1, card.forward_per_served_row, card.backward_per_served_row)
+        if view.steps is None:
+            return f"{each} per row trained on ({card.cost})", None
+        rows = _acting_steps(built, view.steps) * view.batch.size
+        told = _passes(rows, card.forward_per_served_row, card.backward_per_served_row)
+        text = f"{told} ({rows:,} rows x {each}; {card.cost})"
+        return text, _in_forwards(rows * card.forward_per_served_row, rows * card.backward_per_served_row)
     forward, backward = card.forward_per_pool_row, card.backward_per_pool_row
     if not forward and not backward:
         return card.cost, 0.0
-    each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
+    each = _passes(1, forward, backward)
     if view.rows is None or view.schedule is None:
         return f"{each} per row of the pool and interval ({card.cost})", None
     pool = view.rows
     if method.kind == "selector" and view.dynamic.candidate_batches is not None and view.first_decision is not None:
         pool = min(pool, view.dynamic.candidate_batches * view.first_decision.steps * view.batch.size)
     rows = view.num_decisions * pool
-    counted = [f"{rows * n:,.0f} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n]
-    text = f"{' + '.join(counted)} ({view.num_decisions:,} intervals x {pool:,} rows x {each}; {card.cost})"
+    counted = _passes(rows, forward, backward)
+    text = f"{counted} ({view.num_decisions:,} intervals x {pool:,} rows x {each}; {card.cost})"
     return text, _in_forwards(rows * forward, rows * backward)
+
+
+def _reference_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
+    """Return the passes of a reference model over all rows, kept, or over the rows trained on; its F counts as one."""
+    cached = getattr(method.params, "reference_cache", False)
+    served = None if view.steps is None else _acting_steps(method.build(), view.steps) * view.batch.size
+    rows = view.rows if cached else served
+    if rows is None:
+        return method.cls.card.cost, None
+    if not cached:
+        return f"{rows:,} F of the reference, in every step", float(rows)
+    cheaper = served is not None and served < rows
+    hint = f"; reference_cache: false takes {served:,} and keeps none" if cheaper else ""
+    return f"{rows:,} F of the reference, kept on disk{hint}", float(rows)
+
+
+def _acting_steps(method: Method, steps: int) -> int:
+    """Return the optimizer steps in which a method acts."""
+    return max(steps - method.burn_in(steps), 0) if isinstance(method, Weighter) else steps
+
+
+def _passes(rows: int, forward: float, backward: float) -> str:
+    number = "{:g}" if rows == 1 else "{:,.0f}"
+    return " + ".join(f"{number.format(rows * n)} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
 
 
 def _in_forwards(forward: float, backward: float) -> float:

@@ -87,6 +87,10 @@ class Card:
         summary: One sentence, ends with a full stop.
         paper: Title, venue and arXiv number, or "baseline".
         cost: In forward (F) and backward (B) passes over the pool, per interval or step.
+        forward_per_pool_row: F of each row of the pool and interval; ``dataflex plan`` counts them.
+        backward_per_pool_row: B of the same.
+        forward_per_served_row: F of each row trained on, beside those of the training itself.
+        backward_per_served_row: B of the same.
     """
 
     summary: str
@@ -94,6 +98,8 @@ class Card:
     cost: str
     forward_per_pool_row: float = 0.0
     backward_per_pool_row: float = 0.0
+    forward_per_served_row: float = 0.0
+    backward_per_served_row: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

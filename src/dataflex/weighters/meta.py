@@ -47,6 +47,7 @@ class Meta(Weighter):
         summary="Weighs the rows of each step by how far a step on each goes along the targets' gradient.",
         paper="Learning to Reweight Examples for Robust Deep Learning, ICML 2018, arXiv 1803.09050",
         cost="1 forward-mode F over the rows of each step, and F + B over the targets in each step",
+        forward_per_served_row=2.0,  # in forward mode a pass carries values and derivatives
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -108,4 +109,9 @@ class _ByRows(Meta):
     """The same with gradients row by row."""
 
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
-    card = replace(Meta.card, cost="F + B over the rows of each step and over the targets")
+    card = replace(
+        Meta.card,
+        cost="F + B over the rows of each step and over the targets",
+        forward_per_served_row=1.0,
+        backward_per_served_row=1.0,
+    )

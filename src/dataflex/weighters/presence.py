@@ -73,6 +73,8 @@ class Presence(Weighter):
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
         cost="F + B over the rows of each step, gradients of the first block only",
+        forward_per_served_row=1.0,
+        backward_per_served_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
