@@ -89,6 +89,7 @@ MINIMAL = {
     ("weighter", "token"): lambda K: {},
     ("weighter", "meta"): lambda K: {},
     ("weighter", "presence"): lambda K: {},
+    ("weighter", "product"): lambda K: {"of": ["column", "group"]},
 }
 DRAWS = {  # another seed, another answer
     ("selector", "random"),

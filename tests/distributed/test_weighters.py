@@ -28,13 +28,14 @@ def blocks(model):
         "balanced": {"name": "group", "strategy": "class_balanced", "beta": 0.9},
         "entropy": {"name": "token", "function": "entropy"},
         "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.7, "normaliser": "token"},
+        "product": [{"name": "slm", **reference, "keep": 0.6}, {"name": "adapt", **ANCHORED, "tau": 0.2}],
         "meta": {"name": "meta", "targets": ["goal"]},
         "meta-rows": {"name": "meta", "targets": ["goal"], "forward_mode": False},
         "presence": {"name": "presence", "group_rows": 3, "direct_share": 0.5},
     }
 
 
-NAMES = "loss adapt joint slm rho dro balanced entropy clip meta meta-rows presence".split()
+NAMES = "loss adapt joint slm rho dro balanced entropy clip product meta meta-rows presence".split()
 ENGINES = [
     ("zero2", "adapt"),
     ("zero3", "loss"),

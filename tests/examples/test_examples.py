@@ -39,6 +39,7 @@ SHORT = {
     "select_embed.yaml": [f"dynamic.selector.encoder={EXAMPLES / 'models' / 'base-4m'}"],
     "select_ifd.yaml": [f"dynamic.selector.scorer={EXAMPLES / 'models' / 'base-4m'}"],
     "select_rho_loss.yaml": ["dynamic.selector.reference={model}"],  # the tokenizer must be that of the run
+    "weight_product.yaml": ["dynamic.weighter=[column, {name: slm, reference: {model}, burn_in_steps: 2}]"],
     "weight_slm.yaml": ["dynamic.weighter.reference={model}"],
     "weight_rho.yaml": ["dynamic.weighter.reference={model}"],
     "demo_dynamic.yaml": [
@@ -89,9 +90,10 @@ def test_every_registered_method_has_an_example():
     shown = set()
     for name in DYNAMIC:
         shown |= {(method.kind, method.name) for method in parsed(name).dynamic.methods}
-    assert shown - REGISTERED == {("selector", "near_quantile")}
+    plugins = {("selector", "near_quantile"), ("weighter", "huber")}
+    assert shown - REGISTERED == plugins
     assert REGISTERED - shown == set()
-    assert len(shown) == len(REGISTERED) + 1
+    assert len(shown) == len(REGISTERED) + len(plugins)
 
 
 @pytest.mark.usefixtures("_at_the_root")

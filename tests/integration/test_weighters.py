@@ -32,13 +32,15 @@ def blocks(tiny_model):
         "entropy": {"name": "token", "function": "entropy"},
         "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.8, "normaliser": "token"},
         "excess": {"name": "token", "function": "excess", **reference},
+        "product": [{"name": "slm", **reference, "burn_in_steps": 1}, {"name": "adapt", **ANCHORED}],
         "meta": {"name": "meta", **ANCHORED},
         "presence": {"name": "presence", "group_rows": 2, "direct_share": 0.5},
     }
 
 
 NAMES = (
-    "loss adapt adapt-words joint slm slm-live rho group balanced dro focal token entropy clip excess meta presence"
+    "loss adapt adapt-words joint slm slm-live rho group balanced dro focal token entropy clip excess product meta "
+    "presence"
 ).split()
 SETTINGS = {
     "dataset": "alpha,beta",

@@ -15,10 +15,12 @@ from dataflex.train.reweighting import Reweighter
 from dataflex.train.weight_stats import WeightStats
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.column import Column
+from dataflex.weighters.factors import Factor
 from dataflex.weighters.focal import Focal
 from dataflex.weighters.group import GroupWeighter
 from dataflex.weighters.joint import JointUpdateAware
 from dataflex.weighters.loss import LossWeighter
+from dataflex.weighters.product import Product
 from dataflex.weighters.rho import Rho
 from dataflex.weighters.slm import SelectiveLanguageModelling
 from dataflex.weighters.token import TokenWeighter
@@ -125,6 +127,9 @@ WEIGHTERS = {
     "dro": lambda: grouped(strategy="group_dro", eta=0.5),
     "focal": lambda: Focal(Focal.Params()),
     "clip": lambda: TokenWeighter(TokenWeighter.Params(function="clip_quantile", quantile=0.6)),
+    "product": lambda: Product(Product.Params(of=(Factor.of("column"), Factor.of("slm", reference="r", keep=0.5)))),
+    "product-sample": lambda: Product(Product.Params(of=(Factor.of("loss", burn_in_steps=0), Factor.of("column")))),
+    "product-count": lambda: Product(Product.Params(of=(Factor.of("focal"), Factor.of("column")))),
     "entropy": lambda: TokenWeighter(TokenWeighter.Params(function="entropy")),
 }
 PARTS = [np.array([0, 7, 2]), np.array([3, 10, 5]), np.array([6, 1])]  # the last micro-batch is short

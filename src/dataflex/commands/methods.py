@@ -29,6 +29,7 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer", "doremi"): {"reference": "runs/reference"},
     ("weighter", "slm"): {"reference": "runs/reference"},
     ("weighter", "rho"): {"reference": "runs/reference"},
+    ("weighter", "product"): {"of": ["column", {"name": "slm", "reference": "runs/reference"}]},
     ("mixer", "staged"): {
         "stages": [
             {"start_step": 0, "proportions": [0.9, 0.1]},

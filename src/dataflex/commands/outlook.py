@@ -167,8 +167,9 @@ def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | Non
 
 def _reference_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
     """Return the passes of a reference model over all rows, kept, or over the rows trained on; its F counts as one."""
-    cached = getattr(method.params, "reference_cache", False)
-    served = None if view.steps is None else _acting_steps(method.build(), view.steps) * view.batch.size
+    built = method.build()
+    cached = built.reference_cached
+    served = None if view.steps is None else _acting_steps(built, view.steps) * view.batch.size
     rows = view.rows if cached else served
     if rows is None:
         return method.cls.card.cost, None

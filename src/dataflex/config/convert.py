@@ -59,6 +59,8 @@ def describe(hint: Any) -> str:
 
 
 def _plural(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return "names or mappings with 'name'"
     return _PLURAL.get(hint) or (f"mappings{_keys(hint)}" if is_dataclass(hint) else "values")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dataflex.config.collect import collect
@@ -17,8 +17,11 @@ __all__ = ["method_block", "method_class", "needs_target", "target_list"]
 
 def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
     """Return what a block such as ``selector: {name: loss, focus: high}`` asks for, or None after noting why not."""
+    before = len(problems)
     if isinstance(block, str):
         block = {"name": block}
+    if isinstance(block, list | tuple) and kind == "weighter":
+        block = _product(block, path, problems)
     if not isinstance(block, Mapping):
         problems.append(f"{path}: expected the name of a {kind} or a mapping with 'name', found {shown(block)}")
         return None
@@ -34,7 +37,6 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     cls = method_class(kind, name, path, problems)
     if cls is None:
         return None
-    before = len(problems)
     rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
     found: list[str] = []
     params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}")
@@ -45,6 +47,19 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     if params is None or len(problems) > before:
         return None
     return MethodConfig(kind=kind, name=name, params=params, targets=targets)
+
+
+def _product(blocks: Sequence[Any], path: str, problems: list[str]) -> dict[str, Any]:
+    """Return the block of a product of weighters; targets of its factors become those of the whole."""
+    given = [block["targets"] for block in blocks if isinstance(block, Mapping) and "targets" in block]
+    targets = {target_list(each, f"{path}.targets", problems) for each in given}
+    if len(targets) > 1:
+        problems.append(f"{path}: the weighters of a product share their targets, but name different ones")
+    factors = [
+        {key: value for key, value in block.items() if key != "targets"} if isinstance(block, Mapping) else block
+        for block in blocks
+    ]
+    return {"name": "product", "of": factors, **({"targets": given[0]} if given else {})}
 
 
 def _needs_are_fixed(cls: type[Method]) -> bool:

@@ -334,6 +334,11 @@ class Method:
         """Folder or hub id of the reference model whose token losses are needed in training, or None."""
         return None
 
+    @property
+    def reference_cached(self) -> bool:
+        """Whether the reference's token losses are computed once and kept, instead of in every step."""
+        return bool(getattr(self.params, "reference_cache", True))
+
     def state_dict(self) -> State:
         """Everything that a resumed run needs; empty for stateless methods."""
         return {}
@@ -435,6 +440,7 @@ class BatchView:
             ``Weighter.entropy``.
         embeddings_BH: Embedding of each sequence from the training forward [B, H], fp32; None unless
             ``Weighter.embedding``.
+        columns: Raw columns that ride along with the rows, by name, each [N] (numpy).
     """
 
     rows_B: Rows
@@ -453,6 +459,7 @@ class BatchView:
     reference_BT: torch.Tensor | None = None
     entropy_BT: torch.Tensor | None = None
     embeddings_BH: torch.Tensor | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,6 +488,8 @@ class Weighter(Method):
     kind = "weighter"
     neutral: ClassVar[bool] = False
     """True for ``none``: the stock loss is left alone."""
+    by_token: ClassVar[bool] = False
+    """True where ``weigh`` gives weights of tokens [R, T]."""
 
     Params: ClassVar[type[Params]] = WeighterParams
 

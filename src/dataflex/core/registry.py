@@ -86,6 +86,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "token": "dataflex.weighters.token:TokenWeighter",
         "meta": "dataflex.weighters.meta:Meta",
         "presence": "dataflex.weighters.presence:Presence",
+        "product": "dataflex.weighters.product:Product",
     },
 }
 

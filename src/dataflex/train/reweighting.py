@@ -239,7 +239,9 @@ class Reweighter:
             sequences = weighting.document_sequences(document_ids(batch), losses.mask_BT, rows)
         vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
         domains_B = self._domains.domain_of[sequences.rows_B].astype(np.int64)
-        seen = weighting.view(losses, sequences, domains_B=domains_B, embeddings_BH=vectors, **view)
+        seen = weighting.view(
+            losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view
+        )
         equal = 1.0 / max(len(seen.loss_M), 1) if self._normaliser == "sample" else 1.0
         return weighting.checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
 

@@ -190,7 +190,7 @@ def open_reference(setup: Setup, trainer: Any) -> Any:
     from dataflex.train.reference import ReferenceLosses
 
     handle = signal_service(setup, trainer, batch_shape(trainer, shuffle=setup.shuffle), 0).handle
-    cache = all(getattr(method.params, "reference_cache", True) for method in setup.config.methods)
+    cache = all(method.build().reference_cached for method in setup.config.methods)
     losses = ReferenceLosses.open(
         next(iter(folders)),
         dataset=trainer.train_dataset,

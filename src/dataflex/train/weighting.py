@@ -9,7 +9,9 @@ is corrected for the order of summation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,6 +146,7 @@ def view(
     num_micro_batches: int = 1,
     reference_BT: torch.Tensor | None = None,
     embeddings_BH: torch.Tensor | None = None,
+    columns: Mapping[str, NDArray[Any]] | None = None,
 ) -> BatchView:
     """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
     loss_BT = losses.loss_BT.detach()
@@ -168,6 +171,7 @@ def view(
         reference_BT=reference_BT,
         entropy_BT=losses.entropy_BT,
         embeddings_BH=embeddings_BH,
+        columns=columns or {},
     )
 
 

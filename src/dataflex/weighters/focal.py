@@ -24,6 +24,7 @@ class Focal(Weighter):
 
     name = "focal"
     adaptive: ClassVar[bool] = False
+    by_token: ClassVar[bool] = True
     needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by how unlikely it is to the model.",

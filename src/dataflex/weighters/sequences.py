@@ -10,7 +10,15 @@ from dataflex.errors import ComponentError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["reference_losses", "sequence_means"]
+__all__ = ["by_position", "reference_losses", "sequence_means"]
+
+
+def by_position(values_B: torch.Tensor, batch: BatchView) -> torch.Tensor:
+    """Return each position's sequence's value [R, T]; 0 where nothing is supervised."""
+    if batch.sequence_BT is None:
+        return values_B[:, None] * batch.mask_BT
+    spread = values_B[batch.sequence_BT] if len(values_B) else values_B.new_zeros(batch.mask_BT.shape)
+    return spread * batch.mask_BT
 
 
 def sequence_means(values_BT: torch.Tensor, batch: BatchView) -> torch.Tensor:

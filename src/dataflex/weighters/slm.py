@@ -31,6 +31,7 @@ class SelectiveLanguageModelling(Weighter):
 
     name = "slm"
     adaptive: ClassVar[bool] = False
+    by_token: ClassVar[bool] = True
     needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",

@@ -27,6 +27,7 @@ class TokenWeighter(Weighter):
 
     name = "token"
     adaptive: ClassVar[bool] = False
+    by_token: ClassVar[bool] = True
     needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",

@@ -1,0 +1,217 @@
+"""Several weighters at once: their weights multiply before one normalisation.
+
+What the product is divided by follows from the factors. If one of them divides by sequences (``loss``, ``rho``,
+``joint_update_aware``, ``meta``, ``presence``, ``group_dro``), so does the product, whose sum over the micro-batch of
+all ranks is then that of those factors; weights of tokens have no place there. Else, if one of them changes the size of
+the step (``adapt``, ``focal``, ``token``), the product is divided by the number of tokens, and factors of which only
+ratios matter are first made 1 in their mean over the micro-batch's tokens. Else it is a weighted mean.
+
+Each factor keeps its own ``burn_in_steps``; before that its weights are equal. Targets are given once, for all factors.
+A list, ``weighter: [column, {name: slm, ...}]``, is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.protocols import STAGES, BatchView, Card, Context, Method, Needs, Normaliser, Rows, State, Weighter
+from dataflex.core.protocols import Params as BaseParams
+from dataflex.errors import ConfigError
+from dataflex.weighters.factors import Factor, combination_problems
+from dataflex.weighters.sequences import by_position
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataflex.signals.specs import EmbeddingSpec
+
+__all__ = ["Product"]
+
+
+class Product(Weighter):
+    """Multiply the weights of several weighters."""
+
+    name = "product"
+    adaptive: ClassVar[bool] = False
+    needs = Needs(stages=("pt", "sft"))
+    card = Card(
+        summary="Multiplies the weights of several weighters before one normalisation.",
+        paper="baseline",
+        cost="that of its factors",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """The factors."""
+
+        of: tuple[Factor, ...] = field(metadata={"help": "the weighters, by name or as mappings with their parameters"})
+
+        def __post_init__(self) -> None:
+            problems = combination_problems([factor.build() for factor in self.of])
+            if problems:
+                raise ConfigError(problems)
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.factors = [factor.build() for factor in params.of]
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Return the class with the needs and costs of these factors."""
+        kinds = [type(factor.build()) for factor in params.of]
+        needs = Needs(
+            signals=frozenset().union(*(kind.needs.signals for kind in kinds)),
+            targets=any(kind.needs.targets for kind in kinds),
+            domains=max(kind.needs.domains for kind in kinds),
+            stages=tuple(stage for stage in STAGES if all(stage in kind.needs.stages for kind in kinds)),
+            zero3=all(kind.needs.zero3 for kind in kinds),
+        )
+        card = dataclasses.replace(
+            cls.card,
+            cost="; ".join(f"{kind.name}: {kind.card.cost}" for kind in kinds),
+            forward_per_served_row=sum(kind.card.forward_per_served_row for kind in kinds),
+            backward_per_served_row=sum(kind.card.backward_per_served_row for kind in kinds),
+        )
+        return type(cls.__name__, (cls,), {"needs": needs, "card": card, "__doc__": cls.__doc__})
+
+    # ---- what the factors ask for
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of all factors."""
+        return tuple(dict.fromkeys(name for factor in self.factors for name in factor.columns()))
+
+    @property
+    def reference(self) -> str | None:
+        """The one reference model that factors compare with."""
+        return next((factor.reference for factor in self.factors if factor.reference is not None), None)
+
+    @property
+    def reference_cached(self) -> bool:
+        """Whether the reference's losses are kept: a factor that asks for it decides for all."""
+        return all(factor.reference_cached for factor in self.factors if factor.reference is not None)
+
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """How sequences are embedded, for the factors that look at it."""
+        return next((factor.embedding for factor in self.factors if factor.embedding is not None), None)
+
+    @property
+    def entropy(self) -> bool:
+        """Whether a factor looks at entropies."""
+        return any(factor.entropy for factor in self.factors)
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """``sample`` if that of a factor, else ``count`` if that of one, else ``token``."""
+        given = {factor.normaliser for factor in self.factors}
+        return "sample" if "sample" in given else "count" if "count" in given else "token"
+
+    def burn_in(self, total_steps: int) -> int:
+        """Return the steps in which no factor acts yet."""
+        return min(factor.burn_in(total_steps) for factor in self.factors)
+
+    def refuse_idle(self, total_steps: int) -> None:
+        """Refuse a run in which one of the factors never acts.
+
+        Raises:
+            ConfigError: A burn-in takes up the whole run.
+        """
+        for factor in self.factors:
+            factor.refuse_idle(total_steps)
+
+    def due(self, step: int) -> bool:
+        """Whether a factor asks the signals for something."""
+        return any(factor.due(step) for factor in self.factors)
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Let the factors that act and are due ask for what they need."""
+        step, total = ctx.interval.start_step, ctx.total_sequences // ctx.global_batch
+        for factor in self.factors:
+            if factor.due(step) and (total == 0 or factor.active(step, total)):
+                factor.prepare(ctx, rows)
+
+    # ---- weights
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+        """Return products [len(rows)] where all factors are known from the rows and are of one kind; else None."""
+        alike = {(factor.normaliser, factor.burn_in(0)) for factor in self.factors}
+        found = [factor.static_weights(rows, columns) for factor in self.factors] if len(alike) == 1 else [None]
+        known = [weights for weights in found if weights is not None]
+        return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return products [B], or [R, T] with a factor that weighs tokens (collective)."""
+        import torch
+
+        from dataflex.dist import comm
+
+        kept = self.normaliser
+        product = batch.loss_B.new_ones(len(batch.rows_B))
+        sums: list[torch.Tensor] = []
+        for factor in self.factors:
+            weights = self._weights(factor, batch)
+            if kept == "sample" and factor.normaliser == "sample":
+                sums.append(weights.double().sum())
+            elif kept == "count" and factor.normaliser == "token":
+                weights = _unit_mean(weights, batch)
+            if weights.dim() > product.dim():
+                product = by_position(product, batch)
+            elif weights.dim() < product.dim():
+                weights = by_position(weights, batch)
+            product = product * weights
+        product = product.masked_fill(~batch.mask_BT if product.dim() > 1 else batch.tokens_B == 0, 0.0)
+        if kept != "sample":
+            return product
+        *before, after = comm.gather_sum(torch.stack([*sums, product.double().sum()])).unbind()
+        scale = torch.stack(before).prod() / after
+        return product * torch.where(after > 0, scale, torch.zeros_like(after)).to(product.dtype)
+
+    def _weights(self, factor: Weighter, batch: BatchView) -> torch.Tensor:
+        """Return the weights of one factor, equal ones during its burn-in."""
+        if not factor.active(batch.step, batch.total_steps):
+            equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
+            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normaliser == "sample" else equal
+        known = factor.static_weights(batch.rows_B, batch.columns)
+        if known is None:
+            return factor.weigh(batch)
+        found: torch.Tensor = batch.loss_B.new_tensor(known)
+        return found
+
+    # ---- state
+
+    def state_dict(self) -> State:
+        """Return the states of the factors by place and name."""
+        states = {f"{place}-{each.name}": each.state_dict() for place, each in enumerate(self.factors)}
+        return {key: state for key, state in states.items() if state}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of these factors.
+        """
+        factors = {f"{place}-{each.name}": each for place, each in enumerate(self.factors)}
+        strange = sorted(set(state) - set(factors))
+        if strange:
+            raise ValueError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
+        for key, factor in factors.items():
+            factor.load_state_dict(state.get(key, {}))
+
+
+def _unit_mean(weights: torch.Tensor, batch: BatchView) -> torch.Tensor:
+    """Return weights whose mean over the tokens of the micro-batch of all ranks is 1 (collective)."""
+    import torch
+
+    from dataflex.dist import comm
+
+    counted = weights * (batch.tokens_B if weights.dim() == 1 else batch.mask_BT)
+    total, tokens = comm.gather_sum(torch.stack([counted.double().sum(), batch.mask_BT.sum().double()])).unbind()
+    return weights * torch.where(total > 0, tokens / total, torch.zeros_like(total)).to(weights.dtype)
