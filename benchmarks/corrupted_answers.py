@@ -42,6 +42,7 @@ def methods(reference: Path, steps: int) -> dict[str, Any]:
     loss = {"name": "loss", "burn_in_steps": steps // 20}
     return {
         "plain": "none",
+        "sequence means": {**loss, "r": 1e9},  # equal weights: what the loss family does by its denominator alone
         "linupper": {**loss, "strategy": "linupper"},
         "quadratic": {**loss, "strategy": "quadratic"},
         "extremes": {**loss, "strategy": "extremes"},
