@@ -180,6 +180,15 @@ def test_what_a_weighter_costs(plan: Plan, tiny_model: Path, weighter: dict, cos
     assert told[2].split(None, 3)[3] == f"{share / (share + 240):.1%} of all passes, a B counted as two F"
 
 
+def test_a_product_costs_what_its_factors_do(plan: Plan, tiny_model: Path) -> None:
+    factors = ["presence", {"name": "rho", "reference": str(tiny_model)}]
+    text = plan(max_steps=40, gradient_accumulation_steps=1, dynamic={"weighter": factors})
+    told = section(text, "Cost")
+    assert "80 F + 80 B (80 rows x 1 F + 1 B;" in told[1]
+    assert told[1].endswith("; 150 F of the reference, kept on disk; reference_cache: false takes 80 and keeps none")
+    assert told[2].split(None, 3)[3] == f"{390 / 630:.1%} of all passes, a B counted as two F"
+
+
 def test_caps_that_end_the_run_are_told(plan: Plan) -> None:
     mixer = {"name": "static", "proportions": [1, 3]}
     stop = plan(max_steps=60, dynamic={"mixer": mixer, "max_epochs": 1, "at_cap": "stop"})

@@ -18,6 +18,7 @@ _BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and 
 _DEFAULT_EPOCHS = 3.0
 
 Lines = list[tuple[str, str]]
+Cost = tuple[str, float | None]
 
 
 def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
@@ -137,22 +138,20 @@ def cost_lines(view: Forecast) -> Lines:
     return lines
 
 
-def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
+def _method_cost(method: MethodConfig, view: Forecast) -> Cost:
     """Return the text, and the passes counted in forward passes (None where not known)."""
-    card, built = method.cls.card, method.build()
-    if built.reference is not None:
-        return _reference_cost(method, view)
-    if card.forward_per_served_row or card.backward_per_served_row:
-        each = _passes(1, card.forward_per_served_row, card.backward_per_served_row)
-        if view.steps is None:
-            return f"{each} per row trained on ({card.cost})", None
-        rows = _acting_steps(built, view.steps) * view.batch.size
-        told = _passes(rows, card.forward_per_served_row, card.backward_per_served_row)
-        text = f"{told} ({rows:,} rows x {each}; {card.cost})"
-        return text, _in_forwards(rows * card.forward_per_served_row, rows * card.backward_per_served_row)
+    found = [cost for each in (_pool_cost, _served_cost, _reference_cost) if (cost := each(method, view)) is not None]
+    passes = [cost for _, cost in found if cost is not None]
+    text = "; ".join(text for text, _ in found) or method.cls.card.cost
+    return text, sum(passes) if len(passes) == len(found) else None
+
+
+def _pool_cost(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over the pool in every interval, if there are any."""
+    card = method.cls.card
     forward, backward = card.forward_per_pool_row, card.backward_per_pool_row
     if not forward and not backward:
-        return card.cost, 0.0
+        return None
     each = _passes(1, forward, backward)
     if view.rows is None or view.schedule is None:
         return f"{each} per row of the pool and interval ({card.cost})", None
@@ -165,9 +164,25 @@ def _method_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | Non
     return text, _in_forwards(rows * forward, rows * backward)
 
 
-def _reference_cost(method: MethodConfig, view: Forecast) -> tuple[str, float | None]:
+def _served_cost(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over the rows trained on beside those of the training itself, if there are any."""
+    card = method.cls.card
+    forward, backward = card.forward_per_served_row, card.backward_per_served_row
+    if not forward and not backward:
+        return None
+    each = _passes(1, forward, backward)
+    if view.steps is None:
+        return f"{each} per row trained on ({card.cost})", None
+    rows = _acting_steps(method.build(), view.steps) * view.batch.size
+    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {each}; {card.cost})"
+    return text, _in_forwards(rows * forward, rows * backward)
+
+
+def _reference_cost(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes of a reference model over all rows, kept, or over the rows trained on; its F counts as one."""
     built = method.build()
+    if built.reference is None:
+        return None
     cached = built.reference_cached
     served = None if view.steps is None else _acting_steps(built, view.steps) * view.batch.size
     rows = view.rows if cached else served
