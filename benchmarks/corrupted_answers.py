@@ -4,9 +4,10 @@ A pool of instruction data in which 30 % of the rows have the answer of another 
 trains the small model on it for the same number of steps, on the same rows in the same order, and the loss on clean
 held-out rows is compared with that of plain training, seed by seed. Targets (adapt, joint, meta) and the data of the
 reference model (slm, rho, excess) are clean rows that are neither in the pool nor held out; the reference is the small
-model fine-tuned on them for as many steps.
+model fine-tuned on them for as many steps unless told otherwise.
 
 Usage: python benchmarks/corrupted_answers.py [--data FILE.jsonl] [--steps N] [--seeds N] [--share X] [--methods ...]
+                                              [--reference-steps N]
 
 FILE.jsonl has ``instruction``, ``input``, ``output``, ``source``; rows whose source begins with "noise" are left out.
 """
@@ -51,6 +52,7 @@ def methods(reference: Path, steps: int) -> dict[str, Any]:
         "adapt": {"name": "adapt", "targets": ["goal"], "rescale": "mean1", "tau": 0.1},
         "joint": {"name": "joint_update_aware", "targets": ["goal"]},
         "slm": {"name": "slm", **model, "keep": 0.7},
+        "slm 0.9": {"name": "slm", **model, "keep": 0.9},
         "rho": {"name": "rho", **model, "keep": 0.5},
         "excess": {"name": "token", "function": "excess", **model, "normaliser": "token"},
         "group": {"name": "group", "strategy": "class_balanced"},
@@ -145,6 +147,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "examples/data/pool.jsonl", help="instruction data")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run")
+    parser.add_argument(
+        "--reference-steps", type=int, default=None, help="those of the reference; as many if not given"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--share", type=float, default=0.3, help="share of wrong answers")
@@ -164,7 +169,8 @@ def main() -> int:
         write(f"{options.seeds} x {options.steps} steps of {options.batch} rows\n")
         sizes = {"per_device_train_batch_size": options.batch, "max_steps": options.steps}
         reference = folder / "reference"
-        train(folder, reference, dataset="clean", save_strategy="no", **sizes)
+        steps = options.reference_steps or options.steps
+        train(folder, reference, dataset="clean", save_strategy="no", **{**sizes, "max_steps": steps})
         evaluation = {"do_eval": True, "eval_strategy": "steps", "eval_steps": options.steps, "eval_dataset": "held"}
         blocks = methods(reference, options.steps)
         names = ["plain", *(name for name in options.methods or blocks if name != "plain")]

@@ -10,7 +10,7 @@ import torch
 
 from dataflex.config.methods import method_block
 from dataflex.core.registry import names
-from dataflex.errors import ConfigError
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.testing import example_batch, example_context
 from dataflex.weighters.factors import Factor
 from dataflex.weighters.product import Product
@@ -123,6 +123,13 @@ def test_states_go_to_their_factors():
     assert torch.equal(other.weigh(batch), weighter.weigh(batch))
     with pytest.raises(ValueError, match="was given 2-adapt"):
         other.load_state_dict({"2-adapt": {}})
+
+
+def test_a_factor_of_another_shape_is_named(monkeypatch):
+    weighter = product(Factor.of("column"), Factor.of("focal"))
+    monkeypatch.setattr(weighter.factors[1], "weigh", lambda batch: batch.loss_BT[:, :2])
+    with pytest.raises(ComponentError, match=r"'focal' returned weights of shape \(5, 2\)"):
+        weighter.weigh(batch_with())
 
 
 @pytest.mark.parametrize(

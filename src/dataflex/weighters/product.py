@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import STAGES, BatchView, Card, Context, Method, Needs, Normaliser, Rows, State, Weighter
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import ConfigError
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.weighters.factors import Factor, combination_problems
 from dataflex.weighters.sequences import by_position
 
@@ -148,7 +148,11 @@ class Product(Weighter):
         return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return products [B], or [R, T] with a factor that weighs tokens (collective)."""
+        """Return products [B], or [R, T] with a factor that weighs tokens (collective).
+
+        Raises:
+            ComponentError: A factor gave weights of another shape.
+        """
         import torch
 
         from dataflex.dist import comm
@@ -180,10 +184,10 @@ class Product(Weighter):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normaliser == "sample" else equal
         known = factor.static_weights(batch.rows_B, batch.columns)
-        if known is None:
-            return factor.weigh(batch)
-        found: torch.Tensor = batch.loss_B.new_tensor(known)
-        return found
+        found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)
+        if found.shape not in (batch.loss_B.shape, batch.loss_BT.shape):
+            raise ComponentError(f"weighter {factor.name!r} returned weights of shape {tuple(found.shape)}")
+        return found.detach().to(batch.loss_B)
 
     # ---- state
 
