@@ -10,6 +10,7 @@ import pytest
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
+from dataflex.core import registry
 from dataflex.core.choose import round_robin, take_turns, top_k
 from dataflex.core.protocols import Card, Params, Selection, Selector
 from dataflex.core.registry import find
@@ -299,7 +300,7 @@ class Counting(Selector):
 
 
 def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
-    monkeypatch.setattr(represent, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
+    monkeypatch.setattr(registry, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
     monkeypatch.setattr(represent, "names", lambda kind: ["counting"])
     params = Compose.Params(represent=Represent("counting", Params()))
     one, ctx = Compose(params), example_context({"a": 60}, targets=())

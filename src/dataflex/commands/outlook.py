@@ -152,16 +152,13 @@ def _pool_cost(method: MethodConfig, view: Forecast) -> Cost | None:
     forward, backward = card.forward_per_pool_row, card.backward_per_pool_row
     if not forward and not backward:
         return None
-    each = _passes(1, forward, backward)
     if view.rows is None or view.schedule is None:
-        return f"{each} per row of the pool and interval ({card.cost})", None
+        return f"{_passes(1, forward, backward)} per row of the pool and interval ({card.cost})", None
     pool = view.rows
     if method.kind == "selector" and view.dynamic.candidate_batches is not None and view.first_decision is not None:
         pool = min(pool, view.dynamic.candidate_batches * view.first_decision.steps * view.batch.size)
-    rows = view.num_decisions * pool
-    counted = _passes(rows, forward, backward)
-    text = f"{counted} ({view.num_decisions:,} intervals x {pool:,} rows x {each}; {card.cost})"
-    return text, _in_forwards(rows * forward, rows * backward)
+    rows = f"{view.num_decisions:,} intervals x {pool:,} rows"
+    return _counted(view.num_decisions * pool, rows, forward, backward, card.cost)
 
 
 def _served_cost(method: MethodConfig, view: Forecast) -> Cost | None:
@@ -170,12 +167,10 @@ def _served_cost(method: MethodConfig, view: Forecast) -> Cost | None:
     forward, backward = card.forward_per_served_row, card.backward_per_served_row
     if not forward and not backward:
         return None
-    each = _passes(1, forward, backward)
     if view.steps is None:
-        return f"{each} per row trained on ({card.cost})", None
+        return f"{_passes(1, forward, backward)} per row trained on ({card.cost})", None
     rows = _acting_steps(method.build(), view.steps) * view.batch.size
-    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {each}; {card.cost})"
-    return text, _in_forwards(rows * forward, rows * backward)
+    return _counted(rows, f"{rows:,} rows", forward, backward, card.cost)
 
 
 def _reference_cost(method: MethodConfig, view: Forecast) -> Cost | None:
@@ -198,6 +193,12 @@ def _reference_cost(method: MethodConfig, view: Forecast) -> Cost | None:
 def _acting_steps(method: Method, steps: int) -> int:
     """Return the optimizer steps in which a method acts."""
     return max(steps - method.burn_in(steps), 0) if isinstance(method, Weighter) else steps
+
+
+def _counted(rows: int, told: str, forward: float, backward: float, cost: str) -> Cost:
+    """Return the passes over ``rows``, told as ``told``, of which each takes ``forward`` F and ``backward`` B."""
+    text = f"{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {cost})"
+    return text, _in_forwards(rows * forward, rows * backward)
 
 
 def _passes(rows: int, forward: float, backward: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dataflex.core.protocols import STAGES, Method, Needs, Params
-from dataflex.core.registry import find
+from dataflex.core.registry import find_variant
 
 __all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
 
@@ -34,7 +34,7 @@ class MethodConfig:
     @property
     def cls(self) -> type[Method]:
         """The class of the method, with what it needs under these parameters."""
-        return find(self.kind, self.name).variant(self.params)
+        return find_variant(self.kind, self.name, self.params)
 
     def build(self) -> Method:
         """Return a new instance of the method."""

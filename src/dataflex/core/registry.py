@@ -14,10 +14,10 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from dataflex.core.protocols import Method
+from dataflex.core.protocols import Method, Params
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
-__all__ = ["KINDS", "find", "load_plugin", "names"]
+__all__ = ["KINDS", "find", "find_variant", "load_plugin", "names"]
 
 KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
@@ -129,6 +129,11 @@ def find(kind: str, name: str) -> type[Method]:
     if not (isinstance(cls, type) and issubclass(cls, Method) and cls.kind == kind):
         raise ComponentError(f"{kind} {name!r}: {cls!r} is not a subclass of dataflex.{kind.capitalize()}")
     return cls
+
+
+def find_variant(kind: str, name: str, params: Params) -> type[Method]:
+    """Return the class of a method with what it needs and costs under these parameters; raises as ``find``."""
+    return find(kind, name).variant(params)
 
 
 def load_plugin(path: str | Path) -> list[type[Method]]:

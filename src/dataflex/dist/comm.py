@@ -76,6 +76,12 @@ def gather_sum(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts).sum(dim=0)
 
 
+def ratio_of_sums(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Return the sum of one scalar over ranks divided by that of another, float64; 0 where the latter is not above 0."""
+    total, part = gather_sum(torch.stack([above.double(), below.double()])).unbind()
+    return torch.where(part > 0, total / part, torch.zeros_like(total))
+
+
 def broadcast_object(value: T) -> T:
     """Return rank 0's ``value`` on every rank."""
     if world() == 1:

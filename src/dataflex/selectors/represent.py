@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.parts import Part
 from dataflex.core.protocols import Card, Context, Needs, Params, Rows, Selector
-from dataflex.core.registry import find, names
+from dataflex.core.registry import find, find_variant, names
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.selectors.representations import (
     Embed,
@@ -110,7 +110,7 @@ class Represent(Part):
         """What it gives and needs; of a selector, what its class says."""
         if self.name in REPRESENTATIONS:
             return REPRESENTATIONS[self.name]
-        cls = find("selector", self.name).variant(self.params)
+        cls = find_variant("selector", self.name, self.params)
         card: Card = cls.card
         return Spec(
             kind="tasks" if cls.needs.targets else "scores",
@@ -124,7 +124,7 @@ class Represent(Part):
         """Return a new instance of the selector that it names, or None."""
         if self.name in REPRESENTATIONS:
             return None
-        method = find("selector", self.name).variant(self.params)(self.params)
+        method = find_variant("selector", self.name, self.params)(self.params)
         assert isinstance(method, Selector)
         return method
 

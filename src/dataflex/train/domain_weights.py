@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Normaliser, Rows
+from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
-from dataflex.train.weighting import IGNORE_INDEX, Sequences
+from dataflex.train.weighting import IGNORE_INDEX
 
 __all__ = ["DomainWeights", "counted_tokens"]
 
@@ -107,8 +108,7 @@ class DomainWeights:
         product = weights * (factor[:, None] if by_sequence else sequences.spread(factor))
         if normaliser != "sample":
             return product
-        before, after = comm.gather_sum(torch.stack([weights.double().sum(), product.double().sum()])).unbind()
-        return product * torch.where(after > 0, before / after, torch.zeros_like(after)).to(product)
+        return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
 
 
 def counted_tokens(labels: torch.Tensor) -> torch.Tensor:

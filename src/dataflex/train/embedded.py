@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dataflex.core.sequences import Sequences
 from dataflex.signals.packing import document_ids
 from dataflex.signals.pooling import pool, pool_documents
 from dataflex.signals.specs import EmbeddingSpec
-from dataflex.train.weighting import Sequences
 
 __all__ = ["embedded"]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dataflex.core.domain_stats import SUMS, DomainStats
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Normaliser, Rows, Weighter
+from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
 from dataflex.signals.packing import document_ids
@@ -26,7 +27,7 @@ from dataflex.train.domain_weights import DomainWeights, counted_tokens
 from dataflex.train.embedded import embedded
 from dataflex.train.noise_watch import NoiseWatch
 from dataflex.train.weight_stats import RowWeights, WeightStats
-from dataflex.train.weighting import Sequences, TokenLosses
+from dataflex.train.weighting import TokenLosses
 
 __all__ = ["References", "Reweighter"]
 

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
+from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
 from dataflex.signals.cross_entropy import token_cross_entropy
 
 __all__ = [
     "IGNORE_INDEX",
-    "Sequences",
     "TokenLosses",
     "checked",
     "document_sequences",
@@ -55,33 +55,6 @@ class TokenLosses:
     mask_BT: torch.Tensor
     plain_sum: torch.Tensor
     entropy_BT: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """The sequences of one micro-batch: its rows, or the documents that its packed rows hold.
-
-    Attributes:
-        rows_B: Row id of each sequence.
-        index_BT: Sequence of each supervised position [R, T], int64, 0 elsewhere; None where rows are sequences.
-    """
-
-    rows_B: Rows
-    index_BT: torch.Tensor | None = None
-
-    def sums(self, values_BT: torch.Tensor) -> torch.Tensor:
-        """Add up ``values_BT`` (0 where nothing is supervised) by sequence [B]."""
-        if self.index_BT is None:
-            return values_BT.sum(dim=1)
-        count = len(self.rows_B)  # without a supervised token there is no sequence, and every index is still 0
-        sums = values_BT.new_zeros(max(count, 1)).index_add(0, self.index_BT.flatten(), values_BT.flatten())
-        return sums[:count]
-
-    def spread(self, values_B: torch.Tensor) -> torch.Tensor:
-        """Give each position its sequence's value: [R, 1], or [R, T] under packing."""
-        if self.index_BT is None:
-            return values_B[:, None]
-        return values_B[self.index_BT] if len(values_B) else values_B.new_zeros(self.index_BT.shape)
 
 
 def row_sequences(rows: Rows) -> Sequences:
@@ -204,9 +177,7 @@ def micro_batch_scale(losses: TokenLosses, weights: torch.Tensor, sequences: Seq
     """
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
-    parts = torch.stack([losses.mask_BT.sum().double(), (weights * losses.mask_BT).sum().double()])
-    tokens, weighted_tokens = comm.gather_sum(parts).unbind()
-    return torch.where(weighted_tokens > 0, tokens / weighted_tokens, torch.zeros_like(tokens))
+    return comm.ratio_of_sums(losses.mask_BT.sum(), (weights * losses.mask_BT).sum())
 
 
 def weighted_loss(

@@ -123,12 +123,9 @@ class Adapt(Weighter):
         weights = weights.masked_fill(~valid, 0.0)
         if self.params.rescale == "none":
             return weights
-        import torch
-
         from dataflex.dist import comm
 
-        total, count = comm.gather_sum(torch.stack([weights.double().sum(), valid.double().sum()])).unbind()
-        return weights * (count / total.clamp(min=1e-30)).to(weights.dtype)
+        return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
 
     def state_dict(self) -> State:
         """Return the anchors' mean vector."""

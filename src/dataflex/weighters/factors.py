@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dataflex.core.parts import Part
-from dataflex.core.protocols import Params, Weighter
-from dataflex.core.registry import find, names
+from dataflex.core.protocols import Method, Params, Weighter
+from dataflex.core.registry import find, find_variant, names
 from dataflex.errors import ConfigError, did_you_mean
 
 __all__ = ["Factor", "combination_problems"]
@@ -37,9 +37,14 @@ class Factor(Part):
             raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
         return find("weighter", name).Params
 
+    @property
+    def cls(self) -> type[Method]:
+        """Its class under these parameters."""
+        return find_variant("weighter", self.name, self.params)
+
     def build(self) -> Weighter:
         """Return a new instance."""
-        method = find("weighter", self.name).variant(self.params)(self.params)
+        method = self.cls(self.params)
         assert isinstance(method, Weighter)
         return method
 

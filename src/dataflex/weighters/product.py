@@ -24,7 +24,7 @@ from dataflex.core.protocols import STAGES, BatchView, Card, Context, Method, Ne
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.weighters.factors import Factor, combination_problems
-from dataflex.weighters.sequences import by_position
+from dataflex.weighters.sequences import sequences_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Product(Weighter):
     @classmethod
     def variant(cls, params: Any) -> type[Method]:
         """Return the class with the needs and costs of these factors."""
-        kinds = [type(factor.build()) for factor in params.of]
+        kinds = [factor.cls for factor in params.of]
         needs = Needs(
             signals=frozenset().union(*(kind.needs.signals for kind in kinds)),
             targets=any(kind.needs.targets for kind in kinds),
@@ -135,7 +135,7 @@ class Product(Weighter):
         """Let the factors that act and are due ask for what they need."""
         step, total = ctx.interval.start_step, ctx.total_sequences // ctx.global_batch
         for factor in self.factors:
-            if factor.due(step) and (total == 0 or factor.active(step, total)):
+            if factor.due(step) and factor.active(step, total):
                 factor.prepare(ctx, rows)
 
     # ---- weights
@@ -158,7 +158,7 @@ class Product(Weighter):
         from dataflex.dist import comm
 
         kept = self.normaliser
-        product = batch.loss_B.new_ones(len(batch.rows_B))
+        product, sequences = batch.loss_B.new_ones(len(batch.rows_B)), sequences_of(batch)
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
@@ -167,9 +167,9 @@ class Product(Weighter):
             elif kept == "count" and factor.normaliser == "token":
                 weights = _unit_mean(weights, batch)
             if weights.dim() > product.dim():
-                product = by_position(product, batch)
+                product = sequences.spread(product)
             elif weights.dim() < product.dim():
-                weights = by_position(weights, batch)
+                weights = sequences.spread(weights)
             product = product * weights
         product = product.masked_fill(~batch.mask_BT if product.dim() > 1 else batch.tokens_B == 0, 0.0)
         if kept != "sample":
@@ -212,10 +212,7 @@ class Product(Weighter):
 
 def _unit_mean(weights: torch.Tensor, batch: BatchView) -> torch.Tensor:
     """Return weights whose mean over the tokens of the micro-batch of all ranks is 1 (collective)."""
-    import torch
-
     from dataflex.dist import comm
 
     counted = weights * (batch.tokens_B if weights.dim() == 1 else batch.mask_BT)
-    total, tokens = comm.gather_sum(torch.stack([counted.double().sum(), batch.mask_BT.sum().double()])).unbind()
-    return weights * torch.where(total > 0, tokens / total, torch.zeros_like(total)).to(weights.dtype)
+    return weights * comm.ratio_of_sums(batch.mask_BT.sum(), counted.double().sum()).to(weights.dtype)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dataflex.core.protocols import BatchView
+from dataflex.core.sequences import Sequences
 from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["by_position", "reference_losses", "sequence_means"]
+__all__ = ["reference_losses", "sequence_means", "sequences_of"]
 
 
-def by_position(values_B: torch.Tensor, batch: BatchView) -> torch.Tensor:
-    """Return each position's sequence's value [R, T]; 0 where nothing is supervised."""
-    if batch.sequence_BT is None:
-        return values_B[:, None] * batch.mask_BT
-    spread = values_B[batch.sequence_BT] if len(values_B) else values_B.new_zeros(batch.mask_BT.shape)
-    return spread * batch.mask_BT
+def sequences_of(batch: BatchView) -> Sequences:
+    """Return the sequences of a micro-batch."""
+    return Sequences(rows_B=batch.rows_B, index_BT=batch.sequence_BT)
 
 
 def sequence_means(values_BT: torch.Tensor, batch: BatchView) -> torch.Tensor:
@@ -28,13 +26,7 @@ def sequence_means(values_BT: torch.Tensor, batch: BatchView) -> torch.Tensor:
         values_BT: Values by position, 0 where nothing is supervised.
         batch: The micro-batch; its sequences are rows, or the documents of packed rows.
     """
-    if batch.sequence_BT is None:
-        sums = values_BT.sum(dim=1)
-    else:
-        count = len(batch.rows_B)  # none where nothing is supervised: every index is still 0
-        sums = values_BT.new_zeros(max(count, 1)).index_add(0, batch.sequence_BT.flatten(), values_BT.flatten())
-        sums = sums[:count]
-    return sums / batch.tokens_B.clamp(min=1)
+    return sequences_of(batch).sums(values_BT) / batch.tokens_B.clamp(min=1)
 
 
 def reference_losses(name: str, batch: BatchView) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""The sequences of a micro-batch: sums over their positions, and values given to all of them. No torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Sequences"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """The sequences of one micro-batch: its rows, or the documents that its packed rows hold.
+
+    Attributes:
+        rows_B: Row id of each sequence.
+        index_BT: Sequence of each supervised position [R, T], int64, 0 elsewhere; None where rows are sequences.
+    """
+
+    rows_B: NDArray[np.int64]
+    index_BT: torch.Tensor | None = None
+
+    def sums(self, values_BT: torch.Tensor) -> torch.Tensor:
+        """Add up ``values_BT`` (0 where nothing is supervised) by sequence [B]."""
+        if self.index_BT is None:
+            return values_BT.sum(dim=1)
+        count = len(self.rows_B)  # without a supervised token there is no sequence, and every index is still 0
+        sums = values_BT.new_zeros(max(count, 1)).index_add(0, self.index_BT.flatten(), values_BT.flatten())
+        return sums[:count]
+
+    def spread(self, values_B: torch.Tensor) -> torch.Tensor:
+        """Give each position its sequence's value: [R, 1], or [R, T] under packing."""
+        if self.index_BT is None:
+            return values_B[:, None]
+        return values_B[self.index_BT] if len(values_B) else values_B.new_zeros(self.index_BT.shape)
