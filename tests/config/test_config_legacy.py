@@ -167,10 +167,12 @@ def test_train_step_fixes_the_total_and_stages_go_on(flat: Config, project: Path
 def test_targets_come_from_the_evaluation_set(flat: Config, project: Path) -> None:
     keys = flat(train_type="dynamic_select", component_name="targeted", update_step=5, eval_dataset="t, b")
     parts = resolve(keys, project)
-    assert dynamic_of(parts).selector == method("selector", "tacs", targets=("t", "b"))
+    assert dynamic_of(parts).selector == method("selector", "tacs", targets=("t + b",))
     assert parts.lf["eval_dataset"] == "t, b"
     del keys["eval_dataset"]
-    with pytest.raises(ConfigError, match=r"selectors.targeted: tacs needs a target: .* eval_dataset"):
+    with pytest.raises(
+        ConfigError, match=r"selectors.targeted: tacs needs a target; flat keys take it from eval_dataset"
+    ):
         resolve(keys, project)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from dataflex.config.legacy_mixers import mixer_params
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.group_dro import GroupDro
 
 Config = Callable[..., dict[str, Any]]
 
@@ -41,7 +43,7 @@ def test_doremi(flat: Any, project: Path) -> None:
     parts = resolve(flat(f"reference_model_path: {reference}, reweight_eta: 0.5, num_eval_samples: 10"), project)
     assert parts.dynamic is not None
     assert parts.dynamic.mixer is not None
-    assert parts.dynamic.mixer.params == DoReMi.Params(reference=reference, eta=0.5, smoothing=0.01)
+    assert parts.dynamic.mixer.params == DoReMi.Params(reference=reference, eta=0.5, smoothing=0.001)
     assert parts.dynamic.initial_proportions == (1.0, 1.0)
     assert any("num_eval_samples: no effect here" in note for note in parts.notes)
     assert any("the weights act in the loss" in note for note in parts.notes)
@@ -50,8 +52,7 @@ def test_doremi(flat: Any, project: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ("reference_model_path: null", "reference_model_path: is null; without a reference model this is not DoReMi"),
-        ("reweight_eta: 1.0", "reference_model_path: missing; without a reference model this is not DoReMi"),
+        ("reweight_eta: 1.0", "reference_model_path: missing; train a reference model (its step 1)"),
         ("reference_model_path: nowhere", "dynamic.mixer.reference: no such folder: nowhere"),
         ("reference_model_path: reference, reweight_etta: 1", "reweight_etta: unknown key"),
     ],
@@ -60,3 +61,44 @@ def test_doremi_without_a_reference_is_refused(flat: Any, project: Path, params:
     with pytest.raises(ConfigError) as refused:
         resolve(flat(params), project)
     assert message in str(refused.value)
+
+
+def test_what_doremi_leaves_out_has_the_value_that_it_has_there(flat: Any, project: Path) -> None:
+    parts = resolve(flat(f"reference_model_path: {project / 'reference'}"), project)
+    assert parts.dynamic is not None
+    assert parts.dynamic.mixer is not None
+    assert (parts.dynamic.mixer.params.eta, parts.dynamic.mixer.params.smoothing) == (1.0, 1e-3)
+
+
+def test_doremi_with_a_null_reference_is_group_dro(flat: Any, project: Path) -> None:
+    parts = resolve(flat("reference_model_path: null, reweight_eps: 0.02, eval_batch_size: 4"), project)
+    assert parts.dynamic is not None
+    assert parts.dynamic.mixer is not None
+    assert parts.dynamic.mixer.name == "group_dro"
+    assert parts.dynamic.mixer.params == GroupDro.Params(eta=1.0, smoothing=0.02)
+    assert any("this is not DoReMi but the hardest domains first" in note for note in parts.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "domains", "ours", "noted"),
+    [
+        ("odm", {}, 2, {"floor": 0.03}, ["2,000 more steps"]),
+        ("odm", {"min_exploration_rate": 0.0, "warmup_steps": 0}, 2, {"floor": 0.0}, ["warmup_steps: no effect here"]),
+        ("odm", {"alpha": 0.5}, 40, {"smoothing": 0.5}, ["every domain's mean loss counts"]),
+        ("dynamic_moe", {"c": 0.1, "collect_steps": 5}, 2, {"smoothing": 0.1}, ["collect_steps: no effect here"]),
+    ],
+)
+def test_mixer_params(name: str, given: dict[str, Any], domains: int, ours: dict[str, Any], noted: list[str]) -> None:
+    problems: list[str] = []
+    notes: list[str] = []
+    assert mixer_params(name, given, domains, "here", problems, notes) == (name, ours)
+    assert not problems
+    for part in noted:
+        assert any(part in note for note in notes)
+
+
+def test_a_mixer_without_targets_is_told_its_own_key(flat: Any, project: Path) -> None:
+    keys = flat("")
+    (project / "components.yaml").write_text("mixers: {doremi: {name: dynamic_moe}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"dynamic_moe needs a target; flat keys take it from mixer_eval_dataset"):
+        resolve(keys, project)

@@ -9,15 +9,18 @@ import pytest
 import yaml
 
 from dataflex.config.components import _SHIPPED, Component, read_component
+from dataflex.config.legacy_selectors import _five_layers
 from dataflex.core.registry import find
 from dataflex.rewards.judge import JudgeConfig
 
 
 def read(
-    tmp_path: Path, name: str, params: dict[str, Any], updates: int = 4
+    tmp_path: Path, name: str, params: dict[str, Any], updates: int = 4, targets: tuple[str, ...] = ("t",)
 ) -> tuple[Component | None, list[str], str]:
     content = {"selectors": {"mine": {"name": name, "params": params}}}
     (tmp_path / "components.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text('{"num_hidden_layers": 16}')
     problems: list[str] = []
     notes: list[str] = []
     component = read_component(
@@ -25,10 +28,11 @@ def read(
         name="mine",
         file="components.yaml",
         base_dir=tmp_path,
-        targets=("t",),
+        targets=targets,
         num_domains=1,
         burn_in_steps=0,
         updates=updates,
+        model=str(tmp_path / "model"),
         problems=problems,
         notes=notes,
     )
@@ -42,13 +46,26 @@ def read(
             "near",
             {"indices_path": "x.npy", "cache_dir": "c"},
             {},
-            ["indices_path: is not read", "cache_dir: no effect"],
+            ["indices_path: x.npy is not there", "cache_dir: no effect"],
         ),
-        ("tsds", {"probs_path": "x.npy"}, {}, ["probs_path: is not read"]),
+        ("tsds", {"probs_path": "x.npy"}, {}, ["probs_path: x.npy is not there"]),
         ("delta_loss", {"window_size": 0.3, "score_batch_size": 8}, {"window_size": 0.3, "updates": 3}, []),
         ("less", {"gradient_type": "sgd", "proj_dim": 4096}, {"precondition": "none"}, ["proj_dim: gradients are"]),
         ("less", {"gradient_type": "adam", "save_interval": 16}, {"precondition": "true_adam"}, []),
-        ("icons", {"task_boundaries": None}, {"precondition": "true_adam"}, []),
+        ("icons", {"task_boundaries": None}, {"precondition": "true_adam", "target_gradient": "mean_of_cosines"}, []),
+        (
+            "icons",
+            {"task_boundaries": [5]},
+            {"precondition": "true_adam", "target_gradient": "mean_of_cosines"},
+            ["is not read"],
+        ),
+        ("cluster_less", {"cluster_size": 10}, {"pick": "random", "cluster_size": 10}, []),
+        (
+            "coincide",
+            {"embedding_layers": None},
+            {"clusters": 10_000, "temperature": 1.0, "iterations": 10, "layers": (1, 5, 8, 12, 16)},
+            ["features are the residual stream's"],
+        ),
         (
             "cluster_less",
             {"cluster_size": 64, "samples_per_cluster": 4, "proj_dim": 1024, "clustering_max_iter": 10},
@@ -58,7 +75,7 @@ def read(
         (
             "cluster_less",
             {"num_clusters": 9, "cluster_size": 3, "representative_strategy": "center", "embedding_layer": 2},
-            {"pick": "nearest", "clusters": 9, "layer": 2},
+            {"pick": "nearest", "clusters": 9, "cluster_size": 3, "layer": 2},
             [],
         ),
         (
@@ -111,8 +128,10 @@ def test_parameters(tmp_path: Path, name: str, given: dict[str, Any], ours: dict
     ("name", "given", "told"),
     [
         ("less", {"gradient_type": "adan"}, "gradient_type: 'adan' is not a choice (choices: adam, sgd)"),
-        ("icons", {"task_boundaries": [3, 2]}, "task_boundaries: here every task is a data set of its own"),
-        ("cluster_less", {"cluster_size": 10}, "cluster_size: 10 is not supported"),
+        ("icons", {"task_boundaries": [3, 2]}, "task_boundaries: names 2 tasks, eval_dataset 1 data sets"),
+        ("near", {"indices_path": "components.yaml"}, "indices_path: components.yaml is not read"),
+        ("tsds", {"probs_path": "components.yaml"}, "probs_path: components.yaml is not read"),
+        ("coincide", {"embedding_model_name_or_path": "a/b"}, "embedding_layers: null stands for five layers"),
         ("cluster_less", {"clustering_method": "lsh"}, 'clustering_method: "lsh" is not offered'),
         ("cluster_less", {"representative_strategy": "best"}, "representative_strategy: 'best' is not a choice"),
         ("coincide", {"single_member_density": 2.0}, "single_member_density: 2.0 is not supported"),
@@ -160,3 +179,30 @@ def test_every_preset_can_be_built(tmp_path: Path, name: str) -> None:
     assert problems == []
     assert component is not None
     component.method.build()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "targets"),
+    [
+        ("less", {}, ("a + b",)),
+        ("cluster_less", {}, ("a + b",)),
+        ("icons", {}, ("a + b",)),
+        ("icons", {"task_boundaries": [3, 2]}, ("a", "b")),
+    ],
+)
+def test_several_evaluation_sets_are_one_target_as_there(
+    tmp_path: Path, name: str, params: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    component, problems, notes = read(tmp_path, name, params, targets=("a", "b"))
+    assert problems == []
+    assert component is not None
+    assert component.method.targets == targets
+    assert ("are one target, as there: 'a + b'" in notes) == (len(targets) == 1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (7, [1, 2, 4, 6, 7]), (32, [1, 9, 16, 24, 32])],
+)
+def test_five_layers_from_the_first_to_the_last(depth: int, layers: list[int]) -> None:
+    assert _five_layers(depth) == layers

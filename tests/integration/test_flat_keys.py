@@ -108,3 +108,24 @@ def test_static_is_stock(run, components):
     ours = run("ours", max_steps=3, train_type="static", component_name="loss", warmup_step=4, **components)
     assert ours.series() == stock.series()
     assert not (ours.folder / "dataflex").exists()
+
+
+def test_the_evaluation_sets_of_less_are_one_target(run, components):
+    path = run.folder / "components.yaml"
+    path.write_text("selectors: {less: {name: less, params: {gradient_type: adam}}}\n")
+    outcome = run(
+        "out",
+        dataset="alpha",
+        eval_dataset="goal, held",
+        train_type="dynamic_select",
+        component_name="less",
+        warmup_step=1,
+        update_step=2,
+        update_times=1,
+        num_train_epochs=1.0,
+        optim="adamw_torch",
+        **components,
+    )
+    leaks = next(event for event in outcome.events if event["event"] == "run_started")["row_space"]["leaks"]
+    assert {name: leak["of"] for name, leak in leaks.items()} == {"goal + held": 12}
+    assert "influence on goal + held" in planned(outcome)[-1]["reason"]

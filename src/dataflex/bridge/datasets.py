@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from dataflex.bridge.domains import FILE_COLUMN, cluster_labels, file_numbers, path_labels
 from dataflex.bridge.origins import Origin, watched_origins
 from dataflex.bridge.streaming import joined, tokenised_when_served
+from dataflex.config.data import target_data_sets
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.domains import Domains
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -265,7 +266,9 @@ class DataLoading:
     def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:
         targets = {}
         for name in self._config.targets:
-            dataset = load(dataset=[name], eval_dataset=None, val_size=0.0, packing=False, neat_packing=False)
+            dataset = load(
+                dataset=list(target_data_sets(name)), eval_dataset=None, val_size=0.0, packing=False, neat_packing=False
+            )
             rows = dataset["train_dataset"]
             measures = measure(rows)
             if not (measures.supervised > 0).any():

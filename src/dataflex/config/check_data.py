@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, tokenized
+from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, target_data_sets, tokenized
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import number, truthy
@@ -51,7 +51,8 @@ def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Pat
     """Yield the targets that are not defined, whose files are missing, or that have no rows."""
     for method in dynamic.methods:
         key = f"dynamic.{method.kind}.targets"
-        sources, problems = find_sources(method.targets, lf, key, base_dir)
+        names = [name for target in method.targets for name in target_data_sets(target)]
+        sources, problems = find_sources(names, lf, key, base_dir)
         for problem in problems:
             if not problem.startswith("dataset_dir:"):  # told once, for the training data
                 yield problem

@@ -15,10 +15,10 @@ from typing import Any
 from dataflex.config.collect import collect
 from dataflex.config.convert import shown
 from dataflex.config.legacy_mixers import mixer_params
-from dataflex.config.legacy_selectors import selector_params
+from dataflex.config.legacy_selectors import Surroundings, by_task, selector_params
 from dataflex.config.legacy_weighters import weighter_params
 from dataflex.config.load import load_mapping
-from dataflex.config.methods import method_class, needs_target
+from dataflex.config.methods import method_class
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
 
@@ -50,7 +50,7 @@ _SHIPPED: dict[str, dict[str, Any]] = {
     "mixers": {
         "random": {"name": "random", "params": {"seed": 42}},
         "static": {"name": "static", "params": {"proportions": [0.5, 0.5]}},
-        "doremi": {"name": "doremi", "params": {"reference_model_path": None}},  # a placeholder there
+        "doremi": {"name": "doremi", "params": {"reweight_eta": 0.1, "reweight_eps": 0.01}},  # a placeholder's path
         "odm": {
             "name": "odm",
             "params": {"alpha": 0.9, "warmup_steps": 2000, "reward_scale": 15.0, "min_exploration_rate": 0.03},
@@ -94,6 +94,7 @@ def read_component(
     num_domains: int,
     burn_in_steps: int,
     updates: int,
+    model: str | None,
     problems: list[str],
     notes: list[str],
 ) -> Component | None:
@@ -104,10 +105,11 @@ def read_component(
         name: The component's key in its section.
         file: Path as written; looked up from the working directory, then from ``base_dir``.
         base_dir: Folder of the configuration file.
-        targets: Data sets for a method that needs targets.
+        targets: Data sets for a method that needs targets; for selectors and weighters they are one target.
         num_domains: Number of data sets.
         burn_in_steps: Steps of plain loss before a weighter acts.
         updates: Decisions of a selector after each warm-up.
+        model: ``model_name_or_path``.
         problems: Takes one line per problem.
         notes: Takes one line per parameter that is dropped or means something else here.
     """
@@ -139,10 +141,14 @@ def read_component(
         method_name, given = "static", _drawn(given, num_domains, where, problems, notes)
     method_name, given, seed = _renamed(kind, method_name, given, burn_in_steps, where, notes)
     before = len(problems)
+    if kind != "mixer" and len(targets) > 1 and not by_task(method_name, given):
+        targets = (" + ".join(targets),)
+        notes.append(f"{where}: the data sets of eval_dataset are one target, as there: {targets[0]!r}")
     if kind == "selector":
-        given = selector_params(method_name, given, updates, where, problems, notes)
+        around = Surroundings(updates=updates, targets=targets, model=model)
+        given = selector_params(method_name, given, around, where, problems, notes)
     elif kind == "mixer":
-        given = mixer_params(method_name, given, where, problems, notes)
+        method_name, given = mixer_params(method_name, given, num_domains, where, problems, notes)
     else:
         given = weighter_params(method_name, given, where, notes)
     component = _built(kind, method_name, given, seed, targets, where, problems)
@@ -219,7 +225,8 @@ def _built(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         problems.append(f"{where}.params.seed: expected a whole number of at least 0, found {shown(seed)}")
     if cls.needs.targets and not targets:
-        problems.append(f"{where}: {needs_target(cls)}; flat keys take it from eval_dataset")
+        key = "mixer_eval_dataset" if kind == "mixer" else "eval_dataset"
+        problems.append(f"{where}: {cls.name} needs a target; flat keys take it from {key}: name a data set there")
     params = collect(cls.Params, given, f"{where}.params", problems, subject=f"{name} {kind}")
     if params is None or len(problems) > before:
         return None

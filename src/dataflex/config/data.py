@@ -19,7 +19,17 @@ from typing import Any
 from dataflex.config.values import number, truthy
 from dataflex.errors import did_you_mean
 
-__all__ = ["INFO_FILE", "Source", "count_rows", "data_sets", "find_sources", "packed", "tokenized", "train_rows"]
+__all__ = [
+    "INFO_FILE",
+    "Source",
+    "count_rows",
+    "data_sets",
+    "find_sources",
+    "packed",
+    "target_data_sets",
+    "tokenized",
+    "train_rows",
+]
 
 INFO_FILE = "dataset_info.json"
 
@@ -51,6 +61,11 @@ def data_sets(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         return ()
     return tuple(str(name).strip() for name in value if str(name).strip())
+
+
+def target_data_sets(target: str) -> tuple[str, ...]:
+    """Return the data sets of one target: ``"a"`` is one, ``"a + b"`` the rows of both as one target."""
+    return tuple(name.strip() for name in target.split(" + "))
 
 
 def find_sources(

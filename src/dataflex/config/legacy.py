@@ -93,6 +93,7 @@ class _Translation:
             num_domains=len(self._data_sets()),
             burn_in_steps=keys.warmup_step,
             updates=keys.update_times,
+            model=str(self.lf["model_name_or_path"]) if self.lf.get("model_name_or_path") else None,
             problems=self.problems,
             notes=self.notes,
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["mixer_params"]
 
-_DEFAULTS = {"reweight_eta": 0.1, "reweight_eps": 0.01}  # of the components file that comes with it
-_RENAMED = {"reference_model_path": "reference", "reweight_eta": "eta", "reweight_eps": "smoothing"}
-_WITHOUT_EFFECT = ("num_eval_samples", "eval_batch_size")
+# What the components mean where they leave a parameter out.
+_DOREMI_DEFAULTS = {"reweight_eta": 1.0, "reweight_eps": 1e-3}
+_ODM_FLOOR = 0.03
+
+_DOREMI = {"reference_model_path": "reference", "reweight_eta": "eta", "reweight_eps": "smoothing"}
+_DOREMI_WITHOUT_EFFECT = ("num_eval_samples", "eval_batch_size")
 _ODM = {"alpha": "smoothing", "min_exploration_rate": "floor"}
 _ODM_WITHOUT_EFFECT = {
     "warmup_steps": "warmup_step is the only warm-up",
@@ -21,44 +25,67 @@ _MOE_WITHOUT_EFFECT = dict.fromkeys(
 )
 
 
-def mixer_params(name: str, given: dict[str, Any], where: str, problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Return a mixer's parameters in our spelling.
+def mixer_params(
+    name: str, given: Mapping[str, Any], num_domains: int, where: str, problems: list[str], notes: list[str]
+) -> tuple[str, dict[str, Any]]:
+    """Return a mixer's name and parameters in our spelling.
 
     Args:
-        name: Our name of the mixer.
+        name: The component's method.
         given: Parameters of the component.
+        num_domains: Number of data sets.
         where: What the component is called in messages.
         problems: Takes one line per problem.
         notes: Takes one line per parameter that is dropped or means something else here.
     """
     if name == "odm":
-        notes.append(f"{where}: every domain's mean loss counts in every step (variant: full_information)")
-        return _renamed(given, _ODM, _ODM_WITHOUT_EFFECT, where, notes)
+        return name, _odm(given, num_domains, where, notes)
     if name == "dynamic_moe":
-        return _renamed(given, _MOE, _MOE_WITHOUT_EFFECT, where, notes)
-    if name != "doremi":
-        return given
-    params = {**_DEFAULTS, **given}
-    for key in _WITHOUT_EFFECT:
-        if key in params:
+        return name, _renamed(given, _MOE, _MOE_WITHOUT_EFFECT, where, notes)
+    if name == "doremi":
+        return _doremi(given, where, problems, notes)
+    return name, dict(given)
+
+
+def _odm(given: Mapping[str, Any], num_domains: int, where: str, notes: list[str]) -> dict[str, Any]:
+    notes.append(
+        f"{where}: every domain's mean loss counts in every step, as it is (variant: full_information); there the last "
+        "micro-batch's loss, times reward_scale, counts for one domain"
+    )
+    if "warmup_steps" not in given:
+        notes.append(f"{where}: warmup_step is the only warm-up; there the component has 2,000 more steps of it")
+    floor = {} if num_domains * _ODM_FLOOR >= 1 else {"min_exploration_rate": _ODM_FLOOR}
+    return _renamed({**floor, **given}, _ODM, _ODM_WITHOUT_EFFECT, where, notes)
+
+
+def _doremi(given: Mapping[str, Any], where: str, problems: list[str], notes: list[str]) -> tuple[str, dict[str, Any]]:
+    params = {**_DOREMI_DEFAULTS, **given}
+    for key in _DOREMI_WITHOUT_EFFECT:
+        if params.pop(key, None) is not None:
             notes.append(f"{where}.params.{key}: no effect here; the losses of training are used")
-            del params[key]
-    if params.get("reference_model_path") is None and "reference" not in params:
-        what = "is null" if "reference_model_path" in params else "missing"
+    if "reference_model_path" in params and params["reference_model_path"] is None:
+        del params["reference_model_path"]
+        notes.append(
+            f"{where}.params.reference_model_path: is null; without a reference model this is not DoReMi but the "
+            "hardest domains first, which is the mixer group_dro; no averaged weights are written"
+        )
+        return "group_dro", {_DOREMI.get(key, key): value for key, value in params.items()}
+    if "reference_model_path" not in params and "reference" not in params:
         problems.append(
-            f"{where}.params.reference_model_path: {what}; without a reference model this is not DoReMi but the "
-            "hardest domains first. Train one (its step 1), or use 'dataflex mix doremi'"
+            f"{where}.params.reference_model_path: missing; train a reference model (its step 1), use 'dataflex mix "
+            "doremi', or write null: the hardest domains first, which is not DoReMi"
         )
         params["reference_model_path"] = "none"
     notes.append(
-        f"{where}: the weights act in the loss, from the next step on, and are updated in every step; domains are "
-        "sampled alike; the averaged weights are written to OUTPUT_DIR/dataflex/doremi.json"
+        f"{where}: the weights act in the loss, from the next step on, and are updated in every step; a domain without "
+        "rows in a step keeps its score; domains are sampled alike; the averaged weights are written to "
+        "OUTPUT_DIR/dataflex/doremi.json"
     )
-    return {_RENAMED.get(key, key): value for key, value in params.items()}
+    return "doremi", {_DOREMI.get(key, key): value for key, value in params.items()}
 
 
 def _renamed(
-    given: dict[str, Any], names: dict[str, str], without_effect: dict[str, str], where: str, notes: list[str]
+    given: Mapping[str, Any], names: dict[str, str], without_effect: dict[str, str], where: str, notes: list[str]
 ) -> dict[str, Any]:
     notes += [f"{where}.params.{key}: no effect here; {why}" for key, why in without_effect.items() if key in given]
     return {names.get(key, key): value for key, value in given.items() if key not in without_effect}

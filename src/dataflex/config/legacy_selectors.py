@@ -6,12 +6,15 @@ were computed beforehand are not read, since the same is computed here from the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dataflex.config.convert import shown
 
-__all__ = ["selector_params"]
+__all__ = ["Surroundings", "by_task", "selector_params"]
 
 _PRECONDITION = {"adam": "true_adam", "sgd": "none"}
 _PICK = {
@@ -55,8 +58,6 @@ _RENAMED: dict[str, dict[str, str]] = {
 _EXACT = "gradients are compared as they are here, without a projection; 'sketch_size' brings a sparse one"
 _IDLE = "no effect here"
 _DROPPED: dict[str, dict[str, str]] = {
-    "near": {"indices_path": "is not read; neighbours are computed here from the targets, 'encoder' names the model"},
-    "tsds": {"probs_path": "is not read; probabilities are computed here from the targets, 'encoder' names the model"},
     "less": {"proj_dim": _EXACT},
     "icons": {"proj_dim": _EXACT},
     "nice": {
@@ -82,15 +83,35 @@ _DROPPED: dict[str, dict[str, str]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the meaning of a component depends on beside its parameters.
+
+    Attributes:
+        updates: Decisions after each warm-up (``update_times``).
+        targets: The method's targets.
+        model: ``model_name_or_path``.
+    """
+
+    updates: int
+    targets: tuple[str, ...]
+    model: str | None
+
+
+def by_task(name: str, given: Mapping[str, Any]) -> bool:
+    """Return whether the data sets of ``eval_dataset`` stay apart: the tasks of ``icons``, where it names any."""
+    return name == "icons" and bool(given.get("task_boundaries"))
+
+
 def selector_params(
-    name: str, given: Mapping[str, Any], updates: int, where: str, problems: list[str], notes: list[str]
+    name: str, given: Mapping[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]
 ) -> dict[str, Any]:
     """Return the parameters of our selector ``name``.
 
     Args:
         name: The component's method.
         given: Its parameters, those of no effect anywhere already removed; null means not given.
-        updates: Decisions after each warm-up (``update_times``).
+        around: What else their meaning depends on.
         where: Path of the component, for messages.
         problems: Takes one line per parameter that cannot be followed.
         notes: Takes one line per parameter that is dropped or means something else here.
@@ -101,7 +122,7 @@ def selector_params(
             notes.append(f"{where}.params.{key}: {why}")
     special = _SPECIAL.get(name)
     if special is not None:
-        special(params, updates, where, problems, notes)
+        special(params, around, where, problems, notes)
     translated = {}
     for key, value in params.items():
         if key == "gradient_type":
@@ -117,30 +138,61 @@ def _choice(value: Any, choices: Mapping[str, str], path: str, problems: list[st
     return found
 
 
-def _delta_loss(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+def _delta_loss(
+    params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]
+) -> None:
+    updates = around.updates
     if updates < 1:
         notes.append(f"{where}: without update_times the window stays where it starts, as there")
     params.setdefault("updates", max(1, updates - 1) if updates >= 1 else _FEW_UPDATES)
 
 
-def _icons(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
-    if params.pop("task_boundaries", None) is not None:
+def _precomputed(
+    params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]
+) -> None:
+    """Refuse a file of rows or probabilities that is there: it would be left aside for others computed here."""
+    for key in ("indices_path", "probs_path"):
+        file = params.pop(key, None)
+        if file is None:
+            continue
+        told = "the same kind of rows is found here from the targets, 'encoder' names the model that reads them"
+        if Path(str(file)).expanduser().exists():
+            problems.append(
+                f"{where}.params.{key}: {file} is not read; {told}. Remove the key for that, or train on a data "
+                "set of the rows that the file names"
+            )
+        else:
+            notes.append(f"{where}.params.{key}: {file} is not there and would not be read; {told}")
+
+
+def _icons(params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]) -> None:
+    params.setdefault("target_gradient", "mean_of_cosines")
+    if len(around.targets) > 1 and "vote_percent" not in params:
+        notes.append(f"{where}: a task votes for 20 % of the pool (vote_percent); there for as many rows as are kept")
+    boundaries = params.pop("task_boundaries", None)
+    if not boundaries:
+        return
+    sizes = len(boundaries) if isinstance(boundaries, list | tuple) else 1
+    if sizes == len(around.targets):
+        notes.append(
+            f"{where}.params.task_boundaries: is not read; each data set of eval_dataset is a task, whatever its size"
+        )
+    else:
         problems.append(
-            f"{where}.params.task_boundaries: here every task is a data set of its own; list one per task in "
-            "eval_dataset, and remove the key"
+            f"{where}.params.task_boundaries: names {sizes} tasks, eval_dataset {len(around.targets)} data sets; here "
+            "every task is a data set of its own: list one per task in eval_dataset"
         )
 
 
-def _cluster_less(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
-    size = params.pop("cluster_size", 64)
-    if "num_clusters" not in params and size != 64:
-        problems.append(
-            f"{where}.params.cluster_size: {shown(size)} is not supported, clusters hold 64 rows on average unless "
-            "their number is given; write num_clusters instead (rows of the pool divided by the size)"
-        )
+def _cluster_less(
+    params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]
+) -> None:
     method = params.pop("clustering_method", "kmeans")
     if method != "kmeans":
-        problems.append(f"{where}.params.clustering_method: {shown(method)} is not offered; use kmeans")
+        problems.append(
+            f"{where}.params.clustering_method: {shown(method)} is not offered: rows near one another in random "
+            "projections are not clusters of like gradients as often; write kmeans"
+        )
     params.pop("lsh_num_bits", None)
     model = params.pop("embedding_model_name_or_path", None)
     if model is not None:
@@ -153,13 +205,39 @@ def _cluster_less(params: dict[str, Any], updates: int, where: str, problems: li
     params["representative_strategy"] = _choice(params["representative_strategy"], strategies, path, problems)
 
 
-def _coincide(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+def _coincide(params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]) -> None:
     density = params.pop("single_member_density", 1.0)
     if density != 1.0:
         problems.append(f"{where}.params.single_member_density: {shown(density)} is not supported; it is 1 here")
+    if not params.get("embedding_layers"):
+        model = params.get("embedding_model_name_or_path") or around.model
+        depth = _depth(Path(str(model))) if model else None
+        if depth is None:
+            problems.append(
+                f"{where}.params.embedding_layers: null stands for five layers from the first to the last, but "
+                f"{model} is no folder whose config.json tells its depth; list the layers"
+            )
+        else:
+            params["embedding_layers"] = _five_layers(depth)
+    notes.append(f"{where}: features are the residual stream's, of text alone; rows are clustered in every decision")
 
 
-def _nice(params: dict[str, Any], updates: int, where: str, problems: list[str], notes: list[str]) -> None:
+def _five_layers(depth: int) -> list[int]:
+    """Return five hidden states, evenly spaced from the first layer's to the last one's; all of a shallower model."""
+    count = min(5, depth)
+    places = [1 + (depth - 1) * i / max(1, count - 1) for i in range(count)]
+    return sorted({round(place) for place in places})
+
+
+def _depth(folder: Path) -> int | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int({**config, **(config.get("text_config") or {})}["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _nice(params: dict[str, Any], around: Surroundings, where: str, problems: list[str], notes: list[str]) -> None:
     """Translate the judge behind a server; a reward model in the process is refused with what to do instead."""
     path = f"{where}.params"
     backend, settings = params.pop("reward_model_backend", None), params.pop("reward_backend_params", None) or {}
@@ -190,9 +268,11 @@ def _nice(params: dict[str, Any], updates: int, where: str, problems: list[str],
         params.update(reward="judge", judge={**judge, "best": 1.0})
 
 
-_Special = Callable[[dict[str, Any], int, str, list[str], list[str]], None]
+_Special = Callable[[dict[str, Any], Surroundings, str, list[str], list[str]], None]
 _SPECIAL: dict[str, _Special] = {
     "delta_loss": _delta_loss,
+    "near": _precomputed,
+    "tsds": _precomputed,
     "icons": _icons,
     "cluster_less": _cluster_less,
     "coincide": _coincide,

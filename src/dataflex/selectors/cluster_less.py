@@ -103,7 +103,10 @@ class ClusterLess(Selector):
         """Parameters of Cluster-LESS."""
 
         clusters: int | None = field(
-            default=None, metadata={"help": "number of clusters; null: one for 64 rows", "minimum": 1}
+            default=None, metadata={"help": "number of clusters; null: one for cluster_size rows", "minimum": 1}
+        )
+        cluster_size: int = field(
+            default=64, metadata={"help": "rows per cluster on average, where clusters is null", "minimum": 1}
         )
         representatives: int = field(
             default=3, metadata={"help": "rows of each cluster that gradients are taken of", "minimum": 1}
@@ -167,7 +170,7 @@ class ClusterLess(Selector):
                 "all masked?). Check that cutoff_len leaves room for the response."
             )
         vectors = found[places]
-        wanted = p.clusters if p.clusters is not None else -(-len(places) // 64)
+        wanted = p.clusters if p.clusters is not None else -(-len(places) // p.cluster_size)
         labels, centres = kmeans(vectors, wanted, ctx.rng("selector.cluster_less.kmeans"))
         distances = np.linalg.norm(vectors - centres[labels], axis=1)
         by_cluster = self._influence(pool[places], labels, distances, ctx)
