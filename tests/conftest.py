@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# A number of threads decides last bits. Processes that tests start inherit this one, so that bytes can be compared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -90,6 +90,8 @@ def _run(arguments: list[str]) -> int:
         _write(parser.format_help())
         return 0
     command, rest = arguments[0], arguments[1:]
+    if command in ("-v", "--version"):
+        command, arguments = "version", ["version", *rest]
     if command not in _EXAMPLES and not command.startswith("-"):
         known = list(_EXAMPLES)
         raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
@@ -186,6 +188,7 @@ def _parser() -> _Parser:
         description="Train with data that is decided during training, on top of LLaMA-Factory.",
         epilog="'dataflex COMMAND --help' explains a command.\n\nexample:\n  " + _EXAMPLES["train"],
     )
+    parser.add_argument("-v", "--version", action="store_true", help="print the versions, as 'dataflex version' does")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def add(name: str, told: str, handler: Callable[[argparse.Namespace], str | int], more: str = "") -> _Parser:
@@ -206,7 +209,7 @@ def _parser() -> _Parser:
     _add_config(train)
     _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", _plan))
     methods = add("methods", "List the methods, or tell all about one.", _methods)
-    methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss")
+    methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
     _add_score(add("score", "Score every row of a data set with selectors, without training.", _score, _SCORE))
     _add_select(add("select", "Write the subset of a data set that scores ask for.", _select, _SELECT))
     mix = add("mix", "Find proportions of domains before the large run, step by step.", _mix)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import CheckpointError
+from dataflex.record.clock import PhaseClock, launch_time
 
 __all__ = ["show_progress", "train", "train_here"]
 
@@ -28,17 +30,24 @@ def train(args: list[str]) -> int:
         args: A YAML or JSON file and ``key=value`` overrides; or LLaMA-Factory's own ``--key value`` flags,
             which always mean a stock run.
     """
+    began = time.time()
     if _is_config(args):  # tell mistakes before LLaMA-Factory is imported
         resolve(load_mapping(args[0], args[1:]), Path(args[0]).resolve().parent)
     from dataflex.bridge.launch import wants_torchrun, with_torchrun
 
     if wants_torchrun():
-        return with_torchrun(args)
-    return train_here(args)
+        return with_torchrun(args, began=began)
+    return train_here(args, began)
 
 
-def train_here(args: list[str]) -> int:
-    """Train in this process (one rank) and return 0."""
+def train_here(args: list[str], began: float | None = None) -> int:
+    """Train in this process (one rank) and return 0.
+
+    Args:
+        args: As for ``train``.
+        began: Unix seconds at which the command began; by default when the launcher did, or now.
+    """
+    clock = PhaseClock(launch_time() if began is None else began)
     if not _is_config(args):
         from llamafactory.train.tuner import run_exp
 
@@ -61,7 +70,7 @@ def train_here(args: list[str]) -> int:
         with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
             run(lf, config, parts.early_stopping_min_delta)
     else:
-        run(lf, config, parts.early_stopping_min_delta)
+        run(lf, config, parts.early_stopping_min_delta, clock)
     return 0
 
 

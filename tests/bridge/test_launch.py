@@ -102,7 +102,7 @@ def test_the_command_on_two_ranks(tiny_model, data_dir, tmp_path):
     config = tmp_path / "run.json"
     mapping = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
     config.write_text(json.dumps({**mapping, "dynamic": {"interval_steps": 2, "selector": "random"}}))
-    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 
     def train(*overrides):
         command = [sys.executable, "-m", "dataflex", "train", str(config), *overrides]
@@ -148,7 +148,7 @@ class Fragile(Selector):
     mapping = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
     block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": "fragile"}
     config.write_text(json.dumps({**mapping, "ddp_find_unused_parameters": False, "dynamic": block}))
-    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
     command = [sys.executable, "-m", "dataflex", "train", str(config)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 1

@@ -28,7 +28,7 @@ def two_ranks():
     def start(configs: list[Path], folder: Path, timeout: int = 150) -> str:
         jobs = folder / "jobs.json"
         jobs.write_text(json.dumps([str(config) for config in configs]))
-        env = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(DRIVER), str(jobs)]
         log = folder / "output.txt"

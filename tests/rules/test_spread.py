@@ -15,6 +15,7 @@ from dataflex.rules.density import Densities
 from dataflex.rules.facility import facility_location, greedy_cover
 from dataflex.rules.search import nearest, similar_rows
 from dataflex.rules.spread import apart, k_center, near_duplicates, unit
+from tests.rounding import sums_apart
 
 
 def whole(seed, count, width=3, low=-3, high=4):
@@ -239,10 +240,12 @@ def test_densities_in_cells_find_the_near_duplicates(monkeypatch):
     exact = epanechnikov(vectors, 0.3, 100)
     places = np.arange(1200)
     assert exact.min() > 3.5
-    np.testing.assert_allclose(Densities(vectors, places, 0.3, 100)(places), exact, rtol=1e-6)
+    # A kernel value is 1 - (2 - 2 x y) / sigma^2 for unit vectors of 16 places; of itself it is 1 exactly.
+    pair = 2.0 * sums_apart(16) / 0.3**2
+    np.testing.assert_allclose(Densities(vectors, places, 0.3, 100)(places), exact, rtol=0, atol=3 * pair)
     # At most two count: the row itself and its nearest copy.
     crowded = Densities(vectors, places, 0.3, 2)(places)
-    right = np.isclose(crowded, epanechnikov(vectors, 0.3, 2), rtol=1e-6)
+    right = np.isclose(crowded, epanechnikov(vectors, 0.3, 2), rtol=0, atol=pair)
     assert right.mean() > 0.97
     assert (crowded <= 2.0).all()
 

@@ -257,7 +257,7 @@ def test_a_pass_without_rows(store):
 
 
 def start(directory, *ranks):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, store_worker.__file__, str(directory), "0.2", *map(str, ranks)]
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 

@@ -30,6 +30,8 @@ METHODS = {
     "_save_rng_state": ["self", "output_dir"],
     "log": ["self", "logs", "start_time"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "get_tp_size": ["self"],
@@ -87,6 +89,7 @@ def test_trainer_classes_and_data_loading():
             "tokenizer",
             "processor",
         ], stage
+        assert callable(workflow.load_model), stage
 
 
 def test_tuner():
@@ -192,3 +195,24 @@ def test_create_optimizer_needs_nothing():
         if parameter.default is inspect.Parameter.empty
     ]
     assert [parameter.name for parameter in required] == ["self"]
+
+
+def test_keys_that_both_have():
+    """At the top level a key is LLaMA-Factory's if it has it; every other key of ours is told to be misplaced there."""
+    from dataclasses import fields
+
+    from llamafactory.hparams import parser
+
+    from dataflex.config.build import block_keys
+    from dataflex.config.collect import key_of
+    from dataflex.config.places import ALSO_UPSTREAM, LF_KEYS
+    from dataflex.config.schema import SignalsConfig
+    from dataflex.core.registry import KINDS, find, names
+    from dataflex.rules.registry import RULES, Rule
+
+    theirs = {field.name for cls in parser._TRAIN_ARGS for field in fields(cls)}
+    params = [find(kind, name).Params for kind in KINDS for name in names(kind)]
+    params += [SignalsConfig, *(Rule.params_of(name) for name in RULES)]
+    ours = {key_of(field) for cls in params for field in fields(cls)} | {"targets", *block_keys()}
+    assert ours & theirs <= set(ALSO_UPSTREAM) <= theirs
+    assert set(LF_KEYS) <= theirs

@@ -32,6 +32,7 @@ from dataflex.config.data import target_data_sets
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.domains import Domains
 from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.record.clock import PhaseClock
 from dataflex.train.leakage import Leak, find_leaks
 from dataflex.train.row_space import RowSpace, TargetSpace, measure
 
@@ -66,10 +67,12 @@ class DataLoading:
 
     Args:
         config: The dynamic block.
+        clock: Takes the time of loading.
     """
 
-    def __init__(self, config: DynamicConfig) -> None:
+    def __init__(self, config: DynamicConfig, clock: PhaseClock | None = None) -> None:
         self._config = config
+        self._clock = clock or PhaseClock()
         self.space: RowSpace | None = None
 
     def __call__(
@@ -116,7 +119,8 @@ class DataLoading:
         found = {name: _column(name, raw, kept, len(train)) for name in columns}
         labels = _source_labels(sizes, module.pop("_source_of_row", None))
         targets = self._targets(load)
-        leaked = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
+        with self._clock.phase("leakage"):
+            leaked = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
         if any(leak.num_rows for leak in leaked.values()):
             kept = self._without_leaks(leaked, len(train))
             if kept is not None:

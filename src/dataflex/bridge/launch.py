@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from dataflex.record.clock import LAUNCHED
+
 __all__ = ["torchrun_command", "wants_torchrun", "with_torchrun"]
 
 _WORKER_MODULE = "dataflex.worker"
@@ -58,11 +60,16 @@ def torchrun_command(
     return [*command, "-m", module, *args]
 
 
-def with_torchrun(args: list[str], module: str = _WORKER_MODULE) -> int:
-    """Run a module with ``args`` in one process per device and return the exit code; by default ``dataflex train``."""
+def with_torchrun(args: list[str], module: str = _WORKER_MODULE, began: float | None = None) -> int:
+    """Run a module with ``args`` in one process per device and return the exit code; by default ``dataflex train``.
+
+    ``began`` is when the command did, in Unix seconds: the run's time is counted from there.
+    """
     from llamafactory.extras.misc import find_available_port, get_device_count, is_env_enabled
 
     env = dict(os.environ)
+    if began is not None:
+        env[LAUNCHED] = repr(began)
     if is_env_enabled("OPTIM_TORCH", "1"):
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         env["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"

@@ -1,7 +1,7 @@
 """Puts our trainer and our data loading where LLaMA-Factory's workflows look for theirs, for the time of a run.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: the workflow modules of the stages, their
-references ``get_dataset`` and their trainer classes, ``llamafactory.train.tuner.run_exp`` and its
+references ``get_dataset`` and ``load_model`` and their trainer classes, ``llamafactory.train.tuner.run_exp`` and its
 ``EarlyStoppingCallback``, ``llamafactory.train.tuner.Worker`` (Ray).
 """
 
@@ -19,6 +19,7 @@ from dataflex.config.data import packed
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
+from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.seam import TrainerMixin
 from dataflex.train.session import Setup
 from dataflex.version import __version__
@@ -69,8 +70,21 @@ def least_gain(delta: float) -> Iterator[None]:
 
 
 @contextmanager
-def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[Any] = TrainerMixin) -> Iterator[Setup]:
+def swapped(
+    stage: str,
+    config: DynamicConfig,
+    lf: dict[str, Any],
+    mixin: type[Any] = TrainerMixin,
+    clock: PhaseClock | None = None,
+) -> Iterator[Setup]:
     """Make LLaMA-Factory's workflow of ``stage`` build our trainer while inside: ``mixin`` before its own.
+
+    Args:
+        stage: LLaMA-Factory's.
+        config: The dynamic block.
+        lf: LLaMA-Factory's keys.
+        mixin: What goes before the stage's trainer class.
+        clock: Runs since the command began; None: from now on.
 
     Raises:
         UnsupportedError: The stage has no trainer that data can be decided for.
@@ -79,7 +93,8 @@ def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[A
         raise UnsupportedError(f"stage {stage!r} has no dynamic training (supported: {', '.join(TRAINERS)})")
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
-    loading = DataLoading(config)
+    clock = clock or PhaseClock()
+    loading = DataLoading(config, clock)
     setup = Setup(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},
@@ -87,32 +102,48 @@ def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[A
         stage=stage,
         shuffle=not lf.get("disable_shuffling", False),
         packed=packed({**lf, "stage": stage}),
+        clock=clock,
         scoring_collator=scoring_collator(stage),
     )
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        module = loading(*args, **kwargs)
+        clock.switch(OTHER)
+        with clock.phase("data"):
+            module = loading(*args, **kwargs)
         setup.space = loading.space
         return module
 
+    load_model = workflow.load_model
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase("model"):
+            return load_model(*args, **kwargs)
+
     base = getattr(home, name)
     ours = type(f"Dynamic{name}", (mixin, base), {"dataflex_setup": setup})
-    with _replaced([(workflow, "get_dataset", load), (home, name, ours)]):
+    with _replaced([(workflow, "get_dataset", load), (workflow, "load_model", model), (home, name, ours)]):
         yield setup
+    setup.recorder.ended()
 
 
-def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_delta: float = 0.0) -> None:
+def run(
+    lf: dict[str, Any],
+    config: DynamicConfig | None,
+    early_stopping_min_delta: float = 0.0,
+    clock: PhaseClock | None = None,
+) -> None:
     """Train in this process: stock LLaMA-Factory without a dynamic block, our trainer with one.
 
     Args:
         lf: LLaMA-Factory's own keys.
         config: The dynamic block, or None.
         early_stopping_min_delta: Least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
+        clock: Runs since the command began; None: from now on.
     """
     tuner = importlib.import_module("llamafactory.train.tuner")
     with least_gain(early_stopping_min_delta):
         if config is None:
             tuner.run_exp(lf)
             return
-        with swapped(lf.get("stage", "sft"), config, lf):
+        with swapped(lf.get("stage", "sft"), config, lf, clock=clock):
             tuner.run_exp(lf)

@@ -45,7 +45,7 @@ def methods(name: str | None = None) -> str:
     """Return a table of all methods, or everything about those called ``name``.
 
     Args:
-        name: "loss" for every method of that name, or "selector/loss" for one.
+        name: "loss" for every method of that name, "selector/loss" for one, or "selector" for a table of that kind.
 
     Raises:
         ConfigError: There is no such method, with the nearest spelling.
@@ -53,12 +53,14 @@ def methods(name: str | None = None) -> str:
     known = [(kind, each) for kind in KINDS for each in names(kind)]
     if name is None:
         return "\n".join(_table(known))
+    if name.removesuffix("s").removesuffix("/") in KINDS:
+        return "\n".join(_table([each for each in known if each[0] == name.removesuffix("s").removesuffix("/")]))
     kind, slash, rest = name.partition("/")
     if slash and kind not in KINDS:
         raise ConfigError(f"methods: {kind!r} is not a kind{did_you_mean(kind, KINDS)} (kinds: {', '.join(KINDS)})")
     found = [(k, n) for k, n in known if n == (rest if slash else name) and (not slash or k == kind)]
     if not found:
-        spellings = [n for k, n in known if not slash or k == kind]
+        spellings = [n for k, n in known if not slash or k == kind] + ([] if slash else list(KINDS))
         wanted = rest if slash else name
         listed = ", ".join(dict.fromkeys(spellings))
         raise ConfigError(f"methods: there is no {wanted!r}{did_you_mean(wanted, spellings)} (known: {listed})")
@@ -76,7 +78,7 @@ def _loaded(kind: str, name: str) -> type[Method]:
 def _table(known: list[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     broken: list[str] = []
-    for kind in KINDS:
+    for kind in dict.fromkeys(kind for kind, _ in known):
         rows = []
         for name in (n for k, n in known if k == kind):
             cls = method_class(kind, name, f"{kind}/{name}", broken)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dataflex.config.collect import collect, values
 from dataflex.config.convert import shown
 from dataflex.config.methods import method_block
+from dataflex.config.places import with_places
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.core.registry import KINDS, load_plugin
@@ -70,7 +71,7 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     unread = [key for key, value in mapping.items() if value is not None and given.get(key) is None]
     problems += rule_problems(dynamic, unread)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(with_places(problems, mapping))
     return dynamic
 
 

@@ -13,9 +13,15 @@ from dataflex.config.parts import read_part
 from dataflex.core.parts import Part
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
-__all__ = ["collect", "dotted", "field_hints", "key_of", "values"]
+__all__ = ["UNKNOWN_KEY", "collect", "dotted", "field_hints", "key_of", "values"]
 
 T = TypeVar("T")
+
+UNKNOWN_KEY = re.compile(
+    r"(?P<path>(?:.*\.)?(?P<key>[^.]+)): unknown key(?P<hint>; did you mean '[^']*'\?)?"
+    r"(?P<rest> \(.* (?:accepts: .*|takes no parameters)\))"
+)
+"""The line that is noted for a key that nothing accepts."""
 
 
 def collect(

@@ -159,14 +159,18 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
 
 
 def _lift_name(config: DictConfig, keys: Sequence[str]) -> None:
-    """Turn ``selector: loss`` into ``selector: {name: loss}`` where an override goes below it."""
+    """Turn ``selector: loss`` into ``selector: {name: loss}`` where an override goes below it, and its parts alike."""
     from omegaconf import DictConfig
 
     if len(keys) < 3 or keys[0] != "dynamic" or keys[1] not in KINDS:
         return
     block = config.get("dynamic")
-    if isinstance(block, DictConfig) and isinstance(block.get(keys[1]), str):
-        block[keys[1]] = {"name": block[keys[1]]}
+    for key in keys[1:-1]:
+        if not isinstance(block, DictConfig):
+            return
+        if isinstance(block.get(key), str):
+            block[key] = {"name": block[key]}
+        block = block.get(key)
 
 
 def _yaml_place(error: Exception) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from dataflex.config.collect import collect
+from dataflex.config.collect import collect, key_of
 from dataflex.config.convert import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.core.protocols import Method
 from dataflex.core.registry import find, names
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
-__all__ = ["method_block", "method_class", "needs_target", "target_list"]
+__all__ = ["method_block", "method_class", "needs_target", "takes_targets", "target_list"]
 
 
 def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
@@ -29,7 +30,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     if name is None and kind == "selector" and "represent" in block:
         name = "compose"
     if name is None:
-        problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))})")
+        near = did_you_mean("name", [str(key) for key in block]).replace("did you mean", "is it spelt")
+        problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))}){near}")
         return None
     if not isinstance(name, str):
         problems.append(f"{path}.name: expected text, found {shown(name)}")
@@ -39,7 +41,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
         return None
     rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
     found: list[str] = []
-    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}")
+    also = ("targets",) if takes_targets(cls, block) else ()
+    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
     # Whether there must be targets can depend on the parameters: then only good ones tell.
     known = _needs_are_fixed(cls) or params is not None
     targets = _targets(cls if params is None else cls.variant(params), block, path, problems) if known else ()
@@ -60,6 +63,15 @@ def _product(blocks: Sequence[Any], path: str, problems: list[str]) -> dict[str,
         for block in blocks
     ]
     return {"name": "product", "of": factors, **({"targets": given[0]} if given else {})}
+
+
+def takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
+    """Whether a method takes targets under those of its parameters that can be read."""
+    if _needs_are_fixed(cls):
+        return cls.needs.targets
+    known = {key: block[key] for field in fields(cls.Params) if (key := key_of(field)) in block}
+    params = collect(cls.Params, known, "", [])
+    return (cls if params is None else cls.variant(params)).needs.targets
 
 
 def _needs_are_fixed(cls: type[Method]) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.build import parse_dynamic
+from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.check import found_problems
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.legacy import translate
+from dataflex.config.places import misplaced_keys
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.registry import KINDS
 from dataflex.errors import ConfigError, did_you_mean
@@ -47,7 +48,7 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
         ConfigError: All problems of the ``dynamic`` block or of the flat keys.
     """
     flat = [key for key in mapping if key in FLAT_KEYS]
-    problems = list(_misspelt(mapping))
+    problems = [*_misspelt(mapping), *misplaced_keys(mapping)]
     if mapping.get("dynamic") is not None and flat:
         problems.append(
             f"dynamic: given together with flat keys of existing DataFlex ({', '.join(flat)}); write one or the other"
@@ -94,5 +95,5 @@ def _misspelt(mapping: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: unknown key{did_you_mean(str(key), ['dynamic'])}"
         for key, value in mapping.items()
-        if key != "dynamic" and isinstance(value, Mapping) and any(kind in value for kind in KINDS)
+        if key not in ("dynamic", *KINDS) and isinstance(value, Mapping) and set(block_keys()) & set(value)
     ]

@@ -121,10 +121,9 @@ def find(kind: str, name: str) -> type[Method]:
     else:
         points = _entry_point_names(kind)
         if name not in points:
-            known = names(kind)
-            raise ConfigError(
-                f"dynamic.{kind}: unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
-            )
+            known, others = names(kind), [other for other in KINDS if name in names(other)]
+            near = f"; it is a {others[0]}: write '{others[0]}: {name}'" if others else did_you_mean(name, known)
+            raise ConfigError(f"dynamic.{kind}: unknown {kind} {name!r}{near} (known: {', '.join(known)})")
         cls = points[name].load()  # type: ignore[attr-defined]
     if not (isinstance(cls, type) and issubclass(cls, Method) and cls.kind == kind):
         raise ComponentError(f"{kind} {name!r}: {cls!r} is not a subclass of dataflex.{kind.capitalize()}")

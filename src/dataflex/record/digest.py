@@ -22,6 +22,7 @@ _LOWER = ("loss", "perplexity", "ppl")
 _HIGHER = ("accuracy", "acc", "f1", "bleu", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match", "margins")
 _DECIDING = ("signals", "select", "mix", "order", "decide", "plan")
 _OURS = ("train", "evaluate", "training", "evaluation", "other")
+_TOLD = {"train": "training", "evaluate": "evaluation"}
 _NO_METRIC = ("_runtime", "_per_second", "_time", "epoch")
 
 
@@ -34,6 +35,8 @@ class Run:
     started_times: list[float]
     """Unix seconds at which each process that is still part of the record began."""
     wall_seconds: float
+    spent: dict[str, float]
+    """Seconds by phase over all processes, as their own clocks had them; empty where they had none."""
     steps_done: int
     planned: list[Event]
     stepped: list[Event]
@@ -73,12 +76,18 @@ class Run:
         return total
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds by phase: training, the phases of deciding, evaluation, checkpoint, ..., other.
+        """Seconds by phase: training, the phases of deciding, evaluation, checkpoint, ..., other; in all the wall time.
 
-        Training is what the logs say; where they do not, it is what is left of the wall time, and
-        nothing is "other". The closing event is asked only about phases that no other event carries.
+        They are what the clocks of the processes say. Of a record without those, training is what the logs say, or
+        what is left of the wall time where they do not (nothing is "other" then), and the closing event is asked
+        only about phases that no other event carries.
         """
         phases = {phase: 0.0 for phase in ("training", *self.deciding_phases())}
+        if self.spent:
+            spent = {_TOLD.get(phase, phase): seconds for phase, seconds in self.spent.items()}
+            phases = {**phases, "evaluation": 0.0, "checkpoint": 0.0, **spent}
+            phases["other"] = phases.pop("other", 0.0)
+            return {phase: seconds for phase, seconds in phases.items() if seconds > 0.0}
         for event in self.planned:
             for phase, seconds in (event.get("seconds") or {}).items():
                 phases[phase] += seconds or 0.0
@@ -174,11 +183,17 @@ def digest(events: Sequence[Event]) -> Run:
     for event in events:
         kinds.setdefault(event["event"], []).append(event)
     processes = _processes(events)
+    clocks = [_last_spent(process) for process in processes]
+    spent: dict[str, float] = {}
+    for phase, seconds in ((phase, seconds) for clock in clocks if all(clocks) for phase, seconds in clock.items()):
+        spent[phase] = spent.get(phase, 0.0) + seconds
+    walls = [max(process[-1]["time"] - process[0]["time"], 0.0) for process in processes]
     planned = {event["interval"]: event for event in kinds.get("planned", [])}
     return Run(
         started=kinds.get("run_started", [{}])[-1],
-        started_times=[times[0] for times in processes],
-        wall_seconds=sum(max(times[-1] - times[0], 0.0) for times in processes),
+        started_times=[process[0]["time"] - sum((process[0].get("spent") or {}).values()) for process in processes],
+        wall_seconds=sum(spent.values()) if spent else sum(walls),
+        spent=spent,
         steps_done=max(int(event["step"]) for event in events),
         planned=sorted(planned.values(), key=lambda event: event["start_step"]),
         stepped=kinds.get("stepped", []),
@@ -189,15 +204,20 @@ def digest(events: Sequence[Event]) -> Run:
     )
 
 
-def _processes(events: Sequence[Event]) -> list[list[float]]:
-    """List the times of the events of each process: a start or a resume begins one, unless right after a start."""
-    processes: list[list[float]] = []
+def _last_spent(process: Sequence[Event]) -> dict[str, float]:
+    """Return the seconds by phase that the last event of a process that has them tells."""
+    return next((event["spent"] for event in reversed(process) if event.get("spent")), {})
+
+
+def _processes(events: Sequence[Event]) -> list[list[Event]]:
+    """List the events of each process: a start or a resume begins one, unless right after a start."""
+    processes: list[list[Event]] = []
     before = ""
     for event in events:
         begins = event["event"] == "run_started" or (event["event"] == "resumed" and before != "run_started")
         if begins or not processes:
             processes.append([])
-        processes[-1].append(event["time"])
+        processes[-1].append(event)
         before = event["event"]
     return processes
 

@@ -19,12 +19,14 @@ from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
 
 __all__ = [
+    "ENDING",
     "EVENTS",
     "WEIGHTS",
     "StoredPlan",
     "load_plan",
     "parse_events",
     "plan_name",
+    "read_ending",
     "read_events",
     "read_weights",
     "record_dir",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 EVENTS = "events.jsonl"
+ENDING = "ended.json"
+"""The last event of a process that came to its end, beside the others."""
 WEIGHTS = "weights.json"
 """Rows that weighed most and least, beside the events."""
 
@@ -122,6 +126,16 @@ def read_events(run_dir: Path | str) -> list[dict[str, Any]]:
         DataError: The folder has no record, or the record is damaged.
     """
     return parse_events(record_dir(run_dir) / EVENTS)
+
+
+def read_ending(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Read the event with which the last process of a run came to its end; none while it goes on, or was killed.
+
+    Raises:
+        DataError: The folder has no record, or the file is damaged.
+    """
+    path = record_dir(run_dir) / ENDING
+    return parse_events(path) if path.is_file() else []
 
 
 def read_weights(run_dir: Path | str) -> dict[str, Any] | None:

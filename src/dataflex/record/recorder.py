@@ -5,8 +5,9 @@ holds the arrays of one interval, written aside and renamed. Only rank 0 records
 hold a ``NullRecorder``. Nothing here reads a model, a clock other than the wall's, or a random
 stream, and nothing is computed per step beyond turning a dozen numbers into text.
 
-Every event is ``{"event": name, "step": optimizer steps done, "time": Unix seconds, ...}``. Numbers
-that are NaN or infinite are written as null and their dotted keys listed under ``nonfinite``.
+Every event is ``{"event": name, "step": optimizer steps done, "time": Unix seconds, "spent": {...}, ...}``,
+where ``spent`` has the seconds of this process so far by phase. Numbers that are NaN or infinite are written
+as null and their dotted keys listed under ``nonfinite``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
-from dataflex.record.read import EVENTS, WEIGHTS, parse_events, plan_name, thinned
+from dataflex.record.clock import PhaseClock
+from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
 from dataflex.record.values import plain, replacing, scores_of, summarise_scores
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NullRecorder", "RunRecorder"]
 
-_OURS = ("event", "step", "time", "seconds", "nonfinite")
+_OURS = ("event", "step", "time", "spent", "seconds", "nonfinite")
 
 _PLANS = 1024
 """Intervals whose arrays are all stored; of later ones fewer and fewer."""
@@ -57,20 +59,29 @@ class RunRecorder:
         resume_step: Optimizer steps done in the checkpoint that the run starts from; None when fresh.
         plan_in_progress: Index of the interval whose plan the checkpoint holds. Only needed when that
             plan starts exactly at ``resume_step`` (otherwise it started earlier and is kept anyway).
+        clock: Says where the time of this process went; None: events do not say it.
 
     Raises:
         DataError: The folder cannot be written, or the record to go on with is damaged.
     """
 
-    def __init__(self, directory: Path, resume_step: int | None = None, *, plan_in_progress: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        resume_step: int | None = None,
+        *,
+        plan_in_progress: int | None = None,
+        clock: PhaseClock | None = None,
+    ) -> None:
         self.directory = Path(directory)
-        self._first_step = resume_step or 0
+        self._first_step = self._step = resume_step or 0
+        self._clock = clock
         path = self.directory / EVENTS
         try:
             (self.directory / "plans").mkdir(parents=True, exist_ok=True)
             kept: list[dict[str, Any]] = []
             if resume_step is not None and path.is_file():
-                events = parse_events(path)
+                events = [*parse_events(path), *read_ending(self.directory)]
                 kept = [event for event in events if not _happens_again(event, resume_step, plan_in_progress)]
             with replacing(path) as file:
                 file.writelines(json.dumps(event).encode() + b"\n" for event in kept)
@@ -78,6 +89,7 @@ class RunRecorder:
             for stored in (self.directory / "plans").iterdir():
                 if stored.name.endswith((".npz", ".tmp")) and f"plans/{stored.name}" not in names:
                     stored.unlink()
+            (self.directory / ENDING).unlink(missing_ok=True)
             if resume_step is None:
                 (self.directory / WEIGHTS).unlink(missing_ok=True)
         except OSError as error:
@@ -212,16 +224,30 @@ class RunRecorder:
         Args:
             step: Optimizer steps done.
             metrics: The Trainer's closing metrics.
-            seconds: Phase -> seconds. Only phases that no other event carries are read from here,
-                since the others add up over all processes of a resumed run.
+            seconds: Phase -> seconds, over all processes of a resumed run. They are read where events have no
+                ``spent``, and there only phases that no other event carries.
         """
         self._write("finished", step, {"metrics": metrics, "seconds": seconds or {}})
 
-    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+    def ended(self) -> None:
+        """Store where the time of the whole process went, once nothing of the run is left to do.
+
+        Evaluations and the final model come after ``finished``. This lies beside the events, not among them, until
+        a resumed run goes on from here.
+        """
+        with replacing(self.directory / ENDING) as file:
+            file.write(json.dumps(self._event("ended", self._step, {}), allow_nan=False).encode() + b"\n")
+
+    def _event(self, event: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         nonfinite: list[str] = []
-        line = {"event": event, "step": int(step), "time": time.time(), **plain(fields, "", nonfinite)}
-        if nonfinite:
-            line["nonfinite"] = nonfinite
+        line = {"event": event, "step": int(step), "time": time.time()}
+        if self._clock is not None:
+            line["spent"] = {phase: round(seconds, 3) for phase, seconds in self._clock.spent().items()}
+        line.update(plain(fields, "", nonfinite))
+        return {**line, "nonfinite": nonfinite} if nonfinite else line
+
+    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        line, self._step = self._event(event, step, fields), int(step)
         path = self.directory / EVENTS
         try:
             # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
@@ -244,6 +270,9 @@ class NullRecorder(RunRecorder):
         """Do nothing."""
 
     def weighed(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    def ended(self) -> None:
         """Do nothing."""
 
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dataflex.errors import DataError
 from dataflex.record.digest import digest
 from dataflex.record.plots import PLOTS, draw
-from dataflex.record.read import read_events, read_weights, record_dir
+from dataflex.record.read import read_ending, read_events, read_weights, record_dir
 from dataflex.record.summary import summary
 from dataflex.record.values import replacing
 
@@ -31,7 +31,7 @@ def report(run_dir: Path, out: Path | None = None) -> str:
         DataError: The folder has no record, the record is damaged or empty, or ``out`` cannot be written.
     """
     folder = record_dir(run_dir)
-    run = digest(read_events(folder))
+    run = digest([*read_events(folder), *read_ending(folder)])
     out = folder / "report" if out is None else Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
 from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.mixers.proportions import by_domain
+from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.passes import preserved
@@ -97,7 +98,7 @@ class Controller:
     plan: DataPlan | None = None
     ends_at: int | None = None
     """Step at which the data run out under ``at_cap: stop``."""
-    seconds: dict[str, float] = field(default_factory=lambda: {"signals": 0.0, "decide": 0.0})
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
         domains = self.space.domains
@@ -169,7 +170,8 @@ class Controller:
         return self.plan
 
     def _decide(self, interval: Interval) -> DataPlan:
-        with preserved(self.signals.handle.model):  # methods may be anyone's: what they draw or switch stays here
+        # Methods may be anyone's: what they draw or switch stays here.
+        with self.clock.phase("decide"), preserved(self.signals.handle.model):
             return self._decided(interval)
 
     def _decided(self, interval: Interval) -> DataPlan:
@@ -205,8 +207,7 @@ class Controller:
         if self.seen is not None:
             self.seen.mark(plan.rows)
         total = time.perf_counter() - started
-        self.seconds["signals"] += self.signals.seconds
-        self.seconds["decide"] += total - self.signals.seconds
+        self.clock.move(self.signals.seconds, "signals")
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
         self._record(plan, pool, selection, proportions, reason, phases)
         return plan
@@ -229,16 +230,14 @@ class Controller:
         """Let a weighter that is due at ``step`` ask the signals what it needs (collective)."""
         if self.plan is None or not weighter.due(step):
             return
-        started, batch = time.perf_counter(), self.shape.global_batch
+        batch = self.shape.global_batch
         interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
         first = (step - self.plan.interval.start_step) * batch
         rows = self.plan.rows[first : first + batch]
-        with preserved(self.signals.handle.model):
+        with self.clock.phase("decide"), preserved(self.signals.handle.model):
             self.signals.begin(step)
             weighter.prepare(self._context(interval, self.config.weighter), rows[rows >= 0])
-        total = time.perf_counter() - started
-        self.seconds["signals"] += self.signals.seconds
-        self.seconds["decide"] += max(total - self.signals.seconds, 0.0)
+            self.clock.move(self.signals.seconds, "signals")
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
@@ -387,8 +386,9 @@ class Controller:
         """
         if self.plan is None:
             return {}
-        spent = self.seconds["signals"] + self.seconds["decide"]
-        told = {"interval": float(self.plan.interval.index), "decide_seconds": spent}
+        spent = self.clock.totals()
+        deciding = spent.get("signals", 0.0) + spent.get("decide", 0.0)
+        told = {"interval": float(self.plan.interval.index), "decide_seconds": deciding}
         names = self.space.domains.names
         if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
             return told
@@ -415,7 +415,6 @@ class Controller:
             "sampler": self.sampler.state_dict() if self.sampler else {},
             "signals": self.signals.state_dict(),
             "seen": self.seen.state_dict() if self.seen else {},
-            "seconds": dict(self.seconds),
             "ends_at": self.ends_at,
             "proportions": self.proportions,
             "served": self.served.state_dict(),
@@ -435,4 +434,3 @@ class Controller:
         self.ends_at = state["ends_at"]
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.served.load_state_dict(state["served"])
-        self.seconds = {key: float(value) for key, value in state["seconds"].items()}

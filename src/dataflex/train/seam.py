@@ -4,7 +4,8 @@
 asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
 ``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_save_checkpoint``,
-``_save_rng_state``, ``log``, ``evaluate``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``.
+``_save_rng_state``, ``log``, ``train``, ``evaluate``, ``predict``, ``save_model``, ``compute_loss_context_manager``,
+``get_{tp,cp,sp}_size``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
@@ -13,7 +14,6 @@ tokens, accumulation, clipping and saving stay the Trainer's.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from dataflex.core.protocols import Rows
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
 from dataflex.mixing.proportions_file import write_proportions
+from dataflex.record.clock import OTHER
 from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
@@ -51,6 +52,9 @@ else:
     _Trainer = object
 
 __all__ = ["TrainerMixin"]
+
+_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
+"""Phases that the closing event always names."""
 
 
 class TrainerMixin(_Trainer):
@@ -97,6 +101,11 @@ class TrainerMixin(_Trainer):
             world=self.args.world_size,
             packed=setup.packed,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as stock, noting where the time goes."""
+        with self.dataflex_setup.clock.phase("prepare"):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> EpochShell:
         """Return a loader that has the right lengths and no batches; see ``EpochShell``."""
@@ -150,10 +159,9 @@ class TrainerMixin(_Trainer):
                 reweighter.weighter.load_state_dict(state["weighter"])
                 if reweighter.row_weights is not None:
                     reweighter.row_weights.load_state_dict(state.get("row_weights") or {})
-            session.seconds.update(state["seconds"])
+            self.dataflex_setup.clock.before = {key: float(value) for key, value in state["seconds"].items()}
         self._dataflex_open_record(resume)
-        self._dataflex_clock = time.perf_counter()
-        self._dataflex_spent_before = sum(session.spent().values())
+        self.dataflex_setup.clock.switch("train")
         return values
 
     @property
@@ -167,7 +175,9 @@ class TrainerMixin(_Trainer):
         fresh = resume is None or not (folder / EVENTS).is_file()
         if self.is_world_process_zero():
             current = None if controller.plan is None else controller.plan.interval.index
-            self._dataflex_recorder = RunRecorder(folder, None if fresh else step, plan_in_progress=current)
+            self._dataflex_recorder = setup.recorder = RunRecorder(
+                folder, None if fresh else step, plan_in_progress=current, clock=setup.clock
+            )
         controller.recorder = self._dataflex_recorder
         if fresh:
             self._dataflex_recorder.run_started(
@@ -287,13 +297,12 @@ class TrainerMixin(_Trainer):
         elif any(key.startswith("eval_") for key in logs):
             self._dataflex_recorder.evaluated(step, dict(logs))
         elif "train_runtime" in logs and session is not None:
-            spent = session.spent()
-            here = sum(spent.values()) - self._dataflex_spent_before
-            training_seconds = max(time.perf_counter() - self._dataflex_clock - here, 0.0)
-            self._dataflex_recorder.finished(step, dict(logs), {"train": training_seconds, **spent})
+            clock = self.dataflex_setup.clock
+            self._dataflex_recorder.finished(step, dict(logs), {**dict.fromkeys(_TRAINING, 0.0), **clock.totals()})
             if self.is_world_process_zero():
                 self._dataflex_write_outcome()
                 self._dataflex_write_weights()
+            clock.switch(OTHER)
 
     def _dataflex_write_outcome(self) -> None:
         """Write the proportions that a mixer has found so far, if it looks for any."""
@@ -335,16 +344,25 @@ class TrainerMixin(_Trainer):
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
         if several:
             self._dataflex_evaluated.clear()
-        started = time.perf_counter()
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        if several:  # each of its sets was timed by a call of its own
+        with self.dataflex_setup.clock.phase("evaluate"):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if several:
             overall = totals(self._dataflex_evaluated, metric_key_prefix)
             if overall:
                 self.log(dict(overall))
             return {**metrics, **overall}
-        if self._dataflex_session is not None:
-            self._dataflex_session.seconds["evaluate"] += time.perf_counter() - started
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as stock, noting the time."""
+        with self.dataflex_setup.clock.phase("predict"):
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as stock, noting the time; a model within a checkpoint is part of that."""
+        clock = self.dataflex_setup.clock
+        with clock.phase(clock.now if clock.now == "checkpoint" else "save"):
+            super().save_model(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one set as stock, and add its loss by token and its perplexity."""
@@ -358,11 +376,11 @@ class TrainerMixin(_Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        started = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        seconds = time.perf_counter() - started
-        self._session.seconds["checkpoint"] += seconds
-        step = self.state.global_step
+        clock, step = self.dataflex_setup.clock, self.state.global_step
+        before = clock.spent().get("checkpoint", 0.0)
+        with clock.phase("checkpoint"):
+            super()._save_checkpoint(model, trial)
+        seconds = clock.spent()["checkpoint"] - before
         self._dataflex_recorder.checkpointed(step, f"checkpoint-{step}", seconds)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -374,7 +392,7 @@ class TrainerMixin(_Trainer):
                 "controller": session.controller.state_dict(),
                 "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
                 "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
-                "seconds": dict(session.seconds),
+                "seconds": self.dataflex_setup.clock.totals(),
             }
             plan, step = session.controller.plan, self.state.global_step
             checkpoint.save(Path(output_dir), session.identity, plan, state, step)

@@ -15,6 +15,8 @@ import torch
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.schedule import Schedule
 from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.record.clock import PhaseClock
+from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.answers import AnswerBook
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.identity import state_identity
@@ -43,6 +45,8 @@ class Setup:
         shuffle: False under ``disable_shuffling``.
         packed: Whether several samples share a row.
         space: The row space, once the data is loaded.
+        clock: Where the seconds of the run go.
+        recorder: The record, once it is open; on rank 0 only.
         scoring_collator: Makes the collator for scoring passes from the Trainer's.
     """
 
@@ -53,6 +57,8 @@ class Setup:
     shuffle: bool
     packed: bool = False
     space: RowSpace | None = None
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    recorder: RunRecorder = field(default_factory=NullRecorder)
     scoring_collator: Callable[[Any], Callable[[list[dict[str, Any]]], dict[str, Any]]] = lambda collator: collator
 
     @property
@@ -70,13 +76,11 @@ class Session:
         controller: Decides plans.
         feed: Serves them.
         identity: What a checkpoint must match.
-        seconds: Time spent outside training and deciding.
     """
 
     controller: Controller
     feed: PlanFeed
     identity: Identity
-    seconds: dict[str, float] = field(default_factory=lambda: {"checkpoint": 0.0, "evaluate": 0.0})
 
     @classmethod
     def begin(
@@ -108,6 +112,7 @@ class Session:
             signals=signal_service(setup, trainer, shape, seed),
             selector=methods["selector"],
             mixer=methods["mixer"],
+            clock=setup.clock,
         )
         identity = Identity.of(
             config,
@@ -125,10 +130,6 @@ class Session:
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return cls(controller=controller, feed=feed, identity=identity)
-
-    def spent(self) -> dict[str, float]:
-        """Return seconds by phase, training itself left out."""
-        return {**self.controller.seconds, **self.seconds}
 
 
 def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
@@ -204,7 +205,8 @@ def open_reference(setup: Setup, trainer: Any) -> Any:
         store=Path(trainer.args.output_dir) / "dataflex" / "reference",
         cache=cache,
     )
-    losses.begin()
+    with setup.clock.phase("reference"):
+        losses.begin()
     return losses
 
 
