@@ -248,7 +248,8 @@ def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:
     elif truthy(lf, "resume_from_checkpoint") and not _checkpoints(folder):
         yield (
             f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start "
-            "afresh (later starts go on from the newest complete checkpoint by themselves, unless 'overwrite_output_dir' is on)"
+            "afresh (later starts go on from the newest complete checkpoint by themselves, unless "
+            "'overwrite_output_dir' is on)"
         )
 
 
