@@ -30,7 +30,9 @@ _PROBED_ROWS = 16
 _OF_NO_EFFECT = frozenset(
     {
         "_name_or_path",
+        "architectures",
         "base_model_name_or_path",
+        "dtype",
         "inference_mode",
         "init_lora_weights",
         "peft_version",
@@ -39,7 +41,7 @@ _OF_NO_EFFECT = frozenset(
         "use_cache",
     }
 )
-"""Settings that say where a model came from, or act at other times."""
+"""Settings that say where a model came from, act at other times, or are told by its modules and parameters."""
 _ADAPTER_SETTINGS = ("scaling", "use_dora", "merged_adapters", "active_adapters", "disable_adapters")
 
 
