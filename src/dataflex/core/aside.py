@@ -14,7 +14,7 @@ import shutil
 import zlib
 from pathlib import Path
 
-__all__ = ["aside", "clear_left", "is_left", "owner"]
+__all__ = ["aside", "clear_left", "is_left", "is_unfinished", "owner"]
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _OWNED = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)(\.|$)")
@@ -50,10 +50,15 @@ def is_left(name: str) -> bool:
     return False
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a name is one that we give to what is not finished, whoever writes it."""
+    return _LEFT.fullmatch(name) is not None
+
+
 def clear_left(folder: Path) -> None:
     """Remove everything unfinished below a folder that nobody else writes into."""
     for path in sorted(Path(folder).rglob(".*")):
-        if _LEFT.fullmatch(path.name):
+        if is_unfinished(path.name):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dataflex.core.aside import is_left, owner
+from dataflex.core.aside import is_left, is_unfinished, owner
 from dataflex.core.state import MANIFEST, verify_directory, write_directory
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals.fingerprint import Fingerprint
@@ -191,7 +191,8 @@ class ArrayStore:
         """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
         for left in self.directory.glob(".*"):
             with suppress(FileNotFoundError):  # another process was first
-                if is_left(left.name) or time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                old = is_unfinished(left.name) and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+                if old or is_left(left.name):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def evict(self, max_bytes: int, *, keep: Collection[str] = ()) -> list[str]:
