@@ -98,31 +98,40 @@ def show_progress() -> None:
 def resume(lf: dict[str, Any]) -> None:
     """Settle which checkpoint a dynamic run goes on from, so that an incomplete one is never loaded.
 
-    A path must be complete; ``true``, or nothing with an output folder that holds checkpoints (where
-    LLaMA-Factory would resume by itself), means the newest complete one.
+    A path must be whole; ``true``, or nothing with an output folder that holds checkpoints (where
+    LLaMA-Factory would resume by itself), means the newest whole one of the run that the folder belongs to.
+    A fresh start takes the folder over at once, so that no later start goes on from an older run's.
 
     Raises:
-        CheckpointError: The named checkpoint is incomplete or foreign, or none is complete.
+        CheckpointError: The named checkpoint is not whole, or there is none to go on from.
     """
-    from dataflex.train.checkpoint import find_resumable, incomplete_reason
+    from dataflex.core import sealed
 
     asked = lf.get("resume_from_checkpoint")
-    if isinstance(asked, str) and asked.lower() in {"true", "false"}:
-        asked = asked.lower() == "true"
     if isinstance(asked, str):
-        reason = incomplete_reason(Path(asked))
+        asked = {"true": True, "false": False, "none": None, "": None}.get(asked.lower(), asked)
+    output_dir = Path(str(lf["output_dir"]))
+    if isinstance(asked, str):
+        reason = sealed.broken_reason(Path(asked))
         if reason is not None:
             raise CheckpointError(f"resume_from_checkpoint: {asked} cannot be resumed from: {reason}")
         return
-    if asked is False or (asked is None and lf.get("overwrite_output_dir")):
-        return
-    output_dir = Path(str(lf["output_dir"]))
-    newest, passed_over = find_resumable(output_dir)
-    for line in passed_over:
-        logger.warning("not resuming from %s", line)
-    if newest is not None:
-        lf["resume_from_checkpoint"] = str(newest)
-    elif asked:
-        raise CheckpointError(f"resume_from_checkpoint: {output_dir} holds no complete checkpoint")
-    elif passed_over:
+    passed_over: list[str] = []
+    if asked or (asked is None and not lf.get("overwrite_output_dir")):
+        newest, passed_over = sealed.find_resumable(output_dir)
+        for line in passed_over:
+            logger.warning("not resuming from %s", line)
+        if newest is not None:
+            lf["resume_from_checkpoint"] = str(newest)
+            return
+    if asked:
+        told = "".join(f"\n  {line}" for line in passed_over)
+        raise CheckpointError(
+            f"resume_from_checkpoint: {output_dir} holds no complete checkpoint of this run. Remove the key to start "
+            "afresh (without 'overwrite_output_dir' later starts then go on from the newest complete checkpoint by "
+            f"themselves), or name the folder of a checkpoint{told and '. Not resuming from:' + told}"
+        )
+    if passed_over:
         lf["overwrite_output_dir"] = True
+    if os.environ.get("RANK", "0") == "0" and any(output_dir.glob("checkpoint-*")):
+        sealed.begin_run(output_dir, sealed.new_run())

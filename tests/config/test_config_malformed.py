@@ -388,7 +388,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no checkpoint to resume": (
         {"resume_from_checkpoint": True},
-        ["resume_from_checkpoint: out holds no checkpoint-<step> folder"],
+        ["resume_from_checkpoint: out holds no checkpoint-<step> folder; remove the key to start afresh"],
     ),
     "more rows than there are": (
         {"dynamic": {"selector": "random", "interval_steps": 100}},

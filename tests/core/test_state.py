@@ -203,7 +203,7 @@ def test_a_kill_at_any_moment_leaves_old_new_or_none(tmp_path, monkeypatch):
 
 def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(module, "_fsync", lambda path: done.append(path.name))
+    monkeypatch.setattr(module, "fsync", lambda path: done.append(path.name))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (done.append("rename"), rename(a, b)))
     write_directory(tmp_path / "d", fill_with(a="1", sub__b="2"))

@@ -28,6 +28,8 @@ METHODS = {
     "compute_loss_context_manager": ["self"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_rng_state": ["self", "output_dir"],
+    "save_model": ["self", "output_dir", "_internal_call"],
+    "_get_output_dir": ["self", "trial"],
     "log": ["self", "logs", "start_time"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
@@ -64,6 +66,28 @@ def test_the_trainer_state_is_written_after_the_random_states():
     source = inspect.getsource(Trainer._save_checkpoint)
     order = [source.index(part) for part in ("self._save_rng_state(", "save_to_json(", "rotate_checkpoints(")]
     assert order == sorted(order)
+
+
+def test_a_save_ends_with_the_callbacks_and_older_checkpoints_can_be_removed_later():
+    from transformers import Trainer
+    from transformers.trainer_utils import rotate_checkpoints
+
+    source = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert source.index("self._save_checkpoint(") < source.index("callback_handler.on_save(")
+    assert "save_total_limit=self.args.save_total_limit" in inspect.getsource(Trainer._save_checkpoint)
+    parameters = list(inspect.signature(rotate_checkpoints).parameters)
+    assert parameters[:4] == ["output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"]
+
+
+def test_sums_between_logs_are_the_trainers():
+    """They are set to zero before the first batches are asked for, and what is logged is their mean over ranks."""
+    from transformers import Trainer
+
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    for name in ("self._tr_loss = ", "self._total_loss_scalar = ", "self._globalstep_last_logged = "):
+        assert loop.index(name) < loop.index("self._run_epoch("), name
+    told = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "nested_gather(tr_loss, self.args.parallel_mode).mean()" in told
 
 
 def test_custom_losses_are_not_divided_by_accumulation():

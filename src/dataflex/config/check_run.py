@@ -246,7 +246,11 @@ def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:
         if not Path(resume).is_dir():
             yield f"resume_from_checkpoint: no such folder: {resume}"
     elif truthy(lf, "resume_from_checkpoint") and not _checkpoints(folder):
-        yield f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start afresh"
+        yield (
+            f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start "
+            "afresh (later starts go on from the newest complete checkpoint by themselves, unless "
+            "'overwrite_output_dir' is on)"
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

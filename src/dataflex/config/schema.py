@@ -153,6 +153,10 @@ class DynamicConfig:
     resume_plan: Literal["strict", "ignore"] = field(
         default="strict", metadata={"help": "whether a resumed run must find the data of the saved plan"}
     )
+    checkpoint_hash: Literal["size", "full"] = field(
+        default="size",
+        metadata={"help": "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash"},
+    )
     seed: int | None = field(
         default=None, metadata={"help": "seed of all decisions; without it, the run's seed", "minimum": 0}
     )

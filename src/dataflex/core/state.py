@@ -19,10 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.aside import aside
 from dataflex.core.protocols import State
 from dataflex.errors import CheckpointError, ComponentError
 
-__all__ = ["MANIFEST", "atomic_write_text", "load_state", "save_state", "verify_directory", "write_directory"]
+__all__ = [
+    "MANIFEST",
+    "atomic_write_text",
+    "fsync",
+    "load_state",
+    "save_state",
+    "verify_directory",
+    "write_directory",
+]
 
 MANIFEST = "manifest.json"
 
@@ -102,7 +111,7 @@ def load_state(directory: Path, name: str) -> State:
     return state
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Bring a file or directory to the disk; directories only where the system can."""
     if os.name != "posix" and path.is_dir():
         return
@@ -121,7 +130,7 @@ def _blake2b(path: Path) -> str:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) so that readers see the old content or the new, never a part."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = aside(path)
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -130,7 +139,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
@@ -166,11 +175,11 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
             manifest = temporary / MANIFEST
             manifest.write_text(json.dumps({"format": _FORMAT, "files": entries}, indent=1) + "\n", encoding="utf-8")
             for path in [*files, manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                _fsync(path)
+                fsync(path)
             if final.exists():
                 os.rename(final, old)
             os.rename(temporary, final)
-            _fsync(final.parent)
+            fsync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ from dataflex.config.check_targets import by_target_problems
 from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, truthy
+from dataflex.core.sealed import broken_reason
 
 __all__ = ["FIXED", "adam_problems", "checked", "checkpoint_of", "entries_of", "out_problems", "tidy"]
 
@@ -93,7 +94,9 @@ def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
         )
         return None
     folder = Path(str(asked))
-    if not (folder / "optimizer.pt").is_file():
+    if (reason := broken_reason(folder)) is not None:
+        problems.append(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
+    elif not (folder / "optimizer.pt").is_file():
         problems.append(f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)")
     return folder
 

@@ -33,7 +33,7 @@ from dataflex.offline.columns import Column, ask
 from dataflex.offline.files import file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
-from dataflex.signals.identity import state_identity
+from dataflex.signals.identity import model_identity
 from dataflex.signals.passes import preserved
 from dataflex.signals.service import SignalService
 from dataflex.train.row_space import RowSpace
@@ -75,7 +75,7 @@ class _ScoringMixin(_Trainer):
         rate = float(self.args.learning_rate)
         service.handle = replace(service.handle, optimizer=optimizer, learning_rate=lambda: rate)
         columns = _columns(service, setup, request, seed, step)
-        raise _Scored(columns, state_identity(self.model.named_parameters()), seed)
+        raise _Scored(columns, model_identity(self.model), seed)
 
 
 def _take_checkpoint(trainer: Any, checkpoint: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.core.aside import aside
 from dataflex.core.protocols import Rows
 from dataflex.core.state import atomic_write_text
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -69,26 +70,26 @@ def write_subset(
         if in_folder:
             out.mkdir(exist_ok=True)
         for place, file in zip(used, written, strict=True):
-            aside = file.path.with_name(f".{file.path.name}.{os.getpid()}.tmp")
+            temporary = aside(file.path)
             mine = rows[table.dataset_of[rows] == place]
-            sources[place].write(aside, table.position[mine].tolist())
-            parts.append((aside, file))
+            sources[place].write(temporary, table.position[mine].tolist())
+            parts.append((temporary, file))
         folder, prefix = (out, "") if in_folder else (out.parent, f"{out.stem}.")
-        whole = {**provenance, "files": [_described(aside, file) for aside, file in parts]}
+        whole = {**provenance, "files": [_described(temporary, file) for temporary, file in parts]}
         atomic_write_text(folder / f"{prefix}provenance.json", json.dumps(whole, indent=1) + "\n")
         atomic_write_text(folder / f"{prefix}dataset_info.json", json.dumps(infos, indent=2) + "\n")
-        for aside, file in parts:
-            os.replace(aside, file.path)
+        for temporary, file in parts:
+            os.replace(temporary, file.path)
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror or error}") from error
     finally:
-        for aside, _ in parts:
-            aside.unlink(missing_ok=True)
+        for temporary, _ in parts:
+            temporary.unlink(missing_ok=True)
     return written
 
 
-def _described(aside: Path, file: Written) -> dict[str, Any]:
-    found = FileRecord.of(aside)
+def _described(path: Path, file: Written) -> dict[str, Any]:
+    found = FileRecord.of(path)
     return {
         "path": file.path.name,
         "dataset": file.dataset,

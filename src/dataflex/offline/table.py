@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataflex.core.aside import aside
 from dataflex.errors import DataError
 
 __all__ = ["FIXED_COLUMNS", "ScoreTable", "read_scores", "write_scores"]
@@ -77,18 +78,20 @@ def write_scores(path: Path, table: ScoreTable) -> None:
     content = pa.table(arrays).replace_schema_metadata(
         {_KEY: json.dumps({"format": _FORMAT, **table.provenance}, sort_keys=True)}
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        temporary = aside(path)
+        with temporary.open("wb") as file:
             pq.write_table(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"--out: cannot write {path}: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _named(names: tuple[str, ...], index: NDArray[np.int64]) -> Any:

@@ -30,6 +30,7 @@ __all__ = [
     "read_events",
     "read_weights",
     "record_dir",
+    "recorded_run",
     "thinned",
 ]
 
@@ -86,6 +87,21 @@ def record_dir(run_dir: Path | str) -> Path:
         if (folder / EVENTS).is_file():
             return folder
     raise DataError(f"{run_dir} has no dataflex/{EVENTS}; is it the output_dir of a run with a dynamic block?")
+
+
+def recorded_run(directory: Path) -> str | None:
+    """Return the id of the run that a record is of, "" if it tells none, and None without a record."""
+    try:
+        with open(Path(directory) / EVENTS, encoding="utf-8") as lines:
+            for line in lines:
+                event = json.loads(line)
+                if event["event"] == "run_started":
+                    return str(event.get("run", ""))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):  # told when the record is gone on with
+        return ""
+    return ""
 
 
 def parse_events(path: Path) -> list[dict[str, Any]]:

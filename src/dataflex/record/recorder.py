@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.aside import clear_left
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
 from dataflex.record.clock import PhaseClock
@@ -79,6 +80,7 @@ class RunRecorder:
         path = self.directory / EVENTS
         try:
             (self.directory / "plans").mkdir(parents=True, exist_ok=True)
+            clear_left(self.directory)
             kept: list[dict[str, Any]] = []
             if resume_step is not None and path.is_file():
                 events = [*parse_events(path), *read_ending(self.directory)]
@@ -87,7 +89,7 @@ class RunRecorder:
                 file.writelines(json.dumps(event).encode() + b"\n" for event in kept)
             names = {plan_name(event["interval"]) for event in kept if event["event"] == "planned"}
             for stored in (self.directory / "plans").iterdir():
-                if stored.name.endswith((".npz", ".tmp")) and f"plans/{stored.name}" not in names:
+                if stored.name.endswith(".npz") and f"plans/{stored.name}" not in names:
                     stored.unlink()
             (self.directory / ENDING).unlink(missing_ok=True)
             if resume_step is None:
@@ -106,6 +108,7 @@ class RunRecorder:
         versions: Mapping[str, str],
         world: int,
         global_batch: int,
+        run: str = "",
     ) -> None:
         """Record what is about to run; a resumed run may say it again.
 
@@ -116,9 +119,12 @@ class RunRecorder:
             versions: Package -> version.
             world: Number of ranks.
             global_batch: Sequences per optimizer step, over all ranks and micro-batches.
+            run: The run's id, which its checkpoints carry.
         """
         fields = {"config": config, "schedule": schedule, "row_space": row_space, "versions": versions}
-        self._write("run_started", self._first_step, {**fields, "world": world, "global_batch": global_batch})
+        self._write(
+            "run_started", self._first_step, {**fields, "world": world, "global_batch": global_batch, "run": run}
+        )
 
     def planned(
         self,

@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.aside import aside
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
 
@@ -27,17 +28,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DataError: The place cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary: Path | None = None
     try:
-        with aside.open("wb") as file:
+        temporary = aside(path)
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def plain(value: Any, path: str = "", nonfinite: list[str] | None = None) -> Any:

@@ -68,7 +68,8 @@ class AnswerBook:
         max_age_steps: Oldest answer, in optimizer steps, that is given again.
         store: Where passes write as they go; None keeps answers in memory only.
         store_bytes: Oldest stored answers are dropped beyond this size.
-        model_identity: Names the model's state; asked once a step, and only with a store (collective).
+        model_identity: Names the model; asked once a step, and only with a store (collective).
+        surroundings: What else answers about a corpus come from, as JSON values: precision, batches, tokenizer.
         step: Optimizer step that answers belong to.
     """
 
@@ -76,6 +77,7 @@ class AnswerBook:
     store: ArrayStore | None = None
     store_bytes: int = 10 * 2**30
     model_identity: Callable[[], str] = lambda: ""
+    surroundings: Callable[[str], dict[str, Any]] = lambda _: {}
     step: int = 0
     _kept: dict[str, tuple[int, Answer]] = field(default_factory=dict)
     _identity: tuple[int, str] | None = None
@@ -124,7 +126,7 @@ class AnswerBook:
                 model=model,
                 data=f"{question.data} {question.corpus or 'training rows'} {question.rows_digest}",
                 method=question.method,
-                parameters=question.parameters,
+                parameters={**question.parameters, **self.surroundings(question.corpus)},
             ),
             shape=(len(question.rows), *question.tail),
             dtype=np.float32,

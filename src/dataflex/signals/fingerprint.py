@@ -15,7 +15,21 @@ from dataflex.errors import ComponentError
 
 __all__ = ["Fingerprint", "package_versions"]
 
-_PACKAGES = ("dataflex", "torch", "transformers", "peft", "numpy")
+_PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "dataflex",
+    "flash-attn",
+    "kernels",
+    "liger-kernel",
+    "llamafactory",
+    "numpy",
+    "peft",
+    "sentence-transformers",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +49,7 @@ class Fingerprint:
     """Everything that an array's numbers depend on.
 
     Attributes:
-        model: Identity of the model state (weights, adapters, step).
+        model: Identity of the model (values, architecture, adapters).
         data: Identity of the rows (row space fingerprint, which rows, tokenizer and template).
         method: What was computed, as in ``embeddings``.
         parameters: How: JSON values.

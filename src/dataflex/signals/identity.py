@@ -1,22 +1,48 @@
-"""The identity of a model's state, for naming stored answers: equal states give equal names on any number of ranks.
+"""The identity of a model, for naming stored answers: what its numbers are, and how they act.
 
 A full hash of billions of parameters would cost more than some passes; two moments and a sample of
-every tensor tell states of a training run apart, since an optimizer step moves all of a tensor.
+every tensor tell states of a training run apart, since an optimizer step moves all of a tensor. Equal
+parameters under another configuration (rotary base, attention, scale of an adapter, precision) give other
+answers, and so have another name. Noise that acts in training only (NEFTune, dropout) is no part of it:
+answers are made in eval mode.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from dataflex.dist import comm
+from dataflex.signals.sweep import fetch
 
-__all__ = ["state_identity"]
+__all__ = ["inputs_identity", "model_identity", "precision", "state_identity", "tokenizer_identity"]
 
 _SAMPLED = 64
+_PROBED_ROWS = 16
+_OF_NO_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "base_model_name_or_path",
+        "dtype",
+        "inference_mode",
+        "init_lora_weights",
+        "peft_version",
+        "revision",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Settings that say where a model came from, act at other times, or are told by its modules and parameters."""
+_ADAPTER_SETTINGS = ("scaling", "use_dora", "merged_adapters", "active_adapters", "disable_adapters")
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,19 +62,130 @@ def state_identity(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
-        flat = _local(tensor).reshape(-1)
+        local = _local(tensor)
+        flat = (torch.view_as_real(local) if local.is_complex() else local).reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if not flat.numel():
             continue
         wide = flat.double()
         numbers = [wide.sum(), (wide * wide).sum(), *wide[:: max(1, wide.numel() // _SAMPLED)][:_SAMPLED]]
         digest.update(torch.stack(numbers).cpu().numpy().tobytes())
-    mine = digest.hexdigest()
+    return _over_ranks(digest.hexdigest())
+
+
+def _over_ranks(mine: str) -> str:
     if comm.world() == 1:
         return mine
     all_ranks: list[str] = [""] * comm.world()
     dist.all_gather_object(all_ranks, mine)
     # Ranks that hold whole parameters agree; parts are named by all of them together.
-    return (
-        mine if len(set(all_ranks)) == 1 else hashlib.blake2b("".join(all_ranks).encode(), digest_size=16).hexdigest()
-    )
+    return mine if len(set(all_ranks)) == 1 else _digest("".join(all_ranks))
+
+
+def model_identity(model: torch.nn.Module) -> str:
+    """Return 32 hex digits that name a model: values, architecture, adapters and what is trained (collective)."""
+    told = json.dumps([*_settings(model)], sort_keys=True, default=_plain)
+    return _digest(state_identity(_tensors(model)) + told)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield everything that values are kept in: parameters, the scales of quantised ones, buffers."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        for part, scales in _scales(parameter):
+            yield f"{name} {part}", scales
+    yield from model.named_buffers()
+
+
+def _scales(parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what bitsandbytes keeps beside a quantised parameter."""
+    state: Any = getattr(parameter, "quant_state", None)
+    for part in ("absmax", "offset"):
+        if torch.is_tensor(found := getattr(state, part, None)):
+            yield part, found
+    if torch.is_tensor(found := getattr(getattr(state, "state2", None), "absmax", None)):
+        yield "state2", found
+    if torch.is_tensor(found := getattr(parameter, "SCB", None)):
+        yield "SCB", found
+
+
+def _settings(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield, as JSON values, what acts on the values of a model."""
+    seen: set[int] = set()
+    codes: set[str] = set()
+    for name, module in model.named_modules():
+        forward = module.forward
+        where, what = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
+        codes.add(f"{type(module).__module__}.{type(module).__qualname__} {where}.{what}")
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict") and id(config) not in seen:
+            seen.add(id(config))
+            # Which attention runs is no part of a configuration's own dictionary.
+            yield name, config, getattr(config, "_attn_implementation", None)
+        adapters: Any = getattr(module, "peft_config", None)
+        if isinstance(adapters, dict) and id(adapters) not in seen:
+            seen.add(id(adapters))
+            yield name, adapters
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
+            yield name, {key: getattr(module, key, None) for key in _ADAPTER_SETTINGS}
+    yield sorted(codes)
+    yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting that JSON has no word for as one that it has."""
+    if hasattr(value, "to_dict"):
+        return _acting(value.to_dict())
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if torch.is_tensor(value) or isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value)
+
+
+def _acting(settings: dict[Any, Any]) -> dict[str, Any]:
+    """Leave out what has no effect, in nested settings too."""
+    return {
+        str(key): _acting(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in _OF_NO_EFFECT
+    }
+
+
+def precision(autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> dict[str, str]:
+    """Return how numbers are worked out around a model's forward: autocast, device, precision of products."""
+    with autocast():
+        enabled = torch.is_autocast_enabled(device.type)
+        cast = str(torch.get_autocast_dtype(device.type)) if enabled else "none"
+    products = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return {"autocast": cast, "device": device.type, "products": str(products)}
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return 32 hex digits that name a tokenizer's vocabulary; "" for none."""
+    return "" if tokenizer is None else _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
+def inputs_identity(dataset: Any, num_rows: int, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> str:
+    """Return 32 hex digits that name how rows become batches: masks and positions keep packed documents apart.
+
+    Args:
+        dataset: Features by row id; some rows are collated.
+        num_rows: N.
+        collate: Features to a batch.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row in np.unique(np.linspace(0, num_rows - 1, _PROBED_ROWS).astype(np.int64)) if num_rows else []:
+        batch = collate(fetch(dataset, np.array([row])))
+        for name in sorted(batch):
+            value = batch[name]
+            if torch.is_tensor(value):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()

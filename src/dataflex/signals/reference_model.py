@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dataflex.errors import ConfigError
 from dataflex.signals.causal import ADAPTER, LOAD_ERRORS, differing_tokens, holds_model, largest_id, load_causal
 from dataflex.signals.fingerprint import Fingerprint
-from dataflex.signals.identity import state_identity
-from dataflex.signals.sweep import fetch
+from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
 
 __all__ = ["KEY", "check_folder", "check_tokenizer", "load_reference", "losses_key"]
 
 KEY = "reference"
 """The parameter that names the folder, for messages."""
-
-_PROBED_ROWS = 16
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -105,27 +99,13 @@ def losses_key(
         collate: Features to a batch.
         autocast: The trainer's mixed-precision context.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for row in np.unique(np.linspace(0, num_rows - 1, _PROBED_ROWS).astype(np.int64)):
-        batch = collate(fetch(dataset, np.array([row])))
-        for name in sorted(batch):
-            value = batch[name]
-            if torch.is_tensor(value):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.float().numpy().tobytes())
-    parameter = next(model.parameters())
-    with autocast():
-        enabled = torch.is_autocast_enabled(parameter.device.type)
-        precision = str(torch.get_autocast_dtype(parameter.device.type)) if enabled else "none"
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Fingerprint(
-        model=state_identity(model.named_parameters()),
+        model=model_identity(model),
         data=data,
         method="reference-losses",
         parameters={
-            "tokenizer": hashlib.blake2b(vocabulary.encode("utf-8"), digest_size=16).hexdigest(),
-            "inputs": digest.hexdigest(),
-            "dtype": str(parameter.dtype),
-            "autocast": precision,
+            "tokenizer": tokenizer_identity(tokenizer),
+            "inputs": inputs_identity(dataset, num_rows, collate),
+            **precision(autocast, next(model.parameters()).device),
         },
     )

@@ -152,6 +152,7 @@ class ResumablePass:
     def _open(self) -> tuple[str, bytes]:
         """Return a new session's name and the packed bits of finished rows; on rank 0 only."""
         done = np.zeros(self.num_rows, dtype=bool)
+        self._store.clear_left()
         stored = self._store.get(self._key)
         if stored is not None:
             if stored.shape != self._shape or stored.dtype != self._dtype:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from dataflex.core.aside import is_left, is_unfinished, owner
 from dataflex.core.state import MANIFEST, verify_directory, write_directory
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals.fingerprint import Fingerprint
@@ -124,7 +125,7 @@ class ArrayStore:
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise ComponentError(f"stored array {key.name}: type {kind} cannot be stored without pickle")
-        token = f".{key.name}.{secrets.token_hex(4)}"
+        token = f".{key.name}.{owner()}.{secrets.token_hex(4)}"
         scratch, ready = self.directory / f"{token}.npy", self.directory / f"{token}.ready"
         header = {"format": _FORMAT, "fingerprint": key.to_json(), "shape": list(shape), "dtype": kind.str}
 
@@ -186,6 +187,14 @@ class ArrayStore:
         """Return the bytes of everything listed."""
         return sum(entry.size_bytes for entry in self.entries())
 
+    def clear_left(self) -> None:
+        """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
+        for left in self.directory.glob(".*"):
+            with suppress(FileNotFoundError):  # another process was first
+                old = is_unfinished(left.name) and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+                if old or is_left(left.name):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+
     def evict(self, max_bytes: int, *, keep: Collection[str] = ()) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left.
 
@@ -195,10 +204,8 @@ class ArrayStore:
         Returns:
             Names of what was removed.
         """
+        self.clear_left()
         now = time.time()
-        for left in self.directory.glob(".*"):  # of writes that were killed
-            if now - left.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
         entries = self.entries()
         total = sum(entry.size_bytes for entry in entries)
         removed = []

@@ -1,14 +1,12 @@
-"""What DataFlex adds to a checkpoint, and which checkpoints may be resumed from.
+"""What DataFlex adds to a checkpoint.
 
 ``checkpoint-N/dataflex/`` holds the plan in progress, the state of the methods and a description of the
-run they belong to. It is written aside and renamed, its manifest last. A checkpoint counts as complete when
-that folder verifies and ``trainer_state.json``, which the Trainer writes last of all, can be read.
+run they belong to. ``core.sealed`` tells which checkpoints count.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,14 @@ import numpy as np
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.plan import DataPlan
-from dataflex.core.state import load_state, save_state, verify_directory, write_directory
-from dataflex.errors import CheckpointError, DataFlexError
+from dataflex.core.sealed import FOLDER
+from dataflex.core.state import load_state, save_state
+from dataflex.errors import CheckpointError
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["FOLDER", "Identity", "find_resumable", "incomplete_reason", "load", "save"]
+__all__ = ["Identity", "load", "save"]
 
-FOLDER = "dataflex"
-_TRAINER_STATE = "trainer_state.json"
+_RUN = "run.json"
 _FORMAT = 1
 
 
@@ -106,28 +104,29 @@ def _changed_sources(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dict[str, Any], step: int) -> None:
-    """Write ``checkpoint/dataflex`` as a whole or not at all (rank 0 only)."""
-
-    def fill(folder: Path) -> None:
-        meta = {
-            "format": _FORMAT,
-            "step": step,
-            "space": identity.space,
-            "global_batch": identity.global_batch,
-            "seed": identity.seed,
-            "methods": identity.methods,
-            "schedule": identity.schedule,
-        }
-        (folder / "run.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
+    folder = checkpoint / FOLDER
+    meta = {
+        "format": _FORMAT,
+        "step": step,
+        "space": identity.space,
+        "global_batch": identity.global_batch,
+        "seed": identity.seed,
+        "methods": identity.methods,
+        "schedule": identity.schedule,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _RUN).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         save_state(folder, "methods", state)
         if plan is not None:
             np.savez(folder / "plan.npz", **plan.to_arrays())  # type: ignore[arg-type]
-
-    write_directory(checkpoint / FOLDER, fill)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Read back what ``save`` wrote.
+    """Read back what ``save`` wrote into a checkpoint that was found to be whole.
 
     Returns:
         The plan in progress, or None if none was made yet, and the state of the methods.
@@ -136,13 +135,12 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
         CheckpointError: No DataFlex state, a broken file, or another run's state.
     """
     folder = checkpoint / FOLDER
-    if not folder.is_dir():
+    if not (folder / _RUN).is_file():
         raise CheckpointError(
             f"resume: {checkpoint} has no '{FOLDER}' folder: it was not written by a run with a dynamic block, or "
             "with 'save_only_model: true'. Start fresh with 'dynamic.resume_plan: ignore', or from another checkpoint."
         )
-    verify_directory(folder)
-    meta = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    meta = json.loads((folder / _RUN).read_text(encoding="utf-8"))
     if meta.get("format") != _FORMAT:
         raise CheckpointError(f"resume: {folder} has format {meta.get('format')!r}; this version reads {_FORMAT}")
     problems = identity.differences(meta)
@@ -157,37 +155,3 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
         with np.load(folder / "plan.npz", allow_pickle=False) as arrays:
             plan = DataPlan.from_arrays(dict(arrays))
     return plan, load_state(folder, "methods")
-
-
-def incomplete_reason(checkpoint: Path) -> str | None:
-    """Say why a checkpoint cannot be resumed from, or None if it can."""
-    try:
-        state = json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
-        int(state["global_step"])
-    except FileNotFoundError:
-        return f"{_TRAINER_STATE} is missing: it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_TRAINER_STATE} cannot be read: it was not written to the end"
-    if (checkpoint / FOLDER).is_dir():
-        try:
-            verify_directory(checkpoint / FOLDER)
-        except DataFlexError as error:
-            return str(error)
-    return None
-
-
-def find_resumable(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint of a run, and why newer ones were passed over."""
-    found = []
-    if output_dir.is_dir():
-        for entry in output_dir.iterdir():
-            match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
-            if match and entry.is_dir():
-                found.append((int(match[1]), entry))
-    passed_over: list[str] = []
-    for _, checkpoint in sorted(found, reverse=True):
-        reason = incomplete_reason(checkpoint)
-        if reason is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint.name}: {reason}")
-    return None, passed_over

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.domain_stats import SUMS, DomainStats
 from dataflex.core.domains import Domains
-from dataflex.core.protocols import Mixer, Normaliser, Rows, Weighter
+from dataflex.core.protocols import Mixer, Normaliser, Rows, State, Weighter
 from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
 from dataflex.errors import UnsupportedError
@@ -279,6 +279,23 @@ class Reweighter:
                 learning_rate=learning_rate,
             )
         )
+
+    def since_log(self) -> State:
+        """Return what ``scalars`` has yet to tell, over all ranks (collective)."""
+        return {
+            "weights": {} if self.stats is None else self.stats.since_read(),
+            "plain": [] if self._plain is None else comm.gather_sum(self._plain).tolist(),
+            "domains": self._logged,
+        }
+
+    def restore_since_log(self, state: State, device: torch.device) -> None:
+        """Take back what ``since_log`` gave: rank 0 holds the sums of all."""
+        if self.stats is not None:
+            self.stats.restore(state["weights"], device)
+        if state["plain"]:
+            plain = torch.tensor(state["plain"], dtype=torch.float64, device=device)
+            self._plain = plain if comm.rank() == 0 else torch.zeros_like(plain)
+        self._logged = np.asarray(state["domains"], dtype=np.float64)
 
     def scalars(self) -> dict[str, float]:
         """Return numbers for the training log since the last call: weights, and the plain loss of each domain.

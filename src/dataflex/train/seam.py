@@ -3,13 +3,13 @@
 ``TrainerMixin`` goes in front of any Trainer class. Upstream names relied upon (transformers 5.x), each
 asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
-``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_save_checkpoint``,
-``_save_rng_state``, ``log``, ``train``, ``evaluate``, ``predict``, ``save_model``, ``compute_loss_context_manager``,
-``get_{tp,cp,sp}_size``.
+``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``log``, ``train``, ``evaluate``,
+``predict``, ``save_model``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; those of saving are in
+``train.saving``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
-tokens, accumulation, clipping and saving stay the Trainer's.
+tokens, accumulation and clipping stay the Trainer's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from dataflex.core.protocols import Rows
+from dataflex.core.sealed import FOLDER
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
 from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.clock import OTHER
-from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
@@ -35,6 +35,7 @@ from dataflex.train.held_out import EvaluationSums, perplexity, totals
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.samples import SAMPLES, describe_rows
+from dataflex.train.saving import SavingMixin
 from dataflex.train.session import (
     Session,
     Setup,
@@ -57,7 +58,7 @@ _TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
 """Phases that the closing event always names."""
 
 
-class TrainerMixin(_Trainer):
+class TrainerMixin(SavingMixin, _Trainer):
     """Data decided during training, for any Hugging Face Trainer class that follows it in the MRO."""
 
     dataflex_setup: ClassVar[Setup]
@@ -160,7 +161,8 @@ class TrainerMixin(_Trainer):
                 if reweighter.row_weights is not None:
                     reweighter.row_weights.load_state_dict(state.get("row_weights") or {})
             self.dataflex_setup.clock.before = {key: float(value) for key, value in state["seconds"].items()}
-        self._dataflex_open_record(resume)
+            self._dataflex_sums = state["since_log"]
+        self._dataflex_open_record(resume, fresh=not self._dataflex_settle_run(resume))
         self.dataflex_setup.clock.switch("train")
         return values
 
@@ -169,10 +171,9 @@ class TrainerMixin(_Trainer):
         assert self._dataflex_session is not None
         return self._dataflex_session
 
-    def _dataflex_open_record(self, resume: Any) -> None:
+    def _dataflex_open_record(self, resume: Any, *, fresh: bool) -> None:
         setup, controller, step = self.dataflex_setup, self._session.controller, self.state.global_step
-        folder = Path(self.args.output_dir) / checkpoint.FOLDER
-        fresh = resume is None or not (folder / EVENTS).is_file()
+        folder = Path(self.args.output_dir) / FOLDER
         if self.is_world_process_zero():
             current = None if controller.plan is None else controller.plan.interval.index
             self._dataflex_recorder = setup.recorder = RunRecorder(
@@ -187,6 +188,7 @@ class TrainerMixin(_Trainer):
                 versions=setup.versions,
                 world=controller.shape.world,
                 global_batch=controller.shape.global_batch,
+                run=self._dataflex_run,
             )
         if resume is not None:
             self._dataflex_recorder.resumed(step=step, checkpoint=str(resume))
@@ -195,6 +197,7 @@ class TrainerMixin(_Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Serve the micro-batches of the next optimizer step from the plan."""
+        self._dataflex_restore_sums()
         controller, step = self._session.controller, self.state.global_step
         if step < self.state.max_steps:
             plan = controller.plan_for(step)
@@ -309,7 +312,7 @@ class TrainerMixin(_Trainer):
         mixer = self._dataflex_methods["mixer"]
         found = None if mixer is None else mixer.outcome()
         if found is not None:
-            write_proportions(Path(self.args.output_dir) / checkpoint.FOLDER / f"{mixer.name}.json", found)
+            write_proportions(Path(self.args.output_dir) / FOLDER / f"{mixer.name}.json", found)
 
     def _dataflex_write_weights(self) -> None:
         """Write the rows that weighed most and least so far, with their text, if any were weighed."""
@@ -374,28 +377,3 @@ class TrainerMixin(_Trainer):
             output.metrics[f"{prefix}_token_loss"] = total / tokens
             output.metrics[f"{prefix}_perplexity"] = perplexity(total / tokens)
         return output
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        clock, step = self.dataflex_setup.clock, self.state.global_step
-        before = clock.spent().get("checkpoint", 0.0)
-        with clock.phase("checkpoint"):
-            super()._save_checkpoint(model, trial)
-        seconds = clock.spent()["checkpoint"] - before
-        self._dataflex_recorder.checkpointed(step, f"checkpoint-{step}", seconds)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Write our state beside the random states, before ``trainer_state.json`` and any rotation."""
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            session, reweighter = self._session, self._dataflex_reweighter
-            state = {
-                "controller": session.controller.state_dict(),
-                "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
-                "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
-                "seconds": self.dataflex_setup.clock.totals(),
-            }
-            plan, step = session.controller.plan, self.state.global_step
-            checkpoint.save(Path(output_dir), session.identity, plan, state, step)
-            self._dataflex_write_outcome()
-            self._dataflex_write_weights()
-        comm.barrier()  # trainer_state.json marks the checkpoint complete: every rank's part is there by then

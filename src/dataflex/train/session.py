@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.answers import AnswerBook
 from dataflex.signals.handle import Corpus, ModelHandle
-from dataflex.signals.identity import state_identity
+from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
 from dataflex.train.checkpoint import Identity
@@ -140,32 +141,50 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
+    handle = ModelHandle(
+        model=trainer.model,
+        collate=setup.scoring_collator(trainer.data_collator),
+        autocast=trainer.compute_loss_context_manager,
+        device=trainer.args.device,
+        token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
+        tokenizer=trainer.processing_class,
+        optimizer=lambda: trainer.optimizer,
+        learning_rate=lambda: float(trainer._get_learning_rate()),
+        backend="zero" if trainer.is_deepspeed_enabled else "plain",
+        release=lambda: release_gathered(trainer),
+    )
+    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
+    targets = {
+        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+        for name, target in space.targets.items()
+    }
     return SignalService(
-        handle=ModelHandle(
-            model=trainer.model,
-            collate=setup.scoring_collator(trainer.data_collator),
-            autocast=trainer.compute_loss_context_manager,
-            device=trainer.args.device,
-            token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
-            tokenizer=trainer.processing_class,
-            optimizer=lambda: trainer.optimizer,
-            learning_rate=lambda: float(trainer._get_learning_rate()),
-            backend="zero" if trainer.is_deepspeed_enabled else "plain",
-            release=lambda: release_gathered(trainer),
-        ),
-        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint),
-        targets={
-            name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-            for name, target in space.targets.items()
-        },
+        handle=handle,
+        train=train,
+        targets=targets,
         seed=seed,
         book=AnswerBook(
             max_age_steps=options.max_age_steps,
             store=None if options.store is None else ArrayStore(options.store),
             store_bytes=int(options.store_gb * 1e9),
-            model_identity=lambda: state_identity(trainer.model.named_parameters()),
+            model_identity=lambda: model_identity(trainer.model),
+            surroundings=_surroundings(handle, {"": train, **targets}),
         ),
     )
+
+
+def _surroundings(handle: ModelHandle, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+    """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
+
+    @cache
+    def of(name: str) -> dict[str, Any]:
+        return {
+            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), handle.collate),
+            "precision": precision(handle.autocast, handle.device),
+            "tokenizer": tokenizer_identity(handle.tokenizer),
+        }
+
+    return of
 
 
 def _served(config: DynamicConfig) -> dict[str, Any]:

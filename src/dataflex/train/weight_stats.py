@@ -83,6 +83,22 @@ class WeightStats:
         told |= {f"weight_{name}": float(np.quantile(w, share)) for name, share in _QUANTILES.items()}
         return {**told, "weight_max": largest}
 
+    def since_read(self) -> State:
+        """Return what was added on all ranks since the last ``read`` (collective); nothing where nothing was."""
+        if self._range is None:
+            return {}
+        spans = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
+        weights = comm.gather_rows(torch.cat(self._sequences))[0]
+        return {"range": spans.double().cpu().numpy(), "weights": weights.cpu().numpy()}
+
+    def restore(self, state: State, device: torch.device) -> None:
+        """Take back what ``since_read`` gave: rank 0 holds all of it."""
+        if not state:
+            return
+        weights = state["weights"] if comm.rank() == 0 else state["weights"][:0]
+        self._range = torch.tensor(state["range"], device=device, dtype=torch.float64)
+        self._sequences = [torch.tensor(weights, device=device)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeighedRow:
