@@ -79,7 +79,7 @@ def swapped(stage: str, config: DynamicConfig, lf: dict[str, Any], mixin: type[A
         raise UnsupportedError(f"stage {stage!r} has no dynamic training (supported: {', '.join(TRAINERS)})")
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
-    loading = DataLoading(config)
+    loading = DataLoading(config, lf)
     setup = Setup(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},

@@ -4,7 +4,8 @@
 asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
 ``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_save_checkpoint``,
-``_save_rng_state``, ``log``, ``evaluate``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``.
+``_save_rng_state``, ``log``, ``evaluate``, ``predict``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; of
+LLaMA-Factory's trainers ``save_predictions``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
@@ -30,7 +31,7 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.balance import balance_loss
-from dataflex.train.held_out import EvaluationSums, perplexity, totals
+from dataflex.train.held_out import EvaluationSums, perplexity, totals, undivided
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.samples import SAMPLES, describe_rows
@@ -119,6 +120,7 @@ class TrainerMixin(_Trainer):
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
             reweighter.weighter.refuse_idle(max_steps)
+            reweighter.check_known(setup.rows.all_rows())
         self._dataflex_session = Session.begin(
             setup,
             self,
@@ -356,6 +358,14 @@ class TrainerMixin(_Trainer):
             output.metrics[f"{prefix}_token_loss"] = total / tokens
             output.metrics[f"{prefix}_perplexity"] = perplexity(total / tokens)
         return output
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict rows that are evaluated by domain as one set, in file order, as LLaMA-Factory does without us."""
+        return super().predict(undivided(test_dataset), *args, **kwargs)
+
+    def save_predictions(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the predictions of ``predict``; some of LLaMA-Factory's trainers are given the rows again."""
+        return super().save_predictions(*map(undivided, args), **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
