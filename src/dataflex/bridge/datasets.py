@@ -1,12 +1,11 @@
 """Loads data through LLaMA-Factory's own ``get_dataset`` and says which row came from where.
 
-Upstream names relied upon: ``llamafactory.data.get_dataset`` (public), the workflows' own reference to
-it, ``llamafactory.data.loader.align_dataset`` (wrapped while loading, to see each source's raw columns
-before they are dropped), the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
+Upstream names relied upon: the workflows' own reference to ``get_dataset``, the collators' base class
+``MultiModalDataCollatorForSeq2Seq``.
 
 One data set: LLaMA-Factory's result is taken as it is. Several: one call each, concatenated, so that
 domains are exact ranges and packing stays inside a domain; a validation split is cut afterwards from the
-whole, which is the stock split when nothing is packed.
+whole, which is the stock split when nothing is packed. A tokenised copy stands for the training data alone.
 """
 
 from __future__ import annotations
@@ -14,25 +13,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from llamafactory.data import get_dataset as lf_get_dataset
-from llamafactory.data import loader as lf_loader
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
+from dataflex.bridge.columns import RawRows, column, raw_columns, split_rows
 from dataflex.bridge.domains import FILE_COLUMN, cluster_labels, file_numbers, path_labels
+from dataflex.bridge.loading import Loader
 from dataflex.bridge.origins import Origin, watched_origins
 from dataflex.bridge.streaming import joined, tokenised_when_served
-from dataflex.config.data import target_data_sets
+from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig
-from dataflex.core.domains import Domains
+from dataflex.core.domains import Domains, unusable_labels
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.record.clock import PhaseClock
+from dataflex.train.held_out import HeldOut
 from dataflex.train.leakage import Leak, find_leaks
 from dataflex.train.row_space import RowSpace, TargetSpace, measure
 
@@ -43,35 +44,17 @@ logger = logging.getLogger(__name__)
 CLUSTERS = "dataflex_cluster"
 
 
-@contextmanager
-def _raw_columns(wanted: Sequence[str], seen: list[Dataset]) -> Iterator[None]:
-    """Keep a reference to every raw data set that LLaMA-Factory aligns while inside, if columns are wanted."""
-    if not wanted:
-        yield
-        return
-    original = lf_loader.align_dataset
-
-    def keep(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(dataset)
-        return original(dataset, *args, **kwargs)
-
-    lf_loader.align_dataset = keep
-    try:
-        yield
-    finally:
-        lf_loader.align_dataset = original
-
-
 class DataLoading:
     """Stands in for ``get_dataset`` in LLaMA-Factory's workflows and builds the row space on the way.
 
     Args:
         config: The dynamic block.
+        written: LLaMA-Factory's keys as the user wrote them.
         clock: Takes the time of loading.
     """
 
-    def __init__(self, config: DynamicConfig, clock: PhaseClock | None = None) -> None:
-        self._config = config
+    def __init__(self, config: DynamicConfig, written: Mapping[str, Any], clock: PhaseClock | None = None) -> None:
+        self._config, self._written = config, written
         self._clock = clock or PhaseClock()
         self.space: RowSpace | None = None
 
@@ -79,46 +62,47 @@ class DataLoading:
         self, template: Any, model_args: Any, data_args: Any, training_args: Any, stage: Any, **tokenizer_module: Any
     ) -> dict[str, Any]:
         """Return LLaMA-Factory's data set module; ``space`` is set afterwards."""
+        data_args = copy.copy(data_args)
         by_domain = self._config.eval_by_domain
         if by_domain and data_args.eval_dataset is not None and self._config.domain_column is None:
             data_args.eval_on_each_dataset = True
-
-        def load(**changes: Any) -> dict[str, Any]:
-            args = copy.copy(data_args)
-            args.streaming = False  # served rows stay random-access
-            for key, value in changes.items():
-                setattr(args, key, value)
-            return lf_get_dataset(template, model_args, args, training_args, stage, **tokenizer_module)
-
+        loader = Loader(
+            template=template,
+            model_args=model_args,
+            data_args=data_args,
+            training_args=training_args,
+            stage=stage,
+            tokenizer_module=tokenizer_module,
+            written=self._written,
+        )
         by_file = self._config.domain_path is not None
         columns = tuple(dict.fromkeys([*self._config.columns, *([FILE_COLUMN] if by_file else [])]))
         served = bool(data_args.streaming)
         files: list[str] = []
         names = list(data_args.dataset)
-        raw: list[Dataset] = []
+        seen: list[Dataset] = []
         with (
-            _raw_columns(columns, raw),
+            raw_columns(bool(columns), seen),
             file_numbers(by_file, files),
             self._counted(stage) as origins,
             tokenised_when_served(served),
         ):
-            if len(names) == 1 or data_args.tokenized_path is not None:
-                module = load()
+            if data_args.tokenized_path is not None:
+                module = self._from_copy(loader)
                 sizes = {names[0] if len(names) == 1 else "all": len(module["train_dataset"])}
+            elif len(names) == 1:
+                module = loader.stock()
+                sizes = {names[0]: len(module["train_dataset"])}
             else:
-                module, sizes = self._load_each(names, data_args, training_args, load)
+                module, sizes = self._load_each(names, data_args, training_args, loader)
         per_row = _documents_per_row(origins, module.pop("_loaded", {}), data_args)
-        held_raw, raw = raw[len(names) :], raw[: len(names)]
         sources = module.pop("_held_sources", None)
         if by_domain:
-            module["eval_dataset"] = self._held_out(module, sources, raw, held_raw, data_args, training_args)
+            module["eval_dataset"] = self._held_out(module, sources, seen, data_args, training_args)
         train = module["train_dataset"]
-        kept = self._kept_rows(raw, data_args, training_args) if columns else None
-        if kept is not None and served:
-            kept = kept[train.raw_rows]
-        found = {name: _column(name, raw, kept, len(train)) for name in columns}
+        found = self._columns(columns, seen[: len(names)], train, data_args, training_args) if columns else {}
         labels = _source_labels(sizes, module.pop("_source_of_row", None))
-        targets = self._targets(load)
+        targets = self._targets(loader)
         with self._clock.phase("leakage"):
             leaked = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
         if any(leak.num_rows for leak in leaked.values()):
@@ -141,10 +125,14 @@ class DataLoading:
                 seed=training_args.seed if self._config.seed is None else self._config.seed,
                 device=training_args.device,
             )
+        domains = self._domains(sizes, labels, found, measures.lengths, per_row)
+        lacking = too_few_domains(self._config, len(domains.names))
+        if lacking:
+            raise DataError("\n".join(lacking))
         self.space = RowSpace(
             dataset=train,
             sources=sizes,
-            domains=self._domains(sizes, labels, found, measures.lengths, per_row),
+            domains=domains,
             supervised=measures.supervised,
             fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
@@ -153,6 +141,17 @@ class DataLoading:
         )
         _warn_about_masked_rows(self.space)
         return module
+
+    def _columns(
+        self, names: Sequence[str], seen: list[Dataset], train: Any, data_args: Any, training_args: Any
+    ) -> dict[str, NDArray[Any]]:
+        """Return the raw columns that ride along, checked, in training order."""
+        raw = self._raw_rows(seen, data_args, training_args)
+        if data_args.streaming:
+            raw = replace(raw, rows=raw.rows[train.raw_rows])
+        found = {name: column(name, raw, len(train)) for name in names}
+        self._check_columns(raw, found)
+        return found
 
     def _counted(self, stage: str) -> AbstractContextManager[list[Origin]]:
         """Give a list that takes what was read of each data set, where proportions are of documents."""
@@ -177,29 +176,57 @@ class DataLoading:
             raise DataError("dynamic.leakage: every training row is also a target row; nothing is left to train on")
         return kept
 
+    def _from_copy(self, loader: Loader) -> dict[str, Any]:
+        """Write or read the tokenised copy of the training data; evaluation sets are those that the user names."""
+        module = loader.stock()
+        if loader.data_args.eval_dataset is not None:
+            module["eval_dataset"] = loader.evaluation()
+        names, path = loader.data_args.dataset, loader.data_args.tokenized_path
+        if len(names) > 1 and self._config.domains_are_sources:
+            logger.warning(
+                "tokenized_path: %s does not say which of %s a row is from: all rows are one domain, 'all'",
+                path,
+                ", ".join(names),
+            )
+        return module
+
+    def _check_columns(self, raw: RawRows, found: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse values that a method could not use, before anything is trained.
+
+        Raises:
+            DataError: By the place of the first of them.
+        """
+        domains = self._config.domain_column
+        if domains is not None:
+            _check_labels(raw, domains, found[domains])
+        for config in self._config.methods:
+            method = config.build()
+            for name in method.columns():
+                raw.check(f"dynamic.{config.kind}", name, found[name], method.refused_values(name, found[name]))
+
     def _load_each(
-        self, names: list[str], data_args: Any, training_args: Any, load: Callable[..., dict[str, Any]]
+        self, names: list[str], data_args: Any, training_args: Any, loader: Loader
     ) -> tuple[dict[str, Any], dict[str, int]]:
         if data_args.val_size > 1e-6 and training_args.predict_with_generate:
             raise UnsupportedError(
                 "val_size with predict_with_generate over several data sets: name an 'eval_dataset' instead"
             )
-        parts = {name: load(dataset=[name], eval_dataset=None, val_size=0.0)["train_dataset"] for name in names}
+        parts = {name: loader.training(name) for name in names}
         sizes = {name: len(part) for name, part in parts.items()}
         if data_args.streaming and data_args.val_size > 1e-6:
             raise UnsupportedError("val_size with streaming over several data sets: name an 'eval_dataset' instead")
         whole: Any = joined(list(parts.values())) if data_args.streaming else concatenate_datasets([*parts.values()])
         module: dict[str, Any] = {"train_dataset": whole, "_loaded": sizes}
         if data_args.eval_dataset is not None:
-            module = {**load(dataset=None, val_size=0.0), **module}
+            module["eval_dataset"] = loader.evaluation()
         elif data_args.val_size > 1e-6:
             size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
             split = whole.train_test_split(test_size=size, seed=training_args.seed)
             module = {"train_dataset": split["train"], "eval_dataset": split["test"], "_loaded": sizes}
             source = np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
-            held = source[_split_rows(len(whole), size, training_args.seed, part="test")]
+            held = source[split_rows(len(whole), size, training_args.seed, part="test")]
             module["_held_sources"] = [list(sizes)[k] for k in held]
-            source = source[_split_rows(len(whole), size, training_args.seed)]
+            source = source[split_rows(len(whole), size, training_args.seed)]
             module["_source_of_row"] = source
             sizes = dict(zip(sizes, np.bincount(source, minlength=len(sizes)).tolist(), strict=True))
         return module, sizes
@@ -208,8 +235,7 @@ class DataLoading:
         self,
         module: dict[str, Any],
         sources: list[str] | None,
-        raw: list[Dataset],
-        held_raw: list[Dataset],
+        seen: list[Dataset],
         data_args: Any,
         training_args: Any,
     ) -> Any:
@@ -217,42 +243,47 @@ class DataLoading:
 
         Raises:
             ConfigError: There is nothing held out, or nothing that could be told apart.
+            DataError: A row without a domain.
         """
-        held, column = module.get("eval_dataset"), self._config.domain_column
+        held, by = module.get("eval_dataset"), self._config.domain_column
         if held is None:
             raise ConfigError("dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'")
-        if isinstance(held, dict) and column is None:
-            return held
-        if column is None and sources is None:
+        if isinstance(held, dict) and by is None:
+            return HeldOut(held, concatenate_datasets([*held.values()]))
+        if by is None and sources is None:
             raise ConfigError(
                 "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several "
                 "data sets"
             )
-        labels: Any
-        if column is None:
-            labels = sources or []
-        elif data_args.val_size > 1e-6:
-            total = sum(len(part) for part in raw)
-            size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
-            rows = _split_rows(total, size, training_args.seed, part="test")
-            labels = _column(column, raw, rows, len(held))
-        else:
+        labels: Any = sources
+        if by is not None:
             if isinstance(held, dict):
                 held = concatenate_datasets(list(held.values()))
-            everything = np.arange(sum(len(part) for part in held_raw), dtype=np.int64)
-            labels = _column(column, held_raw, everything, len(held))
+            raw = self._raw_held_out(seen, data_args, training_args)
+            labels = column(by, raw, len(held))
+            _check_labels(raw, by, labels)
         rows_of: dict[str, list[int]] = {}
         for row, label in enumerate(labels):
-            rows_of.setdefault(str(label), []).append(row)
-        return {label: held.select(rows) for label, rows in rows_of.items()}
+            rows_of.setdefault(label, []).append(row)
+        return HeldOut({label: held.select(rows) for label, rows in rows_of.items()}, held)
 
-    def _kept_rows(self, raw: list[Dataset], data_args: Any, training_args: Any) -> NDArray[np.int64]:
-        """Return which raw rows went into training, in training order."""
-        total = sum(len(part) for part in raw)
+    def _raw_held_out(self, seen: list[Dataset], data_args: Any, training_args: Any) -> RawRows:
+        """Return the raw rows that are held out, in their order."""
+        names = list(data_args.dataset)
+        if data_args.val_size > 1e-6:
+            return self._raw_rows(seen[: len(names)], data_args, training_args, part="test")
+        parts = seen[len(names) :]
+        rows = np.arange(sum(map(len, parts)), dtype=np.int64)
+        return RawRows(names=data_args.eval_dataset, parts=parts, rows=rows, written=self._written)
+
+    def _raw_rows(self, parts: list[Dataset], data_args: Any, training_args: Any, part: str = "train") -> RawRows:
+        """Return which raw rows went into training (or were held out), in that order."""
+        total = sum(len(each) for each in parts)
+        rows = np.arange(total, dtype=np.int64)
         if data_args.val_size > 1e-6:
             size = int(data_args.val_size) if data_args.val_size > 1 else data_args.val_size
-            return _split_rows(total, size, training_args.seed)
-        return np.arange(total, dtype=np.int64)
+            rows = split_rows(total, size, training_args.seed, part=part)
+        return RawRows(names=data_args.dataset, parts=parts, rows=rows, written=self._written)
 
     def _domains(
         self,
@@ -262,18 +293,15 @@ class DataLoading:
         lengths: NDArray[np.int64],
         documents_per_row: NDArray[np.float64] | None,
     ) -> Domains:
-        for column in (self._config.domain_column, FILE_COLUMN, CLUSTERS):
-            if column is not None and column in columns:
-                return Domains.from_labels(columns[column], lengths=lengths)
+        for name in (self._config.domain_column, FILE_COLUMN, CLUSTERS):
+            if name is not None and name in columns:
+                return Domains.from_labels(columns[name], lengths=lengths)
         return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row)
 
-    def _targets(self, load: Callable[..., dict[str, Any]]) -> dict[str, TargetSpace]:
+    def _targets(self, loader: Loader) -> dict[str, TargetSpace]:
         targets = {}
         for name in self._config.targets:
-            dataset = load(
-                dataset=list(target_data_sets(name)), eval_dataset=None, val_size=0.0, packing=False, neat_packing=False
-            )
-            rows = dataset["train_dataset"]
+            rows = loader.target(name)
             measures = measure(rows)
             if not (measures.supervised > 0).any():
                 raise DataError(f"target {name!r}: none of its {len(rows):,} rows has a supervised token")
@@ -299,17 +327,9 @@ def _documents_per_row(
     return documents / np.maximum(list(loaded.values()), 1)
 
 
-def _split_rows(total: int, size: int | float, seed: int, part: str = "train") -> NDArray[np.int64]:
-    """Return the rows of one part of ``Dataset.train_test_split``, in its order, by letting it split positions."""
-    positions = Dataset.from_dict({"row": np.arange(total, dtype=np.int64)})
-    split = positions.train_test_split(test_size=size, seed=seed)
-    return _values(split[part], "row").astype(np.int64)
-
-
-def _values(dataset: Dataset, name: str) -> NDArray[Any]:
-    # By way of arrow: the data sets' own numpy format imports a video reader that newer torchvisions lack.
-    table = dataset.select_columns([name]).with_format("arrow")[:]
-    return table.column(name).to_numpy()
+def _check_labels(raw: RawRows, name: str, labels: NDArray[Any]) -> None:
+    wanted = "every row's must be text, the domain's name"
+    raw.check("dynamic.domain_column", name, labels, (unusable_labels(labels), wanted))
 
 
 def _source_labels(sizes: dict[str, int], given: NDArray[np.int32] | None) -> NDArray[np.int32]:
@@ -319,28 +339,6 @@ def _source_labels(sizes: dict[str, int], given: NDArray[np.int32] | None) -> ND
     if given is not None:
         return given
     return np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
-
-
-def _column(name: str, raw: list[Dataset], kept: NDArray[np.int64] | None, num_rows: int) -> NDArray[Any]:
-    """Return a raw column in training order.
-
-    Raises:
-        ConfigError: A source lacks the column.
-        DataError: Raw rows and training rows do not match one to one.
-    """
-    if not raw or kept is None:
-        raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenised (tokenized_path)")
-    for part in raw:
-        if name not in part.column_names:
-            known = ", ".join(part.column_names)
-            raise ConfigError(f"column {name!r} is not in the data (columns found: {known})")
-    if len(kept) != num_rows:
-        raise DataError(
-            f"column {name!r}: {len(kept):,} raw rows became {num_rows:,} training rows, so that its values cannot be "
-            "matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
-        )
-    values = np.concatenate([_values(part, name) for part in raw])
-    return values[kept]
 
 
 def _fingerprint(sizes: dict[str, int], labels: NDArray[np.int32], content: str) -> str:

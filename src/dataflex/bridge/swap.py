@@ -94,7 +94,7 @@ def swapped(
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
     clock = clock or PhaseClock()
-    loading = DataLoading(config, clock)
+    loading = DataLoading(config, lf, clock)
     setup = Setup(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},

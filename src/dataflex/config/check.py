@@ -19,6 +19,7 @@ from dataflex.config.check_run import (
     stage_problems,
 )
 from dataflex.config.check_targets import by_target_problems
+from dataflex.config.check_values import number_problems, package_problems
 from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import truthy
@@ -50,9 +51,14 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
     if dynamic is None:
         if not truthy(lf, "do_train"):
             return []  # evaluation and prediction are LLaMA-Factory's own business
-        return [*model_problems(lf), *data_set_problems(lf, base_dir, sources)]
+        return [*number_problems(lf), *model_problems(lf), *data_set_problems(lf, base_dir, sources)]
+    of_stage = [*stage_problems(dynamic, lf)]
+    if of_stage:  # one mistake is told once: whether the data sets are meant for it does not matter then
+        lf = {**lf, "stage": None}
     return [
-        *stage_problems(dynamic, lf),
+        *of_stage,
+        *number_problems(lf),
+        *package_problems(lf),
         *setting_problems(dynamic, lf),
         *model_problems(lf),
         *reference_problems(dynamic),

@@ -7,8 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, target_data_sets, tokenized
+from dataflex.config.convert import shown
+from dataflex.config.data import (
+    Source,
+    count_rows,
+    data_sets,
+    empty_names,
+    find_sources,
+    packed,
+    target_data_sets,
+    tokenized,
+    train_rows,
+)
 from dataflex.config.forecast import Forecast, forecast
+from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import number, truthy
 from dataflex.core.domains import Domains
@@ -22,6 +34,11 @@ __all__ = ["column_problems", "data_set_problems", "domain_problems", "target_pr
 
 def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]) -> Iterator[str]:
     """Yield what is wrong with ``dataset`` and ``eval_dataset``; put the data sets that are there into ``found``."""
+    for key in ("dataset", "eval_dataset"):
+        problem = empty_names(lf.get(key))
+        if problem:
+            yield f"{key}: {problem}"
+    yield from _held_out_problems(lf, base_dir)
     if tokenized(lf):
         found += [Source(name=name) for name in data_sets(lf.get("dataset"))]
         return
@@ -32,8 +49,6 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         yield f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs"
-    if lf.get("eval_dataset") and number(lf, "val_size", 0.0) > 1e-6:
-        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
     sources, problems = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
     yield from problems
     for source in sources:
@@ -43,8 +58,29 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
             yield f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
     if not problems:
         found += sources
-    if not any(problem.startswith("dataset_dir:") for problem in problems):
-        yield from find_sources(data_sets(lf.get("eval_dataset")), lf, "eval_dataset", base_dir)[1]
+        counts = [count_rows(source, lf) for source in sources]
+        if any(counts) and train_rows(counts, lf) == 0:
+            yield f"val_size: {shown(lf['val_size'])} sets aside all {sum(filter(None, counts)):,} rows; lower it"
+
+
+def _held_out_problems(lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+    """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
+    named, share = data_sets(lf.get("eval_dataset")), number(lf, "val_size", 0.0)
+    if named and share > 1e-6:
+        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
+    if share < 0 or (share >= 1 and share != int(share)):
+        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf['val_size'])}"
+    sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
+    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or tokenized(lf))
+    for source in sources:
+        if source.path is not None and count_rows(source, lf) == 0:
+            yield f"eval_dataset: {source.name!r} has no rows ({source.path})"
+    if lf.get("eval_dataset") or share > 1e-6 or tokenized(lf):
+        return
+    for key, off in (("eval_strategy", "no"), ("do_eval", False), ("do_predict", False), ("eval_on_start", False)):
+        asked = str(lf.get(key) or "no") != "no" if off == "no" else truthy(lf, key)
+        if asked:
+            yield f"{key}: no rows are held out; name an 'eval_dataset', set 'val_size', or remove the key"
 
 
 def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
@@ -57,7 +93,7 @@ def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Pat
             if not problem.startswith("dataset_dir:"):  # told once, for the training data
                 yield problem
         for source in sources:
-            if source.path is not None and count_rows(source, lf) == 0:
+            if source.path is not None and count_rows(source, {}) == 0:
                 yield f"{key}: {source.name!r} has no rows ({source.path})"
 
 
@@ -80,16 +116,12 @@ def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[s
 def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Iterator[str]:
     """Yield what is wrong with the domains, their proportions, and the number of rows."""
     names = [source.name for source in sources]
-    if dynamic.mixer is not None and dynamic.domains_are_sources:
-        least = max(2, dynamic.mixer.cls.needs.domains)
-        if names and len(names) < least:
-            yield (
-                f"dynamic.mixer: {dynamic.mixer.name} needs at least {'two' if least == 2 else least} domains, found "
-                f"{len(names)}; list several data sets in 'dataset', or name a 'domain_column'"
-            )
+    if names and dynamic.domains_are_sources:
+        copied = len(names) > 1 and bool(lf.get("tokenized_path"))
+        lacking = too_few_domains(dynamic, 1 if copied else len(names), copied=copied)
+        yield from lacking
+        if lacking:
             return
-        if len(names) > 1 and lf.get("tokenized_path"):
-            yield "tokenized_path: a tokenised copy does not say which data set a row is from; remove it"
     if not names:
         return
     if dynamic.unit == "documents" and packed(lf) and not dynamic.domains_are_sources:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import env_enabled
-from dataflex.core.parts import Part
 from dataflex.core.protocols import Params
 from dataflex.errors import did_you_mean
 
@@ -27,14 +27,13 @@ def other_model_problems(dynamic: DynamicConfig) -> Iterator[str]:
     So are encoders of sentence-transformers where that package is not installed.
     """
     for method in dynamic.methods:
-        yield from _in_params(method.params, f"dynamic.{method.kind}")
+        for path, _, params in parameters(method):
+            yield from _in_params(params, path)
 
 
 def _in_params(params: Params, path: str) -> Iterator[str]:
     for field in fields(type(params)):
         value = getattr(params, field.name)
-        if isinstance(value, Part):
-            yield from _in_params(value.params, f"{path}.{field.name}")
         if not field.metadata.get("model"):
             continue
         names = value if isinstance(value, tuple) else () if value is None else (value,)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.convert import shown
+from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.core.protocols import STAGES, Mixer, Weighter
@@ -121,6 +122,11 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
             f"mix_strategy: {lf['mix_strategy']} is not supported: data sets are kept apart as domains; remove it and "
             "give proportions to a mixer (such as 'mixer: uniform')"
         )
+    if lf.get("interleave_probs") is not None:
+        yield (
+            "interleave_probs: data sets are kept apart as domains; remove it and give proportions to a mixer (such as "
+            "'mixer: static')"
+        )
     yield from _parallel(lf)
     taker = _takes_token_losses(dynamic)
     if taker is not None:
@@ -161,13 +167,17 @@ def _optimizer_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterat
         key = f"optim: {name}"
     if not key:
         return
+    moments = f"needs Adam's moments for each element, which the run's optimizer ({key}) does not keep"
     for method in dynamic.methods:
-        asked = getattr(method.params, "precondition", None)
-        if asked in _PRECONDITIONS:
-            yield (
-                f"dynamic.{method.kind}.precondition: {asked} needs Adam's moments for each element, which the run's "
-                f"optimizer ({key}) does not keep; write 'precondition: none' or 'sign', or use an AdamW optimizer"
-            )
+        for path, _, params in parameters(method):
+            asked = getattr(params, "precondition", None)
+            if asked in _PRECONDITIONS:
+                yield (
+                    f"{path}.precondition: {asked} {moments}; write 'precondition: none' or 'sign', or use an AdamW "
+                    "optimizer"
+                )
+    if dynamic.signals.screen_by == "pilot":
+        yield f"dynamic.signals.screen_by: a pilot {moments}; use embeddings, or an AdamW optimizer"
 
 
 def _streaming_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
@@ -179,6 +189,8 @@ def _streaming_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterat
         yield f"streaming: rows of stage {stage} are not tokenised one by one; remove it"
     if stage == "sft" and (truthy(lf, "packing") or truthy(lf, "neat_packing")):
         yield "packing: samples are packed after all of them were tokenised, which streaming does not do; remove one"
+    if lf.get("tokenized_path"):
+        yield "streaming: rows that are tokenised when served make no tokenised copy (tokenized_path); remove one"
     if dynamic.leakage != "warn" and dynamic.targets:
         yield "dynamic.leakage: rows that are tokenised when they are served are not compared with targets; remove it"
 

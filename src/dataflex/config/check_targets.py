@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
+from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig
-from dataflex.core.parts import Part
 from dataflex.errors import did_you_mean
 
 __all__ = ["by_target_problems"]
@@ -15,23 +16,22 @@ __all__ = ["by_target_problems"]
 def by_target_problems(dynamic: DynamicConfig) -> Iterator[str]:
     """Yield what is wrong with the parameters marked ``by_target``, mappings of target names to numbers."""
     for method in dynamic.methods:
-        path = f"dynamic.{method.kind}"
-        for field in fields(type(method.params)):
-            value = getattr(method.params, field.name)
-            if isinstance(value, Part):
-                yield from _in_part(value, f"{path}.{field.name}")
-            if not field.metadata.get("by_target") or not isinstance(value, Mapping):
-                continue
-            for name in value:
-                if name not in method.targets:
-                    near, known = did_you_mean(str(name), method.targets), ", ".join(method.targets)
-                    yield f"{path}.{field.name}.{name}: no such target{near} (targets: {known})"
-            missing = [name for name in method.targets if name not in value]
-            if missing:
-                yield f"{path}.{field.name}: {', '.join(missing)} missing; name every target"
+        for path, name, params in parameters(method):
+            alone = params is not method.params and method.kind == "selector"
+            for field in fields(type(params)):
+                value = getattr(params, field.name)
+                if not field.metadata.get("by_target") or not isinstance(value, Mapping):
+                    continue
+                if alone:
+                    yield f"{path}.{field.name}: {name} is asked about one target at a time here; remove the key"
+                else:
+                    yield from _misnamed(value, method.targets, f"{path}.{field.name}")
 
 
-def _in_part(part: Part, path: str) -> Iterator[str]:
-    for field in fields(type(part.params)):
-        if field.metadata.get("by_target") and getattr(part.params, field.name) is not None:
-            yield f"{path}.{field.name}: {part.name} is asked about one target at a time here; remove the key"
+def _misnamed(value: Mapping[str, Any], targets: tuple[str, ...], path: str) -> Iterator[str]:
+    for name in value:
+        if name not in targets:
+            yield f"{path}.{name}: no such target{did_you_mean(str(name), targets)} (targets: {', '.join(targets)})"
+    missing = [name for name in targets if name not in value]
+    if missing:
+        yield f"{path}: {', '.join(missing)} missing; name every target"

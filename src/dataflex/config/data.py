@@ -1,8 +1,8 @@
 """What can be said about the data sets from ``dataset_info.json`` and the files, without tokenising anything.
 
 Follows LLaMA-Factory's reading of ``dataset``, ``dataset_dir``, ``max_samples`` and ``val_size``.
-Rows are counted only in local .json, .jsonl and .txt files of moderate size; the count is an upper
-bound, since rows without an answer are dropped when they are tokenised.
+Rows are counted in local files only, where that is quick; the count is an upper bound, since rows without an
+answer are dropped when they are tokenised.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.contents import contents_of
+from dataflex.config.convert import shown
+from dataflex.config.entries import entry_problems, file_problems
 from dataflex.config.values import number, truthy
 from dataflex.errors import did_you_mean
 
@@ -24,6 +26,7 @@ __all__ = [
     "Source",
     "count_rows",
     "data_sets",
+    "empty_names",
     "find_sources",
     "packed",
     "target_data_sets",
@@ -34,9 +37,6 @@ __all__ = [
 INFO_FILE = "dataset_info.json"
 
 _REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
-_MOST_LINES_BYTES = 256 << 20
-_MOST_ARRAY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,18 @@ def target_data_sets(target: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in target.split(" + "))
 
 
+def empty_names(value: Any) -> str:
+    """Return why a value of ``dataset`` or ``eval_dataset`` cannot be read as names of data sets, or an empty text."""
+    given = value.split(",") if isinstance(value, str) else value
+    if given is None:
+        return ""
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        return f"expected the names of data sets, with commas between them, found {shown(value)}"
+    if all(name.strip() for name in given):
+        return ""
+    return f"a name is empty in {shown(value)}; write one comma between two names"
+
+
 def find_sources(
     names: Sequence[str], lf: Mapping[str, Any], key: str, base_dir: Path
 ) -> tuple[list[Source], list[str]]:
@@ -96,10 +108,9 @@ def find_sources(
                 f"{key}: {name!r} is not defined in {Path(str(folder)) / INFO_FILE}{did_you_mean(name, list(info))}"
             )
             continue
-        source, problem = _source(name, info[name], Path(str(folder)), key)
-        if problem:
-            problems.append(problem)
-        else:
+        source, found = _source(name, info[name], Path(str(folder)), key, lf.get("stage", "sft"))
+        problems += found
+        if not found:
             sources.append(source)
     return sources, problems
 
@@ -121,40 +132,33 @@ def _info(folder: Path, base_dir: Path) -> tuple[Any, str]:
     return info, ""
 
 
-def _source(name: str, entry: Any, folder: Path, key: str) -> tuple[Source, str]:
+def _source(name: str, entry: Any, folder: Path, key: str, stage: str | None) -> tuple[Source, list[str]]:
     source = Source(name=name)
     if not isinstance(entry, Mapping):
-        return source, f"{key}: {name!r} in {folder / INFO_FILE} must be a mapping with 'file_name' or a hub's address"
+        return source, [
+            f"{key}: {name!r} in {folder / INFO_FILE} must be a mapping with 'file_name' or a hub's address"
+        ]
     asked = entry.get("num_samples")
     samples = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
     if any(entry.get(remote) for remote in _REMOTE_KEYS):
-        return Source(name=name, num_samples=samples), ""
+        problems = [f"{key}: {name!r} {problem}" for problem in entry_problems(entry, None, stage)]
+        return Source(name=name, num_samples=samples), problems
     if not isinstance(entry.get("file_name"), str):
-        return source, f"{key}: {name!r} in {folder / INFO_FILE} has neither 'file_name' nor a hub's address"
+        return source, [f"{key}: {name!r} in {folder / INFO_FILE} has neither 'file_name' nor a hub's address"]
     path = folder / entry["file_name"]
     if not path.exists():
-        return source, f"{key}: the file of {name!r} is missing: {path}"
-    files = _files(path)
-    if not files:
-        return source, f"{key}: the folder of {name!r} is empty: {path}"
-    strange = [file for file in files if file.suffix.lower() not in _ENDINGS]
-    if strange:
-        return source, f"{key}: {name!r} cannot be read from {strange[0]}: its name must end in {', '.join(_ENDINGS)}"
-    return Source(name=name, path=path, num_samples=samples), ""
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+        return source, [f"{key}: the file of {name!r} is missing: {path}"]
+    if path.is_dir() and not any(path.iterdir()):
+        return source, [f"{key}: the folder of {name!r} is empty: {path}"]
+    problems = [*file_problems(path)] or [*entry_problems(entry, path, stage)]
+    return Source(name=name, path=path, num_samples=samples), [f"{key}: {name!r} {problem}" for problem in problems]
 
 
 def count_rows(source: Source, lf: Mapping[str, Any]) -> int | None:
     """Return how many rows a data set gives at most, ``max_samples`` respected, or None when that is not quick."""
     if source.path is None:
         return None
-    counts = []
-    for file in _files(source.path):
-        state = file.stat()
-        counts.append(_count(file, state.st_size, state.st_mtime_ns))
+    counts = [found.rows for found in contents_of(source.path).values()]
     if any(count is None for count in counts):
         return None
     rows = sum(count for count in counts if count is not None)
@@ -162,30 +166,6 @@ def count_rows(source: Source, lf: Mapping[str, Any]) -> int | None:
         rows = source.num_samples
     most = lf.get("max_samples")
     return min(rows, most) if isinstance(most, int) and not isinstance(most, bool) else rows
-
-
-@lru_cache(maxsize=256)
-def _count(file: Path, size: int, changed: int) -> int | None:
-    """Return the rows of one file; ``size`` and ``changed`` keep a stale count from being given."""
-    ending = file.suffix.lower()
-    if ending not in (".json", ".jsonl", ".txt") or size > _MOST_LINES_BYTES:
-        return None
-    try:
-        if ending == ".txt":
-            return sum(1 for _ in _lines(file))
-        first = next((line for line in _lines(file) if line.strip()), b"")
-        if first.lstrip().startswith(b"["):
-            return len(json.loads(file.read_bytes())) if size <= _MOST_ARRAY_BYTES else None
-        if first and not isinstance(json.loads(first), dict):
-            return None
-        return sum(1 for line in _lines(file) if line.strip())
-    except (ValueError, OSError):
-        return None  # not told here: whether a file can be parsed is the loader's to say
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        yield from stream
 
 
 def packed(lf: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.core.protocols import Rows
 from dataflex.errors import ComponentError, DataError
 
-__all__ = ["Domains", "Unit", "check_proportions"]
+__all__ = ["Domains", "Unit", "check_proportions", "unusable_labels"]
 
 Unit = Literal["sequences", "tokens", "documents"]
 
@@ -40,6 +40,11 @@ def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[n
         raise ComponentError(f"proportions: sum is {total:.6g}, must be 1")
     # Dividing by a sum that is 1 up to the last bit would move ties between domains.
     return values if abs(total - 1.0) < 1e-12 else values / total
+
+
+def unusable_labels(labels: Iterable[Any]) -> NDArray[np.bool_]:
+    """Return which labels name no domain, because they are empty or not text [N]."""
+    return np.fromiter((not isinstance(label, str) or not label.strip() for label in labels), dtype=np.bool_)
 
 
 def _read_only(values: NDArray[Any]) -> NDArray[Any]:

@@ -329,6 +329,18 @@ class Method:
         """Names of the raw data columns that must ride along with the rows."""
         return ()
 
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Say which values of one of its ``columns`` it cannot use; asked once, when the data is loaded.
+
+        Args:
+            name: The column.
+            values: Its values over the training rows [N]; a missing one is None.
+
+        Returns:
+            Which are refused [N], and in a few words what they must be; None where anything will do.
+        """
+        return None
+
     @property
     def reference(self) -> str | None:
         """Folder or hub id of the reference model whose token losses are needed in training, or None."""

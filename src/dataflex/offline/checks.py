@@ -12,6 +12,7 @@ from dataflex.config.check_models import other_model_problems
 from dataflex.config.check_run import model_problems, reference_problems, setting_problems, stage_problems
 from dataflex.config.check_targets import by_target_problems
 from dataflex.config.data import Source
+from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, truthy
 from dataflex.core.sealed import broken_reason
@@ -154,9 +155,10 @@ def out_problems(out: Path) -> list[str]:
 def adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
     """Return which methods want moments: without training there is no optimizer that has any."""
     return [
-        f"{method.name}.precondition: {kind} needs the moments of a run's Adam, and without training there are none; "
-        f"write '{method.name}.precondition=none', or name a checkpoint of the run: "
-        "'resume_from_checkpoint=saves/run/checkpoint-100'"
+        f"{key}: {kind} needs the moments of a run's Adam, and without training there are none; "
+        f"write '{key}=none', or name a checkpoint of the run: 'resume_from_checkpoint=saves/run/checkpoint-100'"
         for method in scorers
-        if (kind := getattr(method.params, "precondition", None)) in ("true_adam", "paper_repo")
+        for path, _, params in parameters(method)
+        if (kind := getattr(params, "precondition", None)) in ("true_adam", "paper_repo", "adam_scale")
+        and (key := f"{path.replace('dynamic.selector', method.name, 1)}.precondition")
     ]

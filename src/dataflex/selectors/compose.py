@@ -113,6 +113,11 @@ class Compose(Selector):
         scorer = self.params.represent.selector()
         return () if scorer is None else scorer.columns()
 
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Return what the selector asked for scores refuses."""
+        scorer = self.params.represent.selector()
+        return None if scorer is None else scorer.refused_values(name, values)
+
     @property
     def reference(self) -> str | None:
         """The reference model of the selector asked for scores."""

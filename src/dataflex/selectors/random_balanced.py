@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.core.protocols import Card, Context, Rows, Selection, Selector
+from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.rng import uniforms
 
 __all__ = ["RandomBalanced"]
@@ -18,6 +18,7 @@ class RandomBalanced(Selector):
     """Draw rows uniformly within domains, equally many of each."""
 
     name = "random_balanced"
+    needs = Needs(domains=2)
     card = Card(
         summary="Draws rows at random, equally many of every domain as far as they last.",
         paper="baseline",

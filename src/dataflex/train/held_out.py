@@ -7,13 +7,15 @@ ranks, so that the perplexity of a set is what its name says.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 
 from dataflex.dist import comm
 
-__all__ = ["EvaluationSums", "perplexity", "totals"]
+__all__ = ["EvaluationSums", "HeldOut", "perplexity", "totals", "undivided"]
 
 _IGNORE = -100
 
@@ -24,6 +26,26 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+class HeldOut(dict[str, Any]):
+    """Evaluation rows by domain.
+
+    Args:
+        parts: A data set for each domain.
+        whole: All the rows as one data set, in the order in which LLaMA-Factory has them.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], whole: Any) -> None:
+        super().__init__(parts)
+        self.whole = whole
+
+
+def undivided(dataset: Any) -> Any:
+    """Return one data set where several are evaluated by name; whatever else is given as it is."""
+    if isinstance(dataset, HeldOut):
+        return dataset.whole
+    return concatenate_datasets([*dataset.values()]) if isinstance(dataset, dict) else dataset
 
 
 class EvaluationSums:

@@ -19,7 +19,7 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Normaliser, Rows, State, Weighter
 from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
-from dataflex.errors import UnsupportedError
+from dataflex.errors import ComponentError, UnsupportedError
 from dataflex.signals.packing import document_ids
 from dataflex.train import weighting
 from dataflex.train.domain_sums import DomainSums
@@ -147,6 +147,22 @@ class Reweighter:
             assert self.weighter is not None
             return self.weighter.normaliser
         return "token" if self._domain_weights is not None and not self._domain_weights.by_domain_means else "count"
+
+    def check_known(self, rows: Rows) -> None:
+        """Look at the weights that are known from the rows alone, so that a bad one does not wait for its row's step.
+
+        Raises:
+            ComponentError: A weight that is negative or not finite.
+            DataError: As the weighter tells it.
+        """
+        known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
+        if self.weighter is None or known is None:
+            return
+        bad = rows[~(np.isfinite(known) & (known >= 0))]
+        if len(bad):
+            raise ComponentError(
+                f"weighter {self.weighter.name!r} returned negative or non-finite weights, first of row {bad[0]:,}"
+            )
 
     def _known(self, rows: Rows) -> NDArray[np.float64] | None:
         """Return weights that are known from the rows alone; ones where no weighter acts."""

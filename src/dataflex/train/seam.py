@@ -4,8 +4,8 @@
 asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
 ``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``log``, ``train``, ``evaluate``,
-``predict``, ``save_model``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; those of saving are in
-``train.saving``.
+``predict``, ``save_model``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; of LLaMA-Factory's trainers
+``save_predictions``; those of saving are in ``train.saving``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
@@ -31,7 +31,7 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.balance import balance_loss
-from dataflex.train.held_out import EvaluationSums, perplexity, totals
+from dataflex.train.held_out import EvaluationSums, perplexity, totals, undivided
 from dataflex.train.loader import EpochShell
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.samples import SAMPLES, describe_rows
@@ -129,6 +129,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
             reweighter.weighter.refuse_idle(max_steps)
+            reweighter.check_known(setup.rows.all_rows())
         self._dataflex_session = Session.begin(
             setup,
             self,
@@ -356,10 +357,10 @@ class TrainerMixin(SavingMixin, _Trainer):
             return {**metrics, **overall}
         return metrics
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as stock, noting the time."""
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict rows that are evaluated by domain as one set, in file order, as LLaMA-Factory does without us."""
         with self.dataflex_setup.clock.phase("predict"):
-            return super().predict(*args, **kwargs)
+            return super().predict(undivided(test_dataset), *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as stock, noting the time; a model within a checkpoint is part of that."""
@@ -377,3 +378,7 @@ class TrainerMixin(SavingMixin, _Trainer):
             output.metrics[f"{prefix}_token_loss"] = total / tokens
             output.metrics[f"{prefix}_perplexity"] = perplexity(total / tokens)
         return output
+
+    def save_predictions(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the predictions of ``predict``; some of LLaMA-Factory's trainers are given the rows again."""
+        return super().save_predictions(*map(undivided, args), **kwargs)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Weights that come with the data: a numeric column says how much each row counts.
 
-It refuses to guess: a row without a weight, a negative one, or text in the column ends the run.
+It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Column"]
+
+_WANTED = "weights must be finite numbers, 0 or more"
 
 
 class Column(Weighter):
@@ -75,35 +77,34 @@ class Column(Weighter):
                 f"dynamic.weighter.column: the data has no column {name!r}{did_you_mean(name, list(columns))} "
                 f"(columns carried along: {', '.join(sorted(columns)) or 'none'})"
             )
-        values = np.asarray(columns[name])[rows]
-        if values.dtype.kind not in "biuf":
-            values = _numbers(values, rows, name)
-        with np.errstate(over="ignore"):  # a number too large for fp32 becomes inf, which is refused by name below
-            weights = values.astype(np.float32)
-        bad = ~np.isfinite(weights) | (weights < 0)
+        weights, bad = _weights(np.asarray(columns[name])[rows])
         if bad.any():
-            raise _refusal(name, rows, values, bad)
+            raise _refusal(name, rows, np.asarray(columns[name])[rows], bad)
         return weights
+
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Return which values are no weights."""
+        return _weights(values)[1], _WANTED
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Refuse: these weights are known from the rows alone, see ``static_weights``."""
         raise ComponentError("column: weights are read from the data before the forward pass, not from a micro-batch")
 
 
-def _numbers(values: NDArray[Any], rows: Rows, name: str) -> NDArray[np.float64]:
-    """Turn an object column of Python numbers into float64; None becomes NaN, anything else is refused."""
-    numeric = np.fromiter((value is None or isinstance(value, int | float | np.number) for value in values), np.bool_)
-    if not numeric.all():
-        raise _refusal(name, rows, values, ~numeric)
-    return np.asarray([np.nan if value is None else float(value) for value in values], dtype=np.float64)
-
-
 def _refusal(name: str, rows: Rows, values: NDArray[Any], bad: NDArray[np.bool_]) -> DataError:
     where = int(np.flatnonzero(bad)[0])
-    value = values[where]
+    value = np.nan if values[where] is None else values[where]
     shown = repr(value.item() if isinstance(value, np.generic) else value)
     others = f" (and {int(bad.sum()) - 1} more rows)" if bad.sum() > 1 else ""
-    return DataError(
-        f"dynamic.weighter.column: row {int(rows[where]):,} has {name} = {shown}{others}; "
-        "weights must be finite numbers, 0 or more"
-    )
+    return DataError(f"dynamic.weighter.column: row {int(rows[where]):,} has {name} = {shown}{others}; {_WANTED}")
+
+
+def _weights(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return weights in fp32 and which of them are none: missing, not finite, negative, or text."""
+    if values.dtype.kind not in "biuf":
+        given = values.tolist()
+        plain = [isinstance(value, int | float) for value in given]
+        values = np.array([value if good else np.nan for value, good in zip(given, plain, strict=True)], np.float64)
+    with np.errstate(over="ignore"):  # a number too large for fp32 becomes inf, which is refused
+        weights = values.astype(np.float32)
+    return weights, ~np.isfinite(weights) | (weights < 0)

@@ -88,6 +88,11 @@ class Product(Weighter):
         """Return the columns of all factors."""
         return tuple(dict.fromkeys(name for factor in self.factors for name in factor.columns()))
 
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Return what the first factor refuses that refuses anything."""
+        asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.columns())
+        return next((found for found in asked if found is not None and found[0].any()), None)
+
     @property
     def reference(self) -> str | None:
         """The one reference model that factors compare with."""
