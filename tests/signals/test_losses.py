@@ -281,7 +281,7 @@ def test_a_sweep_scores_repeated_rows_and_reports_progress():
             collate=collate,
             token_budget=6,
             device=torch.device("cpu"),
-            progress=lambda done, total, seconds: seen.append((done, total)),
+            what="a test",
         )
 
     def tokens(batch):

@@ -4,7 +4,8 @@
 asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
 ``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_save_checkpoint``,
-``_save_rng_state``, ``log``, ``evaluate``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``.
+``_save_rng_state``, ``_finalize_training``, ``train``, ``save_model``, ``add_callback``, ``callback_handler``,
+``log``, ``evaluate``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +25,7 @@ import torch
 
 from dataflex.core.protocols import Rows
 from dataflex.dist import comm
+from dataflex.ending import Terminated, TermWish
 from dataflex.errors import ComponentError
 from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.read import EVENTS
@@ -44,6 +47,7 @@ from dataflex.train.session import (
     open_reference,
     refuse_unsupported,
 )
+from dataflex.train.stopping import StopOnTerm
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -76,6 +80,11 @@ class TrainerMixin(_Trainer):
         self._dataflex_hidden: list[torch.Tensor] = []
         self._dataflex_evaluation = EvaluationSums()
         self._dataflex_evaluated: dict[str, tuple[float, float]] = {}
+        self._dataflex_saved_at: int | None = None
+        self._dataflex_stop: StopOnTerm | None = None
+        if setup.config.save_on_term:
+            self._dataflex_stop = StopOnTerm(self.args.device)
+            self.add_callback(self._dataflex_stop)
 
     # -- before training ------------------------------------------------------------------------
 
@@ -180,6 +189,41 @@ class TrainerMixin(_Trainer):
             )
         if resume is not None:
             self._dataflex_recorder.resumed(step=step, checkpoint=str(resume))
+
+    # -- the end of training ---------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and take SIGTERM as ``StopOnTerm`` says meanwhile."""
+        with ExitStack() as over:
+            if self._dataflex_stop is not None:
+                over.callback(self._dataflex_stop.over)
+            return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; once training is over, SIGTERM waits until that is done."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        wish = TermWish()
+        with wish.noted():
+            super().save_model(output_dir, _internal_call)
+        if wish.asked:
+            raise Terminated(f"ended by SIGTERM; {output_dir or self.args.output_dir} holds the trained model")
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End a run that SIGTERM ended, with a checkpoint and nothing of what follows a finished training."""
+        stop, step = self._dataflex_stop, self.state.global_step
+        if stop is None or not stop.settle():
+            return super()._finalize_training(*args, **kwargs)
+        if self._dataflex_saved_at != step:
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        raise Terminated(
+            f"ended by SIGTERM after step {step} of {self.state.max_steps}; go on from here with "
+            f"'resume_from_checkpoint={folder}'"
+        )
 
     # -- during training ------------------------------------------------------------------------
 
@@ -362,7 +406,7 @@ class TrainerMixin(_Trainer):
         super()._save_checkpoint(model, trial)
         seconds = time.perf_counter() - started
         self._session.seconds["checkpoint"] += seconds
-        step = self.state.global_step
+        self._dataflex_saved_at = step = self.state.global_step
         self._dataflex_recorder.checkpointed(step, f"checkpoint-{step}", seconds)
 
     def _save_rng_state(self, output_dir: str) -> None:
