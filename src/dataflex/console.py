@@ -67,7 +67,11 @@ def progress(what: str | None, total: int, done: int = 0) -> Iterator[Callable[[
         with tqdm(
             desc=what, total=total, initial=done, delay=_BAR_AFTER_SECONDS, unit="row", leave=False, dynamic_ncols=True
         ) as bar:
-            yield lambda count: bar.update(count - bar.n) and None
+
+            def draw(count: int) -> None:
+                bar.update(count - bar.n)
+
+            yield draw
     else:
         yield _told_in_lines(what, total, done)
 

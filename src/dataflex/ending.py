@@ -195,4 +195,4 @@ def _end_here() -> None:
     os._exit(_last_code)
 
 
-atexit.register(_end_here)  # before any other module registers a function: the first one is called last
+atexit.register(_end_here)  # the first that is registered is called last: nothing heavy is imported by now

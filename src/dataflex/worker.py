@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from dataflex.ending import leave  # first: it ends after whatever else is imported
-
-from dataflex.cli import guarded  # isort: skip
-from dataflex.run import train_here  # isort: skip
+from dataflex.cli import guarded
+from dataflex.ending import leave
+from dataflex.run import train_here
 
 __all__: list[str] = []
 

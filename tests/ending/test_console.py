@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,7 @@ bar.close()
 def on_a_terminal(code: str) -> str:
     """Run Python code with a pseudo-terminal as stderr and return what it wrote there."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs)
     os.close(theirs)
     written = b""
