@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import free_port
-from tests.integration.conftest import base_settings
+from tests.integration.conftest import Runner, base_settings
 
 SLOW_STEPS = """
 import time
@@ -34,12 +34,18 @@ class Slow(Mixer):
 
 
 @pytest.fixture
+def run(tiny_model, data_dir, tmp_path) -> Runner:
+    return Runner(base_settings(tiny_model, data_dir), tmp_path)
+
+
+@pytest.fixture
 def configure(tiny_model, data_dir, tmp_path):
     """Return a function that writes a configuration and returns its path."""
 
     def write(name="run", **changes):
-        mapping = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / name), "max_steps": 2, **changes}
-        mapping = {"ddp_find_unused_parameters": False, "dataset": "alpha,beta", **mapping, **changes}
+        ours = {"output_dir": str(tmp_path / name), "max_steps": 2, "dataset": "alpha,beta"}
+        ours["ddp_find_unused_parameters"] = False
+        mapping = {**base_settings(tiny_model, data_dir), **ours, **changes}
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({key: value for key, value in mapping.items() if value is not None}))
         return path
