@@ -20,7 +20,16 @@ from contextlib import contextmanager
 from types import FrameType, FunctionType
 from typing import Any, NoReturn
 
-__all__ = ["TERMINATED", "TermWish", "Terminated", "ends_on_term", "leave", "release_groups", "run_child"]
+__all__ = [
+    "TERMINATED",
+    "TermWish",
+    "Terminated",
+    "ends_on_term",
+    "heed_parent_only",
+    "leave",
+    "release_groups",
+    "run_child",
+]
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM ended."""
@@ -52,20 +61,31 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
 
 
 def _own(pid: int) -> bool:
-    """Whether this is the process ``pid``, or else a child of it, which ends as if nothing were handled.
-
-    A DataLoader's worker lives through the first SIGTERM: sent to the whole process group, it would take away
-    what the step in progress reads from. Its loader ends it in order, or with a second one.
-    """
+    """Whether this is the process ``pid``, or else a child of it, which ends as if nothing were handled."""
     if os.getpid() == pid:
         return True
-    data = sys.modules.get("torch.utils.data")
-    if data is not None and data.get_worker_info() is not None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return False
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
     return False
+
+
+def heed_parent_only(_: int = 0) -> None:
+    """Make a DataLoader's worker (this is its ``worker_init_fn``) end on SIGTERM from its own process only.
+
+    torchrun and others signal whole process groups: a worker that ended there would take away what the step in
+    progress reads from, and its process would fail instead of ending as it was asked to.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

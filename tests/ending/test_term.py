@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, run_child
+from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, heed_parent_only, run_child
 from dataflex.train.checkpoint import find_resumable, incomplete_reason
 from tests.ending.conftest import dataflex, environment, start, wait_for
 
@@ -45,6 +45,27 @@ def test_a_child_process_is_not_kept_from_ending():
         assert os.read(ready, 1) == b"!"
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_worker_of_a_loader_heeds_its_own_process_only():
+    import multiprocessing
+
+    def work(ready):
+        heed_parent_only()
+        ready.send(True)
+        time.sleep(60)
+
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=work, args=(theirs,), daemon=True)
+    worker.start()
+    assert ours.recv()
+    for _ in range(2):  # as torchrun does: from another process
+        subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
+        worker.join(0.3)
+        assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 CHILD = """

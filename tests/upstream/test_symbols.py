@@ -12,6 +12,7 @@ import pytest
 
 METHODS = {
     "get_train_dataloader": ["self"],
+    "get_eval_dataloader": ["self", "eval_dataset"],
     "set_initial_training_values": ["self", "args", "dataloader"],
     "_init_training_state": [
         "self",

@@ -1,7 +1,7 @@
 """Every touch point with the Hugging Face Trainer.
 
 ``TrainerMixin`` goes in front of any Trainer class. Upstream names relied upon (transformers 5.x), each
-asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
+asserted by ``tests/upstream``: ``get_train_dataloader``, ``get_eval_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
 ``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_save_checkpoint``,
 ``_save_rng_state``, ``_finalize_training``, ``train``, ``save_model``, ``add_callback``, ``callback_handler``,
@@ -25,7 +25,7 @@ import torch
 
 from dataflex.core.protocols import Rows
 from dataflex.dist import comm
-from dataflex.ending import Terminated, TermWish
+from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.read import EVENTS
@@ -119,6 +119,13 @@ class TrainerMixin(_Trainer):
             full_steps=mixer is not None or (selector is not None and selector.narrows),
         )
         return EpochShell(setup.rows.num_rows, micro_batches)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the stock loader, whose workers leave SIGTERM to this process."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        if self._dataflex_stop is not None and loader.num_workers and loader.worker_init_fn is None:
+            loader.worker_init_fn = heed_parent_only
+        return loader
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Take the number of steps from the Trainer's own count and build the session."""
