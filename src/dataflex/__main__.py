@@ -1,8 +1,7 @@
 """``python -m dataflex`` is the command ``dataflex``."""
 
-import sys
-
 from dataflex.cli import main
+from dataflex.ending import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -1,7 +1,8 @@
 """The command line: ``dataflex train | plan | methods | score | select | mix | report | version``.
 
-Imports nothing heavy until a command needs it. A user's mistake is told in plain lines on stderr
-and ends with 2; a run that fails for another reason ends with 1 (an error of ours keeps its trace).
+Imports nothing heavy until a command needs it. A user's mistake, and a disk that takes no more, is told in plain
+lines on stderr and ends with 2; a run that fails for another reason, or is interrupted (SIGINT), ends with 1 (an
+error of ours keeps its trace); SIGTERM ends with 143.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dataflex.commands.mix_options import add_mix_steps
+from dataflex.console import tell
+from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+from dataflex.storage import storage_problem
 
 __all__ = ["guarded", "main"]
 
 _FAILED = 1
 _MISTAKE = 2
+_CODES = (0, _MISTAKE, TERMINATED)
 
 _EXAMPLES = {
     "train": "dataflex train run.yaml dynamic.interval_steps=20 output_dir=saves/run2",
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; by default those of the process.
 
     Returns:
-        0 when all went well, 2 for a mistake of the user's, 1 when a run failed otherwise.
+        0 when all went well, 2 for a mistake of the user's, 143 after SIGTERM, 1 when a run failed otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(arguments))
@@ -71,17 +76,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(action: Callable[[], int]) -> int:
     """Run ``action`` and turn mistakes of the user's into plain lines on stderr and an exit code."""
     try:
-        return action()
+        with ends_on_term("ended by SIGTERM; what was not saved by then is lost"):
+            return action()
     except DataFlexError as error:
-        sys.stderr.write("".join(f"dataflex: {line}\n" for line in str(error).splitlines()))
+        _tell(str(error))
         return _MISTAKE
     except KeyboardInterrupt:
-        sys.stderr.write("dataflex: interrupted\n")
+        _tell("interrupted")
         return _FAILED
+    except Terminated as ended:
+        _tell(str(ended))
+        return TERMINATED
     except BrokenPipeError:
         # Whoever read our output has seen enough; keep Python from complaining while it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        told = storage_problem(error)
+        if told is None:
+            raise
+        _tell(told)
+        return _MISTAKE
+
+
+def _tell(text: str) -> None:
+    tell("\n".join(f"dataflex: {line}" for line in text.splitlines()))
 
 
 def _run(arguments: list[str]) -> int:
@@ -105,7 +124,7 @@ def _run(arguments: list[str]) -> int:
     handler: Callable[[argparse.Namespace], str | int] = options.handler
     told = handler(options)
     if isinstance(told, int):
-        return told if told in (0, _MISTAKE) else _FAILED
+        return told if told in _CODES else _FAILED
     if told:
         _write(told)
     return 0
@@ -118,7 +137,7 @@ def _train(rest: list[str]) -> int:
     from dataflex.run import train
 
     code = train(rest)
-    return code if code in (0, _MISTAKE) else _FAILED
+    return code if code in _CODES else _FAILED
 
 
 def _plan(options: argparse.Namespace) -> str:

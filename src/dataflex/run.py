@@ -11,10 +11,13 @@ from typing import Any
 
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
+from dataflex.console import show_log
+from dataflex.ending import release_groups
 from dataflex.errors import CheckpointError
 from dataflex.record.clock import PhaseClock, launch_time
+from dataflex.storage import StorageError, storage_problem
 
-__all__ = ["show_progress", "train", "train_here"]
+__all__ = ["train", "train_here"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +55,33 @@ def train_here(args: list[str], began: float | None = None) -> int:
         from llamafactory.train.tuner import run_exp
 
         run_exp(_flags(args))
+        release_groups()
         return 0
     base_dir = Path(args[0]).resolve().parent
     mapping = load_mapping(args[0], args[1:])
     parts = resolve(mapping, base_dir)
     lf, config = dict(parts.lf), parts.dynamic
-    show_progress()
+    show_log()
     for note in parts.notes:
         logger.info("%s", note)
     if config is not None:
         resume(lf)
     from dataflex.bridge.swap import run
 
-    if config is not None and _uses_ray():
-        from dataflex.bridge.ray_worker import ray_workers
+    try:
+        if config is not None and _uses_ray():
+            from dataflex.bridge.ray_worker import ray_workers
 
-        with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
-            run(lf, config, parts.early_stopping_min_delta)
-    else:
-        run(lf, config, parts.early_stopping_min_delta, clock)
+            with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
+                run(lf, config, parts.early_stopping_min_delta)
+        else:
+            run(lf, config, parts.early_stopping_min_delta, clock)
+    except Exception as error:
+        told = storage_problem(error, Path(str(lf["output_dir"])))
+        if told is None:
+            raise
+        raise StorageError(told) from error
+    release_groups()
     return 0
 
 
@@ -82,17 +93,6 @@ def _flags(args: list[str]) -> list[str]:
 
 def _uses_ray() -> bool:
     return os.environ.get("USE_RAY", "0").lower() in {"true", "y", "1"}
-
-
-def show_progress() -> None:
-    """Show our own log lines on stderr, on rank 0."""
-    ours = logging.getLogger("dataflex")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
-        ours.addHandler(handler)
-        ours.propagate = False
-    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def resume(lf: dict[str, Any]) -> None:

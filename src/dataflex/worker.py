@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from dataflex.cli import guarded
+from dataflex.ending import leave
 from dataflex.run import train_here
 
 __all__: list[str] = []
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train_here(sys.argv[1:])))
+    leave(lambda: guarded(lambda: train_here(sys.argv[1:])))

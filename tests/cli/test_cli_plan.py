@@ -90,6 +90,7 @@ Configuration
     leakage: warn
     resume_plan: strict
     seed: null
+    save_on_term: true
     freeze_gate: false
     early_stopping_min_delta: 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -269,9 +270,15 @@ def test_an_untrained_probe_changes_nothing_and_training_lowers_the_target_loss(
     assert after < before - 0.05
 
 
-def test_a_sweep_scores_repeated_rows_and_reports_progress():
+def test_a_sweep_scores_repeated_rows_and_reports_progress(monkeypatch):
     dataset = Rows([{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 5, 2)])
     seen = []
+
+    @contextmanager
+    def noted(what, total, done):
+        yield lambda count: seen.append((what, count, total))
+
+    monkeypatch.setattr("dataflex.signals.sweep.progress", noted)
 
     def sweep(rows, lengths):
         return Sweep(
@@ -281,12 +288,12 @@ def test_a_sweep_scores_repeated_rows_and_reports_progress():
             collate=collate,
             token_budget=6,
             device=torch.device("cpu"),
-            progress=lambda done, total, seconds: seen.append((done, total)),
+            what="a test",
         )
 
     def tokens(batch):
         return batch["attention_mask"].sum(dim=1).float()
 
     assert vector_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
-    assert seen[-1] == (4, 4)
+    assert seen[-1] == ("a test", 4, 4)
     assert vector_pass(sweep([], []), tokens, ()).shape == (0,)

@@ -12,6 +12,7 @@ import pytest
 
 METHODS = {
     "get_train_dataloader": ["self"],
+    "get_eval_dataloader": ["self", "eval_dataset"],
     "set_initial_training_values": ["self", "args", "dataloader"],
     "_init_training_state": [
         "self",
@@ -30,6 +31,8 @@ METHODS = {
     "_save_rng_state": ["self", "output_dir"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "_get_output_dir": ["self", "trial"],
+    "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
+    "add_callback": ["self", "callback"],
     "log": ["self", "logs", "start_time"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],

@@ -2,22 +2,24 @@
 
 Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
 ``MASTER_PORT``, and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``;
-``OPTIM_TORCH``. Upstream names relied upon, of ``llamafactory.extras.misc``: ``find_available_port``,
-``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
+``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``. Upstream names relied upon, of
+``llamafactory.extras.misc``: ``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``,
+``use_ray``.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 
+from dataflex.ending import run_child
 from dataflex.record.clock import LAUNCHED
 
 __all__ = ["torchrun_command", "wants_torchrun", "with_torchrun"]
 
 _WORKER_MODULE = "dataflex.worker"
+_SHUTDOWN_SECONDS = "600"
 
 
 def wants_torchrun() -> bool:
@@ -78,4 +80,6 @@ def with_torchrun(args: list[str], module: str = _WORKER_MODULE, began: float | 
         env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     port = find_available_port()
     command = torchrun_command(args, env, devices=get_device_count(), free_port=port, module=module)
-    return subprocess.run(command, env=env, check=False).returncode
+    # Sent SIGTERM, torchrun kills ranks that have not ended by then; one that saves needs its step and its disk.
+    env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    return run_child(command, env)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.commands.layout import columns
+from dataflex.ending import run_child
 from dataflex.errors import ConfigError
 
 __all__ = ["mix"]
@@ -83,9 +84,7 @@ def _swarm(options: argparse.Namespace) -> str | int:
 
 def _train(config: Path) -> int:
     """Train one configuration in a process of its own, so that no run inherits anything from another."""
-    import subprocess
-
-    return subprocess.run([sys.executable, "-m", "dataflex", "train", str(config)], check=False).returncode
+    return run_child([sys.executable, "-m", "dataflex", "train", str(config)])
 
 
 def _say(line: str) -> None:

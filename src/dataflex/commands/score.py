@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex.console import show_log
+from dataflex.ending import release_groups
 from dataflex.errors import UnsupportedError
 from dataflex.offline.request import names_of, score_request
 
@@ -47,7 +49,8 @@ def score(
     if wants_torchrun():
         return with_torchrun(["score", *arguments], module="dataflex")
     from dataflex.offline.scoring import run_score
-    from dataflex.run import show_progress
 
-    show_progress()
-    return run_score(request)
+    show_log()
+    told = run_score(request)
+    release_groups()
+    return told

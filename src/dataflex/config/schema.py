@@ -160,6 +160,9 @@ class DynamicConfig:
     seed: int | None = field(
         default=None, metadata={"help": "seed of all decisions; without it, the run's seed", "minimum": 0}
     )
+    save_on_term: bool = field(
+        default=True, metadata={"help": "whether SIGTERM ends training after the step, with a checkpoint, or at once"}
+    )
     freeze_gate: bool = field(default=False, metadata={"help": "whether the gates of a MoE model are not trained"})
     early_stopping_min_delta: float = field(
         default=0.0, metadata={"help": "least gain that counts for early_stopping_steps", "minimum": 0.0}

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dataflex.bridge.origins import Origin, watched_origins
 from dataflex.bridge.swap import swapped, versions
@@ -153,23 +152,19 @@ def run_score(request: ScoreRequest) -> str:
     mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
     tuner = importlib.import_module("llamafactory.train.tuner")
     records = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
-    try:
-        with watched_origins(stage) as found, swapped(stage, request.config, request.lf, mixin) as setup:
-            try:
-                tuner.run_exp(dict(request.lf))
-            except _Scored as done:
-                scored = done
-        rows = setup.rows
-        table = _table(request, rows, found[: len(request.sources)], records, scored)
-        text = ""
-        if comm.rank() == 0:
-            write_scores(request.out, table)
-            shutil.rmtree(request.work, ignore_errors=True)
-            text = _told(request, table, scored.columns)
-        comm.barrier()
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    with watched_origins(stage) as found, swapped(stage, request.config, request.lf, mixin) as setup:
+        try:
+            tuner.run_exp(dict(request.lf))
+        except _Scored as done:
+            scored = done
+    rows = setup.rows
+    table = _table(request, rows, found[: len(request.sources)], records, scored)
+    text = ""
+    if comm.rank() == 0:
+        write_scores(request.out, table)
+        shutil.rmtree(request.work, ignore_errors=True)
+        text = _told(request, table, scored.columns)
+    comm.barrier()
     return text
 
 

@@ -32,7 +32,7 @@ class AnswerSource:
         rows: Row ids [n].
         book: Answers that were paid for.
         scorers: Other models by folder or hub id; those asked for are added.
-        progress: Called with sequences done, sequences in all, seconds so far.
+        what: What the passes are for, as ``Sweep.what``.
     """
 
     handle: ModelHandle
@@ -41,7 +41,7 @@ class AnswerSource:
     rows: Rows
     book: AnswerBook
     scorers: dict[str, Scorer]
-    progress: Callable[[int, int, float], None] | None = None
+    what: str | None = None
 
     def losses(self, model: str, *, same_tokens: bool) -> Answer:
         """Return token-mean losses of whole rows by another model [n].
@@ -108,7 +108,7 @@ class AnswerSource:
             collate=collate_pieces,
             token_budget=self.handle.token_budget,
             device=self.handle.device,
-            progress=self.progress,
+            what=self.what,
         )
 
         def make(work: ResumablePass | None) -> Answer:

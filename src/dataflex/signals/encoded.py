@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.console import progress
 from dataflex.core.protocols import Rows
 from dataflex.dist import comm
 from dataflex.signals.answers import Answer
@@ -33,8 +34,13 @@ def encoded_rows(
     """
     batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
     values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
-    values += [encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)) for positions in batches]
     places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
+    with progress("embeddings by another model", len(places)) as told:
+        done = 0
+        for positions in batches:
+            values.append(encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)))
+            done += len(positions)
+            told(done)
     whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
     where, _ = comm.gather_rows(torch.from_numpy(places).to(device))
     out = np.full((len(rows), encoder.dimension), np.nan, dtype=np.float32)

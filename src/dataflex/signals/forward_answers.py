@@ -19,7 +19,7 @@ from dataflex.signals.passes import preserved
 from dataflex.signals.pieces import Cut
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.row_signals import row_embeddings, row_gate_loads, row_logits, token_losses, token_means
-from dataflex.signals.service_base import ServiceBase, progress
+from dataflex.signals.service_base import ServiceBase
 from dataflex.signals.specs import EmbeddingSpec, LogitSpec
 from dataflex.signals.sweep import Sweep
 from dataflex.signals.token_losses import TokenLosses
@@ -151,7 +151,7 @@ class ForwardAnswers(ServiceBase):
             rows=rows,
             book=self.book,
             scorers=self.scorers,
-            progress=progress(f"step {self.book.step}: answers of {len(rows):,} rows"),
+            what=f"step {self.book.step}: answers of {len(rows):,} rows",
         )
         with self._timed():
             return ask(source)

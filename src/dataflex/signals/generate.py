@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dataflex.console import progress
 from dataflex.core.rng import uniforms
 from dataflex.dist import comm
 from dataflex.errors import ComponentError, DataError, UnsupportedError
@@ -127,14 +128,16 @@ class Generator:
         places = [torch.zeros(0, dtype=torch.int64, device=self._device)]
         with preserved(self._parts.root):
             self._parts.root.eval()
-            for first in range(0, len(batches), world):
-                index = first + rank
-                # A rank without a batch left repeats the last one: partitioned parameters need equal numbers of passes.
-                batch = batches[min(index, len(batches) - 1)]
-                tokens = self._batch([prompts[which[i]] for i in batch.tolist()], draws[batch], spec)
-                if index < len(batches):
-                    made.append(tokens)
-                    places.append(torch.from_numpy(batch).to(self._device))
+            with progress("answers generated", len(which)) as told:
+                for first in range(0, len(batches), world):
+                    index = first + rank
+                    # A rank without a batch left repeats the last: partitioned parameters need equally many passes.
+                    batch = batches[min(index, len(batches) - 1)]
+                    tokens = self._batch([prompts[which[i]] for i in batch.tolist()], draws[batch], spec)
+                    if index < len(batches):
+                        made.append(tokens)
+                        places.append(torch.from_numpy(batch).to(self._device))
+                    told(sum(len(batch) for batch in batches[: first + world]))
         tokens_all, _ = comm.gather_rows(torch.cat(made))
         places_all, _ = comm.gather_rows(torch.cat(places))
         by_place = tokens_all[places_all.argsort()].cpu().tolist()

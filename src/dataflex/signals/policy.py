@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.console import progress
 from dataflex.dist import comm
 from dataflex.errors import DataError
 from dataflex.signals.gradients.consume import WeightedSums
@@ -63,7 +64,7 @@ def policy_vectors(
     device = next(iter(engine.parameters.values())).device
     sums = TargetVectors.zeros(len(tasks), engine.shapes, device)
     world, rank = comm.world(), comm.rank()
-    with engine.observing():
+    with engine.observing(), progress("gradients of graded answers", len(groups)) as told:
         for first in range(0, len(groups), world):
             turn = groups[first : first + world]
             # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
@@ -79,6 +80,7 @@ def policy_vectors(
             scale = (1.0 / norm if norm > 0 else 0.0) if normalise_groups else 1.0
             for name, tensor in sums.tensors.items():
                 tensor[mine.task].add_(whole.tensors[name][0], alpha=scale)
+            told(min(first + world, len(groups)))
     for name, tensor in sums.tensors.items():
         sums.tensors[name] = comm.gather_sum(tensor)
     sizes = np.bincount([group.task for group in groups], minlength=len(tasks))

@@ -1,8 +1,7 @@
-"""What every answer of the signal service goes through: the book of answers, passes over rows, time and progress."""
+"""What every answer of the signal service goes through: the book of answers, passes over rows and time."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +19,7 @@ from dataflex.signals.scorers import Scorer
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep
 
-__all__ = ["Compute", "ServiceBase", "progress"]
-
-logger = logging.getLogger(__name__)
-
-_PROGRESS_SECONDS = 5.0
+__all__ = ["Compute", "ServiceBase"]
 
 Compute = Callable[[Sweep, ResumablePass | None], Answer]
 """A pass over rows, into a store if there is one."""
@@ -104,20 +99,5 @@ class ServiceBase:
             collate=self.handle.collate,
             token_budget=self.handle.token_budget,
             device=self.handle.device,
-            progress=progress(f"step {self.book.step}: {what} of {len(rows):,} {whose}"),
+            what=f"step {self.book.step}: {what} of {len(rows):,} {whose}",
         )
-
-
-def progress(what: str) -> Callable[[int, int, float], None]:
-    """Report progress in the log, at most every few seconds, and once at the end of a long pass."""
-    last = [0.0]
-
-    def report(done: int, total: int, seconds: float) -> None:
-        finished = done >= total
-        if seconds - last[0] < _PROGRESS_SECONDS and not (finished and last[0] > 0):
-            return
-        last[0] = seconds
-        left = seconds / max(done, 1) * (total - done)
-        logger.info("%s: %d of %d, %.0f s so far, %.0f s left", what, done, total, seconds, left)
-
-    return report

@@ -6,7 +6,6 @@ batch, and with it the last bit of its answer, depends on neither.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dataflex.console import progress
 from dataflex.core.protocols import Rows
 from dataflex.dist import comm
 from dataflex.signals.passes import bucketed
@@ -53,7 +53,7 @@ class Sweep:
         collate: Features to a batch of CPU tensors.
         token_budget: Padded tokens of a batch at most.
         device: Where batches go.
-        progress: Called with rows done, rows in all, seconds so far.
+        what: What the pass is for, told while it goes; None tells nothing.
     """
 
     dataset: Any
@@ -62,7 +62,7 @@ class Sweep:
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     token_budget: int
     device: torch.device
-    progress: Callable[[int, int, float], None] | None = None
+    what: str | None = None
 
     def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
         """Give this rank its batches; every rank is given equally many.
@@ -73,18 +73,17 @@ class Sweep:
         finished = np.zeros(len(self.rows), dtype=bool) if done is None else done
         batches = [batch for batch in bucketed(self.lengths, self.token_budget) if not finished[batch].all()]
         world, rank = comm.world(), comm.rank()
-        started = time.perf_counter()
         count = len(self.rows) - sum(len(batch) for batch in batches)
-        for first in range(0, len(batches), world):
-            index = first + rank
-            # A rank without a batch left repeats the last one: partitioned parameters need equal numbers of passes.
-            positions = batches[min(index, len(batches) - 1)]
-            features = self.collate(fetch(self.dataset, self.rows[positions]))
-            batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in features.items()}
-            yield Turn(positions=positions, batch=batch, mine=index < len(batches))
-            count += sum(len(batch) for batch in batches[first : first + world])
-            if self.progress is not None:
-                self.progress(count, len(self.rows), time.perf_counter() - started)
+        with progress(self.what, len(self.rows), count) as told:
+            for first in range(0, len(batches), world):
+                index = first + rank
+                # A rank without a batch left repeats the last: partitioned parameters need equal numbers of passes.
+                positions = batches[min(index, len(batches) - 1)]
+                features = self.collate(fetch(self.dataset, self.rows[positions]))
+                batch = {key: x.to(self.device) if torch.is_tensor(x) else x for key, x in features.items()}
+                yield Turn(positions=positions, batch=batch, mine=index < len(batches))
+                count += sum(len(batch) for batch in batches[first : first + world])
+                told(count)
 
 
 def vector_pass(

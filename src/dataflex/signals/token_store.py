@@ -99,7 +99,7 @@ def some_rows(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:
     """Return a sweep over ``count`` rows drawn from another one, or over all if there are fewer."""
     size = len(sweep.rows)
     chosen: Rows = np.sort(rng.choice(size, size=min(count, size), replace=False))
-    return replace(sweep, rows=sweep.rows[chosen], lengths=sweep.lengths[chosen], progress=None)
+    return replace(sweep, rows=sweep.rows[chosen], lengths=sweep.lengths[chosen], what=None)
 
 
 def _mean_difference(fresh: NDArray[np.float64], kept: NDArray[np.float64]) -> float:

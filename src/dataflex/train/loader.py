@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataflex.core.plan import DataPlan
 from dataflex.core.protocols import Rows
+from dataflex.ending import heed_parent_only
 from dataflex.train.controller import BatchShape
 
 __all__ = ["EpochShell", "PlanFeed"]
@@ -68,6 +69,7 @@ class PlanFeed:
         options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:  # workers live as long as the run, however short its plans are
             options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
+            options["worker_init_fn"] = heed_parent_only
         # Its own generator: opening a DataLoader without one draws from the global random stream.
         self._loader: DataLoader[Any] = DataLoader(
             dataset,

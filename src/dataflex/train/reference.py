@@ -43,7 +43,6 @@ __all__ = ["ReferenceLosses"]
 logger = logging.getLogger(__name__)
 
 _COMPARED_ROWS = 64
-_TELL_SECONDS = 30.0
 
 
 @dataclass(kw_only=True)
@@ -214,7 +213,7 @@ class ReferenceLosses:
             collate=self.collate,
             token_budget=self.token_budget,
             device=self.device,
-            progress=_Progress(),
+            what="losses of the reference model",
         )
 
     def _compare(self, sweep: Sweep, key: Fingerprint) -> None:
@@ -232,18 +231,6 @@ class ReferenceLosses:
                 f"{KEY}: the stored losses in {self.store} are not those of {self.folder}: row {row} differs by "
                 f"{worst:.3g} nats per token ({TOLERANCE} are allowed). Remove the folder {self.store / key.name}"  # type: ignore[operator]
             )
-
-
-class _Progress:
-    """Logs how far the pass is, about twice a minute."""
-
-    def __init__(self) -> None:
-        self._told = 0.0
-
-    def __call__(self, done: int, total: int, seconds: float) -> None:
-        if done == total or seconds - self._told > _TELL_SECONDS:
-            self._told = seconds
-            logger.info("reference losses: %d of %d rows in %.0f s", done, total, seconds)
 
 
 def _progress_words(work: ResumablePass) -> str:

@@ -10,6 +10,8 @@ LLaMA-Factory lets rewrite the weights (stage rm). Older checkpoints are removed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ class SavingMixin(_Trainer):
     _dataflex_taken_up: tuple[Path, int] | None = None
     _dataflex_unsealed: tuple[Path, float] | None = None
     _dataflex_in_turn = False
+    _dataflex_saved_at: int | None = None
     _dataflex_sums: State | None = None
 
     def _dataflex_settle_run(self, resume: str | None) -> bool:
@@ -87,9 +90,15 @@ class SavingMixin(_Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as stock; what was saved counts when the callbacks have had it too."""
+        with self._dataflex_sealed_after():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _dataflex_sealed_after(self) -> Iterator[None]:
+        """Seal what is saved inside at the end of it, since callbacks may still change its files."""
         self._dataflex_in_turn = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            yield
         finally:
             self._dataflex_in_turn = False
         self._dataflex_seal()
@@ -114,6 +123,7 @@ class SavingMixin(_Trainer):
                     use_mtime=True,
                 )
         seconds = clock.spent()["checkpoint"] - before
+        self._dataflex_saved_at = self.state.global_step
         self._dataflex_recorder.checkpointed(self.state.global_step, folder.name, seconds)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -1,11 +1,12 @@
 """Every touch point with the Hugging Face Trainer.
 
 ``TrainerMixin`` goes in front of any Trainer class. Upstream names relied upon (transformers 5.x), each
-asserted by ``tests/upstream``: ``get_train_dataloader``, ``set_initial_training_values``,
+asserted by ``tests/upstream``: ``get_train_dataloader``, ``get_eval_dataloader``, ``set_initial_training_values``,
 ``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
-``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``log``, ``train``, ``evaluate``,
-``predict``, ``save_model``, ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; of LLaMA-Factory's trainers
-``save_predictions``; those of saving are in ``train.saving``.
+``compute_loss``, ``compute_loss_func``, ``current_gradient_accumulation_steps``, ``_finalize_training``, ``train``,
+``save_model``, ``add_callback``, ``callback_handler``, ``log``, ``evaluate``, ``predict``,
+``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``; of LLaMA-Factory's trainers ``save_predictions``; those of
+saving are in ``train.saving``.
 
 The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
 previous step's update; there a plan is decided if the step has none, and its rows are served. Counting
@@ -15,6 +16,7 @@ tokens, accumulation and clipping stay the Trainer's.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +26,7 @@ import torch
 from dataflex.core.protocols import Rows
 from dataflex.core.sealed import FOLDER
 from dataflex.dist import comm
+from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.clock import OTHER
@@ -46,6 +49,7 @@ from dataflex.train.session import (
     open_reference,
     refuse_unsupported,
 )
+from dataflex.train.stopping import StopOnTerm
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -81,6 +85,10 @@ class TrainerMixin(SavingMixin, _Trainer):
         self._dataflex_hidden: list[torch.Tensor] = []
         self._dataflex_evaluation = EvaluationSums()
         self._dataflex_evaluated: dict[str, tuple[float, float]] = {}
+        self._dataflex_stop: StopOnTerm | None = None
+        if setup.config.save_on_term:
+            self._dataflex_stop = StopOnTerm(self.args.device)
+            self.add_callback(self._dataflex_stop)
 
     # -- before training ------------------------------------------------------------------------
 
@@ -103,11 +111,6 @@ class TrainerMixin(SavingMixin, _Trainer):
             packed=setup.packed,
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as stock, noting where the time goes."""
-        with self.dataflex_setup.clock.phase("prepare"):
-            return super().train(*args, **kwargs)
-
     def get_train_dataloader(self) -> EpochShell:
         """Return a loader that has the right lengths and no batches; see ``EpochShell``."""
         setup = self.dataflex_setup
@@ -120,6 +123,13 @@ class TrainerMixin(SavingMixin, _Trainer):
             full_steps=mixer is not None or (selector is not None and selector.narrows),
         )
         return EpochShell(setup.rows.num_rows, micro_batches)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the stock loader, whose workers leave SIGTERM to this process."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        if self._dataflex_stop is not None and loader.num_workers and loader.worker_init_fn is None:
+            loader.worker_init_fn = heed_parent_only
+        return loader
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Take the number of steps from the Trainer's own count and build the session."""
@@ -193,6 +203,45 @@ class TrainerMixin(SavingMixin, _Trainer):
             )
         if resume is not None:
             self._dataflex_recorder.resumed(step=step, checkpoint=str(resume))
+
+    # -- the end of training ---------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, noting where the time goes, and take SIGTERM as ``StopOnTerm`` says meanwhile."""
+        with ExitStack() as over:
+            over.enter_context(self.dataflex_setup.clock.phase("prepare"))
+            if self._dataflex_stop is not None:
+                over.callback(self._dataflex_stop.over)
+            return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, noting the time; once training is over, SIGTERM waits until that is done."""
+        clock = self.dataflex_setup.clock
+        if _internal_call:  # part of a checkpoint
+            with clock.phase(clock.now if clock.now == "checkpoint" else "save"):
+                super().save_model(output_dir, _internal_call)
+            return
+        wish = TermWish()
+        with wish.noted(), clock.phase("save"):
+            super().save_model(output_dir, _internal_call)
+        if wish.asked:
+            raise Terminated(f"ended by SIGTERM; {output_dir or self.args.output_dir} holds the trained model")
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End a run that SIGTERM ended, with a checkpoint and nothing of what follows a finished training."""
+        stop, step = self._dataflex_stop, self.state.global_step
+        if stop is None or not stop.settle():
+            return super()._finalize_training(*args, **kwargs)
+        if self._dataflex_saved_at != step:
+            with self._dataflex_sealed_after():
+                self._save_checkpoint(self.model_wrapped, None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        raise Terminated(
+            f"ended by SIGTERM after step {step} of {self.state.max_steps}; go on from here with "
+            f"'resume_from_checkpoint={folder}'"
+        )
 
     # -- during training ------------------------------------------------------------------------
 
@@ -361,12 +410,6 @@ class TrainerMixin(SavingMixin, _Trainer):
         """Predict rows that are evaluated by domain as one set, in file order, as LLaMA-Factory does without us."""
         with self.dataflex_setup.clock.phase("predict"):
             return super().predict(undivided(test_dataset), *args, **kwargs)
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save as stock, noting the time; a model within a checkpoint is part of that."""
-        clock = self.dataflex_setup.clock
-        with clock.phase(clock.now if clock.now == "checkpoint" else "save"):
-            super().save_model(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one set as stock, and add its loss by token and its perplexity."""

@@ -1,0 +1,117 @@
+"""What a write that the operating system refused is told as: the disk, the reason, and what is intact.
+
+torch, safetensors and Arrow wrap the system's error into their own, some without its number, so the chain of an
+exception is looked through, texts included.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataflex.errors import DataFlexError
+
+__all__ = ["StorageError", "storage_problem"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (*_FULL, errno.EROFS, errno.EFBIG, errno.EIO)
+
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|errno: (\d+)")
+_WITHOUT_NUMBER = ("PytorchStreamWriter failed", "iostream error", "No space left", "Disk quota exceeded")
+"""Of torch's writer, which keeps the reason to itself; of C++ streams; of the system, wherever it is quoted."""
+
+
+class StorageError(DataFlexError):
+    """A file could not be written: the disk is full, read-only, or out of quota."""
+
+
+def storage_problem(error: BaseException, output_dir: Path | None = None) -> str | None:
+    """Say in words which disk refused a write, or None where the error has another reason.
+
+    Args:
+        error: What was raised; what it was raised from or during counts too.
+        output_dir: The run's folder, whose newest complete checkpoint is named.
+    """
+    for one in _chain(error):
+        number, path = _reason(one)
+        if number is None:
+            continue
+        # A file that may not be read is told as such where it is opened; a mistake of the user's has its text.
+        if number == errno.EACCES and (path is None or isinstance(error, DataFlexError)):
+            continue
+        place = Path(path) if path is not None else output_dir
+        lines = [_told(number, place)]
+        if isinstance(error, DataFlexError):
+            lines.insert(0, str(error))
+        if output_dir is not None:
+            lines.append(_intact(output_dir))
+        return "\n".join(lines)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        one = left.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            left += [one.__cause__, one.__context__]
+
+
+def _reason(error: BaseException) -> tuple[int | None, str | None]:
+    """Return the system's number of a refused write, 0 where it is not known, and the path if it is known."""
+    if isinstance(error, OSError) and error.errno in (*_REFUSED, errno.EACCES):
+        path = error.filename if error.filename2 is None else error.filename2
+        return error.errno, os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    text = str(error)
+    for match in _NUMBERED.finditer(text):
+        number = int(next(group for group in match.groups() if group))
+        if number in _REFUSED:
+            return number, None
+    if isinstance(error, RuntimeError | OSError) or type(error).__module__.startswith(("safetensors", "pyarrow")):
+        if any(known in text for known in _WITHOUT_NUMBER):
+            return 0, None
+    return None, None
+
+
+def _told(number: int, place: Path | None) -> str:
+    free = None if place is None else _free(place)
+    where = "a file" if place is None else str(place)
+    left = "" if free is None else f"; {free / 1e6:,.1f} MB are free on its disk"
+    if number in _FULL or (number == 0 and free is not None and free < 2**20):
+        return f"the disk is full: {where} cannot be written ({os.strerror(number or errno.ENOSPC)}{left})"
+    if number == 0:
+        return f"{where} cannot be written: a full disk, a quota, or a limit on the size of files{left}"
+    return f"{where} cannot be written: {os.strerror(number)}{left}"
+
+
+def _free(place: Path) -> int | None:
+    for folder in (place, *place.absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:
+            continue
+    return None
+
+
+def _intact(output_dir: Path) -> str:
+    from dataflex.train.checkpoint import find_resumable
+
+    try:
+        newest, passed_over = find_resumable(output_dir)
+    except OSError:
+        return f"what is left in {output_dir} cannot be read"
+    cut = ", ".join(line.partition(":")[0] for line in passed_over)
+    left = f"; not written to the end: {cut}" if cut else ""
+    if newest is None:
+        return f"{output_dir} holds no complete checkpoint{left}"
+    return (
+        f"{newest} is complete{left}. Make room, then go on from it with 'resume_from_checkpoint={newest}' "
+        "(or 'true': the newest complete one)"
+    )

@@ -1,0 +1,92 @@
+"""Configurations and processes for tests of how a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import free_port
+from tests.integration.conftest import Runner, base_settings
+
+SLOW_STEPS = """
+import time
+
+import numpy as np
+
+from dataflex import Card, Mix, Mixer
+
+
+class Slow(Mixer):
+    name, adaptive = "slow", True
+    card = Card(summary="Equal shares, after a while.", paper="test", cost="none")
+
+    def mix(self, ctx):
+        time.sleep({seconds})
+        n = len(ctx.domains.names)
+        return Mix(proportions=np.full(n, 1 / n))
+"""
+
+
+@pytest.fixture
+def run(tiny_model, data_dir, tmp_path) -> Runner:
+    return Runner(base_settings(tiny_model, data_dir), tmp_path)
+
+
+@pytest.fixture
+def configure(tiny_model, data_dir, tmp_path):
+    """Return a function that writes a configuration and returns its path."""
+
+    def write(name="run", **changes):
+        ours = {"output_dir": str(tmp_path / name), "max_steps": 2, "dataset": "alpha,beta"}
+        ours["ddp_find_unused_parameters"] = False
+        mapping = {**base_settings(tiny_model, data_dir), **ours, **changes}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({key: value for key, value in mapping.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def slow_block(tmp_path):
+    """Return a dynamic block that decides in every step and takes its time."""
+
+    def block(seconds=0.3, **more):
+        plugin = tmp_path / "slow.py"
+        plugin.write_text(SLOW_STEPS.format(seconds=seconds))
+        return {"plugins": [str(plugin)], "interval_steps": 1, "mixer": "slow", **more}
+
+    return block
+
+
+def environment(ranks=1):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    return env if ranks == 1 else {**env, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks)}
+
+
+def start(command, log: Path, env) -> subprocess.Popen:
+    with log.open("w") as output:
+        return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
+def dataflex(*arguments) -> list[str]:
+    return [sys.executable, "-m", "dataflex", *map(str, arguments)]
+
+
+def torchrun(*arguments) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
+    return [*command, "--master-addr", "127.0.0.1", "--master-port", str(free_port()), *map(str, arguments)]
+
+
+def wait_for(condition, process, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.02)
