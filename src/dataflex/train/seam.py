@@ -127,7 +127,7 @@ class TrainerMixin(_Trainer):
             methods=self._dataflex_methods,
         )
         if reweighter is not None:
-            reweighter.reference = open_reference(setup, self)
+            reweighter.reference = open_reference(setup, self, max_steps)
         return values
 
     def _init_training_state(
@@ -150,6 +150,8 @@ class TrainerMixin(_Trainer):
                 reweighter.weighter.load_state_dict(state["weighter"])
                 if reweighter.row_weights is not None:
                     reweighter.row_weights.load_state_dict(state.get("row_weights") or {})
+            if reweighter is not None and reweighter.reference is not None:
+                reweighter.reference.load_state_dict(state.get("reference") or {})
             session.seconds.update(state["seconds"])
         self._dataflex_open_record(resume)
         self._dataflex_clock = time.perf_counter()
@@ -193,6 +195,10 @@ class TrainerMixin(_Trainer):
         if step >= self.state.max_steps:  # resumed from the end of a finished run, or the data ran out
             self.control.should_training_stop = True
             return [], None
+        if self._dataflex_reweighter is not None:
+            started = time.perf_counter()
+            self._dataflex_reweighter.cover(plan, self.state.max_steps)
+            self._session.seconds["reference"] += time.perf_counter() - started
         batches, rows = self._session.feed.step(plan, step)
         if len(batches) != num_batches:
             raise ComponentError(f"step {step}: the plan has {len(batches)} micro-batches, the Trainer {num_batches}")
@@ -374,6 +380,7 @@ class TrainerMixin(_Trainer):
                 "controller": session.controller.state_dict(),
                 "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
                 "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
+                "reference": reweighter.reference.state_dict() if reweighter and reweighter.reference else {},
                 "seconds": dict(session.seconds),
             }
             plan, step = session.controller.plan, self.state.global_step
