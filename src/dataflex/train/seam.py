@@ -13,6 +13,7 @@ tokens, accumulation, clipping and saving stay the Trainer's.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import asdict
@@ -51,6 +52,8 @@ else:
     _Trainer = object
 
 __all__ = ["TrainerMixin"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerMixin(_Trainer):
@@ -298,15 +301,17 @@ class TrainerMixin(_Trainer):
             training_seconds = max(time.perf_counter() - self._dataflex_clock - here, 0.0)
             self._dataflex_recorder.finished(step, dict(logs), {"train": training_seconds, **spent})
             if self.is_world_process_zero():
-                self._dataflex_write_outcome()
+                self._dataflex_write_outcome(ended=True)
                 self._dataflex_write_weights()
 
-    def _dataflex_write_outcome(self) -> None:
-        """Write the proportions that a mixer has found so far, if it looks for any."""
+    def _dataflex_write_outcome(self, *, ended: bool = False) -> None:
+        """Write the proportions that a mixer has found so far, if it looks for any; at the end tell what is wrong."""
         mixer = self._dataflex_methods["mixer"]
         found = None if mixer is None else mixer.outcome()
         if found is not None:
             write_proportions(Path(self.args.output_dir) / checkpoint.FOLDER / f"{mixer.name}.json", found)
+            if ended and "warning" in found.details:
+                logger.warning("%s: %s", mixer.name, found.details["warning"])
 
     def _dataflex_write_weights(self) -> None:
         """Write the rows that weighed most and least so far, with their text, if any were weighed."""
