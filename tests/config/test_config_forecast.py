@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.build import parse_dynamic
-from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed, train_rows
+from dataflex.config.data import Source, count_bytes, count_rows, data_sets, find_sources, packed, train_rows
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.steps import batch_of, schedule_of, total_steps
 from dataflex.errors import UnsupportedError
@@ -46,6 +46,35 @@ def test_rows_of_a_folder_are_added_up(tmp_path: Path) -> None:
     for i in (1, 2):
         (tmp_path / f"{i}.jsonl").write_text('{"a": 1}\n' * i)
     assert count_rows(Source(name="x", path=tmp_path), {}) == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "keys", "rows", "size"),
+    [
+        ({}, {}, 4, 100),
+        ({}, {"max_samples": 2}, 2, 30),  # the first two lines
+        ({}, {"max_samples": 9}, 4, 100),
+        ({"num_samples": 2}, {}, 2, 50),  # drawn by chance: their share
+        ({"num_samples": 8}, {"max_samples": 6}, 6, 150),  # rows come again
+        ({"num_samples": 2}, {"streaming": True}, 4, 100),
+        ({"split": "train[:50%]"}, {}, 2, 50),
+        ({"split": "train[1:]"}, {"max_samples": 2}, 2, 50),
+        ({"split": "train[-1:]"}, {}, 1, 25),
+        ({"split": "test"}, {}, None, None),
+    ],
+)
+def test_rows_and_bytes_are_those_that_the_run_loads(
+    entry: dict[str, Any], keys: dict[str, Any], rows: int | None, size: int | None, tmp_path: Path
+) -> None:
+    lines = ['{"a": 1}', '{"a": "' + "x" * 10 + '"}', '{"a": "' + "x" * 25 + '"}', '{"a": "' + "x" * 25 + '"}']
+    text = "".join(line + "\n" for line in lines)
+    assert [len(line) + 1 for line in lines[:2]] == [9, 20]
+    (tmp_path / "x.jsonl").write_text(text[:9] + "\n" + text[9:])  # an empty line is no row
+    assert len(text) + 1 == 100
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.jsonl", **entry}}))
+    (source,), problems = find_sources(["x"], {"dataset_dir": str(tmp_path)}, "dataset", tmp_path)
+    assert not problems
+    assert (count_rows(source, keys), count_bytes(source, keys)) == (rows, size)
 
 
 def test_a_changed_file_is_counted_again(tmp_path: Path) -> None:

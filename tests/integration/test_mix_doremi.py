@@ -14,6 +14,7 @@ from dataflex import cli
 from dataflex.commands import mix as command
 from dataflex.config.load import load_mapping
 from dataflex.errors import ConfigError
+from dataflex.mixers import collapse
 from dataflex.mixers.doremi import DoReMi
 from dataflex.mixing import doremi_steps
 from dataflex.mixing.proportions_file import read_proportions
@@ -90,6 +91,10 @@ def test_two_rounds_from_the_configuration_to_the_final_model(bench, capsys):
     change = max(abs(second.by_name[name] - share) for name, share in first.by_name.items())
     assert second.details["largest_change"] == pytest.approx(change, abs=1e-15)
     assert f"largest change {change:.2g}" in told
+    lines = [line.split() for line in told.splitlines()]
+    for found in (first, second):
+        for name, share in found.by_name.items():
+            assert [name, f"{share:.4f}", f"{found.details['reference_proportions'][name]:.4f}"] in lines
 
     assert read_proportions(bench.out / "proportions.json").by_name == second.by_name
     assert served(bench.out / "final") == pytest.approx(second.by_name, abs=1e-12)
@@ -109,6 +114,20 @@ def test_two_rounds_from_the_configuration_to_the_final_model(bench, capsys):
     assert bench("--rounds", "2") == 0
     assert bench.trained == []
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_mean_that_collapsed_is_told_before_the_final_run_and_after_it(bench, capsys, monkeypatch):
+    monkeypatch.setattr(collapse, "MOST", 0.34)
+    assert bench() == 0
+    told = capsys.readouterr().out
+    warning = bench.found(1).details["warning"]
+    assert "has collapsed" in warning
+    assert told.count(f"warning: {warning}") == 2
+    assert told.index("warning: ") < told.index("final: training") < told.rindex("warning: ")
+    assert cli.main(["report", str(bench.out / "round-1" / "proxy")]) == 0
+    told = capsys.readouterr().out
+    assert "Proportions found by doremi" in told
+    assert " ".join(warning.split()) in " ".join(told.split())
 
 
 def test_a_killed_proxy_goes_on_and_finds_the_same(bench, monkeypatch, capsys):

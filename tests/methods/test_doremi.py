@@ -327,3 +327,25 @@ def test_exponentiated_gradient_with_a_prior_and_with_a_zero():
     np.testing.assert_allclose(got, 0.75 * want / want.sum() + 0.25 * prior, rtol=1e-14)
     never = simplex.exponentiated(simplex.logs(np.array([0.0, 1.0])), np.array([np.nan, 1.0]), eta=1.0, smoothing=0.5)
     assert simplex.weights(never).tolist() == [0.0, 1.0]
+
+
+def test_a_mean_that_collapsed_says_so_and_what_helps():
+    method = doremi(eta=2.0, smoothing=0.01)
+    method.observe(scored(0.1, 0.0, 0.0))
+    assert "warning" not in method.outcome().details
+    for _ in range(30):
+        method.observe(scored(4.0, 0.0, 0.0))
+    assert method.mean_alpha[0] > 0.8
+    told = method.outcome().details["warning"]
+    assert f"a has {method.mean_alpha[0]:.1%} of it" in told
+    assert "Lower eta (now 2, try 0.2), raise smoothing (now 0.01)" in told
+    assert "min_proportion" in told
+
+
+def test_a_weight_that_jumps_is_no_collapse():
+    """Bang-bang: every step's weights sit on one domain, and the mean over the run is even."""
+    method = doremi(eta=50.0, variant="paper")
+    for step in range(30):
+        method.observe(scored(*(1.0 * (step % 3 == k) + 0.5 * (step // 3) for k in range(3))))
+        assert method.alpha.max() > 0.9
+    assert "warning" not in method.outcome().details

@@ -450,3 +450,21 @@ def test_ado_goes_to_the_domain_that_still_falls():
             resumed.observe(stats)
     assert mixer.mix(context()).proportions[0] > 0.54
     assert mixer.mix(context()).proportions.tolist() == resumed.mix(context()).proportions.tolist()
+
+
+@pytest.mark.parametrize("num_domains", [3, 5, 8])
+def test_odm_by_default_stays_near_equal_shares(num_domains):
+    """What its card says: within .02 of equal shares for losses within a nat; the published bandits move far."""
+    reward = np.linspace(2.0, 3.0, num_domains)
+    turns = [*range(1, 300), 1000, 100_000]
+    far = [
+        np.abs(
+            policy(reward, exploration(max(turn - 1, 1), num_domains), exploration(turn, num_domains), False)
+            - 1 / num_domains
+        ).max()
+        for turn in turns
+    ]
+    assert 0.001 < max(far) < 0.02
+    paper = policy(reward * num_domains / 0.2, exploration(10, num_domains), exploration(11, num_domains), False)
+    assert np.abs(paper - 1 / num_domains).max() > 2 * max(far)
+    assert "near equal shares" in Odm.card.summary

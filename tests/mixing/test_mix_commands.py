@@ -15,6 +15,8 @@ import yaml
 from dataflex.cli import main
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
+from dataflex.mixing import fit as fit_module
+from dataflex.mixing.laws import predict
 from dataflex.mixing.proportions_file import read_proportions
 from dataflex.mixing.swarm_file import read_swarm
 from dataflex.mixing.tables import losses_of_run, read_table
@@ -102,6 +104,11 @@ def test_natural_sizes_are_rows_bytes_given_or_from_a_run(base, project, capsys)
     sizes = {name: (project / "data" / file).stat().st_size for name, file in (("a", "a.jsonl"), ("b", "b.json"))}
     assert natural("--natural", "bytes") == ("bytes", sizes)
     assert natural("stage=pt") == ("bytes", sizes)  # packed rows are not rows of the files
+    heads = {"a": sum(map(len, (project / "data" / "a.jsonl").read_bytes().splitlines(keepends=True)[:10]))}
+    unit, limited = natural("stage=pt", "max_samples=10")
+    assert (unit, limited["a"]) == ("bytes", heads["a"])
+    assert limited["b"] == round(sizes["b"] * 10 / 50)  # a list in one line: its share
+    assert natural("max_samples=70") == ("rows", {"a": 70, "b": 50})
     assert natural("--natural", "b=3,a=1") == ("given", {"a": 1, "b": 3})
     record(project / "old", {})
     assert natural("--natural", "old") == ("rows", {"a": 100, "b": 50})
@@ -234,6 +241,60 @@ def test_from_records_to_a_mixture_that_static_takes(base, project, capsys):
     mapping = json.loads(base.read_text())
     mapping["dynamic"] = {"mixer": {"name": "static", "from": "mixture.json"}}
     assert resolve(mapping, project).dynamic.mixer.name == "static"
+
+
+def unlawful(project):
+    """Nine runs; the losses of ``wild`` follow no law, those of ``flat`` do not depend on the mixture."""
+    mixtures = np.random.default_rng(0).dirichlet(np.ones(2), size=9)
+    (project / "own").mkdir()
+    lines = [f"r{i},{x!r},{1 - x!r}" for i, x in enumerate(mixtures[:, 0].tolist())]
+    (project / "own" / "ratios.csv").write_text("\n".join(["run,web,code", *lines]) + "\n")
+    lines = [f"r{i},{law(mixture)['a']!r},{i},3.0" for i, mixture in enumerate(mixtures)]
+    (project / "m.csv").write_text("\n".join(["run,goal,wild,flat", *lines]) + "\n")
+
+
+def test_a_task_whose_fit_says_nothing_is_told_and_left_out(project, capsys, monkeypatch):
+    unlawful(project)
+    original = fit_module.out_of_fold
+
+    def blown(fit, mixtures, losses, folds):  # a fold whose fit goes astray where it was not fitted
+        predicted = original(fit, mixtures, losses, folds)
+        if losses[1] == 1.0:
+            predicted[0] = 1e138
+        return predicted
+
+    monkeypatch.setattr(fit_module, "out_of_fold", blown)
+    told = run("fit", "own", "--metrics", "m.csv", capsys=capsys)
+    assert "wild: the fit says nothing about runs that it has not seen: it is off by 1.11e+137 nats" in told
+    assert "'mix propose' leaves wild out" in told
+    assert "goal:" not in told
+    assert "flat:" not in told
+    told = run("propose", "own", "--natural", "web=1,code=1", "--kl", 0.2, capsys=capsys)
+    assert "note: left out, as unseen runs are not predicted at all (see 'mix fit'): wild" in told
+    content = read_proportions("own/proportions.json")
+    assert content.details["left_out"] == ["wild"]
+    assert sorted(content.details["predicted"]) == ["flat", "goal"]
+    run("propose", "own", "--natural", "web=1,code=1", "--kl", 0.2, "--tasks", "goal,flat", capsys=capsys)
+    assert read_proportions("own/proportions.json").by_name == content.by_name
+    told = run("propose", "own", "--natural", "web=1,code=1", "--tasks", "goal,wild", code=2, capsys=capsys)
+    assert "--tasks: wild: its fit is off by 1.11e+137 nats on runs that it has not seen" in told
+    run("fit", "own", "--metrics", "m.csv", "--tasks", "wild", capsys=capsys)
+    told = run("propose", "own", "--natural", "web=1,code=1", code=2, capsys=capsys)
+    assert "no fit predicts a run that it has not seen (wild), so nothing can be proposed" in told
+
+
+def test_a_law_is_bounded_where_it_was_not_fitted():
+    found = predict(np.array([0.0, 0.0, 700.0, 0.0]), np.array([[1.0, 0.0], [0.0, 1.0]]))
+    np.testing.assert_allclose(found, [1 + math.exp(30), 2.0])
+
+
+def test_a_proposal_of_one_domain_alone_is_warned_about(base, project, capsys):
+    run("swarm", base, "--runs", 9, "--out", "swarm", capsys=capsys)
+    recorded(project / "swarm")
+    run("fit", "swarm", "--tasks", "a", capsys=capsys)
+    told = run("propose", "swarm", "--kl", 0, capsys=capsys)
+    assert "warning: a has 100.0% of the proportions, and the others are hardly served" in told
+    assert "warning:" not in run("propose", "swarm", "--kl", 0, "--cap", "a=0.6", capsys=capsys)
 
 
 def test_caps_of_a_proposal(base, project, capsys):

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.signals import answer_source
 from dataflex.signals.answers import AnswerBook
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.scorers import Scorer, ScorerError
@@ -344,8 +345,30 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     assert np.array_equal(service.losses(EVERY, model=name), kept, equal_nan=True)
     assert loads.count == 1
     service.begin(40)
-    service.begin(50)  # a decision that did not ask for it
-    assert service.state_dict() == {"answers": {}}
+    service.begin(50)  # decisions that did not ask for it
+    assert np.array_equal(service.losses(EVERY[::-1], model=name), kept[::-1], equal_nan=True)
+    assert loads.count == 1
+
+
+def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, monkeypatch):
+    """Pools that change from decision to decision, as under ``pool_fraction``."""
+    name, scored = another(tmp_path / "ref", tokenizer), []
+    original = answer_source.piece_sums
+
+    def counting(model, sweep, *rest):
+        scored.append(np.unique(sweep.dataset.rows[sweep.dataset.places]).tolist())
+        return original(model, sweep, *rest)
+
+    monkeypatch.setattr(answer_source, "piece_sums", counting)
+    whole = [service.answer_losses(EVERY, conditioned=given, scorer=name) for given in (False, True)]
+    service.book = AnswerBook()
+    scored.clear()
+    for step, pool in enumerate(([4, 1], [1, 2, 4, 3], [0, 2])):
+        service.begin(10 * step)
+        for conditioned in (1, 0):
+            found = service.answer_losses(np.array(pool), conditioned=bool(conditioned), scorer=name)
+            np.testing.assert_allclose(found, whole[conditioned][pool], rtol=1e-5)
+    assert scored == [[1, 4], [1, 4], [2], [2], [0], [0]]
 
 
 def test_the_store_serves_other_steps_and_runs(service, tokenizer, tmp_path, monkeypatch):

@@ -68,10 +68,28 @@ def opened(folder, rows, store, **changes):
     return ReferenceLosses.open(folder, **{**settings, **changes})
 
 
-def begun(*args, **changes):
-    losses = opened(*args, **changes)
+def begun(folder, rows, store, covered=None, **changes):
+    losses = opened(folder, rows, store, **changes)
     losses.begin()
+    losses.cover(np.arange(len(rows)) if covered is None else covered)
     return losses
+
+
+def kept(losses, ids):
+    return np.concatenate([losses.passes.kept(row) for row in ids])
+
+
+def counted(monkeypatch):
+    """Rows that the reference scores, pass by pass."""
+    scored, original = [], token_store._scored
+
+    def scoring(sweep, turn, *rest):
+        if turn.mine:
+            scored.extend(sweep.rows[turn.positions].tolist())
+        return original(sweep, turn, *rest)
+
+    monkeypatch.setattr(token_store, "_scored", scoring)
+    return scored
 
 
 @torch.no_grad()
@@ -167,15 +185,9 @@ def test_the_store_is_half_precision_and_taken_by_a_later_run(folder, tmp_path, 
     assert array.dtype == np.float16
     assert len(array) == rows.lengths.sum()
 
-    scored = []
-    original = token_store._scored
-    monkeypatch.setattr(
-        token_store,
-        "_scored",
-        lambda sweep, turn, *rest: scored.append(len(turn.positions)) or original(sweep, turn, *rest),
-    )
+    scored = counted(monkeypatch)
     second = begun(folder, rows, tmp_path)
-    assert sum(scored) == 64  # rows compared, none computed
+    assert len(scored) == 64  # rows compared, none computed
     batch = batch_of(rows, IDS.tolist())
     mask = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].ne(-100)
     assert torch.equal(first.of(batch, IDS, mask), second.of(batch, IDS, mask))
@@ -204,7 +216,7 @@ def test_an_interrupted_pass_goes_on(folder, tmp_path, monkeypatch):
     resumed = begun(folder, rows, tmp_path / "a")
     assert sum(again) == 40 - done + 40  # what was left, and the comparison of all 40
     straight = begun(folder, rows, tmp_path / "b")
-    assert np.array_equal(resumed._kept, straight._kept, equal_nan=True)
+    assert np.array_equal(kept(resumed, range(40)), kept(straight, range(40)), equal_nan=True)
 
 
 def test_stored_losses_that_are_not_the_models_are_refused(folder, tmp_path):
@@ -222,9 +234,9 @@ def test_stored_losses_that_are_not_the_models_are_refused(folder, tmp_path):
 def test_rounding_to_half_precision_is_within_the_tolerance(folder, tmp_path):
     rows = tiny.make_rows(30)
     losses = begun(folder, rows, tmp_path)
-    sweep = losses._sweep()
-    losses._scorer = module.TokenScorer(module.load_reference(folder, losses.tokenizer, CPU))
-    worst, _ = token_store.largest_difference(sweep, losses._scorer, losses._kept, losses._offsets)
+    sweep = losses._sweep(np.arange(30))
+    scorer = module.TokenScorer(module.load_reference(folder, losses.tokenizer, CPU))
+    worst, _ = token_store.largest_difference(sweep, scorer, losses.passes.kept)
     assert 0 < worst < token_store.TOLERANCE / 4
 
 
@@ -313,3 +325,89 @@ def test_random_states_are_left_alone(folder, tmp_path, cache):
     losses.of(batch, np.array([0, 1]), mask)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
+
+
+# ---------------------------------------------------------------- rows are scored when they are first asked for
+
+
+PLANS = [np.array([3, 9, 3, 17, -1]), np.array([9, 2, 30, 31]), np.array([3, 2]), np.array([8, 17, 39])]
+
+
+def test_each_row_is_scored_once_when_it_is_first_asked_for(model, folder, tmp_path, monkeypatch):
+    rows, scored = tiny.make_rows(40), counted(monkeypatch)
+    losses = begun(folder, rows, tmp_path, covered=np.zeros(0, dtype=np.int64))
+    assert not scored
+    for plan, new in zip(PLANS, ([3, 9, 17], [2, 30, 31], [], [8, 39]), strict=True):
+        losses.cover(plan)
+        assert sorted(scored) == new
+        scored.clear()
+        ids = plan[plan >= 0]
+        batch = batch_of(rows, ids.tolist())
+        want = wanted(model, batch)
+        torch.testing.assert_close(losses.of(batch, ids, want.mask_BT), want.loss_BT, atol=0.005, rtol=0)
+    assert losses._model is not None
+    losses.cover(PLANS[0], last=True)
+    assert losses._model is None
+
+
+def test_a_row_that_was_not_asked_for_is_told(folder, tmp_path):
+    rows = tiny.make_rows(21)
+    losses = begun(folder, rows, tmp_path, covered=np.array([0, 4]))
+    batch = batch_of(rows, [0, 5])
+    mask = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].ne(-100)
+    with pytest.raises(DataError, match="has no reference loss"):
+        losses.of(batch, np.array([0, 5]), mask)
+
+
+def test_the_whole_pool_is_scored_where_it_is_asked_for(folder, tmp_path, monkeypatch):
+    rows, scored = tiny.make_rows(40), counted(monkeypatch)
+    losses = begun(folder, rows, tmp_path, covered=PLANS[0], whole=True)
+    assert sorted(scored) == list(range(40))
+    assert losses._model is None
+    losses.cover(PLANS[1])
+    assert len(scored) == 40
+
+
+@pytest.mark.parametrize("store", ["same", "lost", "used by another run"])
+def test_a_resumed_run_is_given_the_same_numbers(folder, tmp_path, monkeypatch, store):
+    """Whatever lies in the store: the passes are those of the checkpoint."""
+    rows = tiny.make_rows(40)
+    straight = begun(folder, rows, tmp_path / "a", covered=PLANS[0])
+    states = []
+    for plan in PLANS[1:]:
+        states.append(straight.state_dict())
+        straight.cover(plan)
+    at = tmp_path / ("a" if store == "same" else "b")
+    if store == "used by another run":
+        begun(folder, rows, at)  # all rows in one pass
+        begun(folder, rows, at, covered=np.array([2, 3, 9, 17, 8, 39]))
+    resumed = opened(folder, rows, at)
+    resumed.begin()
+    resumed.load_state_dict(states[1])  # taken while the second plan was served
+    scored = counted(monkeypatch)
+    for number, (plan, new) in enumerate(zip(PLANS[1:], ([2, 3, 9, 17, 30, 31], [], [8, 39]), strict=True)):
+        resumed.cover(plan)
+        assert sorted(scored) == (new if store != "same" else sorted(set(new)) if number != 2 else [8, 39])
+        scored.clear()
+    ids = PLANS[3].tolist()
+    assert np.array_equal(kept(resumed, ids), kept(straight, ids), equal_nan=True)
+    assert np.array_equal(resumed.passes.pass_of, straight.passes.pass_of)
+
+
+def test_a_pass_that_was_killed_goes_on_with_the_same_batches(folder, tmp_path, monkeypatch):
+    rows, ids = tiny.make_rows(40), np.arange(0, 40, 2)
+    straight = begun(folder, rows, tmp_path / "a", covered=ids)
+    original, calls = token_store._scored, []
+
+    def dying(sweep, turn, *rest):
+        calls.extend(turn.positions)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return original(sweep, turn, *rest)
+
+    monkeypatch.setattr(token_store, "_scored", dying)
+    with pytest.raises(KeyboardInterrupt):
+        begun(folder, rows, tmp_path / "b", covered=ids)
+    monkeypatch.setattr(token_store, "_scored", original)
+    again = begun(folder, rows, tmp_path / "b", covered=ids)
+    assert np.array_equal(kept(again, ids), kept(straight, ids), equal_nan=True)

@@ -25,7 +25,8 @@ def doremi(options: argparse.Namespace, train: Callable[[Path], int], tell: Call
     from dataflex.config.load import load_mapping
     from dataflex.mixing.doremi import make_plan
     from dataflex.mixing.doremi_plan import Settings
-    from dataflex.mixing.doremi_steps import Steps
+    from dataflex.mixing.doremi_steps import Steps, table_of
+    from dataflex.mixing.proportions_file import read_proportions
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: must be at least 1, found {options.rounds}")
@@ -48,10 +49,12 @@ def doremi(options: argparse.Namespace, train: Callable[[Path], int], tell: Call
     code = steps.all() if options.part is None else steps.one(options.part, number)
     if code or options.part is not None:
         return code
-    return (
-        f"the final model is in {plan.final}, its proportions in {plan.proportions}\n"
-        f"  use them with 'mixer: {{name: static, from: {plan.proportions}}}'"
-    )
+    lines = [
+        f"the final model is in {plan.final}, its proportions in {plan.proportions}",
+        f"  use them with 'mixer: {{name: static, from: {plan.proportions}}}'",
+        *table_of(read_proportions(plan.proportions)),
+    ]
+    return "\n".join(lines)
 
 
 def _names(trains_reference: bool) -> list[str]:

@@ -32,7 +32,7 @@ def fit(options: argparse.Namespace) -> str:
         DataError: Too few runs, or numbers that cannot be used.
     """
     from dataflex.mixing.boosted import lightgbm
-    from dataflex.mixing.fit import fit_losses, warnings_of, write_fit
+    from dataflex.mixing.fit import fit_losses, quality_notes, warnings_of, write_fit
     from dataflex.mixing.swarm_file import SWARM, read_swarm
     from dataflex.mixing.tables import RATIOS, join, read_table
 
@@ -67,12 +67,15 @@ def fit(options: argparse.Namespace) -> str:
     path = write_fit(options.folder, found)
     how = "leave-one-out" if folds >= len(found.runs) else f"{folds}-fold cross-validation"
     table = [["held-out set", "Spearman", "error (nats)", "spread (nats)"]]
-    table += [[t, f"{q.spearman:.3f}", f"{q.error:.4f}", f"{q.spread:.4f}"] for t, q in found.quality.items()]
+    table += [
+        [t, f"{q.spearman:.3f}", f"{q.error:.4f}" if q.error < 1e4 else f"{q.error:.3g}", f"{q.spread:.4f}"]
+        for t, q in found.quality.items()
+    ]
     lines = [
         f"{found.method} on {len(found.runs)} runs; quality by {how}, on runs that the fit has not seen",
         *columns(table),
     ]
-    notes += warnings_of(found.method, len(found.runs), len(found.names))
+    notes += [*quality_notes(found), *warnings_of(found.method, len(found.runs), len(found.names))]
     lines += [f"note: {note}" for note in notes]
     return "\n".join([*lines, f"written: {path}; next: dataflex mix propose {options.folder}"])
 
@@ -144,6 +147,10 @@ def propose(options: argparse.Namespace) -> str:
     for task, after in details["predicted"].items():
         table.append([task, f"{details['predicted_natural'][task]:.4f}", f"{after:.4f}"])
     notes += [details["warning"]] if "warning" in details else []
+    if details["left_out"]:
+        notes.append(
+            f"left out, as unseen runs are not predicted at all (see 'mix fit'): {', '.join(details['left_out'])}"
+        )
     return "\n".join([*lines, "predicted losses", *columns(table), *(f"note: {note}" for note in notes)])
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dataflex.commands.layout import columns
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.mixers.collapse import collapsed
 from dataflex.mixing.proportions_file import ProportionsFile, write_proportions
 
 __all__ = ["check_names", "names_of", "write_result"]
@@ -49,7 +50,11 @@ def write_result(
     for k in np.argsort(-shares, kind="stable"):
         at_cap = "at its cap" if caps is not None and caps[k] < 1 and shares[k] >= caps[k] - 1e-9 else ""
         table.append([names[k], f"{shares[k]:.4f}", *([f"{natural[k]:.4f}"] if natural is not None else []), at_cap])
-    return [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'", *columns(table)]
+    lines = [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'", *columns(table)]
+    most = collapsed(content.by_name)
+    if most is not None:
+        lines.append(f"warning: {most[0]} has {most[1]:.1%} of the proportions, and the others are hardly served")
+    return lines
 
 
 def check_names(key: str, given: Collection[str], names: Sequence[str], *, every: bool) -> None:

@@ -1,4 +1,4 @@
-"""The schedule and the cost of a run in words and numbers, for ``dataflex plan``."""
+"""What a run serves when, in words and numbers, for ``dataflex plan``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dataflex.config.forecast import Forecast
-from dataflex.config.schema import MethodConfig
 from dataflex.config.values import env_enabled, number
-from dataflex.core.protocols import Method, Weighter
+from dataflex.core.pool import wanted_rows
 from dataflex.errors import UnsupportedError
 
-__all__ = ["cost_lines", "schedule_lines"]
+__all__ = ["Lines", "schedule_lines"]
 
-_BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
 _DEFAULT_EPOCHS = 3.0
 
 Lines = list[tuple[str, str]]
-Cost = tuple[str, float | None]
 
 
 def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
@@ -35,7 +32,7 @@ def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
     ]
     if not view.dynamic.methods or view.schedule is None:
         return lines
-    return lines + _interval_lines(view) + _epoch_lines(view)
+    return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
 
 
 def _rows(view: Forecast, lf: Mapping[str, Any]) -> str:
@@ -84,6 +81,39 @@ def _interval_lines(view: Forecast) -> Lines:
     return [*lines, ("intervals", told)]
 
 
+def _pool_lines(view: Forecast) -> Lines:
+    """Return what the selector is given and keeps in an interval, and how often that is served."""
+    dynamic, options, first, pool = view.dynamic, view.dynamic.signals, view.first_decision, view.pool
+    if pool is None or first is None:
+        return []
+    lines: Lines = []
+    if dynamic.candidate_batches is not None:
+        lines.append(("pool", f"the next {pool.left:,} candidates of shuffled epochs over {view.rows:,} rows"))
+    elif pool.left < pool.rows:
+        told = f"{pool.drawn:,} of {pool.rows:,} rows"
+        told += f", drawn anew in each interval (pool_fraction {options.pool_fraction:g})" * (pool.drawn < pool.rows)
+        if pool.left < pool.drawn:
+            by = f"{options.screen_by}, screen_fraction {options.screen_fraction:g}"
+            told += f"; screening leaves {pool.left:,} ({by})"
+        lines.append(("pool", told))
+    sequences = first.steps * view.batch.size
+    wanted = wanted_rows(first, view.batch.size, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
+    kept = min(wanted, pool.left)
+    of = f" (keep_ratio {dynamic.keep_ratio:g})" if dynamic.keep_ratio is not None else ""
+    told = f"at most {kept:,} of {pool.left:,} rows{of} for {sequences:,} sequences of an interval"
+    if dynamic.mixer is None and kept < sequences:
+        if dynamic.repeat or dynamic.keep_ratio is not None:
+            told += f": each {sequences / kept:.3g} times"
+        else:
+            told += ": too few, the run would fail; lower interval_steps or set 'repeat: true'"
+    lines.append(("kept", told))
+    if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
+        steps = sum(each.steps for each in view.decided())
+        again = steps * view.batch.size / kept
+        lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
+    return lines
+
+
 def _epoch_lines(view: Forecast) -> Lines:
     """Return how often each domain is seen, where the mixture is known before training."""
     assert view.steps is not None
@@ -114,97 +144,3 @@ def _epoch_lines(view: Forecast) -> Lines:
     if short >= 1:
         lines.append(("", f"max_epochs leaves the run {short:,.0f} of {wanted:,} sequences short ({dynamic.at_cap})"))
     return lines
-
-
-def cost_lines(view: Forecast) -> Lines:
-    """Return label and text of the passes that training and each method take, and the methods' share."""
-    if view.steps is None:
-        training, total = "known after loading", None
-    else:
-        sequences = view.steps * view.batch.size
-        training, total = f"{sequences:,} F + {sequences:,} B", _in_forwards(sequences, sequences)
-    lines: Lines = [("training", training)]
-    if not view.dynamic.methods:
-        return lines
-    extra: float | None = 0.0
-    for method in view.dynamic.methods:
-        text, passes = _method_cost(method, view)
-        lines.append((f"{method.kind} {method.name}", text))
-        extra = None if extra is None or passes is None else extra + passes
-    if total and extra is not None:
-        aside = "; passes over targets not counted" if view.dynamic.targets else ""
-        share = f"{extra / (extra + total):.1%} of all passes, a B counted as two F{aside}"
-        lines.append(("share of methods", share))
-    return lines
-
-
-def _method_cost(method: MethodConfig, view: Forecast) -> Cost:
-    """Return the text, and the passes counted in forward passes (None where not known)."""
-    found = [cost for each in (_pool_cost, _served_cost, _reference_cost) if (cost := each(method, view)) is not None]
-    passes = [cost for _, cost in found if cost is not None]
-    text = "; ".join(text for text, _ in found) or method.cls.card.cost
-    return text, sum(passes) if len(passes) == len(found) else None
-
-
-def _pool_cost(method: MethodConfig, view: Forecast) -> Cost | None:
-    """Return the passes over the pool in every interval, if there are any."""
-    card = method.cls.card
-    forward, backward = card.forward_per_pool_row, card.backward_per_pool_row
-    if not forward and not backward:
-        return None
-    if view.rows is None or view.schedule is None:
-        return f"{_passes(1, forward, backward)} per row of the pool and interval ({card.cost})", None
-    pool = view.rows
-    if method.kind == "selector" and view.dynamic.candidate_batches is not None and view.first_decision is not None:
-        pool = min(pool, view.dynamic.candidate_batches * view.first_decision.steps * view.batch.size)
-    rows = f"{view.num_decisions:,} intervals x {pool:,} rows"
-    return _counted(view.num_decisions * pool, rows, forward, backward, card.cost)
-
-
-def _served_cost(method: MethodConfig, view: Forecast) -> Cost | None:
-    """Return the passes over the rows trained on beside those of the training itself, if there are any."""
-    card = method.cls.card
-    forward, backward = card.forward_per_served_row, card.backward_per_served_row
-    if not forward and not backward:
-        return None
-    if view.steps is None:
-        return f"{_passes(1, forward, backward)} per row trained on ({card.cost})", None
-    rows = _acting_steps(method.build(), view.steps) * view.batch.size
-    return _counted(rows, f"{rows:,} rows", forward, backward, card.cost)
-
-
-def _reference_cost(method: MethodConfig, view: Forecast) -> Cost | None:
-    """Return the passes of a reference model over all rows, kept, or over the rows trained on; its F counts as one."""
-    built = method.build()
-    if built.reference is None:
-        return None
-    cached = built.reference_cached
-    served = None if view.steps is None else _acting_steps(built, view.steps) * view.batch.size
-    rows = view.rows if cached else served
-    if rows is None:
-        return method.cls.card.cost, None
-    if not cached:
-        return f"{rows:,} F of the reference, in every step", float(rows)
-    cheaper = served is not None and served < rows
-    hint = f"; reference_cache: false takes {served:,} and keeps none" if cheaper else ""
-    return f"{rows:,} F of the reference, kept on disk{hint}", float(rows)
-
-
-def _acting_steps(method: Method, steps: int) -> int:
-    """Return the optimizer steps in which a method acts."""
-    return max(steps - method.burn_in(steps), 0) if isinstance(method, Weighter) else steps
-
-
-def _counted(rows: int, told: str, forward: float, backward: float, cost: str) -> Cost:
-    """Return the passes over ``rows``, told as ``told``, of which each takes ``forward`` F and ``backward`` B."""
-    text = f"{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {cost})"
-    return text, _in_forwards(rows * forward, rows * backward)
-
-
-def _passes(rows: int, forward: float, backward: float) -> str:
-    number = "{:g}" if rows == 1 else "{:,.0f}"
-    return " + ".join(f"{number.format(rows * n)} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
-
-
-def _in_forwards(forward: float, backward: float) -> float:
-    return forward + _BACKWARD_IN_FORWARDS * backward

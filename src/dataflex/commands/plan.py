@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dataflex.commands.costs import cost_lines, seconds_per_step
 from dataflex.commands.layout import rows_of
-from dataflex.commands.outlook import cost_lines, schedule_lines
+from dataflex.commands.outlook import schedule_lines
 from dataflex.config.data import data_sets, find_sources
 from dataflex.config.forecast import forecast
 from dataflex.config.load import load_mapping
@@ -62,9 +63,12 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
         if not truthy(parts.lf, "do_train"):
             return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
     sources, _ = find_sources(data_sets(parts.lf.get("dataset")), parts.lf, "dataset", base_dir)
-    view = forecast(parts.dynamic or DynamicConfig(), parts.lf, sources)
+    dynamic = parts.dynamic or DynamicConfig()
+    targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
+    view = forecast(dynamic, parts.lf, sources, targets)
+    step_seconds = seconds_per_step(parts.lf.get("output_dir"), view)
     lines += ["", "Schedule", *rows_of(schedule_lines(view, parts.lf))]
-    lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines(view))]
+    lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines(view, step_seconds))]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from dataflex.errors import did_you_mean
 __all__ = [
     "INFO_FILE",
     "Source",
+    "count_bytes",
     "count_rows",
     "data_sets",
     "empty_names",
@@ -37,6 +39,7 @@ __all__ = [
 INFO_FILE = "dataset_info.json"
 
 _REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_SPLIT = re.compile(r"train\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,13 @@ class Source:
         name: Its name in ``dataset_info.json``.
         path: Its local file or folder; None for one from a hub, a script or the cloud.
         num_samples: Number of rows that ``dataset_info.json`` asks to be drawn from it.
+        split: Part of it that ``dataset_info.json`` names, such as "train" or "train[:10%]".
     """
 
     name: str
     path: Path | None = None
     num_samples: int | None = None
+    split: str = "train"
 
 
 def data_sets(value: Any) -> tuple[str, ...]:
@@ -151,21 +156,87 @@ def _source(name: str, entry: Any, folder: Path, key: str, stage: str | None) ->
     if path.is_dir() and not any(path.iterdir()):
         return source, [f"{key}: the folder of {name!r} is empty: {path}"]
     problems = [*file_problems(path)] or [*entry_problems(entry, path, stage)]
-    return Source(name=name, path=path, num_samples=samples), [f"{key}: {name!r} {problem}" for problem in problems]
+    found = Source(name=name, path=path, num_samples=samples, split=str(entry.get("split") or "train"))
+    return found, [f"{key}: {name!r} {problem}" for problem in problems]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def count_rows(source: Source, lf: Mapping[str, Any]) -> int | None:
-    """Return how many rows a data set gives at most, ``max_samples`` respected, or None when that is not quick."""
+    """Return how many rows a data set gives at most, or None when that is not quick.
+
+    Its ``split`` and ``num_samples`` and the run's ``max_samples`` are respected.
+    """
+    rows = _rows_of_files(source)
+    kept = None if rows is None else _kept(source.split, rows)
+    if kept is None:
+        return None
+    if source.num_samples is not None and kept and not truthy(lf, "streaming"):
+        kept = source.num_samples
+    most = lf.get("max_samples")
+    return min(kept, most) if isinstance(most, int) and not isinstance(most, bool) else kept
+
+
+def count_bytes(source: Source, lf: Mapping[str, Any]) -> int | None:
+    """Return the bytes of the rows that ``count_rows`` counts, or None when that is not quick.
+
+    Of a part of one file of lines from its beginning, those bytes; of any other part, its share of all bytes.
+    """
+    if source.path is None:
+        return None
+    files = _files(source.path)
+    total = sum(file.stat().st_size for file in files)
+    if source.split == "train" and source.num_samples is None and lf.get("max_samples") is None:
+        return total
+    rows, kept = _rows_of_files(source), count_rows(source, lf)
+    if rows is None or kept is None:
+        return None
+    if kept >= rows and source.num_samples is None:
+        return total
+    head = _head_bytes(files[0], kept) if len(files) == 1 and source.num_samples is None else None
+    if head is not None and source.split == "train":
+        return head
+    return round(total * kept / rows) if rows else 0
+
+
+def _rows_of_files(source: Source) -> int | None:
     if source.path is None:
         return None
     counts = [found.rows for found in contents_of(source.path).values()]
-    if any(count is None for count in counts):
+    return None if any(count is None for count in counts) else sum(count for count in counts if count is not None)
+
+
+def _kept(split: str, rows: int) -> int | None:
+    """Return how many of ``rows`` rows a split such as "train[:10%]" names; None where that cannot be told."""
+    if split == "train":
+        return rows
+    match = _SPLIT.fullmatch(split)
+    if match is None:
         return None
-    rows = sum(count for count in counts if count is not None)
-    if source.num_samples is not None and rows:
-        rows = source.num_samples
-    most = lf.get("max_samples")
-    return min(rows, most) if isinstance(most, int) and not isinstance(most, bool) else rows
+    places = [0, rows]
+    for at, text in enumerate(match.groups()):
+        if text:
+            place = round(rows * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+            places[at] = min(max(place + rows if text.startswith("-") else place, 0), rows)
+    return max(places[1] - places[0], 0)
+
+
+def _head_bytes(file: Path, rows: int) -> int | None:
+    """Return the bytes of the first rows of a file of lines; None where a line is no row."""
+    if file.suffix.lower() not in (".jsonl", ".json", ".txt"):
+        return None
+    text, total = file.suffix.lower() == ".txt", 0
+    with file.open("rb") as lines:
+        for line in lines:
+            if not rows:
+                break
+            if not total and line.lstrip().startswith(b"[") and not text:
+                return None
+            total += len(line)
+            rows -= bool(text or line.strip())
+    return total
 
 
 def packed(lf: Mapping[str, Any]) -> bool:

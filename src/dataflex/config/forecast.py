@@ -7,8 +7,8 @@ open (None) rather than guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn, cast
 
@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
+from dataflex.config.values import truthy
 from dataflex.core.caps import expected_epochs
 from dataflex.core.domains import Domains
-from dataflex.core.protocols import Context, Mixer, Signals
+from dataflex.core.pool import pool_sizes
+from dataflex.core.protocols import Context, Mixer, Selector, Signals
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import UnsupportedError
 from dataflex.mixers.floors import floors_by_domain, raised
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Forecast", "Pool", "forecast"]
 
 _MOST_DECISIONS = 2_000
 _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is not quick to make
@@ -39,6 +41,15 @@ class _NoSignals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pool:
+    """What a selector is given in one interval, in rows: of how many, drawn from them, and left once screened."""
+
+    rows: int
+    drawn: int
+    left: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What is known of a run before it is loaded.
 
@@ -49,6 +60,8 @@ class Forecast:
         packs: Whether several samples share a row, so that rows are not known.
         rows: Rows to train on, ``val_size`` set aside; None where not known.
         steps: Optimizer steps of the run; None where not known.
+        targets: Rows that each target data set gives at most; None where that is not known.
+        drop_last: ``dataloader_drop_last``.
     """
 
     dynamic: DynamicConfig
@@ -57,6 +70,46 @@ class Forecast:
     packs: bool
     rows: int | None
     steps: int | None
+    targets: Mapping[str, int | None] = field(default_factory=dict)
+    drop_last: bool = False
+
+    @property
+    def sequences(self) -> int | None:
+        """Sequences that are trained on; the last step of a whole epoch may be short."""
+        if self.steps is None:
+            return None
+        if self.rows is None or not self.rows or self.dynamic.mixer is not None or self.narrows or self.batch.world > 1:
+            return self.steps * self.batch.size
+        per_device, size = self.batch.per_device, self.batch.size
+        epoch = self.rows // per_device * per_device if self.drop_last else self.rows
+        epochs, rest = divmod(self.steps, max(1, math.ceil(epoch / size)))
+        return epochs * epoch + min(rest * size, epoch)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a selector leaves rows out."""
+        if self.dynamic.selector is None:
+            return False
+        kind = self.dynamic.selector.cls
+        assert issubclass(kind, Selector)
+        return kind.narrows
+
+    @property
+    def pool(self) -> Pool | None:
+        """What the selector is given in the first interval that it decides for; None without one, or not known."""
+        first, options, batches = self.first_decision, self.dynamic.signals, self.dynamic.candidate_batches
+        if not self.narrows or self.rows is None or not self.rows or first is None:
+            return None
+        if batches is not None:
+            candidates = min(self.rows, batches * first.steps * self.batch.size)
+            return Pool(rows=self.rows, drawn=candidates, left=candidates)
+        drawn, left = pool_sizes(self.rows, options.pool_fraction, options.screen_fraction)
+        return Pool(rows=self.rows, drawn=drawn, left=left)
+
+    def decided(self) -> Iterator[Interval]:
+        """Yield the intervals that something is decided for."""
+        assert self.schedule is not None
+        return (interval for interval in self.schedule.intervals() if interval.kind == "dynamic")
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -177,6 +230,21 @@ class Forecast:
             served = epochs * sizes
         return served
 
+    @cached_property
+    def serves_all_again(self) -> bool:
+        """Whether every row is expected to be served more than once; False where that is not known beforehand."""
+        dynamic = self.dynamic
+        if self.rows is None or self.steps is None or self.narrows:
+            return False
+        if dynamic.mixer is None:
+            return self.steps * self.batch.size > self.rows
+        if self.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences":
+            return False
+        try:
+            return bool((self.served() > self.domains.num_rows).all())
+        except UnsupportedError:
+            return False
+
     def caps(self) -> NDArray[np.float64]:
         """Return the most epochs of each domain, float64 [K]; infinite where there is no cap."""
         assert self.domains is not None
@@ -185,8 +253,10 @@ class Forecast:
         return np.array([math.inf if cap is None else cap for cap in each], dtype=np.float64)
 
 
-def forecast(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Forecast:
-    """Return what is known of the run over ``sources`` before it is loaded."""
+def forecast(
+    dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source], targets: Sequence[Source] = ()
+) -> Forecast:
+    """Return what is known of the run over ``sources`` towards ``targets`` before it is loaded."""
     known = {source.name: None if tokenized(lf) else count_rows(source, lf) for source in sources}
     packs = packed(lf)
     rows = None if packs else train_rows(list(known.values()), lf)
@@ -197,4 +267,6 @@ def forecast(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source
         packs=packs,
         rows=rows,
         steps=total_steps(lf, rows),
+        targets={source.name: count_rows(source, lf) for source in targets},
+        drop_last=truthy(lf, "dataloader_drop_last"),
     )

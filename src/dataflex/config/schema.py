@@ -93,7 +93,7 @@ class DynamicConfig:
     keep_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "share of the pool that the selector leaves to the mixer",
+            "help": "share of the pool (what pool_fraction and screening leave) that the selector keeps",
             "above": 0.0,
             "maximum": 1.0,
         },

@@ -91,6 +91,9 @@ class Card:
         backward_per_pool_row: B of the same.
         forward_per_served_row: F of each row trained on, beside those of the training itself.
         backward_per_served_row: B of the same.
+        forward_once_per_pool_row: F, of models that stay as they are, of each row that is ever in the pool.
+        forward_per_target_row: F of each row of the method's targets and decision.
+        backward_per_target_row: B of the same.
     """
 
     summary: str
@@ -100,6 +103,9 @@ class Card:
     backward_per_pool_row: float = 0.0
     forward_per_served_row: float = 0.0
     backward_per_served_row: float = 0.0
+    forward_once_per_pool_row: float = 0.0
+    forward_per_target_row: float = 0.0
+    backward_per_target_row: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +356,15 @@ class Method:
     def reference_cached(self) -> bool:
         """Whether the reference's token losses are computed once and kept, instead of in every step."""
         return bool(getattr(self.params, "reference_cache", True))
+
+    def pool_passes(self, num_targets: int) -> tuple[float, float]:
+        """Return the F and B of each row of the pool and decision, for ``dataflex plan``."""
+        return self.card.forward_per_pool_row, self.card.backward_per_pool_row
+
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
+        return self.card.forward_per_target_row, self.card.backward_per_target_row
 
     def state_dict(self) -> State:
         """Everything that a resumed run needs; empty for stateless methods."""

@@ -8,7 +8,9 @@ step, with e = loss - reference loss per token,
     alpha_d is multiplied by exp(eta s_d), normalised, and smoothed: (1 - c) alpha + c / K
 
 and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
-which the main model samples. Three variants differ in details:
+which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
+it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
+in details:
 
 - ``repo``: the authors' code. Weighted token mean as the loss, corrected for the sampling (alpha / pi); an
   absent domain keeps its score, ln(vocabulary) before its first; the mean counts the first weights.
@@ -34,6 +36,7 @@ from dataflex.core.protocols import Card, DomainNormaliser, Needs, State
 from dataflex.core.reference import ReferenceParams
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers import simplex
+from dataflex.mixers.collapse import collapsed
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.proportions import check_numbers
 from dataflex.mixers.trajectory import Trajectory
@@ -76,9 +79,10 @@ class DoReMi(LossWeightMixer):
     name = "doremi"
     needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
-        summary="Weighs the domains in the loss towards those of the largest excess loss over a reference model.",
+        summary="Weighs the domains in the loss towards those of the largest excess loss over a reference model; the "
+        "weights jump, and their mean over the run is the result.",
         paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
-        cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+        cost="1 F of the reference over each row served, once (cached), or in every step",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -174,8 +178,24 @@ class DoReMi(LossWeightMixer):
                 "sampling": dict(zip(self.names, self.sampling.tolist(), strict=True)),
                 "sizes": dict(zip(self.names, self.sizes.tolist(), strict=bool(self.sizes.size))),
                 "trajectory": self.trajectory.to_json(self.names),
+                **self._warning(),
             },
         )
+
+    def _warning(self) -> dict[str, str]:
+        """Return under ``warning`` that the mean has collapsed onto one domain, and what helps; else nothing."""
+        assert self.mean_alpha is not None
+        found = collapsed(dict(zip(self.names, self.mean_alpha.tolist(), strict=True)))
+        if found is None:
+            return {}
+        name, share = found
+        p = self.params
+        return {
+            "warning": f"the mean of the weights has collapsed: {name} has {share:.1%} of it. Lower eta (now "
+            f"{p.eta:g}, try {p.eta / 10:g}), raise smoothing (now {p.smoothing:g}), use batches that hold every "
+            "domain, or train the reference longer: where it is far better than the proxy in one domain, that domain takes all. A final "
+            "run can hold the others up with min_proportion, or this one down with max_epochs"
+        }
 
     @property
     def mean_alpha(self) -> Floats | None:

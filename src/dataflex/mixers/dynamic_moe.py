@@ -46,6 +46,7 @@ class DynamicMoe(ExponentiatedMixer):
         paper="Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts (Zhu et al.), NAACL 2025, "
         "arXiv 2406.11256",
         cost="F over the held-out data",
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

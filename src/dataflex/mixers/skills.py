@@ -49,6 +49,7 @@ class SkillIt(_SkillMixer):
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
         "NeurIPS 2023, arXiv 2307.14430",
         cost="F over the held-out data",
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ class Sheared(ExponentiatedMixer):
         summary="Serves domains more, the further their held-out losses are above target losses.",
         paper="Sheared LLaMA (Xia et al.), ICLR 2024, arXiv 2310.06694, dynamic batch loading",
         cost="F over the held-out data",
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class Velocity(ExponentiatedMixer):
         paper="Velocitune: A Velocity-based Dynamic Domain Reweighting Method for Continual Pre-training, ACL 2025, "
         "arXiv 2411.14318",
         cost="F over the held-out data",
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

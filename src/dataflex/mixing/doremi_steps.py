@@ -19,8 +19,19 @@ from dataflex.mixing.proportions_file import (
     read_proportions,
     write_proportions,
 )
+from dataflex.record.text import table
 
-__all__ = ["Steps"]
+__all__ = ["Steps", "table_of"]
+
+
+def table_of(content: ProportionsFile) -> list[str]:
+    """Return the proportions found beside those of the reference, largest first, and what is wrong with them."""
+    before: Mapping[str, float] = content.details.get("reference_proportions") or {}
+    rows = [["domain", "found", "reference"]]
+    for name, share in sorted(content.by_name.items(), key=lambda item: -item[1]):
+        rows.append([name, f"{share:.4f}", f"{before[name]:.4f}" if name in before else "-"])
+    warning = content.details.get("warning")
+    return [*table(rows, "<>>"), *([f"warning: {warning}"] if warning else [])]
 
 
 class Steps:
@@ -105,9 +116,9 @@ class Steps:
         latest = read_proportions(last.proportions)
         self._check_final(latest)
         self._publish(self.plan.proportions, latest)
-        shares = ", ".join(f"{name} {share:.4f} ({before[name]:.4f})" for name, share in found.by_name.items())
         self._tell(f"round {at.number}, proportions: {at.proportions}")
-        self._tell(f"  found (reference): {shares}")
+        for line in table_of(content):
+            self._tell(line)
         self._tell(f"  largest change {change:.2g}" + ("; settled" if change < CHANGE else ""))
         return change
 

@@ -17,7 +17,18 @@ from dataflex.mixing.laws import LAWS, RESTARTS, fit_law, predict
 from dataflex.mixing.tables import Table
 from dataflex.mixing.validate import Predictor, folds_of, out_of_fold, spearman
 
-__all__ = ["FIT", "METHODS", "Fit", "Method", "Quality", "fit_losses", "read_fit", "warnings_of", "write_fit"]
+__all__ = [
+    "FIT",
+    "METHODS",
+    "Fit",
+    "Method",
+    "Quality",
+    "fit_losses",
+    "quality_notes",
+    "read_fit",
+    "warnings_of",
+    "write_fit",
+]
 
 Floats = NDArray[np.float64]
 Method = Literal["log_linear", "mixing_law", "lightgbm"]
@@ -26,6 +37,8 @@ FIT = "fit.json"
 METHODS: tuple[Method, ...] = get_args(Method)
 LEAST_RUNS = 3
 
+_WORST = 5.0  # spreads: an error of about one spread is what the mean of the runs makes
+_NOISE = 0.01  # nats, where the runs hardly differ
 _FOLD_RESTARTS = 3  # of 30: folds only measure quality
 _TREES_ENOUGH = 118
 _FORMAT = 1
@@ -44,6 +57,11 @@ class Quality:
     spearman: float
     error: float
     spread: float
+
+    @property
+    def usable(self) -> bool:
+        """Whether unseen runs are predicted at all: not much worse than all of them by their mean."""
+        return bool(self.error <= max(_WORST * self.spread, _NOISE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +111,21 @@ def warnings_of(method: Method, num_runs: int, num_domains: int) -> list[str]:
         lines.append(
             f"{num_runs} runs: trees were found to need more than {_TREES_ENOUGH} runs to match the log-linear law"
         )
+    return lines
+
+
+def quality_notes(fit: Fit) -> list[str]:
+    """Return what is wrong with the fits of single tasks, one line each."""
+    lines = []
+    for task, quality in fit.quality.items():
+        if not quality.usable:
+            lines.append(
+                f"{task}: the fit says nothing about runs that it has not seen: it is off by {quality.error:.3g} nats, "
+                f"and the runs themselves spread by {quality.spread:.3g}; 'mix propose' leaves {task} out. More runs "
+                "help, mixtures that hold every domain (a lower --strengths spreads them), or --method lightgbm"
+            )
+        elif quality.error > quality.spread > 0:
+            lines.append(f"{task}: runs that the fit has not seen are predicted no better than by the mean of all runs")
     return lines
 
 

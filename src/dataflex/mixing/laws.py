@@ -43,7 +43,8 @@ def predict(theta: Floats, mixtures_RK: Floats) -> Floats:
         theta: c, b, A_1 .. A_K [K + 2].
         mixtures_RK: Mixtures [R, K].
     """
-    return np.exp(theta[0]) + np.exp(theta[1] + np.asarray(mixtures_RK, dtype=np.float64) @ theta[2:])
+    exponents = theta[1] + np.asarray(mixtures_RK, dtype=np.float64) @ theta[2:]
+    return np.exp(theta[0]) + np.exp(np.minimum(exponents, _MOST_EXPONENT))  # bounded as in the fit
 
 
 def huber(residuals: Floats, delta: float = _DELTA) -> Floats:

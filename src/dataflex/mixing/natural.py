@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import Source, count_rows, data_sets, find_sources, packed
+from dataflex.config.data import count_bytes, count_rows, data_sets, find_sources, packed, tokenized
 from dataflex.config.split import Split
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.proportions_file import read_proportions
@@ -26,8 +25,8 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     """Return the domains of a configuration and their sizes.
 
     Args:
-        asked: "rows" (of the files), "bytes" (of the files, which tokens are roughly proportional to), or what
-            ``given_sizes`` reads. None: rows, or bytes where rows are not what proportions are of (packed
+        asked: "rows" (that the run loads), "bytes" (of these rows, which tokens are roughly proportional to), or
+            what ``given_sizes`` reads. None: rows, or bytes where rows are not what proportions are of (packed
             rows, ``unit: tokens``).
         parts: The configuration.
         base_dir: Its folder.
@@ -57,7 +56,8 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     counted = "sequences" if dynamic is None else dynamic.unit
     tokens = counted == "tokens" or (packed(parts.lf) and counted == "sequences")
     unit = asked or ("bytes" if tokens else "rows")
-    sizes = [_size(source, unit, parts.lf) for source in sources]
+    count = count_rows if unit == "rows" else count_bytes
+    sizes = [None if tokenized(parts.lf) else count(source, parts.lf) for source in sources]
     unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]
     if unknown:
         raise ConfigError(
@@ -65,15 +65,6 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
             "'web=900,code=100', or the output_dir of a run with the same data"
         )
     return names, np.asarray(sizes, dtype=np.float64), unit
-
-
-def _size(source: Source, unit: str, lf: dict[str, Any]) -> int | None:
-    if unit == "rows":
-        return count_rows(source, lf)
-    if source.path is None:
-        return None
-    files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
-    return sum(file.stat().st_size for file in files)
 
 
 def _same_names(given: tuple[str, ...], names: tuple[str, ...]) -> None:

@@ -46,20 +46,36 @@ def propose(
     Args:
         fit: The fitted models.
         sizes_K: Natural sizes in the order of ``fit.names`` [K], any unit.
-        tasks: Tasks to lower the mean of; none means all.
+        tasks: Tasks to lower the mean of; none means all whose unseen runs are predicted at all.
         kl: Weight of the divergence from the natural mix; laws only.
         caps_K: Largest share of each domain [K].
         prior_power: Power of the natural shares that trees are searched around.
         seed: Seed of that search.
 
     Raises:
-        ConfigError: An unknown task, a negative weight, or caps that cannot be met.
+        ConfigError: An unknown task, or one of whose fit nothing is to be had, a negative weight, or caps that
+            cannot be met.
     """
     problems = [
         f"--tasks: {task}: was not fitted{did_you_mean(task, fit.tasks)} (fitted: {', '.join(fit.tasks)})"
         for task in tasks
         if task not in fit.tasks
     ]
+    useless = [task for task in fit.tasks if task in fit.quality and not fit.quality[task].usable]
+    problems += [
+        f"--tasks: {task}: its fit is off by {fit.quality[task].error:.3g} nats on runs that it has not seen, which "
+        f"spread by {fit.quality[task].spread:.3g}; nothing can be proposed from it. Leave it out, or fit again with "
+        "more runs"
+        for task in tasks
+        if task in useless
+    ]
+    if not tasks:
+        tasks = [task for task in fit.tasks if task not in useless]
+        if not tasks:
+            problems.append(
+                f"no fit predicts a run that it has not seen ({', '.join(useless)}), so nothing can be proposed; fit "
+                "again with more runs, or with --method lightgbm"
+            )
     if not (np.isfinite(kl) and kl >= 0):
         problems.append(f"--kl: must be a number of at least 0, found {kl:g}")
     if problems:
@@ -70,7 +86,7 @@ def propose(
     if fit.theta is not None:
         usable = (natural > 0) | (kl == 0)
         check_caps(np.where(usable, caps, 0.0), names)
-        chosen = fit.theta[[fit.tasks.index(task) for task in tasks or fit.tasks]]
+        chosen = fit.theta[[fit.tasks.index(task) for task in tasks]]
         slopes = chosen[:, 2:] + chosen[:, 1:2]  # proportions sum to 1, so an offset may be added to every slope
         found = minimise(slopes, natural, kl=kl, caps_K=caps)
         proportions = found.proportions
@@ -80,10 +96,11 @@ def propose(
     else:
         check_caps(np.where(natural > 0, caps, 0.0), names)
         proportions, details = search(fit, prior_of(sizes_K, prior_power), caps, tasks=tasks, seed=seed)
-    told = list(tasks or fit.tasks)
+    told = list(tasks)
     before, after = fit.predict(np.stack([natural, proportions]), told)
     details["predicted"] = dict(zip(told, after.tolist(), strict=True))
     details["predicted_natural"] = dict(zip(told, before.tolist(), strict=True))
+    details["left_out"] = [] if len(told) == len(fit.tasks) else [task for task in useless if task not in told]
     details["natural"] = dict(zip(names, natural.tolist(), strict=True))
     return proportions, details
 

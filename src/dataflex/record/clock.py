@@ -21,7 +21,7 @@ PHASES = {
     "leakage": "looking for target rows in the training pool",
     "model": "loading the model",
     "prepare": "optimizer, engine and, on a resumed run, reading the checkpoint",
-    "reference": "scoring rows with a reference model before training; losses that are not kept are part of `train`",
+    "reference": "scoring rows with a reference model when they are first served; losses not kept are part of `train`",
     "train": "optimizer steps, waiting for batches included",
     "signals": "passes over the data that methods ask for",
     "decide": "the rest of deciding",

@@ -171,6 +171,26 @@ def read_weights(run_dir: Path | str) -> dict[str, Any] | None:
     return stored
 
 
+def read_found(run_dir: Path | str, mixer: str | None) -> dict[str, Any] | None:
+    """Read the proportions that the run's mixer has found so far; None where it looks for none, or there are none yet.
+
+    Raises:
+        DataError: The folder has no record, or the file is damaged.
+    """
+    path = record_dir(run_dir) / f"{mixer}.json"
+    if mixer is None or not path.is_file():
+        return None
+    from dataflex.errors import ConfigError
+    from dataflex.mixing.proportions_file import read_proportions
+
+    try:
+        found = read_proportions(path, "proportions")
+    except ConfigError as error:
+        raise DataError(f"{error}; move it away to read the rest") from error
+    details = dict(found.details) if isinstance(found.details, dict) else {}
+    return {"names": found.names, "proportions": found.proportions, "method": found.method, "details": details}
+
+
 def load_plan(run_dir: Path | str, index: int) -> StoredPlan:
     """Load the arrays of interval ``index``.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from dataflex.errors import DataError
 from dataflex.record.digest import digest
 from dataflex.record.plots import PLOTS, draw
-from dataflex.record.read import read_ending, read_events, read_weights, record_dir
-from dataflex.record.summary import summary
+from dataflex.record.read import read_ending, read_events, read_found, read_weights, record_dir
+from dataflex.record.summary import mixer_of, summary
 from dataflex.record.values import replacing
 
 __all__ = ["report"]
@@ -42,7 +42,11 @@ def report(run_dir: Path, out: Path | None = None) -> str:
     title = str(folder.parent if folder.name == "dataflex" else folder)
     pictures = draw(run)
     files = [out / "summary.txt", *(out / name for name in pictures)]
-    text = summary(run, title, read_weights(folder)) + "\nFiles\n" + "".join(f"  {file}\n" for file in files)
+    text = (
+        summary(run, title, read_weights(folder), read_found(folder, mixer_of(run)))
+        + "\nFiles\n"
+        + "".join(f"  {file}\n" for file in files)
+    )
     for name in PLOTS:
         if name not in pictures:
             (out / name).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Deterministic: the same record gives the same text, whatever the locale, the clo
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from dataflex.record.digest import Curve, Event, Run, higher_is_better
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
 
-__all__ = ["methods", "summary"]
+__all__ = ["methods", "mixer_of", "summary"]
 
 _METHODS = ("selector", "mixer", "orderer", "weighter")
 _SETTINGS = (
@@ -32,13 +33,16 @@ _BAR = 30
 _SAMPLES = 5
 
 
-def summary(run: Run, title: str, weighed: Mapping[str, Any] | None = None) -> str:
+def summary(
+    run: Run, title: str, weighed: Mapping[str, Any] | None = None, found: Mapping[str, Any] | None = None
+) -> str:
     """Render the summary of a run.
 
     Args:
         run: The digested record.
         title: Name of the run, usually its folder.
         weighed: The rows that weighed most and least, from ``read_weights``.
+        found: The proportions that a mixer looked for, from ``read_found``.
     """
     sections = (
         _head(run, title),
@@ -46,6 +50,7 @@ def summary(run: Run, title: str, weighed: Mapping[str, Any] | None = None) -> s
         _time(run),
         _intervals(run),
         _composition(run),
+        _found(found),
         _weights(run),
         _weighed(weighed),
     )
@@ -71,6 +76,11 @@ def methods(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
             told = {key: value for key, value in settings.items() if value is not None}
             found.append((kind, str(entry["name"]), told))
     return found
+
+
+def mixer_of(run: Run) -> str | None:
+    """Return the name of the run's mixer, or None."""
+    return next((name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "mixer"), None)
 
 
 def _head(run: Run, title: str) -> list[str]:
@@ -200,6 +210,20 @@ def _composition(run: Run) -> list[str]:
         epochs = f"{count / size:.2f}" if size else "-"
         rows.append([name, f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
     return ["Composition of the served rows", *table(rows, "<>>>>>>")]
+
+
+def _found(found: Mapping[str, Any] | None) -> list[str]:
+    """Show the result of a mixer that looks for proportions: a mean over the run, which its last weights are not."""
+    if found is None:
+        return []
+    last = found["details"].get("last") or {}
+    shares = sorted(zip(found["names"], found["proportions"], strict=True), key=lambda item: -item[1])
+    rows = [["domain", "mean over the run", "last step"]]
+    rows += [[cut(name, 28), percent(share), percent(last[name]) if name in last else "-"] for name, share in shares]
+    warning = str(found["details"].get("warning") or "")
+    told = textwrap.wrap(f"Warning: {warning}", WIDTH - 2) if warning else []
+    lines = [f"Proportions found by {cut(found['method'], 28)}", *table(rows[: _DOMAINS + 1], "<>>")]
+    return [*lines, *(f"  {line}" for line in told)]
 
 
 def _weights(run: Run) -> list[str]:

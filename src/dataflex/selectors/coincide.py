@@ -130,6 +130,10 @@ class Coincide(Selector):
 
     params: Params
 
+    def pool_passes(self, num_targets: int) -> tuple[float, float]:
+        """One F a layer."""
+        return float(len(self.params.layers)), 0.0
+
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows.
 

@@ -98,6 +98,7 @@ class Compose(Selector):
             cost=f"{each} over the pool per interval, and the targets",
             forward_per_pool_row=forward,
             backward_per_pool_row=backward,
+            forward_once_per_pool_row=sum(spec.once for spec in specs),
         )
         adaptive = any(spec.adaptive for spec in specs)
         return type(cls.__name__, (cls,), {"needs": fixed, "card": card, "adaptive": adaptive, "__doc__": cls.__doc__})

@@ -35,6 +35,7 @@ class Embed(Selector):
         paper="Compute-Constrained Data Selection, ICLR 2025, arXiv 2410.16208",
         cost="1 F of the encoder over the pool and the targets",
         forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,12 @@ class Icons(Selector):
 
     params: Params
 
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """Unit gradients take a pass for the norms and one for the sum."""
+        times = 2.0 if self.params.target_gradient == "mean_of_cosines" else 1.0
+        return times, times
+
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep the ``budget`` rows of most votes; ties by mean percentile rank, then by pool order.
 

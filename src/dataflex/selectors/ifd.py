@@ -15,14 +15,14 @@ pool makes all ratios small, and on large mixed pools IFD can lose to random row
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.core.protocols import Card, Context, Method, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import DataError
 from dataflex.selectors.finite import finite_rows
@@ -94,6 +94,11 @@ class Ifd(Selector):
 
     params: Params
 
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """With a scorer, which stays as it is, no row is scored twice."""
+        return cls if params.scorer is None else _ByScorer
+
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows; ties by pool order.
 
@@ -131,3 +136,14 @@ class Ifd(Selector):
         if not finite.all():
             reason += f"; {int((~finite).sum())} rows have no ratio"
         return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+
+class _ByScorer(Ifd):
+    """Answers are scored by another model."""
+
+    card = replace(
+        Ifd.card,
+        cost="2 F of the scorer over each row of the pool, once",
+        forward_per_pool_row=0.0,
+        forward_once_per_pool_row=2.0,
+    )

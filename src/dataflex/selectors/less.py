@@ -87,6 +87,12 @@ class Less(Selector):
 
     params: Params
 
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """Unit gradients take a pass for the norms and one for the sum."""
+        times = 2.0 if self.params.normalise and self.params.target_gradient == "mean_of_cosines" else 1.0
+        return times, times
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._scores: list[NDArray[np.float32]] = []

@@ -34,6 +34,7 @@ class Near(Selector):
         paper="baseline (no paper)",
         cost="1 F of the encoder over the pool and the targets, and a product of each row with each target row",
         forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

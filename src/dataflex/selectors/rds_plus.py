@@ -36,6 +36,7 @@ class RdsPlus(Selector):
         paper="Large-Scale Data Selection for Instruction Tuning (RDS+), arXiv 2503.01807",
         cost="1 F over the pool and the targets per interval, and a product of each row with each target row",
         forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ class Spec:
         params: Its parameters.
         needs: What it asks of its surroundings.
         adaptive: Whether it depends on the model under training or the step.
-        cost: Forward and backward passes per pool row.
+        cost: Forward and backward passes per pool row and decision.
+        once: Forward passes of other models per pool row, once.
         call: For vectors ``(rows, target or None, ctx, params)`` to float32 [n, D]; for tasks ``(rows, ctx, params)``
             to [T, n]; for scores the same to [n]. NaN where a row has none. None for a selector.
     """
@@ -58,6 +59,7 @@ class Spec:
     needs: Needs
     adaptive: bool = True
     cost: tuple[float, float] = (1.0, 0.0)
+    once: float = 0.0
     call: Callable[..., NDArray[np.floating]] | None = None
 
 
@@ -118,6 +120,7 @@ class Represent(Part):
             needs=cls.needs,
             adaptive=cls.adaptive,
             cost=(card.forward_per_pool_row, card.backward_per_pool_row),
+            once=card.forward_once_per_pool_row,
         )
 
     def selector(self) -> Selector | None:

@@ -46,6 +46,7 @@ class RhoLoss(Selector):
         paper="Prioritized Training on Points that are Learnable, ICML 2022, arXiv 2206.07137 (RHO-LOSS)",
         cost="1 F over the pool per interval, and 1 F of the reference model over each row once",
         forward_per_pool_row=1.0,
+        forward_once_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -14,15 +14,15 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.choose import top_k
 from dataflex.core.cluster import kmeans, require_kmeans
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.core.protocols import Card, Context, Method, Needs, Rows, Selection, Selector, State
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
@@ -84,6 +84,20 @@ class S2l(Selector):
         super().__init__(params)
         require_kmeans()
         self._points = np.zeros((0, 0), dtype=np.float32)
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Proxies stay as they are: each scores a row once."""
+        if not params.proxies:
+            return cls
+        number = len(params.proxies)
+        card = replace(
+            cls.card,
+            cost=f"{number} F of the proxies over each row of the pool, once; k-means on the CPU",
+            forward_per_pool_row=0.0,
+            forward_once_per_pool_row=float(number),
+        )
+        return type(cls.__name__, (cls,), {"card": card, "__doc__": cls.__doc__})
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Draw up to ``budget`` rows.

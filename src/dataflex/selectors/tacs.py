@@ -70,6 +70,15 @@ class Tacs(Selector):
 
     params: Params
 
+    def pool_passes(self, num_targets: int) -> tuple[float, float]:
+        """One F as the model is, and one with the probe of each target."""
+        return 1.0 + num_targets, 0.0
+
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """The probe is trained on all rows of its target in every step."""
+        return float(self.params.depth_steps), float(self.params.depth_steps)
+
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep the ``budget`` rows of the largest relative gain, the best of all targets; ties by pool order.
 

@@ -49,6 +49,7 @@ class Tsds(Selector):
         paper="TSDS: Data Selection for Task-Specific Model Finetuning, NeurIPS 2024, arXiv 2410.11303",
         cost="1 F of the encoder over the pool and the targets, and exact search of neighbours",
         forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -86,12 +87,20 @@ class AnswerSource:
             with preserved(self.handle.model), scorer.loaded(self.handle.device) as model:
                 return piece_sums(model, sweep, self.handle.autocast, work)
 
-        return self._means("losses by another model", cut, compute, scorer.identity)
+        method = "losses by another model"
+        return self.book.once(
+            json.dumps([method, scorer.identity, cut.identity, self.name], sort_keys=True),
+            self.rows,
+            len(self.corpus.lengths),
+            lambda new: replace(self, rows=new)._means(method, cut, compute, scorer.identity),
+        )
 
     def _means(
         self, method: str, cut: Cut, compute: Callable[[Sweep, ResumablePass | None], Answer], model: str
     ) -> Answer:
         pieces = Pieces(dataset=self.corpus.dataset, rows=self.rows, cut=cut)
+        if not len(pieces):
+            return np.full(len(self.rows), np.nan, dtype=np.float32)
         question = Question(
             method=method,
             parameters={**pieces.identity, "token_budget": self.handle.token_budget},

@@ -62,7 +62,7 @@ class Question:
 class AnswerBook:
     """Gives answers again.
 
-    Those of a model that stays as it is are kept as long as every decision asks for them.
+    Those of a model that stays as it is are kept row by row: no row is computed twice in a run.
 
     Attributes:
         max_age_steps: Oldest answer, in optimizer steps, that is given again.
@@ -81,17 +81,30 @@ class AnswerBook:
     step: int = 0
     _kept: dict[str, tuple[int, Answer]] = field(default_factory=dict)
     _identity: tuple[int, str] | None = None
-    _asked: set[str] = field(default_factory=set)
 
     def begin(self, step: int) -> None:
         """Forget answers that are too old for ``step``."""
         self.step = step
         self._kept = {
-            key: kept
-            for key, kept in self._kept.items()
-            if (key in self._asked if kept[0] == _AGELESS else step - kept[0] <= self.max_age_steps)
+            key: kept for key, kept in self._kept.items() if kept[0] == _AGELESS or step - kept[0] <= self.max_age_steps
         }
-        self._asked = set()
+
+    def once(self, name: str, rows: Rows, num_rows: int, compute: Callable[[Rows], Answer]) -> Answer:
+        """Return a number for each row by a model that stays as it is [len(rows)] (collective).
+
+        Args:
+            name: Names the number: the model, and how it is asked.
+            rows: Row ids.
+            num_rows: Rows of the corpus.
+            compute: Gives the numbers of rows that were not asked for before, ascending.
+        """
+        if name not in self._kept:
+            self._kept[name] = (_AGELESS, np.zeros((num_rows, 2), dtype=np.float32))  # number, whether it is known
+        table = self._kept[name][1]
+        new = np.unique(rows[table[rows, 1] == 0])
+        if len(new):
+            table[new] = np.stack([compute(new), np.ones(len(new))], axis=1)
+        return table[rows, 0]
 
     def give(
         self, question: Question, compute: Callable[[ResumablePass | None], Answer], device: torch.device
@@ -103,11 +116,11 @@ class AnswerBook:
             compute: Makes the pass, writing into the resumable one where there is one.
             device: Where ranks exchange tensors.
         """
-        self._asked.add(question.key)
         if question.key not in self._kept:
-            answer = compute(self._work(question, device))
-            made = _AGELESS if question.model else self.step
-            self._kept[question.key] = (made, np.array(answer, dtype=np.float32))
+            answer = np.array(compute(self._work(question, device)), dtype=np.float32)
+            if question.model:  # ``once`` keeps what is made of it
+                return answer
+            self._kept[question.key] = (self.step, answer)
             if self.store is not None:
                 self.store.evict(self.store_bytes)
         return self._kept[question.key][1].copy()
@@ -140,5 +153,4 @@ class AnswerBook:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self._kept = {key: (int(kept["step"]), kept["values"]) for key, kept in state["answers"].items()}
-        self._asked = set(self._kept)
+        self._kept = {key: (int(kept["step"]), np.array(kept["values"])) for key, kept in state["answers"].items()}

@@ -46,6 +46,12 @@ class Cut:
     limit: int | None = None
     translate: Callable[[list[int]], list[int]] | None = None
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that sequences depend on, besides the data set and the other model."""
+        settings = {key: value for key, value in vars(self).items() if key != "translate"}
+        return {**settings, "start": list(self.start), "translate": self.translate is not None}
+
 
 @dataclass(kw_only=True)
 class Pieces:
@@ -84,8 +90,7 @@ class Pieces:
     def identity(self) -> dict[str, Any]:
         """JSON values that the sequences depend on, besides the data set and the other model."""
         rows = hashlib.blake2b(np.ascontiguousarray(self.rows).tobytes(), digest_size=16).hexdigest()
-        settings = {key: value for key, value in vars(self.cut).items() if key != "translate"}
-        return {**settings, "start": list(self.cut.start), "translate": self.cut.translate is not None, "of": rows}
+        return {**self.cut.identity, "of": rows}
 
     def __len__(self) -> int:
         return len(self.places)

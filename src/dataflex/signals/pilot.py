@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.choose import top_k
+from dataflex.core.pool import pilot_rows
 from dataflex.core.protocols import Rows, Signals
 from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
@@ -21,8 +22,6 @@ from dataflex.signals.specs import GradientSpec, Part
 
 __all__ = ["fitted", "piloted", "token_counts"]
 
-_SHARE = 0.05
-_FEWEST, _MOST = 32, 4096
 _BUCKETS = 4096
 _CHUNK_ROWS = 8192
 _STRENGTHS = np.logspace(-4, 3, 29)
@@ -42,8 +41,8 @@ def piloted(rows: Rows, count: int, signals: Signals, targets: Sequence[str], *,
     Raises:
         DataError: No row of the pilot has a score.
     """
-    size = min(len(rows), max(_FEWEST, min(_MOST, round(_SHARE * len(rows)))))
-    drawn = np.sort(np.argsort(uniforms(seed, "screening pilot", interval, rows), kind="stable")[:size])
+    order = np.argsort(uniforms(seed, "screening pilot", interval, rows), kind="stable")
+    drawn = np.sort(order[: pilot_rows(len(rows))])
     scores = signals.gradient_scores(rows[drawn], GradientSpec(), targets=targets).max(axis=1).astype(np.float64)
     known = np.isfinite(scores)
     if not known.any():

@@ -1,6 +1,6 @@
-"""Token losses of a model for all rows, computed once and kept on disk: one half-precision number per token.
+"""Token losses of a model for many rows, computed once and kept on disk: one half-precision number per token.
 
-The array is flat: the tokens of row i are ``[offsets[i]:offsets[i + 1]]``, padding not counted. A token's
+The array is flat: the tokens of its i-th row are ``[offsets[i]:offsets[i + 1]]``, padding not counted. A token's
 entry is the loss of predicting it; NaN where it is not supervised (the first token of a row never is).
 Positions, not supervised tokens, are counted, since some collators decide which labels count only when
 they make a batch.
@@ -41,10 +41,10 @@ def row_offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 def stored_token_pass(
     sweep: Sweep, scorer: TokenScorer, work: ResumablePass, around: Around = nullcontext
 ) -> NDArray[Any]:
-    """Score every row on all ranks (collective) into a stored flat array, going on where an earlier try stopped.
+    """Score rows on all ranks (collective) into a stored flat array, going on where an earlier try stopped.
 
     Args:
-        sweep: All rows, in their order.
+        sweep: The rows, in the order of the array.
         scorer: The model, in eval mode.
         work: Opened with the offsets of ``row_offsets(sweep.lengths)``.
         around: Entered around each forward, as the trainer's autocast.
@@ -63,15 +63,14 @@ def stored_token_pass(
 
 
 def largest_difference(
-    sweep: Sweep, scorer: TokenScorer, kept: NDArray[Any], offsets: NDArray[np.int64], around: Around = nullcontext
+    sweep: Sweep, scorer: TokenScorer, kept: Callable[[int], NDArray[Any]], around: Around = nullcontext
 ) -> tuple[float, int]:
     """Score some rows anew (collective) and compare with what was kept.
 
     Args:
         sweep: The rows to compare.
         scorer: The model, in eval mode.
-        kept: The flat array of all rows.
-        offsets: Its offsets.
+        kept: Gives what was kept of a row, by its id.
         around: Entered around each forward.
 
     Returns:
@@ -85,7 +84,7 @@ def largest_difference(
         for position in turn.positions:
             row, length = int(sweep.rows[position]), int(sweep.lengths[position])
             fresh = values[start : start + length].astype(np.float64)
-            before = np.asarray(kept[offsets[row] : offsets[row + 1]], dtype=np.float64)
+            before = np.asarray(kept(row), dtype=np.float64)
             start += length
             difference = _mean_difference(fresh, before)
             if difference > worst:

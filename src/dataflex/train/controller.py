@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.plan import DataPlan
 from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.core.pool import pool_sizes, wanted_rows
 from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.core.rng import stream
 from dataflex.core.sampler import MixtureSampler
@@ -248,16 +249,13 @@ class Controller:
 
     def _wanted(self, interval: Interval, pool_size: int) -> int:
         """Return how many rows a selector is asked for."""
-        wanted, ratio = interval.steps * self.shape.global_batch, self.config.keep_ratio
-        if self.mixer is not None:
-            assert ratio is not None
-            return max(1, round(ratio * pool_size))
-        return wanted if ratio is None else min(wanted, max(1, round(ratio * pool_size)))
+        ratio, mixes = self.config.keep_ratio, self.mixer is not None
+        return wanted_rows(interval, self.shape.global_batch, pool_size, ratio, mixes)
 
     def _pool_sizes(self) -> tuple[int, int]:
         """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
-        drawn = max(1, round(self.config.signals.pool_fraction * self.space.num_rows))
-        return drawn, max(1, round(self.config.signals.screen_fraction * drawn))
+        options = self.config.signals
+        return pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
 
     def _pool(self, ctx: Context) -> Rows:
         """Return the rows that a selector is given, ascending: all, the unseen, candidates, or a drawn share."""

@@ -1,8 +1,8 @@
 """Token losses of a reference model for the rows in training, from a store or computed beside each batch.
 
 A reference tells what there is to be learned in a token only if it reads the same tokens: one with another
-tokenizer is refused. With the cache, every row is scored once before training, by all ranks together, and
-the model is let go; a later run over the same data takes the stored losses after comparing some rows.
+tokenizer is refused. With the cache, a row is scored once, by all ranks together, when it is first asked for
+(``train.reference_passes``); after the last pass the model is let go.
 """
 
 from __future__ import annotations
@@ -18,31 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
-from dataflex.core.rng import stream
-from dataflex.errors import CheckpointError, DataError
-from dataflex.signals.fingerprint import Fingerprint
+from dataflex.core.protocols import Rows, State
+from dataflex.errors import DataError
 from dataflex.signals.packing import real_tokens
 from dataflex.signals.passes import preserved
 from dataflex.signals.reference_model import KEY, check_folder, check_tokenizer, load_reference, losses_key
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.store import ArrayStore
 from dataflex.signals.sweep import Sweep
 from dataflex.signals.token_losses import TokenScorer
-from dataflex.signals.token_store import (
-    KEPT_DTYPE,
-    TOLERANCE,
-    largest_difference,
-    row_offsets,
-    some_rows,
-    stored_token_pass,
-)
+from dataflex.signals.token_store import KEPT_DTYPE
+from dataflex.train.reference_passes import ReferencePasses
 
 __all__ = ["ReferenceLosses"]
 
 logger = logging.getLogger(__name__)
-
-_COMPARED_ROWS = 64
 
 
 @dataclass(kw_only=True)
@@ -60,8 +48,11 @@ class ReferenceLosses:
     autocast: Callable[[], AbstractContextManager[Any]]
     store: Path | None
     cache: bool
+    whole: bool = False
+    passes: ReferencePasses | None = field(default=None, repr=False)
+    """What was scored so far; None without the cache, and before ``begin``."""
+    _model: torch.nn.Module | None = field(default=None, repr=False)
     _scorer: TokenScorer | None = field(default=None, repr=False)
-    _kept: NDArray[Any] | None = field(default=None, repr=False)
     _pending: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -79,6 +70,7 @@ class ReferenceLosses:
         autocast: Callable[[], AbstractContextManager[Any]],
         store: Path | None,
         cache: bool,
+        whole: bool = False,
     ) -> ReferenceLosses:
         """Check folder and tokenizer; the model is loaded by ``begin``.
 
@@ -93,7 +85,8 @@ class ReferenceLosses:
             token_budget: Padded tokens of a scoring batch at most.
             autocast: The trainer's mixed-precision context.
             store: Folder of the cached losses; needed with ``cache``.
-            cache: Whether all rows are scored once, instead of each batch in every step.
+            cache: Whether rows are scored once, instead of each batch in every step.
+            whole: Whether the first pass is over all rows, and not only those of the first plan.
 
         Raises:
             ConfigError: No such folder, no model in it, or another tokenizer.
@@ -114,24 +107,23 @@ class ReferenceLosses:
             autocast=autocast,
             store=store,
             cache=cache,
+            whole=whole,
         )
 
     def begin(self) -> None:
-        """Load the model and, with the cache, score every row that is not stored yet (collective).
+        """Load the model (collective).
 
         Raises:
             ConfigError: The model cannot be loaded, or has fewer tokens than the tokenizer.
-            CheckpointError: The stored losses are not those that the model gives now.
         """
         with preserved(), torch.no_grad():
-            model = load_reference(self.folder, self.tokenizer, self.device)
-            self._scorer = TokenScorer(model)
-            self._offsets = row_offsets(self.lengths)
+            self._ready()
             if not self.cache:
                 return
             assert self.store is not None
+            assert self._model is not None
             key = losses_key(
-                model,
+                self._model,
                 tokenizer=self.tokenizer,
                 data=self.fingerprint,
                 dataset=self.dataset,
@@ -139,19 +131,45 @@ class ReferenceLosses:
                 collate=self.collate,
                 autocast=self.autocast,
             )
-            work = ResumablePass(
-                ArrayStore(self.store),
-                key,
-                shape=(int(self._offsets[-1]),),
-                dtype=KEPT_DTYPE,
-                offsets=self._offsets,
-                device=self.device,
-            )
-            logger.info("%s: losses of %d rows, %s", self.folder, len(self.lengths), _progress_words(work))
-            sweep = self._sweep()
-            self._kept = stored_token_pass(sweep, self._scorer, work, self.autocast)
-            self._compare(sweep, key)
-        self._scorer = None  # the model goes with it
+        self.passes = ReferencePasses(
+            lengths=self.lengths,
+            key=key,
+            store=self.store,
+            sweep=self._sweep,
+            scorer=self._ready,
+            autocast=self.autocast,
+            whole=self.whole,
+        )
+
+    def cover(self, rows: Rows, *, last: bool = False) -> None:
+        """With the cache, score those of ``rows`` that were not, and have the losses of all at hand (collective).
+
+        Between two passes the model waits in the host's memory.
+
+        Args:
+            rows: Row ids; may repeat, negative ones are none.
+            last: Whether no other rows will be asked for; the model is let go.
+
+        Raises:
+            CheckpointError: Stored losses are not those that the model gives now.
+        """
+        if self.passes is None:
+            return
+        with preserved(), torch.no_grad():
+            self.passes.cover(rows)
+        if last or self.passes.complete:
+            self._model = self._scorer = None
+        elif self._model is not None:
+            self._model.to("cpu")
+
+    def state_dict(self) -> State:
+        """Return which rows shared a pass."""
+        return {} if self.passes is None else self.passes.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if self.passes is not None:
+            self.passes.load_state_dict(state)
 
     def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return the reference's loss at every supervised position of a training batch.
@@ -168,7 +186,7 @@ class ReferenceLosses:
             DataError: A supervised position has no reference loss (on an accelerator: told at the next call).
         """
         self._check_pending()
-        found_BT = self._computed(batch, mask_BT) if self._kept is None else self._looked_up(batch, rows, mask_BT)
+        found_BT = self._computed(batch, mask_BT) if self.passes is None else self._looked_up(batch, rows, mask_BT)
         bad = (mask_BT & found_BT.isnan()).any()
         self._pending = bad
         if bad.device.type == "cpu":
@@ -176,11 +194,11 @@ class ReferenceLosses:
         return torch.where(mask_BT, found_BT, 0.0)
 
     def _looked_up(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
-        assert self._kept is not None
+        assert self.passes is not None
         width = mask_BT.shape[1]
         table = np.full((len(rows), width), np.nan, dtype=KEPT_DTYPE)
         for at, row in enumerate(rows.tolist()):
-            values = self._kept[self._offsets[row] : self._offsets[row + 1]][:width]
+            values = self.passes.kept(row)[:width]
             table[at, : len(values)] = values
         table_BT = torch.from_numpy(table).to(mask_BT.device).float()
         first_B = real_tokens(batch).to(mask_BT.device).long().argmax(dim=1)
@@ -205,36 +223,21 @@ class ReferenceLosses:
                 "training as they are for scoring"
             )
 
-    def _sweep(self) -> Sweep:
+    def _ready(self) -> TokenScorer:
+        """Return the scorer, its model on the device (collective)."""
+        if self._model is None or self._scorer is None:
+            self._model = load_reference(self.folder, self.tokenizer, self.device)
+            self._scorer = TokenScorer(self._model)
+        self._model.to(self.device)
+        return self._scorer
+
+    def _sweep(self, rows: Rows) -> Sweep:
         return Sweep(
             dataset=self.dataset,
-            rows=np.arange(len(self.lengths), dtype=np.int64),
-            lengths=self.lengths,
+            rows=rows,
+            lengths=self.lengths[rows],
             collate=self.collate,
             token_budget=self.token_budget,
             device=self.device,
             what="losses of the reference model",
         )
-
-    def _compare(self, sweep: Sweep, key: Fingerprint) -> None:
-        """Score some rows anew and refuse losses that do not agree.
-
-        Raises:
-            CheckpointError: On every rank.
-        """
-        assert self._scorer is not None
-        assert self._kept is not None
-        some = some_rows(sweep, _COMPARED_ROWS, stream(0, key.name))
-        worst, row = largest_difference(some, self._scorer, self._kept, self._offsets, self.autocast)
-        if worst > TOLERANCE:
-            raise CheckpointError(
-                f"{KEY}: the stored losses in {self.store} are not those of {self.folder}: row {row} differs by "
-                f"{worst:.3g} nats per token ({TOLERANCE} are allowed). Remove the folder {self.store / key.name}"  # type: ignore[operator]
-            )
-
-
-def _progress_words(work: ResumablePass) -> str:
-    done = int(work.done_at_start.sum())
-    if work.complete:
-        return "stored by an earlier run"
-    return f"{done} of them from an earlier try" if done else "computed once"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.domain_stats import SUMS, DomainStats
 from dataflex.core.domains import Domains
+from dataflex.core.plan import DataPlan
 from dataflex.core.protocols import Mixer, Normaliser, Rows, State, Weighter
 from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
@@ -37,8 +38,20 @@ _LOGGED_DOMAINS = 32
 class References(Protocol):
     """Token losses of a reference model for the rows in training."""
 
+    def cover(self, rows: Rows, *, last: bool = False) -> None:
+        """Get ready for these rows, the last ones or not (collective)."""
+        ...
+
     def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return fp32 [R, T], 0 where ``mask_BT`` is False."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
         ...
 
 
@@ -78,6 +91,7 @@ class Reweighter:
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
         self._plain: torch.Tensor | None = None
         self.reference = reference
+        self._covered: DataPlan | None = None
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
         weighs = mixer is not None and mixer.weighs_loss
@@ -94,6 +108,23 @@ class Reweighter:
     def observes(self) -> bool:
         """Whether a mixer wants to know what each step made of the domains."""
         return self.mixer is not None and self.mixer.observes
+
+    def compares_from(self, total_steps: int) -> int:
+        """Return the first optimizer step whose losses are compared with the reference's."""
+        if self.mixer is not None and self.mixer.reference is not None:
+            return 0
+        return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
+
+    def cover(self, plan: DataPlan, total_steps: int) -> None:
+        """Tell the reference the rows of a new plan that are compared with it (collective)."""
+        if self.reference is None or plan is self._covered:
+            return
+        first = max(self.compares_from(total_steps) - plan.interval.start_step, 0)
+        rows = plan.rows[first * plan.global_batch :]
+        # A short step of several ranks is evened out by rows from elsewhere.
+        filled = plan.fill[: plan.global_batch if self._world > 1 and (rows < 0).any() else 0]
+        self.reference.cover(np.concatenate([rows, filled]), last=plan.interval.stop_step >= total_steps)
+        self._covered = plan
 
     @property
     def embedding(self) -> Any:
@@ -200,7 +231,7 @@ class Reweighter:
         weighter = self.weighter if self._acts else None
         losses = weighting.token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
-        compares = weighter is not None or self.observes
+        compares = step >= self.compares_from(total_steps)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:
             self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)

@@ -137,6 +137,7 @@ class SavingMixin(_Trainer):
                 "controller": session.controller.state_dict(),
                 "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
                 "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
+                "reference": reweighter.reference.state_dict() if reweighter and reweighter.reference else {},
                 "seconds": self.dataflex_setup.clock.totals(),
                 "since_log": since_log,
             }
@@ -146,7 +147,7 @@ class SavingMixin(_Trainer):
             self._dataflex_write_weights()
         comm.barrier()  # other tools take trainer_state.json as the mark: every rank's part is there by then
 
-    def _dataflex_write_outcome(self) -> None:
+    def _dataflex_write_outcome(self, *, ended: bool = False) -> None:
         raise NotImplementedError
 
     def _dataflex_write_weights(self) -> None:

@@ -15,6 +15,7 @@ tokens, accumulation and clipping stay the Trainer's.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -57,6 +58,8 @@ else:
     _Trainer = object
 
 __all__ = ["TrainerMixin"]
+
+logger = logging.getLogger(__name__)
 
 _TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
 """Phases that the closing event always names."""
@@ -148,7 +151,7 @@ class TrainerMixin(SavingMixin, _Trainer):
             methods=self._dataflex_methods,
         )
         if reweighter is not None:
-            reweighter.reference = open_reference(setup, self)
+            reweighter.reference = open_reference(setup, self, max_steps)
         return values
 
     def _init_training_state(
@@ -171,6 +174,8 @@ class TrainerMixin(SavingMixin, _Trainer):
                 reweighter.weighter.load_state_dict(state["weighter"])
                 if reweighter.row_weights is not None:
                     reweighter.row_weights.load_state_dict(state.get("row_weights") or {})
+            if reweighter is not None and reweighter.reference is not None:
+                reweighter.reference.load_state_dict(state.get("reference") or {})
             self.dataflex_setup.clock.before = {key: float(value) for key, value in state["seconds"].items()}
             self._dataflex_sums = state["since_log"]
         self._dataflex_open_record(resume, fresh=not self._dataflex_settle_run(resume))
@@ -256,6 +261,9 @@ class TrainerMixin(SavingMixin, _Trainer):
         if step >= self.state.max_steps:  # resumed from the end of a finished run, or the data ran out
             self.control.should_training_stop = True
             return [], None
+        if self._dataflex_reweighter is not None:
+            with self.dataflex_setup.clock.phase("reference"):
+                self._dataflex_reweighter.cover(plan, self.state.max_steps)
         batches, rows = self._session.feed.step(plan, step)
         if len(batches) != num_batches:
             raise ComponentError(f"step {step}: the plan has {len(batches)} micro-batches, the Trainer {num_batches}")
@@ -353,16 +361,18 @@ class TrainerMixin(SavingMixin, _Trainer):
             clock = self.dataflex_setup.clock
             self._dataflex_recorder.finished(step, dict(logs), {**dict.fromkeys(_TRAINING, 0.0), **clock.totals()})
             if self.is_world_process_zero():
-                self._dataflex_write_outcome()
+                self._dataflex_write_outcome(ended=True)
                 self._dataflex_write_weights()
             clock.switch(OTHER)
 
-    def _dataflex_write_outcome(self) -> None:
-        """Write the proportions that a mixer has found so far, if it looks for any."""
+    def _dataflex_write_outcome(self, *, ended: bool = False) -> None:
+        """Write the proportions that a mixer has found so far, if it looks for any; at the end tell what is wrong."""
         mixer = self._dataflex_methods["mixer"]
         found = None if mixer is None else mixer.outcome()
         if found is not None:
             write_proportions(Path(self.args.output_dir) / FOLDER / f"{mixer.name}.json", found)
+            if ended and "warning" in found.details:
+                logger.warning("%s: %s", mixer.name, found.details["warning"])
 
     def _dataflex_write_weights(self) -> None:
         """Write the rows that weighed most and least so far, with their text, if any were weighed."""

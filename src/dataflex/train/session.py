@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from dataflex.config.forecast import Forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.steps import Batch
 from dataflex.core.schedule import Schedule
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.record.clock import PhaseClock
@@ -194,8 +196,13 @@ def _served(config: DynamicConfig) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
-def open_reference(setup: Setup, trainer: Any) -> Any:
+def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
     """Return the reference model's token losses, or None when no method asks for them (collective).
+
+    Args:
+        setup: What the run is.
+        trainer: The Trainer.
+        max_steps: Optimizer steps of the whole run.
 
     Raises:
         ConfigError: Two methods name different references.
@@ -209,7 +216,8 @@ def open_reference(setup: Setup, trainer: Any) -> Any:
         raise ConfigError(f"one run has one reference model, but two are named ({named})")
     from dataflex.train.reference import ReferenceLosses
 
-    handle = signal_service(setup, trainer, batch_shape(trainer, shuffle=setup.shuffle), 0).handle
+    shape = batch_shape(trainer, shuffle=setup.shuffle)
+    handle = signal_service(setup, trainer, shape, 0).handle
     cache = all(method.build().reference_cached for method in setup.config.methods)
     losses = ReferenceLosses.open(
         next(iter(folders)),
@@ -223,10 +231,20 @@ def open_reference(setup: Setup, trainer: Any) -> Any:
         autocast=handle.autocast,
         store=Path(trainer.args.output_dir) / "dataflex" / "reference",
         cache=cache,
+        whole=expected(setup, shape, max_steps).serves_all_again,
     )
     with setup.clock.phase("reference"):
         losses.begin()
     return losses
+
+
+def expected(setup: Setup, shape: BatchShape, max_steps: int) -> Forecast:
+    """Return what was forecast of the run, now that its rows and steps are known."""
+    batch = Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world)
+    counts = dict(zip(setup.rows.domains.names, setup.rows.domains.num_rows.tolist(), strict=True))
+    return Forecast(
+        dynamic=setup.config, batch=batch, counts=counts, packs=False, rows=setup.rows.num_rows, steps=max_steps
+    )
 
 
 def release_gathered(trainer: Any) -> None:

@@ -33,7 +33,7 @@ class Rho(Weighter):
         summary="Trains on the sequences of each micro-batch whose loss exceeds a reference model's most.",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt, ICML 2022, "
         "arXiv 2206.07137",
-        cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+        cost="1 F of the reference over each row served, once (cached), or in every step",
     )
 
     @dataclass(frozen=True, kw_only=True)

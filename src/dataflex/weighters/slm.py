@@ -36,7 +36,7 @@ class SelectiveLanguageModelling(Weighter):
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
-        cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+        cost="1 F of the reference over each row served, once (cached), or in every step",
     )
 
     @dataclass(frozen=True, kw_only=True)

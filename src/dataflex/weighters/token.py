@@ -58,7 +58,9 @@ class TokenWeighter(Weighter):
         )
         reference_cache: bool = field(
             default=True,
-            metadata={"help": "compute the reference's token losses once and keep them on disk; else in every step"},
+            metadata={
+                "help": "score a row with the reference once, when it is first served, and keep that; else in every step"
+            },
         )
 
         def __post_init__(self) -> None:
