@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dataflex.commands.mix_options import add_mix_steps
+from dataflex.core.shown import shown
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 
 __all__ = ["guarded", "main"]
@@ -73,7 +74,7 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except DataFlexError as error:
-        sys.stderr.write("".join(f"dataflex: {line}\n" for line in str(error).splitlines()))
+        sys.stderr.write("".join(f"dataflex: {line}\n" for line in shown(str(error), sys.stderr).split("\n")))
         return _MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("dataflex: interrupted\n")
@@ -159,6 +160,7 @@ def _select(options: argparse.Namespace) -> str:
         order=options.order,
         seed=options.seed,
         out=options.out,
+        overwrite=options.overwrite,
     )
 
 
@@ -261,6 +263,7 @@ def _add_select(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file to write; without an ending, a folder with a file for each data set",
     )
+    command.add_argument("--overwrite", action="store_true", help="replace what no earlier subset wrote")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="parameters of the rule")
 
 
@@ -276,6 +279,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _write(text: str) -> None:
+    text = shown(text, sys.stdout)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
+from dataflex.core.shown import LogFormatter
 from dataflex.errors import CheckpointError
 
 __all__ = ["show_progress", "train", "train_here"]
@@ -80,7 +81,7 @@ def show_progress() -> None:
     ours = logging.getLogger("dataflex")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
+        handler.setFormatter(LogFormatter("[dataflex] %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

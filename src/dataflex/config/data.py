@@ -19,11 +19,21 @@ from typing import Any
 from dataflex.config.values import number, truthy
 from dataflex.errors import did_you_mean
 
-__all__ = ["INFO_FILE", "Source", "count_rows", "data_sets", "find_sources", "packed", "tokenized", "train_rows"]
+__all__ = [
+    "INFO_FILE",
+    "REMOTE_KEYS",
+    "Source",
+    "count_rows",
+    "data_sets",
+    "find_sources",
+    "packed",
+    "tokenized",
+    "train_rows",
+]
 
 INFO_FILE = "dataset_info.json"
 
-_REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 _MOST_LINES_BYTES = 256 << 20
 _MOST_ARRAY_BYTES = 64 << 20
@@ -112,7 +122,7 @@ def _source(name: str, entry: Any, folder: Path, key: str) -> tuple[Source, str]
         return source, f"{key}: {name!r} in {folder / INFO_FILE} must be a mapping with 'file_name' or a hub's address"
     asked = entry.get("num_samples")
     samples = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
-    if any(entry.get(remote) for remote in _REMOTE_KEYS):
+    if any(entry.get(remote) for remote in REMOTE_KEYS):
         return Source(name=name, num_samples=samples), ""
     if not isinstance(entry.get("file_name"), str):
         return source, f"{key}: {name!r} in {folder / INFO_FILE} has neither 'file_name' nor a hub's address"

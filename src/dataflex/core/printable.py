@@ -12,7 +12,7 @@ _UNSAFE = re.compile(f"[{_CONTROLS}\U000e0000-\U000e007f]")
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with control characters as escapes (``\\x1b``, ``\\u202e``); line ends and tabs stay."""
+    """Return ``text`` with control characters as escapes of Python's; line ends and tabs stay."""
     return _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 

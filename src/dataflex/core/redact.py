@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
-__all__ = ["HIDDEN", "is_secret", "redacted", "redacted_text"]
+from dataflex.errors import ConfigError
+
+__all__ = [
+    "HIDDEN",
+    "PASSED_ON",
+    "is_secret",
+    "left_out_note",
+    "passing_on",
+    "redacted",
+    "redacted_text",
+    "secret_keys",
+    "without_secrets",
+]
 
 HIDDEN = "***"
+PASSED_ON = "DATAFLEX_PASSED_ON"
+"""Environment variable that hands secrets, as a JSON mapping, to the process of a run whose file leaves them out."""
 
 _SECRET_WORDS = frozenset(
     "apikey apitoken auth authorization bearer cookie cookies credential credentials headers header passphrase "
@@ -24,7 +42,7 @@ _OF_TEXT = frozenset(
     "system target think unk user video vision weight".split()
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_ASSIGNED = re.compile(r"""(?P<quote>["']?)(?P<name>\b[A-Za-z_][\w.-]{0,80})(?P=quote)\s*(?P<sign>=(?!=)|:(?!//))\s*""")
+_ASSIGNED = re.compile(r"""(?P<quote>["']?)(?P<name>\b\w[\w.-]{0,80})(?P=quote)\s*(?P<sign>=(?!=)|:(?!//))\s*""")
 _VALUE = re.compile(
     r"""(?P<told>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\[[^\]\n]*\]|\{[^}\n]*\}|(?:Bearer|Basic)\s+\S+|[^\s,;&"'()\]}]+)"""
 )
@@ -33,13 +51,13 @@ _BEARER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/=-]{6,}")
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value of a key of that name is a secret: ``hub_token``, ``swanlab_api_key``, not ``max_new_tokens``."""
+    """Whether the value of a key of that name is a secret: of ``hub_token``, and not of ``max_new_tokens``."""
     words = [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", key.rpartition(".")[2]).lower()) if word]
     if not words or words[-1] in _PLACES:
         return False
     if _SECRET_WORDS & set(words):
         return True
-    if any(first in _KEYS and second in ("key", "keys") for first, second in zip(words, words[1:], strict=False)):
+    if any(first in _KEYS and second in ("key", "keys") for first, second in pairwise(words)):
         return True
     return words[-1] == "token" and not (len(words) > 1 and words[-2] in _OF_TEXT)
 
@@ -56,6 +74,48 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         return redacted_text(value)
     return value
+
+
+def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that is to be read again, without the keys that hold secrets.
+
+    Raises:
+        ConfigError: A secret further down, without which the configuration would mean something else.
+    """
+    kept = {key: value for key, value in mapping.items() if key not in secret_keys(mapping)}
+    deep = [key for key, value in kept.items() if redacted(value) != value]
+    if deep:
+        raise ConfigError(
+            [f"{key}: holds a secret, which would be written into the runs' files; take it out" for key in deep]
+        )
+    return kept
+
+
+@contextmanager
+def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
+    """Give the processes started inside the block the secrets that ``without_secrets`` left out of their files."""
+    left_out = {key: mapping[key] for key in secret_keys(mapping)}
+    before = os.environ.get(PASSED_ON)
+    if left_out:
+        os.environ[PASSED_ON] = json.dumps(left_out)
+    try:
+        yield
+    finally:
+        if left_out:
+            os.environ.pop(PASSED_ON)
+            os.environ.update({} if before is None else {PASSED_ON: before})
+
+
+def secret_keys(mapping: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values ``without_secrets`` leaves out."""
+    return [key for key, value in mapping.items() if is_secret(key) and _hidden(value) != value]
+
+
+def left_out_note(mapping: Mapping[str, Any]) -> list[str]:
+    """Return a note on them for those who run the files by hand, or nothing."""
+    keys = secret_keys(mapping)
+    told = f"note: {', '.join(keys)} left out of the runs' files; runs started by this command are given it, others"
+    return [f"{told} need it again: dataflex train FILE {keys[0]}=..."] if keys else []
 
 
 def _hidden(value: Any) -> Any:

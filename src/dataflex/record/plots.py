@@ -125,7 +125,9 @@ def _mixture_headline(run: Run, planned: Sequence[Event]) -> str:
         return "Served mixture of the one interval so far"
     counts = [planned[place]["domain_counts"] for place in (0, -1)]
     totals = [sum(rows.values()) for rows in counts]
-    ends = [(name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.domains]
+    ends = [
+        (name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.domains
+    ]
     name, first, last = max(ends, key=lambda end: abs(end[2] - end[1]))
     if abs(last - first) < 0.01:
         return f"Served mixture: the same in the first and the last of {len(planned)} intervals"

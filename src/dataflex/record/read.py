@@ -130,7 +130,10 @@ def _event(line: bytes) -> tuple[dict[str, Any] | None, str]:
     event, left_out = sound(found)
     names = ", ".join(on_one_line(str(key))[:60] for key in left_out[:8])
     if event is None:
-        return None, f"an event is an object with the keys event, step and time, and those of its kind: {names}"
+        return (
+            None,
+            f"{names} cannot be read; an event is an object with the keys event, step, time and those of its kind",
+        )
     return event, names
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.protocols import Rows
+from dataflex.core.redact import redacted
 from dataflex.errors import DataError
 from dataflex.record.read import EVENTS, WEIGHTS, parse_events, plan_name, thinned
 from dataflex.record.values import plain, replacing, scores_of, summarise_scores
@@ -105,7 +106,7 @@ class RunRecorder:
             world: Number of ranks.
             global_batch: Sequences per optimizer step, over all ranks and micro-batches.
         """
-        fields = {"config": config, "schedule": schedule, "row_space": row_space, "versions": versions}
+        fields = {"config": redacted(config), "schedule": schedule, "row_space": row_space, "versions": versions}
         self._write("run_started", self._first_step, {**fields, "world": world, "global_batch": global_batch})
 
     def planned(

@@ -62,7 +62,9 @@ def _each(check: Check) -> Check:
     """Return the check of a mapping from names to such values; a null stands for nothing."""
 
     def checked(value: Any) -> Any:
-        if not isinstance(value, Mapping) or not all(item is None or check(item) is not _BAD for item in value.values()):
+        if not isinstance(value, Mapping) or not all(
+            item is None or check(item) is not _BAD for item in value.values()
+        ):
             return _BAD
         return dict(value)
 
@@ -179,6 +181,6 @@ def sound_weights(stored: Any) -> dict[str, Any] | None:
         for entry in stored[part]:
             if not isinstance(entry, dict) or any(check(entry.get(key)) is _BAD for key, check in checks.items()):
                 return None
-            if entry.get("weight") is not None and _real(entry["weight"]) is _BAD:
+            if "weight" not in entry or (entry["weight"] is not None and _real(entry["weight"]) is _BAD):
                 return None
-    return {**stored, "most": stored["most"], "least": stored["least"]}
+    return stored

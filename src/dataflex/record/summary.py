@@ -33,9 +33,7 @@ _SAMPLES = 5
 _PROBLEMS = 20
 
 
-def summary(
-    run: Run, title: str, weighed: Mapping[str, Any] | None = None, left_out: Sequence[str] = ()
-) -> str:
+def summary(run: Run, title: str, weighed: Mapping[str, Any] | None = None, left_out: Sequence[str] = ()) -> str:
     """Render the summary of a run.
 
     Args:

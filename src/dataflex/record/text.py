@@ -23,16 +23,17 @@ def width(text: str) -> int:
 
 
 def cut(text: str, columns: int) -> str:
-    """Write out control characters, and shorten ``text`` to at most ``columns`` columns, ending in ``..`` when something was cut."""
+    """Shorten ``text`` to at most ``columns`` columns, ``..`` where something was cut; controls are written out."""
     text = printable(" ".join(text[:_MOST_READ].split()))
     if len(text) <= _MOST_READ and width(text) <= columns:
         return text
-    room, end = columns - 2, 0
-    for end, char in enumerate(text[:_MOST_READ]):
+    kept, room = [], columns - 2
+    for char in text[:_MOST_READ]:
         room -= width(char)
         if room < 0:
             break
-    return text[:end] + ".."
+        kept.append(char)
+    return "".join(kept) + ".."
 
 
 def number(value: float | None, digits: int = 4) -> str:
