@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from dataflex.commands.mix_options import add_mix_steps
 from dataflex.console import tell
+from dataflex.core.shown import shown
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 from dataflex.storage import storage_problem
@@ -100,7 +101,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def _tell(text: str) -> None:
-    tell("\n".join(f"dataflex: {line}" for line in text.splitlines()))
+    tell("\n".join(f"dataflex: {line}" for line in shown(text, sys.stderr).split("\n")))
 
 
 def _run(arguments: list[str]) -> int:
@@ -180,6 +181,7 @@ def _select(options: argparse.Namespace) -> str:
         order=options.order,
         seed=options.seed,
         out=options.out,
+        overwrite=options.overwrite,
     )
 
 
@@ -283,6 +285,7 @@ def _add_select(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file to write; without an ending, a folder with a file for each data set",
     )
+    command.add_argument("--overwrite", action="store_true", help="replace what no earlier subset wrote")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="parameters of the rule")
 
 
@@ -298,6 +301,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _write(text: str) -> None:
+    text = shown(text, sys.stdout)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 

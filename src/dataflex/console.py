@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dataflex.core.shown import LogFormatter
+
 __all__ = ["progress", "show_log", "tell"]
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def show_log() -> None:
     ours = logging.getLogger("dataflex")
     if not any(isinstance(handler, _Lines) for handler in ours.handlers):
         handler = _Lines()
-        handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
+        handler.setFormatter(LogFormatter("[dataflex] %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

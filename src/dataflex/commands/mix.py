@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.commands.layout import columns
+from dataflex.core.redact import left_out_note, passing_on
+from dataflex.core.shown import shown
 from dataflex.ending import run_child
 from dataflex.errors import ConfigError
 
@@ -65,6 +67,7 @@ def _swarm(options: argparse.Namespace) -> str | int:
         table.append([swarm.names[k], *(f"{x:.4f}" for x in (natural[k], drawn.min(), drawn.mean(), drawn.max()))])
     lines = [f"{len(swarm.runs)} mixtures of {len(swarm.names)} domains in {swarm.folder}", *columns(table)]
     lines += [f"note: {line}" for line in warnings_of("log_linear", len(swarm.runs), len(swarm.names))]
+    lines += left_out_note(mapping)
     if not swarm.held_out:
         lines.append(
             "note: the configuration has no 'eval_dataset', so the runs measure no held-out losses; add one data set "
@@ -72,7 +75,8 @@ def _swarm(options: argparse.Namespace) -> str | int:
         )
     if options.run:
         _say("\n".join(lines))
-        code = run_missing(swarm, _train, _say)
+        with passing_on(mapping):
+            code = run_missing(swarm, _train, _say)
         return code if code else f"all runs are finished; next: dataflex mix fit {swarm.folder}"
     lines += [
         f"{len(swarm.unfinished())} of them are not run yet: dataflex train {swarm.config(swarm.runs[0])} and so on, "
@@ -88,7 +92,7 @@ def _train(config: Path) -> int:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(shown(line, sys.stdout) + "\n")
     sys.stdout.flush()
 
 

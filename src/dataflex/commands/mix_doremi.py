@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from dataflex.core.redact import left_out_note, passing_on
 from dataflex.errors import ConfigError
 
 __all__ = ["doremi"]
@@ -44,9 +45,12 @@ def doremi(options: argparse.Namespace, train: Callable[[Path], int], tell: Call
     plan = make_plan(mapping, small, options.config.absolute().parent, Path(folder), settings)
     if options.write:
         lines = [f"dataflex train {at.folder / name}" for at in plan.rounds for name in _names(at.trains_reference)]
-        return "\n".join(["written, in the order in which they can be run:", *lines, *_end(plan.folder)])
+        return "\n".join(
+            ["written, in the order in which they can be run:", *lines, *_end(plan.folder), *left_out_note(mapping)]
+        )
     steps = Steps(plan, train, tell)
-    code = steps.all() if options.part is None else steps.one(options.part, number)
+    with passing_on({**mapping, **small}):
+        code = steps.all() if options.part is None else steps.one(options.part, number)
     if code or options.part is not None:
         return code
     lines = [

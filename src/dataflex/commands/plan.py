@@ -16,6 +16,7 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
 from dataflex.config.values import number, truthy
+from dataflex.core.redact import redacted
 
 __all__ = ["plan"]
 
@@ -80,4 +81,4 @@ def _configuration(parts: Split) -> str:
     else:
         del shown_keys["max_steps"]
     ours = {} if parts.dynamic is None else {"dynamic": as_mapping(parts.dynamic)}
-    return as_yaml({**shown_keys, **ours})
+    return as_yaml(redacted({**shown_keys, **ours}))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.config.show import plain
+from dataflex.core.redact import redacted
 from dataflex.offline.budget import Budget
 from dataflex.offline.chosen import chosen_rows, rule_of, score_column
 from dataflex.offline.files import FileRecord
@@ -30,6 +31,7 @@ def select(
     order: str,
     seed: int,
     out: Path,
+    overwrite: bool = False,
 ) -> str:
     """Write the subset and return what to print.
 
@@ -43,6 +45,7 @@ def select(
         order: "source" or "preference".
         seed: Of rules that draw.
         out: File to write, or a folder.
+        overwrite: Whether to replace what no earlier subset wrote.
 
     Raises:
         ConfigError: Something asked for does not exist or does not fit.
@@ -64,7 +67,8 @@ def select(
         "dataflex": __version__,
         "scored": dict(table.provenance),
     }
-    written = write_subset(table, rows, out, order=order, provenance=provenance)
+    provenance = redacted(provenance)
+    written = write_subset(table, rows, out, order=order, provenance=provenance, overwrite=overwrite)
     lines = [f"{file.rows:,} rows ({file.tokens:,} tokens) of {file.dataset} -> {file.path}" for file in written]
     if wanted.rows is not None and len(rows) < wanted.rows:
         lines.append(f"{how.name} chose {len(rows):,} rows of the {wanted.rows:,} wanted")

@@ -24,6 +24,7 @@ from dataflex.errors import did_you_mean
 
 __all__ = [
     "INFO_FILE",
+    "REMOTE_KEYS",
     "Source",
     "count_bytes",
     "count_rows",
@@ -38,7 +39,7 @@ __all__ = [
 
 INFO_FILE = "dataset_info.json"
 
-_REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _SPLIT = re.compile(r"train\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
@@ -145,7 +146,7 @@ def _source(name: str, entry: Any, folder: Path, key: str, stage: str | None) ->
         ]
     asked = entry.get("num_samples")
     samples = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
-    if any(entry.get(remote) for remote in _REMOTE_KEYS):
+    if any(entry.get(remote) for remote in REMOTE_KEYS):
         problems = [f"{key}: {name!r} {problem}" for problem in entry_problems(entry, None, stage)]
         return Source(name=name, num_samples=samples), problems
     if not isinstance(entry.get("file_name"), str):

@@ -8,10 +8,12 @@ a file is malformed in one line. Nothing is validated here beyond "it is a mappi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.core.redact import PASSED_ON
 from dataflex.core.registry import KINDS
 from dataflex.errors import ConfigError
 
@@ -34,7 +36,8 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         ConfigError: The file is missing or malformed, its top level is not a mapping, or an
             override is not of the form ``key=value``; all malformed overrides are told at once.
     """
-    return _with_overrides(_read(Path(path)), overrides)
+    passed_on: dict[str, Any] = json.loads(os.environ.get(PASSED_ON, "{}"))
+    return {**passed_on, **_with_overrides(_read(Path(path)), overrides)}
 
 
 def merged(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def run_of(checkpoint: Path) -> str | None:
     """Return the id of the run that a checkpoint belongs to, or None if it tells none."""
     try:
         run = json.loads((Path(checkpoint) / _MANIFEST).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return run if isinstance(run, str) else None
 
@@ -132,7 +132,7 @@ def broken_reason(checkpoint: Path) -> str | None:
         int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
     except FileNotFoundError:
         return f"{TRAINER_STATE} is missing: it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{TRAINER_STATE} cannot be read: it was not written to the end"
     return _manifest_reason(checkpoint) if (checkpoint / FOLDER).exists() else None
 
@@ -154,7 +154,7 @@ def _manifest_reason(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         why = "it was not written to the end" if name == _MANIFEST else "it was removed"
         return f"{name} is missing: {why}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{name} cannot be read: {type(error).__name__}: {error}"
     return None
 
@@ -183,7 +183,7 @@ def current_run(output_dir: Path) -> str | None:
     """Return the id of the run that an output folder belongs to, or None if it does not tell."""
     try:
         run = json.loads((Path(output_dir) / FOLDER / _RUN).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return run if isinstance(run, str) else None
 

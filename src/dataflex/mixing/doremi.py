@@ -25,6 +25,7 @@ from dataflex.config.methods import method_block
 from dataflex.config.show import as_yaml
 from dataflex.config.split import resolve, split
 from dataflex.config.values import truthy
+from dataflex.core.redact import redacted, without_secrets
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.doremi_plan import DoremiPlan, Round, Settings
 from dataflex.mixing.proportions_file import digest_of
@@ -207,9 +208,9 @@ def _write(plan: DoremiPlan, configs: Mapping[Path, dict[str, Any]]) -> None:
         for path, config in configs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                file.write(as_yaml(config).encode())
+                file.write(as_yaml(without_secrets(config)).encode())
     except OSError as error:
         raise ConfigError(f"--out: {plan.folder} cannot be written: {error.strerror or error}") from error
     record = {"format": _FORMAT, "config_digest": plan.config_digest, **dataclasses.asdict(plan.settings)}
     with replacing(plan.folder / _RECORD) as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
+        file.write(json.dumps(redacted(record), indent=1).encode() + b"\n")

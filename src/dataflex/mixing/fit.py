@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.redact import redacted
 from dataflex.errors import DataError
 from dataflex.mixing.boosted import fit_trees, load_trees
 from dataflex.mixing.laws import LAWS, RESTARTS, fit_law, predict
@@ -210,7 +211,7 @@ def write_fit(folder: Path, fit: Fit) -> Path:
         "provenance": fit.provenance,
     }
     with replacing(folder / FIT) as file:
-        file.write(json.dumps(plain(body), indent=1).encode() + b"\n")
+        file.write(json.dumps(redacted(plain(body)), indent=1).encode() + b"\n")
     return folder / FIT
 
 

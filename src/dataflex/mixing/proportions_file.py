@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dataflex.core.redact import redacted
 from dataflex.errors import ConfigError
 
 __all__ = ["ProportionsFile", "digest_of", "file_digest", "provenance", "read_proportions", "write_proportions"]
@@ -66,8 +67,8 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
         "method": content.method,
         "names": list(content.names),
         "proportions": [float(share) for share in content.proportions],
-        "details": plain(content.details),
-        "provenance": plain(content.provenance),
+        "details": redacted(plain(content.details)),
+        "provenance": redacted(plain(content.provenance)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -127,8 +128,8 @@ def _numbers_problem(names: Sequence[Any], shares: Sequence[Any]) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, the same for every order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """Return the SHA-256 of a JSON value, the same for every order of its keys and whatever its secrets are."""
+    return hashlib.sha256(json.dumps(redacted(value), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.file_names import file_name_problem
+from dataflex.core.redact import redacted, without_secrets
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.swarm import SwarmSettings
 from dataflex.mixing.tables import RATIOS, Table, finished, write_table
@@ -83,7 +85,7 @@ def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
         raise ConfigError(f"--out: {swarm.folder} cannot be written: {error.strerror or error}") from error
     for run, config in zip(swarm.runs, configs, strict=True):
         with replacing(swarm.config(run)) as file:
-            file.write(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+            file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
     write_table(swarm.folder / RATIOS, Table(runs=swarm.runs, columns=swarm.names, values=swarm.mixtures))
     body = {
         "format": _FORMAT,
@@ -98,7 +100,7 @@ def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
         "provenance": swarm.provenance,
     }
     with replacing(swarm.folder / SWARM) as file:
-        file.write(json.dumps(plain(body), indent=1).encode() + b"\n")
+        file.write(json.dumps(redacted(plain(body)), indent=1).encode() + b"\n")
 
 
 def read_swarm(folder: Path) -> Swarm:
@@ -112,6 +114,9 @@ def read_swarm(folder: Path) -> Swarm:
         raise DataError(f"{folder} holds no {SWARM}; make a swarm with 'dataflex mix swarm CONFIG --out {folder}'")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
+        for run in body["runs"]:
+            if problem := file_name_problem(run):
+                raise ValueError(f"the name of a run {str(run)[:80]!r} {problem}, and cannot name a folder")
         return Swarm(
             folder=folder,
             names=tuple(body["names"]),
@@ -124,5 +129,5 @@ def read_swarm(folder: Path) -> Swarm:
             config_digest=body["config_digest"],
             provenance=body["provenance"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from error

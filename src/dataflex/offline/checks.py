@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, truthy
 from dataflex.core.sealed import broken_reason
+from dataflex.offline.table import is_scores
 
 __all__ = ["FIXED", "adam_problems", "checked", "checkpoint_of", "entries_of", "out_problems", "tidy"]
 
@@ -148,6 +150,8 @@ def out_problems(out: Path) -> list[str]:
         return [f"--out: {out} must end in .parquet"]
     if out.is_dir():
         return [f"--out: {out} is a folder"]
+    if os.path.lexists(out) and not is_scores(out):
+        return [f"--out: {out} is there, and 'dataflex score' did not write it; name another file, or move it away"]
     above = next(path for path in out.absolute().parents if path.exists())
     return [] if above.is_dir() else [f"--out: {above} is a file, not a folder"]
 

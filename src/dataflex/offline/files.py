@@ -70,7 +70,10 @@ class SourceRows:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            self._table = pa.concat_tables([pq.read_table(path) for path in paths])
+            try:
+                self._table = pa.concat_tables([pq.read_table(path) for path in paths])
+            except Exception as error:  # arrow has many kinds of its own
+                raise DataError(f"{paths[0]}: cannot be read as parquet: {str(error)[:300]}") from error
             return
         for path in paths:
             self._read(path, path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
@@ -129,7 +132,7 @@ def _array_items(content: bytes, path: Path) -> list[bytes]:
                 place = _skip(text, place + 1)
             elif text[place] != "]":
                 raise ValueError(f"expected ',' at character {place}")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RecursionError) as error:
         raise DataError(f"{path}: malformed JSON array: {error}") from error
     return items
 

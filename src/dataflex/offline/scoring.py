@@ -25,6 +25,7 @@ from dataflex.bridge.origins import Origin, watched_origins
 from dataflex.bridge.swap import swapped, versions
 from dataflex.config.show import as_mapping, plain
 from dataflex.core.protocols import Context
+from dataflex.core.redact import redacted
 from dataflex.core.schedule import Interval
 from dataflex.dist import comm
 from dataflex.errors import CheckpointError, ConfigError, DataError
@@ -227,7 +228,7 @@ def _table(
         tokens=space.lengths,
         supervised_tokens=space.supervised,
         columns={column.name: column.values for column in scored.columns},
-        provenance=json.loads(json.dumps(provenance, default=str)),
+        provenance=redacted(json.loads(json.dumps(provenance, default=str))),
     )
 
 

@@ -11,14 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.config.data import REMOTE_KEYS
 from dataflex.core.aside import aside
+from dataflex.core.file_names import file_name_problem
 from dataflex.core.protocols import Rows
 from dataflex.core.state import atomic_write_text
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.offline.files import FileRecord, SourceRows
+from dataflex.offline.place import Place
 from dataflex.offline.table import ScoreTable
 
 __all__ = ["Written", "write_subset"]
+
+# What says how many rows to draw, or that they lie elsewhere: they are all in the file beside the entry.
+_ELSEWHERE = frozenset({"num_samples", *REMOTE_KEYS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class Written:
 
 
 def write_subset(
-    table: ScoreTable, rows: Rows, out: Path, *, order: str, provenance: Mapping[str, Any]
+    table: ScoreTable, rows: Rows, out: Path, *, order: str, provenance: Mapping[str, Any], overwrite: bool = False
 ) -> list[Written]:
     """Write the rows, one file for each data set that has any.
 
@@ -45,9 +51,10 @@ def write_subset(
             ``dataset_dir``.
         order: "source" or "preference".
         provenance: JSON values on how the rows were chosen.
+        overwrite: Whether to replace what no earlier subset wrote.
 
     Raises:
-        ConfigError: ``out`` does not fit the format, or the number of data sets.
+        ConfigError: ``out`` does not fit the format or the number of data sets, or holds something of others'.
         DataError: A source changed since it was scored, or is not there.
         UnsupportedError: A source whose rows cannot be written back.
     """
@@ -62,8 +69,12 @@ def write_subset(
         name, path = table.datasets[place], targets[place]
         mine = rows[table.dataset_of[rows] == place]
         written.append(Written(path=path, dataset=name, rows=len(mine), tokens=int(table.tokens[mine].sum())))
-        entry = {key: value for key, value in (_record(table, place)["entry"] or {}).items() if key != "num_samples"}
+        entry = {
+            key: value for key, value in (_record(table, place).get("entry") or {}).items() if key not in _ELSEWHERE
+        }
         infos[name if in_folder else out.stem] = {**entry, "file_name": path.name}
+    at = Place(out=out, in_folder=in_folder)
+    infos = at.entries(infos, [file.path for file in written], overwrite=overwrite)
     parts = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +82,13 @@ def write_subset(
             out.mkdir(exist_ok=True)
         for place, file in zip(used, written, strict=True):
             temporary = aside(file.path)
+            temporary.unlink(missing_ok=True)
             mine = rows[table.dataset_of[rows] == place]
             sources[place].write(temporary, table.position[mine].tolist())
             parts.append((temporary, file))
-        folder, prefix = (out, "") if in_folder else (out.parent, f"{out.stem}.")
         whole = {**provenance, "files": [_described(temporary, file) for temporary, file in parts]}
-        atomic_write_text(folder / f"{prefix}provenance.json", json.dumps(whole, indent=1) + "\n")
-        atomic_write_text(folder / f"{prefix}dataset_info.json", json.dumps(infos, indent=2) + "\n")
+        atomic_write_text(at.provenance, json.dumps(whole, indent=1) + "\n")
+        atomic_write_text(at.info, json.dumps(infos, indent=2) + "\n")
         for temporary, file in parts:
             os.replace(temporary, file.path)
     except OSError as error:
@@ -120,6 +131,9 @@ def _source(table: ScoreTable, place: int) -> SourceRows:
                 f"{path.stat().st_size:,} now), so that rows cannot be told apart; score it again"
             )
     rows = SourceRows([Path(scored["path"]) for scored in record["files"]])
+    positions = table.position[table.dataset_of == place]
+    if len(positions) and positions.max() >= rows.num_rows:
+        raise DataError(f"{name}: the scores name row {positions.max():,} of its files, which hold {rows.num_rows:,}")
     read, limited = record["rows_read"], table.provenance["config"].get("max_samples") is not None
     if rows.num_rows < read or (rows.num_rows > read and not limited):
         raise UnsupportedError(
@@ -140,6 +154,12 @@ def _targets(table: ScoreTable, sources: Mapping[int, SourceRows], out: Path, in
         )
     targets = {}
     for place, rows in sources.items():
+        problem = file_name_problem(table.datasets[place]) if in_folder else ""
+        if problem:
+            raise ConfigError(
+                f"--out: the scores name a data set {table.datasets[place][:80]!r}, which {problem} and cannot name a "
+                "file; name a file with --out instead of a folder"
+            )
         path = out / f"{table.datasets[place]}{rows.ending}" if in_folder else out
         if path.suffix.lower() != rows.ending:
             raise ConfigError(f"--out: {out} must end in {rows.ending}, as the file that the rows are from")

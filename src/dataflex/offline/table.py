@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from dataflex.core.aside import aside
 from dataflex.errors import DataError
+from dataflex.offline.provenance import provenance_problem
 
-__all__ = ["FIXED_COLUMNS", "ScoreTable", "read_scores", "write_scores"]
+__all__ = ["FIXED_COLUMNS", "ScoreTable", "is_scores", "read_scores", "write_scores"]
 
 FIXED_COLUMNS = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
 _KEY = b"dataflex"
@@ -58,6 +59,14 @@ class ScoreTable:
     def num_rows(self) -> int:
         """Number of rows."""
         return len(self.position)
+
+
+def is_scores(path: Path) -> bool:
+    """Whether a file is one that ``write_scores`` wrote."""
+    try:
+        return _KEY in (pq.read_schema(path).metadata or {})
+    except Exception:  # noqa: BLE001 - whatever it is, it is none
+        return False
 
 
 def write_scores(path: Path, table: ScoreTable) -> None:
@@ -100,10 +109,15 @@ def _named(names: tuple[str, ...], index: NDArray[np.int64]) -> Any:
 
 def _names(column: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Return the names in a text column and the index of each row's."""
+    if column.null_count:
+        raise ValueError("a row without a data set or a domain")
     encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     encoded = encoded.unify_dictionaries().combine_chunks()
     array = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
-    return tuple(array.dictionary.to_pylist()), array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    names = tuple(array.dictionary.to_pylist())
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("names of data sets and domains must be text")
+    return names, array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _nullable(values: NDArray[Any]) -> Any:
@@ -123,20 +137,42 @@ def read_scores(path: Path) -> ScoreTable:
         content = pq.read_table(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; scores are written by 'dataflex score'") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # arrow has many kinds of its own
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path}: cannot be read as parquet: {told[:300]}") from error
     told = (content.schema.metadata or {}).get(_KEY)
     missing = [name for name in FIXED_COLUMNS if name not in content.column_names]
     if told is None or missing:
         raise DataError(f"{path}: is not a file of scores that 'dataflex score' wrote")
-    provenance = json.loads(told)
-    if provenance.get("format") != _FORMAT:
-        raise DataError(f"{path}: has format {provenance.get('format')!r}; this version reads {_FORMAT}")
+    try:
+        provenance = json.loads(told)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged: what it says of the scores cannot be read: {error}") from error
+    if not isinstance(provenance, dict) or provenance.get("format") != _FORMAT:
+        found = provenance.get("format") if isinstance(provenance, dict) else type(provenance).__name__
+        raise DataError(f"{path}: has format {found!r}; this version reads {_FORMAT}")
+    try:
+        table = _table(content, provenance)
+        problem = provenance_problem(provenance, table.datasets)
+    except Exception as error:  # a column of another type, in one of the many ways in which arrow says so
+        raise DataError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:300]}") from error
+    if problem:
+        raise DataError(f"{path}: is damaged: {problem}")
+    return table
+
+
+def _table(content: Any, provenance: Mapping[str, Any]) -> ScoreTable:
     datasets, dataset_of = _names(content.column("dataset"))
     domains, domain_of = _names(content.column("domain"))
 
     def whole(name: str) -> NDArray[np.int64]:
-        return content.column(name).to_numpy().astype(np.int64)
+        column = content.column(name)
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise ValueError(f"column {name} is not of whole numbers")
+        values: NDArray[np.int64] = column.to_numpy().astype(np.int64)
+        if len(values) and values.min() < 0:
+            raise ValueError(f"column {name} holds {values.min()}")
+        return values
 
     return ScoreTable(
         datasets=datasets,

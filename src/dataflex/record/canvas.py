@@ -40,6 +40,7 @@ __all__ = [
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 GREY, DARK = "#BBBBBB", "#333333"
+_MARKS = 100
 _OTHER_SCRIPTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei", "Noto Sans CJK JP")
 _STYLE = {
     "font.size": 10,
@@ -115,7 +116,7 @@ def step_axis(axes: Axes, run: Run, last: int) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for at, event in enumerate(run.resumed):
+    for at, event in enumerate(run.resumed[-_MARKS:]):
         axes.axvline(event["step"], color=DARK, linewidth=1, linestyle=":", label=None if at else "resumed")
 
 

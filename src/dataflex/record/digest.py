@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -51,13 +52,13 @@ class Run:
         total = (self.started.get("schedule") or {}).get("total_steps")
         return int(total) if total else None
 
-    @property
+    @cached_property
     def pool(self) -> dict[str, int]:
         """Rows of the training data by domain."""
         space = self.started.get("row_space") or {}
         return {str(name): int(rows) for name, rows in (space.get("domains") or space.get("sources") or {}).items()}
 
-    @property
+    @cached_property
     def domains(self) -> list[str]:
         """Every domain: those of the row space in its order, then any others met in plans."""
         names = dict.fromkeys(self.pool)
@@ -67,6 +68,10 @@ class Run:
 
     def served(self) -> dict[str, float]:
         """Rows served by domain; the interval in progress counts by its share of steps done."""
+        return dict(self._served)
+
+    @cached_property
+    def _served(self) -> dict[str, float]:
         total = dict.fromkeys(self.domains, 0.0)
         for event in self.planned:
             steps = event["stop_step"] - event["start_step"]
@@ -158,9 +163,9 @@ def domain_shares(planned: Sequence[Event], key: str, members: Sequence[str]) ->
     """Share of some domains in a count or proportion of each interval; None where there is no such thing."""
     shares: list[float | None] = []
     for event in planned:
-        values = {name: value or 0.0 for name, value in (event.get(key) or {}).items()}
-        total = sum(values.values())
-        shares.append(sum(values.get(name, 0.0) for name in members) / total if total else None)
+        values = event.get(key) or {}
+        total = sum(value or 0.0 for value in values.values())
+        shares.append(sum(values.get(name) or 0.0 for name in members) / total if total else None)
     return shares
 
 

@@ -121,12 +121,13 @@ def _mixture(run: Run) -> Figure | None:
 
 
 def _mixture_headline(run: Run, planned: Sequence[Event]) -> str:
-    ends = []
-    for name in run.domains:
-        shares = domain_shares([planned[0], planned[-1]], "domain_counts", [name])
-        ends.append((name, shares[0] or 0.0, shares[1] or 0.0))
     if len(planned) == 1:
         return "Served mixture of the one interval so far"
+    counts = [planned[place]["domain_counts"] for place in (0, -1)]
+    totals = [sum(rows.values()) for rows in counts]
+    ends = [
+        (name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.domains
+    ]
     name, first, last = max(ends, key=lambda end: abs(end[2] - end[1]))
     if abs(last - first) < 0.01:
         return f"Served mixture: the same in the first and the last of {len(planned)} intervals"
@@ -140,8 +141,8 @@ def _scores(run: Run) -> Figure | None:
         return None
     figure, (axes,) = canvas.new_figure()
     for low, high, colour in (("p05", "p95", "#D6E6F2"), ("p25", "p75", "#9CC4E0")):
-        xs, lows = canvas.corners(scored, [event["scores"][low] for event in scored])
-        highs = canvas.corners(scored, [event["scores"][high] for event in scored])[1]
+        xs, lows = canvas.corners(scored, [event["scores"].get(low) for event in scored])
+        highs = canvas.corners(scored, [event["scores"].get(high) for event in scored])[1]
         name = f"pool, {int(low[1:])} % to {int(high[1:])} %"
         axes.fill_between(xs, lows, highs, color=colour, linewidth=0.0, label=name)
     medians = [event["scores"]["p50"] for event in scored]
@@ -154,7 +155,7 @@ def _scores(run: Run) -> Figure | None:
         told += f", of the rows served {number(known[0], 3)} -> {number(known[-1], 3)}"
     canvas.step_axis(axes, run, scored[-1]["stop_step"])
     selector = [name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "selector"]
-    axes.set_ylabel(f"score (selector {selector[0]})" if selector else "score")
+    axes.set_ylabel(f"score (selector {cut(selector[0], 40)})" if selector else "score")
     canvas.headline(figure, told)
     canvas.legend(axes)
     return figure

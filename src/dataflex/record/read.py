@@ -1,13 +1,14 @@
 """Reads a run's record back: the events, and the stored plans.
 
 Works while the run is still going on and after it was killed, so a torn last line is left out; any
-other damage is an error, since a record with holes would be summed up wrongly.
+other damage is an error, since a record with holes would be gone on with wrongly. A report reads what it
+can, and names the rest.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.core.file_names import file_name_problem
+from dataflex.core.printable import on_one_line
 from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
+from dataflex.record.sound import sound, sound_numbers, sound_weights
 
 __all__ = [
     "ENDING",
@@ -28,6 +32,7 @@ __all__ = [
     "plan_name",
     "read_ending",
     "read_events",
+    "read_record",
     "read_weights",
     "record_dir",
     "recorded_run",
@@ -110,26 +115,72 @@ def parse_events(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: The file cannot be read, or a line before the last is not an event.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    lines, torn = _lines(path)
     events: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[: last + 1]):
-        try:
-            event = json.loads(line)
-            if not isinstance(event, dict) or not {"event", "step", "time"} <= event.keys():
-                raise ValueError("an event is an object with the keys event, step and time")
-        except ValueError as error:
-            if number == last and number == len(lines) - 1:  # no newline: the process ended while writing it
+    for number, line in enumerate(lines, 1):
+        event, problem = _event(line)
+        if event is None:
+            if number == len(lines) and torn:
                 break
             raise DataError(
-                f"{path}, line {number + 1} is not an event ({error}); the record is damaged: "
+                f"{path}, line {number} is not an event ({problem}); the record is damaged: "
                 "remove that line to read the rest, or move the file away to record afresh"
-            ) from error
+            )
         events.append(event)
     return events
+
+
+def _lines(path: Path) -> tuple[list[bytes], bool]:
+    """Return the lines of a file, and whether the last one has no end: the process ended while writing it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    written = content.rstrip()
+    return (written.split(b"\n") if written else []), b"\n" not in content[len(written) :]
+
+
+def _event(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """Return the event of a line with what can be relied on, and what cannot: all of it where there is no event."""
+    try:
+        found = json.loads(line)
+    except RecursionError:
+        return None, "it is nested without end"
+    except ValueError as error:
+        return None, on_one_line(str(error))[:200]
+    event, left_out = sound(found)
+    names = ", ".join(on_one_line(str(key))[:60] for key in left_out[:8])
+    if event is None:
+        return (
+            None,
+            f"{names} cannot be read; an event is an object with the keys event, step, time and those of its kind",
+        )
+    return event, names
+
+
+def read_record(run_dir: Path | str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read what can be read of a run's events, and say what cannot, one line each.
+
+    Args:
+        run_dir: The run's ``output_dir``, or the ``dataflex`` folder in it.
+
+    Raises:
+        DataError: The folder has no record, or the file cannot be read.
+    """
+    path = record_dir(run_dir) / EVENTS
+    events: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    lines, torn = _lines(path)
+    for number, line in enumerate(lines, 1):
+        event, problem = _event(line)
+        if event is None and torn and number == len(lines):
+            problem = "the process ended while writing it"
+        if event is not None:
+            events.append(event)
+        if problem:
+            kind = "" if event is None else f" ({on_one_line(event['event'])[:30]}): the values of"
+            left_out.append(f"{EVENTS}, line {number}{kind or ' is not an event:'} {problem}")
+    return events, left_out
 
 
 def read_events(run_dir: Path | str) -> list[dict[str, Any]]:
@@ -164,10 +215,12 @@ def read_weights(run_dir: Path | str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        stored: dict[str, Any] = json.loads(path.read_bytes())
-        assert {"step", "rows", "most", "least"} <= stored.keys()
-    except (OSError, ValueError, AssertionError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error}; move it away to read the rest") from error
+        stored = sound_weights(json.loads(path.read_bytes()))
+        problem: object = "it does not hold rows with their weights"
+    except (OSError, ValueError, RecursionError) as error:
+        stored, problem = None, error
+    if stored is None:
+        raise DataError(f"{path} is damaged: {problem}; move it away to read the rest")
     return stored
 
 
@@ -177,17 +230,20 @@ def read_found(run_dir: Path | str, mixer: str | None) -> dict[str, Any] | None:
     Raises:
         DataError: The folder has no record, or the file is damaged.
     """
+    if mixer is None or file_name_problem(mixer):
+        return None
     path = record_dir(run_dir) / f"{mixer}.json"
-    if mixer is None or not path.is_file():
+    if not path.is_file():
         return None
     from dataflex.errors import ConfigError
     from dataflex.mixing.proportions_file import read_proportions
 
     try:
         found = read_proportions(path, "proportions")
-    except ConfigError as error:
-        raise DataError(f"{error}; move it away to read the rest") from error
-    details = dict(found.details) if isinstance(found.details, dict) else {}
+    except (ConfigError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}; move it away to read the rest") from error
+    told = found.details if isinstance(found.details, dict) else {}
+    details = {"last": sound_numbers(told.get("last")), "warning": str(told.get("warning") or "")[:500]}
     return {"names": found.names, "proportions": found.proportions, "method": found.method, "details": details}
 
 
@@ -200,11 +256,12 @@ def load_plan(run_dir: Path | str, index: int) -> StoredPlan:
     folder = record_dir(run_dir)
     path = folder / plan_name(index)
     if not path.is_file():
-        known = sorted(int(file.stem.removeprefix("plan-")) for file in (folder / "plans").glob("plan-*.npz"))
+        numbers = (file.stem.removeprefix("plan-") for file in (folder / "plans").glob("plan-*.npz"))
+        known = sorted(int(number) for number in numbers if re.fullmatch("[0-9]{1,15}", number))
         told = f"it has {known[0]} to {known[-1]}" if known else "it has none yet"
         raise DataError(f"{folder} holds no plan of interval {index}; {told}")
     try:
         with np.load(path, allow_pickle=False) as stored:
             return StoredPlan(**{name: stored[name] for name in stored.files})
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # numpy, zlib and zipfile each have their own for broken files
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.aside import clear_left
 from dataflex.core.protocols import Rows
+from dataflex.core.redact import redacted
 from dataflex.errors import DataError
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
@@ -121,7 +122,7 @@ class RunRecorder:
             global_batch: Sequences per optimizer step, over all ranks and micro-batches.
             run: The run's id, which its checkpoints carry.
         """
-        fields = {"config": config, "schedule": schedule, "row_space": row_space, "versions": versions}
+        fields = {"config": redacted(config), "schedule": schedule, "row_space": row_space, "versions": versions}
         self._write(
             "run_started", self._first_step, {**fields, "world": world, "global_batch": global_batch, "run": run}
         )

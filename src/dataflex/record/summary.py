@@ -6,7 +6,7 @@ Deterministic: the same record gives the same text, whatever the locale, the clo
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,10 +31,15 @@ _FIRST, _LAST = 10, 5
 _DOMAINS = 40
 _BAR = 30
 _SAMPLES = 5
+_PROBLEMS = 20
 
 
 def summary(
-    run: Run, title: str, weighed: Mapping[str, Any] | None = None, found: Mapping[str, Any] | None = None
+    run: Run,
+    title: str,
+    weighed: Mapping[str, Any] | None = None,
+    found: Mapping[str, Any] | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
     """Render the summary of a run.
 
@@ -43,6 +48,7 @@ def summary(
         title: Name of the run, usually its folder.
         weighed: The rows that weighed most and least, from ``read_weights``.
         found: The proportions that a mixer looked for, from ``read_found``.
+        left_out: What of the record could not be read.
     """
     sections = (
         _head(run, title),
@@ -53,8 +59,15 @@ def summary(
         _found(found),
         _weights(run),
         _weighed(weighed),
+        _left_out(left_out),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def _left_out(problems: Sequence[str]) -> list[str]:
+    more = [f"  ... {len(problems) - _PROBLEMS:,} more"] if len(problems) > _PROBLEMS else []
+    told = [f"  {cut(problem, WIDTH - 2)}" for problem in problems[:_PROBLEMS]]
+    return ["Left out, since it cannot be read", *told, *more] if problems else []
 
 
 def methods(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -72,7 +85,8 @@ def methods(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
             entry = {"name": entry}
         if isinstance(entry, Mapping) and entry.get("name"):
             settings = {key: value for key, value in entry.items() if key not in ("name", "params")}
-            settings |= entry.get("params") or {}
+            params = entry.get("params")
+            settings |= params if isinstance(params, Mapping) else {}
             told = {key: value for key, value in settings.items() if value is not None}
             found.append((kind, str(entry["name"]), told))
     return found
@@ -100,8 +114,8 @@ def _head(run: Run, title: str) -> list[str]:
     data += [f"{tokens:,} tokens"] if tokens else []
     data += [f"fingerprint {space['fingerprint']}"] if space.get("fingerprint") else []
     lines += labelled("data", data)
-    if started:
-        lines += labelled("ranks", [short(started["world"]), f"global batch {short(started['global_batch'])}"])
+    ranks = [("", started.get("world")), ("global batch ", started.get("global_batch"))]
+    lines += labelled("ranks", [f"{what}{short(value)}" for what, value in ranks if value is not None])
     lines += labelled("versions", [f"{name} {version}" for name, version in (started.get("versions") or {}).items()])
     first, *later = run.started_times
     lines += labelled("started", [_utc(first), *([f"again {_utc(later[-1])}"] if later else [])])

@@ -6,10 +6,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from dataflex.core.printable import printable
+
 __all__ = ["WIDTH", "cut", "duration", "labelled", "number", "percent", "short", "table", "width"]
 
 WIDTH = 100
 """Columns of a report's text."""
+_MOST_READ = 4096  # characters that are looked at of a text to be cut
 
 
 def width(text: str) -> int:
@@ -20,16 +23,17 @@ def width(text: str) -> int:
 
 
 def cut(text: str, columns: int) -> str:
-    """Shorten ``text`` to at most ``columns`` columns, ending in ``..`` when something was cut."""
-    text = " ".join(text.split())
-    if width(text) <= columns:
+    """Shorten ``text`` to at most ``columns`` columns, ``..`` where something was cut; controls are written out."""
+    text = printable(" ".join(text[:_MOST_READ].split()))
+    if len(text) <= _MOST_READ and width(text) <= columns:
         return text
-    kept = ""
-    for char in text:
-        if width(kept + char) > columns - 2:
+    kept, room = [], columns - 2
+    for char in text[:_MOST_READ]:
+        room -= width(char)
+        if room < 0:
             break
-        kept += char
-    return kept + ".."
+        kept.append(char)
+    return "".join(kept) + ".."
 
 
 def number(value: float | None, digits: int = 4) -> str:

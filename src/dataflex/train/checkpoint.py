@@ -15,6 +15,7 @@ import numpy as np
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.plan import DataPlan
+from dataflex.core.redact import redacted
 from dataflex.core.sealed import FOLDER
 from dataflex.core.state import load_state, save_state
 from dataflex.errors import CheckpointError
@@ -83,7 +84,7 @@ class Identity:
 def _method(config: MethodConfig | None) -> dict[str, Any] | None:
     if config is None:
         return None
-    params = json.loads(json.dumps(asdict(config.params), default=str))
+    params = redacted(json.loads(json.dumps(asdict(config.params), default=str)))
     return {"name": config.name, "params": params, "targets": list(config.targets)}
 
 
