@@ -10,9 +10,10 @@ step, with e = loss - reference loss per token,
 and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
 which the main model samples. Three variants differ in details:
 
-- ``repo``: the authors' code. Weighted token mean as the loss, corrected for the sampling (alpha / pi); an
-  absent domain keeps its score, ln(vocabulary) before its first; the mean counts the first weights.
-- ``paper``: the text. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
+- ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected for
+  the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts the
+  first weights.
+- ``paper``: the text. Alpha starts equal. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
 - ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
 
 ``dataflex mix doremi`` runs reference, proxy and main model.
@@ -129,6 +130,9 @@ class DoReMi(LossWeightMixer):
     def loss_weights(self) -> Floats:
         """Return the weights [K] of the next step: alpha, divided by the sampling under ``token``."""
         return corrected(self.alpha, self.sampling) if self.loss_normaliser == "token" else self.alpha
+
+    def _first(self) -> Floats:
+        return self.sampling.copy() if self.params.variant == "repo" else super()._first()
 
     def _start(self) -> None:
         self.scores: Floats = np.full(len(self.names), np.nan)  # not yet seen

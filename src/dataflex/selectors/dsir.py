@@ -9,17 +9,20 @@ the buckets in the target p_t and in the pool p_r, a row's weight is
 and rows are drawn without replacement in proportion to w (Gumbel top-k, keyed by row).
 
 The sum is not divided by length, as published: long rows get extreme weights, so that the draw comes near to a plain
-top-k. The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into
-one costs up to 18 nats, and the shortest rows win whatever they say; ``smoothing``, a count added to every bucket of
-the target and of the pool, is therefore 1 here and 0 as published. ``per_ngram`` divides by the number of n-grams,
-which is not the paper's. The reason tells the effective sample size (sum w)^2 / sum w^2 of the pool: near 1 it says
-that one row outweighs all others.
+top-k. ``per_ngram`` divides by the number of n-grams, which is not the paper's. The reason tells the effective sample
+size (sum w)^2 / sum w^2 of the pool: near 1 it says that one row outweighs all others.
+
+The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into one
+costs up to 18 nats, and the shortest rows win whatever they say; a count added to every bucket does not help, since it
+is more than the pool has in most of them. ``smoothing`` is the strength of a prior (Dirichlet) that draws the target's
+shares towards the pool's: p_t = (c + s p_r) / (n + s) for c of the target's n n-grams. An n-gram that the target does
+not have then counts log(s / (n + s)), next to nothing for a strong prior and the same for a rare one as for a common
+one. ``null`` takes the strength under which the target's rows are likeliest, each given the others; 0 is as published.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +34,7 @@ from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selec
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.selectors.ngram_prior import bucket_counts, held_out_strength, prior_ratios
 from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.specs import Part
 
@@ -95,9 +99,13 @@ class Dsir(Selector):
         part: Part = field(default="all", metadata={"help": "what of a row is looked at"})
         ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
         buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
-        smoothing: float = field(
-            default=1.0,
-            metadata={"help": "count added to every bucket; 0 as published, for large targets", "minimum": 0.0},
+        smoothing: float | None = field(
+            default=None,
+            metadata={
+                "help": "n-grams of the pool that count beside the target's; null: chosen by held-out rows of the "
+                "target; 0 as published, for large targets",
+                "minimum": 0.0,
+            },
         )
         min_ngrams: int = field(
             default=1, metadata={"help": "rows of fewer n-grams are never drawn (the paper: 100 words)", "minimum": 1}
@@ -141,13 +149,13 @@ class Dsir(Selector):
         shares = self._shares(ctx.targets)
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        by_task = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
+        by_task, strengths = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
         usable = np.isfinite(by_task[0])
         kept = self._draw(by_task, pool, min(budget, int(usable.sum())), shares, ctx)
         size = ", ".join(f"{effective_size(one[usable]):.3g}" for one in by_task)
         reason = (
             f"{len(kept)} of {len(pool)} rows by n-grams of {', '.join(ctx.targets)} ({self.params.rule}); "
-            f"effective sample size {size}"
+            f"prior of {', '.join(f'{one:,.0f}' for one in strengths)} n-grams; effective sample size {size}"
         )
         if not usable.all():
             reason += f"; {int((~usable).sum())} rows have too few n-grams"
@@ -168,14 +176,15 @@ class Dsir(Selector):
             raise ConfigError(f"dynamic.selector.target_proportions: {', '.join(missing)} missing; name every target")
         return np.array([given[name] for name in targets], dtype=np.float64)
 
-    def _log_weights(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams."""
+    def _log_weights(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], list[float]]:
+        """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams, and strengths."""
         p, hasher = self.params, Hasher(self.params.buckets, self.params.ngrams)
-        targets = target_words(self.name, ctx, p.part, word_punct)
+        smallest = np.min_scalar_type(p.buckets - 1)
+        targets = [
+            [hasher(row).astype(smallest) for row in rows] for rows in target_words(self.name, ctx, p.part, word_punct)
+        ]
         if p.target_proportions is None:
             targets = [[row for rows in targets for row in rows]]
-        wanted = [_counts((hasher(row) for row in rows), p.buckets) for rows in targets]
-        smallest = np.min_scalar_type(p.buckets - 1)
         rows = [hasher(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         usable = lengths >= p.min_ngrams
@@ -185,12 +194,13 @@ class Dsir(Selector):
             raise ConfigError(
                 f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
             )
-        raw = _share(_counts(rows, p.buckets), p.smoothing)
-        ratios = np.stack([log_ratios(_share(counts, p.smoothing), raw) for counts in wanted])
-        found = np.full((len(wanted), len(pool)), np.nan)
+        p_pool = _share(bucket_counts(rows, p.buckets))
+        strengths = [held_out_strength(one, p_pool) if p.smoothing is None else p.smoothing for one in targets]
+        ratios = np.stack([_ratios(*pair, p_pool) for pair in zip(targets, strengths, strict=True)])
+        found = np.full((len(targets), len(pool)), np.nan)
         for place in np.flatnonzero(usable):
             found[:, place] = ratios[:, rows[place]].sum(axis=1)
-        return found / np.maximum(lengths, 1) if p.per_ngram else found
+        return (found / np.maximum(lengths, 1) if p.per_ngram else found), strengths
 
     def _draw(
         self, by_task: NDArray[np.float64], pool: Rows, count: int, shares: NDArray[np.float64], ctx: Context
@@ -208,12 +218,10 @@ class Dsir(Selector):
         return np.concatenate(kept)
 
 
-def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int64]:
-    total = np.zeros(buckets, dtype=np.int64)
-    for row in rows:
-        np.add.at(total, row, 1)
-    return total
+def _ratios(target: list[NDArray[np.integer]], strength: float, p_pool: NDArray[np.float64]) -> NDArray[np.float64]:
+    counts = bucket_counts(target, len(p_pool))
+    return prior_ratios(counts, p_pool, strength) if strength > 0 else log_ratios(_share(counts), p_pool)
 
 
-def _share(counts: NDArray[np.int64], smoothing: float) -> NDArray[np.float64]:
-    return np.asarray((counts + smoothing) / (counts.sum() + smoothing * len(counts)))
+def _share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.asarray(counts / counts.sum())
