@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ def odm(**params):
 
 def context(sizes=TWO, **options):
     return example_context(sizes, targets=tuple(sizes), **options)
+
+
+def warming(ctx):
+    return replace(ctx, interval=replace(ctx.interval, kind="warmup"))
 
 
 def held(*losses):
@@ -120,7 +125,7 @@ def test_exp3_starts_at_the_sizes_and_counts_iterations():
     sizes = {"a": 12, "b": 4}
     mixer = odm(variant="exp3")
     for step in range(99):
-        mixer.mix(context(sizes, kind="warmup"))
+        mixer.mix(warming(context(sizes)))
         mixer.observe(example_stats([2.0, 0.0], [10, 0], names=HELD, proportions=[0.75, 0.25], step=step))
     assert mixer.mix(context(sizes)).proportions.tolist() == [0.75, 0.25]
     mixer.observe(example_stats([2.0, 0.0], [10, 0], names=HELD, proportions=[0.75, 0.25], step=99))
@@ -362,8 +367,7 @@ def test_doge_starts_equal_and_moves_at_most_five_lr_an_update():
     for updates in (1, 20):
         mixer = Doge(Doge.Params(average=False, updates=updates))
         ctx = example_context(sizes, signals=signals, targets=(), learning_rate=0.001)
-        warm = example_context(sizes, signals=signals, targets=(), kind="warmup")
-        assert mixer.mix(warm).proportions.tolist() == [0.5, 0.5]
+        assert mixer.mix(warming(ctx)).proportions.tolist() == [0.5, 0.5]
         served = mixer.mix(ctx).proportions
         aligned, mean = np.array([81.0, 0.01]), (9.0 + 0.1) / 2
         scores = np.minimum(0.001 * aligned / (mean + 1e-6), 0.005)

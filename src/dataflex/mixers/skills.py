@@ -159,8 +159,8 @@ class Aioli(_SkillMixer):
         ema: float | None = field(
             default=None,
             metadata={
-                "help": "weight of the past in the average of A (the authors' 0.1), proportions made from equal ones; "
-                "null: the last proportions move on",
+                "help": "weight of the past in the average of A, proportions made from equal ones; null: the last "
+                "move on",
                 "minimum": 0.0,
                 "maximum": 1.0,
             },

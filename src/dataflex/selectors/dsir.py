@@ -13,16 +13,21 @@ top-k. ``per_ngram`` divides by the number of n-grams, which is not the paper's.
 size (sum w)^2 / sum w^2 of the pool: near 1 it says that one row outweighs all others.
 
 The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into one
-costs up to 18 nats, and the shortest rows win whatever they say; a count added to every bucket does not help, since it
-is more than the pool has in most of them. ``smoothing`` is the strength of a prior (Dirichlet) that draws the target's
-shares towards the pool's: p_t = (c + s p_r) / (n + s) for c of the target's n n-grams. An n-gram that the target does
-not have then counts log(s / (n + s)), next to nothing for a strong prior and the same for a rare one as for a common
-one. ``null`` takes the strength under which the target's rows are likeliest, each given the others; 0 is as published.
+costs up to 18 nats, and the shortest rows win whatever they say; a count added to every bucket of both sides does not
+help, since it is more than the pool has in most of them. ``smoothing`` draws the target's shares towards the pool's:
+every n-gram has a prior of its own (Dirichlet, over it and all others) whose mean is its share in the pool and whose
+strength is ``smoothing`` occurrences of it. With c of the target's n n-grams in a bucket its term is then
+
+    log (c + smoothing) / (n p_r + smoothing),
+
+what was found over what the pool lets one expect, with as much added to both. An n-gram that the target lacks counts
+for nothing where it could not be expected there either, and against a row where it could. 0 is as published.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,11 +39,10 @@ from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selec
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.core.rng import uniforms
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.selectors.ngram_prior import bucket_counts, held_out_strength, prior_ratios
 from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.specs import Part
 
-__all__ = ["Dsir", "Hasher", "effective_size", "log_ratios"]
+__all__ = ["Dsir", "Hasher", "drawn_ratios", "effective_size", "log_ratios"]
 
 _EPSILON = 1e-8
 
@@ -75,6 +79,19 @@ def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(np.log(target + _EPSILON) - np.log(pool + _EPSILON))
 
 
+def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
+    """Return log (c + smoothing) / (n p_r + smoothing) of each bucket; without smoothing as published.
+
+    Args:
+        counts: c, n-grams of the target by bucket; n in all.
+        p_pool: p_r, shares of the buckets in the pool.
+        smoothing: Strength of the prior in occurrences of each n-gram.
+    """
+    if smoothing == 0:
+        return log_ratios(_share(counts), p_pool)
+    return np.asarray(np.log((counts + smoothing) / (counts.sum() * p_pool + smoothing)))
+
+
 def effective_size(log_weights: NDArray[np.float64]) -> float:
     """Return (sum w)^2 / sum w^2 of weights given by finite logarithms."""
     weights = np.exp(log_weights - log_weights.max())
@@ -99,11 +116,11 @@ class Dsir(Selector):
         part: Part = field(default="all", metadata={"help": "what of a row is looked at"})
         ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
         buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
-        smoothing: float | None = field(
-            default=None,
+        smoothing: float = field(
+            default=3.0,
             metadata={
-                "help": "n-grams of the pool that count beside the target's; null: chosen by held-out rows of the "
-                "target; 0 as published, for large targets",
+                "help": "strength of the prior that draws the target's shares to the pool's, in occurrences of each "
+                "n-gram; 0 as published",
                 "minimum": 0.0,
             },
         )
@@ -149,13 +166,13 @@ class Dsir(Selector):
         shares = self._shares(ctx.targets)
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        by_task, strengths = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
+        by_task = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
         usable = np.isfinite(by_task[0])
         kept = self._draw(by_task, pool, min(budget, int(usable.sum())), shares, ctx)
         size = ", ".join(f"{effective_size(one[usable]):.3g}" for one in by_task)
         reason = (
             f"{len(kept)} of {len(pool)} rows by n-grams of {', '.join(ctx.targets)} ({self.params.rule}); "
-            f"prior of {', '.join(f'{one:,.0f}' for one in strengths)} n-grams; effective sample size {size}"
+            f"effective sample size {size}"
         )
         if not usable.all():
             reason += f"; {int((~usable).sum())} rows have too few n-grams"
@@ -176,15 +193,14 @@ class Dsir(Selector):
             raise ConfigError(f"dynamic.selector.target_proportions: {', '.join(missing)} missing; name every target")
         return np.array([given[name] for name in targets], dtype=np.float64)
 
-    def _log_weights(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], list[float]]:
-        """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams, and strengths."""
+    def _log_weights(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams."""
         p, hasher = self.params, Hasher(self.params.buckets, self.params.ngrams)
-        smallest = np.min_scalar_type(p.buckets - 1)
-        targets = [
-            [hasher(row).astype(smallest) for row in rows] for rows in target_words(self.name, ctx, p.part, word_punct)
-        ]
+        targets = target_words(self.name, ctx, p.part, word_punct)
         if p.target_proportions is None:
             targets = [[row for rows in targets for row in rows]]
+        wanted = [_counts((hasher(row) for row in rows), p.buckets) for rows in targets]
+        smallest = np.min_scalar_type(p.buckets - 1)
         rows = [hasher(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         usable = lengths >= p.min_ngrams
@@ -194,13 +210,12 @@ class Dsir(Selector):
             raise ConfigError(
                 f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
             )
-        p_pool = _share(bucket_counts(rows, p.buckets))
-        strengths = [held_out_strength(one, p_pool) if p.smoothing is None else p.smoothing for one in targets]
-        ratios = np.stack([_ratios(*pair, p_pool) for pair in zip(targets, strengths, strict=True)])
-        found = np.full((len(targets), len(pool)), np.nan)
+        raw = _share(_counts(rows, p.buckets))
+        ratios = np.stack([drawn_ratios(counts, raw, p.smoothing) for counts in wanted])
+        found = np.full((len(wanted), len(pool)), np.nan)
         for place in np.flatnonzero(usable):
             found[:, place] = ratios[:, rows[place]].sum(axis=1)
-        return (found / np.maximum(lengths, 1) if p.per_ngram else found), strengths
+        return found / np.maximum(lengths, 1) if p.per_ngram else found
 
     def _draw(
         self, by_task: NDArray[np.float64], pool: Rows, count: int, shares: NDArray[np.float64], ctx: Context
@@ -218,9 +233,11 @@ class Dsir(Selector):
         return np.concatenate(kept)
 
 
-def _ratios(target: list[NDArray[np.integer]], strength: float, p_pool: NDArray[np.float64]) -> NDArray[np.float64]:
-    counts = bucket_counts(target, len(p_pool))
-    return prior_ratios(counts, p_pool, strength) if strength > 0 else log_ratios(_share(counts), p_pool)
+def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int64]:
+    total = np.zeros(buckets, dtype=np.int64)
+    for row in rows:
+        np.add.at(total, row, 1)
+    return total
 
 
 def _share(counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -107,7 +107,7 @@ class Ifd(Selector):
             default=None,
             metadata={
                 "help": "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with "
-                "(Cherry LLM), none with ratio: perplexity (Superfiltering) or a scorer",
+                "under ratio: loss, else none",
                 "minimum": 0,
             },
         )
