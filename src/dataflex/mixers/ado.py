@@ -45,6 +45,8 @@ class Ado(Mixer):
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
         "arXiv 2410.11820",
         cost="one reduction of 7 numbers per domain and step, and a fit per domain every fit_steps",
+        note="start_step 1000 and ignore_steps 500 are ours: with the authors' 500 and 1000 the first law is fitted to "
+        "one point. Losses are smoothed before the first ones are cut off, as there.",
     )
 
     @dataclass(frozen=True, kw_only=True)

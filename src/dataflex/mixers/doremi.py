@@ -80,6 +80,8 @@ class DoReMi(LossWeightMixer):
         summary="Weighs the domains in the loss towards those of the largest excess loss over a reference model.",
         paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
         cost="1 F of the reference over the data once (cached), or 1 F per row trained on",
+        note="Under variant: repo, the authors' code, the weights start at the sampling proportions; under the "
+        "others they start equal.",
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ class Doge(_GradientMixer):
         summary="Serves domains more, the more their gradients go along with those of all domains.",
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
         cost="F + B over rows_per_domain rows of each domain",
+        note="The authors update in every step, here a decision is one update and moves a logarithm by at most "
+        "5 lr / mu: an interval has one estimate of the gradients. updates makes it count for more of theirs.",
     )
 
     @dataclass(frozen=True, kw_only=True)

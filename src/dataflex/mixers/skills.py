@@ -142,6 +142,7 @@ class Aioli(_SkillMixer):
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
         "arXiv 2411.05735",
         cost="F over the held-out data",
+        note="As in the authors' code each sweep probes in a new random order, and ema is the weight of the past.",
     )
 
     @dataclass(frozen=True, kw_only=True)

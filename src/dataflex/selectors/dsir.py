@@ -107,6 +107,8 @@ class Dsir(Selector):
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
         paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
         cost="none on the device: n-grams are counted once",
+        note="smoothing is not in the paper, whose targets are whole corpora; with a small one its weights "
+        "(smoothing: 0) let the shortest rows win.",
     )
 
     @dataclass(frozen=True, kw_only=True)

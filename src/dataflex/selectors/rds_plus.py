@@ -37,6 +37,8 @@ class RdsPlus(Selector):
         summary="Keeps the rows whose hidden states are nearest to those of the targets' rows, which take turns.",
         paper="Large-Scale Data Selection for Instruction Tuning (RDS+), arXiv 2503.01807",
         cost="1 F over the pool and the targets per interval, and a product of each row with each target row",
+        note="A target row whose nearest row is taken takes the next one, as the text has it, so that target rows that "
+        "are much alike get as many rows as others; in the authors' code it loses its turn (taken: lose_turn).",
         forward_per_pool_row=1.0,
     )
 
