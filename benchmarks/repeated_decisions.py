@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["", "normalise: false", " | exclude_seen: true"]
+METHODS = ["", "normalise: false", "include_momentum: false", " | exclude_seen: true"]
 KIND, RELEVANT, POOL, TARGET, HELD_OUT = "svamp", 30, 150, 24, 70
 STEPS, BATCH, SHORT = 15, 8, 260
 

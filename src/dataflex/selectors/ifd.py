@@ -85,8 +85,8 @@ class Ifd(Selector):
         summary="Keeps the rows whose prompt helps least to predict the answer, of those where it helps.",
         paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
         cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
-        note="Cherry LLM scores an answer alone behind its marker, Superfiltering without: prefix_tokens, left out, does "
-        "the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
+        note="Cherry LLM scores an answer alone behind its marker, Superfiltering without: prefix_tokens, left out, "
+        "does the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
         forward_per_pool_row=2.0,
     )
 

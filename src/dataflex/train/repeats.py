@@ -51,8 +51,8 @@ class Repeats:
             self._told = True
             logger.warning(
                 "%s of an interval (dynamic.max_repeats: %d). What the %s selector says of rows that are known by "
-                "heart wears out, and so does what they teach: set exclude_seen, ask for more rows or fewer steps, or "
-                "see what its page says about repeats (dataflex methods %s)",
+                "heart wears out, and so does what they teach: keep more rows, train fewer steps, set exclude_seen "
+                "where the pool has many rows of the kind, or see its note (dataflex methods selector/%s)",
                 told,
                 self._most,
                 self._selector,
