@@ -73,6 +73,7 @@ def _section(cls: type[Method], files: list[str]) -> str:
     facts = [
         f"- **Paper**: {cls.card.paper}",
         f"- **Cost**: {cls.card.cost}",
+        *([f"- **Note**: {cls.card.note}"] if cls.card.note else []),
         f"- **Needs**: {'; '.join(_needs(cls))}",
         f"- **Decides**: {_decides(cls)}",
         f"- **Runs as it is**: {links}",

@@ -32,7 +32,7 @@ def test_page_tells_all(kind: str, name: str) -> None:
     text = methods(f"{kind}/{name}")
     flowed = " ".join(text.split())
     assert text.startswith(f"{kind}/{name}\n")
-    for told in (cls.card.summary, cls.card.paper, cls.card.cost):
+    for told in (cls.card.summary, cls.card.paper, cls.card.cost, cls.card.note):
         assert " ".join(told.split()) in flowed
     for field in dataclasses.fields(cls.Params):
         assert f"\n    {key_of(field)} " in text

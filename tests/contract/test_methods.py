@@ -107,6 +107,7 @@ DRAWS = {  # another seed, another answer
     ("mixer", "doge"),
     ("mixer", "dga"),
     ("mixer", "pike"),
+    ("mixer", "aioli"),
 }
 
 # Taken while collecting, before any test registers a plugin.

@@ -80,10 +80,21 @@ def test_a_resumed_run_has_seen_the_same(run):
         assert [rows for rows, _, _ in plans(again)] == [rows for rows, _, _ in plans(straight)]
 
 
+def test_rows_served_too_often_are_told(run):
+    """The same 4 rows fill 6 places in each interval: 3 times each after two of them."""
+    block = {"interval_steps": 3, "selector": "longest", "keep_ratio": 0.1, "max_repeats": 2}
+    outcome = run("run", **SETTINGS, dynamic=block)
+    told = ["were served more than 2 times by now" in reason for _, _, reason in plans(outcome)]
+    assert told == [False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("block", "told"),
     [
         ({"mixer": "uniform", "exclude_seen": True}, "exclude_seen: has no effect without a selector"),
+        ({"mixer": "uniform", "max_repeats": 2}, "max_repeats: has no effect without a selector"),
+        ({"selector": "all", "max_repeats": 2}, "max_repeats: has no effect with the all selector"),
+        ({"selector": "random", "max_repeats": 0}, "max_repeats: must be at least 1"),
         ({"selector": "all", "exclude_seen": True}, "has no effect with the all selector"),
         ({"selector": "random", "mixer": "uniform", "keep_ratio": 0.5, "exclude_seen": True}, "works without a mixer"),
         (

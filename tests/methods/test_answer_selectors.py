@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.selectors.ifd import Ifd, ifd_ratios
+from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
 from dataflex.selectors.rho_loss import RhoLoss, excess_losses
 from dataflex.selectors.s2l import S2l, filled
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
@@ -96,6 +96,43 @@ def test_short_answers_and_those_without_losses_are_dropped():
     assert "4 rows have no ratio" in chosen.reason
     with pytest.raises(DataError, match="all 5 rows have no finite loss"):
         by_ifd(given, alone, 5, min_answer_tokens=6)
+
+
+def test_what_all_prompts_end_with():
+    prompts = [np.array(prompt) for prompt in ([1, 2, 7, 8, 9], [3, 7, 8, 9], [5, 4, 7, 8, 9], [])]
+    assert common_ending(prompts) == 3
+    assert common_ending(prompts, 2) == 2
+    assert common_ending(prompts[:1]) == common_ending([prompts[0]] * 3) == common_ending([]) == 0
+    assert common_ending([np.array([8, 9]), np.array([1, 8, 9])]) == 2
+    assert common_ending([np.array([1]), np.array([2])]) == 0
+
+
+class MarkedPrompts(GivenAnswers):
+    """Prompts that differ but for their last three tokens."""
+
+    def tokens(self, rows, *, target=None, part="all"):
+        if part != "prompt":
+            return super().tokens(rows, target=target, part=part)
+        return [np.array([row, row + 1, 101, 102, 103]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("params", "prefix"),
+    [
+        ({}, 3),
+        ({"prefix_tokens": 0}, 0),
+        ({"prefix_tokens": 1}, 1),
+        ({"ratio": "perplexity"}, 0),
+        ({"scorer": "folder"}, 0),
+        ({"scorer": "folder", "prefix_tokens": 2}, 2),
+    ],
+)
+def test_answers_alone_keep_the_marker_as_published(params, prefix):
+    ctx = example_context({"all": 3}, signals=MarkedPrompts([0.5] * 3, [1.0] * 3), targets=())
+    chosen = Ifd(Ifd.Params(**params)).select(pool_of(3), 1, ctx)
+    asked = {call.options["prefix_tokens"] for call in ctx.signals.calls if "prefix_tokens" in call.options}
+    assert asked == {prefix}
+    assert ("keep the last" in chosen.reason) == (prefix > 0)
 
 
 def test_what_ifd_asks_for():

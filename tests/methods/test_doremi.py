@@ -87,10 +87,26 @@ def test_weights_are_corrected_for_the_sampling():
     np.testing.assert_allclose(corrected(np.array([0.6, 0.4]), np.array([0.75, 0.25])), [1 / 3, 2 / 3], atol=1e-15)
     method = doremi(sampling=(3.0, 1.0))
     assert method.mix(example_context({"a": 6, "b": 2})).proportions.tolist() == [0.75, 0.25]
-    np.testing.assert_allclose(method.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
+    np.testing.assert_allclose(method.loss_weights(), [0.5, 0.5], atol=1e-15)  # alpha is (3/4, 1/4)
+    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normaliser="token")
+    by_token.mix(example_context({"a": 6, "b": 2}))
+    np.testing.assert_allclose(by_token.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
     by_domain = doremi(sampling=(3.0, 1.0), variant="paper")
     by_domain.mix(example_context({"a": 6, "b": 2}))
     np.testing.assert_allclose(by_domain.loss_weights(), [0.5, 0.5], atol=1e-15)
+
+
+@pytest.mark.parametrize(("variant", "first"), [("repo", 0.75), ("paper", 0.5), ("levanter", 0.5)])
+def test_where_the_weights_start(variant, first):
+    """In the authors' code at the proportions that are sampled; one update by ln 2 doubles a's odds."""
+    method = doremi(sampling=(3.0, 1.0, 0.0), variant=variant, smoothing=0.0)
+    method.mix(example_context({"a": 6, "b": 2, "c": 1}))
+    np.testing.assert_allclose(method.alpha, [first, 1 - first, 0.0], atol=1e-15)
+    method.observe(scored(math.log(2), 0.0, 0.0))
+    odds = 2 * first / (1 - first)
+    np.testing.assert_allclose(method.alpha, [odds / (1 + odds), 1 / (1 + odds), 0.0], atol=1e-14)
+    mean = (first + odds / (1 + odds)) / 2 if variant == "repo" else odds / (1 + odds)
+    assert method.mean_alpha[0] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def test_rows_of_one_target_take_turns():
     assert choose(RdsPlus, np.eye(3), TOY, budget=2, rule="top_k").rows.tolist() == [0, 1]
 
 
+def test_a_target_row_whose_row_is_taken_may_lose_its_turn():
+    """Rows of similarity 5 to 1 to three targets; the second wants the first's row, the third has its own."""
+    targets = np.array([[5.0, 4, 3, 2, 1], [5, 3, 4, 2, 1], [1, 2, 3, 4, 5]])
+    assert choose(RdsPlus, np.eye(5), targets, budget=4).rows.tolist() == [0, 2, 4, 1]
+    assert choose(RdsPlus, np.eye(5), targets, budget=4, taken="lose_turn").rows.tolist() == [0, 4, 1, 2]
+    apart = [targets[:1], targets[1:2], targets[2:]]
+    assert choose(RdsPlus, np.eye(5), *apart, budget=4).rows.tolist() == [0, 2, 4, 1]
+    assert choose(RdsPlus, np.eye(5), *apart, budget=4, taken="lose_turn").rows.tolist() == [0, 4, 1, 2]
+    for budget in range(6):
+        shuffled = choose(RdsPlus, np.eye(5), targets, budget=budget, taken="lose_turn", shuffle=True).rows
+        assert len(set(shuffled.tolist())) == budget
+
+
 def test_several_targets_take_turns_by_their_best_rows():
     """By task the largest are (.9, .8, .1) and (.95, .2, .3); a third target row changes only the first task."""
     first = [TOY[0], [0.0, 0.0, 0.85]]

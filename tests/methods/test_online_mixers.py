@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ def odm(**params):
 
 def context(sizes=TWO, **options):
     return example_context(sizes, targets=tuple(sizes), **options)
+
+
+def warming(ctx):
+    return replace(ctx, interval=replace(ctx.interval, kind="warmup"))
 
 
 def held(*losses):
@@ -77,7 +82,7 @@ def slow_odm(history, variant, a, sizes):
     num = len(sizes)
     reward, turn = [0.0] * num, 0
     for step, (losses, tokens, shares) in enumerate(history):
-        turn = step + 1 if variant == "official" else turn + 1
+        turn = step + 1 if variant in ("official", "exp3") else turn + 1
         for k in range(num):
             if tokens[k] == 0:
                 continue
@@ -113,6 +118,24 @@ def test_odm_against_a_slow_transcription(seed, variant):
         mixer.observe(example_stats(losses, tokens, names=sizes, proportions=shares, step=step))
     got = mixer.mix(context(sizes)).proportions
     assert got.tolist() == pytest.approx(slow_odm(history, variant, 0.9, sizes), rel=1e-9)
+
+
+def test_exp3_starts_at_the_sizes_and_counts_iterations():
+    """As the authors' code: after 99 steps of warm-up the first epsilon is that of step 100, the one before it 1/K."""
+    sizes = {"a": 12, "b": 4}
+    mixer = odm(variant="exp3")
+    for step in range(99):
+        mixer.mix(warming(context(sizes)))
+        mixer.observe(example_stats([2.0, 0.0], [10, 0], names=HELD, proportions=[0.75, 0.25], step=step))
+    assert mixer.mix(context(sizes)).proportions.tolist() == [0.75, 0.25]
+    mixer.observe(example_stats([2.0, 0.0], [10, 0], names=HELD, proportions=[0.75, 0.25], step=99))
+    reward, now = 2.0 / 0.75 / 10, 0.0588705
+    share = math.exp(0.5 * reward) / (math.exp(0.5 * reward) + 1)
+    want = (1 - 2 * now) * share + now
+    assert mixer.mix(context(sizes)).proportions.tolist() == pytest.approx([want, 1 - want], abs=1e-7)
+    resumed = odm(variant="exp3")
+    resumed.load_state_dict(mixer.state_dict())
+    assert resumed.mix(context(sizes)).proportions.tolist() == mixer.mix(context(sizes)).proportions.tolist()
 
 
 def test_absent_domains_keep_their_rewards():
@@ -337,6 +360,21 @@ def test_doge_serves_the_mean_of_its_weights():
     assert served[-1].tolist() == pytest.approx(np.mean(vectors, axis=0).tolist())
 
 
+def test_doge_starts_equal_and_moves_at_most_five_lr_an_update():
+    sizes = {"a": 12, "b": 4}
+    vectors = np.concatenate([np.tile([9.0, 0.0], (12, 1)), np.tile([0.0, 0.1], (4, 1))])
+    signals = FakeSignals(np.ones(16), gradients=vectors)
+    for updates in (1, 20):
+        mixer = Doge(Doge.Params(average=False, updates=updates))
+        ctx = example_context(sizes, signals=signals, targets=(), learning_rate=0.001)
+        assert mixer.mix(warming(ctx)).proportions.tolist() == [0.5, 0.5]
+        served = mixer.mix(ctx).proportions
+        aligned, mean = np.array([81.0, 0.01]), (9.0 + 0.1) / 2
+        scores = np.minimum(0.001 * aligned / (mean + 1e-6), 0.005)
+        assert scores[0] == 0.005
+        assert math.log(served[0] / served[1]) == pytest.approx(updates * (scores[0] - scores[1]) / 0.05, rel=1e-5)
+
+
 # ---------------------------------------------------------------- Skill-it and Aioli
 
 
@@ -400,9 +438,46 @@ def test_aioli_probes_then_serves_what_helps():
         mix = mixer.mix(context(signals=held(*levels), index=i))
         seen.append(mix.proportions.tolist())
         levels = levels - 0.1 * mix.proportions[1]
-    assert seen[:4] == [[0.75, 0.25], [0.25, 0.75]] * 2
+    assert sorted(seen[:2]) == sorted(seen[2:4]) == [[0.25, 0.75], [0.75, 0.25]], "each domain once a sweep"
     assert seen[4][1] == pytest.approx(1 / (1 + math.exp(-1.0)), abs=1e-4)
     assert seen[5] == seen[4]
+
+
+def aioli_rounds(params, gain, sizes, rounds, seed=0):
+    """Let domain j lower the loss of i by gain[round][i][j] a probe; return the mixer and the domains probed."""
+    mixer, probed, losses = Aioli(params), [], np.full(len(sizes), 9.0)
+    probes = len(sizes) * params.sweeps
+    for turn in range(rounds * (probes + params.hold)):
+        targets = {name: [loss] for name, loss in zip(sizes, losses, strict=True)}
+        signals = FakeSignals(np.ones(sum(sizes.values())), targets=targets)
+        mix = mixer.mix(example_context(sizes, targets=tuple(sizes), signals=signals, index=turn, seed=seed))
+        if turn % (probes + params.hold) < probes:
+            probed.append(int(mix.proportions.argmax()))
+        losses = losses - np.asarray(gain[turn // (probes + params.hold)]) @ mix.proportions
+    return mixer, probed
+
+
+def test_aioli_probes_in_a_new_order_each_sweep():
+    sizes = {name: 4 for name in "abcd"}
+    gain = [np.diag([0.4, 0.3, 0.2, 0.1])] * 2
+    params = Aioli.Params(sweeps=3, hold=1)
+    mixer, probed = aioli_rounds(params, gain, sizes, 2)
+    sweeps = np.reshape(probed, (6, 4))
+    assert (np.sort(sweeps, axis=1) == np.arange(4)).all()
+    assert len({tuple(sweep) for sweep in sweeps.tolist()}) > 3
+    np.testing.assert_allclose(mixer.matrix, gain[0] / gain[0].sum(), atol=1e-5)
+    assert aioli_rounds(params, gain, sizes, 2)[1] == probed, "the same run, the same order"
+    assert aioli_rounds(params, gain, sizes, 2, seed=1)[1] != probed
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.1, 0.75])
+def test_aiolis_ema_is_the_weight_of_the_past(ema):
+    gain = [np.array([[0.3, 0.1], [0.0, 0.2]]), np.array([[0.1, 0.2], [0.2, 0.1]])]
+    mixer, _ = aioli_rounds(Aioli.Params(ema=ema, hold=1, eta=1.0), gain, TWO, 2)
+    first, second = (one / one.sum() for one in gain)
+    want = (1 - ema) * second + ema * first
+    np.testing.assert_allclose(mixer.matrix, want, atol=1e-5)
+    np.testing.assert_allclose(weights(mixer.log_shares), weights(want.sum(axis=0)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- ADO
@@ -431,6 +506,40 @@ def test_a_power_law_is_found_again():
         assert math.exp(found.e) + found.reducible(n) == pytest.approx(exact, abs=0.02)
     assert found.slope(76_800.0) == pytest.approx(truth.slope(76_800.0), rel=0.3)
     assert fit_power_law(samples[:100], losses[:100]) is None
+
+
+def test_losses_are_smoothed_before_the_first_ones_are_cut_off(monkeypatch):
+    """The authors' order: what was cut off has its part in the first smoothed losses that are left."""
+    import scipy.signal
+
+    samples = np.arange(1, 401) * 8.0
+    losses = 2.0 + 3.0 * samples**-0.5
+    losses[90:100] += 5.0
+    lengths = []
+    smooth = scipy.signal.savgol_filter
+
+    def spied(values, *options):
+        lengths.append(len(values))
+        return smooth(values, *options)
+
+    monkeypatch.setattr(scipy.signal, "savgol_filter", spied)
+    found = fit_power_law(samples, losses, skip=100)
+    assert lengths == [400]
+    apart = fit_power_law(samples[100:], losses[100:])
+    assert found != apart
+    assert fit_power_law(samples, losses, skip=300) is None
+
+
+def test_ados_average_counts_the_steps_done():
+    """After t steps (the authors' itr + 1) the newest preference has the weight 1 / t: here t = 4, equal sizes."""
+    mixer = Ado(Ado.Params(floor=0.0))
+    mixer.mix(context())
+    mixer.laws = [PowerLaw(e=0.0, a=1.0, alpha=0.5), PowerLaw(e=0.0, a=-9.0, alpha=0.5)]
+    mixer.observe(example_stats([2.0, 2.0], names=HELD, step=3))
+    slopes = np.array([law.slope(mixer.samples[-1]) for law in mixer.laws])
+    wanted = slopes / slopes.sum()
+    np.testing.assert_allclose(mixer.served, 0.9 * 0.5 + 0.1 * wanted, rtol=1e-12)
+    np.testing.assert_allclose(mixer.average, 0.75 * 0.5 + 0.25 * wanted, rtol=1e-12)
 
 
 def test_ado_goes_to_the_domain_that_still_falls():

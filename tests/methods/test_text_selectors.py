@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.selectors.bm25 import Bm25
-from dataflex.selectors.dsir import Dsir, Hasher, effective_size, log_ratios
+from dataflex.selectors.dsir import Dsir, Hasher, drawn_ratios, effective_size, log_ratios
 from dataflex.selectors.embed import Embed
 from dataflex.selectors.okapi import Okapi
 from dataflex.selectors.text_features import cut_words, word_punct
@@ -154,23 +154,26 @@ def oracle_bucket(gram, buckets):
     return int(hashlib.sha256(gram.encode()).hexdigest(), 16) % buckets
 
 
-def oracle_dsir(rows, target, buckets, smoothing=0.0):
+def oracle_dsir(rows, target, buckets, smoothing):
     """Log weights of rows, by dictionaries of counts."""
 
     def grams(text):
         words = re.findall(rf"\w+|[{re.escape(string.punctuation)}]+", text.lower())
         return words + [f"{first} {second}" for first, second in pairwise(words)]
 
-    def shares(texts):
-        counts = Counter(oracle_bucket(gram, buckets) for text in texts for gram in grams(text))
-        total = sum(counts.values()) + smoothing * buckets
-        return [(counts[bucket] + smoothing) / total for bucket in range(buckets)]
+    def counts(texts):
+        return Counter(oracle_bucket(gram, buckets) for text in texts for gram in grams(text))
 
-    p_t, p_r = shares(target), shares(rows)
-    found = []
-    for row in rows:
-        buckets_of_row = [oracle_bucket(gram, buckets) for gram in grams(row)]
-        found.append(sum(math.log(p_t[bucket] + 1e-8) - math.log(p_r[bucket] + 1e-8) for bucket in buckets_of_row))
+    in_target, in_pool = counts(target), counts(rows)
+
+    def ratio(bucket):
+        p_pool = in_pool[bucket] / in_pool.total()
+        found, expected = in_target[bucket], in_target.total() * p_pool
+        if smoothing:
+            return math.log((found + smoothing) / (expected + smoothing))
+        return math.log(found / in_target.total() + 1e-8) - math.log(p_pool + 1e-8)
+
+    found = [sum(ratio(oracle_bucket(gram, buckets)) for gram in grams(row)) for row in rows]
     return [weight if grams(row) else math.nan for weight, row in zip(found, rows, strict=True)]
 
 
@@ -191,7 +194,33 @@ def test_buckets_do_not_depend_on_the_process():
     ]
 
 
-@given(seed=st.integers(0, 999), buckets=st.sampled_from([2, 16, 300]), smoothing=st.sampled_from([0.0, 1e-5, 1.0]))
+def test_a_prior_draws_towards_the_pool():
+    """Of 4 n-grams 2, 1, 1 and 0 are expected: log (3 + 2) / (2 + 2), (1 + 2) / (1 + 2), (0 + 2) / (1 + 2), 2 / 2."""
+    found = drawn_ratios(np.array([3, 1, 0, 0]), np.array([0.5, 0.25, 0.25, 0.0]), 2.0)
+    np.testing.assert_allclose(found, np.log([1.25, 1.0, 2 / 3, 1.0]), rtol=1e-12)
+    rare = drawn_ratios(np.array([100, 0]), np.array([1 - 1e-6, 1e-6]), 3.0)
+    np.testing.assert_allclose(rare, 0.0, atol=1e-4)  # what could not be expected is no loss
+    published = drawn_ratios(np.array([1, 1]), np.array([0.8, 0.2]), 0.0)
+    np.testing.assert_allclose(published, [-0.4700, 0.9163], atol=5e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_small_target_long_rows_of_its_kind_go_before_short_ones_of_another(seed):
+    rng = np.random.default_rng(seed)
+    topic, other, rare = ([f"{kind}{i}" for i in range(count)] for kind, count in (("t", 60), ("o", 60), ("r", 3000)))
+
+    def text(kind, length):
+        return " ".join(rng.choice(rare if rng.random() < 0.2 else kind) for _ in range(length))
+
+    rows = [text(topic, 60) for _ in range(20)] + [text(other, 6) for _ in range(200)]
+    target = [text(topic, 40) for _ in range(4)]
+    by_default = choose(Dsir, rows, target, budget=20, rule="top_k").rows
+    assert set(by_default.tolist()) == set(range(20))
+    published = choose(Dsir, rows, target, budget=20, rule="top_k", smoothing=0.0).rows
+    assert not set(published.tolist()) & set(range(20)), "the shortest, whatever they say"
+
+
+@given(seed=st.integers(0, 999), buckets=st.sampled_from([2, 16, 300]), smoothing=st.sampled_from([0.0, 1e-5, 1.0, 50]))
 @settings(max_examples=60, deadline=None)
 def test_log_weights(seed, buckets, smoothing):
     rng = np.random.default_rng(seed)

@@ -54,6 +54,8 @@ def test_unseen_mixtures_are_ordered(fit, linear):
 
 def test_the_proposal_puts_its_mass_on_the_best_domain(fit):
     shares, details = propose(fit, SIZES)
+    np.testing.assert_array_equal(shares, propose(fit, SIZES, prior_power=1.0)[0])  # the authors': natural shares
+    assert (shares != propose(fit, SIZES, prior_power=0.5)[0]).any()
     assert shares.argmax() == BETA.argmin()
     assert shares[BETA.argmin()] > 0.8
     assert shares.sum() == pytest.approx(1, abs=1e-12)

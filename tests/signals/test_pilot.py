@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.signals.pilot import fitted, piloted, token_counts
+from dataflex.signals.pilot import fitted, gcv_error, piloted, token_counts
 from dataflex.testing import global_random_state_untouched
 
 NUM = 600
@@ -91,11 +91,31 @@ def test_ridge_equals_its_normal_equations():
     errors = {}
     for strength in np.logspace(-4, 3, 29):
         direct = np.linalg.solve(centred.T @ centred + strength * np.eye(100), centred.T @ wanted)
-        hat = centred @ np.linalg.solve(centred.T @ centred + strength * np.eye(100), centred.T)
-        errors[strength] = np.sum((wanted - hat @ wanted) ** 2) / np.trace(np.eye(40) - hat) ** 2, direct
+        hat = np.full((40, 40), 1 / 40)  # the intercept's part
+        hat += centred @ np.linalg.solve(centred.T @ centred + strength * np.eye(100), centred.T)
+        errors[strength] = np.sum((y - hat @ y) ** 2) / np.trace(np.eye(40) - hat) ** 2, direct
     best = min(errors.values(), key=lambda pair: pair[0])[1]
     np.testing.assert_allclose(weights, best, rtol=1e-6, atol=1e-9)
     assert offset == pytest.approx(y.mean() - x.mean(axis=0) @ best)
+
+
+def test_the_intercept_counts_as_fitted():
+    x = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    y = np.array([1.0, 0, 2, -1])
+    centred, wanted = x - x.mean(axis=0), y - y.mean()
+    squares, basis = np.linalg.eigh(centred @ centred.T)
+    found = [gcv_error(squares.clip(0.0), basis.T @ wanted, strength) for strength in (0.05, 0.5, 5.0)]
+    np.testing.assert_allclose(found, [3.453391, 4.181818, 7.418695], rtol=1e-6)
+
+
+def test_values_that_no_feature_explains_are_not_fitted_through():
+    sizes = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        weights, _ = fitted(rng.standard_normal((60, 200)), rng.standard_normal(60))
+        sizes.append(np.linalg.norm(weights))
+    assert np.median(sizes) < 0.3, "weights of a fit through every point have length 0.63"
+    assert fitted(np.ones((1, 3)), np.array([2.5]))[1] == 2.5
 
 
 def test_counts_tell_prompt_from_completion():

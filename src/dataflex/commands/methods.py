@@ -115,6 +115,8 @@ def _page(cls: type[Method]) -> list[str]:
         ],
         width=10,
     )
+    if cls.card.note:
+        lines += rows_of([("note", cls.card.note)], width=10)
     lines += ["", "  parameters", *_parameters(cls)]
     return [*lines, "", "  example", *as_yaml(example(cls), indent=4).splitlines()]
 

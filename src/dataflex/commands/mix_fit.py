@@ -122,9 +122,8 @@ def propose(options: argparse.Namespace) -> str:
     sizes, unit = _sizes(options, swarm, found.names)
     caps, notes = _caps(options, sizes, unit, found.names)
     kl = KL if options.kl is None else options.kl
-    power = {} if swarm is None else {"prior_power": swarm.settings.prior_power}
     tasks = names_of(options.tasks)
-    shares, details = proposed(found, sizes, tasks=tasks, kl=kl, caps_K=caps, seed=options.seed, **power)
+    shares, details = proposed(found, sizes, tasks=tasks, kl=kl, caps_K=caps, seed=options.seed)
     keys = ("budget", "max_epochs", "cap", "tasks", "natural", "seed")
     source = provenance(
         "dataflex mix propose",

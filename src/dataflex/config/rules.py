@@ -73,6 +73,8 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
         if dynamic.exclude_seen:
             yield "dynamic.exclude_seen: has no effect without a selector; add one, or remove the key"
+        if dynamic.max_repeats != DynamicConfig().max_repeats:
+            yield "dynamic.max_repeats: has no effect without a selector; add one, or remove the key"
         if dynamic.candidate_batches is not None:
             yield "dynamic.candidate_batches: has no effect without a selector; add one, or remove the key"
         return
@@ -82,6 +84,11 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
         yield (
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
             "selector has none; remove the key, or use a selector with targets"
+        )
+    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.narrows:
+        yield (
+            f"dynamic.max_repeats: has no effect with the {selector.name} selector, which keeps every row; "
+            "remove the key"
         )
     if dynamic.exclude_seen:
         yield from _unseen_rules(dynamic, cls)

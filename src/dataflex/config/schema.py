@@ -102,6 +102,13 @@ class DynamicConfig:
         default=False,
         metadata={"help": "whether rows that were served leave the selector's pool until too few are left"},
     )
+    max_repeats: int | None = field(
+        default=4,
+        metadata={
+            "help": "a run warns when a tenth of a selector's interval was served more often than this; null: never",
+            "minimum": 1,
+        },
+    )
     repeat: bool = field(
         default=False, metadata={"help": "whether an interval may serve a row again when too few were selected"}
     )

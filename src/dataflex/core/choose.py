@@ -166,7 +166,9 @@ def _best_first(scores: NDArray[np.floating], first: int) -> Iterator[int]:
         done, size = size, 4 * size
 
 
-def round_robin(scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None = None) -> NDArray[np.int64]:
+def round_robin(
+    scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None = None, *, lose_turn: bool = False
+) -> NDArray[np.int64]:
     """Let queries take turns, each taking its best position that is not yet taken.
 
     The rule of RDS+ (Ivison et al.: Large-Scale Data Selection for Instruction Tuning,
@@ -176,6 +178,7 @@ def round_robin(scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None
         scores_QN: Scores of n positions for each query [Q, n]; NaN and -inf are never chosen.
         k: How many.
         order: Query indices in the order of their turns; default 0..Q-1.
+        lose_turn: A query whose next best position is taken gets nothing in this turn, instead of the one after it.
 
     Returns:
         int64 [min(k, positions eligible for some query)], in the order taken.
@@ -194,14 +197,16 @@ def round_robin(scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None
         waiting = []
         for queue in queues:
             for position in queue:
-                if not taken[position]:
+                if not taken[position] or lose_turn:
                     break
             else:
                 continue  # nothing left for this query
+            waiting.append(queue)
+            if taken[position]:
+                continue
             taken[position] = True
             chosen[count] = position
             count += 1
-            waiting.append(queue)
             if count == limit:
                 break
         queues = waiting

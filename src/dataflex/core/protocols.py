@@ -87,6 +87,7 @@ class Card:
         summary: One sentence, ends with a full stop.
         paper: Title, venue and arXiv number, or "baseline".
         cost: In forward (F) and backward (B) passes over the pool, per interval or step.
+        note: What to know before use: where a default is not the authors', and why; where it wears out. Sentences.
         forward_per_pool_row: F of each row of the pool and interval; ``dataflex plan`` counts them.
         backward_per_pool_row: B of the same.
         forward_per_served_row: F of each row trained on, beside those of the training itself.
@@ -99,6 +100,7 @@ class Card:
     summary: str
     paper: str
     cost: str
+    note: str = ""
     forward_per_pool_row: float = 0.0
     backward_per_pool_row: float = 0.0
     forward_per_served_row: float = 0.0

@@ -1,4 +1,9 @@
-"""Adaptive Data Optimization: serve the domains whose scaling laws promise the most from the next sample."""
+"""Adaptive Data Optimization: serve the domains whose scaling laws promise the most from the next sample.
+
+Jiang et al., ICLR 2025, arXiv 2410.11820. The laws are fitted as in the authors' code: losses are smoothed over the
+whole run and the first ``ignore_steps`` are cut off then. ``start_step`` and ``ignore_steps`` are ours: the authors'
+configuration starts at 500 and leaves out 1000 steps, so that its first law, at step 1000, is fitted to one point.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +45,8 @@ class Ado(Mixer):
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
         "arXiv 2410.11820",
         cost="one reduction of 7 numbers per domain and step, and a fit per domain every fit_steps",
+        note="start_step 1000 and ignore_steps 500 are ours: with the authors' 500 and 1000 the first law is fitted to "
+        "one point. Losses are smoothed before the first ones are cut off, as there.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,10 @@ class Ado(Mixer):
 
         start_step: int = field(
             default=1000,
-            metadata={"help": "optimizer step of the first fit", "minimum": 101},
+            metadata={
+                "help": "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)",
+                "minimum": 101,
+            },
         )
         ignore_steps: int = field(
             default=500, metadata={"help": "optimizer steps at the beginning that fits leave out", "minimum": 0}
@@ -102,7 +112,7 @@ class Ado(Mixer):
         """Note the losses, fit when it is time, and move the proportions.
 
         With the share h of recent batches and the average q of past preferences: score = slope x prior x
-        h^(1/2), d = score / sum, p = 0.9 q + 0.1 d, then q <- (1 - 1 / (t + 1)) q + d / (t + 1).
+        h^(1/2), d = score / sum, p = 0.9 q + 0.1 d, then q <- (1 - 1 / t) q + d / t after t steps.
         """
         loss = stats.mean_loss()
         whole = stats.loss_sum.sum() / max(stats.tokens.sum(), 1.0)
@@ -120,12 +130,12 @@ class Ado(Mixer):
         slopes = np.array([law.slope(n) for law in self.laws])
         wanted = preference(slopes, self.prior, self.credit, self.params.credit_exponent, self.params.floor)
         self.served = normalised(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
-        self.average = (1.0 - 1.0 / (step + 1)) * self.average + wanted / (step + 1)
+        self.average = (1.0 - 1.0 / step) * self.average + wanted / step
 
     def _fit(self) -> None:
         skip = self.params.ignore_steps
-        samples, losses = np.array(self.samples[skip:]), np.stack(self.losses[skip:])
-        found = [fit_power_law(samples, column, least_e=self.params.least_e) for column in losses.T]
+        samples, losses = np.array(self.samples), np.stack(self.losses)
+        found = [fit_power_law(samples, column, skip=skip, least_e=self.params.least_e) for column in losses.T]
         if self.laws:  # a domain whose losses cannot be fitted keeps its law
             self.laws = [new or old for new, old in zip(found, self.laws, strict=True)]
             return

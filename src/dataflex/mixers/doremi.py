@@ -12,9 +12,10 @@ which the main model samples; alpha itself jumps from one domain to the next (ba
 it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
 in details:
 
-- ``repo``: the authors' code. Weighted token mean as the loss, corrected for the sampling (alpha / pi); an
-  absent domain keeps its score, ln(vocabulary) before its first; the mean counts the first weights.
-- ``paper``: the text. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
+- ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected for
+  the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts the
+  first weights.
+- ``paper``: the text. Alpha starts equal. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
 - ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
 
 ``dataflex mix doremi`` runs reference, proxy and main model.
@@ -83,6 +84,8 @@ class DoReMi(LossWeightMixer):
         "weights jump, and their mean over the run is the result.",
         paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
         cost="1 F of the reference over each row served, once (cached), or in every step",
+        note="Under variant: repo, the authors' code, the weights start at the sampling proportions; under the "
+        "others they start equal.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,9 @@ class DoReMi(LossWeightMixer):
     def loss_weights(self) -> Floats:
         """Return the weights [K] of the next step: alpha, divided by the sampling under ``token``."""
         return corrected(self.alpha, self.sampling) if self.loss_normaliser == "token" else self.alpha
+
+    def _first(self) -> Floats:
+        return self.sampling.copy() if self.params.variant == "repo" else super()._first()
 
     def _start(self) -> None:
         self.scores: Floats = np.full(len(self.names), np.nan)  # not yet seen

@@ -1,4 +1,9 @@
-"""Mixers that learn proportions from gradients of domains: DoGE, DGA and PiKE, once per interval."""
+"""Mixers that learn proportions from gradients of domains: DoGE, DGA and PiKE, once per interval.
+
+DoGE's proxy updates its weights in every step. Here an interval has one estimate of the gradients and, by default, one
+update, which moves a logarithm by at most 5 lr / mu: far less than the paper's over as many steps. With an interval of
+one step it is the paper's; ``updates`` lets a decision count for as many of its updates.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +71,27 @@ class Doge(_GradientMixer):
         summary="Serves domains more, the more their gradients go along with those of all domains.",
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
         cost="F + B over rows_per_domain rows of each domain",
+        note="The authors update in every step, here a decision is one update and moves a logarithm by at most "
+        "5 lr / mu: an interval has one estimate of the gradients. updates makes it count for more of theirs.",
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_GradientParams):
         """Parameters of DoGE."""
 
+        initial: tuple[float, ...] | dict[str, float] | str = field(
+            default="uniform",
+            metadata={
+                "help": "proportions at first: uniform as published, size, or numbers as a list or by name",
+            },
+        )
+        updates: int = field(
+            default=1,
+            metadata={
+                "help": "updates of the paper, which makes one in every step, that a decision counts for",
+                "minimum": 1,
+            },
+        )
         mu: float = field(
             default=0.05,
             metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
@@ -95,7 +115,7 @@ class Doge(_GradientMixer):
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
         scores = doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
         moved = simplex.exponentiated(
-            self.log_shares, scores, eta=1.0 / self.params.mu, smoothing=self.params.smoothing
+            self.log_shares, scores, eta=self.params.updates / self.params.mu, smoothing=self.params.smoothing
         )
         self.mean.add(simplex.weights(moved))
         return moved, f"last {shares(self.names, simplex.weights(moved))}; served"

@@ -72,6 +72,11 @@ class LossWeightMixer(Mixer):
     def _learn(self, stats: DomainStats) -> None:
         raise NotImplementedError
 
+    def _first(self) -> Floats:
+        """Return the first weights alpha [K]; the sampling is known."""
+        served = self.sampling > 0
+        return np.asarray(served / served.sum())
+
     def _start(self) -> None:
         """Set what a subclass keeps beside alpha; names and first weights are known."""
 
@@ -90,8 +95,7 @@ class LossWeightMixer(Mixer):
         else:
             sampling = normalised(by_domain(written, names, "dynamic.mixer.sampling"))
         self.names, self.sampling = tuple(names), sampling
-        served = sampling > 0
-        self.log_alpha = simplex.logs(served / served.sum())
+        self.log_alpha = simplex.logs(self._first())
         self._start()
 
     def state_dict(self) -> State:

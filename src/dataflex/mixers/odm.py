@@ -92,6 +92,7 @@ class Odm(Mixer):
         self._names: tuple[str, ...] = ()
         self._reward: NDArray[np.float64] = np.zeros(0)
         self._turn = 0
+        self._updates = 0
         self._warming = False
 
     @property
@@ -100,7 +101,7 @@ class Odm(Mixer):
         return self.params.variant != "full_information"
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the policy after the last update; sizes during warm-up, and before ``official`` has a reward.
+        """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.
 
         Raises:
             ConfigError: ``floor`` leaves nothing to decide.
@@ -115,10 +116,11 @@ class Odm(Mixer):
             self._names, self._reward = names, np.zeros(len(names))
         same_domains(self.name, self._names, names)
         self._warming = ctx.interval.kind == "warmup"
-        if self._warming or (self._linear and not self._reward.any()):
+        if self._warming or (self._iterations and not self._reward.any()):
             proportions = normalised(sizes(ctx, self.name))
             return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
-        before, now = self._epsilon(self._turn - 1), self._epsilon(self._turn)
+        first = self.params.variant == "exp3" and self._updates == 1  # the authors' epsilon was still 1 / K
+        before, now = self._epsilon(0 if first else self._turn - 1), self._epsilon(self._turn)
         proportions = policy(self._reward, before, now, self._linear)
         reason = f"turn {self._turn}, exploration {now:.3g} each: {shares(names, proportions)}"
         return Mix(proportions=proportions, reason=reason)
@@ -126,6 +128,11 @@ class Odm(Mixer):
     @property
     def _linear(self) -> bool:
         return self.params.variant == "official"
+
+    @property
+    def _iterations(self) -> bool:
+        """Whether turns are optimizer steps, warm-up included, and proportions start by size: the authors' code."""
+        return self.params.variant in ("official", "exp3")
 
     def _epsilon(self, turn: int) -> float:
         return exploration(max(turn, 1), len(self._names), self.params.floor)
@@ -140,11 +147,12 @@ class Odm(Mixer):
         - ``official``: R = a R + (1 - a) exp(L)
         - ``exp3``: R = R + L / (10 p)
 
-        A turn is an update; in ``official`` it is the optimizer step, warm-up included.
+        A turn is an update; in ``official`` and ``exp3`` it is the optimizer step, warm-up included.
         """
         if self._warming:
             return
-        self._turn = stats.step + 1 if self._linear else self._turn + 1
+        self._turn = stats.step + 1 if self._iterations else self._turn + 1
+        self._updates += 1
         seen, a = stats.seen, self.params.smoothing
         loss = stats.mean_loss()[seen]
         if self.params.variant == "exp3":
@@ -164,6 +172,7 @@ class Odm(Mixer):
             "names": list(self._names),
             "reward": self._reward.copy(),
             "turn": self._turn,
+            "updates": self._updates,
             "warming": self._warming,
         }
 
@@ -171,7 +180,8 @@ class Odm(Mixer):
         """Take back what ``state_dict`` gave."""
         if not state:
             return
-        require(self.name, state, "names", "reward", "turn", "warming")
+        require(self.name, state, "names", "reward", "turn", "updates", "warming")
         self._names = tuple(state["names"])
         self._reward = np.array(state["reward"], dtype=np.float64)
-        self._turn, self._warming = int(state["turn"]), bool(state["warming"])
+        self._turn, self._updates = int(state["turn"]), int(state["updates"])
+        self._warming = bool(state["warming"])

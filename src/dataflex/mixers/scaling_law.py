@@ -37,27 +37,30 @@ class PowerLaw:
         return max(self.alpha, least_alpha) * self.reducible(n) / n
 
 
-def fit_power_law(samples: Floats, losses: Floats, *, least_e: float = 0.5, most_a: float = 6.5) -> PowerLaw | None:
-    """Fit a law to losses that were smoothed (Savitzky-Golay, 101 points, cubic) and thinned to every tenth.
+def fit_power_law(
+    samples: Floats, losses: Floats, *, skip: int = 0, least_e: float = 0.5, most_a: float = 6.5
+) -> PowerLaw | None:
+    """Fit a law to losses that were smoothed (Savitzky-Golay, 101 points, cubic), then cut and thinned to every tenth.
 
     Huber loss (1e-3) between log losses; 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``.
 
     Args:
         samples: n [T], rising, above 0.
         losses: L [T], above 0.
+        skip: Losses at the beginning that are smoothed with the others and then left out.
         least_e: Least log of the irreducible loss.
         most_a: Largest a.
 
     Returns:
-        The law, or None with fewer than 101 points or without a finite fit.
+        The law, or None with fewer than 101 points after those left out, or without a finite fit.
     """
     from scipy.optimize import minimize
     from scipy.signal import savgol_filter
 
-    if len(losses) < _WINDOW:
+    if len(losses) - skip < _WINDOW:
         return None
-    smooth = savgol_filter(losses, _WINDOW, _ORDER)[::_EVERY]
-    log_n, log_loss = np.log(samples[::_EVERY]), np.log(np.maximum(smooth, 1e-8))
+    smooth = savgol_filter(losses, _WINDOW, _ORDER)[skip::_EVERY]
+    log_n, log_loss = np.log(samples[skip::_EVERY]), np.log(np.maximum(smooth, 1e-8))
 
     def objective(theta: Floats) -> tuple[float, Floats]:
         e, a, alpha = theta

@@ -143,6 +143,7 @@ class Aioli(_SkillMixer):
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
         "arXiv 2411.05735",
         cost="F over the held-out data",
+        note="As in the authors' code each sweep probes in a new random order, and ema is the weight of the past.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -160,8 +161,9 @@ class Aioli(_SkillMixer):
         ema: float | None = field(
             default=None,
             metadata={
-                "help": "weight of the new A in its average, proportions made from equal ones; null: the last move on",
-                "above": 0.0,
+                "help": "weight of the past in the average of A, proportions made from equal ones; null: the last "
+                "move on",
+                "minimum": 0.0,
                 "maximum": 1.0,
             },
         )
@@ -171,6 +173,8 @@ class Aioli(_SkillMixer):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.turn = 0
+        self.order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        """Domains in the order in which this round probes them: a permutation for each sweep."""
         self.before: Floats = np.zeros(0)
         """Held-out losses at the last decision."""
         self.drops: list[Floats] = []
@@ -190,16 +194,19 @@ class Aioli(_SkillMixer):
         turn = self.turn % (probes + self.params.hold)
         self.turn += 1
         mixes = near_one_hot(num_domains, self.params.focus)
+        if turn == 0:
+            rng = ctx.rng("aioli order")
+            self.order = np.concatenate([rng.permutation(num_domains) for _ in range(self.params.sweeps)])
         if turn <= probes:
             losses = held_out_losses(ctx)
             if turn > 0:
                 self.drops.append(self.before - losses)
             self.before = losses
         if turn < probes:
-            probed = turn % num_domains
+            probed = int(self.order[turn])
             return Mix(proportions=normalised(mixes[probed]), reason=f"probe of {self.names[probed]}")
         if turn == probes:
-            self._learn(np.tile(mixes, (self.params.sweeps, 1)), np.stack(self.drops))
+            self._learn(mixes[self.order], np.stack(self.drops))
             self.drops = []
         proportions = normalised(simplex.weights(self.log_shares))
         return Mix(proportions=proportions, reason=shares(self.names, proportions))
@@ -209,7 +216,7 @@ class Aioli(_SkillMixer):
         if ema is None or not self.matrix.size:
             self.matrix = new
         else:
-            self.matrix = ema * new + (1.0 - ema) * self.matrix
+            self.matrix = (1.0 - ema) * new + ema * self.matrix
         start = self.log_shares if ema is None else np.zeros(len(new))
         self.log_shares = simplex.exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
 
@@ -224,15 +231,17 @@ class Aioli(_SkillMixer):
             "drops": np.stack(self.drops) if self.drops else np.zeros((0, len(self.names))),
             "log_shares": self.log_shares,
             "matrix": self.matrix,
+            "order": self.order,
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
         if not state:
             return
-        require(self.name, state, "names", "turn", "before", "drops", "log_shares", "matrix")
+        require(self.name, state, "names", "turn", "before", "drops", "log_shares", "matrix", "order")
         self.names, self.turn = tuple(state["names"]), int(state["turn"])
         self.before = np.array(state["before"], dtype=np.float64)
         self.drops = [np.array(row, dtype=np.float64) for row in state["drops"]]
         self.log_shares = np.array(state["log_shares"], dtype=np.float64)
         self.matrix = np.array(state["matrix"], dtype=np.float64)
+        self.order = np.array(state["order"], dtype=np.int64)

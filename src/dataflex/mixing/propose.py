@@ -38,7 +38,7 @@ def propose(
     tasks: Sequence[str] = (),
     kl: float = KL,
     caps_K: Floats | None = None,
-    prior_power: float = 0.5,
+    prior_power: float = 1.0,
     seed: int = 0,
 ) -> tuple[Floats, dict[str, Any]]:
     """Return proportions [K] for the lowest mean predicted loss, and details.

@@ -9,11 +9,19 @@ the buckets in the target p_t and in the pool p_r, a row's weight is
 and rows are drawn without replacement in proportion to w (Gumbel top-k, keyed by row).
 
 The sum is not divided by length, as published: long rows get extreme weights, so that the draw comes near to a plain
-top-k. The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into
-one costs up to 18 nats, and the shortest rows win whatever they say; ``smoothing``, a count added to every bucket of
-the target and of the pool, is therefore 1 here and 0 as published. ``per_ngram`` divides by the number of n-grams,
-which is not the paper's. The reason tells the effective sample size (sum w)^2 / sum w^2 of the pool: near 1 it says
-that one row outweighs all others.
+top-k. ``per_ngram`` divides by the number of n-grams, which is not the paper's. The reason tells the effective sample
+size (sum w)^2 / sum w^2 of the pool: near 1 it says that one row outweighs all others.
+
+The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into one
+costs up to 18 nats, and the shortest rows win whatever they say; a count added to every bucket of both sides does not
+help, since it is more than the pool has in most of them. ``smoothing`` draws the target's shares towards the pool's:
+every n-gram has a prior of its own (Dirichlet, over it and all others) whose mean is its share in the pool and whose
+strength is ``smoothing`` occurrences of it. With c of the target's n n-grams in a bucket its term is then
+
+    log (c + smoothing) / (n p_r + smoothing),
+
+what was found over what the pool lets one expect, with as much added to both. An n-gram that the target lacks counts
+for nothing where it could not be expected there either, and against a row where it could. 0 is as published.
 """
 
 from __future__ import annotations
@@ -34,7 +42,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.specs import Part
 
-__all__ = ["Dsir", "Hasher", "effective_size", "log_ratios"]
+__all__ = ["Dsir", "Hasher", "drawn_ratios", "effective_size", "log_ratios"]
 
 _EPSILON = 1e-8
 
@@ -71,6 +79,19 @@ def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(np.log(target + _EPSILON) - np.log(pool + _EPSILON))
 
 
+def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
+    """Return log (c + smoothing) / (n p_r + smoothing) of each bucket; without smoothing as published.
+
+    Args:
+        counts: c, n-grams of the target by bucket; n in all.
+        p_pool: p_r, shares of the buckets in the pool.
+        smoothing: Strength of the prior in occurrences of each n-gram.
+    """
+    if smoothing == 0:
+        return log_ratios(_share(counts), p_pool)
+    return np.asarray(np.log((counts + smoothing) / (counts.sum() * p_pool + smoothing)))
+
+
 def effective_size(log_weights: NDArray[np.float64]) -> float:
     """Return (sum w)^2 / sum w^2 of weights given by finite logarithms."""
     weights = np.exp(log_weights - log_weights.max())
@@ -86,6 +107,8 @@ class Dsir(Selector):
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
         paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
         cost="none on the device: n-grams are counted once",
+        note="smoothing is not in the paper, whose targets are whole corpora; with a small one its weights "
+        "(smoothing: 0) let the shortest rows win.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -96,8 +119,12 @@ class Dsir(Selector):
         ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
         buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
         smoothing: float = field(
-            default=1.0,
-            metadata={"help": "count added to every bucket; 0 as published, for large targets", "minimum": 0.0},
+            default=3.0,
+            metadata={
+                "help": "strength of the prior that draws the target's shares to the pool's, in occurrences of each "
+                "n-gram; 0 as published",
+                "minimum": 0.0,
+            },
         )
         min_ngrams: int = field(
             default=1, metadata={"help": "rows of fewer n-grams are never drawn (the paper: 100 words)", "minimum": 1}
@@ -185,8 +212,8 @@ class Dsir(Selector):
             raise ConfigError(
                 f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
             )
-        raw = _share(_counts(rows, p.buckets), p.smoothing)
-        ratios = np.stack([log_ratios(_share(counts, p.smoothing), raw) for counts in wanted])
+        raw = _share(_counts(rows, p.buckets))
+        ratios = np.stack([drawn_ratios(counts, raw, p.smoothing) for counts in wanted])
         found = np.full((len(wanted), len(pool)), np.nan)
         for place in np.flatnonzero(usable):
             found[:, place] = ratios[:, rows[place]].sum(axis=1)
@@ -215,5 +242,5 @@ def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int
     return total
 
 
-def _share(counts: NDArray[np.int64], smoothing: float) -> NDArray[np.float64]:
-    return np.asarray((counts + smoothing) / (counts.sum() + smoothing * len(counts)))
+def _share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.asarray(counts / counts.sum())

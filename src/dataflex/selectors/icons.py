@@ -1,13 +1,14 @@
 """ICONS: every target votes for the rows of largest influence on it; the rows of most votes are kept.
 
 "ICONS: Influence Consensus for Vision-Language Data Selection", arXiv 2501.00654. The influence of row i on
-task t is the product of the row's unit gradient with the gradient of the task's rows, averaged; plain (SGD)
-gradients on both sides. A task votes for the rows whose influence reaches the (100 - p)th percentile, linearly
+task t is the mean over the task's rows of the cosine of their gradients with the row's; plain (SGD) gradients on both
+sides. A task votes for the rows whose influence reaches the (100 - p)th percentile, linearly
 interpolated. A task is a target data set.
 
 Influences are exact here: the original projects gradients to 5,120 numbers (``sketch_size`` does so with a
-sparse sketch). ``cosine_of_mean`` differs from the original's influence by one positive factor for each task,
-which changes neither votes nor ranks. Few tasks give few different numbers of votes, so that ties decide most of
+sparse sketch). ``target_gradient: cosine_of_mean`` compares with the mean gradient of the task instead, in which long
+gradients weigh more, as the original does for the subtasks of one benchmark only; it saves a pass over the targets. Few
+tasks give few different numbers of votes, so that ties decide most of
 the cut: they go to the rows of the higher mean percentile rank over the tasks, then by pool order. With one task
 the votes are a threshold and the ranks decide, so that the rows kept are those of largest influence.
 """
@@ -64,7 +65,7 @@ class Icons(Selector):
     card = Card(
         summary="Keeps the rows that most targets vote for, each for the rows of largest influence on it.",
         paper="ICONS: Influence Consensus for Vision-Language Data Selection, arXiv 2501.00654",
-        cost="1 F + 1 B over the pool and 1 (F + B) over the targets per interval",
+        cost="1 F + 1 B over the pool and 2 (F + B) over the targets per interval",
         forward_per_pool_row=1.0,
         backward_per_pool_row=1.0,
     )
@@ -84,10 +85,10 @@ class Icons(Selector):
         precondition: Literal["none", "true_adam", "paper_repo", "sign"] = field(
             default="none", metadata={"help": "what turns training gradients into directions; none as published"}
         )
-        target_gradient: Literal["cosine_of_mean", "mean_of_cosines"] = field(
-            default="cosine_of_mean",
+        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
+            default="mean_of_cosines",
             metadata={
-                "help": "target rows count by their gradient as published, or equally, which takes a second pass"
+                "help": "every target row counts alike as published, or by the length of its gradient, in one pass less"
             },
         )
         sketch_size: int | None = field(

@@ -8,13 +8,16 @@ misaligned or cut off) are dropped, and the highest of the rest are kept.
 
 Both losses are means over the same tokens. Where the tokenizer puts no token before a text by itself, the first
 token of an answer alone would follow nothing; it is then left out of both. ``prefix_tokens`` keeps the last tokens of
-the prompt with the answer, as Cherry LLM keeps "### Response:". Rows of several turns: each answer is alone for
-itself. Very short answers have extreme ratios (``min_answer_tokens``). A model that has already been trained on the
+the prompt with the answer. Cherry LLM keeps "### Response:", Superfiltering nothing; so does ``null``: under ``ratio:
+loss`` it keeps the tokens that all prompts of the pool end with (the template's words before an answer, at most 16),
+under ``ratio: perplexity``, or with a ``scorer``, whose tokens may be others, none. Rows of several turns: each answer
+is alone for itself. Very short answers have extreme ratios (``min_answer_tokens``). A model already trained on the
 pool makes all ratios small, and on large mixed pools IFD can lose to random rows (arXiv 2503.01807).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -27,9 +30,12 @@ from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import DataError
 from dataflex.selectors.finite import finite_rows
 
-__all__ = ["Ifd", "ifd_ratios"]
+__all__ = ["Ifd", "common_ending", "ifd_ratios"]
 
 Ratio = Literal["loss", "perplexity"]
+
+_LONGEST_MARKER = 16
+_ROWS_LOOKED_AT = 1024
 
 
 def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.float64]:
@@ -53,6 +59,22 @@ def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.f
     return np.where(usable, found, np.nan)
 
 
+def common_ending(prompts: Sequence[NDArray[np.integer]], most: int = _LONGEST_MARKER) -> int:
+    """Return how many tokens, at most ``most``, all prompts end with; 0 unless two of them differ.
+
+    Prompts without a token are passed over.
+    """
+    distinct = {tuple(prompt.tolist()) for prompt in prompts if len(prompt)}
+    if len(distinct) < 2:
+        return 0
+    length = 0
+    for column in zip(*(reversed(prompt) for prompt in distinct), strict=False):
+        if length == most or len(set(column)) > 1:
+            break
+        length += 1
+    return length
+
+
 class Ifd(Selector):
     """Keep the rows of highest instruction-following difficulty below a threshold."""
 
@@ -63,6 +85,8 @@ class Ifd(Selector):
         summary="Keeps the rows whose prompt helps least to predict the answer, of those where it helps.",
         paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
         cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
+        note="Cherry LLM scores an answer alone behind its marker, Superfiltering without: prefix_tokens, left out, "
+        "does the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
         forward_per_pool_row=2.0,
     )
 
@@ -81,8 +105,13 @@ class Ifd(Selector):
         threshold: float = field(
             default=1.0, metadata={"help": "rows at or above this ratio are dropped", "above": 0.0}
         )
-        prefix_tokens: int = field(
-            default=0, metadata={"help": "last tokens of the prompt that the answer alone keeps", "minimum": 0}
+        prefix_tokens: int | None = field(
+            default=None,
+            metadata={
+                "help": "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with "
+                "under ratio: loss, else none",
+                "minimum": 0,
+            },
         )
         min_answer_tokens: int = field(
             default=1, metadata={"help": "rows with fewer supervised tokens are dropped", "minimum": 1}
@@ -110,9 +139,9 @@ class Ifd(Selector):
         """
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
+        p, prefix = self.params, self._prefix(pool, ctx)
         given, alone = (
-            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=p.prefix_tokens)
+            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=prefix)
             for conditioned in (True, False)
         )
         scores = ifd_ratios(given, alone, p.ratio)
@@ -133,9 +162,20 @@ class Ifd(Selector):
             rest = top_k(np.where(finite & ~below, -scores, np.nan), budget - len(kept))
             kept = np.concatenate([kept, rest])
             reason += f", and the lowest {len(rest)} above"
+        if prefix:
+            reason += f"; answers alone keep the last {prefix} tokens of their prompts"
         if not finite.all():
             reason += f"; {int((~finite).sum())} rows have no ratio"
         return Selection(rows=pool[kept], scores=scores, reason=reason)
+
+    def _prefix(self, pool: Rows, ctx: Context) -> int:
+        """Return how many of the prompt's tokens an answer alone keeps."""
+        if self.params.prefix_tokens is not None:
+            return self.params.prefix_tokens
+        if self.params.ratio == "perplexity" or self.params.scorer is not None:
+            return 0
+        places = np.unique(np.linspace(0, len(pool) - 1, min(len(pool), _ROWS_LOOKED_AT)).astype(np.int64))
+        return common_ending(ctx.signals.tokens(pool[places], part="prompt"))
 
 
 class _ByScorer(Ifd):

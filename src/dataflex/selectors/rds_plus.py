@@ -4,7 +4,9 @@ Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.0
 mean of the last hidden states over all its tokens, weighted by position (w_t = t / sum of t), divided by its
 norm; similarity is the cosine. With one target its rows take turns, each taking its nearest row that is not
 yet taken; with several targets a row's score for a target is the largest cosine with any of its rows, and
-the targets take turns. The paper takes the base model; here it is the model under training, or ``encoder``.
+the targets take turns. In the authors' code a target row whose next row is taken loses its turn (``taken:
+lose_turn``); by default it takes the one after that, as the paper describes it, so that target rows that are much alike
+get as many rows as others. The paper takes the base model; here it is the model under training, or ``encoder``.
 Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
 """
 
@@ -16,7 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from dataflex.core.choose import round_robin, top_k
-from dataflex.core.neighbours import best_similarity, round_robin_nearest
+from dataflex.core.neighbours import best_similarity, round_robin_nearest, walk_by_rank
 from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.core.protocols import Params as BaseParams
 from dataflex.selectors.similarity import embedded, selection
@@ -35,13 +37,15 @@ class RdsPlus(Selector):
         summary="Keeps the rows whose hidden states are nearest to those of the targets' rows, which take turns.",
         paper="Large-Scale Data Selection for Instruction Tuning (RDS+), arXiv 2503.01807",
         cost="1 F over the pool and the targets per interval, and a product of each row with each target row",
+        note="A target row whose nearest row is taken takes the next one, as the text has it, so that target rows that "
+        "are much alike get as many rows as others; in the authors' code it loses its turn (taken: lose_turn).",
         forward_per_pool_row=1.0,
         forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of RDS+; the defaults are the paper's."""
+        """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
 
         encoder: str | None = field(
             default=None,
@@ -53,6 +57,13 @@ class RdsPlus(Selector):
         )
         rule: Literal["round_robin", "top_k"] = field(
             default="round_robin", metadata={"help": "let target rows (or targets) take turns, or keep the nearest"}
+        )
+        taken: Literal["next", "lose_turn"] = field(
+            default="next",
+            metadata={
+                "help": "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
+                "authors' code"
+            },
         )
         shuffle: bool = field(
             default=False, metadata={"help": "turns of target rows in random order instead of the file's"}
@@ -84,9 +95,12 @@ class RdsPlus(Selector):
         if p.rule == "top_k":
             kept = top_k(scores, budget)
         elif len(space.queries) > 1:
-            kept = round_robin(by_task, budget)
+            kept = round_robin(by_task, budget, lose_turn=p.taken == "lose_turn")
         else:
             queries = space.queries[0]
             order = ctx.rng("selector.rds_plus").permutation(len(queries)) if p.shuffle else None
-            kept = round_robin_nearest(queries, space.vectors, budget, order)
+            if p.taken == "next":
+                kept = round_robin_nearest(queries, space.vectors, budget, order)
+            else:
+                kept = walk_by_rank(queries if order is None else queries[order], space.vectors, budget)
         return selection(pool, space, kept, scores, f"nearest to {', '.join(ctx.targets)} ({p.rule})")

@@ -2,8 +2,9 @@
 
 A twentieth of the rows, drawn by chance, is scored exactly. Ridge regression from the rows' token counts (prompt and
 completion apart) to those scores predicts the rest, without a pass of the model. Its strength is chosen by the
-leave-one-out error (generalised cross-validation, Golub, Heath and Wahba 1979). The rows of the highest
-scores, predicted or known, are kept for the exact method.
+leave-one-out error (generalised cross-validation, Golub, Heath and Wahba 1979). The intercept is fitted apart and
+takes one degree of freedom, which does not count as left over: counted, the error of a fit through every point
+would be 0. The rows of the highest scores, predicted or known, are kept for the exact method.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
 from dataflex.signals.specs import GradientSpec, Part
 
-__all__ = ["fitted", "piloted", "token_counts"]
+__all__ = ["fitted", "gcv_error", "piloted", "token_counts"]
 
 _BUCKETS = 4096
 _CHUNK_ROWS = 8192
@@ -87,10 +88,19 @@ def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[
     squares, basis = np.linalg.eigh(centred @ centred.T)
     squares = squares.clip(0.0)
     turned = basis.T @ wanted
-    errors = []
-    for strength in _STRENGTHS:
-        left = strength / (squares + strength)  # share of each direction that is not fitted
-        errors.append(np.sum((left * turned) ** 2) / max(left.sum() / len(values), 1e-30) ** 2)
-    strength = _STRENGTHS[int(np.argmin(errors))]
+    strength = _STRENGTHS[int(np.argmin([gcv_error(squares, turned, each) for each in _STRENGTHS]))]
     weights = centred.T @ (basis @ (turned / (squares + strength)))
     return weights, offset - float(centre @ weights)
+
+
+def gcv_error(squares: NDArray[np.float64], turned: NDArray[np.float64], strength: float) -> float:
+    """Return the generalised cross-validation error of a ridge regression with an intercept.
+
+    Args:
+        squares: Eigenvalues [n], ascending, of X X' with centred columns; the first is 0, the intercept's direction.
+        turned: The centred values [n] along its eigenvectors.
+        strength: Of the ridge, above 0.
+    """
+    left = strength / (squares + strength)  # share of each direction that is not fitted
+    free = left[1:].sum() / len(squares)  # the intercept's direction is fitted, whatever the strength
+    return float(np.sum((left * turned) ** 2) / max(free, 1e-30) ** 2)

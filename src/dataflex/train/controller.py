@@ -35,6 +35,7 @@ from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
 from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
 from dataflex.train.candidates import Candidates
+from dataflex.train.repeats import Repeats
 from dataflex.train.row_space import RowSpace
 from dataflex.train.seen import SeenRows
 from dataflex.train.served import ServedCounts
@@ -130,6 +131,9 @@ class Controller:
             )
         self.floors = floors_by_domain(self.config.min_proportion, domains.names)
         self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
+        self.repeats: Repeats | None = None
+        if self.selector is not None and self.narrows:
+            self.repeats = Repeats(self.space.num_rows, self.config.max_repeats, self.selector.name)
         self.candidates: Candidates | None = None
         if self.config.candidate_batches is not None:
             self.candidates = Candidates(
@@ -195,6 +199,8 @@ class Controller:
             rows = rows[: whole_steps * self.shape.global_batch]
             self.ends_at = interval.stop_step
             reason = f"{reason}; at its cap: {', '.join(self.sampler.exhausted)}; training ends here (at_cap: stop)"
+        if self.repeats is not None:
+            reason = "; ".join(filter(None, [reason, self.repeats.take(rows)]))
         plan = DataPlan(
             interval=interval,
             rows=rows,
@@ -413,6 +419,7 @@ class Controller:
             "sampler": self.sampler.state_dict() if self.sampler else {},
             "signals": self.signals.state_dict(),
             "seen": self.seen.state_dict() if self.seen else {},
+            "repeats": self.repeats.state_dict() if self.repeats else {},
             "ends_at": self.ends_at,
             "proportions": self.proportions,
             "served": self.served.state_dict(),
@@ -429,6 +436,8 @@ class Controller:
         self.signals.load_state_dict(state["signals"])
         if self.seen and state.get("seen"):
             self.seen.load_state_dict(state["seen"])
+        if self.repeats and state.get("repeats"):
+            self.repeats.load_state_dict(state["repeats"])
         self.ends_at = state["ends_at"]
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.served.load_state_dict(state["served"])
