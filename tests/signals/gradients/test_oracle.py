@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.signals.gradients import choose_parameters
+from tests.rounding import sums_apart
 from tests.signals.gradients.small import MODELS, Collect, build, differences, engine_of, oracle, ragged
 
 
@@ -109,8 +110,9 @@ def test_blocks_of_any_size_give_the_same(name):
     for numbers in (1, 100, 2**22):
         engine = engine_of(model, block_numbers=numbers)
         results.append(engine.run(batch, [Collect(engine)])["collect"])
-    assert torch.allclose(results[0], results[2], rtol=1e-5, atol=1e-8)
-    assert torch.allclose(results[1], results[2], rtol=1e-5, atol=1e-8)
+    for result in results[:2]:  # sums over tokens, in another order
+        apart = sums_apart(batch["input_ids"].shape[1], float(result.abs().max()))
+        torch.testing.assert_close(result, results[2], rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
