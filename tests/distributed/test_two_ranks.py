@@ -66,6 +66,13 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     )
     configs.append(folder / "two-resumed.json")
     configs[-1].write_text(json.dumps(mapping))
+    rarely = {**settings("lossweight", 2), "logging_steps": 4}
+    for name, given in {
+        "two-rarely": {},
+        "two-rarely-resumed": {"resume_from_checkpoint": str(folder / "two-rarely" / "checkpoint-6")},
+    }.items():
+        configs.append(folder / f"{name}.json")
+        configs[-1].write_text(json.dumps(runner.mapping(name, **rarely, **given)))
     two_ranks(configs, folder)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
@@ -115,3 +122,31 @@ def test_one_rank_checkpoint_goes_on_with_two(results, case):
 def test_two_ranks_resume_exactly(results):
     _, double = results
     assert double["two-resumed"].series() == double["two-selection"].series()
+
+
+def test_two_ranks_log_after_a_resume_as_if_never_stopped(results):
+    _, double = results
+    straight, resumed = double["two-rarely"], double["two-rarely-resumed"]
+    assert resumed.series() == straight.series()
+    for ours, theirs in zip(resumed.log, straight.log, strict=True):
+        told = [key for key in theirs if key.startswith("dataflex/weight") or key == "dataflex/plain_loss"]
+        assert [ours[key] for key in told] == pytest.approx([theirs[key] for key in told], rel=1e-12)
+        assert len(told) == 6
+
+
+def test_a_checkpoint_of_two_ranks_names_the_files_of_both_and_one_run(results, tmp_path):
+    from dataflex.core import sealed
+
+    _, double = results
+    folder = double["two-selection"].folder
+    for step in (3, 6):
+        checkpoint = folder / f"checkpoint-{step}"
+        assert sealed.broken_reason(checkpoint) is None
+        assert sealed.run_of(checkpoint) == sealed.current_run(folder) == double["two-selection"].events[0]["run"]
+        files = json.loads((checkpoint / "dataflex" / "manifest.json").read_text())["files"]
+        assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trainer_state.json"} <= files.keys()
+    assert double["two-resumed"].events[0]["run"] == sealed.current_run(folder), "kept by a run that goes on"
+    copied = tmp_path / "checkpoint-6"
+    shutil.copytree(folder / "checkpoint-6", copied)
+    (copied / "rng_state_1.pth").unlink()
+    assert sealed.broken_reason(copied) == "rng_state_1.pth is missing: it was removed"

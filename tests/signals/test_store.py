@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex.core.aside import owner
 from dataflex.core.state import MANIFEST
 from dataflex.dist import comm
 from dataflex.errors import CheckpointError, ComponentError
@@ -51,6 +52,20 @@ def test_round_trip(store, shape, dtype):
         assert isinstance(again, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             again[...] = 0
+
+
+def test_what_a_kill_left_of_a_write_is_removed_by_the_next_pass(store):
+    gone, alive = owner().replace(str(os.getpid()), str(2**30)), owner().replace(str(os.getpid()), str(os.getppid()))
+    left = [f".losses-{'0' * 32}.{gone}.0a0b0c0d.npy", f"..losses-{'0' * 32}.{gone}.0a0b0c0d.ready.new-aside"]
+    kept = [f".losses-{'0' * 32}.{alive}.0a0b0c0d.npy", ".gitignore"]
+    store.directory.mkdir()
+    for name in kept + left:
+        (store.directory / name).touch()
+    os.utime(store.directory / ".gitignore", (0, 0))
+    work = ResumablePass(store, key(), shape=(2,), dtype=np.float32)
+    found = sorted(path.name for path in store.directory.iterdir() if path.is_file())
+    assert found == sorted(kept)
+    work.close()
 
 
 def test_every_field_of_the_fingerprint_counts(store):
