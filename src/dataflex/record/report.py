@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dataflex.core.printable import printable
 from dataflex.errors import DataError
-from dataflex.record.digest import digest
+from dataflex.record.digest import Event, digest
 from dataflex.record.plots import PLOTS, draw
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
 from dataflex.record.summary import mixer_of, summary
@@ -47,7 +47,8 @@ def report(run_dir: Path, out: Path | None = None) -> str:
             left_out.append(str(error).removeprefix(f"{folder}/"))
             return otherwise
 
-    run = digest([*events, *readable(lambda: read_ending(folder), [])])
+    nothing: list[Event] = []
+    run = digest([*events, *readable(lambda: read_ending(folder), nothing)])
     weighed = readable(lambda: read_weights(folder), None)
     found = readable(lambda: read_found(folder, mixer_of(run)), None)
     out = _inside(folder, Path(run_dir)) if out is None else Path(out)

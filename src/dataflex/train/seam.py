@@ -68,7 +68,7 @@ _TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
 class TrainerMixin(SavingMixin, _Trainer):
     """Data decided during training, for any Hugging Face Trainer class that follows it in the MRO."""
 
-    dataflex_setup: ClassVar[Setup]
+    dataflex_setup: Setup
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -434,4 +434,4 @@ class TrainerMixin(SavingMixin, _Trainer):
 
     def save_predictions(self, *args: Any, **kwargs: Any) -> Any:
         """Save the predictions of ``predict``; some of LLaMA-Factory's trainers are given the rows again."""
-        return super().save_predictions(*map(undivided, args), **kwargs)  # type: ignore[misc]
+        return super().save_predictions(*map(undivided, args), **kwargs)
