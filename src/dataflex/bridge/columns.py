@@ -135,14 +135,14 @@ def _line_of(file: Path, position: int) -> int | None:
     return None
 
 
-def column(name: str, raw: RawRows | None, num_rows: int) -> NDArray[Any]:
+def column(name: str, raw: RawRows, num_rows: int) -> NDArray[Any]:
     """Return a raw column in the order of the rows meant [num_rows].
 
     Raises:
         ConfigError: A source lacks the column.
         DataError: Raw rows and tokenised rows do not match one to one.
     """
-    if raw is None or not raw.parts:
+    if not raw.parts:
         raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenised (tokenized_path)")
     for source, part in zip(raw.names, raw.parts, strict=False):
         if name not in part.column_names:

@@ -63,8 +63,7 @@ class DataLoading:
     ) -> dict[str, Any]:
         """Return LLaMA-Factory's data set module; ``space`` is set afterwards."""
         data_args = copy.copy(data_args)
-        by_domain = self._config.eval_by_domain
-        if by_domain and data_args.eval_dataset is not None and self._config.domain_column is None:
+        if self._config.eval_by_domain and data_args.eval_dataset is not None and self._config.domain_column is None:
             data_args.eval_on_each_dataset = True
         loader = Loader(
             template=template,
@@ -97,7 +96,7 @@ class DataLoading:
                 module, sizes = self._load_each(names, data_args, training_args, loader)
         per_row = _documents_per_row(origins, module.pop("_loaded", {}), data_args)
         sources = module.pop("_held_sources", None)
-        if by_domain:
+        if self._config.eval_by_domain:
             module["eval_dataset"] = self._held_out(module, sources, seen, data_args, training_args)
         train = module["train_dataset"]
         found = self._columns(columns, seen[: len(names)], train, data_args, training_args) if columns else {}
@@ -125,14 +124,10 @@ class DataLoading:
                 seed=training_args.seed if self._config.seed is None else self._config.seed,
                 device=training_args.device,
             )
-        domains = self._domains(sizes, labels, found, measures.lengths, per_row)
-        lacking = too_few_domains(self._config, len(domains.names))
-        if lacking:
-            raise DataError("\n".join(lacking))
         self.space = RowSpace(
             dataset=train,
             sources=sizes,
-            domains=domains,
+            domains=self._domains(sizes, labels, found, measures.lengths, per_row),
             supervised=measures.supervised,
             fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
@@ -293,10 +288,24 @@ class DataLoading:
         lengths: NDArray[np.int64],
         documents_per_row: NDArray[np.float64] | None,
     ) -> Domains:
-        for name in (self._config.domain_column, FILE_COLUMN, CLUSTERS):
-            if name is not None and name in columns:
-                return Domains.from_labels(columns[name], lengths=lengths)
-        return Domains(names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row)
+        """Return the domains of the rows.
+
+        Raises:
+            DataError: A method needs more of them.
+        """
+        by = next(
+            (n for n in (self._config.domain_column, FILE_COLUMN, CLUSTERS) if n is not None and n in columns), None
+        )
+        if by is not None:
+            domains = Domains.from_labels(columns[by], lengths=lengths)
+        else:
+            domains = Domains(
+                names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row
+            )
+        lacking = too_few_domains(self._config, len(domains.names))
+        if lacking:
+            raise DataError("\n".join(lacking))
+        return domains
 
     def _targets(self, loader: Loader) -> dict[str, TargetSpace]:
         targets = {}

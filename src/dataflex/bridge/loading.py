@@ -6,7 +6,7 @@ Whatever the loader refuses becomes a ``DataError`` that names the key and the d
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.get_dataset`` (public),
 ``llamafactory.data.loader._load_single_dataset`` (wrapped while loading, to say which data set failed), the fields of
-``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from ``cutoff_len`` where packing is asked for.
+``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from ``cutoff_len`` where packing is asked.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check_data import column_problems, data_set_problems, domain_problems, target_problems
+from dataflex.config.check_data import column_problems, data_set_problems, domain_problems
+from dataflex.config.check_held_out import by_domain_problems
 from dataflex.config.check_models import other_model_problems
 from dataflex.config.check_run import (
     model_problems,
@@ -18,7 +19,7 @@ from dataflex.config.check_run import (
     setting_problems,
     stage_problems,
 )
-from dataflex.config.check_targets import by_target_problems
+from dataflex.config.check_targets import by_target_problems, target_problems
 from dataflex.config.check_values import number_problems, package_problems
 from dataflex.config.data import Source
 from dataflex.config.schema import DynamicConfig
@@ -53,8 +54,8 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
             return []  # evaluation and prediction are LLaMA-Factory's own business
         return [*number_problems(lf), *model_problems(lf), *data_set_problems(lf, base_dir, sources)]
     of_stage = [*stage_problems(dynamic, lf)]
-    if of_stage:  # one mistake is told once: whether the data sets are meant for it does not matter then
-        lf = {**lf, "stage": None}
+    # One mistake is told once: with a wrong stage it does not matter whether the data sets are meant for it.
+    staged = {**lf, "stage": None} if of_stage else lf
     return [
         *of_stage,
         *number_problems(lf),
@@ -64,9 +65,10 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
         *reference_problems(dynamic),
         *other_model_problems(dynamic),
         *output_problems(lf),
-        *data_set_problems(lf, base_dir, sources),
-        *target_problems(dynamic, lf, base_dir),
+        *data_set_problems(staged, base_dir, sources),
+        *target_problems(dynamic, staged, base_dir),
         *by_target_problems(dynamic),
-        *column_problems(dynamic, lf),
+        *column_problems(dynamic, lf, sources),
+        *by_domain_problems(dynamic, lf),
         *domain_problems(dynamic, lf, sources),
     ]

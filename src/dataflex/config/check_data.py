@@ -1,12 +1,13 @@
-"""Checks of the data: data sets, targets, domains and their proportions, and whether there are enough rows."""
+"""Checks of the data: data sets, columns, domains and their proportions, and whether there are enough rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.check_held_out import held_out_problems
 from dataflex.config.convert import shown
 from dataflex.config.data import (
     Source,
@@ -15,21 +16,25 @@ from dataflex.config.data import (
     empty_names,
     find_sources,
     packed,
-    target_data_sets,
     tokenized,
     train_rows,
 )
+from dataflex.config.entries import columns_of
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import number, truthy
+from dataflex.config.values import truthy
 from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Selector, Weighter
 from dataflex.core.schedule import Interval
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.mixers.floors import floors_by_domain
 
-__all__ = ["column_problems", "data_set_problems", "domain_problems", "target_problems"]
+__all__ = [
+    "column_problems",
+    "data_set_problems",
+    "domain_problems",
+]
 
 
 def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]) -> Iterator[str]:
@@ -38,7 +43,7 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
         problem = empty_names(lf.get(key))
         if problem:
             yield f"{key}: {problem}"
-    yield from _held_out_problems(lf, base_dir)
+    yield from held_out_problems(lf, base_dir)
     if tokenized(lf):
         found += [Source(name=name) for name in data_sets(lf.get("dataset"))]
         return
@@ -63,41 +68,7 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
             yield f"val_size: {shown(lf['val_size'])} sets aside all {sum(filter(None, counts)):,} rows; lower it"
 
 
-def _held_out_problems(lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
-    """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
-    named, share = data_sets(lf.get("eval_dataset")), number(lf, "val_size", 0.0)
-    if named and share > 1e-6:
-        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
-    if share < 0 or (share >= 1 and share != int(share)):
-        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf['val_size'])}"
-    sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
-    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or tokenized(lf))
-    for source in sources:
-        if source.path is not None and count_rows(source, lf) == 0:
-            yield f"eval_dataset: {source.name!r} has no rows ({source.path})"
-    if lf.get("eval_dataset") or share > 1e-6 or tokenized(lf):
-        return
-    for key, off in (("eval_strategy", "no"), ("do_eval", False), ("do_predict", False), ("eval_on_start", False)):
-        asked = str(lf.get(key) or "no") != "no" if off == "no" else truthy(lf, key)
-        if asked:
-            yield f"{key}: no rows are held out; name an 'eval_dataset', set 'val_size', or remove the key"
-
-
-def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
-    """Yield the targets that are not defined, whose files are missing, or that have no rows."""
-    for method in dynamic.methods:
-        key = f"dynamic.{method.kind}.targets"
-        names = [name for target in method.targets for name in target_data_sets(target)]
-        sources, problems = find_sources(names, lf, key, base_dir)
-        for problem in problems:
-            if not problem.startswith("dataset_dir:"):  # told once, for the training data
-                yield problem
-        for source in sources:
-            if source.path is not None and count_rows(source, {}) == 0:
-                yield f"{key}: {source.name!r} has no rows ({source.path})"
-
-
-def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: Sequence[Source] = ()) -> Iterator[str]:
     """Yield why data columns, or the paths of files, cannot ride along with the rows."""
     columns = (*dynamic.columns, *(["domain_path"] if dynamic.domain_path else []))
     if not columns:
@@ -111,6 +82,14 @@ def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[s
         )
     if lf.get("tokenized_path"):
         yield f"tokenized_path: a tokenised copy does not keep the column {asked}; remove it"
+    if packed(lf) or lf.get("tokenized_path"):
+        return
+    for key, name in dynamic.columns_by_key:
+        for source in sources:
+            known = None if source.path is None else columns_of(source.path)
+            if known is not None and name not in known:
+                near, found = did_you_mean(name, sorted(known)), ", ".join(sorted(known))
+                yield f"{key}: the data set {source.name!r} has no column {name!r}{near} (columns found: {found})"
 
 
 def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.convert import shown
-from dataflex.config.needs import parameters
+from dataflex.config.needs import moment_problems
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.core.protocols import STAGES, Mixer, Weighter
@@ -109,7 +109,7 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
         if truthy(lf, key):
             yield f"{key}: {reason}"
     yield from _streaming_problems(dynamic, lf)
-    yield from _optimizer_problems(dynamic, lf)
+    yield from moment_problems(dynamic, lf)
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.get("train_sampling_strategy")
@@ -139,45 +139,6 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
                 f"label_smoothing_factor: smoothing replaces the loss that the {method} looks at; remove it or the "
                 f"{taker.kind}"
             )
-
-
-_NO_MOMENTS: tuple[str, ...] = (
-    "adafactor",
-    "adagrad",
-    "apollo",
-    "badam",
-    "galore",
-    "lion",
-    "lomo",
-    "muon",
-    "rmsprop",
-    "schedule_free",
-    "sgd",
-    "stable_adamw",
-)
-_MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-_PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
-
-
-def _optimizer_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why gradients cannot be turned into directions of the run's optimizer."""
-    name = str(lf.get("optim") or "adamw_torch")
-    key = next((flag for flag in _MOMENT_FLAGS if truthy(lf, flag)), "")
-    if not key and any(word in name for word in _NO_MOMENTS):
-        key = f"optim: {name}"
-    if not key:
-        return
-    moments = f"needs Adam's moments for each element, which the run's optimizer ({key}) does not keep"
-    for method in dynamic.methods:
-        for path, _, params in parameters(method):
-            asked = getattr(params, "precondition", None)
-            if asked in _PRECONDITIONS:
-                yield (
-                    f"{path}.precondition: {asked} {moments}; write 'precondition: none' or 'sign', or use an AdamW "
-                    "optimizer"
-                )
-    if dynamic.signals.screen_by == "pilot":
-        yield f"dynamic.signals.screen_by: a pilot {moments}; use embeddings, or an AdamW optimizer"
 
 
 def _streaming_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:

@@ -60,4 +60,4 @@ def package_problems(lf: Mapping[str, Any]) -> Iterator[str]:
     missing = [name for name in _METRICS if importlib.util.find_spec(name) is None]
     if missing:
         told = ", ".join(name.replace("_", "-") for name in missing)
-        yield f"predict_with_generate: LLaMA-Factory measures answers with {told}, which this Python lacks; install them"
+        yield f"predict_with_generate: LLaMA-Factory measures answers with {told}, which are not installed"

@@ -14,7 +14,7 @@ from typing import Any
 from dataflex.config.contents import contents_of
 from dataflex.errors import did_you_mean
 
-__all__ = ["ENDINGS", "entry_problems", "file_problems"]
+__all__ = ["ENDINGS", "columns_of", "entry_problems", "file_problems"]
 
 ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 _FORMATS = ("alpaca", "sharegpt", "openai")
@@ -55,7 +55,7 @@ def file_problems(path: Path) -> Iterator[str]:
 
 
 def entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | None) -> Iterator[str]:
-    """Yield what is wrong with an entry, as what it does or is: its format, its stage, and columns that its rows do not have.
+    """Yield what is wrong with an entry, as what it does or is: format, stage, columns that its rows do not have.
 
     Args:
         entry: What ``dataset_info.json`` says of the data set.
@@ -83,7 +83,7 @@ def entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | Non
     split = str(entry.get("split") or "train")
     if re.split(r"[\[+]", split)[0] != "train":
         yield f"has 'split': {split!r}, and rows of local files are all of the split train"
-    known = _columns_of(path)
+    known = columns_of(path)
     if known is None:
         return
     for key, column in _needed(entry, formatting, ranking is True):
@@ -98,7 +98,7 @@ def _listed(names: frozenset[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _columns_of(path: Path) -> frozenset[str] | None:
+def columns_of(path: Path) -> frozenset[str] | None:
     """Return the columns of a data set's files together; None where they, or whether it has rows, are not known."""
     found = contents_of(path).values()
     if not any(each.columns for each in found):

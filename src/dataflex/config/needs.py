@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.values import truthy
 from dataflex.core.parts import Part
 from dataflex.core.protocols import Params
 
-__all__ = ["parameters", "too_few_domains"]
+__all__ = ["moment_problems", "parameters", "too_few_domains"]
+
+_NO_MOMENTS: tuple[str, ...] = (
+    "adafactor",
+    "adagrad",
+    "apollo",
+    "badam",
+    "galore",
+    "lion",
+    "lomo",
+    "muon",
+    "rmsprop",
+    "schedule_free",
+    "sgd",
+    "stable_adamw",
+)
+_MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+_PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 
 
 def parameters(method: MethodConfig) -> Iterator[tuple[str, str, Params]]:
@@ -62,3 +80,24 @@ def _way_out(dynamic: DynamicConfig) -> str:
         return "list several data sets in 'dataset', or name a 'domain_column'"
     key = next(key for key in ("domain_column", "domain_path", "domain_clusters") if getattr(dynamic, key) is not None)
     return f"every row has the same one by {key}"
+
+
+def moment_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why gradients cannot be turned into directions of the run's optimizer."""
+    name = str(lf.get("optim") or "adamw_torch")
+    key = next((flag for flag in _MOMENT_FLAGS if truthy(lf, flag)), "")
+    if not key and any(word in name for word in _NO_MOMENTS):
+        key = f"optim: {name}"
+    if not key:
+        return
+    moments = f"needs Adam's moments for each element, which the run's optimizer ({key}) does not keep"
+    for method in dynamic.methods:
+        for path, _, params in parameters(method):
+            asked = getattr(params, "precondition", None)
+            if asked in _PRECONDITIONS:
+                yield (
+                    f"{path}.precondition: {asked} {moments}; write 'precondition: none' or 'sign', or use an AdamW "
+                    "optimizer"
+                )
+    if dynamic.signals.screen_by == "pilot":
+        yield f"dynamic.signals.screen_by: a pilot {moments}; use embeddings, or an AdamW optimizer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
+from dataflex.config.idle import idle_keys
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.core.protocols import Mixer, Selector
 from dataflex.core.registry import KINDS
@@ -31,6 +32,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         yield from _selector_rules(dynamic, unread)
     if "mixer" not in unread:
         yield from _mixer_rules(dynamic, unread)
+    yield from idle_keys(dynamic, unread)
     if dynamic.leakage != "warn" and not dynamic.targets and not any(kind in unread for kind in KINDS):
         yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
 

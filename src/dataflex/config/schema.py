@@ -210,7 +210,12 @@ class DynamicConfig:
         return tuple(dict.fromkeys(target for method in self.methods for target in method.targets))
 
     @property
+    def columns_by_key(self) -> tuple[tuple[str, str], ...]:
+        """Path of the key that asks for a raw data column, and the column's name."""
+        asked = [(f"dynamic.{method.kind}", name) for method in self.methods for name in method.build().columns()]
+        return (*([("dynamic.domain_column", self.domain_column)] if self.domain_column else []), *asked)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows, each once."""
-        asked = [column for method in self.methods for column in method.build().columns()]
-        return tuple(dict.fromkeys(([self.domain_column] if self.domain_column else []) + asked))
+        return tuple(dict.fromkeys(name for _, name in self.columns_by_key))

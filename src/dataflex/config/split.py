@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.check import found_problems
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.legacy import translate
+from dataflex.config.notes import notes
 from dataflex.config.places import misplaced_keys
 from dataflex.config.schema import DynamicConfig
 from dataflex.core.registry import KINDS
@@ -26,7 +27,8 @@ class Split:
     Attributes:
         lf: LLaMA-Factory's keys, untouched but for ``max_steps`` where flat keys fix the run's length.
         dynamic: What is decided during training; None for a stock run.
-        notes: What the translation of flat keys dropped or means differently, one line each.
+        notes: What the translation of flat keys dropped or means differently, and what else a user should know of,
+            one line each.
         early_stopping_min_delta: Least gain that counts for ``early_stopping_steps``; may be set in a
             stock run of existing DataFlex too.
     """
@@ -87,7 +89,9 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
         problems += found_problems(parts.dynamic, parts.lf, base_dir)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return parts
+    if parts.dynamic is None:
+        return parts
+    return replace(parts, notes=(*parts.notes, *dict.fromkeys(notes(parts.dynamic, parts.lf, base_dir))))
 
 
 def _misspelt(mapping: Mapping[str, Any]) -> list[str]:

@@ -19,20 +19,21 @@ class ShuffledEpochs:
     """The endless stream of a domain: every row once, shuffled, then all again in another order.
 
     Epoch e is a permutation keyed by (seed, name, e) alone, so reading may start anywhere. Only the
-    epoch last read is kept.
+    epoch last read is kept. Where nothing is shuffled, every epoch has the order of ``rows``.
 
     Args:
         rows: Row ids, int64 [n], n > 0.
         name: Name of the domain.
         seed: Seed of the run.
+        shuffle: Whether the rows of an epoch are shuffled.
     """
 
-    def __init__(self, rows: Rows, name: str, seed: int) -> None:
+    def __init__(self, rows: Rows, name: str, seed: int, *, shuffle: bool = True) -> None:
         rows = np.asarray(rows, dtype=np.int64)
         # Half the memory for most data sets.
         fits = rows.size == 0 or int(rows.max()) <= np.iinfo(np.int32).max
         self._rows: NDArray[np.integer] = rows.astype(np.int32) if fits else rows
-        self._seed = seed
+        self._seed, self._shuffle = seed, shuffle
         self._name = f"domain:{name}"
         self._epoch = -1
         self._order: NDArray[np.integer] = self._rows[:0]
@@ -53,6 +54,8 @@ class ShuffledEpochs:
 
     def _shuffled(self, first: int, num: int) -> NDArray[np.integer]:
         """Epochs ``first`` to ``first + num - 1``, one after another."""
+        if not self._shuffle:
+            return np.tile(self._rows, num)
         if self._rows.size < _SMALL:
             return self._rows[permutations(self._seed, self._name, first, num, self._rows.size)].reshape(-1)
         epochs = [stream(self._seed, self._name, e).permutation(self._rows) for e in range(first, first + num)]

@@ -33,7 +33,7 @@ class MixtureSampler:
 
     - Counts in a block follow the proportions by residual carry (``block_counts``).
     - The order within a block is a permutation keyed by (seed, segment, block).
-    - Each domain is read in shuffled epochs (``ShuffledEpochs``): every row once before any twice.
+    - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
     - A segment may end inside a block; carried on is then the served share of the block's change of
       residual, so that small domains are not forgotten by short segments.
 
@@ -50,6 +50,7 @@ class MixtureSampler:
         names: Names of the domains where ``domains_rows`` is a list.
         unit: Sequences that are of one domain together (a domain-pure micro-batch); divides ``block``.
         interleave: How domains lie within a block.
+        shuffle: Whether the rows of a domain are shuffled in each of its epochs, else they keep their order.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MixtureSampler:
         names: Sequence[str] | None = None,
         unit: int = 1,
         interleave: Interleave = "shuffled",
+        shuffle: bool = True,
     ) -> None:
         assert block >= 1, f"block {block}"
         assert block % unit == 0, f"block {block}, unit {unit}"
@@ -86,7 +88,8 @@ class MixtureSampler:
         self._position = 0
         self._drawn = np.zeros(len(self.names), dtype=np.int64)
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
-        self._streams = [ShuffledEpochs(*pair, self.seed) for pair in zip(domains_rows, self.names, strict=True)]
+        pairs = zip(domains_rows, self.names, strict=True)
+        self._streams = [ShuffledEpochs(rows, name, self.seed, shuffle=shuffle) for rows, name in pairs]
 
     @property
     def position(self) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check_data import column_problems, data_set_problems, target_problems
+from dataflex.config.check_data import column_problems, data_set_problems
 from dataflex.config.check_models import other_model_problems
 from dataflex.config.check_run import model_problems, reference_problems, setting_problems, stage_problems
-from dataflex.config.check_targets import by_target_problems
+from dataflex.config.check_targets import by_target_problems, target_problems
 from dataflex.config.data import Source
 from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig, MethodConfig
@@ -123,7 +123,7 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
     sources: list[Source] = []
     problems += data_set_problems(view, base_dir, sources)
-    problems += column_problems(config, view)
+    problems += column_problems(config, view, sources)
     for source in sources:
         if source.num_samples is not None:
             problems.append(

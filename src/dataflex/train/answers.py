@@ -76,8 +76,9 @@ def quota_rows(
     *,
     seed: int,
     repeat: bool,
+    shuffle: bool = True,
 ) -> Rows:
-    """Serve each domain's quota from the kept rows, without replacement while they last, in random order.
+    """Serve each domain's quota from the kept rows, without replacement while they last, domains in random order.
 
     Args:
         kept: Row ids that the selector left.
@@ -87,6 +88,7 @@ def quota_rows(
         domains: Domains of the row space.
         seed: Seed of the run.
         repeat: Whether rows may be served again when a quota is larger than what was kept.
+        shuffle: Whether the rows of a domain are served in random order too, else in the selector's.
 
     Raises:
         DataError: A domain cannot fill its quota.
@@ -109,6 +111,11 @@ def quota_rows(
                 f"{len(rows):,} of it. Raise dynamic.keep_ratio, lower interval_steps or set 'repeat: true'."
             )
         order = stream(seed, f"quota/{name}", interval.index)
-        copies = [order.permutation(rows) for _ in range(-(-count // len(rows)))]
+        copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
         parts.append(np.concatenate(copies)[:count])
-    return stream(seed, "order", interval.index).permutation(np.concatenate(parts))
+    served = np.concatenate(parts)
+    places = stream(seed, "order", interval.index).permutation(len(served))
+    if not shuffle:  # the places that were drawn for a domain's rows take them in their order
+        ends = np.cumsum([len(part) for part in parts])
+        places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
+    return served[places]

@@ -58,7 +58,8 @@ class BatchShape:
         world: Data-parallel ranks.
         rank: This rank.
         drop_last: ``dataloader_drop_last``.
-        shuffle: Whether whole-pool epochs are shuffled (``disable_shuffling: false``).
+        shuffle: Whether rows are shuffled (``disable_shuffling: false``): those of whole epochs, of a mixture's
+            domains, and of a selection, which else is served in the selector's order.
     """
 
     micro_batch_size: int
@@ -128,6 +129,7 @@ class Controller:
                 at_cap=self.config.at_cap,
                 unit=self.shape.micro_batch_size if pure else 1,
                 interleave=self.config.interleave,
+                shuffle=self.shape.shuffle,
             )
         self.floors = floors_by_domain(self.config.min_proportion, domains.names)
         self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
@@ -142,6 +144,7 @@ class Controller:
                 global_batch=self.shape.global_batch,
                 schedule=self.schedule,
                 seed=self.seed,
+                shuffle=self.shape.shuffle,
             )
         self.initial: NDArray[np.float64] | None = None
         if self.config.initial_proportions is not None:
@@ -297,11 +300,18 @@ class Controller:
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
                 rows = quota_rows(
-                    kept, shares, total, interval, self.space.domains, seed=self.seed, repeat=self.config.repeat
+                    kept,
+                    shares,
+                    total,
+                    interval,
+                    self.space.domains,
+                    seed=self.seed,
+                    repeat=self.config.repeat,
+                    shuffle=self.shape.shuffle,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
-            order = stream(self.seed, "order", interval.index)
+            order = stream(self.seed, "order", interval.index) if self.shape.shuffle else None
             rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=len(pool))
             return rows, None, "; ".join(reasons)
         if self.narrows:
