@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from dataflex.core.protocols import State
 from dataflex.errors import CheckpointError, ComponentError
 
-__all__ = ["MANIFEST", "atomic_write_text", "load_state", "save_state", "verify_directory", "write_directory"]
+__all__ = [
+    "MANIFEST",
+    "atomic_write_text",
+    "load_state",
+    "refuse_state",
+    "save_state",
+    "verify_directory",
+    "write_directory",
+]
 
 MANIFEST = "manifest.json"
 
@@ -50,6 +58,15 @@ def _encode(value: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
     raise ComponentError(
         f"state {path}: a {type(value).__name__} cannot be saved; use dicts, lists, numbers, text and numpy arrays"
     )
+
+
+def refuse_state(state: State, path: str) -> None:
+    """Refuse what ``save_state`` could not save.
+
+    Raises:
+        ComponentError: The first such value, with its path.
+    """
+    _encode(state, path, {})
 
 
 def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:

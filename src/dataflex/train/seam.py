@@ -29,6 +29,7 @@ from dataflex.record.read import EVENTS
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.anatomy import anatomy, capture_hidden
 from dataflex.train import checkpoint
+from dataflex.train.answers import check_state
 from dataflex.train.balance import balance_loss
 from dataflex.train.held_out import EvaluationSums, perplexity, totals
 from dataflex.train.loader import EpochShell
@@ -372,7 +373,7 @@ class TrainerMixin(_Trainer):
             session, reweighter = self._session, self._dataflex_reweighter
             state = {
                 "controller": session.controller.state_dict(),
-                "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
+                "weighter": check_state(reweighter.weighter) if reweighter and reweighter.weighter else {},
                 "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
                 "seconds": dict(session.seconds),
             }
