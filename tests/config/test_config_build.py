@@ -251,7 +251,7 @@ class Every(Selector):
     @dataclass(frozen=True, kw_only=True)
     class Params(Params):
         n: int = field(metadata={{"help": "which rows", "minimum": 2}})
-        boost: float = 1.0
+        boost: float = field(default=1.0, metadata={{"help": "how much"}})
 
     def select(self, pool, budget, ctx):
         return Selection(rows=pool[:: self.params.n])

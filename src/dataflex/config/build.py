@@ -13,8 +13,9 @@ from dataflex.config.methods import method_block
 from dataflex.config.places import with_places
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.core.registry import KINDS, load_plugin
-from dataflex.errors import ConfigError
+from dataflex.core.protocols import Method
+from dataflex.core.registry import KINDS, load_plugin, same_names
+from dataflex.errors import ComponentError, ConfigError
 
 __all__ = ["block_keys", "build", "load_plugins", "parse_dynamic", "user_keys"]
 
@@ -77,14 +78,18 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
 
 def load_plugins(paths: tuple[str, ...], base_dir: Path, problems: list[str]) -> tuple[str, ...]:
     """Load the user's files and return their absolute paths, which other processes can load too."""
-    loaded = []
+    loaded: list[str] = []
+    classes: list[type[Method]] = []
     for path in paths:
         beside = base_dir / Path(path).expanduser()
         file = beside if beside.is_file() else Path(path).expanduser()
         try:
-            load_plugin(file)
+            classes += load_plugin(file)
         except ConfigError as error:
             problems += error.problems
+        except ComponentError as error:
+            problems += [f"dynamic.plugins: {line}" for line in str(error).splitlines()]
         else:
             loaded.append(str(file.resolve()))
+    problems += [f"dynamic.plugins: {problem}" for problem in same_names(list(dict.fromkeys(classes)))]
     return tuple(loaded)

@@ -151,12 +151,14 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         if not isinstance(dynamic.min_proportion, Mapping) or "sum to" not in str(error):  # told by the rules
             yield from error.problems
         return
+    from dataflex.train.answers import check_mix
+
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
     assert isinstance(mixer, Mixer)
     interval = view.first_decision or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
     try:
-        mixer.mix(view.context(interval, domains))
+        check_mix(mixer, mixer.mix(view.context(interval, domains)), domains.names)
         yield from _too_small_domains(dynamic, view, mixer)
     except ConfigError as error:
         yield from error.problems

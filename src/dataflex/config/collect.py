@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from dataflex.config.convert import BAD, convert, describe, shown
 from dataflex.config.parts import read_part
+from dataflex.core.contract import is_ours, whereabouts
 from dataflex.core.parts import Part
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
@@ -56,6 +57,12 @@ def collect(
         named = first is not None and first.group() in field_hints(cls)
         problems.append(dotted(path, str(error)) if named else f"{path}: {error}")
         return None
+    except Exception as error:
+        if is_ours(cls):
+            raise
+        raise ComponentError(
+            f"{path}: parameters raised {type(error).__name__}: {error}: {whereabouts(cls)}"
+        ) from error
 
 
 def values(

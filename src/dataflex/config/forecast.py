@@ -202,7 +202,9 @@ class Forecast:
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return what the mixer says for an interval, floors held, float64 [K]."""
         assert self.domains is not None
-        proportions = mixer.mix(self.context(interval, self.domains)).proportions
+        from dataflex.train.answers import check_mix
+
+        proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
         return raised(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:

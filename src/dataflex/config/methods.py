@@ -85,7 +85,7 @@ def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[M
     except ConfigError as error:
         problems += [problem.replace(f"dynamic.{kind}:", f"{path}:", 1) for problem in error.problems]
     except ComponentError as error:
-        problems.append(f"{path}: {error}")
+        problems += [f"{path}: {line}" for line in str(error).splitlines()]
     except ImportError as error:
         problems.append(f"{path}: the package that offers {kind} {name!r} cannot be imported: {error}")
     return None

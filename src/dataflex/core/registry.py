@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
+from dataflex.core.contract import is_ours, variant_problem, watched, whereabouts
+from dataflex.core.contract_class import class_problems
 from dataflex.core.protocols import Method, Params
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 
-__all__ = ["KINDS", "find", "find_variant", "load_plugin", "names"]
+__all__ = ["KINDS", "find", "find_variant", "load_plugin", "names", "registered", "same_names"]
 
 KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
@@ -92,6 +98,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
 
 _plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
 _plugin_files: dict[Path, list[type[Method]]] = {}
+_checked: dict[str, list[type[Method]]] = {kind: [] for kind in KINDS}
 
 
 def _entry_point_names(kind: str) -> dict[str, object]:
@@ -124,15 +131,47 @@ def find(kind: str, name: str) -> type[Method]:
             known, others = names(kind), [other for other in KINDS if name in names(other)]
             near = f"; it is a {others[0]}: write '{others[0]}: {name}'" if others else did_you_mean(name, known)
             raise ConfigError(f"dynamic.{kind}: unknown {kind} {name!r}{near} (known: {', '.join(known)})")
-        cls = points[name].load()  # type: ignore[attr-defined]
-    if not (isinstance(cls, type) and issubclass(cls, Method) and cls.kind == kind):
-        raise ComponentError(f"{kind} {name!r}: {cls!r} is not a subclass of dataflex.{kind.capitalize()}")
-    return cls
+        cls = _loaded(kind, name, points[name])
+    return registered(kind, cls)
+
+
+def registered(kind: str, cls: Any) -> type[Method]:
+    """Check a class against the contract, and return it with every call watched; ours are checked by tests.
+
+    Raises:
+        ComponentError: Everything that it lacks.
+    """
+    if isinstance(cls, type) and is_ours(cls):
+        return cls
+    if cls not in _checked[kind]:
+        problems = class_problems(kind, cls)
+        if problems:
+            raise ComponentError("\n".join(problems))
+        _checked[kind].append(watched(cls))
+    found: type[Method] = cls
+    return found
+
+
+def _loaded(kind: str, name: str, point: Any) -> Any:
+    try:
+        return point.load()
+    except ImportError:
+        raise
+    except Exception as error:  # the package's own code
+        raise ComponentError(
+            f"{kind} {name!r}: {point.value} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
 
 def find_variant(kind: str, name: str, params: Params) -> type[Method]:
     """Return the class of a method with what it needs and costs under these parameters; raises as ``find``."""
-    return find(kind, name).variant(params)
+    cls = find(kind, name)
+    found = cls.variant(params)
+    if found is cls:
+        return cls
+    if problem := variant_problem(cls, found):
+        raise ComponentError(problem)
+    return registered(kind, found)
 
 
 def load_plugin(path: str | Path) -> list[type[Method]]:
@@ -140,6 +179,7 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
 
     Raises:
         ConfigError: The file is missing, cannot be imported, or defines no method.
+        ComponentError: A class does not keep the contract, or takes a name that is taken.
     """
     file = Path(path).expanduser().resolve()
     if file in _plugin_files:
@@ -154,17 +194,61 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code: told as a configuration problem, with its cause
+    except (Exception, SystemExit) as error:  # the user's own code: told as a configuration problem, with its cause
         del sys.modules[module_name]
-        raise ConfigError(f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = [
+        raise ConfigError(
+            f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}{_line_in(file, error)}"
+        ) from error
+    classes = [
         cls
         for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module_name and cls.name
+        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module_name
     ]
+    found = [cls for cls in dict.fromkeys(classes) if cls.name and not inspect.isabstract(cls)]
     if not found:
-        raise ConfigError(f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name)")
+        nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
+        raise ConfigError(
+            f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name){nameless}"
+        )
+    problems: list[str] = []
+    for place, cls in enumerate(found):
+        problems += _registering_problems(cls, found[:place])
+    if problems:
+        raise ComponentError("\n".join(problems))
     for cls in found:
         _plugins[cls.kind][cls.name] = cls
     _plugin_files[file] = found
     return found
+
+
+def same_names(classes: Sequence[type[Method]]) -> list[str]:
+    """Return which of the classes of one configuration's plugins take a name that another has."""
+    problems, known = [], {}
+    for cls in classes:
+        before = known.setdefault((cls.kind, cls.name), cls)
+        if before is not cls:
+            places = f"{whereabouts(before)} and {whereabouts(cls)}"
+            problems.append(f"{cls.kind} {cls.name!r} is there twice: {places}; rename one")
+    return problems
+
+
+def _registering_problems(cls: type[Method], beside: Sequence[type[Method]]) -> list[str]:
+    if cls.kind not in KINDS:
+        return [f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer or Weighter, not of Method itself"]
+    try:
+        registered(cls.kind, cls)
+    except ComponentError as error:
+        return str(error).splitlines()
+    if twice := same_names([*beside, cls]):
+        return twice
+    if cls.name in _BUILTIN[cls.kind]:
+        return [f"{cls.kind} {cls.name!r} is the name of a built-in method; rename yours: {whereabouts(cls)}"]
+    return []
+
+
+def _line_in(file: Path, error: BaseException) -> str:
+    """Return the line of the user's file at which an import failed."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text says the line
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f" (line {lines[-1]})" if lines else ""

@@ -28,6 +28,7 @@ __all__ = [
     "atomic_write_text",
     "fsync",
     "load_state",
+    "refuse_state",
     "save_state",
     "verify_directory",
     "write_directory",
@@ -59,6 +60,15 @@ def _encode(value: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
     raise ComponentError(
         f"state {path}: a {type(value).__name__} cannot be saved; use dicts, lists, numbers, text and numpy arrays"
     )
+
+
+def refuse_state(state: State, path: str) -> None:
+    """Refuse what ``save_state`` could not save.
+
+    Raises:
+        ComponentError: The first such value, with its path.
+    """
+    _encode(state, path, {})
 
 
 def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.core.choose import largest_remainder
+from dataflex.core.contract import refuse_answer, whereabouts
 from dataflex.core.domains import Domains
-from dataflex.core.protocols import Mix, Mixer, Rows, Selection, Selector
+from dataflex.core.protocols import Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.core.rng import stream
 from dataflex.core.schedule import Interval
+from dataflex.core.state import refuse_state
 from dataflex.errors import ComponentError, DataError
 from dataflex.mixers.proportions import normalised, refuse_strangers
 
-__all__ = ["caps", "check_mix", "check_selection", "quota_rows"]
+__all__ = [
+    "caps",
+    "check_loss_weights",
+    "check_mix",
+    "check_selection",
+    "check_state",
+    "check_static_weights",
+    "check_weights",
+    "quota_rows",
+]
 
 
 def caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
@@ -36,11 +50,12 @@ def check_mix(mixer: Mixer, mix: Mix, names: tuple[str, ...]) -> NDArray[np.floa
     Raises:
         ComponentError: Not one finite number >= 0 per domain, or all of them zero.
     """
+    refuse_answer(mixer, "mix", mix)
     given = np.asarray(mix.proportions, dtype=np.float64)
     if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
         raise ComponentError(
             f"mixer {mixer.name!r} returned {given.tolist()} for the domains {', '.join(names)}; "
-            "expected one finite number >= 0 each, not all zero"
+            f"expected one finite number >= 0 each, not all zero: {whereabouts(type(mixer), 'mix')}"
         )
     return normalised(given)
 
@@ -52,19 +67,88 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
         ComponentError: The selector broke its contract.
         DataError: It kept no row at all.
     """
+    refuse_answer(selector, "select", selection)
     rows = selection.rows
-    what = f"selector {selector.name!r}"
-    if rows.dtype != np.int64 or rows.ndim != 1:
-        raise ComponentError(f"{what} returned rows of dtype {rows.dtype} and shape {rows.shape}; expected int64 [n]")
+    what, where = f"selector {selector.name!r}", whereabouts(type(selector), "select")
     if len(rows) == 0:
         raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
     outside = rows[~np.isin(rows, pool)] if len(pool) else rows
     if len(outside):
-        raise ComponentError(f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}")
+        raise ComponentError(
+            f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}: {where}"
+        )
     if len(rows) > wanted:
-        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}")
+        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}: {where}")
     if selection.scores is not None and len(selection.scores) != len(pool):
-        raise ComponentError(f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows")
+        raise ComponentError(
+            f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows; it must give one for "
+            f"each, in the order of the pool: {where}"
+        )
+
+
+def check_loss_weights(mixer: Mixer, domains: int) -> NDArray[np.float64]:
+    """Return the weights of the domains in the loss [K].
+
+    Raises:
+        ComponentError: Not one finite number >= 0 per domain.
+    """
+    found = mixer.loss_weights()
+    refuse_answer(mixer, "loss_weights", found)
+    given = np.asarray(found, dtype=np.float64)
+    if given.shape != (domains,) or not np.isfinite(given).all() or (given < 0).any():
+        raise ComponentError(
+            f"mixer {mixer.name!r} gave loss weights {given.tolist()!s:.200} that are no numbers >= 0 for each of "
+            f"{domains} domains: {whereabouts(type(mixer), 'loss_weights')}"
+        )
+    return given
+
+
+def check_static_weights(
+    weighter: Weighter, rows: Rows, columns: Mapping[str, NDArray[Any]]
+) -> NDArray[np.float64] | None:
+    """Return the weights of rows that are known beforehand, or None.
+
+    Raises:
+        ComponentError: Not one number per row.
+    """
+    found = weighter.static_weights(rows, columns)
+    refuse_answer(weighter, "static_weights", found)
+    if found is not None and found.shape != rows.shape:
+        raise ComponentError(
+            f"weighter {weighter.name!r} gave weights of shape {found.shape} for {len(rows)} rows: "
+            f"{whereabouts(type(weighter), 'static_weights')}"
+        )
+    return None if found is None else found.astype(np.float64)
+
+
+def check_weights(weighter: Weighter, weights: Any, shapes: Collection[tuple[int, ...]]) -> None:
+    """Make sure that weights are a tensor of one of the shapes. Their values are checked by ``WeightStats``.
+
+    Raises:
+        ComponentError: Anything else.
+    """
+    refuse_answer(weighter, "weigh", weights)
+    if tuple(weights.shape) not in shapes:
+        told = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ComponentError(
+            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)}; expected {told}: "
+            f"{whereabouts(type(weighter), 'weigh')}"
+        )
+
+
+def check_state(method: Method) -> State:
+    """Return the state of a method, which must be one that can be saved.
+
+    Raises:
+        ComponentError: What in it cannot be saved, with its path.
+    """
+    state = method.state_dict()
+    refuse_answer(method, "state_dict", state)
+    try:
+        refuse_state(state, f"of {method.kind} {method.name!r}")
+    except ComponentError as error:
+        raise ComponentError(f"{error}: {whereabouts(type(method), 'state_dict')}") from error
+    return state
 
 
 def quota_rows(

@@ -33,7 +33,7 @@ from dataflex.signals.passes import preserved
 from dataflex.signals.pilot import piloted
 from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
-from dataflex.train.answers import caps, check_mix, check_selection, quota_rows
+from dataflex.train.answers import caps, check_mix, check_selection, check_state, quota_rows
 from dataflex.train.candidates import Candidates
 from dataflex.train.repeats import Repeats
 from dataflex.train.row_space import RowSpace
@@ -424,8 +424,8 @@ class Controller:
     def state_dict(self) -> State:
         """Everything but the plan, which is saved as arrays of its own."""
         return {
-            "selector": self.selector.state_dict() if self.selector else {},
-            "mixer": self.mixer.state_dict() if self.mixer else {},
+            "selector": check_state(self.selector) if self.selector else {},
+            "mixer": check_state(self.mixer) if self.mixer else {},
             "sampler": self.sampler.state_dict() if self.sampler else {},
             "signals": self.signals.state_dict(),
             "seen": self.seen.state_dict() if self.seen else {},

@@ -18,7 +18,7 @@ from dataflex.core.domains import Domains
 from dataflex.core.protocols import Mixer, Normaliser, Rows
 from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
-from dataflex.errors import ComponentError
+from dataflex.train.answers import check_loss_weights
 from dataflex.train.weighting import IGNORE_INDEX
 
 __all__ = ["DomainWeights", "counted_tokens"]
@@ -45,10 +45,7 @@ class DomainWeights:
         Raises:
             ComponentError: They are no numbers >= 0 by domain.
         """
-        alpha = np.asarray(self._mixer.loss_weights(), dtype=np.float64)
-        if alpha.shape != (len(self._domains.names),) or not np.isfinite(alpha).all() or (alpha < 0).any():
-            raise ComponentError(f"mixer {self._mixer.name!r} gave loss weights that are no numbers >= 0 by domain")
-        return alpha
+        return check_loss_weights(self._mixer, len(self._domains.names))
 
     @property
     def by_domain_means(self) -> bool:

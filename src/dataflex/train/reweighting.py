@@ -23,6 +23,7 @@ from dataflex.dist import comm
 from dataflex.errors import ComponentError, UnsupportedError
 from dataflex.signals.packing import document_ids
 from dataflex.train import weighting
+from dataflex.train.answers import check_static_weights
 from dataflex.train.domain_sums import DomainSums
 from dataflex.train.domain_weights import DomainWeights, counted_tokens
 from dataflex.train.embedded import embedded
@@ -199,8 +200,7 @@ class Reweighter:
         """Return weights that are known from the rows alone; ones where no weighter acts."""
         if self.weighter is None or not self._acts:
             return np.ones(len(rows))
-        weights = self.weighter.static_weights(rows, self._columns)
-        return None if weights is None else weights.astype(np.float64)
+        return check_static_weights(self.weighter, rows, self._columns)
 
     def loss(
         self,

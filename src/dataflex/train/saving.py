@@ -24,6 +24,7 @@ from dataflex.dist import comm
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import RunRecorder
 from dataflex.train import checkpoint
+from dataflex.train.answers import check_state
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.session import Session, Setup
 
@@ -135,7 +136,7 @@ class SavingMixin(_Trainer):
         if self.args.should_save:
             state = {
                 "controller": session.controller.state_dict(),
-                "weighter": reweighter.weighter.state_dict() if reweighter and reweighter.weighter else {},
+                "weighter": check_state(reweighter.weighter) if reweighter and reweighter.weighter else {},
                 "row_weights": reweighter.row_weights.state_dict() if reweighter and reweighter.row_weights else {},
                 "reference": reweighter.reference.state_dict() if reweighter and reweighter.reference else {},
                 "seconds": self.dataflex_setup.clock.totals(),

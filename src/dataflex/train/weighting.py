@@ -23,6 +23,7 @@ from dataflex.core.sequences import Sequences
 from dataflex.dist import comm
 from dataflex.errors import ComponentError
 from dataflex.signals.cross_entropy import token_cross_entropy
+from dataflex.train.answers import check_weights
 
 __all__ = [
     "IGNORE_INDEX",
@@ -155,11 +156,7 @@ def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequ
         ComponentError: Wrong shape. Values are checked by ``WeightStats``.
     """
     count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
-    if weights.shape not in {(count,), shape}:
-        raise ComponentError(
-            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)}; "
-            f"expected ({count},) or {shape}"
-        )
+    check_weights(weighter, weights, [(count,), shape])
     weights = weights.detach().to(losses.loss_BT.device, torch.float32)
     return weights[:, None] if weights.dim() == 1 else weights
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.protocols import STAGES, BatchView, Card, Context, Method, Needs, Normaliser, Rows, State, Weighter
 from dataflex.core.protocols import Params as BaseParams
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import ConfigError
 from dataflex.weighters.factors import Factor, combination_problems
 from dataflex.weighters.sequences import sequences_of
 
@@ -188,10 +188,11 @@ class Product(Weighter):
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normaliser == "sample" else equal
-        known = factor.static_weights(batch.rows_B, batch.columns)
+        from dataflex.train.answers import check_static_weights, check_weights
+
+        known = check_static_weights(factor, batch.rows_B, batch.columns)
         found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)
-        if found.shape not in (batch.loss_B.shape, batch.loss_BT.shape):
-            raise ComponentError(f"weighter {factor.name!r} returned weights of shape {tuple(found.shape)}")
+        check_weights(factor, found, [tuple(batch.loss_B.shape), tuple(batch.loss_BT.shape)])
         return found.detach().to(batch.loss_B)
 
     # ---- state
