@@ -198,10 +198,10 @@ class TrainerMixin(_Trainer):
         if step >= self.state.max_steps:  # resumed from the end of a finished run, or the data ran out
             self.control.should_training_stop = True
             return [], None
-        if self._dataflex_reweighter is not None:
-            started = time.perf_counter()
+        if self._dataflex_reweighter is not None and self._dataflex_reweighter.reference is not None:
+            started, seconds = time.perf_counter(), self._session.seconds
             self._dataflex_reweighter.cover(plan, self.state.max_steps)
-            self._session.seconds["reference"] += time.perf_counter() - started
+            seconds["reference"] = seconds.get("reference", 0.0) + time.perf_counter() - started
         batches, rows = self._session.feed.step(plan, step)
         if len(batches) != num_batches:
             raise ComponentError(f"step {step}: the plan has {len(batches)} micro-batches, the Trainer {num_batches}")

@@ -78,7 +78,7 @@ class Session:
     controller: Controller
     feed: PlanFeed
     identity: Identity
-    seconds: dict[str, float] = field(default_factory=lambda: {"checkpoint": 0.0, "evaluate": 0.0, "reference": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"checkpoint": 0.0, "evaluate": 0.0})
 
     @classmethod
     def begin(
