@@ -185,6 +185,95 @@ def test_what_a_weighter_costs(plan: Plan, tiny_model: Path, weighter: dict, cos
     assert told[2].split(None, 3)[3] == f"{share / (share + 240):.1%} of all passes, a B counted as two F"
 
 
+def test_a_pool_that_is_drawn_and_kept_in_part(plan: Plan) -> None:
+    """60 of 150 rows are scored in each interval, a tenth of those is kept: 20 sequences of 6 rows."""
+    block = {"selector": "loss", "interval_steps": 10, "keep_ratio": 0.1, "signals": {"pool_fraction": 0.4}}
+    text = plan(max_steps=40, dynamic=block)
+    assert section(text, "Schedule")[3:7] == [
+        "  intervals            4 of 10 steps, 20 sequences each",
+        "  pool                 60 of 150 rows, drawn anew in each interval (pool_fraction 0.4)",
+        "  kept                 at most 6 of 60 rows (keep_ratio 0.1) for 20 sequences of an interval: each 3.33 times",
+        "  repeats              13.3 times a row over the run if every decision kept the same rows",
+    ]
+    assert section(text, "Cost")[1:] == [
+        "  selector loss        240 F (4 intervals x 60 rows x 1 F; 1 F over the pool per interval)",
+        "  share of methods     50.0% of all passes, a B counted as two F",
+        "  beside training      1 x the passes of the training itself",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "pool", "cost"),
+    [
+        (
+            {"screen_fraction": 0.2},
+            "150 of 150 rows; screening leaves 30 (embeddings, screen_fraction 0.2)",
+            "800 F (4 intervals x 150 rows x 1 F of embeddings; 200 of the targets)",
+        ),
+        (
+            {"pool_fraction": 0.5, "screen_fraction": 0.4},
+            "75 of 150 rows, drawn anew in each interval (pool_fraction 0.5); screening leaves 30 (embeddings, "
+            "screen_fraction 0.4)",
+            "500 F (4 intervals x 75 rows x 1 F of embeddings; 200 of the targets)",
+        ),
+        (
+            {"screen_fraction": 0.2, "screen_by": "pilot"},
+            "150 of 150 rows; screening leaves 30 (pilot, screen_fraction 0.2)",
+            "128 F + 128 B (4 intervals x 32 rows of a pilot x 1 F + 1 B)",
+        ),
+    ],
+)
+def test_a_pool_that_is_screened(plan: Plan, options: dict, pool: str, cost: str) -> None:
+    """40 steps of 2 rows towards the 50 rows of b; whatever is drawn, 30 rows are left in each interval."""
+    selector = {"name": "less", "targets": ["b"]}
+    text = plan(max_steps=40, dataset="a,b", dynamic={"selector": selector, "interval_steps": 10, "signals": options})
+    assert f"  pool                 {pool}" in section(text, "Schedule")
+    told = section(text, "Cost")
+    assert told[1] == f"  screening            {cost}"
+    assert told[2].split(None, 2)[2] == (
+        "120 F + 120 B (4 intervals x 30 rows x 1 F + 1 B; 1 F + 1 B over the pool and 2 (F + B) over the targets per "
+        "interval); 400 F + 400 B (4 intervals x 50 target rows x 2 F + 2 B)"
+    )
+
+
+def test_too_few_rows_for_an_interval(
+    plan: Plan, project: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = {"selector": "loss", "interval_steps": 10, "signals": {"pool_fraction": 0.1}}
+    (project / "run.json").write_text(json.dumps(config(max_steps=40, dynamic=block)))
+    assert main(["plan", "run.json"]) == 2
+    assert capsys.readouterr().err == (
+        "dataflex: dynamic.interval_steps: an interval of 10 steps wants 20 rows, and the data sets hold 150, of which "
+        "dynamic.signals.pool_fraction and screen_fraction leave 15. Lower interval_steps to 7 or less, or set "
+        "'repeat: true'.\n"
+    )
+    assert "for 20 sequences of an interval: each 1.33 times" in plan(max_steps=40, dynamic={**block, "repeat": True})
+
+
+def test_passes_in_time(plan: Plan, project: Path) -> None:
+    """An earlier run of 10 steps took 50 s beside its decisions: 40 steps take 200 s, decisions half as much."""
+    block = {"selector": "loss", "interval_steps": 20, "signals": {"pool_fraction": 0.4}}
+    assert "a step in the record" not in plan(max_steps=40, dynamic=block)
+
+    def record(**started: Any) -> None:
+        events = [
+            {"event": "run_started", "step": 0, "time": 0.0, "global_batch": 2, "world": 1, **started},
+            {"event": "finished", "step": 10, "time": 99.0, "metrics": {}, "seconds": {"train": 50.0, "signals": 40.0}},
+        ]
+        (project / "out" / "dataflex").mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (project / "out" / "dataflex" / "events.jsonl").write_text(text)
+
+    record()
+    assert section(plan(max_steps=40, dynamic=block), "Cost")[-1] == (
+        "  time                 about 5 min: training 3 min, methods 100 s (5 s a step in the record of the run before)"
+    )
+    record(global_batch=4)  # steps of another size say nothing
+    assert "a step in the record" not in plan(max_steps=40, dynamic=block)
+    (project / "out" / "dataflex" / "events.jsonl").write_text("{")
+    assert "a step in the record" not in plan(max_steps=40, dynamic=block)
+
+
 def test_a_product_costs_what_its_factors_do(plan: Plan, tiny_model: Path) -> None:
     factors = ["presence", {"name": "rho", "reference": str(tiny_model)}]
     text = plan(max_steps=40, gradient_accumulation_steps=1, dynamic={"weighter": factors})

@@ -175,3 +175,31 @@ def test_normalisers(variant, want):
     reweighter.begin_step([{"labels": labels}], [rows], items, torch.device("cpu"), step=0, total_steps=1)
     loss = reweighter.loss(logits, labels, rows, batch={}, num_items=items, num_micro_batches=1, step=0, total_steps=1)
     assert float(loss) == pytest.approx(want, abs=1e-5)
+
+
+# ---------------------------------------------------------------- rows are scored plan by plan
+
+
+@pytest.mark.parametrize("store", ["kept", "lost"])
+def test_a_reference_that_scores_plan_by_plan_resumes_bit_for_bit(run, reference, store):
+    """Killed in the middle of the second plan; the arrays of the passes may be gone."""
+    block = {
+        "interval_steps": 2,
+        "selector": {"name": "loss", "focus": "high"},
+        "weighter": {"name": "slm", "reference": reference},
+    }
+    settings = {**SETTINGS, "gradient_accumulation_steps": 1, "dynamic": block}
+    straight = run("straight", **settings)
+    passes = sorted(path.name for path in (straight.folder / "dataflex" / "reference").glob("reference-losses-*"))
+    assert len(passes) >= 2
+    folder = run.folder / "resumed"
+    shutil.copytree(straight.folder / "checkpoint-3", folder / "checkpoint-3")
+    shutil.copytree(straight.folder / "dataflex", folder / "dataflex")
+    if store == "lost":
+        shutil.rmtree(folder / "dataflex" / "reference")
+    resumed = run("resumed", **settings, resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert resumed.series() == straight.series()
+    ours, theirs = resumed.weights(), straight.weights()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    again = {path.name for path in (folder / "dataflex" / "reference").glob("reference-losses-*")}
+    assert again <= set(passes)

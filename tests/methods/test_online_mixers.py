@@ -574,6 +574,6 @@ def test_odm_by_default_stays_near_equal_shares(num_domains):
         for turn in turns
     ]
     assert 0.001 < max(far) < 0.02
-    paper = policy(reward * num_domains / 0.2, exploration(10, num_domains), exploration(11, num_domains), False)
+    paper = policy(reward * num_domains / 0.2, exploration(100, num_domains), exploration(101, num_domains), False)
     assert np.abs(paper - 1 / num_domains).max() > 2 * max(far)
     assert "near equal shares" in Odm.card.summary

@@ -102,10 +102,7 @@ def _pool_lines(view: Forecast) -> Lines:
     of = f" (keep_ratio {dynamic.keep_ratio:g})" if dynamic.keep_ratio is not None else ""
     told = f"at most {kept:,} of {pool.left:,} rows{of} for {sequences:,} sequences of an interval"
     if dynamic.mixer is None and kept < sequences:
-        if dynamic.repeat or dynamic.keep_ratio is not None:
-            told += f": each {sequences / kept:.3g} times"
-        else:
-            told += ": too few, the run would fail; lower interval_steps or set 'repeat: true'"
+        told += f": each {sequences / kept:.3g} times"
     lines.append(("kept", told))
     if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
         steps = sum(each.steps for each in view.decided())

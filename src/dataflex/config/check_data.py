@@ -195,14 +195,16 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     replaces = dataclasses.asdict(selector.params).get("replacement") is True
     if dynamic.repeat or dynamic.keep_ratio is not None or replaces:
         return
-    wanted = first.steps * view.batch.size
-    if wanted > view.rows:
-        fitting = view.rows // view.batch.size
+    wanted, pool = first.steps * view.batch.size, view.pool
+    if pool is not None and wanted > pool.left:
+        fitting = pool.left // view.batch.size
+        narrowed = "pool_fraction and screen_fraction leave"
+        left = f", of which dynamic.signals.{narrowed} {pool.left:,}" if pool.left < pool.rows else ""
         way = "Set" if dynamic.interval_steps is None else "Lower"
         advice = f"{way} interval_steps to {fitting:,} or less, or set" if fitting else "Use smaller batches, or set"
         yield (
             f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets "
-            f"hold {view.rows:,}. {advice} 'repeat: true'."
+            f"hold {view.rows:,}{left}. {advice} 'repeat: true'."
         )
 
 
@@ -211,7 +213,8 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
     first, domains = view.first_decision, view.domains
     if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
-    kept = max(1, round((dynamic.keep_ratio or 1.0) * len(domains.domain_of)))
+    pool = view.pool
+    kept = max(1, round((dynamic.keep_ratio or 1.0) * (len(domains.domain_of) if pool is None else pool.left)))
     stretches = [(first.steps, view.mixed(mixer, first), kept)]
     if dynamic.warmup_steps:
         stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), len(domains.domain_of)))

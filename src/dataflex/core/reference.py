@@ -16,7 +16,5 @@ class ReferenceParams(Params):
     reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
     reference_cache: bool = field(
         default=True,
-        metadata={
-            "help": "score a row with the reference once, when it is first served, and keep that; else in every step"
-        },
+        metadata={"help": "score a row with the reference once, when first served, and keep that; else in every step"},
     )

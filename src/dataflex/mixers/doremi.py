@@ -80,8 +80,8 @@ class DoReMi(LossWeightMixer):
     name = "doremi"
     needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
-        summary="Weighs the domains in the loss towards those of the largest excess loss over a reference model; the "
-        "weights jump, and their mean over the run is the result.",
+        summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
+        "weights is the result.",
         paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
         cost="1 F of the reference over each row served, once (cached), or in every step",
         note="Under variant: repo, the authors' code, the weights start at the sampling proportions; under the "
@@ -199,8 +199,8 @@ class DoReMi(LossWeightMixer):
         return {
             "warning": f"the mean of the weights has collapsed: {name} has {share:.1%} of it. Lower eta (now "
             f"{p.eta:g}, try {p.eta / 10:g}), raise smoothing (now {p.smoothing:g}), use batches that hold every "
-            "domain, or train the reference longer: where it is far better than the proxy in one domain, that domain takes all. A final "
-            "run can hold the others up with min_proportion, or this one down with max_epochs"
+            "domain, or train the reference longer: where it is far better than the proxy in one domain, that domain "
+            "takes all. A final run can hold the others up with min_proportion, or this one down with max_epochs"
         }
 
     @property

@@ -68,6 +68,7 @@ class ReferencePasses:
     whole: bool
     _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False)
     _to_compare: int = _COMPARED_ROWS
+    _trusted: set[int] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         self.pass_of: NDArray[np.int32] = np.full(len(self.lengths), -1, dtype=np.int32)
@@ -132,8 +133,11 @@ class ReferencePasses:
             offsets=offsets,
             device=sweep.device,
         )
-        logger.info("%s: losses of %d of %d rows, %s", KEY, len(rows), len(self.lengths), _progress_words(work))
-        compared = min(self._to_compare, len(rows)) if work.done_at_start.any() else 0
+        known = number in self._trusted  # a pass of this very process, which the plan before did not need
+        if not known:
+            logger.info("%s: losses of %d of %d rows, %s", KEY, len(rows), len(self.lengths), _progress_words(work))
+        compared = min(self._to_compare, len(rows)) if work.done_at_start.any() and not known else 0
+        self._trusted.add(number)
         if work.complete and not compared:
             return work.finish()
         scorer = self.scorer()

@@ -261,7 +261,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         if step >= self.state.max_steps:  # resumed from the end of a finished run, or the data ran out
             self.control.should_training_stop = True
             return [], None
-        if self._dataflex_reweighter is not None:
+        if self._dataflex_reweighter is not None and self._dataflex_reweighter.reference is not None:
             with self.dataflex_setup.clock.phase("reference"):
                 self._dataflex_reweighter.cover(plan, self.state.max_steps)
         batches, rows = self._session.feed.step(plan, step)

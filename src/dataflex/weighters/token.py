@@ -59,7 +59,7 @@ class TokenWeighter(Weighter):
         reference_cache: bool = field(
             default=True,
             metadata={
-                "help": "score a row with the reference once, when it is first served, and keep that; else in every step"
+                "help": "score a row with the reference once, when first served, and keep that; else in every step"
             },
         )
 
