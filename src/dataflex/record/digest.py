@@ -163,7 +163,7 @@ def running_mean(values: Sequence[float], half: int) -> list[float]:
 
 
 def digest(events: Sequence[Event]) -> Run:
-    """Sort the events of a run by kind. Of an interval that was planned twice, the last plan counts.
+    """Sort the events of a run by kind. Of steps that were planned twice, the last plan counts.
 
     Raises:
         DataError: There is no event yet.
@@ -174,19 +174,34 @@ def digest(events: Sequence[Event]) -> Run:
     for event in events:
         kinds.setdefault(event["event"], []).append(event)
     processes = _processes(events)
-    planned = {event["interval"]: event for event in kinds.get("planned", [])}
     return Run(
         started=kinds.get("run_started", [{}])[-1],
         started_times=[times[0] for times in processes],
         wall_seconds=sum(max(times[-1] - times[0], 0.0) for times in processes),
         steps_done=max(int(event["step"]) for event in events),
-        planned=sorted(planned.values(), key=lambda event: event["start_step"]),
+        planned=_in_force(kinds.get("planned", [])),
         stepped=kinds.get("stepped", []),
         evaluated=kinds.get("evaluated", []),
         checkpointed=kinds.get("checkpointed", []),
         resumed=kinds.get("resumed", []),
         finished=kinds.get("finished", [None])[-1],
     )
+
+
+def _in_force(planned: Sequence[Event]) -> list[Event]:
+    """Return the plans in order of their steps, each without the steps that a later decision took over."""
+    plans = {event["start_step"]: event for event in planned}
+    starts = sorted(plans)
+    return [_until(plans[start], after) for start, after in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _until(event: Event, stop: int | None) -> Event:
+    """Return a plan cut at ``stop``, its counts by the share of the steps that are left."""
+    if stop is None or stop >= event["stop_step"]:
+        return event
+    left = (stop - event["start_step"]) / (event["stop_step"] - event["start_step"])
+    counts = {name: rows * left for name, rows in (event.get("domain_counts") or {}).items()}
+    return {**event, "stop_step": stop, "rows": round(event["rows"] * left), "domain_counts": counts}
 
 
 def _processes(events: Sequence[Event]) -> list[list[float]]:

@@ -76,6 +76,7 @@ def quota_rows(
     *,
     seed: int,
     repeat: bool,
+    earlier: Rows | None = None,
 ) -> Rows:
     """Serve each domain's quota from the kept rows, without replacement while they last, in random order.
 
@@ -87,6 +88,7 @@ def quota_rows(
         domains: Domains of the row space.
         seed: Seed of the run.
         repeat: Whether rows may be served again when a quota is larger than what was kept.
+        earlier: Rows that were served before, where the end of a shorter run cut the interval: they come last.
 
     Raises:
         DataError: A domain cannot fill its quota.
@@ -110,5 +112,8 @@ def quota_rows(
             )
         order = stream(seed, f"quota/{name}", interval.index)
         copies = [order.permutation(rows) for _ in range(-(-count // len(rows)))]
+        if earlier is not None:
+            served = np.isin(copies[0], earlier)
+            copies[0] = np.concatenate([copies[0][~served], copies[0][served]])
         parts.append(np.concatenate(copies)[:count])
     return stream(seed, "order", interval.index).permutation(np.concatenate(parts))
