@@ -29,6 +29,12 @@ BLOCK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def any_combination(monkeypatch):
+    """Let every key stand beside every other, so that one block serves all."""
+    monkeypatch.setattr("dataflex.config.build.rule_problems", lambda *_: [])
+
+
 def identity(*overrides, block=None, lf=None, sources=None, content="", world=1):
     """Return the identity of a run, built from its configuration as a run does."""
     mapping = merged({**LF, **(lf or {}), "dynamic": {**BLOCK, **(block or {})}}, overrides)

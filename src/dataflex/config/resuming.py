@@ -71,7 +71,7 @@ _BLOCK: dict[str, Change] = {
     "plugins": _FREE,
     "leakage": _ROWS,
     "resume_plan": _FREE,
-    "seed": _REFUSED,
+    "seed": Change(kind="refused", flat="params.seed"),
     "freeze_gate": Change(kind="refused", flat="freeze_gate"),
     "early_stopping_min_delta": _FREE,
     "cycle_steps": Change(kind="refused", flat="update_times"),

@@ -192,7 +192,7 @@ def _in_force(planned: Sequence[Event]) -> list[Event]:
     """Return the plans in order of their steps, each without the steps that a later decision took over."""
     plans = {event["start_step"]: event for event in planned}
     starts = sorted(plans)
-    return [_until(plans[start], after) for start, after in zip(starts, [*starts[1:], None], strict=True)]
+    return [_until(plans[start], after) for start, after in zip(starts, [*starts[1:], None], strict=False)]
 
 
 def _until(event: Event, stop: int | None) -> Event:

@@ -109,7 +109,8 @@ class Identity:
                 else:
                     by_kind.setdefault(change.kind, []).append(line)
         refused += by_kind.get("refused", [])
-        seed = self._seed_line(saved, before)
+        component = self.flat and bool(refused)  # a component brings a seed of its own
+        seed = [] if component else self._seed_line(saved, before)
         refused += seed
         refused += self._batch_line(saved, by_kind["batch"])
         if saved["space"]["fingerprint"] != self.space["fingerprint"]:
@@ -156,7 +157,7 @@ class Identity:
             return []
         for key in ("dynamic.seed", "seed"):
             if key in before and before[key] != self.settings[key]:
-                return [f"{key} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
+                return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
         return [f"seed changed ({saved['seed']} -> {self.seed})"]
 
     def _batch_line(self, saved: dict[str, Any], changed: list[str]) -> list[str]:
