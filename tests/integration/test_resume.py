@@ -117,7 +117,10 @@ def test_changed_runs_refuse(run, data_dir, tmp_path):
     (other / "ones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same_size))
     refused("row space changed", dataset_dir=str(other))
     refused(r"global batch changed \(4 -> 8 sequences\)", gradient_accumulation_steps=4)
-    refused("selector changed", dynamic={"warmup_steps": 2, "interval_steps": 3, "selector": "random"})
+    refused("dynamic.selector changed", dynamic={"warmup_steps": 2, "interval_steps": 3, "selector": "random"})
+    seen = {"warmup_steps": 2, "interval_steps": 3, "selector": {"name": "loss"}, "exclude_seen": True}
+    refused(r"^resume: dynamic.exclude_seen changed \(false -> true\)\nThe saved", dynamic=seen)
+    refused(r"^resume: disable_shuffling changed \(true -> false\)\nThe saved", disable_shuffling=False)
     refused(r"interval_steps changed \(3 -> 4\)", dynamic={"warmup_steps": 2, "interval_steps": 4, "selector": "loss"})
 
 
@@ -146,6 +149,78 @@ def test_a_finished_run_can_be_made_longer(run):
     assert short.series() == long.series()[:8]
     longer = run("short", **settings, **CASES["selection"], resume_from_checkpoint=True)
     assert longer.series() == long.series()
+
+
+def test_another_batch_or_order_is_one_line(run):
+    from dataflex.errors import CheckpointError
+
+    block = {"dataset": "alpha,beta", "dynamic": {"mixer": "uniform"}}
+    straight = run("straight", **{**SETTINGS, "save_steps": 6}, **block)
+    again = {**SETTINGS, **block, "resume_from_checkpoint": str(straight.folder / "checkpoint-6")}
+    for change, expected in (
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps changed (2 -> 4): global batch changed (4 -> 8 sequences)",
+        ),
+        (
+            {"dataset": "beta,alpha"},
+            "dataset changed (alpha, beta -> beta, alpha): row space changed (the data sets are in another order: "
+            "alpha, beta -> beta, alpha)",
+        ),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            run("changed", **{**again, **change})
+        assert str(caught.value).splitlines()[:-1] == [f"resume: {expected}"]
+
+
+def test_a_mixture_made_longer_inside_its_interval_is_as_if_never_cut(run):
+    """One decision for the whole run, cut by the end of the shorter one: all rows are in the record."""
+    from dataflex.record.digest import digest
+
+    settings = {**SETTINGS, "lr_scheduler_type": "constant", "dataset": "alpha,beta", "save_steps": 2}
+    block = {"dynamic": {"mixer": {"name": "static", "proportions": [0.3, 0.7]}}}
+    long = run("long", **settings, **block)
+    run("short", **{**settings, "max_steps": 4}, **block)
+    run("short", **{**settings, "max_steps": 6}, **block, resume_from_checkpoint=True)
+    longer = run("short", **settings, **block, resume_from_checkpoint=True)
+    assert longer.series() == long.series()
+    assert ids_of(longer) == ids_of(long)
+    told = digest(longer.events)
+    assert [event["plan"] for event in told.planned] == [f"plans/plan-0000{number}.npz" for number in range(3)]
+    assert sum(event["rows"] for event in told.planned) == 12 * 4
+    assert told.total_steps == 12
+
+
+def test_a_fresh_plan_inside_an_interval_keeps_the_record_of_what_was_served(run):
+    from dataflex.record.digest import digest
+
+    straight = run("straight", **{**SETTINGS, "save_steps": 6}, **CASES["selection"])  # an interval of steps 5 to 7
+    block = {"warmup_steps": 2, "interval_steps": 3, "selector": "random", "resume_plan": "ignore"}
+    fresh = run("straight", **SETTINGS, dynamic=block, resume_from_checkpoint=str(straight.folder / "checkpoint-6"))
+    told = digest(fresh.events).planned
+    assert [(event["start_step"], event["stop_step"]) for event in told] == [
+        (0, 2),
+        (2, 5),
+        (5, 6),
+        (6, 8),
+        (8, 11),
+        (11, 12),
+    ]
+    assert sum(event["rows"] for event in told) == 12 * 4
+
+
+def test_a_raised_cap_trains_on(run):
+    settings = {**SETTINGS, "lr_scheduler_type": "constant", "dataset": "alpha,beta"}
+    block = {"mixer": "uniform", "at_cap": "stop"}
+    long = run("long", **settings, dynamic={**block, "max_epochs": 9})
+    low = run("low", **settings, dynamic={**block, "max_epochs": 0.3})
+    steps = len(low.series())
+    assert 0 < steps < 12
+    same = run("low", **settings, dynamic={**block, "max_epochs": 0.3}, resume_from_checkpoint=True)
+    assert len(same.series()) == steps
+    high = run("low", **settings, dynamic={**block, "max_epochs": 9}, resume_from_checkpoint=True)
+    assert high.series() == long.series()
+    assert ids_of(high) == ids_of(long)
 
 
 def test_a_finished_run_is_not_trained_further(run):

@@ -78,7 +78,7 @@ class _Translation:
             self.notes.append(f"freeze_gate: no effect with train_type {self.keys.train_type}")
         if self.problems:
             return None
-        dynamic = DynamicConfig(early_stopping_min_delta=self.keys.early_stopping_min_delta, **given)
+        dynamic = DynamicConfig(flat=True, early_stopping_min_delta=self.keys.early_stopping_min_delta, **given)
         self.problems += rule_problems(dynamic)
         return dynamic
 

@@ -176,6 +176,7 @@ class DynamicConfig:
     )
     cycle_steps: int | None = field(default=None, metadata={"user": False})
     total_steps: int | None = field(default=None, metadata={"user": False})
+    flat: bool = field(default=False, compare=False, metadata={"user": False})
 
     @property
     def domains_are_sources(self) -> bool:

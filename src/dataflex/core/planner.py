@@ -186,7 +186,7 @@ def spread(
     return np.concatenate([rows if rng is None else rng.permutation(rows) for _ in range(copies)])[:wanted]
 
 
-def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int) -> Rows:
+def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, earlier: Rows | None = None) -> Rows:
     """Return uniformly drawn rows for an interval before the first decision.
 
     Without replacement; when the interval is longer than the pool, re-shuffled copies of it.
@@ -196,6 +196,8 @@ def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int) ->
         interval: Steps to serve.
         global_batch: Sequences per step.
         seed: Seed of the run; with the interval's index the only source of randomness.
+        earlier: What the warm-up served before this interval, where the end of a shorter run cut it. The rows
+            that it served least come first, so that none is served twice before all were served once.
 
     Returns:
         int64 [interval.steps * global_batch].
@@ -207,8 +209,14 @@ def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int) ->
         raise DataError("the training set has no rows")
     wanted = interval.steps * global_batch
     rng = stream(seed, "warmup", interval.index)
+    copies = []
+    if earlier is not None and len(earlier):
+        times = np.bincount(earlier, minlength=int(pool.max()) + 1)[pool]
+        least = np.flatnonzero(times == times.min())
+        copies.append(rng.permutation(least if len(least) < len(pool) else 0)[:wanted])
+        wanted -= len(copies[0])
     whole, part = divmod(wanted, len(pool))
-    copies = [rng.permutation(len(pool)) for _ in range(whole)]
+    copies += [rng.permutation(len(pool)) for _ in range(whole)]
     # `choice` costs only what it draws, so a short warm-up over a huge pool is cheap.
     copies.append(rng.choice(len(pool), part, replace=False))
     return np.asarray(pool, dtype=np.int64)[np.concatenate(copies)]

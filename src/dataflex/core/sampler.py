@@ -88,6 +88,8 @@ class MixtureSampler:
         self._position = 0
         self._drawn = np.zeros(len(self.names), dtype=np.int64)
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self.stopped_by: tuple[str, ...] = ()
+        """Names of the domains at whose caps the last ``draw`` stopped short."""
         pairs = zip(domains_rows, self.names, strict=True)
         self._streams = [ShuffledEpochs(rows, name, self.seed, shuffle=shuffle) for rows, name in pairs]
 
@@ -107,6 +109,11 @@ class MixtureSampler:
         return tuple(self._segments)
 
     @property
+    def limits(self) -> NDArray[np.int64]:
+        """Sequences that each domain may serve in all, int64 [K]; a very large number without a cap."""
+        return self._limits.copy()
+
+    @property
     def exhausted(self) -> tuple[str, ...]:
         """Names of the domains at their cap."""
         return tuple(self.names[k] for k in np.flatnonzero(self._drawn >= self._limits))
@@ -117,7 +124,9 @@ class MixtureSampler:
         sizes = np.maximum(self.sizes, 1)
         return expected_epochs(sizes, shares, total, self._max_epochs, self.at_cap, self._drawn)
 
-    def append(self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "") -> None:
+    def append(
+        self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
+    ) -> None:
         """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
 
         Args:
@@ -125,6 +134,8 @@ class MixtureSampler:
             start: Must equal ``position``; only the first segment may start anywhere.
             decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
             reason: One line.
+            go_on: The decision completes one that was cut short: where it says the same, the last segment goes
+                on, so that the stream is that of a run which was never cut.
 
         Raises:
             ComponentError: Malformed proportions.
@@ -136,12 +147,19 @@ class MixtureSampler:
         if not self._segments:
             self._position = int(start)
         assert start == self._position, f"segment starts at {start}, but the next sequence is {self._position}"
+        if go_on and self._segments and self._says_the_same(shares):
+            return
         if len(self._segments) >= 2 * _KEPT_SEGMENTS:
             self._forgotten += len(self._segments) - _KEPT_SEGMENTS
             del self._segments[:-_KEPT_SEGMENTS]
         self._open(shares, decided_at_step, reason)
         if self.at_cap == "redistribute" and ((self._drawn >= self._limits) & (shares > 0)).any():
             self._redistribute()
+
+    def _says_the_same(self, shares: NDArray[np.float64]) -> bool:
+        closed = (self._drawn >= self._limits) & (shares > 0)
+        left = without(shares, closed) if self.at_cap == "redistribute" else shares
+        return left is not None and np.allclose(left, self._segments[-1].proportions, rtol=0.0, atol=1e-12)
 
     def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
         if self._segments:
@@ -169,8 +187,12 @@ class MixtureSampler:
             )
         self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
 
-    def draw(self, count: int) -> Rows:
+    def draw(self, count: int, whole: int = 1) -> Rows:
         """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
+
+        Args:
+            count: How many.
+            whole: Where a cap stops the draw, what is left is a multiple of this, and nothing else was drawn.
 
         Raises:
             DataError: A cap is passed and the policy is ``error``, or no domain is left.
@@ -186,6 +208,10 @@ class MixtureSampler:
                 if blocked is None:
                     continue
                 if self.at_cap == "stop":
+                    self.stopped_by = self.exhausted
+                    if done % whole:
+                        self._position, self._residual, self._drawn = before
+                        return self.draw(done - done % whole)
                     break
                 if self.at_cap == "error":
                     raise DataError(
@@ -205,11 +231,12 @@ class MixtureSampler:
         first, offset = divmod(self._position - self._segments[-1].start, self.block)
         labels, rests = self._labels(first, offset, count)
         used = np.bincount(labels, minlength=len(self.names))
-        over = np.flatnonzero(used > self._limits - self._drawn)
+        left = np.maximum(self._limits - self._drawn, 0)  # a cap may be lower now than when the rows were drawn
+        over = np.flatnonzero(used > left)
         blocked: int | None = None
         if over.size:
-            # The first sequence past a cap is that domain's occurrence number (limit - drawn).
-            cuts = [int(np.flatnonzero(labels == k)[self._limits[k] - self._drawn[k]]) for k in over]
+            # The first sequence past a cap is that domain's occurrence number left.
+            cuts = [int(np.flatnonzero(labels == k)[left[k]]) for k in over]
             blocked = int(over[np.argmin(cuts)])
             labels = labels[: min(cuts)]
             used = np.bincount(labels, minlength=len(self.names))

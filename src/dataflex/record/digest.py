@@ -177,7 +177,7 @@ def running_mean(values: Sequence[float], half: int) -> list[float]:
 
 
 def digest(events: Sequence[Event]) -> Run:
-    """Sort the events of a run by kind. Of an interval that was planned twice, the last plan counts.
+    """Sort the events of a run by kind. Of steps that were planned twice, the last plan counts.
 
     Raises:
         DataError: There is no event yet.
@@ -193,20 +193,35 @@ def digest(events: Sequence[Event]) -> Run:
     for phase, seconds in ((phase, seconds) for clock in clocks if all(clocks) for phase, seconds in clock.items()):
         spent[phase] = spent.get(phase, 0.0) + seconds
     walls = [max(process[-1]["time"] - process[0]["time"], 0.0) for process in processes]
-    planned = {event["interval"]: event for event in kinds.get("planned", [])}
     return Run(
         started=kinds.get("run_started", [{}])[-1],
         started_times=[process[0]["time"] - sum((process[0].get("spent") or {}).values()) for process in processes],
         wall_seconds=sum(spent.values()) if spent else sum(walls),
         spent=spent,
         steps_done=max(int(event["step"]) for event in events),
-        planned=sorted(planned.values(), key=lambda event: event["start_step"]),
+        planned=_in_force(kinds.get("planned", [])),
         stepped=kinds.get("stepped", []),
         evaluated=kinds.get("evaluated", []),
         checkpointed=kinds.get("checkpointed", []),
         resumed=kinds.get("resumed", []),
         finished=kinds.get("finished", [None])[-1],
     )
+
+
+def _in_force(planned: Sequence[Event]) -> list[Event]:
+    """Return the plans in order of their steps, each without the steps that a later decision took over."""
+    plans = {event["start_step"]: event for event in planned}
+    starts = sorted(plans)
+    return [_until(plans[start], after) for start, after in zip(starts, [*starts[1:], None], strict=False)]
+
+
+def _until(event: Event, stop: int | None) -> Event:
+    """Return a plan cut at ``stop``, its counts by the share of the steps that are left."""
+    if stop is None or stop >= event["stop_step"]:
+        return event
+    left = (stop - event["start_step"]) / (event["stop_step"] - event["start_step"])
+    counts = {name: rows * left for name, rows in (event.get("domain_counts") or {}).items()}
+    return {**event, "stop_step": stop, "rows": round(event["rows"] * left), "domain_counts": counts}
 
 
 def _last_spent(process: Sequence[Event]) -> dict[str, float]:

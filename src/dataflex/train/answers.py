@@ -161,6 +161,7 @@ def quota_rows(
     seed: int,
     repeat: bool,
     shuffle: bool = True,
+    earlier: Rows | None = None,
 ) -> Rows:
     """Serve each domain's quota from the kept rows, without replacement while they last, domains in random order.
 
@@ -173,6 +174,7 @@ def quota_rows(
         seed: Seed of the run.
         repeat: Whether rows may be served again when a quota is larger than what was kept.
         shuffle: Whether the rows of a domain are served in random order too, else in the selector's.
+        earlier: Rows that were served before, where the end of a shorter run cut the interval: they come last.
 
     Raises:
         DataError: A domain cannot fill its quota.
@@ -196,6 +198,9 @@ def quota_rows(
             )
         order = stream(seed, f"quota/{name}", interval.index)
         copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
+        if earlier is not None:
+            before = np.isin(copies[0], earlier)
+            copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
         parts.append(np.concatenate(copies)[:count])
     served = np.concatenate(parts)
     places = stream(seed, "order", interval.index).permutation(len(served))

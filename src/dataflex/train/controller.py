@@ -23,7 +23,7 @@ from dataflex.core.rng import stream
 from dataflex.core.sampler import MixtureSampler
 from dataflex.core.schedule import Interval, Schedule
 from dataflex.dist import comm
-from dataflex.errors import UnsupportedError
+from dataflex.errors import CheckpointError, DataError, UnsupportedError
 from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.mixers.proportions import by_domain
 from dataflex.record.clock import PhaseClock
@@ -101,6 +101,8 @@ class Controller:
     plan: DataPlan | None = None
     ends_at: int | None = None
     """Step at which the data run out under ``at_cap: stop``."""
+    decided: int = 0
+    """Decisions made before, where no plan is taken up that tells."""
     clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ class Controller:
             )
         self.served = ServedCounts(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
+        self._earlier: Rows = np.empty(0, dtype=np.int64)
+        """What the interval in progress served before a longer run took it up where a shorter one had cut it."""
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         """Sampling proportions of sequences in the plan in progress."""
         if self.mixer is not None and not self.narrows:
@@ -169,20 +173,42 @@ class Controller:
             assert self.plan is not None
             return self.plan
         if self.plan is None or not self.plan.interval.start_step <= step < self.plan.interval.stop_step:
-            interval = self.schedule.interval(step)
-            if step != interval.start_step:  # a fresh plan in the middle of an interval (resume_plan: ignore)
-                interval = replace(interval, start_step=step)
             if self.plan is not None:
                 self.served.count(self.plan, step)
-            self.plan = self._decide(interval)
+            self.plan = self._decide(self._next(step)) or self.plan
+            if self.plan is None:
+                raise DataError(
+                    "dynamic.max_epochs: not one whole step can be served before a domain is at its cap "
+                    f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
+                    "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
+                )
         return self.plan
 
-    def _decide(self, interval: Interval) -> DataPlan:
+    def _next(self, step: int) -> Interval:
+        """Return what is decided at ``step``: an interval of the schedule, or the rest of one that was cut.
+
+        A shorter run, a lower cap or a fresh plan (resume_plan: ignore) may have ended inside it. The index is a
+        running number, so that streams, files and lines of the record are those of one decision.
+        """
+        whole = self.schedule.interval(step)
+        if self.plan is None or step == whole.start_step:
+            self._earlier = self._earlier[:0]
+        elif self.narrows:
+            self._earlier = np.concatenate([self._earlier, self.plan.rows])
+        index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
+        return replace(whole, index=index, start_step=step)
+
+    def _cut(self, interval: Interval) -> bool:
+        """Whether an interval is the rest of one of the schedule."""
+        return interval.start_step != self.schedule.interval(interval.start_step).start_step
+
+    def _decide(self, interval: Interval) -> DataPlan | None:
         # Methods may be anyone's: what they draw or switch stays here.
         with self.clock.phase("decide"), preserved(self.signals.handle.model):
             return self._decided(interval)
 
-    def _decided(self, interval: Interval) -> DataPlan:
+    def _decided(self, interval: Interval) -> DataPlan | None:
+        """Decide an interval; None where domains at their caps leave no step of it (at_cap: stop)."""
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
         ctx = self._context(interval, self.config.selector)
@@ -199,9 +225,12 @@ class Controller:
         if whole_steps < interval.steps:  # at_cap: stop
             assert self.sampler is not None
             interval = replace(interval, stop_step=interval.start_step + whole_steps)
-            rows = rows[: whole_steps * self.shape.global_batch]
             self.ends_at = interval.stop_step
-            reason = f"{reason}; at its cap: {', '.join(self.sampler.exhausted)}; training ends here (at_cap: stop)"
+            told = f"at its cap: {', '.join(self.sampler.stopped_by)}; training ends here (at_cap: stop)"
+            if whole_steps == 0:
+                logger.info("step %d: %s", interval.start_step, told)
+                return None
+            reason = f"{reason}; {told}"
         if self.repeats is not None:
             reason = "; ".join(filter(None, [reason, self.repeats.take(rows)]))
         plan = DataPlan(
@@ -273,6 +302,8 @@ class Controller:
         rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
         if self.seen is not None:
             rows = self.seen.unseen(self._wanted(ctx.interval, left))
+        elif len(self._earlier):
+            rows = self._unserved(rows, ctx.interval)
         if drawn < len(rows):
             rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=drawn, replace=False))
         if left < len(rows):
@@ -280,6 +311,17 @@ class Controller:
                 return piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
             rows = screened(rows, left / len(rows), self.signals, ctx.targets)
         return rows
+
+    def _unserved(self, rows: Rows, interval: Interval) -> Rows:
+        """Leave out what a cut interval served already, where whole it would have served no row twice."""
+        whole = self.schedule.interval(interval.start_step)
+        sizes = self._pool_sizes()[1]
+        once = self._wanted(whole, sizes) == whole.steps * self.shape.global_batch
+        if self.mixer is not None or not once or len(np.unique(self._earlier)) < len(self._earlier):
+            return rows
+        left = np.setdiff1d(rows, self._earlier)
+        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, sizes)
+        return left if enough else rows
 
     def _lay_out(
         self, ctx: Context, pool: Rows, selection: Selection | None
@@ -295,8 +337,9 @@ class Controller:
             self.proportions = shares
             if self.sampler is not None:
                 start = interval.start_step * batch
-                self.sampler.append(shares, start=start, decided_at_step=interval.start_step, reason=why)
-                rows = self.sampler.draw(total)
+                step, go_on = interval.start_step, self._cut(interval)
+                self.sampler.append(shares, start=start, decided_at_step=step, reason=why, go_on=go_on)
+                rows = self.sampler.draw(total, whole=batch)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
                 rows = quota_rows(
@@ -308,6 +351,7 @@ class Controller:
                     seed=self.seed,
                     repeat=self.config.repeat,
                     shuffle=self.shape.shuffle,
+                    earlier=self._earlier if len(self._earlier) else None,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
@@ -315,7 +359,8 @@ class Controller:
             rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=len(pool))
             return rows, None, "; ".join(reasons)
         if self.narrows:
-            return warmup_rows(self.space.all_rows(), interval, batch, self.seed), None, "warm-up: uniform"
+            rows = warmup_rows(self.space.all_rows(), interval, batch, self.seed, self._earlier)
+            return rows, None, "warm-up: uniform"
         rows = epoch_stream(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
         return rows, None, "every row, epoch by epoch"
 
@@ -355,7 +400,8 @@ class Controller:
         """Return the rows that even out short steps over ranks; only whole epochs have short steps."""
         if not self.ragged:
             return np.zeros(0, dtype=np.int64)
-        return epoch_fill(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
+        whole = self.schedule.interval(interval.start_step)  # the rest of a cut one is filled as it would have been
+        return epoch_fill(self.space.all_rows(), whole, self.layout, self.seed, self.shape.shuffle)
 
     def _record(
         self,
@@ -431,6 +477,8 @@ class Controller:
             "seen": self.seen.state_dict() if self.seen else {},
             "repeats": self.repeats.state_dict() if self.repeats else {},
             "ends_at": self.ends_at,
+            "limits": self.sampler.limits if self.sampler else None,
+            "earlier": self._earlier,
             "proportions": self.proportions,
             "served": self.served.state_dict(),
         }
@@ -448,6 +496,19 @@ class Controller:
             self.seen.load_state_dict(state["seen"])
         if self.repeats and state.get("repeats"):
             self.repeats.load_state_dict(state["repeats"])
-        self.ends_at = state["ends_at"]
+        # Where the data end follows from the caps: with others, the next decision finds it anew.
+        capped = self.sampler is not None and self.config.at_cap == "stop"
+        same = capped and np.array_equal(state.get("limits", ()), self.sampler.limits if self.sampler else ())
+        self.ends_at = state["ends_at"] if same else None
+        self._earlier = np.asarray(state.get("earlier", ()), dtype=np.int64)
+        if (
+            self.sampler
+            and self.plan
+            and self.sampler.position != self.plan.interval.stop_step * self.plan.global_batch
+        ):
+            raise CheckpointError(
+                "resume: the checkpoint was written by an earlier version of DataFlex after the data had run out "
+                "(at_cap: stop), and no step can follow it. Resume from an earlier checkpoint of the run."
+            )
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.served.load_state_dict(state["served"])

@@ -166,7 +166,9 @@ class TrainerMixin(SavingMixin, _Trainer):
         resume = resume_from_checkpoint
         values = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         session = self._session
-        if resume is not None and self.dataflex_setup.config.resume_plan == "strict":
+        if resume is not None and self.dataflex_setup.config.resume_plan == "ignore":
+            session.controller.decided = checkpoint.decisions(Path(resume))
+        elif resume is not None:
             session.controller.plan, state = checkpoint.load(Path(resume), session.identity)
             session.controller.load_state_dict(state["controller"])
             reweighter = self._dataflex_reweighter
@@ -196,16 +198,15 @@ class TrainerMixin(SavingMixin, _Trainer):
                 folder, None if fresh else step, plan_in_progress=current, clock=setup.clock
             )
         controller.recorder = self._dataflex_recorder
-        if fresh:
-            self._dataflex_recorder.run_started(
-                config=setup.resolved,
-                schedule=asdict(controller.schedule),
-                row_space=controller.space.describe(),
-                versions=setup.versions,
-                world=controller.shape.world,
-                global_batch=controller.shape.global_batch,
-                run=self._dataflex_run,
-            )
+        self._dataflex_recorder.run_started(  # a resumed run may have more steps, or other caps
+            config=setup.resolved,
+            schedule=asdict(controller.schedule),
+            row_space=controller.space.describe(),
+            versions=setup.versions,
+            world=controller.shape.world,
+            global_batch=controller.shape.global_batch,
+            run=self._dataflex_run,
+        )
         if resume is not None:
             self._dataflex_recorder.resumed(step=step, checkpoint=str(resume))
 

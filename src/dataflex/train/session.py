@@ -6,7 +6,7 @@ Reads the Trainer's arguments; calls none of its methods.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
-from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
+from dataflex.train.identity import Identity
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
@@ -120,9 +120,11 @@ class Session:
         identity = Identity.of(
             config,
             setup.rows,
-            global_batch=shape.global_batch,
+            setup.resolved,
+            micro=shape.micro_batch_size,
+            accumulation=shape.accumulation,
+            world=shape.world,
             seed=seed,
-            schedule={key: value for key, value in asdict(schedule).items() if key != "total_steps"} | _served(config),
         )
         feed = PlanFeed(
             trainer.train_dataset,
@@ -187,13 +189,6 @@ def _surroundings(handle: ModelHandle, corpora: dict[str, Corpus]) -> Callable[[
         }
 
     return of
-
-
-def _served(config: DynamicConfig) -> dict[str, Any]:
-    """Return the settings besides the schedule that a saved plan and its successors depend on, as JSON values."""
-    keys = ("unit", "keep_ratio", "initial_proportions", "candidate_batches", "domain_path", "domain_clusters")
-    given = {key: getattr(config, key) for key in keys}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
