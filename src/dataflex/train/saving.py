@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ __all__ = ["SavingMixin"]
 class SavingMixin(_Trainer):
     """Begins and seals checkpoints, and carries over what is summed up between two logs."""
 
-    dataflex_setup: Setup
+    dataflex_setup: ClassVar[Setup]
     _dataflex_session: Session | None
     _dataflex_recorder: RunRecorder
     _dataflex_reweighter: Reweighter | None
