@@ -20,7 +20,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -68,7 +68,7 @@ _TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
 class TrainerMixin(SavingMixin, _Trainer):
     """Data decided during training, for any Hugging Face Trainer class that follows it in the MRO."""
 
-    dataflex_setup: Setup
+    dataflex_setup: ClassVar[Setup]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
