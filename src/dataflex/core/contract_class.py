@@ -58,8 +58,8 @@ def _labels(cls: type[Method]) -> Iterator[str]:
     else:
         for field in dataclasses.fields(Card):
             value = getattr(card, field.name)
-            if field.name in ("summary", "paper", "cost"):
-                if not isinstance(value, str) or not value.strip():
+            if field.name in ("summary", "paper", "cost", "note"):
+                if not isinstance(value, str) or not (value.strip() or field.name == "note"):
                     yield f"card.{field.name} must be text, found {value!r:.80}"
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 yield f"card.{field.name} must be a number of at least 0, found {value!r:.80}"
