@@ -67,6 +67,7 @@ Configuration
     candidate_batches: null
     keep_ratio: null
     exclude_seen: false
+    max_repeats: 4
     repeat: false
     unit: sequences
     interleave: shuffled

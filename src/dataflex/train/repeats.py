@@ -38,8 +38,8 @@ class Repeats:
             rows: Rows of an interval in serving order; negative ids are none.
         """
         rows = rows[rows >= 0]
-        added = np.bincount(rows, minlength=len(self._served))
-        self._served = np.minimum(self._served + added, np.iinfo(np.uint16).max).astype(np.uint16)
+        each, added = np.unique(rows, return_counts=True)
+        self._served[each] = np.minimum(self._served[each] + added, np.iinfo(np.uint16).max)
         if self._most is None or not len(rows):
             return ""
         times: NDArray[np.uint16] = self._served[rows]
@@ -62,9 +62,9 @@ class Repeats:
 
     def state_dict(self) -> State:
         """Return the counts."""
-        return {"served": self._served, "told": self._told}
+        return {"served": self._served.copy(), "told": self._told}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self._served = np.asarray(state["served"], dtype=np.uint16)
+        self._served = np.array(state["served"], dtype=np.uint16)
         self._told = bool(state["told"])
