@@ -224,8 +224,8 @@ class TrainerMixin(_Trainer):
             return super()._finalize_training(*args, **kwargs)
         if self._dataflex_saved_at != step:
             self._save_checkpoint(self.model_wrapped, None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         raise Terminated(
             f"ended by SIGTERM after step {step} of {self.state.max_steps}; go on from here with "
