@@ -150,6 +150,11 @@ def test_a_bad_line_costs_only_its_answer(tmp_path):
     assert "very good" in found.problems[1]
 
 
+def test_a_signal_to_our_group_is_not_for_the_command(tmp_path):
+    reward = command(tmp_path, "import os\nfor line in sys.stdin: print(float(os.getpgrp() == os.getpid()))")
+    assert reward.grade(candidates("a", "b")).values.tolist() == [1.0, 1.0]
+
+
 FALLS = """
 for line in sys.stdin:
     answer = json.loads(line)["answer"]

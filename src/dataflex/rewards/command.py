@@ -80,6 +80,7 @@ class CommandReward:
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
+                process_group=0,  # SIGTERM to the group of this process, which ends after its step, is not for it
             )
         except OSError as error:
             yield _Ended(f"the command cannot be started: {error}")

@@ -40,7 +40,6 @@ class SavingMixin(_Trainer):
     """Begins and seals checkpoints, and carries over what is summed up between two logs."""
 
     dataflex_setup: ClassVar[Setup]
-    control: Any
     _dataflex_session: Session | None
     _dataflex_recorder: RunRecorder
     _dataflex_reweighter: Reweighter | None

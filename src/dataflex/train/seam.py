@@ -241,8 +241,8 @@ class TrainerMixin(SavingMixin, _Trainer):
         if self._dataflex_saved_at != step:
             with self._dataflex_sealed_after():
                 self._save_checkpoint(self.model_wrapped, None)
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         raise Terminated(
             f"ended by SIGTERM after step {step} of {self.state.max_steps}; go on from here with "
