@@ -38,12 +38,8 @@ def test_what_another_set_is_loaded_with(packing):
 
 
 def test_reasons_are_those_at_the_bottom():
-    try:
-        try:
-            raise ValueError("column changed\nin row 2")
-        except ValueError as error:
-            raise RuntimeError("while generating") from error
-    except RuntimeError as error:
-        assert _reason(error) == "ValueError: column changed"
+    error = RuntimeError("while generating")
+    error.__cause__ = ValueError("column changed\nin row 2")
+    assert _reason(error) == "ValueError: column changed"
     assert _reason(StopIteration()) == "it has no rows"
     assert _reason(KeyError("input")).startswith("'input' is missing in its rows")

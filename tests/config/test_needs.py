@@ -35,6 +35,8 @@ def block_of(kind: str, name: str) -> dict[str, Any]:
             "static": {"proportions": [1]},
             "doremi": {"reference": "r"},
             "staged": {"stages": [{"start_step": 0, "proportions": [1]}]},
+            "sheared": {"target_losses": [1.0]},
+            "velocity": {"target_losses": [1.0]},
             "skill_it": {"graph": [[1.0]]},
         }.get(name, {})
     )
@@ -99,9 +101,9 @@ def test_parts_say_what_stages_and_parameters_they_need(config: Config, project:
     assert any("does not work with partitioned parameters" in line for line in found), found
     found = problems(config(stage="kto", dynamic={"selector": part, "interval_steps": 5}), project)
     assert any("compose does not work under stage kto" in line for line in found), found
-    found = problems(config(dynamic={"weighter": ["focal", "meta"]}), project)
+    found = problems(config(dynamic={"weighter": ["group", "meta"]}), project)
     assert any("needs a target" in line for line in found), found
     found = problems(
-        config(dynamic={"weighter": {"name": "product", "of": ["focal", "meta"], "targets": ["t"]}}, **zero3), project
+        config(dynamic={"weighter": {"name": "product", "of": ["group", "meta"], "targets": ["t"]}}, **zero3), project
     )
     assert any("does not work with partitioned parameters" in line for line in found), found
