@@ -103,7 +103,8 @@ def _json(text: str) -> Contents:
         except json.JSONDecodeError as error:
             return Contents(problem=f"is malformed JSON at line {error.lineno:,}: {error.msg}")
         return _rows([(f"item {i:,}", item) for i, item in enumerate(items, start=1)])
-    found, at, line, spans = [], 0, 1, False
+    found: list[tuple[str, Any]] = []
+    at, line, spans = 0, 1, False
     decoder = json.JSONDecoder()
     while True:
         while at < len(text) and text[at] in _SPACE:

@@ -365,7 +365,7 @@ class TrainerMixin(_Trainer):
 
     def save_predictions(self, *args: Any, **kwargs: Any) -> Any:
         """Save the predictions of ``predict``; some of LLaMA-Factory's trainers are given the rows again."""
-        return super().save_predictions(*map(undivided, args), **kwargs)  # type: ignore[misc]
+        return super().save_predictions(*map(undivided, args), **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
