@@ -161,6 +161,12 @@ def test_what_the_data_sets_library_reads_is_let_through(text: str, rows: int | 
     assert count_rows(Source(name="x", path=tmp_path / "x.json"), {}) == rows
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "9" * 5_000 + "}\n"])
+def test_what_python_does_not_read_is_left_to_the_loader(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    assert count_rows(Source(name="x", path=tmp_path / "x.jsonl"), {}) is None
+
+
 def test_packages_that_generation_needs(config: Config, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
