@@ -114,7 +114,9 @@ Cost (F: forward pass of one sequence, B: backward pass)
 """
 
 
-def test_selection_and_weights(plan: Plan) -> None:
+def test_selection_and_weights(plan: Plan, project: Path) -> None:
+    for file in (project / "data/a.jsonl", project / "data/b.json"):
+        file.write_text(file.read_text().replace('"input":', '"w": 1.0, "input":'))
     text = plan(
         "dynamic.selector.focus=medium",
         gradient_accumulation_steps=3,

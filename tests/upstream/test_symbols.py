@@ -133,6 +133,23 @@ def test_raw_data_are_seen_before_alignment():
     parameters = list(inspect.signature(loader.align_dataset).parameters)
     assert parameters == ["dataset", "dataset_attr", "data_args", "training_args"]
     assert "return align_dataset(dataset," in inspect.getsource(loader._load_single_dataset)
+    assert "] = _load_single_dataset(dataset_attr," in inspect.getsource(loader._get_merged_dataset)
+
+
+def test_packing_takes_a_token_from_the_cutoff_where_it_is_asked_for():
+    from llamafactory.hparams import DataArguments
+
+    assert DataArguments(cutoff_len=64, packing=True).cutoff_len == 63
+    assert DataArguments(cutoff_len=64, neat_packing=True).cutoff_len == 63
+    assert DataArguments(cutoff_len=64).cutoff_len == 64
+
+
+def test_predictions_are_saved_beside_the_rows_that_they_are_of():
+    from llamafactory.train.rm.trainer import PairwiseTrainer
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+
+    assert list(inspect.signature(CustomSeq2SeqTrainer.save_predictions).parameters)[1] == "dataset"
+    assert list(inspect.signature(PairwiseTrainer.save_predictions).parameters) == ["self", "predict_results"]
 
 
 def test_launcher_helpers():

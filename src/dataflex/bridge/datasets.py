@@ -177,6 +177,8 @@ class DataLoading:
         if loader.data_args.eval_dataset is not None:
             module["eval_dataset"] = loader.evaluation()
         names, path = loader.data_args.dataset, loader.data_args.tokenized_path
+        if "train_dataset" not in module:
+            raise DataError(f"tokenized_path: {path!r} holds no training rows")
         if len(names) > 1 and self._config.domains_are_sources:
             logger.warning(
                 "tokenized_path: %s does not say which of %s a row is from: all rows are one domain, 'all'",

@@ -20,7 +20,7 @@ from typing import Any
 from llamafactory.data import get_dataset as lf_get_dataset
 from llamafactory.data import loader as lf_loader
 
-from dataflex.config.data import target_data_sets
+from dataflex.config.data import target_data_sets, tokenized
 from dataflex.config.values import truthy
 from dataflex.errors import DataError, DataFlexError
 
@@ -96,7 +96,10 @@ class Loader:
 
     def stock(self) -> dict[str, Any]:
         """Return what the workflow asked for; served rows stay random-access."""
-        return self._load(self._changed(), dataset=self.data_args.dataset, eval_dataset=self.data_args.eval_dataset)
+        args = self._changed()
+        if tokenized(self.written):
+            return self._load(args, tokenized_path=[args.tokenized_path])
+        return self._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
 
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""

@@ -74,6 +74,8 @@ def _contents(file: Path, size: int, changed: int, through: bool) -> Contents:
         return _json(file.read_bytes().decode("utf-8-sig")) if through else _large_json(file, size)
     except UnicodeDecodeError as error:
         return Contents(problem=f"is not UTF-8 text (byte {error.start:,})")
+    except (RecursionError, ValueError):
+        return Contents()  # deeper, or of longer numbers, than Python reads: the loader may do better
 
 
 def _lines(file: Path) -> Iterator[bytes]:
