@@ -14,6 +14,7 @@ from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.core.protocols import Mixer
 from dataflex.train.row_space import RowSpace
 
 __all__ = ["Identity"]
@@ -71,6 +72,7 @@ class Identity:
             seed: Seed of all decisions.
         """
         methods = {kind: getattr(config, kind) for kind in METHODS}
+        mixer = None if config.mixer is None else config.mixer.build()
         return cls(
             space=space.describe(),
             global_batch=micro * accumulation * world,
@@ -79,7 +81,7 @@ class Identity:
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
             settings=settings_of(config, lf),
-            pure=config.mixer is not None and config.mixer.build().pure_micro_batches,
+            pure=isinstance(mixer, Mixer) and mixer.pure_micro_batches,
             flat=config.flat,
             keys={
                 kind: {field.name: key_of(field) for field in fields(method.params)}
