@@ -219,7 +219,7 @@ def test_the_same_cap_does_not_train_on():
     lower = taken_up(one, LONG, max_epochs=0.2, **CAPPED)
     assert serve(lower, len(head), LONG) == []
     other = {**CAPPED, "at_cap": "redistribute"}
-    assert len(serve(taken_up(one, LONG, max_epochs=0.3, **other), len(head), len(head) + 2)) == 2
+    assert len(serve(taken_up(one, LONG, max_epochs=2.0, **other), len(head), len(head) + 2)) == 2
 
 
 def test_a_cap_at_the_end_of_an_interval_ends_the_run_there():
