@@ -59,8 +59,8 @@ class Odm(Mixer):
     observes: ClassVar[bool] = True
     needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
-        summary="Serves domains by a bandit whose reward is their training loss; near equal shares unless its variant is a "
-        "published one.",
+        summary="Serves domains by a bandit whose reward is their training loss; near equal shares unless its variant "
+        "is a published one.",
         paper="Efficient Online Data Mixing For Language Model Pre-Training (Albalak et al.), 2023, arXiv 2312.02406",
         cost="one reduction of 7 numbers per domain and step",
     )
