@@ -18,6 +18,7 @@ from dataflex.errors import DataError, UnsupportedError
 __all__ = ["Cost", "cost_lines", "costs", "seconds_per_step"]
 
 _BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
+_MOST_RECORD_BYTES = 32 << 20  # what is quick to read
 _PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norms and one for the sum
 
 
@@ -90,17 +91,19 @@ def cost_lines(view: Forecast, step_seconds: float | None = None) -> Lines:
 def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
     """Return the seconds that a step of the training itself took in an earlier run with the same global batch."""
     from dataflex.record.digest import digest
-    from dataflex.record.read import read_events
+    from dataflex.record.read import EVENTS, read_events, record_dir
 
     if not output_dir or not Path(output_dir).is_dir():
         return None
     try:
+        if (record_dir(output_dir) / EVENTS).stat().st_size > _MOST_RECORD_BYTES:
+            return None
         run = digest(read_events(output_dir))
         if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
             return None
         spent = ((run.finished or {}).get("seconds") or {}).get("train") or run.phase_seconds().get("training", 0.0)
         return float(spent) / run.steps_done if run.steps_done and spent else None
-    except (DataError, KeyError, TypeError, ValueError):
+    except (DataError, OSError, KeyError, TypeError, ValueError):
         return None  # a record that cannot be read is for 'dataflex report' to complain about
 
 
