@@ -121,7 +121,7 @@ def _screening(view: Forecast) -> Cost | None:
     aims = _target_rows(view, view.dynamic.selector.targets if view.dynamic.selector else ())
     if options.screen_by == "embeddings":
         told = f"{decisions:,} intervals x {pool.drawn:,} rows x 1 F of embeddings"
-        rows, backward, over = decisions * pool.drawn, 0.0, 1.0
+        rows, backward, over = decisions * pool.drawn, 0.0, 0.0 if _shares_embeddings(view) else 1.0
     else:
         rows = decisions * pilot_rows(pool.drawn)
         told = f"{decisions:,} intervals x {pilot_rows(pool.drawn):,} rows of a pilot x 1 F + 1 B"
@@ -134,6 +134,16 @@ def _screening(view: Forecast) -> Cost | None:
     forward, back = rows + extra, rows * backward + extra * backward
     told += f"; {extra:,.0f} of the targets" if extra else ""
     return Cost(text=f"{_told(forward, back)} ({told})", forward=forward, backward=back)
+
+
+def _shares_embeddings(view: Forecast) -> bool:
+    """Whether the selector compares with the very target embeddings that screening has made in this decision."""
+    from dataflex.signals.specs import EmbeddingSpec
+
+    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    assert selector is not None
+    alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
+    return selector.name == "rds_plus" and alike
 
 
 def _shares_gradients(view: Forecast) -> bool:
