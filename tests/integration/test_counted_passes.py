@@ -74,6 +74,9 @@ CASES = {
     "votes": selecting({"name": "icons", "targets": ["goal", "ones"]}),
     "layers": selecting({"name": "coincide", "layers": [0, 1], "clusters": 2}),
     "screened by embeddings": selecting(LESS, signals={"screen_fraction": 0.4}),
+    "vectors of rows that were screened by them": selecting(
+        {"name": "rds_plus", "targets": ["goal"]}, signals={"screen_fraction": 0.4}
+    ),
     "drawn and screened": selecting(LESS, signals={"pool_fraction": 0.8, "screen_fraction": 0.5}),
     "screened by a pilot": selecting(LESS, signals={"screen_fraction": 0.4, "screen_by": "pilot"}),
     "screened by a pilot, other gradients": selecting(

@@ -18,6 +18,7 @@ from dataflex.errors import DataError, UnsupportedError
 __all__ = ["Cost", "cost_lines", "costs", "seconds_per_step"]
 
 _BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
+_MOST_RECORD_BYTES = 32 << 20  # what is quick to read
 _PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norms and one for the sum
 
 
@@ -90,17 +91,19 @@ def cost_lines(view: Forecast, step_seconds: float | None = None) -> Lines:
 def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
     """Return the seconds that a step of the training itself took in an earlier run with the same global batch."""
     from dataflex.record.digest import digest
-    from dataflex.record.read import read_events
+    from dataflex.record.read import EVENTS, read_events, record_dir
 
     if not output_dir or not Path(output_dir).is_dir():
         return None
     try:
+        if (record_dir(output_dir) / EVENTS).stat().st_size > _MOST_RECORD_BYTES:
+            return None
         run = digest(read_events(output_dir))
         if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
             return None
         spent = ((run.finished or {}).get("seconds") or {}).get("train") or run.phase_seconds().get("training", 0.0)
         return float(spent) / run.steps_done if run.steps_done and spent else None
-    except (DataError, KeyError, TypeError, ValueError):
+    except (DataError, OSError, KeyError, TypeError, ValueError):
         return None  # a record that cannot be read is for 'dataflex report' to complain about
 
 
@@ -118,7 +121,7 @@ def _screening(view: Forecast) -> Cost | None:
     aims = _target_rows(view, view.dynamic.selector.targets if view.dynamic.selector else ())
     if options.screen_by == "embeddings":
         told = f"{decisions:,} intervals x {pool.drawn:,} rows x 1 F of embeddings"
-        rows, backward, over = decisions * pool.drawn, 0.0, 1.0
+        rows, backward, over = decisions * pool.drawn, 0.0, 0.0 if _shares_embeddings(view) else 1.0
     else:
         rows = decisions * pilot_rows(pool.drawn)
         told = f"{decisions:,} intervals x {pilot_rows(pool.drawn):,} rows of a pilot x 1 F + 1 B"
@@ -131,6 +134,16 @@ def _screening(view: Forecast) -> Cost | None:
     forward, back = rows + extra, rows * backward + extra * backward
     told += f"; {extra:,.0f} of the targets" if extra else ""
     return Cost(text=f"{_told(forward, back)} ({told})", forward=forward, backward=back)
+
+
+def _shares_embeddings(view: Forecast) -> bool:
+    """Whether the selector compares with the very target embeddings that screening has made in this decision."""
+    from dataflex.signals.specs import EmbeddingSpec
+
+    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    assert selector is not None
+    alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
+    return selector.name == "rds_plus" and alike
 
 
 def _shares_gradients(view: Forecast) -> bool:
