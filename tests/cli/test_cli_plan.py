@@ -90,6 +90,7 @@ Configuration
     plugins: []
     leakage: warn
     resume_plan: strict
+    checkpoint_hash: size
     seed: null
     save_on_term: true
     freeze_gate: false

@@ -60,13 +60,13 @@ def test_rows_of_a_folder_are_added_up(tmp_path: Path) -> None:
         ({"split": "train[:50%]"}, {}, 2, 50),
         ({"split": "train[1:]"}, {"max_samples": 2}, 2, 50),
         ({"split": "train[-1:]"}, {}, 1, 25),
-        ({"split": "test"}, {}, None, None),
+        ({"split": "validation"}, {}, None, None),
     ],
 )
 def test_rows_and_bytes_are_those_that_the_run_loads(
     entry: dict[str, Any], keys: dict[str, Any], rows: int | None, size: int | None, tmp_path: Path
 ) -> None:
-    lines = ['{"a": 1}', '{"a": "' + "x" * 10 + '"}', '{"a": "' + "x" * 25 + '"}', '{"a": "' + "x" * 25 + '"}']
+    lines = ['{"a":""}', '{"a": "' + "x" * 10 + '"}', '{"a": "' + "x" * 25 + '"}', '{"a": "' + "x" * 25 + '"}']
     text = "".join(line + "\n" for line in lines)
     assert [len(line) + 1 for line in lines[:2]] == [9, 20]
     (tmp_path / "x.jsonl").write_text(text[:9] + "\n" + text[9:])  # an empty line is no row

@@ -39,6 +39,8 @@ def idle_keys(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
                     f"dynamic.{key}: has no effect with the {selector.name} selector, which keeps every row; remove "
                     "the key"
                 )
+    if dynamic.max_repeats != DynamicConfig().max_repeats and not narrows:
+        yield "dynamic.max_repeats: has no effect without a selector that leaves rows out; add one, or remove the key"
     if signals.pool_fraction < 1.0 and not narrows and not (selector is None and signals.screen_fraction < 1.0):
         yield (
             "dynamic.signals.pool_fraction: has no effect without a selector that leaves rows out; add one, or remove "
