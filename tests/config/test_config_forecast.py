@@ -60,7 +60,6 @@ def test_rows_of_a_folder_are_added_up(tmp_path: Path) -> None:
         ({"split": "train[:50%]"}, {}, 2, 50),
         ({"split": "train[1:]"}, {"max_samples": 2}, 2, 50),
         ({"split": "train[-1:]"}, {}, 1, 25),
-        ({"split": "validation"}, {}, None, None),
     ],
 )
 def test_rows_and_bytes_are_those_that_the_run_loads(
