@@ -24,16 +24,13 @@ class Candidates:
         global_batch: Rows of one optimizer step.
         schedule: Intervals of the run; warm-up takes no candidates.
         seed: Seed of the run.
-        shuffle: Whether epochs are shuffled, else candidates come in the order of ``usable``.
 
     Raises:
         ConfigError: An interval would look at more rows than there are.
         DataError: No row has a supervised token.
     """
 
-    def __init__(
-        self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int, shuffle: bool = True
-    ) -> None:
+    def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
         if not len(usable):
             raise DataError("no training row has a supervised token, so there is no candidate to choose")
         self._per_step = batches * global_batch
@@ -45,7 +42,7 @@ class Candidates:
                 f"{wanted:,} candidates, and only {len(usable):,} rows have a supervised token; lower it, or "
                 "interval_steps"
             )
-        self._epochs = ShuffledEpochs(usable, "dynamic.candidate_batches", seed, shuffle=shuffle)
+        self._epochs = ShuffledEpochs(usable, "dynamic.candidate_batches", seed)
 
     def pool(self, interval: Interval) -> Rows:
         """Return the candidates of an interval, ascending and distinct.

@@ -148,7 +148,6 @@ class Controller:
                 global_batch=self.shape.global_batch,
                 schedule=self.schedule,
                 seed=self.seed,
-                shuffle=self.shape.shuffle,
             )
         self.initial: NDArray[np.float64] | None = None
         if self.config.initial_proportions is not None:
