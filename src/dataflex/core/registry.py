@@ -224,7 +224,8 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
 
 def same_names(classes: Sequence[type[Method]]) -> list[str]:
     """Return which of the classes of one configuration's plugins take a name that another has."""
-    problems, known = [], {}
+    problems: list[str] = []
+    known: dict[tuple[str, str], type[Method]] = {}
     for cls in classes:
         before = known.setdefault((cls.kind, cls.name), cls)
         if before is not cls:

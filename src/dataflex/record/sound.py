@@ -151,7 +151,7 @@ def sound(event: Any) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the event with what can be relied on, and the keys left out; None where it says nothing without them."""
     if not isinstance(event, dict):
         return None, ["not an object"]
-    kind = event.get("event") if isinstance(event.get("event"), str) else ""
+    kind: str = event["event"] if isinstance(event.get("event"), str) else ""
     for key, check in {**_REQUIRED[""], **_REQUIRED.get(kind, {})}.items():
         if key not in event or check(event[key]) is _BAD:
             return None, [key]
