@@ -96,7 +96,7 @@ def _shallow(value: Any, depth: int) -> Any:
 def _metrics(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return _BAD
-    return {key: item for key, item in value.items() if _real(item) is not _BAD}
+    return {key: None if _real(item) is _BAD else item for key, item in value.items()}  # null: not finite
 
 
 def _schedule(value: Any) -> Any:
