@@ -62,7 +62,7 @@ def is_ours(cls: type) -> bool:
 def whereabouts(cls: type, call: str = "") -> str:
     """Return ``class NAME (FILE, line N)`` of a class, with the line of one of its methods where that is known."""
     file, line = None, None
-    things: tuple[Any, ...] = (inspect.getattr_static(cls, call, None) if call else None, cls)
+    things: list[Any] = [inspect.getattr_static(cls, call, None), cls] if call else [cls]
     for thing in things:
         thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
         try:

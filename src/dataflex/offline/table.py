@@ -138,8 +138,8 @@ def read_scores(path: Path) -> ScoreTable:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; scores are written by 'dataflex score'") from error
     except Exception as error:  # arrow has many kinds of its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path}: cannot be read as parquet: {reason[:300]}") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path}: cannot be read as parquet: {first[:300]}") from error
     told = (content.schema.metadata or {}).get(_KEY)
     missing = [name for name in FIXED_COLUMNS if name not in content.column_names]
     if told is None or missing:

@@ -100,7 +100,7 @@ def _shallow(value: Any, depth: int) -> Any:
 def _metrics(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return _BAD
-    return {key: item for key, item in value.items() if _real(item) is not _BAD}
+    return {key: None if _real(item) is _BAD else item for key, item in value.items()}  # null: not finite
 
 
 def _schedule(value: Any) -> Any:
@@ -156,7 +156,7 @@ def sound(event: Any) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the event with what can be relied on, and the keys left out; None where it says nothing without them."""
     if not isinstance(event, dict):
         return None, ["not an object"]
-    kind = str(event.get("event")) if isinstance(event.get("event"), str) else ""
+    kind: str = event["event"] if isinstance(event.get("event"), str) else ""
     for key, check in {**_REQUIRED[""], **_REQUIRED.get(kind, {})}.items():
         if key not in event or check(event[key]) is _BAD:
             return None, [key]
