@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from dataflex.commands.layout import columns
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.mixers.collapse import collapsed
-from dataflex.mixing.proportions_file import ProportionsFile, write_proportions
+from dataflex.mixing.proportions_file import ProportionsFile, read_proportions, write_proportions
 
 __all__ = ["check_names", "names_of", "write_result"]
 
@@ -41,7 +42,15 @@ def write_result(
         details: Numbers of the method.
         natural: Natural shares to show beside them [K].
         caps: Largest shares that were allowed [K].
+
+    Raises:
+        ConfigError: Something else than proportions lies there.
     """
+    if os.path.lexists(path):
+        try:
+            read_proportions(path, "--out")
+        except ConfigError as error:
+            raise ConfigError(f"--out: {path} is there and holds no proportions; name another file") from error
     content = ProportionsFile(
         names=tuple(names), proportions=tuple(shares.tolist()), method=method, provenance=source, details=details
     )
