@@ -226,6 +226,11 @@ def test_from_records_to_a_mixture_that_static_takes(base, project, capsys):
     told = run("fit", "swarm", capsys=capsys)
     assert "log_linear on 9 runs; quality by leave-one-out" in told
     assert "note:" not in told
+    Path("mixture.json").write_text("notes of somebody's own")
+    told = run("propose", "swarm", "--kl", 0.2, "--out", "mixture.json", code=2, capsys=capsys)
+    assert "--out: mixture.json is there and holds no proportions" in told
+    assert Path("mixture.json").read_text() == "notes of somebody's own"
+    Path("mixture.json").unlink()
     told = run("propose", "swarm", "--kl", 0.2, "--out", "mixture.json", capsys=capsys)
     assert "use it with 'mixer: {name: static, from: mixture.json}'" in told
     assert "note: no --budget (in rows)" in told
