@@ -179,7 +179,7 @@ class TrainerMixin(SavingMixin, _Trainer):
             if reweighter is not None and reweighter.reference is not None:
                 reweighter.reference.load_state_dict(state.get("reference") or {})
             self.dataflex_setup.clock.before = {key: float(value) for key, value in state["seconds"].items()}
-            self._dataflex_sums = state["since_log"]
+            self._dataflex_sums = state.get("since_log")
         self._dataflex_open_record(resume, fresh=not self._dataflex_settle_run(resume))
         self.dataflex_setup.clock.switch("train")
         return values
