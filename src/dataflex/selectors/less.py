@@ -9,10 +9,11 @@ learning rate.
 
 The paper selects once. Where a small relevant part of the pool is chosen and served again and again, it is learnt by
 heart: what is left of its rows' gradients is small, momentum outweighs it, and a direction says nothing of its size,
-so that cosines lose the target. In a planted pool (docs/results.md) the relevant share of the rows kept fell from 1
-to 0.23 by the fifth decision and the held-out loss rose from 1.12 to 1.47. Inner products (``normalise: false``), in
-which a learnt row counts for little, kept 0.63 and 1.12; they favour short rows and large losses. Leaving the momentum
-out (``include_momentum: false``) kept 0.50 and 1.16. ``exclude_seen`` helps only where the pool holds many more
+so that cosines lose the target. In a planted pool (docs/results.md, two seeds) the relevant share of the rows kept
+fell from 1 to 0.23 and 0.53 by the fifth decision and the held-out loss rose from 1.12 to 1.47 and 1.13 to 1.18. Inner
+products (``normalise: false``), in which a learnt row counts for little, ended with 0.63 and 0.47 and losses of 1.12
+and 1.15, below the cosines' from the second decision on; they favour short rows and large losses. Without the momentum
+(``include_momentum: false``, one seed) it was 0.50 and 1.16. ``exclude_seen`` helps only where the pool holds many more
 relevant rows than an interval serves. A run warns of rows that come back too often (``dynamic.max_repeats``).
 """
 
