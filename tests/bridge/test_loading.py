@@ -29,7 +29,7 @@ def test_what_another_set_is_loaded_with(packing):
         mask_history=True,
         default_system="be kind",
     )
-    other = of_another_set(args, "goal", cutoff_shortened=packing)
+    other = of_another_set(args, ["goal"], cutoff_shortened=packing)
     assert (other.dataset, other.eval_dataset, other.tokenized_path) == (["goal"], None, None)
     assert (other.packing, other.neat_packing, other.max_samples, other.val_size) == (False, False, None, 0.0)
     assert (other.mix_strategy, other.interleave_probs, other.streaming) == ("concat", None, False)

@@ -19,6 +19,12 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def add_column(project: Path, name: str, value: Any) -> None:
+    """Give every row of the data sets a and b a column."""
+    for file in (project / "data" / "a.jsonl", project / "data" / "b.json"):
+        file.write_text(file.read_text().replace('"input":', f'"{name}": {json.dumps(value)}, "input":'))
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder with data sets a (100 rows), b (50 rows) and t (10 rows), which is the working directory."""

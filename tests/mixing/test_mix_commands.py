@@ -21,7 +21,7 @@ from dataflex.mixing.laws import predict
 from dataflex.mixing.proportions_file import read_proportions
 from dataflex.mixing.swarm_file import read_swarm
 from dataflex.mixing.tables import losses_of_run, read_table
-from tests.config.conftest import _plain_environment, config, project
+from tests.config.conftest import _plain_environment, add_column, config, project
 from tests.docs.pages import EXAMPLES
 
 __all__ = ["_plain_environment", "config", "project"]
@@ -146,6 +146,7 @@ def test_a_selector_and_plugins_are_kept(base, project, config, capsys):
 
 def test_names_of_domains_survive_yaml_and_csv(project, config, capsys):
     names = ["no", "1", "a: b", 'with "quotes"', "\u00dcn\u00ef"]
+    add_column(project, "source", "no")
     (project / "run.json").write_text(json.dumps(config(dynamic={"mixer": "uniform", "domain_column": "source"})))
     natural = {"names": names, "proportions": [0.2] * 5}
     (project / "natural.json").write_text(json.dumps(natural))
@@ -196,17 +197,17 @@ def test_mistakes_are_told_and_nothing_is_written(project, config, capsys, optio
 def test_runs_are_run_once_and_a_failure_stops_until_the_next_time(base, project, capsys, monkeypatch):
     trained = []
 
-    def train(command, check):
+    def train(command):
         assert command[:4] == [sys.executable, "-m", "dataflex", "train"]
         name = command[4].split("/")[-1].removesuffix(".yaml")
         trained.append(name)
         if trained.count(name) == 1 and name == "run-0002":
             record(project / "swarm/runs" / name, {}, ended=False)
-            return subprocess.CompletedProcess(command, -9)
+            return -9
         record(project / "swarm/runs" / name, {"a": 1.0, "b": 2.0})
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr("dataflex.commands.mix.run_child", train)
     command = ["mix", "swarm", str(base), "--runs", "3", "--out", "swarm", "--run"]
     assert main(command) == 1
     assert "run-0002: ended with exit code -9" in capsys.readouterr().out

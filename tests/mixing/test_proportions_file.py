@@ -22,7 +22,7 @@ from dataflex.mixing.proportions_file import (
     write_proportions,
 )
 from dataflex.testing import example_context
-from tests.config.conftest import _plain_environment, config, project
+from tests.config.conftest import _plain_environment, add_column, config, project
 
 __all__ = ["_plain_environment", "config", "project"]
 
@@ -163,6 +163,7 @@ def test_a_file_that_does_not_fit_is_told_before_anything_is_loaded(project, con
             return error.problems
         return []
 
+    add_column(project, "source", "web")
     assert [problem.split(": ")[:2] for problem in problems()] == [["dynamic.mixer.from", "no such file"]]
     assert [problem.split(": ")[:2] for problem in problems(domain_column="source")] == [
         ["dynamic.mixer.from", "no such file"]
