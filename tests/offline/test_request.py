@@ -56,7 +56,7 @@ def request_of(scoring):
         (("stage=rm",), {}, "--method: loss does not work under stage rm"),
         (("model_name_or_path=/nowhere/model",), {}, "no such folder"),
         (("resume_from_checkpoint=true",), {}, "name the checkpoint's folder"),
-        (("resume_from_checkpoint=nowhere",), {}, "holds no optimizer.pt"),
+        (("resume_from_checkpoint=nowhere",), {}, "there is no such folder"),
         (("fsdp=full_shard",), {}, "fsdp: scoring keeps the whole model"),
         (("deepspeed.zero_optimization.stage=3",), {}, "ZeRO-3 partitions it"),
     ],
