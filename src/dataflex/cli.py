@@ -101,7 +101,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def _tell(text: str) -> None:
-    tell("\n".join(f"dataflex: {line}" for line in shown(text, sys.stderr).split("\n")))
+    tell("\n".join(f"dataflex: {line}" for line in text.split("\n")))
 
 
 def _run(arguments: list[str]) -> int:

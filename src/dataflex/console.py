@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dataflex.core.shown import LogFormatter
+from dataflex.core.shown import LogFormatter, shown
 
 __all__ = ["progress", "show_log", "tell"]
 
@@ -24,7 +24,8 @@ _BAR_AFTER_SECONDS = 1.0
 
 
 def tell(text: str) -> None:
-    """Write lines to stderr, above progress bars if there are any."""
+    """Write lines to stderr, above progress bars if there are any, as ``shown`` has them."""
+    text = shown(text, sys.stderr)
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         sys.stderr.write(text + "\n")

@@ -25,7 +25,7 @@ def free_port() -> int:
 def two_ranks():
     """Return a function that runs configuration files on two ranks, in one torchrun job."""
 
-    def start(configs: list[Path], folder: Path, timeout: int = 150) -> str:
+    def start(configs: list[Path], folder: Path, timeout: int = 600) -> str:
         jobs = folder / "jobs.json"
         jobs.write_text(json.dumps([str(config) for config in configs]))
         env = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}

@@ -31,7 +31,7 @@ def test_no_group_and_no_thread_of_gloo_is_left(configure, tmp_path, dynamic):
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_two_ranks_end_well_each_time(configure):
-    config = configure(dynamic={"interval_steps": 1, "selector": "loss"})
+    config = configure(overwrite_output_dir=True, dynamic={"interval_steps": 1, "selector": "loss"})
     for _ in range(RUNS):
         done = subprocess.run(
             dataflex("train", config), env=environment(2), capture_output=True, text=True, timeout=240, check=False

