@@ -88,7 +88,7 @@ def test_a_copy_of_several_sets_is_one_domain(block: Any, copy: str, config: Con
 )
 def test_moments_are_needed_by_parts_as_by_the_whole(block: Any, place: str, config: Config, project: Path) -> None:
     block = {**block, "interval_steps": 5}
-    for optimizer in ({"optim": "adafactor"}, {"use_galore": True}):
+    for optimizer in ({"optim": "adafactor"}, {"optim": "ademamix"}, {"use_galore": True}):
         found = problems(config(dynamic=block, **optimizer), project)
         assert [line for line in found if line.startswith(f"{place}: ") and "Adam's moments" in line], found
     assert problems(config(dynamic=block), project) == []

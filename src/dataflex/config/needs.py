@@ -16,6 +16,7 @@ __all__ = ["moment_problems", "parameters", "too_few_domains"]
 _NO_MOMENTS: tuple[str, ...] = (
     "adafactor",
     "adagrad",
+    "ademamix",
     "apollo",
     "badam",
     "galore",

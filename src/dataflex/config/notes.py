@@ -52,6 +52,9 @@ def _of_the_data(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) 
         }[dynamic.leakage]
         yield f"{key}: {name!r} is also trained on{same}; {then}"
     names = data_sets(lf.get("dataset"))
+    for name in data_sets(lf.get("eval_dataset")):
+        if name in names:
+            yield f"eval_dataset: {name!r} is also trained on; its loss is not one of held-out rows"
     if lf.get("tokenized_path") and len(names) > 1 and dynamic.domains_are_sources:
         listed = ", ".join(names)
         yield f"tokenized_path: a copy does not say which of {listed} a row is from: all are one domain, 'all'"
