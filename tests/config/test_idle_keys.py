@@ -104,7 +104,7 @@ def test_a_plain_run_has_nothing_to_tell(config: Config, project: Path) -> None:
 
 def test_an_evaluation_set_that_is_trained_on_is_told(config: Config, project: Path) -> None:
     found = resolve(config(eval_dataset="t,a", eval_strategy="steps", dynamic=RANDOM), project).notes
-    assert found == ["eval_dataset: 'a' is also trained on; its loss is not one of held-out rows"]
+    assert list(found) == ["eval_dataset: 'a' is also trained on; its loss is not one of held-out rows"]
 
 
 @pytest.mark.parametrize(
