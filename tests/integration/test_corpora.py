@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def test_served_rows_are_those_tokenised_beforehand(run, corpus, packing):
     """Shards in JSON lines and Parquet, blocks cut in groups of 16 documents, two worker processes."""
     plain = run("plain", **settings(corpus, packing=packing), dynamic=MIX)
     served = run("served", **settings(corpus, packing=packing), streaming=True, dataloader_num_workers=2, dynamic=MIX)
+    assert multiprocessing.active_children() == []  # the workers ended with the training
     same(plain, served)
     spaces = [outcome.events[0]["row_space"] for outcome in (plain, served)]
     assert spaces[0]["domains"] == spaces[1]["domains"]

@@ -95,6 +95,14 @@ class PlanFeed:
             self._iterator = None
         return batches, rows
 
+    def close(self) -> None:
+        """End the workers; nothing is served afterwards.
+
+        Left to the garbage collector they are not told, and each is waited for in vain for five seconds.
+        """
+        self._iterator = None
+        self._loader._iterator = None  # that of persistent workers
+
 
 class _Nothing(Dataset[int]):
     """As long as the training set, holding nothing."""

@@ -218,7 +218,12 @@ class TrainerMixin(SavingMixin, _Trainer):
             over.enter_context(self.dataflex_setup.clock.phase("prepare"))
             if self._dataflex_stop is not None:
                 over.callback(self._dataflex_stop.over)
+            over.callback(self._dataflex_end_workers)
             return super().train(*args, **kwargs)
+
+    def _dataflex_end_workers(self) -> None:
+        if self._dataflex_session is not None:
+            self._dataflex_session.feed.close()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, noting the time; once training is over, SIGTERM waits until that is done."""
