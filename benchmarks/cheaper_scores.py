@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-from dataflex.core.choose import top_k
+from dataflex.select.choose import top_k
 from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
@@ -46,7 +46,7 @@ CUTOFF = 224
 
 
 class Rows:
-    """Tokenised rows: prompt masked, answer supervised."""
+    """Tokenized rows: prompt masked, answer supervised."""
 
     def __init__(self, file: Path, tokenizer, count: int | None) -> None:
         lines = file.read_text(encoding="utf-8").splitlines()[:count]

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dataflex.core.choose import gumbel_top_k, round_robin, top_k
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.planner import EpochLayout, epoch_stream, spread
-from dataflex.core.rng import stream, uniforms
-from dataflex.core.sampler import MixtureSampler
-from dataflex.core.schedule import Interval
+from dataflex.plan.domains import Domains
+from dataflex.plan.mixture import MixtureSampler
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.planner import EpochLayout, epoch_stream, spread
+from dataflex.plan.schedule import Interval
+from dataflex.rng import stream, uniforms
+from dataflex.select.choose import gumbel_top_k, round_robin, top_k
 
 GLOBAL_BATCH = 256
 REQUIRED_IDS_PER_SECOND = 1e6

@@ -5,7 +5,7 @@ The settings are those of examples/demo_dynamic.yaml and examples/demo_static.ya
 average, the share of rows of the target's source among those served after the warm-up, and the most often that one of
 them was served in an interval.
 
-A method is "static", or a selector with parameters as in a YAML flow mapping, such as "less, normalise: false".
+A method is "static", or a selector with parameters as in a YAML flow mapping, such as "less, normalize: false".
 
 Usage: python benchmarks/demo_selectors.py [--seeds 1 2 3] [--steps 70] [--eval-every 70] [--methods ...] [--out FOLDER]
 """

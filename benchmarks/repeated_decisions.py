@@ -6,7 +6,7 @@ one, so that after a few decisions relevant rows are known by heart. Ten steps o
 
     cosine          as published: directions of Adam's steps, momentum included
     no momentum     the same without the momentum that all rows share (include_momentum: false)
-    dot             inner products instead of cosines (normalise: false)
+    dot             inner products instead of cosines (normalize: false)
     sqrt            divided by the square root of the row's norm
     floor           divided by the row's norm, or by the pool's median norm where that is larger
     exclude_seen    cosines of the rows that were not served yet
@@ -95,13 +95,13 @@ class Planted:
         self.model.eval()
         kind = replace(PRESETS["true_adam"], include_momentum=momentum)
         direction = preconditioner(kind, moments_of(self.optimizer, self.engine.parameters))
-        builder = TargetBuilder(self.engine, num_tasks=1, normalise_rows=True)
+        builder = TargetBuilder(self.engine, num_tasks=1, normalize_rows=True)
         products, norms = np.zeros(POOL), np.zeros(POOL)
         with self.engine.observing():
             for start in range(0, len(self.target), BATCH):
                 part = self.target[start : start + BATCH]
                 builder.add(collate(torch, part), torch.zeros(len(part), dtype=torch.long))
-            dots = Dots(builder.finish(), normalise="none")
+            dots = Dots(builder.finish(), normalize="none")
             for places in bucketed(np.array([len(ids) for ids, _ in self.pool]), TOKENS):
                 batch = collate(torch, [self.pool[place] for place in places])
                 found = self.engine.run(batch, [dots], precondition=direction)

@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from core_decisions import processor
-from dataflex.core.choose import top_k
-from dataflex.core.rng import stream
-from dataflex.rules.facility import facility_location
-from dataflex.rules.spread import apart, k_center
+from dataflex.rng import stream
+from dataflex.select.choose import top_k
+from dataflex.select.spread import apart, facility_location, k_center
 from dataflex.selectors.near import Near
 from dataflex.selectors.rds_plus import RdsPlus
 from dataflex.selectors.tsds import Tsds

@@ -21,8 +21,8 @@ from dataflex.config.convert import describe, shown
 from dataflex.config.load import load_mapping
 from dataflex.config.show import as_yaml, plain
 from dataflex.config.split import split
-from dataflex.core.protocols import STAGES, Method
-from dataflex.core.registry import KINDS, find, names
+from dataflex.method import STAGES, Method
+from dataflex.registry import KINDS, find, names
 
 __all__ = ["PAGE", "built_in", "render"]
 

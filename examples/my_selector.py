@@ -8,8 +8,8 @@ import numpy as np
 
 from dataflex import Card, Context, Needs, Selection, Selector
 from dataflex import Params as BaseParams
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Rows
+from dataflex.method import Rows
+from dataflex.select.choose import top_k
 
 
 class NearQuantile(Selector):

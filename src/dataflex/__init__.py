@@ -1,6 +1,6 @@
 """DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
 
-from dataflex.core.protocols import (
+from dataflex.method import (
     BatchView,
     Card,
     Context,

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataflex.commands.mix_options import add_mix_steps
+from dataflex.commands.mix import add_mix_steps
 from dataflex.console import tell
-from dataflex.core.shown import shown
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+from dataflex.printable import shown
 from dataflex.storage import storage_problem
 
 __all__ = ["guarded", "main"]
@@ -198,7 +198,7 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _version(options: argparse.Namespace) -> str:
-    from dataflex.commands.version import version
+    from dataflex.commands.methods import version
 
     return version()
 
@@ -236,7 +236,7 @@ def _parser() -> _Parser:
     mix = add("mix", "Find proportions of domains before the large run, step by step.", _mix)
     mix.set_defaults(handler=lambda _: mix.format_help())
     add_mix_steps(mix, _mix)
-    report = add("report", "Summarise a run and plot what happened in it.", _report)
+    report = add("report", "Summarize a run and plot what happened in it.", _report)
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
     add("version", "Print the versions of dataflex and what it stands on.", _version)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dataflex.core.shown import LogFormatter, shown
+from dataflex.printable import LogFormatter, shown
 
 __all__ = ["progress", "show_log", "tell"]
 

@@ -36,7 +36,7 @@ def train(args: list[str]) -> int:
     began = time.time()
     if _is_config(args):  # tell mistakes before LLaMA-Factory is imported
         resolve(load_mapping(args[0], args[1:]), Path(args[0]).resolve().parent)
-    from dataflex.bridge.launch import wants_torchrun, with_torchrun
+    from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
 
     if wants_torchrun():
         return with_torchrun(args, began=began)
@@ -66,11 +66,11 @@ def train_here(args: list[str], began: float | None = None) -> int:
         logger.info("%s", note)
     if config is not None:
         resume(lf)
-    from dataflex.bridge.swap import run
+    from dataflex.llamafactory.swap import run
 
     try:
         if config is not None and _uses_ray():
-            from dataflex.bridge.ray_worker import ray_workers
+            from dataflex.llamafactory.launch import ray_workers
 
             with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
                 run(lf, config, parts.early_stopping_min_delta)
@@ -105,20 +105,20 @@ def resume(lf: dict[str, Any]) -> None:
     Raises:
         CheckpointError: The named checkpoint is not whole, or there is none to go on from.
     """
-    from dataflex.core import sealed
+    from dataflex import checkpoints
 
     asked = lf.get("resume_from_checkpoint")
     if isinstance(asked, str):
         asked = {"true": True, "false": False, "none": None, "": None}.get(asked.lower(), asked)
     output_dir = Path(str(lf["output_dir"]))
     if isinstance(asked, str):
-        reason = sealed.broken_reason(Path(asked))
+        reason = checkpoints.broken_reason(Path(asked))
         if reason is not None:
             raise CheckpointError(f"resume_from_checkpoint: {asked} cannot be resumed from: {reason}")
         return
     passed_over: list[str] = []
     if asked or (asked is None and not lf.get("overwrite_output_dir")):
-        newest, passed_over = sealed.find_resumable(output_dir)
+        newest, passed_over = checkpoints.find_resumable(output_dir)
         for line in passed_over:
             logger.warning("not resuming from %s", line)
         if newest is not None:
@@ -134,4 +134,4 @@ def resume(lf: dict[str, Any]) -> None:
     if passed_over:
         lf["overwrite_output_dir"] = True
     if os.environ.get("RANK", "0") == "0" and any(output_dir.glob("checkpoint-*")):
-        sealed.begin_run(output_dir, sealed.new_run())
+        checkpoints.begin_run(output_dir, checkpoints.new_run())

@@ -101,7 +101,7 @@ def _free(place: Path) -> int | None:
 
 
 def _intact(output_dir: Path) -> str:
-    from dataflex.core.sealed import find_resumable
+    from dataflex.checkpoints import find_resumable
 
     try:
         newest, passed_over = find_resumable(output_dir)

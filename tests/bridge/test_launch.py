@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dataflex.bridge.launch import torchrun_command, wants_torchrun
+from dataflex.llamafactory.launch import torchrun_command, wants_torchrun
 
 
 def options(env, devices=2):
@@ -77,20 +77,20 @@ def test_ray_workers_train_with_our_trainer(tiny_model, data_dir, tmp_path, monk
     """What a Ray worker does, without a cluster: the driver's environment is all it gets."""
     from llamafactory.train import tuner
 
-    from dataflex.bridge import ray_worker
+    from dataflex.llamafactory import launch
     from tests.integration.conftest import Outcome, base_settings
 
     lf = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
     mapping = {**lf, "dynamic": {"interval_steps": 2, "selector": "random"}}
     stock = tuner.Worker
-    with ray_worker.ray_workers(mapping, tmp_path, "sft"):
-        assert tuner.Worker is ray_worker.RayWorker
+    with launch.ray_workers(mapping, tmp_path, "sft"):
+        assert tuner.Worker is launch.RayWorker
         environment = dict(os.environ)
-        assert json.loads(environment[ray_worker.ENVIRONMENT_KEY])["stage"] == "sft"
+        assert json.loads(environment[launch.ENVIRONMENT_KEY])["stage"] == "sft"
         worker = tuner.Worker.__new__(tuner.Worker)  # its constructor picks a device, which Ray assigns
         worker._training_function({"args": lf, "callbacks": []})
     assert tuner.Worker is stock
-    assert ray_worker.ENVIRONMENT_KEY not in os.environ
+    assert launch.ENVIRONMENT_KEY not in os.environ
     assert any(event["event"] == "planned" for event in Outcome(tmp_path / "out").events)
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from llamafactory.hparams import DataArguments
 
-from dataflex.bridge.loading import _HOW_ROWS_ARE_READ, _OF_TRAINING, _reason, of_another_set
+from dataflex.llamafactory.loading import _HOW_ROWS_ARE_READ, _OF_TRAINING, _reason, of_another_set
 
 
 def test_every_setting_of_the_data_is_decided_upon():

@@ -61,7 +61,7 @@ Configuration
       temperature: 1.0
       replacement: false
     mixer: null
-    weighter: {name: column, burn_in_steps: 0, column: w, normaliser: token}
+    weighter: {name: column, burn_in_steps: 0, column: w, normalizer: token}
     warmup_steps: 10
     interval_steps: 15
     candidate_batches: null
@@ -322,7 +322,7 @@ def test_remote_data_sets_are_not_counted(plan: Plan) -> None:
 
 def test_proportions_of_tokens_are_not_guessed(plan: Plan) -> None:
     text = plan(dynamic={"mixer": "uniform", "unit": "tokens"})
-    assert "  epochs per domain    known after tokenising (proportions are of tokens)" in text
+    assert "  epochs per domain    known after tokenizing (proportions are of tokens)" in text
 
 
 def test_validation_rows(plan: Plan) -> None:

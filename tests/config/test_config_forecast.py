@@ -289,7 +289,7 @@ def test_ten_million_rows_are_forecast_by_domain(tmp_path: Path) -> None:
     assert served / served.sum() == pytest.approx(roots / roots.sum())
 
 
-def test_rows_are_counted_once_and_without_tokenising(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_counted_once_and_without_tokenizing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = project / "data" / "big.jsonl"
     line = json.dumps({"instruction": "x" * 200, "output": "y" * 200}) + "\n"
     big.write_text(line * 50_000)

@@ -15,8 +15,8 @@ from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import Split, resolve, split
 from dataflex.config.steps import schedule_of
-from dataflex.core.registry import find
 from dataflex.errors import ConfigError
+from dataflex.registry import find
 
 Config = Callable[..., dict[str, Any]]
 
@@ -324,7 +324,7 @@ def test_weight_by_likeness(flat: Config, project: Path) -> None:
     )
     parts = resolve(flat(**keys, component_name="joint_update_aware"), project)
     params = {"beta": 0.2, "tau": 0.1, "refresh_steps": 7, "layer": -2, "mode": "diverse_only"}
-    pooled = {"pooling": "mean", "completion_only": True, "normalise": True}
+    pooled = {"pooling": "mean", "completion_only": True, "normalize": True}
     assert dynamic_of(parts).weighter == method("weighter", "joint_update_aware", ("t",), **params, **pooled)
     assert sum("fixed point" in note for note in parts.notes) == 3
 

@@ -188,7 +188,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a weighter beside a loss by domain that can be by token": (
         {"dynamic": {"mixer": {"name": "doremi", "reference": "r", "variant": "paper"}, "weighter": "focal"}},
-        ["place for the focal weighter; set its 'normaliser: token', or use one of the two methods"],
+        ["place for the focal weighter; set its 'normalizer: token', or use one of the two methods"],
     ),
     "target missing": (
         {"dynamic": {"selector": "tacs", "interval_steps": 5}},
@@ -309,7 +309,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "streaming": (
         {"streaming": True, "packing": True},
-        ["packing: samples are packed after all of them were tokenised, which streaming does not do"],
+        ["packing: samples are packed after all of them were tokenized, which streaming does not do"],
     ),
     "grouped by length": (
         {"group_by_length": True},
@@ -353,9 +353,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stage": "pt", "dynamic": {"selector": "random", "domain_column": "source"}},
         ["packing: rows hold several samples (pre-training packs unless told otherwise), so the column 'source'"],
     ),
-    "tokenised mixture": (
+    "tokenized mixture": (
         {"tokenized_path": "cache", "dynamic": {"mixer": "uniform"}},
-        ["tokenized_path: a tokenised copy does not say which data set a row is from"],
+        ["tokenized_path: a tokenized copy does not say which data set a row is from"],
     ),
     "nothing trained": (
         {"do_train": False},

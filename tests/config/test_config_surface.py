@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataflex.config.build import user_keys
 from dataflex.config.flat import FLAT_KEYS
-from dataflex.core.registry import KINDS, find, names
+from dataflex.registry import KINDS, find, names
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "config_keys.txt"
 

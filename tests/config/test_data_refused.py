@@ -106,7 +106,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "streaming beside a copy": (
         {"streaming": True, "tokenized_path": "copy"},
-        "streaming: rows that are tokenised when",
+        "streaming: rows that are tokenized when",
     ),
     "shares of interleaving": ({"interleave_probs": "0.5,0.5"}, "interleave_probs: data sets are kept apart"),
 }

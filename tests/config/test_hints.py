@@ -16,8 +16,8 @@ from dataflex.config.load import load_mapping
 from dataflex.config.places import LF_KEYS
 from dataflex.config.schema import SignalsConfig
 from dataflex.config.split import split
-from dataflex.core.registry import KINDS, find, names
 from dataflex.errors import ConfigError
+from dataflex.registry import KINDS, find, names
 
 METHODS = [
     (kind, name) for kind in KINDS for name in names(kind) if find(kind, name).__module__.startswith("dataflex.")

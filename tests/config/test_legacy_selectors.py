@@ -10,7 +10,7 @@ import yaml
 
 from dataflex.config.components import _SHIPPED, Component, read_component
 from dataflex.config.legacy_selectors import _five_layers
-from dataflex.core.registry import find
+from dataflex.registry import find
 from dataflex.rewards.judge import JudgeConfig
 
 

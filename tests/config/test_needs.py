@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dataflex.config.split import resolve
-from dataflex.core.registry import KINDS, find, names
 from dataflex.errors import ConfigError
+from dataflex.registry import KINDS, find, names
 
 Config = Callable[..., dict[str, Any]]
 
@@ -61,7 +61,7 @@ def test_a_copy_of_several_sets_is_one_domain(block: Any, copy: str, config: Con
     (project / "there").mkdir()
     (project / "there/dataset_dict.json").write_text("{}")
     found = problems(config(tokenized_path=copy, dynamic=block), project)
-    assert any(line.startswith("tokenized_path: a tokenised copy does not say which data set") for line in found), found
+    assert any(line.startswith("tokenized_path: a tokenized copy does not say which data set") for line in found), found
     noted = resolve(config(tokenized_path=copy, dynamic={"selector": "all"}), project).notes
     assert noted == ("tokenized_path: a copy does not say which of a, b a row is from: all are one domain, 'all'",)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dataflex.config.methods import method_block
-from dataflex.core.protocols import STAGES, Mixer, Selector, Weighter
-from dataflex.core.registry import KINDS, find, names
 from dataflex.errors import DataFlexError
+from dataflex.method import STAGES, Mixer, Selector, Weighter
+from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
     example_batch,
@@ -350,7 +350,7 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
 @every_weighter
 def test_weights_are_finite_and_not_negative(name):
     weighter = build("weighter", name)
-    assert weighter.normaliser in ("token", "count", "sample")
+    assert weighter.normalizer in ("token", "count", "sample")
     assert weighter.active(99_999, 100_000) is True
     prepare(weighter, example_context(columns=COLUMNS))
     rows = np.array([63, 0, 5, 5], dtype=np.int64)
@@ -417,7 +417,7 @@ def test_signals_asked_for_are_those_declared(kind, name):
 def test_methods_are_imported_without_torch():
     script = (
         "import sys, dataflex.testing\n"
-        "from dataflex.core.registry import KINDS, find, names\n"
+        "from dataflex.registry import KINDS, find, names\n"
         "[find(kind, name) for kind in KINDS for name in names(kind)]\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from dataflex.core.epochs import ShuffledEpochs
-from dataflex.core.rng import keys
+from dataflex.plan.planner import ShuffledEpochs
+from dataflex.rng import keys
 
 
 def slow_block(proportions, block, residual):

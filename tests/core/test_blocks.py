@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core import blocks
-from dataflex.core.blocks import block_counts, block_labels, evenly
+from dataflex.plan import mixture
+from dataflex.plan.mixture import block_counts, block_labels, evenly
 
 from .slow_mixture import slow_block
 
@@ -49,8 +49,8 @@ def test_both_loops_agree_bit_for_bit(proportions, block, num, data):
     shares = proportions[proportions > 0] * block
     raw = np.array(data.draw(st.lists(st.integers(-30, 30), min_size=size, max_size=size))) / 8
     residual = raw - raw.sum() / size
-    flat, rests = blocks._carry_scalar(shares.tolist(), residual.tolist(), block, num)
-    counts, residuals = blocks._carry_vector(shares, residual, block, num)
+    flat, rests = mixture._carry_scalar(shares.tolist(), residual.tolist(), block, num)
+    counts, residuals = mixture._carry_vector(shares, residual, block, num)
     assert counts.ravel().tolist() == flat
     assert residuals.ravel().tolist() == rests
     assert (counts >= 0).all()

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dataflex.core.choose import gumbel_top_k, largest_remainder, round_robin, top_k, weighted_without_replacement
-from dataflex.core.rng import uniforms
 from dataflex.errors import ComponentError, DataError
+from dataflex.rng import uniforms
+from dataflex.select.choose import gumbel_top_k, largest_remainder, round_robin, top_k, weighted_without_replacement
 
 # Few distinct values, so that ties, NaN and infinities are common.
 SCORE = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, float("nan"), float("-inf"), float("inf"), 1e-300])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.cluster import kmeans, members, spherical_kmeans
 from dataflex.errors import ConfigError
+from dataflex.select.cluster import kmeans, members, spherical_kmeans
 from dataflex.testing import global_random_state_untouched
 
 both = pytest.mark.parametrize("cluster", [kmeans, spherical_kmeans])

@@ -8,11 +8,11 @@ import textwrap
 import numpy as np
 import pytest
 
+from dataflex import registry
 from dataflex.cli import main
 from dataflex.config.build import parse_dynamic
-from dataflex.core import registry
-from dataflex.core.protocols import Method
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import Method
 from dataflex.testing import example_context
 from dataflex.train.answers import check_mix, check_selection, check_state, check_static_weights, check_weights
 
@@ -212,7 +212,7 @@ def test_other_answers_of_weighters_and_states(tmp_path):
             def state_dict(self): return {"seen": {"rows": {1, 2}}}
             def load_state_dict(self, state): pass
             @property
-            def normaliser(self): return "tokens"
+            def normalizer(self): return "tokens"
         """,
     )
     with pytest.raises(ComponentError, match=r"weights of shape \(4,\) for 3 rows: class A"):
@@ -221,8 +221,8 @@ def test_other_answers_of_weighters_and_states(tmp_path):
         weighter.columns()
     with pytest.raises(ComponentError, match=r"state of weighter 'a'\.seen\.rows: a set cannot be saved; .*: class A"):
         check_state(weighter)
-    with pytest.raises(ComponentError, match="normaliser gave 'tokens'; it must give 'token', 'count' or 'sample'"):
-        _ = weighter.normaliser
+    with pytest.raises(ComponentError, match="normalizer gave 'tokens'; it must give 'token', 'count' or 'sample'"):
+        _ = weighter.normalizer
 
 
 def test_what_a_plugin_raises_keeps_its_own_frames_and_says_which_call_it_was(tmp_path):

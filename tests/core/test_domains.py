@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.core.domains import Domains, check_proportions
 from dataflex.errors import ComponentError, DataError
+from dataflex.plan.domains import Domains, check_proportions
 
 
 @given(st.lists(st.sampled_from(["code", "math", "web"]), min_size=1, max_size=60), st.data())

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core import neighbours
-from dataflex.core.choose import round_robin
-from dataflex.core.neighbours import (
+from dataflex.select import neighbours
+from dataflex.select.choose import round_robin
+from dataflex.select.neighbours import (
     best_similarity,
     nearest_euclidean,
     nearest_lists,

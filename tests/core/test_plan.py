@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from dataflex.core.plan import DataPlan
-from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream
-from dataflex.core.schedule import Interval
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream
+from dataflex.plan.schedule import Interval
 
 
 def interval(steps, start=0):

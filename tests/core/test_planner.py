@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.core import planner
-from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
-from dataflex.core.rng import stream
-from dataflex.core.schedule import Interval
 from dataflex.errors import ConfigError, DataError
+from dataflex.plan import planner
+from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.schedule import Interval
+from dataflex.rng import stream
 
 
 def interval(start, stop, index=0):

@@ -7,9 +7,17 @@ import os
 
 import pytest
 
-from dataflex.core.redact import PASSED_ON, is_secret, passing_on, redacted, redacted_text, without_secrets
-from dataflex.core.shown import LogFormatter, shown
 from dataflex.errors import ConfigError
+from dataflex.printable import (
+    PASSED_ON,
+    LogFormatter,
+    is_secret,
+    passing_on,
+    redacted,
+    redacted_text,
+    shown,
+    without_secrets,
+)
 from dataflex.record.recorder import RunRecorder
 
 SECRET = """

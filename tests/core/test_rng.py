@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.core import rng
+from dataflex import rng
 
 _MASK = (1 << 64) - 1
 

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core import epochs, sampler
-from dataflex.core.caps import cap_limits, expected_epochs
-from dataflex.core.domains import Domains
-from dataflex.core.epochs import ShuffledEpochs
-from dataflex.core.sampler import MixtureSampler
-from dataflex.core.state import load_state, save_state
 from dataflex.errors import CheckpointError, ComponentError, DataError
+from dataflex.plan import mixture, planner
+from dataflex.plan.domains import Domains
+from dataflex.plan.mixture import MixtureSampler, cap_limits, expected_epochs
+from dataflex.plan.planner import ShuffledEpochs
+from dataflex.state import load_state, save_state
 
 from .slow_mixture import SlowMixture
 
@@ -84,11 +83,11 @@ def test_calls_of_any_size_give_one_stream(run, cuts, chunk):
     for one in (whole, parts):
         one.append(proportions_of(weights), 0, 0)
     expected = whole.draw(sum(cuts)).tolist()
-    original, sampler._CHUNK_IDS = sampler._CHUNK_IDS, chunk
+    original, mixture._CHUNK_IDS = mixture._CHUNK_IDS, chunk
     try:
         assert [row for cut in cuts for row in parts.draw(cut).tolist()] == expected
     finally:
-        sampler._CHUNK_IDS = original
+        mixture._CHUNK_IDS = original
 
 
 @settings(max_examples=40)
@@ -269,7 +268,7 @@ def test_redistribute_at_once_when_a_full_domain_is_asked_for_again():
 
 
 @given(runs(), st.integers(1, 3), st.integers(1, 120))
-def test_plan_equals_what_is_realised(run, max_epochs, total):
+def test_plan_equals_what_is_realized(run, max_epochs, total):
     # T29: expected epochs against the stream, within a block.
     sizes, block, segments = run
     weights, _ = segments[0]
@@ -278,9 +277,9 @@ def test_plan_equals_what_is_realised(run, max_epochs, total):
     expected = one.expected(proportions_of(weights), total)
     one.append(proportions_of(weights), 0, 0)
     one.draw(total)
-    realised = one.drawn / one.sizes
-    assert (realised <= max_epochs).all()
-    assert (np.abs(realised - expected) * one.sizes <= block + 1).all()
+    realized = one.drawn / one.sizes
+    assert (realized <= max_epochs).all()
+    assert (np.abs(realized - expected) * one.sizes <= block + 1).all()
 
 
 def test_expected_epochs():
@@ -344,7 +343,7 @@ def test_the_first_segment_may_start_anywhere():
 
 @pytest.mark.parametrize("size", [1, 2, 7, 50])
 def test_epochs_above_and_below_the_threshold(monkeypatch, size):
-    monkeypatch.setattr(epochs, "_SMALL", 10)
+    monkeypatch.setattr(planner, "_SMALL", 10)
     rows = np.arange(100, 100 + size)
 
     def one():

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import ConfigError
+from dataflex.plan.schedule import Interval, Schedule
 
 
 def simulate(warmup, interval, total, cycle):

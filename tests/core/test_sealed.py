@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.core import sealed
+from dataflex import checkpoints
 from dataflex.errors import CheckpointError
 from dataflex.run import resume
 
@@ -31,11 +31,11 @@ MANIFEST = "dataflex/manifest.json"
 
 def written(folder: Path, step: int, run: str = "mine", **options) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
-    sealed.begin(checkpoint)
+    checkpoints.begin(checkpoint)
     for name, content in FILES.items():
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_bytes(content.replace(b'"global_step": 4', b'"global_step": %d' % step))
-    sealed.seal(checkpoint, run=run, **options)
+    checkpoints.seal(checkpoint, run=run, **options)
     return checkpoint
 
 
@@ -56,12 +56,12 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_damaged_file_passes_the_checkpoint_over_and_refuses_it_by_name(tmp_path, name, how):
     older, newer = written(tmp_path, 4), written(tmp_path, 8)
-    assert sealed.find_resumable(tmp_path) == (newer, [])
+    assert checkpoints.find_resumable(tmp_path) == (newer, [])
     damaged(newer / name, how)
     if name == MANIFEST and how == "flipped":  # the id or a size may be what changed; it never counts as whole
-        assert sealed.find_resumable(tmp_path)[1] or sealed.run_of(newer) != "mine"
+        assert checkpoints.find_resumable(tmp_path)[1] or checkpoints.run_of(newer) != "mine"
         return
-    found, passed_over = sealed.find_resumable(tmp_path)
+    found, passed_over = checkpoints.find_resumable(tmp_path)
     assert found == older
     assert len(passed_over) == 1
     assert passed_over[0].startswith(f"checkpoint-8: {name} ")
@@ -73,18 +73,18 @@ def test_a_damaged_file_passes_the_checkpoint_over_and_refuses_it_by_name(tmp_pa
 
 
 def test_large_files_are_compared_by_size_unless_a_hash_was_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "HASHED_BYTES", 100)
+    monkeypatch.setattr(checkpoints, "HASHED_BYTES", 100)
     large = "model-00001-of-00002.safetensors"
     by_size, by_hash = written(tmp_path / "a", 4), written(tmp_path / "b", 4, every_hash=True)
     for checkpoint in (by_size, by_hash):
         damaged(checkpoint / large, "flipped")
-    assert sealed.broken_reason(by_size) is None
-    assert sealed.broken_reason(by_hash) == f"{large} is broken: its content is not what was written"
+    assert checkpoints.broken_reason(by_size) is None
+    assert checkpoints.broken_reason(by_hash) == f"{large} is broken: its content is not what was written"
     damaged(by_size / large, "cut")
-    assert sealed.broken_reason(by_size) == f"{large} is broken: 100 bytes, 200 were written"
+    assert checkpoints.broken_reason(by_size) == f"{large} is broken: 100 bytes, 200 were written"
     damaged(by_size / "optimizer.pt", "flipped")
     (by_size / large).write_bytes(FILES[large])
-    assert sealed.broken_reason(by_size) == "optimizer.pt is broken: its content is not what was written"
+    assert checkpoints.broken_reason(by_size) == "optimizer.pt is broken: its content is not what was written"
 
 
 def test_a_checkpoint_in_an_old_ones_place_never_counts_until_it_is_sealed(tmp_path, monkeypatch):
@@ -109,62 +109,62 @@ def test_a_checkpoint_in_an_old_ones_place_never_counts_until_it_is_sealed(tmp_p
             patch.setattr(os, "unlink", unlink)
             left[0] = survived
             with pytest.raises(Killed):
-                sealed.begin(checkpoint)
-        assert sealed.broken_reason(checkpoint) is not None, survived
-        sealed.begin(checkpoint)
+                checkpoints.begin(checkpoint)
+        assert checkpoints.broken_reason(checkpoint) is not None, survived
+        checkpoints.begin(checkpoint)
         assert [path.name for path in checkpoint.rglob("*")] == ["dataflex"], "nothing old is left"
         for name, content in FILES.items():
             (checkpoint / name).parent.mkdir(exist_ok=True)
             (checkpoint / name).write_bytes(content)
-            assert sealed.broken_reason(checkpoint) is not None, name
-        sealed.seal(checkpoint, run="mine")
-        assert sealed.broken_reason(checkpoint) is None
+            assert checkpoints.broken_reason(checkpoint) is not None, name
+        checkpoints.seal(checkpoint, run="mine")
+        assert checkpoints.broken_reason(checkpoint) is None
 
 
 def test_the_marks_are_gone_from_the_disk_before_anything_else(tmp_path, monkeypatch):
     checkpoint, done = written(tmp_path, 4), []
     real = os.unlink
-    monkeypatch.setattr(sealed, "fsync", lambda path: done.append(f"fsync {path.name}"))
+    monkeypatch.setattr(checkpoints, "fsync", lambda path: done.append(f"fsync {path.name}"))
     monkeypatch.setattr(
         os, "unlink", lambda path, **kwargs: (done.append(f"unlink {Path(path).name}"), real(path, **kwargs))[1]
     )
-    sealed.begin(checkpoint)
+    checkpoints.begin(checkpoint)
     assert done[:4] == ["unlink manifest.json", "fsync dataflex", "unlink trainer_state.json", "fsync checkpoint-4"]
 
 
 def test_checkpoints_of_an_older_run_are_passed_over(tmp_path):
     written(tmp_path, 8, run="older")
-    sealed.begin_run(tmp_path, "mine")
+    checkpoints.begin_run(tmp_path, "mine")
     mine = written(tmp_path, 4)
     stock = tmp_path / "checkpoint-9"
     stock.mkdir()
     (stock / "trainer_state.json").write_text('{"global_step": 9}')
-    found, passed_over = sealed.find_resumable(tmp_path)
+    found, passed_over = checkpoints.find_resumable(tmp_path)
     assert found == mine
     assert passed_over[0].startswith("checkpoint-9: it was written by a run without a dynamic block in this folder")
     assert passed_over[1].startswith("checkpoint-8: it was written by another run (older; this one is mine)")
     named = {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / "checkpoint-8")}
     resume(named)  # allowed by name
     (tmp_path / "dataflex" / "run.json").unlink()  # a folder that does not tell: any is taken
-    assert sealed.find_resumable(tmp_path)[0] == stock
+    assert checkpoints.find_resumable(tmp_path)[0] == stock
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"run": 3}', '{"run": null}'])
 def test_a_broken_note_of_the_run_tells_none(tmp_path, content):
     (tmp_path / "dataflex").mkdir()
     (tmp_path / "dataflex" / "run.json").write_text(content)
-    assert sealed.current_run(tmp_path) is None
+    assert checkpoints.current_run(tmp_path) is None
 
 
 def test_a_fresh_start_takes_the_folder_over_at_once(tmp_path, monkeypatch):
     written(tmp_path, 8, run="older")
-    sealed.begin_run(tmp_path, "older")
+    checkpoints.begin_run(tmp_path, "older")
     monkeypatch.setenv("RANK", "1")
     resume({"output_dir": str(tmp_path), "overwrite_output_dir": True})
-    assert sealed.current_run(tmp_path) == "older", "rank 0 alone writes"
+    assert checkpoints.current_run(tmp_path) == "older", "rank 0 alone writes"
     monkeypatch.delenv("RANK")
     resume({"output_dir": str(tmp_path), "overwrite_output_dir": True})
-    assert sealed.current_run(tmp_path) not in ("older", None)
+    assert checkpoints.current_run(tmp_path) not in ("older", None)
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of this run. Remove the key(.|\n)*another run"):
         resume({"output_dir": str(tmp_path), "resume_from_checkpoint": True})
     again = {"output_dir": str(tmp_path)}
@@ -190,4 +190,4 @@ def test_the_manifest_names_every_file(tmp_path):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     assert sorted(manifest["files"]) == sorted(FILES)
     assert all(entry["size"] == len(FILES[name]) for name, entry in manifest["files"].items())
-    assert sealed.run_of(checkpoint) == "mine"
+    assert checkpoints.run_of(checkpoint) == "mine"

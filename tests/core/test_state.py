@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
-from dataflex.core import state as module
-from dataflex.core.state import atomic_write_text, load_state, save_state, verify_directory, write_directory
+from dataflex import state as module
 from dataflex.errors import CheckpointError, ComponentError
+from dataflex.state import atomic_write_text, load_state, save_state, verify_directory, write_directory
 
 LEAVES = (
     st.none()

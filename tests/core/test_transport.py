@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core import transport
-from dataflex.core.transport import epanechnikov, tsds_probabilities
+from dataflex.select import transport
+from dataflex.select.transport import epanechnikov, tsds_probabilities
 
 
 def one_query(distances, densities=None, **options):

@@ -135,18 +135,22 @@ def test_two_ranks_log_after_a_resume_as_if_never_stopped(results):
 
 
 def test_a_checkpoint_of_two_ranks_names_the_files_of_both_and_one_run(results, tmp_path):
-    from dataflex.core import sealed
+    from dataflex import checkpoints
 
     _, double = results
     folder = double["two-selection"].folder
     for step in (3, 6):
         checkpoint = folder / f"checkpoint-{step}"
-        assert sealed.broken_reason(checkpoint) is None
-        assert sealed.run_of(checkpoint) == sealed.current_run(folder) == double["two-selection"].events[0]["run"]
+        assert checkpoints.broken_reason(checkpoint) is None
+        assert (
+            checkpoints.run_of(checkpoint)
+            == checkpoints.current_run(folder)
+            == double["two-selection"].events[0]["run"]
+        )
         files = json.loads((checkpoint / "dataflex" / "manifest.json").read_text())["files"]
         assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trainer_state.json"} <= files.keys()
-    assert double["two-resumed"].events[0]["run"] == sealed.current_run(folder), "kept by a run that goes on"
+    assert double["two-resumed"].events[0]["run"] == checkpoints.current_run(folder), "kept by a run that goes on"
     copied = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copied)
     (copied / "rng_state_1.pth").unlink()
-    assert sealed.broken_reason(copied) == "rng_state_1.pth is missing: it was removed"
+    assert checkpoints.broken_reason(copied) == "rng_state_1.pth is missing: it was removed"

@@ -9,7 +9,7 @@ import pytest
 
 from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
-from dataflex.commands.mix_options import MIX_STEPS
+from dataflex.commands.mix import MIX_STEPS
 from dataflex.config.build import user_keys
 from dataflex.record.plots import PLOTS
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose

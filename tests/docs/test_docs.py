@@ -18,8 +18,8 @@ from dataflex.config.flat import FLAT_KEYS, FlatKeys
 from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
-from dataflex.core.protocols import Signals
-from dataflex.core.registry import KINDS, find, names
+from dataflex.method import Signals
+from dataflex.registry import KINDS, find, names
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")

@@ -42,7 +42,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_a_full_disk_is_recognised(name, tmp_path):
+def test_a_full_disk_is_recognized(name, tmp_path):
     told = storage_problem(WRAPPED[name], tmp_path)
     assert told is not None
     assert told.startswith("the disk is full: ")

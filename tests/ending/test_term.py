@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dataflex.core.sealed import broken_reason, find_resumable
+from dataflex.checkpoints import broken_reason, find_resumable
 from dataflex.ending import TERMINATED, Terminated, TermWish, ends_on_term, heed_parent_only, run_child
 from tests.ending.conftest import dataflex, environment, start, wait_for
 

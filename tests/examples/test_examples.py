@@ -15,8 +15,8 @@ import yaml
 
 from dataflex.config.load import load_mapping
 from dataflex.config.split import Split, resolve
-from dataflex.core.registry import KINDS, find, names
 from dataflex.record.read import read_events
+from dataflex.registry import KINDS, find, names
 from tests.golden import trajectories
 
 ROOT = Path(__file__).resolve().parents[2]

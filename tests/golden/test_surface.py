@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import dataflex
-from dataflex.core.protocols import BatchView, Card, Context, Mix, Needs, Selection
-from dataflex.core.registry import KINDS, find, names
+from dataflex.method import BatchView, Card, Context, Mix, Needs, Selection
+from dataflex.registry import KINDS, find, names
 
 GOLDEN = Path(__file__).with_name("surface.txt")
 

@@ -35,7 +35,7 @@ def at(step: int, original, *, after: bool, of):
 def arm(point: str, step: int) -> None:
     from transformers import trainer
 
-    from dataflex.core import sealed
+    from dataflex import checkpoints
     from dataflex.train import checkpoint
     from dataflex.train.saving import SavingMixin
 
@@ -46,7 +46,7 @@ def arm(point: str, step: int) -> None:
         return int(str(folder).rpartition("-")[2])
 
     if point == "begun":
-        sealed.begin = at(step, sealed.begin, after=True, of=of_folder)
+        checkpoints.begin = at(step, checkpoints.begin, after=True, of=of_folder)
     elif point in ("weights", "optimizer", "scaler"):
         name = {"weights": "save_model", "optimizer": "_save_optimizer_and_scheduler", "scaler": "_save_scaler"}[point]
         kept = getattr(trainer.Trainer, name)
@@ -62,10 +62,10 @@ def arm(point: str, step: int) -> None:
             step, SavingMixin._dataflex_seal, after=False, of=lambda self: self._dataflex_unsealed and of_trainer(self)
         )
     elif point == "manifest":
-        sealed.seal = at(step, sealed.seal, after=True, of=of_folder)
+        checkpoints.seal = at(step, checkpoints.seal, after=True, of=of_folder)
     else:
         assert point == "before", point
-        sealed.begin = at(step, sealed.begin, after=False, of=of_folder)
+        checkpoints.begin = at(step, checkpoints.begin, after=False, of=of_folder)
 
 
 def main(config: str, step: str, points: list[str]) -> None:

@@ -38,7 +38,7 @@ def test_fully_masked_labels(run, tmp_path, caplog):
     """Rows without labels: some are told about and never selected, all of them end the run."""
     from datasets import Dataset, DatasetDict
 
-    def tokenised(name, masked):
+    def tokenized(name, masked):
         count = 8
         ids = [[5, 6, 7, 8, 2]] * count
         columns = {"input_ids": ids, "attention_mask": [[1] * 5] * count}
@@ -49,8 +49,8 @@ def test_fully_masked_labels(run, tmp_path, caplog):
 
     block = {"interval_steps": 1, "selector": "loss"}
     with pytest.raises(DataError, match="all 8 rows have their labels fully masked"):
-        run("out", **tokenised("all", range(8)), dynamic=block)
-    outcome = run("some", **tokenised("some", {1, 4}), dynamic=block)
+        run("out", **tokenized("all", range(8)), dynamic=block)
+    outcome = run("some", **tokenized("some", {1, 4}), dynamic=block)
     planned = [event for event in outcome.events if event["event"] == "planned"]
     assert planned[0]["scores"]["scored"] == 6
     from dataflex.record.read import load_plan

@@ -110,7 +110,7 @@ def test_logs_between_checkpoints_are_the_same_after_a_resume(run, weighter):
 
 
 def test_a_checkpoint_of_weights_alone_leaves_nothing_old_beside_them(run):
-    from dataflex.core import sealed
+    from dataflex import checkpoints
 
     first = run("out", **{**SETTINGS, "max_steps": 2}, dynamic=BLOCK)
     checkpoint = first.folder / "checkpoint-2"
@@ -119,29 +119,29 @@ def test_a_checkpoint_of_weights_alone_leaves_nothing_old_beside_them(run):
     run("out", **settings, dynamic=BLOCK)
     assert not (checkpoint / "optimizer.pt").exists()
     assert not (checkpoint / "dataflex" / "run.json").exists()
-    assert sealed.broken_reason(checkpoint) is None
+    assert checkpoints.broken_reason(checkpoint) is None
     files = json.loads((checkpoint / "dataflex" / "manifest.json").read_text())["files"]
     assert {"adapter_model.safetensors", "trainer_state.json"} <= files.keys()
 
 
 def test_the_limit_counts_when_the_newest_is_sealed_and_callbacks_are_part_of_it(run, monkeypatch):
     """Stage rm rewrites the weights in a callback after the Trainer's own saving."""
-    from dataflex.core import sealed
+    from dataflex import checkpoints
 
     seen = []
-    real = sealed.seal
+    real = checkpoints.seal
 
     def seal(checkpoint, **kwargs):
         seen.append(sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")))
         real(checkpoint, **kwargs)
 
-    monkeypatch.setattr(sealed, "seal", seal)
+    monkeypatch.setattr(checkpoints, "seal", seal)
     settings = {**SETTINGS, "max_steps": 6, "save_total_limit": 1, "dataset": "pairs", "stage": "rm"}
     done = run("rm", **settings, dynamic={"interval_steps": 2, "selector": "random"})
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     (left,) = done.folder.glob("checkpoint-*")
     assert left.name == "checkpoint-6"
-    assert sealed.broken_reason(left) is None
+    assert checkpoints.broken_reason(left) is None
     assert (left / "value_head.safetensors").is_file(), "written by the callback"
     assert "value_head.safetensors" in (left / "dataflex" / "manifest.json").read_text()
 

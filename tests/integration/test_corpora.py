@@ -1,4 +1,4 @@
-"""Corpora that are tokenised when served, and domains by path or by clusters."""
+"""Corpora that are tokenized when served, and domains by path or by clusters."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MIX = {"mixer": {"name": "static", "proportions": [3, 1]}}
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_served_rows_are_those_tokenised_beforehand(run, corpus, packing):
+def test_served_rows_are_those_tokenized_beforehand(run, corpus, packing):
     """Shards in JSON lines and Parquet, blocks cut in groups of 16 documents, two worker processes."""
     plain = run("plain", **settings(corpus, packing=packing), dynamic=MIX)
     served = run("served", **settings(corpus, packing=packing), streaming=True, dataloader_num_workers=2, dynamic=MIX)
@@ -134,8 +134,8 @@ def test_domains_by_clusters(run, tiny_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "dpo", "dataset": "pairs"}, "streaming: rows of stage dpo are not tokenised one by one"),
-        ({"packing": True}, "packing: samples are packed after all of them were tokenised"),
+        ({"stage": "dpo", "dataset": "pairs"}, "streaming: rows of stage dpo are not tokenized one by one"),
+        ({"packing": True}, "packing: samples are packed after all of them were tokenized"),
         ({"dynamic": {**MIX, "domain_clusters": 3}}, "dynamic.domain_encoder: missing"),
         ({"dynamic": {**MIX, "domain_encoder": "x"}}, "dynamic.domain_encoder: has no effect"),
         ({"dynamic": {**MIX, "domain_path": "x"}}, "dynamic.domain_path: 'x' has no '\\*'"),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.core.domains import Domains
 from dataflex.errors import ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi
 from dataflex.mixing.proportions_file import read_proportions
+from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weighting import token_losses
@@ -157,7 +157,7 @@ def test_one_hot_weights_train_on_one_domain_alone(variant):
 
 
 @pytest.mark.parametrize(("variant", "want"), [("repo", 2.2), ("paper", 2.5)])
-def test_normalisers(variant, want):
+def test_normalizers(variant, want):
     """T4: domain a has token losses 1, 2, 3 and b has 4, with weights .75 and .25."""
     mixer = DoReMi(DoReMi.Params(reference="ref", variant=variant))
     mixer.mix(example_context({"a": 1, "b": 1}))

@@ -44,11 +44,11 @@ def test_all_in_file_order_is_stock(run, accumulation, dropout):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("normaliser", ["token", "count"])
-def test_unit_weights_are_stock(run, accumulation, normaliser):
+@pytest.mark.parametrize("normalizer", ["token", "count"])
+def test_unit_weights_are_stock(run, accumulation, normalizer):
     settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2.0}
     stock = run("stock", **settings)
-    ours = run("ours", **settings, dynamic={"weighter": {"name": "column", "normaliser": normaliser}})
+    ours = run("ours", **settings, dynamic={"weighter": {"name": "column", "normalizer": normalizer}})
     same(stock, ours)
     assert {entry["dataflex/weight_ess"] for entry in ours.log} == {1.0}
 

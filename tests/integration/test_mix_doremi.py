@@ -16,7 +16,7 @@ from dataflex.config.load import load_mapping
 from dataflex.errors import ConfigError
 from dataflex.mixers import collapse
 from dataflex.mixers.doremi import DoReMi
-from dataflex.mixing import doremi_steps
+from dataflex.mixing import doremi
 from dataflex.mixing.proportions_file import read_proportions
 from dataflex.record.read import read_events
 
@@ -174,7 +174,7 @@ def test_steps_alone_ask_for_what_they_need(bench, capsys):
 
 
 def test_rounds_end_when_the_proportions_settle(bench, monkeypatch):
-    monkeypatch.setattr(doremi_steps, "CHANGE", 1.0)
+    monkeypatch.setattr(doremi, "CHANGE", 1.0)
     assert bench("--rounds", "3") == 0
     assert bench.trained == ["round-1/reference.yaml", "round-1/proxy.yaml", "final.yaml"]
     assert bench.found(1).details["settled"] is True
@@ -256,7 +256,7 @@ def test_training_happens_in_a_process_of_its_own(monkeypatch):
 def test_the_size_of_a_model_is_read_from_its_files(tiny_model):
     from safetensors.numpy import load_file
 
-    told = doremi_steps._model(tiny_model)
+    told = doremi._model(tiny_model)
     assert told["parameters"] == sum(array.size for array in load_file(tiny_model / "model.safetensors").values())
     assert told["vocabulary"] == json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     assert np.isscalar(told["parameters"])

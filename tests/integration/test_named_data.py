@@ -1,4 +1,4 @@
-"""The data are what the user named: beside tokenised copies, in their order, with usable columns, and predicted."""
+"""The data are what the user named: beside tokenized copies, in their order, with usable columns, and predicted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_folder_that_is_no_copy_is_told(run, tmp_path):
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_target_is_cut_where_it_is_written(run, packing):
     """LLaMA-Factory takes a token from the cutoff for packed training rows; targets are not packed."""
-    from dataflex.bridge.datasets import DataLoading
+    from dataflex.llamafactory.datasets import DataLoading
 
     spaces = []
     original = DataLoading.__call__

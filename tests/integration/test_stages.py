@@ -137,7 +137,7 @@ def test_evaluation_best_model_and_save_limit(run):
 
 def test_validation_split_of_one_source_matches_its_columns(run):
     """The split moves rows; the weights must move with them."""
-    from dataflex.bridge import datasets as bridge
+    from dataflex.llamafactory import datasets as bridge
 
     seen = {}
     original = bridge.DataLoading.__call__

@@ -55,7 +55,7 @@ def settings(run, tiny_model):
 def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
     from llamafactory.train.sft import workflow
 
-    from dataflex.bridge import datasets
+    from dataflex.llamafactory import datasets
     from dataflex.run import train
     from dataflex.signals.answers import AnswerBook
     from dataflex.train import checkpoint, seam

@@ -52,20 +52,20 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_a_clusters_score_is_the_cosine_of_the_mean_of_its_unit_directions(renormalise):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_clusters_score_is_the_cosine_of_the_mean_of_its_unit_directions(renormalize):
     draw = np.random.default_rng(1)
     directions = unit(draw.standard_normal((9, 6)))
     targets = unit(draw.standard_normal((2, 6)))
     of = np.array([0, 0, 0, 1, 1, 3, 4, 4, 4])
-    found = cluster_means(directions @ targets.T, of, 5, directions if renormalise else None)
+    found = cluster_means(directions @ targets.T, of, 5, directions if renormalize else None)
     for cluster in range(5):
         mine = directions[of == cluster]
         if not len(mine):
             assert np.isnan(found[cluster]).all()
             continue
         mean = mine.mean(axis=0)
-        wanted = (unit(mean) if renormalise else mean) @ targets.T
+        wanted = (unit(mean) if renormalize else mean) @ targets.T
         np.testing.assert_allclose(found[cluster], wanted, rtol=1e-5)
 
 
@@ -102,9 +102,9 @@ def test_gradients_are_asked_for_representatives_only():
     assert asked[1].options["dim"] == 4096
     (embedded,) = [call for call in signals.calls if call.signal == "embeddings"]
     spec = embedded.options["spec"]
-    assert (spec.pooling, spec.completion_only, spec.normalise) == ("mean", True, True)
+    assert (spec.pooling, spec.completion_only, spec.normalize) == ("mean", True, True)
     signals.calls.clear()
-    choose(signals, 10, representatives=2, renormalise=False)
+    choose(signals, 10, representatives=2, renormalize=False)
     assert [call.signal for call in signals.calls].count("gradients") == 1
 
 

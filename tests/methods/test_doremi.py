@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.core.domain_stats import SUMS, DomainStats
-from dataflex.core.state import load_state, save_state
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi, corrected
 from dataflex.mixers.group_dro import GroupDro
 from dataflex.mixers.trajectory import Trajectory
 from dataflex.mixing.proportions_file import read_proportions, write_proportions
+from dataflex.plan.domains import SUMS, DomainStats
+from dataflex.state import load_state, save_state
 from dataflex.testing import example_context
 from dataflex.train.domain_sums import DomainSums
 
@@ -88,7 +88,7 @@ def test_weights_are_corrected_for_the_sampling():
     method = doremi(sampling=(3.0, 1.0))
     assert method.mix(example_context({"a": 6, "b": 2})).proportions.tolist() == [0.75, 0.25]
     np.testing.assert_allclose(method.loss_weights(), [0.5, 0.5], atol=1e-15)  # alpha is (3/4, 1/4)
-    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normaliser="token")
+    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="token")
     by_token.mix(example_context({"a": 6, "b": 2}))
     np.testing.assert_allclose(by_token.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
     by_domain = doremi(sampling=(3.0, 1.0), variant="paper")
@@ -115,12 +115,12 @@ def test_where_the_weights_start(variant, first):
         ({}, "token"),
         ({"variant": "paper"}, "domain"),
         ({"variant": "levanter"}, "domain"),
-        ({"variant": "paper", "normaliser": "token"}, "token"),
-        ({"normaliser": "domain"}, "domain"),
+        ({"variant": "paper", "normalizer": "token"}, "token"),
+        ({"normalizer": "domain"}, "domain"),
     ],
 )
-def test_the_normaliser_is_the_variants_unless_chosen(params, want):
-    assert doremi(**params).loss_normaliser == want
+def test_the_normalizer_is_the_variants_unless_chosen(params, want):
+    assert doremi(**params).loss_normalizer == want
 
 
 def test_an_absent_domain_keeps_its_score_or_has_none():
@@ -150,7 +150,7 @@ def test_group_dro():
     method.observe(stats(losses))
     np.testing.assert_allclose(method.alpha, [0.5025, 0.4975], rtol=0, atol=1e-6)
     assert float(method.alpha @ [2.0, 1.0]) == pytest.approx(1.5025, abs=1e-6)
-    assert method.loss_normaliser == "domain"
+    assert method.loss_normalizer == "domain"
 
 
 def test_group_dro_adjusts_for_small_domains_and_leaves_absent_ones():

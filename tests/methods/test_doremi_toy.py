@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.core.domains import Domains
 from dataflex.mixers.doremi import DoReMi
 from dataflex.mixers.group_dro import GroupDro
+from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weighting import token_losses

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.choose import round_robin
 from dataflex.errors import ComponentError, DataError
+from dataflex.select.choose import round_robin
 from dataflex.selectors.near import Near
 from dataflex.selectors.rds_plus import RdsPlus
 from dataflex.selectors.tsds import Tsds
@@ -107,8 +107,8 @@ def test_what_rds_plus_asks_for():
     RdsPlus(RdsPlus.Params(layer=2, completion_only=True)).select(pool_of(3), 1, ctx)
     RdsPlus(RdsPlus.Params(encoder="folder")).select(pool_of(3), 1, ctx)
     asked = [(call.options["target"], call.options["spec"], call.options["encoder"]) for call in ctx.signals.calls]
-    default = EmbeddingSpec(layer=-1, pooling="weighted_mean", completion_only=False, normalise=True)
-    other = EmbeddingSpec(layer=2, pooling="weighted_mean", completion_only=True, normalise=True)
+    default = EmbeddingSpec(layer=-1, pooling="weighted_mean", completion_only=False, normalize=True)
+    other = EmbeddingSpec(layer=2, pooling="weighted_mean", completion_only=True, normalize=True)
     assert asked == [
         ("task0", default, None),
         (None, default, None),

@@ -112,7 +112,7 @@ def test_parameters_reach_the_gradient_engine():
     less(
         precondition="paper_repo",
         include_momentum=False,
-        normalise=False,
+        normalize=False,
         target_gradient="cosine_of_mean",
         sketch_size=64,
         parameters="lora_B",
@@ -121,7 +121,7 @@ def test_parameters_reach_the_gradient_engine():
     ).select(pool_of(3), 1, ctx)
     (call,) = signals.calls
     spec = call.options["spec"]
-    assert (spec.precondition, spec.include_momentum, spec.normalise, spec.mean_of_cosines) == (
+    assert (spec.precondition, spec.include_momentum, spec.normalize, spec.mean_of_cosines) == (
         "paper_repo",
         False,
         False,

@@ -108,7 +108,7 @@ def test_tasks_are_asked_for_by_name_with_plain_gradients():
     (call,) = signals.calls
     assert call.options["targets"] == ("task0", "task1", "task2")
     spec = call.options["spec"]
-    assert (spec.precondition, spec.normalise, spec.mean_of_cosines) == ("none", True, True), "as published"
+    assert (spec.precondition, spec.normalize, spec.mean_of_cosines) == ("none", True, True), "as published"
     _, signals = choose(GOLDEN, 2, target_gradient="cosine_of_mean")
     assert not signals.calls[0].options["spec"].mean_of_cosines
     assert (spec.sketch_size, spec.sketch_seed) == (64, 5)

@@ -139,11 +139,11 @@ def test_rows_that_raise_the_reward_are_kept():
 def test_the_baseline_is_the_mean_of_the_others():
     rewards = [0.5, 2.0, -1.0, 0.0]
     wanted = [r - sum(rewards[:i] + rewards[i + 1 :]) / 3 for i, r in enumerate(rewards)]
-    found = advantages(np.array(rewards), baseline="leave_one_out", standardise=False)
+    found = advantages(np.array(rewards), baseline="leave_one_out", standardize=False)
     np.testing.assert_allclose(found, wanted)
-    scaled = advantages(np.array(rewards), baseline="leave_one_out", standardise=True)
+    scaled = advantages(np.array(rewards), baseline="leave_one_out", standardize=True)
     np.testing.assert_allclose(scaled, np.array(wanted) / (np.std(rewards) + 1e-6))
-    with_gap = advantages(np.array([0.5, np.nan, 2.0, -1.0, 0.0]), baseline="leave_one_out", standardise=False)
+    with_gap = advantages(np.array([0.5, np.nan, 2.0, -1.0, 0.0]), baseline="leave_one_out", standardize=False)
     assert np.isnan(with_gap[1])
     np.testing.assert_allclose(np.delete(with_gap, 1), wanted)
 
@@ -151,9 +151,9 @@ def test_the_baseline_is_the_mean_of_the_others():
 def test_equal_rewards_are_exactly_nothing():
     for reward in (0.0, 0.1, 1 / 3, -1e9):
         for count in (1, 2, 3, 7):
-            assert not advantages(np.full(count, reward), baseline="leave_one_out", standardise=True).any()
-    assert advantages(np.array([0.3]), baseline="none", standardise=False).tolist() == [0.3]
-    assert np.isnan(advantages(np.array([np.nan]), baseline="leave_one_out", standardise=False)).all()
+            assert not advantages(np.full(count, reward), baseline="leave_one_out", standardize=True).any()
+    assert advantages(np.array([0.3]), baseline="none", standardize=False).tolist() == [0.3]
+    assert np.isnan(advantages(np.array([np.nan]), baseline="leave_one_out", standardize=False)).all()
 
 
 def test_token_means_divide_by_the_answers_length():
@@ -215,7 +215,7 @@ def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog)
     with caplog.at_level(logging.WARNING):
         _, signals = ask([0, 1, 2, 0], {**REWARDS, "2": "it fell over"})
     (answers,) = [call.options["answers"]["target"] for call in signals.calls if "answers" in call.options]
-    gains = advantages(np.array([1.0, 0.0, 1.0]), baseline="leave_one_out", standardise=False) / 3
+    gains = advantages(np.array([1.0, 0.0, 1.0]), baseline="leave_one_out", standardize=False) / 3
     np.testing.assert_allclose([one.weight for one in answers], gains)
     assert [tuple(one.answer) for one in answers] == [(0,), (1,), (0,)]
     assert "1 of 4 answers to target target could not be graded and are left out: it fell over" in caplog.text
@@ -301,7 +301,7 @@ def test_parameters_reach_generation_and_gradients():
     assert (made.num_samples, made.max_new_tokens, made.temperature, made.top_p, made.top_k) == (7, 11, 0.5, 0.9, 3)
     (spec,) = [call.options["spec"] for call in signals.calls if call.signal == "gradients"]
     assert (spec.precondition, spec.sketch_size, spec.sketch_seed) == ("paper_repo", 64, 9)
-    assert (spec.parameters, spec.last_blocks, spec.bf16, spec.normalise, spec.mean_of_cosines) == (
+    assert (spec.parameters, spec.last_blocks, spec.bf16, spec.normalize, spec.mean_of_cosines) == (
         "lora_B",
         2,
         True,

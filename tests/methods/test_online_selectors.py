@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import ComponentError, ConfigError, DataError
+from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
 from dataflex.testing import FakeSignals, example_context
@@ -136,7 +136,7 @@ def test_gradients_are_asked_for_as_said():
     greats(precondition="true_adam").select(pool_of(2), 1, ctx)
     specs = [call.options["spec"] for call in ctx.signals.calls]
     assert [spec.precondition for spec in specs] == ["none", "adam_scale", "true_adam"]
-    assert not any(spec.include_momentum or spec.normalise for spec in specs)
+    assert not any(spec.include_momentum or spec.normalize for spec in specs)
 
 
 @pytest.mark.parametrize("method", [greats, opus])
@@ -198,20 +198,20 @@ def frequency_of_first(method, learning_rate, trials=400):
 
 def test_the_temperature_counts_in_deviations_unless_as_published():
     """With lr 1e-5 the published temperature of 1.5 draws uniformly; in deviations it does not depend on lr."""
-    published = frequency_of_first(opus(standardise=False), 1e-5)
+    published = frequency_of_first(opus(standardize=False), 1e-5)
     assert published == pytest.approx(1 / 3, abs=0.08)
     values = np.array([1.0, 0.0, 1e-3])
     raised = np.exp(values / values.std() / 1.5)
     for rate in (1e-5, 1.0):
         assert frequency_of_first(opus(), rate) == pytest.approx(raised[0] / raised.sum(), abs=0.08)
     whole = np.exp(values / 1.5)
-    assert frequency_of_first(opus(standardise=False), 1.0) == pytest.approx(whole[0] / whole.sum(), abs=0.08)
+    assert frequency_of_first(opus(standardize=False), 1.0) == pytest.approx(whole[0] / whole.sum(), abs=0.08)
 
 
 def test_a_rate_of_zero_and_equal_scores_draw_uniformly():
     equal = ctx_of(np.ones((4, 2)), {"target": [1, 1]})
     assert len(set(opus().select(pool_of(4), 4, equal).rows.tolist())) == 4
-    assert frequency_of_first(opus(standardise=False), 0.0) == pytest.approx(1 / 3, abs=0.08)
+    assert frequency_of_first(opus(standardize=False), 0.0) == pytest.approx(1 / 3, abs=0.08)
 
 
 # ---------------------------------------------------------------- uds

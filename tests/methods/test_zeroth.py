@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dataflex.config.methods import method_block
-from dataflex.core.directions import rademacher
 from dataflex.errors import DataError
+from dataflex.rng import rademacher
 from dataflex.selectors.zeroth import Zeroth, central_difference
 from dataflex.testing import FakeSignals, example_context
 

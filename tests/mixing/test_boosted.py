@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing import boosted
-from dataflex.mixing.fit import fit_losses, read_fit, write_fit
+from dataflex.mixing import fit as fitting
+from dataflex.mixing.fit import fit_losses, read_fit, spearman, write_fit
 from dataflex.mixing.propose import propose
 from dataflex.mixing.swarm import sample_swarm, settings_of
 from dataflex.mixing.tables import Table
-from dataflex.mixing.validate import spearman
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +86,7 @@ def test_the_number_of_rounds_does_not_depend_on_runs_that_were_held_out(linear,
     """Every loss that LightGBM is given is one of the fitted runs'."""
     mixtures, losses, _ = linear
     given = []
-    package = boosted.lightgbm()
+    package = fitting.lightgbm()
     original = package.Dataset
 
     def watched(data, label=None, **options):
@@ -95,7 +94,7 @@ def test_the_number_of_rounds_does_not_depend_on_runs_that_were_held_out(linear,
         return original(data, label=label, **options)
 
     monkeypatch.setattr(package, "Dataset", watched)
-    booster = boosted.fit_trees(mixtures[:100], losses[:100])
+    booster = fit.fit_trees(mixtures[:100], losses[:100])
     assert len(given) == 2
     assert all(np.array_equal(labels, losses[:100]) for labels in given)
     assert 0 < booster.num_trees() <= 1000
@@ -104,11 +103,11 @@ def test_the_number_of_rounds_does_not_depend_on_runs_that_were_held_out(linear,
 def test_too_few_runs_are_refused(linear):
     mixtures, losses, _ = linear
     with pytest.raises(DataError, match="49 runs are too few for trees with 20 runs in a leaf"):
-        boosted.fit_trees(mixtures[:49], losses[:49])
-    assert boosted.fit_trees(mixtures[:50], losses[:50]).num_trees() > 0
+        fit.fit_trees(mixtures[:49], losses[:49])
+    assert fit.fit_trees(mixtures[:50], losses[:50]).num_trees() > 0
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     with pytest.raises(ConfigError, match=r"pip install 'dataflex\[lightgbm\]'"):
-        boosted.lightgbm()
+        fitting.lightgbm()

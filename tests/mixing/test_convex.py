@@ -6,24 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize as scipy_minimize
 
 from dataflex.errors import ConfigError
-from dataflex.mixing.convex import minimise
 from dataflex.mixing.fit import Fit
-from dataflex.mixing.propose import propose
-from dataflex.mixing.simplex import caps_of_epochs, check_caps, kl_projection, linear_minimum
+from dataflex.mixing.propose import caps_of_epochs, check_caps, kl_projection, linear_minimum, minimize, propose
 
 HALF = np.array([0.5, 0.5])
 T19 = np.array([[-2.0, 0.0]])
 
 
 def test_golden_values_of_a_single_task():
-    assert minimise(T19, HALF, kl=0.5).proportions[0] == pytest.approx(0.720474, abs=1e-6)
-    capped = minimise(T19, HALF, kl=0.0, caps_K=np.array([0.3, 1.0])).proportions
+    assert minimize(T19, HALF, kl=0.5).proportions[0] == pytest.approx(0.720474, abs=1e-6)
+    capped = minimize(T19, HALF, kl=0.0, caps_K=np.array([0.3, 1.0])).proportions
     assert capped == pytest.approx([0.3, 0.7], abs=1e-9)
-    assert minimise(T19, HALF, kl=1e6).proportions == pytest.approx(HALF, abs=1e-6)
-    assert minimise(T19, HALF, kl=0.0).proportions.tolist() == [1.0, 0.0]
+    assert minimize(T19, HALF, kl=1e6).proportions == pytest.approx(HALF, abs=1e-6)
+    assert minimize(T19, HALF, kl=0.0).proportions.tolist() == [1.0, 0.0]
 
 
 def problem(seed, num_domains, num_tasks):
@@ -46,7 +44,7 @@ def gradient(slopes, natural, kl, p):
 )
 def test_the_conditions_of_karush_kuhn_and_tucker_hold(seed, num_domains, num_tasks, kl):
     slopes, natural, caps = problem(seed, num_domains, num_tasks)
-    found = minimise(slopes, natural, kl=kl, caps_K=caps)
+    found = minimize(slopes, natural, kl=kl, caps_K=caps)
     p = found.proportions
     assert p.sum() == pytest.approx(1, abs=1e-9)
     assert (p >= 0).all()
@@ -72,9 +70,9 @@ def test_a_general_solver_finds_nothing_better(seed, kl):
         divergence = float(np.sum(p * np.log(np.maximum(p, 1e-300) / natural)))
         return float(np.exp(slopes @ p).mean()) + kl * divergence
 
-    found = minimise(slopes, natural, kl=kl, caps_K=caps)
+    found = minimize(slopes, natural, kl=kl, caps_K=caps)
     assert found.value == pytest.approx(value(found.proportions), abs=1e-12)
-    other = minimize(
+    other = scipy_minimize(
         value,
         natural,
         method="SLSQP",
@@ -88,19 +86,19 @@ def test_a_general_solver_finds_nothing_better(seed, kl):
 
 
 def test_a_domain_that_is_not_there_naturally_stays_out():
-    found = minimise(np.array([[0.0, -9.0, 0.5]]), np.array([0.7, 0.0, 0.3]), kl=0.05)
+    found = minimize(np.array([[0.0, -9.0, 0.5]]), np.array([0.7, 0.0, 0.3]), kl=0.05)
     assert found.proportions[1] == 0
     assert found.proportions[0] > 0.7
 
 
 def test_caps_that_leave_one_mixture_give_it():
-    found = minimise(T19, HALF, kl=0.05, caps_K=np.array([0.25, 0.75]))
+    found = minimize(T19, HALF, kl=0.05, caps_K=np.array([0.25, 0.75]))
     assert found.proportions == pytest.approx([0.25, 0.75], abs=1e-12)
 
 
 def test_many_domains_are_quick_and_exact():
     slopes, natural, caps = problem(0, 300, 20)
-    found = minimise(slopes, natural, kl=0.05, caps_K=caps)
+    found = minimize(slopes, natural, kl=0.05, caps_K=caps)
     assert found.gap < 1e-6
     assert found.steps < 600
 

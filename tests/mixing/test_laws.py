@@ -10,11 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import DataError
-from dataflex.mixing.fit import fit_losses, read_fit, warnings_of, write_fit
-from dataflex.mixing.laws import LAWS, _objective, fit_law, huber, predict
+from dataflex.mixing.fit import (
+    LAWS,
+    _objective,
+    fit_law,
+    fit_losses,
+    folds_of,
+    huber,
+    out_of_fold,
+    predict,
+    read_fit,
+    spearman,
+    warnings_of,
+    write_fit,
+)
 from dataflex.mixing.swarm import SwarmSettings, sample_swarm
 from dataflex.mixing.tables import Table
-from dataflex.mixing.validate import folds_of, out_of_fold, spearman
 
 
 def slow_law(c, k, t, r):

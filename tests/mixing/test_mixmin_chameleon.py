@@ -9,8 +9,16 @@ import pytest
 
 from dataflex.errors import DataError
 from dataflex.mixing import chameleon
-from dataflex.mixing.matrices import read_embeddings, read_matrix, write_embeddings, write_matrix
-from dataflex.mixing.mixmin import check_matrix, objective, solve, split_rows
+from dataflex.mixing.mixmin import (
+    check_matrix,
+    objective,
+    read_embeddings,
+    read_matrix,
+    solve,
+    split_rows,
+    write_embeddings,
+    write_matrix,
+)
 
 TWO = np.log(np.array([[0.5, 0.1], [0.1, 0.5]]))  # texts x domains: p1 = (.5, .1), p2 = (.1, .5)
 ONES = np.ones(2)

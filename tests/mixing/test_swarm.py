@@ -29,11 +29,11 @@ def test_mixtures_keep_to_every_promise(sizes, style, seed):
     distances = np.abs(mixtures[:, None] - mixtures[None]).sum(axis=2)
     assert distances[~np.eye(6, dtype=bool)].min() > asked.distance
     positive = mixtures[mixtures > 0]
-    assert positive.min() > 1e-3 * 0.9  # renormalised once more after rounding
+    assert positive.min() > 1e-3 * 0.9  # renormalized once more after rounding
     np.testing.assert_array_equal(mixtures, sample_swarm(sizes, asked))
 
 
-def test_shares_are_multiples_of_the_step_up_to_the_last_renormalisation():
+def test_shares_are_multiples_of_the_step_up_to_the_last_renormalization():
     mixtures = sample_swarm(SIZES, SwarmSettings(runs=50, step=0.05, min_weight=0.01))
     for mixture in mixtures:
         # Rounded shares m_i / 20 over their sum S / 20 are m_i / S with whole numbers m_i and S near 20.

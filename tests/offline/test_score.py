@@ -35,13 +35,13 @@ def plain_losses(model_folder, rows):
     return np.array(losses)
 
 
-def tokenised(scoring, name):
+def tokenized(scoring, name):
     """Tokens and labels of a data set by LLaMA-Factory's own pipeline."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    config = {**scoring.base, "dataset": name, "output_dir": str(scoring.folder / "tokenised")}
+    config = {**scoring.base, "dataset": name, "output_dir": str(scoring.folder / "tokenized")}
     model_args, data_args, training_args, _, _ = get_train_args(config)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
@@ -61,7 +61,7 @@ def test_losses_positions_and_subset(scoring, capsys):
     assert sorted(path.name for path in (scoring.folder / "out").iterdir()) == ["s.parquet"]
     assert table.position.tolist() == [i for i in range(23) if i not in (4, 17)] + list(range(9))
     assert [table.datasets[i] for i in table.dataset_of] == ["pool"] * 21 + ["more"] * 9
-    rows = [row for name in ("pool", "more") for row in tokenised(scoring, name)]
+    rows = [row for name in ("pool", "more") for row in tokenized(scoring, name)]
     assert table.tokens.tolist() == [len(ids) for ids, _ in rows]
     assert table.supervised_tokens.tolist() == [sum(label != -100 for label in labels) for _, labels in rows]
     expected = plain_losses(scoring.base["model_name_or_path"], rows)

@@ -10,14 +10,14 @@ import pytest
 
 from dataflex.cli import main
 from dataflex.errors import ConfigError
-from dataflex.offline.budget import Budget
+from dataflex.offline.chosen import Budget
 from dataflex.offline.files import FileRecord
 from dataflex.offline.table import ScoreTable, read_scores, write_scores
 
 
 @pytest.fixture
 def lines(tmp_path):
-    """12 rows of ``pool``; its rows 3 and 8 were dropped when it was tokenised."""
+    """12 rows of ``pool``; its rows 3 and 8 were dropped when it was tokenized."""
     lines = [json.dumps({"id": i, "text": "word " * i}) for i in range(12)]
     (tmp_path / "pool.jsonl").write_text("".join(line + "\n" for line in lines))
     (tmp_path / "more.json").write_text(json.dumps([{"id": 100 + i} for i in range(4)]))

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.cli import main
-from dataflex.core.file_names import file_name_problem
 from dataflex.offline.files import FileRecord
 from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.printable import file_name_problem
 
 COMMAND = ["select", "scores.parquet", "--budget", "2"]
 BAD_NAMES = [

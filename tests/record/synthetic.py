@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dataflex.core.schedule import Interval
+from dataflex.plan.schedule import Interval
 from dataflex.record.recorder import RunRecorder
 
 BATCH = 16

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.core.schedule import Interval
 from dataflex.errors import DataError
+from dataflex.plan.schedule import Interval
 from dataflex.record.read import load_plan, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.record.values import plain, replacing, scores_of, summarise_scores
+from dataflex.record.values import plain, replacing, scores_of, summarize_scores
 from tests.record.synthetic import MIXTURE, SELECTION, Plan, simulate, started, tick
 
 FIRST = Interval(index=0, kind="dynamic", start_step=0, stop_step=4)
@@ -199,7 +199,7 @@ floats = st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 @given(values=st.lists(floats, max_size=30))
 def test_score_summary_is_the_slow_one(values):
-    summary = summarise_scores(np.array(values, dtype=np.float64))
+    summary = summarize_scores(np.array(values, dtype=np.float64))
     known = sorted(value for value in values if math.isfinite(value))
     assert summary["count"] == len(values)
     assert summary["scored"] == len(known)

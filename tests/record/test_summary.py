@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.schedule import Interval
+from dataflex.plan.schedule import Interval
 from dataflex.record.digest import digest
 from dataflex.record.read import read_events
 from dataflex.record.recorder import RunRecorder

@@ -12,11 +12,10 @@ import pytest
 
 from dataflex.errors import ConfigError
 from dataflex.rewards.base import Candidate, graded
-from dataflex.rewards.build import build_reward
+from dataflex.rewards.build import build_reward, exact_match, f1, metric, normalized
 from dataflex.rewards.command import CommandReward
 from dataflex.rewards.function import FunctionReward, load_function
 from dataflex.rewards.judge import Judge, JudgeConfig
-from dataflex.rewards.metrics import exact_match, f1, metric, normalised
 from tests.signals.test_endpoint import Server
 
 
@@ -45,7 +44,7 @@ def test_what_is_no_finite_number_is_a_problem():
 
 
 def test_metrics_of_known_pairs():
-    assert normalised("The  Answer, is: 4!") == "answer is 4"
+    assert normalized("The  Answer, is: 4!") == "answer is 4"
     assert exact_match("Answer is 4.", "the answer is 4") == 1.0
     assert exact_match("answer is 5", "the answer is 4") == 0.0
     assert f1("answer 4 4", "the answer is 4") == pytest.approx(2 * 2 / 6)  # 2 of 3 words, 2 of 3 words

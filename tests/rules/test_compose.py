@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex import registry
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
-from dataflex.core import registry
-from dataflex.core.choose import round_robin, take_turns, top_k
-from dataflex.core.protocols import Card, Params, Selection, Selector
-from dataflex.core.registry import find
 from dataflex.errors import ConfigError, DataError
-from dataflex.rules import Rule
-from dataflex.rules.knn import draw, probabilities
+from dataflex.method import Card, Params, Selection, Selector
+from dataflex.registry import find
+from dataflex.select.choose import round_robin, take_turns, top_k
+from dataflex.select.density import draw, probabilities
+from dataflex.select.rules import Rule
 from dataflex.selectors import represent
 from dataflex.selectors.aggregate import Aggregate, together
 from dataflex.selectors.compose import Compose
@@ -169,7 +169,7 @@ def test_targets_take_turns_with_any_ranking_rule():
 
 
 def represent_stream(name):
-    from dataflex.rules import Candidates
+    from dataflex.select.candidates import Candidates
 
     return Candidates.stream(0, name, 0)
 

@@ -7,12 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.choose import take_turns, weighted_with_replacement
 from dataflex.errors import ConfigError, DataError
-from dataflex.rules import RULES, Candidates, Rule, choose, ranked
-from dataflex.rules.draws import gumbel, log_weights, multinomial
-from dataflex.rules.quotas import by_quota, kmeans_labels, quotas, water_filling
-from dataflex.rules.ranked import token_budget
+from dataflex.select import ranked
+from dataflex.select.candidates import Candidates
+from dataflex.select.choose import take_turns, weighted_with_replacement
+from dataflex.select.ranked import (
+    by_quota,
+    gumbel,
+    kmeans_labels,
+    log_weights,
+    multinomial,
+    quotas,
+    token_budget,
+    water_filling,
+)
+from dataflex.select.rules import RULES, Rule, choose
 
 
 def stream(seed=0):
@@ -143,7 +152,7 @@ def test_what_cannot_be_drawn_from_is_refused():
         Rule.of("multinomial", temperature=2.0)
 
 
-def test_equal_scores_can_be_standardised():
+def test_equal_scores_can_be_standardized():
     assert log_weights(np.full(4, 3.0), 2.0, True).tolist() == [0.0] * 4
     np.testing.assert_allclose(log_weights(np.array([1.0, 3.0]), 2.0, True), [-0.5, 0.5])
 
@@ -230,7 +239,7 @@ def test_clusters_are_found_and_share_the_budget():
 
 
 def test_clusters_of_a_large_pool_are_found_on_a_sample(monkeypatch):
-    monkeypatch.setattr("dataflex.rules.quotas._FIT_ROWS", 20)
+    monkeypatch.setattr("dataflex.select.ranked._FIT_ROWS", 20)
     vectors = np.repeat(20 * np.eye(3), 100, axis=0) + np.random.default_rng(0).normal(size=(300, 3))
     labels = kmeans_labels(vectors.astype(np.float32), 3, np.random.default_rng(0))
     assert [len(set(labels[100 * g : 100 * g + 100].tolist())) for g in range(3)] == [1, 1, 1]

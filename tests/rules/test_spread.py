@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core import neighbours
-from dataflex.core.transport import epanechnikov, tsds_probabilities, tsds_widened
-from dataflex.rules import Candidates, Rule, choose, density, spread
-from dataflex.rules.cells import cells_of
-from dataflex.rules.density import Densities
-from dataflex.rules.facility import facility_location, greedy_cover
-from dataflex.rules.search import nearest, similar_rows
-from dataflex.rules.spread import apart, k_center, near_duplicates, unit
+from dataflex.select import density, neighbours, spread
+from dataflex.select.candidates import Candidates
+from dataflex.select.density import Densities, cells_of
+from dataflex.select.neighbours import nearest, similar_rows
+from dataflex.select.rules import Rule, choose
+from dataflex.select.spread import apart, facility_location, greedy_cover, k_center, near_duplicates, unit
+from dataflex.select.transport import epanechnikov, tsds_probabilities, tsds_widened
 from tests.rounding import sums_apart
 
 
@@ -276,7 +275,7 @@ def test_the_walk_asks_only_for_what_it_needs(seed, alpha, c):
         return densities[places]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataflex.core.transport._FIRST_WIDTH", 3)
+        patch.setattr("dataflex.select.transport._FIRST_WIDTH", 3)
         lazy = tsds_widened(distances, found, density_of, 60, alpha=alpha, c=c)
     whole_walk = tsds_probabilities(distances, found, densities[found], 60, alpha=alpha, c=c)
     assert lazy.tolist() == whole_walk.tolist()

@@ -42,12 +42,12 @@ def oracle_pool(hidden_TD, kept, spec):
         "weighted_mean": [2 * t / (n * (n + 1)) for t in range(1, n + 1)],
     }[spec.pooling]
     vector = sum(w * h for w, h in zip(weights, tokens, strict=True))
-    return vector / vector.norm() if spec.normalise else vector
+    return vector / vector.norm() if spec.normalize else vector
 
 
 def test_the_sheets_toy():
     hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-    plain = pool(hidden, None, None, EmbeddingSpec(normalise=False))
+    plain = pool(hidden, None, None, EmbeddingSpec(normalize=False))
     torch.testing.assert_close(plain, torch.tensor([[2 / 3, 5 / 6]]))
     unit = pool(hidden, None, None, EmbeddingSpec())
     np.testing.assert_allclose(unit.numpy(), [[0.6247, 0.7809]], atol=5e-5)
@@ -56,7 +56,7 @@ def test_the_sheets_toy():
     torch.testing.assert_close(pool(padded, torch.tensor([[0, 0, 1, 1, 1]]), None, EmbeddingSpec()), unit)
     # bf16 hidden states are added up in fp32.
     many = torch.full((1, 3000, 1), 1.0, dtype=torch.bfloat16)
-    assert float(pool(many, None, None, EmbeddingSpec(normalise=False))) == pytest.approx(1.0, rel=1e-5)
+    assert float(pool(many, None, None, EmbeddingSpec(normalize=False))) == pytest.approx(1.0, rel=1e-5)
     assert pool(torch.zeros(1, 2, 3), None, None, EmbeddingSpec()).tolist() == [[0.0, 0.0, 0.0]]
 
 
@@ -65,14 +65,14 @@ def test_the_sheets_toy():
     left=st.booleans(),
     pooling=st.sampled_from(POOLINGS),
     completion_only=st.booleans(),
-    normalise=st.booleans(),
+    normalize=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=80, deadline=None)
-def test_pool_equals_a_loop(lengths, left, pooling, completion_only, normalise, seed):
+def test_pool_equals_a_loop(lengths, left, pooling, completion_only, normalize, seed):
     generator = torch.Generator().manual_seed(seed)
     width = max(*lengths, 1)
-    spec = EmbeddingSpec(pooling=pooling, completion_only=completion_only, normalise=normalise)
+    spec = EmbeddingSpec(pooling=pooling, completion_only=completion_only, normalize=normalize)
     hidden = torch.randn(len(lengths), width, 3, generator=generator)
     mask = torch.zeros(len(lengths), width, dtype=torch.int64)
     for row, length in enumerate(lengths):
@@ -153,8 +153,8 @@ def test_packed_documents_equal_documents_alone(models):
         alone = embed_batch(models["llama"], tiny.collate([document]), spec)[0]
         torch.testing.assert_close(vector, alone, rtol=0, atol=APART)
     # A packed row as a whole is pooled over its tokens, padding left out.
-    whole = embed_batch(models["llama"], batch, EmbeddingSpec(pooling="last", normalise=False))
-    last = embed_batch(models["llama"], tiny.collate([documents[3]]), EmbeddingSpec(pooling="last", normalise=False))
+    whole = embed_batch(models["llama"], batch, EmbeddingSpec(pooling="last", normalize=False))
+    last = embed_batch(models["llama"], tiny.collate([documents[3]]), EmbeddingSpec(pooling="last", normalize=False))
     torch.testing.assert_close(whole[1], last[0], rtol=0, atol=APART * float(last.abs().max()))
 
 

@@ -60,7 +60,7 @@ def t5(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("family", ["tiny_model", "bert"])
 def test_texts_equal_one_text_at_a_time(family, pooling, layer, request):
     folder = request.getfixturevalue(family)
-    spec = EmbeddingSpec(pooling=pooling, layer=layer, normalise=pooling != "mean")
+    spec = EmbeddingSpec(pooling=pooling, layer=layer, normalize=pooling != "mean")
     encoder = load_encoder(str(folder), spec=spec, token_budget=24)
     got = encoder.encode(TEXTS)
     assert got.shape == (6, encoder.dimension)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from dataflex.core.rng import uniforms
 from dataflex.errors import ComponentError, ConfigError, DataError, UnsupportedError
+from dataflex.rng import uniforms
 from dataflex.signals.generate import Generator, pick_tokens
 from dataflex.signals.specs import GenerationSpec
 from tests.signals import tiny

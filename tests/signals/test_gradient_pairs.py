@@ -66,9 +66,9 @@ def test_pairs_average_to_the_mean_of_cosines(asked):
     np.testing.assert_allclose(pairs.mean(axis=1), scores, rtol=1e-4, atol=1e-6)
 
 
-def test_pairs_without_normalising_are_inner_products(asked):
+def test_pairs_without_normalizing_are_inner_products(asked):
     service, gradients, _ = asked
-    found = service.pair_scores(ROWS[:3], GradientSpec(precondition="none", normalise=False), target="near")
+    found = service.pair_scores(ROWS[:3], GradientSpec(precondition="none", normalize=False), target="near")
     np.testing.assert_allclose(found, gradients["pool"][:3] @ gradients["near"].T, rtol=1e-4, atol=1e-5)
 
 
@@ -133,8 +133,8 @@ def test_sketched_pairs(asked):
     exact = service.pair_scores(ROWS, GradientSpec(), target="near")
     assert np.nanmax(np.abs(sketched - exact)) < 5 / np.sqrt(4096)
     assert np.nanmax(np.abs(sketched - exact)) > 0
-    with pytest.raises(ConfigError, match="normalise"):
-        service.pair_scores(ROWS, GradientSpec(sketch_size=4096, normalise=False), target="near")
+    with pytest.raises(ConfigError, match="normalize"):
+        service.pair_scores(ROWS, GradientSpec(sketch_size=4096, normalize=False), target="near")
 
 
 def test_an_odd_sketch_is_refused(asked):

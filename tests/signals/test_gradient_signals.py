@@ -114,7 +114,7 @@ def expected_scores(gradients, state, spec):
     columns = []
     for name in ("near", "far"):
         target = gradients[name]
-        if not spec.normalise:
+        if not spec.normalize:
             columns.append(rows @ target.mean(axis=0))
         elif spec.mean_of_cosines:
             columns.append((unit(rows) @ unit(target).T).mean(axis=1))
@@ -131,7 +131,7 @@ SPECS = {
     "no momentum": GradientSpec(include_momentum=False),
     "sgd": GradientSpec(precondition="none"),
     "cosine of mean": GradientSpec(precondition="none", mean_of_cosines=False),
-    "dot": GradientSpec(precondition="none", normalise=False),
+    "dot": GradientSpec(precondition="none", normalize=False),
     "sign": GradientSpec(precondition="sign"),
 }
 

@@ -108,7 +108,7 @@ def test_where_a_model_came_from_and_its_mode_are_not(tmp_path):
     assert model_identity(copy.deepcopy(model)) == model_identity(model)
 
 
-def test_scales_of_quantised_parameters_are_part_of_the_name():
+def test_scales_of_quantized_parameters_are_part_of_the_name():
     """Packed codes are relative to scales: twice the weights have the same codes."""
     one, twice = llama(), llama()
     for model, scale in ((one, 1.0), (twice, 2.0)):

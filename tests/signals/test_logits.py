@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.core.rng import stream
+from dataflex.rng import stream
 from dataflex.signals.gradients import adam_direction
 from dataflex.signals.gradients.precondition import adam_scaled
 from dataflex.signals.handle import Corpus, ModelHandle
@@ -143,7 +143,7 @@ def test_sketches_of_rows_are_those_of_their_logits(model):
 
 
 def test_distances_of_sketches_follow_those_of_logits():
-    """Unnormalised transforms stretch squared distances by length x width / 4; the draws leave that in the mean."""
+    """Unnormalized transforms stretch squared distances by length x width / 4; the draws leave that in the mean."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(16, 64, generator=generator)
     ratios = [

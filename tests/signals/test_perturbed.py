@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.core.directions import rademacher
 from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.rng import rademacher
 from dataflex.selectors.zeroth import central_difference
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses

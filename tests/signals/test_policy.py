@@ -65,16 +65,16 @@ def unit(x):
     return x / np.linalg.norm(x)
 
 
-def expected(model, rows, tasks, normalise, over_groups):
+def expected(model, rows, tasks, normalize, over_groups):
     model.eval()
     columns = []
     for answers in tasks:
         groups = {}
         for one in answers:
             groups[one.group] = groups.get(one.group, 0) + one.weight * answer_gradient(model, one)
-        vectors = [unit(g) if over_groups and normalise else g for g in groups.values()]
+        vectors = [unit(g) if over_groups and normalize else g for g in groups.values()]
         columns.append(np.mean(vectors, axis=0))
-        if normalise and not over_groups:
+        if normalize and not over_groups:
             columns[-1] = unit(columns[-1])
     scores = []
     for row in range(len(rows)):
@@ -83,21 +83,21 @@ def expected(model, rows, tasks, normalise, over_groups):
             scores.append([np.nan] * len(tasks))
             continue
         gradient = flat_gradient(model, loss)
-        scores.append([(unit(gradient) if normalise else gradient) @ column for column in columns])
+        scores.append([(unit(gradient) if normalize else gradient) @ column for column in columns])
     return np.array(scores)
 
 
 @pytest.mark.parametrize("make", [llama, lora])
-@pytest.mark.parametrize(("normalise", "over_groups"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("normalize", "over_groups"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("budget", [6, 1000])
-def test_scores_are_those_of_single_answers_added_up(make, normalise, over_groups, budget):
+def test_scores_are_those_of_single_answers_added_up(make, normalize, over_groups, budget):
     model = make()
     signals, rows = service(model, budget)
-    spec = GradientSpec(precondition="none", normalise=normalise, mean_of_cosines=over_groups)
+    spec = GradientSpec(precondition="none", normalize=normalize, mean_of_cosines=over_groups)
     before = snapshot(model)
     found = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD, "other": OTHER})
     assert_same(before, snapshot(model))
-    wanted = expected(model, rows, [GOOD, OTHER], normalise, over_groups)
+    wanted = expected(model, rows, [GOOD, OTHER], normalize, over_groups)
     assert np.isnan(wanted).any()
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-5 * np.nanmax(np.abs(wanted)))
 
@@ -114,7 +114,7 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
     """The sign convention: descending on a row of positive score lowers sum of weight x -log p."""
     model = llama()
     signals, rows = service(model)
-    spec = GradientSpec(precondition="none", normalise=False, mean_of_cosines=False)
+    spec = GradientSpec(precondition="none", normalize=False, mean_of_cosines=False)
     scores = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})[:, 0]
     best = int(np.nanargmax(np.abs(scores)))
     model.eval()
@@ -183,7 +183,7 @@ def test_on_one_rank_gives_the_value_and_its_own_error():
 )
 def test_other_ranks_are_told(monkeypatch, error, told):
     """Both sides of the exchange, one after the other."""
-    from dataflex.dist import comm
+    from dataflex import comm
 
     signals, _ = service(llama())
     sent = []

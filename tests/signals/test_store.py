@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex.core.aside import owner
-from dataflex.core.state import MANIFEST
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals import resumable
 from dataflex.signals.fingerprint import Fingerprint, package_versions
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.store import ArrayStore
+from dataflex.state import MANIFEST, owner
 from tests.signals import store_worker
 
 ROOT = Path(__file__).parents[2]

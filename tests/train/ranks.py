@@ -1,4 +1,4 @@
-"""Several ranks in one process: threads that meet in the collectives of ``dataflex.dist.comm``."""
+"""Several ranks in one process: threads that meet in the collectives of ``dataflex.comm``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dataflex.dist import comm
+from dataflex import comm
 
 _SECONDS = 20.0  # a rank that does not come is an error, not a wait for ever
 

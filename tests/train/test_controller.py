@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.registry import find
-from dataflex.core.schedule import Schedule
 from dataflex.errors import ConfigError
 from dataflex.mixers.staged import Stage
+from dataflex.plan.domains import Domains
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.schedule import Schedule
+from dataflex.registry import find
 from dataflex.train.controller import BatchShape, Controller
 from dataflex.train.loader import micro_batches
 from dataflex.train.row_space import RowSpace

@@ -13,7 +13,7 @@ from dataflex.config.load import merged
 from dataflex.config.resuming import ON_RESUME
 from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.config.split import split
-from dataflex.core.domains import Domains
+from dataflex.plan.domains import Domains
 from dataflex.train.identity import Identity
 from dataflex.train.row_space import RowSpace
 

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.registry import find
-from dataflex.core.schedule import Schedule
 from dataflex.errors import CheckpointError, DataError
+from dataflex.plan.domains import Domains
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.schedule import Schedule
 from dataflex.record.digest import digest
 from dataflex.record.read import load_plan, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.registry import find
 from dataflex.train.controller import BatchShape, Controller
 from dataflex.train.row_space import RowSpace
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataflex.core.domains import Domains
 from dataflex.mixers.doremi import DoReMi
 from dataflex.mixers.group_dro import GroupDro
+from dataflex.plan.domains import Domains
 from dataflex.train.noise_watch import NoiseWatch, outlying
 from dataflex.train.reweighting import Reweighter
 

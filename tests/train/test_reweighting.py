@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex.core.domains import Domains
 from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi
+from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weight_stats import WeightStats
@@ -116,7 +116,7 @@ def grouped(**params):
 
 WEIGHTERS = {
     "column": lambda: Column(Column.Params()),
-    "column-count": lambda: Column(Column.Params(normaliser="count")),
+    "column-count": lambda: Column(Column.Params(normalizer="count")),
     "loss": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=0)),
     "adapt": lambda: anchored(Adapt, rescale="mean1"),
     "joint": lambda: anchored(JointUpdateAware),
@@ -148,7 +148,7 @@ def stock(data, parts, items):
 
 UNIT = {
     "token": lambda: Column(Column.Params(column="ones")),
-    "count": lambda: Column(Column.Params(column="ones", normaliser="count")),
+    "count": lambda: Column(Column.Params(column="ones", normalizer="count")),
     "equal domains": lambda: grouped(power=0.0),
     "all tokens": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=1.0)),
     "burn-in": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=5)),
@@ -256,8 +256,8 @@ def test_equal_domain_weights_change_nothing(name, packed):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("normaliser", "over_ranks"), [("token", True), ("count", True), ("count", False)])
-def test_weights_multiply_before_one_normalisation(monkeypatch, normaliser, over_ranks):
+@pytest.mark.parametrize(("normalizer", "over_ranks"), [("token", True), ("count", True), ("count", False)])
+def test_weights_multiply_before_one_normalization(monkeypatch, normalizer, over_ranks):
     """The step's loss against loops: sum a w l over sum a w (token), or over sum a (count)."""
     data, alpha = Data(), np.array([0.8, 0.2])
     sides = [PARTS[:2], [np.array([8, 9]), np.array([11, 4, 6])]]
@@ -267,7 +267,7 @@ def test_weights_multiply_before_one_normalisation(monkeypatch, normaliser, over
         Ranks(monkeypatch, 2),
         lambda r: step_of(
             data,
-            lambda: Column(Column.Params(normaliser=normaliser)),
+            lambda: Column(Column.Params(normalizer=normalizer)),
             sides[r],
             mixer=mixer_with(alpha),
             over_ranks=over_ranks,
@@ -284,7 +284,7 @@ def test_weights_multiply_before_one_normalisation(monkeypatch, normaliser, over
             for t in range(1, WIDTH):
                 if data.labels[row, t] != -100:
                     above -= a * w * float(log_p[row, t - 1, data.labels[row, t]])
-                    below += a * (w if normaliser == "token" else 1.0)
+                    below += a * (w if normalizer == "token" else 1.0)
         return above, below
 
     pairs = [sums(side) for side in sides]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.schedule import Interval
+from dataflex.plan.domains import Domains
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.schedule import Interval
 from dataflex.train.served import ServedCounts
 
 

@@ -44,7 +44,7 @@ def stock(logits, labels, num_items):
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets, reduction="sum") / num_items
 
 
-def oracle(batches, weights, normaliser, num_items):
+def oracle(batches, weights, normalizer, num_items):
     """Sum over micro-batches, sequences and tokens, in float64 with an explicit denominator."""
     total = 0.0
     for (logits, labels), w in zip(batches, weights, strict=True):
@@ -57,13 +57,13 @@ def oracle(batches, weights, normaliser, num_items):
                 if int(labels[i, t + 1]) != -100
             ]
             means.append(sum(losses) / len(losses) if losses else 0.0)
-            if normaliser in {"count", "token"}:
+            if normalizer in {"count", "token"}:
                 total = total + float(w[i]) * sum(losses)
-        if normaliser == "sample":
+        if normalizer == "sample":
             total = total + sum(float(w[i]) * means[i] for i in range(len(labels))) / len(batches)
-    if normaliser == "sample":
+    if normalizer == "sample":
         return total
-    if normaliser == "count":
+    if normalizer == "count":
         return total / float(num_items)
     pairs = zip(batches, weights, strict=True)
     z = sum(float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in pairs for i in range(len(w)))
@@ -77,13 +77,13 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
     num_items = items(labels) + 5
     expected = stock(logits, labels, num_items)
     (wanted,) = torch.autograd.grad(expected, logits)
-    for normaliser, scale in (("count", None), ("token", torch.ones((), dtype=torch.float64))):
+    for normalizer, scale in (("count", None), ("token", torch.ones((), dtype=torch.float64))):
         losses = token_losses(logits, labels)
         got = weighted_loss(
             losses,
             torch.ones(len(labels), 1),
             sequences=row_sequences(np.arange(len(labels))),
-            normaliser=normaliser,
+            normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=2,
             step_scale=scale,
@@ -94,9 +94,9 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
         assert torch.equal(gradient, wanted)
 
 
-@given(seed=st.integers(0, 5000), normaliser=st.sampled_from(["count", "token", "sample"]))
+@given(seed=st.integers(0, 5000), normalizer=st.sampled_from(["count", "token", "sample"]))
 @settings(max_examples=40, deadline=None)
-def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
+def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
     batches = [batch(seed + i, rows=2 + i % 2) for i in range(3)]
     rng = np.random.default_rng(seed)
     weights = [torch.from_numpy(rng.uniform(0.0, 2.0, len(labels)).astype(np.float32)) for _, labels in batches]
@@ -109,13 +109,13 @@ def test_weighted_losses_of_a_step_against_loops(seed, normaliser):
             token_losses(logits, labels),
             w[:, None],
             sequences=row_sequences(np.arange(len(labels))),
-            normaliser=normaliser,
+            normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=len(batches),
-            step_scale=num_items / z if normaliser == "token" else None,
+            step_scale=num_items / z if normalizer == "token" else None,
             replicas=1,
         )
-    wanted = oracle(batches, weights, normaliser, num_items).item()
+    wanted = oracle(batches, weights, normalizer, num_items).item()
     assert total.item() == pytest.approx(wanted, rel=2e-5)
 
 
@@ -126,7 +126,7 @@ def token_mean(losses, w):
         losses,
         w[:, None],
         sequences=sequences,
-        normaliser="token",
+        normalizer="token",
         num_items=losses.mask_BT.sum(),
         num_micro_batches=1,
         step_scale=micro_batch_scale(losses, w[:, None], sequences),
@@ -134,7 +134,7 @@ def token_mean(losses, w):
     )
 
 
-def test_token_normaliser_without_known_weights_is_a_mean_inside_the_micro_batch():
+def test_token_normalizer_without_known_weights_is_a_mean_inside_the_micro_batch():
     logits, labels = batch(4)
     w = torch.tensor([0.5, 2.0, 0.0])
     losses = token_losses(logits, labels)
@@ -241,9 +241,9 @@ def test_packed_documents_are_the_sequences():
     assert tokens.tolist() == [2, 2, 2, 1]
     weights = torch.tensor([[1.0], [0.0], [2.0], [0.5]])
     options = {"num_items": 7, "num_micro_batches": 1, "step_scale": None, "replicas": 1, "sequences": sequences}
-    by_sequence = weighted_loss(losses, weights, normaliser="sample", **options)
+    by_sequence = weighted_loss(losses, weights, normalizer="sample", **options)
     torch.testing.assert_close(by_sequence, (weights[:, 0] * expected).sum())
-    by_token = weighted_loss(losses, weights, normaliser="count", **options)
+    by_token = weighted_loss(losses, weights, normalizer="count", **options)
     torch.testing.assert_close(by_token, (weights[:, 0] * expected * tokens).sum() / 7)
 
 

@@ -101,7 +101,7 @@ def test_custom_losses_are_not_divided_by_accumulation():
 
 
 def test_trainer_classes_and_data_loading():
-    from dataflex.bridge.swap import TRAINERS
+    from dataflex.llamafactory.swap import TRAINERS
 
     for stage, (caller, holder, name) in TRAINERS.items():
         workflow, home = importlib.import_module(caller), importlib.import_module(holder)
@@ -187,12 +187,12 @@ def test_splitting_depends_on_length_and_seed_only():
 
 
 def test_a_second_model_can_be_loaded_whole_under_zero3_and_fsdp(monkeypatch):
-    """``bridge.whole``: what makes ``from_pretrained`` partition is unset for the time being, and set again."""
+    """``llamafactory.whole``: what makes ``from_pretrained`` partition is unset for the time being, and set again."""
     import os
 
     from transformers.integrations import deepspeed, fsdp
 
-    from dataflex.bridge.whole import loading_whole
+    from dataflex.llamafactory.whole import loading_whole
 
     class Zero3:
         def is_zero3(self):
@@ -214,7 +214,7 @@ def test_a_second_model_can_be_loaded_whole_under_zero3_and_fsdp(monkeypatch):
 
 
 def test_rows_without_an_answer_are_left_out_by_these_rules():
-    """``bridge.origins`` follows rows back to their files, and knows which ones the processors drop."""
+    """``llamafactory.datasets`` follows rows back to their files, and knows which ones the processors drop."""
     from llamafactory.data.processor import feedback, pairwise, pretrain, supervised
 
     prompt = 'len(examples["_prompt"][i]) % 2 != 1'
@@ -250,8 +250,8 @@ def test_keys_that_both_have():
     from dataflex.config.collect import key_of
     from dataflex.config.places import ALSO_UPSTREAM, LF_KEYS
     from dataflex.config.schema import SignalsConfig
-    from dataflex.core.registry import KINDS, find, names
-    from dataflex.rules.registry import RULES, Rule
+    from dataflex.registry import KINDS, find, names
+    from dataflex.select.rules import RULES, Rule
 
     theirs = {field.name for cls in parser._TRAIN_ARGS for field in fields(cls)}
     params = [find(kind, name).Params for kind in KINDS for name in names(kind)]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import textwrap
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from typing import Any
 
-from dataflex.commands.layout import columns, rows_of
 from dataflex.config.collect import field_hints, key_of
 from dataflex.config.convert import describe, shown
 from dataflex.config.methods import method_class
 from dataflex.config.show import as_yaml, plain
-from dataflex.core.protocols import STAGES, Method
-from dataflex.core.registry import KINDS, names
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import STAGES, Method
+from dataflex.record.text import columns, rows_of
+from dataflex.registry import KINDS, names
+from dataflex.version import __version__
 
-__all__ = ["example", "methods"]
+__all__ = ["example", "methods", "version"]
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "nice"): {"reward": "rougeL"},
@@ -167,3 +171,17 @@ def example(cls: type[Method]) -> dict[str, Any]:
     if getattr(cls, "online", False):
         head = {"interval_steps": 1, "candidate_batches": 2}
     return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}
+
+
+_PACKAGES = ("llamafactory", "transformers", "torch")
+
+
+def version() -> str:
+    """Return one ``name version`` line for dataflex, Python and the packages that it stands on."""
+    lines = [f"dataflex {__version__}", f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"{package} {installed(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join(lines)

@@ -8,8 +8,8 @@ from typing import Any
 
 from dataflex.config.forecast import Forecast
 from dataflex.config.values import env_enabled, number
-from dataflex.core.pool import wanted_rows
 from dataflex.errors import UnsupportedError
+from dataflex.plan.schedule import wanted_rows
 
 __all__ = ["Lines", "schedule_lines"]
 
@@ -123,7 +123,7 @@ def _epoch_lines(view: Forecast) -> Lines:
     if view.domains is None:
         return [(label, "known after loading")]
     if dynamic.unit == "tokens":
-        return [(label, "known after tokenising (proportions are of tokens)")]
+        return [(label, "known after tokenizing (proportions are of tokens)")]
     try:
         served = view.served()
     except UnsupportedError as error:

@@ -2,23 +2,311 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataflex.commands.costs import cost_lines, seconds_per_step
-from dataflex.commands.layout import rows_of
-from dataflex.commands.outlook import schedule_lines
+import numpy as np
+
+from dataflex.commands.outlook import Lines, schedule_lines
 from dataflex.config.data import data_sets, find_sources
-from dataflex.config.forecast import forecast
+from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
 from dataflex.config.values import number, truthy
-from dataflex.core.redact import redacted
+from dataflex.errors import DataError, UnsupportedError
+from dataflex.method import Card, Method, Weighter
+from dataflex.plan.schedule import pilot_rows
+from dataflex.printable import redacted
+from dataflex.record.text import rows_of
 
-__all__ = ["plan"]
+__all__ = ["Cost", "cost_lines", "costs", "plan", "seconds_per_step"]
+
+_BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
+_MOST_RECORD_BYTES = 32 << 20  # what is quick to read
+_PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norms and one for the sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Passes of one kind, over the whole run.
+
+    Attributes:
+        text: What is printed.
+        forward: Forward passes of single sequences, of whatever model; None where not known.
+        backward: Backward passes.
+    """
+
+    text: str
+    forward: float | None
+    backward: float = 0.0
+
+    @property
+    def in_forwards(self) -> float | None:
+        """All passes as forward passes."""
+        return None if self.forward is None else self.forward + _BACKWARD_IN_FORWARDS * self.backward
+
+
+def costs(view: Forecast) -> dict[str, list[Cost]]:
+    """Return the passes of training, of screening, and of each method, by label."""
+    if view.sequences is None:
+        found = {"training": [Cost(text="known after loading", forward=None)]}
+    else:
+        sequences = view.sequences
+        training = Cost(text=f"{sequences:,} F + {sequences:,} B", forward=sequences, backward=sequences)
+        found = {"training": [training]}
+    screening = _screening(view)
+    if screening is not None:
+        found["screening"] = [screening]
+    for method in view.dynamic.methods:
+        parts = (_pool, _once, _targets, _served, _reference)
+        told = [cost for part in parts if (cost := part(method, view)) is not None]
+        found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cls.card.cost, forward=0.0)]
+    return found
+
+
+def cost_lines(view: Forecast, step_seconds: float | None = None) -> Lines:
+    """Return label and text of all passes, the methods' share, and what that is in time.
+
+    Args:
+        view: The run.
+        step_seconds: Seconds of one optimizer step of the training itself, where they are known.
+    """
+    found = costs(view)
+    lines: Lines = [(label, "; ".join(cost.text for cost in each)) for label, each in found.items()]
+    if not view.dynamic.methods:
+        return lines
+    total = _added(found["training"])
+    extra = _added(cost for label, each in found.items() if label != "training" for cost in each)
+    aside = "; passes over targets not counted" if any(map(_leaves_targets_out, view.dynamic.methods)) else ""
+    if total and extra is not None:
+        share = f"{extra / (extra + total):.1%} of all passes, a B counted as two F{aside}"
+        lines.append(("share of methods", share))
+        if extra:
+            lines.append(("beside training", f"{extra / total:.2g} x the passes of the training itself"))
+    if step_seconds is not None and view.steps is not None:
+        seconds = view.steps * step_seconds
+        told = f"training {_duration(seconds)}"
+        if total and extra:
+            told = f"{_duration(seconds * (1 + extra / total))}: {told}, methods {_duration(seconds * extra / total)}"
+        lines.append(("time", f"about {told} ({step_seconds:.3g} s a step in the record of the run before)"))
+    return lines
+
+
+def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
+    """Return the seconds that a step of the training itself took in an earlier run with the same global batch."""
+    from dataflex.record.digest import digest
+    from dataflex.record.read import EVENTS, read_events, record_dir
+
+    if not output_dir or not Path(output_dir).is_dir():
+        return None
+    try:
+        if (record_dir(output_dir) / EVENTS).stat().st_size > _MOST_RECORD_BYTES:
+            return None
+        run = digest(read_events(output_dir))
+        if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
+            return None
+        spent = ((run.finished or {}).get("seconds") or {}).get("train") or run.phase_seconds().get("training", 0.0)
+        return float(spent) / run.steps_done if run.steps_done and spent else None
+    except (DataError, OSError, KeyError, TypeError, ValueError):
+        return None  # a record that cannot be read is for 'dataflex report' to complain about
+
+
+def _screening(view: Forecast) -> Cost | None:
+    """Return the passes by which a pool is screened before the selector sees it."""
+    options, pool = view.dynamic.signals, view.pool
+    if options.screen_fraction >= 1.0 or not view.narrows or view.dynamic.candidate_batches is not None:
+        return None
+    if pool is None or view.steps is None:
+        each = "1 F of each row of the pool" if options.screen_by == "embeddings" else "1 F + 1 B of a twentieth of it"
+        return Cost(text=f"{each} and interval ({options.screen_by})", forward=None)
+    if pool.left >= pool.drawn:
+        return None
+    decisions = view.num_decisions
+    aims = _target_rows(view, view.dynamic.selector.targets if view.dynamic.selector else ())
+    if options.screen_by == "embeddings":
+        told = f"{decisions:,} intervals x {pool.drawn:,} rows x 1 F of embeddings"
+        rows, backward, over = decisions * pool.drawn, 0.0, 0.0 if _shares_embeddings(view) else 1.0
+    else:
+        rows = decisions * pilot_rows(pool.drawn)
+        told = f"{decisions:,} intervals x {pilot_rows(pool.drawn):,} rows of a pilot x 1 F + 1 B"
+        backward, over = 1.0, 0.0 if _shares_gradients(view) else _PILOT_TARGET_PASSES
+    if aims is None and over:
+        return Cost(
+            text=f"{_passes(rows, 1.0, backward)} ({told}; targets not counted)", forward=rows, backward=rows * backward
+        )
+    extra = decisions * (aims or 0) * over
+    forward, back = rows + extra, rows * backward + extra * backward
+    told += f"; {extra:,.0f} of the targets" if extra else ""
+    return Cost(text=f"{_told(forward, back)} ({told})", forward=forward, backward=back)
+
+
+def _shares_embeddings(view: Forecast) -> bool:
+    """Whether the selector compares with the very target embeddings that screening has made in this decision."""
+    from dataflex.signals.specs import EmbeddingSpec
+
+    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    assert selector is not None
+    alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
+    return selector.name == "rds_plus" and alike
+
+
+def _shares_gradients(view: Forecast) -> bool:
+    """Whether the selector compares with the very target gradients that the pilot has made in this decision."""
+    from dataflex.signals.specs import GradientSpec
+
+    selector = view.dynamic.selector
+    assert selector is not None
+    params, spec = selector.params, GradientSpec()
+    alike = all(getattr(params, name, None) == getattr(spec, name) for name in ("parameters", "last_blocks", "bf16"))
+    return selector.name in ("less", "icons") and alike and selector.build().target_passes == (2.0, 2.0)
+
+
+def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over the pool in every interval, if there are any."""
+    forward, backward = method.build().pool_passes(len(method.targets))
+    if not forward and not backward:
+        return None
+    card = method.cls.card
+    if view.rows is None or view.schedule is None:
+        return Cost(
+            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({card.cost})", forward=None
+        )
+    pool, decisions = view.pool, view.num_decisions
+    each = view.rows if pool is None else pool.left
+    rows, told = decisions * each, f"{decisions:,} intervals x {each:,} rows"
+    if pool is not None and view.dynamic.candidate_batches is not None:
+        batches = view.dynamic.candidate_batches * view.batch.size
+        rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
+        told = told if rows == decisions * each else f"{rows:,} candidates in {decisions:,} intervals"
+    most = "at most " if view.dynamic.exclude_seen else ""
+    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {card.cost})"
+    return Cost(text=text, forward=rows * forward, backward=rows * backward)
+
+
+def _once(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes of models that stay as they are over every row that is ever in the pool."""
+    each, pool = method.cls.card.forward_once_per_pool_row, view.pool
+    if not each:
+        return None
+    if pool is None or view.steps is None:
+        return Cost(text=f"{each:g} F of another model of each row of the pool, once", forward=None)
+    decisions, all_rows = view.num_decisions, min(pool.rows, view.num_decisions * pool.left)
+    bound, rows = "", float(all_rows)
+    if pool.left < pool.drawn or view.dynamic.exclude_seen:
+        bound = "at most "
+    elif pool.drawn < pool.rows and view.dynamic.candidate_batches is None:
+        bound, rows = "about ", round(pool.rows * (1 - (1 - pool.drawn / pool.rows) ** decisions))
+    return Cost(text=f"{bound}{rows * each:,.0f} F of another model, once for each row", forward=rows * each)
+
+
+def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over the method's targets in every decision, if they are known."""
+    forward, backward = method.build().target_passes
+    rows = _target_rows(view, method.targets)
+    if rows is None or view.steps is None or not (forward or backward) or not rows:
+        return None
+    over, each = f"{view.num_decisions:,} intervals x {rows:,} target rows", _passes(1, forward, backward)
+    total = view.num_decisions * rows
+    text = f"{_passes(total, forward, backward)} ({over} x {each})"
+    return Cost(text=text, forward=total * forward, backward=total * backward)
+
+
+def _leaves_targets_out(method: MethodConfig) -> bool:
+    return bool(method.targets) and method.build().target_passes == (0.0, 0.0) and method.cls.needs.signals != _TEXTS
+
+
+_TEXTS = frozenset({"texts"})
+
+
+def _target_rows(view: Forecast, names: Iterable[str]) -> int | None:
+    counts = [view.targets.get(name) for name in names]
+    return None if any(count is None for count in counts) else sum(count or 0 for count in counts)
+
+
+def _served(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes over the rows trained on beside those of the training itself, if there are any."""
+    card: Card = method.cls.card
+    forward, backward = card.forward_per_served_row, card.backward_per_served_row
+    if not forward and not backward:
+        return None
+    if view.steps is None:
+        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({card.cost})", forward=None)
+    rows = _acting(method.build(), view)
+    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {card.cost})"
+    return Cost(text=text, forward=rows * forward, backward=rows * backward)
+
+
+def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
+    """Return the passes of a reference model over the rows trained on, each once if they are kept."""
+    built = method.build()
+    if built.reference is None:
+        return None
+    if view.steps is None or (built.reference_cached and view.rows is None):
+        return Cost(text=built.card.cost, forward=None)
+    served = _acting(built, view)
+    if not built.reference_cached:
+        return Cost(text=f"{served:,} F of the reference, in every step", forward=served)
+    assert view.rows is not None
+    if view.serves_all_again:
+        return Cost(text=f"{view.rows:,} F of the reference, over the whole pool, kept on disk", forward=view.rows)
+    rows, bound = _distinct(built, view, served)
+    return Cost(text=f"{bound}{rows:,} F of the reference, kept on disk", forward=rows)
+
+
+def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
+    """Return how many different rows are served while a method acts, and how sure that is."""
+    assert view.rows is not None
+    assert view.steps is not None
+    dynamic, most = view.dynamic, min(view.rows, served)
+    if view.narrows:
+        return most, "at most "
+    if dynamic.mixer is None:  # less than an epoch, or ``serves_all_again``
+        return most, ""
+    begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
+    if view.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences" or begins_late:
+        return most, "at most "
+    try:
+        each = view.served()
+    except UnsupportedError:
+        return most, "at most "
+    rows = int(np.rint(np.minimum(each, view.domains.num_rows).sum()))
+    return rows, "" if np.allclose(each, np.rint(each)) else "about "
+
+
+def _acting(method: Method, view: Forecast) -> int:
+    """Return the sequences that are trained on while a method acts."""
+    assert view.steps is not None
+    assert view.sequences is not None
+    if not isinstance(method, Weighter):
+        return view.sequences
+    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.size, 0)
+
+
+def _added(found: Iterable[Cost]) -> float | None:
+    each = [cost.in_forwards for cost in found]
+    return None if any(passes is None for passes in each) else sum(passes or 0.0 for passes in each)
+
+
+def _passes(rows: float, forward: float, backward: float) -> str:
+    number = "{:g}" if rows == 1 else "{:,.0f}"
+    return " + ".join(f"{number.format(rows * n)} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
+
+
+def _told(forward: float, backward: float) -> str:
+    return " + ".join(f"{n:,.0f} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest} min" if hours else f"{rest} min"
+
 
 _LF_DEFAULTS: dict[str, Any] = {
     "model_name_or_path": None,

@@ -43,7 +43,7 @@ def score(
         data, overrides, methods=names_of(methods), out=out, targets=targets, budget=budget, store=store
     )
     try:
-        from dataflex.bridge.launch import wants_torchrun, with_torchrun
+        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
     except ImportError as error:
         raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
     if wants_torchrun():

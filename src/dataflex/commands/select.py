@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.config.show import plain
-from dataflex.core.redact import redacted
-from dataflex.offline.budget import Budget
-from dataflex.offline.chosen import chosen_rows, rule_of, score_column
+from dataflex.offline.chosen import Budget, chosen_rows, rule_of, score_column
 from dataflex.offline.files import FileRecord
 from dataflex.offline.subset import write_subset
 from dataflex.offline.table import read_scores
+from dataflex.printable import redacted
 from dataflex.version import __version__
 
 __all__ = ["select"]

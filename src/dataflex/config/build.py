@@ -13,9 +13,9 @@ from dataflex.config.methods import method_block
 from dataflex.config.places import with_places
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.core.protocols import Method
-from dataflex.core.registry import KINDS, load_plugin, same_names
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import Method
+from dataflex.registry import KINDS, load_plugin, same_names
 
 __all__ = ["block_keys", "build", "load_plugins", "parse_dynamic", "user_keys"]
 

@@ -24,11 +24,11 @@ from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import truthy
-from dataflex.core.domains import Domains
-from dataflex.core.protocols import Mixer, Selector, Weighter
-from dataflex.core.schedule import Interval
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from dataflex.method import Mixer, Selector, Weighter
 from dataflex.mixers.floors import floors_by_domain
+from dataflex.plan.domains import Domains
+from dataflex.plan.schedule import Interval
 
 __all__ = [
     "column_problems",
@@ -81,7 +81,7 @@ def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: Sequ
             "set 'packing: false', or do without the column"
         )
     if lf.get("tokenized_path"):
-        yield f"tokenized_path: a tokenised copy does not keep the column {asked}; remove it"
+        yield f"tokenized_path: a tokenized copy does not keep the column {asked}; remove it"
     if packed(lf) or lf.get("tokenized_path"):
         return
     for key, name in dynamic.columns_by_key:

@@ -12,8 +12,8 @@ from pathlib import Path
 from dataflex.config.needs import parameters
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import env_enabled
-from dataflex.core.protocols import Params
 from dataflex.errors import did_you_mean
+from dataflex.method import Params
 
 __all__ = ["other_model_problems"]
 

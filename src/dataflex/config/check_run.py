@@ -13,8 +13,8 @@ from dataflex.config.convert import shown
 from dataflex.config.needs import moment_problems
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
-from dataflex.core.protocols import STAGES, Mixer, Weighter
 from dataflex.errors import did_you_mean
+from dataflex.method import STAGES, Mixer, Weighter
 
 __all__ = ["model_problems", "output_problems", "reference_problems", "setting_problems", "stage_problems"]
 
@@ -142,18 +142,18 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
 
 
 def _streaming_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what cannot be done with rows that are tokenised when they are served."""
+    """Yield what cannot be done with rows that are tokenized when they are served."""
     if not truthy(lf, "streaming"):
         return
     stage = lf.get("stage", "sft")
     if stage not in ("pt", "sft"):
-        yield f"streaming: rows of stage {stage} are not tokenised one by one; remove it"
+        yield f"streaming: rows of stage {stage} are not tokenized one by one; remove it"
     if stage == "sft" and (truthy(lf, "packing") or truthy(lf, "neat_packing")):
-        yield "packing: samples are packed after all of them were tokenised, which streaming does not do; remove one"
+        yield "packing: samples are packed after all of them were tokenized, which streaming does not do; remove one"
     if lf.get("tokenized_path"):
-        yield "streaming: rows that are tokenised when served make no tokenised copy (tokenized_path); remove one"
+        yield "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one"
     if dynamic.leakage != "warn" and dynamic.targets:
-        yield "dynamic.leakage: rows that are tokenised when they are served are not compared with targets; remove it"
+        yield "dynamic.leakage: rows that are tokenized when they are served are not compared with targets; remove it"
 
 
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from dataflex.config.convert import BAD, convert, describe, shown
 from dataflex.config.parts import read_part
-from dataflex.core.contract import is_ours, whereabouts
-from dataflex.core.parts import Part
+from dataflex.contract import is_ours, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.parts import Part
 
 __all__ = ["UNKNOWN_KEY", "collect", "dotted", "field_hints", "key_of", "values"]
 

@@ -1,4 +1,4 @@
-"""What a local data file holds: rows, columns, and why it cannot be read. Nothing is tokenised.
+"""What a local data file holds: rows, columns, and why it cannot be read. Nothing is tokenized.
 
 Follows the readers of the ``datasets`` library: JSON objects one after the other or in one array, a type for each
 column, CSV with a header line, a row for each line of text. Of JSON beyond a moderate size only the lines are counted,

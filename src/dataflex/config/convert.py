@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
-from dataflex.core.parts import Part
 from dataflex.errors import ComponentError, did_you_mean
+from dataflex.parts import Part
 
 __all__ = ["BAD", "convert", "describe", "shown"]
 

@@ -1,8 +1,8 @@
-"""What can be said about the data sets from ``dataset_info.json`` and the files, without tokenising anything.
+"""What can be said about the data sets from ``dataset_info.json`` and the files, without tokenizing anything.
 
 Follows LLaMA-Factory's reading of ``dataset``, ``dataset_dir``, ``max_samples`` and ``val_size``.
 Rows are counted in local files only, where that is quick; the count is an upper bound, since rows without an
-answer are dropped when they are tokenised.
+answer are dropped when they are tokenized.
 """
 
 from __future__ import annotations
@@ -259,6 +259,6 @@ def train_rows(counts: Sequence[int | None], lf: Mapping[str, Any]) -> int | Non
 
 
 def tokenized(lf: Mapping[str, Any]) -> bool:
-    """Whether the run reads a tokenised copy instead of the data sets."""
+    """Whether the run reads a tokenized copy instead of the data sets."""
     path = lf.get("tokenized_path")
     return isinstance(path, str) and os.path.isdir(path) and bool(os.listdir(path))

@@ -1,6 +1,6 @@
 """What a run will do, as far as it follows from the configuration and the files: rows, steps, mixture, cost.
 
-Nothing is tokenised and no model is looked at, so a packed or remote data set leaves the numbers
+Nothing is tokenized and no model is looked at, so a packed or remote data set leaves the numbers
 open (None) rather than guessed.
 """
 
@@ -19,13 +19,12 @@ from dataflex.config.data import Source, count_rows, packed, tokenized, train_ro
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
 from dataflex.config.values import truthy
-from dataflex.core.caps import expected_epochs
-from dataflex.core.domains import Domains
-from dataflex.core.pool import pool_sizes
-from dataflex.core.protocols import Context, Mixer, Selector, Signals
-from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import UnsupportedError
+from dataflex.method import Context, Mixer, Selector, Signals
 from dataflex.mixers.floors import floors_by_domain, raised
+from dataflex.plan.domains import Domains
+from dataflex.plan.mixture import expected_epochs
+from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
 __all__ = ["Forecast", "Pool", "forecast"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.core.protocols import Selector
-from dataflex.core.registry import KINDS
+from dataflex.method import Selector
+from dataflex.registry import KINDS
 
 __all__ = ["idle_keys", "narrowing"]
 

@@ -25,8 +25,8 @@ from dataflex.config.flat import FLAT_KEYS, KIND_OF, FlatKeys, read_flat
 from dataflex.config.methods import target_list
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.registry import find
 from dataflex.errors import ConfigError
+from dataflex.registry import find
 
 __all__ = ["translate"]
 

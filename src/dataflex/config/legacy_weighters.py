@@ -14,7 +14,7 @@ _RENAMED: dict[str, dict[str, str]] = {
     "adapt": {"refresh_interval": "refresh_steps"},
     "joint_update_aware": {
         "target_update_step": "refresh_steps",
-        "embed_normalize": "normalise",
+        "embed_normalize": "normalize",
         "embed_layer": "layer",
         "objective_mode": "mode",
     },

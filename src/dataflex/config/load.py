@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.core.redact import PASSED_ON
-from dataflex.core.registry import KINDS
 from dataflex.errors import ConfigError
+from dataflex.printable import PASSED_ON
+from dataflex.registry import KINDS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

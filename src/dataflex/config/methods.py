@@ -9,9 +9,9 @@ from typing import Any
 from dataflex.config.collect import collect, key_of
 from dataflex.config.convert import shown
 from dataflex.config.schema import MethodConfig
-from dataflex.core.protocols import Method
-from dataflex.core.registry import find, names
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.method import Method
+from dataflex.registry import find, names
 
 __all__ = ["method_block", "method_class", "needs_target", "takes_targets", "target_list"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import truthy
-from dataflex.core.parts import Part
-from dataflex.core.protocols import Params
+from dataflex.method import Params
+from dataflex.parts import Part
 
 __all__ = ["moment_problems", "parameters", "too_few_domains"]
 
@@ -58,7 +58,7 @@ def too_few_domains(dynamic: DynamicConfig, found: int, *, copied: bool = False)
     Args:
         dynamic: The methods, and what the domains are.
         found: Number of domains.
-        copied: Whether the data sets are one because they come from a tokenised copy.
+        copied: Whether the data sets are one because they come from a tokenized copy.
     """
     told = []
     for method in dynamic.methods:
@@ -68,7 +68,7 @@ def too_few_domains(dynamic: DynamicConfig, found: int, *, copied: bool = False)
         needs = f"{method.name} needs at least {'two' if least == 2 else least} domains"
         if copied:
             told.append(
-                "tokenized_path: a tokenised copy does not say which data set a row is from, so that all rows are one "
+                "tokenized_path: a tokenized copy does not say which data set a row is from, so that all rows are one "
                 f"domain, and dynamic.{method.kind}: {needs}; remove it"
             )
         else:

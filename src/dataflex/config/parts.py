@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dataflex.config.convert import describe, shown
-from dataflex.core.parts import Part
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.parts import Part
 
 __all__ = ["read_part"]
 

@@ -12,9 +12,9 @@ from dataflex.config.collect import UNKNOWN_KEY, dotted, field_hints, key_of
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.methods import method_class, takes_targets
 from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.core.parts import Part
-from dataflex.core.registry import KINDS, names
 from dataflex.errors import ConfigError
+from dataflex.parts import Part
+from dataflex.registry import KINDS, names
 
 __all__ = ["ALSO_UPSTREAM", "LF_KEYS", "misplaced_keys", "with_places"]
 

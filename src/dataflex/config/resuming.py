@@ -15,7 +15,7 @@ from dataflex.config.data import data_sets
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import plain
 from dataflex.config.values import truthy
-from dataflex.core.redact import redacted
+from dataflex.printable import redacted
 
 __all__ = ["METHODS", "ON_RESUME", "Change", "Kind", "settings_of"]
 

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from dataflex.config.idle import idle_keys
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.protocols import Mixer, Selector
-from dataflex.core.registry import KINDS
+from dataflex.method import Mixer, Selector
 from dataflex.mixers.floors import Floors
 from dataflex.mixers.proportions import Written, check_numbers
+from dataflex.registry import KINDS
 
 __all__ = ["rule_problems"]
 
@@ -169,8 +169,8 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
     assert issubclass(mixer, Mixer)
     weighter = dynamic.weighter
     if weighter is not None and not getattr(weighter.cls, "neutral", False) and mixer.weighs_loss:
-        if mixer(dynamic.mixer.params).loss_normaliser == "domain":
-            way = "set its 'normaliser: token', or use" if hasattr(dynamic.mixer.params, "normaliser") else "use"
+        if mixer(dynamic.mixer.params).loss_normalizer == "domain":
+            way = "set its 'normalizer: token', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
             yield (
                 f"dynamic.weighter: the {dynamic.mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
                 f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"

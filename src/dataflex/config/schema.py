@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dataflex.core.protocols import STAGES, Method, Needs, Params
-from dataflex.core.registry import find_variant
+from dataflex.method import STAGES, Method, Needs, Params
+from dataflex.registry import find_variant
 
 __all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
 

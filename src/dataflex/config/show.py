@@ -10,8 +10,8 @@ from typing import Any
 from dataflex.config.build import block_keys
 from dataflex.config.collect import key_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.parts import Part
-from dataflex.core.registry import KINDS
+from dataflex.parts import Part
+from dataflex.registry import KINDS
 
 __all__ = ["as_mapping", "as_yaml", "plain"]
 

@@ -14,8 +14,8 @@ from dataflex.config.legacy import translate
 from dataflex.config.notes import notes
 from dataflex.config.places import misplaced_keys
 from dataflex.config.schema import DynamicConfig
-from dataflex.core.registry import KINDS
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.registry import KINDS
 
 __all__ = ["Split", "resolve", "split"]
 

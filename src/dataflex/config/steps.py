@@ -10,7 +10,7 @@ from typing import Any
 
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import env_enabled, number, truthy
-from dataflex.core.schedule import Schedule
+from dataflex.plan.schedule import Schedule
 
 __all__ = ["Batch", "batch_of", "schedule_of", "total_steps"]
 

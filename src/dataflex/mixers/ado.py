@@ -13,13 +13,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Params as BaseParams
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
 from dataflex.mixers.sizes import sizes
+from dataflex.plan.domains import DomainStats
 
 __all__ = ["Ado", "preference"]
 
@@ -30,7 +30,7 @@ def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, f
     """Return slope x prior x credit^exponent divided by its sum, each at least ``floor``, divided again [K]."""
     score = slopes * prior * credit**exponent
     share = score / score.sum() if score.sum() > 0 else prior
-    return normalised(np.maximum(share, floor))
+    return normalized(np.maximum(share, floor))
 
 
 class Ado(Mixer):
@@ -101,12 +101,12 @@ class Ado(Mixer):
         """Return the proportions after the last step; those by size until laws are fitted."""
         if not self.names:
             self.names = ctx.domains.names
-            self.prior = normalised(sizes(ctx, self.name))
+            self.prior = normalized(sizes(ctx, self.name))
             self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
             self.last = np.full(len(self.names), np.nan)
         same_domains(self.name, self.names, ctx.domains.names)
         told = "laws fitted" if self.laws else "by size, no laws yet"
-        return Mix(proportions=normalised(self.served), reason=f"{told}: {shares(self.names, self.served)}")
+        return Mix(proportions=normalized(self.served), reason=f"{told}: {shares(self.names, self.served)}")
 
     def observe(self, stats: DomainStats) -> None:
         """Note the losses, fit when it is time, and move the proportions.
@@ -129,7 +129,7 @@ class Ado(Mixer):
         n = self.samples[-1]
         slopes = np.array([law.slope(n) for law in self.laws])
         wanted = preference(slopes, self.prior, self.credit, self.params.credit_exponent, self.params.floor)
-        self.served = normalised(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
+        self.served = normalized(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
         self.average = (1.0 - 1.0 / step) * self.average + wanted / step
 
     def _fit(self) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context
 from dataflex.errors import DataError
+from dataflex.method import Context
 from dataflex.signals.specs import GradientSpec
 
 __all__ = ["DomainGradients", "domain_gradients"]
@@ -62,7 +62,7 @@ def domain_gradients(
     spec = GradientSpec(
         precondition="none",
         include_momentum=False,
-        normalise=False,
+        normalize=False,
         parameters=parameters,
         last_blocks=last_blocks,
     )

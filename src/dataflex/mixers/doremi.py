@@ -5,7 +5,7 @@ arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal one
 step, with e = loss - reference loss per token,
 
     s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
-    alpha_d is multiplied by exp(eta s_d), normalised, and smoothed: (1 - c) alpha + c / K
+    alpha_d is multiplied by exp(eta s_d), normalized, and smoothed: (1 - c) alpha + c / K
 
 and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
 which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
@@ -32,15 +32,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.protocols import Card, DomainNormaliser, Needs, State
-from dataflex.core.reference import ReferenceParams
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.method import Card, DomainNormalizer, Needs, ReferenceParams, State
 from dataflex.mixers import simplex
 from dataflex.mixers.collapse import collapsed
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.proportions import check_numbers
 from dataflex.mixers.trajectory import Trajectory
+from dataflex.plan.domains import DomainStats
 from dataflex.signals.causal import base_model
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class DoReMi(LossWeightMixer):
         variant: Literal["repo", "paper", "levanter"] = field(
             default="repo", metadata={"help": "the authors' code, the paper's text, or Levanter's implementation"}
         )
-        normaliser: Literal["token", "domain"] | None = field(
+        normalizer: Literal["token", "domain"] | None = field(
             default=None,
             metadata={"help": "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"},
         )
@@ -129,13 +128,13 @@ class DoReMi(LossWeightMixer):
         return self.params.reference
 
     @property
-    def loss_normaliser(self) -> DomainNormaliser:
+    def loss_normalizer(self) -> DomainNormalizer:
         """``token`` for the authors' code, ``domain`` for the others, unless chosen."""
-        return self.params.normaliser or ("token" if self.params.variant == "repo" else "domain")
+        return self.params.normalizer or ("token" if self.params.variant == "repo" else "domain")
 
     def loss_weights(self) -> Floats:
         """Return the weights [K] of the next step: alpha, divided by the sampling under ``token``."""
-        return corrected(self.alpha, self.sampling) if self.loss_normaliser == "token" else self.alpha
+        return corrected(self.alpha, self.sampling) if self.loss_normalizer == "token" else self.alpha
 
     def _first(self) -> Floats:
         return self.sampling.copy() if self.params.variant == "repo" else super()._first()

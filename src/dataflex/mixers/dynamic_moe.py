@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Needs
 from dataflex.errors import DataError
+from dataflex.method import Card, Context, Needs
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets

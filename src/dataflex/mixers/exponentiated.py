@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context, Mix, Mixer, State
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Context, Mix, Mixer, State
+from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
-from dataflex.mixers.proportions import Written, by_domain, check_numbers, normalised, shares
+from dataflex.mixers.proportions import Written, by_domain, check_numbers, normalized, shares
 from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
 
@@ -60,7 +60,7 @@ class ExponentiatedMixer(Mixer):
         if ctx.interval.kind != "warmup":
             self.log_shares, told = self._moved(ctx)
             self.updates += 1
-        proportions = normalised(simplex.weights(self.log_shares))
+        proportions = normalized(simplex.weights(self.log_shares))
         reason = shares(self.names, proportions)
         return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
 
@@ -78,7 +78,7 @@ class ExponentiatedMixer(Mixer):
 
     def _initial(self, ctx: Context, written: Written | str) -> Floats:
         if written == "size":
-            return normalised(sizes(ctx, self.name))
+            return normalized(sizes(ctx, self.name))
         if written == "uniform":
             return np.full(len(ctx.domains.names), 1.0 / len(ctx.domains.names))
         assert not isinstance(written, str)

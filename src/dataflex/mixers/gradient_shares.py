@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Mix, Needs, State
+from dataflex.method import Card, Context, Mix, Needs, State
 from dataflex.mixers import simplex
 from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require
 
 __all__ = ["Dga", "Doge", "Pike", "doge_scores", "pike_scores"]
@@ -125,7 +125,7 @@ class Doge(_GradientMixer):
         mix = super().mix(ctx)
         if not self.params.average or self.mean.count == 0:
             return mix
-        proportions = normalised(self.mean.value)
+        proportions = normalized(self.mean.value)
         return Mix(proportions=proportions, reason=f"mean of {self.mean.count}: {shares(self.names, proportions)}")
 
     def state_dict(self) -> State:
@@ -170,7 +170,7 @@ class Dga(_GradientMixer):
         self.served: Floats = np.zeros(0)
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(eta <g_d, g_target>), normalised; several targets count alike."""
+        """Return w exp(eta <g_d, g_target>), normalized; several targets count alike."""
         scores = self._gradients(ctx).targets.mean(axis=1)
         return simplex.exponentiated(self.log_shares, scores, eta=self.params.eta), ""
 
@@ -181,7 +181,7 @@ class Dga(_GradientMixer):
         self.served = before
         if ctx.interval.kind != "warmup":
             self.served = self.params.memory * before + (1.0 - self.params.memory) * mix.proportions
-        proportions = normalised(self.served)
+        proportions = normalized(self.served)
         return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
 
     def state_dict(self) -> State:
@@ -224,7 +224,7 @@ class Pike(_GradientMixer):
     params: Params
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalised; b is the batch of an optimizer step."""
+        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalized; b is the batch of an optimizer step."""
         found = self._gradients(ctx)
         batch = ctx.global_batch
         scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)

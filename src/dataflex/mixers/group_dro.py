@@ -1,8 +1,8 @@
 """Group DRO: weigh the domains in the loss towards those of the largest loss.
 
 Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
-algorithm 1 with the generalisation adjustment of section 3.3. Losses are mean token losses. Without a
-reference the weights follow the domain of the highest entropy, so regularise, or use ``doremi``.
+algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses. Without a
+reference the weights follow the domain of the highest entropy, so regularize, or use ``doremi``.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.protocols import Card, DomainNormaliser, Needs
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, DomainNormalizer, Needs
+from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.proportions import check_numbers
+from dataflex.plan.domains import DomainStats
 
 __all__ = ["GroupDro"]
 
 
 class GroupDro(LossWeightMixer):
-    """Minimise the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step."""
+    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step."""
 
     name = "group_dro"
     needs = Needs(domains=2, stages=("pt", "sft"))
@@ -57,7 +57,7 @@ class GroupDro(LossWeightMixer):
     params: Params
 
     @property
-    def loss_normaliser(self) -> DomainNormaliser:
+    def loss_normalizer(self) -> DomainNormalizer:
         """The loss is the sum over domains of q_g times the domain's mean loss."""
         return "domain"
 

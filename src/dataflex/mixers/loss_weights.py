@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.protocols import Context, Mix, Mixer, State
+from dataflex.method import Context, Mix, Mixer, State
 from dataflex.mixers import simplex
-from dataflex.mixers.proportions import Written, by_domain, normalised, shares
+from dataflex.mixers.proportions import Written, by_domain, normalized, shares
 from dataflex.mixers.saved import require, same_domains
+from dataflex.plan.domains import DomainStats
 
 __all__ = ["LossWeightMixer"]
 
@@ -93,7 +93,7 @@ class LossWeightMixer(Mixer):
         if written is None:
             sampling = np.full(len(names), 1.0 / len(names))
         else:
-            sampling = normalised(by_domain(written, names, "dynamic.mixer.sampling"))
+            sampling = normalized(by_domain(written, names, "dynamic.mixer.sampling"))
         self.names, self.sampling = tuple(names), sampling
         self.log_alpha = simplex.logs(self._first())
         self._start()

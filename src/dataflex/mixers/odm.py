@@ -16,13 +16,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ConfigError
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Params as BaseParams
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
+from dataflex.plan.domains import DomainStats
 
 __all__ = ["Odm", "exploration", "policy"]
 
@@ -48,7 +48,7 @@ def policy(reward_K: NDArray[np.float64], before: float, now: float, linear: boo
     else:
         share = np.exp(before * (reward_K - reward_K.max()))
         share /= share.sum()
-    return normalised((1.0 - len(reward_K) * now) * share + now)
+    return normalized((1.0 - len(reward_K) * now) * share + now)
 
 
 class Odm(Mixer):
@@ -117,7 +117,7 @@ class Odm(Mixer):
         same_domains(self.name, self._names, names)
         self._warming = ctx.interval.kind == "warmup"
         if self._warming or (self._iterations and not self._reward.any()):
-            proportions = normalised(sizes(ctx, self.name))
+            proportions = normalized(sizes(ctx, self.name))
             return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
         first = self.params.variant == "exp3" and self._updates == 1  # the authors' epsilon was still 1 / K
         before, now = self._epsilon(0 if first else self._turn - 1), self._epsilon(self._turn)

@@ -18,7 +18,7 @@ __all__ = [
     "Written",
     "by_domain",
     "check_numbers",
-    "normalised",
+    "normalized",
     "numbers_by_domain",
     "refuse_strangers",
     "shares",
@@ -52,7 +52,7 @@ def by_domain(value: Written, names: Sequence[str], key: str) -> NDArray[np.floa
     Raises:
         ConfigError: Wrong length, or names that are not exactly those of the domains.
     """
-    return normalised(numbers_by_domain(value, names, key, zero=", 0 means never"))
+    return normalized(numbers_by_domain(value, names, key, zero=", 0 means never"))
 
 
 def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: str = "") -> NDArray[np.float64]:
@@ -100,7 +100,7 @@ def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, al
         raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
 
 
-def normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def normalized(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return ``weights`` >= 0 divided by their sum, which must be above 0; as given if that is 1 up to rounding."""
     with np.errstate(over="ignore"):
         total = weights.sum()

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Params as BaseParams
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["RandomShares"]
@@ -46,8 +46,8 @@ class RandomShares(Mixer):
         names = ctx.domains.names
         centre = np.full(len(names), 1.0 / len(names))
         if self.params.around == "size":
-            centre = normalised(sizes(ctx, self.name))
+            centre = normalized(sizes(ctx, self.name))
         alpha = np.maximum(len(names) * self.params.concentration * centre, 1e-12)
         drawn = ctx.rng("random mixer").gamma(alpha)
-        proportions = normalised(drawn) if drawn.any() else centre
+        proportions = normalized(drawn) if drawn.any() else centre
         return Mix(proportions=proportions, reason=shares(names, proportions))

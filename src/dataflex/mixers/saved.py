@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataflex.core.protocols import State
 from dataflex.errors import CheckpointError
+from dataflex.method import State
 
 __all__ = ["require", "same_domains"]
 

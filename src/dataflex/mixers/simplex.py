@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RunningMean", "exponentiated", "logs", "normalised_logs", "smoothed", "weights"]
+__all__ = ["RunningMean", "exponentiated", "logs", "normalized_logs", "smoothed", "weights"]
 
 Floats = NDArray[np.float64]
 
@@ -20,7 +20,7 @@ def logs(proportions: Floats) -> Floats:
         return np.log(np.asarray(proportions, dtype=np.float64))
 
 
-def normalised_logs(log_weights: Floats) -> Floats:
+def normalized_logs(log_weights: Floats) -> Floats:
     """Return ``log_weights`` [K] less their log-sum-exp; at least one must be finite."""
     top = log_weights.max()
     assert np.isfinite(top), "no domain is in the simplex"
@@ -52,7 +52,7 @@ def smoothed(values: Floats, smoothing: float, prior: Floats | None = None) -> F
 def exponentiated(
     log_weights: Floats, scores: Floats, *, eta: float, smoothing: float = 0.0, prior: Floats | None = None
 ) -> Floats:
-    """Return the logarithms of the next weights: p exp(eta s), normalised, then smoothed.
+    """Return the logarithms of the next weights: p exp(eta s), normalized, then smoothed.
 
     Args:
         log_weights: Logarithms of the weights p [K].
@@ -63,7 +63,7 @@ def exponentiated(
     """
     inside = np.isfinite(log_weights)
     moved = np.where(inside, log_weights + eta * np.where(inside, scores, 0.0), -np.inf)
-    moved = normalised_logs(moved)
+    moved = normalized_logs(moved)
     if smoothing == 0.0:
         return moved
     if prior is None:

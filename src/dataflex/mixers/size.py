@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["Size"]
@@ -17,5 +17,5 @@ class Size(Mixer):
 
     def mix(self, ctx: Context) -> Mix:
         """Return size_d / sum of sizes, in tokens, sequences or documents as ``ctx.unit`` says."""
-        proportions = normalised(sizes(ctx, self.name))
+        proportions = normalized(sizes(ctx, self.name))
         return Mix(proportions=proportions, reason=f"by {ctx.unit}: {shares(ctx.domains.names, proportions)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context
 from dataflex.errors import DataError
+from dataflex.method import Context
 
 __all__ = ["sizes"]
 

@@ -12,12 +12,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer, Needs, State
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ConfigError
+from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
@@ -96,7 +96,7 @@ class SkillIt(_SkillMixer):
             self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
             benefit = graph @ np.sum(self.losses, axis=0)
             told = f"losses of {len(self.losses)} decisions"
-        proportions = normalised(simplex.weights(self.params.eta * benefit))
+        proportions = normalized(simplex.weights(self.params.eta * benefit))
         return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
 
     def state_dict(self) -> State:
@@ -188,7 +188,7 @@ class Aioli(_SkillMixer):
         if not self.log_shares.size:
             self.log_shares = np.full(num_domains, -np.log(num_domains))
         if ctx.interval.kind == "warmup":
-            proportions = normalised(simplex.weights(self.log_shares))
+            proportions = normalized(simplex.weights(self.log_shares))
             return Mix(proportions=proportions, reason=f"warm-up: {shares(self.names, proportions)}")
         probes = num_domains * self.params.sweeps
         turn = self.turn % (probes + self.params.hold)
@@ -204,11 +204,11 @@ class Aioli(_SkillMixer):
             self.before = losses
         if turn < probes:
             probed = int(self.order[turn])
-            return Mix(proportions=normalised(mixes[probed]), reason=f"probe of {self.names[probed]}")
+            return Mix(proportions=normalized(mixes[probed]), reason=f"probe of {self.names[probed]}")
         if turn == probes:
             self._learn(mixes[self.order], np.stack(self.drops))
             self.drops = []
-        proportions = normalised(simplex.weights(self.log_shares))
+        proportions = normalized(simplex.weights(self.log_shares))
         return Mix(proportions=proportions, reason=shares(self.names, proportions))
 
     def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import by_domain, check_numbers, shares
 
 __all__ = ["Stage", "Staged", "blended"]

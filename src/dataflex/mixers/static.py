@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer, State
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, Context, Mix, Mixer, State
+from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import by_domain, check_numbers, shares
 
 __all__ = ["Static"]

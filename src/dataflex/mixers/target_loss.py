@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Needs, State
+from dataflex.method import Card, Context, Needs, State
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets, held_out_losses
@@ -100,7 +100,7 @@ class Velocity(ExponentiatedMixer):
         """Held-out losses at the first decision [K]."""
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return p exp(V), normalised; the first losses are those of the first decision after warm-up."""
+        """Return p exp(V), normalized; the first losses are those of the first decision after warm-up."""
         check_targets(ctx, self.name)
         losses = held_out_losses(ctx)
         if not self.first.size:

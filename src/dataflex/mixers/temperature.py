@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Params as BaseParams
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["Temperature", "tempered"]
@@ -19,7 +19,7 @@ def tempered(sizes_K: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
     """Return proportions [K] ~ size ** (1 / tau); empty domains get 0, an infinite tau equal shares."""
     filled = sizes_K > 0
     log_sizes = np.log(sizes_K, where=filled, out=np.zeros_like(sizes_K)) / tau
-    return normalised(np.where(filled, np.exp(log_sizes - log_sizes[filled].max()), 0.0))
+    return normalized(np.where(filled, np.exp(log_sizes - log_sizes[filled].max()), 0.0))
 
 
 class Temperature(Mixer):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import State
+from dataflex.method import State
 
 __all__ = ["Trajectory"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
+from dataflex.method import Card, Context, Mix, Mixer
 
 __all__ = ["Uniform"]
 

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Mix, Mixer
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import DataError
-from dataflex.mixers.proportions import normalised, shares
+from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Params as BaseParams
+from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
 
 __all__ = ["UniMax", "allocate"]
@@ -76,7 +76,7 @@ class UniMax(Mixer):
         rows = float(ctx.domains.num_rows.sum())
         budget = ctx.total_sequences * (1.0 if ctx.unit == "sequences" else float(sizes_K.sum()) / rows)
         most = self.params.max_epochs * float(sizes_K.sum())
-        proportions = normalised(allocate(sizes_K, budget, self.params.max_epochs))
+        proportions = normalized(allocate(sizes_K, budget, self.params.max_epochs))
         reason = f"budget {budget:,.0f} {ctx.unit}: {shares(ctx.domains.names, proportions)}"
         if budget > most * (1 + 1e-9):
             told = (

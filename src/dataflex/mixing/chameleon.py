@@ -8,14 +8,18 @@ they do not (high score) is unique: fine-tuning weighs it up.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
+from dataflex.errors import DataError, did_you_mean
+from dataflex.rng import stream
 
-__all__ = ["PURPOSES", "Purpose", "gram", "leverage", "weights"]
+__all__ = ["PURPOSES", "Purpose", "gram", "leverage", "read_texts", "sample", "weights"]
 
 Floats = NDArray[np.float64]
 Purpose = Literal["pretraining", "finetuning"]
@@ -33,7 +37,7 @@ def gram(means_KE: Floats) -> Floats:
 
 
 def leverage(gram_KK: Floats, ridge: float = _RIDGE) -> Floats:
-    """Return S = diag(G (G + ridge K I)^-1), normalised to sum 1 [K].
+    """Return S = diag(G (G + ridge K I)^-1), normalized to sum 1 [K].
 
     Args:
         gram_KK: Kernel of the domains [K, K], symmetric and positive semi-definite.
@@ -71,3 +75,55 @@ def weights(scores_K: Floats, purpose: Purpose, names: tuple[str, ...] = ()) -> 
         logits = (1.0 / scores_K) / 5.0
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
+
+
+def read_texts(path: Path, columns: Sequence[str]) -> list[str]:
+    """Return the non-empty texts of a .jsonl, .json or .txt file.
+
+    Args:
+        path: The file.
+        columns: Keys of each JSON object whose texts are joined by line breaks; unused for .txt.
+
+    Raises:
+        DataError: The file cannot be read, a row lacks a column, or no text is there.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if path.suffix == ".txt":
+        texts = content.splitlines()
+    elif path.suffix in (".jsonl", ".json"):
+        texts = [_text(row, columns, f"{path}, row {number}") for number, row in enumerate(_rows(content, path), 1)]
+    else:
+        raise DataError(f"{path}: must end in .jsonl, .json or .txt")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{path}: holds no text")
+    return texts
+
+
+def _rows(content: str, path: Path) -> Iterator[Any]:
+    try:
+        if content.lstrip().startswith("["):
+            yield from json.loads(content)
+        else:
+            yield from (json.loads(line) for line in content.split("\n") if line.strip())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: malformed JSON: {error}") from error
+
+
+def _text(row: Any, columns: Sequence[str], where: str) -> str:
+    known = list(row) if isinstance(row, dict) else []
+    for column in columns:
+        if column not in known or not isinstance(row[column], str):
+            raise DataError(f"{where}: no text under {column!r}{did_you_mean(column, known)}; see --column")
+    return "\n".join(row[column] for column in columns if row[column])
+
+
+def sample(texts: Sequence[str], most: int, seed: int, name: str) -> list[str]:
+    """Return at most ``most`` texts, drawn without replacement, in their order."""
+    if len(texts) <= most:
+        return list(texts)
+    chosen = stream(seed, f"mixing.texts.{name}").choice(len(texts), size=most, replace=False)
+    return [texts[place] for place in sorted(chosen.tolist())]

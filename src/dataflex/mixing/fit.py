@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,27 +11,232 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.redact import redacted
-from dataflex.errors import DataError
-from dataflex.mixing.boosted import fit_trees, load_trees
-from dataflex.mixing.laws import LAWS, RESTARTS, fit_law, predict
+from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.tables import Table
-from dataflex.mixing.validate import Predictor, folds_of, out_of_fold, spearman
+from dataflex.printable import redacted
+from dataflex.rng import stream
 
 __all__ = [
     "FIT",
+    "LAWS",
+    "LEAST_TREE_RUNS",
     "METHODS",
+    "RESTARTS",
     "Fit",
+    "Law",
     "Method",
     "Quality",
+    "fit_law",
     "fit_losses",
+    "fit_trees",
+    "folds_of",
+    "huber",
+    "lightgbm",
+    "load_trees",
+    "out_of_fold",
+    "predict",
     "quality_notes",
     "read_fit",
+    "spearman",
     "warnings_of",
     "write_fit",
 ]
 
 Floats = NDArray[np.float64]
+Law = Literal["log_linear", "mixing_law"]
+
+LAWS: tuple[Law, ...] = ("log_linear", "mixing_law")
+RESTARTS = 30
+
+_DELTA = 0.02
+_OFFSETS = np.linspace(-2.0, 1.5, 10)
+_SEARCH = {"maxiter": 300, "maxfun": 600, "ftol": 1e-9, "gtol": 1e-6}
+_POLISH = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-10}  # of the best start only
+_MOST_EXPONENT = 30.0
+
+
+def predict(theta: Floats, mixtures_RK: Floats) -> Floats:
+    """Return the losses [R] of a law.
+
+    Args:
+        theta: c, b, A_1 .. A_K [K + 2].
+        mixtures_RK: Mixtures [R, K].
+    """
+    exponents = theta[1] + np.asarray(mixtures_RK, dtype=np.float64) @ theta[2:]
+    return np.exp(theta[0]) + np.exp(np.minimum(exponents, _MOST_EXPONENT))  # bounded as in the fit
+
+
+def huber(residuals: Floats, delta: float = _DELTA) -> Floats:
+    """Return r^2 / 2 up to ``delta``, and delta (|r| - delta / 2) beyond, elementwise."""
+    size = np.abs(residuals)
+    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
+
+
+def fit_law(law: Law, mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0, restarts: int = RESTARTS) -> Floats:
+    """Fit the law of one task.
+
+    Args:
+        law: Which one; ``log_linear`` keeps b at 0.
+        mixtures_RK: Mixtures of the runs [R, K].
+        losses_R: Held-out losses of the runs [R], finite.
+        seed: Seed of the random starts.
+        restarts: Random starts per value of c.
+
+    Returns:
+        float64 [K + 2]: c, b, A_1 .. A_K. Depends on the arguments only.
+
+    Raises:
+        DataError: No start led to a finite law.
+    """
+    from scipy.optimize import minimize
+
+    design = np.concatenate([np.ones((len(mixtures_RK), 1)), mixtures_RK], axis=1)  # of b and A
+    free = np.ones(design.shape[1] + 1, dtype=bool)
+    free[1] = law == "mixing_law"
+    rng = stream(seed, f"mixing.fit.{law}")
+    taken = design[:, free[1:]]
+
+    def descend(start: Floats, options: dict[str, float]) -> Any:
+        return minimize(_objective, start, args=(taken, losses_R), jac=True, method="L-BFGS-B", options=options)
+
+    best, best_value = None, np.inf
+    for offset in _OFFSETS:
+        for slopes in rng.standard_normal((restarts, design.shape[1])):
+            start = np.concatenate([[offset], slopes])
+            start[~free] = 0.0
+            found = descend(start[free], _SEARCH)
+            if np.isfinite(found.fun) and np.isfinite(found.x).all() and found.fun < best_value:
+                best, best_value = found.x, found.fun
+    if best is None:
+        raise DataError("the law could not be fitted: no start led to finite numbers; are the losses in nats?")
+    theta = np.zeros(len(free))
+    theta[free] = descend(best, _POLISH).x
+    return theta
+
+
+def _objective(free_theta: Floats, design: Floats, losses_R: Floats) -> tuple[float, Floats]:
+    """Return the mean Huber loss in units of delta^2, and its gradient; exponents are bounded."""
+    floor_exponent = min(free_theta[0], _MOST_EXPONENT)
+    exponents = design @ free_theta[1:]
+    inside = exponents < _MOST_EXPONENT
+    floor, rest = np.exp(floor_exponent), np.exp(np.minimum(exponents, _MOST_EXPONENT))
+    residuals = floor + rest - losses_R
+    slopes = np.clip(residuals, -_DELTA, _DELTA) / (len(losses_R) * _DELTA**2)
+    gradient = np.empty_like(free_theta)
+    gradient[0] = slopes.sum() * floor * (free_theta[0] < _MOST_EXPONENT)
+    gradient[1:] = (slopes * rest * inside) @ design
+    return float(huber(residuals).mean() / _DELTA**2), gradient
+
+
+Predictor = Callable[[Floats], Floats]
+
+
+def spearman(first_R: Floats, second_R: Floats) -> float:
+    """Return Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
+    from scipy.stats import rankdata
+
+    a, b = rankdata(first_R), rankdata(second_R)
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale > 0 else float("nan")
+
+
+def folds_of(num_runs: int, num_folds: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return disjoint sets of runs that make up all of them, of sizes that differ by at most one."""
+    order = stream(seed, "mixing.folds").permutation(num_runs)
+    return [np.sort(part) for part in np.array_split(order, min(num_folds, num_runs))]
+
+
+def out_of_fold(
+    fit: Callable[[Floats, Floats], Predictor], mixtures_RK: Floats, losses_R: Floats, folds: list[NDArray[np.int64]]
+) -> Floats:
+    """Return the loss of each run [R] as predicted by a fit to the other folds.
+
+    Args:
+        fit: Takes mixtures and losses of the runs to fit, gives a predictor.
+        mixtures_RK: Mixtures of all runs [R, K].
+        losses_R: Their losses [R].
+        folds: Run numbers of each fold.
+    """
+    predicted = np.empty(len(losses_R))
+    for held in folds:
+        rest = np.setdiff1d(np.arange(len(losses_R)), held)
+        predicted[held] = fit(mixtures_RK[rest], losses_R[rest])(mixtures_RK[held])
+    return predicted
+
+
+LEAST_TREE_RUNS = 50
+"""A leaf holds at least 20 runs, and four fifths of the runs must be able to fill two of them."""
+
+_ROUNDS = 1000
+_PATIENCE = 3
+_FOLDS = 5
+
+
+def lightgbm() -> Any:
+    """Return the package.
+
+    Raises:
+        ConfigError: It is not installed, with how to install it.
+    """
+    try:
+        import lightgbm as package
+    except ImportError as error:
+        raise ConfigError(
+            f"--method lightgbm: the package cannot be imported ({error}); pip install 'dataflex[lightgbm]'"
+        ) from error
+    return package
+
+
+def fit_trees(mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0) -> Any:
+    """Fit the trees of one task and return LightGBM's booster; ``predict`` takes mixtures [R, K].
+
+    Args:
+        mixtures_RK: Mixtures of the runs [R, K].
+        losses_R: Held-out losses of the runs [R], finite.
+        seed: Seed of folds and trees.
+
+    Raises:
+        ConfigError: LightGBM is missing.
+        DataError: Fewer than ``LEAST_TREE_RUNS`` runs.
+    """
+    package = lightgbm()
+    if len(mixtures_RK) < LEAST_TREE_RUNS:
+        raise DataError(
+            f"--method lightgbm: {len(mixtures_RK)} runs are too few for trees with 20 runs in a leaf, which need at "
+            f"least {LEAST_TREE_RUNS} (and want some hundreds); use --method log_linear"
+        )
+    settings = {
+        "objective": "regression",
+        "boosting": "gbdt",
+        "metric": "l2",
+        "learning_rate": 0.01,
+        "seed": seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "num_threads": 1,
+        "verbosity": -1,
+    }
+    data = package.Dataset(np.asarray(mixtures_RK), label=np.asarray(losses_R), free_raw_data=False)
+    errors = package.cv(
+        settings,
+        data,
+        num_boost_round=_ROUNDS,
+        nfold=_FOLDS,
+        stratified=False,
+        seed=seed,
+        callbacks=[package.early_stopping(_PATIENCE, verbose=False)],
+    )
+    rounds = len(errors["valid l2-mean"])
+    whole = package.Dataset(np.asarray(mixtures_RK), label=np.asarray(losses_R))
+    return package.train(settings, whole, num_boost_round=rounds)
+
+
+def load_trees(text: str) -> Any:
+    """Return the booster that ``model_to_string`` wrote."""
+    return lightgbm().Booster(model_str=text)
+
+
 Method = Literal["log_linear", "mixing_law", "lightgbm"]
 
 FIT = "fit.json"

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dataflex.core.redact import redacted
 from dataflex.errors import ConfigError
+from dataflex.printable import redacted
 
 __all__ = ["ProportionsFile", "digest_of", "file_digest", "provenance", "read_proportions", "write_proportions"]
 

@@ -8,21 +8,202 @@ arXiv 2407.01492).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.rng import stream
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.mixing.convex import minimise
 from dataflex.mixing.fit import Fit
-from dataflex.mixing.simplex import check_caps
 from dataflex.mixing.swarm import dirichlet, prior_of
+from dataflex.rng import stream
 
-__all__ = ["KL", "propose", "search"]
+__all__ = [
+    "KL",
+    "Solution",
+    "caps_of_epochs",
+    "check_caps",
+    "kl_projection",
+    "linear_minimum",
+    "minimize",
+    "propose",
+    "search",
+]
 
 Floats = NDArray[np.float64]
+
+
+def caps_of_epochs(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
+    """Return the largest share of each domain [K], so that none is seen more than ``max_epochs`` times.
+
+    Olmix: p_j <= k N_j / R.
+
+    Args:
+        sizes_K: What there is of each domain [K].
+        budget: What the large run will use, in the same unit.
+        max_epochs: Most epochs over any domain.
+    """
+    return np.minimum(max_epochs * np.asarray(sizes_K, dtype=np.float64) / budget, 1.0)
+
+
+def check_caps(caps_K: Floats, names: Sequence[str]) -> None:
+    """Raise unless some mixture keeps to the caps.
+
+    Raises:
+        ConfigError: They sum to less than 1, with the largest ones.
+    """
+    total = float(caps_K.sum())
+    if total < 1 - 1e-12:
+        order = np.argsort(-caps_K, kind="stable")[:4]
+        largest = ", ".join(f"{names[k]} {caps_K[k]:.3g}" for k in order)
+        raise ConfigError(
+            f"caps: cannot be met: the largest shares that they allow sum to {total:.4g}, less than 1 ({largest}); "
+            "raise --max-epochs or --cap, or lower --budget"
+        )
+
+
+def kl_projection(q_K: Floats, caps_K: Floats) -> Floats:
+    """Return argmin_p KL(p || q) over the simplex with p <= caps: p = min(caps, s q) with the s that sums to 1.
+
+    Args:
+        q_K: Weights >= 0 [K], any scale; the caps of those above 0 must sum to at least 1.
+        caps_K: Upper bounds [K].
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(q_K > 0, caps_K / q_K, np.inf)
+    order = np.argsort(ratio, kind="stable")  # the scale at which each one reaches its cap
+    caps, q = caps_K[order], q_K[order]
+    capped = np.concatenate([[0.0], np.cumsum(caps)[:-1]])
+    free = np.cumsum(q[::-1])[::-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = (1.0 - capped) / free  # with the first n capped, the others at scale x q
+    fits = (scales <= ratio[order]) & (free > 0)
+    if not fits.any():  # the caps sum to 1 up to rounding
+        p = np.where(q_K > 0, caps_K, 0.0)
+    else:
+        p = np.minimum(caps_K, scales[np.argmax(fits)] * q_K)
+    return p / p.sum()
+
+
+def linear_minimum(gradient_K: Floats, caps_K: Floats) -> Floats:
+    """Return argmin_p <gradient, p> over the simplex with p <= caps: the cheapest domains, filled to their caps."""
+    p = np.zeros_like(caps_K)
+    left = 1.0
+    for k in np.argsort(gradient_K, kind="stable"):
+        p[k] = min(caps_K[k], left)
+        left -= p[k]
+        if left <= 0:
+            break
+    return p
+
+
+_BARRIERS = np.geomspace(1.0, 1e-11, 23)
+_MOST_NEWTON = 60
+_NEVER = 1e-9  # shares below it become 0: the barrier keeps every share above it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What ``minimize`` found.
+
+    Attributes:
+        proportions: float64 [K] on the simplex, within the caps.
+        value: The objective there.
+        gap: Most by which the value exceeds the best one.
+        steps: Newton steps taken.
+    """
+
+    proportions: Floats
+    value: float
+    gap: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objective:
+    """mean_i exp(A_i . p) + kl x KL(p || natural) over the domains that may be used."""
+
+    slopes_TK: Floats
+    natural_K: Floats
+    kl: float
+
+    def value(self, p_K: Floats) -> float:
+        value = float(np.exp(self.slopes_TK @ p_K).mean())
+        if self.kl > 0:
+            used = p_K > 0
+            value += self.kl * float(p_K[used] @ np.log(p_K[used] / self.natural_K[used]))
+        return value
+
+    def gradient(self, p_K: Floats) -> Floats:
+        gradient: Floats = np.exp(self.slopes_TK @ p_K) @ self.slopes_TK / len(self.slopes_TK)
+        if self.kl > 0:  # at 0 the slope of the divergence is -infinity; a huge number does
+            gradient = gradient + self.kl * (np.log(np.maximum(p_K, 1e-300) / self.natural_K) + 1.0)
+        return gradient
+
+    def hessian(self, p_K: Floats) -> Floats:
+        weights_T = np.exp(self.slopes_TK @ p_K) / len(self.slopes_TK)
+        hessian: Floats = (self.slopes_TK * weights_T[:, None]).T @ self.slopes_TK
+        return hessian + np.diag(self.kl / p_K)
+
+
+def minimize(slopes_TK: Floats, natural_K: Floats, *, kl: float, caps_K: Floats | None = None) -> Solution:
+    """Minimize mean_i exp(A_i . p) + kl x KL(p || natural).
+
+    Args:
+        slopes_TK: A, one row per task [T, K]; an offset of a task may be added to its whole row.
+        natural_K: p0 [K], sum 1; a domain with 0 keeps 0 when ``kl`` is above 0.
+        kl: Weight of the divergence, >= 0.
+        caps_K: Upper bounds [K], summing to at least 1 over the domains that may be used.
+    """
+    caps = np.ones_like(natural_K) if caps_K is None else np.minimum(caps_K, 1.0)
+    usable = caps > 0 if kl == 0 else (caps > 0) & (natural_K > 0)
+    bounds = caps[usable]
+    goal = _Objective(slopes_TK=slopes_TK[:, usable], natural_K=natural_K[usable], kl=kl)
+    p, steps = bounds / bounds.sum(), 0
+    if bounds.sum() > 1 + 1e-9 and len(p) > 1:  # else the caps leave one mixture only
+        # A cap of 1 binds only where all others are 0, which their own bound already says.
+        p, steps = _along_the_barrier(goal, p, np.where(bounds < 1.0, bounds, np.inf))
+        p = kl_projection(np.where(p < _NEVER, 0.0, p) if kl == 0 else p, bounds)
+    gradient = goal.gradient(p)
+    gap = float(gradient @ (p - linear_minimum(gradient, bounds)))
+    proportions = np.zeros_like(natural_K)
+    proportions[usable] = np.minimum(p, bounds)
+    return Solution(proportions=proportions, value=goal.value(p), gap=max(gap, 0.0), steps=steps)
+
+
+def _along_the_barrier(goal: _Objective, p_K: Floats, bounds_K: Floats) -> tuple[Floats, int]:
+    """Minimize goal - mu sum log p - mu sum log(bound - p) for falling mu, from a point inside."""
+    capped = np.isfinite(bounds_K)
+    steps = 0
+
+    def barrier(p: Floats, mu: float) -> float:
+        return goal.value(p) - mu * float(np.log(p).sum() + np.log((bounds_K - p)[capped]).sum())
+
+    for mu in _BARRIERS:
+        for _ in range(_MOST_NEWTON):
+            room = bounds_K - p_K
+            gradient = goal.gradient(p_K) - mu / p_K + mu / room
+            scale = np.minimum(p_K, room)  # makes the system well conditioned however near the bounds
+            system = scale[:, None] * goal.hessian(p_K) * scale
+            system[np.diag_indices_from(system)] += mu * (scale / p_K) ** 2 + mu * (scale / room) ** 2
+            solved = np.linalg.solve(system, np.stack([scale * gradient, scale], axis=1))
+            multiplier = -(scale @ solved[:, 0]) / (scale @ solved[:, 1])
+            move = -scale * (solved[:, 0] + multiplier * solved[:, 1])
+            decrease = -float(gradient @ move)
+            steps += 1
+            if decrease <= 1e-7 * mu:
+                break
+            with np.errstate(divide="ignore", invalid="ignore"):
+                limits = np.where(move < 0, -p_K / move, np.where(move > 0, room / move, np.inf))
+            length, before = min(1.0, 0.99 * float(limits.min())), barrier(p_K, mu)
+            while length > 1e-10 and barrier(p_K + length * move, mu) > before - 0.1 * length * decrease:
+                length /= 2.0
+            if length <= 1e-10:  # nothing left to gain in float64
+                break
+            p_K = p_K + length * move
+    return p_K, steps
+
 
 KL = 0.05
 _DRAWS = 100_000
@@ -88,7 +269,7 @@ def propose(
         check_caps(np.where(usable, caps, 0.0), names)
         chosen = fit.theta[[fit.tasks.index(task) for task in tasks]]
         slopes = chosen[:, 2:] + chosen[:, 1:2]  # proportions sum to 1, so an offset may be added to every slope
-        found = minimise(slopes, natural, kl=kl, caps_K=caps)
+        found = minimize(slopes, natural, kl=kl, caps_K=caps)
         proportions = found.proportions
         details: dict[str, Any] = {"kl": kl, "gap": found.gap, "steps": found.steps}
         if found.gap > _GAP * (1 + abs(found.value)):

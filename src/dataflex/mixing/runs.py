@@ -17,8 +17,7 @@ from dataflex.config.values import number
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.natural import natural_of
 from dataflex.mixing.proportions_file import digest_of, provenance
-from dataflex.mixing.swarm import SwarmSettings, sample_swarm
-from dataflex.mixing.swarm_file import SWARM, Swarm, read_swarm, save_swarm
+from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, read_swarm, sample_swarm, save_swarm
 from dataflex.mixing.tables import finished
 
 __all__ = ["run_missing", "write_swarm"]

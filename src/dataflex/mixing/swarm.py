@@ -6,16 +6,32 @@ Sources: RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), data sampling; Olmix 
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.rng import stream
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataError
+from dataflex.mixing.tables import RATIOS, Table, finished, write_table
+from dataflex.printable import file_name_problem, redacted, without_secrets
+from dataflex.rng import stream
 
-__all__ = ["SwarmSettings", "dirichlet", "prior_of", "sample_swarm", "settings_of"]
+__all__ = [
+    "SWARM",
+    "Swarm",
+    "SwarmSettings",
+    "dirichlet",
+    "prior_of",
+    "read_swarm",
+    "sample_swarm",
+    "save_swarm",
+    "settings_of",
+]
 
 Floats = NDArray[np.float64]
 
@@ -96,7 +112,7 @@ def settings_of(style: Literal["regmix", "olmix"], runs: int, seed: int, **chang
 
 
 def prior_of(sizes_K: Floats, power: float) -> Floats:
-    """Return the prior [K]: natural shares to ``power``, renormalised; a domain of size 0 stays at 0.
+    """Return the prior [K]: natural shares to ``power``, renormalized; a domain of size 0 stays at 0.
 
     Args:
         sizes_K: Sizes in any unit [K], >= 0, not all 0.
@@ -126,7 +142,7 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
     """Draw the mixtures of a swarm.
 
     Per candidate: one of the strengths at random, one Dirichlet(strength x prior) draw; refused above
-    the caps; small shares become 0; renormalised, rounded, renormalised; dropped when it repeats an
+    the caps; small shares become 0; renormalized, rounded, renormalized; dropped when it repeats an
     earlier one.
 
     Args:
@@ -169,7 +185,7 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
 
 
 def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats:
-    """Zero small shares, renormalise, round, renormalise; leave out what is empty or above its cap by then."""
+    """Zero small shares, renormalize, round, renormalize; leave out what is empty or above its cap by then."""
     weights = np.where(drawn_BK < settings.min_weight, 0.0, drawn_BK)
     weights = weights[weights.sum(axis=1) > 0]
     weights /= weights.sum(axis=1, keepdims=True)
@@ -178,3 +194,112 @@ def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats
         weights = weights[weights.sum(axis=1) > 0]
         weights /= weights.sum(axis=1, keepdims=True)
     return weights[(weights <= caps_K).all(axis=1)]
+
+
+SWARM = "swarm.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swarm:
+    """A swarm of runs.
+
+    Attributes:
+        folder: Where it lies.
+        names: Domains [K].
+        sizes: Their natural sizes [K].
+        unit: What sizes count: "rows", "bytes", "shares" or "given".
+        settings: How mixtures were drawn.
+        runs: Names of the runs [R].
+        mixtures: float64 [R, K].
+        held_out: Names of the held-out sets that the runs evaluate; ``eval`` is an unnamed one.
+        config_digest: Digest of the configuration that they are made from.
+        provenance: Where it is from.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    sizes: NDArray[np.float64]
+    unit: str
+    settings: SwarmSettings
+    runs: tuple[str, ...]
+    mixtures: NDArray[np.float64]
+    held_out: tuple[str, ...]
+    config_digest: str
+    provenance: Mapping[str, Any]
+
+    def config(self, run: str) -> Path:
+        """Path of a run's configuration."""
+        return self.folder / "configs" / f"{run}.yaml"
+
+    def output_dir(self, run: str) -> Path:
+        """Folder that a run writes to."""
+        return self.folder / "runs" / run
+
+    def unfinished(self) -> list[str]:
+        """Names of the runs that have not come to their end."""
+        return [run for run in self.runs if not finished(self.output_dir(run), self.held_out)]
+
+
+def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
+    """Write a swarm and the configurations of its runs; ``swarm.json`` comes last.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    import yaml
+
+    from dataflex.record.values import plain, replacing
+
+    try:
+        (swarm.folder / "configs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {swarm.folder} cannot be written: {error.strerror or error}") from error
+    for run, config in zip(swarm.runs, configs, strict=True):
+        with replacing(swarm.config(run)) as file:
+            file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
+    write_table(swarm.folder / RATIOS, Table(runs=swarm.runs, columns=swarm.names, values=swarm.mixtures))
+    body = {
+        "format": _FORMAT,
+        "names": list(swarm.names),
+        "sizes": swarm.sizes.tolist(),
+        "unit": swarm.unit,
+        "settings": dataclasses.asdict(swarm.settings),
+        "runs": list(swarm.runs),
+        "mixtures": swarm.mixtures.tolist(),
+        "held_out": list(swarm.held_out),
+        "config_digest": swarm.config_digest,
+        "provenance": swarm.provenance,
+    }
+    with replacing(swarm.folder / SWARM) as file:
+        file.write(json.dumps(redacted(plain(body)), indent=1).encode() + b"\n")
+
+
+def read_swarm(folder: Path) -> Swarm:
+    """Read the swarm in a folder.
+
+    Raises:
+        DataError: There is none, or its file is damaged.
+    """
+    path = folder / SWARM
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {SWARM}; make a swarm with 'dataflex mix swarm CONFIG --out {folder}'")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        for run in body["runs"]:
+            if problem := file_name_problem(run):
+                raise ValueError(f"the name of a run {str(run)[:80]!r} {problem}, and cannot name a folder")
+        return Swarm(
+            folder=folder,
+            names=tuple(body["names"]),
+            sizes=np.asarray(body["sizes"], dtype=np.float64),
+            unit=body["unit"],
+            settings=SwarmSettings(**body["settings"]),
+            runs=tuple(body["runs"]),
+            mixtures=np.asarray(body["mixtures"], dtype=np.float64),
+            held_out=tuple(body["held_out"]),
+            config_digest=body["config_digest"],
+            provenance=body["provenance"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error

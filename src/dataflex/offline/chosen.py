@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,51 @@ from numpy.typing import NDArray
 
 from dataflex.config.collect import collect
 from dataflex.config.load import merged
-from dataflex.core.protocols import Rows
 from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.offline.budget import Budget
+from dataflex.method import Rows
 from dataflex.offline.table import ScoreTable
-from dataflex.rules.candidates import Candidates
-from dataflex.rules.ranked import token_budget
-from dataflex.rules.registry import RULES, Rule, choose
+from dataflex.select.candidates import Candidates
+from dataflex.select.ranked import token_budget
+from dataflex.select.rules import RULES, Rule, choose
 
-__all__ = ["chosen_rows", "rule_of", "score_column"]
+__all__ = ["Budget", "chosen_rows", "rule_of", "score_column"]
+
+_FORM = re.compile(r"(?P<number>\d[\d_]*(\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+_EXPECTED = "expected a share of the rows (0.1), a number of rows (500) or a number of tokens (200000tokens)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What was asked for, one of the two.
+
+    Attributes:
+        rows: Number of rows.
+        tokens: Tokens of the chosen rows together, at most.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def read(cls, text: str, num_rows: int) -> Budget:
+        """Read a budget; a number with a point is a share of ``num_rows``.
+
+        Raises:
+            ConfigError: Not of such a form, or nothing at all.
+        """
+        match = _FORM.fullmatch(text.strip())
+        if match is None or match["unit"].lower() not in ("", "row", "rows", "token", "tokens"):
+            raise ConfigError(f"--budget: {text!r}: {_EXPECTED}")
+        number, unit = match["number"].replace("_", ""), match["unit"].lower()
+        if "." in number:
+            share = float(number)
+            if unit or not 0.0 < share <= 1.0:
+                raise ConfigError(f"--budget: {text!r}: a share lies above 0 and is at most 1.0; {_EXPECTED}")
+            return cls(rows=max(1, round(share * num_rows)))
+        if int(number) == 0:
+            raise ConfigError(f"--budget: {text!r} is nothing; {_EXPECTED}")
+        return cls(tokens=int(number)) if unit.startswith("token") else cls(rows=int(number))
+
 
 _AT_HAND = frozenset({"scores", "lengths", "groups", "queries"})
 RANK = ".rank"

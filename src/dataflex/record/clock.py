@@ -17,7 +17,7 @@ OTHER = "other"
 
 PHASES = {
     "startup": "imports, launching, arguments, up to the first data",
-    "data": "loading and tokenising training, evaluation and target rows, and reading them once for the row space",
+    "data": "loading and tokenizing training, evaluation and target rows, and reading them once for the row space",
     "leakage": "looking for target rows in the training pool",
     "model": "loading the model",
     "prepare": "optimizer, engine and, on a resumed run, reading the checkpoint",

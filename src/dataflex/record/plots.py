@@ -2,21 +2,134 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dataflex.record import canvas
-from dataflex.record.canvas import COLOURS, GREY
 from dataflex.record.digest import Event, Run, domain_groups, domain_shares, running_mean
 from dataflex.record.summary import methods
 from dataflex.record.text import cut, duration, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["PLOTS", "draw"]
+__all__ = [
+    "COLOURS",
+    "DARK",
+    "GREY",
+    "PLOTS",
+    "corners",
+    "draw",
+    "headline",
+    "legend",
+    "new_figure",
+    "percent_axis",
+    "png",
+    "short_name",
+    "step_axis",
+    "styled",
+]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+GREY, DARK = "#BBBBBB", "#333333"
+_MARKS = 100
+_OTHER_SCRIPTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei", "Noto Sans CJK JP")
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw with our style inside the block; matplotlib's own settings are as before after it."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in installed)]
+    with matplotlib.rc_context({**_STYLE, "font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script without a font here
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """Render a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def new_figure(height: float = 4.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a figure 9 inches wide with ``rows`` axes, one above the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
+    return figure, list(axes[:, 0])
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Set the title over the whole figure, broken where the figure ends."""
+    figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def percent_axis(axis: Axis) -> None:
+    """Write the shares of an axis as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def short_name(name: str, columns: int = 22) -> str:
+    """Shorten a name for a legend or an axis."""
+    # matplotlib leaves labels that begin with an underscore out of legends.
+    return " " * name.startswith("_") + cut(name, columns)
+
+
+def legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
+    """Put the legend beside the plot, where it hides nothing."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.legend(handles=list(handles), loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+
+
+def step_axis(axes: Axes, run: Run, last: int) -> None:
+    """Make x the optimizer steps from 0 to ``last``, resumes marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for at, event in enumerate(run.resumed[-_MARKS:]):
+        axes.axvline(event["step"], color=DARK, linewidth=1, linestyle=":", label=None if at else "resumed")
+
+
+def corners(planned: Sequence[Event], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Corners of a step curve that is flat over each interval and broken where there is no value."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for event, value in zip(planned, values, strict=True):
+        if xs and xs[-1] != event["start_step"]:
+            xs.append(xs[-1])
+            ys.append(math.nan)
+        xs += [event["start_step"], event["stop_step"]]
+        ys += [math.nan if value is None else value] * 2
+    return xs, ys
+
 
 _MIXTURE_DOMAINS, _COMPOSITION_DOMAINS, _EVALS = 12, 24, 6
 _SMOOTH_FROM = 120
@@ -27,11 +140,11 @@ _DECIDING = (COLOURS[5], COLOURS[1], COLOURS[6], COLOURS[4])
 def draw(run: Run) -> dict[str, bytes]:
     """Draw every picture that the record has data for; file name -> PNG."""
     drawn = {}
-    with canvas.styled():
+    with styled():
         for name, plot in PLOTS.items():
             figure = plot(run)
             if figure is not None:
-                drawn[name] = canvas.png(figure)
+                drawn[name] = png(figure)
     return drawn
 
 
@@ -50,7 +163,7 @@ def _loss(run: Run) -> Figure | None:
     evals = [(key, curve) for key, curve in run.metrics().items() if key.endswith("loss")][:_EVALS]
     if not train and not evals:
         return None
-    figure, (axes,) = canvas.new_figure()
+    figure, (axes,) = new_figure()
     told = []
     for at, event in enumerate(event for event in run.planned if event["kind"] == "warmup"):
         span = (event["start_step"], event["stop_step"])
@@ -64,7 +177,7 @@ def _loss(run: Run) -> Figure | None:
         axes.plot(steps, values, color=COLOURS[0], linewidth=1.0, linestyle=(0, (2, 2)), label="train, unweighted")
     for at, (key, curve) in enumerate(evals):
         steps, values = zip(*curve, strict=True)
-        name = canvas.short_name(key, 28)
+        name = short_name(key, 28)
         axes.plot(
             steps, values, color=COLOURS[(1 + at) % len(COLOURS)], marker="o", markersize=4, clip_on=False, label=name
         )
@@ -73,11 +186,11 @@ def _loss(run: Run) -> Figure | None:
         best_step, best = min(curve, key=lambda point: point[1])
         told.append(f"{cut(key, 28)} {number(curve[0][1], 3)} -> {number(curve[-1][1], 3)}")
         told[-1] += f" (best {number(best, 3)} at step {best_step})" if best_step != curve[-1][0] else ""
-    canvas.step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+    step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
     stage = (run.started.get("config") or {}).get("stage")
     axes.set_ylabel("loss (nats per token)" if stage in ("sft", "pt") else "loss")
-    canvas.headline(figure, "; ".join(told))
-    canvas.legend(axes)
+    headline(figure, "; ".join(told))
+    legend(axes)
     return figure
 
 
@@ -89,8 +202,8 @@ def _mixture(run: Run) -> Figure | None:
     if not planned:
         return None
     groups = domain_groups(run, _MIXTURE_DOMAINS)
-    figure, (axes,) = canvas.new_figure()
-    xs, below = canvas.corners(planned, [0.0] * len(planned))
+    figure, (axes,) = new_figure()
+    xs, below = corners(planned, [0.0] * len(planned))
     nominal_below = below
     nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
     handles: list[Any] = []
@@ -98,25 +211,25 @@ def _mixture(run: Run) -> Figure | None:
         rest = at == _MIXTURE_DOMAINS
         look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
         look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
-        heights = canvas.corners(planned, domain_shares(planned, "domain_counts", members))[1]
+        heights = corners(planned, domain_shares(planned, "domain_counts", members))[1]
         top = [low + height for low, height in zip(below, heights, strict=True)]
         axes.fill_between(xs, below, top, **look)
-        handles.append(Patch(label=canvas.short_name(name), **look))
+        handles.append(Patch(label=short_name(name), **look))
         below = top
-        nominal = canvas.corners(planned, domain_shares(planned, "proportions", members))[1]
+        nominal = corners(planned, domain_shares(planned, "proportions", members))[1]
         nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
         if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
             axes.plot(xs, nominal_below, **nominal_look)
     handles.reverse()  # the legend reads from top to bottom, as the areas lie
     if any(event.get("proportions") for event in planned):
         handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
-    canvas.step_axis(axes, run, planned[-1]["stop_step"])
+    step_axis(axes, run, planned[-1]["stop_step"])
     handles += axes.get_legend_handles_labels()[0]
     axes.set_ylim(0, 1)
-    canvas.percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_ylabel("share of served rows")
-    canvas.headline(figure, _mixture_headline(run, planned))
-    canvas.legend(axes, handles)
+    headline(figure, _mixture_headline(run, planned))
+    legend(axes, handles)
     return figure
 
 
@@ -139,25 +252,25 @@ def _scores(run: Run) -> Figure | None:
     scored = [event for event in run.planned if (event.get("scores") or {}).get("p50") is not None]
     if not scored:
         return None
-    figure, (axes,) = canvas.new_figure()
+    figure, (axes,) = new_figure()
     for low, high, colour in (("p05", "p95", "#D6E6F2"), ("p25", "p75", "#9CC4E0")):
-        xs, lows = canvas.corners(scored, [event["scores"].get(low) for event in scored])
-        highs = canvas.corners(scored, [event["scores"].get(high) for event in scored])[1]
+        xs, lows = corners(scored, [event["scores"].get(low) for event in scored])
+        highs = corners(scored, [event["scores"].get(high) for event in scored])[1]
         name = f"pool, {int(low[1:])} % to {int(high[1:])} %"
         axes.fill_between(xs, lows, highs, color=colour, linewidth=0.0, label=name)
     medians = [event["scores"]["p50"] for event in scored]
-    axes.plot(*canvas.corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
+    axes.plot(*corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
     told = f"Median score of the pool {number(medians[0], 3)} -> {number(medians[-1], 3)}"
     served = [(event.get("served_scores") or {}).get("p50") for event in scored]
     known = [value for value in served if value is not None]
     if known:
-        axes.plot(*canvas.corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
+        axes.plot(*corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
         told += f", of the rows served {number(known[0], 3)} -> {number(known[-1], 3)}"
-    canvas.step_axis(axes, run, scored[-1]["stop_step"])
+    step_axis(axes, run, scored[-1]["stop_step"])
     selector = [name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "selector"]
     axes.set_ylabel(f"score (selector {cut(selector[0], 40)})" if selector else "score")
-    canvas.headline(figure, told)
-    canvas.legend(axes)
+    headline(figure, told)
+    legend(axes)
     return figure
 
 
@@ -169,30 +282,30 @@ def _composition(run: Run) -> Figure | None:
     groups = domain_groups(run, _COMPOSITION_DOMAINS)
     shares = [sum(served[name] for name in members) / all_served for _, members in groups]
     fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
-    figure, (axes,) = canvas.new_figure(1.4 + 0.45 * len(groups))
+    figure, (axes,) = new_figure(1.4 + 0.45 * len(groups))
     places = list(range(len(groups)))
     axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
     axes.barh([place + 0.19 for place in places], fair, 0.36, color=GREY, label="pool")
     for place, share, base in zip(places, shares, fair, strict=True):
         text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
         axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [canvas.short_name(name, 28) for name, _ in groups])
+    axes.set_yticks(places, [short_name(name, 28) for name, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.22 * max(*shares, *fair))
-    canvas.percent_axis(axes.xaxis)
+    percent_axis(axes.xaxis)
     axes.set_xlabel("share of rows")
     ratios = [
         (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
     ]
     (most, most_name), (least, least_name) = max(ratios), min(ratios)
     if most < 1.02 and least > 0.98:
-        canvas.headline(figure, "Domains are served in the proportions of the pool")
+        headline(figure, "Domains are served in the proportions of the pool")
     else:
-        canvas.headline(
+        headline(
             figure, f"{most_name} is served {most:.2f} times its share of the pool, {least_name} {least:.2f} times"
         )
-    canvas.legend(axes)
+    legend(axes)
     return figure
 
 
@@ -201,11 +314,11 @@ def _seconds(run: Run) -> Figure | None:
     total = sum(phases.values())
     if not total:
         return None
-    figure, (axes,) = canvas.new_figure(2.6)
+    figure, (axes,) = new_figure(2.6)
     spare = iter(_DECIDING * len(phases))
     left = 0.0
     for phase, seconds in phases.items():
-        name = f"{canvas.short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
+        name = f"{short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
         colour = _PHASES.get(phase) or next(spare)
         axes.barh([0], [seconds], 0.6, left=left, color=colour, edgecolor="white", linewidth=0.8, label=name)
         if seconds / total >= 0.08:
@@ -216,8 +329,8 @@ def _seconds(run: Run) -> Figure | None:
     axes.set_xlim(0, total)
     axes.set_xlabel("seconds")
     spent = sum(seconds for phase, seconds in phases.items() if phase in run.deciding_phases())
-    canvas.headline(figure, f"Deciding took {percent(spent / total)} of {duration(total)}")
-    canvas.legend(axes)
+    headline(figure, f"Deciding took {percent(spent / total)} of {duration(total)}")
+    legend(axes)
     return figure
 
 
@@ -226,7 +339,7 @@ def _weights(run: Run) -> Figure | None:
     panels = [name for name in ("ess", "p95", "max") if curves[name]]
     if not panels:
         return None
-    figure, every = canvas.new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
+    figure, every = new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
     for axes, name in zip(every, panels, strict=True):
         if name == "p95":
             _spread(axes, curves)
@@ -234,13 +347,13 @@ def _weights(run: Run) -> Figure | None:
             axes.plot(*zip(*curves[name], strict=True), color=COLOURS[0 if name == "ess" else 5], linewidth=1.4)
             axes.set_ylabel("effective sample size\n(share of sequences)" if name == "ess" else "largest weight")
         if name == "ess":
-            canvas.percent_axis(axes.yaxis)
-        canvas.step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+            percent_axis(axes.yaxis)
+        step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
         axes.label_outer()
     means = {name: sum(value for _, value in curves[name]) / len(curves[name]) for name in panels}
     said = [f"effective sample size {percent(means['ess'])}"] if "ess" in means else []
     said += [f"largest weight {number(means['max'], 2)}"] if "max" in means else []
-    canvas.headline(figure, "Weights, on average: " + ", ".join(said))
+    headline(figure, "Weights, on average: " + ", ".join(said))
     return figure
 
 
@@ -259,7 +372,7 @@ def _spread(axes: Axes, curves: dict[str, list[tuple[int, float]]]) -> None:
     if curves["p50"]:
         axes.plot(*zip(*curves["p50"], strict=True), color=COLOURS[0], linewidth=1.4, label="median")
     axes.set_ylabel("weights of sequences\n(1 is equal)")
-    canvas.legend(axes)
+    legend(axes)
 
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.aside import clear_left
-from dataflex.core.protocols import Rows
-from dataflex.core.redact import redacted
 from dataflex.errors import DataError
+from dataflex.method import Rows
+from dataflex.printable import redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
-from dataflex.record.values import plain, replacing, scores_of, summarise_scores
+from dataflex.record.values import plain, replacing, scores_of, summarize_scores
+from dataflex.state import clear_left
 
 if TYPE_CHECKING:
-    from dataflex.core.plan import DataPlan
-    from dataflex.core.schedule import Interval
+    from dataflex.plan.plan import DataPlan
+    from dataflex.plan.schedule import Interval
 
 __all__ = ["NullRecorder", "RunRecorder"]
 
@@ -159,7 +159,7 @@ class RunRecorder:
         if scores is not None:
             arrays["scores"] = np.asarray(scores, dtype=np.float32)
             of_served = scores_of(served, arrays.get("pool"), np.asarray(scores))
-            summaries = {"scores": summarise_scores(scores), "served_scores": summarise_scores(of_served)}
+            summaries = {"scores": summarize_scores(scores), "served_scores": summarize_scores(of_served)}
         if plan.weights is not None:
             arrays["weights"] = np.asarray(plan.weights, dtype=np.float32)
         # The arrays come first: a line that names a plan must never name a file that is not there.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dataflex.core.printable import printable
 from dataflex.errors import DataError
+from dataflex.printable import printable
 from dataflex.record.digest import Event, digest
 from dataflex.record.plots import PLOTS, draw
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from dataflex.core.printable import printable
+from dataflex.printable import printable
 
-__all__ = ["WIDTH", "cut", "duration", "labelled", "number", "percent", "short", "table", "width"]
+__all__ = ["WIDTH", "columns", "cut", "duration", "labelled", "number", "percent", "rows_of", "short", "table", "width"]
 
 WIDTH = 100
 """Columns of a report's text."""
@@ -104,3 +106,22 @@ def table(rows: Sequence[Sequence[str]], align: str, indent: int = 2) -> list[st
             cells.append(cell + blank if side == "<" else blank + cell)
         lines.append((" " * indent + "  ".join(cells)).rstrip())
     return lines
+
+
+def columns(table: Sequence[Sequence[str]], indent: int = 2, most: int = 48) -> list[str]:
+    """Return the lines of ``table``; cells are wrapped at ``most`` characters and padded to their column."""
+    if not table:
+        return []
+    wrapped = [[textwrap.wrap(cell, most) or [""] for cell in row] for row in table]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*wrapped, strict=True)]
+    lines = []
+    for row in wrapped:
+        for cells in itertools.zip_longest(*row, fillvalue=""):
+            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+            lines.append((" " * indent + "  ".join(padded)).rstrip())
+    return lines
+
+
+def rows_of(pairs: Sequence[tuple[str, str]], width: int = 20) -> list[str]:
+    """Return ``label  text`` lines with a fixed width of labels."""
+    return [f"  {label:<{width}} {text}".rstrip() for label, text in pairs]

@@ -12,11 +12,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.aside import aside
-from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
+from dataflex.method import Rows
+from dataflex.state import aside
 
-__all__ = ["plain", "replacing", "scores_of", "summarise_scores"]
+__all__ = ["plain", "replacing", "scores_of", "summarize_scores"]
 
 _QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
@@ -70,8 +70,8 @@ def plain(value: Any, path: str = "", nonfinite: list[str] | None = None) -> Any
     return str(value)
 
 
-def summarise_scores(scores: NDArray[np.floating]) -> dict[str, float | int | None]:
-    """Summarise scores [n]: count, scored (finite ones), mean, std, min, p05 p25 p50 p75 p95, max.
+def summarize_scores(scores: NDArray[np.floating]) -> dict[str, float | int | None]:
+    """Summarize scores [n]: count, scored (finite ones), mean, std, min, p05 p25 p50 p75 p95, max.
 
     NaN and infinities count as not scored. Statistics of no score at all are None.
     """

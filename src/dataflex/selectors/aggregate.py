@@ -9,10 +9,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.neighbours import best_similarity
-from dataflex.core.parts import Part
-from dataflex.core.protocols import Params
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import Params
+from dataflex.parts import Part
+from dataflex.select.neighbours import best_similarity
 from dataflex.selectors.icons import count_votes, percentile_ranks
 
 __all__ = ["AGGREGATES", "Aggregate", "by_task", "together"]

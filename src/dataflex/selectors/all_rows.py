@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dataflex.core.protocols import Card, Context, Rows, Selection, Selector
+from dataflex.method import Card, Context, Rows, Selection, Selector
 
 __all__ = ["AllRows"]
 

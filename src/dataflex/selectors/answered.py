@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context, Rows
 from dataflex.errors import DataError
+from dataflex.method import Context, Rows
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.signals.specs import GenerationSpec
 

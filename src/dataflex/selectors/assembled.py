@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import take_turns
-from dataflex.core.protocols import Context, Rows, Selector
 from dataflex.errors import ComponentError, ConfigError, DataError
-from dataflex.rules.candidates import Candidates
-from dataflex.rules.ranked import ranking
-from dataflex.rules.registry import choose
-from dataflex.rules.spread import near_duplicates
+from dataflex.method import Context, Rows, Selector
+from dataflex.select.candidates import Candidates
+from dataflex.select.choose import take_turns
+from dataflex.select.ranked import ranking
+from dataflex.select.rules import choose
+from dataflex.select.spread import near_duplicates
 from dataflex.selectors.aggregate import Aggregate, by_task, together
 from dataflex.selectors.represent import Represent, selector_scores
 from dataflex.selectors.similarity import Embedded, compared

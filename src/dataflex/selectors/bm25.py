@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import round_robin, top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import round_robin, top_k
 from dataflex.selectors.okapi import Okapi
 from dataflex.selectors.text_features import Remembered, cut_words, no_words, pool_texts, target_words
 from dataflex.signals.specs import Part

@@ -20,10 +20,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.cluster import kmeans, members, require_kmeans
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.cluster import kmeans, members, require_kmeans
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
@@ -114,7 +114,7 @@ class ClusterLess(Selector):
         pick: Pick = field(
             default="mixed", metadata={"help": "which rows: nearest to the centre, farthest, random, or these in turns"}
         )
-        renormalise: bool = field(
+        renormalize: bool = field(
             default=True, metadata={"help": "scale the mean direction of a cluster to length one; costs a second pass"}
         )
         sketch_size: int = field(
@@ -211,6 +211,6 @@ class ClusterLess(Selector):
                 "Check that the model's own loss is finite."
             )
         sketches = None
-        if p.renormalise and np.bincount(of[known]).max() > 1:
+        if p.renormalize and np.bincount(of[known]).max() > 1:
             sketches = ctx.signals.gradient_sketches(asked[known], spec, dim=p.sketch_size)
         return cluster_means(cosines[known], of[known], len(groups), sketches)

@@ -20,10 +20,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.cluster import members, spherical_kmeans
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.cluster import members, spherical_kmeans
 from dataflex.selectors.mmd import density, greedy_mmd
 from dataflex.signals.specs import EmbeddingSpec
 
@@ -176,7 +176,7 @@ class Coincide(Selector):
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
         for layer in self.params.layers:
-            spec = EmbeddingSpec(layer=layer, pooling="mean", normalise=False)
+            spec = EmbeddingSpec(layer=layer, pooling="mean", normalize=False)
             found = np.tanh(ctx.signals.embeddings(pool, spec, encoder=self.params.encoder))
             if found.ndim != 2 or len(found) != len(pool):
                 raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")

@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import STAGES, Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ConfigError
-from dataflex.rules.registry import Rule
+from dataflex.method import STAGES, Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.method import Params as BaseParams
+from dataflex.select.rules import Rule
 from dataflex.selectors.aggregate import Aggregate
 from dataflex.selectors.assembled import Assembly, assemble, chosen, targeted
 from dataflex.selectors.represent import Represent

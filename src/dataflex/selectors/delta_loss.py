@@ -15,11 +15,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import gumbel_top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select.choose import gumbel_top_k
 from dataflex.selectors.finite import finite_rows
 from dataflex.selectors.tacs import relative_gain
 

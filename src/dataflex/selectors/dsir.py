@@ -34,11 +34,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.core.choose import gumbel_top_k, largest_remainder, top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select.choose import gumbel_top_k, largest_remainder, top_k
 from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.specs import Part
 

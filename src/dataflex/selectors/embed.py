@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from dataflex.core.choose import round_robin, top_k
-from dataflex.core.neighbours import best_similarity, round_robin_nearest
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import round_robin, top_k
+from dataflex.select.neighbours import best_similarity, round_robin_nearest
 from dataflex.selectors.similarity import embedded, selection
 from dataflex.signals.specs import EmbeddingSpec, Pooling
 

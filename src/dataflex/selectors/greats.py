@@ -22,9 +22,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
 from dataflex.signals.specs import GradientSpec
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
@@ -155,7 +155,7 @@ class _Joint(Selector):
         spec = GradientSpec(
             precondition=p.precondition,
             include_momentum=False,
-            normalise=False,
+            normalize=False,
             parameters=p.parameters,
             last_blocks=p.last_blocks,
             bf16=p.bf16,
@@ -242,7 +242,7 @@ class Opus(_Joint):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_Shared):
-        """Parameters of OPUS; ``standardise: false`` and ``interaction: learning_rate`` are as published."""
+        """Parameters of OPUS; ``standardize: false`` and ``interaction: learning_rate`` are as published."""
 
         precondition: Precondition = field(
             default="adam_scale",
@@ -251,7 +251,7 @@ class Opus(_Joint):
         temperature: float = field(
             default=1.5, metadata={"help": "flattens the draw as it grows; the paper's", "above": 0.0}
         )
-        standardise: bool = field(
+        standardize: bool = field(
             default=True, metadata={"help": "temperature counts in standard deviations of the candidates' scores"}
         )
 
@@ -260,7 +260,7 @@ class Opus(_Joint):
     def _pick(
         self, scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float, ctx: Context
     ) -> NDArray[np.int64]:
-        unit = float(scores.std()) if self.params.standardise else 1.0 / ctx.learning_rate if ctx.learning_rate else 0.0
+        unit = float(scores.std()) if self.params.standardize else 1.0 / ctx.learning_rate if ctx.learning_rate else 0.0
         uniforms = ctx.rng("selector.opus.draws").random(budget)
         if unit <= 0.0 or not np.isfinite(unit):  # all alike, or no step to be taken: nothing to tell rows apart
             return pick_drawn(np.zeros_like(scores), np.zeros_like(gram), budget, 0.0, 1.0, uniforms)

@@ -21,10 +21,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import top_k
 from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GradientSpec
 

@@ -24,10 +24,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Method, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import DataError
+from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import top_k
 from dataflex.selectors.finite import finite_rows
 
 __all__ = ["Ifd", "common_ending", "ifd_ratios"]

@@ -11,7 +11,7 @@ The paper selects once. Where a small relevant part of the pool is chosen and se
 heart: what is left of its rows' gradients is small, momentum outweighs it, and a direction says nothing of its size,
 so that cosines lose the target. In a planted pool (docs/results.md, two seeds) the relevant share of the rows kept
 fell from 1 to 0.23 and 0.53 by the fifth decision and the held-out loss rose from 1.12 to 1.47 and 1.13 to 1.18. Inner
-products (``normalise: false``), in which a learnt row counts for little, ended with 0.63 and 0.47 and losses of 1.12
+products (``normalize: false``), in which a learnt row counts for little, ended with 0.63 and 0.47 and losses of 1.12
 and 1.15, below the cosines' from the second decision on; they favour short rows and large losses. Without the momentum
 (``include_momentum: false``, one seed) it was 0.50 and 1.16. ``exclude_seen`` helps only where the pool holds many more
 relevant rows than an interval serves. A run warns of rows that come back too often (``dynamic.max_repeats``).
@@ -25,10 +25,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import round_robin, top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ConfigError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import round_robin, top_k
 from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GradientSpec
 
@@ -61,7 +61,7 @@ class Less(Selector):
         paper="LESS: Selecting Influential Data for Targeted Instruction Tuning, ICML 2024, arXiv 2402.04333",
         cost="1 F + 1 B over the pool and 2 (F + B) over the targets per interval",
         note="Repeated decisions that serve the same few rows again and again decay: cosines of rows known by heart "
-        "lose the target, and held-out loss rises. normalise: false (inner products) wears out least, then "
+        "lose the target, and held-out loss rises. normalize: false (inner products) wears out least, then "
         "include_momentum: false; dynamic.max_repeats warns.",
         forward_per_pool_row=1.0,
         backward_per_pool_row=1.0,
@@ -75,7 +75,7 @@ class Less(Selector):
             default="true_adam", metadata={"help": "what turns training gradients into directions"}
         )
         include_momentum: bool = field(default=True, metadata={"help": "keep Adam's momentum term"})
-        normalise: bool = field(
+        normalize: bool = field(
             default=True,
             metadata={"help": "compare directions (cosines, as published); false: inner products, which wear out less"},
         )
@@ -105,7 +105,7 @@ class Less(Selector):
     @property
     def target_passes(self) -> tuple[float, float]:
         """Unit gradients take a pass for the norms and one for the sum."""
-        times = 2.0 if self.params.normalise and self.params.target_gradient == "mean_of_cosines" else 1.0
+        times = 2.0 if self.params.normalize and self.params.target_gradient == "mean_of_cosines" else 1.0
         return times, times
 
     def __init__(self, params: Params) -> None:
@@ -149,7 +149,7 @@ class Less(Selector):
         spec = GradientSpec(
             precondition=p.precondition,
             include_momentum=p.include_momentum,
-            normalise=p.normalise,
+            normalize=p.normalize,
             mean_of_cosines=p.target_gradient == "mean_of_cosines",
             parameters=p.parameters,
             last_blocks=p.last_blocks,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Rows, Selection, Selector
 from dataflex.errors import DataError
+from dataflex.method import Card, Context, Rows, Selection, Selector
+from dataflex.select.choose import top_k
 
 __all__ = ["Longest"]
 

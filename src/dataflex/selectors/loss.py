@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import gumbel_top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select.choose import gumbel_top_k
 from dataflex.selectors.finite import finite_rows
 
 __all__ = ["Focus", "LossSelector", "focused", "log_weights"]
@@ -42,7 +42,7 @@ def focused(losses: NDArray[np.floating], focus: Focus, quantiles: tuple[float, 
 
 
 def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: float) -> NDArray[np.float64]:
-    """Return unnormalised log probabilities [n]: ``log(w + 1e-12) / T`` with w = focus_weight in focus, else 1."""
+    """Return unnormalized log probabilities [n]: ``log(w + 1e-12) / T`` with w = focus_weight in focus, else 1."""
     return np.where(in_focus, math.log(focus_weight + _WEIGHT_FLOOR), math.log1p(_WEIGHT_FLOOR)) / temperature
 
 

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from dataflex.core.neighbours import best_similarity, walk_by_rank
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.select.neighbours import best_similarity, walk_by_rank
 from dataflex.selectors.similarity import embedded, selection
 from dataflex.signals.specs import EmbeddingSpec, Pooling
 

@@ -26,13 +26,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
 from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
+from dataflex.rng import uniforms
+from dataflex.select.choose import top_k
 from dataflex.selectors.answered import Answered, ask_and_grade
 from dataflex.selectors.finite import no_gradients
 from dataflex.signals.specs import GenerationSpec, GradientSpec, WeightedAnswer
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 
 
 def advantages(
-    rewards: NDArray[np.floating], *, baseline: Literal["leave_one_out", "none"], standardise: bool
+    rewards: NDArray[np.floating], *, baseline: Literal["leave_one_out", "none"], standardize: bool
 ) -> NDArray[np.float64]:
     """Return r - b of the answers to one prompt [n], NaN where there is no reward.
 
     Args:
         rewards: Rewards [n]; NaN for answers that could not be graded, which count for nothing.
         baseline: ``leave_one_out``: b_i is the mean of the others (0 with one answer, which then says nothing).
-        standardise: Divide by the standard deviation of the rewards + 1e-6.
+        standardize: Divide by the standard deviation of the rewards + 1e-6.
     """
     values = np.asarray(rewards, dtype=np.float64)
     known = np.isfinite(values)
@@ -65,7 +65,7 @@ def advantages(
         result[known] = 0.0 if equal else (own - own.mean()) * (count / (count - 1))
     else:
         result[known] = own
-    return result / (own.std() + 1e-6) if standardise else result
+    return result / (own.std() + 1e-6) if standardize else result
 
 
 class Nice(Selector):
@@ -122,7 +122,7 @@ class Nice(Selector):
             default="leave_one_out",
             metadata={"help": "subtracted from a reward: mean of the other answers, or nothing"},
         )
-        standardise: bool = field(
+        standardize: bool = field(
             default=False, metadata={"help": "divide a prompt's advantages by the deviation of its rewards"}
         )
         token_reduction: Literal["sum", "mean"] = field(
@@ -232,7 +232,7 @@ class Nice(Selector):
         for group, (prompt, answers, rewards) in enumerate(
             zip(found.prompts, found.answers, found.rewards, strict=True)
         ):
-            gains = advantages(rewards, baseline=p.baseline, standardise=p.standardise)
+            gains = advantages(rewards, baseline=p.baseline, standardize=p.standardize)
             count = int(np.isfinite(gains).sum())
             for answer, gain in zip(answers, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:

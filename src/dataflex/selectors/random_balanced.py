@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.rng import uniforms
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.rng import uniforms
 
 __all__ = ["RandomBalanced"]
 

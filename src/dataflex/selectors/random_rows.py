@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
+from dataflex.method import Card, Context, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select.choose import top_k
 
 __all__ = ["RandomRows"]
 

@@ -14,10 +14,10 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.parts import Part
-from dataflex.core.protocols import Card, Context, Needs, Params, Rows, Selector
-from dataflex.core.registry import find, find_variant, names
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.method import Card, Context, Needs, Params, Rows, Selector
+from dataflex.parts import Part
+from dataflex.registry import find, find_variant, names
 from dataflex.selectors.representations import (
     Embed,
     Gradient,

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context, Params, Rows
+from dataflex.method import Context, Params, Rows
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Pooling
 
 __all__ = [

@@ -18,10 +18,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
+from dataflex.method import Params as BaseParams
+from dataflex.select.choose import top_k
 from dataflex.selectors.finite import finite_rows
 
 __all__ = ["RhoLoss", "excess_losses"]

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.cluster import kmeans, require_kmeans
-from dataflex.core.protocols import Card, Context, Method, Needs, Rows, Selection, Selector, State
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
-from dataflex.rules.quotas import by_quota, water_filling
+from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select.choose import top_k
+from dataflex.select.cluster import kmeans, require_kmeans
+from dataflex.select.ranked import by_quota, water_filling
 from dataflex.selectors.finite import finite_rows
 
 __all__ = ["S2l", "filled"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Context, Rows, Selection
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import Context, Rows, Selection
 from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["Embedded", "compared", "embedded", "selection"]

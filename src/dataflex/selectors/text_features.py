@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dataflex.core.protocols import Context, Rows
 from dataflex.errors import DataError
+from dataflex.method import Context, Rows
 from dataflex.signals.specs import Part
 
 __all__ = ["Remembered", "cut_words", "no_words", "pool_texts", "target_words", "word_punct"]

@@ -27,11 +27,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.core.protocols import Params as BaseParams
-from dataflex.core.rng import uniforms
-from dataflex.rules import knn
-from dataflex.rules.search import Search, require_search
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Params as BaseParams
+from dataflex.rng import uniforms
+from dataflex.select import density
+from dataflex.select.neighbours import Search, require_search
 from dataflex.selectors.similarity import embedded, selection
 from dataflex.signals.specs import EmbeddingSpec
 
@@ -104,14 +104,14 @@ class Tsds(Selector):
         spec = EmbeddingSpec(layer=self.params.layer)
         space = embedded(self.name, pool, ctx, spec, self.params.encoder)
         p, queries = self.params, np.concatenate(space.queries)
-        probabilities, away = knn.probabilities(
+        probabilities, away = density.probabilities(
             queries, space.vectors, max_k=p.max_k, kde_k=p.kde_k, sigma=p.sigma, alpha=p.alpha, c=p.c, search=p.search
         )
 
         def draws(_: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
             return uniforms(ctx.seed, "selector.tsds", ctx.interval.index, ids)
 
-        kept = knn.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
+        kept = density.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
         positive = int(np.count_nonzero(probabilities))
         how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
         if not self.params.replacement and len(kept) > positive:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dataflex.rules.registry import RULES
+from dataflex.select.rules import RULES
 from dataflex.selectors.represent import REPRESENTATIONS
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataflex.core.protocols import Rows
 from dataflex.errors import ConfigError
+from dataflex.method import Rows
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.passes import preserved

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
+from dataflex.method import Rows, State
 from dataflex.signals.fingerprint import Fingerprint
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.store import ArrayStore

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex import comm
 from dataflex.console import progress
-from dataflex.core.protocols import Rows
-from dataflex.dist import comm
+from dataflex.method import Rows
 from dataflex.signals.answers import Answer
 from dataflex.signals.encoders import TextEncoder
 from dataflex.signals.handle import Corpus

@@ -60,8 +60,8 @@ def load_encoder(
     Args:
         model: Folder or hub id.
         spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
-            last layer, normalised). A sentence-transformers model pools by its own rules: only
-            ``normalise`` may be chosen.
+            last layer, normalized). A sentence-transformers model pools by its own rules: only
+            ``normalize`` may be chosen.
         kind: ``auto`` takes a folder with ``modules.json`` as a sentence-transformers model.
         max_length: Tokens of a text at most; the rest is cut off.
         token_budget: Padded tokens of a batch at most.
@@ -77,13 +77,13 @@ def load_encoder(
     if kind == "auto":
         kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
     if kind == "sentence_transformers":
-        if spec is not None and spec != EmbeddingSpec(normalise=spec.normalise):
+        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
             raise ConfigError(
-                f"encoder {model}: a sentence-transformers model pools by its own rules; only normalise may be set"
+                f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
             )
         return SentenceEncoder(
             model,
-            normalise=True if spec is None else spec.normalise,
+            normalize=True if spec is None else spec.normalize,
             max_length=max_length,
             token_budget=token_budget,
             device=place,
@@ -163,7 +163,7 @@ class SentenceEncoder:
         self,
         model: str,
         *,
-        normalise: bool,
+        normalize: bool,
         max_length: int,
         token_budget: int,
         device: torch.device,
@@ -184,13 +184,13 @@ class SentenceEncoder:
         self._model.to(dtype).eval()
         own = self._model.max_seq_length
         self._model.max_seq_length = max_length if own is None else min(own, max_length)
-        self._normalise, self._token_budget = normalise, token_budget
+        self._normalize, self._token_budget = normalize, token_budget
         with preserved():  # the method that tells the dimension has another name in each major version
             self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
         commits = [
             getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
         ]
-        self.identity = model_identity(model, str(commits[:1]), normalise, self._model.max_seq_length, dtype)
+        self.identity = model_identity(model, str(commits[:1]), normalize, self._model.max_seq_length, dtype)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]."""
@@ -202,7 +202,7 @@ class SentenceEncoder:
                 out[positions] = self._model.encode(
                     [texts[position] for position in positions],
                     batch_size=len(positions),
-                    normalize_embeddings=self._normalise,
+                    normalize_embeddings=self._normalize,
                     convert_to_numpy=True,
                     show_progress_bar=False,
                 ).astype(np.float32)

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataflex.core.rng import stream
 from dataflex.errors import ConfigError, DataFlexError
+from dataflex.rng import stream
 from dataflex.signals.endpoint_config import EndpointConfig
 from dataflex.signals.transport import Failure, post_json
 

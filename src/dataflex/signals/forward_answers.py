@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal
 
-from dataflex.core.protocols import Rows
+from dataflex.method import Rows
 from dataflex.signals.answer_source import AnswerSource
 from dataflex.signals.answers import Answer
 from dataflex.signals.embeddings import embedding_size

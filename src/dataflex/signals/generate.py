@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dataflex import comm
 from dataflex.console import progress
-from dataflex.core.rng import uniforms
-from dataflex.dist import comm
 from dataflex.errors import ComponentError, DataError, UnsupportedError
+from dataflex.rng import uniforms
 from dataflex.signals.anatomy import anatomy, is_partitioned
 from dataflex.signals.passes import bucketed, preserved
 from dataflex.signals.specs import Generation, GenerationSpec

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from dataflex.core.protocols import Rows
 from dataflex.errors import ConfigError
+from dataflex.method import Rows
 from dataflex.signals.answers import Answer
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.policy import answers_digest
@@ -56,7 +56,7 @@ class GradientAnswers(ServiceBase):
 
         Args:
             rows: Row ids.
-            spec: Which gradients; training rows are preconditioned, target rows never are. Its ``normalise``
+            spec: Which gradients; training rows are preconditioned, target rows never are. Its ``normalize``
                 and ``sketch_*`` say nothing here.
             dim: Numbers per row, even.
             target: Name of a target data set; None means the training set.
@@ -88,7 +88,7 @@ class GradientAnswers(ServiceBase):
 
         Args:
             rows: Row ids, few.
-            spec: Which gradients; training rows are preconditioned, targets never are. Its ``normalise``,
+            spec: Which gradients; training rows are preconditioned, targets never are. Its ``normalize``,
                 ``mean_of_cosines`` and ``sketch_*`` say nothing here.
             targets: Names of target data sets.
             target_rows: Rows of a target, by name, that its mean is over; all of those that are not named.
@@ -119,19 +119,19 @@ class GradientAnswers(ServiceBase):
         Args:
             rows: Row ids.
             spec: Which gradients; training rows are preconditioned, target rows never are. Cosines, or inner
-                products without ``normalise``.
+                products without ``normalize``.
             target: Name of a target data set.
 
         Returns:
             float32 [len(rows), rows of the target]; NaN for rows of either side without supervised tokens.
 
         Raises:
-            ConfigError: Sketches without ``normalise``.
+            ConfigError: Sketches without ``normalize``.
         """
         everyone = np.arange(self.num_rows(target), dtype=np.int64)
         if spec.sketch_size is not None:
-            if not spec.normalise:
-                raise ConfigError("gradients: pairs of sketches (sketch_size) give cosines; normalise cannot be false")
+            if not spec.normalize:
+                raise ConfigError("gradients: pairs of sketches (sketch_size) give cosines; normalize cannot be false")
             ours, theirs = (
                 self.gradient_sketches(which, spec, dim=spec.sketch_size, target=whose)
                 for which, whose in ((rows, None), (everyone, target))

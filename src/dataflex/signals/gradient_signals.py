@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import ConfigError
 from dataflex.signals.answers import Answer
 from dataflex.signals.gradients import (
@@ -97,7 +97,7 @@ class GradientSource:
         """
         if self._spec.forward_mode:
             return self._derivatives(sweep, targets, work)
-        mean_of_cosines = self._spec.normalise and self._spec.mean_of_cosines
+        mean_of_cosines = self._spec.normalize and self._spec.mean_of_cosines
         spec, vectors = self._spec, None
         key = repr((name, spec.parameters, spec.last_blocks, spec.bf16, mean_of_cosines))
         if kept is None or key not in kept:
@@ -111,7 +111,7 @@ class GradientSource:
 
     def _derivatives(self, sweep: Sweep, targets: Sequence[Sweep], work: ResumablePass | None) -> Answer:
         """Return the derivative of each row's loss along each target's mean gradient [n, targets]."""
-        if self._spec.normalise or self._kind.kind != "none" or self._spec.sketch_size is not None:
+        if self._spec.normalize or self._kind.kind != "none" or self._spec.sketch_size is not None:
             raise ConfigError("gradients: forward mode knows plain inner products only, no cosines or preconditioning")
         aims = self._target_vectors(targets, False)
 
@@ -129,8 +129,8 @@ class GradientSource:
             UnsupportedError: The optimizer has no moments for each element.
             DataError: A task without answers.
         """
-        directions = self._spec.normalise and self._spec.mean_of_cosines
-        vectors = policy_vectors(self._engine, self._handle, tasks, normalise_groups=directions)
+        directions = self._spec.normalize and self._spec.mean_of_cosines
+        vectors = policy_vectors(self._engine, self._handle, tasks, normalize_groups=directions)
         return self._pass(sweep, self._scorer(vectors, self._precondition()), (len(tasks),), work)
 
     def norms(self, sweep: Sweep, work: ResumablePass | None) -> Answer:
@@ -166,7 +166,7 @@ class GradientSource:
         """Return the comparison of each row with each row of ``target``, at most ``rows_at_once``, [n, m]."""
         precondition = self._precondition()
         vectors, known = held_rows(self._engine, target)
-        dots = Dots(vectors, normalise="both" if self._spec.normalise else "none")
+        dots = Dots(vectors, normalize="both" if self._spec.normalize else "none")
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
             found = self._engine.run(batch, [dots], precondition=precondition)["dots"]
@@ -209,9 +209,9 @@ class GradientSource:
         with self._engine.observing():
             return row_pass(sweep, score, tail, work)
 
-    def _target_vectors(self, sweeps: Sequence[Sweep], normalise_rows: bool) -> TargetVectors:
+    def _target_vectors(self, sweeps: Sequence[Sweep], normalize_rows: bool) -> TargetVectors:
         """Return one mean gradient per target, or mean unit vector, equal on every rank."""
-        builder = TargetBuilder(self._engine, num_tasks=len(sweeps), normalise_rows=normalise_rows)
+        builder = TargetBuilder(self._engine, num_tasks=len(sweeps), normalize_rows=normalize_rows)
         with self._engine.observing():
             for task, sweep in enumerate(sweeps):
                 for turn in sweep.turns():
@@ -223,16 +223,16 @@ class GradientSource:
         spec, engine = self._spec, self._engine
         if spec.sketch_size is None:
             how: Literal["none", "row", "both"] = "row" if spec.mean_of_cosines else "both"
-            dots = Dots(targets, normalise=how if spec.normalise else "none")
+            dots = Dots(targets, normalize=how if spec.normalize else "none")
             return lambda batch: engine.run(batch, [dots], precondition=precondition)["dots"]
         sketch = Sketch(size=spec.sketch_size, seed=spec.sketch_seed)
         wanted = sketched(targets, sketch)
-        if spec.normalise and not spec.mean_of_cosines:
+        if spec.normalize and not spec.mean_of_cosines:
             wanted = wanted / targets.norms().to(wanted.device).clamp_min(1e-30).unsqueeze(1)
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
             found = engine.run(batch, [sketch], precondition=precondition)
             scores = found["sketch"] @ wanted.to(found["sketch"].device).t()
-            return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalise else scores
+            return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalize else scores
 
         return score

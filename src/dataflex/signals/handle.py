@@ -16,7 +16,7 @@ __all__ = ["Corpus", "ModelHandle"]
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A tokenised data set that rows can be taken from.
+    """A tokenized data set that rows can be taken from.
 
     Attributes:
         dataset: Features by row id.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.signals.anatomy import Anatomy, anatomy
 from dataflex.signals.losses import model_inputs
 

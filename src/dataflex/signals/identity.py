@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.signals.sweep import fetch
 
 __all__ = ["inputs_identity", "model_identity", "precision", "state_identity", "tokenizer_identity"]
@@ -89,7 +89,7 @@ def model_identity(model: torch.nn.Module) -> str:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield everything that values are kept in: parameters, the scales of quantised ones, buffers."""
+    """Yield everything that values are kept in: parameters, the scales of quantized ones, buffers."""
     for name, parameter in model.named_parameters():
         yield name, parameter
         for part, scales in _scales(parameter):
@@ -98,7 +98,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _scales(parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what bitsandbytes keeps beside a quantised parameter."""
+    """Yield what bitsandbytes keeps beside a quantized parameter."""
     state: Any = getattr(parameter, "quant_state", None)
     for part in ("absmax", "offset"):
         if torch.is_tensor(found := getattr(state, part, None)):

@@ -6,7 +6,7 @@ so it is summed in float64, where nothing of float32 logits is lost.
 
 The sketch is a two-sided subsampled Fourier transform: random signs on the vocabulary, transform, real part, a few
 columns drawn with replacement; then the same over positions, padded with zeros to the longest row. Transforms are not
-normalised; what is drawn is scaled by sqrt(size / drawn).
+normalized; what is drawn is scaled by sqrt(size / drawn).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataflex.core.rng import stream
+from dataflex.rng import stream
 from dataflex.signals.cross_entropy import chunk_tokens
 from dataflex.signals.head import LogitReader, LogitsOf
 from dataflex.signals.packing import real_tokens
@@ -44,7 +44,7 @@ def nuclear_norm(matrix: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
 
 
 class LogitSketch:
-    """Two-sided subsampled randomised Fourier transform of matrices of up to ``length`` rows.
+    """Two-sided subsampled randomized Fourier transform of matrices of up to ``length`` rows.
 
     Args:
         length: Most rows of a matrix; the transform over rows has this size.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dataflex.core.protocols import Rows
+from dataflex.method import Rows
 from dataflex.signals.answers import Answer
 from dataflex.signals.losses import row_losses
 from dataflex.signals.passes import bucketed, preserved

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataflex.core.directions import rademacher
 from dataflex.errors import UnsupportedError
+from dataflex.rng import rademacher
 from dataflex.signals.answers import Answer
 from dataflex.signals.gradients import choose_parameters
 from dataflex.signals.losses import row_losses

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
 from dataflex.errors import UnsupportedError
+from dataflex.method import Rows
 from dataflex.signals.texts import IGNORE, TokenRow, token_rows
 
 __all__ = ["Cut", "Pieces", "collate_pieces", "row_means"]
@@ -58,7 +58,7 @@ class Pieces:
     """The sequences of some rows, made when asked for.
 
     Attributes:
-        dataset: Tokenised rows.
+        dataset: Tokenized rows.
         rows: Row ids [n].
         cut: How they are made.
         places: Place in ``rows`` of each sequence, ascending [P].

@@ -2,7 +2,7 @@
 
 A twentieth of the rows, drawn by chance, is scored exactly. Ridge regression from the rows' token counts (prompt and
 completion apart) to those scores predicts the rest, without a pass of the model. Its strength is chosen by the
-leave-one-out error (generalised cross-validation, Golub, Heath and Wahba 1979). The intercept is fitted apart and
+leave-one-out error (generalized cross-validation, Golub, Heath and Wahba 1979). The intercept is fitted apart and
 takes one degree of freedom, which does not count as left over: counted, the error of a fit through every point
 would be 0. The rows of the highest scores, predicted or known, are kept for the exact method.
 """
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import top_k
-from dataflex.core.pool import pilot_rows
-from dataflex.core.protocols import Rows, Signals
-from dataflex.core.rng import uniforms
 from dataflex.errors import DataError
+from dataflex.method import Rows, Signals
+from dataflex.plan.schedule import pilot_rows
+from dataflex.rng import uniforms
+from dataflex.select.choose import top_k
 from dataflex.signals.specs import GradientSpec, Part
 
 __all__ = ["fitted", "gcv_error", "piloted", "token_counts"]
@@ -77,7 +77,7 @@ def token_counts(signals: Signals, rows: Rows) -> NDArray[np.float64]:
 
 
 def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Return weights [d] and offset of the ridge regression of least generalised cross-validation error.
+    """Return weights [d] and offset of the ridge regression of least generalized cross-validation error.
 
     Args:
         features: [n, d]; n may be smaller than d.
@@ -94,7 +94,7 @@ def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[
 
 
 def gcv_error(squares: NDArray[np.float64], turned: NDArray[np.float64], strength: float) -> float:
-    """Return the generalised cross-validation error of a ridge regression with an intercept.
+    """Return the generalized cross-validation error of a ridge regression with an intercept.
 
     Args:
         squares: Eigenvalues [n], ascending, of X X' with centred columns; the first is 0, the intercept's direction.

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex import comm
 from dataflex.console import progress
-from dataflex.dist import comm
 from dataflex.errors import DataError
 from dataflex.signals.gradients.consume import WeightedSums
 from dataflex.signals.gradients.engine import GradientEngine
@@ -47,7 +47,7 @@ def answers_digest(answers: Sequence[WeightedAnswer]) -> str:
 
 
 def policy_vectors(
-    engine: GradientEngine, handle: ModelHandle, tasks: Sequence[Sequence[WeightedAnswer]], *, normalise_groups: bool
+    engine: GradientEngine, handle: ModelHandle, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
 ) -> TargetVectors:
     """Return one vector per task, equal on every rank (collective).
 
@@ -55,7 +55,7 @@ def policy_vectors(
         engine: Of the model; its loss is a row's token mean.
         handle: Collates, and says where batches go and how large they may be.
         tasks: The answers of each task; those of equal ``group`` are added up.
-        normalise_groups: Mean over the groups' directions instead of over their gradients.
+        normalize_groups: Mean over the groups' directions instead of over their gradients.
 
     Raises:
         DataError: A task without answers, or an answer without tokens.
@@ -77,7 +77,7 @@ def policy_vectors(
                 sink.weights = torch.tensor([[one.weight * len(one.answer) * counts for one in batch]])
                 engine.run(_collated(batch, handle), [sink])
             norm = float(whole.norms())
-            scale = (1.0 / norm if norm > 0 else 0.0) if normalise_groups else 1.0
+            scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
             for name, tensor in sums.tensors.items():
                 tensor[mine.task].add_(whole.tensors[name][0], alpha=scale)
             told(min(first + world, len(groups)))

@@ -100,7 +100,7 @@ def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
 
 
 def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
-    if not spec.normalise:
+    if not spec.normalize:
         return vectors_BD
     norms = vectors_BD.norm(dim=1, keepdim=True)
     return torch.where(norms.eq(0), vectors_BD, vectors_BD / norms)

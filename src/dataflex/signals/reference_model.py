@@ -63,7 +63,7 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     Raises:
         ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
     """
-    from dataflex.bridge.whole import loading_whole
+    from dataflex.llamafactory.whole import loading_whole
 
     try:
         with loading_whole():

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from dataflex.core.state import atomic_write_text
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import CheckpointError
 from dataflex.signals.fingerprint import Fingerprint
 from dataflex.signals.store import ArrayStore
+from dataflex.state import atomic_write_text
 
 __all__ = ["ResumablePass"]
 

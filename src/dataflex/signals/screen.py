@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataflex.core.choose import top_k
-from dataflex.core.protocols import Rows, Signals
 from dataflex.errors import DataError
+from dataflex.method import Rows, Signals
+from dataflex.select.choose import top_k
 from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["screened"]

@@ -14,9 +14,9 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import ComponentError, DataFlexError, UnsupportedError
+from dataflex.method import Rows, State
 from dataflex.signals.forward_answers import ForwardAnswers
 from dataflex.signals.generate import Generator
 from dataflex.signals.gradient_answers import GradientAnswers
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class SignalService(ForwardAnswers, MovedAnswers, GradientAnswers):
-    """Implements ``core.protocols.Signals`` on a model under training. All calls are collective.
+    """Implements ``method.Signals`` on a model under training. All calls are collective.
 
     Attributes:
         handle: The model and how to feed it.

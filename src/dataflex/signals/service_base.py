@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataflex.core.protocols import Rows
 from dataflex.errors import DataError, UnsupportedError
+from dataflex.method import Rows
 from dataflex.signals.answers import Answer, AnswerBook, Question
 from dataflex.signals.encoders import TextEncoder
 from dataflex.signals.gradients import TargetVectors

@@ -35,7 +35,7 @@ class EmbeddingSpec:
             or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
             (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
         completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
-        normalise: Divide by the L2 norm; a zero vector stays zero.
+        normalize: Divide by the L2 norm; a zero vector stays zero.
 
     Raises:
         ConfigError: Unknown pooling, or a layer that is not an integer.
@@ -44,7 +44,7 @@ class EmbeddingSpec:
     layer: int = -1
     pooling: Pooling = "weighted_mean"
     completion_only: bool = False
-    normalise: bool = True
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         known = get_args(Pooling)
@@ -161,7 +161,7 @@ class GradientSpec:
             (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
             ``sign`` or ``none``. Targets stay plain.
         include_momentum: Keep Adam's momentum term, which all rows share.
-        normalise: Whether scores are cosines rather than inner products.
+        normalize: Whether scores are cosines rather than inner products.
         mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
             or the cosine with its mean gradient (the paper's text).
         parameters: Regular expression searched for in parameter names; None: all trainable ones.
@@ -170,12 +170,12 @@ class GradientSpec:
         sketch_seed: Seed of the sketch.
         bf16: Run the passes in bfloat16 autocast.
         forward_mode: Take ``gradient_scores`` by forward-mode differentiation along the targets' mean gradients:
-            plain inner products only (``precondition: none``, no ``normalise``), without per-row gradients.
+            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
     """
 
     precondition: str = "true_adam"
     include_momentum: bool = True
-    normalise: bool = True
+    normalize: bool = True
     mean_of_cosines: bool = True
     parameters: str | None = None
     last_blocks: int | None = None

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dataflex.core.aside import is_left, is_unfinished, owner
-from dataflex.core.state import MANIFEST, verify_directory, write_directory
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals.fingerprint import Fingerprint
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, verify_directory, write_directory
 
 __all__ = ["ArrayStore", "Entry"]
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dataflex import comm
 from dataflex.console import progress
-from dataflex.core.protocols import Rows
-from dataflex.dist import comm
+from dataflex.method import Rows
 from dataflex.signals.passes import bucketed
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.token_losses import TokenLosses, TokenScorer

@@ -1,4 +1,4 @@
-"""Tokens and texts of rows as they were tokenised: no model is asked, and every rank reads for itself.
+"""Tokens and texts of rows as they were tokenized: no model is asked, and every rank reads for itself.
 
 Preference rows are read by their chosen answer. Without labels (stage pt) all of a row is its completion.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
+from dataflex.method import Rows
 from dataflex.signals.specs import Part
 
 __all__ = ["IGNORE", "TokenRow", "row_texts", "row_tokens", "token_rows"]
@@ -28,7 +28,7 @@ def token_rows(dataset: Any, rows: Rows) -> Iterator[TokenRow]:
     """Yield what is known of the tokens of each row, in the order asked for.
 
     Args:
-        dataset: Tokenised rows (``datasets.Dataset``, or anything with ``__getitems__``).
+        dataset: Tokenized rows (``datasets.Dataset``, or anything with ``__getitems__``).
         rows: Row ids [n]; may repeat.
     """
     names = getattr(dataset, "column_names", None)

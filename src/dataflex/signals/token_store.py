@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import DataError
+from dataflex.method import Rows
 from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.sweep import Sweep, Turn
 from dataflex.signals.token_losses import TokenScorer

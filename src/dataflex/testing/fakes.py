@@ -12,12 +12,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.core.directions import rademacher
-from dataflex.core.domain_stats import DomainStats
-from dataflex.core.domains import Domains
-from dataflex.core.protocols import BatchView, Context, Rows
-from dataflex.core.rng import uniforms
-from dataflex.core.schedule import Interval
+from dataflex.method import BatchView, Context, Rows
+from dataflex.plan.domains import Domains, DomainStats
+from dataflex.plan.schedule import Interval
+from dataflex.rng import rademacher, uniforms
 from dataflex.signals.specs import (
     EmbeddingSpec,
     Generation,
@@ -172,7 +170,7 @@ class FakeSignals:
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
         aims = self._means(targets)
         products = self._gradients[rows] @ aims.T
-        if spec.normalise:
+        if spec.normalize:
             lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
             products = products / np.maximum(lengths, 1e-30) / np.linalg.norm(aims, axis=1)
         return products.astype(np.float32)
@@ -218,7 +216,7 @@ class FakeSignals:
         """Cosines, or inner products, of rows with each row of a target [len(rows), rows of target]."""
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
         ours, theirs = self._gradients[rows], self._target_rows(target)
-        return ((_unit(ours) @ _unit(theirs).T) if spec.normalise else ours @ theirs.T).astype(np.float32)
+        return ((_unit(ours) @ _unit(theirs).T) if spec.normalize else ours @ theirs.T).astype(np.float32)
 
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
@@ -227,7 +225,7 @@ class FakeSignals:
         self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "answers": dict(answers)}))
         aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in given) for given in answers.values()])
         ours = self._gradients[rows]
-        return ((_unit(ours) @ _unit(aims).T) if spec.normalise else ours @ aims.T).astype(np.float32)
+        return ((_unit(ours) @ _unit(aims).T) if spec.normalize else ours @ aims.T).astype(np.float32)
 
     def answer_gradient(self, answer: WeightedAnswer) -> NDArray[np.float64]:
         """Gradient of an answer [P], made of its tokens; meant to be overridden."""

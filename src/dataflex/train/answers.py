@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.choose import largest_remainder
-from dataflex.core.contract import refuse_answer, whereabouts
-from dataflex.core.domains import Domains
-from dataflex.core.protocols import Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.core.rng import stream
-from dataflex.core.schedule import Interval
-from dataflex.core.state import refuse_state
+from dataflex.contract import refuse_answer, whereabouts
 from dataflex.errors import ComponentError, DataError
-from dataflex.mixers.proportions import normalised, refuse_strangers
+from dataflex.method import Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
+from dataflex.mixers.proportions import normalized, refuse_strangers
+from dataflex.plan.domains import Domains
+from dataflex.plan.schedule import Interval
+from dataflex.rng import stream
+from dataflex.select.choose import largest_remainder
+from dataflex.state import refuse_state
 
 __all__ = [
     "caps",
@@ -57,7 +57,7 @@ def check_mix(mixer: Mixer, mix: Mix, names: tuple[str, ...]) -> NDArray[np.floa
             f"mixer {mixer.name!r} returned {given.tolist()} for the domains {', '.join(names)}; "
             f"expected one finite number >= 0 each, not all zero: {whereabouts(type(mixer), 'mix')}"
         )
-    return normalised(given)
+    return normalized(given)
 
 
 def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted: int) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.core.epochs import ShuffledEpochs
-from dataflex.core.protocols import Rows
-from dataflex.core.schedule import Interval, Schedule
 from dataflex.errors import ConfigError, DataError
+from dataflex.method import Rows
+from dataflex.plan.planner import ShuffledEpochs
+from dataflex.plan.schedule import Interval, Schedule
 
 __all__ = ["Candidates"]
 

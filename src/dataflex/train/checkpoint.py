@@ -1,7 +1,7 @@
 """What DataFlex adds to a checkpoint.
 
 ``checkpoint-N/dataflex/`` holds the plan in progress, the state of the methods and a description of the
-run they belong to. ``core.sealed`` tells which checkpoints count.
+run they belong to. ``checkpoints`` tells which checkpoints count.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.core.plan import DataPlan
-from dataflex.core.sealed import FOLDER
-from dataflex.core.state import load_state, save_state
+from dataflex.checkpoints import FOLDER
 from dataflex.errors import CheckpointError, DataFlexError
+from dataflex.plan.plan import DataPlan
+from dataflex.state import load_state, save_state
 from dataflex.train.identity import Identity
 
 __all__ = ["decisions", "load", "save"]

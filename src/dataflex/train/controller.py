@@ -14,21 +14,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.plan import DataPlan
-from dataflex.core.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
-from dataflex.core.pool import pool_sizes, wanted_rows
-from dataflex.core.protocols import Context, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.core.rng import stream
-from dataflex.core.sampler import MixtureSampler
-from dataflex.core.schedule import Interval, Schedule
-from dataflex.dist import comm
 from dataflex.errors import CheckpointError, DataError, UnsupportedError
+from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.mixers.proportions import by_domain
+from dataflex.plan.mixture import MixtureSampler
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
+from dataflex.rng import stream
 from dataflex.signals.passes import preserved
 from dataflex.signals.pilot import piloted
 from dataflex.signals.screen import screened

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import SUMS
-from dataflex.dist import comm
+from dataflex import comm
+from dataflex.plan.domains import SUMS
 
 __all__ = ["DomainSums"]
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.domains import Domains
-from dataflex.core.protocols import Mixer, Normaliser, Rows
-from dataflex.core.sequences import Sequences
-from dataflex.dist import comm
+from dataflex import comm
+from dataflex.method import Mixer, Normalizer, Rows
+from dataflex.plan.domains import Domains
+from dataflex.sequences import Sequences
 from dataflex.train.answers import check_loss_weights
 from dataflex.train.weighting import IGNORE_INDEX
 
@@ -50,10 +50,10 @@ class DomainWeights:
     @property
     def by_domain_means(self) -> bool:
         """Whether the loss is the sum over domains of their weights times their mean losses."""
-        return self._mixer.loss_normaliser == "domain"
+        return self._mixer.loss_normalizer == "domain"
 
     def begin_step(
-        self, batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device, normaliser: Normaliser
+        self, batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device, normalizer: Normalizer
     ) -> None:
         """Take the weights of the coming step from the mixer (collective).
 
@@ -62,13 +62,13 @@ class DomainWeights:
             rows: Row ids of each micro-batch.
             num_items: Supervised tokens of the step, as the Trainer counts them.
             device: Where collectives work.
-            normaliser: The denominator of the step.
+            normalizer: The denominator of the step.
         """
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
             tokens_K = self._tokens(batches, rows, device, predicted_tokens)
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
-        elif normaliser == "count":  # the mixer's weights must not change the size of the step
+        elif normalizer == "count":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, rows, device, counted_tokens))
             alpha = alpha * (float(num_items) / weighted if weighted > 0 else 0.0)
         self._by_domain = alpha
@@ -95,7 +95,7 @@ class DomainWeights:
         assert self._by_domain is not None
         return np.asarray(self._by_domain[self._domains.domain_of[rows]])
 
-    def times(self, weights: torch.Tensor, sequences: Sequences, normaliser: Normaliser) -> torch.Tensor:
+    def times(self, weights: torch.Tensor, sequences: Sequences, normalizer: Normalizer) -> torch.Tensor:
         """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``sample``).
 
         Under ``sample`` the sum over the micro-batch of all ranks stays as it was.
@@ -103,7 +103,7 @@ class DomainWeights:
         factor = torch.from_numpy(self.of(sequences.rows_B)).to(weights)
         by_sequence = len(weights) == len(sequences.rows_B) and weights.shape[1] == 1
         product = weights * (factor[:, None] if by_sequence else sequences.spread(factor))
-        if normaliser != "sample":
+        if normalizer != "sample":
             return product
         return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
 

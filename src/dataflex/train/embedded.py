@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dataflex.core.sequences import Sequences
+from dataflex.sequences import Sequences
 from dataflex.signals.packing import document_ids
 from dataflex.signals.pooling import pool, pool_documents
 from dataflex.signals.specs import EmbeddingSpec

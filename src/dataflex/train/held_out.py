@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 
-from dataflex.dist import comm
+from dataflex import comm
 
 __all__ = ["EvaluationSums", "HeldOut", "perplexity", "totals", "undivided"]
 

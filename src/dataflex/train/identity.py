@@ -14,8 +14,8 @@ from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.core.protocols import Mixer
-from dataflex.core.redact import redacted
+from dataflex.method import Mixer
+from dataflex.printable import redacted
 from dataflex.train.row_space import RowSpace
 
 __all__ = ["Identity"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows
+from dataflex.method import Rows
 from dataflex.train.row_space import TOKEN_COLUMNS, flat
 
 __all__ = ["Leak", "find_leaks"]
@@ -59,7 +59,7 @@ class Leak:
 
 
 def _chunks(dataset: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Yield row offsets [n + 1] and token ids of a tokenised data set, in order."""
+    """Yield row offsets [n + 1] and token ids of a tokenized data set, in order."""
     name = next(name for name in TOKEN_COLUMNS if name in dataset.column_names)
     for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
         yield flat(table.column(name))
@@ -76,8 +76,8 @@ def find_leaks(train: Any, targets: Mapping[str, Any]) -> dict[str, Leak]:
     """Return, for every target, which of its rows are training rows too.
 
     Args:
-        train: Tokenised training set (``datasets.Dataset``).
-        targets: Tokenised targets by name.
+        train: Tokenized training set (``datasets.Dataset``).
+        targets: Tokenized targets by name.
     """
     if not targets:
         return {}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataflex.core.plan import DataPlan
-from dataflex.core.protocols import Rows
 from dataflex.ending import heed_parent_only
+from dataflex.method import Rows
+from dataflex.plan.plan import DataPlan
 from dataflex.train.controller import BatchShape
 
 __all__ = ["EpochShell", "PlanFeed"]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
 from dataflex.errors import DataError
+from dataflex.method import Rows, State
 from dataflex.signals.packing import real_tokens
 from dataflex.signals.passes import preserved
 from dataflex.signals.reference_model import KEY, check_folder, check_tokenizer, load_reference, losses_key

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
-from dataflex.core.rng import stream
 from dataflex.errors import CheckpointError
+from dataflex.method import Rows, State
+from dataflex.rng import stream
 from dataflex.signals.fingerprint import Fingerprint
 from dataflex.signals.reference_model import KEY
 from dataflex.signals.resumable import ResumablePass

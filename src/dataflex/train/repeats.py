@@ -7,7 +7,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
+from dataflex.method import Rows, State
 
 __all__ = ["Repeats"]
 

@@ -2,7 +2,7 @@
 
 Knows the weighter, the mixer, the columns and the rows of each micro-batch; the arithmetic is
 ``train.weighting``'s, and ``train.domain_weights`` says how much domains count. Weights multiply before one
-normalisation. What mixers observe are the plain losses.
+normalization. What mixers observe are the plain losses.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.domain_stats import SUMS, DomainStats
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.protocols import Mixer, Normaliser, Rows, State, Weighter
-from dataflex.core.sequences import Sequences
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
+from dataflex.method import Mixer, Normalizer, Rows, State, Weighter
+from dataflex.plan.domains import SUMS, Domains, DomainStats
+from dataflex.plan.plan import DataPlan
+from dataflex.sequences import Sequences
 from dataflex.signals.packing import document_ids
 from dataflex.train import weighting
 from dataflex.train.answers import check_static_weights
@@ -83,9 +82,9 @@ class Reweighter:
         packed: bool = False,
         reference: References | None = None,
     ) -> None:
-        if weighter is not None and mixer is not None and mixer.weighs_loss and mixer.loss_normaliser == "domain":
+        if weighter is not None and mixer is not None and mixer.weighs_loss and mixer.loss_normalizer == "domain":
             raise UnsupportedError(
-                f"the {mixer.name} mixer normalises the loss by domain, which leaves no place for a weighter"
+                f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
         self.weighter, self.mixer = weighter, mixer
         self.stats = None if weighter is None else WeightStats(weighter.name)
@@ -156,8 +155,8 @@ class Reweighter:
         self._scale = None
         domain_weights = self._domain_weights
         if domain_weights is not None:
-            domain_weights.begin_step(batches, rows, num_items, device, self._normaliser)
-        if self._normaliser != "token":
+            domain_weights.begin_step(batches, rows, num_items, device, self._normalizer)
+        if self._normalizer != "token":
             return
         total = torch.zeros((), dtype=torch.float64)
         for batch, ids in zip(batches, rows, strict=True):
@@ -173,11 +172,11 @@ class Reweighter:
         self._scale = torch.where(total > 0, items / total, torch.zeros_like(total))
 
     @property
-    def _normaliser(self) -> Normaliser:
+    def _normalizer(self) -> Normalizer:
         """The step's denominator: the acting weighter's, else the mixer's, else that of the stock loss."""
         if self._acts:
             assert self.weighter is not None
-            return self.weighter.normaliser
+            return self.weighter.normalizer
         return "token" if self._domain_weights is not None and not self._domain_weights.by_domain_means else "count"
 
     def check_known(self, rows: Rows) -> None:
@@ -250,9 +249,9 @@ class Reweighter:
             num_micro_batches=num_micro_batches,
         )
         if self._domain_weights is not None:
-            weights = self._domain_weights.times(weights, sequences, self._normaliser)
+            weights = self._domain_weights.times(weights, sequences, self._normalizer)
         scale = self._scale
-        if scale is None and self._normaliser == "token":
+        if scale is None and self._normalizer == "token":
             scale = weighting.micro_batch_scale(losses, weights, sequences)
         if weighter is not None:
             self._note(weights / equal if scale is None else weights * scale.to(weights), losses, sequences)
@@ -260,7 +259,7 @@ class Reweighter:
             losses,
             weights,
             sequences=sequences,
-            normaliser=self._normaliser,
+            normalizer=self._normalizer,
             num_items=num_items,
             num_micro_batches=num_micro_batches,
             step_scale=scale,
@@ -290,7 +289,7 @@ class Reweighter:
         seen = weighting.view(
             losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view
         )
-        equal = 1.0 / max(len(seen.loss_M), 1) if self._normaliser == "sample" else 1.0
+        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "sample" else 1.0
         return weighting.checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
 
     def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:

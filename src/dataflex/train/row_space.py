@@ -1,6 +1,6 @@
 """The training row space: which rows there are, which domain each belongs to, and a fingerprint of all that.
 
-Row ids are positions in the tokenised training set. A saved plan is only meaningful together with the
+Row ids are positions in the tokenized training set. A saved plan is only meaningful together with the
 row space that it was made for, hence the fingerprint: a hash of every token and label, by source.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dataflex.core.domains import Domains
-from dataflex.core.protocols import Rows
 from dataflex.errors import DataError
+from dataflex.method import Rows
+from dataflex.plan.domains import Domains
 
 __all__ = ["TOKEN_COLUMNS", "RowSpace", "TargetSpace", "flat", "measure"]
 
@@ -38,7 +38,7 @@ _CHUNK_ROWS = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What one pass over a tokenised data set tells.
+    """What one pass over a tokenized data set tells.
 
     Attributes:
         lengths: Tokens of each row [N].
@@ -60,12 +60,12 @@ def flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
 
 
 def measure(dataset: Any) -> Measures:
-    """Read a tokenised data set once (``datasets.Dataset``), in chunks, without a Python object per row."""
+    """Read a tokenized data set once (``datasets.Dataset``), in chunks, without a Python object per row."""
     names = dataset.column_names
     tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
     labels = next((name for name in _LABEL_COLUMNS if name in names), None)
     if tokens is None:
-        raise DataError(f"the tokenised data set has no token column (found: {', '.join(names)})")
+        raise DataError(f"the tokenized data set has no token column (found: {', '.join(names)})")
     digest = hashlib.blake2b(digest_size=8)
     lengths: list[NDArray[np.int64]] = []
     supervised: list[NDArray[np.int64]] = []
@@ -96,7 +96,7 @@ def measure(dataset: Any) -> Measures:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpace:
-    """A tokenised target data set (rows that selection aims at), never trained on.
+    """A tokenized target data set (rows that selection aims at), never trained on.
 
     Attributes:
         name: Data set name.
@@ -116,7 +116,7 @@ class RowSpace:
     """The training rows as decisions see them.
 
     Attributes:
-        dataset: Tokenised ``datasets.Dataset``, N rows.
+        dataset: Tokenized ``datasets.Dataset``, N rows.
         sources: Rows of each data set, by name, before domains are formed.
         domains: Domain of each row; by data set, or by ``domain_column``.
         supervised: Supervised tokens of each row [N].

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.core.domains import Domains
+from dataflex.plan.domains import Domains
 from dataflex.signals.texts import row_texts
 from dataflex.train.weight_stats import WeighedRow
 
@@ -26,7 +26,7 @@ def describe_rows(
 
     Args:
         weighed: Rows and their mean weights.
-        dataset: The tokenised training set.
+        dataset: The tokenized training set.
         tokenizer: Turns tokens into text.
         domains: Domains of the training rows.
     """

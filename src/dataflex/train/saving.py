@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from dataflex.core import sealed
-from dataflex.core.protocols import State
-from dataflex.dist import comm
+from dataflex import checkpoints, comm
+from dataflex.method import State
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import RunRecorder
 from dataflex.train import checkpoint
@@ -61,10 +60,13 @@ class SavingMixin(_Trainer):
         output_dir = Path(self.args.output_dir)
         found: tuple[str, bool] = ("", False)
         if comm.rank() == 0:
-            run = None if resume is None else sealed.run_of(Path(resume))
-            recorded = recorded_run(output_dir / sealed.FOLDER)
-            found = (run or sealed.new_run(), resume is not None and recorded is not None and recorded in ("", run))
-            sealed.begin_run(output_dir, found[0])
+            run = None if resume is None else checkpoints.run_of(Path(resume))
+            recorded = recorded_run(output_dir / checkpoints.FOLDER)
+            found = (
+                run or checkpoints.new_run(),
+                resume is not None and recorded is not None and recorded in ("", run),
+            )
+            checkpoints.begin_run(output_dir, found[0])
         self._dataflex_run, continues = comm.broadcast_object(found)
         if resume is not None:
             self._dataflex_taken_up = (Path(resume).resolve(), self.state.global_step)
@@ -78,7 +80,7 @@ class SavingMixin(_Trainer):
         before = clock.spent().get("checkpoint", 0.0)
         with clock.phase("checkpoint"):
             if self.args.should_save:
-                sealed.begin(folder)
+                checkpoints.begin(folder)
             comm.barrier()  # no rank writes before
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
@@ -116,7 +118,7 @@ class SavingMixin(_Trainer):
                 from transformers.trainer_utils import rotate_checkpoints
 
                 every_hash = self.dataflex_setup.config.checkpoint_hash == "full"
-                sealed.seal(folder, run=self._dataflex_run, every_hash=every_hash)
+                checkpoints.seal(folder, run=self._dataflex_run, every_hash=every_hash)
                 rotate_checkpoints(
                     output_dir=str(folder.parent),
                     save_total_limit=self.args.save_total_limit,
@@ -157,7 +159,7 @@ class SavingMixin(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as stock; beside new weights no trainer state of an earlier save is left for its time."""
         if not _internal_call and self.args.should_save:
-            sealed.unmark(Path(output_dir or self.args.output_dir))
+            checkpoints.unmark(Path(output_dir or self.args.output_dir))
         super().save_model(output_dir, _internal_call)
 
     def _dataflex_since_log(self) -> State:

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from dataflex.core.protocols import Rows
-from dataflex.core.sealed import FOLDER
-from dataflex.dist import comm
+from dataflex import comm
+from dataflex.checkpoints import FOLDER
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
+from dataflex.method import Rows
 from dataflex.mixing.proportions_file import write_proportions
 from dataflex.record.clock import OTHER
 from dataflex.record.recorder import NullRecorder, RunRecorder

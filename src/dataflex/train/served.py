@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.domains import Domains
-from dataflex.core.plan import DataPlan
-from dataflex.core.protocols import State
+from dataflex.method import State
+from dataflex.plan.domains import Domains
+from dataflex.plan.plan import DataPlan
 
 __all__ = ["ServedCounts"]
 

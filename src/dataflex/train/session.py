@@ -16,8 +16,8 @@ import torch
 from dataflex.config.forecast import Forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.steps import Batch
-from dataflex.core.schedule import Schedule
 from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.answers import AnswerBook

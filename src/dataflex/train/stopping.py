@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.ending import TermWish
 
 __all__ = ["StopOnTerm"]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import Rows, State
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import ComponentError
+from dataflex.method import Rows, State
 
 __all__ = ["RowWeights", "WeighedRow", "WeightStats"]
 

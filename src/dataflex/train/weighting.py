@@ -1,7 +1,7 @@
 """The one weighted loss: token losses, weights, an explicit denominator.
 
 Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
-follow Z = token | count | sample of ``core.protocols.Weighter``. With unit weights under ``token``
+follow Z = token | count | sample of ``method.Weighter``. With unit weights under ``token``
 and ``count`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
 of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
 is corrected for the order of summation.
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Normaliser, Rows, Weighter
-from dataflex.core.sequences import Sequences
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Normalizer, Rows, Weighter
+from dataflex.sequences import Sequences
 from dataflex.signals.cross_entropy import token_cross_entropy
 from dataflex.train.answers import check_weights
 
@@ -182,7 +182,7 @@ def weighted_loss(
     weights: torch.Tensor,
     *,
     sequences: Sequences,
-    normaliser: Normaliser,
+    normalizer: Normalizer,
     num_items: torch.Tensor | float,
     num_micro_batches: int,
     step_scale: torch.Tensor | float | None,
@@ -196,7 +196,7 @@ def weighted_loss(
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
         sequences: Which sequence each position belongs to.
-        normaliser: ``token``, ``count`` or ``sample``.
+        normalizer: ``token``, ``count`` or ``sample``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
         step_scale: For ``token``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
@@ -204,14 +204,14 @@ def weighted_loss(
         replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
-    if normaliser == "sample":
+    if normalizer == "sample":
         loss_B, _ = sample_means(loss_BT, mask_BT, sequences)
         if len(weights) != len(loss_B) or weights.shape[1] != 1:
-            raise ComponentError("normaliser 'sample' takes one weight per sequence")
+            raise ComponentError("normalizer 'sample' takes one weight per sequence")
         return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
-    if normaliser == "token":
+    if normalizer == "token":
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()

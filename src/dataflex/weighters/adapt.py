@@ -21,19 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import (
-    BatchView,
-    Card,
-    Context,
-    Method,
-    Needs,
-    Normaliser,
-    Rows,
-    State,
-    Weighter,
-    WeighterParams,
-)
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter, WeighterParams
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
 
@@ -94,7 +83,7 @@ class Adapt(Weighter):
         return AdaptByWords if params.similarity == "bm25" else cls
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """The loss is divided by the number of supervised tokens: weights are absolute."""
         return "count"
 
@@ -123,7 +112,7 @@ class Adapt(Weighter):
         weights = weights.masked_fill(~valid, 0.0)
         if self.params.rescale == "none":
             return weights
-        from dataflex.dist import comm
+        from dataflex import comm
 
         return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Context, State
 from dataflex.errors import ComponentError, DataError
+from dataflex.method import BatchView, Context, State
 from dataflex.signals.specs import EmbeddingSpec
 
 if TYPE_CHECKING:

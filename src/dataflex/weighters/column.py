@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError, DataError, did_you_mean
+from dataflex.method import BatchView, Card, Needs, Normalizer, Rows, Weighter, WeighterParams
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Column(Weighter):
         """Parameters of the column weighter."""
 
         column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})
-        normaliser: Literal["token", "count"] = field(
+        normalizer: Literal["token", "count"] = field(
             default="token",
             metadata={
                 "help": "token: weighted mean, only ratios matter; count: divided by the tokens, size matters too"
@@ -53,9 +53,9 @@ class Column(Weighter):
     params: Params
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """The denominator asked for."""
-        return self.params.normaliser
+        return self.params.normalizer
 
     def columns(self) -> tuple[str, ...]:
         """Return the name of the weight column."""

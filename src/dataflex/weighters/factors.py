@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dataflex.core.parts import Part
-from dataflex.core.protocols import Method, Params, Weighter
-from dataflex.core.registry import find, find_variant, names
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import Method, Params, Weighter
+from dataflex.parts import Part
+from dataflex.registry import find, find_variant, names
 
 __all__ = ["Factor", "combination_problems"]
 
@@ -54,7 +54,7 @@ def combination_problems(factors: list[Weighter]) -> list[str]:
     if len(factors) < 2:
         return ["of: takes at least two weighters; write a single one without 'product'"]
     problems = []
-    by_sequences = [each.name for each in factors if each.normaliser == "sample"]
+    by_sequences = [each.name for each in factors if each.normalizer == "sample"]
     by_token = [each.name for each in factors if each.by_token]
     if by_sequences and by_token:
         problems.append(

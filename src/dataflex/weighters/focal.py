@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
 from dataflex.weighters.token_functions import focal
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Focal(Weighter):
         """Parameters of the focal loss; the defaults are the paper's."""
 
         gamma: float = field(default=2.0, metadata={"help": "exponent; 0 is the plain loss", "minimum": 0.0})
-        normaliser: Literal["count", "token"] = field(
+        normalizer: Literal["count", "token"] = field(
             default="count",
             metadata={"help": "count: divided by the tokens, as the paper's; token: weighted mean"},
         )
@@ -45,9 +45,9 @@ class Focal(Weighter):
     params: Params
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """The denominator asked for."""
-        return self.params.normaliser
+        return self.params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised."""

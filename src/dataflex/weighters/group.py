@@ -4,7 +4,7 @@
 - ``class_balanced``: w_d = (1 - beta) / (1 - beta ^ n_d), one over the effective number of rows (Cui et al.,
   "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555).
 - ``group_dro``: q_d is multiplied by exp(eta (L_d + C / sqrt(n_d))) in every micro-batch, L_d the mean token loss of
-  the domain there (0 where absent), and normalised; the loss is sum_d q_d L_d (Sagawa et al., "Distributionally
+  the domain there (0 where absent), and normalized; the loss is sum_d q_d L_d (Sagawa et al., "Distributionally
   Robust Neural Networks", ICLR 2020, arXiv 1911.08731). With gradient accumulation every micro-batch is a batch
   of the paper's; the ``group_dro`` mixer updates once per optimizer step instead.
 
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter, WeighterParams
 from dataflex.errors import CheckpointError, ComponentError
+from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, State, Weighter, WeighterParams
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class GroupWeighter(Weighter):
         self._log_q: Floats | None = None
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Group DRO weighs domains' means; the others are weights of a token mean."""
         return "sample" if self.params.strategy == "group_dro" else "token"
 
@@ -140,7 +140,7 @@ class GroupWeighter(Weighter):
             raise ComponentError(f"{self.name}: weights of the domains were not prepared")
         import torch
 
-        from dataflex.dist import comm
+        from dataflex import comm
         from dataflex.mixers import simplex
 
         tokens = batch.tokens_B.cpu().double()

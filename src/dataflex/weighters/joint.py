@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, State, Weighter, WeighterParams
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, State, Weighter, WeighterParams
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
 
@@ -98,7 +98,7 @@ class JointUpdateAware(Weighter):
         )
         completion_only: bool = field(default=False, metadata={"help": "pool the supervised tokens only"})
         layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-        normalise: bool = field(default=True, metadata={"help": "whether vectors are divided by their norm"})
+        normalize: bool = field(default=True, metadata={"help": "whether vectors are divided by their norm"})
         refresh_steps: int = field(
             default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
         )
@@ -111,12 +111,12 @@ class JointUpdateAware(Weighter):
             layer=params.layer,
             pooling=params.pooling,
             completion_only=params.completion_only,
-            normalise=params.normalise,
+            normalize=params.normalize,
         )
         self._anchors = Anchors(self.name, spec, params.refresh_steps)
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Weights of the micro-batch sum to one and multiply token-mean losses."""
         return "sample"
 
@@ -140,7 +140,7 @@ class JointUpdateAware(Weighter):
         """
         import torch
 
-        from dataflex.dist import comm
+        from dataflex import comm
 
         mode, p = self.params.mode, self.params
         alignment_B = self._anchors.products(batch, unit=True)

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter
+from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ class LossWeighter(Weighter):
     params: Params
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Weights multiply the token-mean losses of the sequences."""
         return "sample"
 

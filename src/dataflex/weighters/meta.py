@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Method, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
 from dataflex.signals.specs import GradientSpec
 from dataflex.weighters.step_weights import StepWeights
 
@@ -75,7 +75,7 @@ class Meta(Weighter):
         self._step: StepWeights | None = None
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Weights multiply token-mean losses; they sum to one over the step."""
         return "sample"
 
@@ -87,7 +87,7 @@ class Meta(Weighter):
         """Work out the weights of the step's rows; several targets count alike."""
         spec = GradientSpec(
             precondition="none",
-            normalise=False,
+            normalize=False,
             parameters=self.params.parameters,
             forward_mode=self.params.forward_mode,
         )

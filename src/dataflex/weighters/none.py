@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Rows, Weighter
-from dataflex.core.protocols import Params as BaseParams
+from dataflex.method import BatchView, Card, Rows, Weighter
+from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Card, Context, Needs, Normaliser, Rows, Weighter, WeighterParams
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, Weighter, WeighterParams
 from dataflex.signals.specs import GradientSpec
 from dataflex.weighters.step_weights import StepWeights
 
@@ -50,7 +50,7 @@ def self_influence(gram: NDArray[np.floating], groups: NDArray[np.int64]) -> Flo
 
 
 def group_weights(influence: Floats, tau: float, eps: float = _EPS) -> Floats:
-    """Return softmax(tau z) [G] over the groups that are not NaN, z the standardised self-influence; 0 elsewhere."""
+    """Return softmax(tau z) [G] over the groups that are not NaN, z the standardized self-influence; 0 elsewhere."""
     known = np.isfinite(influence)
     weights = np.zeros(len(influence))
     if known.any():
@@ -104,7 +104,7 @@ class Presence(Weighter):
         self._influence = np.zeros(0)
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Weights multiply token-mean losses; they sum to one over the step."""
         return "sample"
 
@@ -118,7 +118,7 @@ class Presence(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Find the self-influence of the step's groups."""
-        spec = GradientSpec(precondition="none", normalise=False, parameters=self.params.parameters)
+        spec = GradientSpec(precondition="none", normalize=False, parameters=self.params.parameters)
         _, gram = ctx.signals.gradient_products(rows, spec, targets=())
         self._rows, self._groups = rows, np.arange(len(rows), dtype=np.int64) // self.params.group_rows
         self._influence = self_influence(gram, self._groups)

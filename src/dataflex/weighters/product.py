@@ -1,4 +1,4 @@
-"""Several weighters at once: their weights multiply before one normalisation.
+"""Several weighters at once: their weights multiply before one normalization.
 
 What the product is divided by follows from the factors. If one of them divides by sequences (``loss``, ``rho``,
 ``joint_update_aware``, ``meta``, ``presence``, ``group_dro``), so does the product, whose sum over the micro-batch of
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import STAGES, BatchView, Card, Context, Method, Needs, Normaliser, Rows, State, Weighter
-from dataflex.core.protocols import Params as BaseParams
 from dataflex.errors import ConfigError
+from dataflex.method import STAGES, BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter
+from dataflex.method import Params as BaseParams
 from dataflex.weighters.factors import Factor, combination_problems
 from dataflex.weighters.sequences import sequences_of
 
@@ -41,7 +41,7 @@ class Product(Weighter):
     adaptive: ClassVar[bool] = False
     needs = Needs(stages=("pt", "sft"))
     card = Card(
-        summary="Multiplies the weights of several weighters before one normalisation.",
+        summary="Multiplies the weights of several weighters before one normalization.",
         paper="baseline",
         cost="that of its factors",
     )
@@ -114,9 +114,9 @@ class Product(Weighter):
         return any(factor.entropy for factor in self.factors)
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """``sample`` if that of a factor, else ``count`` if that of one, else ``token``."""
-        given = {factor.normaliser for factor in self.factors}
+        given = {factor.normalizer for factor in self.factors}
         return "sample" if "sample" in given else "count" if "count" in given else "token"
 
     def burn_in(self, total_steps: int) -> int:
@@ -147,7 +147,7 @@ class Product(Weighter):
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Return products [len(rows)] where all factors are known from the rows and are of one kind; else None."""
-        alike = {(factor.normaliser, factor.burn_in(0)) for factor in self.factors}
+        alike = {(factor.normalizer, factor.burn_in(0)) for factor in self.factors}
         found = [factor.static_weights(rows, columns) for factor in self.factors] if len(alike) == 1 else [None]
         known = [weights for weights in found if weights is not None]
         return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
@@ -160,16 +160,16 @@ class Product(Weighter):
         """
         import torch
 
-        from dataflex.dist import comm
+        from dataflex import comm
 
-        kept = self.normaliser
+        kept = self.normalizer
         product, sequences = batch.loss_B.new_ones(len(batch.rows_B)), sequences_of(batch)
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
-            if kept == "sample" and factor.normaliser == "sample":
+            if kept == "sample" and factor.normalizer == "sample":
                 sums.append(weights.double().sum())
-            elif kept == "count" and factor.normaliser == "token":
+            elif kept == "count" and factor.normalizer == "token":
                 weights = _unit_mean(weights, batch)
             if weights.dim() > product.dim():
                 product = sequences.spread(product)
@@ -187,7 +187,7 @@ class Product(Weighter):
         """Return the weights of one factor, equal ones during its burn-in."""
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
-            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normaliser == "sample" else equal
+            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "sample" else equal
         from dataflex.train.answers import check_static_weights, check_weights
 
         known = check_static_weights(factor, batch.rows_B, batch.columns)
@@ -218,7 +218,7 @@ class Product(Weighter):
 
 def _unit_mean(weights: torch.Tensor, batch: BatchView) -> torch.Tensor:
     """Return weights whose mean over the tokens of the micro-batch of all ranks is 1 (collective)."""
-    from dataflex.dist import comm
+    from dataflex import comm
 
     counted = weights * (batch.tokens_B if weights.dim() == 1 else batch.mask_BT)
     return weights * comm.ratio_of_sums(batch.mask_BT.sum(), counted.double().sum()).to(weights.dtype)

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
-from dataflex.core.reference import ReferenceParams
+from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses, sequence_means
 
@@ -61,13 +60,13 @@ class Rho(Weighter):
         return self.params.reference
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """Weights of the micro-batch sum to one and multiply token-mean losses."""
         return "sample"
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return 1 / n for the n sequences kept over all ranks, else 0 [B] (collective)."""
-        from dataflex.dist import comm
+        from dataflex import comm
 
         irreducible_B = sequence_means(reference_losses(self.name, batch), batch)
         irreducible_M, _ = comm.gather_rows(irreducible_B, equal=batch.sequence_BT is None)

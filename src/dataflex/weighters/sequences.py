@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dataflex.core.protocols import BatchView
-from dataflex.core.sequences import Sequences
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView
+from dataflex.sequences import Sequences
 
 if TYPE_CHECKING:
     import torch

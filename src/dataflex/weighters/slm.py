@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
-from dataflex.core.reference import ReferenceParams
+from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses
 
@@ -63,7 +62,7 @@ class SelectiveLanguageModelling(Weighter):
         return self.params.reference
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """The mean over kept tokens."""
         return "token"
 
@@ -80,7 +79,7 @@ class SelectiveLanguageModelling(Weighter):
     def _kept_everywhere(self, excess: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from dataflex.dist import comm
+        from dataflex import comm
 
         # An excess of minus infinity stands for a position that is not supervised.
         both, local = comm.gather_rows(torch.where(mask, excess, float("-inf")))

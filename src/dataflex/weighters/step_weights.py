@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.core.protocols import BatchView, Rows
+from dataflex.method import BatchView, Rows
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.core.protocols import BatchView, Card, Needs, Normaliser, Weighter, WeighterParams
 from dataflex.errors import ComponentError
+from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
 from dataflex.weighters import token_functions
 from dataflex.weighters.sequences import reference_losses
 
@@ -43,7 +43,7 @@ class TokenWeighter(Weighter):
             default="dft",
             metadata={"help": "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"},
         )
-        normaliser: Literal["count", "token"] = field(
+        normalizer: Literal["count", "token"] = field(
             default="count",
             metadata={"help": "count: divided by the tokens, as DFT is; token: weighted mean, only ratios matter"},
         )
@@ -83,9 +83,9 @@ class TokenWeighter(Weighter):
         self._taken = token_functions.asked(self._function)
 
     @property
-    def normaliser(self) -> Normaliser:
+    def normalizer(self) -> Normalizer:
         """The denominator asked for."""
-        return self.params.normaliser
+        return self.params.normalizer
 
     @property
     def reference(self) -> str | None:
@@ -123,7 +123,7 @@ class TokenWeighter(Weighter):
         """Return the weights of this rank's tokens, by the function over the tokens of all ranks (collective)."""
         import torch
 
-        from dataflex.dist import comm
+        from dataflex import comm
 
         tokens, local = comm.gather_rows(torch.stack(list(values.values()), dim=1))
         found = self._function(**dict(zip(values, tokens.unbind(dim=1), strict=True)))

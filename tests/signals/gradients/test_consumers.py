@@ -73,7 +73,7 @@ def test_every_consumer_in_both_forms(name, ghost):
     targets, force = vectors(engine, 3), Forced(ghost)
     sums = WeightedSums(TargetVectors.zeros(2, engine.shapes, "cpu"))
     sums.weights = torch.tensor([[0.5, 0.0, 2.0, -1.0], [0.0, 0.0, 1.0, 0.0]])
-    consumers = [force(c) for c in (Dots(targets, normalise="none"), Norms(), Gram(), sums)]
+    consumers = [force(c) for c in (Dots(targets, normalize="none"), Norms(), Gram(), sums)]
     found = engine.run(batch, consumers)
     norms, lengths = rows.norm(dim=1), whole(targets).norm(dim=1)
     close(found["norms"], norms, norms)
@@ -110,14 +110,14 @@ def test_norms_of_wide_layers_are_never_formed(monkeypatch):
     assert not any(formed)
 
 
-def test_normalising():
+def test_normalizing():
     _, engine, batch, rows = prepared("lora")
     targets = vectors(engine, 3)
     dots = rows @ whole(targets).t()
     by_row = dots / rows.norm(dim=1, keepdim=True)
     close(engine.run(batch, [Dots(targets)])["dots"], by_row, whole(targets).norm(dim=1))
     cosines = by_row / whole(targets).norm(dim=1)
-    close(engine.run(batch, [Dots(targets, normalise="both")])["dots"], cosines, 1.0)
+    close(engine.run(batch, [Dots(targets, normalize="both")])["dots"], cosines, 1.0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -193,7 +193,7 @@ def test_a_batch_without_any_label():
 def test_target_means_by_task():
     _, engine, batch, rows = prepared("lora")
     tasks = torch.tensor([1, 0, 1, -1])
-    plain = TargetBuilder(engine, num_tasks=2, normalise_rows=False)
+    plain = TargetBuilder(engine, num_tasks=2, normalize_rows=False)
     plain.add(batch, tasks)
     expected = torch.stack([rows[1], rows[[0, 2]].mean(dim=0)])
     close(whole(plain.finish()), expected, rows.norm(dim=1).max())
@@ -214,8 +214,8 @@ def test_mean_of_cosines_is_not_the_cosine_with_the_mean():
     train, valid = torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([[1.0, 0.0], [0.0, 10.0]])
     unit = valid / valid.norm(dim=1, keepdim=True)
 
-    def scores(rows, normalise):
-        dots = Dots(TargetVectors(tensors={"w": rows.mean(dim=0, keepdim=True)}), normalise=normalise)
+    def scores(rows, normalize):
+        dots = Dots(TargetVectors(tensors={"w": rows.mean(dim=0, keepdim=True)}), normalize=normalize)
         dots.begin(torch.ones(2, dtype=torch.bool))
         dots.add(Block(segments=(Segment("w", 0, 2),), values=train))
         return [round(x, 4) for x in dots.finish()[""].flatten().tolist()]
@@ -226,9 +226,9 @@ def test_mean_of_cosines_is_not_the_cosine_with_the_mean():
 
 def test_targets_are_added_up_over_ranks():
     _, engine, batch, rows = prepared("lora")
-    builder = TargetBuilder(engine, num_tasks=1, normalise_rows=False)
+    builder = TargetBuilder(engine, num_tasks=1, normalize_rows=False)
     builder.add({key: value[:2] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
-    other = TargetBuilder(engine, num_tasks=1, normalise_rows=False)
+    other = TargetBuilder(engine, num_tasks=1, normalize_rows=False)
     other.add({key: value[2:] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
     parts = iter([other._counts, *other._sums.vectors.tensors.values()])
     found = builder.finish(reduce=lambda tensor: tensor + next(parts))

@@ -111,7 +111,7 @@ def test_scores_of_documents():
     for tensor in targets.tensors.values():
         tensor.normal_(generator=torch.Generator().manual_seed(1))
     flat = torch.cat([targets.flat(name) for name in targets.tensors], dim=1)
-    found = engine.run(batch, [Dots(targets, normalise="both")])["dots"]
+    found = engine.run(batch, [Dots(targets, normalize="both")])["dots"]
     for k, (i, j) in enumerate(documents()):
         if (i, j) not in UNLABELLED:
             _, gradient = in_place(model, batch, i, j, engine.parameters)

@@ -18,7 +18,7 @@ def test_equals_the_dot_product(name):
     model = build(name)
     engine, batch = engine_of(model), ragged([5, 9, 3], unlabelled=(2,))
     targets = vectors(engine, 1)
-    expected = engine.run(batch, [Dots(targets, normalise="none")])
+    expected = engine.run(batch, [Dots(targets, normalize="none")])
     found = engine.jvp(batch, targets.one(0))
     scale = expected["dots.norms"][:2] * targets.norms()
     assert ((found[:2] - expected["dots"][:2, 0]).abs() <= 2e-5 * scale).all()
@@ -35,7 +35,7 @@ def test_a_part_of_the_direction():
     for name, tensor in only.tensors.items():
         if "mlp" not in name:
             tensor.zero_()
-    expected = engine.run(batch, [Dots(only, normalise="none")])["dots"][:, 0]
+    expected = engine.run(batch, [Dots(only, normalize="none")])["dots"][:, 0]
     assert torch.allclose(engine.jvp(batch, part), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -89,7 +89,7 @@ class Gate(nn.Module):
 
 
 class Branching(Gate):
-    """Looks at values to decide, which cannot be vectorised."""
+    """Looks at values to decide, which cannot be vectorized."""
 
     def forward(self, x):
         return super().forward(x) if float(x.detach().abs().sum()) >= 0 else x

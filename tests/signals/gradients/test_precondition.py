@@ -188,7 +188,7 @@ class Odd(torch.optim.Adam):
         (lambda p: Adafactor(p), "Adafactor.*row and column means"),
         (lambda p: GaLoreAdamW(p), "GaLoreAdamW.*projected gradient"),
         (lambda p: Lion(p, lr=0.1), "Lion.*no second moment"),
-        (lambda p: Muon(p, lr=0.1), "Muon.*orthogonalises"),
+        (lambda p: Muon(p, lr=0.1), "Muon.*orthogonalizes"),
         (lambda p: torch.optim.SGD(p, lr=0.1), "SGD.*no betas"),
         (lambda p: torch.optim.Adamax(p), "Adamax.*running maximum"),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
@@ -230,12 +230,12 @@ def test_before_the_first_step_the_direction_is_the_sign():
 def eight_bit(first, second):
     """State as bitsandbytes keeps it, in blocks of 256."""
 
-    def quantise(values):
+    def quantize(values):
         blocks = values.view(-1, 256)
         absmax = blocks.abs().amax(dim=1)
         return ((blocks / absmax[:, None]) * 127 + 128).round().to(torch.uint8).view(values.shape), absmax
 
-    one, two = quantise(first), quantise(second)
+    one, two = quantize(first), quantize(second)
     return {"state1": one[0], "absmax1": one[1], "qmap1": torch.linspace(-1, 1, 256),
             "state2": two[0], "absmax2": two[1], "qmap2": torch.linspace(-1, 1, 256), "step": 5}  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_eight_bit_moments(monkeypatch):
     optimizer = torch.optim.Adam(layer.parameters())
     first, second = torch.randn(4, 256), torch.rand(4, 256)
     optimizer.state[layer.weight] = eight_bit(first, second)
-    with pytest.raises(UnsupportedError, match="8-bit moments cannot be dequantised here"):
+    with pytest.raises(UnsupportedError, match="8-bit moments cannot be dequantized here"):
         moments_of(optimizer, dict(layer.named_parameters()))
 
     def dequantize_blockwise(values, absmax, code, blocksize):

@@ -111,7 +111,7 @@ class Dots(Consumer):
 
     Args:
         targets: M vectors of the size of the parameters.
-        normalise: "none": plain products. "row": divided by the sample's norm; with targets that are
+        normalize: "none": plain products. "row": divided by the sample's norm; with targets that are
             means of unit vectors this is LESS's mean of cosines. "both": cosines.
         name: Key of the result.
         raw: As ``Consumer``.
@@ -121,11 +121,11 @@ class Dots(Consumer):
         self,
         targets: TargetVectors,
         *,
-        normalise: Literal["none", "row", "both"] = "row",
+        normalize: Literal["none", "row", "both"] = "row",
         name: str = "dots",
         raw: bool = False,
     ) -> None:
-        self.targets, self.normalise, self.name, self.raw = targets, normalise, name, raw
+        self.targets, self.normalize, self.name, self.raw = targets, normalize, name, raw
         self._norms = Norms()
         self._columns = Columns(targets.flat)
 
@@ -152,9 +152,9 @@ class Dots(Consumer):
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         norms = self._norms.finish()[""]
         products = total(self._products)
-        if self.normalise != "none":
+        if self.normalize != "none":
             products = products / norms.double().clamp_min(1e-30).unsqueeze(1)
-        if self.normalise == "both":
+        if self.normalize == "both":
             products = products / self.targets.norms().double().to(products.device).clamp_min(1e-30)
         return {"": products.float(), ".norms": norms}
 

@@ -72,8 +72,8 @@ def _layer_norm(module: nn.LayerNorm, kept: Kept, grad: torch.Tensor, wanted: fr
     pieces: dict[str, Piece] = {}
     trailing = len(module.normalized_shape)
     if "weight" in wanted:
-        normalised = nn.functional.layer_norm(kept[0].float(), module.normalized_shape, eps=module.eps)
-        pieces["weight"] = _summed(grad.float() * normalised, trailing)
+        normalized = nn.functional.layer_norm(kept[0].float(), module.normalized_shape, eps=module.eps)
+        pieces["weight"] = _summed(grad.float() * normalized, trailing)
     if "bias" in wanted:
         pieces["bias"] = _summed(grad, trailing)
     return pieces
@@ -87,7 +87,7 @@ def _rms_eps(module: Any, x: torch.Tensor) -> float:
     return float(torch.finfo(x.dtype).eps)  # torch.nn.RMSNorm(eps=None)
 
 
-def _rms_normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _rms_normalized(module: Any, x: torch.Tensor) -> torch.Tensor:
     values = x.float()
     return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + _rms_eps(module, x))
 
@@ -98,26 +98,26 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _check_rms_norm(module: nn.Module, kept: Kept, output: torch.Tensor) -> str | None:
-    """Make sure that the output is (weight or 1 + weight) * normalised input, whatever the class is called."""
+    """Make sure that the output is (weight or 1 + weight) * normalized input, whatever the class is called."""
     sample = kept[0].reshape(-1, kept[0].shape[-1])[:64]
     given = output.reshape(-1, output.shape[-1])[:64].float()
     weight: Any = module.weight
     if weight.dim() != 1 and weight.numel():
         return "its weight has more than one dimension"
-    normalised = _rms_normalised(module, sample)
+    normalized = _rms_normalized(module, sample)
     tolerance = 1e-4 if output.dtype == kept[0].dtype == torch.float32 else 3e-2
-    if weight.numel() == normalised.shape[-1] and type(weight.data) in (torch.Tensor, nn.Parameter):
+    if weight.numel() == normalized.shape[-1] and type(weight.data) in (torch.Tensor, nn.Parameter):
         candidates = [weight.detach().float(), 1 + weight.detach().float()]
     else:  # partitioned over ranks, released after the forward: fit the weight
-        candidates = [(given * normalised).sum(dim=0) / normalised.square().sum(dim=0).clamp_min(1e-30)]
-    if any(torch.allclose(given, w * normalised, rtol=tolerance, atol=tolerance) for w in candidates):
+        candidates = [(given * normalized).sum(dim=0) / normalized.square().sum(dim=0).clamp_min(1e-30)]
+    if any(torch.allclose(given, w * normalized, rtol=tolerance, atol=tolerance) for w in candidates):
         return None
     return "its output is not weight * x / rms(x)"
 
 
 @gradient_of("rms norm", matches=_is_rms_norm, parameters=("weight",), check=_check_rms_norm)
 def _rms_norm(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
-    return {"weight": _summed(grad.float() * _rms_normalised(module, kept[0]))}
+    return {"weight": _summed(grad.float() * _rms_normalized(module, kept[0]))}
 
 
 def _is_dora(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Per-sample gradients of one module without a formula: run just that module again, sample by sample.
 
 ``torch.func`` (``vmap`` over ``grad`` of ``functional_call``) does it for all samples at once; where
-the module cannot be vectorised (its control flow looks at values), a loop over the samples does.
+the module cannot be vectorized (its control flow looks at values), a loop over the samples does.
 The outputs of the second run are compared with the first: a module that mixes samples is found out.
 """
 
@@ -125,12 +125,12 @@ def local_gradients(
     if any(type(p) not in (torch.Tensor, nn.Parameter) or hasattr(p, "ds_id") for p in parameters.values()):
         raise NotSeparable("its parameters are partitioned over ranks, and it has no formula")
     try:
-        found, again = _vectorised(module, parameters, call, inputs, split, grads)
+        found, again = _vectorized(module, parameters, call, inputs, split, grads)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if type(module).__name__ not in _said:
             _said.add(type(module).__name__)
-            logger.warning("%s cannot be vectorised, samples are looped over: %s", type(module).__name__, reason)
+            logger.warning("%s cannot be vectorized, samples are looped over: %s", type(module).__name__, reason)
         found, again = _looped(module, parameters, call, inputs, split, grads)
     for first, second in zip(outputs, again, strict=True):
         tolerance = 1e-4 if first.dtype == torch.float32 else 3e-2
@@ -139,7 +139,7 @@ def local_gradients(
     return {name: gradient.float() for name, gradient in found.items()}
 
 
-def _vectorised(
+def _vectorized(
     module: nn.Module,
     parameters: dict[str, torch.Tensor],
     call: LocalCall,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.units import shape_of
 
@@ -34,7 +34,7 @@ _REASONS = {
     "lion": "it has no second moment",
     "lomo": "each parameter is stepped during the backward pass",
     "mini": "it keeps one second moment for a block of elements",
-    "muon": "it orthogonalises the momentum and has no second moment",
+    "muon": "it orthogonalizes the momentum and has no second moment",
     "nadam": "its direction looks one step ahead",
     "radam": "its direction is rectified",
     "schedulefree": "its moments belong to another sequence of parameters",
@@ -110,10 +110,10 @@ def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str
         zeros = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         return Moments(first=zeros, second=zeros, step=0, betas=betas, eps=eps)
     found = []
-    for ours, theirs, quantised in (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2")):
+    for ours, theirs, quantized in (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2")):
         value = state.get(ours, state.get(theirs))
         if value is not None and value.dtype == torch.uint8:
-            value = _dequantised(state, value, quantised, type(base).__name__)
+            value = _dequantized(state, value, quantized, type(base).__name__)
         if value is not None and hasattr(value, "full_tensor"):
             value = value.full_tensor()
         if value is None or value.shape != shape:
@@ -124,18 +124,18 @@ def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str
     return Moments(first=found[0], second=found[1], step=int(state.get("step", 0)), betas=betas, eps=eps)
 
 
-def _dequantised(state: Mapping[str, Any], value: torch.Tensor, which: str, name: str) -> torch.Tensor:
+def _dequantized(state: Mapping[str, Any], value: torch.Tensor, which: str, name: str) -> torch.Tensor:
     """Return an 8-bit moment of bitsandbytes in fp32."""
     try:
-        dequantise = importlib.import_module("bitsandbytes.functional").dequantize_blockwise
+        dequantize = importlib.import_module("bitsandbytes.functional").dequantize_blockwise
         absmax, code = state[f"absmax{which}"], state[f"qmap{which}"]
     except (ImportError, AttributeError, KeyError) as error:
-        raise _refusal(name, f"its 8-bit moments cannot be dequantised here ({error})") from error
+        raise _refusal(name, f"its 8-bit moments cannot be dequantized here ({error})") from error
     sizes = (256, 2048, 512, 1024, 4096, 128, 64)  # bitsandbytes' own; its present default first
     fitting = [size for size in sizes if -(-value.numel() // size) == absmax.numel()]
     if not fitting:
         raise _refusal(name, f"its 8-bit moments have {absmax.numel()} blocks for {value.numel()} elements")
-    return dequantise(value, absmax=absmax, code=code, blocksize=fitting[0]).view(value.shape)
+    return dequantize(value, absmax=absmax, code=code, blocksize=fitting[0]).view(value.shape)
 
 
 def _link_states(wrappers: list[Any]) -> None:

@@ -70,7 +70,7 @@ def dense_part(pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
     total: torch.Tensor | None = None
     for piece in pieces:
         if isinstance(piece, Factors):
-            part = _materialise(piece, start, stop).flatten(1)
+            part = _materialize(piece, start, stop).flatten(1)
         else:  # a parameter of no dimension counts as one row
             part = (piece if piece.dim() > 1 else piece.unsqueeze(1))[:, start:stop].float().flatten(1)
         if total is None:
@@ -81,7 +81,7 @@ def dense_part(pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
     return total
 
 
-def _materialise(piece: Factors, start: int, stop: int) -> torch.Tensor:
+def _materialize(piece: Factors, start: int, stop: int) -> torch.Tensor:
     right = piece.right
     b, _, n = right.shape
     if piece.one_hot:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.dist import comm
+from dataflex import comm
 from dataflex.signals.gradients.blocks import Block
 from dataflex.signals.gradients.consume import Consumer, Dots, inner_products
 from dataflex.signals.gradients.engine import GradientEngine
@@ -136,7 +136,7 @@ def row_products(
         gram[block, block] = products_of(vectors, vectors).cpu().numpy()
         rest = slice(block.stop, num)
         if block.stop < num:
-            dots = Dots(vectors, normalise="none")
+            dots = Dots(vectors, normalize="none")
 
             def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
                 return engine.run(batch, [dots], precondition=precondition)["dots"]

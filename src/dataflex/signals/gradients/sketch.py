@@ -21,7 +21,7 @@ from dataflex.signals.gradients.vectors import TargetVectors
 
 __all__ = ["Sketch", "buckets_and_signs", "sketched"]
 
-# Multipliers of the splitmix64 finaliser, as signed 64-bit numbers.
+# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

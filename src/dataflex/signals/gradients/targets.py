@@ -18,14 +18,14 @@ __all__ = ["TargetBuilder"]
 class TargetBuilder:
     """Collects per-task means of plain (SGD) gradients over batches.
 
-    With ``normalise_rows`` each row counts with its unit vector, so that a product of a unit vector
+    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector
     with the result is the mean of the cosines with the task's rows (what LESS's code computes); this
     takes a second pass over the batch. Without it, it is the task's mean gradient (the paper's text).
 
     Args:
         engine: Of the model.
         num_tasks: Tasks M.
-        normalise_rows: As above.
+        normalize_rows: As above.
         device: Where the vectors are kept; "cpu" if they are too big for the model's device.
     """
 
@@ -34,11 +34,11 @@ class TargetBuilder:
         engine: GradientEngine,
         *,
         num_tasks: int,
-        normalise_rows: bool = True,
+        normalize_rows: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         where = device if device is not None else next(iter(engine.parameters.values())).device
-        self.engine, self.normalise_rows = engine, normalise_rows
+        self.engine, self.normalize_rows = engine, normalize_rows
         self._sums = WeightedSums(TargetVectors.zeros(num_tasks, engine.shapes, where))
         self._counts = torch.zeros(num_tasks, dtype=torch.float64, device=where)
 
@@ -51,7 +51,7 @@ class TargetBuilder:
         known = torch.arange(len(self._counts)).unsqueeze(1)
         weights = (tasks.cpu().unsqueeze(0) == known).float()
         counts = weights.double()
-        if self.normalise_rows:
+        if self.normalize_rows:
             found = self.engine.run(batch, [Norms()])
             norms = found["norms"].cpu().nan_to_num(0.0)
             weights = torch.where(norms > 0, weights / norms, 0.0)

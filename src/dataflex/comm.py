@@ -1,0 +1,106 @@
+"""The few collectives that DataFlex needs; all of them work un-initialized, as rank 0 of 1.
+
+Every function is collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dataflex.errors import AgreementError
+
+__all__ = ["agree", "barrier", "broadcast_object", "gather_rows", "gather_sum", "rank", "world"]
+
+T = TypeVar("T")
+
+
+def _up() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if _up() else 1
+
+
+def rank() -> int:
+    """Return this process's rank."""
+    return dist.get_rank() if _up() else 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def gather_rows(local: torch.Tensor, *, equal: bool = False) -> tuple[torch.Tensor, slice]:
+    """Concatenate tensors over ranks.
+
+    Args:
+        local: [n, ...]; n may differ between ranks, the rest may not.
+        equal: Whether n is known to be the same on every rank. Lengths are not exchanged then, and nothing is
+            read from the device.
+
+    Returns:
+        The tensors of all ranks in rank order [sum n, ...] and the slice that is this rank's.
+    """
+    if world() == 1:
+        return local, slice(0, len(local))
+    if equal:
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts), slice(rank() * len(local), (rank() + 1) * len(local))
+    counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([len(local)], dtype=torch.int64, device=local.device))
+    sizes = [int(count) for count in counts]
+    longest = max(sizes)
+    padded = local.new_zeros((longest, *local.shape[1:]))
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded.contiguous())
+    start = sum(sizes[: rank()])
+    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return whole, slice(start, start + sizes[rank()])
+
+
+def gather_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``values`` over ranks, added in rank order so that every rank gets the same bits."""
+    if world() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts).sum(dim=0)
+
+
+def ratio_of_sums(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Return the sum of one scalar over ranks divided by that of another, float64; 0 unless the latter is > 0."""
+    total, part = gather_sum(torch.stack([above.double(), below.double()])).unbind()
+    return torch.where(part > 0, total / part, torch.zeros_like(total))
+
+
+def broadcast_object(value: T) -> T:
+    """Return rank 0's ``value`` on every rank."""
+    if world() == 1:
+        return value
+    box: list[T] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(what: str, value: str) -> None:
+    """Make sure that all ranks hold the same short string.
+
+    Raises:
+        AgreementError: On every rank, naming the ranks that differ from rank 0.
+    """
+    if world() == 1:
+        return
+    seen: list[str | None] = [None] * world()
+    dist.all_gather_object(seen, value)
+    if any(other != seen[0] for other in seen):
+        odd = [index for index, other in enumerate(seen) if other != seen[0]]
+        raise AgreementError(f"{what}: ranks {odd} differ from rank 0 ({seen}); the ranks would train on other data")

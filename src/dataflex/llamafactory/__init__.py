@@ -1,0 +1,1 @@
+"""What knows LLaMA-Factory: its trainer, its loading of data, its launching."""

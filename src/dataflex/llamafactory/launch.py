@@ -1,0 +1,121 @@
+"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher.
+
+Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``, and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``;
+``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``. Upstream names relied upon, of
+``llamafactory.extras.misc``: ``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``,
+``use_ray``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llamafactory.train import tuner
+
+from dataflex.ending import run_child
+from dataflex.record.clock import LAUNCHED
+
+__all__ = ["ENVIRONMENT_KEY", "RayWorker", "ray_workers", "torchrun_command", "wants_torchrun", "with_torchrun"]
+
+_WORKER_MODULE = "dataflex.worker"
+_SHUTDOWN_SECONDS = "600"
+
+
+def wants_torchrun() -> bool:
+    """Whether this run is to be started under torchrun, and is not already inside it."""
+    if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
+        return False
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    if is_env_enabled("FORCE_TORCHRUN"):
+        return True
+    return get_device_count() > 1 and not use_ray() and not use_kt()
+
+
+def torchrun_command(
+    args: list[str], env: Mapping[str, str], *, devices: int, free_port: int, module: str = _WORKER_MODULE
+) -> list[str]:
+    """Return the torchrun command line for the given environment.
+
+    Args:
+        args: Arguments of ``dataflex train``.
+        env: Environment variables.
+        devices: Visible devices, the default of NPROC_PER_NODE.
+        free_port: Default of MASTER_PORT.
+        module: What each rank runs.
+    """
+    nnodes = env.get("NNODES", "1")
+    per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    port = env.get("MASTER_PORT", str(free_port))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", per_node]
+    rendezvous = env.get("RDZV_ID")
+    if rendezvous is not None:
+        if env.get("MIN_NNODES") is not None and env.get("MAX_NNODES") is not None:
+            nnodes = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}"
+        command += ["--nnodes", nnodes, "--rdzv-id", rendezvous, "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", f"{address}:{port}", "--max-restarts", env.get("MAX_RESTARTS", "0")]
+    else:
+        command += ["--nnodes", nnodes, "--node-rank", env.get("NODE_RANK", "0")]
+        command += ["--master-addr", address, "--master-port", port]
+    return [*command, "-m", module, *args]
+
+
+def with_torchrun(args: list[str], module: str = _WORKER_MODULE, began: float | None = None) -> int:
+    """Run a module with ``args`` in one process per device and return the exit code; by default ``dataflex train``.
+
+    ``began`` is when the command did, in Unix seconds: the run's time is counted from there.
+    """
+    from llamafactory.extras.misc import find_available_port, get_device_count, is_env_enabled
+
+    env = dict(os.environ)
+    if began is not None:
+        env[LAUNCHED] = repr(began)
+    if is_env_enabled("OPTIM_TORCH", "1"):
+        env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        env["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
+    if get_device_count() == 0:
+        # Without it a rank maps checkpoints to the device 'cpu:1', which torch cannot restore to.
+        env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    port = find_available_port()
+    command = torchrun_command(args, env, devices=get_device_count(), free_port=port, module=module)
+    # Sent SIGTERM, torchrun kills ranks that have not ended by then; one that saves needs its step and its disk.
+    env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    return run_child(command, env)
+
+
+ENVIRONMENT_KEY = "DATAFLEX_RUN"
+
+
+class RayWorker(tuner.Worker):
+    """Runs LLaMA-Factory's training function with our trainer swapped in."""
+
+    def _training_function(self, config: dict[str, Any]) -> None:
+        from dataflex.config.split import split
+        from dataflex.llamafactory.swap import least_gain, swapped
+
+        given = json.loads(os.environ[ENVIRONMENT_KEY])
+        parts = split(given["mapping"], Path(given["base_dir"]))
+        assert parts.dynamic is not None
+        with least_gain(parts.early_stopping_min_delta), swapped(given["stage"], parts.dynamic, parts.lf):
+            super()._training_function(config)
+
+
+@contextmanager
+def ray_workers(mapping: dict[str, Any], base_dir: Path, stage: str) -> Iterator[None]:
+    """Make LLaMA-Factory start ``RayWorker``s while inside."""
+    before = tuner.Worker
+    os.environ[ENVIRONMENT_KEY] = json.dumps({"mapping": mapping, "base_dir": str(base_dir), "stage": stage})
+    tuner.Worker = RayWorker
+    try:
+        yield
+    finally:
+        tuner.Worker = before
+        del os.environ[ENVIRONMENT_KEY]

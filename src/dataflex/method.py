@@ -1,0 +1,596 @@
+"""The contracts between methods and the rest: what a selector, mixer and weighter are given and give back.
+
+Nothing here imports torch. Arrays are numpy, except in ``BatchView``, whose tensors are torch's and
+only named in type comments. Shape suffixes: ``_N`` rows of the data set, ``_K`` domains, ``_B``
+sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over all ranks,
+``_BT`` sequence x token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataflex.mixing.proportions_file import ProportionsFile
+    from dataflex.plan.domains import Domains, DomainStats
+    from dataflex.plan.schedule import Interval
+    from dataflex.signals.specs import (
+        EmbeddingSpec,
+        Generation,
+        GenerationSpec,
+        GradientSpec,
+        LogitSpec,
+        Part,
+        WeightedAnswer,
+    )
+
+__all__ = [
+    "STAGES",
+    "BatchView",
+    "Card",
+    "Context",
+    "DomainNormalizer",
+    "Method",
+    "Mix",
+    "Mixer",
+    "Needs",
+    "Normalizer",
+    "Params",
+    "ReferenceParams",
+    "Rows",
+    "Selection",
+    "Selector",
+    "Signals",
+    "State",
+    "Weighter",
+    "WeighterParams",
+]
+
+T = TypeVar("T")
+
+Rows = NDArray[np.int64]
+"""Positions in the training row space, 0 <= r < N."""
+
+State = dict[str, Any]
+"""JSON values and numpy arrays only; saved without pickle."""
+
+Normalizer = Literal["token", "count", "sample"]
+
+DomainNormalizer = Literal["token", "domain"]
+
+STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Base of the frozen, keyword-only parameter dataclass nested in every method.
+
+    Field metadata: ``help`` (one line with the unit), ``choices``, ``minimum``, ``maximum``,
+    ``above`` (exclusive minimum). ``__post_init__`` may raise ``ValueError`` for rules between fields.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the gallery and ``dataflex methods NAME`` say about a method.
+
+    Attributes:
+        summary: One sentence, ends with a full stop.
+        paper: Title, venue and arXiv number, or "baseline".
+        cost: In forward (F) and backward (B) passes over the pool, per interval or step.
+        note: What to know before use: where a default is not the authors', and why; where it wears out. Sentences.
+        forward_per_pool_row: F of each row of the pool and interval; ``dataflex plan`` counts them.
+        backward_per_pool_row: B of the same.
+        forward_per_served_row: F of each row trained on, beside those of the training itself.
+        backward_per_served_row: B of the same.
+        forward_once_per_pool_row: F, of models that stay as they are, of each row that is ever in the pool.
+        forward_per_target_row: F of each row of the method's targets and decision.
+        backward_per_target_row: B of the same.
+    """
+
+    summary: str
+    paper: str
+    cost: str
+    note: str = ""
+    forward_per_pool_row: float = 0.0
+    backward_per_pool_row: float = 0.0
+    forward_per_served_row: float = 0.0
+    backward_per_served_row: float = 0.0
+    forward_once_per_pool_row: float = 0.0
+    forward_per_target_row: float = 0.0
+    backward_per_target_row: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method asks of its surroundings, checked before a model loads.
+
+    Attributes:
+        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts"
+            stands for tokens and texts as the rows were tokenized, which ask no model.
+        targets: Whether ``targets: [data set, ...]`` must be given.
+        domains: Least number of domains.
+        stages: LLaMA-Factory stages that it works under.
+        zero3: Whether it works when parameters are partitioned (DeepSpeed ZeRO-3, FSDP).
+    """
+
+    signals: frozenset[str] = frozenset()
+    targets: bool = False
+    domains: int = 1
+    stages: tuple[str, ...] = STAGES
+    zero3: bool = True
+
+
+class Signals(Protocol):
+    """What the model makes of the data. Every call is collective: all ranks, same arguments."""
+
+    def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
+        """Tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
+        ...
+
+    def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
+        """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
+        ...
+
+    def losses(
+        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
+    ) -> NDArray[np.float32]:
+        """Token-mean loss of each row [len(rows)]; NaN for rows without supervised tokens.
+
+        Args:
+            rows: Row ids of the training set, or of the named target.
+            target: Name of a target data set; None means the training set.
+            model: Folder or hub id of another causal model; None means the model under training.
+            same_tokens: Refuse a model with another tokenizer.
+        """
+        ...
+
+    def answer_losses(
+        self,
+        rows: Rows,
+        *,
+        conditioned: bool,
+        scorer: str | None = None,
+        prefix_tokens: int = 0,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Token-mean loss of each row's answers, the same tokens with or without what comes before them."""
+        ...
+
+    def adapted_losses(
+        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
+    ) -> NDArray[np.float32]:
+        """Losses of training rows under a low-rank probe trained on the target ``towards``."""
+        ...
+
+    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """EL2N scores of rows, averaged over supervised tokens [len(rows)]; NaN without any."""
+        ...
+
+    def embeddings(
+        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
+    ) -> NDArray[np.float32]:
+        """Vectors of rows [len(rows), D] from the model under training, or from the model ``encoder``."""
+        ...
+
+    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
+        """Comparison of each training row's gradient with each target's mean one [len(rows), len(targets)]."""
+        ...
+
+    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
+        """Norm of each row's gradient [len(rows)]; NaN for rows without supervised tokens."""
+        ...
+
+    def gradient_sketches(
+        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
+    ) -> NDArray[np.float32]:
+        """Sketches of rows' gradients, of length one [len(rows), dim]; target rows share the projection."""
+        ...
+
+    def gradient_products(
+        self,
+        rows: Rows,
+        spec: GradientSpec,
+        *,
+        targets: Sequence[str],
+        target_rows: Mapping[str, Rows] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n].
+
+        A mean is over the ``target_rows`` of its target where they are given.
+        """
+        ...
+
+    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
+        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
+        ...
+
+    def answer_scores(
+        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
+    ) -> NDArray[np.float32]:
+        """Comparison of rows' gradients with those of each task's weighted answers [len(rows), len(answers)]."""
+        ...
+
+    def perturbed_losses(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        direction: int,
+        epsilon: float,
+        parameters: str | None = None,
+        target: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Losses of rows [len(rows)] with ``epsilon`` times random direction ``direction`` added to the parameters."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
+    ) -> list[Generation]:
+        """Sample answers of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
+        ...
+
+    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Sum of the singular values of each row's logits [len(rows)]; NaN for rows without supervised tokens."""
+        ...
+
+    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
+        """Sketch of each row's logits [len(rows), spec.rows * spec.columns], from the same pass as their norms."""
+        ...
+
+    def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
+        ...
+
+    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Tokens of each row that a mixture-of-experts model sends to each expert [len(rows), layers, experts]."""
+        ...
+
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of rows of the training set, or of the named target."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may look at while deciding. Randomness only through ``rng``."""
+
+    interval: Interval
+    seed: int
+    domains: Domains
+    signals: Signals
+    targets: tuple[str, ...] = ()
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    total_sequences: int = 0
+    """Sequences served over the whole run (total steps x global batch)."""
+    global_batch: int = 1
+    """Sequences of one optimizer step."""
+    unit: Literal["sequences", "tokens", "documents"] = "sequences"
+    """What proportions are proportions of."""
+    learning_rate: float = 0.0
+    """The optimizer's learning rate at the step of the decision."""
+
+    def rng(self, name: str) -> np.random.Generator:
+        """Named, counter-based random stream of this interval; equal on every rank."""
+        from dataflex.rng import stream
+
+        return stream(self.seed, name, self.interval.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a selector kept.
+
+    Attributes:
+        rows: Chosen row ids [n], distinct unless the method repeats on purpose, in order of preference.
+        scores: Score of every pool row in pool order [len(pool)], NaN where not scored; or None.
+        reason: One line for the record.
+    """
+
+    rows: Rows
+    scores: NDArray[np.floating] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Sampling proportions by domain, float64 [K], >= 0, sum 1; a zero means never."""
+
+    proportions: NDArray[np.float64]
+    reason: str = ""
+
+
+class Method:
+    """Common ground of selectors, mixers and weighters.
+
+    A subclass sets ``name``, ``card``, ``needs`` and, where it has parameters, a nested frozen
+    dataclass ``Params``. Its constructor takes the built Params only.
+    """
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    card: ClassVar[Card]
+    needs: ClassVar[Needs] = Needs()
+    adaptive: ClassVar[bool] = False
+    """True when a decision depends on the model or the step, so that ``interval_steps`` is needed."""
+
+    Params: ClassVar[type[Params]] = Params
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    @classmethod
+    def variant(cls, params: Any) -> type[Method]:
+        """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
+        return cls
+
+    def columns(self) -> tuple[str, ...]:
+        """Names of the raw data columns that must ride along with the rows."""
+        return ()
+
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Say which values of one of its ``columns`` it cannot use; asked once, when the data is loaded.
+
+        Args:
+            name: The column.
+            values: Its values over the training rows [N]; a missing one is None.
+
+        Returns:
+            Which are refused [N], and in a few words what they must be; None where anything will do.
+        """
+        return None
+
+    @property
+    def reference(self) -> str | None:
+        """Folder or hub id of the reference model whose token losses are needed in training, or None."""
+        return None
+
+    @property
+    def reference_cached(self) -> bool:
+        """Whether the reference's token losses are computed once and kept, instead of in every step."""
+        return bool(getattr(self.params, "reference_cache", True))
+
+    def pool_passes(self, num_targets: int) -> tuple[float, float]:
+        """Return the F and B of each row of the pool and decision, for ``dataflex plan``."""
+        return self.card.forward_per_pool_row, self.card.backward_per_pool_row
+
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
+        return self.card.forward_per_target_row, self.card.backward_per_target_row
+
+    def state_dict(self) -> State:
+        """Everything that a resumed run needs; empty for stateless methods."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if state:
+            raise ValueError(f"{self.name} keeps no state, but was given {sorted(state)}")
+
+
+class Selector(Method):
+    """Chooses which rows are trained on during an interval."""
+
+    kind = "selector"
+    narrows: ClassVar[bool] = True
+    """False for a selector that keeps the whole pool and leaves epochs as they are."""
+    online: ClassVar[bool] = False
+    """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
+
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""
+        raise NotImplementedError
+
+
+class Mixer(Method):
+    """Sets the proportions in which domains are served during an interval, or how much each counts in the loss.
+
+    An online mixer sets ``observes`` and learns from ``observe``, which is called after the backward passes
+    of every optimizer step, with the same numbers on every rank. It must not look at anything else.
+    """
+
+    kind = "mixer"
+    observes: ClassVar[bool] = False
+    """Whether ``observe`` is to be called."""
+    weighs_loss: ClassVar[bool] = False
+    """Whether ``loss_weights`` gives weights."""
+
+    @property
+    def pure_micro_batches(self) -> bool:
+        """Whether every micro-batch must hold one domain only (bandits that pull one arm at a time)."""
+        return False
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """What ``loss_weights`` are weights of.
+
+        - ``token``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
+        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
+        """
+        return "token"
+
+    def loss_weights(self) -> NDArray[np.float64] | None:
+        """Return the weights of the domains in the loss of the next optimizer step [K] (under ``weighs_loss``).
+
+        Asked after the step's ``mix``, so that the domains are known.
+        """
+        return None
+
+    def observe(self, stats: DomainStats) -> None:
+        """Learn from one optimizer step; deterministic, on the CPU in float64."""
+
+    def outcome(self) -> ProportionsFile | None:
+        """Return the proportions that the run has found so far, or None.
+
+        They are written to ``OUTPUT_DIR/dataflex/<name>.json`` at checkpoints and at the end, for
+        ``mixer: {name: static, from: FILE}`` of another run.
+        """
+        return None
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return proportions in the order of ``ctx.domains.names``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """One micro-batch as a weighter sees it. Tensors are detached, fp32 or int64, on the model's device.
+
+    A sequence is a row, or, where rows are packed, a document of a row; ``_B`` counts this rank's
+    sequences, ``R`` its rows (R = B without packing).
+
+    Attributes:
+        rows_B: Row id of each sequence (numpy).
+        domains_B: Domain index of each sequence (numpy).
+        loss_B: Token-mean loss per sequence; 0 where ``tokens_B`` is 0.
+        tokens_B: Supervised tokens per sequence.
+        loss_BT: Loss per token position [R, T], 0 where ``mask_BT`` is False.
+        mask_BT: Supervised positions [R, T].
+        loss_M: ``loss_B`` of all ranks, in rank order.
+        tokens_M: ``tokens_B`` of all ranks.
+        local: Slice of this rank inside ``_M`` arrays.
+        step: Optimizer step, counted from 0.
+        total_steps: Optimizer steps of the whole run.
+        num_micro_batches: Micro-batches of this optimizer step.
+        sequence_BT: Index into ``_B`` of the sequence of each position [R, T]; None without packing.
+        reference_BT: Token losses of the reference model [R, T], 0 where ``mask_BT`` is False; None unless
+            ``Weighter.reference`` names one.
+        entropy_BT: Entropy of each prediction, nats [R, T], 0 where ``mask_BT`` is False; None unless
+            ``Weighter.entropy``.
+        embeddings_BH: Embedding of each sequence from the training forward [B, H], fp32; None unless
+            ``Weighter.embedding``.
+        columns: Raw columns that ride along with the rows, by name, each [N] (numpy).
+    """
+
+    rows_B: Rows
+    domains_B: NDArray[np.int64]
+    loss_B: torch.Tensor
+    tokens_B: torch.Tensor
+    loss_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    loss_M: torch.Tensor
+    tokens_M: torch.Tensor
+    local: slice
+    step: int
+    total_steps: int
+    num_micro_batches: int = 1
+    sequence_BT: torch.Tensor | None = None
+    reference_BT: torch.Tensor | None = None
+    entropy_BT: torch.Tensor | None = None
+    embeddings_BH: torch.Tensor | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeighterParams(Params):
+    """Base of the parameters of weighters."""
+
+    burn_in_steps: int = field(
+        default=0, metadata={"help": "optimizer steps with the plain loss at first", "minimum": 0}
+    )
+
+
+class Weighter(Method):
+    """Says how much each sequence or token of a micro-batch counts.
+
+    ``normalizer`` fixes the denominator Z of the step's loss sum(w * loss) / Z:
+
+    - ``token``: weighted token mean. Weights known from the rows alone (``static_weights``) use
+      Z = sum of w over the whole optimizer step; weights computed in the micro-batch are rescaled
+      there to a token mean of one. Equal weights give the plain loss.
+    - ``count``: Z = number of supervised tokens of the step; weights change the step size.
+    - ``sample``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
+      token-mean losses; the step's loss is the mean over its micro-batches. They sum to one unless the
+      method's paper has it otherwise.
+    """
+
+    kind = "weighter"
+    neutral: ClassVar[bool] = False
+    """True for ``none``: the stock loss is left alone."""
+    by_token: ClassVar[bool] = False
+    """True where ``weigh`` gives weights of tokens [R, T]."""
+
+    Params: ClassVar[type[Params]] = WeighterParams
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """Which denominator the weights are meant for."""
+        return "token"
+
+    def default_burn_in(self, total_steps: int) -> int:
+        """Return the steps of plain loss where ``burn_in_steps`` is null or no parameter of the weighter."""
+        return 0
+
+    def burn_in(self, total_steps: int) -> int:
+        """Return how many optimizer steps use the plain loss at first."""
+        given: int | None = getattr(self.params, "burn_in_steps", None)
+        return self.default_burn_in(total_steps) if given is None else given
+
+    def refuse_idle(self, total_steps: int) -> None:
+        """Refuse a run in which the weights never act.
+
+        Raises:
+            ConfigError: The burn-in takes up the whole run.
+        """
+        steps = self.burn_in(total_steps)
+        if 0 < steps >= total_steps:
+            told = " (its default)" if getattr(self.params, "burn_in_steps", None) is None else ""
+            raise ConfigError(
+                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
+                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
+            )
+
+    def active(self, step: int, total_steps: int) -> bool:
+        """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
+        return step >= self.burn_in(total_steps)
+
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """How sequences are embedded from the training forward for ``BatchView.embeddings_BH``, or None."""
+        return None
+
+    @property
+    def entropy(self) -> bool:
+        """Whether ``BatchView.entropy_BT`` is needed."""
+        return False
+
+    def due(self, step: int) -> bool:
+        """Whether ``prepare`` is to be called before optimizer step ``step`` (counted from 0)."""
+        return False
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Ask the signals what is needed for the coming step (collective; ``due`` says when).
+
+        Args:
+            ctx: As for a decision; ``ctx.interval`` is the one step, ``ctx.targets`` the weighter's targets.
+            rows: Row ids of the whole optimizer step, over all ranks and micro-batches, in the plan's order.
+        """
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+        """Weights [len(rows)] known before the forward pass, or None when they depend on the batch."""
+        return None
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [B] (by sequence) or [R, T] (by position), fp32, detached, finite and >= 0."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceParams(Params):
+    """Base of the parameters of a method that does not work without a reference model."""
+
+    reference: str = field(metadata={"help": "folder of the reference model, with the tokenizer of the run"})
+    reference_cache: bool = field(
+        default=True,
+        metadata={"help": "score a row with the reference once, when first served, and keep that; else in every step"},
+    )

@@ -1,0 +1,49 @@
+"""A named part of a method with parameters of its own, as ``rule: {name: knn_kde, sigma: 0.1}`` or ``rule: top_k``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from dataflex.method import Params
+
+__all__ = ["Part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One choice out of a table, with the choice's parameters.
+
+    A subclass names what it is a choice of and says which choices there are; the configuration then reads a
+    bare name or a mapping with ``name`` and the parameters beside it.
+
+    Attributes:
+        name: Name in the table.
+        params: Built parameters of that choice.
+    """
+
+    name: str
+    params: Params = field(default_factory=Params)
+
+    what: ClassVar[str] = "part"
+    """What the table holds, in the singular, for messages."""
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return every name that may be chosen."""
+        raise NotImplementedError
+
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return the parameter dataclass of a choice.
+
+        Raises:
+            ConfigError: ``name`` is not in the table.
+            ComponentError: What the table names cannot be used.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, name: str, **params: Any) -> Self:
+        """Return a choice with parameters given as Python values."""
+        return cls(name, cls.params_of(name)(**params))

@@ -1,0 +1,584 @@
+"""The mixture stream: which row comes next when domains are served in proportions that may change.
+
+No data set is rebuilt. All that changes is an append-only log of segments and how far each domain was
+read; the rest is a function of (seed, segment, block) and (seed, domain name, epoch). So the stream is
+the same however it is cut into calls, and a resumed run goes on at any sequence. Knows no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.errors import CheckpointError, DataError
+from dataflex.method import Rows, State
+from dataflex.plan.domains import Domains, check_proportions
+from dataflex.plan.planner import ShuffledEpochs, serve
+from dataflex.rng import keys
+
+__all__ = [
+    "AtCap",
+    "Interleave",
+    "MixtureSampler",
+    "Segment",
+    "block_counts",
+    "block_labels",
+    "cap_limits",
+    "evenly",
+    "expected_epochs",
+    "log_from_state",
+    "log_state",
+    "without",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """One entry of the log.
+
+    Attributes:
+        start: Sequence index from which the proportions hold.
+        proportions: Proportions of sequences, float64 [K].
+        decided_at_step: Optimizer step of the decision.
+        reason: One line for the record.
+    """
+
+    start: int
+    proportions: NDArray[np.float64]
+    decided_at_step: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        proportions = self.proportions.copy()
+        proportions.flags.writeable = False
+        object.__setattr__(self, "proportions", proportions)
+
+
+def log_state(segments: Sequence[Segment], num_domains: int) -> State:
+    """Return a log as JSON values and one array [segments, K]."""
+    return {
+        "start": [segment.start for segment in segments],
+        "proportions": np.array([segment.proportions for segment in segments]).reshape(-1, num_domains),
+        "decided_at_step": [segment.decided_at_step for segment in segments],
+        "reason": [segment.reason for segment in segments],
+    }
+
+
+def log_from_state(state: State) -> list[Segment]:
+    """Take back what ``log_state`` gave; ``KeyError``, ``TypeError`` or ``ValueError`` if it is malformed."""
+    columns = (state["start"], state["proportions"], state["decided_at_step"], state["reason"])
+    return [
+        Segment(
+            start=int(start),
+            proportions=np.array(shares, dtype=np.float64),
+            decided_at_step=int(step),
+            reason=str(reason),
+        )
+        for start, shares, step, reason in zip(*columns, strict=True)
+    ]
+
+
+Interleave = Literal["shuffled", "even"]
+
+_SCALAR_DOMAINS = 16  # up to here a plain Python loop beats numpy calls on tiny arrays
+
+
+def _carry_scalar(shares: list[float], rest: list[float], block: int, num: int) -> tuple[list[int], list[float]]:
+    """Run the loop of ``block_counts`` in plain Python; both outputs flat."""
+    counts: list[int] = []
+    rests: list[float] = list(rest)
+    for _ in range(num):
+        need = [share + left for share, left in zip(shares, rest, strict=True)]
+        base = [int(value) if value > 0.0 else 0 for value in need]
+        rest = [value - whole for value, whole in zip(need, base, strict=True)]
+        _settle(base, rest, block - sum(base))
+        counts += base
+        rests += rest
+    return counts, rests
+
+
+def _settle(base: list[int], rest: list[float], short: int) -> None:
+    """Hand out (or take back) one sequence at a time where the remainder is largest (smallest)."""
+    for _ in range(short):
+        k = rest.index(max(rest))
+        base[k] += 1
+        rest[k] -= 1.0
+    for _ in range(-short):
+        k = min((k for k in range(len(base)) if base[k] > 0), key=rest.__getitem__)
+        base[k] -= 1
+        rest[k] += 1.0
+
+
+def _carry_vector(
+    shares: NDArray[np.float64], rest: NDArray[np.float64], block: int, num: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Run the loop of ``block_counts`` with one numpy pass per block; bit for bit the scalar loop."""
+    counts = np.empty((num, shares.size), dtype=np.int64)
+    rests = np.empty((num + 1, shares.size), dtype=np.float64)
+    rests[0] = rest
+    for b in range(num):
+        need = shares + rests[b]
+        base = np.maximum(np.floor(need), 0.0)
+        left = need - base
+        short = block - int(base.sum())
+        if short < 0:
+            base_list, left_list = base.astype(np.int64).tolist(), left.tolist()
+            _settle(base_list, left_list, short)
+            counts[b], rests[b + 1] = base_list, left_list
+            continue
+        # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
+        # that handing out one at a time would pick none twice.
+        order = np.argsort(-left, kind="stable")[:short]
+        left[order] -= 1.0
+        base[order] += 1.0
+        counts[b], rests[b + 1] = base, left
+    return counts, rests
+
+
+def block_counts(
+    proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Count the sequences of each domain in consecutive blocks by residual carry.
+
+    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is
+    missing goes to the largest remainders, ties by index; residual = need - count. The cumulative
+    count of a domain so stays within about one sequence of its share, whatever its size.
+
+    Args:
+        proportions: Proportions of sequences [K], sum 1; a domain of proportion 0 must have residual 0
+            and gets nothing.
+        block: Sequences in a block.
+        residual: Residual before the first block [K], sum 0.
+        num: Number of blocks.
+
+    Returns:
+        Counts int64 [num, K], and residuals float64 [num + 1, K], row b before block b.
+    """
+    active = np.flatnonzero(proportions > 0)
+    shares = proportions[active] * block
+    counts = np.zeros((num, proportions.size), dtype=np.int64)
+    residuals = np.zeros((num + 1, proportions.size), dtype=np.float64)
+    if active.size <= _SCALAR_DOMAINS:
+        flat, rests = _carry_scalar(shares.tolist(), residual[active].tolist(), block, num)
+        counts[:, active] = np.array(flat, dtype=np.int64).reshape(num, active.size)
+        residuals[:, active] = np.array(rests).reshape(num + 1, active.size)
+    else:
+        counts[:, active], residuals[:, active] = _carry_vector(shares, residual[active], block, num)
+    return counts, residuals
+
+
+def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the domains of one block [sum(counts)] as evenly spread as whole sequences allow.
+
+    Place n goes to the domain that is furthest behind, argmax of share x max(n, 1) - given so far, the first
+    of equal ones, as Megatron-Core's blending has it.
+
+    Args:
+        counts: Sequences of each domain in the block [K].
+    """
+    block = int(counts.sum())
+    shares, given = counts / max(block, 1), np.zeros(counts.size)
+    labels = np.empty(block, dtype=np.int64)
+    for place in range(block):
+        behind = np.where(given < counts, shares * max(place, 1) - given, -np.inf)
+        labels[place] = k = int(np.argmax(behind))
+        given[k] += 1
+    return labels
+
+
+def block_labels(
+    proportions: NDArray[np.float64],
+    block: int,
+    residual: NDArray[np.float64],
+    seed: int,
+    segment: int,
+    first: int,
+    num: int,
+    interleave: Interleave = "shuffled",
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
+    """Return the domain of every sequence of consecutive blocks.
+
+    The order within a block is a permutation that depends on (seed, segment, block number) only, or ``evenly``.
+
+    Args:
+        proportions: Proportions of sequences [K], sum 1.
+        block: Sequences in a block.
+        residual: Residual before the first of these blocks [K].
+        seed: Seed of the run.
+        segment: Number of the segment in the log.
+        first: Number of the first block within the segment.
+        num: Number of blocks.
+        interleave: How sequences lie within a block.
+
+    Returns:
+        Domain indices [num * block], and the residuals of ``block_counts`` [num + 1, K].
+    """
+    counts, rests = block_counts(proportions, block, residual, num)
+    # 16-bit labels make numpy's stable sort a radix sort, here and for whoever groups by label.
+    small = proportions.size <= 1 << 16
+    numbers: NDArray[np.unsignedinteger] = np.arange(proportions.size, dtype=np.uint16 if small else np.uint64)
+    if interleave == "even":
+        return np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype), rests
+    in_order: NDArray[np.unsignedinteger] = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, block)
+    places = np.arange(first * block, (first + num) * block, dtype=np.int64).reshape(num, block)
+    order = np.argsort(keys(seed, "mixture", segment, places), axis=1)
+    labels: NDArray[np.unsignedinteger] = np.take_along_axis(in_order, order, axis=1).reshape(-1)
+    return labels, rests
+
+
+AtCap = Literal["error", "redistribute", "stop"]
+
+_NO_LIMIT = np.iinfo(np.int64).max
+
+
+def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArray[np.int64]:
+    """Return how many sequences each domain may serve in all.
+
+    Args:
+        sizes: Rows of each domain, int64 [K].
+        max_epochs: Largest number of epochs of each domain [K] (or one for all), fractions allowed;
+            NaN and inf mean no limit.
+
+    Returns:
+        int64 [K].
+    """
+    limits = np.full(sizes.size, _NO_LIMIT)
+    if max_epochs is not None:
+        caps = np.broadcast_to(np.asarray(max_epochs, dtype=np.float64), sizes.shape)
+        assert not (caps < 0).any(), f"max_epochs {caps.tolist()}"
+        finite = np.isfinite(caps)
+        # The small addend keeps 0.29 epochs of 100 rows at 29.
+        limits[finite] = np.floor(caps[finite] * sizes[finite] + 1e-6).astype(np.int64)
+    return limits
+
+
+def without(proportions: NDArray[np.float64], closed: NDArray[np.bool_]) -> NDArray[np.float64] | None:
+    """Give the share of closed domains to the others in proportion; None when no other has a share."""
+    left = np.where(closed, 0.0, proportions)
+    total = float(left.sum())
+    return left / total if total > 0 else None
+
+
+def expected_epochs(
+    sizes: NDArray[np.int64],
+    proportions: NDArray[np.float64],
+    total: int,
+    max_epochs: ArrayLike | None = None,
+    at_cap: AtCap = "error",
+    drawn: NDArray[np.int64] | None = None,
+) -> NDArray[np.float64]:
+    """Return the epochs of each domain after ``total`` more sequences at fixed proportions.
+
+    Args:
+        sizes: Rows of each domain, int64 [K], > 0.
+        proportions: Proportions of sequences, float64 [K].
+        total: Sequences to be drawn.
+        max_epochs: Cap of each domain [K] (or one for all), NaN or inf for none.
+        at_cap: ``redistribute`` and ``stop`` are followed; for ``error`` the caps are left aside, so
+            that the result shows by how much they would be passed.
+        drawn: Sequences already drawn by domain, int64 [K].
+
+    Returns:
+        float64 [K].
+    """
+    served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
+    limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
+    left = float(total)
+    closed = served >= limits
+    while left > 0:
+        shares = without(proportions, closed)
+        if shares is None or (at_cap == "stop" and (closed & (proportions > 0)).any()):
+            break
+        active = np.flatnonzero(shares > 0)
+        steps = (limits - served)[active] / shares[active]
+        step = min(left, float(steps.min()))
+        served = np.minimum(served + step * shares, limits)
+        left -= step
+        # The domains that bounded the step are full, whatever rounding says.
+        full = active[steps <= step]
+        served[full] = limits[full]
+        closed[full] = True
+    return served / sizes
+
+
+_CHUNK_IDS = 1 << 19  # ids made at a time
+_KEPT_SEGMENTS = 64  # the stream needs the last one only
+_CHUNK_CELLS = 1 << 21  # block x domain cells made at a time
+
+
+class MixtureSampler:
+    """Yields row ids so that domains follow proportions, block by block, without replacement.
+
+    - Counts in a block follow the proportions by residual carry (``block_counts``).
+    - The order within a block is a permutation keyed by (seed, segment, block).
+    - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
+    - A segment may end inside a block; carried on is then the served share of the block's change of
+      residual, so that small domains are not forgotten by short segments.
+
+    At the first sequence past a domain's cap ``error`` raises and leaves the sampler as it was before the
+    call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
+    ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
+
+    Args:
+        domains_rows: The domains, or the rows of each domain (as after a selection).
+        seed: Seed of the run.
+        block: Sequences in a block, usually the global batch.
+        max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
+        at_cap: What happens at a cap.
+        names: Names of the domains where ``domains_rows`` is a list.
+        unit: Sequences that are of one domain together (a domain-pure micro-batch); divides ``block``.
+        interleave: How domains lie within a block.
+        shuffle: Whether the rows of a domain are shuffled in each of its epochs, else they keep their order.
+    """
+
+    def __init__(
+        self,
+        domains_rows: Domains | Sequence[Rows],
+        seed: int,
+        block: int,
+        max_epochs: ArrayLike | None = None,
+        at_cap: AtCap = "error",
+        *,
+        names: Sequence[str] | None = None,
+        unit: int = 1,
+        interleave: Interleave = "shuffled",
+        shuffle: bool = True,
+    ) -> None:
+        assert block >= 1, f"block {block}"
+        assert block % unit == 0, f"block {block}, unit {unit}"
+        assert at_cap in get_args(AtCap), f"at_cap {at_cap!r}"
+        if isinstance(domains_rows, Domains):
+            names = domains_rows.names
+            domains_rows = [domains_rows.rows(k) for k in range(len(names))]
+        self.names: tuple[str, ...] = tuple(names or map(str, range(len(domains_rows))))
+        assert len(self.names) == len(domains_rows), f"{len(self.names)} names, {len(domains_rows)} domains"
+        self.sizes: NDArray[np.int64] = np.array([len(rows) for rows in domains_rows], dtype=np.int64)
+        self.seed = int(seed)
+        self.block = int(block)
+        self.unit = int(unit)
+        self._units = self.block // self.unit
+        self.interleave: Interleave = interleave
+        self.at_cap: AtCap = at_cap
+        self._max_epochs = None if max_epochs is None else np.asarray(max_epochs, dtype=np.float64)
+        self._limits = cap_limits(self.sizes, max_epochs)
+        self._segments: list[Segment] = []
+        self._forgotten = 0  # segments before those in the list
+        self._position = 0
+        self._drawn = np.zeros(len(self.names), dtype=np.int64)
+        self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self.stopped_by: tuple[str, ...] = ()
+        """Names of the domains at whose caps the last ``draw`` stopped short."""
+        pairs = zip(domains_rows, self.names, strict=True)
+        self._streams = [ShuffledEpochs(rows, name, self.seed, shuffle=shuffle) for rows, name in pairs]
+
+    @property
+    def position(self) -> int:
+        """Index of the next sequence."""
+        return self._position
+
+    @property
+    def drawn(self) -> NDArray[np.int64]:
+        """Sequences drawn so far by domain, int64 [K]."""
+        return self._drawn.copy()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The end of the log, oldest first; what is long past is in the run's record."""
+        return tuple(self._segments)
+
+    @property
+    def limits(self) -> NDArray[np.int64]:
+        """Sequences that each domain may serve in all, int64 [K]; a very large number without a cap."""
+        return self._limits.copy()
+
+    @property
+    def exhausted(self) -> tuple[str, ...]:
+        """Names of the domains at their cap."""
+        return tuple(self.names[k] for k in np.flatnonzero(self._drawn >= self._limits))
+
+    def expected(self, proportions: ArrayLike, total: int) -> NDArray[np.float64]:
+        """Return the epochs of each domain [K] once ``total`` more sequences were drawn."""
+        shares = check_proportions(proportions, self.names)
+        sizes = np.maximum(self.sizes, 1)
+        return expected_epochs(sizes, shares, total, self._max_epochs, self.at_cap, self._drawn)
+
+    def append(
+        self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
+    ) -> None:
+        """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
+
+        Args:
+            proportions: Proportions of sequences [K], >= 0, sum 1; 0 means never.
+            start: Must equal ``position``; only the first segment may start anywhere.
+            decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
+            reason: One line.
+            go_on: The decision completes one that was cut short: where it says the same, the last segment goes
+                on, so that the stream is that of a run which was never cut.
+
+        Raises:
+            ComponentError: Malformed proportions.
+            DataError: A domain without rows has a share, or all domains with a share are at their caps.
+        """
+        shares = check_proportions(proportions, self.names)
+        for k in np.flatnonzero((shares > 0) & (self.sizes == 0)):
+            raise DataError(f"domain {self.names[k]!r} has no rows, but a proportion of {shares[k]:.4g}")
+        if not self._segments:
+            self._position = int(start)
+        assert start == self._position, f"segment starts at {start}, but the next sequence is {self._position}"
+        if go_on and self._segments and self._says_the_same(shares):
+            return
+        if len(self._segments) >= 2 * _KEPT_SEGMENTS:
+            self._forgotten += len(self._segments) - _KEPT_SEGMENTS
+            del self._segments[:-_KEPT_SEGMENTS]
+        self._open(shares, decided_at_step, reason)
+        if self.at_cap == "redistribute" and ((self._drawn >= self._limits) & (shares > 0)).any():
+            self._redistribute()
+
+    def _says_the_same(self, shares: NDArray[np.float64]) -> bool:
+        closed = (self._drawn >= self._limits) & (shares > 0)
+        left = without(shares, closed) if self.at_cap == "redistribute" else shares
+        return left is not None and np.allclose(left, self._segments[-1].proportions, rtol=0.0, atol=1e-12)
+
+    def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
+        if self._segments:
+            last = self._segments[-1]
+            served = (self._position - last.start) % self.block
+            if served:
+                _, rests = block_counts(last.proportions, self._units, self._residual, 1)
+                self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
+        # A domain that is left out has no claims; the others' still have to sum to 0.
+        residual = np.where(shares > 0, self._residual, 0.0)
+        self._residual = residual - residual.sum() * shares
+        self._segments.append(
+            Segment(start=self._position, proportions=shares, decided_at_step=int(decided_at_step), reason=reason)
+        )
+
+    def _redistribute(self) -> None:
+        last = self._segments[-1]
+        closed = (self._drawn >= self._limits) & (last.proportions > 0)
+        shares = without(last.proportions, closed)
+        told = ", ".join(f"{self.names[k]!r} at {self._drawn[k]:,} rows" for k in np.flatnonzero(closed))
+        if shares is None:
+            raise DataError(
+                f"after {self._position:,} sequences every domain with a share is at its max_epochs ({told}). "
+                "Raise max_epochs or train for fewer steps."
+            )
+        self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
+
+    def draw(self, count: int, whole: int = 1) -> Rows:
+        """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
+
+        Args:
+            count: How many.
+            whole: Where a cap stops the draw, what is left is a multiple of this, and nothing else was drawn.
+
+        Raises:
+            DataError: A cap is passed and the policy is ``error``, or no domain is left.
+        """
+        assert self._segments, "append proportions before drawing"
+        before, num_segments = (self._position, self._residual, self._drawn), len(self._segments)
+        out, done = np.empty(count, dtype=np.int64), 0
+        try:
+            while done < count:
+                rows, blocked = self._serve(count - done)
+                out[done : done + rows.size] = rows
+                done += rows.size
+                if blocked is None:
+                    continue
+                if self.at_cap == "stop":
+                    self.stopped_by = self.exhausted
+                    if done % whole:
+                        self._position, self._residual, self._drawn = before
+                        return self.draw(done - done % whole)
+                    break
+                if self.at_cap == "error":
+                    raise DataError(
+                        f"domain {self.names[blocked]!r} is used up after {self._position:,} sequences: max_epochs "
+                        f"allows {self._limits[blocked]:,} draws of its {self.sizes[blocked]:,} rows. Raise "
+                        "max_epochs, lower its proportion, or set 'at_cap: redistribute'."
+                    )
+                self._redistribute()
+        except DataError:
+            self._position, self._residual, self._drawn = before
+            del self._segments[num_segments:]
+            raise
+        return out[:done]
+
+    def _serve(self, count: int) -> tuple[Rows, int | None]:
+        """Draw at most ``count`` rows of the current segment; the domain whose cap is next, if it cut them."""
+        first, offset = divmod(self._position - self._segments[-1].start, self.block)
+        labels, rests = self._labels(first, offset, count)
+        used = np.bincount(labels, minlength=len(self.names))
+        left = np.maximum(self._limits - self._drawn, 0)  # a cap may be lower now than when the rows were drawn
+        over = np.flatnonzero(used > left)
+        blocked: int | None = None
+        if over.size:
+            # The first sequence past a cap is that domain's occurrence number left.
+            cuts = [int(np.flatnonzero(labels == k)[left[k]]) for k in over]
+            blocked = int(over[np.argmin(cuts)])
+            labels = labels[: min(cuts)]
+            used = np.bincount(labels, minlength=len(self.names))
+        rows = serve(labels, used, self._drawn, self._streams)
+        self._drawn = self._drawn + used
+        self._position += labels.size
+        self._residual = rests[(offset + labels.size) // self.block]
+        return rows, blocked
+
+    def _labels(self, first: int, offset: int, count: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
+        """Domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
+        shares, block, num_domains = self._segments[-1].proportions, self.block, len(self.names)
+        active = shares > 0
+        # Blocks far beyond the nearest cap would be made in vain.
+        to_cap = (((self._limits - self._drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
+        most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // num_domains, int(min(to_cap, 1e9))))
+        num = min(-(-(offset + count) // block), most)
+        segment = self._forgotten + len(self._segments) - 1
+        labels, rests = block_labels(
+            shares, self._units, self._residual, self.seed, segment, first, num, self.interleave
+        )
+        if self.unit > 1:
+            labels = np.repeat(labels, self.unit)
+        return labels[offset : offset + count], rests
+
+    def state_dict(self) -> State:
+        """Return everything that a resumed run needs: the log, positions and the residual."""
+        return {
+            "names": list(self.names),
+            "sizes": self.sizes.copy(),
+            "seed": self.seed,
+            "block": self.block,
+            "unit": self.unit,
+            "interleave": self.interleave,
+            "forgotten": self._forgotten,
+            "position": self._position,
+            "drawn": self.drawn,
+            "residual": self._residual.copy(),
+            "segments": log_state(self._segments, len(self.names)),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where ``state_dict`` was taken; caps and their policy may have changed.
+
+        Raises:
+            CheckpointError: Other domains, sizes, seed or block, or a malformed state.
+        """
+        state = {"unit": 1, "interleave": "shuffled", "forgotten": 0, **state}
+        for key in ("names", "sizes", "seed", "block", "unit", "interleave"):
+            found, mine = state.get(key), getattr(self, key)
+            if not np.array_equal(np.asarray(found), np.asarray(mine)):
+                raise CheckpointError(
+                    f"resume: {key} of the mixture's domains changed ({found} -> {mine}); the stream would go on "
+                    "with other samples. Restore the data and settings, or start fresh with 'resume_plan: ignore'."
+                )
+        try:
+            segments = log_from_state(state["segments"])
+            position, forgotten = int(state["position"]), int(state["forgotten"])
+            drawn, residual = np.array(state["drawn"], np.int64), np.array(state["residual"], np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"resume: the state of the mixture is malformed ({error!r})") from error
+        self._forgotten = forgotten
+        self._segments, self._position, self._drawn, self._residual = segments, position, drawn, residual

@@ -1,0 +1,147 @@
+"""Cuts a run into intervals: warm-up, then stretches after each of which the data is decided anew.
+
+Pure arithmetic on optimizer steps. It refuses to guess: there is no default for the interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dataflex.errors import ConfigError
+
+__all__ = ["Interval", "Schedule", "pilot_rows", "pool_sizes", "wanted_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A stretch of optimizer steps served from one decision.
+
+    Attributes:
+        index: Position among the intervals of the whole run, from 0.
+        kind: ``warmup`` (uniform data, nothing decided) or ``dynamic``.
+        start_step: First optimizer step, counted from 0.
+        stop_step: One past the last.
+    """
+
+    index: int
+    kind: Literal["warmup", "dynamic"]
+    start_step: int
+    stop_step: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self.stop_step - self.start_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Warm-up, then intervals of equal length; the last one is cut at the end.
+
+    Attributes:
+        warmup_steps: Optimizer steps before the first decision.
+        interval_steps: Optimizer steps between decisions.
+        total_steps: Optimizer steps of the run.
+        cycle_steps: When given, warm-up and intervals start again every so many steps; the last
+            interval of a cycle is cut at the cycle's end.
+
+    Raises:
+        ConfigError: Every number that is out of range, together.
+    """
+
+    warmup_steps: int = 0
+    interval_steps: int
+    total_steps: int
+    cycle_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{key}: must be a whole number >= {least}, got {value!r}"
+            for key, value, least in (
+                ("dynamic.warmup_steps", self.warmup_steps, 0),
+                ("dynamic.interval_steps", self.interval_steps, 1),
+                ("dynamic.cycle_steps", 1 if self.cycle_steps is None else self.cycle_steps, 1),
+                ("total steps", self.total_steps, 1),
+            )
+            if isinstance(value, bool) or not isinstance(value, int) or value < least
+        ]
+        if not problems and self.cycle_steps is not None and self.cycle_steps <= self.warmup_steps:
+            problems.append(
+                f"dynamic.cycle_steps: a cycle of {self.cycle_steps} steps is all warm-up "
+                f"(dynamic.warmup_steps is {self.warmup_steps}); make it longer or lower warmup_steps"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def _period_steps(self) -> int:
+        return self.total_steps if self.cycle_steps is None else self.cycle_steps
+
+    def _index_in_period(self, step: int) -> int:
+        """Index within the period of the interval that holds ``step``, counted from the period's start."""
+        if step < self.warmup_steps:
+            return 0
+        return (self.warmup_steps > 0) + (step - self.warmup_steps) // self.interval_steps
+
+    def interval(self, step: int) -> Interval:
+        """Return the interval that holds optimizer step ``step``, in constant time."""
+        assert 0 <= step < self.total_steps, f"step {step} is outside the run of {self.total_steps} steps"
+        period = self._period_steps
+        cycle, local = divmod(step, period)
+        start = cycle * period
+        stop = min(start + period, self.total_steps)
+        index = cycle * (self._index_in_period(period - 1) + 1) + self._index_in_period(local)
+        if local < self.warmup_steps:
+            return Interval(
+                index=index, kind="warmup", start_step=start, stop_step=min(start + self.warmup_steps, stop)
+            )
+        first = start + self.warmup_steps + (local - self.warmup_steps) // self.interval_steps * self.interval_steps
+        return Interval(index=index, kind="dynamic", start_step=first, stop_step=min(first + self.interval_steps, stop))
+
+    def intervals(self) -> Iterator[Interval]:
+        """Yield all intervals in order; together they cover every step exactly once."""
+        step = 0
+        while step < self.total_steps:
+            interval = self.interval(step)
+            yield interval
+            step = interval.stop_step
+
+    @property
+    def num_intervals(self) -> int:
+        """Number of intervals of the run."""
+        return self.interval(self.total_steps - 1).index + 1
+
+
+_PILOT_SHARE = 0.05
+_FEWEST_PILOTS, _MOST_PILOTS = 32, 4096
+
+
+def pool_sizes(num_rows: int, pool_fraction: float, screen_fraction: float) -> tuple[int, int]:
+    """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
+    drawn = max(1, round(pool_fraction * num_rows))
+    return drawn, max(1, round(screen_fraction * drawn))
+
+
+def wanted_rows(interval: Interval, global_batch: int, pool_rows: int, keep_ratio: float | None, mixes: bool) -> int:
+    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of its pool.
+
+    Args:
+        interval: What is decided for.
+        global_batch: Sequences of an optimizer step.
+        pool_rows: Rows of the pool, drawn and screened.
+        keep_ratio: Share of them, or None.
+        mixes: Whether a mixer sets quotas over what is kept, which may then be more than the interval serves.
+    """
+    sequences = interval.steps * global_batch
+    if keep_ratio is None:
+        assert not mixes
+        return sequences
+    share = max(1, round(keep_ratio * pool_rows))
+    return share if mixes else min(sequences, share)
+
+
+def pilot_rows(num_rows: int) -> int:
+    """Return how many of ``num_rows`` rows screening by a pilot scores exactly."""
+    return min(num_rows, max(_FEWEST_PILOTS, min(_MOST_PILOTS, round(_PILOT_SHARE * num_rows))))

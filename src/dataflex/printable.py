@@ -1,0 +1,229 @@
+"""What may be printed and written: secrets struck out, control characters escaped, names fit for files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, TextIO
+
+from dataflex.errors import ConfigError
+
+__all__ = [
+    "HIDDEN",
+    "MOST_BYTES",
+    "PASSED_ON",
+    "LogFormatter",
+    "file_name_problem",
+    "is_secret",
+    "left_out_note",
+    "on_one_line",
+    "passing_on",
+    "printable",
+    "redacted",
+    "redacted_text",
+    "secret_keys",
+    "shown",
+    "without_secrets",
+]
+
+# C0 and C1 controls and DEL, marks that turn the direction of what follows, line separators, lone surrogates.
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+_UNSAFE = re.compile(f"[{_CONTROLS}\U000e0000-\U000e007f]")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters as escapes of Python's; line ends and tabs stay."""
+    return _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def on_one_line(text: str) -> str:
+    """Return ``text`` as ``printable`` does, line ends and tabs written out too: for data inside a message."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+HIDDEN = "***"
+PASSED_ON = "DATAFLEX_PASSED_ON"
+"""Environment variable that hands secrets, as a JSON mapping, to the process of a run whose file leaves them out."""
+
+_SECRET_WORDS = frozenset(
+    "apikey apitoken auth authorization bearer cookie cookies credential credentials headers header passphrase "
+    "passwd password passwords pat pwd secret secrets".split()
+)
+_KEYS = frozenset({"access", "account", "api", "auth", "encryption", "master", "private", "secret", "signing", "ssh"})
+# What ends so names where a secret lies, not the secret.
+_PLACES = frozenset({"env", "environment", "file", "files", "path", "var", "variable"})
+# Tokens of a text, not of an account.
+_OF_TEXT = frozenset(
+    "add assistant audio begin bos by class cls decoder end eos eot extra first generated image last mask max mean "
+    "media min new next num object of pad per placeholder prefix prompt previous sep single special start stop suffix "
+    "system target think unk user video vision weight".split()
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_ASSIGNED = re.compile(r"""(?P<quote>["']?)(?P<name>\b\w[\w.-]{0,80})(?P=quote)\s*(?P<sign>=(?!=)|:(?!//))\s*""")
+_VALUE = re.compile(
+    r"""(?P<told>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\[[^\]\n]*\]|\{[^}\n]*\}|(?:Bearer|Basic)\s+\S+|[^\s,;&"'()\]}]+)"""
+)
+_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#@]*)@", re.IGNORECASE)
+_BEARER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/=-]{6,}")
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of a key of that name is a secret: of ``hub_token``, and not of ``max_new_tokens``."""
+    words = [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", key.rpartition(".")[2]).lower()) if word]
+    if not words or words[-1] in _PLACES:
+        return False
+    if _SECRET_WORDS & set(words):
+        return True
+    if any(first in _KEYS and second in ("key", "keys") for first, second in pairwise(words)):
+        return True
+    return words[-1] == "token" and not (len(words) > 1 and words[-2] in _OF_TEXT)
+
+
+def redacted(value: Any) -> Any:
+    """Return a configuration with every secret in it replaced by ``***``, all the way down; addresses lose their login.
+
+    A switch, a null or a share of a domain of that name says nothing and stays.
+    """
+    if isinstance(value, Mapping):
+        return {key: _hidden(item) if is_secret(str(key)) else redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else [redacted(item) for item in value]
+    if isinstance(value, str):
+        return redacted_text(value)
+    return value
+
+
+def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that is to be read again, without the keys that hold secrets.
+
+    Raises:
+        ConfigError: A secret further down, without which the configuration would mean something else.
+    """
+    kept = {key: value for key, value in mapping.items() if key not in secret_keys(mapping)}
+    deep = [key for key, value in kept.items() if redacted(value) != value]
+    if deep:
+        raise ConfigError(
+            [f"{key}: holds a secret, which would be written into the runs' files; take it out" for key in deep]
+        )
+    return kept
+
+
+@contextmanager
+def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
+    """Give the processes started inside the block the secrets that ``without_secrets`` left out of their files."""
+    left_out = {key: mapping[key] for key in secret_keys(mapping)}
+    before = os.environ.get(PASSED_ON)
+    if left_out:
+        os.environ[PASSED_ON] = json.dumps(left_out)
+    try:
+        yield
+    finally:
+        if left_out:
+            os.environ.pop(PASSED_ON)
+            os.environ.update({} if before is None else {PASSED_ON: before})
+
+
+def secret_keys(mapping: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values ``without_secrets`` leaves out."""
+    return [key for key, value in mapping.items() if is_secret(key) and _hidden(value) != value]
+
+
+def left_out_note(mapping: Mapping[str, Any]) -> list[str]:
+    """Return a note on them for those who run the files by hand, or nothing."""
+    keys = secret_keys(mapping)
+    told = f"note: {', '.join(keys)} left out of the runs' files; runs started by this command are given it, others"
+    return [f"{told} need it again: dataflex train FILE {keys[0]}=..."] if keys else []
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _hidden(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(item) for item in value]
+    return value if value is None or isinstance(value, bool | float) or value == "" else HIDDEN
+
+
+def redacted_text(text: str) -> str:
+    """Return a message or a command line without the values of secret keys, logins in addresses, and bearer tokens."""
+    if "://" in text:
+        text = _USER.sub(_without_login, text)
+    parts, last = [], 0
+    for found in _ASSIGNED.finditer(text) if "=" in text or ":" in text else ():
+        value = _in_quotes(text, found) or _VALUE.match(text, found.end())
+        if found.start() < last or value is None or not is_secret(found["name"]) or not _assigns(found, value):
+            continue
+        parts += [text[last : found.end()], _blotted(value["told"])]
+        last = value.end()
+    return _BEARER.sub(lambda bearer: f"{bearer['kind']} {HIDDEN}", "".join([*parts, text[last:]]))
+
+
+def _without_login(found: re.Match[str]) -> str:
+    user, colon, _ = found["user"].partition(":")
+    return f"{found['scheme']}{f'{user}:{HIDDEN}' if colon else HIDDEN}@"
+
+
+def _in_quotes(text: str, found: re.Match[str]) -> re.Match[str] | None:
+    """Return the value of an assignment that stands in quotes as a whole, as messages quote overrides."""
+    opening = text[found.start() - 1 : found.start()]
+    if opening not in ("'", '"') or found["sign"] != "=":
+        return None
+    return re.compile(rf"(?P<told>[^{opening}]+)(?={opening})").match(text, found.end())
+
+
+def _assigns(found: re.Match[str], value: re.Match[str]) -> bool:
+    """Whether a colon assigns a value, as in YAML and JSON; in a message it may only begin what is said about a key."""
+    if found["sign"] == "=" or found["quote"] or value["told"][0] in "\"'[{":
+        return True
+    return "." not in found["name"] and not value.string[value.end() :].partition("\n")[0].strip()
+
+
+def _blotted(told: str) -> str:
+    if told.strip("\"'").lower() in ("", "true", "false", "null", "none"):
+        return told
+    return f"{told[0]}{HIDDEN}{told[0]}" if told[0] in "\"'" else HIDDEN
+
+
+def shown(text: str, stream: TextIO | None = None) -> str:
+    """Return ``text`` without secrets, control characters written out, and what ``stream`` cannot encode as well."""
+    text = printable(redacted_text(text))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class LogFormatter(logging.Formatter):
+    """Writes a record as ``shown`` has it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return shown(super().format(record))
+
+
+MOST_BYTES = 200
+"""Bytes of a name: most file systems take 255, with an ending and what is written aside."""
+
+_FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
+def file_name_problem(name: object) -> str:
+    """Return why a text that was read from a file cannot be the name of a file on every system, or an empty text."""
+    if not isinstance(name, str):
+        return f"is not text but {type(name).__name__}"
+    if not name.strip(". "):
+        return "is empty, or dots alone"
+    if found := _FORBIDDEN.search(name):
+        return f"holds {found.group()!r}"
+    if on_one_line(name) != name:
+        return "holds a control character"
+    if name[0] in ".~-" or name[-1] in ". " or name[0] == " ":
+        return f"begins or ends with {name[0] if name[0] in '.~- ' else name[-1]!r}"
+    if _DEVICES.fullmatch(name):
+        return "is the name of a device"
+    if len(name.encode()) > MOST_BYTES:
+        return f"has {len(name.encode())} bytes, more than {MOST_BYTES}"
+    return ""

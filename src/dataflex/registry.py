@@ -1,0 +1,254 @@
+"""Finds methods by kind and name: built in, from other packages' entry points, or from a user's file.
+
+Built-in methods are named by module path and imported when asked for, so that ``dataflex --help``
+stays quick. Other packages add methods through the entry point groups ``dataflex.selectors``,
+``dataflex.mixers`` and ``dataflex.weighters``; a file of the user's own is named in
+``dynamic.plugins`` and every method class defined in it is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from dataflex.contract import class_problems, is_ours, variant_problem, watched, whereabouts
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.method import Method, Params
+
+__all__ = ["KINDS", "find", "find_variant", "load_plugin", "names", "registered", "same_names"]
+
+KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
+
+_BUILTIN: dict[str, dict[str, str]] = {
+    "selector": {
+        "all": "dataflex.selectors.all_rows:AllRows",
+        "random": "dataflex.selectors.random_rows:RandomRows",
+        "loss": "dataflex.selectors.loss:LossSelector",
+        "tacs": "dataflex.selectors.tacs:Tacs",
+        "less": "dataflex.selectors.less:Less",
+        "grad_norm": "dataflex.selectors.difficulty:GradNorm",
+        "el2n": "dataflex.selectors.difficulty:El2n",
+        "rds_plus": "dataflex.selectors.rds_plus:RdsPlus",
+        "near": "dataflex.selectors.near:Near",
+        "tsds": "dataflex.selectors.tsds:Tsds",
+        "delta_loss": "dataflex.selectors.delta_loss:DeltaLoss",
+        "longest": "dataflex.selectors.longest:Longest",
+        "random_balanced": "dataflex.selectors.random_balanced:RandomBalanced",
+        "compose": "dataflex.selectors.compose:Compose",
+        "bm25": "dataflex.selectors.bm25:Bm25",
+        "dsir": "dataflex.selectors.dsir:Dsir",
+        "embed": "dataflex.selectors.embed:Embed",
+        "ifd": "dataflex.selectors.ifd:Ifd",
+        "s2l": "dataflex.selectors.s2l:S2l",
+        "rho_loss": "dataflex.selectors.rho_loss:RhoLoss",
+        "icons": "dataflex.selectors.icons:Icons",
+        "cluster_less": "dataflex.selectors.cluster_less:ClusterLess",
+        "coincide": "dataflex.selectors.coincide:Coincide",
+        "zeroth": "dataflex.selectors.zeroth:Zeroth",
+        "nice": "dataflex.selectors.nice:Nice",
+        "greats": "dataflex.selectors.greats:Greats",
+        "opus": "dataflex.selectors.greats:Opus",
+        "uds": "dataflex.selectors.uds:Uds",
+    },
+    "mixer": {
+        "static": "dataflex.mixers.static:Static",
+        "uniform": "dataflex.mixers.uniform:Uniform",
+        "size": "dataflex.mixers.size:Size",
+        "temperature": "dataflex.mixers.temperature:Temperature",
+        "unimax": "dataflex.mixers.unimax:UniMax",
+        "staged": "dataflex.mixers.staged:Staged",
+        "random": "dataflex.mixers.random_shares:RandomShares",
+        "odm": "dataflex.mixers.odm:Odm",
+        "sheared": "dataflex.mixers.target_loss:Sheared",
+        "velocity": "dataflex.mixers.target_loss:Velocity",
+        "dynamic_moe": "dataflex.mixers.dynamic_moe:DynamicMoe",
+        "ado": "dataflex.mixers.ado:Ado",
+        "doge": "dataflex.mixers.gradient_shares:Doge",
+        "dga": "dataflex.mixers.gradient_shares:Dga",
+        "pike": "dataflex.mixers.gradient_shares:Pike",
+        "skill_it": "dataflex.mixers.skills:SkillIt",
+        "aioli": "dataflex.mixers.skills:Aioli",
+        "doremi": "dataflex.mixers.doremi:DoReMi",
+        "group_dro": "dataflex.mixers.group_dro:GroupDro",
+    },
+    "weighter": {
+        "none": "dataflex.weighters.none:NoWeights",
+        "column": "dataflex.weighters.column:Column",
+        "loss": "dataflex.weighters.loss:LossWeighter",
+        "adapt": "dataflex.weighters.adapt:Adapt",
+        "joint_update_aware": "dataflex.weighters.joint:JointUpdateAware",
+        "slm": "dataflex.weighters.slm:SelectiveLanguageModelling",
+        "rho": "dataflex.weighters.rho:Rho",
+        "group": "dataflex.weighters.group:GroupWeighter",
+        "focal": "dataflex.weighters.focal:Focal",
+        "token": "dataflex.weighters.token:TokenWeighter",
+        "meta": "dataflex.weighters.meta:Meta",
+        "presence": "dataflex.weighters.presence:Presence",
+        "product": "dataflex.weighters.product:Product",
+    },
+}
+
+_plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
+_plugin_files: dict[Path, list[type[Method]]] = {}
+_checked: dict[str, list[type[Method]]] = {kind: [] for kind in KINDS}
+
+
+def _entry_point_names(kind: str) -> dict[str, object]:
+    return {point.name: point for point in entry_points(group=f"dataflex.{kind}s")}
+
+
+def names(kind: str) -> list[str]:
+    """Return every known name of ``kind``, built-in ones first, each group in its own order."""
+    known = dict.fromkeys(_BUILTIN[kind])
+    known.update(dict.fromkeys(sorted(_entry_point_names(kind))))
+    known.update(dict.fromkeys(_plugins[kind]))
+    return list(known)
+
+
+def find(kind: str, name: str) -> type[Method]:
+    """Return the class of a method.
+
+    Raises:
+        ConfigError: Unknown name, with the nearest known spelling.
+        ComponentError: The class found is not a ``kind``.
+    """
+    if name in _plugins[kind]:
+        return _plugins[kind][name]
+    if name in _BUILTIN[kind]:
+        module, _, attribute = _BUILTIN[kind][name].partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+    else:
+        points = _entry_point_names(kind)
+        if name not in points:
+            known, others = names(kind), [other for other in KINDS if name in names(other)]
+            near = f"; it is a {others[0]}: write '{others[0]}: {name}'" if others else did_you_mean(name, known)
+            raise ConfigError(f"dynamic.{kind}: unknown {kind} {name!r}{near} (known: {', '.join(known)})")
+        cls = _loaded(kind, name, points[name])
+    return registered(kind, cls)
+
+
+def registered(kind: str, cls: Any) -> type[Method]:
+    """Check a class against the contract, and return it with every call watched; ours are checked by tests.
+
+    Raises:
+        ComponentError: Everything that it lacks.
+    """
+    if isinstance(cls, type) and is_ours(cls):
+        return cls
+    if cls not in _checked[kind]:
+        problems = class_problems(kind, cls)
+        if problems:
+            raise ComponentError("\n".join(problems))
+        _checked[kind].append(watched(cls))
+    found: type[Method] = cls
+    return found
+
+
+def _loaded(kind: str, name: str, point: Any) -> Any:
+    try:
+        return point.load()
+    except ImportError:
+        raise
+    except Exception as error:  # the package's own code
+        raise ComponentError(
+            f"{kind} {name!r}: {point.value} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find_variant(kind: str, name: str, params: Params) -> type[Method]:
+    """Return the class of a method with what it needs and costs under these parameters; raises as ``find``."""
+    cls = find(kind, name)
+    found = cls.variant(params)
+    if found is cls:
+        return cls
+    if problem := variant_problem(cls, found):
+        raise ComponentError(problem)
+    return registered(kind, found)
+
+
+def load_plugin(path: str | Path) -> list[type[Method]]:
+    """Import a user's Python file and register every method class defined in it.
+
+    Raises:
+        ConfigError: The file is missing, cannot be imported, or defines no method.
+        ComponentError: A class does not keep the contract, or takes a name that is taken.
+    """
+    file = Path(path).expanduser().resolve()
+    if file in _plugin_files:
+        return _plugin_files[file]
+    if not file.is_file():
+        raise ConfigError(f"dynamic.plugins: no such file: {path}")
+    module_name = f"dataflex_plugin_{file.stem}_{abs(hash(str(file))) % 10**8}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"dynamic.plugins: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code: told as a configuration problem, with its cause
+        del sys.modules[module_name]
+        raise ConfigError(
+            f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}{_line_in(file, error)}"
+        ) from error
+    classes = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module_name
+    ]
+    found = [cls for cls in dict.fromkeys(classes) if cls.name and not inspect.isabstract(cls)]
+    if not found:
+        nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
+        raise ConfigError(
+            f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name){nameless}"
+        )
+    problems: list[str] = []
+    for place, cls in enumerate(found):
+        problems += _registering_problems(cls, found[:place])
+    if problems:
+        raise ComponentError("\n".join(problems))
+    for cls in found:
+        _plugins[cls.kind][cls.name] = cls
+    _plugin_files[file] = found
+    return found
+
+
+def same_names(classes: Sequence[type[Method]]) -> list[str]:
+    """Return which of the classes of one configuration's plugins take a name that another has."""
+    problems: list[str] = []
+    known: dict[tuple[str, str], type[Method]] = {}
+    for cls in classes:
+        before = known.setdefault((cls.kind, cls.name), cls)
+        if before is not cls:
+            places = f"{whereabouts(before)} and {whereabouts(cls)}"
+            problems.append(f"{cls.kind} {cls.name!r} is there twice: {places}; rename one")
+    return problems
+
+
+def _registering_problems(cls: type[Method], beside: Sequence[type[Method]]) -> list[str]:
+    if cls.kind not in KINDS:
+        return [f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer or Weighter, not of Method itself"]
+    try:
+        registered(cls.kind, cls)
+    except ComponentError as error:
+        return str(error).splitlines()
+    if twice := same_names([*beside, cls]):
+        return twice
+    if cls.name in _BUILTIN[cls.kind]:
+        return [f"{cls.kind} {cls.name!r} is the name of a built-in method; rename yours: {whereabouts(cls)}"]
+    return []
+
+
+def _line_in(file: Path, error: BaseException) -> str:
+    """Return the line of the user's file at which an import failed."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text says the line
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f" (line {lines[-1]})" if lines else ""

@@ -1,0 +1,1 @@
+"""Subset rules and the searches under them; no torch, no model."""

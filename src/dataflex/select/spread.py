@@ -1,0 +1,227 @@
+"""Rules that keep rows apart: a threshold on similarity (DEITA), near-duplicates, and k-center."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataflex.select.density import cells_of
+from dataflex.select.neighbours import Search, similar_rows
+
+__all__ = ["apart", "facility_location", "greedy_cover", "k_center", "near_duplicates", "unit"]
+
+_BLOCK = 1024  # rows compared with the kept ones at a time
+_EAGER = 64  # centres after which distances are brought up to date only where it matters
+_CELL_ROWS = 20_000  # rows of a cell within which near-duplicates are looked for
+_WHOLE_ROWS = 100_000  # rows that are compared all with all
+
+
+def unit(vectors_ND: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return vectors of length one, float32 [N, D]; a zero vector stays zero. No copy where they are so already."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    if vectors_ND.dtype == np.float32 and np.abs(lengths - 1.0).max(initial=0.0) < 1e-6:
+        return np.asarray(vectors_ND)
+    return np.asarray(vectors_ND / np.where(lengths > 0, lengths, 1.0)[:, None], dtype=np.float32)
+
+
+def apart(unit_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float, k: int) -> NDArray[np.int64]:
+    """Walk rows in order and keep each whose cosine with every kept row is at most ``threshold``.
+
+    The rule of DEITA (What Makes Good Data for Alignment?, ICLR 2024, arXiv 2312.15685): the order is that of the
+    scores, best first. A row is compared with kept rows only, one after another.
+
+    Args:
+        unit_ND: Vectors of length one.
+        order: Positions in the order of the walk.
+        threshold: Largest cosine that two kept rows may have.
+        k: Rows at most.
+
+    Returns:
+        int64, in the order kept.
+    """
+    chosen: list[int] = []
+    kept = np.empty((0, unit_ND.shape[1]), dtype=np.float32)
+    count = 0
+    for start in range(0, len(order), _BLOCK):
+        part = order[start : start + _BLOCK]
+        block = unit_ND[part]
+        free = np.ones(len(part), dtype=np.bool_)
+        for first in range(0, count, 16 * _BLOCK):
+            free &= (block @ kept[first : min(count, first + 16 * _BLOCK)].T).max(axis=1) <= threshold
+        inside = np.flatnonzero(free)
+        among = block[inside] @ block[inside].T > threshold
+        barred = np.zeros(len(inside), dtype=np.bool_)
+        taken = []
+        for i in range(len(inside)):
+            if barred[i]:
+                continue
+            taken.append(int(inside[i]))
+            if len(chosen) + len(taken) == k:
+                break
+            barred |= among[i]
+        chosen += part[taken].tolist()
+        if len(chosen) >= k:
+            break
+        kept = _grown(kept, count, block[taken])
+        count += len(taken)
+    return np.array(chosen[:k], dtype=np.int64)
+
+
+def _grown(kept: NDArray[np.float32], count: int, new: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``kept`` with ``new`` written after its first ``count`` rows, in a larger array where it is too small."""
+    if count + len(new) > len(kept):
+        larger = np.empty((max(count + len(new), 2 * len(kept)), new.shape[1]), dtype=np.float32)
+        larger[:count] = kept[:count]
+        kept = larger
+    kept[count : count + len(new)] = new
+    return kept
+
+
+def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
+    """Return which rows [N] repeat a row that comes before them in ``order``: to be dropped.
+
+    Exact copies are found by a hash of the vector; of the others a row is dropped when its cosine with an earlier one
+    that stays is above ``threshold``. More than 100,000 rows are compared within cells of about 20,000, as SemDeDup
+    (arXiv 2303.09540) does within clusters: copies that fall into different cells stay.
+
+    Args:
+        vectors_ND: Vectors, finite.
+        order: All positions, those to be preferred first.
+        threshold: Largest cosine that two rows may have that both stay.
+    """
+    dropped = np.zeros(len(vectors_ND), dtype=np.bool_)
+    seen: set[bytes] = set()
+    first = []
+    for position in order.tolist():
+        digest = hashlib.blake2b(np.ascontiguousarray(vectors_ND[position]).tobytes(), digest_size=16).digest()
+        if digest in seen:
+            dropped[position] = True
+        else:
+            seen.add(digest)
+            first.append(position)
+    left = np.array(first, dtype=np.int64)
+    if not len(left):
+        return dropped
+    rank = np.empty(len(vectors_ND), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    groups = [left] if len(left) <= _WHOLE_ROWS else cells_of(vectors_ND, np.sort(left), _CELL_ROWS).members
+    for group in groups:
+        members = group[np.argsort(rank[group])]
+        stays = apart(unit(vectors_ND[members]), np.arange(len(members)), threshold, len(members))
+        dropped[members] = True
+        dropped[members[stays]] = False
+    return dropped
+
+
+def k_center(vectors_ND: NDArray[np.float32], k: int, start: int = 0) -> NDArray[np.int64]:
+    """Take a first row, then again and again the row that is furthest from all rows taken; ties by position.
+
+    Greedy k-center (Sener and Savarese, ICLR 2018, arXiv 1708.00489), within twice the least possible largest
+    distance. A row's distance to the rows taken only falls, so it is brought up to date only when it would be next.
+
+    Args:
+        vectors_ND: Vectors, finite, N >= 1; distances are Euclidean.
+        k: How many.
+        start: The first row.
+
+    Returns:
+        int64 [min(k, N)], in the order taken.
+    """
+    count = min(k, len(vectors_ND))
+    squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
+    centres = np.empty((count, vectors_ND.shape[1]), dtype=np.float32)
+    chosen = np.empty(count, dtype=np.int64)
+    away = np.full(len(vectors_ND), np.inf)
+
+    def take(turn: int, position: int) -> None:
+        chosen[turn], centres[turn] = position, vectors_ND[position]
+
+    for turn in range(min(count, _EAGER)):
+        take(turn, start if turn == 0 else int(away.argmax()))
+        new = chosen[turn]
+        np.minimum(away, squares + squares[new] - 2.0 * (vectors_ND @ centres[turn]), out=away)
+        away[new] = -np.inf
+    seen = np.full(len(vectors_ND), min(count, _EAGER))
+    heap = [(-bound, position) for position, bound in enumerate(away.tolist()) if bound > -np.inf]
+    heapq.heapify(heap)
+    for turn in range(_EAGER, count):
+        while True:
+            bound, position = heap[0]
+            if seen[position] == turn:
+                heapq.heappop(heap)
+                break
+            late = slice(int(seen[position]), turn)
+            products = centres[late] @ vectors_ND[position]
+            closest = float((squares[chosen[late]] - 2.0 * products).min()) + squares[position]
+            seen[position] = turn
+            heapq.heapreplace(heap, (max(bound, -closest), position))
+        take(turn, position)
+    return chosen
+
+
+def facility_location(
+    vectors_ND: NDArray[np.float32], k: int, *, neighbours: int = 64, search: Search = "exact"
+) -> NDArray[np.int64]:
+    """Choose ``k`` rows that maximize the sum over rows of the largest similarity with a chosen one, greedily.
+
+    The similarity is the cosine where it is above 0, and where the chosen row is among the ``neighbours`` rows most
+    similar to the other; else 0. The greedy choice reaches at least 1 - 1/e of the best value (Nemhauser, Wolsey and
+    Fisher 1978; lazy: Minoux 1978).
+
+    Args:
+        vectors_ND: Vectors, finite, N >= 1.
+        k: How many.
+        neighbours: Similar rows that can represent a row, itself among them.
+        search: How similar rows are looked for.
+
+    Returns:
+        int64 [min(k, N)], in the order chosen; ties by position.
+    """
+    places, cosines = similar_rows(unit(vectors_ND), neighbours, search)
+    return greedy_cover(places, cosines, k)
+
+
+def greedy_cover(places_NL: ArrayLike, similarities_NL: ArrayLike, k: int) -> NDArray[np.int64]:
+    """Choose rows by their gains; see ``facility_location``.
+
+    Args:
+        places_NL: For each row, the positions of the rows that can represent it.
+        similarities_NL: How well each does; what is below 0 counts as 0.
+        k: How many.
+
+    Returns:
+        int64 [min(k, N)], in the order chosen.
+    """
+    places = np.asarray(places_NL)
+    worth = np.maximum(np.asarray(similarities_NL, dtype=np.float64), 0.0)
+    num_rows, width = places.shape
+    # Turned round: whom each row represents, and how well.
+    by_place = np.argsort(places.ravel(), kind="stable")
+    ends = np.searchsorted(places.ravel()[by_place], np.arange(num_rows + 1))
+    served, how_well = by_place // width, worth.ravel()[by_place]
+    reached = np.zeros(num_rows)
+
+    def gain(position: int) -> float:
+        part = slice(ends[position], ends[position + 1])
+        more = how_well[part] - reached[served[part]]
+        return float(more[more > 0].sum())
+
+    first = np.bincount(places.ravel(), weights=worth.ravel(), minlength=num_rows)
+    heap = [(-value, position) for position, value in enumerate(first.tolist())]
+    heapq.heapify(heap)
+    seen = np.zeros(num_rows, dtype=np.int64)
+    chosen = np.empty(min(k, num_rows), dtype=np.int64)
+    for turn in range(len(chosen)):
+        while seen[heap[0][1]] != turn:
+            bound, position = heap[0]
+            seen[position] = turn
+            # Gains only fall; rounding must not make one rise.
+            heapq.heapreplace(heap, (max(bound, -gain(position)), position))
+        position = heapq.heappop(heap)[1]
+        chosen[turn] = position
+        part = slice(ends[position], ends[position + 1])
+        np.maximum.at(reached, served[part], how_well[part])
+    return chosen
