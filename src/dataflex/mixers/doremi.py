@@ -40,7 +40,7 @@ from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.proportions import check_numbers
 from dataflex.mixers.trajectory import Trajectory
 from dataflex.plan.domains import DomainStats
-from dataflex.signals.causal import base_model
+from dataflex.signals.other_models import base_model
 
 if TYPE_CHECKING:
     from dataflex.mixing.proportions_file import ProportionsFile
