@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.arrays import Rows, State
 from dataflex.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.mixing.proportions_file import ProportionsFile
     from dataflex.plan.domains import Domains, DomainStats
+    from dataflex.plan.proportions import ProportionsFile
     from dataflex.plan.schedule import Interval
     from dataflex.signals.specs import (
         EmbeddingSpec,
@@ -56,12 +57,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-Rows = NDArray[np.int64]
-"""Positions in the training row space, 0 <= r < N."""
-
-State = dict[str, Any]
-"""JSON values and numpy arrays only; saved without pickle."""
 
 Normalizer = Literal["token", "count", "sample"]
 

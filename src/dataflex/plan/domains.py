@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataflex.arrays import Rows
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Rows
 
 __all__ = ["SUMS", "DomainStats", "Domains", "Unit", "check_proportions", "unusable_labels"]
 

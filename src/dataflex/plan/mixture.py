@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataflex.arrays import Rows, State
 from dataflex.errors import CheckpointError, DataError
-from dataflex.method import Rows, State
 from dataflex.plan.domains import Domains, check_proportions
 from dataflex.plan.planner import ShuffledEpochs, serve
 from dataflex.rng import keys
