@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
+from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.plan.schedule import Interval
+from dataflex.state import State
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.mixing.proportions_file import ProportionsFile
-    from dataflex.plan.domains import Domains, DomainStats
-    from dataflex.plan.schedule import Interval
     from dataflex.signals.specs import (
         EmbeddingSpec,
         Generation,
@@ -45,6 +45,7 @@ __all__ = [
     "Needs",
     "Normalizer",
     "Params",
+    "ProportionsFile",
     "ReferenceParams",
     "Rows",
     "Selection",
@@ -56,12 +57,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-Rows = NDArray[np.int64]
-"""Positions in the training row space, 0 <= r < N."""
-
-State = dict[str, Any]
-"""JSON values and numpy arrays only; saved without pickle."""
 
 Normalizer = Literal["token", "count", "sample"]
 
@@ -307,6 +302,30 @@ class Mix:
 
     proportions: NDArray[np.float64]
     reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProportionsFile:
+    """What a proportions file holds.
+
+    Attributes:
+        names: Domains, each once [K].
+        proportions: Share of each [K], >= 0, sum 1.
+        method: What made them, such as "log_linear".
+        provenance: Command, date, versions, settings, and digests of what was read.
+        details: Numbers of the method worth keeping, such as predicted losses.
+    """
+
+    names: tuple[str, ...]
+    proportions: tuple[float, ...]
+    method: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Proportions as a mapping from name to share."""
+        return dict(zip(self.names, self.proportions, strict=True))
 
 
 class Method:

@@ -10,43 +10,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dataflex.errors import ConfigError
+from dataflex.method import ProportionsFile
 from dataflex.printable import redacted
 
 __all__ = ["ProportionsFile", "digest_of", "file_digest", "provenance", "read_proportions", "write_proportions"]
 
 FORMAT = 1
 _SUM_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProportionsFile:
-    """What a proportions file holds.
-
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of what was read.
-        details: Numbers of the method worth keeping, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """Proportions as a mapping from name to share."""
-        return dict(zip(self.names, self.proportions, strict=True))
 
 
 def write_proportions(path: Path | str, content: ProportionsFile) -> Path:

@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Rows
 
-__all__ = ["SUMS", "DomainStats", "Domains", "Unit", "check_proportions", "unusable_labels"]
+__all__ = ["SUMS", "DomainStats", "Domains", "Rows", "Unit", "check_proportions", "unusable_labels"]
 
 Unit = Literal["sequences", "tokens", "documents"]
+
+Rows = NDArray[np.int64]
+"""Positions in the training row space, 0 <= r < N."""
 
 
 def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.printable import file_name_problem, on_one_line
 
 __all__ = [

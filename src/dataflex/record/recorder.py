@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.printable import redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.state import aside
 
 __all__ = ["plain", "replacing", "scores_of", "summarize_scores"]
