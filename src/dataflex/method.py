@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows, State
 from dataflex.errors import ConfigError
+from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.plan.proportions import ProportionsFile
+from dataflex.plan.schedule import Interval
+from dataflex.state import State
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.plan.domains import Domains, DomainStats
-    from dataflex.plan.proportions import ProportionsFile
-    from dataflex.plan.schedule import Interval
     from dataflex.signals.specs import (
         EmbeddingSpec,
         Generation,
@@ -46,6 +46,7 @@ __all__ = [
     "Needs",
     "Normalizer",
     "Params",
+    "ProportionsFile",
     "ReferenceParams",
     "Rows",
     "Selection",

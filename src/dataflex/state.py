@@ -23,11 +23,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import State
 from dataflex.errors import CheckpointError, ComponentError, DataError
 
 __all__ = [
     "MANIFEST",
+    "State",
     "aside",
     "atomic_write_text",
     "clear_left",
@@ -42,6 +42,9 @@ __all__ = [
     "verify_directory",
     "write_directory",
 ]
+
+State = dict[str, Any]
+"""JSON values and numpy arrays only; saved without pickle."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _OWNED = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)(\.|$)")

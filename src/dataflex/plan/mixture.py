@@ -14,11 +14,11 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.arrays import Rows, State
 from dataflex.errors import CheckpointError, DataError
-from dataflex.plan.domains import Domains, check_proportions
+from dataflex.plan.domains import Domains, Rows, check_proportions
 from dataflex.plan.planner import ShuffledEpochs, serve
 from dataflex.rng import keys
+from dataflex.state import State
 
 __all__ = [
     "AtCap",

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 
 __all__ = ["DataPlan"]

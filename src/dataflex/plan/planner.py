@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows
 from dataflex.errors import ConfigError, DataError
+from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import permutations, stream
 

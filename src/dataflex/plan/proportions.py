@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.arrays import Floats
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
 from dataflex.state import replacing
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows
 from dataflex.errors import DataError
+from dataflex.plan.domains import Rows
 from dataflex.plan.proportions import read_proportions
 from dataflex.printable import file_name_problem, on_one_line
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows
 from dataflex.errors import DataError
+from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.arrays import Rows
+from dataflex.plan.domains import Rows
 
 __all__ = ["scores_of", "summarize_scores"]
 
