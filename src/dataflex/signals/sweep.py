@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.console import progress
 from dataflex.method import Rows
-from dataflex.signals.logits import TokenLosses, TokenScorer
 from dataflex.signals.store import ResumablePass
+
+if TYPE_CHECKING:
+    from dataflex.signals.logits import TokenLosses, TokenScorer
 
 __all__ = [
     "Sweep",
@@ -200,6 +202,8 @@ def token_pass(
     Returns:
         The tokens of row i of the sweep at ``offsets[i]:offsets[i + 1]``, equal on every rank.
     """
+    from dataflex.signals.logits import TokenLosses
+
     names = ("position", "document", *scorer.values)
     columns: dict[str, list[torch.Tensor]] = {
         name: [torch.zeros(0, dtype=torch.int64 if name in _INTEGERS else torch.float32, device=sweep.device)]
