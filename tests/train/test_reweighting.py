@@ -11,8 +11,8 @@ from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weight_stats import WeightStats
+from dataflex.train.feedback import WeightStats
+from dataflex.train.loss import Reweighter
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.column import Column
 from dataflex.weighters.factors import Factor

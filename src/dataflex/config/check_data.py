@@ -151,7 +151,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         if not isinstance(dynamic.min_proportion, Mapping) or "sum to" not in str(error):  # told by the rules
             yield from error.problems
         return
-    from dataflex.train.answers import check_mix
+    from dataflex.plan.validate import check_mix
 
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
