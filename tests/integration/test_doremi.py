@@ -12,8 +12,8 @@ import torch
 from dataflex.errors import ConfigError
 from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi
-from dataflex.mixing.proportions_file import read_proportions
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import read_proportions
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weighting import token_losses

@@ -14,8 +14,8 @@ from dataflex.mixers import simplex
 from dataflex.mixers.doremi import DoReMi, corrected
 from dataflex.mixers.group_dro import GroupDro
 from dataflex.mixers.trajectory import Trajectory
-from dataflex.mixing.proportions_file import read_proportions, write_proportions
 from dataflex.plan.domains import SUMS, DomainStats
+from dataflex.plan.proportions import read_proportions, write_proportions
 from dataflex.state import load_state, save_state
 from dataflex.testing import example_context
 from dataflex.train.domain_sums import DomainSums

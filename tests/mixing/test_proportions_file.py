@@ -13,7 +13,7 @@ from dataflex.config.show import as_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.mixers.static import Static
-from dataflex.mixing.proportions_file import (
+from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
     file_digest,

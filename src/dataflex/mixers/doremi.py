@@ -27,7 +27,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +35,11 @@ from numpy.typing import NDArray
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.method import Card, DomainNormalizer, Needs, ReferenceParams, State
 from dataflex.mixers import simplex
-from dataflex.mixers.collapse import collapsed
 from dataflex.mixers.loss_weights import LossWeightMixer
-from dataflex.mixers.proportions import check_numbers
 from dataflex.mixers.trajectory import Trajectory
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.proportions import ProportionsFile, check_numbers, collapsed, provenance
 from dataflex.signals.causal import base_model
-
-if TYPE_CHECKING:
-    from dataflex.mixing.proportions_file import ProportionsFile
 
 __all__ = ["DoReMi", "corrected", "vocabulary_size"]
 
@@ -168,8 +164,6 @@ class DoReMi(LossWeightMixer):
         """Return the mean of alpha so far as proportions for a static mixer, with its trajectory."""
         if self.mean_alpha is None:
             return None
-        from dataflex.mixing.proportions_file import ProportionsFile, provenance
-
         return ProportionsFile(
             names=self.names,
             proportions=tuple(self.mean_alpha.tolist()),

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from dataflex.method import Context, Mix, Mixer, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
-from dataflex.mixers.proportions import Written, by_domain, check_numbers, normalized, shares
 from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
+from dataflex.plan.proportions import Written, by_domain, check_numbers, normalized, shares
 
 __all__ = ["ExponentiatedMixer", "InitialParams"]
 

@@ -16,8 +16,8 @@ from dataflex.method import Card, Context, Mix, Needs, State
 from dataflex.mixers import simplex
 from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
-from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Dga", "Doge", "Pike", "doge_scores", "pike_scores"]
 

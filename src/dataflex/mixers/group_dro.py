@@ -15,8 +15,8 @@ from dataflex.method import Card, DomainNormalizer, Needs
 from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.loss_weights import LossWeightMixer
-from dataflex.mixers.proportions import check_numbers
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.proportions import check_numbers
 
 __all__ = ["GroupDro"]
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from dataflex.method import Context, Mix, Mixer, State
 from dataflex.mixers import simplex
-from dataflex.mixers.proportions import Written, by_domain, normalized, shares
 from dataflex.mixers.saved import require, same_domains
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.proportions import Written, by_domain, normalized, shares
 
 __all__ = ["LossWeightMixer"]
 

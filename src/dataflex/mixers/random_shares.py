@@ -9,8 +9,8 @@ import numpy as np
 
 from dataflex.method import Card, Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["RandomShares"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataflex.method import Card, Context, Mix, Mixer
-from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Size"]
 

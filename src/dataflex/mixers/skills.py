@@ -17,8 +17,8 @@ from dataflex.method import Card, Context, Mix, Mixer, Needs, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 

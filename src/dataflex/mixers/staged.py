@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import by_domain, check_numbers, shares
+from dataflex.plan.proportions import by_domain, check_numbers, shares
 
 __all__ = ["Stage", "Staged", "blended"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dataflex.method import Card, Context, Mix, Mixer, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import by_domain, check_numbers, shares
+from dataflex.plan.proportions import by_domain, check_numbers, read_proportions, shares
 
 __all__ = ["Static"]
 
@@ -63,8 +63,6 @@ class Static(Mixer):
             proportions = by_domain(self.params.proportions, names, "dynamic.mixer.proportions")
             return Mix(proportions=proportions, reason=f"as written: {shares(names, proportions)}")
         if self._read is None:
-            from dataflex.mixing.proportions_file import read_proportions
-
             assert self.params.from_file is not None
             content = read_proportions(self.params.from_file, "dynamic.mixer.from")
             self._read, self._made_by = content.by_name, content.method

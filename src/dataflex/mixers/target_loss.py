@@ -11,8 +11,8 @@ from dataflex.method import Card, Context, Needs, State
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.proportions import numbers_by_domain
 from dataflex.mixers.saved import require
+from dataflex.plan.proportions import numbers_by_domain
 
 __all__ = ["Sheared", "Velocity", "velocities"]
 

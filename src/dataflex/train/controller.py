@@ -18,11 +18,10 @@ from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataError, UnsupportedError
 from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.mixers.floors import floors_by_domain, raised
-from dataflex.mixers.proportions import by_domain
 from dataflex.plan.mixture import MixtureSampler
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
@@ -387,7 +386,7 @@ class Controller:
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(asked)
         proportions = check_mix(self.mixer, mix, self.space.domains.names)
-        served = raised(proportions, self.floors)
+        served = apply_min_proportion(proportions, self.floors)
         if served is proportions:
             return proportions, mix.reason
         low = [self.space.domains.names[k] for k in np.flatnonzero(served > proportions)]
