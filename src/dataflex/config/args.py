@@ -1,7 +1,7 @@
 """LLaMA-Factory's keys of a run: read once, converted to their types, every mistake noted.
 
-LLaMA-Factory takes a value as YAML gave it. What it would misread is put right here, and so handed on: YAML's ``no`` (false)
-where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
+LLaMA-Factory takes a value as YAML gave it. What it would misread is put right here, and so handed on: YAML's ``no``
+(false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
 """
 
 from __future__ import annotations
@@ -96,7 +96,15 @@ _PACKAGES = {
     "use_unsloth": ("unsloth",),
 }
 _ONLY_LORA = ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")
-_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD*", "/dev/davinci*", "/dev/accel*", "/dev/neuron*")
+_DEVICES = (
+    "/dev/nvidia[0-9]*",
+    "/dev/dxg",
+    "/dev/kfd",
+    "/dev/dri/renderD*",
+    "/dev/davinci*",
+    "/dev/accel*",
+    "/dev/neuron*",
+)
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
 
@@ -177,7 +185,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
     @classmethod
     def read(cls, mapping: Mapping[str, Any]) -> LlamaFactoryArgs:
-        """Return the keys of a configuration, its ``dynamic`` block left out; those already read are returned as they are."""
+        """Return the keys of a configuration without its ``dynamic`` block; those already read as they are."""
         if isinstance(mapping, LlamaFactoryArgs):
             return mapping
         known = table()

@@ -3,8 +3,8 @@
     python -m dataflex.config.table            writes table.json
     python -m dataflex.config.table --check    fails when the file is not what the installed version says
 
-Nothing of LLaMA-Factory or transformers is imported: their source is parsed. ``table.json`` holds what was found for one
-pair of versions; any other pair is read when it is asked for, in about half a second.
+Nothing of LLaMA-Factory or transformers is imported: their source is parsed. ``table.json`` holds what was found for
+one pair of versions; any other pair is read when it is asked for, in about half a second.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def table() -> Mapping[str, Key]:
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) and name != "default" else value for name, value in entry.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) and name != "default" else value for name, value in entry.items()
+    }
 
 
 def read_source() -> dict[str, Key]:
@@ -221,7 +223,7 @@ def _split_texts(tree: ast.Module) -> Iterator[str]:
 def _templates() -> tuple[str, ...]:
     calls = [node for node in ast.walk(_parsed("llamafactory/data/template.py")) if isinstance(node, ast.Call)]
     named = [word.value for call in calls if _name(call) == "register_template" for word in call.keywords[:1]]
-    return tuple(sorted({node.value for node in named if isinstance(node, ast.Constant)}))
+    return tuple(sorted({str(node.value) for node in named if isinstance(node, ast.Constant)}))
 
 
 def _keys_of(file: str, name: str) -> tuple[str, ...]:
