@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import exponentiated, logs, softmax
 from dataflex.mixers.doremi import DoReMi, corrected
 from dataflex.mixers.group_dro import GroupDro
 from dataflex.mixers.trajectory import Trajectory
@@ -334,15 +334,15 @@ def test_a_trajectory_of_any_length_is_thinned_evenly_and_resumes():
 
 def test_exponentiated_gradient_with_a_prior_and_with_a_zero():
     p, prior = np.array([0.2, 0.3, 0.5]), np.array([0.6, 0.4, 0.0])
-    got = simplex.weights(simplex.exponentiated(simplex.logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0))
+    got = softmax(exponentiated(logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0))
     want = p * np.exp([2.0, 0.0, -2.0])
     np.testing.assert_allclose(got, want / want.sum(), rtol=1e-14)
-    got = simplex.weights(
-        simplex.exponentiated(simplex.logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0, smoothing=0.25, prior=prior)
+    got = softmax(
+        exponentiated(logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0, smoothing=0.25, prior=prior)
     )
     np.testing.assert_allclose(got, 0.75 * want / want.sum() + 0.25 * prior, rtol=1e-14)
-    never = simplex.exponentiated(simplex.logs(np.array([0.0, 1.0])), np.array([np.nan, 1.0]), eta=1.0, smoothing=0.5)
-    assert simplex.weights(never).tolist() == [0.0, 1.0]
+    never = exponentiated(logs(np.array([0.0, 1.0])), np.array([np.nan, 1.0]), eta=1.0, smoothing=0.5)
+    assert softmax(never).tolist() == [0.0, 1.0]
 
 
 def test_a_mean_that_collapsed_says_so_and_what_helps():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import logs
 from dataflex.mixers.doremi import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
@@ -242,7 +242,7 @@ def test_a_step_without_a_supervised_token_changes_nothing(name, packed):
 def mixer_with(alpha):
     mixer = DoReMi(DoReMi.Params(reference="r"))
     mixer.mix(example_context(SIZES))
-    mixer.log_alpha = simplex.logs(np.asarray(alpha))
+    mixer.log_alpha = logs(np.asarray(alpha))
     return mixer
 
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.method import Card, DomainNormalizer, Needs, ReferenceParams, State
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import RunningMean, exponentiated
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.mixers.trajectory import Trajectory
 from dataflex.plan.domains import DomainStats
@@ -137,13 +137,13 @@ class DoReMi(LossWeightMixer):
 
     def _start(self) -> None:
         self.scores: Floats = np.full(len(self.names), np.nan)  # not yet seen
-        self.mean = simplex.RunningMean(self.alpha if self.params.variant == "repo" else None)
+        self.mean = RunningMean(self.alpha if self.params.variant == "repo" else None)
         self.trajectory = Trajectory()
         self.trajectory.add(0, self.alpha)
 
     def _learn(self, stats: DomainStats) -> None:
         self.scores = self._scored(stats)
-        self.log_alpha = simplex.exponentiated(
+        self.log_alpha = exponentiated(
             self.log_alpha, self.scores, eta=self.params.eta, smoothing=self.params.smoothing
         )
         self.mean.add(self.alpha)
@@ -220,7 +220,7 @@ class DoReMi(LossWeightMixer):
             return
         try:
             self.scores = np.asarray(state["scores"], dtype=np.float64)
-            self.mean = simplex.RunningMean()
+            self.mean = RunningMean()
             self.mean.value, self.mean.count = np.asarray(state["mean"], dtype=np.float64), int(state["mean_count"])
             self.trajectory = Trajectory()
             self.trajectory.load_state_dict(state["trajectory"])

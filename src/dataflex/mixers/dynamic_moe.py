@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Needs
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import exponentiated
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets
 
@@ -88,6 +88,6 @@ class DynamicMoe(ExponentiatedMixer):
         loads_KLE = np.stack(loads)
         layers = [loads_KLE.shape[1] - 1] if self.params.layers == "last" else range(loads_KLE.shape[1])
         scores = np.mean([distances(loads_KLE[:, layer], self.params.distance) for layer in layers], axis=0)
-        moved = simplex.exponentiated(self.log_shares, scores, eta=self.params.eta, smoothing=self.params.smoothing)
+        moved = exponentiated(self.log_shares, scores, eta=self.params.eta, smoothing=self.params.smoothing)
         worst = int(np.argmax(scores))
         return moved, f"largest distance {scores[worst]:.3g} ({self.names[worst]})"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Context, Mix, Mixer, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import logs, softmax
 from dataflex.mixers.saved import require, same_domains
 from dataflex.mixers.sizes import sizes
 from dataflex.plan.proportions import Written, by_domain, check_numbers, normalized, shares
@@ -60,7 +60,7 @@ class ExponentiatedMixer(Mixer):
         if ctx.interval.kind != "warmup":
             self.log_shares, told = self._moved(ctx)
             self.updates += 1
-        proportions = normalized(simplex.weights(self.log_shares))
+        proportions = normalized(softmax(self.log_shares))
         reason = shares(self.names, proportions)
         return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
 
@@ -74,7 +74,7 @@ class ExponentiatedMixer(Mixer):
             same_domains(self.name, self.names, names)
             return
         self.names = names
-        self.log_shares = simplex.logs(self._initial(ctx, self.params.initial))
+        self.log_shares = logs(self._initial(ctx, self.params.initial))
 
     def _initial(self, ctx: Context, written: Written | str) -> Floats:
         if written == "size":

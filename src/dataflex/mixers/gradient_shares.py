@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Mix, Needs, State
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import RunningMean, exponentiated, softmax
 from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.saved import require
@@ -108,17 +108,17 @@ class Doge(_GradientMixer):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.mean = simplex.RunningMean()
+        self.mean = RunningMean()
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         found = self._gradients(ctx)
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
         scores = doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
-        moved = simplex.exponentiated(
+        moved = exponentiated(
             self.log_shares, scores, eta=self.params.updates / self.params.mu, smoothing=self.params.smoothing
         )
-        self.mean.add(simplex.weights(moved))
-        return moved, f"last {shares(self.names, simplex.weights(moved))}; served"
+        self.mean.add(softmax(moved))
+        return moved, f"last {shares(self.names, softmax(moved))}; served"
 
     def mix(self, ctx: Context) -> Mix:
         """Return the mean of the proportions so far, or the last ones."""
@@ -172,7 +172,7 @@ class Dga(_GradientMixer):
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         """Return w exp(eta <g_d, g_target>), normalized; several targets count alike."""
         scores = self._gradients(ctx).targets.mean(axis=1)
-        return simplex.exponentiated(self.log_shares, scores, eta=self.params.eta), ""
+        return exponentiated(self.log_shares, scores, eta=self.params.eta), ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""
@@ -228,4 +228,4 @@ class Pike(_GradientMixer):
         found = self._gradients(ctx)
         batch = ctx.global_batch
         scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)
-        return simplex.exponentiated(self.log_shares, scores, eta=1.0), ""
+        return exponentiated(self.log_shares, scores, eta=1.0), ""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dataflex.method import Card, DomainNormalizer, Needs
 from dataflex.method import Params as BaseParams
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import exponentiated
 from dataflex.mixers.loss_weights import LossWeightMixer
 from dataflex.plan.domains import DomainStats
 from dataflex.plan.proportions import check_numbers
@@ -65,6 +65,6 @@ class GroupDro(LossWeightMixer):
         scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
         if self.params.adjustment > 0 and self.rows.size:
             scores = scores + self.params.adjustment / np.sqrt(self.rows)
-        self.log_alpha = simplex.exponentiated(
+        self.log_alpha = exponentiated(
             self.log_alpha, scores, eta=self.params.eta, smoothing=self.params.smoothing
         )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Context, Mix, Mixer, State
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import logs, softmax
 from dataflex.mixers.saved import require, same_domains
 from dataflex.plan.domains import DomainStats
 from dataflex.plan.proportions import Written, by_domain, normalized, shares
@@ -47,7 +47,7 @@ class LossWeightMixer(Mixer):
     @property
     def alpha(self) -> Floats:
         """Weights of the domains [K], summing to 1."""
-        return simplex.weights(self.log_alpha)
+        return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
         """Return the sampling proportions, which never change.
@@ -95,7 +95,7 @@ class LossWeightMixer(Mixer):
         else:
             sampling = normalized(by_domain(written, names, "dynamic.mixer.sampling"))
         self.names, self.sampling = tuple(names), sampling
-        self.log_alpha = simplex.logs(self._first())
+        self.log_alpha = logs(self._first())
         self._start()
 
     def state_dict(self) -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RunningMean", "exponentiated", "logs", "normalized_logs", "smoothed", "weights"]
+__all__ = ["RunningMean", "exponentiated", "logs", "normalized_logs", "smoothed", "softmax"]
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ def normalized_logs(log_weights: Floats) -> Floats:
     return np.asarray(log_weights - (top + np.log(np.exp(log_weights - top).sum())))
 
 
-def weights(log_weights: Floats) -> Floats:
+def softmax(log_weights: Floats) -> Floats:
     """Return the weights [K] of ``log_weights``: their softmax, which sums to 1."""
     shifted = np.exp(log_weights - log_weights.max())
     return np.asarray(shifted / shifted.sum())
@@ -68,7 +68,7 @@ def exponentiated(
         return moved
     if prior is None:
         prior = inside / inside.sum()  # a weight that underflowed is within: smoothing brings it back
-    return logs(smoothed(weights(moved), smoothing, prior))
+    return logs(smoothed(softmax(moved), smoothing, prior))
 
 
 class RunningMean:

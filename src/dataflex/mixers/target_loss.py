@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, State
-from dataflex.mixers import simplex
+from dataflex.mixers.simplex import exponentiated
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets, held_out_losses
 from dataflex.mixers.saved import require
@@ -62,7 +62,7 @@ class Sheared(ExponentiatedMixer):
         gaps = held_out_losses(ctx) - targets
         if self.params.clip:
             gaps = np.maximum(gaps, 0.0)
-        moved = simplex.exponentiated(self.log_shares, gaps, eta=self.params.eta, smoothing=self.params.smoothing)
+        moved = exponentiated(self.log_shares, gaps, eta=self.params.eta, smoothing=self.params.smoothing)
         return moved, _told(self.names, gaps, "gap to target")
 
 
@@ -107,7 +107,7 @@ class Velocity(ExponentiatedMixer):
             self.first = losses
         targets = numbers_by_domain(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
         speeds = velocities(losses, self.first, targets)
-        return simplex.exponentiated(self.log_shares, speeds, eta=1.0), _told(self.names, speeds, "way left")
+        return exponentiated(self.log_shares, speeds, eta=1.0), _told(self.names, speeds, "way left")
 
     def state_dict(self) -> State:
         """Add the first losses."""
