@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.mixers.simplex import logs
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
-from dataflex.plan.proportions import read_proportions
+from dataflex.plan.proportions import logs, read_proportions
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weighting import token_losses

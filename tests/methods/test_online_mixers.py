@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.mixers.ado import Ado, preference
-from dataflex.mixers.domain_gradients import domain_gradients
-from dataflex.mixers.dynamic_moe import DynamicMoe, distances
-from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, pike_scores
-from dataflex.mixers.held_out import held_out_losses
+from dataflex.mixers._lib import held_out_losses
+from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
+from dataflex.mixers.fixed import RandomShares
+from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
+from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, velocities
 from dataflex.mixers.odm import Odm, exploration, policy
-from dataflex.mixers.random_shares import RandomShares
-from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
-from dataflex.mixers.simplex import exponentiated, logs, softmax
 from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
-from dataflex.mixers.target_loss import Sheared, Velocity, velocities
+from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.testing import FakeSignals, example_context, example_stats
 
 TWO = {"a": 8, "b": 8}
@@ -477,7 +474,7 @@ def test_aiolis_ema_is_the_weight_of_the_past(ema):
     first, second = (one / one.sum() for one in gain)
     want = (1 - ema) * second + ema * first
     np.testing.assert_allclose(mixer.matrix, want, atol=1e-5)
-    np.testing.assert_allclose(softmax(mixer.log_shares), weights(want.sum(axis=0)), atol=1e-5)
+    np.testing.assert_allclose(softmax(mixer.log_shares), softmax(want.sum(axis=0)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- ADO

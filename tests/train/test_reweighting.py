@@ -7,23 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex.mixers.simplex import logs
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import logs
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter
 from dataflex.train.weight_stats import WeightStats
-from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.column import Column
-from dataflex.weighters.factors import Factor
-from dataflex.weighters.focal import Focal
+from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
 from dataflex.weighters.group import GroupWeighter
-from dataflex.weighters.joint import JointUpdateAware
+from dataflex.weighters.likeness import Adapt, JointUpdateAware
 from dataflex.weighters.loss import LossWeighter
-from dataflex.weighters.product import Product
-from dataflex.weighters.rho import Rho
-from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter
+from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
 
 ROWS, WIDTH, WORDS, WIDE = 12, 8, 7, 5

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Mixer, Needs, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.simplex import exponentiated, softmax
-from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.saved import require, same_domains
-from dataflex.plan.proportions import normalized, shares
+from dataflex.mixers._lib import check_targets, held_out_losses, require, same_domains
+from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 

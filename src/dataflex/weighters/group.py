@@ -141,7 +141,7 @@ class GroupWeighter(Weighter):
         import torch
 
         from dataflex import comm
-        from dataflex.mixers.simplex import exponentiated
+        from dataflex.plan.proportions import exponentiated
 
         tokens = batch.tokens_B.cpu().double()
         which = torch.from_numpy(batch.domains_B.astype(np.int64))

@@ -1,24 +1,64 @@
-"""Common ground of mixers that move sampling proportions by exponentiated scores, once per interval.
-
-p <- (1 - c) softmax(log p + eta s) + c / K. A subclass makes the scores s.
-"""
+"""What mixers share: sizes and held-out losses of domains, checks of a saved state, exponentiated proportions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Context, Mix, Mixer, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.simplex import logs, softmax
-from dataflex.mixers.saved import require, same_domains
-from dataflex.mixers.sizes import sizes
-from dataflex.plan.proportions import Written, by_domain, check_numbers, normalized, shares
+from dataflex.plan.proportions import Written, by_domain, check_numbers, logs, normalized, shares, softmax
 
-__all__ = ["ExponentiatedMixer", "InitialParams"]
+__all__ = [
+    "ExponentiatedMixer",
+    "InitialParams",
+    "check_targets",
+    "held_out_losses",
+    "require",
+    "same_domains",
+    "sizes",
+]
+
+
+def require(name: str, state: State, *keys: str) -> None:
+    """Make sure that a saved state has ``keys``.
+
+    Raises:
+        CheckpointError: Some are missing.
+    """
+    missing = sorted(set(keys) - state.keys())
+    if missing:
+        raise CheckpointError(f"{name}: the saved state lacks {', '.join(missing)}")
+
+
+def same_domains(name: str, saved: Sequence[str], found: Sequence[str]) -> None:
+    """Make sure that a state is of the run's domains, in their order.
+
+    Raises:
+        CheckpointError: It was saved for others.
+    """
+    if tuple(saved) != tuple(found):
+        raise CheckpointError(
+            f"{name}: the saved weights are of the domains {', '.join(saved)}, and the run has {', '.join(found)}"
+        )
+
+
+def sizes(ctx: Context, method: str) -> NDArray[np.float64]:
+    """Return the size of each domain in ``ctx.unit``, float64 [K], at least one of them above 0.
+
+    Raises:
+        DataError: No domain has a token (or, unit ``tokens``, tokens were not counted).
+    """
+    sizes_K = ctx.domains.sizes(ctx.unit)
+    if not sizes_K.any():
+        raise DataError(f"{method}: none of the domains {', '.join(ctx.domains.names)} has any {ctx.unit}")
+    return sizes_K
+
 
 Floats = NDArray[np.float64]
 
@@ -98,3 +138,35 @@ class ExponentiatedMixer(Mixer):
         self.names = tuple(state["names"])
         self.log_shares = np.array(state["log_shares"], dtype=np.float64)
         self.updates = int(state["updates"])
+
+
+def check_targets(ctx: Context, method: str) -> None:
+    """Make sure that there is one target data set for each domain.
+
+    Raises:
+        ConfigError: Too few or too many, with the pairs as they would be.
+    """
+    names, targets = ctx.domains.names, ctx.targets
+    if len(names) != len(targets):
+        raise ConfigError(
+            f"dynamic.mixer.targets: the {method} mixer compares each domain with held-out data of its own; name one "
+            f"data set for each of {', '.join(names)}, in this order (found {len(targets)}: {', '.join(targets)})"
+        )
+
+
+def held_out_losses(ctx: Context) -> NDArray[np.float64]:
+    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
+
+    Raises:
+        DataError: A target has no supervised token.
+    """
+    losses = []
+    for name in ctx.targets:
+        rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
+        means = np.asarray(ctx.signals.losses(rows, target=name), dtype=np.float64)
+        tokens = np.array([len(part) for part in ctx.signals.tokens(rows, target=name, part="completion")], np.float64)
+        known = np.isfinite(means) & (tokens > 0)
+        if not known.any():
+            raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
+        losses.append(float(np.average(means[known], weights=tokens[known])))
+    return np.array(losses)
