@@ -33,7 +33,13 @@ def allocate(sizes_K: NDArray[np.float64], budget: float, max_epochs: float) -> 
 
 
 class UniMax(Mixer):
-    """Serve domains equally, but none for more than ``max_epochs`` epochs."""
+    """Serve domains equally, but none for more than ``max_epochs`` epochs.
+
+    UniMax: as equal as possible without repeating any domain more than a few times.
+
+    The best of the size heuristics in independent comparisons. It refuses to spend a budget that the
+    data cannot fill within the cap, unless told to repeat.
+    """
 
     name = "unimax"
     card = Card(
@@ -89,7 +95,10 @@ class UniMax(Mixer):
 
 
 class Size(Mixer):
-    """Serve each domain in proportion to its size, in the unit of the run."""
+    """Serve each domain in proportion to its size, in the unit of the run.
+
+    Shares by size: what concatenating the data sets would give.
+    """
 
     name = "size"
     card = Card(summary="Serves each domain in proportion to its size.", paper="baseline", cost="none")
@@ -108,7 +117,10 @@ def tempered(sizes_K: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
 
 
 class Temperature(Mixer):
-    """Serve each domain in proportion to its size to the power 1 / tau."""
+    """Serve each domain in proportion to its size to the power 1 / tau.
+
+    Shares by tempered size: between concatenation and equal shares.
+    """
 
     name = "temperature"
     card = Card(

@@ -55,7 +55,10 @@ def blended(step: int, starts: list[int], stages_SK: NDArray[np.float64], linear
 
 
 class Staged(Mixer):
-    """Serve the domains in proportions that follow a written schedule."""
+    """Serve the domains in proportions that follow a written schedule.
+
+    A written schedule of proportions: a curriculum over domains.
+    """
 
     name = "staged"
     adaptive: ClassVar[bool] = True
@@ -112,7 +115,10 @@ class Staged(Mixer):
 
 
 class Static(Mixer):
-    """Serve the domains in fixed proportions."""
+    """Serve the domains in fixed proportions.
+
+    Fixed proportions, as written, or from a file that ``dataflex mix`` made.
+    """
 
     name = "static"
     card = Card(summary="Serves the domains in fixed proportions.", paper="baseline", cost="none")
@@ -183,7 +189,10 @@ class Static(Mixer):
 
 
 class Uniform(Mixer):
-    """Serve every domain equally often."""
+    """Serve every domain equally often.
+
+    Equal shares for all domains; on average no learned mixture beats it clearly.
+    """
 
     name = "uniform"
     card = Card(summary="Serves every domain equally often.", paper="baseline (stratified sampling)", cost="none")
@@ -195,7 +204,10 @@ class Uniform(Mixer):
 
 
 class RandomShares(Mixer):
-    """Serve domains in proportions drawn anew for every interval."""
+    """Serve domains in proportions drawn anew for every interval.
+
+    Random proportions: the baseline that any mixer should beat.
+    """
 
     name = "random"
     adaptive: ClassVar[bool] = True

@@ -139,7 +139,10 @@ def distances(loads_KE: Floats, measure: str) -> Floats:
 
 
 class DynamicMoe(ExponentiatedMixer):
-    """Serve domains more, the further their expert loads are from those of the other domains."""
+    """Serve domains more, the further their expert loads are from those of the other domains.
+
+    Dynamic mixing for mixture-of-experts models: domains that are routed unlike the others are served more.
+    """
 
     name = "dynamic_moe"
     needs = Needs(signals=frozenset({"gates"}), targets=True, domains=2, stages=("pt", "sft"))

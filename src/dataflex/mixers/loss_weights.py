@@ -1,25 +1,4 @@
-"""DoReMi's proxy run: Group DRO over domains with the excess loss over a reference model.
-
-Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
-arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
-step, with e = loss - reference loss per token,
-
-    s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
-    alpha_d is multiplied by exp(eta s_d), normalized, and smoothed: (1 - c) alpha + c / K
-
-and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
-which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
-it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
-in details:
-
-- ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected for
-  the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts the
-  first weights.
-- ``paper``: the text. Alpha starts equal. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
-- ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
-
-``dataflex mix doremi`` runs reference, proxy and main model.
-"""
+"""Methods that weigh the domains in the loss and leave the sampling as it is: DoReMi and Group DRO."""
 
 from __future__ import annotations
 
@@ -61,6 +40,11 @@ Floats = NDArray[np.float64]
 
 class LossWeightMixer(Mixer):
     """Samples in fixed proportions and moves domain weights alpha in the loss after every step.
+
+    Common ground of mixers that weigh the domains in the loss and leave the sampling as it is.
+
+    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1
+    on, on every rank alike.
 
     A subclass says what is learned from a step in ``_learn``; ``params`` has ``sampling``: proportions as
     written, or None for equal shares. A domain with a share of 0 is never served and has weight 0.
@@ -161,7 +145,14 @@ class LossWeightMixer(Mixer):
 
 
 class GroupDro(LossWeightMixer):
-    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step."""
+    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step.
+
+    Group DRO: weigh the domains in the loss towards those of the largest loss.
+
+    Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
+    algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses. Without a
+    reference the weights follow the domain of the highest entropy, so regularize, or use ``doremi``.
+    """
 
     name = "group_dro"
     needs = Needs(domains=2, stages=("pt", "sft"))
@@ -271,7 +262,30 @@ def vocabulary_size(folder: Path) -> int:
 
 
 class DoReMi(LossWeightMixer):
-    """Weigh the domains in the loss towards those where the reference does better."""
+    """Weigh the domains in the loss towards those where the reference does better.
+
+    DoReMi's proxy run: Group DRO over domains with the excess loss over a reference model.
+
+    Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
+    arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
+    step, with e = loss - reference loss per token,
+
+        s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
+        alpha_d is multiplied by exp(eta s_d), normalized, and smoothed: (1 - c) alpha + c / K
+
+    and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
+    which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
+    it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
+    in details:
+
+    - ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected
+      for the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts
+      the first weights.
+    - ``paper``: the text. Alpha starts equal. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
+    - ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
+
+    ``dataflex mix doremi`` runs reference, proxy and main model.
+    """
 
     name = "doremi"
     needs = Needs(domains=2, stages=("pt", "sft"))

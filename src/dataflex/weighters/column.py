@@ -1,7 +1,4 @@
-"""Weights that come with the data: a numeric column says how much each row counts.
-
-It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
-"""
+"""Weights that are known from the rows alone: a column of the data, or none."""
 
 from __future__ import annotations
 
@@ -25,7 +22,12 @@ _WANTED = "weights must be finite numbers, 0 or more"
 
 
 class Column(Weighter):
-    """Weigh each row by a column of the data set."""
+    """Weigh each row by a column of the data set.
+
+    Weights that come with the data: a numeric column says how much each row counts.
+
+    It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
+    """
 
     name = "column"
     needs = Needs(stages=("pt", "sft"))
@@ -112,7 +114,10 @@ def _weights(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool
 
 
 class NoWeights(Weighter):
-    """Every token counts the same, as without DataFlex."""
+    """Every token counts the same, as without DataFlex.
+
+    The weighter that does not weigh: the stock loss is left alone.
+    """
 
     name = "none"
     neutral: ClassVar[bool] = True

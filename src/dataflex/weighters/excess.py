@@ -1,14 +1,4 @@
-"""Selective language modelling (Rho-1): train on the tokens that the reference finds easier than the model does.
-
-Lin, Gou et al., "Rho-1: Not All Tokens Are What You Need", NeurIPS 2024, arXiv 2404.07965. The excess of a token
-is its loss less the reference's, not clipped; of all supervised tokens of the micro-batch the share ``keep`` of
-largest excess is trained on, and the loss is the mean over those. The reference was trained on clean data with
-the same tokenizer; with the model itself as the reference every excess is 0. The logged loss is that of the kept
-tokens; ``dataflex/plain_loss`` is that of all.
-
-The micro-batch is that of all ranks (``threshold: global``), so that their number changes nothing, or each rank's
-own, of which one token at least is kept.
-"""
+"""Training on the tokens or sequences whose loss exceeds that of a reference most: Rho-1 and RHO-LOSS."""
 
 from __future__ import annotations
 
@@ -44,7 +34,19 @@ def largest(values: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Te
 
 
 class SelectiveLanguageModelling(Weighter):
-    """Keep the tokens of largest excess loss."""
+    """Keep the tokens of largest excess loss.
+
+    Selective language modelling (Rho-1): train on the tokens that the reference finds easier than the model does.
+
+    Lin, Gou et al., "Rho-1: Not All Tokens Are What You Need", NeurIPS 2024, arXiv 2404.07965. The excess of a token
+    is its loss less the reference's, not clipped; of all supervised tokens of the micro-batch the share ``keep`` of
+    largest excess is trained on, and the loss is the mean over those. The reference was trained on clean data with
+    the same tokenizer; with the model itself as the reference every excess is 0. The logged loss is that of the kept
+    tokens; ``dataflex/plain_loss`` is that of all.
+
+    The micro-batch is that of all ranks (``threshold: global``), so that their number changes nothing, or each rank's
+    own, of which one token at least is kept.
+    """
 
     name = "slm"
     adaptive: ClassVar[bool] = False
@@ -105,7 +107,16 @@ class SelectiveLanguageModelling(Weighter):
 
 
 class Rho(Weighter):
-    """Keep the sequences of largest reducible loss."""
+    """Keep the sequences of largest reducible loss.
+
+    RHO-LOSS as weights: of a micro-batch, train on the sequences whose loss exceeds the reference's most.
+
+    Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML
+    2022, arXiv 2206.07137. The reducible loss of a sequence is its token-mean loss less the irreducible one, that of a
+    model trained on held-out data; the n of largest reducible loss get the weight 1 / n, all others 0. In the
+    paper n is a tenth of a large batch and only those n are trained on. Here every sequence of the micro-batch goes
+    through forward and backward, so it costs a plain step: the micro-batch (of all ranks) should be large.
+    """
 
     name = "rho"
     adaptive: ClassVar[bool] = False

@@ -1,15 +1,4 @@
-"""Learning to reweight in one step: rows count as far as a step on them goes along the targets' gradient.
-
-Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, arXiv 1803.09050: with weights that
-start at zero, one step of gradient descent on the validation loss with respect to the weights gives
-
-    w_i = max(0, <g_i, g_val>),   divided by their sum over the step's rows,
-
-g_i the gradient of row i's token-mean loss and g_val that of the targets' rows. The product is the derivative
-of row i's loss along g_val: one forward pass in forward mode over the step's rows, before the step, in
-eval mode; no per-row gradients are kept. g_val takes a forward and a backward pass over the targets in every step:
-keep them small. If no row goes along, the step trains on nothing.
-"""
+"""Weights from gradients of the step's rows, taken before it: one-step reweighting and PRESENCE."""
 
 from __future__ import annotations
 
@@ -70,7 +59,20 @@ def clipped_shares(products: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 class Meta(Weighter):
-    """Weigh rows by one step of learning to reweight."""
+    """Weigh rows by one step of learning to reweight.
+
+    Learning to reweight in one step: rows count as far as a step on them goes along the targets' gradient.
+
+    Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, arXiv 1803.09050: with weights that
+    start at zero, one step of gradient descent on the validation loss with respect to the weights gives
+
+        w_i = max(0, <g_i, g_val>),   divided by their sum over the step's rows,
+
+    g_i the gradient of row i's token-mean loss and g_val that of the targets' rows. The product is the derivative
+    of row i's loss along g_val: one forward pass in forward mode over the step's rows, before the step, in
+    eval mode; no per-row gradients are kept. g_val takes a forward and a backward pass over the targets in every step:
+    keep them small. If no row goes along, the step trains on nothing.
+    """
 
     name = "meta"
     adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
@@ -184,7 +186,20 @@ def group_weights(influence: Floats, tau: float, eps: float = _EPS) -> Floats:
 
 
 class Presence(Weighter):
-    """Weigh groups of rows by self-influence."""
+    """Weigh groups of rows by self-influence.
+
+    PRESENCE: groups of rows weighed by their self-influence, hard ones first and then the easy ones.
+
+    Thakkar et al., "Self-Influence Guided Data Reweighting for Language Model Pre-training", EMNLP 2023, arXiv
+    2311.00913. The self-influence of a group of n rows is s = ||grad of its loss||^2 with respect to the first block;
+    over the groups of a step z = (s - mean) / sqrt(variance + eps) and w = softmax(tau z), with tau for the first part
+    of the run and -tau for the rest. The step's gradient is the weighted sum of the groups' gradients.
+
+    The paper's groups are its micro-batches. Here they are ``group_rows`` consecutive rows of the step in the plan's
+    order, so that neither accumulation nor the number of ranks changes anything, and the loss of a group is the mean of
+    its rows' token-mean losses. The gradients of the step's rows are taken before it, of the first block only, in eval
+    mode, in a forward and a backward pass of their own (two-pass); their Gram matrix holds the groups' norms.
+    """
 
     name = "presence"
     adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval

@@ -150,7 +150,15 @@ def asked(function: Callable[..., Any]) -> frozenset[str]:
 
 
 class TokenWeighter(Weighter):
-    """Weigh each token by a function of what the model thinks of it."""
+    """Weigh each token by a function of what the model thinks of it.
+
+    Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
+
+    Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above
+    a quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
+    ``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name
+    (tensors of the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
+    """
 
     name = "token"
     adaptive: ClassVar[bool] = False
@@ -262,7 +270,14 @@ class TokenWeighter(Weighter):
 
 
 class Focal(Weighter):
-    """Weigh tokens by (1 - p) ^ gamma."""
+    """Weigh tokens by (1 - p) ^ gamma.
+
+    Focal weights: the less likely a token is to the model, the more it counts.
+
+    Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002: the cross-entropy of each token is
+    multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the opposite of DFT (``token``); tokens
+    that are wrong in the data are unlikely, and gain.
+    """
 
     name = "focal"
     adaptive: ClassVar[bool] = False
