@@ -31,7 +31,7 @@ from dataflex.plan.proportions import (
     shares,
     softmax,
 )
-from dataflex.signals.causal import base_model
+from dataflex.signals.other_models import base_model
 
 __all__ = ["DoReMi", "GroupDro", "LossWeightMixer", "Trajectory", "corrected", "vocabulary_size"]
 
