@@ -32,7 +32,7 @@ from dataflex.method import Rows
 from dataflex.plan.proportions import write_proportions
 from dataflex.record.clock import OTHER
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.anatomy import anatomy, capture_hidden
+from dataflex.signals.model_parts import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.balance import balance_loss
 from dataflex.train.held_out import EvaluationSums, perplexity, totals, undivided
