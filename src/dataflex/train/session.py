@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Batch, Forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.steps import Batch
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
