@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import Loader, RawRows, column, raw_columns, split_rows
 from dataflex.llamafactory.streaming import joined, tokenized_when_served
 from dataflex.plan.domains import Domains, unusable_labels
@@ -38,7 +39,6 @@ from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import encoded_rows, load_encoder
 from dataflex.signals.model_access import Corpus
-from dataflex.train.evaluation import HeldOut
 from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
 
 __all__ = [
