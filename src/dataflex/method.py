@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
+from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.plan.proportions import ProportionsFile
+from dataflex.plan.schedule import Interval
+from dataflex.state import State
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.mixing.proportions_file import ProportionsFile
-    from dataflex.plan.domains import Domains, DomainStats
-    from dataflex.plan.schedule import Interval
     from dataflex.signals.specs import (
         EmbeddingSpec,
         Generation,
@@ -45,6 +46,7 @@ __all__ = [
     "Needs",
     "Normalizer",
     "Params",
+    "ProportionsFile",
     "ReferenceParams",
     "Rows",
     "Selection",
@@ -56,12 +58,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-Rows = NDArray[np.int64]
-"""Positions in the training row space, 0 <= r < N."""
-
-State = dict[str, Any]
-"""JSON values and numpy arrays only; saved without pickle."""
 
 Normalizer = Literal["token", "count", "sample"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError
-from dataflex.signals.answers import AnswerBook
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.gradients import targets as targets_module
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.service import SignalService
@@ -113,7 +113,7 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
         ]
 
     def with_store():
-        book = AnswerBook(store=ArrayStore(tmp_path), model_identity=lambda: "model")
+        book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: "model")
         return SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3, book=book)
 
     first = ask(service)

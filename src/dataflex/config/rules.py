@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataflex.config.idle import idle_keys
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.method import Mixer, Selector
-from dataflex.mixers.floors import Floors
-from dataflex.mixers.proportions import Written, check_numbers
+from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
 __all__ = ["rule_problems"]

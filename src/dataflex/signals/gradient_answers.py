@@ -11,12 +11,12 @@ import torch
 
 from dataflex import comm
 from dataflex.method import Rows
-from dataflex.signals.answers import Answer
+from dataflex.signals.cache import Answer
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.gradients.targets import answers_digest
-from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.service_base import ServiceBase
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep, row_pass
 
 __all__ = ["GradientAnswers"]

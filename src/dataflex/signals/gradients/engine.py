@@ -20,15 +20,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.anatomy import anatomy
-from dataflex.signals.cross_entropy import token_cross_entropy
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
 from dataflex.signals.gradients.consumers import Block, Consumer, Segment
 from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, formed
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.losses import model_inputs, row_losses
-from dataflex.signals.passes import preserved
+from dataflex.signals.losses import model_inputs, row_losses, token_cross_entropy
+from dataflex.signals.model_parts import anatomy
+from dataflex.signals.sweep import preserve_state
 
 __all__ = ["GradientEngine", "supervised_losses"]
 
@@ -87,7 +86,7 @@ class GradientEngine:
         if self._depth:
             yield
             return
-        with preserved(self.model):
+        with preserve_state(self.model):
             self.model.eval()
             self._depth += 1
             try:

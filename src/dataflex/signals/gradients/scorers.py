@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.answers import Answer
+from dataflex.signals.cache import Answer
 from dataflex.signals.gradients.consumers import Dots, Norms, Sketch, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
 from dataflex.signals.gradients.targets import policy_vectors, row_products, target_vectors
-from dataflex.signals.handle import ModelHandle
 from dataflex.signals.identity import state_identity
+from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
 from dataflex.signals.sweep import Sweep
 
@@ -44,7 +44,7 @@ class GradientScorers:
             sketches.
     """
 
-    def __init__(self, handle: ModelHandle, spec: GradientSpec) -> None:
+    def __init__(self, handle: ModelAccess, spec: GradientSpec) -> None:
         self._handle, self._spec = handle, spec
         self._kind = replace(Precondition.preset(spec.precondition), include_momentum=spec.include_momentum)
         if spec.forward_mode and (spec.normalize or self._kind.kind != "none" or spec.sketch_size is not None):

@@ -17,10 +17,9 @@ from dataflex.errors import DataError
 from dataflex.signals.gradients.consumers import Dots, Norms, RowVectors, TargetVectors, WeightedSums, inner_products
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.handle import ModelHandle
-from dataflex.signals.passes import bucketed
+from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import WeightedAnswer
-from dataflex.signals.sweep import Sweep, vector_pass
+from dataflex.signals.sweep import Sweep, bucketed, vector_pass
 
 __all__ = ["TargetBuilder", "answers_digest", "policy_vectors", "row_products", "target_vectors"]
 
@@ -100,7 +99,7 @@ def answers_digest(answers: Sequence[WeightedAnswer]) -> str:
 
 
 def policy_vectors(
-    engine: GradientEngine, handle: ModelHandle, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
+    engine: GradientEngine, handle: ModelAccess, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
 ) -> TargetVectors:
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
@@ -158,7 +157,7 @@ def _groups(task: int, answers: Sequence[WeightedAnswer], token_budget: int) -> 
     return found
 
 
-def _collated(answers: Sequence[WeightedAnswer], handle: ModelHandle) -> dict[str, Any]:
+def _collated(answers: Sequence[WeightedAnswer], handle: ModelAccess) -> dict[str, Any]:
     features = []
     for one in answers:
         prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.answer]
