@@ -333,6 +333,11 @@ class Method:
         """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
         return cls
 
+    @classmethod
+    def param_problems(cls, params: Any) -> list[str]:
+        """Return why these parameters cannot work in this class; each line begins with the key."""
+        return []
+
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows."""
         return ()

@@ -179,7 +179,7 @@ def test_losses_of_another_length_are_refused():
             return super().losses(rows[:-1], target=target)
 
     ctx = example_context({"one": 4}, signals=Short(np.ones(4)))
-    with pytest.raises(ComponentError, match="asked for the losses of 4 rows"):
+    with pytest.raises(ComponentError, match="asked for the scores of 4 rows"):
         loss_selector().select(pool_of(4), 2, ctx)
 
 
