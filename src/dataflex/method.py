@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
+from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.plan.proportions import ProportionsFile
+from dataflex.plan.schedule import Interval
+from dataflex.state import State
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.mixing.proportions_file import ProportionsFile
-    from dataflex.plan.domains import Domains, DomainStats
-    from dataflex.plan.schedule import Interval
     from dataflex.signals.specs import (
         EmbeddingSpec,
         Generation,
@@ -45,6 +46,7 @@ __all__ = [
     "Needs",
     "Normalizer",
     "Params",
+    "ProportionsFile",
     "ReferenceParams",
     "Rows",
     "Selection",
@@ -56,12 +58,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-Rows = NDArray[np.int64]
-"""Positions in the training row space, 0 <= r < N."""
-
-State = dict[str, Any]
-"""JSON values and numpy arrays only; saved without pickle."""
 
 Normalizer = Literal["token", "count", "sample"]
 
@@ -387,13 +383,13 @@ class Selector(Method):
     """Chooses which rows are trained on during an interval."""
 
     kind = "selector"
-    narrows: ClassVar[bool] = True
+    selects_subset: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
-    online: ClassVar[bool] = False
+    within_batch: ClassVar[bool] = False
     """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""
+        """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
         raise NotImplementedError
 
 

@@ -15,18 +15,19 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ComponentError
-from dataflex.method import State
+from dataflex.errors import CheckpointError, ComponentError, DataError
 
 __all__ = [
     "MANIFEST",
+    "State",
     "aside",
     "atomic_write_text",
     "clear_left",
@@ -36,10 +37,14 @@ __all__ = [
     "load_state",
     "owner",
     "refuse_state",
+    "replacing",
     "save_state",
     "verify_directory",
     "write_directory",
 ]
+
+State = dict[str, Any]
+"""JSON values and numpy arrays only; saved without pickle."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _OWNED = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)(\.|$)")
@@ -206,6 +211,29 @@ def atomic_write_text(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        DataError: The place cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:

@@ -45,7 +45,7 @@ def loss_selector(**params):
 def test_all_returns_the_pool_in_its_order_whatever_the_budget():
     pool = np.array([5, 3, 9], dtype=np.int64)
     selector = AllRows(AllRows.Params())
-    assert not selector.narrows
+    assert not selector.selects_subset
     assert selector.select(pool, 1, context()).rows.tolist() == [5, 3, 9]
 
 

@@ -94,7 +94,7 @@ def test_the_number_of_rounds_does_not_depend_on_runs_that_were_held_out(linear,
         return original(data, label=label, **options)
 
     monkeypatch.setattr(package, "Dataset", watched)
-    booster = fit.fit_trees(mixtures[:100], losses[:100])
+    booster = fitting.fit_trees(mixtures[:100], losses[:100])
     assert len(given) == 2
     assert all(np.array_equal(labels, losses[:100]) for labels in given)
     assert 0 < booster.num_trees() <= 1000
@@ -103,8 +103,8 @@ def test_the_number_of_rounds_does_not_depend_on_runs_that_were_held_out(linear,
 def test_too_few_runs_are_refused(linear):
     mixtures, losses, _ = linear
     with pytest.raises(DataError, match="49 runs are too few for trees with 20 runs in a leaf"):
-        fit.fit_trees(mixtures[:49], losses[:49])
-    assert fit.fit_trees(mixtures[:50], losses[:50]).num_trees() > 0
+        fitting.fit_trees(mixtures[:49], losses[:49])
+    assert fitting.fit_trees(mixtures[:50], losses[:50]).num_trees() > 0
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from dataflex.errors import DataError
 from dataflex.plan.schedule import Interval
+from dataflex.printable import plain
 from dataflex.record.read import load_plan, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.record.values import plain, replacing, scores_of, summarize_scores
+from dataflex.record.values import scores_of, summarize_scores
+from dataflex.state import replacing
 from tests.record.synthetic import MIXTURE, SELECTION, Plan, simulate, started, tick
 
 FIRST = Interval(index=0, kind="dynamic", start_step=0, stop_step=4)

@@ -26,8 +26,8 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import truthy
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Mixer, Selector, Weighter
-from dataflex.mixers.floors import floors_by_domain
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import floors_by_domain
 from dataflex.plan.schedule import Interval
 
 __all__ = [
@@ -119,7 +119,7 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
 
 def _unread_file(mixer: MethodConfig) -> Iterator[str]:
     """Yield why the proportions file of a mixer cannot be read, where its domains are not known yet."""
-    from dataflex.mixing.proportions_file import read_proportions
+    from dataflex.plan.proportions import read_proportions
 
     file = getattr(mixer.params, "from_file", None)
     if file is not None:
@@ -131,7 +131,7 @@ def _unread_file(mixer: MethodConfig) -> Iterator[str]:
 
 def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
     """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
-    from dataflex.mixers.proportions import by_domain, refuse_strangers
+    from dataflex.plan.proportions import by_domain, refuse_strangers
 
     domains = view.domains or Domains.from_sizes(names, [1] * len(names))
     written = dynamic.initial_proportions
@@ -176,7 +176,7 @@ def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
         return None
     cls = selector.cls
     assert issubclass(cls, Selector)
-    return selector if cls.narrows else None
+    return selector if cls.selects_subset else None
 
 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:

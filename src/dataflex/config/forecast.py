@@ -21,9 +21,9 @@ from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
 from dataflex.config.values import truthy
 from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Selector, Signals
-from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
+from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
 __all__ = ["Forecast", "Pool", "forecast"]
@@ -91,7 +91,7 @@ class Forecast:
             return False
         kind = self.dynamic.selector.cls
         assert issubclass(kind, Selector)
-        return kind.narrows
+        return kind.selects_subset
 
     @property
     def pool(self) -> Pool | None:
@@ -204,11 +204,11 @@ class Forecast:
         from dataflex.train.answers import check_mix
 
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
-        return raised(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
+        return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
         """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
-        from dataflex.mixers.proportions import by_domain
+        from dataflex.plan.proportions import by_domain
 
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")

@@ -16,11 +16,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Rows
 
-__all__ = ["SUMS", "DomainStats", "Domains", "Unit", "check_proportions", "unusable_labels"]
+__all__ = ["SUMS", "DomainStats", "Domains", "Floats", "Rows", "Unit", "check_proportions", "unusable_labels"]
 
 Unit = Literal["sequences", "tokens", "documents"]
+
+Rows = NDArray[np.int64]
+"""Positions in the training row space, 0 <= r < N."""
+
+Floats = NDArray[np.float64]
 
 
 def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[np.float64]:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
-from dataflex.method import Rows, State
-from dataflex.plan.domains import Domains, check_proportions
+from dataflex.plan.domains import Domains, Rows, check_proportions
 from dataflex.plan.planner import ShuffledEpochs, serve
 from dataflex.rng import keys
+from dataflex.state import State
 
 __all__ = [
     "AtCap",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 
 __all__ = ["DataPlan"]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import permutations, stream
 

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
+from dataflex.plan.proportions import read_proportions
 from dataflex.printable import file_name_problem, on_one_line
 
 __all__ = [
@@ -425,7 +426,6 @@ def read_found(run_dir: Path | str, mixer: str | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     from dataflex.errors import ConfigError
-    from dataflex.mixing.proportions_file import read_proportions
 
     try:
         found = read_proportions(path, "proportions")

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
-from dataflex.printable import redacted
+from dataflex.plan.domains import Rows
+from dataflex.printable import plain, redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
-from dataflex.record.values import plain, replacing, scores_of, summarize_scores
-from dataflex.state import clear_left
+from dataflex.record.values import scores_of, summarize_scores
+from dataflex.state import clear_left, replacing
 
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.rng import uniforms
 
 __all__ = ["Candidates", "Uniforms"]

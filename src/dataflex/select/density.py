@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.rng import keys
 from dataflex.select.candidates import Uniforms
 from dataflex.select.choose import gumbel_top_k, top_k, weighted_with_replacement

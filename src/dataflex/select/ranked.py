@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.select.candidates import Uniforms
 from dataflex.select.choose import (
     gumbel_top_k,

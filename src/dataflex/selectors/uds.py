@@ -42,7 +42,7 @@ class Uds(ScoringSelector):
     name = "uds"
     lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
-    online: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"logits"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps, in every step, candidates whose logits span most and are unlike those of rows chosen lately.",

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from dataflex.contract import refuse_answer, whereabouts
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.mixers.proportions import normalized, refuse_strangers
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import normalized, refuse_strangers
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream
 from dataflex.select.choose import largest_remainder

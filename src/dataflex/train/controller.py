@@ -18,24 +18,22 @@ from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataError, UnsupportedError
 from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.mixers.floors import floors_by_domain, raised
-from dataflex.mixers.proportions import by_domain
 from dataflex.plan.mixture import MixtureSampler
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.rng import stream
-from dataflex.signals.passes import preserved
-from dataflex.signals.pilot import piloted
-from dataflex.signals.screen import screened
 from dataflex.signals.service import SignalService
+from dataflex.signals.sweep import preserve_state
 from dataflex.train.answers import caps, check_mix, check_selection, check_state, quota_rows
 from dataflex.train.candidates import Candidates
 from dataflex.train.repeats import Repeats
 from dataflex.train.row_space import RowSpace
+from dataflex.train.screening import piloted, screened
 from dataflex.train.seen import SeenRows
 from dataflex.train.served import ServedCounts
 
@@ -155,7 +153,7 @@ class Controller:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        return self.selector is not None and self.selector.narrows
+        return self.selector is not None and self.selector.selects_subset
 
     @property
     def ragged(self) -> bool:
@@ -202,7 +200,7 @@ class Controller:
 
     def _decide(self, interval: Interval) -> DataPlan | None:
         # Methods may be anyone's: what they draw or switch stays here.
-        with self.clock.phase("decide"), preserved(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.handle.model):
             return self._decided(interval)
 
     def _decided(self, interval: Interval) -> DataPlan | None:
@@ -271,7 +269,7 @@ class Controller:
         interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
         first = (step - self.plan.interval.start_step) * batch
         rows = self.plan.rows[first : first + batch]
-        with self.clock.phase("decide"), preserved(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.handle.model):
             self.signals.begin(step)
             weighter.prepare(self._context(interval, self.config.weighter), rows[rows >= 0])
             self.clock.move(self.signals.seconds, "signals")
@@ -387,7 +385,7 @@ class Controller:
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(asked)
         proportions = check_mix(self.mixer, mix, self.space.domains.names)
-        served = raised(proportions, self.floors)
+        served = apply_min_proportion(proportions, self.floors)
         if served is proportions:
             return proportions, mix.reason
         low = [self.space.domains.names[k] for k in np.flatnonzero(served > proportions)]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dataflex.sequences import Sequences
+from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.packing import document_ids
-from dataflex.signals.pooling import pool, pool_documents
 from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["embedded"]

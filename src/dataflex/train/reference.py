@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Rows, State
+from dataflex.signals.logits import TokenScorer
+from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, load_reference, losses_key
 from dataflex.signals.packing import real_tokens
-from dataflex.signals.passes import preserved
-from dataflex.signals.reference_model import KEY, check_folder, check_tokenizer, load_reference, losses_key
-from dataflex.signals.sweep import Sweep
-from dataflex.signals.token_losses import TokenScorer
+from dataflex.signals.sweep import Sweep, preserve_state
 from dataflex.signals.token_store import KEPT_DTYPE
 from dataflex.train.reference_passes import ReferencePasses
 
@@ -116,7 +115,7 @@ class ReferenceLosses:
         Raises:
             ConfigError: The model cannot be loaded, or has fewer tokens than the tokenizer.
         """
-        with preserved(), torch.no_grad():
+        with preserve_state(), torch.no_grad():
             self._ready()
             if not self.cache:
                 return
@@ -155,7 +154,7 @@ class ReferenceLosses:
         """
         if self.passes is None:
             return
-        with preserved(), torch.no_grad():
+        with preserve_state(), torch.no_grad():
             self.passes.cover(rows)
         if last or self.passes.complete:
             self._model = self._scorer = None

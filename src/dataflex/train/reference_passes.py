@@ -23,12 +23,10 @@ from numpy.typing import NDArray
 from dataflex.errors import CheckpointError
 from dataflex.method import Rows, State
 from dataflex.rng import stream
-from dataflex.signals.fingerprint import Fingerprint
-from dataflex.signals.reference_model import KEY
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.store import ArrayStore
+from dataflex.signals.logits import TokenScorer
+from dataflex.signals.other_models import KEY
+from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass
 from dataflex.signals.sweep import Sweep
-from dataflex.signals.token_losses import TokenScorer
 from dataflex.signals.token_store import (
     KEPT_DTYPE,
     TOLERANCE,

@@ -29,10 +29,10 @@ from dataflex.checkpoints import FOLDER
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.method import Rows
-from dataflex.mixing.proportions_file import write_proportions
+from dataflex.plan.proportions import write_proportions
 from dataflex.record.clock import OTHER
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.anatomy import anatomy, capture_hidden
+from dataflex.signals.model_parts import anatomy, capture_hidden
 from dataflex.train import checkpoint
 from dataflex.train.balance import balance_loss
 from dataflex.train.held_out import EvaluationSums, perplexity, totals, undivided
@@ -123,7 +123,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         micro_batches = micro_batches_per_epoch(
             setup.rows.num_rows,
             batch_shape(self, shuffle=setup.shuffle),
-            full_steps=mixer is not None or (selector is not None and selector.narrows),
+            full_steps=mixer is not None or (selector is not None and selector.selects_subset),
         )
         return EpochShell(setup.rows.num_rows, micro_batches)
 

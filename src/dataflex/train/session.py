@@ -20,9 +20,9 @@ from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
 from dataflex.train.controller import BatchShape, Controller
@@ -145,7 +145,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=trainer.model,
         collate=setup.scoring_collator(trainer.data_collator),
         autocast=trainer.compute_loss_context_manager,
@@ -167,7 +167,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
         train=train,
         targets=targets,
         seed=seed,
-        book=AnswerBook(
+        book=SignalCache(
             max_age_steps=options.max_age_steps,
             store=None if options.store is None else ArrayStore(options.store),
             store_bytes=int(options.store_gb * 1e9),
@@ -177,7 +177,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
     )
 
 
-def _surroundings(handle: ModelHandle, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+def _surroundings(handle: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
     """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
 
     @cache

@@ -22,7 +22,7 @@ from dataflex import comm
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Normalizer, Rows, Weighter
 from dataflex.sequences import Sequences
-from dataflex.signals.cross_entropy import token_cross_entropy
+from dataflex.signals.losses import token_cross_entropy
 from dataflex.train.answers import check_weights
 
 __all__ = [

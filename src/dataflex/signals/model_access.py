@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Corpus", "ModelHandle"]
+__all__ = ["Corpus", "ModelAccess"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelHandle:
+class ModelAccess:
     """How passes reach the model under training.
 
     Attributes:

@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 
-from dataflex.record.values import replacing
-from dataflex.state import aside, atomic_write_text, clear_left, owner
+from dataflex.state import aside, atomic_write_text, clear_left, owner, replacing
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dataflex.state import atomic_write_text
-from dataflex.record.values import replacing
+from dataflex.state import replacing
 os.replace = Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "text":
     atomic_write_text(Path(sys.argv[2]), "half")

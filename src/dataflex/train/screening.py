@@ -1,11 +1,4 @@
-"""Screening by a pilot: exact scores of a few rows teach a linear model of tokens which others are worth scoring.
-
-A twentieth of the rows, drawn by chance, is scored exactly. Ridge regression from the rows' token counts (prompt and
-completion apart) to those scores predicts the rest, without a pass of the model. Its strength is chosen by the
-leave-one-out error (generalized cross-validation, Golub, Heath and Wahba 1979). The intercept is fitted apart and
-takes one degree of freedom, which does not count as left over: counted, the error of a fit through every point
-would be 0. The rows of the highest scores, predicted or known, are kept for the exact method.
-"""
+"""Screening: a cheap pass leaves the rows that look promising to a dearer method."""
 
 from __future__ import annotations
 
@@ -19,9 +12,38 @@ from dataflex.method import Rows, Signals
 from dataflex.plan.schedule import pilot_rows
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.signals.specs import GradientSpec, Part
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
 
-__all__ = ["fitted", "gcv_error", "piloted", "token_counts"]
+__all__ = ["fitted", "gcv_error", "piloted", "screened", "token_counts"]
+
+
+def screened(rows: Rows, fraction: float, signals: Signals, targets: Sequence[str]) -> Rows:
+    """Return the share of ``rows`` nearest to any target, ascending.
+
+    Nearness is the cosine between a row's embedding (position-weighted mean of the last hidden states, as in
+    RDS+, arXiv 2503.01807) and the mean embedding of a target's rows; the best target counts.
+
+    Args:
+        rows: Row ids [n], ascending.
+        fraction: Share to keep, 0 < fraction <= 1; at least one row is kept.
+        signals: Of the model under training.
+        targets: Names of target data sets.
+
+    Raises:
+        DataError: No row of the pool, or of a target, has an embedding.
+    """
+    spec = EmbeddingSpec()
+    vectors = signals.embeddings(rows, spec)
+    nearest = np.full(len(rows), -np.inf)
+    for target in targets:
+        aims = signals.embeddings(np.arange(signals.num_rows(target), dtype=np.int64), spec, target=target)
+        mean = np.nanmean(aims, axis=0) if np.isfinite(aims).any() else np.full(vectors.shape[1], np.nan)
+        nearest = np.fmax(nearest, vectors @ mean)
+    if not np.isfinite(nearest).any():
+        raise DataError("dynamic.signals.screen_fraction: no row has an embedding that could be compared with a target")
+    kept = top_k(nearest, max(1, round(fraction * len(rows))))
+    return np.sort(rows[kept])
+
 
 _BUCKETS = 4096
 _CHUNK_ROWS = 8192

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.rounding import sums_apart
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 
 
 @given(seed=st.integers(0, 10_000), terms=st.integers(1, 300), dtype=st.sampled_from([np.float32, np.float64]))

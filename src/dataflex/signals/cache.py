@@ -13,11 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.method import Rows, State
-from dataflex.signals.fingerprint import Fingerprint
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.store import ArrayStore
+from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass
 
-__all__ = ["Answer", "AnswerBook", "Question"]
+__all__ = ["Answer", "Question", "SignalCache"]
 
 _AGELESS = -1  # step of answers of models that stay as they are
 
@@ -59,7 +57,7 @@ class Question:
 
 
 @dataclass(kw_only=True)
-class AnswerBook:
+class SignalCache:
     """Gives answers again.
 
     Those of a model that stays as it is are kept row by row: no row is computed twice in a run.

@@ -18,11 +18,11 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 
-__all__ = ["Anatomy", "anatomy", "capture_hidden", "is_partitioned", "narrow_head"]
+__all__ = ["ModelParts", "anatomy", "capture_hidden", "is_partitioned", "narrow_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class ModelParts:
     """Parts of a model.
 
     Attributes:
@@ -59,7 +59,7 @@ class Anatomy:
         return found[0]
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: nn.Module) -> ModelParts:
     """Look inside PEFT and value-head wrappers.
 
     Raises:
@@ -74,7 +74,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         lm = lm.get_base_model()  # peft
     if not isinstance(lm, PreTrainedModel):
         raise UnsupportedError(f"signals need a transformers model, found {type(lm).__name__}")
-    return Anatomy(root=model, lm=lm, base=lm.base_model, head=lm.get_output_embeddings())
+    return ModelParts(root=model, lm=lm, base=lm.base_model, head=lm.get_output_embeddings())
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -88,7 +88,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 @contextmanager
-def narrow_head(parts: Anatomy) -> Iterator[None]:
+def narrow_head(parts: ModelParts) -> Iterator[None]:
     """While inside, the head sees the last position only: a forward costs next to nothing after the body."""
     if parts.head is None:
         yield
@@ -105,7 +105,7 @@ def narrow_head(parts: Anatomy) -> Iterator[None]:
 
 
 @contextmanager
-def capture_hidden(parts: Anatomy, layer: int) -> Iterator[list[torch.Tensor]]:
+def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]]:
     """While inside, every forward appends the hidden states [B, T, D] of ``layer`` to the list given.
 
     Args:
