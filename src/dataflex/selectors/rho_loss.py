@@ -76,8 +76,9 @@ class RhoLoss(ScoringSelector):
         """Return the mean excess of the rows kept and of all."""
         assert found.scores is not None
         how = f"of largest excess over {self.params.reference}"
-        means = f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
-        return how + means if len(kept) else how
+        if len(kept):
+            how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
+        return how
 
     def _reference_losses(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         num_rows = ctx.signals.num_rows()
