@@ -31,7 +31,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "all": "dataflex.selectors.baselines:AllRows",
         "random": "dataflex.selectors.baselines:RandomRows",
         "loss": "dataflex.selectors.losses:LossSelector",
-        "tacs": "dataflex.selectors.tacs:Tacs",
+        "tacs": "dataflex.selectors.losses:Tacs",
         "less": "dataflex.selectors.less:Less",
         "grad_norm": "dataflex.selectors.difficulty:GradNorm",
         "el2n": "dataflex.selectors.difficulty:El2n",

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.selectors.baselines import AllRows, RandomRows
-from dataflex.selectors.losses import LossSelector, focused, log_weights
-from dataflex.selectors.tacs import Tacs, relative_gain
+from dataflex.selectors.losses import LossSelector, Tacs, focused, log_weights, relative_gain
 from dataflex.testing import (
     FakeSignals,
     example_context,

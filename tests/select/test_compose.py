@@ -21,8 +21,8 @@ from dataflex.select.tsds import draw, probabilities
 from dataflex.selectors import compose
 from dataflex.selectors.compose import Compose, Represent
 from dataflex.selectors.less import Less
+from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
-from dataflex.selectors.tacs import Tacs
 from dataflex.testing import FakeSignals, example_context
 from tests.contract.test_methods import MINIMAL
 from tests.methods.test_embedding_selectors import GivenVectors

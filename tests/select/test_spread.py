@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from dataflex.select import neighbours, spread, tsds
 from dataflex.select.choose import Candidates
+from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import nearest, similar_rows
 from dataflex.select.rules import Rule, choose
 from dataflex.select.spread import apart, facility_location, greedy_cover, k_center, near_duplicates, unit
-from dataflex.select.cluster import cells_of
 from dataflex.select.tsds import Densities, epanechnikov, tsds_probabilities, tsds_widened
 from tests.rounding import sums_apart
 

@@ -28,9 +28,8 @@ class RdsPlus(VectorSelector):
     yet taken; with several targets a row's score for a target is the largest cosine with any of its rows, and
     the targets take turns. In the authors' code a target row whose next row is taken loses its turn (``taken:
     lose_turn``); by default it takes the one after that, as the paper describes it, so that target rows that are
-    much alike
-    get as many rows as others. The paper takes the base model; here it is the model under training, or ``encoder``.
-    Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
+    much alike get as many rows as others. The paper takes the base model; here it is the model under training, or
+    ``encoder``. Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
     """
 
     name = "rds_plus"
