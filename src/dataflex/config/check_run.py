@@ -14,7 +14,7 @@ from dataflex.config.needs import moment_problems
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import did_you_mean
-from dataflex.method import STAGES, Mixer, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, Weighter
 
 __all__ = ["model_problems", "output_problems", "reference_problems", "setting_problems", "stage_problems"]
 
@@ -161,7 +161,11 @@ def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and _weighs(weighter.cls):
         return weighter
-    if mixer is not None and issubclass(mixer.cls, Mixer) and (mixer.cls.observes or mixer.cls.weighs_loss):
+    if (
+        mixer is not None
+        and issubclass(mixer.cls, Mixer)
+        and (mixer.cls.observes or issubclass(mixer.cls, DomainWeighter))
+    ):
         return mixer
     return None
 

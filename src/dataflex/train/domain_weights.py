@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
-from dataflex.method import Mixer, Normalizer, Rows
+from dataflex.method import DomainWeighter, Normalizer, Rows
 from dataflex.plan.domains import Domains
 from dataflex.sequences import Sequences
 from dataflex.train.answers import check_loss_weights
@@ -35,7 +35,7 @@ class DomainWeights:
         over_ranks: Whether the step's denominator counts tokens over all ranks.
     """
 
-    def __init__(self, mixer: Mixer, domains: Domains, *, over_ranks: bool) -> None:
+    def __init__(self, mixer: DomainWeighter, domains: Domains, *, over_ranks: bool) -> None:
         self._mixer, self._domains, self._over_ranks = mixer, domains, over_ranks
         self._by_domain: Floats | None = None
 
@@ -68,7 +68,7 @@ class DomainWeights:
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
             tokens_K = self._tokens(batches, rows, device, predicted_tokens)
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
-        elif normalizer == "count":  # the mixer's weights must not change the size of the step
+        elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, rows, device, counted_tokens))
             alpha = alpha * (float(num_items) / weighted if weighted > 0 else 0.0)
         self._by_domain = alpha
@@ -96,14 +96,14 @@ class DomainWeights:
         return np.asarray(self._by_domain[self._domains.domain_of[rows]])
 
     def times(self, weights: torch.Tensor, sequences: Sequences, normalizer: Normalizer) -> torch.Tensor:
-        """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``sample``).
+        """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``num_sequences``).
 
-        Under ``sample`` the sum over the micro-batch of all ranks stays as it was.
+        Under ``num_sequences`` the sum over the micro-batch of all ranks stays as it was.
         """
         factor = torch.from_numpy(self.of(sequences.rows_B)).to(weights)
         by_sequence = len(weights) == len(sequences.rows_B) and weights.shape[1] == 1
         product = weights * (factor[:, None] if by_sequence else sequences.spread(factor))
-        if normalizer != "sample":
+        if normalizer != "num_sequences":
             return product
         return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
 

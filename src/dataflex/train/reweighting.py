@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
-from dataflex.method import Mixer, Normalizer, Rows, State, Weighter
+from dataflex.method import DomainWeighter, Mixer, Normalizer, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats
 from dataflex.plan.plan import DataPlan
 from dataflex.sequences import Sequences
@@ -82,7 +82,7 @@ class Reweighter:
         packed: bool = False,
         reference: References | None = None,
     ) -> None:
-        if weighter is not None and mixer is not None and mixer.weighs_loss and mixer.loss_normalizer == "domain":
+        if weighter is not None and isinstance(mixer, DomainWeighter) and mixer.loss_normalizer == "domain":
             raise UnsupportedError(
                 f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
@@ -94,8 +94,8 @@ class Reweighter:
         self._covered: DataPlan | None = None
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
-        weighs = mixer is not None and mixer.weighs_loss
-        self._domain_weights = DomainWeights(mixer, domains, over_ranks=over_ranks) if mixer and weighs else None
+        weighs = isinstance(mixer, DomainWeighter)
+        self._domain_weights = DomainWeights(mixer, domains, over_ranks=over_ranks) if weighs else None
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
@@ -156,7 +156,7 @@ class Reweighter:
         domain_weights = self._domain_weights
         if domain_weights is not None:
             domain_weights.begin_step(batches, rows, num_items, device, self._normalizer)
-        if self._normalizer != "token":
+        if self._normalizer != "weight_sum":
             return
         total = torch.zeros((), dtype=torch.float64)
         for batch, ids in zip(batches, rows, strict=True):
@@ -177,7 +177,8 @@ class Reweighter:
         if self._acts:
             assert self.weighter is not None
             return self.weighter.normalizer
-        return "token" if self._domain_weights is not None and not self._domain_weights.by_domain_means else "count"
+        by_weight = self._domain_weights is not None and not self._domain_weights.by_domain_means
+        return "weight_sum" if by_weight else "num_tokens"
 
     def check_known(self, rows: Rows) -> None:
         """Look at the weights that are known from the rows alone, so that a bad one does not wait for its row's step.
@@ -251,7 +252,7 @@ class Reweighter:
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normalizer)
         scale = self._scale
-        if scale is None and self._normalizer == "token":
+        if scale is None and self._normalizer == "weight_sum":
             scale = weighting.micro_batch_scale(losses, weights, sequences)
         if weighter is not None:
             self._note(weights / equal if scale is None else weights * scale.to(weights), losses, sequences)
@@ -289,7 +290,7 @@ class Reweighter:
         seen = weighting.view(
             losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view
         )
-        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "sample" else 1.0
+        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
         return weighting.checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
 
     def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:

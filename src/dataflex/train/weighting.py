@@ -1,8 +1,8 @@
 """The one weighted loss: token losses, weights, an explicit denominator.
 
 Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
-follow Z = token | count | sample of ``method.Weighter``. With unit weights under ``token``
-and ``count`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
+follow Z = weight_sum | num_tokens | num_sequences of ``method.Weighter``. With unit weights under ``weight_sum``
+and ``num_tokens`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
 of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
 is corrected for the order of summation.
 """
@@ -196,22 +196,22 @@ def weighted_loss(
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
         sequences: Which sequence each position belongs to.
-        normalizer: ``token``, ``count`` or ``sample``.
+        normalizer: ``weight_sum``, ``num_tokens`` or ``num_sequences``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
-        step_scale: For ``token``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
+        step_scale: For ``weight_sum``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
             the step where they are known beforehand, else ``micro_batch_scale``.
         replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
-    if normalizer == "sample":
+    if normalizer == "num_sequences":
         loss_B, _ = sample_means(loss_BT, mask_BT, sequences)
         if len(weights) != len(loss_B) or weights.shape[1] != 1:
-            raise ComponentError("normalizer 'sample' takes one weight per sequence")
+            raise ComponentError("normalizer 'num_sequences' takes one weight per sequence")
         return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
-    if normalizer == "token":
+    if normalizer == "weight_sum":
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
