@@ -134,7 +134,7 @@ class ExponentiatedMixer(LearningMixer):
     """
 
     adaptive: ClassVar[bool] = True
-    saved = ("names", "log_shares", "updates")
+    saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)

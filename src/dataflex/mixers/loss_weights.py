@@ -124,9 +124,9 @@ class Trajectory:
     def __init__(self) -> None:
         self.stride = 1
         self.steps: list[int] = []
-        self.vectors: list[NDArray[np.float64]] = []
+        self.vectors: list[Floats] = []
 
-    def add(self, step: int, vector: NDArray[np.float64]) -> None:
+    def add(self, step: int, vector: Floats) -> None:
         """Keep the vector in force from ``step`` on, if the stride asks for that step."""
         if step % self.stride:
             return

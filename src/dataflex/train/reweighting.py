@@ -94,8 +94,9 @@ class Reweighter:
         self._covered: DataPlan | None = None
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
-        weighs = isinstance(mixer, DomainWeighter)
-        self._domain_weights = DomainWeights(mixer, domains, over_ranks=over_ranks) if weighs else None
+        self._domain_weights = (
+            DomainWeights(mixer, domains, over_ranks=over_ranks) if isinstance(mixer, DomainWeighter) else None
+        )
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))

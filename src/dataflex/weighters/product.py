@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Factor", "Product", "combination_problems"]
 
 _NO_FACTORS = ("none", "product")
+_PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class Product(Weighter):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.factors = [factor.build() for factor in params.of]
+        given = {factor.normalizer for factor in self.factors}
+        self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
     @classmethod
     def variant(cls, params: Any) -> type[Method]:
@@ -176,12 +179,6 @@ class Product(Weighter):
     def entropy(self) -> bool:
         """Whether a factor looks at entropies."""
         return any(factor.entropy for factor in self.factors)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """``num_sequences`` if that of a factor, else ``num_tokens`` if that of one, else ``weight_sum``."""
-        given = {factor.normalizer for factor in self.factors}
-        return "num_sequences" if "num_sequences" in given else "num_tokens" if "num_tokens" in given else "weight_sum"
 
     def burn_in(self, total_steps: int) -> int:
         """Return the steps in which no factor acts yet."""

@@ -1,10 +1,4 @@
-"""Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
-
-Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above a
-quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
-``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name (tensors of
-the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
-"""
+"""Weights of tokens by a function of what the model thinks of them: named functions, one of your own, focal loss."""
 
 from __future__ import annotations
 
