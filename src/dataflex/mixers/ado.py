@@ -39,10 +39,13 @@ class PowerLaw(NamedTuple):
     a: float
     alpha: float
 
+    def reducible(self, n: float) -> float:
+        """Return exp(a) n^-alpha."""
+        return float(np.exp(self.a - self.alpha * np.log(n)))
+
     def slope(self, n: float, least_alpha: float = 0.05) -> float:
         """Return -dL/dn = alpha (L - exp(e)) / n, with alpha at least ``least_alpha``."""
-        reducible = float(np.exp(self.a - self.alpha * np.log(n)))
-        return max(self.alpha, least_alpha) * reducible / n
+        return max(self.alpha, least_alpha) * self.reducible(n) / n
 
 
 def fit_power_law(

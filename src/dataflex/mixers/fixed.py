@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.errors import CheckpointError
+from dataflex.method import Card, Context, Mix, Mixer, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import equal, sizes
 from dataflex.plan.domains import Floats
@@ -174,6 +175,12 @@ class Static(Mixer):
         proportions = by_domain(self.proportions, names, f"dynamic.mixer.from ({self.params.from_file})")
         source = f"from {self.params.from_file} ({self.made_by})"
         return Mix(proportions=proportions, reason=f"{source}: {shares(names, proportions)}")
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what was read from the file; written proportions keep no state."""
+        if state and self.params.from_file is None:
+            raise CheckpointError(f"static keeps no state without 'from', but was given {', '.join(sorted(state))}")
+        super().load_state_dict(state)
 
 
 class Uniform(Mixer):
