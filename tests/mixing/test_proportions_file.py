@@ -11,7 +11,7 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.load import load_mapping
 from dataflex.config.show import as_mapping
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError
+from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers.fixed import Static
 from dataflex.plan.proportions import (
     ProportionsFile,
