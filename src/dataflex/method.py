@@ -210,10 +210,6 @@ class Signals(Protocol):
         """
         ...
 
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
-        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
-        ...
-
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
     ) -> NDArray[np.float32]:
