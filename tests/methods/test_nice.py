@@ -11,6 +11,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import Grades, RewardError, graded
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
 from dataflex.signals.specs import Generation
 from dataflex.testing import FakeSignals, example_context
@@ -158,7 +159,7 @@ def test_equal_rewards_are_exactly_nothing():
 
 def test_token_means_divide_by_the_answers_length():
     method = nice(Table(REWARDS), token_reduction="mean", samples=2)
-    from dataflex.selectors.answered import Answered
+    from dataflex.selectors.nice import Answered
 
     found = Answered(prompts=([1],), answers=(((7, 8, 9, 2), (7, 2)),), rewards=(np.array([1.0, 0.0]),))
     assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
@@ -259,7 +260,7 @@ def test_tasks_are_brought_together_by_name():
 
     for aggregate, best, wanted in (("max", 0, [1.0, 1.0, 0.8]), ("mean", 2, [0.5, 0.5, 0.75])):
         ctx = example_context({"all": 3}, signals=Two(np.ones(3)), targets=("a", "b"))
-        chosen = Nice(Nice.Params(reward="exact_match", aggregate=aggregate)).select(np.arange(3), 1, ctx)
+        chosen = Nice(Nice.Params(reward="exact_match", aggregate=Aggregate.of(aggregate))).select(np.arange(3), 1, ctx)
         np.testing.assert_allclose(chosen.scores, wanted, rtol=1e-6)
         assert chosen.rows.tolist() == [best]
 

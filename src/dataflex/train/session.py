@@ -24,7 +24,7 @@ from dataflex.config.needs import too_few_domains
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from dataflex.method import Rows
+from dataflex.method import DomainWeighter, Mixer, Rows
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.schedule import Schedule
 from dataflex.plan.validate import check_state
@@ -234,13 +234,18 @@ class Session:
     @property
     def weighs(self) -> bool:
         """Whether the training loss must come from ``loss``: it is weighed, or a mixer looks at it."""
+        return self.weighter is not None or self._told_mixer is not None
+
+    @property
+    def _told_mixer(self) -> Mixer | None:
+        """The mixer, if it is told what each step makes of the domains, or weighs them in the loss."""
         mixer = self.mixer
-        return self.weighter is not None or (mixer is not None and (mixer.observes or mixer.weighs_loss))
+        return mixer if mixer is not None and (mixer.observes or isinstance(mixer, DomainWeighter)) else None
 
     def micro_batches_per_epoch(self, shape: BatchShape) -> int:
         """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
         layout = shape.layout(self.setup.rows.num_rows)
-        full_steps = self.mixer is not None or (self.selector is not None and self.selector.narrows)
+        full_steps = self.mixer is not None or (self.selector is not None and self.selector.selects_subset)
         micro = layout.steps_per_epoch * shape.accumulation if full_steps else layout.micro_batches_per_epoch
         return max(micro, 1)
 
@@ -259,10 +264,9 @@ class Session:
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
-        observes = self.mixer is not None and (self.mixer.observes or self.mixer.weighs_loss)
         self._loss = Reweighter(
             self.weighter,
-            self.mixer if observes else None,
+            self._told_mixer,
             columns=space.columns,
             domains=space.domains,
             over_ranks=loop.counts_over_ranks,
