@@ -5,25 +5,22 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dataflex import comm
-from dataflex.console import progress
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
-from dataflex.method import Rows
-from dataflex.signals.cache import Answer
+from dataflex.plan.domains import Rows
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
 from dataflex.signals.other_models import files_identity
-from dataflex.signals.packing import document_ids, real_tokens
-from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import bucketed, preserve_state
+from dataflex.signals.packing import real_tokens
+from dataflex.signals.kinds import Embedding
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
 
 __all__ = [
@@ -32,9 +29,8 @@ __all__ = [
     "TextEncoder",
     "TransformersEncoder",
     "embed_batch",
-    "embed_documents",
     "embedding_size",
-    "encoded_rows",
+    "text_sweep",
     "hidden_states",
     "load_encoder",
     "pool",
@@ -48,7 +44,7 @@ def pool(
     hidden_BTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor | None,
-    spec: EmbeddingSpec,
+    spec: Embedding,
 ) -> torch.Tensor:
     """Return one vector per row.
 
@@ -71,7 +67,7 @@ def pool(
 
 
 def pool_documents(
-    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: Embedding
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one vector per packed document.
 
@@ -107,7 +103,7 @@ def pool_documents(
 
 
 def _kept(
-    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
+    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
 ) -> torch.Tensor:
     batch, width = hidden_BTD.shape[:2]
     kept = torch.ones(batch, width, dtype=torch.bool, device=hidden_BTD.device) if mask is None else mask.ne(0)
@@ -118,7 +114,7 @@ def _kept(
     return kept
 
 
-def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+def _weights(kept_BT: torch.Tensor, spec: Embedding) -> torch.Tensor:
     """Weights fp32 [B, T] that sum to 1 over the kept tokens of a row; NaN in rows without any."""
     place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
     count_B1 = kept_BT.sum(dim=1, keepdim=True)
@@ -132,7 +128,7 @@ def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
     return raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
 
 
-def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+def _finish(vectors_BD: torch.Tensor, spec: Embedding) -> torch.Tensor:
     if not spec.normalize:
         return vectors_BD
     norms = vectors_BD.norm(dim=1, keepdim=True)
@@ -153,7 +149,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
         batch: A collated batch on the device.
-        layer: See ``EmbeddingSpec.layer``.
+        layer: See ``Embedding.layer``.
 
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
@@ -170,28 +166,22 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     return seen[0]
 
 
-def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
+def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
 
-    Packed rows are pooled as a whole; ``embed_documents`` keeps their documents apart.
+    Packed rows are pooled as a whole.
     """
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
-
-
-def embed_documents(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return vectors fp32 [m, D] of the documents of packed rows and their (row, document) int64 [m, 2]."""
-    return pool_documents(hidden_states(model, batch, spec.layer), document_ids(batch), batch.get("labels"), spec)
-
-
-_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
 class EncoderError(DataFlexError):
     """An encoder could not be loaded."""
 
 
-class TextEncoder(Protocol):
-    """Turns texts into vectors."""
+class TextEncoder:
+    """Turns texts into vectors on one device."""
+
+    device: torch.device
 
     dimension: int
     identity: str
@@ -199,13 +189,17 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
-        ...
+        raise NotImplementedError
+
+    def score(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the vectors of a batch of ``text_sweep``, fp32 [b, dimension]."""
+        return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
 
 
 def load_encoder(
     model: str,
     *,
-    spec: EmbeddingSpec | None = None,
+    spec: Embedding | None = None,
     kind: Literal["auto", "transformers", "sentence_transformers"] = "auto",
     max_length: int = 512,
     token_budget: int = 16384,
@@ -235,7 +229,7 @@ def load_encoder(
     if kind == "auto":
         kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
     if kind == "sentence_transformers":
-        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
+        if spec is not None and spec != Embedding(normalize=spec.normalize):
             raise ConfigError(
                 f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
             )
@@ -250,7 +244,7 @@ def load_encoder(
         )
     return TransformersEncoder(
         model,
-        spec=spec or EmbeddingSpec(),
+        spec=spec or Embedding(),
         max_length=max_length,
         token_budget=token_budget,
         device=place,
@@ -259,14 +253,14 @@ def load_encoder(
     )
 
 
-class TransformersEncoder:
+class TransformersEncoder(TextEncoder):
     """A causal or encoder model read by ``AutoModel``; arguments as in ``load_encoder``."""
 
     def __init__(
         self,
         model: str,
         *,
-        spec: EmbeddingSpec,
+        spec: Embedding,
         max_length: int,
         token_budget: int,
         device: torch.device,
@@ -286,7 +280,7 @@ class TransformersEncoder:
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
         self._body = body.to(device, dtype).eval().requires_grad_(False)
-        self._spec, self._device = spec, device
+        self._spec, self.device = spec, device
         self._max_length, self._token_budget = max_length, token_budget
         self.dimension = int(body.config.get_text_config().hidden_size)
         self.identity = files_identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
@@ -307,14 +301,14 @@ class TransformersEncoder:
             for row, position in enumerate(positions):
                 tokens[row, : lengths[position]] = torch.tensor(ids[position], dtype=torch.int64)
                 mask[row, : lengths[position]] = 1
-            tokens, mask = tokens.to(self._device), mask.to(self._device)
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
             with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
                 self._body(input_ids=tokens, attention_mask=mask)
             out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
         return out
 
 
-class SentenceEncoder:
+class SentenceEncoder(TextEncoder):
     """A sentence-transformers model, with its own pooling; arguments as in ``load_encoder``."""
 
     def __init__(
@@ -342,7 +336,7 @@ class SentenceEncoder:
         self._model.to(dtype).eval()
         own = self._model.max_seq_length
         self._model.max_seq_length = max_length if own is None else min(own, max_length)
-        self._normalize, self._token_budget = normalize, token_budget
+        self._normalize, self._token_budget, self.device = normalize, token_budget, device
         with preserve_state():  # the method that tells the dimension has another name in each major version
             self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
         commits = [
@@ -367,30 +361,32 @@ class SentenceEncoder:
         return out
 
 
-def encoded_rows(
-    encoder: TextEncoder, corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device
-) -> Answer:
-    """Return one vector per row [n, dimension], equal on every rank and for every number of ranks (collective).
+def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device) -> Sweep:
+    """Return a pass over the text of rows, for ``score`` of an encoder.
 
     Args:
-        encoder: Turns texts into vectors.
         corpus: Where the rows are.
         rows: Row ids [n].
         tokenizer: Decodes the rows.
         token_budget: Padded tokens of a batch at most.
         device: Where ranks exchange tensors.
     """
-    batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
-    values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
-    places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
-    with progress("embeddings by another model", len(places)) as told:
-        done = 0
-        for positions in batches:
-            values.append(encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)))
-            done += len(positions)
-            told(done)
-    whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
-    where, _ = comm.gather_rows(torch.from_numpy(places).to(device))
-    out = np.full((len(rows), encoder.dimension), np.nan, dtype=np.float32)
-    out[where.cpu().numpy()] = whole.cpu().numpy()
-    return out
+    return Sweep(
+        dataset=_Texts(corpus.dataset, tokenizer),
+        rows=rows,
+        lengths=corpus.lengths[rows],
+        collate=lambda texts: {"texts": texts},
+        token_budget=token_budget,
+        device=device,
+        what="embeddings by another model",
+    )
+
+
+class _Texts:
+    """Texts by row id."""
+
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        self._dataset, self._tokenizer = dataset, tokenizer
+
+    def __getitems__(self, ids: list[int]) -> list[str]:
+        return row_texts(self._dataset, np.array(ids, dtype=np.int64), self._tokenizer)

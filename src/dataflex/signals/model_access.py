@@ -1,17 +1,31 @@
-"""What passes are given: the model under training and the rows."""
+"""What passes are given: the model at hand, the rows, and how they are brought together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dataflex.errors import DataError, UnsupportedError
+from dataflex.plan.domains import Rows
+from dataflex.signals.other_models import Scorer
+from dataflex.signals.sweep import Sweep
+
+if TYPE_CHECKING:
+    from dataflex.signals.embeddings import TextEncoder
+    from dataflex.signals.gradients.consumers import TargetVectors
+    from dataflex.signals.gradients.scorers import GradientScorers
+    from dataflex.signals.kinds import Embedding, GradientScores
+    from dataflex.signals.texts import Cut
+
 __all__ = ["Corpus", "ModelAccess"]
+
+_KEPT_NUMBERS = 2**28  # targets of more numbers (1 GiB in fp32) are made anew by every call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +45,7 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAccess:
-    """How passes reach the model under training.
+    """The model under training, the rows that it is asked about, and other models that were loaded for them.
 
     Attributes:
         model: The module to call; not the DDP or DeepSpeed engine around it.
@@ -39,7 +53,10 @@ class ModelAccess:
         autocast: The Trainer's mixed-precision context.
         device: Where batches go.
         token_budget: Padded tokens of a scoring batch at most.
-        tokenizer: For generation.
+        train: Training rows.
+        targets: Target data sets by name.
+        seed: Seed of everything random in signals.
+        tokenizer: Of the run; None where it is not known.
         optimizer: Gives the Trainer's optimizer, whose moments precondition gradients.
         learning_rate: Gives the learning rate of the next step.
         backend: "zero" under DeepSpeed, else "plain".
@@ -51,8 +68,102 @@ class ModelAccess:
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     token_budget: int
+    train: Corpus
+    targets: Mapping[str, Corpus] = field(default_factory=dict)
+    seed: int = 0
     tokenizer: Any = None
     optimizer: Callable[[], Any] = lambda: None
     learning_rate: Callable[[], float] = lambda: 0.0
     backend: str = "plain"
     release: Callable[[], None] | None = None
+    _scorers: dict[str, Scorer] = field(default_factory=dict, repr=False)
+    _encoders: dict[Embedding, TextEncoder] = field(default_factory=dict, repr=False)
+    _gradients: dict[str, TargetVectors] = field(default_factory=dict, repr=False)
+
+    def corpus(self, target: str | None) -> Corpus:
+        """Return the rows of a target, or the training rows for None.
+
+        Raises:
+            DataError: There is no such target.
+        """
+        if target is None:
+            return self.train
+        if target not in self.targets:
+            raise DataError(f"unknown target {target!r} (known: {', '.join(self.targets) or 'none'})")
+        return self.targets[target]
+
+    def data_identity(self, target: str) -> str:
+        """Return what names a target's rows."""
+        return self.corpus(target).identity or target
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row."""
+        return int(self.train.lengths.max(initial=1))
+
+    def known_tokenizer(self, what: str) -> Any:
+        """Return the tokenizer of the run.
+
+        Raises:
+            UnsupportedError: There is none, and ``what`` needs it.
+        """
+        if self.tokenizer is None:
+            raise UnsupportedError(f"{what}: the tokenizer of the model is needed, which this run does not have")
+        return self.tokenizer
+
+    def sweep(self, rows: Rows, target: str | None, what: str) -> Sweep:
+        """Return a pass over rows of the training set or of a target."""
+        corpus = self.corpus(target)
+        whose = "training rows" if target is None else f"rows of target {target}"
+        return Sweep(
+            dataset=corpus.dataset,
+            rows=rows,
+            lengths=corpus.lengths[rows],
+            collate=self.collate,
+            token_budget=self.token_budget,
+            device=self.device,
+            what=f"{what} of {len(rows):,} {whose}",
+        )
+
+    def segments(self, rows: Rows, target: str | None, cut: Cut, what: str) -> Sweep:
+        """Return a pass over the segments of rows, whose sums and counts [P, 2] become the rows' means [n]."""
+        from dataflex.signals.texts import segment_sweep
+
+        self.known_tokenizer(what)
+        return segment_sweep(replace(self.sweep(rows, target, what), rows=rows), cut)
+
+    def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
+        """Return a pass over some rows of a target, or over all of them, for gradients."""
+        everyone = np.arange(len(self.corpus(target).lengths), dtype=np.int64)
+        return self.sweep(everyone if rows is None else rows, target, "gradients")
+
+    def target_gradients(self, scorers: GradientScorers, signal: GradientScores) -> TargetVectors:
+        """Return the mean gradients of targets, made once in a decision (collective)."""
+        aims = [self.data_identity(name) for name in signal.targets]
+        key = repr((aims, signal.parameters, signal.last_blocks, signal.bf16, scorers.mean_of_cosines))
+        vectors = self._gradients.get(key)
+        if vectors is None:
+            vectors = scorers.target_vectors([self.target_sweep(name) for name in signal.targets])
+            if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
+                self._gradients[key] = vectors
+        return vectors
+
+    def forget_gradients(self) -> None:
+        """Let go of the mean gradients of targets, which the next optimizer step makes stale."""
+        self._gradients.clear()
+
+    def scorer(self, name: str) -> Scorer:
+        """Return another causal model by folder or hub id; its weights are loaded for each pass only."""
+        if name not in self._scorers:
+            self._scorers[name] = Scorer(name, self.known_tokenizer(f"model {name}"))
+        return self._scorers[name]
+
+    def encoder(self, signal: Embedding) -> TextEncoder:
+        """Return the encoder that an embedding names, loaded once."""
+        from dataflex.signals.embeddings import load_encoder
+
+        assert signal.encoder is not None
+        if signal not in self._encoders:
+            plain = replace(signal, encoder=None)
+            self._encoders[signal] = load_encoder(signal.encoder, spec=plain, device=self.device)
+        return self._encoders[signal]

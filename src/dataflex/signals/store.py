@@ -33,7 +33,7 @@ from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.state import MANIFEST, atomic_write_text, is_left, is_unfinished, owner, verify_directory, write_directory
 
-__all__ = ["ArrayStore", "Entry", "Fingerprint", "ResumablePass", "package_versions"]
+__all__ = ["ArrayStore", "Entry", "CacheKey", "ResumablePass", "package_versions"]
 
 _PACKAGES = (
     "accelerate",
@@ -65,7 +65,7 @@ def package_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fingerprint:
+class CacheKey:
     """Everything that an array's numbers depend on.
 
     Attributes:
@@ -151,7 +151,7 @@ class ArrayStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def get(self, key: Fingerprint, *, verify: bool = False) -> NDArray[Any] | None:
+    def get(self, key: CacheKey, *, verify: bool = False) -> NDArray[Any] | None:
         """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted.
 
         Args:
@@ -180,7 +180,7 @@ class ArrayStore:
             os.utime(folder / MANIFEST)
         return array
 
-    def put(self, key: Fingerprint, array: NDArray[Any]) -> NDArray[Any]:
+    def put(self, key: CacheKey, array: NDArray[Any]) -> NDArray[Any]:
         """Store an array and return it memory-mapped."""
         with self.create(key, shape=array.shape, dtype=array.dtype) as target:
             target[...] = array
@@ -189,7 +189,7 @@ class ArrayStore:
         return stored
 
     @contextmanager
-    def create(self, key: Fingerprint, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
         """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises.
 
         Raises:
@@ -221,7 +221,7 @@ class ArrayStore:
                 scratch.unlink()
             shutil.rmtree(ready, ignore_errors=True)
 
-    def _install(self, key: Fingerprint, ready: Path) -> None:
+    def _install(self, key: CacheKey, ready: Path) -> None:
         """Rename a finished folder to its name; another process may have been there first."""
         final = self.directory / key.name
         if final.exists() and self.get(key) is None:
@@ -232,7 +232,7 @@ class ArrayStore:
             if self.get(key) is None:  # not the same array, finished by another process in the meantime
                 raise
 
-    def working_folder(self, key: Fingerprint) -> Path:
+    def working_folder(self, key: CacheKey) -> Path:
         """Where a pass keeps what it has so far."""
         return self.directory / f"{key.name}.unfinished"
 
@@ -318,7 +318,7 @@ class ResumablePass:
     def __init__(
         self,
         store: ArrayStore,
-        key: Fingerprint,
+        key: CacheKey,
         *,
         shape: tuple[int, ...],
         dtype: DTypeLike,
@@ -333,7 +333,7 @@ class ResumablePass:
         self._folder = store.working_folder(key)
         self._file: IO[bytes] | None = None
         self._synced = 0.0
-        opened: tuple[str, bytes] = _on_rank_0(self._open)
+        opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
         self._session = opened[0]
         self.done_at_start: NDArray[np.bool_] = np.unpackbits(
             np.frombuffer(opened[1], dtype=np.uint8), count=self.num_rows
@@ -377,7 +377,7 @@ class ResumablePass:
         """
         self.close()
         comm.barrier()
-        _on_rank_0(self._merge)
+        comm.on_one_rank(f"stored array {self._key.name}", self._merge, CheckpointError)
         array = self._store.get(self._key)
         seen = comm.gather_sum(torch.tensor(int(array is not None), device=self._device))
         if array is None or int(seen) < comm.world():
@@ -421,13 +421,14 @@ class ResumablePass:
                 )
             done[:] = True
             return "", np.packbits(done).tobytes()
-        if self._folder.exists() and not self._ours():
-            logger.warning("%s belongs to another pass and is removed", self._folder)
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self._folder / _HEADER, json.dumps(self._header(), indent=1) + "\n")
-        for ids, _ in self._records():
-            done[ids] = True
+        with _writing(self._folder):
+            if self._folder.exists() and not self._ours():
+                logger.warning("%s belongs to another pass and is removed", self._folder)
+                shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self._folder / _HEADER, json.dumps(self._header(), indent=1) + "\n")
+            for ids, _ in self._records():
+                done[ids] = True
         if done.any():
             logger.info("%s: going on after %d of %d rows", self._key.method, done.sum(), self.num_rows)
         return secrets.token_hex(4), np.packbits(done).tobytes()
@@ -487,17 +488,3 @@ def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.i
     """Concatenate ``range(start, start + size)`` of each pair."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
-
-
-def _on_rank_0(work: Callable[[], Any]) -> Any:
-    """Return what rank 0's ``work`` gives, on every rank; its error is raised on every rank too."""
-    outcome: tuple[Any, str | None] = (None, None)
-    if comm.rank() == 0:
-        try:
-            outcome = (work(), None)
-        except (CheckpointError, OSError) as error:
-            outcome = (None, str(error))
-    result, problem = comm.broadcast_object(outcome)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return result
