@@ -14,7 +14,7 @@ from dataflex import cli
 from dataflex.commands import mix as command
 from dataflex.config.load import load_mapping
 from dataflex.errors import ConfigError
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.mixing import doremi
 from dataflex.plan import proportions
 from dataflex.plan.proportions import read_proportions

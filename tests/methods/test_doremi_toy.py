@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.mixers.doremi import DoReMi
-from dataflex.mixers.group_dro import GroupDro
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
 from dataflex.train.reweighting import Reweighter

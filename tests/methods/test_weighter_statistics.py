@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dataflex.train import weighting
+from dataflex.weighters.excess import SelectiveLanguageModelling
 from dataflex.weighters.loss import LossWeighter
-from dataflex.weighters.slm import SelectiveLanguageModelling
 
 VOCABULARY, WIDTH, ROWS = 24, 33, 600
 

@@ -29,20 +29,24 @@ __all__ = [
     "COLLAPSED_ABOVE",
     "Floors",
     "ProportionsFile",
+    "RunningMean",
     "Written",
     "apply_min_proportion",
     "by_domain",
     "check_numbers",
     "collapsed",
     "digest_of",
+    "exponentiated",
     "file_digest",
     "floors_by_domain",
+    "logs",
     "normalized",
     "numbers_by_domain",
     "provenance",
     "read_proportions",
     "refuse_strangers",
     "shares",
+    "softmax",
     "write_proportions",
 ]
 
@@ -353,3 +357,56 @@ def collapsed(shares: Mapping[str, float]) -> tuple[str, float] | None:
         return None
     name, share = max(shares.items(), key=lambda item: item[1])
     return (name, share) if share > COLLAPSED_ABOVE else None
+
+
+# ---- exponentiated updates. Weights are held as logarithms; a weight of zero is minus infinity and stays zero.
+
+
+def logs(proportions: Floats) -> Floats:
+    """Return the logarithms of ``proportions`` [K] >= 0, minus infinity where they are 0."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(proportions, dtype=np.float64))
+
+
+def softmax(values: Floats) -> Floats:
+    """Return exp(values) divided by its sum [K]; minus infinity becomes 0."""
+    shifted = np.exp(values - values.max())
+    return np.asarray(shifted / shifted.sum())
+
+
+def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing: float = 0.0) -> Floats:
+    """Return the logarithms of (1 - c) p' + c u with p' ~ p exp(eta s) and u equal over the domains of weight above 0.
+
+    Args:
+        log_weights: Logarithms of the weights p [K]; at least one is finite.
+        scores: s [K], finite where the weight is above 0.
+        eta: Step size.
+        smoothing: c, 0 to 1.
+    """
+    inside = np.isfinite(log_weights)
+    moved = np.where(inside, log_weights + eta * np.where(inside, scores, 0.0), -np.inf)
+    top = moved.max()
+    assert np.isfinite(top), "no domain is in the simplex"
+    moved = np.asarray(moved - (top + np.log(np.exp(moved - top).sum())))
+    if smoothing == 0.0:
+        return moved
+    equal = inside / inside.sum()  # a weight that underflowed is within: smoothing brings it back
+    return logs((1.0 - smoothing) * softmax(moved) + smoothing * equal)
+
+
+class RunningMean:
+    """Mean of the vectors given so far, in the form x <- (x (n - 1) + v) / n.
+
+    Args:
+        first: A vector that counts as the first one, or None to begin with the first ``add``.
+    """
+
+    def __init__(self, first: Floats | None = None) -> None:
+        self.count = 0 if first is None else 1
+        self.value = np.zeros(0) if first is None else np.array(first, dtype=np.float64)
+
+    def add(self, vector: Floats) -> None:
+        """Take in one vector."""
+        self.count += 1
+        before = self.value if self.count > 1 else np.zeros_like(vector)
+        self.value = np.asarray((before * (self.count - 1) + vector) / self.count)

@@ -20,18 +20,82 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.method import STAGES, BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import STAGES, BatchView, Card, Context, Method, Needs, Normalizer, Params, Rows, State, Weighter
 from dataflex.method import Params as BaseParams
-from dataflex.weighters.factors import Factor, combination_problems
-from dataflex.weighters.sequences import sequences_of
+from dataflex.parts import Part
+from dataflex.registry import find, find_variant, names
+from dataflex.weighters._lib import sequences_of
 
 if TYPE_CHECKING:
     import torch
 
     from dataflex.signals.specs import EmbeddingSpec
 
-__all__ = ["Product"]
+__all__ = ["Factor", "Product", "combination_problems"]
+
+_NO_FACTORS = ("none", "product")
+
+
+@dataclass(frozen=True)
+class Factor(Part):
+    """A weighter with its parameters, as one of several."""
+
+    what = "weighter"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return the names of the weighters that can be factors."""
+        return [name for name in names("weighter") if name not in _NO_FACTORS]
+
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters.
+
+        Raises:
+            ConfigError: There is no such weighter, or it cannot be a factor.
+        """
+        known = cls.known()
+        if name not in known:
+            raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+        return find("weighter", name).Params
+
+    @property
+    def cls(self) -> type[Method]:
+        """Its class under these parameters."""
+        return find_variant("weighter", self.name, self.params)
+
+    def build(self) -> Weighter:
+        """Return a new instance."""
+        method = self.cls(self.params)
+        assert isinstance(method, Weighter)
+        return method
+
+
+def combination_problems(factors: list[Weighter]) -> list[str]:
+    """Return why these weighters cannot be multiplied."""
+    if len(factors) < 2:
+        return ["of: takes at least two weighters; write a single one without 'product'"]
+    problems = []
+    by_sequences = [each.name for each in factors if each.normalizer == "sample"]
+    by_token = [each.name for each in factors if each.by_token]
+    if by_sequences and by_token:
+        problems.append(
+            f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
+            f"that {by_token[0]} gives"
+        )
+    references = {each.reference: each.name for each in factors if each.reference is not None}
+    if len(references) > 1:
+        problems.append(
+            f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
+        )
+    specs = [(each.name, each.embedding) for each in factors if each.embedding is not None]
+    for name, spec in specs[1:]:
+        if spec != specs[0][1]:
+            problems.append(
+                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
+            )
+    return problems
 
 
 class Product(Weighter):

@@ -1,8 +1,4 @@
-"""UniMax: as equal as possible without repeating any domain more than a few times.
-
-The best of the size heuristics in independent comparisons. It refuses to spend a budget that the
-data cannot fill within the cap, unless told to repeat.
-"""
+"""Proportions from sizes: by size itself, tempered, and as equal as epochs allow."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.sizes import sizes
+from dataflex.mixers._lib import sizes
 from dataflex.plan.proportions import normalized, shares
 
-__all__ = ["UniMax", "allocate"]
+__all__ = ["Size", "Temperature", "UniMax", "allocate", "tempered"]
 
 
 def allocate(sizes_K: NDArray[np.float64], budget: float, max_epochs: float) -> NDArray[np.float64]:
@@ -37,7 +33,13 @@ def allocate(sizes_K: NDArray[np.float64], budget: float, max_epochs: float) -> 
 
 
 class UniMax(Mixer):
-    """Serve domains equally, but none for more than ``max_epochs`` epochs."""
+    """Serve domains equally, but none for more than ``max_epochs`` epochs.
+
+    UniMax: as equal as possible without repeating any domain more than a few times.
+
+    The best of the size heuristics in independent comparisons. It refuses to spend a budget that the
+    data cannot fill within the cap, unless told to repeat.
+    """
 
     name = "unimax"
     card = Card(
@@ -89,4 +91,57 @@ class UniMax(Mixer):
                     f"unimax: {told}. Set max_epochs: {enough:.2f} or more, train fewer steps, or set overflow: repeat"
                 )
             reason += f"; {told}: all domains repeat alike"
+        return Mix(proportions=proportions, reason=reason)
+
+
+class Size(Mixer):
+    """Serve each domain in proportion to its size, in the unit of the run.
+
+    Shares by size: what concatenating the data sets would give.
+    """
+
+    name = "size"
+    card = Card(summary="Serves each domain in proportion to its size.", paper="baseline", cost="none")
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return size_d / sum of sizes, in tokens, sequences or documents as ``ctx.unit`` says."""
+        proportions = normalized(sizes(ctx, self.name))
+        return Mix(proportions=proportions, reason=f"by {ctx.unit}: {shares(ctx.domains.names, proportions)}")
+
+
+def tempered(sizes_K: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+    """Return proportions [K] ~ size ** (1 / tau); empty domains get 0, an infinite tau equal shares."""
+    filled = sizes_K > 0
+    log_sizes = np.log(sizes_K, where=filled, out=np.zeros_like(sizes_K)) / tau
+    return normalized(np.where(filled, np.exp(log_sizes - log_sizes[filled].max()), 0.0))
+
+
+class Temperature(Mixer):
+    """Serve each domain in proportion to its size to the power 1 / tau.
+
+    Shares by tempered size: between concatenation and equal shares.
+    """
+
+    name = "temperature"
+    card = Card(
+        summary="Serves each domain in proportion to its size to the power 1 / tau.",
+        paper="Cross-lingual Language Model Pretraining (XLM), NeurIPS 2019, arXiv 1901.07291",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        """Parameters of the temperature mixer."""
+
+        tau: float = field(
+            default=2.0,
+            metadata={"help": "1 is by size, .inf equal shares; mBERT 1.43, XLM 2, XLM-R and mT5 3.33", "above": 0.0},
+        )
+
+    params: Params
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the tempered shares of the sizes in ``ctx.unit``."""
+        proportions = tempered(sizes(ctx, self.name), self.params.tau)
+        reason = f"tau {self.params.tau:g} by {ctx.unit}: {shares(ctx.domains.names, proportions)}"
         return Mix(proportions=proportions, reason=reason)
