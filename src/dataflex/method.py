@@ -154,7 +154,7 @@ class Signals(Protocol):
         ...
 
     def __getattr__(self, name: str) -> Any:
-        """Calls of before, until selectors ask with signals."""
+        """Return a call of before, until selectors ask with signals."""
         ...
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dataflex import Card, Needs, Selection, Selector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import Embedding, GradientSpec
 
 CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
 
@@ -30,7 +30,7 @@ class Watcher(Blind):
         scores["few"] = ctx.signals.losses(pool[:1]).tolist()  # fewer rows than ranks
         scores["target"] = ctx.signals.losses(pool[:5], target="goal").tolist()
         scores["el2n"] = ctx.signals.el2n(pool).tolist()
-        scores["embeddings"] = ctx.signals.embeddings(pool, EmbeddingSpec()).tolist()
+        scores["embeddings"] = ctx.signals.embeddings(pool, Embedding()).tolist()
         for precondition in ("none", "true_adam"):
             spec = GradientSpec(precondition=precondition)
             key = f"gradients {precondition}"
@@ -41,7 +41,7 @@ class Watcher(Blind):
             products, gram = ctx.signals.gradient_products(pool[:9], spec, targets=("goal",))
             scores[f"products {precondition}"], scores[f"gram {precondition}"] = products.tolist(), gram.tolist()
         scores["target sketches"] = ctx.signals.gradient_sketches(pool[:5], spec, dim=32, target="goal").tolist()
-        parameters = list(ctx.signals.handle.model.parameters())
+        parameters = list(ctx.signals.access.model.parameters())
         kinds = {
             "DTensor" if type(p).__name__ == "DTensor" else "ZeRO-3" if hasattr(p, "ds_id") else "whole"
             for p in parameters

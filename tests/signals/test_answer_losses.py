@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals import answer_source
+from dataflex.signals import runner
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.other_models import Scorer, ScorerError
-from dataflex.signals.service import SignalService
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
 from tests.conftest import WORDS
 from tests.signals.tiny import Rows, collate, snapshot
@@ -63,15 +63,17 @@ def service(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     rows = make(tokenizer)
     corpus = Corpus(dataset=rows, lengths=rows.lengths, identity="rows")
-    handle = ModelAccess(
+    access = ModelAccess(
         model=model,
         collate=collate,
         autocast=nullcontext,
         device=torch.device("cpu"),
         token_budget=24,
         tokenizer=tokenizer,
+        train=corpus,
+        targets={"goal": corpus},
     )
-    return SignalService(handle=handle, train=corpus, targets={"goal": corpus}, seed=0)
+    return SignalRunner(access=access)
 
 
 def another(folder, tokenizer, seed=5, **changes):
@@ -142,7 +144,7 @@ def expected(model, rows, **options):
 
 def test_tokens_and_texts(service, tokenizer):
     rows = np.array([1, 3, 1, 2], dtype=np.int64)
-    features = [service.train.dataset.rows[row] for row in rows]
+    features = [service.access.train.dataset.rows[row] for row in rows]
     for part, kept in (
         ("all", lambda label: True),
         ("prompt", lambda label: label == IGNORE),
@@ -160,7 +162,7 @@ def test_tokens_and_texts(service, tokenizer):
 
 def test_what_is_read_of_other_rows(service):
     """Padding is no token, a row without labels is its own completion, a preference row its chosen answer."""
-    service.train = Corpus(
+    service.access.train = Corpus(
         dataset=Rows(
             [
                 {"input_ids": [5, 6, 3, 3], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]},
@@ -178,16 +180,17 @@ def test_a_data_set_of_the_datasets_library(service):
     from datasets import Dataset
 
     columns = {
-        key: [row[key] for row in service.train.dataset.rows] for key in ("input_ids", "labels", "attention_mask")
+        key: [row[key] for row in service.access.train.dataset.rows]
+        for key in ("input_ids", "labels", "attention_mask")
     }
     plain, wanted = service.tokens(EVERY, part="completion"), service.answer_losses(EVERY, conditioned=False)
-    service.book = SignalCache()
+    service.cache = SignalCache()
     dataset = Dataset.from_dict({**columns, "images": [None] * 7})
-    service.train = Corpus(dataset=dataset, lengths=service.train.lengths)
+    service.access.train = Corpus(dataset=dataset, lengths=service.access.train.lengths)
     assert [one.tolist() for one in service.tokens(EVERY, part="completion")] == [one.tolist() for one in plain]
     np.testing.assert_array_equal(service.answer_losses(EVERY, conditioned=False), wanted)
-    service.train = Corpus(
-        dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.train.lengths
+    service.access.train = Corpus(
+        dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.access.train.lengths
     )
     with pytest.raises(UnsupportedError, match="the rows hold images"):
         service.answer_losses(EVERY, conditioned=True)
@@ -198,7 +201,7 @@ def test_a_data_set_of_the_datasets_library(service):
 
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_answers_equal_one_token_at_a_time(service, prefix):
-    model, rows = service.handle.model, service.train.dataset
+    model, rows = service.access.model, service.access.train.dataset
     for alone in (False, True):
         got = service.answer_losses(EVERY, conditioned=not alone, prefix_tokens=prefix)
         np.testing.assert_allclose(got, expected(model, rows, alone=alone, prefix=prefix), rtol=2e-5)
@@ -212,9 +215,9 @@ def test_a_start_token_that_the_tokenizer_adds(service, tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    service.train.dataset.rows[6]["input_ids"][0] = tokenizer.bos_token_id  # it is there already
+    service.access.train.dataset.rows[6]["input_ids"][0] = tokenizer.bos_token_id  # it is there already
     start = (tokenizer.bos_token_id,)
-    model, rows = service.handle.model, service.train.dataset
+    model, rows = service.access.model, service.access.train.dataset
     given, alone = (service.answer_losses(EVERY, conditioned=conditioned) for conditioned in (True, False))
     assert np.isfinite(given[4])
     np.testing.assert_allclose(alone, expected(model, rows, alone=True, start=start), rtol=2e-5)
@@ -223,10 +226,10 @@ def test_a_start_token_that_the_tokenizer_adds(service, tokenizer):
 
 
 def test_answers_ask_nothing_of_the_run(service):
-    service.handle.model.train()
-    before = snapshot(service.handle.model)
+    service.access.model.train()
+    before = snapshot(service.access.model)
     service.answer_losses(EVERY, conditioned=False)
-    assert snapshot(service.handle.model)[:6] == before[:6]
+    assert snapshot(service.access.model)[:6] == before[:6]
 
 
 # ---------------------------------------------------------------- other models
@@ -236,14 +239,14 @@ def test_losses_by_a_model_with_the_same_tokens(service, tokenizer, tmp_path):
     name = another(tmp_path / "ref", tokenizer)
     model = AutoModelForCausalLM.from_pretrained(name)
     assert Scorer(name, tokenizer).same_tokens
-    rows = service.train.dataset
+    rows = service.access.train.dataset
     got = service.losses(EVERY, model=name, same_tokens=True)
     np.testing.assert_allclose(got, expected(model, rows, alone=False, drop_first=False), rtol=2e-5)
     got = service.answer_losses(EVERY, conditioned=False, scorer=name)
     np.testing.assert_allclose(got, expected(model, rows, alone=True), rtol=2e-5)
     again = service.losses(EVERY[:3], target="goal", model=name)
     np.testing.assert_allclose(again, service.losses(EVERY[:3], model=name), rtol=1e-6)
-    for parameter in service.handle.model.parameters():
+    for parameter in service.access.model.parameters():
         assert parameter.requires_grad
 
 
@@ -263,7 +266,7 @@ def test_another_tokenizer_reads_the_text(service, tokenizer, tmp_path):
         (service.answer_losses(EVERY, conditioned=True, scorer=name), {"alone": False}),
         (service.answer_losses(EVERY, conditioned=False, scorer=name, prefix_tokens=1), {"alone": True, "prefix": 1}),
     ):
-        want = expected(model, service.train.dataset, start=(0,), turn=turn, **options)
+        want = expected(model, service.access.train.dataset, start=(0,), turn=turn, **options)
         np.testing.assert_allclose(got, want, rtol=2e-5)
     with pytest.raises(ConfigError, match="its tokenizer is not that of the run"):
         service.losses(EVERY, model=name, same_tokens=True)
@@ -271,7 +274,7 @@ def test_another_tokenizer_reads_the_text(service, tokenizer, tmp_path):
 
 def test_what_does_not_fit_into_a_scorer_is_scored_neither_way(service, tokenizer, tmp_path):
     name = another(tmp_path / "short", tokenizer, max_position_embeddings=8)
-    model, rows = AutoModelForCausalLM.from_pretrained(name), service.train.dataset
+    model, rows = AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset
     for alone in (False, True):
         got = service.answer_losses(EVERY, conditioned=not alone, scorer=name)
         np.testing.assert_allclose(got, expected(model, rows, alone=alone, limit=8), rtol=2e-5)
@@ -290,7 +293,9 @@ def test_an_adapter_is_read_with_its_base(service, tokenizer, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     got = service.losses(EVERY, model=str(tmp_path / "adapter"))
-    np.testing.assert_allclose(got, expected(adapted, service.train.dataset, alone=False, drop_first=False), rtol=2e-5)
+    np.testing.assert_allclose(
+        got, expected(adapted, service.access.train.dataset, alone=False, drop_first=False), rtol=2e-5
+    )
     assert not np.allclose(got, service.losses(EVERY, model=base), equal_nan=True)
 
 
@@ -302,7 +307,7 @@ def test_models_that_are_not_there(service, tokenizer, tmp_path):
     with pytest.raises(ScorerError, match="is not a causal language model"):
         service.losses(EVERY, model=name)
     service.scorers.clear()
-    object.__setattr__(service.handle, "tokenizer", None)
+    object.__setattr__(service.access, "tokenizer", None)
     for ask in (lambda: service.texts(EVERY), lambda: service.losses(EVERY, model=name)):
         with pytest.raises(UnsupportedError, match="the tokenizer of the model is needed"):
             ask()
@@ -339,7 +344,7 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     assert loads.count == 1
     state = service.state_dict()
     assert len(state["answers"]) == 1
-    service.book = SignalCache()
+    service.cache = SignalCache()
     service.load_state_dict(state)
     service.begin(30)
     assert np.array_equal(service.losses(EVERY, model=name), kept, equal_nan=True)
@@ -353,15 +358,15 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
 def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, monkeypatch):
     """Pools that change from decision to decision, as under ``pool_fraction``."""
     name, scored = another(tmp_path / "ref", tokenizer), []
-    original = answer_source.segment_sums
+    original = runner.row_pass
 
-    def counting(model, sweep, *rest):
+    def counting(sweep, *rest):
         scored.append(np.unique(sweep.dataset.rows[sweep.dataset.places]).tolist())
-        return original(model, sweep, *rest)
+        return original(sweep, *rest)
 
-    monkeypatch.setattr(answer_source, "segment_sums", counting)
+    monkeypatch.setattr(runner, "row_pass", counting)
     whole = [service.answer_losses(EVERY, conditioned=given, scorer=name) for given in (False, True)]
-    service.book = SignalCache()
+    service.cache = SignalCache()
     scored.clear()
     for step, pool in enumerate(([4, 1], [1, 2, 4, 3], [0, 2])):
         service.begin(10 * step)
@@ -376,12 +381,12 @@ def test_the_store_serves_other_steps_and_runs(service, tokenizer, tmp_path, mon
     loads = Loads(monkeypatch)
     states = iter("abcdefgh")
     for _ in range(2):
-        service.book = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
+        service.cache = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
         service.begin(0)
         found = service.answer_losses(EVERY, conditioned=False, scorer=name)
         service.answer_losses(EVERY, conditioned=False)
     np.testing.assert_allclose(
-        found, expected(AutoModelForCausalLM.from_pretrained(name), service.train.dataset, alone=True), rtol=2e-5
+        found, expected(AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset, alone=True), rtol=2e-5
     )
     assert loads.count == 1
     assert (

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Conf
 
 from dataflex.errors import ConfigError
 from dataflex.signals.embeddings import EncoderError, load_encoder, pool
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 from tests.conftest import WORDS
 from tests.rounding import layers_apart
 from tests.signals.tiny import snapshot
@@ -59,7 +59,7 @@ def t5(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("family", ["tiny_model", "bert"])
 def test_texts_equal_one_text_at_a_time(family, pooling, layer, request):
     folder = request.getfixturevalue(family)
-    spec = EmbeddingSpec(pooling=pooling, layer=layer, normalize=pooling != "mean")
+    spec = Embedding(pooling=pooling, layer=layer, normalize=pooling != "mean")
     encoder = load_encoder(str(folder), spec=spec, token_budget=24)
     got = encoder.encode(TEXTS)
     assert got.shape == (6, encoder.dimension)
@@ -80,7 +80,7 @@ def test_texts_equal_one_text_at_a_time(family, pooling, layer, request):
 
 
 def test_the_encoder_of_an_encoder_decoder_model(t5):
-    encoder = load_encoder(str(t5), spec=EmbeddingSpec(pooling="mean"))
+    encoder = load_encoder(str(t5), spec=Embedding(pooling="mean"))
     vectors = encoder.encode(["the cat sat", "a mat"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-6)
     assert encoder.dimension == 16
@@ -95,7 +95,7 @@ def test_length_limit_and_identity(tiny_model, bert):
     whole = load_encoder(str(tiny_model))
     assert np.abs(whole.encode([long_text]) - short.encode([long_text])).max() > 1e-3
     same = load_encoder(str(tiny_model))
-    other = load_encoder(str(tiny_model), spec=EmbeddingSpec(pooling="mean"))
+    other = load_encoder(str(tiny_model), spec=Embedding(pooling="mean"))
     assert same.identity == whole.identity
     identities = {short.identity, whole.identity, other.identity, load_encoder(str(bert)).identity}
     assert len(identities) == 4
@@ -126,9 +126,9 @@ def test_what_cannot_be_loaded(tmp_path, tiny_model):
     with pytest.raises(EncoderError, match="cannot be loaded as a transformers model"):
         load_encoder(str(tmp_path))
     with pytest.raises(ConfigError, match="completion_only needs labels"):
-        load_encoder(str(tiny_model), spec=EmbeddingSpec(completion_only=True))
+        load_encoder(str(tiny_model), spec=Embedding(completion_only=True))
     with pytest.raises(ConfigError, match="pools by its own rules"):
-        load_encoder(str(tiny_model), kind="sentence_transformers", spec=EmbeddingSpec(pooling="mean"))
+        load_encoder(str(tiny_model), kind="sentence_transformers", spec=Embedding(pooling="mean"))
 
 
 def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
@@ -136,7 +136,7 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
     import contextlib
 
     from dataflex.signals.model_access import Corpus, ModelAccess
-    from dataflex.signals.service import SignalService
+    from dataflex.signals.runner import SignalRunner
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     texts = ["the cat sat on a mat", "red balls", "old dogs ran to see one big tree", "a mat"]
@@ -146,23 +146,22 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
             return [{"input_ids": [1, *tokenizer(texts[i])["input_ids"], 2]} for i in ids]
 
     lengths = np.array([len(tokenizer(text)["input_ids"]) + 2 for text in texts])
-    service = SignalService(
-        handle=ModelAccess(
+    service = SignalRunner(
+        access=ModelAccess(
             model=torch.nn.Linear(1, 1),
             collate=lambda features: {},
             autocast=contextlib.nullcontext,
             device=torch.device("cpu"),
             token_budget=12,
             tokenizer=tokenizer,
-        ),
-        train=Corpus(dataset=Rows(), lengths=lengths),
-        targets={"goal": Corpus(dataset=Rows(), lengths=lengths)},
-        seed=0,
+            train=Corpus(dataset=Rows(), lengths=lengths),
+            targets={"goal": Corpus(dataset=Rows(), lengths=lengths)},
+        )
     )
-    spec = EmbeddingSpec(pooling="mean")
+    spec = Embedding(pooling="mean")
     wanted = load_encoder(str(bert), spec=spec).encode([texts[i] for i in (2, 0, 3)])
     got = service.embeddings(np.array([2, 0, 3]), spec, encoder=str(bert))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=APART * np.abs(wanted).max())
     assert service.embeddings(np.array([1]), spec, target="goal", encoder=str(bert)).shape == (1, 16)
-    assert len(service.encoders) == 1
+    assert len(service.access._encoders) == 1
     assert service.seconds > 0

@@ -9,9 +9,8 @@ from dataflex.errors import ConfigError
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.gradients import rows as rows_module
+from dataflex.signals.kinds import GradientSpec
 from dataflex.signals.model_access import Corpus
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
 from tests.rounding import layers_apart
 from tests.signals.gradients.small import flat, oracle
@@ -31,7 +30,7 @@ UNLABELLED = 4
 def asked(setting):  # noqa: F811
     """A service of its own, so that no answer is kept from another test."""
     service, gradients, state = setting
-    fresh = SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3)
+    fresh = again(service, train=service.access.train, targets=service.access.targets, seed=3)
     return fresh, gradients, state
 
 
@@ -75,7 +74,7 @@ def test_pairs_without_normalizing_are_inner_products(asked):
 def test_pairs_leave_out_target_rows_without_labels(asked):
     service, _, _ = asked
     target = Rows([6, 8, 5], seed=2, unlabelled=(1,))
-    service.targets = {"near": Corpus(dataset=target, lengths=target.lengths)}
+    service.access.targets = {"near": Corpus(dataset=target, lengths=target.lengths)}
     found = service.pair_scores(ROWS[:2], GradientSpec(), target="near")
     assert np.isnan(found[:, 1]).all()
     assert np.isfinite(found[:, [0, 2]]).all()
@@ -113,7 +112,7 @@ def test_sketches_have_length_one_and_keep_angles(asked):
 def test_target_rows_are_sketched_plain(asked):
     """A pool that is the target itself has the target's sketches where it is not preconditioned, and only there."""
     service, _, _ = asked
-    twin = SignalService(handle=service.handle, train=service.targets["near"], targets=service.targets, seed=3)
+    twin = again(service, train=service.access.targets["near"], targets=service.access.targets, seed=3)
     target = service.gradient_sketches(np.arange(3), GradientSpec(), dim=64, target="near")
     plain = twin.gradient_sketches(np.arange(3), GradientSpec(precondition="none"), dim=64)
     np.testing.assert_allclose(plain, target, atol=1e-6)
@@ -122,7 +121,7 @@ def test_target_rows_are_sketched_plain(asked):
 
 def test_the_projection_follows_the_seed_of_the_run(asked):
     service, _, _ = asked
-    other = SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=4)
+    other = again(service, train=service.access.train, targets=service.access.targets, seed=4)
     first, second = (one.gradient_sketches(ROWS[:2], GradientSpec(), dim=64) for one in (service, other))
     assert np.abs(first - second).max() > 0.01
 
@@ -164,14 +163,14 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
 
     def with_store():
         book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: "model")
-        return SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3, book=book)
+        return again(service, train=service.access.train, targets=service.access.targets, seed=3, cache=book)
 
     first = ask(service)
     stored = with_store()
     for one in (first, ask(stored)):
         for a, b in zip(one, first, strict=True):
             np.testing.assert_array_equal(a, b)
-    assert len(stored.book.store.entries()) == 3
+    assert len(stored.cache.store.entries()) == 3
 
     def no_pass(*_args, **_kwargs):
         raise AssertionError("a pass was run again")
@@ -186,9 +185,10 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
 def test_pairs_equal_single_rows_by_autograd(asked):
     """The oracle of this file is itself a gradient of one row: check one pair by hand."""
     service, _, _ = asked
-    model = service.handle.model
+    model = service.access.model
     one, other = (
-        flat(oracle(model, collate([corpus.dataset.rows[0]])))[0] for corpus in (service.train, service.targets["near"])
+        flat(oracle(model, collate([corpus.dataset.rows[0]])))[0]
+        for corpus in (service.access.train, service.access.targets["near"])
     )
     found = service.pair_scores(ROWS[:1], GradientSpec(precondition="none"), target="near")[0, 0]
     assert found == pytest.approx(float(one @ other / one.norm() / other.norm()), rel=1e-4)

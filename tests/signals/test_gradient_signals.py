@@ -7,13 +7,13 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from dataflex.signals.service import SignalService
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import GradientSpec
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
 from tests.signals.gradients.small import build, flat, oracle, ragged
 
@@ -150,14 +150,14 @@ def test_scores_equal_one_row_at_a_time(setting, name):
 
 def test_a_row_that_is_the_target_scores_one(setting):
     service, _, _ = setting
-    twin = SignalService(
-        handle=service.handle, train=service.targets["near"], targets={"self": service.targets["near"]}, seed=0
+    twin = again(
+        service, train=service.access.targets["near"], targets={"self": service.access.targets["near"]}, seed=0
     )
     spec = GradientSpec(precondition="none", mean_of_cosines=False)
     for row in range(3):
-        alone = Corpus(dataset=Rows.__new__(Rows), lengths=twin.train.lengths[row : row + 1])
-        alone.dataset.rows = [twin.train.dataset.rows[row]]
-        twin.targets = {"self": alone}
+        alone = Corpus(dataset=Rows.__new__(Rows), lengths=twin.access.train.lengths[row : row + 1])
+        alone.dataset.rows = [twin.access.train.dataset.rows[row]]
+        twin.access.targets = {"self": alone}
         twin.begin(100 + row)
         assert twin.gradient_scores(np.array([row]), spec, targets=("self",))[0, 0] == pytest.approx(1.0, abs=1e-5)
 
@@ -198,25 +198,25 @@ def test_parts_of_the_parameters(setting):
 def test_stored_scores_depend_on_the_moments(setting, tmp_path):
     service, _, _ = setting
     rows = np.array([0, 1, 2])
-    model = service.handle.model
-    twin = SignalService(
-        handle=service.handle,
-        train=service.train,
-        targets=service.targets,
+    model = service.access.model
+    twin = again(
+        service,
+        train=service.access.train,
+        targets=service.access.targets,
         seed=0,
-        book=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
+        cache=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
     )
     twin.begin(1)
     first = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
     twin.begin(2)
     assert np.array_equal(twin.gradient_scores(rows, GradientSpec(), targets=("near",)), first)
-    assert len(twin.book.store.entries()) == 1
-    state = next(iter(service.handle.optimizer().state.values()))
+    assert len(twin.cache.store.entries()) == 1
+    state = next(iter(service.access.optimizer().state.values()))
     state["exp_avg"].mul_(2.0)
     try:
         twin.begin(3)
         changed = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
-        assert len(twin.book.store.entries()) == 2
+        assert len(twin.cache.store.entries()) == 2
         assert not np.array_equal(changed, first)
     finally:
         state["exp_avg"].div_(2.0)

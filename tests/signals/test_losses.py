@@ -14,12 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import token_mean_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
-from dataflex.signals.sweep import Sweep, bucketed, preserve_state, vector_pass
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state, row_pass
+from tests.signals import tiny
 
 
 def oracle_loss(logits_TV, labels_T) -> float:
@@ -110,18 +111,21 @@ def service():
 
     import contextlib
 
-    handle = ModelAccess(
+    access = ModelAccess(
         model=model,
         collate=collate,
         autocast=contextlib.nullcontext,
         device=torch.device("cpu"),
         token_budget=40,
+        train=corpus(30),
+        targets={"goal": corpus(6)},
+        seed=5,
     )
-    return SignalService(handle=handle, train=corpus(30), targets={"goal": corpus(6)}, seed=5)
+    return SignalRunner(access=access)
 
 
 def one_row_losses(service, corpus, rows):
-    model, out = service.handle.model, []
+    model, out = service.access.model, []
     model.eval()
     for row in rows:
         features = corpus.dataset.__getitems__([int(row)])
@@ -134,10 +138,10 @@ def one_row_losses(service, corpus, rows):
 
 def test_losses_equal_one_row_at_a_time(service):
     rows = np.array([4, 0, 29, 4, 17, 8, 3, 2, 1], dtype=np.int64)
-    want = one_row_losses(service, service.train, rows)
+    want = one_row_losses(service, service.access.train, rows)
     np.testing.assert_allclose(service.losses(rows), want, rtol=1e-5)
     target = np.arange(6)
-    want = one_row_losses(service, service.targets["goal"], target)
+    want = one_row_losses(service, service.access.targets["goal"], target)
     np.testing.assert_allclose(service.losses(target, target="goal"), want, rtol=1e-5)
 
 
@@ -175,7 +179,7 @@ def test_answers_are_shared_within_a_step(service):
 
 
 def test_older_answers_are_given_again_up_to_their_age(service):
-    service.book.max_age_steps = 10
+    service.cache.max_age_steps = 10
     rows = np.arange(7)
     with Counted(service) as counted:
         service.begin(200)
@@ -190,38 +194,38 @@ def test_older_answers_are_given_again_up_to_their_age(service):
         service.begin(210)
         assert np.array_equal(service.losses(rows), first, equal_nan=True)
         assert counted.passes == 2
-    service.book.max_age_steps = 0
+    service.cache.max_age_steps = 0
     assert service.state_dict() == {"answers": {}}
 
 
 def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
-    rows, spec = np.arange(9), EmbeddingSpec()
+    rows, spec = np.arange(9), Embedding()
     service.begin(300)
     losses, vectors = service.losses(rows), service.embeddings(rows, spec)
-    service.book = SignalCache(
-        store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.handle.model.named_parameters())
+    service.cache = SignalCache(
+        store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.access.model.named_parameters())
     )
     service.begin(301)
     assert np.array_equal(service.losses(rows), losses, equal_nan=True)
     assert np.array_equal(service.embeddings(rows, spec), vectors, equal_nan=True)
-    assert len(service.book.store.entries()) == 2
+    assert len(service.cache.store.entries()) == 2
     service.begin(302)  # another step, the same weights: found again
     service.losses(rows)
-    assert len(service.book.store.entries()) == 2
-    weight = service.handle.model.lm_head.weight
+    assert len(service.cache.store.entries()) == 2
+    weight = service.access.model.lm_head.weight
     with torch.no_grad():
         weight[0, 0] += 1.0
     service.begin(303)
     changed = service.losses(rows)
-    assert len(service.book.store.entries()) == 3
+    assert len(service.cache.store.entries()) == 3
     assert not np.array_equal(changed, losses, equal_nan=True)
     with torch.no_grad():
         weight[0, 0] -= 1.0
-    service.book = SignalCache()
+    service.cache = SignalCache()
 
 
 def test_a_pass_touches_nothing(service):
-    model = service.handle.model
+    model = service.access.model
     model.train()
     model.model.layers[0].eval()  # a mixed mode must come back as it was
     for parameter in model.parameters():
@@ -241,7 +245,7 @@ def test_a_pass_touches_nothing(service):
 
 
 def test_preserved_restores_after_an_error(service):
-    model = service.handle.model
+    model = service.access.model
     model.train()
 
     def fails():
@@ -261,7 +265,7 @@ def test_an_untrained_probe_changes_nothing_and_training_lowers_the_target_loss(
     same = service.adapted_losses(rows, towards="goal", depth_steps=0, learning_rate=0.1, rank=2, alpha=4.0)
     np.testing.assert_array_equal(plain, same)
     # The target scored as if it were the pool: its losses must fall.
-    twin = SignalService(handle=service.handle, train=service.targets["goal"], targets=service.targets, seed=5)
+    twin = tiny.again(service, train=service.access.targets["goal"], targets=service.access.targets, seed=5)
     before = np.nanmean(twin.losses(np.arange(6)))
     after = np.nanmean(
         twin.adapted_losses(np.arange(6), towards="goal", depth_steps=20, learning_rate=0.05, rank=2, alpha=4.0)
@@ -293,6 +297,6 @@ def test_a_sweep_scores_repeated_rows_and_reports_progress(monkeypatch):
     def tokens(batch):
         return batch["attention_mask"].sum(dim=1).float()
 
-    assert vector_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
+    assert row_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
     assert seen[-1] == ("a test", 4, 4)
-    assert vector_pass(sweep([], []), tokens, ()).shape == (0,)
+    assert row_pass(sweep([], []), tokens, ()).shape == (0,)

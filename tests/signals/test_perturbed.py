@@ -12,18 +12,16 @@ from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.rng import rademacher
 from dataflex.selectors.zeroth import central_difference
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.moved import moved
-from dataflex.signals.service import SignalService
-from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
+from tests.signals.tiny import asking, assert_same, collate, llama, lora, make_rows, snapshot
 
 
 def service(model, rows, autocast=contextlib.nullcontext):
     def corpus(name):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
-    handle = ModelAccess(model=model, collate=collate, autocast=autocast, device=torch.device("cpu"), token_budget=24)
-    return SignalService(handle=handle, train=corpus("pool"), targets={"goal": corpus("goal")}, seed=0)
+    return asking(model, corpus("pool"), {"goal": corpus("goal")}, autocast=autocast, token_budget=24)
 
 
 def bits(model):

@@ -7,15 +7,15 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from dataflex.signals.service import SignalService
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import GradientSpec, WeightedAnswer
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.policy import answers_digest
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec, WeightedAnswer
 from dataflex.signals.store import ArrayStore
 from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
 
@@ -142,7 +142,7 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
 def test_answers_are_kept_by_all_that_they_say(tmp_path):
     model = llama()
     book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters()))
-    signals, _ = service(model, book=book)
+    signals, _ = service(model, cache=book)
     spec = GradientSpec(precondition="none")
     first = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
     heavier = [WeightedAnswer(prompt=GOOD[0].prompt, answer=GOOD[0].answer, weight=0.75, group=0), *GOOD[1:]]
@@ -150,7 +150,7 @@ def test_answers_are_kept_by_all_that_they_say(tmp_path):
     assert not np.array_equal(
         first, signals.answer_scores(np.arange(8), spec, answers={"good": heavier}), equal_nan=True
     )
-    again, _ = service(model, book=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
+    again, _ = service(model, cache=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
     np.testing.assert_array_equal(first, again.answer_scores(np.arange(8), spec, answers={"good": GOOD}))
 
 

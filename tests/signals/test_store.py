@@ -17,8 +17,7 @@ import pytest
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.signals import store as module
-from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass, package_versions
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass, package_versions
 from dataflex.state import MANIFEST, owner
 from tests.signals import store_worker
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 def key(**changes):
     fields = {"model": "m@7", "data": "d1", "method": "Token losses", "parameters": {"el2n": True, "sizes": (1, 2)}}
-    return Fingerprint(**{**fields, **changes})
+    return CacheKey(**{**fields, **changes})
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def test_parts_of_several_ranks_and_sessions_are_merged(store, monkeypatch):
     assert not work.done_at_start.any()
     work.record(np.array([4, 1]), want[[4, 1]])
     work.close()
-    monkeypatch.setattr(module, "_on_rank_0", lambda do: do())
+    monkeypatch.setattr(comm, "on_one_rank", lambda _what, do, _told: do())
     as_rank(monkeypatch, 3)
     work = ResumablePass(store, key(), shape=(6, 2), dtype=np.float16)
     assert work.done_at_start.tolist() == [False, True, False, False, True, False]

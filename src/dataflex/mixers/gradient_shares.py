@@ -16,7 +16,7 @@ from dataflex.errors import DataError
 from dataflex.method import Card, Context, Mix, Needs, State
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, require
 from dataflex.plan.proportions import RunningMean, exponentiated, normalized, shares, softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
@@ -55,8 +55,8 @@ def domain_gradients(
     Args:
         ctx: The decision's context; its targets are compared with too.
         rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
-        parameters: As in ``GradientSpec``.
-        last_blocks: As in ``GradientSpec``.
+        parameters: As in ``GradientProducts``.
+        last_blocks: As in ``GradientProducts``.
 
     Raises:
         DataError: None of the rows drawn of a domain has a finite gradient.
@@ -66,7 +66,8 @@ def domain_gradients(
     for k in range(len(names)):
         rows = ctx.domains.rows(k)
         drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
-    spec = GradientSpec(
+    signal = GradientProducts(
+        targets=ctx.targets,
         precondition="none",
         include_momentum=False,
         normalize=False,
@@ -74,7 +75,7 @@ def domain_gradients(
         last_blocks=last_blocks,
     )
     everything = np.concatenate(drawn)
-    scores, gram = ctx.signals.gradient_products(everything, spec, targets=ctx.targets)
+    scores, gram = signal.split(ctx.signals(signal, everything))
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
     owner = np.repeat(np.arange(len(names)), [len(rows) for rows in drawn])
     known = np.isfinite(gram.diagonal())

@@ -12,6 +12,7 @@ from dataflex.errors import DataError
 from dataflex.method import Card, Context, Needs, State
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, check_targets, held_out_losses, require
 from dataflex.plan.proportions import exponentiated, numbers_by_domain
+from dataflex.signals.kinds import GateLoads
 
 __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 
@@ -186,7 +187,7 @@ class DynamicMoe(ExponentiatedMixer):
         loads = []
         for name in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-            summed = np.asarray(ctx.signals.gate_loads(rows, target=name), dtype=np.float64).sum(axis=0)
+            summed = np.asarray(ctx.signals(GateLoads(), rows, target=name), dtype=np.float64).sum(axis=0)
             if not (summed.sum(axis=1) > 0).all():
                 raise DataError(f"dynamic.mixer.targets: {name!r} has no tokens that experts could be chosen for")
             loads.append(summed)

@@ -14,12 +14,12 @@ from torch import nn
 
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 from dataflex.plan.domains import Rows
+from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
 from dataflex.signals.other_models import files_identity
 from dataflex.signals.packing import real_tokens
-from dataflex.signals.kinds import Embedding
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
 
@@ -30,11 +30,11 @@ __all__ = [
     "TransformersEncoder",
     "embed_batch",
     "embedding_size",
-    "text_sweep",
     "hidden_states",
     "load_encoder",
     "pool",
     "pool_documents",
+    "text_sweep",
 ]
 
 _IGNORE = -100
@@ -172,6 +172,9 @@ def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> tor
     Packed rows are pooled as a whole.
     """
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
+
+
+_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
 class EncoderError(DataFlexError):

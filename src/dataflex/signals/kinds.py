@@ -360,7 +360,9 @@ class Embedding(Signal):
         from dataflex.signals.embeddings import text_sweep
 
         tokenizer = access.known_tokenizer("embeddings by another model")
-        return text_sweep(access.corpus(target), rows, tokenizer, token_budget=access.token_budget, device=access.device)
+        return text_sweep(
+            access.corpus(target), rows, tokenizer, token_budget=access.token_budget, device=access.device
+        )
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
@@ -478,11 +480,11 @@ class _GradientSignal(GradientSpec, Signal):
     backward = 1.0
     autocast = False  # the engine enters it around the losses only
 
-    def state(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def state(self, access: ModelAccess) -> dict[str, Any]:
         return {"moments": self._scorers(access).moments_identity()}
 
     @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
         scorers = self._scorers(access)
         scorer = self._scorer(scorers, access)
         with scorers.engine.observing():

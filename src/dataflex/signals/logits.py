@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.losses import chunk_tokens, entropies, model_inputs
-from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
-from dataflex.signals.packing import document_ids, real_tokens
 from dataflex.signals.kinds import LogitFeatures
+from dataflex.signals.losses import chunk_tokens, model_inputs
+from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
+from dataflex.signals.packing import real_tokens
 from dataflex.signals.sweep import preserve_state
 
 __all__ = [

@@ -62,9 +62,7 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
 
 
 @contextmanager
-def perturbed(
-    access: ModelAccess, pattern: str | None, *, seed: int, direction: int, epsilon: float
-) -> Iterator[None]:
+def perturbed(access: ModelAccess, pattern: str | None, *, seed: int, direction: int, epsilon: float) -> Iterator[None]:
     """Move the parameters whose names match ``pattern`` (None: all trainable ones) for the length of a block.
 
     Mixed precision is off inside, since it would round the step away.

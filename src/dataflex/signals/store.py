@@ -17,7 +17,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -33,7 +33,7 @@ from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.state import MANIFEST, atomic_write_text, is_left, is_unfinished, owner, verify_directory, write_directory
 
-__all__ = ["ArrayStore", "Entry", "CacheKey", "ResumablePass", "package_versions"]
+__all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
 
 _PACKAGES = (
     "accelerate",

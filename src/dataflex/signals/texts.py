@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +22,7 @@ __all__ = [
     "Segments",
     "TokenRow",
     "collate_segments",
-        "row_texts",
+    "row_texts",
     "row_tokens",
     "segment_sweep",
     "token_rows",

@@ -181,7 +181,7 @@ class FakeSignals(OldCalls):
         return self._adapted.get(signal.towards, self._losses * np.float32(0.9))[rows]
 
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
-        """Functions that are linear with the rows' gradients."""
+        """Return functions that are linear with the rows' gradients."""
         gradients = (self._gradients if target is None else self._target_rows(target))[rows]
         signs = rademacher(signal.seed, "fake", signal.direction, gradients.shape[1])
         base = self._losses[rows] if target is None else 1.0
@@ -192,7 +192,7 @@ class FakeSignals(OldCalls):
         return np.column_stack([np.float32(10) * losses, 100 * _circle(losses)])
 
     def _gate_loads(self, signal: kinds.GateLoads, rows: Rows, target: str | None) -> ArrayLike:
-        """Two experts in one layer."""
+        """Return two experts in one layer."""
         share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
         return np.stack([share, 1.0 - share], axis=1)[:, None, :]
 
@@ -205,7 +205,7 @@ class FakeSignals(OldCalls):
         return products
 
     def _gradient_sketches(self, signal: kinds.GradientSketches, rows: Rows, target: str | None) -> ArrayLike:
-        """Filled up with zeros, or projected where ``dim`` is too small."""
+        """Fill up with zeros, or project where ``dim`` is too small."""
         whole = (self._gradients if target is None else self._target_rows(target))[rows]
         width = whole.shape[1]
         matrix = np.eye(width, signal.dim)
@@ -225,7 +225,7 @@ class FakeSignals(OldCalls):
     def _response_gradient_scores(
         self, signal: kinds.ResponseGradientScores, rows: Rows, target: str | None
     ) -> ArrayLike:
-        """Towards weighted sums of ``answer_gradient``."""
+        """Compare with weighted sums of ``answer_gradient``."""
         given = signal.responses.values()
         aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in responses) for responses in given])
         ours = self._gradients[rows]

@@ -25,7 +25,7 @@ from dataflex.method import Rows, State
 from dataflex.rng import stream
 from dataflex.signals.logits import TokenScorer
 from dataflex.signals.other_models import KEY
-from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Sweep
 from dataflex.signals.token_store import (
     KEPT_DTYPE,
@@ -58,7 +58,7 @@ class ReferencePasses:
     """
 
     lengths: NDArray[np.int64]
-    key: Fingerprint
+    key: CacheKey
     store: Path
     sweep: Callable[[Rows], Sweep]
     scorer: Callable[[], TokenScorer]

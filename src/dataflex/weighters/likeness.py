@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter, WeighterParams
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class Anchors:
         refresh_steps: Optimizer steps between two passes over the targets.
     """
 
-    def __init__(self, method: str, spec: EmbeddingSpec, refresh_steps: int) -> None:
+    def __init__(self, method: str, spec: Embedding, refresh_steps: int) -> None:
         self._method, self.spec, self._every = method, spec, refresh_steps
         self.mean: NDArray[np.float32] | None = None
 
@@ -45,7 +45,7 @@ class Anchors:
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-            found = ctx.signals.embeddings(rows, self.spec, target=target) if len(rows) else np.zeros((0, 1))
+            found = ctx.signals(self.spec, rows, target=target) if len(rows) else np.zeros((0, 1))
             usable = found[np.isfinite(found).all(axis=1)]
             if not len(usable):
                 raise DataError(
@@ -139,7 +139,7 @@ class Adapt(Weighter):
         super().__init__(params)
         self._anchors = Anchors(
             self.name,
-            EmbeddingSpec(layer=params.layer, completion_only=params.completion_only),
+            Embedding(layer=params.layer, completion_only=params.completion_only),
             params.refresh_steps,
         )
 
@@ -154,7 +154,7 @@ class Adapt(Weighter):
         return "count"
 
     @property
-    def embedding(self) -> EmbeddingSpec | None:
+    def embedding(self) -> Embedding | None:
         """How rows in training are embedded: as the anchors are."""
         return self._anchors.spec
 
@@ -209,7 +209,7 @@ class AdaptByWords(Adapt):
         self._scores: NDArray[np.float32] | None = None
 
     @property
-    def embedding(self) -> EmbeddingSpec | None:
+    def embedding(self) -> Embedding | None:
         """No hidden states are looked at."""
         return None
 
@@ -340,7 +340,7 @@ class JointUpdateAware(Weighter):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        spec = EmbeddingSpec(
+        spec = Embedding(
             layer=params.layer,
             pooling=params.pooling,
             completion_only=params.completion_only,
@@ -354,7 +354,7 @@ class JointUpdateAware(Weighter):
         return "sample"
 
     @property
-    def embedding(self) -> EmbeddingSpec:
+    def embedding(self) -> Embedding:
         """How rows in training are embedded: as the anchors are."""
         return self._anchors.spec
 

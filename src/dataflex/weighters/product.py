@@ -30,7 +30,7 @@ from dataflex.weighters._lib import sequences_of
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.specs import EmbeddingSpec
+    from dataflex.signals.kinds import Embedding
 
 __all__ = ["Factor", "Product", "combination_problems"]
 
@@ -168,7 +168,7 @@ class Product(Weighter):
         return all(factor.reference_cached for factor in self.factors if factor.reference is not None)
 
     @property
-    def embedding(self) -> EmbeddingSpec | None:
+    def embedding(self) -> Embedding | None:
         """How sequences are embedded, for the factors that look at it."""
         return next((factor.embedding for factor in self.factors if factor.embedding is not None), None)
 
