@@ -163,5 +163,5 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
     got = service.embeddings(np.array([2, 0, 3]), spec, encoder=str(bert))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=APART * np.abs(wanted).max())
     assert service.embeddings(np.array([1]), spec, target="goal", encoder=str(bert)).shape == (1, 16)
-    assert len(service.access._encoders) == 1
+    assert len(service.access.loaded) == 1
     assert service.seconds > 0

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from dataflex.signals.service import SignalService
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import GradientSpec
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
 from tests.signals.gradients.small import build, flat, oracle, ragged
+from tests.signals.tiny import again, asking
 
 
 class Rows:
@@ -65,18 +65,9 @@ def setting(request):
     def corpus(rows, name):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
-    service = SignalService(
-        handle=ModelAccess(
-            model=model,
-            collate=collate,
-            autocast=contextlib.nullcontext,
-            device=torch.device("cpu"),
-            token_budget=24,
-            optimizer=lambda: optimizer,
-        ),
-        train=corpus(pool, "pool"),
-        targets={"near": corpus(near, "near"), "far": corpus(far, "far")},
-        seed=0,
+    targets = {"near": corpus(near, "near"), "far": corpus(far, "far")}
+    service = asking(
+        model, corpus(pool, "pool"), targets, collate=collate, token_budget=24, optimizer=lambda: optimizer
     )
     gradients = {
         name: flat(oracle(model, collate(rows.rows))).double().numpy()
@@ -150,14 +141,12 @@ def test_scores_equal_one_row_at_a_time(setting, name):
 
 def test_a_row_that_is_the_target_scores_one(setting):
     service, _, _ = setting
-    twin = again(
-        service, train=service.access.targets["near"], targets={"self": service.access.targets["near"]}, seed=0
-    )
+    twin = again(service, train=service.access.targets["near"], targets={"self": service.access.targets["near"]})
     spec = GradientSpec(precondition="none", mean_of_cosines=False)
     for row in range(3):
         alone = Corpus(dataset=Rows.__new__(Rows), lengths=twin.access.train.lengths[row : row + 1])
         alone.dataset.rows = [twin.access.train.dataset.rows[row]]
-        twin.access.targets = {"self": alone}
+        twin.access = replace(twin.access, targets={"self": alone})
         twin.begin(100 + row)
         assert twin.gradient_scores(np.array([row]), spec, targets=("self",))[0, 0] == pytest.approx(1.0, abs=1e-5)
 
@@ -201,10 +190,7 @@ def test_stored_scores_depend_on_the_moments(setting, tmp_path):
     model = service.access.model
     twin = again(
         service,
-        train=service.access.train,
-        targets=service.access.targets,
-        seed=0,
-        cache=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
+        SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
     )
     twin.begin(1)
     first = twin.gradient_scores(rows, GradientSpec(), targets=("near",))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
-from dataflex.signals.service import SignalService
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
+from dataflex.signals.gradients.targets import answers_digest
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import GradientSpec, WeightedAnswer
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.policy import answers_digest
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
-from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
+from tests.signals.tiny import asking, assert_same, collate, llama, lora, make_rows, snapshot
 
 GOOD = [
     WeightedAnswer(prompt=[5, 6, 7], answer=[8, 2], weight=0.5, group=0),
@@ -30,16 +27,8 @@ OTHER = [WeightedAnswer(prompt=[3, 3], answer=[20, 21, 2], weight=-1.0, group=0)
 
 def service(model, budget=24, **options):
     rows = make_rows(8)
-    handle = ModelAccess(
-        model=model,
-        collate=collate,
-        autocast=contextlib.nullcontext,
-        device=torch.device("cpu"),
-        token_budget=budget,
-    )
-    return SignalService(
-        handle=handle, train=Corpus(dataset=rows, lengths=rows.lengths, identity="pool"), targets={}, seed=0, **options
-    ), rows
+    train = Corpus(dataset=rows, lengths=rows.lengths, identity="pool")
+    return asking(model, train, token_budget=budget, **options), rows
 
 
 def flat_gradient(model, loss):

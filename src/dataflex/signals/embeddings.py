@@ -14,12 +14,12 @@ from torch import nn
 
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
 from dataflex.signals.other_models import files_identity
 from dataflex.signals.packing import real_tokens
+from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
 
@@ -44,7 +44,7 @@ def pool(
     hidden_BTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor | None,
-    spec: Embedding,
+    spec: EmbeddingSpec,
 ) -> torch.Tensor:
     """Return one vector per row.
 
@@ -67,7 +67,7 @@ def pool(
 
 
 def pool_documents(
-    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: Embedding
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one vector per packed document.
 
@@ -103,7 +103,7 @@ def pool_documents(
 
 
 def _kept(
-    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
+    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
 ) -> torch.Tensor:
     batch, width = hidden_BTD.shape[:2]
     kept = torch.ones(batch, width, dtype=torch.bool, device=hidden_BTD.device) if mask is None else mask.ne(0)
@@ -114,7 +114,7 @@ def _kept(
     return kept
 
 
-def _weights(kept_BT: torch.Tensor, spec: Embedding) -> torch.Tensor:
+def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
     """Weights fp32 [B, T] that sum to 1 over the kept tokens of a row; NaN in rows without any."""
     place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
     count_B1 = kept_BT.sum(dim=1, keepdim=True)
@@ -128,7 +128,7 @@ def _weights(kept_BT: torch.Tensor, spec: Embedding) -> torch.Tensor:
     return raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
 
 
-def _finish(vectors_BD: torch.Tensor, spec: Embedding) -> torch.Tensor:
+def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
     if not spec.normalize:
         return vectors_BD
     norms = vectors_BD.norm(dim=1, keepdim=True)
@@ -149,7 +149,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
         batch: A collated batch on the device.
-        layer: See ``Embedding.layer``.
+        layer: See ``EmbeddingSpec.layer``.
 
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
@@ -166,7 +166,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     return seen[0]
 
 
-def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> torch.Tensor:
+def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
 
     Packed rows are pooled as a whole.
@@ -202,7 +202,7 @@ class TextEncoder:
 def load_encoder(
     model: str,
     *,
-    spec: Embedding | None = None,
+    spec: EmbeddingSpec | None = None,
     kind: Literal["auto", "transformers", "sentence_transformers"] = "auto",
     max_length: int = 512,
     token_budget: int = 16384,
@@ -232,7 +232,7 @@ def load_encoder(
     if kind == "auto":
         kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
     if kind == "sentence_transformers":
-        if spec is not None and spec != Embedding(normalize=spec.normalize):
+        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
             raise ConfigError(
                 f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
             )
@@ -247,7 +247,7 @@ def load_encoder(
         )
     return TransformersEncoder(
         model,
-        spec=spec or Embedding(),
+        spec=spec or EmbeddingSpec(),
         max_length=max_length,
         token_budget=token_budget,
         device=place,
@@ -263,7 +263,7 @@ class TransformersEncoder(TextEncoder):
         self,
         model: str,
         *,
-        spec: Embedding,
+        spec: EmbeddingSpec,
         max_length: int,
         token_budget: int,
         device: torch.device,

@@ -22,8 +22,8 @@ from dataflex import comm
 from dataflex.console import progress
 from dataflex.errors import ComponentError, DataError, UnsupportedError
 from dataflex.rng import uniforms
-from dataflex.signals.kinds import Generation, GenerationSpec
 from dataflex.signals.model_parts import anatomy, is_partitioned
+from dataflex.signals.specs import Generation, GenerationSpec
 from dataflex.signals.sweep import bucketed, preserve_state
 
 __all__ = ["Generation", "Generator", "pick_tokens"]

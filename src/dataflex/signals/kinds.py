@@ -9,17 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
+from dataflex.signals.specs import (
+    EmbeddingSpec,
+    Generation,
+    GenerationSpec,
+    GradientSpec,
+    LogitSpec,
+    Part,
+    Pooling,
+    WeightedAnswer,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from dataflex.plan.domains import Rows
+    from dataflex.signals.embeddings import TextEncoder
     from dataflex.signals.gradients.scorers import GradientScorers
     from dataflex.signals.model_access import ModelAccess
     from dataflex.signals.sweep import Sweep
@@ -49,9 +60,7 @@ __all__ = [
     "WeightedAnswer",
 ]
 
-Pooling = Literal["last", "mean", "weighted_mean", "first"]
-Part = Literal["all", "prompt", "completion"]
-"""Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
+_KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
 
 Scorer = Callable[[dict[str, Any]], "torch.Tensor"]
 """Collated batch on the device -> one value per row [b, *tail], NaN where a row has none."""
@@ -310,40 +319,16 @@ class PerturbedLoss(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(Signal):
+class Embedding(EmbeddingSpec, Signal):
     """One vector per row [n, D]: pooled hidden states; NaN where there is nothing to pool.
 
     Attributes:
-        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
-            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
-        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
-            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
-            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
-        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
-        normalize: Divide by the L2 norm; a zero vector stays zero.
         encoder: Folder or hub id of another model, which reads the rows' text; None means the model under training.
-
-    Raises:
-        ConfigError: Unknown pooling, or a layer that is not an integer.
     """
 
     name = "embeddings"
     needs = "embeddings"
-    layer: int = -1
-    pooling: Pooling = "weighted_mean"
-    completion_only: bool = False
-    normalize: bool = True
     encoder: str | None = None
-
-    def __post_init__(self) -> None:
-        known = get_args(Pooling)
-        problems = []
-        if self.pooling not in known:
-            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
-            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
-        if problems:
-            raise ConfigError(problems)
 
     @property
     def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
@@ -352,7 +337,7 @@ class Embedding(Signal):
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         from dataflex.signals.embeddings import embedding_size
 
-        return (embedding_size(access.model) if self.encoder is None else access.encoder(self).dimension,)
+        return (embedding_size(access.model) if self.encoder is None else self._encoder(access).dimension,)
 
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
         if self.encoder is None:
@@ -369,9 +354,20 @@ class Embedding(Signal):
         from dataflex.signals.embeddings import embed_batch
 
         if self.encoder is not None:
-            yield access.encoder(self).score
+            yield self._encoder(access).score
         else:
             yield lambda batch: embed_batch(access.model, batch, self)
+
+    def _encoder(self, access: ModelAccess) -> TextEncoder:
+        """Return the encoder, loaded once."""
+        from dataflex.signals.embeddings import load_encoder
+
+        assert self.encoder is not None
+        if self not in access.loaded:
+            spec = EmbeddingSpec(**{name: value for name, value in vars(self).items() if name != "encoder"})
+            access.loaded[self] = load_encoder(self.encoder, spec=spec, device=access.device)
+        encoder: TextEncoder = access.loaded[self]
+        return encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,28 +394,15 @@ class GateLoads(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitFeatures(Signal):
+class LogitFeatures(LogitSpec, Signal):
     """What a training row's logits span, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
 
     The values [n, 1 + rows * columns] are the nuclear norm (sum of the singular values), and a sketch: distances of
     sketches estimate those of the logits, up to a common factor. NaN for rows without supervised tokens.
-
-    Attributes:
-        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
-            padding.
-        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
-        rows: Positions' side of the sketch.
-        columns: Vocabulary's side of the sketch.
-        seed: Seed of the sketch.
     """
 
     name = "logits"
     needs = "logits"
-    tokens: Literal["completion", "all"] = "completion"
-    per_length: bool = False
-    rows: int = 8
-    columns: int = 128
-    seed: int = 0
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (1 + self.rows * self.columns,)
@@ -432,39 +415,6 @@ class LogitFeatures(Signal):
         from dataflex.signals.logits import LogitReader, LogitScorer
 
         yield LogitScorer(LogitReader(access.model), self, access.longest)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSpec:
-    """Which gradients of rows are looked at, and how they are compared.
-
-    Attributes:
-        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
-            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
-            ``sign`` or ``none``. Target rows stay plain.
-        include_momentum: Keep Adam's momentum term, which all rows share.
-        normalize: Whether scores are cosines rather than inner products.
-        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
-            or the cosine with its mean gradient (the paper's text).
-        parameters: Regular expression searched for in parameter names; None: all trainable ones.
-        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
-        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
-        sketch_seed: Seed of the sketch.
-        bf16: Run the passes in bfloat16 autocast.
-        forward_mode: Take ``GradientScores`` by forward-mode differentiation along the targets' mean gradients:
-            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
-    """
-
-    precondition: str = "true_adam"
-    include_momentum: bool = True
-    normalize: bool = True
-    mean_of_cosines: bool = True
-    parameters: str | None = None
-    last_blocks: int | None = None
-    sketch_size: int | None = None
-    sketch_seed: int = 0
-    bf16: bool = False
-    forward_mode: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -517,7 +467,14 @@ class GradientScores(_GradientSignal):
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        return scorers.towards(access.target_gradients(scorers, self))
+        aims = [access.data_identity(name) for name in self.targets]
+        key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
+        vectors = access.for_decision.get(key)
+        if vectors is None:
+            vectors = scorers.target_vectors([access.target_sweep(name) for name in self.targets])
+            if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
+                access.for_decision[key] = vectors
+        return scorers.towards(vectors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -593,23 +550,6 @@ class GradientProducts(_GradientSignal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightedAnswer:
-    """A response whose gradient counts, as in a policy gradient.
-
-    Attributes:
-        prompt: Token ids before the response, at least one.
-        answer: Token ids of the response, at least one; all are supervised.
-        weight: Factor of the gradient of -log p(response | prompt), which is summed over the response's tokens.
-        group: Responses of equal group are added up to one vector.
-    """
-
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    weight: float
-    group: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResponseGradientScores(_GradientSignal):
     """How far a step on each training row goes along the gradient of weighted responses [n, len(responses)].
 
@@ -659,61 +599,3 @@ def _segment_means(access: ModelAccess, model: str | None) -> Iterator[Scorer]:
         with access.scorer(model).loaded(access.device) as other:
             theirs = TokenScorer(other)
             yield lambda batch: theirs(batch).sums()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSpec:
-    """How the model under training is sampled from.
-
-    Attributes:
-        max_new_tokens: Number of tokens generated at most per sample.
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
-        top_k: Likeliest tokens kept; 0 keeps all.
-        num_samples: Samples per prompt.
-        seed: Seed of the draws. A draw depends on (seed, prompt id, sample, position) only: neither the
-            batch nor the number of ranks changes it.
-
-    Raises:
-        ConfigError: A value out of its range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_samples: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("num_samples", 1 <= self.num_samples < 2**20, "between 1 and 1,048,575"),
-        )
-        problems = [
-            f"{name}: must be {wanted}, found {getattr(self, name)!r}" for name, holds, wanted in rules if not holds
-        ]
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One sample.
-
-    Attributes:
-        prompt: Position of its prompt in the list asked for.
-        sample: 0 .. num_samples - 1.
-        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
-        text: The tokens as text, special tokens left out.
-        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
-    """
-
-    prompt: int
-    sample: int
-    token_ids: tuple[int, ...]
-    text: str
-    finished: bool

@@ -15,10 +15,10 @@ from torch import nn
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.kinds import LogitFeatures
 from dataflex.signals.losses import chunk_tokens, model_inputs
 from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
 from dataflex.signals.packing import real_tokens
+from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
 __all__ = [
@@ -262,7 +262,7 @@ class LogitScorer:
         length: Tokens of the longest row.
     """
 
-    def __init__(self, reader: LogitReader, spec: LogitFeatures, length: int) -> None:
+    def __init__(self, reader: LogitReader, spec: LogitSpec, length: int) -> None:
         self._reader, self._spec = reader, spec
         self._sketch = LogitSketch(length, spec.rows, spec.columns, spec.seed)
 

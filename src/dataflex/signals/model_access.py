@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,15 +17,9 @@ from dataflex.signals.other_models import Scorer
 from dataflex.signals.sweep import Sweep
 
 if TYPE_CHECKING:
-    from dataflex.signals.embeddings import TextEncoder
-    from dataflex.signals.gradients.consumers import TargetVectors
-    from dataflex.signals.gradients.scorers import GradientScorers
-    from dataflex.signals.kinds import Embedding, GradientScores
     from dataflex.signals.texts import Cut
 
 __all__ = ["Corpus", "ModelAccess"]
-
-_KEPT_NUMBERS = 2**28  # targets of more numbers (1 GiB in fp32) are made anew by every call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +55,8 @@ class ModelAccess:
         learning_rate: Gives the learning rate of the next step.
         backend: "zero" under DeepSpeed, else "plain".
         release: Lets go of parameters that a pass left gathered under ZeRO-3.
+        loaded: Other models, by how they were asked for.
+        for_decision: What signals keep until the next optimizer step, such as mean gradients of targets.
     """
 
     model: torch.nn.Module
@@ -76,9 +72,8 @@ class ModelAccess:
     learning_rate: Callable[[], float] = lambda: 0.0
     backend: str = "plain"
     release: Callable[[], None] | None = None
-    _scorers: dict[str, Scorer] = field(default_factory=dict, repr=False)
-    _encoders: dict[Embedding, TextEncoder] = field(default_factory=dict, repr=False)
-    _gradients: dict[str, TargetVectors] = field(default_factory=dict, repr=False)
+    loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)
+    for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)
 
     def corpus(self, target: str | None) -> Corpus:
         """Return the rows of a target, or the training rows for None.
@@ -130,40 +125,16 @@ class ModelAccess:
         from dataflex.signals.texts import segment_sweep
 
         self.known_tokenizer(what)
-        return segment_sweep(replace(self.sweep(rows, target, what), rows=rows), cut)
+        return segment_sweep(self.sweep(rows, target, what), cut)
 
     def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
         """Return a pass over some rows of a target, or over all of them, for gradients."""
         everyone = np.arange(len(self.corpus(target).lengths), dtype=np.int64)
         return self.sweep(everyone if rows is None else rows, target, "gradients")
 
-    def target_gradients(self, scorers: GradientScorers, signal: GradientScores) -> TargetVectors:
-        """Return the mean gradients of targets, made once in a decision (collective)."""
-        aims = [self.data_identity(name) for name in signal.targets]
-        key = repr((aims, signal.parameters, signal.last_blocks, signal.bf16, scorers.mean_of_cosines))
-        vectors = self._gradients.get(key)
-        if vectors is None:
-            vectors = scorers.target_vectors([self.target_sweep(name) for name in signal.targets])
-            if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
-                self._gradients[key] = vectors
-        return vectors
-
-    def forget_gradients(self) -> None:
-        """Let go of the mean gradients of targets, which the next optimizer step makes stale."""
-        self._gradients.clear()
-
     def scorer(self, name: str) -> Scorer:
         """Return another causal model by folder or hub id; its weights are loaded for each pass only."""
-        if name not in self._scorers:
-            self._scorers[name] = Scorer(name, self.known_tokenizer(f"model {name}"))
-        return self._scorers[name]
-
-    def encoder(self, signal: Embedding) -> TextEncoder:
-        """Return the encoder that an embedding names, loaded once."""
-        from dataflex.signals.embeddings import load_encoder
-
-        assert signal.encoder is not None
-        if signal not in self._encoders:
-            plain = replace(signal, encoder=None)
-            self._encoders[signal] = load_encoder(signal.encoder, spec=plain, device=self.device)
-        return self._encoders[signal]
+        if name not in self.loaded:
+            self.loaded[name] = Scorer(name, self.known_tokenizer(f"model {name}"))
+        scorer: Scorer = self.loaded[name]
+        return scorer

@@ -22,9 +22,10 @@ from dataflex import comm
 from dataflex.plan.domains import Rows
 from dataflex.signals.cache import SignalCache, SignalValue, rows_digest
 from dataflex.signals.generate import Generator
-from dataflex.signals.kinds import Generation, GenerationSpec, Part, Signal
+from dataflex.signals.kinds import Signal
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.old_calls import OldCalls
+from dataflex.signals.specs import Generation, GenerationSpec, Part
 from dataflex.signals.sweep import preserve_state, row_pass
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.state import State
@@ -57,12 +58,12 @@ class SignalRunner(OldCalls):
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""
         self.seconds = self.forward_rows = self.backward_rows = 0.0
-        self.access.forget_gradients()
+        self.access.for_decision.clear()
         self.cache.begin(step)
 
     def end(self) -> None:
         """Let go of what only this decision needed."""
-        self.access.forget_gradients()
+        self.access.for_decision.clear()
         told = "step %d: signals took %.1f s: %.0f forward and %.0f backward passes of rows"
         logger.debug(told, self.cache.step, self.seconds, self.forward_rows, self.backward_rows)
 

@@ -1,8 +1,12 @@
-"""Names of before that selectors still import; goes with their conversion."""
+"""What signals and generations are asked for: plain settings without torch."""
 
-from dataflex.signals.kinds import Embedding as EmbeddingSpec
-from dataflex.signals.kinds import Generation, GenerationSpec, GradientSpec, Part, Pooling, WeightedAnswer
-from dataflex.signals.kinds import LogitFeatures as LogitSpec
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dataflex.errors import ConfigError, did_you_mean
 
 __all__ = [
     "EmbeddingSpec",
@@ -14,3 +18,168 @@ __all__ = [
     "Pooling",
     "WeightedAnswer",
 ]
+
+Pooling = Literal["last", "mean", "weighted_mean", "first"]
+Part = Literal["all", "prompt", "completion"]
+"""Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """How the hidden states of a row become one vector.
+
+    Attributes:
+        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
+            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
+        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
+            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
+            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
+        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
+        normalize: Divide by the L2 norm; a zero vector stays zero.
+
+    Raises:
+        ConfigError: Unknown pooling, or a layer that is not an integer.
+    """
+
+    layer: int = -1
+    pooling: Pooling = "weighted_mean"
+    completion_only: bool = False
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        known = get_args(Pooling)
+        problems = []
+        if self.pooling not in known:
+            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
+            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSpec:
+    """What is made of a row's logits, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
+
+    Attributes:
+        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
+            padding.
+        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
+        rows: Positions' side of the sketch.
+        columns: Vocabulary's side of the sketch.
+        seed: Seed of the sketch.
+    """
+
+    tokens: Literal["completion", "all"] = "completion"
+    per_length: bool = False
+    rows: int = 8
+    columns: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpec:
+    """Which gradients of rows are looked at, and how they are compared.
+
+    Attributes:
+        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
+            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
+            ``sign`` or ``none``. Target rows stay plain.
+        include_momentum: Keep Adam's momentum term, which all rows share.
+        normalize: Whether scores are cosines rather than inner products.
+        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
+            or the cosine with its mean gradient (the paper's text).
+        parameters: Regular expression searched for in parameter names; None: all trainable ones.
+        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
+        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
+        sketch_seed: Seed of the sketch.
+        bf16: Run the passes in bfloat16 autocast.
+        forward_mode: Take ``GradientScores`` by forward-mode differentiation along the targets' mean gradients:
+            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
+    """
+
+    precondition: str = "true_adam"
+    include_momentum: bool = True
+    normalize: bool = True
+    mean_of_cosines: bool = True
+    parameters: str | None = None
+    last_blocks: int | None = None
+    sketch_size: int | None = None
+    sketch_seed: int = 0
+    bf16: bool = False
+    forward_mode: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAnswer:
+    """A response whose gradient counts, as in a policy gradient.
+
+    Attributes:
+        prompt: Token ids before the response, at least one.
+        answer: Token ids of the response, at least one; all are supervised.
+        weight: Factor of the gradient of -log p(response | prompt), which is summed over the response's tokens.
+        group: Responses of equal group are added up to one vector.
+    """
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    weight: float
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSpec:
+    """How the model under training is sampled from.
+
+    Attributes:
+        max_new_tokens: Number of tokens generated at most per sample.
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+        top_k: Likeliest tokens kept; 0 keeps all.
+        num_samples: Samples per prompt.
+        seed: Seed of the draws. A draw depends on (seed, prompt id, sample, position) only: neither the
+            batch nor the number of ranks changes it.
+
+    Raises:
+        ConfigError: A value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("num_samples", 1 <= self.num_samples < 2**20, "between 1 and 1,048,575"),
+        )
+        problems = [
+            f"{name}: must be {wanted}, found {getattr(self, name)!r}" for name, holds, wanted in rules if not holds
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One sample.
+
+    Attributes:
+        prompt: Position of its prompt in the list asked for.
+        sample: 0 .. num_samples - 1.
+        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
+        text: The tokens as text, special tokens left out.
+        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
+    """
+
+    prompt: int
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    finished: bool

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.kinds import Part
+from dataflex.signals.specs import Part
 from dataflex.signals.sweep import Sweep
 
 __all__ = [

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
-from dataflex.signals.kinds import Embedding
 from dataflex.signals.packing import document_ids
+from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["embedded"]
 
 
 def embedded(
-    hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: Embedding
+    hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: EmbeddingSpec
 ) -> torch.Tensor:
     """Return a vector for each sequence, fp32 [B, D], without gradient; zeros where there is nothing to pool.
 
