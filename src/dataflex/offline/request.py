@@ -11,10 +11,14 @@ from typing import Any
 
 from dataflex.checkpoints import broken_reason
 from dataflex.config.build import load_plugins
-from dataflex.config.check_data import column_problems, data_set_problems
-from dataflex.config.check_models import other_model_problems
-from dataflex.config.check_run import model_problems, reference_problems, setting_problems, stage_problems
-from dataflex.config.check_targets import by_target_problems, target_problems
+from dataflex.config.check import (
+    model_problems,
+    other_model_problems,
+    reference_problems,
+    setting_problems,
+    stage_problems,
+)
+from dataflex.config.check_data import by_target_problems, column_problems, data_set_problems, target_problems
 from dataflex.config.collect import collect, values
 from dataflex.config.data import Source, data_sets
 from dataflex.config.load import ENDINGS, load_mapping, merged

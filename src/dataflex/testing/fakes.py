@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,8 +17,17 @@ from dataflex.plan.domains import Domains, DomainStats
 from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
 from dataflex.signals import kinds
-from dataflex.signals.kinds import Generation, GenerationSpec, Part, Signal, WeightedAnswer
+from dataflex.signals.kinds import Signal
 from dataflex.signals.old_calls import OldCalls
+from dataflex.signals.specs import (
+    EmbeddingSpec,
+    Generation,
+    GenerationSpec,
+    GradientSpec,
+    LogitSpec,
+    Part,
+    WeightedAnswer,
+)
 
 __all__ = [
     "Call",
@@ -122,7 +131,10 @@ class FakeSignals(OldCalls):
 
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
         """Return what was given for the type of ``signal``, float32 [len(rows), ...]."""
-        options = {**vars(signal), "target": target, "spec": signal}
+        options = {**vars(signal), "target": target}
+        for spec in (EmbeddingSpec, LogitSpec, GradientSpec):  # until selectors ask with signals
+            if isinstance(signal, spec):
+                options["spec"] = spec(**{part.name: options[part.name] for part in fields(spec)})
         self.calls.append(Call(signal=signal.needs, rows=rows, asked=signal, options=options))
         given = self._given[type(signal)]
         return np.asarray(given(signal, rows, target) if callable(given) else np.asarray(given)[rows], dtype=np.float32)
@@ -352,7 +364,6 @@ def example_stats(
         step=step,
         total_steps=total_steps,
         loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
-        square_sum=np.where(tokens_K > 0, losses_K, 0.0) ** 2 * tokens_K,
         excess_sum=excess_K * tokens_K,
         excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
         tokens=tokens_K,

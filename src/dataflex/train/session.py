@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Batch, Forecast
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.steps import Batch
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
@@ -25,8 +24,8 @@ from dataflex.signals.identity import inputs_identity, model_identity, precision
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
+from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.identity import Identity
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
