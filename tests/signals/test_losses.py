@@ -149,18 +149,18 @@ class Counted:
     """Counts the passes that a service makes."""
 
     def __init__(self, service):
-        self.passes, self._service, self._original = 0, service, service._sweep
+        self.passes, self._service, self._original = 0, service, service._compute
 
     def __enter__(self):
         def sweep(*args):
             self.passes += 1
             return self._original(*args)
 
-        self._service._sweep = sweep
+        self._service._compute = sweep
         return self
 
     def __exit__(self, *_):
-        self._service._sweep = self._original
+        self._service._compute = self._original
 
 
 def test_answers_are_shared_within_a_step(service):
