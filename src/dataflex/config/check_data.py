@@ -222,7 +222,7 @@ def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
         return None
     cls = selector.cls
     assert issubclass(cls, Selector)
-    return selector if cls.narrows else None
+    return selector if cls.selects_subset else None
 
 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:

@@ -160,7 +160,7 @@ class Forecast:
             return False
         kind = self.dynamic.selector.cls
         assert issubclass(kind, Selector)
-        return kind.narrows
+        return kind.selects_subset
 
     @property
     def pool(self) -> Pool | None:
