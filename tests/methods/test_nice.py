@@ -44,7 +44,7 @@ class Policy(FakeSignals):
         ]
 
     def answer_gradient(self, answer):
-        (action,) = answer.answer
+        (action,) = answer.response
         assert tuple(answer.prompt) == tuple(PROMPT)
         return self.p - np.eye(2)[action]  # of -log p
 
@@ -165,7 +165,7 @@ def test_token_means_divide_by_the_answers_length():
     assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
     summed = nice(Table(REWARDS), samples=2)._weighted(found)
     assert [one.weight for one in summed] == [0.5, -0.5]
-    assert [tuple(one.answer) for one in summed] == [(7, 8, 9, 2), (7, 2)]
+    assert [tuple(one.response) for one in summed] == [(7, 8, 9, 2), (7, 2)]
 
 
 # ---------------------------------------------------------------- bad rewards
@@ -218,7 +218,7 @@ def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog)
     (answers,) = [call.options["answers"]["target"] for call in signals.calls if "answers" in call.options]
     gains = advantages(np.array([1.0, 0.0, 1.0]), baseline="leave_one_out", standardize=False) / 3
     np.testing.assert_allclose([one.weight for one in answers], gains)
-    assert [tuple(one.answer) for one in answers] == [(0,), (1,), (0,)]
+    assert [tuple(one.response) for one in answers] == [(0,), (1,), (0,)]
     assert "1 of 4 answers to target target could not be graded and are left out: it fell over" in caplog.text
 
 
@@ -226,7 +226,7 @@ def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog)
 def test_rewards_that_are_not_finite_are_none(value):
     _, signals = ask([0, 1, 2], {**REWARDS, "2": value})
     (answers,) = [call.options["answers"]["target"] for call in signals.calls if "answers" in call.options]
-    assert [tuple(one.answer) for one in answers] == [(0,), (1,)]
+    assert [tuple(one.response) for one in answers] == [(0,), (1,)]
 
 
 def test_it_ends_when_nothing_can_be_graded_or_when_asked_to():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Context, Rows
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
-from dataflex.signals.specs import GenerationSpec
+from dataflex.signals.kinds import GenerationSpec
 
 __all__ = ["Answered", "ask_and_grade", "usable_prompts"]
 

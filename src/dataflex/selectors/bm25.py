@@ -22,7 +22,7 @@ from dataflex.method import Card, Context, Needs, Rows
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import Remembered, cut_words, no_words, pool_texts, target_words
 from dataflex.selectors.okapi import Okapi
-from dataflex.signals.specs import Part
+from dataflex.signals.kinds import Part
 
 __all__ = ["Bm25"]
 

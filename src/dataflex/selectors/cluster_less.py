@@ -24,7 +24,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
 
@@ -159,8 +159,7 @@ class ClusterLess(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = EmbeddingSpec(layer=p.layer, pooling="mean", completion_only=True)
-        found = ctx.signals.embeddings(pool, spec)
+        found = ctx.signals(Embedding(layer=p.layer, pooling="mean", completion_only=True), pool)
         if found.ndim != 2 or len(found) != len(pool):
             raise ComponentError(f"cluster_less: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
         places = np.flatnonzero(np.isfinite(found).all(axis=1))
@@ -195,13 +194,13 @@ class ClusterLess(Selector):
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
         of = np.repeat(np.arange(len(groups)), [len(part) for part in chosen])
         asked = rows[np.concatenate(chosen)]
-        spec = GradientSpec(
-            precondition=p.precondition,
-            mean_of_cosines=p.target_gradient == "mean_of_cosines",
-            parameters=p.parameters,
-            bf16=p.bf16,
-        )
-        cosines = ctx.signals.gradient_scores(asked, spec, targets=ctx.targets)
+        options: dict[str, Any] = {
+            "precondition": p.precondition,
+            "mean_of_cosines": p.target_gradient == "mean_of_cosines",
+            "parameters": p.parameters,
+            "bf16": p.bf16,
+        }
+        cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
         if cosines.shape != (len(asked), len(ctx.targets)):
             raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")
         known = np.isfinite(cosines).all(axis=1)
@@ -212,5 +211,5 @@ class ClusterLess(Selector):
             )
         sketches = None
         if p.renormalize and np.bincount(of[known]).max() > 1:
-            sketches = ctx.signals.gradient_sketches(asked[known], spec, dim=p.sketch_size)
+            sketches = ctx.signals(GradientSketches(dim=p.sketch_size, **options), asked[known])
         return cluster_means(cosines[known], of[known], len(groups), sketches)

@@ -20,6 +20,7 @@ from dataflex.method import Card, Context, Needs, Rows, State
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors.tacs import relative_gain
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["DeltaLoss", "window"]
 
@@ -85,7 +86,7 @@ class DeltaLoss(ScoringSelector):
         Raises:
             DataError: The data set is not the one that the first losses belong to.
         """
-        losses = ctx.signals.losses(pool)
+        losses = ctx.signals(TokenLoss(), pool)
         finite = np.isfinite(losses)
         falls = np.full(len(pool), np.nan)
         falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dataflex.method import Card, Context, Needs, Rows
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["Focus", "LossSelector", "focused", "log_weights"]
 
@@ -102,7 +103,7 @@ class LossSelector(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return losses [N]."""
-        return ctx.signals.losses(pool)
+        return ctx.signals(TokenLoss(), pool)
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by bucket."""

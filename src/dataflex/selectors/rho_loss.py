@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Needs, Rows, State
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["RhoLoss", "excess_losses"]
 
@@ -70,7 +71,7 @@ class RhoLoss(ScoringSelector):
             DataError: The data set is not the one that the irreducible losses belong to.
         """
         irreducible = self._reference_losses(pool, ctx)
-        return excess_losses(ctx.signals.losses(pool), irreducible)
+        return excess_losses(ctx.signals(TokenLoss(), pool), irreducible)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean excess of the rows kept and of all."""
@@ -92,7 +93,7 @@ class RhoLoss(ScoringSelector):
             )
         new = np.sort(pool[~self._known[pool]])
         if len(new):
-            self._irreducible[new] = ctx.signals.losses(new, model=self.params.reference, same_tokens=True)
+            self._irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self._known[new] = True
         return self._irreducible[pool]
 

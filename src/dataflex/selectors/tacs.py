@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError
 from dataflex.method import Card, Context, Needs, Rows
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 
 __all__ = ["Tacs", "relative_gain"]
 
@@ -84,7 +85,7 @@ class Tacs(ScoringSelector):
         Raises:
             ComponentError: The probe of a target diverged.
         """
-        start = ctx.signals.losses(pool)
+        start = ctx.signals(TokenLoss(), pool)
         if not np.isfinite(start).any():
             return np.full(len(pool), np.nan)  # no probe can tell them apart
         return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
@@ -95,14 +96,10 @@ class Tacs(ScoringSelector):
 
     def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
         p = self.params
-        adapted = ctx.signals.adapted_losses(
-            pool,
-            towards=target,
-            depth_steps=p.depth_steps,
-            learning_rate=p.learning_rate,
-            rank=p.rank,
-            alpha=p.alpha,
+        signal = AdaptedLoss(
+            towards=target, depth_steps=p.depth_steps, learning_rate=p.learning_rate, rank=p.rank, alpha=p.alpha
         )
+        adapted = ctx.signals(signal, pool)
         if adapted.shape != start.shape:
             raise ComponentError(
                 f"tacs: asked for the adapted losses of {len(pool):,} rows, was given shape {adapted.shape}"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import PerturbedLoss
 
 __all__ = ["Zeroth", "central_difference"]
 
@@ -132,8 +133,10 @@ class Zeroth(ScoringSelector):
     def _derivatives(self, rows: Rows, direction: int, ctx: Context, target: str | None) -> NDArray[np.float64]:
         p = self.params
         above, below = (
-            ctx.signals.perturbed_losses(
-                rows, seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters, target=target
+            ctx.signals(
+                PerturbedLoss(seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters),
+                rows,
+                target=target,
             )
             for step in (p.epsilon, -p.epsilon)
         )

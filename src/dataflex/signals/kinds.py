@@ -23,7 +23,7 @@ from dataflex.signals.specs import (
     LogitSpec,
     Part,
     Pooling,
-    WeightedAnswer,
+    WeightedResponse,
 )
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ __all__ = [
     "Scorer",
     "Signal",
     "TokenLoss",
-    "WeightedAnswer",
+    "WeightedResponse",
 ]
 
 _KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
@@ -564,7 +564,7 @@ class ResponseGradientScores(_GradientSignal):
     """
 
     name = "response gradient scores"
-    responses: Mapping[str, Sequence[WeightedAnswer]]
+    responses: Mapping[str, Sequence[WeightedResponse]]
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (len(self.responses),)

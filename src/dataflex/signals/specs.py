@@ -16,7 +16,7 @@ __all__ = [
     "LogitSpec",
     "Part",
     "Pooling",
-    "WeightedAnswer",
+    "WeightedResponse",
 ]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
@@ -111,18 +111,18 @@ class GradientSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightedAnswer:
+class WeightedResponse:
     """A response whose gradient counts, as in a policy gradient.
 
     Attributes:
         prompt: Token ids before the response, at least one.
-        answer: Token ids of the response, at least one; all are supervised.
+        response: Token ids of the response, at least one; all are supervised.
         weight: Factor of the gradient of -log p(response | prompt), which is summed over the response's tokens.
         group: Responses of equal group are added up to one vector.
     """
 
     prompt: Sequence[int]
-    answer: Sequence[int]
+    response: Sequence[int]
     weight: float
     group: int
 

@@ -26,7 +26,7 @@ from dataflex.signals.specs import (
     GradientSpec,
     LogitSpec,
     Part,
-    WeightedAnswer,
+    WeightedResponse,
 )
 
 __all__ = [
@@ -174,10 +174,10 @@ class FakeSignals(OldCalls):
         """Return what ``compute`` gives."""
         return compute()
 
-    def answer_gradient(self, answer: WeightedAnswer) -> NDArray[np.float64]:
+    def answer_gradient(self, answer: WeightedResponse) -> NDArray[np.float64]:
         """Gradient of a response [P], made of its tokens; meant to be overridden."""
         places = 1.0 + np.arange(self._gradients.shape[1])
-        return np.asarray(np.sin(np.outer(np.asarray(answer.answer, dtype=np.float64), places)).sum(axis=0))
+        return np.asarray(np.sin(np.outer(np.asarray(answer.response, dtype=np.float64), places)).sum(axis=0))
 
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
         losses = self._of(target)

@@ -21,7 +21,7 @@ from dataflex.signals.gradients.precondition import Moments, Precondition, Preco
 from dataflex.signals.gradients.targets import policy_vectors, row_products, target_vectors
 from dataflex.signals.identity import state_identity
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep
 
 __all__ = ["GradientScorers"]
@@ -70,7 +70,7 @@ class GradientScorers:
         """
         return target_vectors(self.engine, targets, normalize_rows=self.mean_of_cosines)
 
-    def answer_vectors(self, tasks: Sequence[Sequence[WeightedAnswer]]) -> TargetVectors:
+    def answer_vectors(self, tasks: Sequence[Sequence[WeightedResponse]]) -> TargetVectors:
         """Return one vector per task, of its weighted answers (collective); see ``policy_vectors``."""
         return policy_vectors(self.engine, self._access, tasks, normalize_groups=self.mean_of_cosines)
 

@@ -18,7 +18,7 @@ from dataflex.signals.gradients.consumers import Dots, Norms, RowVectors, Target
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import WeightedAnswer
+from dataflex.signals.specs import WeightedResponse
 from dataflex.signals.sweep import Sweep, bucketed, row_pass
 
 __all__ = ["TargetBuilder", "answers_digest", "policy_vectors", "row_products", "target_vectors"]
@@ -87,19 +87,19 @@ class _Group:
     """Answers whose gradients are added up: the task they belong to, and batches of them."""
 
     task: int
-    batches: tuple[tuple[WeightedAnswer, ...], ...]
+    batches: tuple[tuple[WeightedResponse, ...], ...]
 
 
-def answers_digest(answers: Sequence[WeightedAnswer]) -> str:
+def answers_digest(answers: Sequence[WeightedResponse]) -> str:
     """Return a hash of everything that a task's answers say."""
     digest = hashlib.blake2b(digest_size=16)
     for one in answers:
-        digest.update(repr((tuple(one.prompt), tuple(one.answer), one.group, float(one.weight))).encode())
+        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
     return digest.hexdigest()
 
 
 def policy_vectors(
-    engine: GradientEngine, access: ModelAccess, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
+    engine: GradientEngine, access: ModelAccess, tasks: Sequence[Sequence[WeightedResponse]], *, normalize_groups: bool
 ) -> TargetVectors:
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
@@ -129,7 +129,7 @@ def policy_vectors(
             for number in range(max(len(group.batches) for group in turn)):
                 batch = mine.batches[min(number, len(mine.batches) - 1)]
                 counts = number < len(mine.batches) and rank < len(turn)
-                sink.weights = torch.tensor([[one.weight * len(one.answer) * counts for one in batch]])
+                sink.weights = torch.tensor([[one.weight * len(one.response) * counts for one in batch]])
                 engine.run(_collated(batch, access), [sink])
             norm = float(whole.norms())
             scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
@@ -141,26 +141,26 @@ def policy_vectors(
     return sums.scale_(torch.from_numpy(1.0 / sizes))
 
 
-def _groups(task: int, answers: Sequence[WeightedAnswer], token_budget: int) -> list[_Group]:
-    by_group: dict[int, list[WeightedAnswer]] = {}
+def _groups(task: int, answers: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
+    by_group: dict[int, list[WeightedResponse]] = {}
     for one in answers:
-        if not len(one.prompt) or not len(one.answer):
+        if not len(one.prompt) or not len(one.response):
             raise DataError(f"answers: one of group {one.group} has no prompt or no tokens")
         by_group.setdefault(one.group, []).append(one)
     if not by_group:
         raise DataError(f"answers: task {task} has none")
     found = []
     for members in by_group.values():
-        lengths = np.array([len(one.prompt) + len(one.answer) for one in members], dtype=np.int64)
+        lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
         batches = tuple(tuple(members[i] for i in batch) for batch in bucketed(lengths, token_budget))
         found.append(_Group(task=task, batches=batches))
     return found
 
 
-def _collated(answers: Sequence[WeightedAnswer], access: ModelAccess) -> dict[str, Any]:
+def _collated(answers: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
     features = []
     for one in answers:
-        prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.answer]
+        prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.response]
         ids = prompt + answer
         labels = [_IGNORE] * len(prompt) + answer
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
