@@ -33,7 +33,7 @@ import torch
 
 from dataflex.select.choose import top_k
 from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
-from dataflex.signals.kinds import Embedding, GradientScores, GradientSpec
+from dataflex.signals.kinds import Embedding, GradientScores, GradientSpec, TokenLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.runner import SignalRunner
@@ -215,7 +215,7 @@ def main() -> int:
     always = ("exact, fp32", "the target alone")
     ways = {way: ask for way, ask in ways.items() if way in always or re.search(options.ways, way)}
     forward_only = {
-        "losses": lambda: runner.losses(everything),
+        "losses": lambda: runner(TokenLoss(), everything),
         "embeddings": lambda: runner(Embedding(), everything),
     }
     forward: dict[str, list[float]] = {"plain": [], **{name: [] for name in forward_only}}

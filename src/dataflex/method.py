@@ -153,10 +153,6 @@ class Signals(Protocol):
         """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
         ...
 
-    def __getattr__(self, name: str) -> Any:
-        """Return a call of before, until selectors ask with signals."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class Context:

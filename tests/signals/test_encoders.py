@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,8 +161,8 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
     )
     spec = Embedding(pooling="mean")
     wanted = load_encoder(str(bert), spec=spec).encode([texts[i] for i in (2, 0, 3)])
-    got = service.embeddings(np.array([2, 0, 3]), spec, encoder=str(bert))
+    got = service(replace(spec, encoder=str(bert)), np.array([2, 0, 3]))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=APART * np.abs(wanted).max())
-    assert service.embeddings(np.array([1]), spec, target="goal", encoder=str(bert)).shape == (1, 16)
+    assert service(replace(spec, encoder=str(bert)), np.array([1]), target="goal").shape == (1, 16)
     assert len(service.access.loaded) == 1
     assert service.seconds > 0

@@ -10,7 +10,7 @@ import torch
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
-from dataflex.signals.kinds import GradientSpec
+from dataflex.signals.kinds import GradientNorms, GradientScores, GradientSpec
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
@@ -132,7 +132,7 @@ SPECS = {
 def test_scores_equal_one_row_at_a_time(setting, name):
     service, gradients, state = setting
     service.begin(list(SPECS).index(name))
-    found = service.gradient_scores(np.arange(7), SPECS[name], targets=("near", "far"))
+    found = service(GradientScores(**vars(SPECS[name]), targets=("near", "far")), np.arange(7))
     wanted = expected_scores(gradients, state, SPECS[name])
     scale = np.nanmax(np.abs(wanted))
     # Signs of gradients that vanish but for rounding are arbitrary.
@@ -148,7 +148,9 @@ def test_a_row_that_is_the_target_scores_one(setting):
         alone.dataset.rows = [twin.access.train.dataset.rows[row]]
         twin.access = replace(twin.access, targets={"self": alone})
         twin.begin(100 + row)
-        assert twin.gradient_scores(np.array([row]), spec, targets=("self",))[0, 0] == pytest.approx(1.0, abs=1e-5)
+        assert twin(GradientScores(**vars(spec), targets=("self",)), np.array([row]))[0, 0] == pytest.approx(
+            1.0, abs=1e-5
+        )
 
 
 def test_norms(setting):
@@ -156,7 +158,7 @@ def test_norms(setting):
     service.begin(50)
     wanted = np.linalg.norm(gradients["pool"], axis=1)
     wanted[4] = np.nan
-    found = service.gradient_norms(np.arange(7), GradientSpec(precondition="none"))
+    found = service(GradientNorms(precondition="none"), np.arange(7))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -164,10 +166,9 @@ def test_sketched_scores_come_near_the_exact_ones(setting):
     service, _, _ = setting
     service.begin(60)
     rows = np.array([0, 1, 2, 3, 5, 6])
-    exact = service.gradient_scores(rows, GradientSpec(), targets=("near",))[:, 0]
+    exact = service(GradientScores(targets=("near",)), rows)[:, 0]
     seeds = [
-        service.gradient_scores(rows, GradientSpec(sketch_size=1024, sketch_seed=seed), targets=("near",))[:, 0]
-        for seed in range(8)
+        service(GradientScores(sketch_size=1024, sketch_seed=seed, targets=("near",)), rows)[:, 0] for seed in range(8)
     ]
     assert np.abs(np.mean(seeds, axis=0) - exact).max() < 4 / np.sqrt(1024 * 8)
     assert np.abs(seeds[0] - seeds[1]).max() > 0
@@ -177,9 +178,9 @@ def test_parts_of_the_parameters(setting):
     service, _, _ = setting
     service.begin(70)
     rows = np.array([0, 1, 2])
-    whole = service.gradient_norms(rows, GradientSpec(precondition="none"))
-    part = service.gradient_norms(rows, GradientSpec(precondition="none", last_blocks=1))
-    named = service.gradient_norms(rows, GradientSpec(precondition="none", parameters=r"layers\.1\."))
+    whole = service(GradientNorms(precondition="none"), rows)
+    part = service(GradientNorms(precondition="none", last_blocks=1), rows)
+    named = service(GradientNorms(precondition="none", parameters=r"layers\.1\."), rows)
     assert (part < whole).all()
     np.testing.assert_allclose(part, named, rtol=1e-6)
 
@@ -193,15 +194,15 @@ def test_stored_scores_depend_on_the_moments(setting, tmp_path):
         SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
     )
     twin.begin(1)
-    first = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
+    first = twin(GradientScores(targets=("near",)), rows)
     twin.begin(2)
-    assert np.array_equal(twin.gradient_scores(rows, GradientSpec(), targets=("near",)), first)
+    assert np.array_equal(twin(GradientScores(targets=("near",)), rows), first)
     assert len(twin.cache.store.entries()) == 1
     state = next(iter(service.access.optimizer().state.values()))
     state["exp_avg"].mul_(2.0)
     try:
         twin.begin(3)
-        changed = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
+        changed = twin(GradientScores(targets=("near",)), rows)
         assert len(twin.cache.store.entries()) == 2
         assert not np.array_equal(changed, first)
     finally:

@@ -158,9 +158,9 @@ def test_the_service_gives_both_from_one_pass():
     service, order, spec = service_of(model), np.array([3, 0, 7, 5]), LogitFeatures(rows=2, columns=8)
     seen = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))
-    norms = service.logit_nuclear_norms(order, spec)
+    norms = service(spec, order)[:, 0]
     passes = len(seen)
-    sketches = service.logit_sketches(order, spec)
+    sketches = service(spec, order)[:, 1:]
     handle.remove()
     assert passes > 0
     assert len(seen) == passes
@@ -174,9 +174,7 @@ def test_batches_change_nothing():
     spec = LogitFeatures(rows=2, columns=8)
     everyone = np.arange(12)
     one, other = (service_of(tiny.llama(), budget) for budget in (12, 400))
-    np.testing.assert_allclose(
-        one.logit_sketches(everyone, spec), other.logit_sketches(everyone, spec), rtol=1e-3, atol=1e-3
-    )
+    np.testing.assert_allclose(one(spec, everyone)[:, 1:], other(spec, everyone)[:, 1:], rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------- what greats and opus ask beyond that
@@ -198,7 +196,7 @@ def test_products_with_adam_scale(setting):  # noqa: F811
     service, gradients, (_, second) = setting
     fresh = tiny.again(service, train=service.access.train, targets=service.access.targets, seed=3)
     order = np.array([5, 0, 2, 6])
-    scores, gram = fresh.gradient_products(order, GradientSpec(precondition="adam_scale"), targets=("near",))
+    scores, gram = tiny.products(fresh, order, precondition="adam_scale", targets=("near",))
     factor = 0.1 * math.sqrt(1 - 0.999**4) / (1 - 0.9**4)
     rows = gradients["pool"][order] * factor / (np.sqrt(second) + 1e-8)
     np.testing.assert_allclose(scores[:, 0], rows @ gradients["near"].mean(axis=0), rtol=1e-3, atol=1e-4)
@@ -209,8 +207,8 @@ def test_a_target_may_stand_for_some_of_its_rows(setting):  # noqa: F811
     service, gradients, _ = setting
     fresh = tiny.again(service, train=service.access.train, targets=service.access.targets, seed=3)
     spec, order, drawn = GradientSpec(precondition="none"), np.array([5, 0, 2]), {"near": np.array([0, 2])}
-    scores, _ = fresh.gradient_products(order, spec, targets=("near", "far"), target_rows=drawn)
-    whole, _ = fresh.gradient_products(order, spec, targets=("near", "far"))
+    scores, _ = tiny.products(fresh, order, **vars(spec), targets=("near", "far"), target_rows=drawn)
+    whole, _ = tiny.products(fresh, order, **vars(spec), targets=("near", "far"))
     aims = np.stack([gradients["near"][[0, 2]].mean(axis=0), gradients["far"].mean(axis=0)])
     wanted = gradients["pool"][order] @ aims.T
     np.testing.assert_allclose(scores, wanted, rtol=2e-4, atol=2e-5 * np.abs(wanted).max())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.selectors.loss import Loss
+from dataflex.selectors.loss import LossSelector
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
@@ -75,7 +75,7 @@ def test_few_frames_lie_between_a_selector_and_the_model(rows):
         depths.append(depth)
 
     model.register_forward_pre_hook(count)
-    selector = Loss(Loss.Params())
+    selector = LossSelector(LossSelector.Params())
     selector.select(ROWS, 4, example_context({"a": 15}, signals=runner(rows, model), targets=()))
     assert len(depths) > 1
     assert 3 <= max(depths) <= 8

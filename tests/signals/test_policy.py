@@ -10,7 +10,7 @@ from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.gradients.targets import answers_digest
 from dataflex.signals.identity import state_identity
-from dataflex.signals.kinds import GradientSpec, WeightedResponse
+from dataflex.signals.kinds import GradientSpec, ResponseGradientScores, WeightedResponse
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
@@ -84,7 +84,7 @@ def test_scores_are_those_of_single_answers_added_up(make, normalize, over_group
     signals, rows = service(model, budget)
     spec = GradientSpec(precondition="none", normalize=normalize, mean_of_cosines=over_groups)
     before = snapshot(model)
-    found = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD, "other": OTHER})
+    found = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD, "other": OTHER}), np.arange(8))
     assert_same(before, snapshot(model))
     wanted = expected(model, rows, [GOOD, OTHER], normalize, over_groups)
     assert np.isnan(wanted).any()
@@ -95,7 +95,7 @@ def test_sketches_come_close():
     model = llama()
     signals, rows = service(model)
     spec = GradientSpec(precondition="none", sketch_size=4096)
-    found = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
+    found = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
     assert np.nanmax(np.abs(found - expected(model, rows, [GOOD], True, True))) < 4 / 64
 
 
@@ -104,7 +104,7 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
     model = llama()
     signals, rows = service(model)
     spec = GradientSpec(precondition="none", normalize=False, mean_of_cosines=False)
-    scores = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})[:, 0]
+    scores = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))[:, 0]
     best = int(np.nanargmax(np.abs(scores)))
     model.eval()
 
@@ -133,24 +133,26 @@ def test_answers_are_kept_by_all_that_they_say(tmp_path):
     book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters()))
     signals, _ = service(model, cache=book)
     spec = GradientSpec(precondition="none")
-    first = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
+    first = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
     heavier = [WeightedResponse(prompt=GOOD[0].prompt, response=GOOD[0].response, weight=0.75, group=0), *GOOD[1:]]
     assert answers_digest(GOOD) != answers_digest(heavier)
     assert not np.array_equal(
-        first, signals.answer_scores(np.arange(8), spec, answers={"good": heavier}), equal_nan=True
+        first, signals(ResponseGradientScores(**vars(spec), responses={"good": heavier}), np.arange(8)), equal_nan=True
     )
     again, _ = service(model, cache=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
-    np.testing.assert_array_equal(first, again.answer_scores(np.arange(8), spec, answers={"good": GOOD}))
+    np.testing.assert_array_equal(
+        first, again(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
+    )
 
 
 def test_tasks_without_answers_and_answers_without_tokens_are_refused():
     signals, _ = service(llama())
     spec = GradientSpec(precondition="none")
     with pytest.raises(DataError, match="task 1 has none"):
-        signals.answer_scores(np.arange(8), spec, answers={"good": GOOD, "none": []})
+        signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD, "none": []}), np.arange(8))
     empty = [WeightedResponse(prompt=[], response=[2], weight=1.0, group=3)]
     with pytest.raises(DataError, match="group 3 has no prompt"):
-        signals.answer_scores(np.arange(8), spec, answers={"empty": empty})
+        signals(ResponseGradientScores(**vars(spec), responses={"empty": empty}), np.arange(8))
 
 
 # ---------------------------------------------------------------- one rank for all

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dataflex.signals.cache import SignalCache
+from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.runner import SignalRunner
 
@@ -201,3 +202,9 @@ def asking(model, train, targets=None, *, seed=0, cache=None, **settings):
 def again(runner, cache=None, **changes):
     """Return a fresh runner with another cache on the same model, or with changes."""
     return SignalRunner(access=replace(runner.access, **changes), cache=cache or SignalCache())
+
+
+def products(runner, rows, **fields):
+    """Return inner products of rows' gradients with those of targets, and with one another."""
+    signal = GradientProducts(**fields)
+    return signal.split(runner(signal, rows))

@@ -15,7 +15,7 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray

@@ -45,7 +45,7 @@ from dataflex.select.scoring import (
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GradientParams, VectorSelector
 from dataflex.selectors.less import Less
-from dataflex.signals.kinds import GradientSketches, TokenLoss
+from dataflex.signals import kinds
 
 __all__ = ["Compose", "Represent"]
 
@@ -71,7 +71,7 @@ class TokenLoss(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
-        found = ctx.signals(TokenLoss(), pool)
+        found = ctx.signals(kinds.TokenLoss(), pool)
         return found if self.params.prefer == "high" else -found
 
 
@@ -108,7 +108,7 @@ class Gradient(VectorSelector):
         """Return sketches of length one [n, dim]."""
         p = self.params
         options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
-        return ctx.signals(GradientSketches(dim=p.dim, **options), rows, target=target)
+        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
 
 
 class Asked(ScoringSelector):

@@ -24,7 +24,6 @@ from dataflex.signals.cache import SignalCache, SignalValue, rows_digest
 from dataflex.signals.generate import Generator
 from dataflex.signals.kinds import Signal
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.old_calls import OldCalls
 from dataflex.signals.specs import Generation, GenerationSpec, Part
 from dataflex.signals.sweep import preserve_state, row_pass
 from dataflex.signals.texts import row_texts, row_tokens
@@ -38,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class SignalRunner(OldCalls):
+class SignalRunner:
     """Implements ``method.Signals`` on a model under training. All calls are collective.
 
     Attributes:

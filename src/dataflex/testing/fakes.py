@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,13 +18,9 @@ from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
 from dataflex.signals import kinds
 from dataflex.signals.kinds import Signal
-from dataflex.signals.old_calls import OldCalls
 from dataflex.signals.specs import (
-    EmbeddingSpec,
     Generation,
     GenerationSpec,
-    GradientSpec,
-    LogitSpec,
     Part,
     WeightedResponse,
 )
@@ -64,7 +60,7 @@ Given = ArrayLike | Callable[[Any, Rows, str | None], ArrayLike]
 """Values of every training row [N, ...], or (signal, rows, target) -> values of the rows."""
 
 
-class FakeSignals(OldCalls):
+class FakeSignals:
     """Signals read from arrays, which remember what was asked.
 
     Args:
@@ -132,9 +128,6 @@ class FakeSignals(OldCalls):
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
         """Return what was given for the type of ``signal``, float32 [len(rows), ...]."""
         options = {**vars(signal), "target": target}
-        for spec in (EmbeddingSpec, LogitSpec, GradientSpec):  # until selectors ask with signals
-            if isinstance(signal, spec):
-                options["spec"] = spec(**{part.name: options[part.name] for part in fields(spec)})
         self.calls.append(Call(signal=signal.needs, rows=rows, asked=signal, options=options))
         given = self._given[type(signal)]
         return np.asarray(given(signal, rows, target) if callable(given) else np.asarray(given)[rows], dtype=np.float32)
