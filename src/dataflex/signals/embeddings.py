@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from dataflex.plan.domains import Rows
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
-from dataflex.signals.other_models import files_identity
 from dataflex.signals.packing import real_tokens
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
@@ -174,6 +173,8 @@ def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) ->
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
 
+_MAX_TOKENS = 512  # of a text; the rest is cut off
+_TOKEN_BUDGET = 16384  # padded tokens of a batch at most
 _MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
@@ -185,10 +186,7 @@ class TextEncoder:
     """Turns texts into vectors on one device."""
 
     device: torch.device
-
     dimension: int
-    identity: str
-    """Changes when the encoder's vectors may change; goes into fingerprints."""
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
@@ -199,94 +197,49 @@ class TextEncoder:
         return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
 
 
-def load_encoder(
-    model: str,
-    *,
-    spec: EmbeddingSpec | None = None,
-    kind: Literal["auto", "transformers", "sentence_transformers"] = "auto",
-    max_length: int = 512,
-    token_budget: int = 16384,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TextEncoder:
-    """Load an encoder from a local folder or by its hub id.
+def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch.device | None = None) -> TextEncoder:
+    """Load an encoder in float32; it reads the first 512 tokens of a text.
 
     Args:
-        model: Folder or hub id.
+        model: Folder or hub id; a folder with ``modules.json`` is a sentence-transformers model.
         spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
             last layer, normalized). A sentence-transformers model pools by its own rules: only
             ``normalize`` may be chosen.
-        kind: ``auto`` takes a folder with ``modules.json`` as a sentence-transformers model.
-        max_length: Tokens of a text at most; the rest is cut off.
-        token_budget: Padded tokens of a batch at most.
         device: Where the model runs; the CPU if left out.
-        dtype: Type of the weights.
-        trust_remote_code: Run code that comes with the model.
 
     Raises:
         ConfigError: A spec that the encoder cannot follow.
         EncoderError: The model cannot be loaded, or an optional package is missing.
     """
-    place = device or torch.device("cpu")
-    if kind == "auto":
-        kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
-    if kind == "sentence_transformers":
-        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
-            raise ConfigError(
-                f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
-            )
-        return SentenceEncoder(
-            model,
-            normalize=True if spec is None else spec.normalize,
-            max_length=max_length,
-            token_budget=token_budget,
-            device=place,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+    place, spec = device or torch.device("cpu"), spec or EmbeddingSpec()
+    if not (Path(model) / "modules.json").is_file():
+        return TransformersEncoder(model, spec, place)
+    if spec != EmbeddingSpec(normalize=spec.normalize):
+        raise ConfigError(
+            f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
         )
-    return TransformersEncoder(
-        model,
-        spec=spec or EmbeddingSpec(),
-        max_length=max_length,
-        token_budget=token_budget,
-        device=place,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    return SentenceEncoder(model, spec.normalize, place)
 
 
 class TransformersEncoder(TextEncoder):
-    """A causal or encoder model read by ``AutoModel``; arguments as in ``load_encoder``."""
+    """A causal or encoder model read by ``AutoModel``; see ``load_encoder``."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        spec: EmbeddingSpec,
-        max_length: int,
-        token_budget: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, model: str, spec: EmbeddingSpec, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         if spec.completion_only:
             raise ConfigError(f"encoder {model}: completion_only needs labels, but an encoder reads plain text")
         with preserve_state():  # a model may draw random numbers while it is built
             try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-                body: Any = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+                body: Any = AutoModel.from_pretrained(model)
             except (OSError, ValueError, KeyError) as error:
                 raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
-        self._body = body.to(device, dtype).eval().requires_grad_(False)
+        self._body = body.to(device, torch.float32).eval().requires_grad_(False)
         self._spec, self.device = spec, device
-        self._max_length, self._token_budget = max_length, token_budget
         self.dimension = int(body.config.get_text_config().hidden_size)
-        self.identity = files_identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -294,10 +247,10 @@ class TransformersEncoder(TextEncoder):
         out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
         if not len(texts):
             return out
-        ids = self._tokenizer(list(texts), truncation=True, max_length=self._max_length, padding=False)["input_ids"]
+        ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         parts = anatomy(self._body)
-        for positions in bucketed(lengths, self._token_budget):
+        for positions in bucketed(lengths, _TOKEN_BUDGET):
             width = max(int(lengths[positions].max()), 1)
             tokens = torch.zeros(len(positions), width, dtype=torch.int64)
             mask = torch.zeros_like(tokens)
@@ -312,47 +265,33 @@ class TransformersEncoder(TextEncoder):
 
 
 class SentenceEncoder(TextEncoder):
-    """A sentence-transformers model, with its own pooling; arguments as in ``load_encoder``."""
+    """A sentence-transformers model, with its own pooling; see ``load_encoder``."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        normalize: bool,
-        max_length: int,
-        token_budget: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, model: str, normalize: bool, device: torch.device) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
             raise EncoderError(f"encoder {model}: {_MISSING}")
         from sentence_transformers import SentenceTransformer
 
         with preserve_state():
             try:
-                self._model: Any = SentenceTransformer(model, device=str(device), trust_remote_code=trust_remote_code)
+                self._model: Any = SentenceTransformer(model, device=str(device))
             except (OSError, ValueError, KeyError) as error:
                 raise EncoderError(
                     f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
                 ) from error
-        self._model.to(dtype).eval()
+        self._model.to(torch.float32).eval()
         own = self._model.max_seq_length
-        self._model.max_seq_length = max_length if own is None else min(own, max_length)
-        self._normalize, self._token_budget, self.device = normalize, token_budget, device
+        self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
+        self._normalize, self.device = normalize, device
         with preserve_state():  # the method that tells the dimension has another name in each major version
             self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
-        commits = [
-            getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
-        ]
-        self.identity = files_identity(model, str(commits[:1]), normalize, self._model.max_seq_length, dtype)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]."""
         out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
         # Two characters a token is a cautious guess: the batch must fit, not be full.
         guessed = np.array([len(text) // 2 + 2 for text in texts], dtype=np.int64)
-        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), self._token_budget):
+        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), _TOKEN_BUDGET):
             with preserve_state(), torch.no_grad():
                 out[positions] = self._model.encode(
                     [texts[position] for position in positions],
