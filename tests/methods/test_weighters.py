@@ -58,7 +58,7 @@ def test_column_reads_the_weights_of_the_rows_asked_for():
 
 def test_column_asks_for_its_column_to_ride_along():
     assert Column(Column.Params(column="w")).columns() == ("w",)
-    assert Column(Column.Params(normalizer="count")).normalizer == "count"
+    assert Column(Column.Params(normalizer="num_tokens")).normalizer == "num_tokens"
 
 
 @pytest.mark.parametrize(

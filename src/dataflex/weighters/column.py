@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Needs, Rows, Weighter, WeighterParams
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ _WANTED = "weights must be finite numbers, 0 or more"
 
 
 class Column(Weighter):
-    """Weigh each row by a column of the data set.
-
-    Weights that come with the data: a numeric column says how much each row counts.
+    """Weigh each row by a numeric column of the data set.
 
     It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
     """
@@ -42,11 +40,9 @@ class Column(Weighter):
         """Parameters of the column weighter."""
 
         column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})
-        normalizer: Literal["token", "count"] = field(
-            default="token",
-            metadata={
-                "help": "token: weighted mean, only ratios matter; count: divided by the tokens, size matters too"
-            },
+        normalizer: Literal["weight_sum", "num_tokens"] = field(
+            default="weight_sum",
+            metadata={"help": "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"},
         )
 
         def __post_init__(self) -> None:
@@ -55,10 +51,9 @@ class Column(Weighter):
 
     params: Params
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
 
     def columns(self) -> tuple[str, ...]:
         """Return the name of the weight column."""
@@ -116,7 +111,7 @@ def _weights(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool
 class NoWeights(Weighter):
     """Every token counts the same, as without DataFlex.
 
-    The weighter that does not weigh: the stock loss is left alone.
+    The stock loss is left alone.
     """
 
     name = "none"

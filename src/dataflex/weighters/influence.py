@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import softmax
 from dataflex.signals.kinds import GradientProducts, GradientScores
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Meta(Weighter):
     """
 
     name = "meta"
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
@@ -107,11 +110,6 @@ class Meta(Weighter):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._step: StepWeights | None = None
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
 
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""
@@ -152,8 +150,6 @@ class _ByRows(Meta):
     )
 
 
-Floats = NDArray[np.float64]
-
 _EPS = 1e-12
 
 
@@ -181,8 +177,7 @@ def group_weights(influence: Floats, tau: float, eps: float = _EPS) -> Floats:
         # The variance is relative to the mean square: norms of a large model may be tiny.
         scale = max(float(np.square(s).mean()), 1e-300)
         z = (s - s.mean()) / np.sqrt(s.var() + eps * scale)
-        raised = np.exp(tau * z - (tau * z).max())
-        weights[known] = raised / raised.sum()
+        weights[known] = softmax(tau * z)
     return weights
 
 
@@ -203,6 +198,7 @@ class Presence(Weighter):
     """
 
     name = "presence"
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
     needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
@@ -238,11 +234,6 @@ class Presence(Weighter):
         self._shares = np.zeros(0)
         self._groups = np.zeros(0, dtype=np.int64)
         self._influence = np.zeros(0)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
 
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""

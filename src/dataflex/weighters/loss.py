@@ -119,6 +119,7 @@ class LossWeighter(Weighter):
     """Weigh the sequences of a micro-batch by their own losses."""
 
     name = "loss"
+    normalizer: Normalizer = "num_sequences"
     needs = Needs(stages=("pt", "sft"))
     adaptive: ClassVar[bool] = False  # acts in every micro-batch; needs no interval
     card = Card(
@@ -169,11 +170,6 @@ class LossWeighter(Weighter):
                 raise ValueError("r_schedule: every r, the first one included, must be finite")
 
     params: Params
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply the token-mean losses of the sequences."""
-        return "sample"
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return 1000 steps, or a twentieth of a long run."""
