@@ -17,8 +17,8 @@ from dataflex.signals.embeddings import (
     pool_documents,
 )
 from dataflex.signals.kinds import Embedding
+from dataflex.signals.losses import document_ids
 from dataflex.signals.model_access import Corpus
-from dataflex.signals.packing import document_ids
 from tests.rounding import layers_apart
 from tests.signals import tiny
 

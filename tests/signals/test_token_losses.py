@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from dataflex.signals import logits as module
 from dataflex.signals.kinds import EL2N
 from dataflex.signals.logits import TokenScorer
-from dataflex.signals.losses import chunk_tokens, row_losses
+from dataflex.signals.losses import chunk_tokens, document_ids, row_losses
 from dataflex.signals.model_access import Corpus
-from dataflex.signals.packing import document_ids
 from dataflex.signals.sweep import Sweep
 from tests.rounding import printed
 from tests.signals import tiny

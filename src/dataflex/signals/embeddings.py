@@ -14,10 +14,9 @@ from torch import nn
 
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.losses import model_inputs
+from dataflex.signals.losses import model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
-from dataflex.signals.packing import real_tokens
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts

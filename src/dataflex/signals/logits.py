@@ -15,9 +15,8 @@ from torch import nn
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.losses import chunk_tokens, model_inputs
+from dataflex.signals.losses import chunk_tokens, model_inputs, real_tokens
 from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
-from dataflex.signals.packing import real_tokens
 from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
