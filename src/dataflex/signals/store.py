@@ -17,7 +17,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -31,7 +31,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, verify_directory, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
 
 __all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
 
@@ -119,14 +119,12 @@ class Entry:
 
     Attributes:
         name: Folder name.
-        fingerprint: What it was, or is being, computed from.
         size_bytes: On disk.
         used: Time of last use, seconds since the epoch.
         finished: False for the parts of a pass that was interrupted.
     """
 
     name: str
-    fingerprint: Mapping[str, Any]
     size_bytes: int
     used: float
     finished: bool
@@ -151,19 +149,12 @@ class ArrayStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def get(self, key: CacheKey, *, verify: bool = False) -> NDArray[Any] | None:
-        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted.
-
-        Args:
-            key: What it must have been computed from.
-            verify: Also compare every byte with the hash taken when it was written.
-        """
+    def get(self, key: CacheKey) -> NDArray[Any] | None:
+        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted."""
         folder = self.directory / key.name
         if not folder.is_dir():
             return None
         try:
-            if verify:
-                verify_directory(folder)
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if header["format"] != _FORMAT or header["fingerprint"] != key.to_json():
@@ -179,14 +170,6 @@ class ArrayStore:
         if os.access(folder / MANIFEST, os.W_OK):  # a shared cache may be read-only
             os.utime(folder / MANIFEST)
         return array
-
-    def put(self, key: CacheKey, array: NDArray[Any]) -> NDArray[Any]:
-        """Store an array and return it memory-mapped."""
-        with self.create(key, shape=array.shape, dtype=array.dtype) as target:
-            target[...] = array
-        stored = self.get(key)
-        assert stored is not None
-        return stored
 
     @contextmanager
     def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
@@ -245,21 +228,9 @@ class ArrayStore:
                 continue
             finished = (folder / MANIFEST).is_file()
             newest = (folder / MANIFEST).stat().st_mtime if finished else max(p.stat().st_mtime for p in files)
-            header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-            found.append(
-                Entry(
-                    name=folder.name,
-                    fingerprint=header["fingerprint"],
-                    size_bytes=sum(path.stat().st_size for path in files),
-                    used=newest,
-                    finished=finished,
-                )
-            )
+            size = sum(path.stat().st_size for path in files)
+            found.append(Entry(name=folder.name, size_bytes=size, used=newest, finished=finished))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
-
-    def size_bytes(self) -> int:
-        """Return the bytes of everything listed."""
-        return sum(entry.size_bytes for entry in self.entries())
 
     def clear_left(self) -> None:
         """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
@@ -269,11 +240,11 @@ class ArrayStore:
                 if old or is_left(left.name):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def evict(self, max_bytes: int, *, keep: Collection[str] = ()) -> list[str]:
+    def evict(self, max_bytes: int) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left.
 
         Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote
-        something within the last day are not touched, nor are the names in ``keep``.
+        something within the last day are not touched.
 
         Returns:
             Names of what was removed.
@@ -286,7 +257,7 @@ class ArrayStore:
         for entry in entries:
             if total <= max_bytes:
                 break
-            if entry.name in keep or (not entry.finished and now - entry.used < _ABANDONED_SECONDS):
+            if not entry.finished and now - entry.used < _ABANDONED_SECONDS:
                 continue
             shutil.rmtree(self.directory / entry.name)
             total -= entry.size_bytes
