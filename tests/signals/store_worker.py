@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
-from dataflex.signals.sweep import Sweep, row_pass
+from dataflex.signals.sweep import Collector, Sweep
 
 NUM_ROWS, WIDTH = 60, 3
 LENGTHS = np.random.default_rng(4).integers(2, 12, NUM_ROWS)
@@ -57,7 +57,10 @@ def run(directory, seconds_per_batch=0.0):
         device=torch.device("cpu"),
     )
     work = ResumablePass(ArrayStore(directory), KEY, shape=(NUM_ROWS, WIDTH), dtype=np.float32)
-    return row_pass(sweep, slow, (), work), len(calls)
+    collector = Collector(sweep, (), work)
+    for turn in sweep.turns(work.done_at_start):
+        collector.take(turn, slow(turn.batch))
+    return collector.finish(), len(calls)
 
 
 if __name__ == "__main__":

@@ -359,13 +359,13 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
 def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, monkeypatch):
     """Pools that change from decision to decision, as under ``pool_fraction``."""
     name, scored = another(tmp_path / "ref", tokenizer), []
-    original = runner.row_pass
+    original = runner.Collector
 
     def counting(sweep, *rest):
         scored.append(np.unique(sweep.dataset.rows[sweep.dataset.places]).tolist())
         return original(sweep, *rest)
 
-    monkeypatch.setattr(runner, "row_pass", counting)
+    monkeypatch.setattr(runner, "Collector", counting)
     whole = [service(ResponseLoss(conditioned=given, scorer=name), EVERY) for given in (False, True)]
     service.cache = SignalCache()
     scored.clear()

@@ -102,7 +102,7 @@ class Signal:
         return "step"
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:
-        """Return the shape of one row's value."""
+        """Return the shape of one row's value (of one segment's, where rows are cut into segments)."""
         return ()
 
     def key(self, access: ModelAccess) -> dict[str, Any]:
@@ -155,6 +155,9 @@ class TokenLoss(Signal):
     def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
         return "step" if self.model is None else "run"
 
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+        return () if self.model is None else (2,)
+
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         return {} if self.model is None else {"cut": self._cut(access, self.model).identity}
 
@@ -206,6 +209,9 @@ class ResponseLoss(Signal):
     @property
     def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
         return "step" if self.scorer is None else "run"
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+        return (2,)
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         return {"cut": self._cut(access).identity}
@@ -538,6 +544,9 @@ class GradientProducts(_GradientSignal):
     def split(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scores [n, len(targets)] and the Gram matrix [n, n]."""
         return values[:, : len(self.targets)], values[:, len(self.targets) :]
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+        return (len(self.targets),)  # and as many as there are rows
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         drawn = {name: np.asarray(rows).tolist() for name, rows in self.target_rows.items()}

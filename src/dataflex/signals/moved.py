@@ -70,12 +70,12 @@ def perturbed(access: ModelAccess, pattern: str | None, *, seed: int, direction:
     Raises:
         UnsupportedError: Parameters that move are not float32, or are partitioned.
     """
-    _warn_of_rounding(access.model)
     chosen = choose_parameters(access.model, pattern=pattern)
     with (
         torch.autocast(device_type=access.device.type, enabled=False),
         moved(chosen, seed=seed, direction=direction, epsilon=epsilon),
     ):
+        _warn_of_rounding(access.model)
         yield
 
 

@@ -25,7 +25,7 @@ from dataflex.signals.generate import Generator
 from dataflex.signals.kinds import Signal
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import Generation, GenerationSpec, Part
-from dataflex.signals.sweep import preserve_state, row_pass
+from dataflex.signals.sweep import Collector, preserve_state
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.state import State
 
@@ -101,7 +101,7 @@ class SignalRunner:
         access, cache = self.access, self.cache
         sweep = signal.sweep(access, rows, target)
         sweep = replace(sweep, what=f"step {cache.step}: {sweep.what}")
-        tail, work = () if signal.joint else signal.tail(access), None
+        tail, work = signal.tail(access), None
         if cache.store is not None and len(sweep.rows) and not signal.joint and signal.kept != "never":
             work = cache.work(
                 signal.name,
@@ -124,9 +124,15 @@ class SignalRunner:
                 if signal.joint:
                     values = signal.together(access, sweep)
                 else:
+                    collector = Collector(sweep, tail, work)
+                    around = access.autocast if signal.autocast else nullcontext
                     with signal.open(access) as scorer:
-                        around = access.autocast if signal.autocast else nullcontext
-                        values = row_pass(sweep, scorer, tail, work, around)
+                        # The loop is here, and not in a function of its own, so that the way to the model stays short.
+                        for turn in sweep.turns(None if work is None else work.done_at_start):
+                            with around():
+                                scored = scorer(turn.batch)
+                            collector.take(turn, scored)
+                        values = collector.finish()
         values = np.array(values, dtype=np.float32)
         return values if sweep.combine is None else sweep.combine(values)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from dataflex.console import progress
 from dataflex.plan.domains import Rows
 from dataflex.signals.store import ResumablePass
 
-__all__ = ["Sweep", "Turn", "bucketed", "fetch", "preserve_state", "row_pass"]
+__all__ = ["Collector", "Sweep", "Turn", "bucketed", "fetch", "preserve_state", "row_pass"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,43 +85,49 @@ class Sweep:
                 told(count)
 
 
-def row_pass(
-    sweep: Sweep,
-    score: Callable[[dict[str, Any]], torch.Tensor],
-    tail: tuple[int, ...],
-    work: ResumablePass | None = None,
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> NDArray[np.float32]:
-    """Score rows on all ranks (collective).
+class Collector:
+    """Takes the values of a pass batch by batch, and brings them together over ranks at the end.
 
     Args:
         sweep: The rows.
-        score: Batch on the device to one array per row [b, *tail].
         tail: Shape of one row's value.
         work: Stored array that values are written into as they come, going on where an earlier try stopped; None
             holds them in memory.
-        around: Entered around each call of ``score``.
-
-    Returns:
-        float32 [n, *tail] in the order of the rows, equal on every rank; memory-mapped if stored.
     """
-    values, places = [torch.zeros(0, *tail, device=sweep.device)], [np.zeros(0, dtype=np.int64)]
-    for turn in sweep.turns(None if work is None else work.done_at_start):
-        with around():
-            scored = score(turn.batch)
+
+    def __init__(self, sweep: Sweep, tail: tuple[int, ...], work: ResumablePass | None = None) -> None:
+        self._sweep, self._tail, self._work = sweep, tail, work
+        self._values = [torch.zeros(0, *tail, device=sweep.device)]
+        self._places = [np.zeros(0, dtype=np.int64)]
+
+    def take(self, turn: Turn, scored: torch.Tensor) -> None:
+        """Keep the values of a batch [b, *tail]."""
         scored = scored.detach().float()
-        if turn.mine and work is not None:
-            work.record(turn.positions, scored.cpu().numpy())
+        if turn.mine and self._work is not None:
+            self._work.record(turn.positions, scored.cpu().numpy())
         elif turn.mine:
-            values.append(scored)
-            places.append(turn.positions)
-    if work is not None:
-        return work.finish()
-    whole, _ = comm.gather_rows(torch.cat(values))
-    where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(places)).to(sweep.device))
-    out = np.full((len(sweep.rows), *tail), np.nan, dtype=np.float32)
-    out[where.cpu().numpy()] = whole.cpu().numpy()
-    return out
+            self._values.append(scored)
+            self._places.append(turn.positions)
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return all values [n, *tail] in the order of the rows, equal on every rank (collective)."""
+        if self._work is not None:
+            return self._work.finish()
+        whole, _ = comm.gather_rows(torch.cat(self._values))
+        where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(self._places)).to(self._sweep.device))
+        out = np.full((len(self._sweep.rows), *self._tail), np.nan, dtype=np.float32)
+        out[where.cpu().numpy()] = whole.cpu().numpy()
+        return out
+
+
+def row_pass(
+    sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], tail: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Score rows on all ranks (collective): float32 [n, *tail] in the order of the rows, equal on every rank."""
+    collector = Collector(sweep, tail)
+    for turn in sweep.turns():
+        collector.take(turn, score(turn.batch))
+    return collector.finish()
 
 
 def fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
