@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.selectors.loss import LossSelector
+from dataflex.selectors.losses import LossSelector
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
