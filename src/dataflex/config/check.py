@@ -11,20 +11,20 @@ from typing import Any
 
 from dataflex.config.check_data import column_problems, data_set_problems, domain_problems
 from dataflex.config.check_held_out import by_domain_problems
-from dataflex.config.check_models import other_model_problems
 from dataflex.config.check_run import (
     model_problems,
     output_problems,
-    reference_problems,
     setting_problems,
     stage_problems,
 )
-from dataflex.config.check_targets import by_target_problems, target_problems
+from dataflex.config.check_targets import target_problems
 from dataflex.config.check_values import number_problems, package_problems
 from dataflex.config.data import Source
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import truthy
 from dataflex.errors import ConfigError
+from dataflex.method import RunFacts
 
 __all__ = ["check", "found_problems"]
 
@@ -62,12 +62,10 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
         *package_problems(lf),
         *setting_problems(dynamic, lf),
         *model_problems(lf),
-        *reference_problems(dynamic),
-        *other_model_problems(dynamic),
+        *unmet(dynamic, RunFacts(), models=True),
         *output_problems(lf),
         *data_set_problems(staged, base_dir, sources),
         *target_problems(dynamic, staged, base_dir),
-        *by_target_problems(dynamic),
         *column_problems(dynamic, lf, sources),
         *by_domain_problems(dynamic, lf),
         *domain_problems(dynamic, lf, sources),

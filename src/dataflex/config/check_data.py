@@ -21,11 +21,11 @@ from dataflex.config.data import (
 )
 from dataflex.config.entries import columns_of
 from dataflex.config.forecast import Forecast, forecast
-from dataflex.config.needs import too_few_domains
+from dataflex.config.needs import too_few_domains, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import truthy
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
-from dataflex.method import Mixer, Selector, Weighter
+from dataflex.method import Mixer, RunFacts
 from dataflex.mixers.floors import floors_by_domain
 from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
@@ -97,7 +97,8 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
     names = [source.name for source in sources]
     if names and dynamic.domains_are_sources:
         copied = len(names) > 1 and bool(lf.get("tokenized_path"))
-        lacking = too_few_domains(dynamic, 1 if copied else len(names), copied=copied)
+        found = 1 if copied else len(names)
+        lacking = [line for each in dynamic.methods for line in too_few_domains(dynamic, each, found, copied=copied)]
         yield from lacking
         if lacking:
             return
@@ -114,7 +115,7 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
     if dynamic.mixer is not None and dynamic.domains_are_sources:
         yield from _mixture_problems(dynamic, view, names)
     yield from _too_few_rows(dynamic, view)
-    yield from _idle_weighter(dynamic, view)
+    yield from unmet(dynamic, RunFacts(total_steps=view.steps, num_rows=view.rows))
 
 
 def _unread_file(mixer: MethodConfig) -> Iterator[str]:
@@ -169,19 +170,9 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         return  # it looks at the model: what it will say is not known yet
 
 
-def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
-    """Return the selector if it leaves rows out."""
-    selector = dynamic.selector
-    if selector is None:
-        return None
-    cls = selector.cls
-    assert issubclass(cls, Selector)
-    return selector if cls.narrows else None
-
-
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    selector, first = _narrowing(dynamic), view.first_decision
-    if selector is None or dynamic.mixer is not None or view.rows is None or first is None:
+    selector, first = dynamic.selector, view.first_decision
+    if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
         return
     if dynamic.candidate_batches is not None:
         looked_at = dynamic.candidate_batches * first.steps * view.batch.size
@@ -211,7 +202,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
     """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
     first, domains = view.first_decision, view.domains
-    if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
+    if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
     pool = view.pool
     kept = max(1, round((dynamic.keep_ratio or 1.0) * (len(domains.domain_of) if pool is None else pool.left)))
@@ -226,15 +217,3 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
                     f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
                     "it are left by the selector. Lower interval_steps (or warmup_steps) or set 'repeat: true'."
                 )
-
-
-def _idle_weighter(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    """Ask the weighter whether it would ever act."""
-    if dynamic.weighter is None or view.steps is None:
-        return
-    weighter = dynamic.weighter.build()
-    assert isinstance(weighter, Weighter)
-    try:
-        weighter.refuse_idle(view.steps)
-    except ConfigError as error:
-        yield from error.problems

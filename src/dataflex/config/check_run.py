@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.convert import shown
-from dataflex.config.needs import moment_problems
+from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import did_you_mean
-from dataflex.method import STAGES, Mixer, Weighter
+from dataflex.method import STAGES, Mixer, RunFacts, Weighter
 
-__all__ = ["model_problems", "output_problems", "reference_problems", "setting_problems", "stage_problems"]
+__all__ = ["model_problems", "output_problems", "setting_problems", "stage_problems"]
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
@@ -60,27 +60,7 @@ def stage_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[st
     if stage not in STAGES:
         yield f"stage: {shown(stage)} is not a stage{did_you_mean(str(stage), STAGES)} (choices: {', '.join(STAGES)})"
         return
-    if dynamic.signals.screen_by == "pilot" and stage not in ("pt", "sft"):
-        yield (
-            f"dynamic.signals.screen_by: a pilot looks at gradients, which there are none of under stage {stage}; "
-            "use embeddings, or stage pt or sft"
-        )
-    partitioned = _partitioned(lf)
-    for method in dynamic.methods:
-        cls = method.cls
-        where = f"dynamic.{method.kind}: "
-        if _weighs(cls) and stage not in ("pt", "sft"):
-            yield (
-                f"{where}reweighting needs per-token losses of a causal LM, and stage {stage} trains on a loss of "
-                "its own; remove the weighter, or train with stage pt or sft"
-            )
-        elif stage not in cls.needs.stages:
-            yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(cls.needs.stages)})"
-        if partitioned and not cls.needs.zero3:
-            yield (
-                f"{where}{method.name} does not work with partitioned parameters ({partitioned}); "
-                "use DeepSpeed ZeRO-2 or less, or plain data parallelism"
-            )
+    yield from unmet(dynamic, RunFacts(stage=stage, partitioned=_partitioned(lf)))
 
 
 def _weighs(cls: type[Any]) -> bool:
@@ -109,7 +89,7 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
         if truthy(lf, key):
             yield f"{key}: {reason}"
     yield from _streaming_problems(dynamic, lf)
-    yield from moment_problems(dynamic, lf)
+    yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.get("train_sampling_strategy")
@@ -186,20 +166,6 @@ def model_problems(lf: Mapping[str, Any]) -> Iterator[str]:
     deepspeed = lf.get("deepspeed")
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
-
-
-def reference_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the reference models that are not there: without one, such a method is another method."""
-    for method in dynamic.methods:
-        folder = method.build().reference
-        if folder is None:
-            continue
-        key, path = f"dynamic.{method.kind}.reference", Path(folder).expanduser()
-        if not path.is_dir():
-            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-            yield f"{key}: no such folder: {folder}{near} (the reference model is trained before this run)"
-        elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
 
 
 def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:

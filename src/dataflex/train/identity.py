@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.method import Mixer
 from dataflex.printable import redacted
 from dataflex.train.row_space import RowSpace
 
@@ -81,7 +80,7 @@ class Identity:
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
             settings=settings_of(config, lf),
-            pure=config.mixer is not None and cast(Mixer, config.mixer.build()).pure_micro_batches,
+            pure=config.requires.pure_micro_batches,
             flat=config.flat,
             keys={
                 kind: {field.name: key_of(field) for field in fields(method.params)}
