@@ -168,7 +168,7 @@ class Passes:
 
     def __add__(self, other: Passes) -> Passes:
         """Return the passes of both."""
-        both = {
+        both: dict[str, Any] = {
             name: _times(getattr(self, name), getattr(other, name))
             for name in ("pool", "pool_by_target", "targets", "served")
         }
@@ -240,10 +240,13 @@ class Requires:
         if references:
             merged["reference"] = Reference(references[0].folder, all(one.cached for one in references))
         for name in ("models", "preconditions", "by_target"):
-            keyed = ((f"{place}.{key}", value) for place, one in parts.items() for key, value in getattr(one, name).items())
+            keyed = (
+                (f"{place}.{key}", value) for place, one in parts.items() for key, value in getattr(one, name).items()
+            )
             merged[name] = dict(keyed)
-        switches = (known.name for known in fields(cls) if known.default is False)
-        return cls(**merged, **{name: any(getattr(one, name) for one in each) for name in switches})
+        for switch in (known.name for known in fields(cls) if known.default is False):
+            merged[switch] = any(getattr(one, switch) for one in each)
+        return cls(**merged)
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:

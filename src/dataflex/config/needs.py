@@ -165,9 +165,7 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
                 )
 
 
-def too_few_domains(
-    dynamic: DynamicConfig, method: MethodConfig, found: int, *, copied: bool = False
-) -> Iterator[str]:
+def too_few_domains(dynamic: DynamicConfig, method: MethodConfig, found: int, *, copied: bool = False) -> Iterator[str]:
     """Yield that a method needs more domains than there are.
 
     Args:

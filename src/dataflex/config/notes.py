@@ -63,7 +63,11 @@ def _of_the_data(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) 
 
 def _of_the_block(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
-    if dynamic.interval_steps is not None and not dynamic.narrows and not (mixer is not None and mixer.requires.needs_interval):
+    if (
+        dynamic.interval_steps is not None
+        and not dynamic.narrows
+        and not (mixer is not None and mixer.requires.needs_interval)
+    ):
         what = "a weighter alone" if mixer is None and dynamic.selector is None else "methods that decide once for all"
         yield f"dynamic.interval_steps: no effect with {what}"
     if dynamic.warmup_steps and not dynamic.narrows and mixer is not None and not mixer.requires.needs_interval:

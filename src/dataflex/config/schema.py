@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from dataflex.config.bridge import stated
 from dataflex.method import Method, Params, Requires, Selector
 from dataflex.registry import find_variant
-from dataflex.config.bridge import stated
 
 __all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
 
@@ -46,6 +46,11 @@ class MethodConfig:
     def requires(self) -> Requires:
         """What the method requires of a run."""
         return stated(self.build())
+
+    @property
+    def cost(self) -> str:
+        """What the method costs under its parameters, in words."""
+        return self.requires.passes.told or self.cls.card.cost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
@@ -37,9 +37,7 @@ class Ado(Mixer):
     """Serve domains by the slopes of their own scaling laws, fitted during training."""
 
     name = "ado"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains by how fast their losses still fall, by scaling laws fitted during training.",
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
@@ -84,6 +82,10 @@ class Ado(Mixer):
                 )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.method import Card, DomainNormalizer, Needs, ReferenceParams, State
+from dataflex.method import Card, DomainNormalizer, ReferenceParams, Requires, State
 from dataflex.mixers import simplex
 from dataflex.mixers.collapse import collapsed
 from dataflex.mixers.loss_weights import LossWeightMixer
@@ -77,7 +77,6 @@ class DoReMi(LossWeightMixer):
     """Weigh the domains in the loss towards those where the reference does better."""
 
     name = "doremi"
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
         "weights is the result.",
@@ -122,10 +121,9 @@ class DoReMi(LossWeightMixer):
 
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
@@ -161,7 +159,7 @@ class DoReMi(LossWeightMixer):
         unknown = np.isnan(scores) & (self.sampling > 0)
         if unknown.any():
             first = self.params.initial_score
-            scores[unknown] = math.log(vocabulary_size(Path(self.reference))) if first is None else first
+            scores[unknown] = math.log(vocabulary_size(Path(self.params.reference))) if first is None else first
         return scores
 
     def outcome(self) -> ProportionsFile | None:

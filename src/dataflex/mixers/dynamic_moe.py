@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs
+from dataflex.method import Card, Context, Passes, Requires
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets
@@ -40,13 +40,11 @@ class DynamicMoe(ExponentiatedMixer):
     """Serve domains more, the further their expert loads are from those of the other domains."""
 
     name = "dynamic_moe"
-    needs = Needs(signals=frozenset({"gates"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the less their expert loads are like those of the other domains (MoE only).",
         paper="Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts (Zhu et al.), NAACL 2025, "
         "arXiv 2406.11256",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,17 @@ class DynamicMoe(ExponentiatedMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gates"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         """Return (1 - c) softmax(log p + eta D) + c / K with the mean distances D.

@@ -6,7 +6,7 @@ p <- (1 - c) softmax(log p + eta s) + c / K. A subclass makes the scores s.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,6 @@ class InitialParams(BaseParams):
 
 class ExponentiatedMixer(Mixer):
     """Keeps log proportions; ``params`` has ``initial``."""
-
-    adaptive: ClassVar[bool] = True
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)

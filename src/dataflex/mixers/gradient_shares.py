@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Needs, State
+from dataflex.method import Card, Context, Mix, Requires, State
 from dataflex.mixers import simplex
 from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
@@ -66,7 +66,6 @@ class Doge(_GradientMixer):
     """Serve the domains whose gradients go along with those of all, or of the targets."""
 
     name = "doge"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of all domains.",
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
@@ -105,6 +104,15 @@ class Doge(_GradientMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -146,7 +154,6 @@ class Dga(_GradientMixer):
     """Serve the domains whose gradients go along with the targets'."""
 
     name = "dga"
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of target data.",
         paper="Dynamic Gradient Alignment for Online Data Mixing (Fan et al.), 2024, arXiv 2410.02498",
@@ -164,6 +171,16 @@ class Dga(_GradientMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -206,7 +223,6 @@ class Pike(_GradientMixer):
     """Serve domains of strong gradients more and those of noisy ones less."""
 
     name = "pike"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the larger their gradients are against the noise in them.",
         paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
@@ -222,6 +238,15 @@ class Pike(_GradientMixer):
         zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalized; b is the batch of an optimizer step."""

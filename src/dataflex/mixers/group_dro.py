@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataflex.method import Card, DomainNormalizer, Needs
+from dataflex.method import Card, DomainNormalizer, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.loss_weights import LossWeightMixer
@@ -25,7 +25,6 @@ class GroupDro(LossWeightMixer):
     """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step."""
 
     name = "group_dro"
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Weighs the domains in the loss towards those of the largest loss, every step.",
         paper="Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv 1911.08731",
@@ -55,6 +54,10 @@ class GroupDro(LossWeightMixer):
                 check_numbers(self.sampling, "sampling")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.saved import require, same_domains
@@ -55,9 +55,7 @@ class Odm(Mixer):
     """Serve domains with high training loss more often, with exploration that fades."""
 
     name = "odm"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains by a bandit whose reward is their training loss; near equal shares unless its variant "
         "is a published one.",
@@ -87,6 +85,11 @@ class Odm(Mixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        bandit = self.params.variant != "full_information"  # pulls one domain per micro-batch
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True, pure_micro_batches=bandit)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._names: tuple[str, ...] = ()
@@ -94,11 +97,6 @@ class Odm(Mixer):
         self._turn = 0
         self._updates = 0
         self._warming = False
-
-    @property
-    def pure_micro_batches(self) -> bool:
-        """The bandits pull one domain per micro-batch."""
-        return self.params.variant != "full_information"
 
     def mix(self, ctx: Context) -> Mix:
         """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
-from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Card, Context, Mix, Mixer, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import normalized, shares
 from dataflex.mixers.sizes import sizes
@@ -19,7 +18,6 @@ class RandomShares(Mixer):
     """Serve domains in proportions drawn anew for every interval."""
 
     name = "random"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves domains in proportions that are drawn anew for every interval.",
         paper="baseline (Dirichlet draws)",
@@ -40,6 +38,10 @@ class RandomShares(Mixer):
         around: str = field(default="uniform", metadata={"help": "centre of the draws", "choices": ("uniform", "size")})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
         """Return a draw from Dirichlet(K x concentration x centre), the same on every rank."""

@@ -7,13 +7,12 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Mixer, Passes, Requires, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers import simplex
 from dataflex.mixers.held_out import check_targets, held_out_losses
@@ -26,8 +25,6 @@ Floats = NDArray[np.float64]
 
 
 class _SkillMixer(Mixer):
-    adaptive: ClassVar[bool] = True
-
     def __init__(self, params: BaseParams) -> None:
         super().__init__(params)
         self.names: tuple[str, ...] = ()
@@ -43,13 +40,11 @@ class SkillIt(_SkillMixer):
     """Serve the domains that help those whose held-out losses are high."""
 
     name = "skill_it"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
         "NeurIPS 2023, arXiv 2307.14430",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,17 @@ class SkillIt(_SkillMixer):
                 raise ValueError("graph: every number must be finite")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -137,7 +143,6 @@ class Aioli(_SkillMixer):
     """Probe one domain after another, learn what helps whom, and serve accordingly."""
 
     name = "aioli"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Probes domains one after another for what they gain each other, then serves what helps most.",
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
@@ -169,6 +174,16 @@ class Aioli(_SkillMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

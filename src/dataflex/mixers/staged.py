@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Card, Context, Mix, Mixer, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers.proportions import by_domain, check_numbers, shares
 
@@ -57,7 +57,6 @@ class Staged(Mixer):
     """Serve the domains in proportions that follow a written schedule."""
 
     name = "staged"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves the domains in proportions that follow a written schedule of steps.",
         paper="baseline (curriculum by stages)",
@@ -85,6 +84,10 @@ class Staged(Mixer):
                     raise ValueError(f"stages: start_step {after} must come after {before}")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions at the first step of the interval.

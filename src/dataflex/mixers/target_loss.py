@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, State
+from dataflex.method import Card, Context, Passes, Requires, State
 from dataflex.mixers import simplex
 from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
 from dataflex.mixers.held_out import check_targets, held_out_losses
@@ -30,12 +30,10 @@ class Sheared(ExponentiatedMixer):
     """Serve a domain more, the further its held-out loss is above its target."""
 
     name = "sheared"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the further their held-out losses are above target losses.",
         paper="Sheared LLaMA (Xia et al.), ICLR 2024, arXiv 2310.06694, dynamic batch loading",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,17 @@ class Sheared(ExponentiatedMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def _moved(self, ctx: Context) -> tuple[Floats, str]:
         """Return (1 - c) softmax(log p + eta (loss - target)) + c / K."""
@@ -77,13 +86,11 @@ class Velocity(ExponentiatedMixer):
     """Serve a domain more, the less of its way from the first to the target loss it has gone."""
 
     name = "velocity"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the less of the way to their target losses they have gone.",
         paper="Velocitune: A Velocity-based Dynamic Domain Reweighting Method for Continual Pre-training, ACL 2025, "
         "arXiv 2411.14318",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,17 @@ class Velocity(ExponentiatedMixer):
         target_losses: tuple[float, ...] | dict[str, float] = field(metadata={**_TARGETS, "minimum": 0.0})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -14,17 +14,17 @@ from dataflex.config.build import load_plugins
 from dataflex.config.check_data import column_problems, data_set_problems
 from dataflex.config.check_run import model_problems, setting_problems, stage_problems
 from dataflex.config.check_targets import target_problems
-from dataflex.config.collect import collect, values
+from dataflex.config.collect import values
 from dataflex.config.data import Source, data_sets
 from dataflex.config.load import ENDINGS, load_mapping, merged
-from dataflex.config.methods import method_block, method_class, target_list
+from dataflex.config.methods import method_block, method_class, takes_targets, target_list
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
 from dataflex.config.values import env_enabled, truthy
 from dataflex.errors import ConfigError
-from dataflex.method import Method
+from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
 

@@ -26,8 +26,8 @@ import torch
 
 from dataflex import comm
 from dataflex.checkpoints import FOLDER
-from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.config.needs import unmet
+from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Rows, RunFacts
 from dataflex.mixing.proportions_file import write_proportions

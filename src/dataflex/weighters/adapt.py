@@ -16,28 +16,82 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter, WeighterParams
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Passes,
+    Requires,
+    Rows,
+    State,
+    Weighter,
+    WeighterParams,
+)
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapt", "AdaptByWords"]
+__all__ = ["Adapt"]
+
+
+class _Words:
+    """Rows of the targets as words: a row's score is the mean of its BM25 scores over all of them.
+
+    Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self._scores: NDArray[np.float32] | None = None
+
+    def due(self, step: int) -> bool:
+        """Words are counted once, also by a resumed run."""
+        return self._scores is None
+
+    def refresh(self, ctx: Context) -> None:
+        """Score every training row against all anchors.
+
+        Raises:
+            DataError: A target has no row with a word.
+        """
+        from dataflex.selectors.okapi import Okapi
+        from dataflex.selectors.text_features import cut_words, pool_texts, target_words
+
+        anchors = [words for rows in target_words(self._method, ctx, "all", cut_words) for words in rows]
+        counts = Counter(word for words in anchors for word in words)
+        pool = np.arange(len(ctx.domains.domain_of), dtype=np.int64)
+        index = Okapi(map(cut_words, pool_texts(pool, ctx, "all")), set(counts))
+        query = {word: count / len(anchors) for word, count in counts.items()}
+        self._scores = index.scores(query).astype(np.float32)
+
+    def products(self, batch: BatchView) -> torch.Tensor:
+        """Return each sequence's score, fp32 [B]."""
+        if self._scores is None:
+            raise ComponentError(f"{self._method}: the words of the rows were never counted")
+        scores: torch.Tensor = batch.loss_B.new_tensor(self._scores[batch.rows_B])
+        return scores
+
+    def state_dict(self) -> State:
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        if state:
+            raise ValueError(f"{self._method} by words keeps no state, but was given {sorted(state)}")
 
 
 class Adapt(Weighter):
     """Weigh sequences by their likeness to the targets."""
 
     name = "adapt"
-    adaptive: ClassVar[bool] = False  # renews its anchors by itself; needs no interval
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Weighs each sequence by how much it is like the targets' rows, with a weight between 0 and 1.",
         paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
@@ -67,46 +121,46 @@ class Adapt(Weighter):
             default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
         )
 
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(layer=self.layer, completion_only=self.completion_only)
+
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        words = self.params.similarity == "bm25"
+        return Requires(
+            signals=frozenset({"texts" if words else "embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            embedding=None if words else self.params.spec,
+            passes=Passes(told="none on the device: words are counted once" if words else ""),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._anchors = Anchors(
-            self.name,
-            EmbeddingSpec(layer=params.layer, completion_only=params.completion_only),
-            params.refresh_steps,
-        )
-
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class that compares words where they are asked for."""
-        return AdaptByWords if params.similarity == "bm25" else cls
+        words = params.similarity == "bm25"
+        self._anchors = _Words(self.name) if words else Anchors(self.name, params.spec, params.refresh_steps)
 
     @property
     def normalizer(self) -> Normalizer:
         """The loss is divided by the number of supervised tokens: weights are absolute."""
         return "count"
 
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How rows in training are embedded: as the anchors are."""
-        return self._anchors.spec
-
     def due(self, step: int) -> bool:
-        """Whether the anchors are to be embedded anew."""
+        """Whether the anchors are to be embedded anew, or their words were not counted yet."""
         return self._anchors.due(step)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed the anchors."""
+        """Embed the anchors, or count their words."""
         self._anchors.refresh(ctx)
-
-    def _similarities(self, batch: BatchView) -> torch.Tensor:
-        return self._anchors.products(batch)
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return sigmoid(s / tau) [B], 0 without supervised tokens (collective under ``rescale: mean1``)."""
         valid = batch.tokens_B > 0
-        weights = (self._similarities(batch).float() / self.params.tau).sigmoid()
+        weights = (self._anchors.products(batch).float() / self.params.tau).sigmoid()
         if self.params.clip is not None:
             weights = weights.clamp(max=self.params.clip)
         weights = weights.masked_fill(~valid, 0.0)
@@ -117,67 +171,9 @@ class Adapt(Weighter):
         return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
 
     def state_dict(self) -> State:
-        """Return the anchors' mean vector."""
+        """Return the anchors' mean vector; nothing for words, whose scores follow from the data."""
         return self._anchors.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
         self._anchors.load_state_dict(state)
-
-
-class AdaptByWords(Adapt):
-    """Weigh rows by the words that they share with the targets' rows: s_i is the mean BM25 score over all anchors.
-
-    Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
-    """
-
-    needs = Needs(signals=frozenset({"texts"}), targets=True, stages=("pt", "sft"))
-    card = Card(
-        summary="Weighs each row by the words that it shares with the targets' rows (BM25), by a weight of 0.5 to 1.",
-        paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
-        cost="none on the device: words are counted once",
-    )
-
-    def __init__(self, params: Adapt.Params) -> None:
-        super().__init__(params)
-        self._scores: NDArray[np.float32] | None = None
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """No hidden states are looked at."""
-        return None
-
-    def due(self, step: int) -> bool:
-        """Words are counted once, also by a resumed run."""
-        return self._scores is None
-
-    def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Score every training row against all anchors.
-
-        Raises:
-            DataError: A target has no row with a word.
-        """
-        from dataflex.selectors.okapi import Okapi
-        from dataflex.selectors.text_features import cut_words, pool_texts, target_words
-
-        anchors = [words for rows in target_words(self.name, ctx, "all", cut_words) for words in rows]
-        counts = Counter(word for words in anchors for word in words)
-        pool = np.arange(len(ctx.domains.domain_of), dtype=np.int64)
-        index = Okapi(map(cut_words, pool_texts(pool, ctx, "all")), set(counts))
-        query = {word: count / len(anchors) for word, count in counts.items()}
-        self._scores = index.scores(query).astype(np.float32)
-
-    def _similarities(self, batch: BatchView) -> torch.Tensor:
-        if self._scores is None:
-            raise ComponentError(f"{self.name}: the words of the rows were never counted")
-        scores: torch.Tensor = batch.loss_B.new_tensor(self._scores[batch.rows_B])
-        return scores
-
-    def state_dict(self) -> State:
-        """Return nothing: scores follow from the data."""
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            raise ValueError(f"{self.name} by words keeps no state, but was given {sorted(state)}")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, Requires, Rows, Weighter, WeighterParams
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ class Column(Weighter):
     """Weigh each row by a column of the data set."""
 
     name = "column"
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each row by a numeric column of the data set.",
         paper="baseline (importance weights)",
@@ -51,6 +50,10 @@ class Column(Weighter):
                 raise ValueError("column: must name a column of the data set")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
 
     @property
     def normalizer(self) -> Normalizer:

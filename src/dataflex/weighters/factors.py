@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Method, Params, Weighter
+from dataflex.method import Params, Weighter
 from dataflex.parts import Part
-from dataflex.registry import find, find_variant, names
+from dataflex.registry import find, names
 
 __all__ = ["Factor", "combination_problems"]
 
@@ -37,14 +37,9 @@ class Factor(Part):
             raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
         return find("weighter", name).Params
 
-    @property
-    def cls(self) -> type[Method]:
-        """Its class under these parameters."""
-        return find_variant("weighter", self.name, self.params)
-
     def build(self) -> Weighter:
         """Return a new instance."""
-        method = self.cls(self.params)
+        method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
 
@@ -61,12 +56,13 @@ def combination_problems(factors: list[Weighter]) -> list[str]:
             f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
             f"that {by_token[0]} gives"
         )
-    references = {each.reference: each.name for each in factors if each.reference is not None}
+    needs = [(each.name, each.requires()) for each in factors]
+    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
     if len(references) > 1:
         problems.append(
             f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
         )
-    specs = [(each.name, each.embedding) for each in factors if each.embedding is not None]
+    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
     for name, spec in specs[1:]:
         if spec != specs[0][1]:
             problems.append(

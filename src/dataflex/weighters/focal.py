@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, Weighter, WeighterParams
 from dataflex.weighters.token_functions import focal
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ class Focal(Weighter):
     """Weigh tokens by (1 - p) ^ gamma."""
 
     name = "focal"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by how unlikely it is to the model.",
         paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",

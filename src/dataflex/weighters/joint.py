@@ -14,13 +14,13 @@ come out of the training forward; anchors are all rows of the targets.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, State, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, State, Weighter, WeighterParams
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.weighters.anchors import Anchors
 
@@ -74,8 +74,6 @@ class JointUpdateAware(Weighter):
     """Weigh the sequences of a micro-batch together: aligned with the targets, unlike one another."""
 
     name = "joint_update_aware"
-    adaptive: ClassVar[bool] = False  # renews its anchors by itself; needs no interval
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Weighs the sequences of a micro-batch towards the targets and away from one another.",
         paper="baseline (existing DataFlex; no paper)",
@@ -103,27 +101,32 @@ class JointUpdateAware(Weighter):
             default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
         )
 
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(
+                layer=self.layer,
+                pooling=self.pooling,
+                completion_only=self.completion_only,
+                normalize=self.normalize,
+            )
+
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"), embedding=self.params.spec
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        spec = EmbeddingSpec(
-            layer=params.layer,
-            pooling=params.pooling,
-            completion_only=params.completion_only,
-            normalize=params.normalize,
-        )
-        self._anchors = Anchors(self.name, spec, params.refresh_steps)
+        self._anchors = Anchors(self.name, params.spec, params.refresh_steps)
 
     @property
     def normalizer(self) -> Normalizer:
         """Weights of the micro-batch sum to one and multiply token-mean losses."""
         return "sample"
-
-    @property
-    def embedding(self) -> EmbeddingSpec:
-        """How rows in training are embedded: as the anchors are."""
-        return self._anchors.spec
 
     def due(self, step: int) -> bool:
         """Whether the anchors are to be embedded anew."""

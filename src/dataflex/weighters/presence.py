@@ -14,13 +14,13 @@ mode, in a forward and a backward pass of their own (two-pass); their Gram matri
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.signals.specs import GradientSpec
 from dataflex.weighters.step_weights import StepWeights
 
@@ -67,14 +67,10 @@ class Presence(Weighter):
     """Weigh groups of rows by self-influence."""
 
     name = "presence"
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
         cost="F + B over the rows of each step, gradients of the first block only",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -95,6 +91,10 @@ class Presence(Weighter):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(signals=frozenset({"gradients"}), stages=("pt", "sft"), passes=Passes(served=(1.0, 1.0)))
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

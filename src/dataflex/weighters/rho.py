@@ -10,9 +10,9 @@ through forward and backward, so it costs a plain step: the micro-batch (of all 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses, sequence_means
 
@@ -26,8 +26,6 @@ class Rho(Weighter):
     """Keep the sequences of largest reducible loss."""
 
     name = "rho"
-    adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the sequences of each micro-batch whose loss exceeds a reference model's most.",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt, ICML 2022, "
@@ -54,10 +52,9 @@ class Rho(Weighter):
 
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     @property
     def normalizer(self) -> Normalizer:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams
 from dataflex.weighters.excess import largest
 from dataflex.weighters.sequences import reference_losses
 
@@ -29,9 +29,7 @@ class SelectiveLanguageModelling(Weighter):
     """Keep the tokens of largest excess loss."""
 
     name = "slm"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
@@ -56,10 +54,9 @@ class SelectiveLanguageModelling(Weighter):
 
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     @property
     def normalizer(self) -> Normalizer:

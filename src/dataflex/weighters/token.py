@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, Reference, Requires, Weighter, WeighterParams
 from dataflex.weighters import token_functions
 from dataflex.weighters.sequences import reference_losses
 
@@ -26,9 +26,7 @@ class TokenWeighter(Weighter):
     """Weigh each token by a function of what the model thinks of it."""
 
     name = "token"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
         paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
@@ -75,6 +73,13 @@ class TokenWeighter(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        taken = token_functions.asked(token_functions.load(p.function))
+        reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
+        return Requires(stages=("pt", "sft"), reference=reference, entropy="entropy" in taken)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._function = token_functions.load(
@@ -86,16 +91,6 @@ class TokenWeighter(Weighter):
     def normalizer(self) -> Normalizer:
         """The denominator asked for."""
         return self.params.normalizer
-
-    @property
-    def reference(self) -> str | None:
-        """Folder of the reference model, if the function takes one."""
-        return self.params.reference
-
-    @property
-    def entropy(self) -> bool:
-        """Whether the function takes the entropy."""
-        return "entropy" in self._taken
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
