@@ -33,13 +33,12 @@ import torch
 
 from dataflex.select.choose import top_k
 from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
-from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
-from dataflex.signals.passes import bucketed
-from dataflex.signals.pilot import piloted
-from dataflex.signals.screen import screened
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.sweep import bucketed
+from dataflex.train.screening import piloted, screened
 
 ROOT = Path(__file__).resolve().parent.parent
 CUTOFF = 224
@@ -168,7 +167,7 @@ def main() -> int:
     model, optimizer = prepared(pool, 4 if options.quick else 20)
     budget = 8 * CUTOFF
     service = SignalService(
-        handle=ModelHandle(
+        handle=ModelAccess(
             model=model,
             collate=collate,
             autocast=contextlib.nullcontext,

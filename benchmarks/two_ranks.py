@@ -33,7 +33,7 @@ def job(rows: int) -> None:
     from transformers import AutoTokenizer
 
     from cheaper_scores import CUTOFF, ROOT, Rows, collate, prepared
-    from dataflex.signals.handle import Corpus, ModelHandle
+    from dataflex.signals.model_access import Corpus, ModelAccess
     from dataflex.signals.service import SignalService
     from dataflex.signals.specs import GradientSpec
 
@@ -44,7 +44,7 @@ def job(rows: int) -> None:
     target = Rows(ROOT / "examples/data/gsm8k_valid.jsonl", tokenizer, 2)
     model, optimizer = prepared(pool, 3)
     service = SignalService(
-        handle=ModelHandle(
+        handle=ModelAccess(
             model=model,
             collate=collate,
             autocast=contextlib.nullcontext,

@@ -95,9 +95,10 @@ def _section(cls: type[Method], files: list[str]) -> str:
 
 
 def _prose(cls: type[Method]) -> Iterator[str]:
-    """Yield the module's own words, a paragraph a line."""
-    module = inspect.getmodule(cls)
-    text = inspect.cleandoc(module.__doc__ or "") if module else ""
+    """Yield the words of the class where it has several paragraphs, else those of its module; a paragraph a line."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if "\n\n" not in text:
+        text = inspect.cleandoc(getattr(inspect.getmodule(cls), "__doc__", None) or "")
     for paragraph in text.split("\n\n"):
         yield " ".join(paragraph.split())
         yield ""

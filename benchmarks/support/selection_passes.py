@@ -20,10 +20,10 @@ class Bench:
 
         from dataflex.signals.embeddings import embed_batch
         from dataflex.signals.gradients import GradientEngine
+        from dataflex.signals.logits import TokenScorer
         from dataflex.signals.losses import row_losses
-        from dataflex.signals.passes import bucketed
         from dataflex.signals.specs import EmbeddingSpec
-        from dataflex.signals.token_losses import TokenScorer
+        from dataflex.signals.sweep import bucketed
 
         torch.manual_seed(0)
         self.torch = torch

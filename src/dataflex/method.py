@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
 from dataflex.state import State
 
@@ -464,30 +465,6 @@ class Mix:
 
     proportions: NDArray[np.float64]
     reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProportionsFile:
-    """What a proportions file holds.
-
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of what was read.
-        details: Numbers of the method worth keeping, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """Proportions as a mapping from name to share."""
-        return dict(zip(self.names, self.proportions, strict=True))
 
 
 class Method:

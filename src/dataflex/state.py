@@ -15,20 +15,20 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ComponentError
+from dataflex.errors import CheckpointError, ComponentError, DataError, DataFlexError
 
 __all__ = [
     "MANIFEST",
     "State",
     "aside",
-    "atomic_write_text",
     "clear_left",
     "fsync",
     "is_left",
@@ -36,6 +36,7 @@ __all__ = [
     "load_state",
     "owner",
     "refuse_state",
+    "replacing",
     "save_state",
     "verify_directory",
     "write_directory",
@@ -196,19 +197,34 @@ def _blake2b(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that readers see the old content or the new, never a part."""
+@contextmanager
+def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iterator[IO[bytes]]:
+    """Open a file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Readers see the old content or the new, never a part.
+
+    Args:
+        path: The file.
+        error: What an error of the operating system becomes; None: it stays as it is.
+    """
     path = Path(path)
-    temporary = aside(path)
+    temporary: Path | None = None
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as problem:
+        if error is None:
+            raise
+        raise error(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:

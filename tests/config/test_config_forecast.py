@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from dataflex.config.build import parse_dynamic
 from dataflex.config.data import Source, count_bytes, count_rows, data_sets, find_sources, packed, train_rows
-from dataflex.config.forecast import Forecast, forecast
-from dataflex.config.steps import batch_of, schedule_of, total_steps
+from dataflex.config.forecast import Forecast, batch_of, forecast, schedule_of, total_steps
 from dataflex.errors import UnsupportedError
 
 Config = Callable[..., dict[str, Any]]

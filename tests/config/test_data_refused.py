@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.config.contents import contents_of
-from dataflex.config.data import Source, count_rows
+from dataflex.config.data import Source, contents_of, count_rows
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 

@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.mixers.ado import Ado, preference
-from dataflex.mixers.domain_gradients import domain_gradients
-from dataflex.mixers.dynamic_moe import DynamicMoe, distances
-from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, pike_scores
-from dataflex.mixers.held_out import held_out_losses
+from dataflex.mixers._lib import held_out_losses
+from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
+from dataflex.mixers.fixed import RandomShares
+from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
+from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, velocities
 from dataflex.mixers.odm import Odm, exploration, policy
-from dataflex.mixers.random_shares import RandomShares
-from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
-from dataflex.mixers.simplex import exponentiated, logs, weights
 from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
-from dataflex.mixers.target_loss import Sheared, Velocity, velocities
+from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.testing import FakeSignals, example_context, example_stats
 
 TWO = {"a": 8, "b": 8}
@@ -200,7 +197,7 @@ def test_sheared_golden():
     """T11."""
     start = logs(np.array([0.67, 0.33]))
     gaps = np.array([math.log(3), 0.0])
-    assert weights(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
+    assert softmax(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
     mixer = Sheared(Sheared.Params(target_losses=(1.0, 1.0), initial=(0.67, 0.33), smoothing=1e-4))
     got = mixer.mix(context(signals=held(1.0 + math.log(3), 1.0))).proportions
     assert got.tolist() == pytest.approx([0.858938, 0.141062], abs=1e-6)
@@ -258,7 +255,7 @@ def test_dynamic_moe_golden():
     delta = distances(loads, "l2")
     assert delta.tolist() == pytest.approx([0.707107, 0.707107, 0.471405], abs=1e-6)
     moved = exponentiated(logs(np.full(3, 1 / 3)), delta, eta=10.0, smoothing=0.05)
-    assert weights(moved).tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
+    assert softmax(moved).tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
 
 
 @pytest.mark.parametrize("measure", ["l2", "cosine"])
@@ -293,19 +290,19 @@ def test_doge_golden():
     scores = doge_scores(vectors @ vectors.sum(axis=0), np.linalg.norm(vectors, axis=1), 0.1)
     assert scores.tolist() == pytest.approx([0.066667, 0.266666], abs=1e-6)
     moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1 / 0.05)
-    assert weights(moved).tolist() == pytest.approx([0.017986, 0.982014], abs=1e-6)
+    assert softmax(moved).tolist() == pytest.approx([0.017986, 0.982014], abs=1e-6)
 
 
 def test_dga_golden():
     scores = np.array([1.0, 0.0])
     moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=math.log(2))
-    assert weights(moved).tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert softmax(moved).tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_pike_golden():
     """T16."""
     scores = pike_scores(np.array([4.0, 1.0]), np.array([8.0, 8.0]), 0.1, 0.2, 16)
-    moved = weights(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
+    moved = softmax(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
     assert moved.tolist() == pytest.approx([0.574443, 0.425557], abs=1e-6)
     assert np.round(16 * moved).tolist() == [9, 7]
 
@@ -413,9 +410,9 @@ def test_a_graph_that_is_none_is_refused(graph):
 def test_aioli_orientation():
     """T15: the columns of A are added up."""
     matrix = np.array([[0.3, 0.1], [0.0, 0.2]])
-    moved = weights(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
+    moved = softmax(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
     assert moved.tolist() == pytest.approx([0.5, 0.5])
-    turned = weights(exponentiated(np.zeros(2), matrix.sum(axis=1), eta=1.0))
+    turned = softmax(exponentiated(np.zeros(2), matrix.sum(axis=1), eta=1.0))
     assert turned.tolist() == pytest.approx([0.549834, 0.450166], abs=1e-6)
 
 
@@ -477,7 +474,7 @@ def test_aiolis_ema_is_the_weight_of_the_past(ema):
     first, second = (one / one.sum() for one in gain)
     want = (1 - ema) * second + ema * first
     np.testing.assert_allclose(mixer.matrix, want, atol=1e-5)
-    np.testing.assert_allclose(weights(mixer.log_shares), weights(want.sum(axis=0)), atol=1e-5)
+    np.testing.assert_allclose(softmax(mixer.log_shares), softmax(want.sum(axis=0)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- ADO

@@ -14,7 +14,7 @@ from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
 from dataflex.testing import FakeSignals, example_context
-from dataflex.train.candidates import Candidates
+from dataflex.train.controller import Candidates
 
 SCORES = np.array([3.0, 2.9, 1.0])
 GRAM = np.array([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])

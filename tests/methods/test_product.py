@@ -13,8 +13,7 @@ from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import RunFacts
 from dataflex.registry import names
 from dataflex.testing import example_batch, example_context
-from dataflex.weighters.factors import Factor
-from dataflex.weighters.product import Product
+from dataflex.weighters.product import Factor, Product
 
 LOSSES, TOKENS = [1.0, 2.5, 2.0, 0.5, 3.0], [3, 1, 4, 0, 2]
 WEIGHTS = np.array([0.5, 2.0, 1.0, 3.0, 0.0])

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.testing import FakeSignals, example_batch, example_context
 from dataflex.weighters.group import GroupWeighter, domain_weights
-from dataflex.weighters.meta import Meta, clipped_shares
-from dataflex.weighters.presence import Presence, group_weights, self_influence
+from dataflex.weighters.influence import Meta, Presence, clipped_shares, group_weights, self_influence
 
 # ---------------------------------------------------------------- group
 

@@ -15,12 +15,8 @@ from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
 from dataflex.testing import example_batch
-from dataflex.weighters.excess import largest
-from dataflex.weighters.focal import Focal
-from dataflex.weighters.rho import Rho
-from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter
-from dataflex.weighters.token_functions import clip_quantile
+from dataflex.weighters.excess import Rho, SelectiveLanguageModelling, largest
+from dataflex.weighters.token import Focal, TokenWeighter, clip_quantile
 from tests.rounding import printed
 
 

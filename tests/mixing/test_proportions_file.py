@@ -12,8 +12,8 @@ from dataflex.config.load import load_mapping
 from dataflex.config.show import as_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
-from dataflex.mixers.static import Static
-from dataflex.mixing.proportions_file import (
+from dataflex.mixers.fixed import Static
+from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
     file_digest,

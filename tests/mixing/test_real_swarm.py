@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from dataflex.cli import main
-from dataflex.mixing.proportions_file import read_proportions
 from dataflex.mixing.swarm import read_swarm
 from dataflex.mixing.tables import losses_of_run
+from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
 from tests.integration.conftest import base_settings
 

@@ -12,9 +12,7 @@ import time
 import numpy as np
 import torch
 
-from dataflex.signals.fingerprint import Fingerprint
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.store import ArrayStore
+from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass
 from dataflex.signals.sweep import Sweep, stored_pass
 
 NUM_ROWS, WIDTH = 60, 3

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals import answer_source
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
-from dataflex.signals.scorers import Scorer, ScorerError
+from dataflex.signals.cache import SignalCache
+from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.other_models import Scorer, ScorerError
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
 from tests.conftest import WORDS
@@ -63,7 +63,7 @@ def service(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     rows = make(tokenizer)
     corpus = Corpus(dataset=rows, lengths=rows.lengths, identity="rows")
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=model,
         collate=collate,
         autocast=nullcontext,
@@ -181,7 +181,7 @@ def test_a_data_set_of_the_datasets_library(service):
         key: [row[key] for row in service.train.dataset.rows] for key in ("input_ids", "labels", "attention_mask")
     }
     plain, wanted = service.tokens(EVERY, part="completion"), service.answer_losses(EVERY, conditioned=False)
-    service.book = AnswerBook()
+    service.book = SignalCache()
     dataset = Dataset.from_dict({**columns, "images": [None] * 7})
     service.train = Corpus(dataset=dataset, lengths=service.train.lengths)
     assert [one.tolist() for one in service.tokens(EVERY, part="completion")] == [one.tolist() for one in plain]
@@ -339,7 +339,7 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     assert loads.count == 1
     state = service.state_dict()
     assert len(state["answers"]) == 1
-    service.book = AnswerBook()
+    service.book = SignalCache()
     service.load_state_dict(state)
     service.begin(30)
     assert np.array_equal(service.losses(EVERY, model=name), kept, equal_nan=True)
@@ -353,15 +353,15 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
 def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, monkeypatch):
     """Pools that change from decision to decision, as under ``pool_fraction``."""
     name, scored = another(tmp_path / "ref", tokenizer), []
-    original = answer_source.piece_sums
+    original = answer_source.segment_sums
 
     def counting(model, sweep, *rest):
         scored.append(np.unique(sweep.dataset.rows[sweep.dataset.places]).tolist())
         return original(model, sweep, *rest)
 
-    monkeypatch.setattr(answer_source, "piece_sums", counting)
+    monkeypatch.setattr(answer_source, "segment_sums", counting)
     whole = [service.answer_losses(EVERY, conditioned=given, scorer=name) for given in (False, True)]
-    service.book = AnswerBook()
+    service.book = SignalCache()
     scored.clear()
     for step, pool in enumerate(([4, 1], [1, 2, 4, 3], [0, 2])):
         service.begin(10 * step)
@@ -376,7 +376,7 @@ def test_the_store_serves_other_steps_and_runs(service, tokenizer, tmp_path, mon
     loads = Loads(monkeypatch)
     states = iter("abcdefgh")
     for _ in range(2):
-        service.book = AnswerBook(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
+        service.book = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
         service.begin(0)
         found = service.answer_losses(EVERY, conditioned=False, scorer=name)
         service.answer_losses(EVERY, conditioned=False)

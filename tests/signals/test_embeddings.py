@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.embeddings import embed_batch, embed_documents, embedding_size, hidden_states
-from dataflex.signals.pooling import pool, pool_documents
+from dataflex.signals.embeddings import (
+    embed_batch,
+    embed_documents,
+    embedding_size,
+    hidden_states,
+    pool,
+    pool_documents,
+)
 from dataflex.signals.row_signals import row_embeddings
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from dataflex.errors import ConfigError
-from dataflex.signals.encoders import EncoderError, load_encoder
-from dataflex.signals.pooling import pool
+from dataflex.signals.embeddings import EncoderError, load_encoder, pool
 from dataflex.signals.specs import EmbeddingSpec
 from tests.conftest import WORDS
 from tests.rounding import layers_apart
@@ -136,7 +135,7 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
     """Through the service: tokens back to text, in length buckets, in the order asked for."""
     import contextlib
 
-    from dataflex.signals.handle import Corpus, ModelHandle
+    from dataflex.signals.model_access import Corpus, ModelAccess
     from dataflex.signals.service import SignalService
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -148,7 +147,7 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
 
     lengths = np.array([len(tokenizer(text)["input_ids"]) + 2 for text in texts])
     service = SignalService(
-        handle=ModelHandle(
+        handle=ModelAccess(
             model=torch.nn.Linear(1, 1),
             collate=lambda features: {},
             autocast=contextlib.nullcontext,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError
-from dataflex.signals.answers import AnswerBook
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.gradients import rows as rows_module
-from dataflex.signals.handle import Corpus
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
@@ -163,7 +163,7 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
         ]
 
     def with_store():
-        book = AnswerBook(store=ArrayStore(tmp_path), model_identity=lambda: "model")
+        book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: "model")
         return SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3, book=book)
 
     first = ask(service)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import row_losses
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
@@ -66,7 +66,7 @@ def setting(request):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
     service = SignalService(
-        handle=ModelHandle(
+        handle=ModelAccess(
             model=model,
             collate=collate,
             autocast=contextlib.nullcontext,
@@ -204,7 +204,7 @@ def test_stored_scores_depend_on_the_moments(setting, tmp_path):
         train=service.train,
         targets=service.targets,
         seed=0,
-        book=AnswerBook(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
+        book=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
     )
     twin.begin(1)
     first = twin.gradient_scores(rows, GradientSpec(), targets=("near",))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dataflex.signals.answers import AnswerBook, Question
+from dataflex.signals.cache import Question, SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, state_identity, tokenizer_identity
 from dataflex.signals.store import ArrayStore
 from tests.signals.tiny import llama
@@ -158,7 +158,7 @@ def test_a_store_gives_no_other_models_answers(tmp_path, change):
     models = {"now": theta(), "other": theta(rope_theta=500.0)}
 
     def book(which, cast):
-        return AnswerBook(
+        return SignalCache(
             store=ArrayStore(tmp_path),
             model_identity=lambda: model_identity(models[which]),
             surroundings=lambda _: {"autocast": cast},

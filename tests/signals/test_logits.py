@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from dataflex.rng import stream
 from dataflex.signals.gradients import adam_direction
 from dataflex.signals.gradients.precondition import adam_scaled
-from dataflex.signals.handle import Corpus, ModelHandle
-from dataflex.signals.head import LogitReader
-from dataflex.signals.logits import LogitScorer, LogitSketch, nuclear_norm
+from dataflex.signals.logits import LogitReader, LogitScorer, LogitSketch, nuclear_norm
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec, LogitSpec
 from tests.signals import tiny
@@ -153,7 +152,7 @@ def test_distances_of_sketches_follow_those_of_logits():
 
 
 def service_of(model, budget=40):
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=model, collate=tiny.collate, autocast=nullcontext, device=torch.device("cpu"), token_budget=budget
     )
     return SignalService(handle=handle, train=Corpus(dataset=ROWS, lengths=ROWS.lengths), targets={}, seed=0)

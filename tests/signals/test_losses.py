@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import token_mean_losses
-from dataflex.signals.passes import bucketed, preserved
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.store import ArrayStore
-from dataflex.signals.sweep import Sweep, vector_pass
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state, vector_pass
 
 
 def oracle_loss(logits_TV, labels_T) -> float:
@@ -111,7 +110,7 @@ def service():
 
     import contextlib
 
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=model,
         collate=collate,
         autocast=contextlib.nullcontext,
@@ -199,7 +198,7 @@ def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
     rows, spec = np.arange(9), EmbeddingSpec()
     service.begin(300)
     losses, vectors = service.losses(rows), service.embeddings(rows, spec)
-    service.book = AnswerBook(
+    service.book = SignalCache(
         store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.handle.model.named_parameters())
     )
     service.begin(301)
@@ -218,7 +217,7 @@ def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
     assert not np.array_equal(changed, losses, equal_nan=True)
     with torch.no_grad():
         weight[0, 0] -= 1.0
-    service.book = AnswerBook()
+    service.book = SignalCache()
 
 
 def test_a_pass_touches_nothing(service):
@@ -246,7 +245,7 @@ def test_preserved_restores_after_an_error(service):
     model.train()
 
     def fails():
-        with preserved(model):
+        with preserve_state(model):
             model.eval()
             raise RuntimeError
 

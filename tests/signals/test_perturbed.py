@@ -11,9 +11,9 @@ import torch
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.rng import rademacher
 from dataflex.selectors.zeroth import central_difference
-from dataflex.signals.handle import Corpus, ModelHandle
 from dataflex.signals.losses import row_losses
-from dataflex.signals.perturbed import moved
+from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.moved import moved
 from dataflex.signals.service import SignalService
 from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
 
@@ -22,7 +22,7 @@ def service(model, rows, autocast=contextlib.nullcontext):
     def corpus(name):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
-    handle = ModelHandle(model=model, collate=collate, autocast=autocast, device=torch.device("cpu"), token_budget=24)
+    handle = ModelAccess(model=model, collate=collate, autocast=autocast, device=torch.device("cpu"), token_budget=24)
     return SignalService(handle=handle, train=corpus("pool"), targets={"goal": corpus("goal")}, seed=0)
 
 

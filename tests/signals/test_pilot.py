@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.signals.pilot import fitted, gcv_error, piloted, token_counts
 from dataflex.testing import global_random_state_untouched
+from dataflex.train.screening import fitted, gcv_error, piloted, token_counts
 
 NUM = 600
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import row_losses
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.policy import answers_digest
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
@@ -30,7 +30,7 @@ OTHER = [WeightedAnswer(prompt=[3, 3], answer=[20, 21, 2], weight=-1.0, group=0)
 
 def service(model, budget=24, **options):
     rows = make_rows(8)
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=model,
         collate=collate,
         autocast=contextlib.nullcontext,
@@ -141,7 +141,7 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
 
 def test_answers_are_kept_by_all_that_they_say(tmp_path):
     model = llama()
-    book = AnswerBook(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters()))
+    book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters()))
     signals, _ = service(model, book=book)
     spec = GradientSpec(precondition="none")
     first = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
@@ -150,7 +150,7 @@ def test_answers_are_kept_by_all_that_they_say(tmp_path):
     assert not np.array_equal(
         first, signals.answer_scores(np.arange(8), spec, answers={"good": heavier}), equal_nan=True
     )
-    again, _ = service(model, book=AnswerBook(store=ArrayStore(tmp_path), model_identity=book.model_identity))
+    again, _ = service(model, book=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
     np.testing.assert_array_equal(first, again.answer_scores(np.arange(8), spec, answers={"good": GOOD}))
 
 

@@ -17,10 +17,8 @@ import pytest
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.signals import resumable
-from dataflex.signals.fingerprint import Fingerprint, package_versions
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.store import ArrayStore
+from dataflex.signals import store as module
+from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass, package_versions
 from dataflex.state import MANIFEST, owner
 from tests.signals import store_worker
 
@@ -200,7 +198,7 @@ def test_parts_of_several_ranks_and_sessions_are_merged(store, monkeypatch):
     assert not work.done_at_start.any()
     work.record(np.array([4, 1]), want[[4, 1]])
     work.close()
-    monkeypatch.setattr(resumable, "_on_rank_0", lambda do: do())
+    monkeypatch.setattr(module, "_on_rank_0", lambda do: do())
     as_rank(monkeypatch, 3)
     work = ResumablePass(store, key(), shape=(6, 2), dtype=np.float16)
     assert work.done_at_start.tolist() == [False, True, False, False, True, False]

@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.signals import token_losses as module
-from dataflex.signals.cross_entropy import chunk_tokens
-from dataflex.signals.losses import row_losses
+from dataflex.signals import logits as module
+from dataflex.signals.logits import TokenScorer
+from dataflex.signals.losses import chunk_tokens, row_losses
 from dataflex.signals.packing import document_ids
 from dataflex.signals.row_signals import token_losses
 from dataflex.signals.sweep import Sweep
-from dataflex.signals.token_losses import TokenScorer
 from tests.rounding import printed
 from tests.signals import tiny
 

@@ -7,23 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex.mixers import simplex
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import logs
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weight_stats import WeightStats
-from dataflex.weighters.adapt import Adapt
+from dataflex.train.feedback import WeightStats
+from dataflex.train.loss import Reweighter
 from dataflex.weighters.column import Column
-from dataflex.weighters.factors import Factor
-from dataflex.weighters.focal import Focal
+from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
 from dataflex.weighters.group import GroupWeighter
-from dataflex.weighters.joint import JointUpdateAware
+from dataflex.weighters.likeness import Adapt, JointUpdateAware
 from dataflex.weighters.loss import LossWeighter
-from dataflex.weighters.product import Product
-from dataflex.weighters.rho import Rho
-from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter
+from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
 
 ROWS, WIDTH, WORDS, WIDE = 12, 8, 7, 5
@@ -242,7 +238,7 @@ def test_a_step_without_a_supervised_token_changes_nothing(name, packed):
 def mixer_with(alpha):
     mixer = DoReMi(DoReMi.Params(reference="r"))
     mixer.mix(example_context(SIZES))
-    mixer.log_alpha = simplex.logs(np.asarray(alpha))
+    mixer.log_alpha = logs(np.asarray(alpha))
     return mixer
 
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.ending import run_child
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.mixers.collapse import collapsed
-from dataflex.mixing.proportions_file import ProportionsFile, read_proportions, write_proportions
+from dataflex.plan.proportions import ProportionsFile, collapsed, read_proportions, write_proportions
 from dataflex.printable import left_out_note, passing_on, shown
 from dataflex.record.text import columns
 
@@ -336,7 +335,6 @@ def doremi(options: argparse.Namespace, train: Callable[[Path], int], tell: Call
     """
     from dataflex.config.load import load_mapping
     from dataflex.mixing.doremi import Settings, Steps, make_plan, table_of
-    from dataflex.mixing.proportions_file import read_proportions
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: must be at least 1, found {options.rounds}")

@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing import chameleon as leverage_scores
 from dataflex.mixing import mixmin as likelihood_weights
 from dataflex.mixing.mixmin import read_embeddings, read_matrix, write_embeddings, write_matrix
-from dataflex.mixing.proportions_file import provenance
+from dataflex.plan.proportions import provenance
 from dataflex.record.text import columns
 
 if TYPE_CHECKING:

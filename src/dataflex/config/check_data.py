@@ -1,4 +1,4 @@
-"""Checks of the data: data sets, columns, domains and their proportions, and whether there are enough rows."""
+"""Checks of the data: data sets, targets, what is held out, columns, domains and their proportions, number of rows."""
 
 from __future__ import annotations
 
@@ -7,34 +7,78 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check_held_out import held_out_problems
 from dataflex.config.convert import shown
 from dataflex.config.data import (
     Source,
+    columns_of,
     count_rows,
     data_sets,
     empty_names,
     find_sources,
     packed,
+    target_data_sets,
     tokenized,
     train_rows,
 )
-from dataflex.config.entries import columns_of
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.needs import too_few_domains, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import truthy
+from dataflex.config.values import number, truthy
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Mixer, RunFacts
-from dataflex.mixers.floors import floors_by_domain
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import floors_by_domain
 from dataflex.plan.schedule import Interval
 
 __all__ = [
+    "by_domain_problems",
     "column_problems",
     "data_set_problems",
     "domain_problems",
+    "held_out_problems",
+    "target_problems",
+    "targets_in_training",
 ]
+
+
+def held_out_problems(lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+    """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
+    named, share = data_sets(lf.get("eval_dataset")), number(lf, "val_size", 0.0)
+    if named and share > 1e-6:
+        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
+    if share < 0 or (share >= 1 and share != int(share)):
+        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf['val_size'])}"
+    sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
+    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or tokenized(lf))
+    for source in sources:
+        if source.path is not None and count_rows(source, lf) == 0:
+            yield f"eval_dataset: {source.name!r} has no rows ({source.path})"
+    if lf.get("eval_dataset") or share > 1e-6 or tokenized(lf):
+        return
+    for key, off in (("eval_strategy", "no"), ("do_eval", False), ("do_predict", False), ("eval_on_start", False)):
+        asked = str(lf.get(key) or "no") != "no" if off == "no" else truthy(lf, key)
+        if asked:
+            yield f"{key}: no rows are held out; name an 'eval_dataset', set 'val_size', or remove the key"
+
+
+def by_domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why held-out rows cannot be told apart by domain, or split from several data sets."""
+    several, share = len(data_sets(lf.get("dataset"))) > 1, number(lf, "val_size", 0.0)
+    if tokenized(lf):
+        return
+    if several and share > 1e-6:
+        for key in ("predict_with_generate", "streaming"):
+            if truthy(lf, key):
+                yield f"val_size: with {key} over several data sets there is no split; name an 'eval_dataset' instead"
+    if not dynamic.eval_by_domain or lf.get("eval_dataset"):
+        return
+    if share <= 1e-6:
+        yield "dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'"
+    elif dynamic.domain_column is None and not several:
+        yield (
+            "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several data "
+            "sets"
+        )
 
 
 def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]) -> Iterator[str]:
@@ -120,7 +164,7 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
 
 def _unread_file(mixer: MethodConfig) -> Iterator[str]:
     """Yield why the proportions file of a mixer cannot be read, where its domains are not known yet."""
-    from dataflex.mixing.proportions_file import read_proportions
+    from dataflex.plan.proportions import read_proportions
 
     file = getattr(mixer.params, "from_file", None)
     if file is not None:
@@ -132,7 +176,7 @@ def _unread_file(mixer: MethodConfig) -> Iterator[str]:
 
 def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
     """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
-    from dataflex.mixers.proportions import by_domain, refuse_strangers
+    from dataflex.plan.proportions import by_domain, refuse_strangers
 
     domains = view.domains or Domains.from_sizes(names, [1] * len(names))
     written = dynamic.initial_proportions
@@ -152,7 +196,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         if not isinstance(dynamic.min_proportion, Mapping) or "sum to" not in str(error):  # told by the rules
             yield from error.problems
         return
-    from dataflex.train.answers import check_mix
+    from dataflex.plan.validate import check_mix
 
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
@@ -217,3 +261,39 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
                     f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
                     "it are left by the selector. Lower interval_steps (or warmup_steps) or set 'repeat: true'."
                 )
+
+
+def _data_sets(method: MethodConfig) -> list[str]:
+    return [name for target in method.targets for name in target_data_sets(target)]
+
+
+def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+    """Yield the targets that are not defined, whose files are missing, or that have no rows."""
+    for method in dynamic.methods:
+        key = f"dynamic.{method.kind}.targets"
+        sources, problems = find_sources(_data_sets(method), lf, key, base_dir)
+        for problem in problems:
+            if not problem.startswith("dataset_dir:"):  # told once, for the training data
+                yield problem
+        for source in sources:
+            if source.path is not None and count_rows(source, {}) == 0:
+                yield f"{key}: {source.name!r} has no rows ({source.path})"
+    if dynamic.leakage == "error":
+        for key, name, other in targets_in_training(dynamic, lf, base_dir):
+            same = "is also trained on" if name == other else f"has the file of {other!r}, which is trained on"
+            yield f"{key}: {name!r} {same}, and dynamic.leakage is 'error'; remove it from one of the two"
+
+
+def targets_in_training(
+    dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path
+) -> Iterator[tuple[str, str, str]]:
+    """Yield key and name of each target that is a training data set too, and the name of that data set."""
+    trained, _ = find_sources(data_sets(lf.get("dataset")), lf, "dataset", base_dir)
+    names = {source.name: source.name for source in trained}
+    files = {source.path.resolve(): source.name for source in trained if source.path is not None}
+    for method in dynamic.methods:
+        for source in find_sources(_data_sets(method), lf, "", base_dir)[0]:
+            same_file = None if source.path is None else files.get(source.path.resolve())
+            other = names.get(source.name, same_file)
+            if other is not None:
+                yield f"dynamic.{method.kind}.targets", source.name, other

@@ -7,6 +7,7 @@ open (None) rather than guessed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,16 +18,84 @@ from numpy.typing import NDArray
 
 from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
-from dataflex.config.values import truthy
+from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
-from dataflex.mixers.floors import floors_by_domain, raised
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
+from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
-__all__ = ["Forecast", "Pool", "forecast"]
+__all__ = ["Batch", "Forecast", "Pool", "batch_of", "forecast", "schedule_of", "total_steps"]
+
+_DEFAULT_BATCH = 8  # of the Hugging Face Trainer
+_DEFAULT_EPOCHS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The global batch: sequences of one optimizer step over all processes."""
+
+    per_device: int
+    accumulation: int
+    world: int
+
+    @property
+    def size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.per_device * self.accumulation * self.world
+
+
+def batch_of(lf: Mapping[str, Any]) -> Batch:
+    """Return the global batch that the keys and the environment ask for.
+
+    Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
+    when ``FORCE_TORCHRUN`` is on, or from ``ray_num_workers`` when ``USE_RAY`` is on; else there is one.
+    """
+    if os.getenv("WORLD_SIZE", "").isdigit():
+        world = int(os.environ["WORLD_SIZE"])
+    elif env_enabled("USE_RAY"):
+        world = int(number(lf, "ray_num_workers", 1))
+    elif env_enabled("FORCE_TORCHRUN"):
+        world = int(number(os.environ, "NPROC_PER_NODE", 1)) * int(number(os.environ, "NNODES", 1))
+    else:
+        world = 1
+    return Batch(
+        per_device=max(1, int(number(lf, "per_device_train_batch_size", _DEFAULT_BATCH))),
+        accumulation=max(1, int(number(lf, "gradient_accumulation_steps", 1))),
+        world=max(1, world),
+    )
+
+
+def total_steps(lf: Mapping[str, Any], rows: int | None) -> int | None:
+    """Return the optimizer steps of the run as the Trainer counts them, or None when rows are not known."""
+    fixed = int(number(lf, "max_steps", -1))
+    if fixed > 0:
+        return fixed
+    if not rows:
+        return None
+    batch = batch_of(lf)
+    if truthy(lf, "dataloader_drop_last"):
+        micro_batches = rows // batch.per_device // batch.world
+    else:
+        micro_batches = math.ceil(rows / (batch.per_device * batch.world))
+    steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
+    return math.ceil(number(lf, "num_train_epochs", _DEFAULT_EPOCHS) * steps_per_epoch)
+
+
+def schedule_of(dynamic: DynamicConfig, total: int) -> Schedule:
+    """Return the intervals of a run of ``total`` optimizer steps; without ``interval_steps`` there is one decision.
+
+    Raises:
+        ConfigError: The numbers do not fit together.
+    """
+    return Schedule(
+        warmup_steps=dynamic.warmup_steps,
+        interval_steps=dynamic.interval_steps or max(1, total - dynamic.warmup_steps),
+        total_steps=total,
+        cycle_steps=dynamic.cycle_steps,
+    )
+
 
 _MOST_DECISIONS = 2_000
 _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is not quick to make
@@ -197,14 +266,14 @@ class Forecast:
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return what the mixer says for an interval, floors held, float64 [K]."""
         assert self.domains is not None
-        from dataflex.train.answers import check_mix
+        from dataflex.plan.validate import check_mix
 
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
-        return raised(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
+        return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
         """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
-        from dataflex.mixers.proportions import by_domain
+        from dataflex.plan.proportions import by_domain
 
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.check_targets import targets_in_training
+from dataflex.config.check_data import targets_in_training
 from dataflex.config.data import data_sets, packed, tokenized
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import number, truthy

@@ -9,8 +9,7 @@ from dataflex.config.idle import idle_keys
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.method import Mixer, Selector
-from dataflex.mixers.floors import Floors
-from dataflex.mixers.proportions import Written, check_numbers
+from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
 __all__ = ["rule_problems"]

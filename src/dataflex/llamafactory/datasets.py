@@ -37,12 +37,10 @@ from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.record.clock import PhaseClock
 from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
-from dataflex.signals.encoded import encoded_rows
-from dataflex.signals.encoders import load_encoder
-from dataflex.signals.handle import Corpus
-from dataflex.train.held_out import HeldOut
-from dataflex.train.leakage import Leak, find_leaks
-from dataflex.train.row_space import RowSpace, TargetSpace, measure
+from dataflex.signals.embeddings import encoded_rows, load_encoder
+from dataflex.signals.model_access import Corpus
+from dataflex.train.evaluation import HeldOut
+from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
 
 __all__ = [
     "FILE_COLUMN",

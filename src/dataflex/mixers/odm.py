@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require, same_domains
-from dataflex.mixers.sizes import sizes
+from dataflex.mixers._lib import require, same_domains, sizes
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Odm", "exploration", "policy"]
 

@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Mixer, Passes, Requires, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers import simplex
-from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require, same_domains
+from dataflex.mixers._lib import check_targets, held_out_losses, require, same_domains
+from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 
@@ -102,7 +100,7 @@ class SkillIt(_SkillMixer):
             self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
             benefit = graph @ np.sum(self.losses, axis=0)
             told = f"losses of {len(self.losses)} decisions"
-        proportions = normalized(simplex.weights(self.params.eta * benefit))
+        proportions = normalized(softmax(self.params.eta * benefit))
         return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
 
     def state_dict(self) -> State:
@@ -203,7 +201,7 @@ class Aioli(_SkillMixer):
         if not self.log_shares.size:
             self.log_shares = np.full(num_domains, -np.log(num_domains))
         if ctx.interval.kind == "warmup":
-            proportions = normalized(simplex.weights(self.log_shares))
+            proportions = normalized(softmax(self.log_shares))
             return Mix(proportions=proportions, reason=f"warm-up: {shares(self.names, proportions)}")
         probes = num_domains * self.params.sweeps
         turn = self.turn % (probes + self.params.hold)
@@ -223,7 +221,7 @@ class Aioli(_SkillMixer):
         if turn == probes:
             self._learn(mixes[self.order], np.stack(self.drops))
             self.drops = []
-        proportions = normalized(simplex.weights(self.log_shares))
+        proportions = normalized(softmax(self.log_shares))
         return Mix(proportions=proportions, reason=shares(self.names, proportions))
 
     def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
@@ -233,7 +231,7 @@ class Aioli(_SkillMixer):
         else:
             self.matrix = (1.0 - ema) * new + ema * self.matrix
         start = self.log_shares if ema is None else np.zeros(len(new))
-        self.log_shares = simplex.exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
+        self.log_shares = exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
 
     def state_dict(self) -> State:
         """Return where in the round it is and what was learned."""

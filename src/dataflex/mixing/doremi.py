@@ -28,7 +28,8 @@ from dataflex.config.show import as_yaml
 from dataflex.config.split import resolve, split
 from dataflex.config.values import truthy
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.proportions_file import (
+from dataflex.mixing.tables import finished as record_finished
+from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
     file_digest,
@@ -36,9 +37,9 @@ from dataflex.mixing.proportions_file import (
     read_proportions,
     write_proportions,
 )
-from dataflex.mixing.tables import finished as record_finished
 from dataflex.printable import redacted, without_secrets
 from dataflex.record.text import table
+from dataflex.state import replacing
 
 __all__ = ["CHANGE", "DoremiPlan", "Round", "Settings", "Steps", "make_plan", "run_finished", "table_of"]
 
@@ -297,8 +298,6 @@ def _same_as_before(plan: DoremiPlan) -> None:
 
 
 def _write(plan: DoremiPlan, configs: Mapping[Path, dict[str, Any]]) -> None:
-    from dataflex.record.values import replacing
-
     try:
         for path, config in configs.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.tables import Table
-from dataflex.printable import redacted
+from dataflex.printable import plain, redacted
 from dataflex.rng import stream
+from dataflex.state import replacing
 
 __all__ = [
     "FIT",
@@ -398,8 +399,6 @@ def _quality(
 
 def write_fit(folder: Path, fit: Fit) -> Path:
     """Write ``fit.json`` and, for trees, ``trees/task-000.txt`` and so on; return the path of the former."""
-    from dataflex.record.values import plain, replacing
-
     for number, text in enumerate(fit.trees):
         path = _tree_file(folder, number)
         path.parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.rng import stream
+from dataflex.state import replacing
 
 __all__ = [
     "Weights",
@@ -199,8 +200,6 @@ def write_embeddings(path: Path, names: tuple[str, ...], means_KE: Floats) -> No
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    from dataflex.record.values import replacing
-
     if path.suffix != ".npz":
         raise DataError(f"{path}: must end in .npz")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dataflex.config.data import count_bytes, count_rows, data_sets, find_sources, packed, tokenized
 from dataflex.config.split import Split
 from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.mixing.proportions_file import read_proportions
+from dataflex.plan.proportions import read_proportions
 
 __all__ = ["Natural", "given_sizes", "natural_of", "numbers_by_name"]
 

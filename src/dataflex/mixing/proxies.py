@@ -35,7 +35,7 @@ def log_likelihoods(
         models: Domain -> folder of the model trained on it.
         texts: The target.
         piece_tokens: Most tokens of a piece, at least 2.
-        batch_size: Pieces per forward pass.
+        batch_size: Segments per forward pass.
 
     Raises:
         DataError: A model cannot be loaded, tokenizers differ, or a likelihood is not finite.

@@ -16,9 +16,9 @@ from dataflex.config.split import Split, resolve, split
 from dataflex.config.values import number
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.natural import natural_of
-from dataflex.mixing.proportions_file import digest_of, provenance
 from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, read_swarm, sample_swarm, save_swarm
 from dataflex.mixing.tables import finished
+from dataflex.plan.proportions import digest_of, provenance
 
 __all__ = ["run_missing", "write_swarm"]
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.tables import RATIOS, Table, finished, write_table
-from dataflex.printable import file_name_problem, redacted, without_secrets
+from dataflex.printable import file_name_problem, plain, redacted, without_secrets
 from dataflex.rng import stream
+from dataflex.state import replacing
 
 __all__ = [
     "SWARM",
@@ -248,8 +249,6 @@ def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
         ConfigError: The folder cannot be written.
     """
     import yaml
-
-    from dataflex.record.values import plain, replacing
 
     try:
         (swarm.folder / "configs").mkdir(parents=True, exist_ok=True)

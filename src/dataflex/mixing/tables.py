@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError, did_you_mean
 from dataflex.record.read import read_events
+from dataflex.state import replacing
 
 __all__ = ["RATIOS", "Table", "finished", "join", "losses_of_run", "read_table", "write_table"]
 
@@ -42,8 +43,6 @@ class Table:
 
 def write_table(path: Path, table: Table) -> None:
     """Write a table as CSV with a column ``run``; numbers are written so that they read back exactly."""
-    from dataflex.record.values import replacing
-
     lines = [["run", *table.columns]]
     lines += [[run, *map(repr, row)] for run, row in zip(table.runs, table.values.tolist(), strict=True)]
     with replacing(path) as file:

@@ -11,9 +11,12 @@ from typing import Any
 
 from dataflex.checkpoints import broken_reason
 from dataflex.config.build import load_plugins
-from dataflex.config.check_data import column_problems, data_set_problems
-from dataflex.config.check_run import model_problems, setting_problems, stage_problems
-from dataflex.config.check_targets import target_problems
+from dataflex.config.check import (
+    model_problems,
+    setting_problems,
+    stage_problems,
+)
+from dataflex.config.check_data import column_problems, data_set_problems, target_problems
 from dataflex.config.collect import values
 from dataflex.config.data import Source, data_sets
 from dataflex.config.load import ENDINGS, load_mapping, merged

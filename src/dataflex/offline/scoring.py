@@ -2,7 +2,7 @@
 
 LLaMA-Factory's workflow builds tokenizer, data, model and trainer as for training; our trainer's ``train``
 scores and stops there. Passes write into a store as they go, so that a killed run goes on where it was.
-Upstream names relied upon: those of ``train.seam`` and ``bridge``; of the Trainer ``train``,
+Upstream names relied upon: those of ``llamafactory.trainer`` and ``bridge``; of the Trainer ``train``,
 ``create_optimizer`` and ``_load_from_checkpoint``.
 """
 
@@ -33,12 +33,12 @@ from dataflex.offline.files import file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.schedule import Interval
+from dataflex.plan.validate import check_selection
 from dataflex.printable import redacted
 from dataflex.signals.identity import model_identity
-from dataflex.signals.passes import preserved
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec
-from dataflex.train.answers import check_selection
+from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_service
 
@@ -242,7 +242,7 @@ def _columns(service: SignalService, setup: Setup, request: ScoreRequest, seed: 
     if budget > space.num_rows:
         raise DataError(f"--budget: {budget:,} rows of {space.num_rows:,}")
     for method in request.config.scorers:
-        with preserved(service.handle.model):
+        with preserve_state(service.handle.model):
             columns += ask(method, pool, budget, ctx)
         logger.info("%s: %s rows scored", method.name, f"{space.num_rows:,}")
     digest = hashlib.blake2b(digest_size=16)

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
-from dataflex.printable import redacted
+from dataflex.printable import plain, redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
-from dataflex.record.values import plain, replacing, scores_of, summarize_scores
-from dataflex.state import clear_left
+from dataflex.record.values import scores_of, summarize_scores
+from dataflex.state import clear_left, replacing
 
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
@@ -160,8 +160,6 @@ class RunRecorder:
             arrays["scores"] = np.asarray(scores, dtype=np.float32)
             of_served = scores_of(served, arrays.get("pool"), np.asarray(scores))
             summaries = {"scores": summarize_scores(scores), "served_scores": summarize_scores(of_served)}
-        if plan.weights is not None:
-            arrays["weights"] = np.asarray(plan.weights, dtype=np.float32)
         # The arrays come first: a line that names a plan must never name a file that is not there.
         stored = thinned(interval.index, _PLANS)
         if stored:

@@ -16,7 +16,7 @@ from dataflex.record.digest import Event, digest
 from dataflex.record.plots import PLOTS, draw
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
 from dataflex.record.summary import mixer_of, summary
-from dataflex.record.values import replacing
+from dataflex.state import replacing
 
 __all__ = ["report"]
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dataflex.rewards.base import Candidate, Grades, graded
-from dataflex.signals.endpoint import EndpointClient, EndpointError
-from dataflex.signals.endpoint_config import EndpointConfig
+from dataflex.signals.endpoint import EndpointClient, EndpointConfig, EndpointError
 
 __all__ = ["Judge", "JudgeConfig"]
 

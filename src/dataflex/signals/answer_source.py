@@ -10,14 +10,13 @@ import numpy as np
 
 from dataflex.errors import ConfigError
 from dataflex.method import Rows
-from dataflex.signals.answers import Answer, AnswerBook, Question
-from dataflex.signals.handle import Corpus, ModelHandle
-from dataflex.signals.passes import preserved
-from dataflex.signals.pieces import Cut, Pieces, collate_pieces, row_means
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.row_signals import piece_sums
-from dataflex.signals.scorers import Scorer, start_tokens
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.cache import Answer, Question, SignalCache
+from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.other_models import Scorer, start_tokens
+from dataflex.signals.row_signals import segment_sums
+from dataflex.signals.store import ResumablePass
+from dataflex.signals.sweep import Sweep, preserve_state
+from dataflex.signals.texts import Cut, Segments, collate_segments, row_means
 
 __all__ = ["AnswerSource"]
 
@@ -36,11 +35,11 @@ class AnswerSource:
         what: What the passes are for, as ``Sweep.what``.
     """
 
-    handle: ModelHandle
+    handle: ModelAccess
     corpus: Corpus
     name: str
     rows: Rows
-    book: AnswerBook
+    book: SignalCache
     scorers: dict[str, Scorer]
     what: str | None = None
 
@@ -68,9 +67,9 @@ class AnswerSource:
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
             model = self.handle.model
-            with preserved(model):
+            with preserve_state(model):
                 model.eval()
-                return piece_sums(model, sweep, self.handle.autocast, work)
+                return segment_sums(model, sweep, self.handle.autocast, work)
 
         return self._means("answer losses", replace(cut, start=start_tokens(self.handle.tokenizer)), compute, "")
 
@@ -84,8 +83,8 @@ class AnswerSource:
         cut = replace(cut, limit=scorer.limit, translate=None if scorer.same_tokens else scorer.translate)
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            with preserved(self.handle.model), scorer.loaded(self.handle.device) as model:
-                return piece_sums(model, sweep, self.handle.autocast, work)
+            with preserve_state(self.handle.model), scorer.loaded(self.handle.device) as model:
+                return segment_sums(model, sweep, self.handle.autocast, work)
 
         method = "losses by another model"
         return self.book.once(
@@ -98,7 +97,7 @@ class AnswerSource:
     def _means(
         self, method: str, cut: Cut, compute: Callable[[Sweep, ResumablePass | None], Answer], model: str
     ) -> Answer:
-        pieces = Pieces(dataset=self.corpus.dataset, rows=self.rows, cut=cut)
+        pieces = Segments(dataset=self.corpus.dataset, rows=self.rows, cut=cut)
         if not len(pieces):
             return np.full(len(self.rows), np.nan, dtype=np.float32)
         question = Question(
@@ -114,7 +113,7 @@ class AnswerSource:
             dataset=pieces,
             rows=question.rows,
             lengths=pieces.lengths,
-            collate=collate_pieces,
+            collate=collate_segments,
             token_budget=self.handle.token_budget,
             device=self.handle.device,
             what=self.what,

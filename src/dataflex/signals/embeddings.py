@@ -1,20 +1,142 @@
-"""Embeddings from the model under training: hidden states of one forward, pooled; the head is left out."""
+"""Embeddings: hidden states of one forward, pooled into a vector per row; by this model or another."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from dataflex.errors import UnsupportedError
-from dataflex.signals.anatomy import anatomy, capture_hidden, narrow_head
+from dataflex import comm
+from dataflex.console import progress
+from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
+from dataflex.method import Rows
+from dataflex.signals.cache import Answer
 from dataflex.signals.losses import model_inputs
+from dataflex.signals.model_access import Corpus
+from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
+from dataflex.signals.other_models import files_identity
 from dataflex.signals.packing import document_ids, real_tokens
-from dataflex.signals.pooling import pool, pool_documents
 from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.sweep import bucketed, preserve_state
+from dataflex.signals.texts import row_texts
 
-__all__ = ["embed_batch", "embed_documents", "embedding_size", "hidden_states"]
+__all__ = [
+    "EncoderError",
+    "SentenceEncoder",
+    "TextEncoder",
+    "TransformersEncoder",
+    "embed_batch",
+    "embed_documents",
+    "embedding_size",
+    "encoded_rows",
+    "hidden_states",
+    "load_encoder",
+    "pool",
+    "pool_documents",
+]
+
+_IGNORE = -100
+
+
+def pool(
+    hidden_BTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    spec: EmbeddingSpec,
+) -> torch.Tensor:
+    """Return one vector per row.
+
+    RDS+ (arXiv 2503.01807) and ADAPT (arXiv 2605.05227): e = sum_t w_t h_t with w_t = t / sum(t).
+
+    Args:
+        hidden_BTD: Hidden states [B, T, D] in any floating dtype.
+        attention_mask: [B, T], 0 is padding, on whichever side; None means no padding.
+        labels: [B, T]; looked at under ``completion_only`` only.
+        spec: How to pool.
+
+    Returns:
+        fp32 [B, D]; NaN where a row has nothing to pool.
+    """
+    kept_BT = _kept(hidden_BTD, attention_mask, labels, spec)
+    weights_BT = _weights(kept_BT, spec)
+    # Padding may hold anything, NaN included, and 0 x NaN is NaN.
+    clean_BTD = hidden_BTD.float().masked_fill(~kept_BT[:, :, None], 0.0)
+    return _finish(torch.bmm(weights_BT[:, None, :], clean_BTD)[:, 0], spec)
+
+
+def pool_documents(
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one vector per packed document.
+
+    Args:
+        hidden_BTD: Hidden states [B, T, D].
+        documents_BT: Document of each token in its row, -1 for padding; see ``packing.document_ids``.
+        labels: [B, T]; looked at under ``completion_only`` only.
+        spec: How to pool.
+
+    Returns:
+        Vectors fp32 [m, D] (NaN where a document has nothing to pool) and (row, document) int64 [m, 2].
+    """
+    inside = documents_BT.ge(0)
+    row, column = inside.nonzero(as_tuple=True)
+    pairs = torch.stack([row, documents_BT[row, column]], dim=1)
+    keys, which = torch.unique(pairs, dim=0, return_inverse=True)
+    # Each document becomes a row of its own, so that there is one definition of pooling.
+    starts = torch.zeros(len(keys), dtype=torch.int64, device=row.device)
+    sizes = torch.bincount(which, minlength=len(keys))
+    starts[1:] = sizes.cumsum(0)[:-1]
+    order = torch.argsort(which, stable=True)
+    offset = torch.arange(len(which), device=row.device) - starts[which[order]]
+    width = int(sizes.max()) if len(sizes) else 0
+    mask = torch.zeros(len(keys), width, dtype=torch.bool, device=row.device)
+    mask[which[order], offset] = True
+    spread = hidden_BTD.new_zeros(len(keys), width, hidden_BTD.shape[-1])
+    spread[which[order], offset] = hidden_BTD[row[order], column[order]]
+    spread_labels = None
+    if labels is not None:
+        spread_labels = labels.new_full((len(keys), width), _IGNORE)
+        spread_labels[which[order], offset] = labels[row[order], column[order]]
+    return pool(spread, mask, spread_labels, spec), keys
+
+
+def _kept(
+    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
+) -> torch.Tensor:
+    batch, width = hidden_BTD.shape[:2]
+    kept = torch.ones(batch, width, dtype=torch.bool, device=hidden_BTD.device) if mask is None else mask.ne(0)
+    if spec.completion_only:
+        if labels is None:
+            raise ValueError("completion_only needs labels")
+        kept = kept & labels.ne(_IGNORE)
+    return kept
+
+
+def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+    """Weights fp32 [B, T] that sum to 1 over the kept tokens of a row; NaN in rows without any."""
+    place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
+    count_B1 = kept_BT.sum(dim=1, keepdim=True)
+    if spec.pooling == "weighted_mean":
+        raw_BT = place_BT
+    elif spec.pooling == "mean":
+        raw_BT = kept_BT.long()
+    else:
+        wanted = count_B1 if spec.pooling == "last" else torch.ones_like(count_B1)
+        raw_BT = (kept_BT & place_BT.eq(wanted)).long()
+    return raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
+
+
+def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+    if not spec.normalize:
+        return vectors_BD
+    norms = vectors_BD.norm(dim=1, keepdim=True)
+    return torch.where(norms.eq(0), vectors_BD, vectors_BD / norms)
 
 
 def embedding_size(model: nn.Module) -> int:
@@ -59,3 +181,216 @@ def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) ->
 def embed_documents(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return vectors fp32 [m, D] of the documents of packed rows and their (row, document) int64 [m, 2]."""
     return pool_documents(hidden_states(model, batch, spec.layer), document_ids(batch), batch.get("labels"), spec)
+
+
+_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
+
+
+class EncoderError(DataFlexError):
+    """An encoder could not be loaded."""
+
+
+class TextEncoder(Protocol):
+    """Turns texts into vectors."""
+
+    dimension: int
+    identity: str
+    """Changes when the encoder's vectors may change; goes into fingerprints."""
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
+        ...
+
+
+def load_encoder(
+    model: str,
+    *,
+    spec: EmbeddingSpec | None = None,
+    kind: Literal["auto", "transformers", "sentence_transformers"] = "auto",
+    max_length: int = 512,
+    token_budget: int = 16384,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> TextEncoder:
+    """Load an encoder from a local folder or by its hub id.
+
+    Args:
+        model: Folder or hub id.
+        spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
+            last layer, normalized). A sentence-transformers model pools by its own rules: only
+            ``normalize`` may be chosen.
+        kind: ``auto`` takes a folder with ``modules.json`` as a sentence-transformers model.
+        max_length: Tokens of a text at most; the rest is cut off.
+        token_budget: Padded tokens of a batch at most.
+        device: Where the model runs; the CPU if left out.
+        dtype: Type of the weights.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ConfigError: A spec that the encoder cannot follow.
+        EncoderError: The model cannot be loaded, or an optional package is missing.
+    """
+    place = device or torch.device("cpu")
+    if kind == "auto":
+        kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
+    if kind == "sentence_transformers":
+        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
+            raise ConfigError(
+                f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
+            )
+        return SentenceEncoder(
+            model,
+            normalize=True if spec is None else spec.normalize,
+            max_length=max_length,
+            token_budget=token_budget,
+            device=place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    return TransformersEncoder(
+        model,
+        spec=spec or EmbeddingSpec(),
+        max_length=max_length,
+        token_budget=token_budget,
+        device=place,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+class TransformersEncoder:
+    """A causal or encoder model read by ``AutoModel``; arguments as in ``load_encoder``."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        spec: EmbeddingSpec,
+        max_length: int,
+        token_budget: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+    ) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        if spec.completion_only:
+            raise ConfigError(f"encoder {model}: completion_only needs labels, but an encoder reads plain text")
+        with preserve_state():  # a model may draw random numbers while it is built
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+                body: Any = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
+        if body.config.is_encoder_decoder:
+            body = body.get_encoder()
+        self._body = body.to(device, dtype).eval().requires_grad_(False)
+        self._spec, self._device = spec, device
+        self._max_length, self._token_budget = max_length, token_budget
+        self.dimension = int(body.config.get_text_config().hidden_size)
+        self.identity = files_identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
+        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+        if not len(texts):
+            return out
+        ids = self._tokenizer(list(texts), truncation=True, max_length=self._max_length, padding=False)["input_ids"]
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        parts = anatomy(self._body)
+        for positions in bucketed(lengths, self._token_budget):
+            width = max(int(lengths[positions].max()), 1)
+            tokens = torch.zeros(len(positions), width, dtype=torch.int64)
+            mask = torch.zeros_like(tokens)
+            for row, position in enumerate(positions):
+                tokens[row, : lengths[position]] = torch.tensor(ids[position], dtype=torch.int64)
+                mask[row, : lengths[position]] = 1
+            tokens, mask = tokens.to(self._device), mask.to(self._device)
+            with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
+                self._body(input_ids=tokens, attention_mask=mask)
+            out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
+        return out
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, with its own pooling; arguments as in ``load_encoder``."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        normalize: bool,
+        max_length: int,
+        token_budget: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+    ) -> None:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise EncoderError(f"encoder {model}: {_MISSING}")
+        from sentence_transformers import SentenceTransformer
+
+        with preserve_state():
+            try:
+                self._model: Any = SentenceTransformer(model, device=str(device), trust_remote_code=trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise EncoderError(
+                    f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
+                ) from error
+        self._model.to(dtype).eval()
+        own = self._model.max_seq_length
+        self._model.max_seq_length = max_length if own is None else min(own, max_length)
+        self._normalize, self._token_budget = normalize, token_budget
+        with preserve_state():  # the method that tells the dimension has another name in each major version
+            self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
+        commits = [
+            getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
+        ]
+        self.identity = files_identity(model, str(commits[:1]), normalize, self._model.max_seq_length, dtype)
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]."""
+        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+        # Two characters a token is a cautious guess: the batch must fit, not be full.
+        guessed = np.array([len(text) // 2 + 2 for text in texts], dtype=np.int64)
+        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), self._token_budget):
+            with preserve_state(), torch.no_grad():
+                out[positions] = self._model.encode(
+                    [texts[position] for position in positions],
+                    batch_size=len(positions),
+                    normalize_embeddings=self._normalize,
+                    convert_to_numpy=True,
+                    show_progress_bar=False,
+                ).astype(np.float32)
+        return out
+
+
+def encoded_rows(
+    encoder: TextEncoder, corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device
+) -> Answer:
+    """Return one vector per row [n, dimension], equal on every rank and for every number of ranks (collective).
+
+    Args:
+        encoder: Turns texts into vectors.
+        corpus: Where the rows are.
+        rows: Row ids [n].
+        tokenizer: Decodes the rows.
+        token_budget: Padded tokens of a batch at most.
+        device: Where ranks exchange tensors.
+    """
+    batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
+    values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
+    places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
+    with progress("embeddings by another model", len(places)) as told:
+        done = 0
+        for positions in batches:
+            values.append(encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)))
+            done += len(positions)
+            told(done)
+    whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
+    where, _ = comm.gather_rows(torch.from_numpy(places).to(device))
+    out = np.full((len(rows), encoder.dimension), np.nan, dtype=np.float32)
+    out[where.cpu().numpy()] = whole.cpu().numpy()
+    return out

@@ -8,21 +8,15 @@ from typing import Literal
 
 from dataflex.method import Rows
 from dataflex.signals.answer_source import AnswerSource
-from dataflex.signals.answers import Answer
-from dataflex.signals.embeddings import embedding_size
-from dataflex.signals.encoded import encoded_rows
-from dataflex.signals.encoders import load_encoder
-from dataflex.signals.gates import GateLoads
-from dataflex.signals.head import LogitReader
-from dataflex.signals.logits import LogitScorer
-from dataflex.signals.passes import preserved
-from dataflex.signals.pieces import Cut
-from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.cache import Answer
+from dataflex.signals.embeddings import embedding_size, encoded_rows, load_encoder
+from dataflex.signals.logits import GateLoads, LogitReader, LogitScorer, TokenLosses
 from dataflex.signals.row_signals import row_embeddings, row_gate_loads, row_logits, token_losses, token_means
 from dataflex.signals.service_base import ServiceBase
 from dataflex.signals.specs import EmbeddingSpec, LogitSpec
-from dataflex.signals.sweep import Sweep
-from dataflex.signals.token_losses import TokenLosses
+from dataflex.signals.store import ResumablePass
+from dataflex.signals.sweep import Sweep, preserve_state
+from dataflex.signals.texts import Cut
 
 __all__ = ["ForwardAnswers"]
 
@@ -160,7 +154,7 @@ class ForwardAnswers(ServiceBase):
         if (name, spec) not in self.encoders:
             self.encoders[name, spec] = load_encoder(name, spec=spec, device=self.handle.device)
         encoder, corpus = self.encoders[name, spec], self._corpus(target)
-        with self._timed(), preserved(self.handle.model):
+        with self._timed(), preserve_state(self.handle.model):
             return encoded_rows(
                 encoder,
                 corpus,

@@ -9,12 +9,12 @@ import numpy as np
 
 from dataflex.errors import ConfigError
 from dataflex.method import Rows
-from dataflex.signals.answers import Answer
+from dataflex.signals.cache import Answer
 from dataflex.signals.gradient_signals import GradientSource
 from dataflex.signals.policy import answers_digest
-from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.service_base import ServiceBase
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep
 
 __all__ = ["GradientAnswers"]

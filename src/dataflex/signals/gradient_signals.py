@@ -16,7 +16,7 @@ import torch
 
 from dataflex import comm
 from dataflex.errors import ConfigError
-from dataflex.signals.answers import Answer
+from dataflex.signals.cache import Answer
 from dataflex.signals.gradients import (
     Dots,
     GradientEngine,
@@ -33,11 +33,11 @@ from dataflex.signals.gradients import (
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.gradients.rows import held_rows, row_products, rows_at_once
 from dataflex.signals.gradients.sketch import sketched
-from dataflex.signals.handle import ModelHandle
 from dataflex.signals.identity import state_identity
+from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.policy import policy_vectors
-from dataflex.signals.resumable import ResumablePass
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep, row_pass
 
 __all__ = ["GradientSource"]
@@ -58,7 +58,7 @@ class GradientSource:
         ConfigError: Unknown preset, or no trainable parameter is left.
     """
 
-    def __init__(self, handle: ModelHandle, spec: GradientSpec) -> None:
+    def __init__(self, handle: ModelAccess, spec: GradientSpec) -> None:
         self._handle, self._spec = handle, spec
         self._kind = replace(Precondition.preset(spec.precondition), include_momentum=spec.include_momentum)
         device = next(handle.model.parameters()).device.type

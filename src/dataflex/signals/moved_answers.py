@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from dataflex.method import Rows
-from dataflex.signals.answers import Answer
+from dataflex.signals.cache import Answer
 from dataflex.signals.losses import row_losses
-from dataflex.signals.passes import bucketed, preserved
-from dataflex.signals.perturbed import perturbed_row_losses
-from dataflex.signals.probe import LowRankProbe
-from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.moved import LowRankProbe, perturbed_row_losses
 from dataflex.signals.row_signals import token_means
 from dataflex.signals.service_base import ServiceBase
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.store import ResumablePass
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 
 __all__ = ["MovedAnswers"]
 
@@ -62,7 +60,7 @@ class MovedAnswers(ServiceBase):
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
             model = self.handle.model
-            with preserved(model):
+            with preserve_state(model):
                 model.eval()
                 probe = LowRankProbe(model, rank=rank, alpha=alpha, seed=self.seed)
                 history = probe.train(

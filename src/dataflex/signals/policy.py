@@ -21,9 +21,9 @@ from dataflex.errors import DataError
 from dataflex.signals.gradients.consume import WeightedSums
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.vectors import TargetVectors
-from dataflex.signals.handle import ModelHandle
-from dataflex.signals.passes import bucketed
+from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import WeightedAnswer
+from dataflex.signals.sweep import bucketed
 
 __all__ = ["answers_digest", "policy_vectors"]
 
@@ -47,7 +47,7 @@ def answers_digest(answers: Sequence[WeightedAnswer]) -> str:
 
 
 def policy_vectors(
-    engine: GradientEngine, handle: ModelHandle, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
+    engine: GradientEngine, handle: ModelAccess, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
 ) -> TargetVectors:
     """Return one vector per task, equal on every rank (collective).
 
@@ -103,7 +103,7 @@ def _groups(task: int, answers: Sequence[WeightedAnswer], token_budget: int) -> 
     return found
 
 
-def _collated(answers: Sequence[WeightedAnswer], handle: ModelHandle) -> dict[str, Any]:
+def _collated(answers: Sequence[WeightedAnswer], handle: ModelAccess) -> dict[str, Any]:
     features = []
     for one in answers:
         prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.answer]

@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dataflex.signals.embeddings import embed_batch, embedding_size
-from dataflex.signals.gates import GateLoads
-from dataflex.signals.logits import LogitScorer
-from dataflex.signals.passes import preserved
-from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.logits import GateLoads, LogitScorer, TokenLosses, TokenScorer
 from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import Sweep, row_pass, token_pass
-from dataflex.signals.token_losses import TokenLosses, TokenScorer
+from dataflex.signals.store import ResumablePass
+from dataflex.signals.sweep import Sweep, preserve_state, row_pass, token_pass
 
-__all__ = ["piece_sums", "row_embeddings", "row_gate_loads", "row_logits", "token_losses", "token_means"]
+__all__ = ["row_embeddings", "row_gate_loads", "row_logits", "segment_sums", "token_losses", "token_means"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -41,7 +38,7 @@ def token_losses(
         entropy: Also the entropy per token.
         around: Entered around each forward, as the trainer's autocast.
     """
-    with preserved(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         model.eval()
         return token_pass(sweep, TokenScorer(model, el2n=el2n, entropy=entropy), around)
 
@@ -89,7 +86,7 @@ def row_embeddings(
     return _quiet_pass(model, sweep, lambda batch: embed_batch(model, batch, spec), tail, around, work)
 
 
-def piece_sums(
+def segment_sums(
     model: nn.Module, sweep: Sweep, around: Around = nullcontext, work: ResumablePass | None = None
 ) -> NDArray[np.float32]:
     """Return the sum of the losses of each sequence and its number of supervised tokens, float32 [P, 2].
@@ -146,6 +143,6 @@ def _quiet_pass(
         with around():
             return score(batch)
 
-    with preserved(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         model.eval()
         return row_pass(sweep, scored, tail, work)

@@ -10,13 +10,13 @@ from typing import Any
 
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Rows
-from dataflex.signals.answers import Answer, AnswerBook, Question
-from dataflex.signals.encoders import TextEncoder
+from dataflex.signals.cache import Answer, Question, SignalCache
+from dataflex.signals.embeddings import TextEncoder
 from dataflex.signals.gradients import TargetVectors
-from dataflex.signals.handle import Corpus, ModelHandle
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.scorers import Scorer
+from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.other_models import Scorer
 from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep
 
 __all__ = ["Compute", "ServiceBase"]
@@ -29,11 +29,11 @@ Compute = Callable[[Sweep, ResumablePass | None], Answer]
 class ServiceBase:
     """State of a ``SignalService``, whose docstring tells of the fields, and how its parts ask."""
 
-    handle: ModelHandle
+    handle: ModelAccess
     train: Corpus
     targets: Mapping[str, Corpus]
     seed: int
-    book: AnswerBook = field(default_factory=AnswerBook)
+    book: SignalCache = field(default_factory=SignalCache)
     seconds: float = 0.0
     encoders: dict[tuple[str, EmbeddingSpec], TextEncoder] = field(default_factory=dict)
     scorers: dict[str, Scorer] = field(default_factory=dict)

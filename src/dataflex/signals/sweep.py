@@ -6,10 +6,11 @@ batch, and with it the last bit of its answer, depends on neither.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +19,62 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.console import progress
 from dataflex.method import Rows
-from dataflex.signals.passes import bucketed
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.token_losses import TokenLosses, TokenScorer
+from dataflex.signals.store import ResumablePass
 
-__all__ = ["Sweep", "Turn", "fetch", "row_pass", "stored_pass", "token_pass", "vector_pass"]
+if TYPE_CHECKING:
+    from dataflex.signals.logits import TokenLosses, TokenScorer
+
+__all__ = [
+    "Sweep",
+    "Turn",
+    "bucketed",
+    "fetch",
+    "preserve_state",
+    "row_pass",
+    "stored_pass",
+    "token_pass",
+    "vector_pass",
+]
+
+
+def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
+    """Group positions into batches whose padded size stays within ``token_budget``.
+
+    Args:
+        lengths: Tokens of each row [n].
+        token_budget: Largest rows x longest row of a batch; a longer single row is its own batch.
+
+    Returns:
+        Positions by batch, longest rows first, so that memory runs out at once or never.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = start + max(1, token_budget // longest)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+@contextmanager
+def preserve_state(*modules: torch.nn.Module) -> Iterator[None]:
+    """Keep random states and every module's training mode as they were, whatever happens inside."""
+    training = [(module, module.training) for top in modules for module in top.modules()]
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
 
 _INTEGERS = frozenset({"place", "position", "document"})
 
@@ -150,6 +202,8 @@ def token_pass(
     Returns:
         The tokens of row i of the sweep at ``offsets[i]:offsets[i + 1]``, equal on every rank.
     """
+    from dataflex.signals.logits import TokenLosses
+
     names = ("position", "document", *scorer.values)
     columns: dict[str, list[torch.Tensor]] = {
         name: [torch.zeros(0, dtype=torch.int64 if name in _INTEGERS else torch.float32, device=sweep.device)]

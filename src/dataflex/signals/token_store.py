@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.errors import DataError
 from dataflex.method import Rows
-from dataflex.signals.resumable import ResumablePass
+from dataflex.signals.logits import TokenScorer
+from dataflex.signals.store import ResumablePass
 from dataflex.signals.sweep import Sweep, Turn
-from dataflex.signals.token_losses import TokenScorer
 
 __all__ = ["KEPT_DTYPE", "TOLERANCE", "largest_difference", "row_offsets", "stored_token_pass"]
 

@@ -408,7 +408,6 @@ def example_stats(
         step=step,
         total_steps=total_steps,
         loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
-        square_sum=np.where(tokens_K > 0, losses_K, 0.0) ** 2 * tokens_K,
         excess_sum=excess_K * tokens_K,
         excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
         tokens=tokens_K,

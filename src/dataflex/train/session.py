@@ -13,22 +13,21 @@ from typing import Any
 
 import torch
 
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Batch, Forecast
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.steps import Batch
 from dataflex.errors import UnsupportedError
 from dataflex.method import RunFacts
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
+from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.identity import Identity
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
@@ -147,7 +146,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
-    handle = ModelHandle(
+    handle = ModelAccess(
         model=trainer.model,
         collate=setup.scoring_collator(trainer.data_collator),
         autocast=trainer.compute_loss_context_manager,
@@ -169,7 +168,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
         train=train,
         targets=targets,
         seed=seed,
-        book=AnswerBook(
+        book=SignalCache(
             max_age_steps=options.max_age_steps,
             store=None if options.store is None else ArrayStore(options.store),
             store_bytes=int(options.store_gb * 1e9),
@@ -179,7 +178,7 @@ def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> 
     )
 
 
-def _surroundings(handle: ModelHandle, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+def _surroundings(handle: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
     """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
 
     @cache

@@ -143,7 +143,7 @@ class GroupWeighter(Weighter):
         import torch
 
         from dataflex import comm
-        from dataflex.mixers import simplex
+        from dataflex.plan.proportions import exponentiated
 
         tokens = batch.tokens_B.cpu().double()
         which = torch.from_numpy(batch.domains_B.astype(np.int64))
@@ -152,7 +152,7 @@ class GroupWeighter(Weighter):
         loss_K, tokens_K = comm.gather_sum(sums.to(batch.loss_B.device)).cpu().numpy()
         means = np.divide(loss_K, tokens_K, out=np.zeros_like(loss_K), where=tokens_K > 0)
         scores = means + self.params.adjustment / np.sqrt(self._sizes)
-        self._log_q = simplex.exponentiated(self._log_q, scores, eta=self.params.eta)
+        self._log_q = exponentiated(self._log_q, scores, eta=self.params.eta)
         per_token = np.divide(np.exp(self._log_q), tokens_K, out=np.zeros_like(tokens_K), where=tokens_K > 0)
         return (torch.from_numpy(per_token)[which] * tokens).to(batch.loss_B)
 

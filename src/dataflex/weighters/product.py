@@ -19,16 +19,88 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.method import BatchView, Card, Context, Normalizer, Problem, Requires, Rows, RunFacts, State, Weighter
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Params,
+    Problem,
+    Requires,
+    Rows,
+    RunFacts,
+    State,
+    Weighter,
+)
 from dataflex.method import Params as BaseParams
-from dataflex.weighters.factors import Factor, combination_problems
-from dataflex.weighters.sequences import sequences_of
+from dataflex.parts import Part
+from dataflex.registry import find, names
+from dataflex.weighters._lib import sequences_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Product"]
+__all__ = ["Factor", "Product", "combination_problems"]
+
+_NO_FACTORS = ("none", "product")
+
+
+@dataclass(frozen=True)
+class Factor(Part):
+    """A weighter with its parameters, as one of several."""
+
+    what = "weighter"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return the names of the weighters that can be factors."""
+        return [name for name in names("weighter") if name not in _NO_FACTORS]
+
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters.
+
+        Raises:
+            ConfigError: There is no such weighter, or it cannot be a factor.
+        """
+        known = cls.known()
+        if name not in known:
+            raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+        return find("weighter", name).Params
+
+    def build(self) -> Weighter:
+        """Return a new instance."""
+        method = find("weighter", self.name)(self.params)
+        assert isinstance(method, Weighter)
+        return method
+
+
+def combination_problems(factors: list[Weighter]) -> list[str]:
+    """Return why these weighters cannot be multiplied."""
+    if len(factors) < 2:
+        return ["of: takes at least two weighters; write a single one without 'product'"]
+    problems = []
+    by_sequences = [each.name for each in factors if each.normalizer == "sample"]
+    by_token = [each.name for each in factors if each.by_token]
+    if by_sequences and by_token:
+        problems.append(
+            f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
+            f"that {by_token[0]} gives"
+        )
+    needs = [(each.name, each.requires()) for each in factors]
+    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
+    if len(references) > 1:
+        problems.append(
+            f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
+        )
+    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
+    for name, spec in specs[1:]:
+        if spec != specs[0][1]:
+            problems.append(
+                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
+            )
+    return problems
 
 
 class Product(Weighter):
@@ -144,7 +216,7 @@ class Product(Weighter):
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "sample" else equal
-        from dataflex.train.answers import check_static_weights, check_weights
+        from dataflex.plan.validate import check_static_weights, check_weights
 
         known = check_static_weights(factor, batch.rows_B, batch.columns)
         found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)

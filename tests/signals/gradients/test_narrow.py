@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dataflex.signals.anatomy import anatomy
 from dataflex.signals.gradients import GradientEngine, supervised_losses
 from dataflex.signals.losses import row_losses
+from dataflex.signals.model_parts import anatomy
 from tests.signals.gradients.small import Collect, build, differences, gemma, lora, oracle, ragged
 
 

@@ -24,7 +24,7 @@ from dataflex.signals.gradients.narrow import supervised_losses, supervised_toke
 from dataflex.signals.gradients.oracle import batch_rows, batch_tokens
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.gradients.units import Units, choose_parameters
-from dataflex.signals.passes import preserved
+from dataflex.signals.sweep import preserve_state
 
 __all__ = ["GradientEngine"]
 
@@ -93,7 +93,7 @@ class GradientEngine:
         if self._depth:
             yield
             return
-        with preserved(self.model):
+        with preserve_state(self.model):
             self.model.eval()
             self._depth += 1
             try:

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataflex.signals.anatomy import anatomy
-from dataflex.signals.cross_entropy import token_cross_entropy
-from dataflex.signals.losses import model_inputs, row_losses
+from dataflex.signals.losses import model_inputs, row_losses, token_cross_entropy
+from dataflex.signals.model_parts import anatomy
 
 __all__ = ["TokenLoss", "supervised_losses", "supervised_tokens"]
 

@@ -1,0 +1,397 @@
+"""Weights from the likeness of sequences to the targets: ADAPT and the joint-update-aware weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import ComponentError, DataError
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Passes,
+    Requires,
+    Rows,
+    State,
+    Weighter,
+    WeighterParams,
+)
+from dataflex.signals.specs import EmbeddingSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Adapt", "Anchors", "JointUpdateAware", "fixed_point"]
+
+
+class Anchors:
+    """Rows of the targets, all of which count alike, as one mean vector.
+
+    Args:
+        method: Name of the weighter, for messages.
+        spec: How a row becomes a vector; the same as for the rows in training.
+        refresh_steps: Optimizer steps between two passes over the targets.
+    """
+
+    def __init__(self, method: str, spec: EmbeddingSpec, refresh_steps: int) -> None:
+        self._method, self.spec, self._every = method, spec, refresh_steps
+        self.mean: NDArray[np.float32] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the vectors are to be computed anew before ``step``."""
+        return self.mean is None or step % self._every == 0
+
+    def refresh(self, ctx: Context) -> None:
+        """Embed every row of the targets with the model as it is (collective; the ranks share the pass).
+
+        Raises:
+            DataError: A target has no row with an embedding.
+        """
+        total, count = np.zeros(0), 0
+        for target in ctx.targets:
+            rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+            found = ctx.signals.embeddings(rows, self.spec, target=target) if len(rows) else np.zeros((0, 1))
+            usable = found[np.isfinite(found).all(axis=1)]
+            if not len(usable):
+                raise DataError(
+                    f"{self._method}: target {target!r} has {len(rows):,} rows, none of which has an embedding. "
+                    "Give a target data set with text in it."
+                )
+            sums = usable.sum(axis=0, dtype=np.float64)
+            total, count = sums if count == 0 else total + sums, count + len(usable)
+        self.mean = (total / count).astype(np.float32)
+
+    def products(self, batch: BatchView, *, unit: bool = False) -> torch.Tensor:
+        """Return each sequence's inner product with the mean vector, fp32 [B].
+
+        Args:
+            batch: The micro-batch, with embeddings.
+            unit: Whether the mean vector is first divided by its norm.
+
+        Raises:
+            ComponentError: There are no embeddings, or ``refresh`` was not called.
+        """
+        if batch.embeddings_BH is None or self.mean is None:
+            what = "no embeddings" if batch.embeddings_BH is None else "anchors that were never embedded"
+            raise ComponentError(f"{self._method}: the micro-batch comes with {what}")
+        mean = self.mean / max(float(np.linalg.norm(self.mean)), 1e-30) if unit else self.mean
+        direction: torch.Tensor = batch.embeddings_BH.new_tensor(mean)
+        return batch.embeddings_BH @ direction
+
+    def state_dict(self) -> State:
+        """Return the mean vector: a resumed run weighs with the one at hand until the next pass."""
+        return {} if self.mean is None else {"anchors": self.mean}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if set(state) - {"anchors"}:
+            raise ValueError(f"{self._method} keeps 'anchors' only, but was given {sorted(state)}")
+        self.mean = np.asarray(state["anchors"], dtype=np.float32) if state else None
+
+
+class _Words:
+    """Rows of the targets as words: a row's score is the mean of its BM25 scores over all of them.
+
+    Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self._scores: NDArray[np.float32] | None = None
+
+    def due(self, step: int) -> bool:
+        """Words are counted once, also by a resumed run."""
+        return self._scores is None
+
+    def refresh(self, ctx: Context) -> None:
+        """Score every training row against all anchors.
+
+        Raises:
+            DataError: A target has no row with a word.
+        """
+        from dataflex.selectors.okapi import Okapi
+        from dataflex.selectors.text_features import cut_words, pool_texts, target_words
+
+        anchors = [words for rows in target_words(self._method, ctx, "all", cut_words) for words in rows]
+        counts = Counter(word for words in anchors for word in words)
+        pool = np.arange(len(ctx.domains.domain_of), dtype=np.int64)
+        index = Okapi(map(cut_words, pool_texts(pool, ctx, "all")), set(counts))
+        query = {word: count / len(anchors) for word, count in counts.items()}
+        self._scores = index.scores(query).astype(np.float32)
+
+    def products(self, batch: BatchView) -> torch.Tensor:
+        """Return each sequence's score, fp32 [B]."""
+        if self._scores is None:
+            raise ComponentError(f"{self._method}: the words of the rows were never counted")
+        scores: torch.Tensor = batch.loss_B.new_tensor(self._scores[batch.rows_B])
+        return scores
+
+    def state_dict(self) -> State:
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        if state:
+            raise ValueError(f"{self._method} by words keeps no state, but was given {sorted(state)}")
+
+
+class Adapt(Weighter):
+    """Weigh sequences by their likeness to the targets.
+
+    ADAPT: the more a sequence is like the targets, the more it counts, with weights that stand for themselves.
+
+    "Rethinking Data Curation in LLM Training: Online Reweighting Offers Better Generalization", ICLR 2026,
+    arXiv 2605.05227. A sequence's vector is the mean of the last hidden states over its tokens, weighted by
+    position (w_t = t / sum of t) and divided by its norm; s_i is the mean of its cosines with the anchors' vectors,
+    and w_i = sigmoid(s_i / tau). Weights are absolute: they do not sum to anything, and the step's loss is divided
+    by the number of tokens, so a cosine of 0 halves the learning rate. ``rescale: mean1`` divides by their mean
+    over the micro-batch of all ranks instead.
+
+    Vectors of the rows in training come out of the training forward itself (with its dropout); those of the anchors,
+    which are the rows of the targets, out of a pass every ``refresh_steps`` steps. Targets that share rows with
+    the benchmark that is reported make its result worthless. ``similarity: bm25`` compares words instead, once.
+    """
+
+    name = "adapt"
+    card = Card(
+        summary="Weighs each sequence by how much it is like the targets' rows, with a weight between 0 and 1.",
+        paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
+        cost="1 F over the targets every refresh_steps; the rows in training cost nothing",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(WeighterParams):
+        """Parameters of ADAPT; the defaults are the paper's."""
+
+        tau: float = field(default=1.0, metadata={"help": "temperature of the sigmoid; small is sharp", "above": 0.0})
+        rescale: Literal["none", "mean1"] = field(
+            default="none",
+            metadata={"help": "none: weights below 1 lower the learning rate; mean1: their mean is made 1"},
+        )
+        similarity: Literal["embedding", "bm25"] = field(
+            default="embedding", metadata={"help": "compare hidden states, or words (BM25, once per run)"}
+        )
+        refresh_steps: int = field(
+            default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
+        )
+        clip: float | None = field(
+            default=None, metadata={"help": "largest weight, before rescaling; null: no limit", "above": 0.0}
+        )
+        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
+        completion_only: bool = field(
+            default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
+        )
+
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(layer=self.layer, completion_only=self.completion_only)
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        words = self.params.similarity == "bm25"
+        return Requires(
+            signals=frozenset({"texts" if words else "embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            embedding=None if words else self.params.spec,
+            passes=Passes(told="none on the device: words are counted once" if words else ""),
+        )
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        words = params.similarity == "bm25"
+        self._anchors = _Words(self.name) if words else Anchors(self.name, params.spec, params.refresh_steps)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The loss is divided by the number of supervised tokens: weights are absolute."""
+        return "count"
+
+    def due(self, step: int) -> bool:
+        """Whether the anchors are to be embedded anew, or their words were not counted yet."""
+        return self._anchors.due(step)
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Embed the anchors, or count their words."""
+        self._anchors.refresh(ctx)
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return sigmoid(s / tau) [B], 0 without supervised tokens (collective under ``rescale: mean1``)."""
+        valid = batch.tokens_B > 0
+        weights = (self._anchors.products(batch).float() / self.params.tau).sigmoid()
+        if self.params.clip is not None:
+            weights = weights.clamp(max=self.params.clip)
+        weights = weights.masked_fill(~valid, 0.0)
+        if self.params.rescale == "none":
+            return weights
+        from dataflex import comm
+
+        return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
+
+    def state_dict(self) -> State:
+        """Return the anchors' mean vector; nothing for words, whose scores follow from the data."""
+        return self._anchors.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._anchors.load_state_dict(state)
+
+
+Floats = NDArray[np.float64]
+
+_RESIDUAL = 1e-7
+_MOST = 100_000
+
+
+def _softmax(values: Floats) -> Floats:
+    raised = np.exp(values - values.max())
+    return np.asarray(raised / raised.sum())
+
+
+def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> Floats:
+    """Return the weights w = softmax((s - beta S w) / tau), to a residual below 1e-7.
+
+    Each iteration moves the logarithms by the share tau / (tau + beta max |S|). The objective is smooth relative
+    to the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance
+    shrinks by at least the factor 1 - share), while undamped iterations oscillate.
+
+    Args:
+        alignment: s [M].
+        gram: S [M, M], symmetric and positive semi-definite.
+        beta: How much likeness among sequences counts, >= 0.
+        tau: Weight of the entropy, above 0.
+
+    Raises:
+        ComponentError: No convergence, as when values are not finite.
+    """
+    logs = np.zeros(len(alignment))
+    share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))
+    for _ in range(_MOST):
+        weights = _softmax(logs)
+        aim = (alignment - beta * (gram @ weights)) / tau
+        if np.abs(_softmax(aim) - weights).max(initial=0.0) < _RESIDUAL:
+            return weights
+        logs = (1.0 - share) * logs + share * aim
+    raise ComponentError(
+        f"joint_update_aware: weights do not settle with beta = {beta} and tau = {tau}; raise tau, or look for "
+        "embeddings that are not finite"
+    )
+
+
+class JointUpdateAware(Weighter):
+    """Weigh the sequences of a micro-batch together: aligned with the targets, unlike one another.
+
+    Joint-update-aware weights: towards the targets, and away from sequences that say the same.
+
+    The weighter of that name in existing DataFlex (no paper is known), with its objective over the weights of the
+    micro-batch of all ranks,
+
+        max over the simplex of  s'w - (beta / 2) w'Sw + tau H(w),      w = softmax((s - beta S w) / tau),
+
+    where S holds the inner products of the sequences' vectors and s those with the anchors' mean vector, made
+    unit. There, five undamped iterations do not reach the fixed point (two equal sequences beside another one get
+    0.259 each instead of 0.293); here the iteration runs until it holds to 1e-7. Vectors of the rows in training
+    come out of the training forward; anchors are all rows of the targets.
+    """
+
+    name = "joint_update_aware"
+    card = Card(
+        summary="Weighs the sequences of a micro-batch towards the targets and away from one another.",
+        paper="baseline (existing DataFlex; no paper)",
+        cost="1 F over the targets every refresh_steps, one gather of vectors per micro-batch",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(WeighterParams):
+        """Parameters; the defaults are those of existing DataFlex, except that the iteration converges."""
+
+        beta: float = field(
+            default=0.1, metadata={"help": "how much likeness among the sequences counts", "minimum": 0.0}
+        )
+        tau: float = field(default=0.05, metadata={"help": "weight of the entropy; small is sharp", "above": 0.0})
+        mode: Literal["full", "align_only", "diverse_only", "uniform"] = field(
+            default="full", metadata={"help": "both terms, only the targets, only the likeness, or none of the two"}
+        )
+        pooling: Literal["last", "mean", "weighted_mean", "first"] = field(
+            default="last", metadata={"help": "which hidden states make up a sequence's vector"}
+        )
+        completion_only: bool = field(default=False, metadata={"help": "pool the supervised tokens only"})
+        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
+        normalize: bool = field(default=True, metadata={"help": "whether vectors are divided by their norm"})
+        refresh_steps: int = field(
+            default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
+        )
+
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(
+                layer=self.layer,
+                pooling=self.pooling,
+                completion_only=self.completion_only,
+                normalize=self.normalize,
+            )
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"), embedding=self.params.spec
+        )
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._anchors = Anchors(self.name, params.spec, params.refresh_steps)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """Weights of the micro-batch sum to one and multiply token-mean losses."""
+        return "sample"
+
+    def due(self, step: int) -> bool:
+        """Whether the anchors are to be embedded anew, or their words were not counted yet."""
+        return self._anchors.due(step)
+
+    def prepare(self, ctx: Context, rows: Rows) -> None:
+        """Embed the anchors, or count their words."""
+        self._anchors.refresh(ctx)
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [B] that sum to one over the ranks' sequences with supervised tokens (collective).
+
+        Solved on the CPU in float64, by every rank alike; the micro-batch's Gram matrix is copied there.
+        """
+        import torch
+
+        from dataflex import comm
+
+        mode, p = self.params.mode, self.params
+        alignment_B = self._anchors.products(batch, unit=True)
+        assert batch.embeddings_BH is not None
+        both, _ = comm.gather_rows(torch.cat([batch.embeddings_BH, alignment_B[:, None]], dim=1).float())
+        vectors_MH, alignment_M = both[:, :-1], both[:, -1]
+        gram = (vectors_MH @ vectors_MH.T).cpu().double().numpy()
+        valid = (batch.tokens_M > 0).cpu().numpy()
+        s = alignment_M.cpu().double().numpy() if mode in ("full", "align_only") else np.zeros(len(valid))
+        beta = p.beta if mode in ("full", "diverse_only") else 0.0
+        weights = np.zeros(len(valid), dtype=np.float32)
+        if valid.any():
+            weights[valid] = fixed_point(s[valid], gram[np.ix_(valid, valid)], beta=beta, tau=p.tau)
+        return torch.from_numpy(weights[batch.local]).to(batch.loss_B.device)
+
+    def state_dict(self) -> State:
+        """Return the anchors' mean vector; nothing for words, whose scores follow from the data."""
+        return self._anchors.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._anchors.load_state_dict(state)
