@@ -216,7 +216,7 @@ _CALLS: dict[str, tuple[str, ...]] = {
 }
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
 _PROPERTIES = ("reference", "normalizer", "loss_normalizer", "embedding", "entropy", "pure_micro_batches")
-_SWITCHES = ("adaptive", "narrows", "online", "observes", "weighs_loss", "neutral", "by_token")
+_SWITCHES = ("adaptive", "selects_subset", "within_batch", "observes", "weighs_loss", "neutral", "by_token")
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:

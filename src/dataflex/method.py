@@ -499,6 +499,11 @@ class Method:
         """Yield what only the method knows to be wrong with a run; asked again whenever more of the run is known."""
         return iter(())
 
+    @classmethod
+    def param_problems(cls, params: Any) -> list[str]:
+        """Return why these parameters cannot work in this class; each line begins with the key."""
+        return []
+
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows."""
         return ()
@@ -548,13 +553,13 @@ class Selector(Method):
     """Chooses which rows are trained on during an interval."""
 
     kind = "selector"
-    narrows: ClassVar[bool] = True
+    selects_subset: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
-    online: ClassVar[bool] = False
+    within_batch: ClassVar[bool] = False
     """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""
+        """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
         raise NotImplementedError
 
 

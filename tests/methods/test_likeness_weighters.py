@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.testing import FakeSignals, example_batch, example_context
-from dataflex.weighters.adapt import Adapt
-from dataflex.weighters.joint import JointUpdateAware, fixed_point
+from dataflex.weighters.likeness import Adapt, JointUpdateAware, fixed_point
 from tests.rounding import printed
 
 

@@ -301,7 +301,7 @@ def test_what_is_asked_and_told():
     assert (spec.tokens, spec.per_length, spec.rows, spec.columns, spec.seed) == ("all", True, 2, 6, 5)
     assert signals.calls[1].options["spec"] == spec
     assert "8 tokens on average against 8" in chosen.reason
-    assert "1 have no supervised token" in chosen.reason
+    assert "1 rows have no supervised token" in chosen.reason
     with pytest.raises(DataError, match="uds: all 2 rows"):
         uds().select(pool_of(2), 1, example_context({"all": 2}, signals=GivenLogits([np.nan] * 2, np.ones((2, 2)))))
 

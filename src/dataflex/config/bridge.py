@@ -41,7 +41,7 @@ def stated(method: Method) -> Requires:
         stages=needs.stages,
         whole_parameters=not needs.zero3,
         needs_interval=cls.adaptive,
-        within_batch=getattr(cls, "online", False),
+        within_batch=getattr(cls, "within_batch", False),
         columns=method.columns(),
         reference=None if method.reference is None else Reference(method.reference, method.reference_cached),
         models=models,

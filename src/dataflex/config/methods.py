@@ -47,6 +47,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
     method: MethodConfig | None = None
     if params is not None:
+        found += [f"{path}.{problem}" for problem in cls.param_problems(params)]
+    if params is not None and not found:
         method = MethodConfig(kind=kind, name=name, params=params)
         try:
             needs = method.requires

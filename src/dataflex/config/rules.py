@@ -73,7 +73,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
             "selector has none; remove the key, or use a selector with targets"
         )
-    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.narrows:
+    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.selects_subset:
         yield (
             f"dynamic.max_repeats: has no effect with the {selector.name} selector, which keeps every row; "
             "remove the key"
@@ -82,7 +82,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
         yield from _unseen_rules(dynamic, cls)
     if "candidate_batches" not in unread:
         yield from _candidate_rules(dynamic, cls)
-    if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
+    if mixer is not None and cls.selects_subset and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
@@ -94,7 +94,7 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
     name, key = dynamic.selector.name, "dynamic.candidate_batches"
     if dynamic.candidate_batches is None:
         return
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
         return
     if dynamic.interval_steps is None and not dynamic.selector.requires.needs_interval:  # else it is told already
@@ -118,7 +118,7 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
 def _unseen_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
     assert dynamic.selector is not None
     name = dynamic.selector.name
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"dynamic.exclude_seen: has no effect with the {name} selector, which keeps every row; remove the key"
     if dynamic.mixer is not None:
         yield (

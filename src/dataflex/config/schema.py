@@ -204,7 +204,7 @@ class DynamicConfig:
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
         selector = self.selector
-        return selector is not None and issubclass(selector.cls, Selector) and selector.cls.narrows
+        return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
 
     @property
     def requires(self) -> Requires:

@@ -347,7 +347,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         micro_batches = micro_batches_per_epoch(
             setup.rows.num_rows,
             batch_shape(self, shuffle=setup.shuffle),
-            full_steps=mixer is not None or (selector is not None and selector.narrows),
+            full_steps=mixer is not None or (selector is not None and selector.selects_subset),
         )
         return EpochShell(setup.rows.num_rows, micro_batches)
 

@@ -134,7 +134,7 @@ class _Joint(Selector):
     """Common ground: scores and interactions of the candidates."""
 
     adaptive: ClassVar[bool] = True
-    online: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     params: _Shared
 

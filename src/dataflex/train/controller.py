@@ -319,7 +319,7 @@ class Controller:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        return self.selector is not None and self.selector.narrows
+        return self.selector is not None and self.selector.selects_subset
 
     @property
     def ragged(self) -> bool:
