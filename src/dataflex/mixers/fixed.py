@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer, State
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import sizes
 from dataflex.plan.proportions import by_domain, check_numbers, normalized, read_proportions, shares
