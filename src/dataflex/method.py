@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.errors import CheckpointError
+from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
-from dataflex.state import State
+from dataflex.state import State, restored, saved_form
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ __all__ = [
     "Card",
     "Context",
     "DomainNormalizer",
+    "DomainWeighter",
     "Method",
     "Mix",
     "Mixer",
@@ -63,9 +65,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-Normalizer = Literal["token", "count", "sample"]
+Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
-DomainNormalizer = Literal["token", "domain"]
+DomainNormalizer = Literal["weight_sum", "domain"]
 
 STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
 
@@ -77,6 +79,9 @@ class Params:
     Field metadata: ``help`` (one line with the unit), ``choices``, ``minimum``, ``maximum``,
     ``above`` (exclusive minimum). ``__post_init__`` may raise ``ValueError`` for rules between fields.
     """
+
+    def __post_init__(self) -> None:
+        """Check rules between fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,10 +373,6 @@ class Signals(Protocol):
         """
         ...
 
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
-        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
-        ...
-
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
     ) -> NDArray[np.float32]:
@@ -523,7 +524,7 @@ class Method:
     @property
     def reference(self) -> str | None:
         """Folder or hub id of the reference model whose token losses are needed in training, or None."""
-        return None
+        return self.params.reference if isinstance(self.params, ReferenceParams) else None
 
     @property
     def reference_cached(self) -> bool:
@@ -539,14 +540,28 @@ class Method:
         """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
         return self.card.forward_per_target_row, self.card.backward_per_target_row
 
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
+    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None or empty."""
+
     def state_dict(self) -> State:
-        """Everything that a resumed run needs; empty for stateless methods."""
-        return {}
+        """Return the attributes that ``saved`` names."""
+        first = getattr(self, self.saved[0]) if self.saved else None
+        if first is None or (hasattr(first, "__len__") and not len(first)):
+            return {}
+        return {name: saved_form(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            raise ValueError(f"{self.name} keeps no state, but was given {sorted(state)}")
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: The state is not one of this method.
+        """
+        if state and state.keys() != set(self.saved):
+            kept = ", ".join(self.saved) or "no state"
+            raise CheckpointError(f"{self.name} keeps {kept}, but was given {', '.join(sorted(state))}")
+        for name, value in state.items():
+            setattr(self, name, restored(value, getattr(self, name)))
 
 
 class Selector(Method):
@@ -564,7 +579,7 @@ class Selector(Method):
 
 
 class Mixer(Method):
-    """Sets the proportions in which domains are served during an interval, or how much each counts in the loss.
+    """Sets the proportions in which domains are served during an interval.
 
     An online mixer sets ``observes`` and learns from ``observe``, which is called after the backward passes
     of every optimizer step, with the same numbers on every rank. It must not look at anything else.
@@ -573,24 +588,6 @@ class Mixer(Method):
     kind = "mixer"
     observes: ClassVar[bool] = False
     """Whether ``observe`` is to be called."""
-    weighs_loss: ClassVar[bool] = False
-    """Whether ``loss_weights`` gives weights."""
-
-    @property
-    def loss_normalizer(self) -> DomainNormalizer:
-        """What ``loss_weights`` are weights of.
-
-        - ``token``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
-        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
-        """
-        return "token"
-
-    def loss_weights(self) -> NDArray[np.float64] | None:
-        """Return the weights of the domains in the loss of the next optimizer step [K] (under ``weighs_loss``).
-
-        Asked after the step's ``mix``, so that the domains are known.
-        """
-        return None
 
     def observe(self, stats: DomainStats) -> None:
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
@@ -605,6 +602,29 @@ class Mixer(Method):
 
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
+        raise NotImplementedError
+
+
+class DomainWeighter(Mixer):
+    """Weighs the domains in the loss and leaves the sampling as it is: ``mix`` always gives the same proportions.
+
+    A configuration names it as its ``mixer``, since it says in which proportions domains are served, and which
+    proportions its weights come to.
+    """
+
+    observes: ClassVar[bool] = True
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """What ``loss_weights`` are weights of.
+
+        - ``weight_sum``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
+        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
+        """
+        return "weight_sum"
+
+    def loss_weights(self) -> Floats:
+        """Return the weights of the domains in the loss of the next optimizer step [K]; asked after its ``mix``."""
         raise NotImplementedError
 
 
@@ -671,11 +691,11 @@ class Weighter(Method):
 
     ``normalizer`` fixes the denominator Z of the step's loss sum(w * loss) / Z:
 
-    - ``token``: weighted token mean. Weights known from the rows alone (``static_weights``) use
+    - ``weight_sum``: weighted token mean. Weights known from the rows alone (``static_weights``) use
       Z = sum of w over the whole optimizer step; weights computed in the micro-batch are rescaled
       there to a token mean of one. Equal weights give the plain loss.
-    - ``count``: Z = number of supervised tokens of the step; weights change the step size.
-    - ``sample``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
+    - ``num_tokens``: Z = number of supervised tokens of the step; weights change the step size.
+    - ``num_sequences``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
       token-mean losses; the step's loss is the mean over its micro-batches. They sum to one unless the
       method's paper has it otherwise.
     """
@@ -688,10 +708,8 @@ class Weighter(Method):
 
     Params: ClassVar[type[Params]] = WeighterParams
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """Which denominator the weights are meant for."""
-        return "token"
+    normalizer: Normalizer = "weight_sum"
+    """Which denominator the weights are meant for."""
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return the steps of plain loss where ``burn_in_steps`` is null or no parameter of the weighter."""
@@ -751,6 +769,10 @@ class ReferenceParams(Params):
         default=True,
         metadata={"help": "score a row with the reference once, when first served, and keep that; else in every step"},
     )
+
+    def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ValueError("reference: is empty; without a reference model there is no excess loss")
 
     def stated(self) -> Reference:
         """Return the reference model as ``Requires.reference``."""

@@ -14,7 +14,7 @@ import torch
 from dataflex.config.bridge import stated
 from dataflex.config.methods import half_read, method_block
 from dataflex.errors import DataFlexError
-from dataflex.method import STAGES, Mixer, Selector, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, Selector, Weighter
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
@@ -165,7 +165,7 @@ def mixed(mixer, ctx):
     """Return proportions and loss weights, then let the mixer see a step."""
     held = ctx.domains.names if stated(mixer).targets else ()
     proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
-    weights = mixer.loss_weights().tolist() if mixer.weighs_loss else None
+    weights = mixer.loss_weights().tolist() if isinstance(mixer, DomainWeighter) else None
     if mixer.observes:
         step = ctx.interval.start_step
         losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(ctx.domains.names))]
@@ -351,7 +351,7 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
 @every_weighter
 def test_weights_are_finite_and_not_negative(name):
     weighter = build("weighter", name)
-    assert weighter.normalizer in ("token", "count", "sample")
+    assert weighter.normalizer in ("weight_sum", "num_tokens", "num_sequences")
     assert weighter.active(99_999, 100_000) is True
     prepare(weighter, example_context(columns=COLUMNS))
     rows = np.array([63, 0, 5, 5], dtype=np.int64)

@@ -54,7 +54,7 @@ def test_sigmoids_of_the_specification(s, tau, expected):
     weighter = prepared(Adapt(Adapt.Params(tau=tau)), signals=Vectors(target=[[1.0, 0.0]]))
     batch = with_vectors([[s, math.sqrt(1 - s * s)]])
     assert weighter.weigh(batch).item() == pytest.approx(expected, abs=printed(6, 8))
-    assert weighter.normalizer == "count"
+    assert weighter.normalizer == "num_tokens"
 
 
 @given(st.integers(0, 1000))

@@ -157,7 +157,7 @@ def test_dft_and_focal_are_those_of_the_specification():
     focal = weighter.weigh(batch) * batch.loss_BT
     np.testing.assert_allclose(focal[0], [0.001054, 0.173287, 1.865094], rtol=0, atol=printed(6, 8, 2.0))
     assert torch.equal(weighter.weigh(batch), by_name)
-    assert (weighter.normalizer, TokenWeighter(TokenWeighter.Params()).normalizer) == ("count", "count")
+    assert (weighter.normalizer, TokenWeighter(TokenWeighter.Params()).normalizer) == ("num_tokens", "num_tokens")
     assert Focal(Focal.Params(gamma=0.0)).weigh(batch).tolist() == [[1.0, 1.0, 1.0]]
 
 

@@ -26,7 +26,7 @@ from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import STAGES, Mixer, RunFacts, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 
 __all__ = [
     "check",
@@ -160,7 +160,11 @@ def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and _weighs(weighter.cls):
         return weighter
-    if mixer is not None and issubclass(mixer.cls, Mixer) and (mixer.cls.observes or mixer.cls.weighs_loss):
+    if (
+        mixer is not None
+        and issubclass(mixer.cls, Mixer)
+        and (mixer.cls.observes or issubclass(mixer.cls, DomainWeighter))
+    ):
         return mixer
     return None
 

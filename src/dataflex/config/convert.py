@@ -200,12 +200,18 @@ def _out_of_range(value: float, limits: Mapping[str, Any]) -> str:
     return ""
 
 
+# Denominators of weighted losses: a choice's former name and its name.
+_RENAMED_CHOICES = {"token": "weight_sum", "count": "num_tokens", "sample": "num_sequences"}
+
+
 def _one_of(value: Any, choices: Sequence[Any], path: str, problems: list[str]) -> Any:
     for choice in choices:
         if value == choice and type(value) is type(choice):
             return choice
     known = [str(choice) for choice in choices]
     hint = did_you_mean(value, known) if isinstance(value, str) else ""
+    if (now := _RENAMED_CHOICES.get(str(value))) in known:
+        hint = f"; it is called {now} now"
     problems.append(f"{path}: {shown(value)} is not a choice{hint} (choices: {', '.join(known)})")
     return BAD
 

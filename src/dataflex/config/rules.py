@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataflex.config.idle import idle_keys
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.method import Mixer, Selector
+from dataflex.method import DomainWeighter, Mixer, Selector
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
@@ -149,14 +149,14 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
     mixer = dynamic.mixer.cls
     assert issubclass(mixer, Mixer)
     weighter = dynamic.weighter
-    if weighter is not None and not getattr(weighter.cls, "neutral", False) and mixer.weighs_loss:
+    if weighter is not None and not getattr(weighter.cls, "neutral", False) and issubclass(mixer, DomainWeighter):
         if mixer(dynamic.mixer.params).loss_normalizer == "domain":
-            way = "set its 'normalizer: token', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
+            way = "set its 'normalizer: weight_sum', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
             yield (
                 f"dynamic.weighter: the {dynamic.mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
                 f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"
             )
-    if mixer.weighs_loss and dynamic.max_epochs is not None:
+    if issubclass(mixer, DomainWeighter) and dynamic.max_epochs is not None:
         yield (
             f"dynamic.max_epochs: the {dynamic.mixer.name} mixer corrects its weights by the proportions that it "
             "samples in, which a cap would change; remove it"
@@ -181,7 +181,7 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
 
 def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
     cls, key = mixer.cls, "dynamic.min_proportion"
-    if issubclass(cls, Mixer) and cls.weighs_loss:
+    if issubclass(cls, DomainWeighter):
         yield (
             f"{key}: the {mixer.name} mixer serves the domains as its 'sampling' says and moves their weights in the "
             "loss, whose floor is 'smoothing' / number of domains; set these, or remove the key"

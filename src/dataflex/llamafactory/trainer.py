@@ -33,7 +33,7 @@ from dataflex.checkpoints import FOLDER
 from dataflex.config.needs import unmet
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError, ConfigError
-from dataflex.method import Rows, RunFacts, State
+from dataflex.method import DomainWeighter, Rows, RunFacts, State
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER
@@ -324,7 +324,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         setup, mixer = self.dataflex_setup, self._dataflex_methods["mixer"]
         if weighter is not None and weighter.neutral:
             weighter = None
-        if mixer is not None and not (mixer.observes or mixer.weighs_loss):
+        if mixer is not None and not (mixer.observes or isinstance(mixer, DomainWeighter)):
             mixer = None
         if weighter is None and mixer is None:
             return None

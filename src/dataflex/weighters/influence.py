@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import softmax
 from dataflex.signals.specs import GradientSpec
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Meta(Weighter):
     """
 
     name = "meta"
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     card = Card(
         summary="Weighs the rows of each step by how far a step on each goes along the targets' gradient.",
         paper="Learning to Reweight Examples for Robust Deep Learning, ICML 2018, arXiv 1803.09050",
@@ -113,11 +116,6 @@ class Meta(Weighter):
         super().__init__(params)
         self._step: StepWeights | None = None
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
-
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""
         return True
@@ -143,8 +141,6 @@ class Meta(Weighter):
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         return self._step.weights(batch)
 
-
-Floats = NDArray[np.float64]
 
 _EPS = 1e-12
 
@@ -173,8 +169,7 @@ def group_weights(influence: Floats, tau: float, eps: float = _EPS) -> Floats:
         # The variance is relative to the mean square: norms of a large model may be tiny.
         scale = max(float(np.square(s).mean()), 1e-300)
         z = (s - s.mean()) / np.sqrt(s.var() + eps * scale)
-        raised = np.exp(tau * z - (tau * z).max())
-        weights[known] = raised / raised.sum()
+        weights[known] = softmax(tau * z)
     return weights
 
 
@@ -195,6 +190,7 @@ class Presence(Weighter):
     """
 
     name = "presence"
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
@@ -230,11 +226,6 @@ class Presence(Weighter):
         self._shares = np.zeros(0)
         self._groups = np.zeros(0, dtype=np.int64)
         self._influence = np.zeros(0)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
 
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""

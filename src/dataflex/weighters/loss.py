@@ -119,6 +119,7 @@ class LossWeighter(Weighter):
     """Weigh the sequences of a micro-batch by their own losses."""
 
     name = "loss"
+    normalizer: Normalizer = "num_sequences"
     card = Card(
         summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
         paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "
@@ -167,11 +168,6 @@ class LossWeighter(Weighter):
                 raise ValueError("r_schedule: every r, the first one included, must be finite")
 
     params: Params
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply the token-mean losses of the sequences."""
-        return "sample"
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return 1000 steps, or a twentieth of a long run."""

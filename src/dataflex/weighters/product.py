@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Factor", "Product", "combination_problems"]
 
 _NO_FACTORS = ("none", "product")
+_PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def combination_problems(factors: list[Weighter]) -> list[str]:
     if len(factors) < 2:
         return ["of: takes at least two weighters; write a single one without 'product'"]
     problems = []
-    by_sequences = [each.name for each in factors if each.normalizer == "sample"]
+    by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
     by_token = [each.name for each in factors if each.by_token]
     if by_sequences and by_token:
         problems.append(
@@ -129,6 +130,8 @@ class Product(Weighter):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.factors = [factor.build() for factor in params.of]
+        given = {factor.normalizer for factor in self.factors}
+        self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
     def requires(self) -> Requires:
         """State what the factors require together."""
@@ -149,12 +152,6 @@ class Product(Weighter):
         """Return what the first factor refuses that refuses anything."""
         asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.requires().columns)
         return next((found for found in asked if found is not None and found[0].any()), None)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """``sample`` if that of a factor, else ``count`` if that of one, else ``token``."""
-        given = {factor.normalizer for factor in self.factors}
-        return "sample" if "sample" in given else "count" if "count" in given else "token"
 
     def burn_in(self, total_steps: int) -> int:
         """Return the steps in which no factor acts yet."""
@@ -195,9 +192,9 @@ class Product(Weighter):
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
-            if kept == "sample" and factor.normalizer == "sample":
+            if kept == "num_sequences" and factor.normalizer == "num_sequences":
                 sums.append(weights.double().sum())
-            elif kept == "count" and factor.normalizer == "token":
+            elif kept == "num_tokens" and factor.normalizer == "weight_sum":
                 weights = _unit_mean(weights, batch)
             if weights.dim() > product.dim():
                 product = sequences.spread(product)
@@ -205,7 +202,7 @@ class Product(Weighter):
                 weights = sequences.spread(weights)
             product = product * weights
         product = product.masked_fill(~batch.mask_BT if product.dim() > 1 else batch.tokens_B == 0, 0.0)
-        if kept != "sample":
+        if kept != "num_sequences":
             return product
         *before, after = comm.gather_sum(torch.stack([*sums, product.double().sum()])).unbind()
         scale = torch.stack(before).prod() / after
@@ -215,7 +212,7 @@ class Product(Weighter):
         """Return the weights of one factor, equal ones during its burn-in."""
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
-            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "sample" else equal
+            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "num_sequences" else equal
         from dataflex.plan.validate import check_static_weights, check_weights
 
         known = check_static_weights(factor, batch.rows_B, batch.columns)
