@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dataflex.commands.methods import requirements
 from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.collect import key_of
 from dataflex.config.load import load_mapping
@@ -81,7 +82,7 @@ def suggestion(told):
 @settings(max_examples=300, deadline=None)
 def test_a_suggested_parameter_is_accepted(data, method):
     kind, name = method
-    known = [*keys_of(kind, name), *(["targets"] if find(kind, name).needs.targets else [])]
+    known = [*keys_of(kind, name), *(["targets"] if requirements(find(kind, name)).targets else [])]
     assume(known)
     word, wrong = data.draw(misspelt(known))
     assume(wrong and wrong not in known and "." not in wrong)

@@ -155,9 +155,9 @@ def test_a_floor_that_leaves_nothing_is_refused():
 
 
 def test_only_the_bandits_want_pure_micro_batches():
-    assert not odm().pure_micro_batches
-    assert odm(variant="paper").pure_micro_batches
-    assert odm(variant="official").pure_micro_batches
+    assert not odm().requires().pure_micro_batches
+    assert odm(variant="paper").requires().pure_micro_batches
+    assert odm(variant="official").requires().pure_micro_batches
 
 
 def test_odm_of_other_domains_is_refused():

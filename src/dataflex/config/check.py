@@ -5,18 +5,15 @@ The checks never stop at the first problem: a user mends a configuration once.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.check_data import (
     by_domain_problems,
-    by_target_problems,
     column_problems,
     data_set_problems,
     domain_problems,
@@ -25,19 +22,17 @@ from dataflex.config.check_data import (
 from dataflex.config.check_values import number_problems, package_problems
 from dataflex.config.convert import shown
 from dataflex.config.data import Source
-from dataflex.config.needs import moment_problems, parameters
+from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import STAGES, DomainWeighter, Mixer, Params, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 
 __all__ = [
     "check",
     "found_problems",
     "model_problems",
-    "other_model_problems",
     "output_problems",
-    "reference_problems",
     "setting_problems",
     "stage_problems",
 ]
@@ -84,27 +79,7 @@ def stage_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[st
     if stage not in STAGES:
         yield f"stage: {shown(stage)} is not a stage{did_you_mean(str(stage), STAGES)} (choices: {', '.join(STAGES)})"
         return
-    if dynamic.signals.screen_by == "pilot" and stage not in ("pt", "sft"):
-        yield (
-            f"dynamic.signals.screen_by: a pilot looks at gradients, which there are none of under stage {stage}; "
-            "use embeddings, or stage pt or sft"
-        )
-    partitioned = _partitioned(lf)
-    for method in dynamic.methods:
-        cls = method.cls
-        where = f"dynamic.{method.kind}: "
-        if _weighs(cls) and stage not in ("pt", "sft"):
-            yield (
-                f"{where}reweighting needs per-token losses of a causal LM, and stage {stage} trains on a loss of "
-                "its own; remove the weighter, or train with stage pt or sft"
-            )
-        elif stage not in cls.needs.stages:
-            yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(cls.needs.stages)})"
-        if partitioned and not cls.needs.zero3:
-            yield (
-                f"{where}{method.name} does not work with partitioned parameters ({partitioned}); "
-                "use DeepSpeed ZeRO-2 or less, or plain data parallelism"
-            )
+    yield from unmet(dynamic, RunFacts(stage=stage, partitioned=_partitioned(lf)))
 
 
 def _weighs(cls: type[Any]) -> bool:
@@ -133,7 +108,7 @@ def setting_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[
         if truthy(lf, key):
             yield f"{key}: {reason}"
     yield from _streaming_problems(dynamic, lf)
-    yield from moment_problems(dynamic, lf)
+    yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.get("train_sampling_strategy")
@@ -216,20 +191,6 @@ def model_problems(lf: Mapping[str, Any]) -> Iterator[str]:
         yield f"deepspeed: no such file: {deepspeed}"
 
 
-def reference_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the reference models that are not there: without one, such a method is another method."""
-    for method in dynamic.methods:
-        folder = method.build().reference
-        if folder is None:
-            continue
-        key, path = f"dynamic.{method.kind}.reference", Path(folder).expanduser()
-        if not path.is_dir():
-            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-            yield f"{key}: no such folder: {folder}{near} (the reference model is trained before this run)"
-        elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
-
-
 def output_problems(lf: Mapping[str, Any]) -> Iterator[str]:
     """Yield what speaks against the output folder and the checkpoint to resume from."""
     output = lf.get("output_dir")
@@ -258,68 +219,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DESCRIPTIONS = ("config.json", "adapter_config.json", "modules.json")
-
-
-def other_model_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the models named in parameters marked ``model`` that are neither a folder nor, perhaps, on a hub.
-
-    So are encoders of sentence-transformers where that package is not installed.
-    """
-    for method in dynamic.methods:
-        for path, _, params in parameters(method):
-            yield from _in_params(params, path)
-
-
-def _in_params(params: Params, path: str) -> Iterator[str]:
-    for field in fields(type(params)):
-        value = getattr(params, field.name)
-        if not field.metadata.get("model"):
-            continue
-        names = value if isinstance(value, tuple) else () if value is None else (value,)
-        for i, name in enumerate(names):
-            place = f"[{i}]" if isinstance(value, tuple) else ""
-            problem = _problem(str(name)) or (_package_problem(str(name)) if field.name == "encoder" else "")
-            if problem:
-                yield f"{path}.{field.name}{place}: {problem}"
-
-
-def _problem(name: str) -> str:
-    if not name.strip():
-        return "is empty; give a model's folder or its name on a hub"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if any((folder / file).is_file() for file in _DESCRIPTIONS):
-            return ""
-        return f"{name} holds no model (none of {', '.join(_DESCRIPTIONS)})"
-    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    near = did_you_mean(folder.name, beside)
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        return f"no such folder: {name}{near}"
-    if (env_enabled("HF_HUB_OFFLINE") or env_enabled("TRANSFORMERS_OFFLINE")) and not _cached(name):
-        return f"no such folder: {name}{near}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
-    return ""
-
-
-def _package_problem(name: str) -> str:
-    if not (Path(name).expanduser() / "modules.json").is_file():
-        return ""
-    if importlib.util.find_spec("sentence_transformers") is not None:
-        return ""
-    return (
-        f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
-        "pip install 'dataflex[encoders]'"
-    )
-
-
-def _cached(name: str) -> bool:
-    """Return whether a hub's model was downloaded before."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    return (cache / f"models--{name.replace('/', '--')}").is_dir()
 
 
 def check(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_dir: Path) -> None:
@@ -355,12 +254,10 @@ def found_problems(dynamic: DynamicConfig | None, lf: Mapping[str, Any], base_di
         *package_problems(lf),
         *setting_problems(dynamic, lf),
         *model_problems(lf),
-        *reference_problems(dynamic),
-        *other_model_problems(dynamic),
+        *unmet(dynamic, RunFacts(), models=True),
         *output_problems(lf),
         *data_set_problems(staged, base_dir, sources),
         *target_problems(dynamic, staged, base_dir),
-        *by_target_problems(dynamic),
         *column_problems(dynamic, lf, sources),
         *by_domain_problems(dynamic, lf),
         *domain_problems(dynamic, lf, sources),

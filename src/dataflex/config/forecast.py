@@ -20,7 +20,7 @@ from dataflex.config.data import Source, count_rows, packed, tokenized, train_ro
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import UnsupportedError
-from dataflex.method import Context, Mixer, Selector, Signals
+from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
 from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
@@ -156,11 +156,7 @@ class Forecast:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        if self.dynamic.selector is None:
-            return False
-        kind = self.dynamic.selector.cls
-        assert issubclass(kind, Selector)
-        return kind.selects_subset
+        return self.dynamic.narrows
 
     @property
     def pool(self) -> Pool | None:
@@ -258,7 +254,7 @@ class Forecast:
             yield self.warmup_steps, self.warmup_shares(domains, mixer)
         if first is None:
             return
-        if not mixer.adaptive:
+        if not dynamic.mixer.requires.needs_interval:
             yield schedule.total_steps - self.warmup_steps, self.mixed(mixer, first)
             return
         if self.num_decisions > _MOST_DECISIONS:
@@ -308,7 +304,7 @@ class Forecast:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.size > self.rows
-        if self.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences":
+        if self.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences":
             return False
         try:
             return bool((self.served() > self.domains.num_rows).all())

@@ -30,9 +30,10 @@ from transformers import TrainerCallback
 
 from dataflex import checkpoints, comm
 from dataflex.checkpoints import FOLDER
+from dataflex.config.needs import unmet
 from dataflex.ending import Terminated, TermWish, heed_parent_only
-from dataflex.errors import ComponentError
-from dataflex.method import DomainWeighter, Rows, State
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import DomainWeighter, Rows, RunFacts, State
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER
@@ -362,9 +363,11 @@ class TrainerMixin(SavingMixin, _Trainer):
         values = super().set_initial_training_values(args, dataloader)
         max_steps = int(values[-1])
         setup = self.dataflex_setup
+        lacking = list(unmet(setup.config, RunFacts(total_steps=max_steps)))
+        if lacking:
+            raise ConfigError(lacking)
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
-            reweighter.weighter.refuse_idle(max_steps)
             reweighter.check_known(setup.rows.all_rows())
         self._dataflex_session = Session.begin(
             setup,

@@ -133,7 +133,6 @@ class ExponentiatedMixer(LearningMixer):
     ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
     """
 
-    adaptive: ClassVar[bool] = True
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
 
     def __init__(self, params: Any) -> None:

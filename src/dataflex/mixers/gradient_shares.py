@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Needs
+from dataflex.method import Card, Context, Mix, Requires
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
@@ -126,7 +126,6 @@ class Doge(_GradientMixer):
     """Serve the domains whose gradients go along with those of all."""
 
     name = "doge"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     saved = (*ExponentiatedMixer.saved, "mean", "mean_count")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of all domains.",
@@ -164,6 +163,15 @@ class Doge(_GradientMixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.mean: Floats = np.zeros(0)
@@ -194,7 +202,6 @@ class Dga(_GradientMixer):
     """Serve the domains whose gradients go along with the targets'."""
 
     name = "dga"
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
     saved = (*ExponentiatedMixer.saved, "served")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of target data.",
@@ -213,6 +220,16 @@ class Dga(_GradientMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -243,7 +260,6 @@ class Pike(_GradientMixer):
     """Serve domains of strong gradients more and those of noisy ones less."""
 
     name = "pike"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the larger their gradients are against the noise in them.",
         paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
@@ -259,6 +275,15 @@ class Pike(_GradientMixer):
         zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         found, p = self._gradients(ctx), self.params

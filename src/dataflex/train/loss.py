@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
-from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Rows, State, Weighter
+from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
@@ -412,6 +412,8 @@ class Reweighter:
                 f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
         self.weighter, self.mixer = weighter, mixer
+        self._needs = Requires() if weighter is None else weighter.requires()
+        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self.stats = None if weighter is None else WeightStats(weighter.name)
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
         self._plain: torch.Tensor | None = None
@@ -427,7 +429,7 @@ class Reweighter:
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))
         # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
-        blind = mixer is not None and mixer.observes and mixer.reference is None and comm.rank() == 0
+        blind = mixer is not None and mixer.observes and not self._mixer_compares and comm.rank() == 0
         self._noise = NoiseWatch(domains.names) if blind else None
 
     @property
@@ -437,7 +439,7 @@ class Reweighter:
 
     def compares_from(self, total_steps: int) -> int:
         """Return the first optimizer step whose losses are compared with the reference's."""
-        if self.mixer is not None and self.mixer.reference is not None:
+        if self._mixer_compares:
             return 0
         return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
 
@@ -455,7 +457,7 @@ class Reweighter:
     @property
     def embedding(self) -> Any:
         """How the training forward's hidden states are pooled, or None."""
-        return None if self.weighter is None else self.weighter.embedding
+        return self._needs.embedding
 
     def begin_step(
         self,
@@ -555,7 +557,7 @@ class Reweighter:
             total_steps: Optimizer steps of the run.
         """
         weighter = self.weighter if self._acts else None
-        losses = token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
+        losses = token_losses(logits, labels, entropy=weighter is not None and self._needs.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
         compares = step >= self.compares_from(total_steps)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None

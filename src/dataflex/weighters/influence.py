@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.signals.specs import GradientSpec
@@ -78,13 +78,10 @@ class Meta(Weighter):
 
     name = "meta"
     normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
         summary="Weighs the rows of each step by how far a step on each goes along the targets' gradient.",
         paper="Learning to Reweight Examples for Robust Deep Learning, ICML 2018, arXiv 1803.09050",
         cost="1 forward-mode F over the rows of each step, and F + B over the targets in each step",
-        forward_per_served_row=2.0,  # in forward mode a pass carries values and derivatives
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -102,10 +99,18 @@ class Meta(Weighter):
 
     params: Params
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Without forward mode parameters may be partitioned."""
-        return cls if params.forward_mode else _ByRows
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        by_row = not self.params.forward_mode
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            whole_parameters=not by_row,
+            passes=Passes(served=(1.0, 1.0), told="F + B over the rows of each step and over the targets")
+            if by_row
+            else Passes(served=(2.0, 0.0)),  # in forward mode a pass carries values and derivatives
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -135,18 +140,6 @@ class Meta(Weighter):
         if self._step is None:
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         return self._step.weights(batch)
-
-
-class _ByRows(Meta):
-    """The same with gradients row by row."""
-
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
-    card = replace(
-        Meta.card,
-        cost="F + B over the rows of each step and over the targets",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
-    )
 
 
 _EPS = 1e-12
@@ -198,14 +191,10 @@ class Presence(Weighter):
 
     name = "presence"
     normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
         cost="F + B over the rows of each step, gradients of the first block only",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -226,6 +215,10 @@ class Presence(Weighter):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(signals=frozenset({"gradients"}), stages=("pt", "sft"), passes=Passes(served=(1.0, 1.0)))
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
