@@ -9,7 +9,7 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -53,6 +53,7 @@ __all__ = [
     "State",
     "Weighter",
     "WeighterParams",
+    "param",
 ]
 
 T = TypeVar("T")
@@ -74,6 +75,17 @@ class Params:
 
     def __post_init__(self) -> None:
         """Check rules between fields."""
+
+
+def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """Return a parameter: a dataclass field with one line of help, with the unit, and what limits its values.
+
+    Args:
+        default: Its default; left out: the parameter must be given.
+        help: One line.
+        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), and marks such as ``model``.
+    """
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -163,15 +164,18 @@ def test_tokens_and_texts(service, tokenizer):
 
 def test_what_is_read_of_other_rows(service):
     """Padding is no token, a row without labels is its own completion, a preference row its chosen answer."""
-    service.access.train = Corpus(
-        dataset=Rows(
-            [
-                {"input_ids": [5, 6, 3, 3], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]},
-                {"input_ids": [7, 8]},
-                {"chosen_input_ids": [9, 10], "chosen_labels": [-100, 10], "rejected_input_ids": [11]},
-            ]
+    service.access = replace(
+        service.access,
+        train=Corpus(
+            dataset=Rows(
+                [
+                    {"input_ids": [5, 6, 3, 3], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]},
+                    {"input_ids": [7, 8]},
+                    {"chosen_input_ids": [9, 10], "chosen_labels": [-100, 10], "rejected_input_ids": [11]},
+                ]
+            ),
+            lengths=np.array([4, 2, 2]),
         ),
-        lengths=np.array([4, 2, 2]),
     )
     for part, want in (("all", [[5, 6], [7, 8], [9, 10]]), ("completion", [[5, 6], [7, 8], [10]])):
         assert [one.tolist() for one in service.tokens(EVERY[:3], part=part)] == want
@@ -187,11 +191,14 @@ def test_a_data_set_of_the_datasets_library(service):
     plain, wanted = service.tokens(EVERY, part="completion"), service(ResponseLoss(conditioned=False), EVERY)
     service.cache = SignalCache()
     dataset = Dataset.from_dict({**columns, "images": [None] * 7})
-    service.access.train = Corpus(dataset=dataset, lengths=service.access.train.lengths)
+    service.access = replace(service.access, train=Corpus(dataset=dataset, lengths=service.access.train.lengths))
     assert [one.tolist() for one in service.tokens(EVERY, part="completion")] == [one.tolist() for one in plain]
     np.testing.assert_array_equal(service(ResponseLoss(conditioned=False), EVERY), wanted)
-    service.access.train = Corpus(
-        dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.access.train.lengths
+    service.access = replace(
+        service.access,
+        train=Corpus(
+            dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.access.train.lengths
+        ),
     )
     with pytest.raises(UnsupportedError, match="the rows hold images"):
         service(ResponseLoss(conditioned=True), EVERY)
@@ -307,7 +314,7 @@ def test_models_that_are_not_there(service, tokenizer, tmp_path):
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(ScorerError, match="is not a causal language model"):
         service(TokenLoss(model=name), EVERY)
-    service.scorers.clear()
+    service.access.loaded.clear()
     object.__setattr__(service.access, "tokenizer", None)
     for ask in (lambda: service.texts(EVERY), lambda: service(TokenLoss(model=name), EVERY)):
         with pytest.raises(UnsupportedError, match="the tokenizer of the model is needed"):

@@ -7,13 +7,13 @@ over a row's supervised tokens. At strong pruning the hardest rows are often noi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows
+from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import EL2N, GradientNorms
 
@@ -24,7 +24,7 @@ __all__ = ["El2n", "GradNorm"]
 class _Keep(ScoringParams):
     """Which end is kept."""
 
-    keep: Literal["largest", "smallest"] = field(default="largest", metadata={"help": "which rows are kept"})
+    keep: Literal["largest", "smallest"] = param("largest", "which rows are kept")
 
 
 class _Extreme(ScoringSelector):
@@ -62,12 +62,10 @@ class GradNorm(_Extreme):
     class Params(_Keep):
         """Parameters of GraNd."""
 
-        precondition: Literal["none", "true_adam", "sign"] = field(
-            default="none", metadata={"help": "measure the optimizer's direction instead of the plain gradient"}
+        precondition: Literal["none", "true_adam", "sign"] = param(
+            "none", "measure the optimizer's direction instead of the plain gradient"
         )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
+        last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
 
     params: Params
 

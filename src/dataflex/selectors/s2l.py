@@ -14,14 +14,14 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State
+from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
@@ -64,18 +64,12 @@ class S2l(Selector):
     class Params(BaseParams):
         """Parameters of S2L; ``clusters`` and ``iterations`` are the paper's."""
 
-        proxies: tuple[str, ...] = field(
-            default=(),
-            metadata={
-                "help": "checkpoint folders of a small model, in order; none: the model under training",
-                "model": True,
-            },
+        proxies: tuple[str, ...] = param(
+            (), "checkpoint folders of a small model, in order; none: the model under training", model=True
         )
-        clusters: int = field(default=100, metadata={"help": "clusters in a domain at most", "minimum": 1})
-        iterations: int = field(default=20, metadata={"help": "rounds of k-means at most", "minimum": 1})
-        min_points: int = field(
-            default=2, metadata={"help": "points of the model under training before it clusters", "minimum": 1}
-        )
+        clusters: int = param(100, "clusters in a domain at most", minimum=1)
+        iterations: int = param(20, "rounds of k-means at most", minimum=1)
+        min_points: int = param(2, "points of the model under training before it clusters", minimum=1)
 
     params: Params
 

@@ -13,14 +13,14 @@ depends on the scale of the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, State
+from dataflex.method import Card, Context, Needs, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import LogitFeatures
 
@@ -55,20 +55,12 @@ class Uds(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of UDS; alpha, queue and sketch are the original code's."""
 
-        alpha: float = field(
-            default=2.5e-3, metadata={"help": "factor of the mean distance to rows chosen lately", "minimum": 0.0}
-        )
-        queue_size: int = field(
-            default=1024, metadata={"help": "rows chosen last that distances are taken to", "minimum": 1}
-        )
-        tokens: Literal["completion", "all"] = field(
-            default="completion", metadata={"help": "positions whose logits count; all as published"}
-        )
-        per_length: bool = field(
-            default=False, metadata={"help": "divide norms and sketches by the square root of the number of positions"}
-        )
-        sketch_rows: int = field(default=8, metadata={"help": "positions' side of a sketch", "minimum": 1})
-        sketch_columns: int = field(default=128, metadata={"help": "vocabulary's side of a sketch", "minimum": 1})
+        alpha: float = param(2.5e-3, "factor of the mean distance to rows chosen lately", minimum=0.0)
+        queue_size: int = param(1024, "rows chosen last that distances are taken to", minimum=1)
+        tokens: Literal["completion", "all"] = param("completion", "positions whose logits count; all as published")
+        per_length: bool = param(False, "divide norms and sketches by the square root of the number of positions")
+        sketch_rows: int = param(8, "positions' side of a sketch", minimum=1)
+        sketch_columns: int = param(128, "vocabulary's side of a sketch", minimum=1)
 
     params: Params
 
