@@ -264,7 +264,7 @@ def test_a_pass_without_rows(store):
 
 
 def start(directory, *ranks):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, store_worker.__file__, str(directory), "0.2", *map(str, ranks)]
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 
