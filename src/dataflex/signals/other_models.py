@@ -108,7 +108,7 @@ class Scorer:
         tokenizer: The tokenizer of the run, which made the rows.
 
     Attributes:
-        identity: Changes when the model's answers may change.
+        identity: Changes when the model's values may change.
         same_tokens: Whether the rows' tokens mean the same to it.
 
     Raises:
@@ -257,7 +257,7 @@ def losses_key(
     Args:
         model: The reference.
         tokenizer: The run's.
-        data: CacheKey of the rows' tokens and labels.
+        data: Fingerprint of the rows' tokens and labels.
         dataset: Features by row id; some rows are collated, since masks and positions tell how the documents
             of a packed row are kept apart.
         num_rows: N.
@@ -280,7 +280,7 @@ def losses_key(
 
 
 def files_identity(model: str, commit: str | None, *settings: Any) -> str:
-    """Return a hash of what another model's answers depend on: its files (or hub commit) and its settings."""
+    """Return a hash of what another model's values depend on: its files (or hub commit) and its settings."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8"), digest_size=16)
     folder = Path(model)
     if folder.is_dir():
