@@ -20,7 +20,7 @@ from dataflex.config.convert import shown
 from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
 
-__all__ = ["LlamaFactoryArgs", "data_sets", "env_enabled", "env_processes", "path_problem"]
+__all__ = ["LlamaFactoryArgs", "data_set_names", "env_enabled", "env_processes", "path_problem"]
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
@@ -113,13 +113,10 @@ def env_enabled(name: str) -> bool:
     return os.getenv(name, "0").lower() in ("true", "y", "1")
 
 
-def data_sets(value: Any) -> tuple[str, ...]:
-    """Return the names in LLaMA-Factory's ``dataset``: a list, or text with commas."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, list | tuple):
-        return ()
-    return tuple(str(name).strip() for name in value if str(name).strip())
+def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
+    """Return the names of data sets given as a list, or as text with commas."""
+    given = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(str(name).strip() for name in given if str(name).strip())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,6 +230,16 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return bool(self.value(key))
 
     @property
+    def train_sets(self) -> tuple[str, ...]:
+        """Names in ``dataset``."""
+        return data_set_names(self.dataset)
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names in ``eval_dataset``."""
+        return data_set_names(self.eval_dataset)
+
+    @property
     def packed(self) -> bool:
         """Whether several samples share a row; pre-training packs unless told otherwise."""
         return self.neat_packing or (self.stage == "pt" if self.packing is None else self.packing)
@@ -254,8 +261,10 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         yield from self._of_the_data()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
+            if not self.on(key):
+                continue
             missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
-            if missing and self.on(key):
+            if missing:
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
 
     def _of_the_method(self) -> Iterator[str]:

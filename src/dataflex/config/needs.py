@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import truthy
 from dataflex.method import Params
 from dataflex.parts import Part
 
@@ -83,10 +83,10 @@ def _way_out(dynamic: DynamicConfig) -> str:
     return f"every row has the same one by {key}"
 
 
-def moment_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+def moment_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield why gradients cannot be turned into directions of the run's optimizer."""
-    name = str(lf.get("optim") or "adamw_torch")
-    key = next((flag for flag in _MOMENT_FLAGS if truthy(lf, flag)), "")
+    name = lf.optim or "adamw_torch"
+    key = next((flag for flag in _MOMENT_FLAGS if lf.on(flag)), "")
     if not key and any(word in name for word in _NO_MOMENTS):
         key = f"optim: {name}"
     if not key:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.check import found_problems
 from dataflex.config.flat import FLAT_KEYS
@@ -25,7 +26,7 @@ class Split:
     """One configuration in two parts.
 
     Attributes:
-        lf: LLaMA-Factory's keys, untouched but for ``max_steps`` where flat keys fix the run's length.
+        lf: LLaMA-Factory's keys; ``max_steps`` from flat keys where those fix the run's length.
         dynamic: What is decided during training; None for a stock run.
         notes: What the translation of flat keys dropped or means differently, and what else a user should know of,
             one line each.
@@ -33,7 +34,7 @@ class Split:
             stock run of existing DataFlex too.
     """
 
-    lf: dict[str, Any]
+    lf: LlamaFactoryArgs
     dynamic: DynamicConfig | None
     notes: tuple[str, ...] = ()
     early_stopping_min_delta: float = 0.0
@@ -60,9 +61,11 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
     rest = {key: value for key, value in mapping.items() if key != "dynamic"}
     if mapping.get("dynamic") is None:
         lf, dynamic, delta, notes = translate(rest, base_dir)
-        return Split(lf=lf, dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
+        return Split(lf=LlamaFactoryArgs.read(lf), dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
     dynamic = parse_dynamic(mapping["dynamic"], base_dir)
-    return Split(lf=rest, dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta)
+    return Split(
+        lf=LlamaFactoryArgs.read(rest), dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta
+    )
 
 
 def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = False) -> Split:
@@ -84,7 +87,7 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
         problems += error.problems
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
-        parts = Split(lf=lf, dynamic=DynamicConfig())
+        parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
     if parts.dynamic is not None or check_stock:
         problems += found_problems(parts.dynamic, parts.lf, base_dir)
     if problems:

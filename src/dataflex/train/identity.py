@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
@@ -80,7 +81,7 @@ class Identity:
             world=world,
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
-            settings=settings_of(config, lf),
+            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
             pure=config.mixer is not None and cast(Mixer, config.mixer.build()).pure_micro_batches,
             flat=config.flat,
             keys={
