@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dataflex.errors import AgreementError
 
-__all__ = ["agree", "barrier", "broadcast_object", "gather_rows", "gather_sum", "rank", "world"]
+__all__ = ["agree", "barrier", "broadcast_object", "gather_objects", "gather_rows", "gather_sum", "rank", "world"]
 
 T = TypeVar("T")
 
@@ -91,16 +91,22 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Return the ``value`` of every rank, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    seen: list[T] = [value] * world()
+    dist.all_gather_object(seen, value)
+    return seen
+
+
 def agree(what: str, value: str) -> None:
     """Make sure that all ranks hold the same short string.
 
     Raises:
         AgreementError: On every rank, naming the ranks that differ from rank 0.
     """
-    if world() == 1:
-        return
-    seen: list[str | None] = [None] * world()
-    dist.all_gather_object(seen, value)
+    seen = gather_objects(value)
     if any(other != seen[0] for other in seen):
         odd = [index for index, other in enumerate(seen) if other != seen[0]]
         raise AgreementError(f"{what}: ranks {odd} differ from rank 0 ({seen}); the ranks would train on other data")

@@ -2,7 +2,7 @@
 
 A class from outside the package is checked when it is registered, and every call of it is watched: what it
 raises is told with its own frames and the name of the call, what it gives is checked for its type. What a value
-must be beside that (rows of the pool, weights of the right shape) is in ``train.answers``.
+must be beside that (rows of the pool, weights of the right shape) is in ``plan.validate``.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ _CALLS: dict[str, tuple[str, ...]] = {
 }
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
 _PROPERTIES = ("reference", "normalizer", "loss_normalizer", "embedding", "entropy", "pure_micro_batches")
-_SWITCHES = ("adaptive", "narrows", "online", "observes", "weighs_loss", "neutral", "by_token")
+_SWITCHES = ("adaptive", "selects_subset", "within_batch", "observes", "weighs_loss", "neutral", "by_token")
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:

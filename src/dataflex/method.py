@@ -206,10 +206,6 @@ class Signals(Protocol):
         """
         ...
 
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
-        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
-        ...
-
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
     ) -> NDArray[np.float32]:
@@ -329,6 +325,11 @@ class Method:
         """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
         return cls
 
+    @classmethod
+    def param_problems(cls, params: Any) -> list[str]:
+        """Return why these parameters cannot work in this class; each line begins with the key."""
+        return []
+
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows."""
         return ()
@@ -378,13 +379,13 @@ class Selector(Method):
     """Chooses which rows are trained on during an interval."""
 
     kind = "selector"
-    narrows: ClassVar[bool] = True
+    selects_subset: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
-    online: ClassVar[bool] = False
+    within_batch: ClassVar[bool] = False
     """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""
+        """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
         raise NotImplementedError
 
 

@@ -23,13 +23,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ComponentError, DataError
+from dataflex.errors import CheckpointError, ComponentError, DataError, DataFlexError
 
 __all__ = [
     "MANIFEST",
     "State",
     "aside",
-    "atomic_write_text",
     "clear_left",
     "fsync",
     "is_left",
@@ -198,28 +197,17 @@ def _blake2b(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that readers see the old content or the new, never a part."""
-    path = Path(path)
-    temporary = aside(path)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iterator[IO[bytes]]:
     """Open a file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
 
-    Raises:
-        DataError: The place cannot be written.
+    Readers see the old content or the new, never a part.
+
+    Args:
+        path: The file.
+        error: What an error of the operating system becomes; None: it stays as it is.
     """
+    path = Path(path)
     temporary: Path | None = None
     try:
         temporary = aside(path)
@@ -228,9 +216,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as problem:
+        if error is None:
+            raise
+        raise error(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

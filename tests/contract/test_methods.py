@@ -287,7 +287,7 @@ def check_selection(selector, selection, pool, budget):
     assert rows.ndim == 1
     assert set(rows.tolist()) <= set(pool.tolist())
     assert len(set(rows.tolist())) == len(rows)
-    if selector.narrows:
+    if selector.selects_subset:
         assert len(rows) <= budget
     else:
         assert rows.tolist() == pool.tolist()
@@ -310,7 +310,7 @@ def test_rows_come_from_the_pool_within_the_budget(name, num_pool, budget):
     before = pool.copy()
     selection = selector.select(pool, budget, example_context())
     check_selection(selector, selection, pool, budget)
-    if selector.narrows:
+    if selector.selects_subset:
         assert len(selection.rows) == min(budget, num_pool)
     assert pool.tolist() == before.tolist()
 

@@ -37,7 +37,6 @@ class Watcher(Blind):
             scores[key] = ctx.signals.gradient_scores(pool, spec, targets=("goal",)).tolist()
             scores[f"norms {precondition}"] = ctx.signals.gradient_norms(pool[:9], spec).tolist()
             scores[f"sketches {precondition}"] = ctx.signals.gradient_sketches(pool[:9], spec, dim=32).tolist()
-            scores[f"pairs {precondition}"] = ctx.signals.pair_scores(pool[:9], spec, target="goal").tolist()
             products, gram = ctx.signals.gradient_products(pool[:9], spec, targets=("goal",))
             scores[f"products {precondition}"], scores[f"gram {precondition}"] = products.tolist(), gram.tolist()
         scores["target sketches"] = ctx.signals.gradient_sketches(pool[:5], spec, dim=32, target="goal").tolist()

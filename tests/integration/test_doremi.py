@@ -14,8 +14,7 @@ from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import logs, read_proportions
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weighting import token_losses
+from dataflex.train.loss import Reweighter, token_losses
 
 SETTINGS = {
     "dataset": "alpha,beta,gamma",

@@ -94,7 +94,7 @@ def test_short_answers_and_those_without_losses_are_dropped():
     assert chosen.rows.tolist() == [1]
     assert np.isnan(chosen.scores[[0, 2, 3, 4]]).all()
     assert "4 rows have no ratio" in chosen.reason
-    with pytest.raises(DataError, match="all 5 rows have no finite loss"):
+    with pytest.raises(DataError, match="all 5 rows have no ratio"):
         by_ifd(given, alone, 5, min_answer_tokens=6)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
+from dataflex.select.aggregates import Aggregate
 from dataflex.selectors.cluster_less import ClusterLess, cluster_means, representatives
 from dataflex.selectors.less import Less
 from dataflex.testing import FakeSignals, example_context
@@ -43,7 +44,7 @@ def test_with_a_cluster_for_each_row_it_is_less(aggregate):
     signals = setting()
     for budget in (1, 7, 60):
         ours = choose(signals, budget, clusters=60, aggregate=aggregate)
-        theirs = choose(signals, budget, method=Less, aggregate=aggregate)
+        theirs = choose(signals, budget, method=Less, aggregate=Aggregate.of(aggregate))
         assert ours.rows.tolist() == theirs.rows.tolist()
         assert ours.scores.tolist() == theirs.scores.tolist()
 

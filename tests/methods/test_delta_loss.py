@@ -138,7 +138,7 @@ def test_longest_rows_first_and_ties_by_pool_order():
     chosen = Longest(Longest.Params()).select(np.array([4, 2, 1, 0]), 3, ctx)
     assert chosen.rows.tolist() == [2, 1, 4]
     assert chosen.scores.tolist() == [7.0, 9.0, 9.0, 5.0]
-    assert chosen.reason == "3 of 4 rows, of at least 7 tokens"
+    assert chosen.reason == "3 of 4 rows of at least 7 tokens"
     object.__setattr__(ctx.domains, "lengths", None)
     with pytest.raises(DataError, match="token count"):
         Longest(Longest.Params()).select(pool_of(5), 3, ctx)

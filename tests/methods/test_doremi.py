@@ -15,7 +15,7 @@ from dataflex.plan.domains import SUMS, DomainStats
 from dataflex.plan.proportions import exponentiated, logs, read_proportions, softmax, write_proportions
 from dataflex.state import load_state, save_state
 from dataflex.testing import example_context
-from dataflex.train.domain_sums import DomainSums
+from dataflex.train.feedback import DomainSums
 
 NAMES = ("a", "b", "c")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.choose import round_robin
+from dataflex.select.rules import Rule
 from dataflex.selectors.near import Near
 from dataflex.selectors.rds_plus import RdsPlus
 from dataflex.selectors.tsds import Tsds
@@ -53,7 +54,7 @@ def test_rows_of_one_target_take_turns():
     chosen = choose(RdsPlus, np.eye(3), TOY, budget=2)
     assert chosen.rows.tolist() == [0, 2]
     np.testing.assert_allclose(chosen.scores, [0.95, 0.8, 0.3], rtol=1e-6)
-    assert choose(RdsPlus, np.eye(3), TOY, budget=2, rule="top_k").rows.tolist() == [0, 1]
+    assert choose(RdsPlus, np.eye(3), TOY, budget=2, rule=Rule.of("top_k")).rows.tolist() == [0, 1]
 
 
 def test_a_target_row_whose_row_is_taken_may_lose_its_turn():
@@ -75,7 +76,7 @@ def test_several_targets_take_turns_by_their_best_rows():
     chosen = choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=3)
     assert chosen.rows.tolist() == [0, 2, 1]
     np.testing.assert_allclose(chosen.scores, [0.95, 0.8, 0.85], rtol=1e-6)
-    assert choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=2, rule="top_k").rows.tolist() == [0, 2]
+    assert choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=2, rule=Rule.of("top_k")).rows.tolist() == [0, 2]
 
 
 @given(seed=st.integers(0, 1000), budget=st.integers(0, 40), num_targets=st.integers(1, 3))
@@ -89,7 +90,9 @@ def test_rds_plus_on_whole_matrices(seed, budget, num_targets):
     wanted = round_robin(whole[0] if num_targets == 1 else by_task, budget)
     assert choose(RdsPlus, rows, *targets, budget=budget).rows.tolist() == wanted.tolist()
     best = by_task.max(axis=0).tolist()
-    assert choose(RdsPlus, rows, *targets, budget=budget, rule="top_k").rows.tolist() == oracle_top_rows(best, budget)
+    assert choose(RdsPlus, rows, *targets, budget=budget, rule=Rule.of("top_k")).rows.tolist() == oracle_top_rows(
+        best, budget
+    )
 
 
 def test_shuffled_turns_follow_the_seed():
@@ -212,7 +215,7 @@ def test_rows_without_a_vector_are_never_kept_and_their_number_is_told(method):
     assert sorted(chosen.rows.tolist()) == [0, 2, 3]
     assert np.isnan(chosen.scores).tolist() == [False, True, False, False]
     assert chosen.reason.endswith("; 1 rows have no embedding")
-    with pytest.raises(DataError, match="none of 2 rows has an embedding"):
+    with pytest.raises(DataError, match="all 2 rows have no embedding"):
         choose(method, np.full((2, 4), np.nan), np.ones((2, 4)), budget=1)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
+from dataflex.select.aggregates import Aggregate
 from dataflex.selectors.difficulty import El2n, GradNorm
 from dataflex.selectors.less import Less, lr_weighted
 from dataflex.testing import FakeSignals, example_context
@@ -53,13 +54,13 @@ def test_aggregation_toy_of_the_sheet():
     """Means in the tasks (.5, .4) and (.2, .35): the largest are .5 and .35, the means .45 and .275."""
     by_task = [[0.5, 0.4], [0.2, 0.35]]
     np.testing.assert_allclose(less().select(pool_of(2), 2, context(by_task)).scores, [0.5, 0.35])
-    mean = less(aggregate="mean").select(pool_of(2), 2, context(by_task)).scores
+    mean = less(aggregate=Aggregate.of("mean")).select(pool_of(2), 2, context(by_task)).scores
     np.testing.assert_allclose(mean, [0.45, 0.275], rtol=1e-6)
 
 
 def test_round_robin_toy_of_the_sheet():
     by_task = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]]).T
-    assert less(aggregate="round_robin").select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 2]
+    assert less(aggregate=Aggregate.of("round_robin")).select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 2]
     assert less().select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 1]
 
 
@@ -102,7 +103,7 @@ def test_rows_without_labels_are_never_kept_and_their_number_is_told():
     chosen = less().select(pool_of(3), 3, context(by_task))
     assert chosen.rows.tolist() == [2, 0]
     assert "1 rows have no supervised token" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 rows"):
+    with pytest.raises(DataError, match="all 2 rows"):
         less().select(pool_of(2), 1, context(np.full((2, 1), np.nan)))
 
 
@@ -147,5 +148,5 @@ def test_the_hardest_or_the_easiest_are_kept(cls, losses):
     assert chosen("largest", losses) == [0, 3]
     assert chosen("smallest", losses) == [1, 2]
     assert chosen("largest", [np.nan, 1.0, np.nan, 2.0]) == [3, 1]
-    with pytest.raises(DataError, match="no finite"):
+    with pytest.raises(DataError, match="all 2 rows have no supervised token"):
         chosen("largest", [np.nan, np.nan])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError, DataError
-from dataflex.selectors.icons import Icons, count_votes, percentile_ranks
+from dataflex.select.aggregates import count_votes, percentile_ranks
+from dataflex.selectors.icons import Icons
 from dataflex.testing import FakeSignals, example_context
 
 GOLDEN = np.array([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.9, 0.8], [0.2, 0.2, 0.9], [0.3, 0.3, 0.3]])
@@ -120,7 +121,7 @@ def test_rows_without_labels_neither_vote_nor_win():
     assert sorted(chosen.rows.tolist()) == [0, 1, 2, 3, 4]
     assert np.floor(chosen.scores[:5]).tolist() == [1, 2, 2, 1, 0]
     assert "1 rows have no supervised token" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 rows"):
+    with pytest.raises(DataError, match="all 2 rows"):
         choose(np.full((2, 2), np.nan), 1)
 
 
@@ -134,7 +135,7 @@ def test_influences_of_other_rows_are_refused():
         def gradient_scores(self, rows, spec, *, targets):
             return np.ones((len(rows) - 1, len(targets)), dtype=np.float32)
 
-    with pytest.raises(ComponentError, match="icons: asked for influences of 3 rows"):
+    with pytest.raises(ComponentError, match="icons: asked for the scores of 3 rows"):
         icons().select(np.arange(3), 1, example_context({"all": 3}, signals=Short(np.ones(3))))
 
 

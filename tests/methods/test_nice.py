@@ -11,6 +11,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import Grades, RewardError, graded
+from dataflex.select.aggregates import Aggregate
 from dataflex.selectors.nice import Nice, advantages
 from dataflex.signals.specs import Generation
 from dataflex.testing import FakeSignals, example_context
@@ -259,7 +260,7 @@ def test_tasks_are_brought_together_by_name():
 
     for aggregate, best, wanted in (("max", 0, [1.0, 1.0, 0.8]), ("mean", 2, [0.5, 0.5, 0.75])):
         ctx = example_context({"all": 3}, signals=Two(np.ones(3)), targets=("a", "b"))
-        chosen = Nice(Nice.Params(reward="exact_match", aggregate=aggregate)).select(np.arange(3), 1, ctx)
+        chosen = Nice(Nice.Params(reward="exact_match", aggregate=Aggregate.of(aggregate))).select(np.arange(3), 1, ctx)
         np.testing.assert_allclose(chosen.scores, wanted, rtol=1e-6)
         assert chosen.rows.tolist() == [best]
 

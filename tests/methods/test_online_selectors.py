@@ -14,7 +14,7 @@ from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
 from dataflex.testing import FakeSignals, example_context
-from dataflex.train.candidates import Candidates
+from dataflex.train.controller import Candidates
 
 SCORES = np.array([3.0, 2.9, 1.0])
 GRAM = np.array([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
@@ -301,7 +301,7 @@ def test_what_is_asked_and_told():
     assert (spec.tokens, spec.per_length, spec.rows, spec.columns, spec.seed) == ("all", True, 2, 6, 5)
     assert signals.calls[1].options["spec"] == spec
     assert "8 tokens on average against 8" in chosen.reason
-    assert "1 have no supervised token" in chosen.reason
+    assert "1 rows have no supervised token" in chosen.reason
     with pytest.raises(DataError, match="uds: all 2 rows"):
         uds().select(pool_of(2), 1, example_context({"all": 2}, signals=GivenLogits([np.nan] * 2, np.ones((2, 2)))))
 

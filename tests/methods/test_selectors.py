@@ -45,7 +45,7 @@ def loss_selector(**params):
 def test_all_returns_the_pool_in_its_order_whatever_the_budget():
     pool = np.array([5, 3, 9], dtype=np.int64)
     selector = AllRows(AllRows.Params())
-    assert not selector.narrows
+    assert not selector.selects_subset
     assert selector.select(pool, 1, context()).rows.tolist() == [5, 3, 9]
 
 
@@ -179,7 +179,7 @@ def test_losses_of_another_length_are_refused():
             return super().losses(rows[:-1], target=target)
 
     ctx = example_context({"one": 4}, signals=Short(np.ones(4)))
-    with pytest.raises(ComponentError, match="asked for the losses of 4 rows"):
+    with pytest.raises(ComponentError, match="asked for the scores of 4 rows"):
         loss_selector().select(pool_of(4), 2, ctx)
 
 

@@ -10,6 +10,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
 from dataflex.rng import rademacher
+from dataflex.select.aggregates import Aggregate
 from dataflex.selectors.zeroth import Zeroth, central_difference
 from dataflex.testing import FakeSignals, example_context
 
@@ -84,7 +85,7 @@ def test_scores_are_cosines_of_the_vectors_of_derivatives():
         aim = (rows @ signs.T).mean(axis=0)
         by_task.append(own @ aim / np.linalg.norm(own, axis=1) / np.linalg.norm(aim))
     for aggregate, wanted in (("max", np.max(by_task, axis=0)), ("mean", np.mean(by_task, axis=0))):
-        chosen, _ = choose(gradients, targets, 5, index=2, seed=7, directions=16, aggregate=aggregate)
+        chosen, _ = choose(gradients, targets, 5, index=2, seed=7, directions=16, aggregate=Aggregate.of(aggregate))
         np.testing.assert_allclose(chosen.scores, wanted, atol=1e-6)
         assert chosen.rows.tolist() == np.argsort(-chosen.scores, kind="stable").tolist()
 

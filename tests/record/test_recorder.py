@@ -154,7 +154,7 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
     pool, scores = np.array([9, 3, 1, 2]), np.array([0.5, 4.0, np.nan, 1.0])
     recorder.planned(
         interval=SECOND,
-        plan=Plan(rows=np.array([3, 2, 1, -1]), weights=np.array([1.0, 0.5, 2.0, 0.0])),
+        plan=Plan(rows=np.array([3, 2, 1, -1])),
         domain_counts={"a": np.int64(2), "b": 1},
         seconds={"signals": 1.5, "select": 0.25},
         reason="top 3 of 4",
@@ -169,7 +169,6 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
     np.testing.assert_array_equal(stored.rows, [3, 2, 1, -1])
     np.testing.assert_array_equal(stored.pool, pool)
     np.testing.assert_array_equal(stored.scores, scores.astype(np.float32))
-    np.testing.assert_array_equal(stored.weights, np.float32([1.0, 0.5, 2.0, 0.0]))
     (event,) = read_events(tmp_path)
     assert event["scores"]["count"] == 4
     assert event["scores"]["scored"] == 3

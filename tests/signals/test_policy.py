@@ -10,10 +10,10 @@ import torch
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
+from dataflex.signals.gradients.targets import answers_digest
 from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.policy import answers_digest
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
 from dataflex.signals.store import ArrayStore

@@ -7,8 +7,8 @@ import pytest
 
 from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
-from dataflex.train.noise_watch import NoiseWatch, outlying
-from dataflex.train.reweighting import Reweighter
+from dataflex.train.feedback import NoiseWatch, outlying
+from dataflex.train.loss import Reweighter
 
 NAMES = ("web", "code", "noise", "books")
 

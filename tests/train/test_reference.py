@@ -15,8 +15,8 @@ from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.signals import token_store
 from dataflex.signals.store import ArrayStore
 from dataflex.train import reference as module
+from dataflex.train.loss import token_losses
 from dataflex.train.reference import ReferenceLosses
-from dataflex.train.weighting import token_losses
 from tests.signals import tiny
 
 CPU = torch.device("cpu")

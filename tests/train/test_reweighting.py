@@ -11,8 +11,8 @@ from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import logs
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weight_stats import WeightStats
+from dataflex.train.feedback import WeightStats
+from dataflex.train.loss import Reweighter
 from dataflex.weighters.column import Column
 from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
 from dataflex.weighters.group import GroupWeighter

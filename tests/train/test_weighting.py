@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
-from dataflex.train.balance import balance_loss
-from dataflex.train.weight_stats import RowWeights, WeightStats
-from dataflex.train.weighting import (
+from dataflex.train.feedback import RowWeights, WeightStats
+from dataflex.train.loss import (
+    balance_loss,
+    batch_view,
     document_sequences,
     micro_batch_scale,
     row_sequences,
     sample_means,
     token_losses,
-    view,
     weighted_loss,
 )
 
@@ -163,7 +163,7 @@ def test_rows_without_labels_have_zero_loss():
     means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
     assert means[0] == 0
     assert tokens[0] == 0
-    seen = view(
+    seen = batch_view(
         losses, row_sequences(np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
     )
     assert seen.loss_M.tolist() == means.tolist()

@@ -187,12 +187,12 @@ def test_splitting_depends_on_length_and_seed_only():
 
 
 def test_a_second_model_can_be_loaded_whole_under_zero3_and_fsdp(monkeypatch):
-    """``llamafactory.whole``: what makes ``from_pretrained`` partition is unset for the time being, and set again."""
+    """``signals.other_models`` unsets what makes ``from_pretrained`` partition, for the time of the call."""
     import os
 
     from transformers.integrations import deepspeed, fsdp
 
-    from dataflex.llamafactory.whole import loading_whole
+    from dataflex.signals.other_models import loading_whole
 
     class Zero3:
         def is_zero3(self):

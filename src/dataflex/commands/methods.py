@@ -168,7 +168,7 @@ def example(cls: type[Method]) -> dict[str, Any]:
         block["targets"] = ["my_target"]
     block.update(_EXAMPLE_PARAMS.get((cls.kind, cls.name), {}))
     head = {"interval_steps": 100} if cls.adaptive else {}
-    if getattr(cls, "online", False):
+    if getattr(cls, "within_batch", False):
         head = {"interval_steps": 1, "candidate_batches": 2}
     return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}
 

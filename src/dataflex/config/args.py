@@ -367,7 +367,13 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
             return text in _ON, ""
     if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
         return _number(key, value, types)
-    if isinstance(value, int | float) and not isinstance(value, bool) and "str" in types and entry.choices is None:
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and "str" in types
+        and entry.choices is None
+        and "dict" not in types
+    ):
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
@@ -376,8 +382,8 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
         return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
     if isinstance(value, str) and entry.choices is not None and value not in entry.choices:
         near = did_you_mean(value, entry.choices)
-        listed = ", ".join(entry.choices) if len(entry.choices) <= 30 else f"{len(entry.choices)} of them"
-        return value, f"{key}: {shown(value)} is not a choice{near} (choices: {listed})"
+        listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"
+        return value, f"{key}: {shown(value)} is not one of the {len(entry.choices)} choices{near}{listed}"
     problem = path_problem(value) if key in _PATHS and isinstance(value, str) else ""
     return value, f"{key}: {problem}" if problem else ""
 

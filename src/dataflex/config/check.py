@@ -268,6 +268,11 @@ def other_model_problems(dynamic: DynamicConfig) -> Iterator[str]:
 def _in_params(params: Params, path: str) -> Iterator[str]:
     for field in fields(type(params)):
         value = getattr(params, field.name)
+        if field.metadata.get("pattern") and isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                yield f"{path}.{field.name}: {shown(value)} is not a regular expression: {error}"
         if not field.metadata.get("model"):
             continue
         names = value if isinstance(value, tuple) else () if value is None else (value,)

@@ -193,7 +193,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         if not isinstance(dynamic.min_proportion, Mapping) or "sum to" not in str(error):  # told by the rules
             yield from error.problems
         return
-    from dataflex.train.answers import check_mix
+    from dataflex.plan.validate import check_mix
 
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
@@ -218,7 +218,7 @@ def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
         return None
     cls = selector.cls
     assert issubclass(cls, Selector)
-    return selector if cls.narrows else None
+    return selector if cls.selects_subset else None
 
 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:

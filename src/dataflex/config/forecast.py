@@ -156,7 +156,7 @@ class Forecast:
             return False
         kind = self.dynamic.selector.cls
         assert issubclass(kind, Selector)
-        return kind.narrows
+        return kind.selects_subset
 
     @property
     def pool(self) -> Pool | None:
@@ -266,7 +266,7 @@ class Forecast:
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return what the mixer says for an interval, floors held, float64 [K]."""
         assert self.domains is not None
-        from dataflex.train.answers import check_mix
+        from dataflex.plan.validate import check_mix
 
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
         return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))

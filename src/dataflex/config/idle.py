@@ -18,7 +18,7 @@ __all__ = ["idle_keys", "narrowing"]
 def narrowing(dynamic: DynamicConfig) -> bool:
     """Whether a selector leaves rows out."""
     selector = dynamic.selector
-    return selector is not None and issubclass(selector.cls, Selector) and selector.cls.narrows
+    return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
 
 
 def idle_keys(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:

@@ -43,6 +43,8 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     found: list[str] = []
     also = ("targets",) if takes_targets(cls, block) else ()
     params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
+    if params is not None:
+        found += [f"{path}.{problem}" for problem in cls.param_problems(params)]
     # Whether there must be targets can depend on the parameters: then only good ones tell.
     known = _needs_are_fixed(cls) or params is not None
     targets = _targets(cls if params is None else cls.variant(params), block, path, problems) if known else ()

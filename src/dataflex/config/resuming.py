@@ -1,7 +1,7 @@
 """Every key that a resumed run may find changed, once: whether that is refused, told, or of no consequence.
 
 A checkpoint's plan names rows by number and its methods' states belong to what decided them, so most keys must stay as
-they were. The identity in a checkpoint (``train.identity``) is made of this table.
+they were. The identity in a checkpoint (``train.checkpoint``) is made of this table.
 """
 
 from __future__ import annotations

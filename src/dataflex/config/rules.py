@@ -56,7 +56,7 @@ def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
             yield (
                 f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
                 "that moment, so say after how many optimizer steps it decides again "
-                f"(for example 'interval_steps: {1 if getattr(method.cls, 'online', False) else 100}')"
+                f"(for example 'interval_steps: {1 if getattr(method.cls, 'within_batch', False) else 100}')"
             )
             return
 
@@ -86,7 +86,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
             "selector has none; remove the key, or use a selector with targets"
         )
-    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.narrows:
+    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.selects_subset:
         yield (
             f"dynamic.max_repeats: has no effect with the {selector.name} selector, which keeps every row; "
             "remove the key"
@@ -95,7 +95,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
         yield from _unseen_rules(dynamic, cls)
     if "candidate_batches" not in unread:
         yield from _candidate_rules(dynamic, cls)
-    if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
+    if mixer is not None and cls.selects_subset and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
@@ -106,13 +106,13 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
     assert dynamic.selector is not None
     name, key = dynamic.selector.name, "dynamic.candidate_batches"
     if dynamic.candidate_batches is None:
-        if cls.online:
+        if cls.within_batch:
             yield (
                 f"{key}: missing; the {name} selector chooses within a batch of candidates, so say how many times the "
                 "rows of an interval are looked at (for example 'candidate_batches: 2' with 'interval_steps: 1')"
             )
         return
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
         return
     if dynamic.interval_steps is None and not cls.adaptive:  # told once for adaptive ones
@@ -136,7 +136,7 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
 def _unseen_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
     assert dynamic.selector is not None
     name = dynamic.selector.name
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"dynamic.exclude_seen: has no effect with the {name} selector, which keeps every row; remove the key"
     if dynamic.mixer is not None:
         yield (
@@ -181,7 +181,7 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
         )
     if dynamic.max_epochs is not None and dynamic.selector is not None:
         cls = dynamic.selector.cls
-        if issubclass(cls, Selector) and cls.narrows:
+        if issubclass(cls, Selector) and cls.selects_subset:
             yield (
                 f"dynamic.max_epochs: has no effect beside the {dynamic.selector.name} selector, which decides anew in "
                 "every interval what is served; remove one of the two"

@@ -12,6 +12,7 @@ from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.check import found_problems
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.legacy import translate
+from dataflex.config.load import without_oddities
 from dataflex.config.notes import notes
 from dataflex.config.places import misplaced_keys
 from dataflex.config.schema import DynamicConfig
@@ -80,6 +81,7 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
     Raises:
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
     """
+    mapping, odd = without_oddities(mapping)
     problems: list[str] = []
     try:
         parts = split(mapping, base_dir)
@@ -90,6 +92,12 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
         parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
     if parts.dynamic is not None or check_stock:
         problems += found_problems(parts.dynamic, parts.lf, base_dir)
+    # A key is told once: by what is said first, and as unknown only where nothing else is said of it.
+    keys = {line.partition(":")[0] for line in odd}
+    problems = [*odd, *(line for line in problems if line.partition(":")[0] not in keys)]
+    keys = {line.partition(":")[0] for line in problems if ": unknown key" not in line or "belongs" in line}
+    unknown = ": unknown key"
+    problems = [p for p in problems if not (unknown in p and "belongs" not in p and p.partition(":")[0] in keys)]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     if parts.dynamic is None:

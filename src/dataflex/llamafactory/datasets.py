@@ -39,9 +39,8 @@ from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import encoded_rows, load_encoder
 from dataflex.signals.model_access import Corpus
-from dataflex.train.held_out import HeldOut
-from dataflex.train.leakage import Leak, find_leaks
-from dataflex.train.row_space import RowSpace, TargetSpace, measure
+from dataflex.train.evaluation import HeldOut
+from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
 
 __all__ = [
     "FILE_COLUMN",

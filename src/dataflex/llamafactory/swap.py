@@ -19,8 +19,8 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
 from dataflex.llamafactory.datasets import DataLoading, scoring_collator
+from dataflex.llamafactory.trainer import TrainerMixin
 from dataflex.record.clock import OTHER, PhaseClock
-from dataflex.train.seam import TrainerMixin
 from dataflex.train.session import Setup
 from dataflex.version import __version__
 

@@ -342,7 +342,7 @@ def _scorers(
         cls = method_class("selector", name, "--method", problems)
         if cls is None:
             continue
-        if getattr(cls, "online", False):
+        if getattr(cls, "within_batch", False):
             problems.append(
                 f"--method: {name} chooses within the candidates of a training step, and scores no data set"
             )

@@ -2,7 +2,7 @@
 
 LLaMA-Factory's workflow builds tokenizer, data, model and trainer as for training; our trainer's ``train``
 scores and stops there. Passes write into a store as they go, so that a killed run goes on where it was.
-Upstream names relied upon: those of ``train.seam`` and ``bridge``; of the Trainer ``train``,
+Upstream names relied upon: those of ``llamafactory.trainer`` and ``bridge``; of the Trainer ``train``,
 ``create_optimizer`` and ``_load_from_checkpoint``.
 """
 
@@ -33,12 +33,12 @@ from dataflex.offline.files import file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.schedule import Interval
+from dataflex.plan.validate import check_selection
 from dataflex.printable import redacted
 from dataflex.signals.identity import model_identity
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
-from dataflex.train.answers import check_selection
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_service
 

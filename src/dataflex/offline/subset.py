@@ -17,7 +17,7 @@ from dataflex.method import Rows
 from dataflex.offline.files import FileRecord, SourceRows
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import file_name_problem, on_one_line
-from dataflex.state import aside, atomic_write_text
+from dataflex.state import aside, replacing
 
 __all__ = ["Place", "Written", "write_subset"]
 
@@ -173,8 +173,9 @@ def write_subset(
             sources[place].write(temporary, table.position[mine].tolist())
             parts.append((temporary, file))
         whole = {**provenance, "files": [_described(temporary, file) for temporary, file in parts]}
-        atomic_write_text(at.provenance, json.dumps(whole, indent=1) + "\n")
-        atomic_write_text(at.info, json.dumps(infos, indent=2) + "\n")
+        for path, content, indent in ((at.provenance, whole, 1), (at.info, infos, 2)):
+            with replacing(path, None) as beside:
+                beside.write((json.dumps(content, indent=indent) + "\n").encode())
         for temporary, file in parts:
             os.replace(temporary, file.path)
     except OSError as error:

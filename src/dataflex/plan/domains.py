@@ -200,7 +200,6 @@ class Domains:
 
 SUMS: tuple[str, ...] = (
     "loss_sum",
-    "square_sum",
     "excess_sum",
     "excess_tokens",
     "tokens",
@@ -219,7 +218,6 @@ class DomainStats:
         step: Optimizer step, counted from 0.
         total_steps: Optimizer steps of the run.
         loss_sum: Sum of token losses, nats.
-        square_sum: Sum of squared token losses.
         excess_sum: Sum of max(loss - reference loss, 0) over tokens; 0 without a reference.
         excess_tokens: Tokens whose loss is above the reference's.
         tokens: Supervised tokens.
@@ -233,7 +231,6 @@ class DomainStats:
     step: int
     total_steps: int
     loss_sum: NDArray[np.float64]
-    square_sum: NDArray[np.float64]
     excess_sum: NDArray[np.float64]
     excess_tokens: NDArray[np.float64]
     tokens: NDArray[np.float64]

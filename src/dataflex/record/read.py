@@ -244,13 +244,11 @@ class StoredPlan:
         rows: Row ids in serving order [m], int64.
         pool: Row ids chosen from [n], int64; None when that was every row, in order.
         scores: Score of every pool row [n], float32, NaN where not scored; None without scores.
-        weights: Weight of every row of ``rows`` [m], float32; None when not known beforehand.
     """
 
     rows: Rows
     pool: Rows | None = None
     scores: NDArray[np.float32] | None = None
-    weights: NDArray[np.float32] | None = None
 
 
 def plan_name(interval: int) -> str:

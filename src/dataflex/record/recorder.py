@@ -160,8 +160,6 @@ class RunRecorder:
             arrays["scores"] = np.asarray(scores, dtype=np.float32)
             of_served = scores_of(served, arrays.get("pool"), np.asarray(scores))
             summaries = {"scores": summarize_scores(scores), "served_scores": summarize_scores(of_served)}
-        if plan.weights is not None:
-            arrays["weights"] = np.asarray(plan.weights, dtype=np.float32)
         # The arrays come first: a line that names a plan must never name a file that is not there.
         stored = thinned(interval.index, _PLANS)
         if stored:

@@ -25,7 +25,8 @@ class Candidates:
         rows: Row ids [n]; draws are keyed by them.
         uniforms: Random numbers by id.
         scores: Larger is better, finite [n].
-        by_query: Score of every row for every query, or for every task, finite [Q, n].
+        by_query: Score of every row for every query that takes turns, or for every task, finite [Q, n]; None: the
+            ``queries`` take turns.
         vectors: One vector a row, finite, float32 [n, D].
         queries: Vectors of the targets' rows, finite, float32 [M, D].
         lengths: Tokens of each row [n].

@@ -16,7 +16,7 @@ from dataflex.select import density, ranked, spread
 from dataflex.select.candidates import Candidates
 from dataflex.select.choose import round_robin, top_k
 from dataflex.select.cluster import require_kmeans
-from dataflex.select.neighbours import Search, require_search, round_robin_nearest
+from dataflex.select.neighbours import Search, require_search, round_robin_nearest, walk_by_rank
 from dataflex.select.ranked import Quota
 
 __all__ = [
@@ -51,6 +51,9 @@ class RoundRobin(Params):
     """Queries take turns, each taking its best row that is not yet taken."""
 
     shuffle: bool = field(default=False, metadata={"help": "turns in random order instead of that of the file"})
+    taken: Literal["next", "lose_turn"] = field(
+        default="next", metadata={"help": "where a query's best row is taken: it takes the next one, or loses its turn"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,6 @@ class ClusterQuota(Params):
     normalize: bool = field(default=True, metadata={"help": "give vectors length one first"})
 
 
-"""(what for, ids [n]) to numbers in (0, 1) [n] that depend on each id alone."""
-
-
 Chosen = NDArray[np.int64]
 
 
@@ -204,14 +204,15 @@ def _top_k(c: Candidates, k: int, _: Params) -> Chosen:
 
 
 def _round_robin(c: Candidates, k: int, p: RoundRobin) -> Chosen:
-    count = len(c.queries) if c.queries is not None else len(c.by_query) if c.by_query is not None else 0
-    assert count > 0
-    order = np.argsort(c.uniforms("turns", np.arange(count))) if p.shuffle else None
-    if c.queries is not None:
-        assert c.vectors is not None
-        return round_robin_nearest(c.queries, c.vectors, k, order)
-    assert c.by_query is not None
-    return round_robin(c.by_query, k, order)
+    turns = c.queries if c.by_query is None else c.by_query
+    assert turns is not None
+    order = np.argsort(c.uniforms("turns", np.arange(len(turns)))) if p.shuffle else None
+    if c.by_query is not None:
+        return round_robin(c.by_query, k, order, lose_turn=p.taken == "lose_turn")
+    assert c.vectors is not None
+    if p.taken == "next":
+        return round_robin_nearest(turns, c.vectors, k, order)
+    return walk_by_rank(turns if order is None else turns[order], c.vectors, k)
 
 
 def _knn(c: Candidates, k: int, p: KnnUniform) -> Chosen:
@@ -352,6 +353,11 @@ class Rule(Part):
         """What the rule needs of the candidates with these parameters."""
         needs = RULES[self.name].needs
         return needs if isinstance(needs, frozenset) else needs(self.params)
+
+    @property
+    def replacement(self) -> bool:
+        """Whether a row may be drawn several times."""
+        return isinstance(self.params, KnnUniform | Multinomial) and self.params.replacement
 
     def require(self) -> None:
         """Raise the error of a package that the rule needs and that is not installed; nothing is imported.

@@ -13,7 +13,7 @@ class AllRows(Selector):
     """Keep the whole pool as it is; epochs and order stay those of the run."""
 
     name = "all"
-    narrows: ClassVar[bool] = False
+    selects_subset: ClassVar[bool] = False
     card = Card(summary="Keeps every row of the pool in its order.", paper="baseline", cost="none")
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

@@ -131,7 +131,8 @@ class ClusterLess(Selector):
         )
         layer: int = field(default=-1, metadata={"help": "layer of the hidden states that are clustered"})
         parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
+            default=None,
+            metadata={"pattern": True, "help": "regular expression of parameter names; null: all trainable ones"},
         )
         bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
 

@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.method import Params as BaseParams
-from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k
-from dataflex.selectors.finite import finite_rows
+from dataflex.method import Card, Context, Needs, Rows, State
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors.tacs import relative_gain
 
 __all__ = ["DeltaLoss", "window"]
@@ -40,10 +38,11 @@ def window(num_rows: int, progress: float, size: float, steepness: float) -> tup
     return start, start + int(size * num_rows)
 
 
-class DeltaLoss(Selector):
+class DeltaLoss(ScoringSelector):
     """Draw rows, preferring a sliding window over the falls of their loss."""
 
     name = "delta_loss"
+    lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
@@ -54,9 +53,10 @@ class DeltaLoss(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
-        """Parameters of the delta-loss selector."""
+    class Params(ScoringParams):
+        """Parameters of the delta-loss selector. The rule draws by the weights, keyed by row."""
 
+        rule: Rule = field(default=Rule.of("gumbel_top_k"), metadata=RULE)
         updates: int = field(
             metadata={"help": "decisions after the first; at the last of them the window is at its end", "minimum": 1}
         )
@@ -79,35 +79,29 @@ class DeltaLoss(Selector):
         self._decisions = 0
         self._first = np.zeros(0, dtype=np.float32)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw up to ``budget`` rows without replacement (Gumbel top-k keyed by row id).
-
-        A row that joins the pool later counts from its first loss. Rows without a finite loss are never
-        drawn, so fewer than ``budget`` rows come back when there are not enough.
-
-        Returns:
-            Rows in order of drawing; scores [len(pool)] are the falls of the loss, NaN where not finite.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return how far losses have fallen since the first decision [N]; a row that joins later counts from its first.
 
         Raises:
-            DataError: No row of a non-empty pool has a finite loss, or the data set is not the one that the
-                first losses belong to.
+            DataError: The data set is not the one that the first losses belong to.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0, dtype=np.float64), reason="empty pool")
         losses = ctx.signals.losses(pool)
-        finite = finite_rows(self.name, losses, len(pool))
+        finite = np.isfinite(losses)
         falls = np.full(len(pool), np.nan)
         falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
-        eligible = np.flatnonzero(finite)
-        in_window, how = self._preferred(falls[eligible])
         self._decisions += 1
-        log_w = np.where(in_window, 0.0, math.log(self.params.outside_weight))
-        u = uniforms(ctx.seed, "selector.delta_loss", ctx.interval.index, pool[eligible])
-        drawn = gumbel_top_k(log_w, min(budget, len(eligible)), u)
-        reason = f"{len(drawn)} of {len(pool)} rows, {how.format(int(in_window[drawn].sum()))}"
-        if len(eligible) < len(pool):
-            reason += f"; {len(pool) - len(eligible)} rows have no finite loss"
-        return Selection(rows=pool[eligible[drawn]], scores=falls, reason=reason)
+        return falls
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return log weights of the draw, by window."""
+        assert found.scores is not None
+        return np.where(self._preferred(found.scores)[0], 0.0, math.log(self.params.outside_weight))
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return where the window was and how many rows are of it."""
+        assert found.scores is not None
+        in_window, how = self._preferred(found.scores)
+        return how.format(int(in_window[kept].sum()))
 
     def _falls(self, rows: Rows, losses: NDArray[np.float32], num_rows: int) -> NDArray[np.float64]:
         if not len(self._first):
@@ -121,18 +115,18 @@ class DeltaLoss(Selector):
         first = self._first[rows].astype(np.float64)
         return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
 
-    def _preferred(self, falls: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
+    def _preferred(self, falls: NDArray[np.floating]) -> tuple[NDArray[np.bool_], str]:
         """Return which rows are in the window, and what the reason says, with a place for their number."""
         p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
-        if self._decisions == 0:
+        if self._decisions <= 1:
             return inside, "drawn uniformly while first losses are recorded"
-        progress = min(1.0, (self._decisions - 1) / max(1, p.updates - 1))
+        progress = min(1.0, (self._decisions - 2) / max(1, p.updates - 1))
         start, stop = window(len(falls), progress, p.window_size, p.steepness)
         stop = min(stop, int(np.count_nonzero(falls >= 0)))
         if start >= stop:
             return inside, f"drawn uniformly: no row whose loss fell ranks {start} or later"
         inside[np.argsort(-falls, kind="stable")[start:stop]] = True
-        return inside, f"{{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
+        return inside, f"drawn, {{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
 
     def state_dict(self) -> State:
         """Return the number of decisions and the first losses."""

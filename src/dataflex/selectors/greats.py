@@ -122,7 +122,8 @@ class _Shared(BaseParams):
         },
     )
     parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of parameter names; null: all trainable ones"},
     )
     last_blocks: int | None = field(
         default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
@@ -134,7 +135,7 @@ class _Joint(Selector):
     """Common ground: scores and interactions of the candidates."""
 
     adaptive: ClassVar[bool] = True
-    online: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     params: _Shared
 

@@ -14,11 +14,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k
-from dataflex.selectors.finite import finite_rows
+from dataflex.method import Card, Context, Needs, Rows
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
 
 __all__ = ["Focus", "LossSelector", "focused", "log_weights"]
 
@@ -46,10 +44,11 @@ def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: f
     return np.where(in_focus, math.log(focus_weight + _WEIGHT_FLOOR), math.log1p(_WEIGHT_FLOOR)) / temperature
 
 
-class LossSelector(Selector):
+class LossSelector(ScoringSelector):
     """Draw rows with a preference for one third of the loss range."""
 
     name = "loss"
+    lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
@@ -60,9 +59,10 @@ class LossSelector(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
-        """Parameters of the loss selector."""
+    class Params(ScoringParams):
+        """Parameters of the loss selector. The rule draws by the preference, ``gumbel_top_k`` without replacement."""
 
+        rule: Rule = field(default=Rule.of("gumbel_top_k"), metadata=RULE)
         focus: Focus = field(
             default="high",
             metadata={"help": "which bucket of losses is preferred"},
@@ -89,50 +89,31 @@ class LossSelector(Selector):
         def __post_init__(self) -> None:
             if len(self.quantiles) != 2 or not 0.0 <= self.quantiles[0] <= self.quantiles[1] <= 1.0:
                 raise ValueError(f"quantiles: {list(self.quantiles)} must be two rising numbers from 0 to 1")
+            if self.replacement and self.rule != default_of(self, "rule"):
+                raise ValueError(f"replacement: has no effect beside the rule {self.rule.name}; remove one of the two")
 
     params: Params
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw up to ``budget`` rows with probability proportional to ``w ** (1 / temperature)``.
+    @property
+    def rule(self) -> Rule:
+        """Draws are repeated where ``replacement`` says so."""
+        again = self.params.replacement
+        return Rule.of("multinomial", weights="softmax", replacement=True) if again else super().rule
 
-        Without replacement the draw is sequential (Gumbel top-k keyed by row id). Rows without a
-        finite loss are never drawn, so fewer than ``budget`` rows come back when there are not enough.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return losses [N]."""
+        return ctx.signals.losses(pool)
 
-        Returns:
-            Rows in order of drawing, and the losses of the pool as scores (NaN where not finite).
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return log weights of the draw, by bucket."""
+        assert found.scores is not None
+        in_focus = focused(found.scores, self.params.focus, self.params.quantiles)
+        return log_weights(in_focus, self.params.focus_weight, self.params.temperature)
 
-        Raises:
-            DataError: No row of a non-empty pool has a finite loss.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0, dtype=np.float32), reason="empty pool")
-        losses = ctx.signals.losses(pool)
-        finite = finite_rows(self.name, losses, len(pool))
-        eligible = pool[finite]
-        in_focus = focused(losses[finite], self.params.focus, self.params.quantiles)
-        log_w = log_weights(in_focus, self.params.focus_weight, self.params.temperature)
-        chosen = self._draw(log_w, eligible, budget, ctx)
-        return Selection(
-            rows=eligible[chosen],
-            scores=np.where(finite, losses, np.nan),
-            reason=self._reason(in_focus, chosen, len(pool)),
-        )
-
-    def _draw(self, log_w: NDArray[np.float64], eligible: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
-        """Return positions in ``eligible``, in order of drawing."""
-        stream = (ctx.seed, "selector.loss", ctx.interval.index)
-        if not self.params.replacement:
-            return gumbel_top_k(log_w, min(budget, len(eligible)), uniforms(*stream, eligible))
-        cumulative = np.cumsum(np.exp(log_w - log_w.max()))
-        u = uniforms(*stream, np.arange(budget, dtype=np.int64))
-        positions = np.searchsorted(cumulative, u * cumulative[-1], side="right")
-        return np.minimum(positions, len(eligible) - 1).astype(np.int64)
-
-    def _reason(self, in_focus: NDArray[np.bool_], chosen: NDArray[np.int64], num_pool: int) -> str:
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how many rows are of the focused bucket."""
+        assert found.scores is not None
         focus = self.params.focus
-        reason = f"{len(chosen)} of {num_pool} rows, {int(in_focus[chosen].sum())} of them of {focus} loss"
-        if not in_focus.any():
-            reason += f"; no row is of {focus} loss (ties), so the draw was uniform"
-        if len(in_focus) < num_pool:
-            reason += f"; {num_pool - len(in_focus)} rows have no finite loss"
-        return reason
+        in_focus = focused(found.scores, focus, self.params.quantiles)
+        how = f"drawn, {int(in_focus[kept].sum())} of them of {focus} loss"
+        return how if in_focus.any() else f"{how}; no row is of {focus} loss (ties), so the draw was uniform"

@@ -9,26 +9,21 @@ hold no gaps and never run out before the pool does. ``encoder`` is meant to be 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.neighbours import best_similarity, walk_by_rank
-from dataflex.selectors.similarity import embedded, selection
-from dataflex.signals.specs import EmbeddingSpec, Pooling
+from dataflex.method import Card
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import RULE, ScoringParams
+from dataflex.selectors._lib import PooledParams, VectorSelector
 
 __all__ = ["Near"]
 
 
-class Near(Selector):
+class Near(VectorSelector):
     """Keep the nearest neighbours of the targets' rows."""
 
     name = "near"
     adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the nearest neighbours of the targets' rows by embeddings, rank by rank.",
         paper="baseline (no paper)",
@@ -38,37 +33,9 @@ class Near(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
-        """Parameters of NEAR."""
+    class Params(PooledParams, ScoringParams):
+        """Parameters of NEAR: the rows of all targets take turns, and lose one where their row is taken."""
 
-        encoder: str | None = field(
-            default=None,
-            metadata={"help": "folder or hub id of an embedding model; null: the model under training", "model": True},
-        )
-        pooling: Pooling = field(
-            default="mean",
-            metadata={"help": "how tokens become a vector; a sentence-transformers folder has its own way"},
-        )
+        rule: Rule = field(default=Rule.of("round_robin", taken="lose_turn"), metadata=RULE)
 
     params: Params
-
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; ties by pool order.
-
-        Returns:
-            Rows in the order met; scores [len(pool)] are the largest cosine with any target row, NaN for
-            rows without an embedding, which are never kept.
-
-        Raises:
-            DataError: The pool, or a target, has no row with an embedding.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        encoder = self.params.encoder
-        own_pooling = encoder is not None and (Path(encoder) / "modules.json").is_file()
-        spec = EmbeddingSpec() if own_pooling else EmbeddingSpec(pooling=self.params.pooling)
-        space = embedded(self.name, pool, ctx, spec, encoder)
-        queries = np.concatenate(space.queries)
-        kept = walk_by_rank(queries, space.vectors, budget)
-        scores = best_similarity(queries, space.vectors)
-        return selection(pool, space, kept, scores, f"by rank among the neighbours of {', '.join(ctx.targets)}")

@@ -26,16 +26,16 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
+from dataflex.errors import DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection
 from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import InfluenceParams
 from dataflex.selectors.answered import Answered, ask_and_grade
-from dataflex.selectors.finite import no_gradients
-from dataflex.signals.specs import GenerationSpec, GradientSpec, WeightedAnswer
+from dataflex.signals.specs import GenerationSpec, WeightedAnswer
 
 __all__ = ["Nice", "advantages"]
 
@@ -68,10 +68,11 @@ def advantages(
     return result / (own.std() + 1e-6) if standardize else result
 
 
-class Nice(Selector):
+class Nice(ScoringSelector):
     """Keep the rows with the largest influence on the expected reward of answers to the targets' prompts."""
 
     name = "nice"
+    lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
     card = Card(
@@ -83,7 +84,7 @@ class Nice(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceParams, ScoringParams):
         """Parameters of NICE."""
 
         reward: str = field(
@@ -128,22 +129,6 @@ class Nice(Selector):
         token_reduction: Literal["sum", "mean"] = field(
             default="sum", metadata={"help": "of log p over an answer's tokens"}
         )
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-            default="true_adam", metadata={"help": "what turns training gradients into directions"}
-        )
-        aggregate: Literal["max", "mean"] = field(
-            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
-        )
-        sketch_size: int | None = field(
-            default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-        )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
-        bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
@@ -159,11 +144,7 @@ class Nice(Selector):
         self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the largest score; ties by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)] after bringing tasks together, NaN for rows without a supervised
-            token, which are never kept. Without any signal: rows drawn uniformly, no scores.
+        """As any scoring selector; without any signal rows are drawn uniformly, without scores.
 
         Raises:
             DataError: No row of a non-empty pool has a score; a target has no prompt; or there is no signal
@@ -171,15 +152,27 @@ class Nice(Selector):
             RewardError: Every answer of all targets failed to be graded; or one did and ``on_reward_error`` is
                 ``raise``.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
+        try:
+            return super().select(pool, budget, ctx)
+        except _WithoutSignal as error:
+            if self.params.without_signal == "error":
+                raise
+            logger.warning("nice: %s; rows are drawn uniformly until the next decision", error.why)
+            drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
+            return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error.why}")
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return influence on the reward [T, N], of the targets whose answers have several rewards.
+
+        Raises:
+            DataError: There is no such target.
+        """
         answered = {target: self._answers(target, number, ctx) for number, target in enumerate(ctx.targets)}
         weighted = {target: self._weighted(found) for target, found in answered.items()}
         told = ", ".join(f"{target} {found.mean:.4g}" for target, found in answered.items())
         tasks = {target: answers for target, answers in weighted.items() if answers}
         if not tasks:
-            return self._without_signal(pool, budget, ctx, told)
+            raise _WithoutSignal(told)
         silent = [target for target in weighted if target not in tasks]
         if silent:
             logger.warning(
@@ -188,29 +181,13 @@ class Nice(Selector):
                 ", ".join(silent),
                 told,
             )
-        spec = GradientSpec(
-            precondition=p.precondition,
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            sketch_size=p.sketch_size,
-            sketch_seed=ctx.seed,
-            bf16=p.bf16,
-        )
-        by_task = ctx.signals.answer_scores(pool, spec, answers=tasks)
-        if by_task.shape != (len(pool), len(tasks)):
-            raise ComponentError(f"nice: asked for the influence of {len(pool):,} rows, was given {by_task.shape}")
-        together = (by_task.mean(axis=1) if p.aggregate == "mean" else by_task.max(axis=1)).astype(np.float64)
-        scores = np.where(np.isfinite(together), together, np.nan)
-        scored = int(np.isfinite(scores).sum())
-        if not scored:
-            raise no_gradients(self.name, len(pool))
-        kept = top_k(scores, budget)
-        reason = f"{len(kept)} of {len(pool)} rows by influence on the reward (mean reward: {told})"
-        if silent:
-            reason += f"; without a signal: {', '.join(silent)}"
-        if scored < len(pool):
-            reason += f"; {len(pool) - scored} rows have no supervised token"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        self._told = f"by influence on the reward (mean reward: {told})"
+        self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
+        return ctx.signals.answer_scores(pool, self.params.influence(ctx.seed), answers=tasks).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the mean rewards of the decision."""
+        return self._told
 
     def _answers(self, target: str, number: int, ctx: Context) -> Answered:
         p = self.params
@@ -240,10 +217,10 @@ class Nice(Selector):
                     result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
         return result
 
-    def _without_signal(self, pool: Rows, budget: int, ctx: Context, told: str) -> Selection:
-        why = f"all answers to each prompt have the same reward (mean reward: {told})"
-        if self.params.without_signal == "error":
-            raise DataError(f"nice: {why}, so that no row can be preferred; set without_signal: random to go on")
-        logger.warning("nice: %s; rows are drawn uniformly until the next decision", why)
-        drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
-        return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {why}")
+
+class _WithoutSignal(DataError):
+    """All answers to each prompt have the same reward, so that no row can be preferred."""
+
+    def __init__(self, told: str) -> None:
+        self.why = f"all answers to each prompt have the same reward (mean reward: {told})"
+        super().__init__(f"nice: {self.why}, so that no row can be preferred; set without_signal: random to go on")

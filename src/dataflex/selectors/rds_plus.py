@@ -16,23 +16,24 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import round_robin, top_k
-from dataflex.select.neighbours import best_similarity, round_robin_nearest, walk_by_rank
-from dataflex.selectors.similarity import embedded, selection
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.method import Card, Context
+from dataflex.select.candidates import Uniforms
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import RULE, ScoringParams
+from dataflex.selectors._lib import EmbeddingParams, VectorSelector
 
 __all__ = ["RdsPlus"]
 
 
-class RdsPlus(Selector):
+class RdsPlus(VectorSelector):
     """Keep the rows nearest to the targets' rows."""
 
     name = "rds_plus"
     adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
+    targets_take_turns = True
+    decides = ("aggregate", "rule", "taken", "shuffle")
     card = Card(
         summary="Keeps the rows whose hidden states are nearest to those of the targets' rows, which take turns.",
         paper="Large-Scale Data Selection for Instruction Tuning (RDS+), arXiv 2503.01807",
@@ -44,20 +45,10 @@ class RdsPlus(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(EmbeddingParams, ScoringParams):
         """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
 
-        encoder: str | None = field(
-            default=None,
-            metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
-        )
-        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-        completion_only: bool = field(
-            default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
-        )
-        rule: Literal["round_robin", "top_k"] = field(
-            default="round_robin", metadata={"help": "let target rows (or targets) take turns, or keep the nearest"}
-        )
+        rule: Rule = field(default=Rule.of("round_robin"), metadata=RULE)
         taken: Literal["next", "lose_turn"] = field(
             default="next",
             metadata={
@@ -69,38 +60,24 @@ class RdsPlus(Selector):
             default=False, metadata={"help": "turns of target rows in random order instead of the file's"}
         )
 
-        def __post_init__(self) -> None:
-            if self.completion_only and self.encoder is not None:
-                raise ValueError("completion_only: an encoder reads plain text without labels; leave one of them out")
-
     params: Params
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; ties by pool order.
+    @property
+    def rule(self) -> Rule:
+        """Turns as ``taken`` and ``shuffle`` say, unless the rule says so itself."""
+        given, p = super().rule, self.params
+        if given != Rule.of("round_robin"):
+            return given
+        return Rule.of("round_robin", taken=p.taken, shuffle=p.shuffle)
 
-        Returns:
-            Rows in the order taken; scores [len(pool)] are the largest cosine with any target row, NaN for
-            rows without an embedding, which are never kept.
+    def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
+        """Return the random numbers of a decision; several targets take turns in their own order."""
+        draws = super().uniforms(ctx, target)
 
-        Raises:
-            DataError: The pool, or a target, has no row with an embedding.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
-        spec = EmbeddingSpec(layer=p.layer, completion_only=p.completion_only)
-        space = embedded(self.name, pool, ctx, spec, p.encoder)
-        by_task = np.stack([best_similarity(queries, space.vectors) for queries in space.queries])
-        scores = by_task.max(axis=0)
-        if p.rule == "top_k":
-            kept = top_k(scores, budget)
-        elif len(space.queries) > 1:
-            kept = round_robin(by_task, budget, lose_turn=p.taken == "lose_turn")
-        else:
-            queries = space.queries[0]
-            order = ctx.rng("selector.rds_plus").permutation(len(queries)) if p.shuffle else None
-            if p.taken == "next":
-                kept = round_robin_nearest(queries, space.vectors, budget, order)
-            else:
-                kept = walk_by_rank(queries if order is None else queries[order], space.vectors, budget)
-        return selection(pool, space, kept, scores, f"nearest to {', '.join(ctx.targets)} ({p.rule})")
+        def turns(purpose: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+            if purpose != "turns":
+                return draws(purpose, ids)
+            order = ctx.rng("selector.rds_plus").permutation(len(ids)) if len(ctx.targets) == 1 else ids
+            return np.argsort(order).astype(np.float64)
+
+        return turns

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import finite_rows
+from dataflex.method import Card, Context, Needs, Rows, State
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 
 __all__ = ["RhoLoss", "excess_losses"]
 
@@ -35,10 +33,11 @@ def excess_losses(losses: NDArray[np.floating], irreducible: NDArray[np.floating
     return found
 
 
-class RhoLoss(Selector):
+class RhoLoss(ScoringSelector):
     """Keep the rows of largest reducible loss."""
 
     name = "rho_loss"
+    lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"), zero3=False)
     card = Card(
@@ -50,7 +49,7 @@ class RhoLoss(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of RHO-LOSS."""
 
         reference: str = field(
@@ -64,28 +63,22 @@ class RhoLoss(Selector):
         self._irreducible = np.zeros(0, dtype=np.float32)
         self._known = np.zeros(0, dtype=np.bool_)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; ties by pool order.
-
-        Returns:
-            Rows of largest excess; scores [len(pool)] are losses minus irreducible ones in nats per token, NaN
-            where either is not finite.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return losses minus irreducible ones [N], nats per token.
 
         Raises:
-            DataError: No row of a non-empty pool has both losses, or the data set is not the one that the
-                irreducible losses belong to.
+            DataError: The data set is not the one that the irreducible losses belong to.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         irreducible = self._reference_losses(pool, ctx)
-        scores = excess_losses(ctx.signals.losses(pool), irreducible)
-        finite = finite_rows(self.name, scores, len(pool))
-        kept = top_k(scores, budget)
-        reason = f"{len(kept)} of {len(pool)} rows of largest excess over {self.params.reference}"
-        reason += f", mean {scores[kept].mean():.3f} against {scores[finite].mean():.3f}" if len(kept) else ""
-        if not finite.all():
-            reason += f"; {int((~finite).sum())} rows have no finite loss"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        return excess_losses(ctx.signals.losses(pool), irreducible)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the mean excess of the rows kept and of all."""
+        assert found.scores is not None
+        how = f"of largest excess over {self.params.reference}"
+        if len(kept):
+            how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
+        return how
 
     def _reference_losses(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         num_rows = ctx.signals.num_rows()

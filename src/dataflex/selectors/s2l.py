@@ -27,7 +27,6 @@ from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.cluster import kmeans, require_kmeans
 from dataflex.select.ranked import by_quota, water_filling
-from dataflex.selectors.finite import finite_rows
 
 __all__ = ["S2l", "filled"]
 
@@ -115,7 +114,12 @@ class S2l(Selector):
             return Selection(rows=pool, scores=np.empty(0, dtype=np.float32), reason="empty pool")
         trajectories = self._trajectories(pool, ctx)
         scores = trajectories[:, -1].copy()
-        usable = np.flatnonzero(finite_rows(self.name, scores, len(pool)))
+        usable = np.flatnonzero(np.isfinite(scores))
+        if not len(usable):
+            raise DataError(
+                f"s2l: all {len(pool):,} rows have no finite loss (are their labels all masked?). Check that "
+                "cutoff_len leaves room for the response, and that the model's own loss is finite."
+            )
         rows, points = pool[usable], trajectories.shape[1]
         preference = uniforms(ctx.seed, "selector.s2l", ctx.interval.index, rows)
         domains = ctx.domains.domain_of[rows]

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import finite_rows
+from dataflex.method import Card, Context, Needs, Rows
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 
 __all__ = ["Tacs", "relative_gain"]
 
@@ -37,10 +35,11 @@ def relative_gain(
     return (start - adapted) / (np.maximum(start, floor) + _EPS)
 
 
-class Tacs(Selector):
+class Tacs(ScoringSelector):
     """Keep the rows whose loss falls most, relatively, on the way to a target."""
 
     name = "tacs"
+    lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
@@ -51,7 +50,7 @@ class Tacs(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of TACS; the defaults are the paper's, but for ``floor``."""
 
         depth_steps: int = field(
@@ -79,30 +78,20 @@ class Tacs(Selector):
         """The probe is trained on all rows of its target in every step."""
         return float(self.params.depth_steps), float(self.params.depth_steps)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the largest relative gain, the best of all targets; ties by pool order.
-
-        Returns:
-            Rows best first, and the gains of the pool as scores (NaN where not scored). Rows without
-            a finite loss are never kept, so fewer than ``budget`` may come back.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return relative gains by target [T, N].
 
         Raises:
-            DataError: No row of a non-empty pool has a finite loss.
             ComponentError: The probe of a target diverged.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0, dtype=np.float64), reason="empty pool")
         start = ctx.signals.losses(pool)
-        finite_rows(self.name, start, len(pool))
-        scores = np.full(len(pool), np.nan)
-        for target in ctx.targets:
-            scores = np.fmax(scores, self._gain(pool, start, target, ctx))
-        scored = np.flatnonzero(np.isfinite(scores))
-        kept = scored[top_k(scores[scored], min(budget, len(scored)))]
-        reason = f"{len(kept)} of {len(pool)} rows by relative fall of the loss towards {', '.join(ctx.targets)}"
-        if len(scored) < len(pool):
-            reason += f"; {len(pool) - len(scored)} rows have no finite loss"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        if not np.isfinite(start).any():
+            return np.full(len(pool), np.nan)  # no probe can tell them apart
+        return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return what the rows are kept by."""
+        return f"by relative fall of the loss towards {', '.join(ctx.targets)}"
 
     def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
         p = self.params

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+import torch
 
-from dataflex.errors import ConfigError
+from dataflex import comm
 from dataflex.method import Rows
 from dataflex.signals.cache import Answer
-from dataflex.signals.gradient_signals import GradientSource
-from dataflex.signals.policy import answers_digest
+from dataflex.signals.gradients.scorers import GradientScorers
+from dataflex.signals.gradients.targets import answers_digest
 from dataflex.signals.service_base import ServiceBase
 from dataflex.signals.specs import GradientSpec, WeightedAnswer
 from dataflex.signals.store import ResumablePass
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.sweep import Sweep, row_pass
 
 __all__ = ["GradientAnswers"]
+
+_KEPT_NUMBERS = 2**28  # targets of more numbers (1 GiB in fp32) are made anew by every call
+
+Score = Callable[[dict[str, Any]], torch.Tensor]
 
 
 class GradientAnswers(ServiceBase):
@@ -32,21 +38,24 @@ class GradientAnswers(ServiceBase):
             UnsupportedError: The optimizer has no moments to precondition with, or some parameters'
                 gradients cannot be told apart by sample.
         """
-        source = GradientSource(self.handle, spec)
+        scorers = GradientScorers(self.handle, spec)
         aims = [self._corpus(name).identity or name for name in targets]
 
-        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            sweeps = [self._target(name) for name in targets]
-            return source.scores(sweep, sweeps, work, self.target_gradients, repr(aims))
+        def open_scorer() -> Score:
+            key = repr((aims, spec.parameters, spec.last_blocks, spec.bf16, scorers.mean_of_cosines))
+            vectors = self.target_gradients.get(key)
+            if vectors is None:
+                vectors = scorers.target_vectors([self._target(name) for name in targets])
+                if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
+                    self.target_gradients[key] = vectors
+            return scorers.towards(vectors)
 
-        parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
-        return self._answer("gradient scores", parameters, rows, None, compute, (len(targets),))
+        return self._scored("gradient scores", scorers, spec, rows, None, open_scorer, (len(targets),), targets=aims)
 
     def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> Answer:
         """Return the norm of each row's gradient [len(rows)]; ``spec`` says of which parameters."""
-        source = GradientSource(self.handle, spec)
-        parameters = {**asdict(spec), "moments": self._moments(source)}
-        return self._answer("gradient norms", parameters, rows, target, source.norms)
+        scorers = GradientScorers(self.handle, spec)
+        return self._scored("gradient norms", scorers, spec, rows, target, scorers.norms, ())
 
     def gradient_sketches(self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None) -> Answer:
         """Return sparse sketches of rows' gradients, of length one [len(rows), dim], for clustering and coverage.
@@ -64,15 +73,14 @@ class GradientAnswers(ServiceBase):
         Raises:
             ConfigError: ``dim`` is not a positive even number.
         """
-        source = GradientSource(self.handle, spec)
         plain = target is not None
+        scorers = GradientScorers(self.handle, spec)
 
-        def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return source.sketches(sweep, work, dim=dim, seed=self.seed, plain=plain)
+        def open_scorer() -> Score:
+            return scorers.sketches(dim=dim, seed=self.seed, plain=plain)
 
-        moments = "" if plain else self._moments(source)
-        parameters = {**asdict(spec), "dim": dim, "seed": self.seed, "moments": moments}
-        return self._answer("gradient sketches", parameters, rows, target, compute, (dim,))
+        more = {"dim": dim, "seed": self.seed, **({"moments": ""} if plain else {})}
+        return self._scored("gradient sketches", scorers, spec, rows, target, open_scorer, (dim,), **more)
 
     def gradient_products(
         self,
@@ -97,58 +105,23 @@ class GradientAnswers(ServiceBase):
             Scores float32 [len(rows), len(targets)] and the Gram matrix float32 [len(rows), len(rows)];
             NaN in the rows and columns of rows without supervised tokens.
         """
-        source = GradientSource(self.handle, spec)
+        scorers = GradientScorers(self.handle, spec)
         drawn = dict(target_rows or {})
-        aims = [self._corpus(name).identity or name for name in targets]
 
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return source.products(sweep, [self._target(name, drawn.get(name)) for name in targets], work)
+            out = scorers.products(sweep, [self._target(name, drawn.get(name)) for name in targets])
+            if work is None:
+                return out
+            if comm.rank() == 0:
+                work.record(np.arange(len(out)), out)
+            return work.finish()
 
-        parameters = {**asdict(spec), "targets": aims, "moments": self._moments(source)}
+        aims = [self._corpus(name).identity or name for name in targets]
+        parameters = {**asdict(spec), "targets": aims, "moments": self._moments(scorers)}
         if drawn:
             parameters["target_rows"] = {name: which.tolist() for name, which in drawn.items()}
         found = self._answer("gradient products", parameters, rows, None, compute, (len(targets) + len(rows),))
         return found[:, : len(targets)], found[:, len(targets) :]
-
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> Answer:
-        """Return the comparison of each row's gradient with that of each single row of a target.
-
-        Exact: the target rows' gradients are held, about 1 GiB at a time, and each so many take one pass over
-        ``rows``. With ``spec.sketch_size`` both sides are sketched instead, in one pass each.
-
-        Args:
-            rows: Row ids.
-            spec: Which gradients; training rows are preconditioned, target rows never are. Cosines, or inner
-                products without ``normalize``.
-            target: Name of a target data set.
-
-        Returns:
-            float32 [len(rows), rows of the target]; NaN for rows of either side without supervised tokens.
-
-        Raises:
-            ConfigError: Sketches without ``normalize``.
-        """
-        everyone = np.arange(self.num_rows(target), dtype=np.int64)
-        if spec.sketch_size is not None:
-            if not spec.normalize:
-                raise ConfigError("gradients: pairs of sketches (sketch_size) give cosines; normalize cannot be false")
-            ours, theirs = (
-                self.gradient_sketches(which, spec, dim=spec.sketch_size, target=whose)
-                for which, whose in ((rows, None), (everyone, target))
-            )
-            return ours @ theirs.T
-        source = GradientSource(self.handle, spec)
-        moments, aim = self._moments(source), self._corpus(target).identity or target
-        parts = [np.zeros((len(rows), 0), dtype=np.float32)]
-        for start in range(0, len(everyone), source.rows_at_once):
-            part = everyone[start : start + source.rows_at_once]
-
-            def compute(sweep: Sweep, work: ResumablePass | None, part: Rows = part) -> Answer:
-                return source.pairs(sweep, self._sweep(part, target, "gradients"), work)
-
-            parameters = {**asdict(spec), "target": aim, "start": start, "stop": start + len(part), "moments": moments}
-            parts.append(self._answer("pair scores", parameters, rows, None, compute, (len(part),)))
-        return np.concatenate(parts, axis=1)
 
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
@@ -165,18 +138,36 @@ class GradientAnswers(ServiceBase):
             UnsupportedError: As ``gradient_scores``.
             DataError: A task without answers, or an answer without tokens.
         """
-        source = GradientSource(self.handle, spec)
+        scorers = GradientScorers(self.handle, spec)
+
+        def open_scorer() -> Score:
+            return scorers.towards(scorers.answer_vectors(list(answers.values())))
+
         digests = {name: answers_digest(given) for name, given in answers.items()}
+        return self._scored("answer scores", scorers, spec, rows, None, open_scorer, (len(answers),), answers=digests)
 
+    def _scored(
+        self,
+        what: str,
+        scorers: GradientScorers,
+        spec: GradientSpec,
+        rows: Rows,
+        target: str | None,
+        open_scorer: Callable[[], Score],
+        tail: tuple[int, ...],
+        **more: Any,
+    ) -> Answer:
         def compute(sweep: Sweep, work: ResumablePass | None) -> Answer:
-            return source.answer_scores(sweep, list(answers.values()), work)
+            score = open_scorer()
+            with scorers.engine.observing():
+                return row_pass(sweep, score, tail, work)
 
-        parameters = {**asdict(spec), "answers": digests, "moments": self._moments(source)}
-        return self._answer("answer scores", parameters, rows, None, compute, (len(answers),))
+        parameters = {**asdict(spec), "moments": more["moments"] if "moments" in more else self._moments(scorers)}
+        return self._answer(what, {**parameters, **more}, rows, target, compute, tail)
 
-    def _moments(self, source: GradientSource) -> str:
+    def _moments(self, scorers: GradientScorers) -> str:
         """Name the optimizer's state, which only stored answers need."""
-        return "" if self.book.store is None else source.moments_identity()
+        return "" if self.book.store is None else scorers.moments_identity()
 
     def _target(self, name: str, rows: Rows | None = None) -> Sweep:
         everyone = np.arange(self.num_rows(name), dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "largest_id",
     "load_causal",
     "load_reference",
+    "loading_whole",
     "losses_key",
     "shares_tokens",
     "start_tokens",
@@ -223,8 +225,6 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     Raises:
         ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
     """
-    from dataflex.llamafactory.whole import loading_whole
-
     try:
         with loading_whole():
             model: Any = load_causal(folder, "auto", device)
@@ -287,3 +287,21 @@ def files_identity(model: str, commit: str | None, *settings: Any) -> str:
     else:
         digest.update(f"{model}@{commit}".encode())
     return digest.hexdigest()
+
+
+_FSDP = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """While inside, ``from_pretrained`` gives every rank a whole model."""
+    from transformers.integrations import deepspeed
+
+    kept, efficient = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+        if efficient is not None:
+            os.environ[_FSDP] = efficient

@@ -31,7 +31,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, atomic_write_text, is_left, is_unfinished, owner, verify_directory, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, verify_directory, write_directory
 
 __all__ = ["ArrayStore", "Entry", "Fingerprint", "ResumablePass", "package_versions"]
 
@@ -425,7 +425,8 @@ class ResumablePass:
             logger.warning("%s belongs to another pass and is removed", self._folder)
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self._folder / _HEADER, json.dumps(self._header(), indent=1) + "\n")
+        with replacing(self._folder / _HEADER, None) as file:
+            file.write((json.dumps(self._header(), indent=1) + "\n").encode())
         for ids, _ in self._records():
             done[ids] = True
         if done.any():

@@ -212,12 +212,6 @@ class FakeSignals:
         scores = own @ np.stack(aims).T if targets else np.zeros((len(rows), 0))
         return scores.astype(np.float32), (own @ own.T).astype(np.float32)
 
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
-        """Cosines, or inner products, of rows with each row of a target [len(rows), rows of target]."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
-        ours, theirs = self._gradients[rows], self._target_rows(target)
-        return ((_unit(ours) @ _unit(theirs).T) if spec.normalize else ours @ theirs.T).astype(np.float32)
-
     def answer_scores(
         self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
     ) -> NDArray[np.float32]:
@@ -408,7 +402,6 @@ def example_stats(
         step=step,
         total_steps=total_steps,
         loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
-        square_sum=np.where(tokens_K > 0, losses_K, 0.0) ** 2 * tokens_K,
         excess_sum=excess_K * tokens_K,
         excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
         tokens=tokens_K,

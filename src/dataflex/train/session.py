@@ -24,8 +24,8 @@ from dataflex.signals.identity import inputs_identity, model_identity, precision
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.service import SignalService
 from dataflex.signals.store import ArrayStore
+from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.identity import Identity
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 

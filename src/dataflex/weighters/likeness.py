@@ -223,8 +223,8 @@ class AdaptByWords(Adapt):
         Raises:
             DataError: A target has no row with a word.
         """
+        from dataflex.selectors._lib import cut_words, pool_texts, target_words
         from dataflex.selectors.okapi import Okapi
-        from dataflex.selectors.text_features import cut_words, pool_texts, target_words
 
         anchors = [words for rows in target_words(self.name, ctx, "all", cut_words) for words in rows]
         counts = Counter(word for words in anchors for word in words)

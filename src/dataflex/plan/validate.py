@@ -1,4 +1,4 @@
-"""Checks what methods answer, and turns domain quotas over selected rows into a serving order. All pure."""
+"""Checks of what methods return; and domain quotas over selected rows turned into a serving order. All pure."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What weights look like while a run goes on: their spread since the last log, and each row's mean weight.
-
-Weights are told relative to equal ones, which are 1. Nothing is read from an accelerator between two logs.
-"""
+"""What a step tells: losses by domain for mixers and the log, warnings about noise, and weights as they were given."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,137 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.errors import ComponentError
 from dataflex.method import Rows, State
+from dataflex.plan.domains import SUMS, Domains
+from dataflex.signals.texts import row_texts
 
-__all__ = ["RowWeights", "WeighedRow", "WeightStats"]
+__all__ = [
+    "SAMPLES",
+    "DomainSums",
+    "NoiseWatch",
+    "RowWeights",
+    "WeighedRow",
+    "WeightStats",
+    "describe_rows",
+    "outlying",
+]
+
+
+class DomainSums:
+    """Sums of one optimizer step.
+
+    Args:
+        num_domains: K.
+    """
+
+    def __init__(self, num_domains: int) -> None:
+        self._num_domains = num_domains
+        self._sums: torch.Tensor | None = None
+
+    def add(
+        self,
+        loss_RT: torch.Tensor,
+        mask_RT: torch.Tensor,
+        domains_R: NDArray[np.int64],
+        reference_RT: torch.Tensor | None = None,
+    ) -> None:
+        """Take in one micro-batch of this rank.
+
+        Args:
+            loss_RT: Plain token losses, detached, 0 where ``mask_RT`` is False.
+            mask_RT: Supervised positions.
+            domains_R: Domain of each row.
+            reference_RT: Token losses of the reference model, 0 where ``mask_RT`` is False.
+        """
+        loss = loss_RT.detach().double()
+        tokens = mask_RT.sum(dim=1).double()
+        columns = [loss.sum(dim=1)]
+        if reference_RT is None:
+            columns += [torch.zeros_like(tokens)] * 2
+        else:
+            excess = (loss - reference_RT.double()).clamp(min=0.0)
+            columns += [excess.sum(dim=1), excess.gt(0.0).sum(dim=1).double()]
+        columns += [tokens, tokens.gt(0).double()]
+        which = torch.from_numpy(domains_R).to(loss.device)
+        sums = loss.new_zeros(len(SUMS), self._num_domains)
+        sums[:-1].index_add_(1, which, torch.stack(columns))
+        sums[-1] = sums[SUMS.index("tokens")].gt(0).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def take(self, device: torch.device) -> NDArray[np.float64]:
+        """Return the sums over all ranks [len(SUMS), K] and start anew (collective)."""
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(SUMS), self._num_domains, dtype=torch.float64, device=device)
+        self._sums = None
+        return comm.gather_sum(sums).cpu().numpy()
+
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+
+_UPDATES = 5
+_DEVIATIONS = 3.0
+
+
+def outlying(loss_K: Floats) -> NDArray[np.bool_]:
+    """Return which losses are above median + 3 MAD, the median absolute deviation [K]; NaN is never."""
+    known = loss_K[np.isfinite(loss_K)]
+    if not known.size:
+        return np.zeros(loss_K.shape, dtype=np.bool_)
+    middle = np.median(known)
+    deviation = np.median(np.abs(known - middle))
+    return np.asarray(loss_K > middle + _DEVIATIONS * deviation)
+
+
+class NoiseWatch:
+    """Warns once of each domain that is outlying at five updates in a row that raise its weight.
+
+    Kept in memory only: a resumed run counts anew.
+
+    Args:
+        names: Names of the domains [K].
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._weights: Floats | None = None
+        self._rises = np.zeros(len(names), dtype=np.int64)
+        self._told = np.zeros(len(names), dtype=np.bool_)
+        self._loss, self._tokens = np.zeros(len(names)), np.zeros(len(names))
+
+    def step(self, loss_sum: Floats, tokens: Floats, weights: Floats) -> list[str]:
+        """Take in one optimizer step and return the domains to be told about, which are logged too.
+
+        Args:
+            loss_sum: Sum of plain token losses by domain [K].
+            tokens: Supervised tokens by domain [K].
+            weights: The domains' proportions, or their weights in the loss, of this step [K].
+        """
+        before, self._weights = self._weights, weights.copy()
+        found: list[str] = []
+        if before is not None and not np.array_equal(before, weights):  # an update, made from the steps before
+            mean = np.divide(self._loss, self._tokens, out=np.full(len(weights), np.nan), where=self._tokens > 0)
+            self._rises = np.where(outlying(mean) & (weights > before), self._rises + 1, 0)
+            new = (self._rises >= _UPDATES) & ~self._told
+            self._told |= new
+            for k in np.flatnonzero(new).tolist():
+                found.append(self._names[k])
+                logger.warning(
+                    "domain %r: its loss of %.3g nats per token is far above the other domains' (more than the median "
+                    "and %g median absolute deviations) and its weight rose %d times in a row, to %.3g. If it is noise "
+                    "(logs, encoded data), the mixer runs after it: leave it out, cap it (max_epochs), or use a "
+                    "mixer with a reference or target losses",
+                    self._names[k],
+                    mean[k],
+                    _DEVIATIONS,
+                    _UPDATES,
+                    weights[k],
+                )
+            self._loss, self._tokens = np.zeros(len(weights)), np.zeros(len(weights))
+        self._loss, self._tokens = self._loss + loss_sum, self._tokens + tokens
+        return found
+
 
 _QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _PENDING = 64
@@ -167,3 +296,37 @@ class RowWeights:
             self._rows = np.asarray(state["rows"], dtype=np.int64)
             self._sums = np.asarray(state["sums"], dtype=np.float64)
             self._counts = np.asarray(state["counts"], dtype=np.int64)
+
+
+SAMPLES = 10
+"""How many rows the record holds of each kind."""
+
+_CHARACTERS = 400
+
+
+def describe_rows(
+    weighed: Sequence[WeighedRow], dataset: Any, tokenizer: Any, domains: Domains
+) -> list[dict[str, Any]]:
+    """Return ``row``, ``weight``, ``times``, ``domain`` and ``text`` of each row.
+
+    Args:
+        weighed: Rows and their mean weights.
+        dataset: The tokenized training set.
+        tokenizer: Turns tokens into text.
+        domains: Domains of the training rows.
+    """
+    rows = np.array([item.row for item in weighed], dtype=np.int64)
+    prompts = row_texts(dataset, rows, tokenizer, "prompt") if len(rows) else []
+    answers = row_texts(dataset, rows, tokenizer, "completion") if len(rows) else []
+    described = []
+    for item, prompt, answer in zip(weighed, prompts, answers, strict=True):
+        half = _CHARACTERS // 2 if prompt else 0  # a long prompt must not hide the answer, which is weighed
+        text = f"{_cut(prompt, half)} => {_cut(answer, half)}" if prompt else _cut(answer, _CHARACTERS)
+        name = domains.names[int(domains.domain_of[item.row])]
+        described.append({"row": item.row, "weight": item.weight, "times": item.times, "domain": name, "text": text})
+    return described
+
+
+def _cut(text: str, characters: int) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= characters else words[: characters - 3] + "..."

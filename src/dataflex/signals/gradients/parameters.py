@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.gradients import layers as _layers  # noqa: F401  registers the built-in kinds
-from dataflex.signals.gradients.registry import LayerKind, kind_of
+from dataflex.signals.gradients.layers import LayerKind, kind_of
 
 __all__ = ["Unit", "Units", "choose_parameters", "shape_of"]
 
@@ -88,11 +87,6 @@ class Unit:
     kind: LayerKind | None
     parameters: dict[str, str]
     checked: bool = False
-
-    @property
-    def wanted(self) -> frozenset[str]:
-        """The parameters' names relative to the module."""
-        return frozenset(self.parameters)
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({type(self.module).__name__})"

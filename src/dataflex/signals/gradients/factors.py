@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["FactorShape", "Factors", "Piece", "dense_part", "ghost_dots", "ghost_gram", "ghost_norms", "weighted_sum"]
+__all__ = ["FactorShape", "Factors", "SampleGradients", "formed", "ghost_dots", "ghost_norms", "weighted_sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,62 +35,61 @@ class Factors:
         return self.left.dim() == 2
 
 
-Piece: TypeAlias = Factors | torch.Tensor
-"""Contribution of one use of a parameter: factors, or per-sample gradients [b, *parameter.shape]."""
+SampleGradients: TypeAlias = Factors | torch.Tensor
+"""Per-sample gradients by one use of a parameter: factors, or formed as [b, *parameter.shape]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorShape:
-    """Sizes that decide which form is cheaper: samples, tokens (all uses together), rows, columns."""
+    """Sizes that decide which form is cheaper: tokens (all uses together), rows, columns."""
 
-    rows: int
     tokens: int
     m: int
     n: int
     one_hot: bool
 
     @classmethod
-    def of(cls, factors: list[Factors], shape: torch.Size) -> FactorShape:
+    def of(cls, uses: list[Factors], shape: torch.Size) -> FactorShape:
         """Return the sizes of a parameter's uses taken together."""
-        return cls(
-            rows=len(factors[0].right),
-            tokens=sum(piece.right.shape[1] for piece in factors),
-            m=shape[0],
-            n=shape[1],
-            one_hot=all(piece.one_hot for piece in factors),
-        )
+        tokens = sum(factors.right.shape[1] for factors in uses)
+        return cls(tokens=tokens, m=shape[0], n=shape[1], one_hot=all(factors.one_hot for factors in uses))
+
+    @property
+    def left_width(self) -> int:
+        """Numbers of a token's left factor."""
+        return 1 if self.one_hot else self.m
 
 
-def dense_part(pieces: list[Piece], start: int, stop: int) -> torch.Tensor:
+def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 
     Returns:
         fp32 [b, (stop - start) * rest], contiguous, fresh (may be changed in place).
     """
     total: torch.Tensor | None = None
-    for piece in pieces:
-        if isinstance(piece, Factors):
-            part = _materialize(piece, start, stop).flatten(1)
+    for use in uses:
+        if isinstance(use, Factors):
+            part = _materialize(use, start, stop).flatten(1)
         else:  # a parameter of no dimension counts as one row
-            part = (piece if piece.dim() > 1 else piece.unsqueeze(1))[:, start:stop].float().flatten(1)
+            part = (use if use.dim() > 1 else use.unsqueeze(1))[:, start:stop].float().flatten(1)
         if total is None:
-            total = part if isinstance(piece, Factors) else part.clone()
+            total = part if isinstance(use, Factors) else part.clone()
         else:
             total += part
     assert total is not None
     return total
 
 
-def _materialize(piece: Factors, start: int, stop: int) -> torch.Tensor:
-    right = piece.right
+def _materialize(factors: Factors, start: int, stop: int) -> torch.Tensor:
+    right = factors.right
     b, _, n = right.shape
-    if piece.one_hot:
+    if factors.one_hot:
         out = torch.zeros(b * (stop - start), n, dtype=torch.float32, device=right.device)
-        inside = (piece.left >= start) & (piece.left < stop)
+        inside = (factors.left >= start) & (factors.left < stop)
         sample, token = inside.nonzero(as_tuple=True)
-        out.index_add_(0, sample * (stop - start) + piece.left[sample, token] - start, right[sample, token].float())
+        out.index_add_(0, sample * (stop - start) + factors.left[sample, token] - start, right[sample, token].float())
         return out.view(b, stop - start, n)
-    left = piece.left[..., start:stop]
+    left = factors.left[..., start:stop]
     # The narrow side goes first: matrix libraries are about twice as fast then for LoRA's shapes.
     if left.shape[2] > n:
         return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).float()
@@ -110,49 +109,36 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b.transpose(-1, -2)).float()
 
 
-def ghost_norms(factors: list[Factors]) -> torch.Tensor:
+def ghost_norms(uses: list[Factors]) -> torch.Tensor:
     """Return squared norms of the per-sample gradients, fp32 [b], without forming them."""
-    total = torch.zeros(len(factors[0].right), dtype=torch.float32, device=factors[0].right.device)
-    for i, a in enumerate(factors):
-        for b in factors[i:]:
+    total = torch.zeros(len(uses[0].right), dtype=torch.float32, device=uses[0].right.device)
+    for i, a in enumerate(uses):
+        for b in uses[i:]:
             both = (_products(a.left, b.left) * _products(a.right, b.right)).sum(dim=(1, 2))
             total += both if a is b else 2 * both
     return total
 
 
-def ghost_gram(factors: list[Factors]) -> torch.Tensor:
-    """Return inner products of the samples' gradients with one another, fp32 [b, b], without forming them."""
-    num = len(factors[0].right)
-    gram = torch.zeros(num, num, dtype=torch.float32, device=factors[0].right.device)
-    for a in factors:
-        for b in factors:
-            left_all, right_all = b.left.flatten(0, 1), b.right.flatten(0, 1)
-            for i in range(num):  # one sample against all keeps the product at T x bT
-                both = _products(a.left[i], left_all) * _products(a.right[i], right_all)
-                gram[i] += both.sum(dim=0).view(num, -1).sum(dim=1)
-    return gram
-
-
-def ghost_dots(factors: list[Factors], vectors: torch.Tensor) -> torch.Tensor:
+def ghost_dots(uses: list[Factors], vectors: torch.Tensor) -> torch.Tensor:
     """Return inner products with ``vectors`` [M, m, n] as fp32 [b, M], without forming the gradients."""
     columns = []
     for vector in vectors:
-        column = torch.zeros(len(factors[0].right), dtype=torch.float32, device=vectors.device)
-        for piece in factors:
-            mapped = vector[piece.left] if piece.one_hot else piece.left @ vector.to(piece.left.dtype)
-            column += (mapped * piece.right).sum(dim=(1, 2), dtype=torch.float32)
+        column = torch.zeros(len(uses[0].right), dtype=torch.float32, device=vectors.device)
+        for factors in uses:
+            mapped = vector[factors.left] if factors.one_hot else factors.left @ vector.to(factors.left.dtype)
+            column += (mapped * factors.right).sum(dim=(1, 2), dtype=torch.float32)
         columns.append(column)
     return torch.stack(columns, dim=1)
 
 
-def weighted_sum(factors: list[Factors], weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def weighted_sum(uses: list[Factors], weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return sum_i weights_i G_i as fp32 ``shape`` [m, n] for weights fp32 [b]; samples of weight 0 cost nothing."""
     kept = weights.nonzero().squeeze(1)
     out = torch.zeros(shape, dtype=torch.float32, device=weights.device)
-    for piece in factors:
-        right = (piece.right[kept] * weights[kept, None, None].to(piece.right.dtype)).flatten(0, 1)
-        left = piece.left[kept].flatten(0, 1)
-        if piece.one_hot:
+    for factors in uses:
+        right = (factors.right[kept] * weights[kept, None, None].to(factors.right.dtype)).flatten(0, 1)
+        left = factors.left[kept].flatten(0, 1)
+        if factors.one_hot:
             out.index_add_(0, left, right.float())
         elif left.shape[1] > right.shape[1]:
             out += (right.t() @ left).t().float()

@@ -1,4 +1,4 @@
-"""Sketches, pairs and products of single rows' gradients, against one row at a time."""
+"""Sketches and products of single rows' gradients, against one row at a time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import pytest
 
 from dataflex.errors import ConfigError
 from dataflex.signals.cache import SignalCache
-from dataflex.signals.gradient_signals import GradientSource
-from dataflex.signals.gradients import rows as rows_module
-from dataflex.signals.model_access import Corpus
+from dataflex.signals.gradients import targets as targets_module
+from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.service import SignalService
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
 from tests.rounding import layers_apart
-from tests.signals.gradients.small import flat, oracle
 from tests.signals.test_gradient_signals import (
-    Rows,
-    collate,
     direction,
     setting,  # noqa: F401  a fixture
     unit,
@@ -44,49 +40,15 @@ def rows_of(gradients, state, spec):
     return rows
 
 
-SPECS = [GradientSpec(precondition="none"), GradientSpec(), GradientSpec(include_momentum=False)]
+SPECS = [GradientSpec(precondition="none"), GradientSpec()]
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 3])
-@pytest.mark.parametrize("spec", SPECS, ids=["plain", "adam", "no momentum"])
-def test_pairs_are_cosines_of_single_rows(asked, spec, at_once, monkeypatch):
-    service, gradients, state = asked
-    if at_once is not None:
-        monkeypatch.setattr(rows_module, "_HELD_NUMBERS", at_once * gradients["pool"].shape[1])
-    found = service.pair_scores(ROWS, spec, target="near")
-    wanted = unit(rows_of(gradients, state, spec)) @ unit(gradients["near"]).T
-    assert found.shape == (7, 3)
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5 * np.nanmax(np.abs(wanted)))
-
-
-def test_pairs_average_to_the_mean_of_cosines(asked):
-    service, _, _ = asked
-    pairs = service.pair_scores(ROWS, GradientSpec(), target="far")
-    scores = service.gradient_scores(ROWS, GradientSpec(), targets=("far",))[:, 0]
-    np.testing.assert_allclose(pairs.mean(axis=1), scores, rtol=1e-4, atol=1e-6)
-
-
-def test_pairs_without_normalizing_are_inner_products(asked):
-    service, gradients, _ = asked
-    found = service.pair_scores(ROWS[:3], GradientSpec(precondition="none", normalize=False), target="near")
-    np.testing.assert_allclose(found, gradients["pool"][:3] @ gradients["near"].T, rtol=1e-4, atol=1e-5)
-
-
-def test_pairs_leave_out_target_rows_without_labels(asked):
-    service, _, _ = asked
-    target = Rows([6, 8, 5], seed=2, unlabelled=(1,))
-    service.targets = {"near": Corpus(dataset=target, lengths=target.lengths)}
-    found = service.pair_scores(ROWS[:2], GradientSpec(), target="near")
-    assert np.isnan(found[:, 1]).all()
-    assert np.isfinite(found[:, [0, 2]]).all()
-
-
-@pytest.mark.parametrize("at_once", [None, 1, 3])
-@pytest.mark.parametrize("spec", SPECS[:2], ids=["plain", "adam"])
+@pytest.mark.parametrize("spec", SPECS, ids=["plain", "adam"])
 def test_products_within_a_batch(asked, spec, at_once, monkeypatch):
     service, gradients, state = asked
     if at_once is not None:
-        monkeypatch.setattr(rows_module, "_HELD_NUMBERS", at_once * gradients["pool"].shape[1])
+        monkeypatch.setattr(targets_module, "_HELD_NUMBERS", at_once * gradients["pool"].shape[1])
     order = np.array([5, 0, 4, 2, 2, 6])  # any order, a row twice
     scores, gram = service.gradient_products(order, spec, targets=("near", "far"))
     rows = rows_of(gradients, state, spec)[order]
@@ -127,16 +89,6 @@ def test_the_projection_follows_the_seed_of_the_run(asked):
     assert np.abs(first - second).max() > 0.01
 
 
-def test_sketched_pairs(asked):
-    service, _, _ = asked
-    sketched = service.pair_scores(ROWS, GradientSpec(sketch_size=4096), target="near")
-    exact = service.pair_scores(ROWS, GradientSpec(), target="near")
-    assert np.nanmax(np.abs(sketched - exact)) < 5 / np.sqrt(4096)
-    assert np.nanmax(np.abs(sketched - exact)) > 0
-    with pytest.raises(ConfigError, match="normalize"):
-        service.pair_scores(ROWS, GradientSpec(sketch_size=4096, normalize=False), target="near")
-
-
 def test_an_odd_sketch_is_refused(asked):
     service, _, _ = asked
     with pytest.raises(ConfigError, match="sketch size 63"):
@@ -148,7 +100,6 @@ def test_no_rows(asked):
     none = ROWS[:0]
     scores, gram = service.gradient_products(none, GradientSpec(), targets=("near",))
     assert (scores.shape, gram.shape) == ((0, 1), (0, 0))
-    assert service.pair_scores(none, GradientSpec(), target="near").shape == (0, 3)
     assert service.gradient_sketches(none, GradientSpec(), dim=8).shape == (0, 8)
 
 
@@ -158,7 +109,6 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
     def ask(one):
         return [
             one.gradient_sketches(ROWS, GradientSpec(), dim=16),
-            one.pair_scores(ROWS, GradientSpec(), target="near"),
             *one.gradient_products(ROWS, GradientSpec(), targets=("near",)),
         ]
 
@@ -171,7 +121,7 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
     for one in (first, ask(stored)):
         for a, b in zip(one, first, strict=True):
             np.testing.assert_array_equal(a, b)
-    assert len(stored.book.store.entries()) == 3
+    assert len(stored.book.store.entries()) == 2
 
     def no_pass(*_args, **_kwargs):
         raise AssertionError("a pass was run again")
@@ -183,22 +133,11 @@ def test_answers_are_kept_and_stored(asked, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-def test_pairs_equal_single_rows_by_autograd(asked):
-    """The oracle of this file is itself a gradient of one row: check one pair by hand."""
-    service, _, _ = asked
-    model = service.handle.model
-    one, other = (
-        flat(oracle(model, collate([corpus.dataset.rows[0]])))[0] for corpus in (service.train, service.targets["near"])
-    )
-    found = service.pair_scores(ROWS[:1], GradientSpec(precondition="none"), target="near")[0, 0]
-    assert found == pytest.approx(float(one @ other / one.norm() / other.norm()), rel=1e-4)
-
-
 def test_target_gradients_are_made_once_in_a_decision(asked, monkeypatch):
     service, _, _ = asked
     made = []
-    original = GradientSource._target_vectors
-    monkeypatch.setattr(GradientSource, "_target_vectors", lambda *args: made.append(1) or original(*args))
+    original = GradientScorers.target_vectors
+    monkeypatch.setattr(GradientScorers, "target_vectors", lambda *args: made.append(1) or original(*args))
     service.begin(1)
     one = service.gradient_scores(ROWS[:3], GradientSpec(), targets=("near", "far"))
     two = service.gradient_scores(ROWS[2:], GradientSpec(), targets=("near", "far"))

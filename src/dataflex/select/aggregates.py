@@ -1,4 +1,4 @@
-"""How a row's scores for several targets become one (LESS, ICONS), for the composable selector."""
+"""How a row's scores for several targets become one (LESS, ICONS)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Params
 from dataflex.parts import Part
 from dataflex.select.neighbours import best_similarity
-from dataflex.selectors.icons import count_votes, percentile_ranks
 
-__all__ = ["AGGREGATES", "Aggregate", "by_task", "together"]
+__all__ = ["AGGREGATES", "Aggregate", "by_task", "count_votes", "percentile_ranks", "together"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,31 @@ class Votes(Params):
         default=20.0,
         metadata={"help": "share of the pool that a target votes for, in percent", "above": 0.0, "maximum": 100.0},
     )
+
+
+def count_votes(influence: NDArray[np.floating], vote_percent: float) -> NDArray[np.int64]:
+    """Return each row's number of votes [n].
+
+    Args:
+        influence: Influence of each row on each task [n, T], finite, n >= 1.
+        vote_percent: p; a task votes for the rows at or above the (100 - p)th percentile of its influences.
+    """
+    values = np.asarray(influence, dtype=np.float64)
+    return (values >= np.percentile(values, 100.0 - vote_percent, axis=0)).sum(axis=1)
+
+
+def percentile_ranks(influence: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return each row's percentile rank, averaged over tasks [n], in (0, 1).
+
+    In a task it is (rank - 1/2) / n, and equal values share the mean of their ranks. Rows whose ranks add up
+    to the same have the same bits.
+    """
+    values = np.asarray(influence, dtype=np.float64)
+    doubled = np.zeros(len(values), dtype=np.int64)  # twice the ranks: whole numbers, whose sums are exact
+    for column in values.T:
+        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
+        doubled += (2 * (np.cumsum(counts) - counts) + counts)[place.reshape(-1)]
+    return doubled / (2.0 * len(values) * values.shape[1])
 
 
 def _z_max(scores_TN: NDArray[np.float64], _: Params) -> NDArray[np.float64]:
@@ -57,6 +81,7 @@ AGGREGATES: Final[dict[str, _Spec]] = {
     "mean_then_max": _Spec(Plain, False, lambda scores, _: scores.max(axis=0)),
     "z_max": _Spec(Plain, False, _z_max),
     "votes": _Spec(Votes, False, _votes),
+    "ranks": _Spec(Plain, False, lambda scores, _: percentile_ranks(scores.T)),
     # Targets take turns: the number is for the record only.
     "round_robin": _Spec(Plain, True, lambda scores, _: scores.max(axis=0)),
 }
@@ -100,6 +125,7 @@ def together(scores_TN: NDArray[np.floating], aggregate: Aggregate) -> NDArray[n
 
     ``mean``: over targets. ``max``, ``mean_then_max``: the best target's (they differ in ``by_task``). ``z_max``:
     the best target's, of scores with mean 0 and standard deviation 1 in each target. ``votes``: votes of targets, ties
-    by mean percentile rank (ICONS, arXiv 2501.00654). ``round_robin``: the best target's.
+    by mean percentile rank (ICONS, arXiv 2501.00654). ``ranks``: the mean percentile rank. ``round_robin``: the best
+    target's.
     """
     return AGGREGATES[aggregate.name].call(np.asarray(scores_TN, dtype=np.float64), aggregate.params)

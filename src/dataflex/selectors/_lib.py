@@ -1,0 +1,271 @@
+"""What several selectors share: vectors of pool and targets, options of gradients, words of texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import ComponentError, DataError
+from dataflex.method import Context, Needs, Params, Rows
+from dataflex.select.scoring import Found, Gives, ScoringSelector
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part, Pooling
+
+__all__ = [
+    "EmbeddingParams",
+    "GradientParams",
+    "InfluenceParams",
+    "PooledParams",
+    "Remembered",
+    "VectorSelector",
+    "compared",
+    "cut_words",
+    "embeddings",
+    "no_words",
+    "pool_texts",
+    "target_words",
+    "word_punct",
+]
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------- vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingParams(Params):
+    """Which hidden states rows are compared by."""
+
+    encoder: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
+    )
+    layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
+    completion_only: bool = field(
+        default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.completion_only and self.encoder is not None:
+            raise ValueError("completion_only: an encoder reads plain text without labels; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledParams(EmbeddingParams):
+    """Hidden states and how they become one vector."""
+
+    pooling: Pooling = field(
+        default="mean",
+        metadata={"help": "how tokens become a vector; a sentence-transformers folder has its own way"},
+    )
+
+
+def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams) -> NDArray[np.float32]:
+    """Return vectors of length one [n, D]: weighted by position as in RDS+, unless a pooling is given."""
+    spec = EmbeddingSpec(layer=p.layer, completion_only=p.completion_only)
+    if isinstance(p, PooledParams):
+        own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
+        spec = EmbeddingSpec() if own_pooling else dataclasses.replace(spec, pooling=p.pooling)
+    return ctx.signals.embeddings(rows, spec, target=target, encoder=p.encoder)
+
+
+class VectorSelector(ScoringSelector):
+    """Compares vectors of rows with those of the targets' rows."""
+
+    lacking = "no embedding"
+    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
+
+    @classmethod
+    def gives(cls, params: Any) -> Gives:
+        """Return ``vectors``."""
+        return "vectors"
+
+    def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
+        """Return vectors of rows of the training set, or of the named target [n, D]; NaN where there is none."""
+        return embeddings(rows, target, ctx, self.params)
+
+    def examine(self, pool: Rows, ctx: Context) -> Found:
+        """Return vectors of the pool and the targets.
+
+        Raises:
+            DataError: The pool, or a target, has no row with a vector.
+            ComponentError: Vectors do not fit the rows asked for.
+        """
+        return compared(self.name, pool, ctx, lambda rows, target: self.vectors(rows, target, ctx), self.lacking)
+
+    def scored(self, found: Found) -> Found:
+        """Return the same with the similarities to the targets."""
+        found = super().scored(found)
+        several = self.targets_take_turns and len(found.queries) > 1
+        return dataclasses.replace(found, turns=found.tasks) if several else found
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return which targets the rows are near to, and by which rule."""
+        return f"nearest to {', '.join(ctx.targets)} ({self.rule.name})"
+
+
+def _usable(vectors: NDArray[np.floating], num_rows: int, method: str) -> NDArray[np.int64]:
+    if vectors.ndim != 2 or len(vectors) != num_rows:
+        raise ComponentError(f"{method}: asked for embeddings of {num_rows:,} rows, was given shape {vectors.shape}")
+    return np.flatnonzero(np.isfinite(vectors.sum(axis=1, dtype=np.float32)))
+
+
+def _kept(vectors: NDArray[np.floating], places: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the rows at ``places`` as float32; no copy where all are kept."""
+    return np.asarray(vectors if len(places) == len(vectors) else vectors[places], dtype=np.float32)
+
+
+def compared(
+    method: str,
+    pool: Rows,
+    ctx: Context,
+    ask: Callable[[Rows, str | None], NDArray[np.floating]],
+    lacking: str = "no embedding",
+) -> Found:
+    """Ask for the vectors of a pool that is not empty, and of the rows of every target.
+
+    Args:
+        method: Name of the selector, for messages.
+        pool: Row ids [N], N >= 1.
+        ctx: Context of the decision.
+        ask: Gives vectors [n, D] of rows of the training set, or of the named target.
+        lacking: What is told of rows without a vector.
+
+    Raises:
+        DataError: A target, or the pool, has no row with a vector.
+        ComponentError: Vectors do not fit the rows asked for.
+    """
+    queries = []
+    for target in ctx.targets:
+        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+        found = ask(rows, target) if len(rows) else np.empty((0, 0))
+        usable = _usable(found, len(rows), method)
+        if not len(usable):
+            raise DataError(
+                f"{method}: target {target!r} has {len(rows):,} rows, none of which has an embedding to compare "
+                "with. Give a target data set with text in it."
+            )
+        queries.append(_kept(found, usable))
+    found = ask(pool, None)
+    places = _usable(found, len(pool), method)
+    if not len(places):
+        raise DataError(
+            f"{method}: all {len(pool):,} rows have {lacking}. Check that the rows hold text, with supervised tokens "
+            "where those are asked for."
+        )
+    return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientParams(Params):
+    """Which gradients rows are compared by."""
+
+    parameters: str | None = field(
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of parameter names; null: all trainable ones"},
+    )
+    last_blocks: int | None = field(
+        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
+    )
+    bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+
+    def spec(self, **more: Any) -> GradientSpec:
+        """Return the gradients to ask for, with what else the method says of them."""
+        return GradientSpec(parameters=self.parameters, last_blocks=self.last_blocks, bf16=self.bf16, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceParams(GradientParams):
+    """How rows' gradients are compared with those of tasks."""
+
+    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
+        default="true_adam", metadata={"help": "what turns training gradients into directions"}
+    )
+    sketch_size: int | None = field(
+        default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
+    )
+
+    def influence(self, seed: int, **more: Any) -> GradientSpec:
+        """Return the gradients to ask for in a decision of this seed."""
+        return self.spec(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)
+
+
+# ---------------------------------------------------------------- words
+_CHUNK_ROWS = 8192
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
+
+
+def cut_words(text: str) -> list[str]:
+    """Return the words of a text: lower-cased, punctuation removed, cut at white space."""
+    return text.lower().translate(_PUNCTUATION).split()
+
+
+def word_punct(text: str) -> list[str]:
+    """Return runs of letters and digits and runs of punctuation, lower-cased."""
+    return _WORD_PUNCT.findall(text.lower())
+
+
+def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:
+    """Yield the text of each pool row; only a part of the pool is held as text."""
+    for start in range(0, len(pool), _CHUNK_ROWS):
+        yield from ctx.signals.texts(np.asarray(pool[start : start + _CHUNK_ROWS]), part=part)
+
+
+def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], list[str]]) -> list[list[list[str]]]:
+    """Return the words of each row of each target, rows without any left out.
+
+    Raises:
+        DataError: A target has no row with a word in this part.
+    """
+    found = []
+    for target in ctx.targets:
+        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+        texts = ctx.signals.texts(rows, target=target, part=part) if len(rows) else []
+        words = [row for row in map(cut, texts) if row]
+        if not words:
+            raise DataError(
+                f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_named(part)} "
+                f"to compare with. Give a target data set with text in it{_instead(part)}."
+            )
+        found.append(words)
+    return found
+
+
+def no_words(method: str, num_rows: int, part: Part) -> DataError:
+    """Return the error of a pool in which no row has a word."""
+    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_named(part)}{_instead(part)}.")
+
+
+def _named(part: Part) -> str:
+    return "text" if part == "all" else part
+
+
+def _instead(part: Part) -> str:
+    return "" if part == "all" else ", or set 'part: all'"
+
+
+class Remembered:
+    """The last answer to a question about a pool; words do not change while a model is trained."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Any] | None = None
+
+    def get(self, pool: Rows, targets: tuple[str, ...], compute: Callable[[], T]) -> T:
+        """Return the answer for these rows and targets, computing it unless it is the last one."""
+        key = hashlib.blake2b(pool.tobytes() + repr(targets).encode(), digest_size=16).hexdigest()
+        if self._last is None or self._last[0] != key:
+            self._last = (key, compute())
+        answer: T = self._last[1]
+        return answer
