@@ -125,13 +125,15 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
     Attributes:
         given: Keys that were written, converted; also what the mapping's own methods give.
-        problems: What is wrong with them, one line each; such a key has its default in the attributes.
+        problems: Values that a key does not take, one line each; such a key has its default in the attributes.
+        doubts: Unknown keys, and keys that LLaMA-Factory or the Trainer refuses beside others, one line each.
 
     The other attributes are keys of LLaMA-Factory's with its defaults.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     accelerator_config: Any = None
     adapter_name_or_path: str | None = None
@@ -187,28 +189,27 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             return mapping
         known = table()
         given: dict[str, Any] = {}
-        problems: list[str] = []
-        bad: set[str] = set()
+        problems: dict[str, str] = {}
+        unknown: list[str] = []
         for key, value in mapping.items():
             if key == "dynamic":
                 continue
             entry = known.get(key)
-            found = [_unknown(key, known)] if entry is None and known and not _takes_extra_keys() else []
-            if entry is not None:
+            if entry is None:
+                unknown += [_unknown(key, known)] if known and not _takes_extra_keys() else []
+            else:
                 value, problem = _converted(key, value, entry)
-                if value is None and not entry.nullable and not problem:
+                if problem:
+                    problems[key] = problem
+                elif value is None and not entry.nullable:
                     continue
-                found = [problem] if problem else []
-            if found:
-                problems += found
-                bad.add(key)
             given[key] = value
-        names = {each.name for each in fields(cls)} - {"given", "problems"}
+        names = {each.name for each in fields(cls)} - {"given", "problems", "doubts"}
         # A misplaced null means the default, as for LLaMA-Factory's own parser.
-        told = {key: given[key] for key in names & set(given) if key not in bad and given[key] is not None}
-        read = cls(given=given, **told)
-        together = [line for line in read._together() if line.partition(":")[0] not in bad]
-        return cls(given=given, problems=(*problems, *together), **told)
+        told = {key: given[key] for key in names & set(given) if key not in problems and given[key] is not None}
+        good = {key: value for key, value in given.items() if key not in problems}
+        doubts = (*unknown, *cls(given=good, **told)._together())
+        return cls(given=given, problems=tuple(problems.values()), doubts=doubts, **told)
 
     def __getitem__(self, key: str) -> Any:
         return self.given[key]
@@ -367,13 +368,7 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
             return text in _ON, ""
     if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
         return _number(key, value, types)
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and "str" in types
-        and entry.choices is None
-        and "dict" not in types
-    ):
+    if isinstance(value, int | float) and not isinstance(value, bool) and types == ("str",) and entry.choices is None:
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):

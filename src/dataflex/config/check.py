@@ -23,6 +23,7 @@ from dataflex.config.check_data import (
     domain_problems,
     target_problems,
 )
+from dataflex.config.convert import shown
 from dataflex.config.data import Source
 from dataflex.config.needs import moment_problems, parameters
 from dataflex.config.schema import DynamicConfig, MethodConfig
@@ -31,6 +32,7 @@ from dataflex.method import STAGES, Mixer, Params, Weighter
 
 __all__ = [
     "found_problems",
+    "key_of_problem",
     "model_problems",
     "other_model_problems",
     "output_problems",
@@ -334,7 +336,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         return told_once(lf, [*model_problems(lf), *data_set_problems(lf, base_dir, sources)])
     of_stage = [*stage_problems(dynamic, lf)]
     # One mistake is told once: with a wrong stage it does not matter whether the data sets are meant for it.
-    staged = replace(lf, stage="") if of_stage or _key_is_wrong(lf, "stage") else lf
+    staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
     found = [
         *of_stage,
         *setting_problems(dynamic, lf),
@@ -353,14 +355,19 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
 
 
 def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
-    """Return the problems of LLaMA-Factory's keys and those ``found``, without those of keys that are wrong anyway."""
-    environment = env_processes()[1] if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ else []
-    keys = {line.partition(":")[0] for line in lf.problems}
-    return [*lf.problems, *environment, *(line for line in found if line.partition(":")[0] not in keys)]
+    """Return the problems of LLaMA-Factory's keys and those ``found``, of each key what tells most."""
+    told = [*lf.problems]
+    if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
+        told += env_processes()[1]
+    for more in (found, lf.doubts):
+        keys = {key_of_problem(line) for line in told}
+        told += [line for line in more if key_of_problem(line) not in keys]
+    return told
 
 
-def _key_is_wrong(lf: LlamaFactoryArgs, key: str) -> bool:
-    return any(line.startswith(f"{key}:") for line in lf.problems)
+def key_of_problem(line: str) -> str:
+    """Return the key that a problem is about."""
+    return line.partition(":")[0]
 
 
 def _above_one(value: Any) -> bool:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["ENDINGS", "MOST_LEVELS", "load_mapping", "merged", "without_oddities"]
 
 MOST_LEVELS = 50
+_STILL_TO_GIVE = "'???' stands for a value that is still to be given"
+
 
 ENDINGS: tuple[str, ...] = (".yaml", ".yml", ".json")
 
@@ -100,7 +102,7 @@ def _oddity(value: Any, path: str, levels: int) -> str:
     if not isinstance(value, str):
         return ""
     if value == "???":
-        return "'???' stands for a value that is still to be given"
+        return _STILL_TO_GIVE
     if "\0" in value:
         return "holds a NUL character, which no text here may"
     single = path.startswith("dynamic.") and not any(letter.isspace() for letter in value)
@@ -193,11 +195,13 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, such as dynamic.interval_steps=20")
     if key.startswith("-"):
         raise ConfigError(f"override {text!r}: after a configuration file write {text.lstrip('-')!r}, without dashes")
+    if value.strip() == "???":
+        raise ConfigError(f"{key}: {_STILL_TO_GIVE}")
     _lift_name(config, key.split("."))
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
@@ -245,7 +249,8 @@ def _of_key(error: Exception) -> str:
 def _too_large(error: Exception, text: str) -> str:
     """Return what is wrong with a text that Python itself refuses to read, with the key where it can be told."""
     if isinstance(error, RecursionError):
-        return f"lists or mappings are nested more than {MOST_LEVELS} levels deep"
+        deep = re.search(rf"^[\s{{]*\"?([\w.-]+)\"?\s*[:=][^\n]*?(?:[\[{{][^\[\]{{}}\n]*){{{MOST_LEVELS}}}", text, re.M)
+        return f"{deep[1] + ': ' if deep else ''}lists or mappings are nested more than {MOST_LEVELS} levels deep"
     number = re.search(r"""([\w.-]+)["']?\s*[:=]\s*[+-]?[\d_]{4000}""", text)
     return f"{number[1]}: the number has too many digits" if number else _first_line(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import block_keys, parse_dynamic
-from dataflex.config.check import found_problems
+from dataflex.config.check import found_problems, key_of_problem
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.legacy import translate
 from dataflex.config.load import without_oddities
@@ -83,23 +83,22 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
     """
     mapping, odd = without_oddities(mapping)
     problems: list[str] = []
+    found: list[str] = []
     try:
         parts = split(mapping, base_dir)
     except ConfigError as error:
-        problems += error.problems
+        problems = error.problems
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
         parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
     if parts.dynamic is not None or check_stock:
-        problems += found_problems(parts.dynamic, parts.lf, base_dir)
-    # A key is told once: by what is said first, and as unknown only where nothing else is said of it.
-    keys = {line.partition(":")[0] for line in odd}
-    problems = [*odd, *(line for line in problems if line.partition(":")[0] not in keys)]
-    keys = {line.partition(":")[0] for line in problems if ": unknown key" not in line or "belongs" in line}
-    unknown = ": unknown key"
-    problems = [p for p in problems if not (unknown in p and "belongs" not in p and p.partition(":")[0] in keys)]
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        found = found_problems(parts.dynamic, parts.lf, base_dir)
+    told = [*odd]
+    for more in (problems, found):
+        keys = {key_of_problem(line) for line in told}
+        told += [line for line in more if key_of_problem(line) not in keys]
+    if told:
+        raise ConfigError(dict.fromkeys(told))
     if parts.dynamic is None:
         return parts
     return replace(parts, notes=(*parts.notes, *dict.fromkeys(notes(parts.dynamic, parts.lf, base_dir))))

@@ -18,6 +18,7 @@ from dataflex.config.check import (
     reference_problems,
     setting_problems,
     stage_problems,
+    told_once,
 )
 from dataflex.config.check_data import by_target_problems, column_problems, data_set_problems, target_problems
 from dataflex.config.collect import collect, values
@@ -134,7 +135,7 @@ def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
 def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems: list[str]) -> list[Source]:
     """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
     view = LlamaFactoryArgs.read({**lf, **FIXED})
-    problems += view.problems
+    problems += told_once(view, ())
     problems += [
         problem.replace("dynamic.selector: ", "--method: ", 1)
         for problem in (*stage_problems(config, view), *setting_problems(config, view))
