@@ -8,18 +8,18 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.errors import CheckpointError
+from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
-from dataflex.state import State
+from dataflex.state import State, restored, saved_form
 
 if TYPE_CHECKING:
     import torch
@@ -40,15 +40,21 @@ __all__ = [
     "Card",
     "Context",
     "DomainNormalizer",
+    "DomainWeighter",
     "Method",
     "Mix",
     "Mixer",
     "Needs",
     "Normalizer",
     "Params",
+    "Passes",
+    "Problem",
     "ProportionsFile",
+    "Reference",
     "ReferenceParams",
+    "Requires",
     "Rows",
+    "RunFacts",
     "Selection",
     "Selector",
     "Signals",
@@ -59,9 +65,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-Normalizer = Literal["token", "count", "sample"]
+Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
-DomainNormalizer = Literal["token", "domain"]
+DomainNormalizer = Literal["weight_sum", "domain"]
 
 STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
 
@@ -73,6 +79,9 @@ class Params:
     Field metadata: ``help`` (one line with the unit), ``choices``, ``minimum``, ``maximum``,
     ``above`` (exclusive minimum). ``__post_init__`` may raise ``ValueError`` for rules between fields.
     """
+
+    def __post_init__(self) -> None:
+        """Check rules between fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +133,164 @@ class Needs:
     domains: int = 1
     stages: tuple[str, ...] = STAGES
     zero3: bool = True
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference model whose token losses are needed in training.
+
+    Attributes:
+        folder: Its folder or hub id.
+        cached: Whether a row is scored once and its losses are kept, instead of in every step.
+    """
+
+    folder: str
+    cached: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Forward and backward passes (F, B) of one row that a method costs; ``dataflex plan`` multiplies and adds them.
+
+    Attributes:
+        pool: For each row of the pool and decision.
+        pool_by_target: For each row of the pool, decision and target, beside ``pool``.
+        pool_once: F of models that do not change, for each row that is ever in the pool.
+        targets: For each row of the method's targets and decision; (0, 0) where they are not counted.
+        served: For each row trained on, beside the training itself.
+        told: ``Card.cost`` under these parameters; empty where the card's own is right.
+    """
+
+    pool: tuple[float, float] = (0.0, 0.0)
+    pool_by_target: tuple[float, float] = (0.0, 0.0)
+    pool_once: float = 0.0
+    targets: tuple[float, float] = (0.0, 0.0)
+    served: tuple[float, float] = (0.0, 0.0)
+    told: str = ""
+
+    def over_pool(self, num_targets: int) -> tuple[float, float]:
+        """Return the passes for each row of the pool and decision."""
+        return _times(self.pool, self.pool_by_target, num_targets)
+
+    def __add__(self, other: Passes) -> Passes:
+        """Return the passes of both."""
+        both: dict[str, Any] = {
+            name: _times(getattr(self, name), getattr(other, name))
+            for name in ("pool", "pool_by_target", "targets", "served")
+        }
+        return Passes(**both, pool_once=self.pool_once + other.pool_once)
+
+
+def _times(passes: tuple[float, float], more: tuple[float, float], times: int = 1) -> tuple[float, float]:
+    return passes[0] + times * more[0], passes[1] + times * more[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requires:
+    """What a method requires of a run under its parameters; everything is checked before a model loads.
+
+    Attributes:
+        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts"
+            stands for tokens and texts as the rows were tokenized, which take no pass.
+        targets: Whether ``targets: [data set, ...]`` must be given.
+        domains: Least number of domains.
+        stages: LLaMA-Factory stages that it works under.
+        whole_parameters: Whether each rank must hold all parameters (no DeepSpeed ZeRO-3, no FSDP).
+        needs_interval: Whether a decision depends on the model or the step, so that ``interval_steps`` must be given.
+        within_batch: Whether it selects within a batch of candidates (``candidate_batches``).
+        columns: Raw data columns that must ride along with the rows.
+        reference: Reference model whose token losses are needed in training.
+        models: Parameter -> folder or hub id of another model that signals are asked of.
+        preconditions: Parameter -> what turns its gradients into directions; some want the optimizer's moments.
+        by_target: Parameter -> its numbers by target, one for each.
+        pure_micro_batches: Whether every micro-batch must hold one domain only (for mixers).
+        embedding: How sequences are embedded from the training forward, ``BatchView.embeddings_BH`` (for weighters).
+        entropy: Whether ``BatchView.entropy_BT`` is needed (for weighters).
+        passes: What it costs.
+    """
+
+    signals: frozenset[str] = frozenset()
+    targets: bool = False
+    domains: int = 1
+    stages: tuple[str, ...] = STAGES
+    whole_parameters: bool = False
+    needs_interval: bool = False
+    within_batch: bool = False
+    columns: tuple[str, ...] = ()
+    reference: Reference | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
+    preconditions: Mapping[str, str] = field(default_factory=dict)
+    by_target: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pure_micro_batches: bool = False
+    embedding: EmbeddingSpec | None = None
+    entropy: bool = False
+    passes: Passes = Passes()
+
+    @classmethod
+    def merged(cls, parts: Mapping[str, Requires]) -> Requires:
+        """Return what several methods require together.
+
+        Args:
+            parts: What each requires, by the parameter that names it (``of[0]``), which is put before theirs.
+        """
+        each = list(parts.values())
+        references = [one.reference for one in each if one.reference is not None]
+        merged: dict[str, Any] = {
+            "signals": frozenset().union(*(one.signals for one in each)),
+            "domains": max((one.domains for one in each), default=1),
+            "stages": tuple(stage for stage in STAGES if all(stage in one.stages for one in each)),
+            "columns": _distinct(name for one in each for name in one.columns),
+            "embedding": next((one.embedding for one in each if one.embedding is not None), None),
+            "passes": sum((one.passes for one in each), Passes()),
+        }
+        if references:
+            merged["reference"] = Reference(references[0].folder, all(one.cached for one in references))
+        for name in ("models", "preconditions", "by_target"):
+            keyed = (
+                (f"{place}.{key}", value) for place, one in parts.items() for key, value in getattr(one, name).items()
+            )
+            merged[name] = dict(keyed)
+        for switch in (known.name for known in fields(cls) if known.default is False):
+            merged[switch] = any(getattr(one, switch) for one in each)
+        return cls(**merged)
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known of a run; None for what is not known yet.
+
+    Attributes:
+        stage: LLaMA-Factory's stage.
+        partitioned: What partitions the parameters over ranks; empty for nothing.
+        optimizer: Key and value that name an optimizer without Adam's moments; empty for one that has them.
+        num_domains: Number of domains.
+        num_rows: Number of training rows.
+        total_steps: Number of optimizer steps of the whole run.
+    """
+
+    stage: str | None = None
+    partitioned: str | None = None
+    optimizer: str | None = None
+    num_domains: int | None = None
+    num_rows: int | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method finds wrong with a run.
+
+    Attributes:
+        key: The parameter that is to be changed, as it is written in the method's block.
+        text: What is wrong, and what to write instead.
+    """
+
+    key: str
+    text: str
 
 
 class Signals(Protocol):
@@ -304,8 +471,8 @@ class Mix:
 class Method:
     """Common ground of selectors, mixers and weighters.
 
-    A subclass sets ``name``, ``card``, ``needs`` and, where it has parameters, a nested frozen
-    dataclass ``Params``. Its constructor takes the built Params only.
+    A subclass sets ``name``, ``card`` and, where it has parameters, a nested frozen dataclass ``Params``. Its
+    constructor takes the built Params only.
     """
 
     kind: ClassVar[str] = ""
@@ -324,6 +491,14 @@ class Method:
     def variant(cls, params: Any) -> type[Method]:
         """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
         return cls
+
+    def requires(self) -> Requires:
+        """State what the method requires of a run; may look at ``self.params`` only."""
+        return Requires()
+
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield what only the method knows to be wrong with a run; asked again whenever more of the run is known."""
+        return iter(())
 
     @classmethod
     def param_problems(cls, params: Any) -> list[str]:
@@ -349,7 +524,7 @@ class Method:
     @property
     def reference(self) -> str | None:
         """Folder or hub id of the reference model whose token losses are needed in training, or None."""
-        return None
+        return self.params.reference if isinstance(self.params, ReferenceParams) else None
 
     @property
     def reference_cached(self) -> bool:
@@ -365,14 +540,28 @@ class Method:
         """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
         return self.card.forward_per_target_row, self.card.backward_per_target_row
 
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
+    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None or empty."""
+
     def state_dict(self) -> State:
-        """Everything that a resumed run needs; empty for stateless methods."""
-        return {}
+        """Return the attributes that ``saved`` names."""
+        first = getattr(self, self.saved[0]) if self.saved else None
+        if first is None or (hasattr(first, "__len__") and not len(first)):
+            return {}
+        return {name: saved_form(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            raise ValueError(f"{self.name} keeps no state, but was given {sorted(state)}")
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: The state is not one of this method.
+        """
+        if state and state.keys() != set(self.saved):
+            kept = ", ".join(self.saved) or "no state"
+            raise CheckpointError(f"{self.name} keeps {kept}, but was given {', '.join(sorted(state))}")
+        for name, value in state.items():
+            setattr(self, name, restored(value, getattr(self, name)))
 
 
 class Selector(Method):
@@ -390,7 +579,7 @@ class Selector(Method):
 
 
 class Mixer(Method):
-    """Sets the proportions in which domains are served during an interval, or how much each counts in the loss.
+    """Sets the proportions in which domains are served during an interval.
 
     An online mixer sets ``observes`` and learns from ``observe``, which is called after the backward passes
     of every optimizer step, with the same numbers on every rank. It must not look at anything else.
@@ -399,29 +588,6 @@ class Mixer(Method):
     kind = "mixer"
     observes: ClassVar[bool] = False
     """Whether ``observe`` is to be called."""
-    weighs_loss: ClassVar[bool] = False
-    """Whether ``loss_weights`` gives weights."""
-
-    @property
-    def pure_micro_batches(self) -> bool:
-        """Whether every micro-batch must hold one domain only (bandits that pull one arm at a time)."""
-        return False
-
-    @property
-    def loss_normalizer(self) -> DomainNormalizer:
-        """What ``loss_weights`` are weights of.
-
-        - ``token``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
-        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
-        """
-        return "token"
-
-    def loss_weights(self) -> NDArray[np.float64] | None:
-        """Return the weights of the domains in the loss of the next optimizer step [K] (under ``weighs_loss``).
-
-        Asked after the step's ``mix``, so that the domains are known.
-        """
-        return None
 
     def observe(self, stats: DomainStats) -> None:
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
@@ -436,6 +602,29 @@ class Mixer(Method):
 
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
+        raise NotImplementedError
+
+
+class DomainWeighter(Mixer):
+    """Weighs the domains in the loss and leaves the sampling as it is: ``mix`` always gives the same proportions.
+
+    A configuration names it as its ``mixer``, since it says in which proportions domains are served, and which
+    proportions its weights come to.
+    """
+
+    observes: ClassVar[bool] = True
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """What ``loss_weights`` are weights of.
+
+        - ``weight_sum``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
+        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
+        """
+        return "weight_sum"
+
+    def loss_weights(self) -> Floats:
+        """Return the weights of the domains in the loss of the next optimizer step [K]; asked after its ``mix``."""
         raise NotImplementedError
 
 
@@ -461,11 +650,11 @@ class BatchView:
         num_micro_batches: Micro-batches of this optimizer step.
         sequence_BT: Index into ``_B`` of the sequence of each position [R, T]; None without packing.
         reference_BT: Token losses of the reference model [R, T], 0 where ``mask_BT`` is False; None unless
-            ``Weighter.reference`` names one.
+            ``Requires.reference`` names one.
         entropy_BT: Entropy of each prediction, nats [R, T], 0 where ``mask_BT`` is False; None unless
-            ``Weighter.entropy``.
+            ``Requires.entropy``.
         embeddings_BH: Embedding of each sequence from the training forward [B, H], fp32; None unless
-            ``Weighter.embedding``.
+            ``Requires.embedding``.
         columns: Raw columns that ride along with the rows, by name, each [N] (numpy).
     """
 
@@ -502,11 +691,11 @@ class Weighter(Method):
 
     ``normalizer`` fixes the denominator Z of the step's loss sum(w * loss) / Z:
 
-    - ``token``: weighted token mean. Weights known from the rows alone (``static_weights``) use
+    - ``weight_sum``: weighted token mean. Weights known from the rows alone (``static_weights``) use
       Z = sum of w over the whole optimizer step; weights computed in the micro-batch are rescaled
       there to a token mean of one. Equal weights give the plain loss.
-    - ``count``: Z = number of supervised tokens of the step; weights change the step size.
-    - ``sample``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
+    - ``num_tokens``: Z = number of supervised tokens of the step; weights change the step size.
+    - ``num_sequences``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
       token-mean losses; the step's loss is the mean over its micro-batches. They sum to one unless the
       method's paper has it otherwise.
     """
@@ -519,10 +708,8 @@ class Weighter(Method):
 
     Params: ClassVar[type[Params]] = WeighterParams
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """Which denominator the weights are meant for."""
-        return "token"
+    normalizer: Normalizer = "weight_sum"
+    """Which denominator the weights are meant for."""
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return the steps of plain loss where ``burn_in_steps`` is null or no parameter of the weighter."""
@@ -533,33 +720,24 @@ class Weighter(Method):
         given: int | None = getattr(self.params, "burn_in_steps", None)
         return self.default_burn_in(total_steps) if given is None else given
 
-    def refuse_idle(self, total_steps: int) -> None:
-        """Refuse a run in which the weights never act.
+    def requires(self) -> Requires:
+        """State nothing but the stages that train on the losses of tokens."""
+        return Requires() if self.neutral else Requires(stages=("pt", "sft"))
 
-        Raises:
-            ConfigError: The burn-in takes up the whole run.
-        """
-        steps = self.burn_in(total_steps)
-        if 0 < steps >= total_steps:
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield a burn-in that takes up the whole run, in which the weights would never act."""
+        steps, total = 0 if run.total_steps is None else self.burn_in(run.total_steps), run.total_steps or 0
+        if 0 < steps >= total:
             told = " (its default)" if getattr(self.params, "burn_in_steps", None) is None else ""
-            raise ConfigError(
-                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
-                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
+            yield Problem(
+                "burn_in_steps",
+                f"{steps} steps of plain loss{told} take up the whole run of {total} steps, so the weights would never "
+                f"act; write burn_in_steps: {total // 20}",
             )
 
     def active(self, step: int, total_steps: int) -> bool:
         """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
         return step >= self.burn_in(total_steps)
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How sequences are embedded from the training forward for ``BatchView.embeddings_BH``, or None."""
-        return None
-
-    @property
-    def entropy(self) -> bool:
-        """Whether ``BatchView.entropy_BT`` is needed."""
-        return False
 
     def due(self, step: int) -> bool:
         """Whether ``prepare`` is to be called before optimizer step ``step`` (counted from 0)."""
@@ -591,3 +769,11 @@ class ReferenceParams(Params):
         default=True,
         metadata={"help": "score a row with the reference once, when first served, and keep that; else in every step"},
     )
+
+    def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ValueError("reference: is empty; without a reference model there is no excess loss")
+
+    def stated(self) -> Reference:
+        """Return the reference model as ``Requires.reference``."""
+        return Reference(self.reference, self.reference_cache)

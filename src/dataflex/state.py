@@ -7,6 +7,7 @@ old directory, the new one, or none; never a broken one that looks whole.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -37,7 +38,9 @@ __all__ = [
     "owner",
     "refuse_state",
     "replacing",
+    "restored",
     "save_state",
+    "saved_form",
     "verify_directory",
     "write_directory",
 ]
@@ -138,6 +141,27 @@ def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
         if set(value) == {_ARRAY}:
             return arrays[value[_ARRAY]]
         return {key: _decode(item, arrays) for key, item in value.items()}
+    return value
+
+
+def saved_form(value: Any) -> Any:
+    """Return an attribute as a state holds it: tuples as lists, lists as arrays, objects as their ``state_dict``."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, list):
+        return np.array(value)
+    return value.state_dict() if hasattr(value, "state_dict") else copy.copy(value)
+
+
+def restored(value: Any, like: Any) -> Any:
+    """Return a value of a state as the attribute that it was: of the type and data type of ``like``."""
+    if isinstance(like, np.ndarray):
+        return np.array(value, dtype=like.dtype)
+    if isinstance(like, tuple | list | dict | bool | int | float):
+        return type(like)(value)
+    if hasattr(like, "load_state_dict"):
+        like.load_state_dict(value)
+        return like
     return value
 
 

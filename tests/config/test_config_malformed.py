@@ -188,7 +188,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a weighter beside a loss by domain that can be by token": (
         {"dynamic": {"mixer": {"name": "doremi", "reference": "r", "variant": "paper"}, "weighter": "focal"}},
-        ["place for the focal weighter; set its 'normalizer: token', or use one of the two methods"],
+        ["place for the focal weighter; set its 'normalizer: weight_sum', or use one of the two methods"],
     ),
     "target missing": (
         {"dynamic": {"selector": "tacs", "interval_steps": 5}},

@@ -20,13 +20,12 @@ from dataflex import Card, Mix, Mixer
 HERE = Path(__file__).parent
 
 
-class Watch(Mixer):
+class Watch({base}):
     name = "watch"
     card = Card(summary="Writes down what it observes.", paper="baseline", cost="none")
     adaptive = True
     observes = True
     pure = {pure}
-    weighs_loss = {weighs}
     steps = 0
 
     @property
@@ -54,10 +53,10 @@ class Watch(Mixer):
 """
 
 
-def watch(tmp_path, name, pure=False, weighs=False):
+def watch(tmp_path, name, pure=False, base="Mixer"):
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "watch.py").write_text(PLUGIN.format(pure=pure, weighs=weighs))
+    (folder / "watch.py").write_text(PLUGIN.format(pure=pure, base=base))
     return folder
 
 
@@ -108,7 +107,7 @@ def test_domain_pure_micro_batches(run, tmp_path):
 
 def test_domain_weights_act_in_the_loss(run, tmp_path):
     """All weight on the second domain: the first one's rows leave no trace (T0b)."""
-    folder = watch(tmp_path, "d", weighs=True)
+    folder = watch(tmp_path, "d", base="DomainWeighter")
     ours = run("weighed", **settings(folder), gradient_accumulation_steps=2)
     for entry, logged in zip(seen(folder), ours.log, strict=True):
         assert entry["loss_sum"][1] / entry["tokens"][1] == pytest.approx(logged["loss"], rel=1e-4)

@@ -44,7 +44,7 @@ def test_all_in_file_order_is_stock(run, accumulation, dropout):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("normalizer", ["token", "count"])
+@pytest.mark.parametrize("normalizer", ["weight_sum", "num_tokens"])
 def test_unit_weights_are_stock(run, accumulation, normalizer):
     settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2.0}
     stock = run("stock", **settings)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
-from dataflex.selectors.rho_loss import RhoLoss, excess_losses
+from dataflex.selectors.losses import RhoLoss, excess_losses
 from dataflex.selectors.s2l import S2l, filled
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 

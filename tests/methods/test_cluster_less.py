@@ -7,7 +7,7 @@ import pytest
 
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
-from dataflex.select.aggregates import Aggregate
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.cluster_less import ClusterLess, cluster_means, representatives
 from dataflex.selectors.less import Less
 from dataflex.testing import FakeSignals, example_context

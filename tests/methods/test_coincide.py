@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
-from dataflex.selectors.coincide import Coincide, cluster_quotas, shares, transferability
-from dataflex.selectors.mmd import density, gaussian_kernel, greedy_mmd
+from dataflex.selectors.coincide import (
+    Coincide,
+    cluster_quotas,
+    density,
+    gaussian_kernel,
+    greedy_mmd,
+    shares,
+    transferability,
+)
 from dataflex.testing import FakeSignals, example_context
 
 

@@ -85,7 +85,7 @@ def test_weights_are_corrected_for_the_sampling():
     method = doremi(sampling=(3.0, 1.0))
     assert method.mix(example_context({"a": 6, "b": 2})).proportions.tolist() == [0.75, 0.25]
     np.testing.assert_allclose(method.loss_weights(), [0.5, 0.5], atol=1e-15)  # alpha is (3/4, 1/4)
-    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="token")
+    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="weight_sum")
     by_token.mix(example_context({"a": 6, "b": 2}))
     np.testing.assert_allclose(by_token.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
     by_domain = doremi(sampling=(3.0, 1.0), variant="paper")
@@ -109,10 +109,10 @@ def test_where_the_weights_start(variant, first):
 @pytest.mark.parametrize(
     ("params", "want"),
     [
-        ({}, "token"),
+        ({}, "weight_sum"),
         ({"variant": "paper"}, "domain"),
         ({"variant": "levanter"}, "domain"),
-        ({"variant": "paper", "normalizer": "token"}, "token"),
+        ({"variant": "paper", "normalizer": "weight_sum"}, "weight_sum"),
         ({"normalizer": "domain"}, "domain"),
     ],
 )

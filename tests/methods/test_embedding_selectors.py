@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.choose import round_robin
 from dataflex.select.rules import Rule
-from dataflex.selectors.near import Near
-from dataflex.selectors.rds_plus import RdsPlus
+from dataflex.selectors.nearest import Near, RdsPlus
 from dataflex.selectors.tsds import Tsds
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows

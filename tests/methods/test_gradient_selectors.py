@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.select.aggregates import Aggregate
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.difficulty import El2n, GradNorm
 from dataflex.selectors.less import Less, lr_weighted
 from dataflex.testing import FakeSignals, example_context

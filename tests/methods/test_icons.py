@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError, DataError
-from dataflex.select.aggregates import count_votes, percentile_ranks
+from dataflex.select.scoring import count_votes, percentile_ranks
 from dataflex.selectors.icons import Icons
 from dataflex.testing import FakeSignals, example_context
 

@@ -11,7 +11,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import Grades, RewardError, graded
-from dataflex.select.aggregates import Aggregate
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
 from dataflex.signals.specs import Generation
 from dataflex.testing import FakeSignals, example_context
@@ -159,7 +159,7 @@ def test_equal_rewards_are_exactly_nothing():
 
 def test_token_means_divide_by_the_answers_length():
     method = nice(Table(REWARDS), token_reduction="mean", samples=2)
-    from dataflex.selectors.answered import Answered
+    from dataflex.selectors.nice import Answered
 
     found = Answered(prompts=([1],), answers=(((7, 8, 9, 2), (7, 2)),), rewards=(np.array([1.0, 0.0]),))
     assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]

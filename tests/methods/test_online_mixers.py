@@ -19,6 +19,7 @@ from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, v
 from dataflex.mixers.odm import Odm, exploration, policy
 from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
 from dataflex.plan.proportions import exponentiated, logs, softmax
+from dataflex.signals.specs import GradientSpec
 from dataflex.testing import FakeSignals, example_context, example_stats
 
 TWO = {"a": 8, "b": 8}
@@ -154,9 +155,9 @@ def test_a_floor_that_leaves_nothing_is_refused():
 
 
 def test_only_the_bandits_want_pure_micro_batches():
-    assert not odm().pure_micro_batches
-    assert odm(variant="paper").pure_micro_batches
-    assert odm(variant="official").pure_micro_batches
+    assert not odm().requires().pure_micro_batches
+    assert odm(variant="paper").requires().pure_micro_batches
+    assert odm(variant="official").requires().pure_micro_batches
 
 
 def test_odm_of_other_domains_is_refused():
@@ -316,7 +317,7 @@ def test_domain_gradients_against_explicit_means():
     vectors = gradients()
     signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
-    found = domain_gradients(ctx, rows_per_domain=8)
+    found = domain_gradients(ctx, GradientSpec(precondition="none", normalize=False), rows_per_domain=8)
     means = np.stack([vectors[:8].mean(axis=0), vectors[8:].mean(axis=0)])
     assert np.allclose(found.products, means @ means.T, rtol=1e-5)
     assert np.allclose(found.targets[:, 0], means @ np.arange(5.0), rtol=1e-5)
@@ -330,9 +331,8 @@ def test_squared_norms_are_unbiased():
     truth, estimates = np.full(5, 0.3), []
     for seed in range(400):
         vectors = np.random.default_rng(seed).normal(size=(16, 5)) + truth
-        found = domain_gradients(
-            example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=()), rows_per_domain=8
-        )
+        ctx = example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=())
+        found = domain_gradients(ctx, GradientSpec(precondition="none", normalize=False), rows_per_domain=8)
         estimates.append(found.products.diagonal() - found.variance / found.rows)
     assert np.mean(estimates) == pytest.approx(float(truth @ truth), abs=0.06)
 

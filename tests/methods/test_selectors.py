@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.selectors.all_rows import AllRows
-from dataflex.selectors.loss import LossSelector, focused, log_weights
-from dataflex.selectors.random_rows import RandomRows
-from dataflex.selectors.tacs import Tacs, relative_gain
+from dataflex.selectors.baselines import AllRows, RandomRows
+from dataflex.selectors.losses import LossSelector, Tacs, focused, log_weights, relative_gain
 from dataflex.testing import (
     FakeSignals,
     example_context,

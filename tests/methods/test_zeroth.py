@@ -10,7 +10,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
 from dataflex.rng import rademacher
-from dataflex.select.aggregates import Aggregate
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.zeroth import Zeroth, central_difference
 from dataflex.testing import FakeSignals, example_context
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.select import transport
-from dataflex.select.transport import epanechnikov, tsds_probabilities
+from dataflex.select import tsds
+from dataflex.select.tsds import epanechnikov, tsds_probabilities
 
 
 def one_query(distances, densities=None, **options):
@@ -115,7 +115,7 @@ def test_knn_uniform_in_general():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 30])
 def test_density_is_the_kernel_over_the_nearest(k, monkeypatch):
-    monkeypatch.setattr(transport, "_CELLS", 50)
+    monkeypatch.setattr(tsds, "_CELLS", 50)
     vectors = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
     vectors[7] = vectors[21]
     away = np.linalg.norm(vectors[:, None].astype(float) - vectors[None], axis=2)

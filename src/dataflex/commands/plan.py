@@ -18,7 +18,7 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.method import Card, Method, Weighter
+from dataflex.method import Method, Weighter
 from dataflex.plan.schedule import pilot_rows, wanted_rows
 from dataflex.printable import redacted
 from dataflex.record.text import rows_of
@@ -193,7 +193,7 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     for method in view.dynamic.methods:
         parts = (_pool, _once, _targets, _served, _reference)
         told = [cost for part in parts if (cost := part(method, view)) is not None]
-        found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cls.card.cost, forward=0.0)]
+        found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
     return found
 
 
@@ -291,18 +291,17 @@ def _shares_gradients(view: Forecast) -> bool:
     assert selector is not None
     params, spec = selector.params, GradientSpec()
     alike = all(getattr(params, name, None) == getattr(spec, name) for name in ("parameters", "last_blocks", "bf16"))
-    return selector.name in ("less", "icons") and alike and selector.build().target_passes == (2.0, 2.0)
+    return selector.name in ("less", "icons") and alike and selector.requires.passes.targets == (2.0, 2.0)
 
 
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the pool in every interval, if there are any."""
-    forward, backward = method.build().pool_passes(len(method.targets))
+    forward, backward = method.requires.passes.over_pool(len(method.targets))
     if not forward and not backward:
         return None
-    card = method.cls.card
     if view.rows is None or view.schedule is None:
         return Cost(
-            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({card.cost})", forward=None
+            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({method.cost})", forward=None
         )
     pool, decisions = view.pool, view.num_decisions
     each = view.rows if pool is None else pool.left
@@ -312,13 +311,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
         told = told if rows == decisions * each else f"{rows:,} candidates in {decisions:,} intervals"
     most = "at most " if view.dynamic.exclude_seen else ""
-    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {card.cost})"
+    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {method.cost})"
     return Cost(text=text, forward=rows * forward, backward=rows * backward)
 
 
 def _once(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes of models that stay as they are over every row that is ever in the pool."""
-    each, pool = method.cls.card.forward_once_per_pool_row, view.pool
+    each, pool = method.requires.passes.pool_once, view.pool
     if not each:
         return None
     if pool is None or view.steps is None:
@@ -334,7 +333,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
-    forward, backward = method.build().target_passes
+    forward, backward = method.requires.passes.targets
     rows = _target_rows(view, method.targets)
     if rows is None or view.steps is None or not (forward or backward) or not rows:
         return None
@@ -345,7 +344,7 @@ def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
 
 
 def _leaves_targets_out(method: MethodConfig) -> bool:
-    return bool(method.targets) and method.build().target_passes == (0.0, 0.0) and method.cls.needs.signals != _TEXTS
+    return bool(method.targets) and method.requires.passes.targets == (0.0, 0.0) and method.requires.signals != _TEXTS
 
 
 _TEXTS = frozenset({"texts"})
@@ -358,26 +357,25 @@ def _target_rows(view: Forecast, names: Iterable[str]) -> int | None:
 
 def _served(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the rows trained on beside those of the training itself, if there are any."""
-    card: Card = method.cls.card
-    forward, backward = card.forward_per_served_row, card.backward_per_served_row
+    forward, backward = method.requires.passes.served
     if not forward and not backward:
         return None
     if view.steps is None:
-        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({card.cost})", forward=None)
+        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({method.cost})", forward=None)
     rows = _acting(method.build(), view)
-    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {card.cost})"
+    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {method.cost})"
     return Cost(text=text, forward=rows * forward, backward=rows * backward)
 
 
 def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes of a reference model over the rows trained on, each once if they are kept."""
-    built = method.build()
-    if built.reference is None:
+    reference, built = method.requires.reference, method.build()
+    if reference is None:
         return None
-    if view.steps is None or (built.reference_cached and view.rows is None):
-        return Cost(text=built.card.cost, forward=None)
+    if view.steps is None or (reference.cached and view.rows is None):
+        return Cost(text=method.cost, forward=None)
     served = _acting(built, view)
-    if not built.reference_cached:
+    if not reference.cached:
         return Cost(text=f"{served:,} F of the reference, in every step", forward=served)
     assert view.rows is not None
     if view.serves_all_again:
@@ -396,7 +394,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     if dynamic.mixer is None:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
-    if view.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences" or begins_late:
+    if view.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences" or begins_late:
         return most, "at most "
     try:
         each = view.served()

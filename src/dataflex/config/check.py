@@ -5,38 +5,32 @@ The checks never stop at the first problem: a user mends a configuration once.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
 from dataflex.config.check_data import (
     by_domain_problems,
-    by_target_problems,
     column_problems,
     data_set_problems,
     domain_problems,
     target_problems,
 )
-from dataflex.config.convert import shown
 from dataflex.config.data import Source
-from dataflex.config.needs import moment_problems, parameters
+from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import did_you_mean
-from dataflex.method import STAGES, Mixer, Params, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 
 __all__ = [
     "found_problems",
     "key_of_problem",
     "model_problems",
-    "other_model_problems",
     "output_problems",
-    "reference_problems",
     "setting_problems",
     "stage_problems",
     "told_once",
@@ -81,27 +75,7 @@ def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str
             f"decide about; use one of {', '.join(STAGES)}"
         )
         return
-    if dynamic.signals.screen_by == "pilot" and stage not in ("pt", "sft"):
-        yield (
-            f"dynamic.signals.screen_by: a pilot looks at gradients, which there are none of under stage {stage}; "
-            "use embeddings, or stage pt or sft"
-        )
-    partitioned = _partitioned(lf)
-    for method in dynamic.methods:
-        cls = method.cls
-        where = f"dynamic.{method.kind}: "
-        if _weighs(cls) and stage not in ("pt", "sft"):
-            yield (
-                f"{where}reweighting needs per-token losses of a causal LM, and stage {stage} trains on a loss of "
-                "its own; remove the weighter, or train with stage pt or sft"
-            )
-        elif stage not in cls.needs.stages:
-            yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(cls.needs.stages)})"
-        if partitioned and not cls.needs.zero3:
-            yield (
-                f"{where}{method.name} does not work with partitioned parameters ({partitioned}); "
-                "use DeepSpeed ZeRO-2 or less, or plain data parallelism"
-            )
+    yield from unmet(dynamic, RunFacts(stage=stage, partitioned=_partitioned(lf)))
 
 
 def _weighs(cls: type[Any]) -> bool:
@@ -130,7 +104,7 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         if lf.on(key):
             yield f"{key}: {reason}"
     yield from _streaming_problems(dynamic, lf)
-    yield from moment_problems(dynamic, lf)
+    yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     order = lf.train_sampling_strategy
@@ -182,7 +156,11 @@ def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and _weighs(weighter.cls):
         return weighter
-    if mixer is not None and issubclass(mixer.cls, Mixer) and (mixer.cls.observes or mixer.cls.weighs_loss):
+    if (
+        mixer is not None
+        and issubclass(mixer.cls, Mixer)
+        and (mixer.cls.observes or issubclass(mixer.cls, DomainWeighter))
+    ):
         return mixer
     return None
 
@@ -207,20 +185,6 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
     deepspeed = lf.deepspeed
     if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
         yield f"deepspeed: no such file: {deepspeed}"
-
-
-def reference_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the reference models that are not there: without one, such a method is another method."""
-    for method in dynamic.methods:
-        folder = method.build().reference
-        if folder is None:
-            continue
-        key, path = f"dynamic.{method.kind}.reference", Path(folder).expanduser()
-        if not path.is_dir():
-            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-            yield f"{key}: no such folder: {folder}{near} (the reference model is trained before this run)"
-        elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
 
 
 def output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
@@ -253,73 +217,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DESCRIPTIONS = ("config.json", "adapter_config.json", "modules.json")
-
-
-def other_model_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield the models named in parameters marked ``model`` that are neither a folder nor, perhaps, on a hub.
-
-    So are encoders of sentence-transformers where that package is not installed.
-    """
-    for method in dynamic.methods:
-        for path, _, params in parameters(method):
-            yield from _in_params(params, path)
-
-
-def _in_params(params: Params, path: str) -> Iterator[str]:
-    for field in fields(type(params)):
-        value = getattr(params, field.name)
-        if field.metadata.get("pattern") and isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                yield f"{path}.{field.name}: {shown(value)} is not a regular expression: {error}"
-        if not field.metadata.get("model"):
-            continue
-        names = value if isinstance(value, tuple) else () if value is None else (value,)
-        for i, name in enumerate(names):
-            place = f"[{i}]" if isinstance(value, tuple) else ""
-            problem = _problem(str(name)) or (_package_problem(str(name)) if field.name == "encoder" else "")
-            if problem:
-                yield f"{path}.{field.name}{place}: {problem}"
-
-
-def _problem(name: str) -> str:
-    if not name.strip():
-        return "is empty; give a model's folder or its name on a hub"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if any((folder / file).is_file() for file in _DESCRIPTIONS):
-            return ""
-        return f"{name} holds no model (none of {', '.join(_DESCRIPTIONS)})"
-    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    near = did_you_mean(folder.name, beside)
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        return f"no such folder: {name}{near}"
-    if (env_enabled("HF_HUB_OFFLINE") or env_enabled("TRANSFORMERS_OFFLINE")) and not _cached(name):
-        return f"no such folder: {name}{near}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
-    return ""
-
-
-def _package_problem(name: str) -> str:
-    if not (Path(name).expanduser() / "modules.json").is_file():
-        return ""
-    if importlib.util.find_spec("sentence_transformers") is not None:
-        return ""
-    return (
-        f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
-        "pip install 'dataflex[encoders]'"
-    )
-
-
-def _cached(name: str) -> bool:
-    """Return whether a hub's model was downloaded before."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    return (cache / f"models--{name.replace('/', '--')}").is_dir()
-
-
 def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir: Path) -> list[str]:
     """Return all that is wrong with a configuration, its data and its surroundings, one line each.
 
@@ -341,12 +238,10 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         *of_stage,
         *setting_problems(dynamic, lf),
         *model_problems(lf),
-        *reference_problems(dynamic),
-        *other_model_problems(dynamic),
+        *unmet(dynamic, RunFacts(), models=True),
         *output_problems(lf),
         *data_set_problems(staged, base_dir, sources),
         *target_problems(dynamic, staged, base_dir),
-        *by_target_problems(dynamic),
         *column_problems(dynamic, lf, sources),
         *by_domain_problems(dynamic, lf),
         *domain_problems(dynamic, lf, sources),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.convert import shown
@@ -20,17 +18,16 @@ from dataflex.config.data import (
     train_rows,
 )
 from dataflex.config.forecast import Forecast, forecast
-from dataflex.config.needs import parameters, too_few_domains
+from dataflex.config.needs import too_few_domains, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
-from dataflex.method import Mixer, Selector, Weighter
+from dataflex.method import Mixer, RunFacts
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import floors_by_domain
 from dataflex.plan.schedule import Interval
 
 __all__ = [
     "by_domain_problems",
-    "by_target_problems",
     "column_problems",
     "data_set_problems",
     "domain_problems",
@@ -139,7 +136,8 @@ def domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[
     names = [source.name for source in sources]
     if names and dynamic.domains_are_sources:
         copied = len(names) > 1 and bool(lf.tokenized_path)
-        lacking = too_few_domains(dynamic, 1 if copied else len(names), copied=copied)
+        found = 1 if copied else len(names)
+        lacking = [line for each in dynamic.methods for line in too_few_domains(dynamic, each, found, copied=copied)]
         yield from lacking
         if lacking:
             return
@@ -156,7 +154,7 @@ def domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[
     if dynamic.mixer is not None and dynamic.domains_are_sources:
         yield from _mixture_problems(dynamic, view, names)
     yield from _too_few_rows(dynamic, view)
-    yield from _idle_weighter(dynamic, view)
+    yield from unmet(dynamic, RunFacts(total_steps=view.steps, num_rows=view.rows))
 
 
 def _unread_file(mixer: MethodConfig) -> Iterator[str]:
@@ -211,19 +209,9 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
         return  # it looks at the model: what it will say is not known yet
 
 
-def _narrowing(dynamic: DynamicConfig) -> MethodConfig | None:
-    """Return the selector if it leaves rows out."""
-    selector = dynamic.selector
-    if selector is None:
-        return None
-    cls = selector.cls
-    assert issubclass(cls, Selector)
-    return selector if cls.selects_subset else None
-
-
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    selector, first = _narrowing(dynamic), view.first_decision
-    if selector is None or dynamic.mixer is not None or view.rows is None or first is None:
+    selector, first = dynamic.selector, view.first_decision
+    if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
         return
     if dynamic.candidate_batches is not None:
         looked_at = dynamic.candidate_batches * first.steps * view.batch.size
@@ -253,7 +241,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
     """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
     first, domains = view.first_decision, view.domains
-    if _narrowing(dynamic) is None or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
+    if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
     pool = view.pool
     kept = max(1, round((dynamic.keep_ratio or 1.0) * (len(domains.domain_of) if pool is None else pool.left)))
@@ -270,44 +258,8 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
                 )
 
 
-def _idle_weighter(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    """Ask the weighter whether it would ever act."""
-    if dynamic.weighter is None or view.steps is None:
-        return
-    weighter = dynamic.weighter.build()
-    assert isinstance(weighter, Weighter)
-    try:
-        weighter.refuse_idle(view.steps)
-    except ConfigError as error:
-        yield from error.problems
-
-
-def by_target_problems(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield what is wrong with the parameters marked ``by_target``, mappings of target names to numbers."""
-    for method in dynamic.methods:
-        for path, name, params in parameters(method):
-            alone = params is not method.params and method.kind == "selector"
-            for field in fields(type(params)):
-                value = getattr(params, field.name)
-                if not field.metadata.get("by_target") or not isinstance(value, Mapping):
-                    continue
-                if alone:
-                    yield f"{path}.{field.name}: {name} is asked about one target at a time here; remove the key"
-                else:
-                    yield from _misnamed(value, method.targets, f"{path}.{field.name}")
-
-
 def _data_sets(method: MethodConfig) -> list[str]:
     return [name for target in method.targets for name in target_data_sets(target)]
-
-
-def _misnamed(value: Mapping[str, Any], targets: tuple[str, ...], path: str) -> Iterator[str]:
-    for name in value:
-        if name not in targets:
-            yield f"{path}.{name}: no such target{did_you_mean(str(name), targets)} (targets: {', '.join(targets)})"
-    missing = [name for name in targets if name not in value]
-    if missing:
-        yield f"{path}: {', '.join(missing)} missing; name every target"
 
 
 def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
 from dataflex.config.data import Source, count_rows, train_rows
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import UnsupportedError
-from dataflex.method import Context, Mixer, Selector, Signals
+from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
 from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
@@ -152,11 +152,7 @@ class Forecast:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        if self.dynamic.selector is None:
-            return False
-        kind = self.dynamic.selector.cls
-        assert issubclass(kind, Selector)
-        return kind.selects_subset
+        return self.dynamic.narrows
 
     @property
     def pool(self) -> Pool | None:
@@ -254,7 +250,7 @@ class Forecast:
             yield self.warmup_steps, self.warmup_shares(domains, mixer)
         if first is None:
             return
-        if not mixer.adaptive:
+        if not dynamic.mixer.requires.needs_interval:
             yield schedule.total_steps - self.warmup_steps, self.mixed(mixer, first)
             return
         if self.num_decisions > _MOST_DECISIONS:
@@ -304,7 +300,7 @@ class Forecast:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.size > self.rows
-        if self.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences":
+        if self.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences":
             return False
         try:
             return bool((self.served() > self.domains.num_rows).all())

@@ -8,7 +8,6 @@ from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.check_data import targets_in_training
-from dataflex.config.idle import narrowing
 from dataflex.config.schema import DynamicConfig
 
 __all__ = ["notes"]
@@ -37,7 +36,7 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
                 yield f"accelerator_config.{key}: no effect beside 'dynamic', which deals out the rows itself"
     if "buffer_size" in lf and lf.streaming:
         yield "buffer_size: no effect beside 'dynamic': streamed rows are read at any place, so all can be shuffled"
-    if lf.dataloader_drop_last and (dynamic.mixer is not None or narrowing(dynamic)):
+    if lf.dataloader_drop_last and (dynamic.mixer is not None or dynamic.narrows):
         yield "dataloader_drop_last: no effect here: every step is full"
 
 
@@ -63,13 +62,17 @@ def _of_the_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -
 
 def _of_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
-    if dynamic.interval_steps is not None and not narrowing(dynamic) and not (mixer is not None and mixer.cls.adaptive):
+    if (
+        dynamic.interval_steps is not None
+        and not dynamic.narrows
+        and not (mixer is not None and mixer.requires.needs_interval)
+    ):
         what = "a weighter alone" if mixer is None and dynamic.selector is None else "methods that decide once for all"
         yield f"dynamic.interval_steps: no effect with {what}"
-    if dynamic.warmup_steps and not narrowing(dynamic) and mixer is not None and not mixer.cls.adaptive:
+    if dynamic.warmup_steps and not dynamic.narrows and mixer is not None and not mixer.requires.needs_interval:
         if dynamic.initial_proportions is None:
             yield f"dynamic.warmup_steps: no effect, since the {mixer.name} mixer has the same proportions throughout"
-    asks = dynamic.needs.signals - {"texts"} or signals.screen_fraction < 1.0
+    asks = dynamic.requires.signals - {"texts"} or signals.screen_fraction < 1.0
     for key, given in (("max_age_steps", signals.max_age_steps > 0), ("store", signals.store is not None)):
         if given and not asks:
             yield f"dynamic.signals.{key}: no effect, since no method says that it asks the model about rows"

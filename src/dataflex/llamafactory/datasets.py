@@ -28,11 +28,12 @@ from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.needs import too_few_domains
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.llamafactory.loading import Loader, RawRows, column, raw_columns, split_rows
 from dataflex.llamafactory.streaming import joined, tokenized_when_served
+from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.record.clock import PhaseClock
 from dataflex.rng import stream
@@ -361,7 +362,7 @@ class DataLoading:
             _check_labels(raw, domains, found[domains])
         for config in self._config.methods:
             method = config.build()
-            for name in method.columns():
+            for name in config.requires.columns:
                 raw.check(f"dynamic.{config.kind}", name, found[name], method.refused_values(name, found[name]))
 
     def _load_each(
@@ -467,7 +468,7 @@ class DataLoading:
             domains = Domains(
                 names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row
             )
-        lacking = too_few_domains(self._config, len(domains.names))
+        lacking = list(unmet(self._config, RunFacts(num_domains=len(domains.names))))
         if lacking:
             raise DataError("\n".join(lacking))
         return domains

@@ -30,9 +30,10 @@ from transformers import TrainerCallback
 
 from dataflex import checkpoints, comm
 from dataflex.checkpoints import FOLDER
+from dataflex.config.needs import unmet
 from dataflex.ending import Terminated, TermWish, heed_parent_only
-from dataflex.errors import ComponentError
-from dataflex.method import Rows, State
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import DomainWeighter, Rows, RunFacts, State
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER
@@ -323,7 +324,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         setup, mixer = self.dataflex_setup, self._dataflex_methods["mixer"]
         if weighter is not None and weighter.neutral:
             weighter = None
-        if mixer is not None and not (mixer.observes or mixer.weighs_loss):
+        if mixer is not None and not (mixer.observes or isinstance(mixer, DomainWeighter)):
             mixer = None
         if weighter is None and mixer is None:
             return None
@@ -362,9 +363,11 @@ class TrainerMixin(SavingMixin, _Trainer):
         values = super().set_initial_training_values(args, dataloader)
         max_steps = int(values[-1])
         setup = self.dataflex_setup
+        lacking = list(unmet(setup.config, RunFacts(total_steps=max_steps)))
+        if lacking:
+            raise ConfigError(lacking)
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
-            reweighter.weighter.refuse_idle(max_steps)
             reweighter.check_known(setup.rows.all_rows())
         self._dataflex_session = Session.begin(
             setup,

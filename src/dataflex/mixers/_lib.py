@@ -1,4 +1,4 @@
-"""What mixers share: sizes and held-out losses of domains, checks of a saved state, exponentiated proportions."""
+"""What mixers share: domains, their sizes and held-out losses, proportions moved by exponentiated scores."""
 
 from __future__ import annotations
 
@@ -7,48 +7,32 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.method import Context, Mix, Mixer, State
+from dataflex.method import Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
-from dataflex.plan.proportions import Written, by_domain, check_numbers, logs, normalized, shares, softmax
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
 
 __all__ = [
     "ExponentiatedMixer",
     "InitialParams",
+    "LearningMixer",
     "check_targets",
+    "equal",
+    "eta_field",
     "held_out_losses",
-    "require",
-    "same_domains",
     "sizes",
+    "smoothing_field",
 ]
 
 
-def require(name: str, state: State, *keys: str) -> None:
-    """Make sure that a saved state has ``keys``.
-
-    Raises:
-        CheckpointError: Some are missing.
-    """
-    missing = sorted(set(keys) - state.keys())
-    if missing:
-        raise CheckpointError(f"{name}: the saved state lacks {', '.join(missing)}")
+def equal(num_domains: int) -> Floats:
+    """Return 1 / K for each of K domains."""
+    return np.full(num_domains, 1.0 / num_domains)
 
 
-def same_domains(name: str, saved: Sequence[str], found: Sequence[str]) -> None:
-    """Make sure that a state is of the run's domains, in their order.
-
-    Raises:
-        CheckpointError: It was saved for others.
-    """
-    if tuple(saved) != tuple(found):
-        raise CheckpointError(
-            f"{name}: the saved weights are of the domains {', '.join(saved)}, and the run has {', '.join(found)}"
-        )
-
-
-def sizes(ctx: Context, method: str) -> NDArray[np.float64]:
+def sizes(ctx: Context, method: str) -> Floats:
     """Return the size of each domain in ``ctx.unit``, float64 [K], at least one of them above 0.
 
     Raises:
@@ -58,86 +42,6 @@ def sizes(ctx: Context, method: str) -> NDArray[np.float64]:
     if not sizes_K.any():
         raise DataError(f"{method}: none of the domains {', '.join(ctx.domains.names)} has any {ctx.unit}")
     return sizes_K
-
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialParams(BaseParams):
-    """Parameters that every mixer of the family has."""
-
-    initial: tuple[float, ...] | dict[str, float] | str = field(
-        default="size",
-        metadata={
-            "help": "proportions at first: size, uniform, or numbers as a list or by name",
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.initial, str):
-            if self.initial not in ("size", "uniform"):
-                raise ValueError(f"initial: {self.initial!r} is neither 'size' nor 'uniform' nor numbers by domain")
-        else:
-            check_numbers(self.initial, "initial")
-
-
-class ExponentiatedMixer(Mixer):
-    """Keeps log proportions; ``params`` has ``initial``."""
-
-    adaptive: ClassVar[bool] = True
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.names: tuple[str, ...] = ()
-        self.log_shares: Floats = np.zeros(0)
-        self.updates = 0
-
-    def mix(self, ctx: Context) -> Mix:
-        """Return the proportions after one more update; as they are during warm-up."""
-        self._meet(ctx)
-        told = ""
-        if ctx.interval.kind != "warmup":
-            self.log_shares, told = self._moved(ctx)
-            self.updates += 1
-        proportions = normalized(softmax(self.log_shares))
-        reason = shares(self.names, proportions)
-        return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
-
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the next log proportions [K] and a word on why."""
-        raise NotImplementedError
-
-    def _meet(self, ctx: Context) -> None:
-        names = ctx.domains.names
-        if self.names:
-            same_domains(self.name, self.names, names)
-            return
-        self.names = names
-        self.log_shares = logs(self._initial(ctx, self.params.initial))
-
-    def _initial(self, ctx: Context, written: Written | str) -> Floats:
-        if written == "size":
-            return normalized(sizes(ctx, self.name))
-        if written == "uniform":
-            return np.full(len(ctx.domains.names), 1.0 / len(ctx.domains.names))
-        assert not isinstance(written, str)
-        return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")
-
-    def state_dict(self) -> State:
-        """Everything that the next proportions depend on; empty before the first decision."""
-        if not self.names:
-            return {}
-        return {"names": list(self.names), "log_shares": self.log_shares, "updates": self.updates}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "log_shares", "updates")
-        self.names = tuple(state["names"])
-        self.log_shares = np.array(state["log_shares"], dtype=np.float64)
-        self.updates = int(state["updates"])
 
 
 def check_targets(ctx: Context, method: str) -> None:
@@ -154,7 +58,7 @@ def check_targets(ctx: Context, method: str) -> None:
         )
 
 
-def held_out_losses(ctx: Context) -> NDArray[np.float64]:
+def held_out_losses(ctx: Context) -> Floats:
     """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
 
     Raises:
@@ -170,3 +74,103 @@ def held_out_losses(ctx: Context) -> NDArray[np.float64]:
             raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
         losses.append(float(np.average(means[known], weights=tokens[known])))
     return np.array(losses)
+
+
+def eta_field(default: float, what: str = "proportions") -> Any:
+    """Return the parameter ``eta`` of an exponentiated update."""
+    return field(default=default, metadata={"help": f"step size of the {what}", "above": 0.0})
+
+
+def smoothing_field(default: float, when: str = "proportions mixed in each time") -> Any:
+    """Return the parameter ``smoothing`` of an exponentiated update."""
+    return field(default=default, metadata={"help": f"share of equal {when}", "minimum": 0.0, "maximum": 1.0})
+
+
+class LearningMixer(Mixer):
+    """Keeps what it learned of the run's domains."""
+
+    saved: ClassVar[tuple[str, ...]] = ("names",)
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.names: tuple[str, ...] = ()
+        """Domains that it learned of; empty before the first decision."""
+
+    def meet(self, names: Sequence[str]) -> bool:
+        """Note the domains of the run and return whether they are new: nothing is known of them yet.
+
+        Raises:
+            CheckpointError: What was saved is of other domains, or of another order of them.
+        """
+        new = not self.names
+        if not new and self.names != tuple(names):
+            raise CheckpointError(
+                f"{self.name}: the saved weights are of the domains {', '.join(self.names)}, and the run has "
+                f"{', '.join(names)}"
+            )
+        self.names = tuple(names)
+        return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialParams(BaseParams):
+    """Parameters that every mixer of exponentiated scores has."""
+
+    initial: tuple[float, ...] | dict[str, float] | str = field(
+        default="size", metadata={"help": "proportions at first: size, uniform, or numbers as a list or by name"}
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.initial, str):
+            check_numbers(self.initial, "initial")
+        elif self.initial not in ("size", "uniform"):
+            raise ValueError(f"initial: {self.initial!r} is neither 'size' nor 'uniform' nor numbers by domain")
+
+
+class ExponentiatedMixer(LearningMixer):
+    """Moves proportions once per interval: p <- (1 - c) softmax(log p + eta s) + c / K; a subclass makes the scores s.
+
+    ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.log_shares: Floats = np.zeros(0)
+        self.updates = 0
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the proportions after one more update; as they are during warm-up."""
+        if self.meet(ctx.domains.names):
+            self.log_shares = logs(self._initial(ctx))
+        told = ""
+        if ctx.interval.kind != "warmup":
+            scores, told = self._scores(ctx)
+            self.log_shares = exponentiated(
+                self.log_shares, scores, eta=self._eta, smoothing=getattr(self.params, "smoothing", 0.0)
+            )
+            self.updates += 1
+        proportions = normalized(softmax(self.log_shares))
+        reason = shares(self.names, proportions)
+        return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
+
+    @property
+    def _eta(self) -> float:
+        return float(getattr(self.params, "eta", 1.0))
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        """Return the scores s [K] and a word on why."""
+        raise NotImplementedError
+
+    def _told(self, values: Floats, what: str) -> str:
+        worst = int(np.argmax(values))
+        return f"largest {what} {values[worst]:.3g} ({self.names[worst]})"
+
+    def _initial(self, ctx: Context) -> Floats:
+        written = self.params.initial
+        if written == "size":
+            return normalized(sizes(ctx, self.name))
+        if written == "uniform":
+            return equal(len(ctx.domains.names))
+        return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")

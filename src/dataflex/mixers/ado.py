@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import product
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Requires
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import require, same_domains, sizes
+from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats
 from dataflex.plan.proportions import normalized, shares
 
@@ -32,8 +32,7 @@ _REFINED = 8
 """How many of the grid's best points are followed down; the authors follow all 512 to the same optimum."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PowerLaw:
+class PowerLaw(NamedTuple):
     """L(n) = exp(e) + exp(a) n^-alpha, nats per token over n samples."""
 
     e: float
@@ -104,8 +103,7 @@ def fit_power_law(
             best = (float(found.fun), np.asarray(found.x))
     if best is None:
         return None
-    e, a, alpha = (float(value) for value in best[1])
-    return PowerLaw(e=e, a=a, alpha=alpha)
+    return PowerLaw(*(float(value) for value in best[1]))
 
 
 def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, floor: float) -> Floats:
@@ -115,13 +113,12 @@ def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, f
     return normalized(np.maximum(share, floor))
 
 
-class Ado(Mixer):
+class Ado(LearningMixer):
     """Serve domains by the slopes of their own scaling laws, fitted during training."""
 
     name = "ado"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
-    needs = Needs(domains=2, stages=("pt", "sft"))
+    saved = ("names", "prior", "average", "credit", "served", "last", "samples", "losses", "laws")
     card = Card(
         summary="Serves domains by how fast their losses still fall, by scaling laws fitted during training.",
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
@@ -167,9 +164,12 @@ class Ado(Mixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.names: tuple[str, ...] = ()
         self.prior: Floats = np.zeros(0)
         self.average: Floats = np.zeros(0)
         self.credit: Floats = np.zeros(0)
@@ -178,15 +178,14 @@ class Ado(Mixer):
         self.samples: list[float] = []
         self.losses: list[Floats] = []
         self.laws: list[PowerLaw] = []
+        """Law of each domain, as e, a and alpha; empty until all are fitted."""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after the last step; those by size until laws are fitted."""
-        if not self.names:
-            self.names = ctx.domains.names
+        if self.meet(ctx.domains.names):
             self.prior = normalized(sizes(ctx, self.name))
             self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
             self.last = np.full(len(self.names), np.nan)
-        same_domains(self.name, self.names, ctx.domains.names)
         told = "laws fitted" if self.laws else "by size, no laws yet"
         return Mix(proportions=normalized(self.served), reason=f"{told}: {shares(self.names, self.served)}")
 
@@ -209,7 +208,7 @@ class Ado(Mixer):
         if not self.laws:
             return
         n = self.samples[-1]
-        slopes = np.array([law.slope(n) for law in self.laws])
+        slopes = np.array([PowerLaw(*law).slope(n) for law in self.laws])
         wanted = preference(slopes, self.prior, self.credit, self.params.credit_exponent, self.params.floor)
         self.served = normalized(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
         self.average = (1.0 - 1.0 / step) * self.average + wanted / step
@@ -223,28 +222,3 @@ class Ado(Mixer):
             return
         laws = [law for law in found if law is not None]
         self.laws = laws if len(laws) == len(found) else []
-
-    def state_dict(self) -> State:
-        """Return the history, the laws and the averages."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            **{key: getattr(self, key) for key in ("prior", "average", "credit", "served", "last")},
-            "samples": np.array(self.samples),
-            "losses": np.stack(self.losses) if self.losses else np.zeros((0, len(self.names))),
-            "laws": np.array([[law.e, law.a, law.alpha] for law in self.laws]).reshape(-1, 3),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        keys = ("prior", "average", "credit", "served", "last")
-        require(self.name, state, "names", "samples", "losses", "laws", *keys)
-        self.names = tuple(state["names"])
-        for key in keys:
-            setattr(self, key, np.array(state[key], dtype=np.float64))
-        self.samples = [float(value) for value in state["samples"]]
-        self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
-        self.laws = [PowerLaw(e=float(e), a=float(a), alpha=float(alpha)) for e, a, alpha in state["laws"]]

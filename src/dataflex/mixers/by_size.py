@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import sizes
+from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Size", "Temperature", "UniMax", "allocate", "tempered"]
 
 
-def allocate(sizes_K: NDArray[np.float64], budget: float, max_epochs: float) -> NDArray[np.float64]:
+def allocate(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
     """Return how much of ``budget`` each domain gets [K], at most ``max_epochs`` times its size.
 
     Domains are visited from small to large; each takes an equal share of what is left, or its cap
@@ -34,8 +34,6 @@ def allocate(sizes_K: NDArray[np.float64], budget: float, max_epochs: float) -> 
 
 class UniMax(Mixer):
     """Serve domains equally, but none for more than ``max_epochs`` epochs.
-
-    UniMax: as equal as possible without repeating any domain more than a few times.
 
     The best of the size heuristics in independent comparisons. It refuses to spend a budget that the
     data cannot fill within the cap, unless told to repeat.
@@ -97,7 +95,7 @@ class UniMax(Mixer):
 class Size(Mixer):
     """Serve each domain in proportion to its size, in the unit of the run.
 
-    Shares by size: what concatenating the data sets would give.
+    What concatenating the data sets would give.
     """
 
     name = "size"
@@ -109,7 +107,7 @@ class Size(Mixer):
         return Mix(proportions=proportions, reason=f"by {ctx.unit}: {shares(ctx.domains.names, proportions)}")
 
 
-def tempered(sizes_K: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+def tempered(sizes_K: Floats, tau: float) -> Floats:
     """Return proportions [K] ~ size ** (1 / tau); empty domains get 0, an infinite tau equal shares."""
     filled = sizes_K > 0
     log_sizes = np.log(sizes_K, where=filled, out=np.zeros_like(sizes_K)) / tau
@@ -119,7 +117,7 @@ def tempered(sizes_K: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
 class Temperature(Mixer):
     """Serve each domain in proportion to its size to the power 1 / tau.
 
-    Shares by tempered size: between concatenation and equal shares.
+    Between concatenation and equal shares.
     """
 
     name = "temperature"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer, State
+from dataflex.errors import CheckpointError
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import sizes
+from dataflex.mixers._lib import equal, sizes
+from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, normalized, read_proportions, shares
 
 __all__ = ["RandomShares", "Stage", "Staged", "Static", "Uniform", "blended"]
@@ -38,7 +39,7 @@ class Stage:
         check_numbers(self.proportions, "proportions")
 
 
-def blended(step: int, starts: list[int], stages_SK: NDArray[np.float64], linear: bool) -> NDArray[np.float64]:
+def blended(step: int, starts: list[int], stages_SK: Floats, linear: bool) -> Floats:
     """Return the proportions [K] at ``step``; the last stage holds to the end.
 
     Args:
@@ -57,11 +58,10 @@ def blended(step: int, starts: list[int], stages_SK: NDArray[np.float64], linear
 class Staged(Mixer):
     """Serve the domains in proportions that follow a written schedule.
 
-    A written schedule of proportions: a curriculum over domains.
+    A curriculum over domains.
     """
 
     name = "staged"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves the domains in proportions that follow a written schedule of steps.",
         paper="baseline (curriculum by stages)",
@@ -90,6 +90,10 @@ class Staged(Mixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
+
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions at the first step of the interval.
 
@@ -117,10 +121,11 @@ class Staged(Mixer):
 class Static(Mixer):
     """Serve the domains in fixed proportions.
 
-    Fixed proportions, as written, or from a file that ``dataflex mix`` made.
+    As written, or from a file that ``dataflex mix`` made.
     """
 
     name = "static"
+    saved = ("proportions", "made_by")
     card = Card(summary="Serves the domains in fixed proportions.", paper="baseline", cost="none")
 
     @dataclass(frozen=True, kw_only=True)
@@ -152,13 +157,12 @@ class Static(Mixer):
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
-        self._read: dict[str, float] | None = None
-        self._made_by = ""
+        self.proportions: dict[str, float] | None = None
+        """What was read from the file: a resumed run keeps the proportions that it began with."""
+        self.made_by = ""
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the proportions as written, divided by their sum.
-
-        The file is read once; a resumed run keeps the proportions that it began with.
+        """Return the proportions as written, divided by their sum; a file is read once.
 
         Raises:
             ConfigError: The list has the wrong length, names are unknown or missing, or the file cannot be read.
@@ -167,31 +171,25 @@ class Static(Mixer):
         if self.params.proportions is not None:
             proportions = by_domain(self.params.proportions, names, "dynamic.mixer.proportions")
             return Mix(proportions=proportions, reason=f"as written: {shares(names, proportions)}")
-        if self._read is None:
+        if self.proportions is None:
             assert self.params.from_file is not None
             content = read_proportions(self.params.from_file, "dynamic.mixer.from")
-            self._read, self._made_by = content.by_name, content.method
-        proportions = by_domain(self._read, names, f"dynamic.mixer.from ({self.params.from_file})")
-        source = f"from {self.params.from_file} ({self._made_by})"
+            self.proportions, self.made_by = content.by_name, content.method
+        proportions = by_domain(self.proportions, names, f"dynamic.mixer.from ({self.params.from_file})")
+        source = f"from {self.params.from_file} ({self.made_by})"
         return Mix(proportions=proportions, reason=f"{source}: {shares(names, proportions)}")
 
-    def state_dict(self) -> State:
-        """Return what was read from the file; nothing for written proportions."""
-        return {} if self._read is None else {"proportions": dict(self._read), "made_by": self._made_by}
-
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        if self.params.from_file is None:
-            raise ValueError(f"static keeps no state without 'from', but was given {sorted(state)}")
-        self._read, self._made_by = dict(state["proportions"]), str(state["made_by"])
+        """Take back what was read from the file; written proportions keep no state."""
+        if state and self.params.from_file is None:
+            raise CheckpointError(f"static keeps no state without 'from', but was given {', '.join(sorted(state))}")
+        super().load_state_dict(state)
 
 
 class Uniform(Mixer):
     """Serve every domain equally often.
 
-    Equal shares for all domains; on average no learned mixture beats it clearly.
+    On average no learned mixture beats it clearly.
     """
 
     name = "uniform"
@@ -200,17 +198,16 @@ class Uniform(Mixer):
     def mix(self, ctx: Context) -> Mix:
         """Return 1/K for each of the K domains."""
         num = len(ctx.domains.names)
-        return Mix(proportions=np.full(num, 1.0 / num), reason=f"equal shares of {num} domains")
+        return Mix(proportions=equal(num), reason=f"equal shares of {num} domains")
 
 
 class RandomShares(Mixer):
     """Serve domains in proportions drawn anew for every interval.
 
-    Random proportions: the baseline that any mixer should beat.
+    The baseline that any mixer should beat.
     """
 
     name = "random"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves domains in proportions that are drawn anew for every interval.",
         paper="baseline (Dirichlet draws)",
@@ -232,12 +229,14 @@ class RandomShares(Mixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
+
     def mix(self, ctx: Context) -> Mix:
         """Return a draw from Dirichlet(K x concentration x centre), the same on every rank."""
         names = ctx.domains.names
-        centre = np.full(len(names), 1.0 / len(names))
-        if self.params.around == "size":
-            centre = normalized(sizes(ctx, self.name))
+        centre = normalized(sizes(ctx, self.name)) if self.params.around == "size" else equal(len(names))
         alpha = np.maximum(len(names) * self.params.concentration * centre, 1e-12)
         drawn = ctx.rng("random mixer").gamma(alpha)
         proportions = normalized(drawn) if drawn.any() else centre

@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Needs, State
-from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, require
-from dataflex.plan.proportions import RunningMean, exponentiated, normalized, shares, softmax
+from dataflex.method import Card, Context, Mix, Requires
+from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import normalized, running_mean, shares, softmax
 from dataflex.signals.specs import GradientSpec
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +46,13 @@ class DomainGradients:
         return np.maximum(biased - self.variance / self.rows, 0.0)
 
 
-def domain_gradients(
-    ctx: Context, *, rows_per_domain: int, parameters: str | None = None, last_blocks: int | None = None
-) -> DomainGradients:
+def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) -> DomainGradients:
     """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
 
     Args:
         ctx: The decision's context; its targets are compared with too.
+        spec: Which gradients.
         rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
-        parameters: As in ``GradientSpec``.
-        last_blocks: As in ``GradientSpec``.
 
     Raises:
         DataError: None of the rows drawn of a domain has a finite gradient.
@@ -66,13 +62,6 @@ def domain_gradients(
     for k in range(len(names)):
         rows = ctx.domains.rows(k)
         drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
-    spec = GradientSpec(
-        precondition="none",
-        include_momentum=False,
-        normalize=False,
-        parameters=parameters,
-        last_blocks=last_blocks,
-    )
     everything = np.concatenate(drawn)
     scores, gram = ctx.signals.gradient_products(everything, spec, targets=ctx.targets)
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
@@ -113,19 +102,21 @@ class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        return domain_gradients(
-            ctx,
-            rows_per_domain=self.params.rows_per_domain,
+        spec = GradientSpec(
+            precondition="none",
+            include_momentum=False,
+            normalize=False,
             parameters=self.params.parameters,
             last_blocks=self.params.last_blocks,
         )
+        return domain_gradients(ctx, spec, rows_per_domain=self.params.rows_per_domain)
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
     """Return lr <g_d, G> / (mean norm + 1e-6), within 0 and 5 lr [K].
 
     Args:
-        aligned: <g_d, G> [K]; G is the sum of the domains' gradients, or the target's.
+        aligned: <g_d, G> [K]; G is the sum of the domains' gradients.
         norms: ||g_d|| [K].
         learning_rate: Learning rate of the optimizer.
     """
@@ -133,10 +124,10 @@ def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
 
 
 class Doge(_GradientMixer):
-    """Serve the domains whose gradients go along with those of all, or of the targets."""
+    """Serve the domains whose gradients go along with those of all."""
 
     name = "doge"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
+    saved = (*ExponentiatedMixer.saved, "mean", "mean_count")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of all domains.",
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
@@ -166,57 +157,53 @@ class Doge(_GradientMixer):
             default=0.05,
             metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
         )
-        smoothing: float = field(
-            default=0.0,
-            metadata={"help": "share of equal proportions mixed in each time", "minimum": 0.0, "maximum": 1.0},
-        )
+        smoothing: float = smoothing_field(0.0)
         average: bool = field(
             default=True, metadata={"help": "whether to serve the mean of all proportions so far instead of the last"}
         )
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.mean = RunningMean()
+        self.mean: Floats = np.zeros(0)
+        self.mean_count = 0
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
+    @property
+    def _eta(self) -> float:
+        return self.params.updates / self.params.mu
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
         found = self._gradients(ctx)
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
-        scores = doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
-        moved = exponentiated(
-            self.log_shares, scores, eta=self.params.updates / self.params.mu, smoothing=self.params.smoothing
-        )
-        self.mean.add(softmax(moved))
-        return moved, f"last {shares(self.names, softmax(moved))}; served"
+        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate), ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the mean of the proportions so far, or the last ones."""
         mix = super().mix(ctx)
-        if not self.params.average or self.mean.count == 0:
+        if ctx.interval.kind != "warmup":
+            self.mean = running_mean(self.mean, self.mean_count, softmax(self.log_shares))
+            self.mean_count += 1
+        if not self.params.average or self.mean_count == 0:
             return mix
-        proportions = normalized(self.mean.value)
-        return Mix(proportions=proportions, reason=f"mean of {self.mean.count}: {shares(self.names, proportions)}")
-
-    def state_dict(self) -> State:
-        """Add the mean."""
-        state = super().state_dict()
-        return {**state, "mean": self.mean.value, "mean_count": self.mean.count} if state else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        super().load_state_dict(state)
-        if state:
-            require(self.name, state, "mean", "mean_count")
-            self.mean.value = np.array(state["mean"], dtype=np.float64)
-            self.mean.count = int(state["mean_count"])
+        proportions = normalized(self.mean)
+        return Mix(proportions=proportions, reason=f"mean of {self.mean_count}: {shares(self.names, proportions)}")
 
 
 class Dga(_GradientMixer):
     """Serve the domains whose gradients go along with the targets'."""
 
     name = "dga"
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = (*ExponentiatedMixer.saved, "served")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of target data.",
         paper="Dynamic Gradient Alignment for Online Data Mixing (Fan et al.), 2024, arXiv 2410.02498",
@@ -227,7 +214,7 @@ class Dga(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of DGA."""
 
-        eta: float = field(default=1.0, metadata={"help": "step size of the proportions", "above": 0.0})
+        eta: float = eta_field(1.0)
         memory: float = field(
             default=0.9,
             metadata={"help": "weight of the past in the proportions served", "minimum": 0.0, "maximum": 1.0},
@@ -235,40 +222,38 @@ class Dga(_GradientMixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.served: Floats = np.zeros(0)
+        """Moving average of the weights [K]."""
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(eta <g_d, g_target>), normalized; several targets count alike."""
-        scores = self._gradients(ctx).targets.mean(axis=1)
-        return exponentiated(self.log_shares, scores, eta=self.params.eta), ""
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        """Return <g_d, g_target> [K]; several targets count alike."""
+        return self._gradients(ctx).targets.mean(axis=1), ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""
         mix = super().mix(ctx)
-        before = self.served if self.served.size else self._initial(ctx, self.params.initial)
-        self.served = before
+        if not self.served.size:
+            self.served = self._initial(ctx)
         if ctx.interval.kind != "warmup":
-            self.served = self.params.memory * before + (1.0 - self.params.memory) * mix.proportions
+            self.served = self.params.memory * self.served + (1.0 - self.params.memory) * mix.proportions
         proportions = normalized(self.served)
         return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
 
-    def state_dict(self) -> State:
-        """Add the moving average."""
-        state = super().state_dict()
-        return {**state, "served": self.served} if state else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        super().load_state_dict(state)
-        if state:
-            require(self.name, state, "served")
-            self.served = np.array(state["served"], dtype=np.float64)
-
 
 def pike_scores(squared_norms: Floats, variance: Floats, zeta1: float, zeta2: float, batch: float) -> Floats:
-    """Return zeta1 ||g_d||^2 - zeta2 variance_d / (2 b) [K]."""
+    """Return zeta1 ||g_d||^2 - zeta2 variance_d / (2 b) [K]; b is the batch of an optimizer step."""
     return zeta1 * squared_norms - zeta2 * variance / (2.0 * batch)
 
 
@@ -276,7 +261,6 @@ class Pike(_GradientMixer):
     """Serve domains of strong gradients more and those of noisy ones less."""
 
     name = "pike"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the larger their gradients are against the noise in them.",
         paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
@@ -293,9 +277,15 @@ class Pike(_GradientMixer):
 
     params: Params
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalized; b is the batch of an optimizer step."""
-        found = self._gradients(ctx)
-        batch = ctx.global_batch
-        scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)
-        return exponentiated(self.log_shares, scores, eta=1.0), ""
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        found, p = self._gradients(ctx), self.params
+        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch), ""

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ConfigError
-from dataflex.method import Card, Context, DomainNormalizer, Mix, Mixer, Needs, ReferenceParams, State
+from dataflex.errors import ConfigError
+from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import require, same_domains
-from dataflex.plan.domains import DomainStats
+from dataflex.mixers._lib import LearningMixer, equal, eta_field, smoothing_field
+from dataflex.plan.domains import DomainStats, Floats
 from dataflex.plan.proportions import (
     ProportionsFile,
-    RunningMean,
-    Written,
     by_domain,
     check_numbers,
     collapsed,
@@ -28,34 +25,41 @@ from dataflex.plan.proportions import (
     logs,
     normalized,
     provenance,
+    running_mean,
     shares,
     softmax,
 )
 from dataflex.signals.other_models import base_model
+from dataflex.state import State
 
-__all__ = ["DoReMi", "GroupDro", "LossWeightMixer", "Trajectory", "corrected", "vocabulary_size"]
-
-Floats = NDArray[np.float64]
+__all__ = ["DoReMi", "GroupDro", "Trajectory", "corrected", "vocabulary_size"]
 
 
-class LossWeightMixer(Mixer):
-    """Samples in fixed proportions and moves domain weights alpha in the loss after every step.
+@dataclass(frozen=True, kw_only=True)
+class _SamplingParams(BaseParams):
+    """Parameters of both."""
 
-    Common ground of mixers that weigh the domains in the loss and leave the sampling as it is.
+    sampling: tuple[float, ...] | dict[str, float] | None = field(
+        default=None, metadata={"help": "proportions in which domains are served; null: equal shares", "minimum": 0.0}
+    )
 
-    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1
-    on, on every rank alike.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling is not None:
+            check_numbers(self.sampling, "sampling")
 
-    A subclass says what is learned from a step in ``_learn``; ``params`` has ``sampling``: proportions as
-    written, or None for equal shares. A domain with a share of 0 is never served and has weight 0.
+
+class _LossWeighter(DomainWeighter, LearningMixer):
+    """Moves domain weights alpha in the loss by exponentiated scores after every step.
+
+    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1 on, on
+    every rank alike. A domain with a share of 0 is never served and has weight 0.
     """
 
-    observes: ClassVar[bool] = True
-    weighs_loss: ClassVar[bool] = True
+    saved: ClassVar[tuple[str, ...]] = ("names", "sampling", "log_alpha", "rows", "sizes", "steps")
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
-        self.names: tuple[str, ...] = ()
         self.sampling: Floats = np.zeros(0)
         self.log_alpha: Floats = np.zeros(0)
         self.rows: Floats = np.zeros(0)
@@ -75,7 +79,7 @@ class LossWeightMixer(Mixer):
         Raises:
             ConfigError: ``sampling`` has the wrong length, or names that are unknown or missing.
         """
-        self._meet(ctx.domains.names)
+        self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
         return Mix(proportions=self.sampling.copy(), reason=f"sampling: {shares(self.names, self.sampling)}")
 
@@ -85,11 +89,12 @@ class LossWeightMixer(Mixer):
 
     def observe(self, stats: DomainStats) -> None:
         """Move the weights by what one step made of the domains."""
-        self._meet(stats.names)
-        self._learn(stats)
+        self._begin(stats.names)
+        scores = self._scores(stats)
+        self.log_alpha = exponentiated(self.log_alpha, scores, eta=self.params.eta, smoothing=self.params.smoothing)
         self.steps += 1
 
-    def _learn(self, stats: DomainStats) -> None:
+    def _scores(self, stats: DomainStats) -> Floats:
         raise NotImplementedError
 
     def _first(self) -> Floats:
@@ -97,108 +102,20 @@ class LossWeightMixer(Mixer):
         served = self.sampling > 0
         return np.asarray(served / served.sum())
 
-    def _start(self) -> None:
-        """Set what a subclass keeps beside alpha; names and first weights are known."""
-
-    def _meet(self, names: Sequence[str]) -> None:
-        """Start on the domains of the run, or make sure that they are those of the state.
-
-        Raises:
-            CheckpointError: The state was saved for other domains, or another order of them.
-        """
-        if self.names:
-            same_domains(self.name, self.names, names)
-            return
-        written: Written | None = self.params.sampling
-        if written is None:
-            sampling = np.full(len(names), 1.0 / len(names))
-        else:
-            sampling = normalized(by_domain(written, names, "dynamic.mixer.sampling"))
-        self.names, self.sampling = tuple(names), sampling
+    def _begin(self, names: Sequence[str]) -> bool:
+        """Start on the domains of the run, or make sure that they are those of the state; return whether it started."""
+        if not self.meet(names):
+            return False
+        written = self.params.sampling
+        self.sampling = (
+            equal(len(names)) if written is None else normalized(by_domain(written, names, "dynamic.mixer.sampling"))
+        )
         self.log_alpha = logs(self._first())
-        self._start()
-
-    def state_dict(self) -> State:
-        """Everything that the next weights depend on; empty before the first decision."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            "sampling": self.sampling,
-            "log_alpha": self.log_alpha,
-            "rows": self.rows,
-            "sizes": self.sizes,
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "sampling", "log_alpha", "rows", "sizes", "steps")
-        self.names = tuple(state["names"])
-        self.sampling = np.asarray(state["sampling"], dtype=np.float64)
-        self.log_alpha = np.asarray(state["log_alpha"], dtype=np.float64)
-        self.rows = np.asarray(state["rows"], dtype=np.float64)
-        self.sizes = np.asarray(state["sizes"], dtype=np.float64)
-        self.steps = int(state["steps"])
+        return True
 
 
-class GroupDro(LossWeightMixer):
-    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step.
-
-    Group DRO: weigh the domains in the loss towards those of the largest loss.
-
-    Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
-    algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses. Without a
-    reference the weights follow the domain of the highest entropy, so regularize, or use ``doremi``.
-    """
-
-    name = "group_dro"
-    needs = Needs(domains=2, stages=("pt", "sft"))
-    card = Card(
-        summary="Weighs the domains in the loss towards those of the largest loss, every step.",
-        paper="Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv 1911.08731",
-        cost="none",
-    )
-
-    @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
-        """Parameters of Group DRO."""
-
-        eta: float = field(default=0.01, metadata={"help": "step size of the weights", "above": 0.0})
-        adjustment: float = field(
-            default=0.0,
-            metadata={"help": "C of the adjustment C / sqrt(rows of the domain), in nats", "minimum": 0.0},
-        )
-        smoothing: float = field(
-            default=0.0,
-            metadata={"help": "share of equal weights mixed in after every step", "minimum": 0.0, "maximum": 1.0},
-        )
-        sampling: tuple[float, ...] | dict[str, float] | None = field(
-            default=None,
-            metadata={"help": "proportions in which domains are served; null: equal shares", "minimum": 0.0},
-        )
-
-        def __post_init__(self) -> None:
-            if self.sampling is not None:
-                check_numbers(self.sampling, "sampling")
-
-    params: Params
-
-    @property
-    def loss_normalizer(self) -> DomainNormalizer:
-        """The loss is the sum over domains of q_g times the domain's mean loss."""
-        return "domain"
-
-    def _learn(self, stats: DomainStats) -> None:
-        scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
-        if self.params.adjustment > 0 and self.rows.size:
-            scores = scores + self.params.adjustment / np.sqrt(self.rows)
-        self.log_alpha = exponentiated(self.log_alpha, scores, eta=self.params.eta, smoothing=self.params.smoothing)
-
-
-_MOST = 1024
+_MOST_POINTS = 1024
+_WHEN = "weights mixed in after every step"
 
 
 class Trajectory:
@@ -207,15 +124,15 @@ class Trajectory:
     def __init__(self) -> None:
         self.stride = 1
         self.steps: list[int] = []
-        self.vectors: list[NDArray[np.float64]] = []
+        self.vectors: list[Floats] = []
 
-    def add(self, step: int, vector: NDArray[np.float64]) -> None:
+    def add(self, step: int, vector: Floats) -> None:
         """Keep the vector in force from ``step`` on, if the stride asks for that step."""
         if step % self.stride:
             return
         self.steps.append(step)
         self.vectors.append(np.array(vector, dtype=np.float64))
-        if len(self.steps) > _MOST:
+        if len(self.steps) > _MOST_POINTS:
             self.stride *= 2
             kept = [i for i, at in enumerate(self.steps) if at % self.stride == 0]
             self.steps = [self.steps[i] for i in kept]
@@ -261,10 +178,10 @@ def vocabulary_size(folder: Path) -> int:
         ) from error
 
 
-class DoReMi(LossWeightMixer):
+class DoReMi(_LossWeighter):
     """Weigh the domains in the loss towards those where the reference does better.
 
-    DoReMi's proxy run: Group DRO over domains with the excess loss over a reference model.
+    The proxy run of DoReMi: Group DRO over domains with the excess loss over a reference model.
 
     Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
     arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
@@ -288,7 +205,7 @@ class DoReMi(LossWeightMixer):
     """
 
     name = "doremi"
-    needs = Needs(domains=2, stages=("pt", "sft"))
+    saved = (*_LossWeighter.saved, "scores", "mean", "mean_count", "trajectory")
     card = Card(
         summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
         "weights is the result.",
@@ -299,80 +216,77 @@ class DoReMi(LossWeightMixer):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(ReferenceParams):
+    class Params(_SamplingParams, ReferenceParams):
         """Parameters of the proxy run."""
 
         variant: Literal["repo", "paper", "levanter"] = field(
             default="repo", metadata={"help": "the authors' code, the paper's text, or Levanter's implementation"}
         )
-        normalizer: Literal["token", "domain"] | None = field(
+        normalizer: Literal["weight_sum", "domain"] | None = field(
             default=None,
             metadata={"help": "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"},
         )
-        eta: float = field(default=1.0, metadata={"help": "step size of the weights", "above": 0.0})
-        smoothing: float = field(
-            default=1e-3,
-            metadata={"help": "c, share of equal weights mixed in after every step", "minimum": 0.0, "maximum": 1.0},
-        )
-        sampling: tuple[float, ...] | dict[str, float] | None = field(
-            default=None,
-            metadata={"help": "proportions in which domains are served; null: equal shares", "minimum": 0.0},
-        )
+        eta: float = eta_field(1.0, "weights")
+        smoothing: float = smoothing_field(1e-3, _WHEN)
         initial_score: float | None = field(
             default=None,
             metadata={"help": "score of a domain not yet seen, nats; null: ln(vocabulary)", "minimum": 0.0},
         )
 
-        def __post_init__(self) -> None:
-            if not self.reference.strip():
-                raise ValueError(
-                    "reference: is empty; without a reference model this is not DoReMi but the hardest domains first"
-                )
-            if self.sampling is not None:
-                check_numbers(self.sampling, "sampling")
-
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.scores: Floats = np.zeros(0)
+        """Scores of the domains [K]; NaN where not yet seen."""
+        self.mean: Floats = np.zeros(0)
+        self.mean_count = 0
+        self.trajectory = Trajectory()
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """``token`` for the authors' code, ``domain`` for the others, unless chosen."""
-        return self.params.normalizer or ("token" if self.params.variant == "repo" else "domain")
+        """``weight_sum`` for the authors' code, ``domain`` for the others, unless chosen."""
+        return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
 
     def loss_weights(self) -> Floats:
-        """Return the weights [K] of the next step: alpha, divided by the sampling under ``token``."""
-        return corrected(self.alpha, self.sampling) if self.loss_normalizer == "token" else self.alpha
+        """Return the weights [K] of the next step: alpha, divided by the sampling under ``weight_sum``."""
+        return corrected(self.alpha, self.sampling) if self.loss_normalizer == "weight_sum" else self.alpha
 
     def _first(self) -> Floats:
         return self.sampling.copy() if self.params.variant == "repo" else super()._first()
 
-    def _start(self) -> None:
-        self.scores: Floats = np.full(len(self.names), np.nan)  # not yet seen
-        self.mean = RunningMean(self.alpha if self.params.variant == "repo" else None)
-        self.trajectory = Trajectory()
-        self.trajectory.add(0, self.alpha)
+    def _begin(self, names: Sequence[str]) -> bool:
+        new = super()._begin(names)
+        if new:
+            self.scores = np.full(len(self.names), np.nan)
+            if self.params.variant == "repo":
+                self.mean, self.mean_count = self.alpha, 1
+            self.trajectory.add(0, self.alpha)
+        return new
 
-    def _learn(self, stats: DomainStats) -> None:
-        self.scores = self._scored(stats)
-        self.log_alpha = exponentiated(
-            self.log_alpha, self.scores, eta=self.params.eta, smoothing=self.params.smoothing
-        )
-        self.mean.add(self.alpha)
-        self.trajectory.add(self.steps + 1, self.alpha)
+    def observe(self, stats: DomainStats) -> None:
+        """Move the weights by the excess losses of one step, and take them into the mean."""
+        super().observe(stats)
+        self.mean = running_mean(self.mean, self.mean_count, self.alpha)
+        self.mean_count += 1
+        self.trajectory.add(self.steps, self.alpha)
 
-    def _scored(self, stats: DomainStats) -> Floats:
+    def _scores(self, stats: DomainStats) -> Floats:
         if self.params.variant == "levanter":
             seen = stats.excess_tokens > 0
-            return np.divide(stats.excess_sum, stats.excess_tokens, out=np.zeros(len(self.names)), where=seen)
+            zeros = np.zeros(len(self.names))
+            self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=seen)
+            return self.scores
         scores = np.where(stats.seen, stats.mean_excess(), self.scores)
         unknown = np.isnan(scores) & (self.sampling > 0)
         if unknown.any():
             first = self.params.initial_score
-            scores[unknown] = math.log(vocabulary_size(Path(self.reference))) if first is None else first
+            scores[unknown] = math.log(vocabulary_size(Path(self.params.reference))) if first is None else first
+        self.scores = scores
         return scores
 
     def outcome(self) -> ProportionsFile | None:
@@ -386,7 +300,7 @@ class DoReMi(LossWeightMixer):
             provenance=provenance("dataflex train", settings=asdict(self.params)),
             details={
                 "steps": self.steps,
-                "vectors_in_mean": self.mean.count,
+                "vectors_in_mean": self.mean_count,
                 "last": dict(zip(self.names, self.alpha.tolist(), strict=True)),
                 "scores": dict(zip(self.names, self.scores.tolist(), strict=True)),
                 "sampling": dict(zip(self.names, self.sampling.tolist(), strict=True)),
@@ -414,30 +328,49 @@ class DoReMi(LossWeightMixer):
     @property
     def mean_alpha(self) -> Floats | None:
         """Mean of the weights [K] over the run so far, None before the first step."""
-        return self.mean.value / self.mean.value.sum() if self.steps else None
+        return self.mean / self.mean.sum() if self.steps else None
 
-    def state_dict(self) -> State:
-        """Weights, scores, mean with its counter, and the trajectory."""
-        state = super().state_dict()
-        if state:
-            state |= {
-                "scores": self.scores,
-                "mean": self.mean.value,
-                "mean_count": self.mean.count,
-                "trajectory": self.trajectory.state_dict(),
-            }
-        return state
 
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        super().load_state_dict(state)
-        if not state:
-            return
-        try:
-            self.scores = np.asarray(state["scores"], dtype=np.float64)
-            self.mean = RunningMean()
-            self.mean.value, self.mean.count = np.asarray(state["mean"], dtype=np.float64), int(state["mean_count"])
-            self.trajectory = Trajectory()
-            self.trajectory.load_state_dict(state["trajectory"])
-        except KeyError as error:
-            raise CheckpointError(f"doremi: the saved state lacks {error}") from error
+class GroupDro(_LossWeighter):
+    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step.
+
+    Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
+    algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses; the loss is the sum
+    over domains of q_g times the domain's mean loss. Without a reference the weights follow the domain of the highest
+    entropy, so regularize, or use ``doremi``.
+    """
+
+    name = "group_dro"
+    card = Card(
+        summary="Weighs the domains in the loss towards those of the largest loss, every step.",
+        paper="Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv 1911.08731",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_SamplingParams):
+        """Parameters of Group DRO."""
+
+        eta: float = eta_field(0.01, "weights")
+        adjustment: float = field(
+            default=0.0,
+            metadata={"help": "C of the adjustment C / sqrt(rows of the domain), in nats", "minimum": 0.0},
+        )
+        smoothing: float = smoothing_field(0.0, _WHEN)
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """The loss is a sum over domains."""
+        return "domain"
+
+    def _scores(self, stats: DomainStats) -> Floats:
+        scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
+        if self.params.adjustment > 0 and self.rows.size:
+            scores = scores + self.params.adjustment / np.sqrt(self.rows)
+        return scores

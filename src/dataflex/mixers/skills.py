@@ -7,47 +7,30 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Passes, Requires
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import check_targets, held_out_losses, require, same_domains
+from dataflex.mixers._lib import LearningMixer, check_targets, eta_field, held_out_losses
+from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 
-Floats = NDArray[np.float64]
 
-
-class _SkillMixer(Mixer):
-    adaptive: ClassVar[bool] = True
-
-    def __init__(self, params: BaseParams) -> None:
-        super().__init__(params)
-        self.names: tuple[str, ...] = ()
-
-    def _meet(self, ctx: Context) -> None:
-        if self.names:
-            same_domains(self.name, self.names, ctx.domains.names)
-        self.names = ctx.domains.names
-        check_targets(ctx, self.name)
-
-
-class SkillIt(_SkillMixer):
+class SkillIt(LearningMixer):
     """Serve the domains that help those whose held-out losses are high."""
 
     name = "skill_it"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = ("losses", "names")
     card = Card(
         summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
         "NeurIPS 2023, arXiv 2307.14430",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -57,7 +40,7 @@ class SkillIt(_SkillMixer):
         graph: tuple[tuple[float, ...], ...] = field(
             metadata={"help": "K rows of K numbers: in row i, column j, how much training on i helps j"}
         )
-        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
+        eta: float = eta_field(0.2)
         window: int = field(default=3, metadata={"help": "decisions whose losses are added up", "minimum": 1})
 
         def __post_init__(self) -> None:
@@ -68,6 +51,17 @@ class SkillIt(_SkillMixer):
                 raise ValueError("graph: every number must be finite")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -87,7 +81,8 @@ class SkillIt(_SkillMixer):
                 f"dynamic.mixer.graph: {len(graph)} rows for {len(ctx.domains.names)} domains "
                 f"({', '.join(ctx.domains.names)})"
             )
-        self._meet(ctx)
+        self.meet(ctx.domains.names)
+        check_targets(ctx, self.name)
         benefit = graph.sum(axis=1)
         told = "start"
         if ctx.interval.kind != "warmup":
@@ -96,17 +91,6 @@ class SkillIt(_SkillMixer):
             told = f"losses of {len(self.losses)} decisions"
         proportions = normalized(softmax(self.params.eta * benefit))
         return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
-
-    def state_dict(self) -> State:
-        """Return the losses in the window."""
-        return {"names": list(self.names), "losses": np.stack(self.losses)} if self.losses else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            require(self.name, state, "names", "losses")
-            self.names = tuple(state["names"])
-            self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
 
 
 def near_one_hot(num_domains: int, focus: float) -> Floats:
@@ -131,11 +115,11 @@ def interactions(mixes_MK: Floats, drops_MK: Floats) -> Floats:
     return matrix / total if total > 0 else np.full_like(matrix, 1.0 / matrix.size)
 
 
-class Aioli(_SkillMixer):
+class Aioli(LearningMixer):
     """Probe one domain after another, learn what helps whom, and serve accordingly."""
 
     name = "aioli"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = ("names", "turn", "before", "drops", "log_shares", "matrix", "order")
     card = Card(
         summary="Probes domains one after another for what they gain each other, then serves what helps most.",
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
@@ -155,7 +139,7 @@ class Aioli(_SkillMixer):
         hold: int = field(
             default=8, metadata={"help": "intervals that the learned proportions are served in a round", "minimum": 1}
         )
-        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
+        eta: float = eta_field(0.2)
         ema: float | None = field(
             default=None,
             metadata={
@@ -167,6 +151,16 @@ class Aioli(_SkillMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -181,7 +175,8 @@ class Aioli(_SkillMixer):
 
     def mix(self, ctx: Context) -> Mix:
         """Return the next probe's mix, or p ~ p exp(eta sum_i A[i, j]) once a sweep is through."""
-        self._meet(ctx)
+        self.meet(ctx.domains.names)
+        check_targets(ctx, self.name)
         num_domains = len(self.names)
         if not self.log_shares.size:
             self.log_shares = np.full(num_domains, -np.log(num_domains))
@@ -217,29 +212,3 @@ class Aioli(_SkillMixer):
             self.matrix = (1.0 - ema) * new + ema * self.matrix
         start = self.log_shares if ema is None else np.zeros(len(new))
         self.log_shares = exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
-
-    def state_dict(self) -> State:
-        """Return where in the round it is and what was learned."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            "turn": self.turn,
-            "before": self.before,
-            "drops": np.stack(self.drops) if self.drops else np.zeros((0, len(self.names))),
-            "log_shares": self.log_shares,
-            "matrix": self.matrix,
-            "order": self.order,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "turn", "before", "drops", "log_shares", "matrix", "order")
-        self.names, self.turn = tuple(state["names"]), int(state["turn"])
-        self.before = np.array(state["before"], dtype=np.float64)
-        self.drops = [np.array(row, dtype=np.float64) for row in state["drops"]]
-        self.log_shares = np.array(state["log_shares"], dtype=np.float64)
-        self.matrix = np.array(state["matrix"], dtype=np.float64)
-        self.order = np.array(state["order"], dtype=np.int64)

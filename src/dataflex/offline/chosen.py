@@ -15,8 +15,7 @@ from dataflex.config.load import merged
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.method import Rows
 from dataflex.offline.table import ScoreTable
-from dataflex.select.candidates import Candidates
-from dataflex.select.ranked import token_budget
+from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 
 __all__ = ["Budget", "chosen_rows", "rule_of", "score_column"]

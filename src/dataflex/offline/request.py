@@ -14,23 +14,21 @@ from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
 from dataflex.config.build import load_plugins
 from dataflex.config.check import (
     model_problems,
-    other_model_problems,
-    reference_problems,
     setting_problems,
     stage_problems,
     told_once,
 )
-from dataflex.config.check_data import by_target_problems, column_problems, data_set_problems, target_problems
-from dataflex.config.collect import collect, values
+from dataflex.config.check_data import column_problems, data_set_problems, target_problems
+from dataflex.config.collect import values
 from dataflex.config.data import Source
 from dataflex.config.load import ENDINGS, load_mapping, merged
-from dataflex.config.methods import method_block, method_class, target_list
-from dataflex.config.needs import parameters
+from dataflex.config.methods import method_block, method_class, takes_targets, target_list
+from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
 from dataflex.errors import ConfigError
-from dataflex.method import Method
+from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
 
@@ -143,12 +141,7 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
     problems += model_problems(view)
     for method in config.methods:
         alone = DynamicConfig(selector=method)
-        found = (
-            *reference_problems(alone),
-            *other_model_problems(alone),
-            *target_problems(alone, view, base_dir),
-            *by_target_problems(alone),
-        )
+        found = (*unmet(alone, RunFacts(), models=True), *target_problems(alone, view, base_dir))
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
     sources: list[Source] = []
     problems += data_set_problems(view, base_dir, sources)
@@ -191,9 +184,8 @@ def adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
         f"{key}: {kind} needs the moments of a run's Adam, and without training there are none; "
         f"write '{key}=none', or name a checkpoint of the run: 'resume_from_checkpoint=saves/run/checkpoint-100'"
         for method in scorers
-        for path, _, params in parameters(method)
-        if (kind := getattr(params, "precondition", None)) in ("true_adam", "paper_repo", "adam_scale")
-        and (key := f"{path.replace('dynamic.selector', method.name, 1)}.precondition")
+        for place, kind in wants_moments(method.requires)
+        if (key := f"{method.name}.{place}")
     ]
 
 
@@ -343,26 +335,18 @@ def _scorers(
         cls = method_class("selector", name, "--method", problems)
         if cls is None:
             continue
-        if getattr(cls, "within_batch", False):
+        base = plain(own) if own is not None and own.name == name else {}
+        block = {**base, "name": name, **(given.get(name) or {})}
+        if aims and (targets is not None or "targets" not in block) and takes_targets(cls, block):
+            block["targets"] = (given.get(name) or {}).get("targets", list(aims))
+        method = method_block("selector", block, name, problems)
+        if method is not None and method.requires.within_batch:
             problems.append(
                 f"--method: {name} chooses within the candidates of a training step, and scores no data set"
             )
-            continue
-        base = plain(own) if own is not None and own.name == name else {}
-        block = {**base, "name": name, **(given.get(name) or {})}
-        if aims and (targets is not None or "targets" not in block) and _takes_targets(cls, block):
-            block["targets"] = (given.get(name) or {}).get("targets", list(aims))
-        method = method_block("selector", block, name, problems)
-        if method is not None:
+        elif method is not None:
             built.append(method)
     return tuple(built)
-
-
-def _takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
-    """Return whether a method takes targets, which for some depends on the parameters."""
-    rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
-    params = collect(cls.Params, rest, "", [])
-    return (cls if params is None else cls.variant(params)).needs.targets
 
 
 def names_of(text: str) -> tuple[str, ...]:

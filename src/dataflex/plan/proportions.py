@@ -29,7 +29,6 @@ __all__ = [
     "COLLAPSED_ABOVE",
     "Floors",
     "ProportionsFile",
-    "RunningMean",
     "Written",
     "apply_min_proportion",
     "by_domain",
@@ -45,6 +44,7 @@ __all__ = [
     "provenance",
     "read_proportions",
     "refuse_strangers",
+    "running_mean",
     "shares",
     "softmax",
     "write_proportions",
@@ -394,19 +394,7 @@ def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing:
     return logs((1.0 - smoothing) * softmax(moved) + smoothing * equal)
 
 
-class RunningMean:
-    """Mean of the vectors given so far, in the form x <- (x (n - 1) + v) / n.
-
-    Args:
-        first: A vector that counts as the first one, or None to begin with the first ``add``.
-    """
-
-    def __init__(self, first: Floats | None = None) -> None:
-        self.count = 0 if first is None else 1
-        self.value = np.zeros(0) if first is None else np.array(first, dtype=np.float64)
-
-    def add(self, vector: Floats) -> None:
-        """Take in one vector."""
-        self.count += 1
-        before = self.value if self.count > 1 else np.zeros_like(vector)
-        self.value = np.asarray((before * (self.count - 1) + vector) / self.count)
+def running_mean(mean: Floats, count: int, vector: Floats) -> Floats:
+    """Return the mean of ``count`` vectors with mean ``mean`` and of one more; ``mean`` may be empty where it is 0."""
+    before = mean if count else np.zeros_like(vector)
+    return np.asarray((before * count + vector) / (count + 1))

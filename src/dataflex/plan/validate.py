@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.contract import refuse_answer, whereabouts
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
+from dataflex.method import DomainWeighter, Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import normalized, refuse_strangers
 from dataflex.plan.schedule import Interval
@@ -86,7 +86,7 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
         )
 
 
-def check_loss_weights(mixer: Mixer, domains: int) -> NDArray[np.float64]:
+def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float64]:
     """Return the weights of the domains in the loss [K].
 
     Raises:

@@ -12,12 +12,21 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Params
 from dataflex.parts import Part
-from dataflex.select import density, ranked, spread
-from dataflex.select.candidates import Candidates
-from dataflex.select.choose import round_robin, top_k
-from dataflex.select.cluster import require_kmeans
+from dataflex.select import spread, tsds
+from dataflex.select.choose import (
+    Candidates,
+    Quota,
+    by_quota,
+    gumbel,
+    log_weights,
+    multinomial,
+    ranking,
+    round_robin,
+    token_budget,
+    top_k,
+)
+from dataflex.select.cluster import kmeans_labels, require_kmeans
 from dataflex.select.neighbours import Search, require_search, round_robin_nearest, walk_by_rank
-from dataflex.select.ranked import Quota
 
 __all__ = [
     "RULES",
@@ -219,37 +228,37 @@ def _knn(c: Candidates, k: int, p: KnnUniform) -> Chosen:
     assert c.queries is not None
     assert c.vectors is not None
     kde = (p.sigma, p.kde_k) if isinstance(p, KnnKde) else (0.0, 1)
-    probability, away = density.probabilities(
+    probability, away = tsds.probabilities(
         c.queries, c.vectors, max_k=p.max_k, kde_k=kde[1], sigma=kde[0], alpha=p.alpha, c=p.c, search=p.search
     )
-    return density.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
+    return tsds.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
 
 
 def _gumbel(c: Candidates, k: int, p: GumbelTopK) -> Chosen:
     assert c.scores is not None
-    return ranked.gumbel(ranked.log_weights(c.scores, p.temperature, p.standardize), k, c.rows, c.uniforms)
+    return gumbel(log_weights(c.scores, p.temperature, p.standardize), k, c.rows, c.uniforms)
 
 
 def _multinomial(c: Candidates, k: int, p: Multinomial) -> Chosen:
     assert c.scores is not None
     weights = np.asarray(c.scores, dtype=np.float64)
     if p.weights == "softmax" and not p.replacement:  # no weight is 0, however far below the best a score is
-        return ranked.gumbel(ranked.log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
+        return gumbel(log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
     if p.weights == "softmax" and len(weights):
         weights = np.exp((weights - weights.max()) / p.temperature)
-    return ranked.multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
+    return multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
 
 
 def _token_budget(c: Candidates, k: int, p: TokenBudget) -> Chosen:
     assert c.scores is not None
     assert c.lengths is not None
-    return ranked.token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
+    return token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
 
 
 def _deita(c: Candidates, k: int, p: Deita) -> Chosen:
     assert c.scores is not None
     assert c.vectors is not None
-    order = ranked.ranking(c.scores)
+    order = ranking(c.scores)
     chosen = spread.apart(spread.unit(c.vectors), order, p.threshold, k)
     if not p.fill or len(chosen) == k:
         return chosen
@@ -279,7 +288,7 @@ def _facility(c: Candidates, k: int, p: FacilityLocation) -> Chosen:
 
 def _water_filling(c: Candidates, k: int, p: WaterFilling) -> Chosen:
     assert c.groups is not None
-    return ranked.by_quota(c.groups, _preference(c, p.within), k, "water_filling")
+    return by_quota(c.groups, _preference(c, p.within), k, "water_filling")
 
 
 def _cluster_quota(c: Candidates, k: int, p: ClusterQuota) -> Chosen:
@@ -287,8 +296,8 @@ def _cluster_quota(c: Candidates, k: int, p: ClusterQuota) -> Chosen:
     vectors = spread.unit(c.vectors) if p.normalize else c.vectors
     count = p.clusters or max(1, round(np.sqrt(len(vectors))))
     seed = int(c.uniforms("kmeans", np.zeros(1, dtype=np.int64))[0] * 2**52)
-    labels = ranked.kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
-    return ranked.by_quota(labels, _preference(c, p.within), k, p.quota)
+    labels = kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
+    return by_quota(labels, _preference(c, p.within), k, p.quota)
 
 
 def _preference(c: Candidates, within: str) -> NDArray[np.floating]:

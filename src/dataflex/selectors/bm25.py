@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, Rows
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import Remembered, cut_words, no_words, pool_texts, target_words
-from dataflex.selectors.okapi import Okapi
+from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
 from dataflex.signals.specs import Part
 
 __all__ = ["Bm25"]

@@ -27,14 +27,13 @@ from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
 from dataflex.method import STAGES, Card, Context, Needs, Params, Rows, Selector, State
 from dataflex.parts import Part
 from dataflex.registry import find, find_variant, names
-from dataflex.select.aggregates import Aggregate
-from dataflex.select.candidates import Candidates, Uniforms
-from dataflex.select.ranked import ranking
+from dataflex.select.choose import Candidates, Uniforms, ranking
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import (
     AGGREGATE,
     RULE,
     VECTORS,
+    Aggregate,
     Found,
     Gives,
     ScoringParams,

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, Rows
-from dataflex.select.aggregates import Aggregate
-from dataflex.select.scoring import AGGREGATE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
 from dataflex.selectors._lib import InfluenceParams
 
 __all__ = ["Icons"]

@@ -24,9 +24,8 @@ from dataflex.errors import DataError
 from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
-from dataflex.select.choose import top_k
+from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
-from dataflex.select.ranked import by_quota, water_filling
 
 __all__ = ["S2l", "filled"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import MixtureSampler
@@ -279,14 +279,7 @@ class Controller:
         domains = self.space.domains
         self.layout = self.shape.layout(self.space.num_rows)
         self.sampler: MixtureSampler | None = None
-        pure = self.mixer is not None and self.mixer.pure_micro_batches
-        if pure and self.narrows:
-            assert self.mixer is not None
-            assert self.selector is not None
-            raise UnsupportedError(
-                f"the {self.mixer.name} mixer wants micro-batches of one domain each, which the {self.selector.name} "
-                "selector cannot give; use one of the two"
-            )
+        pure = self.mixer is not None and self.mixer.requires().pure_micro_batches
         self.served = ServedCounts(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
         self._earlier: Rows = np.empty(0, dtype=np.int64)

@@ -1,8 +1,8 @@
 """The training loss: token losses, weights of sequences, tokens and domains, and an explicit denominator.
 
 Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
-follow Z = token | count | sample of ``method.Weighter``. With unit weights under ``token``
-and ``count`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
+follow Z = weight_sum | num_tokens | num_sequences of ``method.Weighter``. With unit weights under ``weight_sum``
+and ``num_tokens`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
 of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
 is corrected for the order of summation. What mixers observe are the plain losses.
 """
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
-from dataflex.method import BatchView, Mixer, Normalizer, Rows, State, Weighter
+from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
@@ -208,22 +208,22 @@ def weighted_loss(
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
         sequences: Which sequence each position belongs to.
-        normalizer: ``token``, ``count`` or ``sample``.
+        normalizer: ``weight_sum``, ``num_tokens`` or ``num_sequences``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
-        step_scale: For ``token``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
+        step_scale: For ``weight_sum``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
             the step where they are known beforehand, else ``micro_batch_scale``.
         replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
-    if normalizer == "sample":
+    if normalizer == "num_sequences":
         loss_B, _ = sample_means(loss_BT, mask_BT, sequences)
         if len(weights) != len(loss_B) or weights.shape[1] != 1:
-            raise ComponentError("normalizer 'sample' takes one weight per sequence")
+            raise ComponentError("normalizer 'num_sequences' takes one weight per sequence")
         return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
-    if normalizer == "token":
+    if normalizer == "weight_sum":
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
@@ -246,7 +246,7 @@ class DomainWeights:
         over_ranks: Whether the step's denominator counts tokens over all ranks.
     """
 
-    def __init__(self, mixer: Mixer, domains: Domains, *, over_ranks: bool) -> None:
+    def __init__(self, mixer: DomainWeighter, domains: Domains, *, over_ranks: bool) -> None:
         self._mixer, self._domains, self._over_ranks = mixer, domains, over_ranks
         self._by_domain: Floats | None = None
 
@@ -279,7 +279,7 @@ class DomainWeights:
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
             tokens_K = self._tokens(batches, rows, device, predicted_tokens)
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
-        elif normalizer == "count":  # the mixer's weights must not change the size of the step
+        elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, rows, device, counted_tokens))
             alpha = alpha * (float(num_items) / weighted if weighted > 0 else 0.0)
         self._by_domain = alpha
@@ -307,14 +307,14 @@ class DomainWeights:
         return np.asarray(self._by_domain[self._domains.domain_of[rows]])
 
     def times(self, weights: torch.Tensor, sequences: Sequences, normalizer: Normalizer) -> torch.Tensor:
-        """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``sample``).
+        """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``num_sequences``).
 
-        Under ``sample`` the sum over the micro-batch of all ranks stays as it was.
+        Under ``num_sequences`` the sum over the micro-batch of all ranks stays as it was.
         """
         factor = torch.from_numpy(self.of(sequences.rows_B)).to(weights)
         by_sequence = len(weights) == len(sequences.rows_B) and weights.shape[1] == 1
         product = weights * (factor[:, None] if by_sequence else sequences.spread(factor))
-        if normalizer != "sample":
+        if normalizer != "num_sequences":
             return product
         return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
 
@@ -407,11 +407,13 @@ class Reweighter:
         packed: bool = False,
         reference: References | None = None,
     ) -> None:
-        if weighter is not None and mixer is not None and mixer.weighs_loss and mixer.loss_normalizer == "domain":
+        if weighter is not None and isinstance(mixer, DomainWeighter) and mixer.loss_normalizer == "domain":
             raise UnsupportedError(
                 f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
         self.weighter, self.mixer = weighter, mixer
+        self._needs = Requires() if weighter is None else weighter.requires()
+        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self.stats = None if weighter is None else WeightStats(weighter.name)
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
         self._plain: torch.Tensor | None = None
@@ -419,14 +421,15 @@ class Reweighter:
         self._covered: DataPlan | None = None
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
-        weighs = mixer is not None and mixer.weighs_loss
-        self._domain_weights = DomainWeights(mixer, domains, over_ranks=over_ranks) if mixer and weighs else None
+        self._domain_weights = (
+            DomainWeights(mixer, domains, over_ranks=over_ranks) if isinstance(mixer, DomainWeighter) else None
+        )
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))
         # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
-        blind = mixer is not None and mixer.observes and mixer.reference is None and comm.rank() == 0
+        blind = mixer is not None and mixer.observes and not self._mixer_compares and comm.rank() == 0
         self._noise = NoiseWatch(domains.names) if blind else None
 
     @property
@@ -436,7 +439,7 @@ class Reweighter:
 
     def compares_from(self, total_steps: int) -> int:
         """Return the first optimizer step whose losses are compared with the reference's."""
-        if self.mixer is not None and self.mixer.reference is not None:
+        if self._mixer_compares:
             return 0
         return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
 
@@ -454,7 +457,7 @@ class Reweighter:
     @property
     def embedding(self) -> Any:
         """How the training forward's hidden states are pooled, or None."""
-        return None if self.weighter is None else self.weighter.embedding
+        return self._needs.embedding
 
     def begin_step(
         self,
@@ -481,7 +484,7 @@ class Reweighter:
         domain_weights = self._domain_weights
         if domain_weights is not None:
             domain_weights.begin_step(batches, rows, num_items, device, self._normalizer)
-        if self._normalizer != "token":
+        if self._normalizer != "weight_sum":
             return
         total = torch.zeros((), dtype=torch.float64)
         for batch, ids in zip(batches, rows, strict=True):
@@ -502,7 +505,8 @@ class Reweighter:
         if self._acts:
             assert self.weighter is not None
             return self.weighter.normalizer
-        return "token" if self._domain_weights is not None and not self._domain_weights.by_domain_means else "count"
+        by_weight = self._domain_weights is not None and not self._domain_weights.by_domain_means
+        return "weight_sum" if by_weight else "num_tokens"
 
     def check_known(self, rows: Rows) -> None:
         """Look at the weights that are known from the rows alone, so that a bad one does not wait for its row's step.
@@ -553,7 +557,7 @@ class Reweighter:
             total_steps: Optimizer steps of the run.
         """
         weighter = self.weighter if self._acts else None
-        losses = token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
+        losses = token_losses(logits, labels, entropy=weighter is not None and self._needs.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
         compares = step >= self.compares_from(total_steps)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
@@ -576,7 +580,7 @@ class Reweighter:
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normalizer)
         scale = self._scale
-        if scale is None and self._normalizer == "token":
+        if scale is None and self._normalizer == "weight_sum":
             scale = micro_batch_scale(losses, weights, sequences)
         if weighter is not None:
             self._note(weights / equal if scale is None else weights * scale.to(weights), losses, sequences)
@@ -612,7 +616,7 @@ class Reweighter:
         vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
         domains_B = self._domains.domain_of[sequences.rows_B].astype(np.int64)
         seen = batch_view(losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view)
-        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "sample" else 1.0
+        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
         return checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
 
     def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:

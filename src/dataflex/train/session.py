@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.errors import UnsupportedError
+from dataflex.method import RunFacts
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
@@ -197,24 +199,16 @@ def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
         setup: What the run is.
         trainer: The Trainer.
         max_steps: Optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: Two methods name different references.
     """
-    wanted = {method.kind: method.build().reference for method in setup.config.methods}
-    folders = dict.fromkeys(folder for folder in wanted.values() if folder is not None)
-    if not folders:
+    reference = setup.config.requires.reference
+    if reference is None:
         return None
-    if len(folders) > 1:
-        named = ", ".join(f"dynamic.{kind}.reference: {folder}" for kind, folder in wanted.items() if folder)
-        raise ConfigError(f"one run has one reference model, but two are named ({named})")
     from dataflex.train.reference import ReferenceLosses
 
     shape = batch_shape(trainer, shuffle=setup.shuffle)
     handle = signal_service(setup, trainer, shape, 0).handle
-    cache = all(method.build().reference_cached for method in setup.config.methods)
     losses = ReferenceLosses.open(
-        next(iter(folders)),
+        reference.folder,
         dataset=trainer.train_dataset,
         lengths=setup.rows.lengths,
         fingerprint=setup.rows.fingerprint,
@@ -224,7 +218,7 @@ def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
         token_budget=handle.token_budget,
         autocast=handle.autocast,
         store=Path(trainer.args.output_dir) / "dataflex" / "reference",
-        cache=cache,
+        cache=reference.cached,
         whole=expected(setup, shape, max_steps).serves_all_again,
     )
     with setup.clock.phase("reference"):
@@ -289,8 +283,10 @@ def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:
     Raises:
         UnsupportedError: With the reason.
     """
-    if (zero_stage(trainer) == 3 or trainer.is_fsdp_enabled) and not config.needs.zero3:
-        raise UnsupportedError("this method needs whole parameters, but ZeRO-3 or FSDP partitions them over ranks")
+    if zero_stage(trainer) == 3 or trainer.is_fsdp_enabled:
+        lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
+        if lacking:
+            raise UnsupportedError("\n".join(lacking))
     sizes = {
         "tensor": trainer.get_tp_size(),
         "context": trainer.get_cp_size(),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Requires, Rows, Weighter, WeighterParams
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -22,15 +22,12 @@ _WANTED = "weights must be finite numbers, 0 or more"
 
 
 class Column(Weighter):
-    """Weigh each row by a column of the data set.
-
-    Weights that come with the data: a numeric column says how much each row counts.
+    """Weigh each row by a numeric column of the data set.
 
     It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
     """
 
     name = "column"
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each row by a numeric column of the data set.",
         paper="baseline (importance weights)",
@@ -42,11 +39,9 @@ class Column(Weighter):
         """Parameters of the column weighter."""
 
         column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})
-        normalizer: Literal["token", "count"] = field(
-            default="token",
-            metadata={
-                "help": "token: weighted mean, only ratios matter; count: divided by the tokens, size matters too"
-            },
+        normalizer: Literal["weight_sum", "num_tokens"] = field(
+            default="weight_sum",
+            metadata={"help": "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"},
         )
 
         def __post_init__(self) -> None:
@@ -55,14 +50,13 @@ class Column(Weighter):
 
     params: Params
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the name of the weight column."""
-        return (self.params.column,)
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the weights of ``rows`` [len(rows)], finite and >= 0.
@@ -116,7 +110,7 @@ def _weights(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool
 class NoWeights(Weighter):
     """Every token counts the same, as without DataFlex.
 
-    The weighter that does not weigh: the stock loss is left alone.
+    The stock loss is left alone.
     """
 
     name = "none"

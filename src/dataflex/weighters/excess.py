@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams
 from dataflex.weighters._lib import reference_losses, sequence_means
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def largest(values: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Te
 
 
 class SelectiveLanguageModelling(Weighter):
-    """Keep the tokens of largest excess loss.
-
-    Selective language modelling (Rho-1): train on the tokens that the reference finds easier than the model does.
+    """Train on the tokens that the reference finds easier than the model does (Rho-1).
 
     Lin, Gou et al., "Rho-1: Not All Tokens Are What You Need", NeurIPS 2024, arXiv 2404.07965. The excess of a token
     is its loss less the reference's, not clipped; of all supervised tokens of the micro-batch the share ``keep`` of
@@ -49,9 +47,7 @@ class SelectiveLanguageModelling(Weighter):
     """
 
     name = "slm"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
@@ -70,21 +66,11 @@ class SelectiveLanguageModelling(Weighter):
             default="global", metadata={"help": "compare tokens over all ranks, or on each rank alone"}
         )
 
-        def __post_init__(self) -> None:
-            if not self.reference.strip():
-                raise ValueError("reference: is empty; without a reference model there is no excess loss")
-
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The mean over kept tokens."""
-        return "token"
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return 1 for kept tokens and 0 for all others [R, T] (collective under ``threshold: global``)."""
@@ -93,23 +79,16 @@ class SelectiveLanguageModelling(Weighter):
         if self.params.threshold == "local":
             kept = largest(excess, mask, self.params.keep)
         else:
-            kept = self._kept_everywhere(excess, mask)
+            from dataflex import comm
+
+            # An excess of minus infinity stands for a position that is not supervised.
+            both, local = comm.gather_rows(excess.masked_fill(~mask, float("-inf")))
+            kept = largest(both, both > float("-inf"), self.params.keep)[local]
         return kept.view(batch.mask_BT.shape).to(batch.loss_BT.dtype)
-
-    def _kept_everywhere(self, excess: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        from dataflex import comm
-
-        # An excess of minus infinity stands for a position that is not supervised.
-        both, local = comm.gather_rows(torch.where(mask, excess, float("-inf")))
-        return largest(both, both > float("-inf"), self.params.keep)[local]
 
 
 class Rho(Weighter):
-    """Keep the sequences of largest reducible loss.
-
-    RHO-LOSS as weights: of a micro-batch, train on the sequences whose loss exceeds the reference's most.
+    """Of a micro-batch, train on the sequences whose loss exceeds the reference's most (RHO-LOSS as weights).
 
     Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML
     2022, arXiv 2206.07137. The reducible loss of a sequence is its token-mean loss less the irreducible one, that of a
@@ -119,8 +98,7 @@ class Rho(Weighter):
     """
 
     name = "rho"
-    adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"))
+    normalizer: Normalizer = "num_sequences"  # weights of the micro-batch sum to one
     card = Card(
         summary="Trains on the sequences of each micro-batch whose loss exceeds a reference model's most.",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt, ICML 2022, "
@@ -141,21 +119,11 @@ class Rho(Weighter):
             },
         )
 
-        def __post_init__(self) -> None:
-            if not self.reference.strip():
-                raise ValueError("reference: is empty; without a reference model there is no reducible loss")
-
     params: Params
 
-    @property
-    def reference(self) -> str:
-        """Folder of the reference model."""
-        return self.params.reference
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights of the micro-batch sum to one and multiply token-mean losses."""
-        return "sample"
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return 1 / n for the n sequences kept over all ranks, else 0 [B] (collective)."""

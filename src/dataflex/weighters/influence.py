@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import softmax
 from dataflex.signals.specs import GradientSpec
 
 if TYPE_CHECKING:
@@ -75,13 +77,11 @@ class Meta(Weighter):
     """
 
     name = "meta"
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"), zero3=False)
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     card = Card(
         summary="Weighs the rows of each step by how far a step on each goes along the targets' gradient.",
         paper="Learning to Reweight Examples for Robust Deep Learning, ICML 2018, arXiv 1803.09050",
         cost="1 forward-mode F over the rows of each step, and F + B over the targets in each step",
-        forward_per_served_row=2.0,  # in forward mode a pass carries values and derivatives
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -102,19 +102,22 @@ class Meta(Weighter):
 
     params: Params
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Without forward mode parameters may be partitioned."""
-        return cls if params.forward_mode else _ByRows
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        by_row = not self.params.forward_mode
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            whole_parameters=not by_row,
+            passes=Passes(served=(1.0, 1.0), told="F + B over the rows of each step and over the targets")
+            if by_row
+            else Passes(served=(2.0, 0.0)),  # in forward mode a pass carries values and derivatives
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._step: StepWeights | None = None
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
 
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""
@@ -141,20 +144,6 @@ class Meta(Weighter):
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         return self._step.weights(batch)
 
-
-class _ByRows(Meta):
-    """The same with gradients row by row."""
-
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
-    card = replace(
-        Meta.card,
-        cost="F + B over the rows of each step and over the targets",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
-    )
-
-
-Floats = NDArray[np.float64]
 
 _EPS = 1e-12
 
@@ -183,8 +172,7 @@ def group_weights(influence: Floats, tau: float, eps: float = _EPS) -> Floats:
         # The variance is relative to the mean square: norms of a large model may be tiny.
         scale = max(float(np.square(s).mean()), 1e-300)
         z = (s - s.mean()) / np.sqrt(s.var() + eps * scale)
-        raised = np.exp(tau * z - (tau * z).max())
-        weights[known] = raised / raised.sum()
+        weights[known] = softmax(tau * z)
     return weights
 
 
@@ -205,14 +193,11 @@ class Presence(Weighter):
     """
 
     name = "presence"
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
+    normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
         cost="F + B over the rows of each step, gradients of the first block only",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -234,17 +219,16 @@ class Presence(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(signals=frozenset({"gradients"}), stages=("pt", "sft"), passes=Passes(served=(1.0, 1.0)))
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._rows: Rows | None = None
         self._shares = np.zeros(0)
         self._groups = np.zeros(0, dtype=np.int64)
         self._influence = np.zeros(0)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply token-mean losses; they sum to one over the step."""
-        return "sample"
 
     def due(self, step: int) -> bool:
         """Every step has weights of its own."""

@@ -10,33 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import softmax
 from dataflex.signals.specs import EmbeddingSpec
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapt", "AdaptByWords", "Anchors", "JointUpdateAware", "fixed_point"]
+__all__ = ["Adapt", "AdaptByWords", "JointUpdateAware", "fixed_point"]
 
 
-class Anchors:
-    """Rows of the targets, all of which count alike, as one mean vector.
+class _AnchoredWeighter(Weighter):
+    """Compares sequences with the mean embedding of the targets' rows, all of which count alike.
 
-    Args:
-        method: Name of the weighter, for messages.
-        spec: How a row becomes a vector; the same as for the rows in training.
-        refresh_steps: Optimizer steps between two passes over the targets.
+    The vectors of rows in training come out of the training forward itself; those of the anchors out of a pass every
+    ``refresh_steps`` steps. A resumed run weighs with the anchors at hand until the next pass.
     """
 
-    def __init__(self, method: str, spec: EmbeddingSpec, refresh_steps: int) -> None:
-        self._method, self.spec, self._every = method, spec, refresh_steps
-        self.mean: NDArray[np.float32] | None = None
+    saved: ClassVar[tuple[str, ...]] = ("anchors",)
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.anchors: NDArray[np.float32] | None = None
+        """Mean vector of the anchors."""
 
     def due(self, step: int) -> bool:
-        """Whether the vectors are to be computed anew before ``step``."""
-        return self.mean is None or step % self._every == 0
+        """Whether the anchors are to be embedded anew."""
+        return self.anchors is None or step % self.params.refresh_steps == 0
 
-    def refresh(self, ctx: Context) -> None:
+    def prepare(self, ctx: Context, rows: Rows) -> None:
         """Embed every row of the targets with the model as it is (collective; the ranks share the pass).
 
         Raises:
@@ -44,50 +47,36 @@ class Anchors:
         """
         total, count = np.zeros(0), 0
         for target in ctx.targets:
-            rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-            found = ctx.signals.embeddings(rows, self.spec, target=target) if len(rows) else np.zeros((0, 1))
+            anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+            found = (
+                ctx.signals.embeddings(anchors, self.params.spec, target=target) if len(anchors) else np.zeros((0, 1))
+            )
             usable = found[np.isfinite(found).all(axis=1)]
             if not len(usable):
                 raise DataError(
-                    f"{self._method}: target {target!r} has {len(rows):,} rows, none of which has an embedding. "
+                    f"{self.name}: target {target!r} has {len(anchors):,} rows, none of which has an embedding. "
                     "Give a target data set with text in it."
                 )
             sums = usable.sum(axis=0, dtype=np.float64)
             total, count = sums if count == 0 else total + sums, count + len(usable)
-        self.mean = (total / count).astype(np.float32)
+        self.anchors = (total / count).astype(np.float32)
 
-    def products(self, batch: BatchView, *, unit: bool = False) -> torch.Tensor:
-        """Return each sequence's inner product with the mean vector, fp32 [B].
-
-        Args:
-            batch: The micro-batch, with embeddings.
-            unit: Whether the mean vector is first divided by its norm.
+    def _products(self, batch: BatchView, *, unit: bool = False) -> torch.Tensor:
+        """Return each sequence's inner product with the anchors' mean vector (divided by its norm: ``unit``) [B].
 
         Raises:
-            ComponentError: There are no embeddings, or ``refresh`` was not called.
+            ComponentError: There are no embeddings, or ``prepare`` was not called.
         """
-        if batch.embeddings_BH is None or self.mean is None:
+        if batch.embeddings_BH is None or self.anchors is None:
             what = "no embeddings" if batch.embeddings_BH is None else "anchors that were never embedded"
-            raise ComponentError(f"{self._method}: the micro-batch comes with {what}")
-        mean = self.mean / max(float(np.linalg.norm(self.mean)), 1e-30) if unit else self.mean
+            raise ComponentError(f"{self.name}: the micro-batch comes with {what}")
+        mean = self.anchors / max(float(np.linalg.norm(self.anchors)), 1e-30) if unit else self.anchors
         direction: torch.Tensor = batch.embeddings_BH.new_tensor(mean)
         return batch.embeddings_BH @ direction
 
-    def state_dict(self) -> State:
-        """Return the mean vector: a resumed run weighs with the one at hand until the next pass."""
-        return {} if self.mean is None else {"anchors": self.mean}
 
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if set(state) - {"anchors"}:
-            raise ValueError(f"{self._method} keeps 'anchors' only, but was given {sorted(state)}")
-        self.mean = np.asarray(state["anchors"], dtype=np.float32) if state else None
-
-
-class Adapt(Weighter):
-    """Weigh sequences by their likeness to the targets.
-
-    ADAPT: the more a sequence is like the targets, the more it counts, with weights that stand for themselves.
+class Adapt(_AnchoredWeighter):
+    """Weigh sequences by their likeness to the targets, with weights that stand for themselves.
 
     "Rethinking Data Curation in LLM Training: Online Reweighting Offers Better Generalization", ICLR 2026,
     arXiv 2605.05227. A sequence's vector is the mean of the last hidden states over its tokens, weighted by
@@ -102,8 +91,7 @@ class Adapt(Weighter):
     """
 
     name = "adapt"
-    adaptive: ClassVar[bool] = False  # renews its anchors by itself; needs no interval
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
+    normalizer: Normalizer = "num_tokens"  # weights are absolute
     card = Card(
         summary="Weighs each sequence by how much it is like the targets' rows, with a weight between 0 and 1.",
         paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
@@ -133,41 +121,30 @@ class Adapt(Weighter):
             default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
         )
 
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(layer=self.layer, completion_only=self.completion_only)
+
     params: Params
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self._anchors = Anchors(
-            self.name,
-            EmbeddingSpec(layer=params.layer, completion_only=params.completion_only),
-            params.refresh_steps,
+    def __new__(cls, params: Params) -> Adapt:
+        """Return a weighter that compares words where they are asked for."""
+        return super().__new__(AdaptByWords if params.similarity == "bm25" else cls)
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        words = self.params.similarity == "bm25"
+        return Requires(
+            signals=frozenset({"texts" if words else "embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            embedding=None if words else self.params.spec,
+            passes=Passes(told="none on the device: words are counted once" if words else ""),
         )
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class that compares words where they are asked for."""
-        return AdaptByWords if params.similarity == "bm25" else cls
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The loss is divided by the number of supervised tokens: weights are absolute."""
-        return "count"
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How rows in training are embedded: as the anchors are."""
-        return self._anchors.spec
-
-    def due(self, step: int) -> bool:
-        """Whether the anchors are to be embedded anew."""
-        return self._anchors.due(step)
-
-    def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed the anchors."""
-        self._anchors.refresh(ctx)
-
     def _similarities(self, batch: BatchView) -> torch.Tensor:
-        return self._anchors.products(batch)
+        return self._products(batch)
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return sigmoid(s / tau) [B], 0 without supervised tokens (collective under ``rescale: mean1``)."""
@@ -182,14 +159,6 @@ class Adapt(Weighter):
 
         return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
 
-    def state_dict(self) -> State:
-        """Return the anchors' mean vector."""
-        return self._anchors.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._anchors.load_state_dict(state)
-
 
 class AdaptByWords(Adapt):
     """Weigh rows by the words that they share with the targets' rows: s_i is the mean BM25 score over all anchors.
@@ -197,21 +166,11 @@ class AdaptByWords(Adapt):
     Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
     """
 
-    needs = Needs(signals=frozenset({"texts"}), targets=True, stages=("pt", "sft"))
-    card = Card(
-        summary="Weighs each row by the words that it shares with the targets' rows (BM25), by a weight of 0.5 to 1.",
-        paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
-        cost="none on the device: words are counted once",
-    )
+    saved = ()
 
     def __init__(self, params: Adapt.Params) -> None:
         super().__init__(params)
         self._scores: NDArray[np.float32] | None = None
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """No hidden states are looked at."""
-        return None
 
     def due(self, step: int) -> bool:
         """Words are counted once, also by a resumed run."""
@@ -223,8 +182,7 @@ class AdaptByWords(Adapt):
         Raises:
             DataError: A target has no row with a word.
         """
-        from dataflex.selectors._lib import cut_words, pool_texts, target_words
-        from dataflex.selectors.okapi import Okapi
+        from dataflex.select.words import Okapi, cut_words, pool_texts, target_words
 
         anchors = [words for rows in target_words(self.name, ctx, "all", cut_words) for words in rows]
         counts = Counter(word for words in anchors for word in words)
@@ -239,25 +197,9 @@ class AdaptByWords(Adapt):
         scores: torch.Tensor = batch.loss_B.new_tensor(self._scores[batch.rows_B])
         return scores
 
-    def state_dict(self) -> State:
-        """Return nothing: scores follow from the data."""
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            raise ValueError(f"{self.name} by words keeps no state, but was given {sorted(state)}")
-
-
-Floats = NDArray[np.float64]
 
 _RESIDUAL = 1e-7
 _MOST = 100_000
-
-
-def _softmax(values: Floats) -> Floats:
-    raised = np.exp(values - values.max())
-    return np.asarray(raised / raised.sum())
 
 
 def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> Floats:
@@ -279,9 +221,9 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
     logs = np.zeros(len(alignment))
     share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))
     for _ in range(_MOST):
-        weights = _softmax(logs)
+        weights = softmax(logs)
         aim = (alignment - beta * (gram @ weights)) / tau
-        if np.abs(_softmax(aim) - weights).max(initial=0.0) < _RESIDUAL:
+        if np.abs(softmax(aim) - weights).max(initial=0.0) < _RESIDUAL:
             return weights
         logs = (1.0 - share) * logs + share * aim
     raise ComponentError(
@@ -290,10 +232,8 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
     )
 
 
-class JointUpdateAware(Weighter):
-    """Weigh the sequences of a micro-batch together: aligned with the targets, unlike one another.
-
-    Joint-update-aware weights: towards the targets, and away from sequences that say the same.
+class JointUpdateAware(_AnchoredWeighter):
+    """Weigh the sequences of a micro-batch together: towards the targets, away from sequences that say the same.
 
     The weighter of that name in existing DataFlex (no paper is known), with its objective over the weights of the
     micro-batch of all ranks,
@@ -307,8 +247,7 @@ class JointUpdateAware(Weighter):
     """
 
     name = "joint_update_aware"
-    adaptive: ClassVar[bool] = False  # renews its anchors by itself; needs no interval
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
+    normalizer: Normalizer = "num_sequences"  # weights of the micro-batch sum to one
     card = Card(
         summary="Weighs the sequences of a micro-batch towards the targets and away from one another.",
         paper="baseline (existing DataFlex; no paper)",
@@ -336,35 +275,23 @@ class JointUpdateAware(Weighter):
             default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
         )
 
+        @property
+        def spec(self) -> EmbeddingSpec:
+            """How rows in training and anchors are embedded."""
+            return EmbeddingSpec(
+                layer=self.layer,
+                pooling=self.pooling,
+                completion_only=self.completion_only,
+                normalize=self.normalize,
+            )
+
     params: Params
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        spec = EmbeddingSpec(
-            layer=params.layer,
-            pooling=params.pooling,
-            completion_only=params.completion_only,
-            normalize=params.normalize,
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"), embedding=self.params.spec
         )
-        self._anchors = Anchors(self.name, spec, params.refresh_steps)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights of the micro-batch sum to one and multiply token-mean losses."""
-        return "sample"
-
-    @property
-    def embedding(self) -> EmbeddingSpec:
-        """How rows in training are embedded: as the anchors are."""
-        return self._anchors.spec
-
-    def due(self, step: int) -> bool:
-        """Whether the anchors are to be embedded anew."""
-        return self._anchors.due(step)
-
-    def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed the anchors."""
-        self._anchors.refresh(ctx)
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B] that sum to one over the ranks' sequences with supervised tokens (collective).
@@ -376,7 +303,7 @@ class JointUpdateAware(Weighter):
         from dataflex import comm
 
         mode, p = self.params.mode, self.params
-        alignment_B = self._anchors.products(batch, unit=True)
+        alignment_B = self._products(batch, unit=True)
         assert batch.embeddings_BH is not None
         both, _ = comm.gather_rows(torch.cat([batch.embeddings_BH, alignment_B[:, None]], dim=1).float())
         vectors_MH, alignment_M = both[:, :-1], both[:, -1]
@@ -388,11 +315,3 @@ class JointUpdateAware(Weighter):
         if valid.any():
             weights[valid] = fixed_point(s[valid], gram[np.ix_(valid, valid)], beta=beta, tau=p.tau)
         return torch.from_numpy(weights[batch.local]).to(batch.loss_B.device)
-
-    def state_dict(self) -> State:
-        """Return the anchors' mean vector."""
-        return self._anchors.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._anchors.load_state_dict(state)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter
+from dataflex.method import BatchView, Card, Normalizer, Weighter
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ class LossWeighter(Weighter):
     """Weigh the sequences of a micro-batch by their own losses."""
 
     name = "loss"
-    needs = Needs(stages=("pt", "sft"))
-    adaptive: ClassVar[bool] = False  # acts in every micro-batch; needs no interval
+    normalizer: Normalizer = "num_sequences"
     card = Card(
         summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
         paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "
@@ -169,11 +168,6 @@ class LossWeighter(Weighter):
                 raise ValueError("r_schedule: every r, the first one included, must be finite")
 
     params: Params
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Weights multiply the token-mean losses of the sequences."""
-        return "sample"
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return 1000 steps, or a twentieth of a long run."""

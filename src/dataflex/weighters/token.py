@@ -1,10 +1,4 @@
-"""Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
-
-Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above a
-quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
-``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name (tensors of
-the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
-"""
+"""Weights of tokens by a function of what the model thinks of them: named functions, one of your own, focal loss."""
 
 from __future__ import annotations
 
@@ -18,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams
 from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
@@ -28,13 +22,13 @@ __all__ = [
     "NAMED",
     "Focal",
     "TokenWeighter",
-    "asked",
     "clip_quantile",
     "dft",
     "entropy_share",
     "excess_gate",
     "focal",
-    "load",
+    "inputs_of",
+    "load_function",
 ]
 
 _INPUTS = ("logp", "entropy", "reference")
@@ -88,7 +82,7 @@ BY_TOKEN = frozenset({"dft", "focal", "entropy", "excess"})
 """Those that look at one token at a time, so that tokens need not be picked out of the batch."""
 
 
-def load(name: str, **settings: float) -> Callable[..., Any]:
+def load_function(name: str, **settings: float) -> Callable[..., Any]:
     """Return the function that a name stands for, or ``module:function``, or ``file.py:function``.
 
     Args:
@@ -109,7 +103,7 @@ def load(name: str, **settings: float) -> Callable[..., Any]:
     function = getattr(_module(where), attribute, None)
     if not callable(function):
         raise ValueError(f"{where} has no function {attribute!r}")
-    asked(function)
+    inputs_of(function)
     loaded: Callable[..., Any] = function
     return loaded
 
@@ -133,7 +127,7 @@ def _module(where: str) -> Any:
     return module
 
 
-def asked(function: Callable[..., Any]) -> frozenset[str]:
+def inputs_of(function: Callable[..., Any]) -> frozenset[str]:
     """Return which of ``logp``, ``entropy`` and ``reference`` a function takes.
 
     Raises:
@@ -150,9 +144,7 @@ def asked(function: Callable[..., Any]) -> frozenset[str]:
 
 
 class TokenWeighter(Weighter):
-    """Weigh each token by a function of what the model thinks of it.
-
-    Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
+    """Weigh each token by a function of its log-probability, the entropy of the prediction and a reference.
 
     Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above
     a quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
@@ -161,9 +153,7 @@ class TokenWeighter(Weighter):
     """
 
     name = "token"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
         paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
@@ -178,9 +168,9 @@ class TokenWeighter(Weighter):
             default="dft",
             metadata={"help": "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"},
         )
-        normalizer: Literal["count", "token"] = field(
-            default="count",
-            metadata={"help": "count: divided by the tokens, as DFT is; token: weighted mean, only ratios matter"},
+        normalizer: Literal["num_tokens", "weight_sum"] = field(
+            default="num_tokens",
+            metadata={"help": "num_tokens: as DFT is; weight_sum: weighted mean, only ratios matter"},
         )
         gamma: float = field(default=2.0, metadata={"help": "exponent of focal", "minimum": 0.0})
         power: float = field(default=1.0, metadata={"help": "exponent of entropy", "minimum": 0.0})
@@ -200,7 +190,7 @@ class TokenWeighter(Weighter):
 
         def __post_init__(self) -> None:
             try:
-                taken = asked(load(self.function))
+                taken = inputs_of(load_function(self.function))
             except ValueError as error:
                 raise ValueError(f"function: {error}") from error
             if "reference" in taken and not (self.reference or "").strip():
@@ -210,25 +200,21 @@ class TokenWeighter(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
+        return Requires(
+            stages=("pt", "sft"), reference=reference, entropy="entropy" in inputs_of(load_function(p.function))
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._function = load(params.function, gamma=params.gamma, power=params.power, quantile=params.quantile)
-        self._taken = asked(self._function)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
-
-    @property
-    def reference(self) -> str | None:
-        """Folder of the reference model, if the function takes one."""
-        return self.params.reference
-
-    @property
-    def entropy(self) -> bool:
-        """Whether the function takes the entropy."""
-        return "entropy" in self._taken
+        self._function = load_function(
+            params.function, gamma=params.gamma, power=params.power, quantile=params.quantile
+        )
+        self._taken = inputs_of(self._function)
+        self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
@@ -270,9 +256,7 @@ class TokenWeighter(Weighter):
 
 
 class Focal(Weighter):
-    """Weigh tokens by (1 - p) ^ gamma.
-
-    Focal weights: the less likely a token is to the model, the more it counts.
+    """The less likely a token is to the model, the more it counts.
 
     Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002: the cross-entropy of each token is
     multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the opposite of DFT (``token``); tokens
@@ -280,9 +264,7 @@ class Focal(Weighter):
     """
 
     name = "focal"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by how unlikely it is to the model.",
         paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",
@@ -294,17 +276,16 @@ class Focal(Weighter):
         """Parameters of the focal loss; the defaults are the paper's."""
 
         gamma: float = field(default=2.0, metadata={"help": "exponent; 0 is the plain loss", "minimum": 0.0})
-        normalizer: Literal["count", "token"] = field(
-            default="count",
-            metadata={"help": "count: divided by the tokens, as the paper's; token: weighted mean"},
+        normalizer: Literal["num_tokens", "weight_sum"] = field(
+            default="num_tokens",
+            metadata={"help": "num_tokens: divided by the tokens, as the paper's; weight_sum: weighted mean"},
         )
 
     params: Params
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised."""
