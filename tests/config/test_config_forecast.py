@@ -265,13 +265,14 @@ def test_a_mixer_that_looks_at_the_model_is_not_asked(project: Path) -> None:
     (project / "looking.py").write_text(
         "import numpy as np\n"
         "from dataflex import Card, Mix, Mixer, Needs\n"
+        "from dataflex.signals.kinds import TokenLoss\n"
         "class Looking(Mixer):\n"
         "    name = 'looking'\n"
         "    adaptive = True\n"
         "    card = Card(summary='Looks.', paper='baseline', cost='1 F over the pool', forward_per_pool_row=1.0)\n"
         "    needs = Needs(signals=frozenset({'losses'}))\n"
         "    def mix(self, ctx):\n"
-        "        return Mix(proportions=ctx.signals.losses(np.arange(3)))\n"
+        "        return Mix(proportions=ctx.signals(TokenLoss(), np.arange(3)))\n"
     )
     view = view_of({"plugins": ["looking.py"], "mixer": "looking", "interval_steps": 10}, project)
     with pytest.raises(UnsupportedError, match="looks at the model"):

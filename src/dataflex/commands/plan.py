@@ -275,9 +275,9 @@ def _screening(view: Forecast) -> Cost | None:
 
 def _shares_embeddings(view: Forecast) -> bool:
     """Whether the selector compares with the very target embeddings that screening has made in this decision."""
-    from dataflex.signals.specs import EmbeddingSpec
+    from dataflex.signals.kinds import Embedding
 
-    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    selector, spec = view.dynamic.selector, Embedding()
     assert selector is not None
     alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
     return selector.name == "rds_plus" and alike
@@ -285,7 +285,7 @@ def _shares_embeddings(view: Forecast) -> bool:
 
 def _shares_gradients(view: Forecast) -> bool:
     """Whether the selector compares with the very target gradients that the pilot has made in this decision."""
-    from dataflex.signals.specs import GradientSpec
+    from dataflex.signals.kinds import GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None

@@ -17,7 +17,7 @@ from dataflex.method import Card, Context, Mix, Requires
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
@@ -46,12 +46,12 @@ class DomainGradients:
         return np.maximum(biased - self.variance / self.rows, 0.0)
 
 
-def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) -> DomainGradients:
+def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
     """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
 
     Args:
         ctx: The decision's context; its targets are compared with too.
-        spec: Which gradients.
+        signal: Which gradients, and the targets that they are compared with.
         rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
 
     Raises:
@@ -63,7 +63,7 @@ def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) 
         rows = ctx.domains.rows(k)
         drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
     everything = np.concatenate(drawn)
-    scores, gram = ctx.signals.gradient_products(everything, spec, targets=ctx.targets)
+    scores, gram = signal.split(ctx.signals(signal, everything))
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
     owner = np.repeat(np.arange(len(names)), [len(rows) for rows in drawn])
     known = np.isfinite(gram.diagonal())
@@ -102,14 +102,15 @@ class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        spec = GradientSpec(
+        signal = GradientProducts(
+            targets=ctx.targets,
             precondition="none",
             include_momentum=False,
             normalize=False,
             parameters=self.params.parameters,
             last_blocks=self.params.last_blocks,
         )
-        return domain_gradients(ctx, spec, rows_per_domain=self.params.rows_per_domain)
+        return domain_gradients(ctx, signal, rows_per_domain=self.params.rows_per_domain)
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:

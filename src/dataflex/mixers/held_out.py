@@ -19,6 +19,7 @@ from dataflex.mixers._lib import (
 )
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import numbers_by_domain
+from dataflex.signals.kinds import GateLoads
 
 __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 
@@ -199,7 +200,7 @@ class DynamicMoe(ExponentiatedMixer):
         loads = []
         for name in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-            summed = np.asarray(ctx.signals.gate_loads(rows, target=name), dtype=np.float64).sum(axis=0)
+            summed = np.asarray(ctx.signals(GateLoads(), rows, target=name), dtype=np.float64).sum(axis=0)
             if not (summed.sum(axis=1) > 0).all():
                 raise DataError(f"dynamic.mixer.targets: {name!r} has no tokens that experts could be chosen for")
             loads.append(summed)

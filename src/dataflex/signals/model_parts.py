@@ -110,7 +110,7 @@ def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]
 
     Args:
         parts: The model.
-        layer: Index into the hidden states, see ``EmbeddingSpec.layer``.
+        layer: Index into the hidden states, see ``Embedding.layer``.
 
     Raises:
         UnsupportedError: There is no such layer.

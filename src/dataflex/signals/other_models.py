@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.store import Fingerprint
+    from dataflex.signals.store import CacheKey
 
 __all__ = [
     "ADAPTER",
@@ -140,6 +140,11 @@ class Scorer:
         """Token that its sequences begin with, or none."""
         return start_tokens(self._tokenizer)
 
+    @property
+    def translation(self) -> Callable[[list[int]], list[int]] | None:
+        """Turns the run's tokens into its own; None where they are the same."""
+        return None if self.same_tokens else self.translate
+
     def translate(self, ids: list[int]) -> list[int]:
         """Return its tokens of the text of the run's tokens ``ids``; special tokens are left out."""
         text = self._theirs.decode(ids, skip_special_tokens=True)
@@ -246,13 +251,13 @@ def losses_key(
     num_rows: int,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> Fingerprint:
+) -> CacheKey:
     """Name token losses by weights, data, tokenizer, precision, and how rows become batches (collective).
 
     Args:
         model: The reference.
         tokenizer: The run's.
-        data: Fingerprint of the rows' tokens and labels.
+        data: CacheKey of the rows' tokens and labels.
         dataset: Features by row id; some rows are collated, since masks and positions tell how the documents
             of a packed row are kept apart.
         num_rows: N.
@@ -260,9 +265,9 @@ def losses_key(
         autocast: The trainer's mixed-precision context.
     """
     from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
-    from dataflex.signals.store import Fingerprint
+    from dataflex.signals.store import CacheKey
 
-    return Fingerprint(
+    return CacheKey(
         model=model_identity(model),
         data=data,
         method="reference-losses",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.signals.specs import Part
+from dataflex.signals.sweep import Sweep
 
 __all__ = [
     "IGNORE",
@@ -22,9 +22,9 @@ __all__ = [
     "Segments",
     "TokenRow",
     "collate_segments",
-    "row_means",
     "row_texts",
     "row_tokens",
+    "segment_sweep",
     "token_rows",
 ]
 
@@ -144,12 +144,6 @@ class Segments:
             np.array(values, dtype=np.int64) for values in (places, numbers, lengths)
         )
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """JSON values that the sequences depend on, besides the data set and the other model."""
-        rows = hashlib.blake2b(np.ascontiguousarray(self.rows).tobytes(), digest_size=16).hexdigest()
-        return {**self.cut.identity, "of": rows}
-
     def __len__(self) -> int:
         return len(self.places)
 
@@ -241,9 +235,25 @@ def collate_segments(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def row_means(pieces: Segments, sums_P2: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return each row's mean from sums and counts of its sequences [n]; NaN where nothing was scored."""
-    sums, counts = (
-        np.bincount(pieces.places, weights=sums_P2[:, column], minlength=len(pieces.rows)) for column in (0, 1)
+def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
+    """Return a pass over the segments of the rows of another one.
+
+    Values of the pass are sums of losses and numbers of tokens of segments [P, 2]; they are combined to the means of
+    rows [n], NaN where nothing was scored.
+    """
+    segments = Segments(dataset=whole.dataset, rows=whole.rows, cut=cut)
+
+    def means(sums_P2: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums, counts = (
+            np.bincount(segments.places, weights=sums_P2[:, column], minlength=len(whole.rows)) for column in (0, 1)
+        )
+        return np.divide(sums, counts, out=np.full(len(whole.rows), np.nan), where=counts > 0).astype(np.float32)
+
+    return replace(
+        whole,
+        dataset=segments,
+        rows=np.arange(len(segments), dtype=np.int64),
+        lengths=segments.lengths,
+        collate=collate_segments,
+        combine=means,
     )
-    return np.divide(sums, counts, out=np.full(len(pieces.rows), np.nan), where=counts > 0).astype(np.float32)

@@ -12,7 +12,7 @@ from dataflex.errors import ComponentError
 from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts, GradientScores
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,7 @@ class Meta(Weighter):
             default=None,
             metadata={
                 "pattern": True,
+                "pattern": True,
                 "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
             },
         )
@@ -125,13 +126,14 @@ class Meta(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Work out the weights of the step's rows; several targets count alike."""
-        spec = GradientSpec(
+        signal = GradientScores(
+            targets=ctx.targets,
             precondition="none",
             normalize=False,
             parameters=self.params.parameters,
             forward_mode=self.params.forward_mode,
         )
-        products = ctx.signals.gradient_scores(rows, spec, targets=ctx.targets).mean(axis=1)
+        products = ctx.signals(signal, rows).mean(axis=1)
         self._step = StepWeights(rows, clipped_shares(products))
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
@@ -240,8 +242,8 @@ class Presence(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Find the self-influence of the step's groups."""
-        spec = GradientSpec(precondition="none", normalize=False, parameters=self.params.parameters)
-        _, gram = ctx.signals.gradient_products(rows, spec, targets=())
+        signal = GradientProducts(precondition="none", normalize=False, parameters=self.params.parameters)
+        gram = ctx.signals(signal, rows)
         self._rows, self._groups = rows, np.arange(len(rows), dtype=np.int64) // self.params.group_rows
         self._influence = self_influence(gram, self._groups)
         # Each row its part of the group's mean, which is over the rows that have supervised tokens.

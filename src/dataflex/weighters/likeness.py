@@ -13,7 +13,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,7 @@ class _AnchoredWeighter(Weighter):
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-            found = (
-                ctx.signals.embeddings(anchors, self.params.spec, target=target) if len(anchors) else np.zeros((0, 1))
-            )
+            found = ctx.signals(self.params.spec, anchors, target=target) if len(anchors) else np.zeros((0, 1))
             usable = found[np.isfinite(found).all(axis=1)]
             if not len(usable):
                 raise DataError(
@@ -122,9 +120,9 @@ class Adapt(_AnchoredWeighter):
         )
 
         @property
-        def spec(self) -> EmbeddingSpec:
+        def spec(self) -> Embedding:
             """How rows in training and anchors are embedded."""
-            return EmbeddingSpec(layer=self.layer, completion_only=self.completion_only)
+            return Embedding(layer=self.layer, completion_only=self.completion_only)
 
     params: Params
 
@@ -276,9 +274,9 @@ class JointUpdateAware(_AnchoredWeighter):
         )
 
         @property
-        def spec(self) -> EmbeddingSpec:
+        def spec(self) -> Embedding:
             """How rows in training and anchors are embedded."""
-            return EmbeddingSpec(
+            return Embedding(
                 layer=self.layer,
                 pooling=self.pooling,
                 completion_only=self.completion_only,

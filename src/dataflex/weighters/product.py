@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
 from dataflex.method import (
     BatchView,
     Card,
@@ -51,7 +51,7 @@ _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_su
 class Factor(Part):
     """A weighter with its parameters, as one of several."""
 
-    what = "weighter"
+    what = "factor"
 
     @classmethod
     def known(cls) -> list[str]:
@@ -59,15 +59,8 @@ class Factor(Part):
         return [name for name in names("weighter") if name not in _NO_FACTORS]
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a weighter's parameters.
-
-        Raises:
-            ConfigError: There is no such weighter, or it cannot be a factor.
-        """
-        known = cls.known()
-        if name not in known:
-            raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters."""
         return find("weighter", name).Params
 
     def build(self) -> Weighter:
