@@ -92,7 +92,6 @@ class Meta(Weighter):
             default=None,
             metadata={
                 "pattern": True,
-                "pattern": True,
                 "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
             },
         )
