@@ -27,6 +27,7 @@ from llamafactory.data import loader as lf_loader
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -219,7 +220,7 @@ class DataLoading:
     """
 
     def __init__(self, config: DynamicConfig, written: Mapping[str, Any], clock: PhaseClock | None = None) -> None:
-        self._config, self._written = config, written
+        self._config, self._written = config, LlamaFactoryArgs.read(written)
         self._clock = clock or PhaseClock()
         self.space: RowSpace | None = None
 

@@ -90,7 +90,8 @@ class _GradientParams(InitialParams):
         default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
     )
     parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of the parameters compared; null: all trainable ones"}
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of the parameters compared; null: all trainable ones"},
     )
     last_blocks: int | None = field(
         default=None, metadata={"help": "only the last so many blocks of the model; null: all", "minimum": 1}

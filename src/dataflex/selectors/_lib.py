@@ -152,7 +152,9 @@ def compared(
 class GradientParams(Params):
     """Which gradients rows are compared by."""
 
-    parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
+    )
     last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
     bf16: bool = param(False, "run the gradient passes in bfloat16")
 

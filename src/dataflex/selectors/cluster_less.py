@@ -116,7 +116,9 @@ class ClusterLess(Selector):
         )
         aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
         layer: int = param(-1, "layer of the hidden states that are clustered")
-        parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+        parameters: str | None = param(
+            None, "regular expression of parameter names; null: all trainable ones", pattern=True
+        )
         bf16: bool = param(False, "run the gradient passes in bfloat16")
 
         def __post_init__(self) -> None:

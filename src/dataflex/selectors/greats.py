@@ -113,7 +113,9 @@ class _Shared(BaseParams):
     target_rows: int | None = param(
         16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
+    )
     last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
     bf16: bool = param(False, "run the passes in bfloat16")
 

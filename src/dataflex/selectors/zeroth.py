@@ -68,7 +68,9 @@ class Zeroth(ScoringSelector):
         similarity: Literal["cosine", "product"] = param(
             "cosine", "compare directions, or inner products, which favour steep rows"
         )
-        parameters: str | None = param(None, "regular expression of the parameters that move; null: all trainable ones")
+        parameters: str | None = param(
+            None, "regular expression of the parameters that move; null: all trainable ones", pattern=True
+        )
 
     params: Params
 

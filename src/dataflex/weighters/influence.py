@@ -90,7 +90,10 @@ class Meta(Weighter):
 
         parameters: str | None = field(
             default=None,
-            metadata={"help": "regular expression of parameter names that gradients are taken of; null: all trainable"},
+            metadata={
+                "pattern": True,
+                "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
+            },
         )
         forward_mode: bool = field(
             default=True,
@@ -212,7 +215,7 @@ class Presence(Weighter):
         )
         parameters: str = field(
             default=r"\.(layers|h|blocks|block|layer)\.0\.",
-            metadata={"help": "regular expression of the parameter names of the first block"},
+            metadata={"pattern": True, "help": "regular expression of the parameter names of the first block"},
         )
 
     params: Params
