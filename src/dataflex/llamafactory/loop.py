@@ -38,7 +38,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
             world=args.world_size,
             rank=args.process_index,
             drop_last=args.dataloader_drop_last,
-            shuffle=not setup.resolved.get("disable_shuffling", False),
+            shuffle=setup.shuffle,
         ),
         total_steps=total_steps,
         seed=args.seed,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dataflex.config.data import packed
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
@@ -86,7 +86,8 @@ def swapped(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},
         stage=stage,
-        packed=packed({**lf, "stage": stage}),
+        shuffle=not LlamaFactoryArgs.read(lf).disable_shuffling,
+        packed=LlamaFactoryArgs.read({**lf, "stage": stage}).packed,
         clock=clock,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import count_bytes, count_rows, data_sets, find_sources, packed, tokenized
+from dataflex.config.data import count_bytes, count_rows, find_sources
 from dataflex.config.split import Split
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.plan.proportions import read_proportions
@@ -36,7 +36,7 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     """
     dynamic = parts.dynamic
     by_column = dynamic is not None and not dynamic.domains_are_sources
-    names = data_sets(parts.lf.get("dataset"))
+    names = parts.lf.train_sets
     if asked not in (None, "rows", "bytes"):
         assert asked is not None
         given = given_sizes(asked)
@@ -54,10 +54,10 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     if problems:
         raise ConfigError(problems)
     counted = "sequences" if dynamic is None else dynamic.unit
-    tokens = counted == "tokens" or (packed(parts.lf) and counted == "sequences")
+    tokens = counted == "tokens" or (parts.lf.packed and counted == "sequences")
     unit = asked or ("bytes" if tokens else "rows")
     count = count_rows if unit == "rows" else count_bytes
-    sizes = [None if tokenized(parts.lf) else count(source, parts.lf) for source in sources]
+    sizes = [None if parts.lf.tokenized else count(source, parts.lf) for source in sources]
     unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]
     if unknown:
         raise ConfigError(

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import data_sets
 from dataflex.config.split import Split, resolve, split
-from dataflex.config.values import number
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.natural import natural_of
 from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, read_swarm, sample_swarm, save_swarm
@@ -80,8 +78,7 @@ def _parts(mapping: Mapping[str, Any], base_dir: Path) -> Split:
 
 def _held_out(parts: Split) -> tuple[str, ...]:
     """Return the names of the held-out sets that a run evaluates."""
-    named = data_sets(parts.lf.get("eval_dataset"))
-    return named or (("eval",) if number(parts.lf, "val_size", 0.0) > 0 else ())
+    return parts.lf.eval_sets or (("eval",) if parts.lf.val_size > 0 else ())
 
 
 def _every_domain_seen(names: tuple[str, ...], sizes: NDArray[np.float64], mixtures: NDArray[np.float64]) -> None:
@@ -104,7 +101,7 @@ def _configuration(
     for key in ("overwrite_output_dir", "resume_from_checkpoint"):  # a run that was killed must go on
         result.pop(key, None)
     result["output_dir"] = str(swarm.output_dir(run))
-    if data_sets(parts.lf.get("eval_dataset")):
+    if parts.lf.eval_sets:
         result.update({"do_eval": True, "eval_on_each_dataset": True})
     elif swarm.held_out:
         result["do_eval"] = True

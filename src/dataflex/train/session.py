@@ -18,13 +18,12 @@ import torch
 
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
-from dataflex.config.check import stage_problems
 from dataflex.config.forecast import Batch, Forecast
-from dataflex.config.needs import too_few_domains
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping
-from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from dataflex.method import DomainWeighter, Mixer, Rows
+from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
+from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.schedule import Schedule
 from dataflex.plan.validate import check_state
@@ -34,8 +33,8 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.model_parts import anatomy, capture_hidden
-from dataflex.signals.service import SignalService
+from dataflex.signals.model_parts import capture_hidden, model_parts
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
@@ -46,7 +45,7 @@ from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
 from dataflex.version import versions
 
-__all__ = ["Collate", "Loop", "Session", "Setup", "Step", "refuse_unsupported", "signal_service"]
+__all__ = ["Collate", "Loop", "Session", "Setup", "Step", "refuse_unsupported", "signal_runner"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,7 @@ class Setup:
         resolved: JSON form of the whole configuration, for the record.
         stage: What is trained on: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``.
         packed: Whether several samples share a row.
+        shuffle: Whether rows are shuffled, for adapters that make the batch shape.
         space: The row space, once the data is loaded.
         clock: Where the seconds of the run go.
         recorder: The record, once it is open; on rank 0 only.
@@ -76,6 +76,7 @@ class Setup:
     resolved: dict[str, Any]
     stage: str
     packed: bool = False
+    shuffle: bool = True
     space: RowSpace | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
     recorder: RunRecorder = field(default_factory=NullRecorder)
@@ -179,7 +180,7 @@ class Session:
 
     def __init__(self, setup: Setup) -> None:
         config = setup.config
-        problems = list(stage_problems(config, {"stage": setup.stage}))
+        problems = list(unmet(config, RunFacts(stage=setup.stage)))
         if problems:
             raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
@@ -258,9 +259,10 @@ class Session:
         """
         setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
         refuse_unsupported(loop, config)
-        lacking = too_few_domains(config, len(space.domains.names))
+        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps)
+        lacking = list(unmet(config, facts))
         if lacking:
-            raise DataError("\n".join(lacking))
+            raise ConfigError(lacking)
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
@@ -274,7 +276,6 @@ class Session:
             packed=setup.packed,
         )
         if self.weighter is not None:
-            self.weighter.refuse_idle(loop.total_steps)
             self._loss.check_known(space.all_rows())
         seed = loop.seed if config.seed is None else config.seed
         self.controller = Controller(
@@ -288,7 +289,7 @@ class Session:
             ),
             shape=shape,
             seed=seed,
-            signals=signal_service(setup, loop, seed),
+            signals=signal_runner(setup, loop, seed),
             selector=self.selector,
             mixer=self.mixer,
             clock=setup.clock,
@@ -311,7 +312,7 @@ class Session:
             prefetch_factor=loop.prefetch_factor,
         )
         if self.weighs:
-            self._loss.reference = _open_reference(setup, loop)
+            self._loss.reference = _open_reference(setup, loop, self.controller.signals.access)
 
     def start(self, checkpoint: Path | str | None = None, step: int | None = None) -> int:
         """Begin, or take back the plan and the states of a checkpoint; open the record (collective).
@@ -434,7 +435,7 @@ class Session:
         if spec is None:
             yield
             return
-        with capture_hidden(anatomy(self.loop.model), spec.layer) as self._hidden:
+        with capture_hidden(model_parts(self.loop.model), spec.layer) as self._hidden:
             yield
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
@@ -584,80 +585,65 @@ def _build(config: MethodConfig | None) -> Any:
     return None if config is None else config.build()
 
 
-def signal_service(setup: Setup, loop: Loop, seed: int) -> SignalService:
-    """Return the service that answers about the loop's model and the set-up's rows."""
-    space, options, dataset = setup.rows, setup.config.signals, _dataset(setup, loop)
-    handle = _model_access(setup, loop)
-    train = Corpus(dataset=dataset, lengths=space.lengths, identity=space.fingerprint)
+def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
+    """Return the runner of signals about the loop's model and the set-up's rows."""
+    space, options = setup.rows, setup.config.signals
+    longest = max(
+        int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
+    )
+    train = Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint)
     targets = {
         name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
         for name, target in space.targets.items()
     }
-    return SignalService(
-        handle=handle,
-        train=train,
-        targets=targets,
-        seed=seed,
-        book=SignalCache(
-            max_age_steps=options.max_age_steps,
-            store=None if options.store is None else ArrayStore(options.store),
-            store_bytes=int(options.store_gb * 1e9),
-            model_identity=lambda: model_identity(loop.model),
-            surroundings=_surroundings(handle, {"": train, **targets}),
-        ),
-    )
-
-
-def _model_access(setup: Setup, loop: Loop) -> ModelAccess:
-    space = setup.rows
-    longest = max(
-        int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
-    )
-    return ModelAccess(
+    access = ModelAccess(
         model=loop.model,
         collate=loop.score_collate or loop.collate,
         autocast=loop.autocast,
         device=loop.device,
         # Never more than a batch of the longest rows, which training must bear too.
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
+        train=train,
+        targets=targets,
+        seed=seed,
         tokenizer=loop.tokenizer,
         optimizer=loop.optimizer,
         learning_rate=loop.learning_rate,
         backend="zero" if loop.sharding in ("zero", "zero3") else "plain",
         release=loop.release,
     )
+    values = SignalCache(
+        max_age_steps=options.max_age_steps,
+        store=None if options.store is None else ArrayStore(options.store),
+        store_bytes=int(options.store_gb * 1e9),
+        model_identity=lambda: model_identity(loop.model),
+        surroundings=_surroundings(access, {"": train, **targets}),
+    )
+    return SignalRunner(access=access, cache=values)
 
 
-def _surroundings(handle: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
-    """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
+def _surroundings(access: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+    """Return what tells, by the name of a corpus, what its values come from besides the model and the tokens."""
 
     @cache
     def of(name: str) -> dict[str, Any]:
         return {
-            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), handle.collate),
-            "precision": precision(handle.autocast, handle.device),
-            "tokenizer": tokenizer_identity(handle.tokenizer),
+            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), access.collate),
+            "precision": precision(access.autocast, access.device),
+            "tokenizer": tokenizer_identity(access.tokenizer),
         }
 
     return of
 
 
-def _open_reference(setup: Setup, loop: Loop) -> Any:
-    """Return the reference model's token losses, or None when no method asks for them (collective).
-
-    Raises:
-        ConfigError: Two methods name different references.
-    """
-    wanted = {method.kind: method.build().reference for method in setup.config.methods}
-    folders = dict.fromkeys(folder for folder in wanted.values() if folder is not None)
-    if not folders:
+def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
+    """Return the reference model's token losses, or None when no method asks for them (collective)."""
+    reference = setup.config.requires.reference
+    if reference is None:
         return None
-    if len(folders) > 1:
-        named = ", ".join(f"dynamic.{kind}.reference: {folder}" for kind, folder in wanted.items() if folder)
-        raise ConfigError(f"one run has one reference model, but two are named ({named})")
     from dataflex.train.reference import ReferenceLosses
 
-    shape, space, handle = loop.shape, setup.rows, _model_access(setup, loop)
+    shape, space = loop.shape, setup.rows
     forecast = Forecast(
         dynamic=setup.config,
         batch=Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world),
@@ -667,17 +653,17 @@ def _open_reference(setup: Setup, loop: Loop) -> Any:
         steps=loop.total_steps,
     )
     losses = ReferenceLosses.open(
-        next(iter(folders)),
-        dataset=_dataset(setup, loop),
+        reference.folder,
+        dataset=access.train.dataset,
         lengths=space.lengths,
         fingerprint=space.fingerprint,
-        collate=handle.collate,
-        tokenizer=handle.tokenizer,
-        device=handle.device,
-        token_budget=handle.token_budget,
-        autocast=handle.autocast,
+        collate=access.collate,
+        tokenizer=access.tokenizer,
+        device=access.device,
+        token_budget=access.token_budget,
+        autocast=access.autocast,
         store=loop.output_dir / checkpoints.FOLDER / "reference",
-        cache=all(method.build().reference_cached for method in setup.config.methods),
+        cache=reference.cached,
         whole=forecast.serves_all_again,
     )
     with setup.clock.phase("reference"):
@@ -691,8 +677,10 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
     Raises:
         UnsupportedError: With the reason.
     """
-    if loop.sharding in ("zero3", "fsdp") and not config.needs.zero3:
-        raise UnsupportedError("this method needs whole parameters, but ZeRO-3 or FSDP partitions them over ranks")
+    if loop.sharding in ("zero3", "fsdp"):
+        lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
+        if lacking:
+            raise UnsupportedError("\n".join(lacking))
     for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
