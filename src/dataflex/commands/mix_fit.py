@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from dataflex.commands.mix import check_names, names_of, write_result
 from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.mixing import chameleon as leverage_scores
-from dataflex.mixing import mixmin as likelihood_weights
-from dataflex.mixing.mixmin import read_embeddings, read_matrix, write_embeddings, write_matrix
+from dataflex.mixing.chameleon import centred_kernel, leverage, leverage_weights, read_texts, sample_texts
+from dataflex.mixing.mixmin import check_matrix, objective, read_embeddings, read_matrix, solve, split_rows, write_embeddings, write_matrix
+from dataflex.mixing.proxies import log_likelihoods, mean_states
 from dataflex.plan.proportions import provenance
 from dataflex.record.text import columns
 
@@ -215,13 +215,13 @@ def mixmin(options: argparse.Namespace) -> str:
         inputs = [options.matrix]
     else:
         names, loglik, lengths, inputs = _likelihoods(options)
-    likelihood_weights.check_matrix(loglik, lengths)
+    check_matrix(loglik, lengths)
     if options.save_matrix is not None:
         write_matrix(options.save_matrix, names, loglik, lengths)
-    fitted, tested = likelihood_weights.split_rows(len(loglik), options.test_share, options.seed)
+    fitted, tested = split_rows(len(loglik), options.test_share, options.seed)
     if not len(fitted):
         raise ConfigError(f"--test-share: leaves none of {len(loglik)} pieces to fit on")
-    found = likelihood_weights.solve(loglik[fitted], lengths[fitted], rate=options.rate, most_steps=options.steps)
+    found = solve(loglik[fitted], lengths[fitted], rate=options.rate, most_steps=options.steps)
     equal = np.full(len(names), 1 / len(names))
     told = {"pieces": len(loglik), "fitted": _table(found.weights, equal, loglik[fitted], lengths[fitted])}
     if len(tested):
@@ -241,21 +241,18 @@ def mixmin(options: argparse.Namespace) -> str:
 
 def _table(weights: Floats, equal: Floats, loglik: Floats, lengths: Floats) -> dict[str, float]:
     """Return F of the found weights, of equal ones, and of the best single domain."""
-    single = [likelihood_weights.objective(row, loglik, lengths)[0] for row in np.eye(len(weights))]
-    values = [likelihood_weights.objective(each, loglik, lengths)[0] for each in (weights, equal)]
+    single = [objective(row, loglik, lengths)[0] for row in np.eye(len(weights))]
+    values = [objective(each, loglik, lengths)[0] for each in (weights, equal)]
     return {"mixmin": values[0], "equal": values[1], "best_single": min(single)}
 
 
 def _likelihoods(options: argparse.Namespace) -> tuple[tuple[str, ...], Floats, Floats, list[Path]]:
-    from dataflex.mixing.chameleon import read_texts, sample
-    from dataflex.mixing.proxies import log_likelihoods
-
     if options.target is None:
         raise ConfigError("--target: missing; name a file of texts that the mixture is for")
     if options.piece_tokens < 2 or options.most_texts < 1:
         raise ConfigError("--piece-tokens must be at least 2 and --most-texts at least 1")
     models = _by_name(options.models, "--models")
-    texts = sample(read_texts(options.target, names_of(options.column)), options.most_texts, options.seed, "target")
+    texts = sample_texts(read_texts(options.target, names_of(options.column)), options.most_texts, options.seed, "target")
     loglik, lengths = log_likelihoods(models, texts, piece_tokens=options.piece_tokens)
     return tuple(models), loglik, lengths, [options.target, *(Path(folder) for folder in models.values())]
 
@@ -278,8 +275,8 @@ def chameleon(options: argparse.Namespace) -> str:
         names, means, inputs = _embedded(options)
     if options.save_embeddings is not None:
         write_embeddings(options.save_embeddings, names, means)
-    scores = leverage_scores.leverage(leverage_scores.gram(means), options.ridge)
-    shares = leverage_scores.weights(scores, options.purpose, names)
+    scores = leverage(centred_kernel(means), options.ridge)
+    shares = leverage_weights(scores, options.purpose, names)
     keys = ("model", "domains", "column", "samples", "tokens", "purpose", "ridge", "seed")
     source = provenance("dataflex mix chameleon", inputs=inputs, settings={key: getattr(options, key) for key in keys})
     details = {"scores": dict(zip(names, scores.tolist(), strict=True)), "purpose": options.purpose}
@@ -288,9 +285,6 @@ def chameleon(options: argparse.Namespace) -> str:
 
 
 def _embedded(options: argparse.Namespace) -> tuple[tuple[str, ...], Floats, list[Path]]:
-    from dataflex.mixing.chameleon import read_texts, sample
-    from dataflex.mixing.proxies import mean_states
-
     if options.domains is None:
         raise ConfigError("--domains: missing; name a file of texts for each domain, as in web=web.txt,code=code.txt")
     if options.samples < 1 or options.tokens < 1:
@@ -298,7 +292,7 @@ def _embedded(options: argparse.Namespace) -> tuple[tuple[str, ...], Floats, lis
     files = {name: Path(file) for name, file in _by_name(options.domains, "--domains").items()}
     columns = names_of(options.column)
     texts = {
-        name: sample(read_texts(file, columns), options.samples, options.seed, name) for name, file in files.items()
+        name: sample_texts(read_texts(file, columns), options.samples, options.seed, name) for name, file in files.items()
     }
     means = [mean_states(options.model, rows, most_tokens=options.tokens).mean(axis=0) for rows in texts.values()]
     return tuple(files), np.stack(means), [*files.values(), Path(options.model)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError, did_you_mean
 from dataflex.rng import stream
 
-__all__ = ["PURPOSES", "Purpose", "gram", "leverage", "read_texts", "sample", "weights"]
+__all__ = ["PURPOSES", "Purpose", "centred_kernel", "leverage", "read_texts", "leverage_weights", "sample_texts"]
 
 Floats = NDArray[np.float64]
 Purpose = Literal["pretraining", "finetuning"]
@@ -30,7 +30,7 @@ _LEAST = 1e-9
 _RIDGE = 10.0
 
 
-def gram(means_KE: Floats) -> Floats:
+def centred_kernel(means_KE: Floats) -> Floats:
     """Return the centred linear kernel [K, K] of the domains' mean embeddings [K, E]: H M M' H, H = I - 1/K."""
     centred = means_KE - means_KE.mean(axis=0)
     return centred @ centred.T
@@ -56,7 +56,7 @@ def leverage(gram_KK: Floats, ridge: float = _RIDGE) -> Floats:
     return raw / raw.sum()
 
 
-def weights(scores_K: Floats, purpose: Purpose, names: tuple[str, ...] = ()) -> Floats:
+def leverage_weights(scores_K: Floats, purpose: Purpose, names: tuple[str, ...] = ()) -> Floats:
     """Return proportions [K]: softmax((1/S) / 5) for pre-training, softmax(S / 0.2) for fine-tuning.
 
     Raises:
@@ -121,7 +121,7 @@ def _text(row: Any, columns: Sequence[str], where: str) -> str:
     return "\n".join(row[column] for column in columns if row[column])
 
 
-def sample(texts: Sequence[str], most: int, seed: int, name: str) -> list[str]:
+def sample_texts(texts: Sequence[str], most: int, seed: int, name: str) -> list[str]:
     """Return at most ``most`` texts, drawn without replacement, in their order."""
     if len(texts) <= most:
         return list(texts)
