@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.mixing.chameleon import centred_kernel, leverage, leverage_weights
-from dataflex.mixing.mixmin import (
+from dataflex.mixing.models import (
+    PURPOSES,
+    centred_kernel,
     check_matrix,
+    leverage,
+    leverage_weights,
     objective,
     read_embeddings,
     read_matrix,
@@ -125,7 +128,7 @@ def test_chameleon_weighs_the_odd_one_up_for_finetuning_and_down_for_pretraining
     assert scores.argmax() == 3
     assert leverage_weights(scores, "finetuning").argmax() == 3
     assert leverage_weights(scores, "pretraining").argmin() == 3
-    for purpose in chameleon.PURPOSES:
+    for purpose in PURPOSES:
         assert leverage_weights(scores, purpose).sum() == pytest.approx(1)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.config.show import plain
-from dataflex.offline.chosen import Budget, chosen_rows, rule_of, score_column
 from dataflex.offline.files import FileRecord
-from dataflex.offline.subset import write_subset
+from dataflex.offline.subset import Budget, chosen_rows, rule_of, score_column, write_subset
 from dataflex.offline.table import read_scores
 from dataflex.printable import redacted
 from dataflex.version import __version__

@@ -22,8 +22,8 @@ import numpy as np
 
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
-from dataflex.printable import plain, redacted
-from dataflex.state import replacing
+from dataflex.printable import redacted
+from dataflex.state import write_json
 
 __all__ = [
     "COLLAPSED_ABOVE",
@@ -94,12 +94,11 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
         "method": content.method,
         "names": list(content.names),
         "proportions": [float(share) for share in content.proportions],
-        "details": redacted(plain(content.details)),
-        "provenance": redacted(plain(content.provenance)),
+        "details": content.details,
+        "provenance": content.provenance,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(body, indent=1).encode() + b"\n")
+    write_json(path, body)
     return path
 
 
