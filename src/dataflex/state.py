@@ -253,13 +253,13 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, without secrets.
+    """Write a JSON file, whole or not at all.
 
     Raises:
         DataError: The place cannot be written.
     """
     with replacing(path) as file:
-        file.write(json.dumps(redacted(plain(body)), indent=1).encode() + b"\n")
+        file.write(json.dumps(body, indent=1).encode() + b"\n")
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:

@@ -37,7 +37,7 @@ from dataflex.plan.proportions import (
     read_proportions,
     write_proportions,
 )
-from dataflex.printable import without_secrets
+from dataflex.printable import redacted, without_secrets
 from dataflex.record.text import table
 from dataflex.state import replacing, write_json
 
@@ -306,7 +306,7 @@ def _write(plan: DoremiPlan, configs: Mapping[Path, dict[str, Any]]) -> None:
     except OSError as error:
         raise ConfigError(f"--out: {plan.folder} cannot be written: {error.strerror or error}") from error
     record = {"format": _FORMAT, "config_digest": plan.config_digest, **dataclasses.asdict(plan.settings)}
-    write_json(plan.folder / _RECORD, record)
+    write_json(plan.folder / _RECORD, redacted(record))
 
 
 def table_of(content: ProportionsFile) -> list[str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.swarm import Table
+from dataflex.printable import plain, redacted
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
 
@@ -413,7 +414,7 @@ def write_fit(folder: Path, fit: Fit) -> Path:
         "runs": list(fit.runs),
         "provenance": fit.provenance,
     }
-    write_json(folder / FIT, body)
+    write_json(folder / FIT, redacted(plain(body)))
     return folder / FIT
 
 

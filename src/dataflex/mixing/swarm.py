@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.printable import file_name_problem, without_secrets
+from dataflex.printable import file_name_problem, plain, redacted, without_secrets
 from dataflex.record.read import read_events
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
@@ -463,7 +463,7 @@ def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
         "config_digest": swarm.config_digest,
         "provenance": swarm.provenance,
     }
-    write_json(swarm.folder / SWARM, body)
+    write_json(swarm.folder / SWARM, redacted(plain(body)))
 
 
 def read_swarm(folder: Path) -> Swarm:

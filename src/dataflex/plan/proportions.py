@@ -22,7 +22,7 @@ import numpy as np
 
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
-from dataflex.printable import redacted
+from dataflex.printable import plain, redacted
 from dataflex.state import write_json
 
 __all__ = [
@@ -94,8 +94,8 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
         "method": content.method,
         "names": list(content.names),
         "proportions": [float(share) for share in content.proportions],
-        "details": content.details,
-        "provenance": content.provenance,
+        "details": redacted(plain(content.details)),
+        "provenance": redacted(plain(content.provenance)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, body)
