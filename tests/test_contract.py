@@ -272,7 +272,7 @@ def test_constructors_and_parameters_that_raise(tmp_path):
 
 
 def test_methods_of_a_plugin_are_watched_once_and_ours_never(tmp_path):
-    from dataflex.selectors.loss import LossSelector
+    from dataflex.selectors.losses import LossSelector
 
     before = LossSelector.select
     assert registry.find("selector", "loss").select is before

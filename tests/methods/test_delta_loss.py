@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.selectors.delta_loss import DeltaLoss, window
-from dataflex.selectors.longest import Longest
-from dataflex.selectors.random_balanced import RandomBalanced
+from dataflex.selectors.baselines import Longest, RandomBalanced
+from dataflex.selectors.losses import DeltaLoss, window
 from dataflex.testing import FakeSignals, example_context
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import RunFacts
 from dataflex.registry import names
 from dataflex.testing import example_batch, example_context
 from dataflex.weighters.product import Factor, Product
@@ -107,8 +108,9 @@ def test_a_burn_in_of_shares_is_the_mean_of_the_sequences():
     weighter = product(Factor.of("column"), Factor.of("loss", burn_in_steps=5))
     kept = np.where(np.array(TOKENS) > 0, WEIGHTS, 0.0)
     np.testing.assert_allclose(weighter.weigh(batch_with()), kept / kept.sum(), rtol=1e-6)
-    with pytest.raises(ConfigError, match="5 steps of plain loss take up the whole run of 5 steps"):
-        weighter.refuse_idle(5)
+    (problem,) = weighter.check(RunFacts(total_steps=5))
+    assert problem.key == "of[1].burn_in_steps"
+    assert problem.text.startswith("5 steps of plain loss take up the whole run of 5 steps")
 
 
 def test_states_go_to_their_factors():
@@ -163,5 +165,5 @@ def test_a_list_is_a_product():
     assert problems == []
     assert (config.name, config.targets) == ("product", ("t",))
     assert [factor.name for factor in config.params.of] == ["column", "adapt"]
-    assert config.cls.needs.targets
-    assert config.build().columns() == ("sample_weight",)
+    assert config.requires.targets
+    assert config.requires.columns == ("sample_weight",)

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.select.aggregates import Aggregate
 from dataflex.select.rules import Rule
-from dataflex.selectors._lib import cut_words, word_punct
+from dataflex.select.scoring import Aggregate
+from dataflex.select.words import Okapi, cut_words, word_punct
 from dataflex.selectors.bm25 import Bm25
 from dataflex.selectors.dsir import Dsir, Hasher, drawn_ratios, effective_size, log_ratios
-from dataflex.selectors.embed import Embed
-from dataflex.selectors.okapi import Okapi
+from dataflex.selectors.nearest import Embed
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 from tests.methods.test_embedding_selectors import GivenVectors
 

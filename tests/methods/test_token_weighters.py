@@ -170,10 +170,11 @@ def test_focal_does_not_cancel_near_one():
 def test_entropy_and_excess():
     batch = token_batch([[1.0, 2.0]], [[1.0, 0.5]], entropy=[[3.0, 1.5]])
     weighter = TokenWeighter(TokenWeighter.Params(function="entropy", power=2.0))
-    assert weighter.entropy
+    assert weighter.requires().entropy
     assert weighter.weigh(batch)[0].tolist() == [1.0, 0.25]
     weighter = TokenWeighter(TokenWeighter.Params(function="excess", reference="r"))
-    assert (weighter.reference, weighter.entropy) == ("r", False)
+    needs = weighter.requires()
+    assert (needs.reference.folder, needs.entropy) == ("r", False)
     assert weighter.weigh(batch)[0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-1.5))])
 
 

@@ -14,15 +14,15 @@ from dataflex.config.show import as_mapping, as_yaml
 from dataflex.errors import ConfigError, DataError
 from dataflex.method import Card, Params, Selection, Selector
 from dataflex.registry import find
-from dataflex.select.aggregates import Aggregate, count_votes, together
 from dataflex.select.choose import round_robin, take_turns, top_k
-from dataflex.select.density import draw, probabilities
 from dataflex.select.rules import Rule
+from dataflex.select.scoring import Aggregate, count_votes, together
+from dataflex.select.tsds import draw, probabilities
 from dataflex.selectors import compose
 from dataflex.selectors.compose import Compose, Represent
 from dataflex.selectors.less import Less
-from dataflex.selectors.rds_plus import RdsPlus
-from dataflex.selectors.tacs import Tacs
+from dataflex.selectors.losses import Tacs
+from dataflex.selectors.nearest import RdsPlus
 from dataflex.testing import FakeSignals, example_context
 from tests.contract.test_methods import MINIMAL
 from tests.methods.test_embedding_selectors import GivenVectors
@@ -168,7 +168,7 @@ def test_targets_take_turns_with_any_ranking_rule():
 
 
 def represent_stream(name):
-    from dataflex.select.candidates import Candidates
+    from dataflex.select.choose import Candidates
 
     return Candidates.stream(0, name, 0)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 
 from dataflex.config.idle import idle_keys
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.method import DomainWeighter, Mixer, Selector
 from dataflex.plan.proportions import Floors, Written, check_numbers
@@ -24,8 +25,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
     if not dynamic.methods and not any(kind in unread for kind in KINDS):
         yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
         return
-    if "interval_steps" not in unread:
-        yield from _intervals(dynamic)
+    yield from unmet(dynamic, unread=unread)
     yield from _domain_rules(dynamic)
     if "selector" not in unread:
         yield from _selector_rules(dynamic, unread)
@@ -46,19 +46,6 @@ def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
         yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
     if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
         yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
-
-
-def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
-    if dynamic.interval_steps is not None:
-        return
-    for method in dynamic.methods:
-        if method.cls.adaptive:
-            yield (
-                f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
-                "that moment, so say after how many optimizer steps it decides again "
-                f"(for example 'interval_steps: {1 if getattr(method.cls, 'within_batch', False) else 100}')"
-            )
-            return
 
 
 def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
@@ -106,16 +93,11 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
     assert dynamic.selector is not None
     name, key = dynamic.selector.name, "dynamic.candidate_batches"
     if dynamic.candidate_batches is None:
-        if cls.within_batch:
-            yield (
-                f"{key}: missing; the {name} selector chooses within a batch of candidates, so say how many times the "
-                "rows of an interval are looked at (for example 'candidate_batches: 2' with 'interval_steps: 1')"
-            )
         return
     if not cls.selects_subset:
         yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
         return
-    if dynamic.interval_steps is None and not cls.adaptive:  # told once for adaptive ones
+    if dynamic.interval_steps is None and not dynamic.selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
         yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
@@ -180,8 +162,7 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
             "samples in, which a cap would change; remove it"
         )
     if dynamic.max_epochs is not None and dynamic.selector is not None:
-        cls = dynamic.selector.cls
-        if issubclass(cls, Selector) and cls.selects_subset:
+        if dynamic.narrows:
             yield (
                 f"dynamic.max_epochs: has no effect beside the {dynamic.selector.name} selector, which decides anew in "
                 "every interval what is served; remove one of the two"

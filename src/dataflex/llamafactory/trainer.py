@@ -30,15 +30,16 @@ from transformers import TrainerCallback
 
 from dataflex import checkpoints, comm
 from dataflex.checkpoints import FOLDER
+from dataflex.config.needs import unmet
 from dataflex.ending import Terminated, TermWish, heed_parent_only
-from dataflex.errors import ComponentError
-from dataflex.method import DomainWeighter, Rows, State
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import DomainWeighter, Rows, RunFacts, State
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.model_parts import anatomy, capture_hidden
+from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.train import checkpoint
 from dataflex.train.evaluation import EvaluationSums, perplexity, totals, undivided
 from dataflex.train.feedback import SAMPLES, describe_rows
@@ -362,9 +363,11 @@ class TrainerMixin(SavingMixin, _Trainer):
         values = super().set_initial_training_values(args, dataloader)
         max_steps = int(values[-1])
         setup = self.dataflex_setup
+        lacking = list(unmet(setup.config, RunFacts(total_steps=max_steps)))
+        if lacking:
+            raise ConfigError(lacking)
         reweighter = self._dataflex_reweighter
         if reweighter is not None and reweighter.weighter is not None:
-            reweighter.weighter.refuse_idle(max_steps)
             reweighter.check_known(setup.rows.all_rows())
         self._dataflex_session = Session.begin(
             setup,
@@ -530,7 +533,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         self._dataflex_batch, reweighter = inputs, self._dataflex_reweighter
         if reweighter is None or reweighter.embedding is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
+        with capture_hidden(model_parts(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _dataflex_held_out_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from dataflex.method import Context, Mix, Mixer
 from dataflex.method import Params as BaseParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = [
     "ExponentiatedMixer",
@@ -67,7 +68,7 @@ def held_out_losses(ctx: Context) -> Floats:
     losses = []
     for name in ctx.targets:
         rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-        means = np.asarray(ctx.signals.losses(rows, target=name), dtype=np.float64)
+        means = np.asarray(ctx.signals(TokenLoss(), rows, target=name), dtype=np.float64)
         tokens = np.array([len(part) for part in ctx.signals.tokens(rows, target=name, part="completion")], np.float64)
         known = np.isfinite(means) & (tokens > 0)
         if not known.any():
@@ -133,7 +134,6 @@ class ExponentiatedMixer(LearningMixer):
     ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
     """
 
-    adaptive: ClassVar[bool] = True
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
 
     def __init__(self, params: Any) -> None:

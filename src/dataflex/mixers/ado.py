@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Needs
+from dataflex.method import Card, Context, Mix, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats
@@ -117,10 +117,8 @@ class Ado(LearningMixer):
     """Serve domains by the slopes of their own scaling laws, fitted during training."""
 
     name = "ado"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     saved = ("names", "prior", "average", "credit", "served", "last", "samples", "losses", "laws")
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains by how fast their losses still fall, by scaling laws fitted during training.",
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
@@ -165,6 +163,10 @@ class Ado(LearningMixer):
                 )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dataflex.errors import CheckpointError
-from dataflex.method import Card, Context, Mix, Mixer, State
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import equal, sizes
 from dataflex.plan.domains import Floats
@@ -62,7 +62,6 @@ class Staged(Mixer):
     """
 
     name = "staged"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves the domains in proportions that follow a written schedule of steps.",
         paper="baseline (curriculum by stages)",
@@ -90,6 +89,10 @@ class Staged(Mixer):
                     raise ValueError(f"stages: start_step {after} must come after {before}")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions at the first step of the interval.
@@ -205,7 +208,6 @@ class RandomShares(Mixer):
     """
 
     name = "random"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Serves domains in proportions that are drawn anew for every interval.",
         paper="baseline (Dirichlet draws)",
@@ -226,6 +228,10 @@ class RandomShares(Mixer):
         around: str = field(default="uniform", metadata={"help": "centre of the draws", "choices": ("uniform", "size")})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
         """Return a draw from Dirichlet(K x concentration x centre), the same on every rank."""

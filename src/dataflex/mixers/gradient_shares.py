@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Needs
+from dataflex.method import Card, Context, Mix, Requires
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
@@ -46,12 +46,12 @@ class DomainGradients:
         return np.maximum(biased - self.variance / self.rows, 0.0)
 
 
-def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) -> DomainGradients:
+def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
     """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
 
     Args:
         ctx: The decision's context; its targets are compared with too.
-        spec: Which gradients.
+        signal: Which gradients, and the targets that they are compared with.
         rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
 
     Raises:
@@ -63,7 +63,7 @@ def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) 
         rows = ctx.domains.rows(k)
         drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
     everything = np.concatenate(drawn)
-    scores, gram = ctx.signals.gradient_products(everything, spec, targets=ctx.targets)
+    scores, gram = signal.split(ctx.signals(signal, everything))
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
     owner = np.repeat(np.arange(len(names)), [len(rows) for rows in drawn])
     known = np.isfinite(gram.diagonal())
@@ -90,7 +90,8 @@ class _GradientParams(InitialParams):
         default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
     )
     parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of the parameters compared; null: all trainable ones"}
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of the parameters compared; null: all trainable ones"},
     )
     last_blocks: int | None = field(
         default=None, metadata={"help": "only the last so many blocks of the model; null: all", "minimum": 1}
@@ -101,14 +102,15 @@ class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        spec = GradientSpec(
+        signal = GradientProducts(
+            targets=ctx.targets,
             precondition="none",
             include_momentum=False,
             normalize=False,
             parameters=self.params.parameters,
             last_blocks=self.params.last_blocks,
         )
-        return domain_gradients(ctx, spec, rows_per_domain=self.params.rows_per_domain)
+        return domain_gradients(ctx, signal, rows_per_domain=self.params.rows_per_domain)
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
@@ -126,7 +128,6 @@ class Doge(_GradientMixer):
     """Serve the domains whose gradients go along with those of all."""
 
     name = "doge"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     saved = (*ExponentiatedMixer.saved, "mean", "mean_count")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of all domains.",
@@ -164,6 +165,15 @@ class Doge(_GradientMixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.mean: Floats = np.zeros(0)
@@ -194,7 +204,6 @@ class Dga(_GradientMixer):
     """Serve the domains whose gradients go along with the targets'."""
 
     name = "dga"
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
     saved = (*ExponentiatedMixer.saved, "served")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of target data.",
@@ -213,6 +222,16 @@ class Dga(_GradientMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -243,7 +262,6 @@ class Pike(_GradientMixer):
     """Serve domains of strong gradients more and those of noisy ones less."""
 
     name = "pike"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the larger their gradients are against the noise in them.",
         paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
@@ -259,6 +277,15 @@ class Pike(_GradientMixer):
         zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         found, p = self._gradients(ctx), self.params

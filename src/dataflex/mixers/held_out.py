@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs
+from dataflex.method import Card, Context, Passes, Requires
 from dataflex.mixers._lib import (
     ExponentiatedMixer,
     InitialParams,
@@ -19,6 +19,7 @@ from dataflex.mixers._lib import (
 )
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import numbers_by_domain
+from dataflex.signals.kinds import GateLoads
 
 __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 
@@ -36,7 +37,16 @@ class _TargetLossParams(InitialParams):
 
 
 class _TargetLossMixer(ExponentiatedMixer):
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def _losses(self, ctx: Context) -> tuple[Floats, Floats]:
         """Return the held-out losses and those that they should reach [K]."""
@@ -56,7 +66,6 @@ class Sheared(_TargetLossMixer):
         summary="Serves domains more, the further their held-out losses are above target losses.",
         paper="Sheared LLaMA (Xia et al.), ICLR 2024, arXiv 2310.06694, dynamic batch loading",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,6 @@ class Velocity(_TargetLossMixer):
         paper="Velocitune: A Velocity-based Dynamic Domain Reweighting Method for Continual Pre-training, ACL 2025, "
         "arXiv 2411.14318",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -145,13 +153,11 @@ class DynamicMoe(ExponentiatedMixer):
     """
 
     name = "dynamic_moe"
-    needs = Needs(signals=frozenset({"gates"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the less their expert loads are like those of the other domains (MoE only).",
         paper="Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts (Zhu et al.), NAACL 2025, "
         "arXiv 2406.11256",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,17 @@ class DynamicMoe(ExponentiatedMixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gates"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
+
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         """Return the mean distances D [K].
 
@@ -183,7 +200,7 @@ class DynamicMoe(ExponentiatedMixer):
         loads = []
         for name in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-            summed = np.asarray(ctx.signals.gate_loads(rows, target=name), dtype=np.float64).sum(axis=0)
+            summed = np.asarray(ctx.signals(GateLoads(), rows, target=name), dtype=np.float64).sum(axis=0)
             if not (summed.sum(axis=1) > 0).all():
                 raise DataError(f"dynamic.mixer.targets: {name!r} has no tokens that experts could be chosen for")
             loads.append(summed)

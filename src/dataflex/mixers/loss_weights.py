@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, Needs, ReferenceParams
+from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, equal, eta_field, smoothing_field
 from dataflex.plan.domains import DomainStats, Floats
@@ -205,7 +205,6 @@ class DoReMi(_LossWeighter):
     """
 
     name = "doremi"
-    needs = Needs(domains=2, stages=("pt", "sft"))
     saved = (*_LossWeighter.saved, "scores", "mean", "mean_count", "trajectory")
     card = Card(
         summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
@@ -235,6 +234,10 @@ class DoReMi(_LossWeighter):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -338,7 +341,6 @@ class GroupDro(_LossWeighter):
     """
 
     name = "group_dro"
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Weighs the domains in the loss towards those of the largest loss, every step.",
         paper="Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv 1911.08731",
@@ -357,6 +359,10 @@ class GroupDro(_LossWeighter):
         smoothing: float = smoothing_field(0.0, _WHEN)
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:

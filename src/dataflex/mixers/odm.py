@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Needs
+from dataflex.method import Card, Context, Mix, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats, Floats
@@ -53,10 +53,8 @@ class Odm(LearningMixer):
     """Serve domains with high training loss more often, with exploration that fades."""
 
     name = "odm"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     saved = ("names", "reward", "turn", "updates", "warming")
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains by a bandit whose reward is their training loss; near equal shares unless its variant "
         "is a published one.",
@@ -86,17 +84,17 @@ class Odm(LearningMixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        bandit = self.params.variant != "full_information"  # pulls one domain per micro-batch
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True, pure_micro_batches=bandit)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.reward: Floats = np.zeros(0)
         self.turn = 0
         self.updates = 0
         self.warming = False
-
-    @property
-    def pure_micro_batches(self) -> bool:
-        """The bandits pull one domain per micro-batch."""
-        return self.params.variant != "full_information"
 
     def mix(self, ctx: Context) -> Mix:
         """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.

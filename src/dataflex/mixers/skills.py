@@ -7,13 +7,12 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Needs
+from dataflex.method import Card, Context, Mix, Passes, Requires
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, check_targets, eta_field, held_out_losses
 from dataflex.plan.domains import Floats
@@ -26,15 +25,12 @@ class SkillIt(LearningMixer):
     """Serve the domains that help those whose held-out losses are high."""
 
     name = "skill_it"
-    adaptive: ClassVar[bool] = True
     saved = ("losses", "names")
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
         "NeurIPS 2023, arXiv 2307.14430",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -55,6 +51,17 @@ class SkillIt(LearningMixer):
                 raise ValueError("graph: every number must be finite")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -112,9 +119,7 @@ class Aioli(LearningMixer):
     """Probe one domain after another, learn what helps whom, and serve accordingly."""
 
     name = "aioli"
-    adaptive: ClassVar[bool] = True
     saved = ("names", "turn", "before", "drops", "log_shares", "matrix", "order")
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Probes domains one after another for what they gain each other, then serves what helps most.",
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
@@ -146,6 +151,16 @@ class Aioli(LearningMixer):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

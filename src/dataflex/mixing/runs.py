@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import count_bytes, count_rows, data_sets, find_sources, packed, tokenized
+from dataflex.config.data import count_bytes, count_rows, find_sources
 from dataflex.config.split import Split, resolve, split
-from dataflex.config.values import number
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, finished, read_swarm, sample_swarm, save_swarm
 from dataflex.plan.proportions import digest_of, provenance, read_proportions
@@ -42,7 +41,7 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     """
     dynamic = parts.dynamic
     by_column = dynamic is not None and not dynamic.domains_are_sources
-    names = data_sets(parts.lf.get("dataset"))
+    names = parts.lf.train_sets
     if asked not in (None, "rows", "bytes"):
         assert asked is not None
         given = given_sizes(asked)
@@ -60,10 +59,10 @@ def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
     if problems:
         raise ConfigError(problems)
     counted = "sequences" if dynamic is None else dynamic.unit
-    tokens = counted == "tokens" or (packed(parts.lf) and counted == "sequences")
+    tokens = counted == "tokens" or (parts.lf.packed and counted == "sequences")
     unit = asked or ("bytes" if tokens else "rows")
     count = count_rows if unit == "rows" else count_bytes
-    sizes = [None if tokenized(parts.lf) else count(source, parts.lf) for source in sources]
+    sizes = [None if parts.lf.tokenized else count(source, parts.lf) for source in sources]
     unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]
     if unknown:
         raise ConfigError(
@@ -193,8 +192,7 @@ def _parts(mapping: Mapping[str, Any], base_dir: Path) -> Split:
 
 def _held_out(parts: Split) -> tuple[str, ...]:
     """Return the names of the held-out sets that a run evaluates."""
-    named = data_sets(parts.lf.get("eval_dataset"))
-    return named or (("eval",) if number(parts.lf, "val_size", 0.0) > 0 else ())
+    return parts.lf.eval_sets or (("eval",) if parts.lf.val_size > 0 else ())
 
 
 def _every_domain_seen(names: tuple[str, ...], sizes: NDArray[np.float64], mixtures: NDArray[np.float64]) -> None:
@@ -217,7 +215,7 @@ def _configuration(
     for key in ("overwrite_output_dir", "resume_from_checkpoint"):  # a run that was killed must go on
         result.pop(key, None)
     result["output_dir"] = str(swarm.output_dir(run))
-    if data_sets(parts.lf.get("eval_dataset")):
+    if parts.lf.eval_sets:
         result.update({"do_eval": True, "eval_on_each_dataset": True})
     elif swarm.held_out:
         result["do_eval"] = True

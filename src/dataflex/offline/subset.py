@@ -21,8 +21,7 @@ from dataflex.method import Rows
 from dataflex.offline.files import FileRecord, SourceRows
 from dataflex.offline.table import ScoreTable
 from dataflex.printable import file_name_problem, on_one_line
-from dataflex.select.candidates import Candidates
-from dataflex.select.ranked import token_budget
+from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, replacing
 

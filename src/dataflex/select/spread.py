@@ -8,7 +8,7 @@ import heapq
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.select.density import cells_of
+from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import Search, similar_rows
 
 __all__ = ["apart", "facility_location", "greedy_cover", "k_center", "near_duplicates", "unit"]

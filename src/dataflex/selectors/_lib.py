@@ -1,41 +1,30 @@
-"""What several selectors share: vectors of pool and targets, options of gradients, words of texts."""
+"""What several selectors share: vectors of pool and targets, options of gradients."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import re
-import string
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Context, Needs, Params, Rows
+from dataflex.method import Context, Needs, Params, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part, Pooling
+from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
     "EmbeddingParams",
     "GradientParams",
     "InfluenceParams",
     "PooledParams",
-    "Remembered",
     "VectorSelector",
     "compared",
-    "cut_words",
     "embeddings",
-    "no_words",
-    "pool_texts",
-    "target_words",
-    "word_punct",
 ]
-
-T = TypeVar("T")
 
 # ---------------------------------------------------------------- vectors
 
@@ -44,14 +33,9 @@ T = TypeVar("T")
 class EmbeddingParams(Params):
     """Which hidden states rows are compared by."""
 
-    encoder: str | None = field(
-        default=None,
-        metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
-    )
-    layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-    completion_only: bool = field(
-        default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
-    )
+    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training", model=True)
+    layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
+    completion_only: bool = param(False, "average the supervised tokens only, not the prompt's")
 
     def __post_init__(self) -> None:
         if self.completion_only and self.encoder is not None:
@@ -62,19 +46,16 @@ class EmbeddingParams(Params):
 class PooledParams(EmbeddingParams):
     """Hidden states and how they become one vector."""
 
-    pooling: Pooling = field(
-        default="mean",
-        metadata={"help": "how tokens become a vector; a sentence-transformers folder has its own way"},
-    )
+    pooling: Pooling = param("mean", "how tokens become a vector; a sentence-transformers folder has its own way")
 
 
 def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams) -> NDArray[np.float32]:
     """Return vectors of length one [n, D]: weighted by position as in RDS+, unless a pooling is given."""
-    spec = EmbeddingSpec(layer=p.layer, completion_only=p.completion_only)
+    signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
     if isinstance(p, PooledParams):
         own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
-        spec = EmbeddingSpec() if own_pooling else dataclasses.replace(spec, pooling=p.pooling)
-    return ctx.signals.embeddings(rows, spec, target=target, encoder=p.encoder)
+        signal = Embedding(encoder=p.encoder) if own_pooling else dataclasses.replace(signal, pooling=p.pooling)
+    return ctx.signals(signal, rows, target=target)
 
 
 class VectorSelector(ScoringSelector):
@@ -171,100 +152,26 @@ def compared(
 class GradientParams(Params):
     """Which gradients rows are compared by."""
 
-    parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
     )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
+    bf16: bool = param(False, "run the gradient passes in bfloat16")
 
-    def spec(self, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for, with what else the method says of them."""
-        return GradientSpec(parameters=self.parameters, last_blocks=self.last_blocks, bf16=self.bf16, **more)
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask, with what else the method says of it."""
+        return {"parameters": self.parameters, "last_blocks": self.last_blocks, "bf16": self.bf16, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceParams(GradientParams):
     """How rows' gradients are compared with those of tasks."""
 
-    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-        default="true_adam", metadata={"help": "what turns training gradients into directions"}
+    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+        "true_adam", "what turns training gradients into directions"
     )
-    sketch_size: int | None = field(
-        default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-    )
+    sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
 
-    def influence(self, seed: int, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for in a decision of this seed."""
-        return self.spec(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)
-
-
-# ---------------------------------------------------------------- words
-_CHUNK_ROWS = 8192
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
-
-
-def cut_words(text: str) -> list[str]:
-    """Return the words of a text: lower-cased, punctuation removed, cut at white space."""
-    return text.lower().translate(_PUNCTUATION).split()
-
-
-def word_punct(text: str) -> list[str]:
-    """Return runs of letters and digits and runs of punctuation, lower-cased."""
-    return _WORD_PUNCT.findall(text.lower())
-
-
-def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:
-    """Yield the text of each pool row; only a part of the pool is held as text."""
-    for start in range(0, len(pool), _CHUNK_ROWS):
-        yield from ctx.signals.texts(np.asarray(pool[start : start + _CHUNK_ROWS]), part=part)
-
-
-def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], list[str]]) -> list[list[list[str]]]:
-    """Return the words of each row of each target, rows without any left out.
-
-    Raises:
-        DataError: A target has no row with a word in this part.
-    """
-    found = []
-    for target in ctx.targets:
-        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-        texts = ctx.signals.texts(rows, target=target, part=part) if len(rows) else []
-        words = [row for row in map(cut, texts) if row]
-        if not words:
-            raise DataError(
-                f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_named(part)} "
-                f"to compare with. Give a target data set with text in it{_instead(part)}."
-            )
-        found.append(words)
-    return found
-
-
-def no_words(method: str, num_rows: int, part: Part) -> DataError:
-    """Return the error of a pool in which no row has a word."""
-    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_named(part)}{_instead(part)}.")
-
-
-def _named(part: Part) -> str:
-    return "text" if part == "all" else part
-
-
-def _instead(part: Part) -> str:
-    return "" if part == "all" else ", or set 'part: all'"
-
-
-class Remembered:
-    """The last answer to a question about a pool; words do not change while a model is trained."""
-
-    def __init__(self) -> None:
-        self._last: tuple[str, Any] | None = None
-
-    def get(self, pool: Rows, targets: tuple[str, ...], compute: Callable[[], T]) -> T:
-        """Return the answer for these rows and targets, computing it unless it is the last one."""
-        key = hashlib.blake2b(pool.tobytes() + repr(targets).encode(), digest_size=16).hexdigest()
-        if self._last is None or self._last[0] != key:
-            self._last = (key, compute())
-        answer: T = self._last[1]
-        return answer
+    def influence(self, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask in a decision of this seed."""
+        return self.options(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)

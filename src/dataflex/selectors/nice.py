@@ -20,26 +20,145 @@ uniformly for the interval, with a warning, unless ``without_signal: error``.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection
+from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import InfluenceParams
-from dataflex.selectors.answered import Answered, ask_and_grade
-from dataflex.signals.specs import GenerationSpec, WeightedAnswer
+from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
 
-__all__ = ["Nice", "advantages"]
+__all__ = ["Answered", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """Graded answers, prompt by prompt.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        answers: Token ids of the answers to each prompt.
+        rewards: float64 [answers] for each prompt, NaN where an answer could not be graded.
+    """
+
+    prompts: tuple[Sequence[int], ...]
+    answers: tuple[tuple[Sequence[int], ...], ...]
+    rewards: tuple[NDArray[np.float64], ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of all rewards."""
+        return float(np.nanmean(np.concatenate(self.rewards)))
+
+
+def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
+    """Return the rows of a target that are a prompt and one answer after it, at most ``max_prompts`` drawn from them.
+
+    Raises:
+        DataError: There is none.
+    """
+    rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+    whole, prompts, completions = (
+        ctx.signals.tokens(rows, target=target, part=part) for part in ("all", "prompt", "completion")
+    )
+    usable = [
+        row
+        for row, (every, prompt, completion) in enumerate(zip(whole, prompts, completions, strict=True))
+        if len(prompt) and len(completion) and np.array_equal(every, np.concatenate([prompt, completion]))
+    ]
+    if not usable:
+        raise DataError(
+            f"nice: target {target!r} has {len(rows):,} rows, none of which is a prompt with one answer after it. "
+            "Answers are sampled to prompts: give a data set with both, with 'train_on_prompt: false', and "
+            "'mask_history: true' for conversations of several turns."
+        )
+    if len(usable) < len(rows):
+        logger.warning(
+            "nice: %d of %d rows of target %s are no prompt with one answer after it and are left out",
+            len(rows) - len(usable),
+            len(rows),
+            target,
+        )
+    chosen = np.array(usable, dtype=np.int64)
+    if max_prompts is not None and max_prompts < len(chosen):
+        chosen = np.sort(ctx.rng(f"selector.nice.prompts.{target}").choice(chosen, size=max_prompts, replace=False))
+    return chosen
+
+
+def ask_and_grade(
+    reward: Reward,
+    target: str,
+    ctx: Context,
+    spec: GenerationSpec,
+    *,
+    max_prompts: int | None = None,
+    keep_going: bool = True,
+) -> Answered:
+    """Sample answers to a target's prompts and grade them, on one rank for all.
+
+    Args:
+        reward: What grades.
+        target: Name of the target.
+        ctx: Context of the decision.
+        spec: How answers are sampled.
+        max_prompts: Prompts at most; None: all.
+        keep_going: Leave answers out that cannot be graded, with a warning.
+
+    Raises:
+        DataError: The target has no prompt.
+        RewardError: No answer could be graded; or some could not, without ``keep_going``.
+    """
+    rows = usable_prompts(target, ctx, max_prompts)
+    prompts = [tokens.tolist() for tokens in ctx.signals.tokens(rows, target=target, part="prompt")]
+    texts = ctx.signals.texts(rows, target=target, part="prompt")
+    references = ctx.signals.texts(rows, target=target, part="completion")
+    made = ctx.signals.generate(prompts, spec, ids=rows)
+    candidates = [
+        Candidate(prompt=texts[one.prompt], answer=one.text, reference=references[one.prompt]) for one in made
+    ]
+
+    def grade() -> Grades:
+        found = reward.grade(candidates)
+        if len(found.values) != len(candidates):
+            raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} answers")
+        failed = int(np.isnan(found.values).sum())
+        if failed == len(candidates):
+            raise RewardError(f"reward: none of {failed:,} answers to target {target!r} could be graded: {found.why()}")
+        if failed and not keep_going:
+            raise RewardError(
+                f"reward: {failed:,} of {len(candidates):,} answers to target {target!r} could not be graded: "
+                f"{found.why()}; set on_reward_error: drop to leave them out"
+            )
+        return found
+
+    grades = ctx.signals.on_one_rank("grading answers", grade)
+    failed = int(np.isnan(grades.values).sum())
+    if failed:
+        logger.warning(
+            "nice: %d of %d answers to target %s could not be graded and are left out: %s",
+            failed,
+            len(candidates),
+            target,
+            grades.why(),
+        )
+    size = spec.num_samples
+    return Answered(
+        prompts=tuple(prompts),
+        answers=tuple(tuple(one.token_ids for one in made[i * size : (i + 1) * size]) for i in range(len(prompts))),
+        rewards=tuple(grades.values[i * size : (i + 1) * size] for i in range(len(prompts))),
+    )
 
 
 def advantages(
@@ -87,48 +206,29 @@ class Nice(ScoringSelector):
     class Params(InfluenceParams, ScoringParams):
         """Parameters of NICE."""
 
-        reward: str = field(
-            metadata={
-                "help": "exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
-            }
+        reward: str = param(
+            help="exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
         )
-        command: str | None = field(
-            default=None, metadata={"help": "for reward: command; reads JSON lines, writes one reward per line"}
+        command: str | None = param(None, "for reward: command; reads JSON lines, writes one reward per line")
+        judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
+        reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
+        on_reward_error: Literal["drop", "raise"] = param(
+            "drop", "leave an answer out that cannot be graded, or end the run"
         )
-        judge: JudgeConfig | None = field(
-            default=None, metadata={"help": "for reward: judge; an OpenAI-compatible server (url, model, ...)"}
+        without_signal: Literal["random", "error"] = param(
+            "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
-        reward_timeout_seconds: float = field(
-            default=30.0, metadata={"help": "longest call of a function, or silence of a command", "above": 0.0}
+        samples: int = param(20, "answers to each prompt", minimum=1)
+        max_new_tokens: int = param(300, "tokens of an answer at most", minimum=1)
+        temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
+        top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
+        top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
+        max_prompts: int | None = param(None, "prompts of each target, drawn anew each interval; null: all", minimum=1)
+        baseline: Literal["leave_one_out", "none"] = param(
+            "leave_one_out", "subtracted from a reward: mean of the other answers, or nothing"
         )
-        on_reward_error: Literal["drop", "raise"] = field(
-            default="drop", metadata={"help": "leave an answer out that cannot be graded, or end the run"}
-        )
-        without_signal: Literal["random", "error"] = field(
-            default="random", metadata={"help": "when all rewards are equal: uniform draws with a warning, or an error"}
-        )
-        samples: int = field(default=20, metadata={"help": "answers to each prompt", "minimum": 1})
-        max_new_tokens: int = field(default=300, metadata={"help": "tokens of an answer at most", "minimum": 1})
-        temperature: float = field(
-            default=1.0, metadata={"help": "of sampling; 1 keeps gradients unbiased", "above": 0.0}
-        )
-        top_p: float = field(
-            default=1.0, metadata={"help": "nucleus of sampling; 1 keeps all tokens", "above": 0.0, "maximum": 1.0}
-        )
-        top_k: int = field(default=0, metadata={"help": "likeliest tokens of sampling; 0 keeps all", "minimum": 0})
-        max_prompts: int | None = field(
-            default=None, metadata={"help": "prompts of each target, drawn anew each interval; null: all", "minimum": 1}
-        )
-        baseline: Literal["leave_one_out", "none"] = field(
-            default="leave_one_out",
-            metadata={"help": "subtracted from a reward: mean of the other answers, or nothing"},
-        )
-        standardize: bool = field(
-            default=False, metadata={"help": "divide a prompt's advantages by the deviation of its rewards"}
-        )
-        token_reduction: Literal["sum", "mean"] = field(
-            default="sum", metadata={"help": "of log p over an answer's tokens"}
-        )
+        standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
+        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an answer's tokens")
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
@@ -183,7 +283,8 @@ class Nice(ScoringSelector):
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        return ctx.signals.answer_scores(pool, self.params.influence(ctx.seed), answers=tasks).T
+        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean rewards of the decision."""
@@ -202,7 +303,7 @@ class Nice(ScoringSelector):
         keep_going = p.on_reward_error == "drop"
         return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
 
-    def _weighted(self, found: Answered) -> list[WeightedAnswer]:
+    def _weighted(self, found: Answered) -> list[WeightedResponse]:
         """Return the answers that count; those of a prompt are one group."""
         p = self.params
         result = []
@@ -214,7 +315,7 @@ class Nice(ScoringSelector):
             for answer, gain in zip(answers, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
                     weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
-                    result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
+                    result.append(WeightedResponse(prompt=prompt, response=answer, weight=float(weight), group=group))
         return result
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
 from dataflex.rng import uniforms
-from dataflex.select import density
+from dataflex.select import tsds
 from dataflex.select.neighbours import require_search
 from dataflex.select.rules import KnnKde
 from dataflex.select.scoring import scattered
@@ -77,7 +77,7 @@ class Tsds(Selector):
         p = self.params
         space = compared(self.name, pool, ctx, lambda rows, target: embeddings(rows, target, ctx, p))
         assert space.vectors is not None
-        probabilities, away = density.probabilities(
+        probabilities, away = tsds.probabilities(
             np.concatenate(space.queries),
             space.vectors,
             max_k=p.max_k,
@@ -91,7 +91,7 @@ class Tsds(Selector):
         def draws(_: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
             return uniforms(ctx.seed, "selector.tsds", ctx.interval.index, ids)
 
-        kept = density.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
+        kept = tsds.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
         positive = int(np.count_nonzero(probabilities))
         reason = f"{len(kept)} of {len(pool)} rows drawn like {', '.join(ctx.targets)} from {positive} rows of "
         reason += "probability above 0"

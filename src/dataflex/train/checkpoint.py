@@ -12,17 +12,17 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from dataflex.checkpoints import FOLDER
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
-from dataflex.method import Mixer
 from dataflex.plan.plan import DataPlan
 from dataflex.printable import redacted
 from dataflex.state import load_state, save_state
@@ -90,8 +90,8 @@ class Identity:
             world=world,
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
-            settings=settings_of(config, lf),
-            pure=config.mixer is not None and cast(Mixer, config.mixer.build()).pure_micro_batches,
+            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
+            pure=config.requires.pure_micro_batches,
             flat=config.flat,
             keys={
                 kind: {field.name: key_of(field) for field in fields(method.params)}

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
-from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Rows, State, Weighter
+from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
 from dataflex.plan.domains import SUMS, Domains, DomainStats
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
 from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
-from dataflex.signals.losses import token_cross_entropy
-from dataflex.signals.packing import document_ids
+from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
 
@@ -81,7 +80,7 @@ def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: 
     A position predicts the token after it and belongs to that token's document.
 
     Args:
-        documents_BT: Document of each token in its row, see ``signals.packing.document_ids``.
+        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
         mask_BT: Positions whose next token is supervised.
         rows: Row ids of the micro-batch [R].
     """
@@ -412,6 +411,8 @@ class Reweighter:
                 f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
         self.weighter, self.mixer = weighter, mixer
+        self._needs = Requires() if weighter is None else weighter.requires()
+        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self.stats = None if weighter is None else WeightStats(weighter.name)
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
         self._plain: torch.Tensor | None = None
@@ -427,7 +428,7 @@ class Reweighter:
         self._sums = DomainSums(len(domains.names))
         self._logged = np.zeros((len(SUMS), len(domains.names)))
         # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
-        blind = mixer is not None and mixer.observes and mixer.reference is None and comm.rank() == 0
+        blind = mixer is not None and mixer.observes and not self._mixer_compares and comm.rank() == 0
         self._noise = NoiseWatch(domains.names) if blind else None
 
     @property
@@ -437,7 +438,7 @@ class Reweighter:
 
     def compares_from(self, total_steps: int) -> int:
         """Return the first optimizer step whose losses are compared with the reference's."""
-        if self.mixer is not None and self.mixer.reference is not None:
+        if self._mixer_compares:
             return 0
         return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
 
@@ -455,7 +456,7 @@ class Reweighter:
     @property
     def embedding(self) -> Any:
         """How the training forward's hidden states are pooled, or None."""
-        return None if self.weighter is None else self.weighter.embedding
+        return self._needs.embedding
 
     def begin_step(
         self,
@@ -555,7 +556,7 @@ class Reweighter:
             total_steps: Optimizer steps of the run.
         """
         weighter = self.weighter if self._acts else None
-        losses = token_losses(logits, labels, entropy=weighter is not None and weighter.entropy)
+        losses = token_losses(logits, labels, entropy=weighter is not None and self._needs.entropy)
         domains_R = self._domains.domain_of[rows].astype(np.int64)
         compares = step >= self.compares_from(total_steps)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Requires, Rows, Weighter, WeighterParams
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ class Column(Weighter):
     """
 
     name = "column"
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each row by a numeric column of the data set.",
         paper="baseline (importance weights)",
@@ -51,13 +50,13 @@ class Column(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.normalizer = params.normalizer
-
-    def columns(self) -> tuple[str, ...]:
-        """Return the name of the weight column."""
-        return (self.params.column,)
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the weights of ``rows`` [len(rows)], finite and >= 0.

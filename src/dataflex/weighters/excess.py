@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.method import BatchView, Card, Needs, Normalizer, ReferenceParams, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams
 from dataflex.weighters._lib import reference_losses, sequence_means
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ class SelectiveLanguageModelling(Weighter):
     """
 
     name = "slm"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the tokens whose loss exceeds a reference model's most, and leaves out the others.",
         paper="Rho-1: Not All Tokens Are What You Need, NeurIPS 2024, arXiv 2404.07965",
@@ -69,6 +67,10 @@ class SelectiveLanguageModelling(Weighter):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return 1 for kept tokens and 0 for all others [R, T] (collective under ``threshold: global``)."""
@@ -97,8 +99,6 @@ class Rho(Weighter):
 
     name = "rho"
     normalizer: Normalizer = "num_sequences"  # weights of the micro-batch sum to one
-    adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Trains on the sequences of each micro-batch whose loss exceeds a reference model's most.",
         paper="Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt, ICML 2022, "
@@ -120,6 +120,10 @@ class Rho(Weighter):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), reference=self.params.stated())
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return 1 / n for the n sequences kept over all ranks, else 0 [B] (collective)."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated
 
@@ -54,8 +54,6 @@ class GroupWeighter(Weighter):
 
     name = "group"
     saved = ("domains", "log_weights")
-    adaptive: ClassVar[bool] = False
-    needs = Needs(domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Weighs sequences by their domain: rare domains count more, or those of the largest loss.",
         paper="Class-Balanced Loss, CVPR 2019, arXiv 1901.05555; Group DRO, ICLR 2020, arXiv 1911.08731",
@@ -85,6 +83,10 @@ class GroupWeighter(Weighter):
                 raise ValueError("beta: must be below 1")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

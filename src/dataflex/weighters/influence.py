@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts, GradientScores
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,10 @@ class Meta(Weighter):
 
     name = "meta"
     normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
         summary="Weighs the rows of each step by how far a step on each goes along the targets' gradient.",
         paper="Learning to Reweight Examples for Robust Deep Learning, ICML 2018, arXiv 1803.09050",
         cost="1 forward-mode F over the rows of each step, and F + B over the targets in each step",
-        forward_per_served_row=2.0,  # in forward mode a pass carries values and derivatives
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,7 +90,10 @@ class Meta(Weighter):
 
         parameters: str | None = field(
             default=None,
-            metadata={"help": "regular expression of parameter names that gradients are taken of; null: all trainable"},
+            metadata={
+                "pattern": True,
+                "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
+            },
         )
         forward_mode: bool = field(
             default=True,
@@ -102,10 +102,18 @@ class Meta(Weighter):
 
     params: Params
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Without forward mode parameters may be partitioned."""
-        return cls if params.forward_mode else _ByRows
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        by_row = not self.params.forward_mode
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            whole_parameters=not by_row,
+            passes=Passes(served=(1.0, 1.0), told="F + B over the rows of each step and over the targets")
+            if by_row
+            else Passes(served=(2.0, 0.0)),  # in forward mode a pass carries values and derivatives
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -117,13 +125,14 @@ class Meta(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Work out the weights of the step's rows; several targets count alike."""
-        spec = GradientSpec(
+        signal = GradientScores(
+            targets=ctx.targets,
             precondition="none",
             normalize=False,
             parameters=self.params.parameters,
             forward_mode=self.params.forward_mode,
         )
-        products = ctx.signals.gradient_scores(rows, spec, targets=ctx.targets).mean(axis=1)
+        products = ctx.signals(signal, rows).mean(axis=1)
         self._step = StepWeights(rows, clipped_shares(products))
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
@@ -135,18 +144,6 @@ class Meta(Weighter):
         if self._step is None:
             raise ComponentError(f"{self.name}: the weights of the step were not prepared")
         return self._step.weights(batch)
-
-
-class _ByRows(Meta):
-    """The same with gradients row by row."""
-
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
-    card = replace(
-        Meta.card,
-        cost="F + B over the rows of each step and over the targets",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
-    )
 
 
 _EPS = 1e-12
@@ -198,14 +195,10 @@ class Presence(Weighter):
 
     name = "presence"
     normalizer: Normalizer = "num_sequences"  # weights sum to one over the step
-    adaptive: ClassVar[bool] = False  # looks at every step by itself; needs no interval
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
         summary="Weighs groups of rows of each step by their self-influence: large ones first, later small ones.",
         paper="Self-Influence Guided Data Reweighting for Language Model Pre-training, EMNLP 2023, arXiv 2311.00913",
         cost="F + B over the rows of each step, gradients of the first block only",
-        forward_per_served_row=1.0,
-        backward_per_served_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -222,10 +215,14 @@ class Presence(Weighter):
         )
         parameters: str = field(
             default=r"\.(layers|h|blocks|block|layer)\.0\.",
-            metadata={"help": "regular expression of the parameter names of the first block"},
+            metadata={"pattern": True, "help": "regular expression of the parameter names of the first block"},
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(signals=frozenset({"gradients"}), stages=("pt", "sft"), passes=Passes(served=(1.0, 1.0)))
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -244,8 +241,8 @@ class Presence(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Find the self-influence of the step's groups."""
-        spec = GradientSpec(precondition="none", normalize=False, parameters=self.params.parameters)
-        _, gram = ctx.signals.gradient_products(rows, spec, targets=())
+        signal = GradientProducts(precondition="none", normalize=False, parameters=self.params.parameters)
+        gram = ctx.signals(signal, rows)
         self._rows, self._groups = rows, np.arange(len(rows), dtype=np.int64) // self.params.group_rows
         self._influence = self_influence(gram, self._groups)
         # Each row its part of the group's mean, which is over the rows that have supervised tokens.

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import BatchView, Card, Context, Method, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +28,12 @@ class _AnchoredWeighter(Weighter):
     ``refresh_steps`` steps. A resumed run weighs with the anchors at hand until the next pass.
     """
 
-    adaptive: ClassVar[bool] = False  # renews its anchors by itself; needs no interval
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
 
-    def __init__(self, params: Any, spec: EmbeddingSpec) -> None:
+    def __init__(self, params: Any) -> None:
         super().__init__(params)
-        self._spec = spec
         self.anchors: NDArray[np.float32] | None = None
         """Mean vector of the anchors."""
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How rows in training are embedded: as the anchors are."""
-        return self._spec
 
     def due(self, step: int) -> bool:
         """Whether the anchors are to be embedded anew."""
@@ -56,7 +48,7 @@ class _AnchoredWeighter(Weighter):
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-            found = ctx.signals.embeddings(anchors, self._spec, target=target) if len(anchors) else np.zeros((0, 1))
+            found = ctx.signals(self.params.spec, anchors, target=target) if len(anchors) else np.zeros((0, 1))
             usable = found[np.isfinite(found).all(axis=1)]
             if not len(usable):
                 raise DataError(
@@ -127,15 +119,27 @@ class Adapt(_AnchoredWeighter):
             default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
         )
 
+        @property
+        def spec(self) -> Embedding:
+            """How rows in training and anchors are embedded."""
+            return Embedding(layer=self.layer, completion_only=self.completion_only)
+
     params: Params
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params, EmbeddingSpec(layer=params.layer, completion_only=params.completion_only))
+    def __new__(cls, params: Params) -> Adapt:
+        """Return a weighter that compares words where they are asked for."""
+        return super().__new__(AdaptByWords if params.similarity == "bm25" else cls)
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class that compares words where they are asked for."""
-        return AdaptByWords if params.similarity == "bm25" else cls
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        words = self.params.similarity == "bm25"
+        return Requires(
+            signals=frozenset({"texts" if words else "embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            embedding=None if words else self.params.spec,
+            passes=Passes(told="none on the device: words are counted once" if words else ""),
+        )
 
     def _similarities(self, batch: BatchView) -> torch.Tensor:
         return self._products(batch)
@@ -160,22 +164,11 @@ class AdaptByWords(Adapt):
     Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
     """
 
-    needs = Needs(signals=frozenset({"texts"}), targets=True, stages=("pt", "sft"))
     saved = ()
-    card = Card(
-        summary="Weighs each row by the words that it shares with the targets' rows (BM25), by a weight of 0.5 to 1.",
-        paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
-        cost="none on the device: words are counted once",
-    )
 
     def __init__(self, params: Adapt.Params) -> None:
         super().__init__(params)
         self._scores: NDArray[np.float32] | None = None
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """No hidden states are looked at."""
-        return None
 
     def due(self, step: int) -> bool:
         """Words are counted once, also by a resumed run."""
@@ -187,8 +180,7 @@ class AdaptByWords(Adapt):
         Raises:
             DataError: A target has no row with a word.
         """
-        from dataflex.selectors._lib import cut_words, pool_texts, target_words
-        from dataflex.selectors.okapi import Okapi
+        from dataflex.select.words import Okapi, cut_words, pool_texts, target_words
 
         anchors = [words for rows in target_words(self.name, ctx, "all", cut_words) for words in rows]
         counts = Counter(word for words in anchors for word in words)
@@ -281,16 +273,23 @@ class JointUpdateAware(_AnchoredWeighter):
             default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
         )
 
+        @property
+        def spec(self) -> Embedding:
+            """How rows in training and anchors are embedded."""
+            return Embedding(
+                layer=self.layer,
+                pooling=self.pooling,
+                completion_only=self.completion_only,
+                normalize=self.normalize,
+            )
+
     params: Params
 
-    def __init__(self, params: Params) -> None:
-        spec = EmbeddingSpec(
-            layer=params.layer,
-            pooling=params.pooling,
-            completion_only=params.completion_only,
-            normalize=params.normalize,
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"), embedding=self.params.spec
         )
-        super().__init__(params, spec)
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B] that sum to one over the ranks' sequences with supervised tokens (collective).

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter
+from dataflex.method import BatchView, Card, Normalizer, Weighter
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -120,8 +120,6 @@ class LossWeighter(Weighter):
 
     name = "loss"
     normalizer: Normalizer = "num_sequences"
-    needs = Needs(stages=("pt", "sft"))
-    adaptive: ClassVar[bool] = False  # acts in every micro-batch; needs no interval
     card = Card(
         summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
         paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "

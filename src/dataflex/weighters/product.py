@@ -12,25 +12,34 @@ A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import STAGES, BatchView, Card, Context, Method, Needs, Normalizer, Params, Rows, State, Weighter
+from dataflex.errors import ConfigError
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Params,
+    Problem,
+    Requires,
+    Rows,
+    RunFacts,
+    State,
+    Weighter,
+)
 from dataflex.method import Params as BaseParams
 from dataflex.parts import Part
-from dataflex.registry import find, find_variant, names
+from dataflex.registry import find, names
 from dataflex.weighters._lib import sequences_of
 
 if TYPE_CHECKING:
     import torch
-
-    from dataflex.signals.specs import EmbeddingSpec
 
 __all__ = ["Factor", "Product", "combination_problems"]
 
@@ -42,7 +51,7 @@ _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_su
 class Factor(Part):
     """A weighter with its parameters, as one of several."""
 
-    what = "weighter"
+    what = "factor"
 
     @classmethod
     def known(cls) -> list[str]:
@@ -50,25 +59,13 @@ class Factor(Part):
         return [name for name in names("weighter") if name not in _NO_FACTORS]
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a weighter's parameters.
-
-        Raises:
-            ConfigError: There is no such weighter, or it cannot be a factor.
-        """
-        known = cls.known()
-        if name not in known:
-            raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters."""
         return find("weighter", name).Params
-
-    @property
-    def cls(self) -> type[Method]:
-        """Its class under these parameters."""
-        return find_variant("weighter", self.name, self.params)
 
     def build(self) -> Weighter:
         """Return a new instance."""
-        method = self.cls(self.params)
+        method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
 
@@ -85,12 +82,13 @@ def combination_problems(factors: list[Weighter]) -> list[str]:
             f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
             f"that {by_token[0]} gives"
         )
-    references = {each.reference: each.name for each in factors if each.reference is not None}
+    needs = [(each.name, each.requires()) for each in factors]
+    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
     if len(references) > 1:
         problems.append(
             f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
         )
-    specs = [(each.name, each.embedding) for each in factors if each.embedding is not None]
+    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
     for name, spec in specs[1:]:
         if spec != specs[0][1]:
             problems.append(
@@ -103,8 +101,6 @@ class Product(Weighter):
     """Multiply the weights of several weighters."""
 
     name = "product"
-    adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Multiplies the weights of several weighters before one normalization.",
         paper="baseline",
@@ -130,68 +126,29 @@ class Product(Weighter):
         given = {factor.normalizer for factor in self.factors}
         self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class with the needs and costs of these factors."""
-        kinds = [factor.cls for factor in params.of]
-        needs = Needs(
-            signals=frozenset().union(*(kind.needs.signals for kind in kinds)),
-            targets=any(kind.needs.targets for kind in kinds),
-            domains=max(kind.needs.domains for kind in kinds),
-            stages=tuple(stage for stage in STAGES if all(stage in kind.needs.stages for kind in kinds)),
-            zero3=all(kind.needs.zero3 for kind in kinds),
-        )
-        card = dataclasses.replace(
-            cls.card,
-            cost="; ".join(f"{kind.name}: {kind.card.cost}" for kind in kinds),
-            forward_per_served_row=sum(kind.card.forward_per_served_row for kind in kinds),
-            backward_per_served_row=sum(kind.card.backward_per_served_row for kind in kinds),
-        )
-        return type(cls.__name__, (cls,), {"needs": needs, "card": card, "__doc__": cls.__doc__})
+    def requires(self) -> Requires:
+        """State what the factors require together."""
+        factors = [factor.build() for factor in self.params.of]
+        merged = Requires.merged({f"of[{place}]": each.requires() for place, each in enumerate(factors)})
+        told = "; ".join(f"{each.name}: {each.requires().passes.told or each.card.cost}" for each in factors)
+        return replace(merged, passes=replace(merged.passes, told=told))
+
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield what a factor finds wrong."""
+        for place, factor in enumerate(self.factors):
+            for problem in factor.check(run):
+                yield Problem(f"of[{place}].{problem.key}", problem.text)
 
     # ---- what the factors ask for
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the columns of all factors."""
-        return tuple(dict.fromkeys(name for factor in self.factors for name in factor.columns()))
-
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the first factor refuses that refuses anything."""
-        asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.columns())
+        asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.requires().columns)
         return next((found for found in asked if found is not None and found[0].any()), None)
-
-    @property
-    def reference(self) -> str | None:
-        """The one reference model that factors compare with."""
-        return next((factor.reference for factor in self.factors if factor.reference is not None), None)
-
-    @property
-    def reference_cached(self) -> bool:
-        """Whether the reference's losses are kept: a factor that asks for it decides for all."""
-        return all(factor.reference_cached for factor in self.factors if factor.reference is not None)
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How sequences are embedded, for the factors that look at it."""
-        return next((factor.embedding for factor in self.factors if factor.embedding is not None), None)
-
-    @property
-    def entropy(self) -> bool:
-        """Whether a factor looks at entropies."""
-        return any(factor.entropy for factor in self.factors)
 
     def burn_in(self, total_steps: int) -> int:
         """Return the steps in which no factor acts yet."""
         return min(factor.burn_in(total_steps) for factor in self.factors)
-
-    def refuse_idle(self, total_steps: int) -> None:
-        """Refuse a run in which one of the factors never acts.
-
-        Raises:
-            ConfigError: A burn-in takes up the whole run.
-        """
-        for factor in self.factors:
-            factor.refuse_idle(total_steps)
 
     def due(self, step: int) -> bool:
         """Whether a factor asks the signals for something."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams
 from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class TokenWeighter(Weighter):
     """
 
     name = "token"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
         paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
@@ -202,6 +200,14 @@ class TokenWeighter(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
+        return Requires(
+            stages=("pt", "sft"), reference=reference, entropy="entropy" in inputs_of(load_function(p.function))
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._function = load_function(
@@ -209,16 +215,6 @@ class TokenWeighter(Weighter):
         )
         self._taken = inputs_of(self._function)
         self.normalizer = params.normalizer
-
-    @property
-    def reference(self) -> str | None:
-        """Folder of the reference model, if the function takes one."""
-        return self.params.reference
-
-    @property
-    def entropy(self) -> bool:
-        """Whether the function takes the entropy."""
-        return "entropy" in self._taken
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
@@ -268,9 +264,7 @@ class Focal(Weighter):
     """
 
     name = "focal"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by how unlikely it is to the model.",
         paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",
