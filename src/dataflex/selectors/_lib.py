@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Context, Needs, Params, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Pooling
+from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
     "EmbeddingParams",
@@ -51,11 +51,11 @@ class PooledParams(EmbeddingParams):
 
 def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams) -> NDArray[np.float32]:
     """Return vectors of length one [n, D]: weighted by position as in RDS+, unless a pooling is given."""
-    spec = EmbeddingSpec(layer=p.layer, completion_only=p.completion_only)
+    signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
     if isinstance(p, PooledParams):
         own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
-        spec = EmbeddingSpec() if own_pooling else dataclasses.replace(spec, pooling=p.pooling)
-    return ctx.signals.embeddings(rows, spec, target=target, encoder=p.encoder)
+        signal = Embedding(encoder=p.encoder) if own_pooling else dataclasses.replace(signal, pooling=p.pooling)
+    return ctx.signals(signal, rows, target=target)
 
 
 class VectorSelector(ScoringSelector):
@@ -152,13 +152,15 @@ def compared(
 class GradientParams(Params):
     """Which gradients rows are compared by."""
 
-    parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
+    )
     last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
     bf16: bool = param(False, "run the gradient passes in bfloat16")
 
-    def spec(self, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for, with what else the method says of them."""
-        return GradientSpec(parameters=self.parameters, last_blocks=self.last_blocks, bf16=self.bf16, **more)
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask, with what else the method says of it."""
+        return {"parameters": self.parameters, "last_blocks": self.last_blocks, "bf16": self.bf16, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,6 @@ class InfluenceParams(GradientParams):
     )
     sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
 
-    def influence(self, seed: int, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for in a decision of this seed."""
-        return self.spec(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)
+    def influence(self, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask in a decision of this seed."""
+        return self.options(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)

@@ -15,7 +15,7 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
 
@@ -116,7 +116,9 @@ class ClusterLess(Selector):
         )
         aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
         layer: int = param(-1, "layer of the hidden states that are clustered")
-        parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+        parameters: str | None = param(
+            None, "regular expression of parameter names; null: all trainable ones", pattern=True
+        )
         bf16: bool = param(False, "run the gradient passes in bfloat16")
 
         def __post_init__(self) -> None:
@@ -143,8 +145,7 @@ class ClusterLess(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = EmbeddingSpec(layer=p.layer, pooling="mean", completion_only=True)
-        found = ctx.signals.embeddings(pool, spec)
+        found = ctx.signals(Embedding(layer=p.layer, pooling="mean", completion_only=True), pool)
         if found.ndim != 2 or len(found) != len(pool):
             raise ComponentError(f"cluster_less: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
         places = np.flatnonzero(np.isfinite(found).all(axis=1))
@@ -179,13 +180,13 @@ class ClusterLess(Selector):
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
         of = np.repeat(np.arange(len(groups)), [len(part) for part in chosen])
         asked = rows[np.concatenate(chosen)]
-        spec = GradientSpec(
-            precondition=p.precondition,
-            mean_of_cosines=p.target_gradient == "mean_of_cosines",
-            parameters=p.parameters,
-            bf16=p.bf16,
-        )
-        cosines = ctx.signals.gradient_scores(asked, spec, targets=ctx.targets)
+        options: dict[str, Any] = {
+            "precondition": p.precondition,
+            "mean_of_cosines": p.target_gradient == "mean_of_cosines",
+            "parameters": p.parameters,
+            "bf16": p.bf16,
+        }
+        cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
         if cosines.shape != (len(asked), len(ctx.targets)):
             raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")
         known = np.isfinite(cosines).all(axis=1)
@@ -196,5 +197,5 @@ class ClusterLess(Selector):
             )
         sketches = None
         if p.renormalize and np.bincount(of[known]).max() > 1:
-            sketches = ctx.signals.gradient_sketches(asked[known], spec, dim=p.sketch_size)
+            sketches = ctx.signals(GradientSketches(dim=p.sketch_size, **options), asked[known])
         return cluster_means(cosines[known], of[known], len(groups), sketches)

@@ -25,7 +25,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
 __all__ = ["Coincide", "cluster_quotas", "density", "gaussian_kernel", "greedy_mmd", "shares", "transferability"]
 
@@ -221,8 +221,8 @@ class Coincide(Selector):
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
         for layer in self.params.layers:
-            spec = EmbeddingSpec(layer=layer, pooling="mean", normalize=False)
-            found = np.tanh(ctx.signals.embeddings(pool, spec, encoder=self.params.encoder))
+            signal = Embedding(layer=layer, pooling="mean", normalize=False, encoder=self.params.encoder)
+            found = np.tanh(ctx.signals(signal, pool))
             if found.ndim != 2 or len(found) != len(pool):
                 raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
             parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30))

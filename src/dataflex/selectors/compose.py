@@ -44,6 +44,7 @@ from dataflex.select.scoring import (
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GradientParams, VectorSelector
 from dataflex.selectors.less import Less
+from dataflex.signals import kinds
 
 __all__ = ["Compose", "Represent"]
 
@@ -69,7 +70,7 @@ class TokenLoss(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
-        found = ctx.signals.losses(pool)
+        found = ctx.signals(kinds.TokenLoss(), pool)
         return found if self.params.prefer == "high" else -found
 
 
@@ -105,8 +106,8 @@ class Gradient(VectorSelector):
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
         """Return sketches of length one [n, dim]."""
         p = self.params
-        spec = p.spec(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
-        return ctx.signals.gradient_sketches(rows, spec, dim=p.dim, target=target)
+        options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
+        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
 
 
 class Asked(ScoringSelector):

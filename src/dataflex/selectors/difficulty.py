@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import EL2N, GradientNorms
 
 __all__ = ["El2n", "GradNorm"]
 
@@ -71,8 +71,8 @@ class GradNorm(_Extreme):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""
-        spec = GradientSpec(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
-        return ctx.signals.gradient_norms(pool, spec)
+        signal = GradientNorms(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
+        return ctx.signals(signal, pool)
 
 
 class El2n(_Extreme):
@@ -90,4 +90,4 @@ class El2n(_Extreme):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return EL2N [N]."""
-        return ctx.signals.el2n(pool)
+        return ctx.signals(EL2N(), pool)

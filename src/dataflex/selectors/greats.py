@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
 
@@ -113,7 +113,9 @@ class _Shared(BaseParams):
     target_rows: int | None = param(
         16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    parameters: str | None = param(None, "regular expression of parameter names; null: all trainable ones")
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
+    )
     last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
     bf16: bool = param(False, "run the passes in bfloat16")
 
@@ -140,7 +142,9 @@ class _Joint(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = GradientSpec(
+        signal = GradientProducts(
+            targets=ctx.targets,
+            target_rows=self._target_rows(ctx),
             precondition=p.precondition,
             include_momentum=False,
             normalize=False,
@@ -148,8 +152,7 @@ class _Joint(Selector):
             last_blocks=p.last_blocks,
             bf16=p.bf16,
         )
-        drawn = self._target_rows(ctx)
-        by_target, gram = ctx.signals.gradient_products(pool, spec, targets=ctx.targets, target_rows=drawn)
+        by_target, gram = signal.split(ctx.signals(signal, pool))
         if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
             raise ComponentError(
                 f"{self.name}: asked for products of {len(pool):,} rows, was given {by_target.shape} and {gram.shape}"

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
 from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GradientScores
 
 __all__ = ["Icons"]
 
@@ -86,8 +87,8 @@ class Icons(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return influence on the targets [T, N]."""
-        spec = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
-        return ctx.signals.gradient_scores(pool, spec, targets=ctx.targets).T
+        options = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
+        return ctx.signals(GradientScores(targets=ctx.targets, **options), pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return how targets came together."""

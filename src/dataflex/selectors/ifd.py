@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Method, Needs, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import ResponseLoss
 
 __all__ = ["Ifd", "common_ending", "ifd_ratios"]
 
@@ -119,7 +120,7 @@ class Ifd(ScoringSelector):
         """Return ratios [N], NaN where there is none or where the response is too short."""
         p, self._kept_prefix = self.params, self._prefix(pool, ctx)
         given, alone = (
-            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix)
+            ctx.signals(ResponseLoss(conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix), pool)
             for conditioned in (True, False)
         )
         scores = ifd_ratios(given, alone, p.ratio)

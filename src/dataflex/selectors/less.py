@@ -29,6 +29,7 @@ from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Needs, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GradientScores
 
 __all__ = ["Less", "lr_weighted"]
 
@@ -101,7 +102,7 @@ class Less(ScoringSelector):
         """
         p = self.params
         mean_of_cosines = p.target_gradient == "mean_of_cosines"
-        spec = p.influence(
+        options = p.influence(
             ctx.seed, include_momentum=p.include_momentum, normalize=p.normalize, mean_of_cosines=mean_of_cosines
         )
         if p.checkpoints > 1 and len(self._pool) and not np.array_equal(self._pool, pool):
@@ -109,7 +110,7 @@ class Less(ScoringSelector):
                 "dynamic.selector.checkpoints: scores of several intervals can only be averaged over the same rows; "
                 "set dynamic.signals.pool_fraction to 1, or checkpoints to 1"
             )
-        self._scores.append(ctx.signals.gradient_scores(pool, spec, targets=ctx.targets))
+        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **options), pool))
         self._rates.append(float(ctx.learning_rate))
         self._scores, self._rates = self._scores[-p.checkpoints :], self._rates[-p.checkpoints :]
         self._pool = pool

@@ -13,6 +13,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, State, param
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 
 __all__ = [
     "DeltaLoss",
@@ -93,7 +94,7 @@ class Tacs(ScoringSelector):
         Raises:
             ComponentError: The probe of a target diverged.
         """
-        start = ctx.signals.losses(pool)
+        start = ctx.signals(TokenLoss(), pool)
         if not np.isfinite(start).any():
             return np.full(len(pool), np.nan)  # no probe can tell them apart
         return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
@@ -104,14 +105,10 @@ class Tacs(ScoringSelector):
 
     def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
         p = self.params
-        adapted = ctx.signals.adapted_losses(
-            pool,
-            towards=target,
-            depth_steps=p.depth_steps,
-            learning_rate=p.learning_rate,
-            rank=p.rank,
-            alpha=p.alpha,
+        signal = AdaptedLoss(
+            towards=target, depth_steps=p.depth_steps, learning_rate=p.learning_rate, rank=p.rank, alpha=p.alpha
         )
+        adapted = ctx.signals(signal, pool)
         if adapted.shape != start.shape:
             raise ComponentError(
                 f"tacs: asked for the adapted losses of {len(pool):,} rows, was given shape {adapted.shape}"
@@ -201,7 +198,7 @@ class LossSelector(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return losses [N]."""
-        return ctx.signals.losses(pool)
+        return ctx.signals(TokenLoss(), pool)
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by bucket."""
@@ -278,7 +275,7 @@ class DeltaLoss(ScoringSelector):
         Raises:
             DataError: The data set is not the one that the first losses belong to.
         """
-        losses = ctx.signals.losses(pool)
+        losses = ctx.signals(TokenLoss(), pool)
         finite = np.isfinite(losses)
         falls = np.full(len(pool), np.nan)
         falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
@@ -397,7 +394,7 @@ class RhoLoss(ScoringSelector):
             DataError: The data set is not the one that the irreducible losses belong to.
         """
         irreducible = self._reference_losses(pool, ctx)
-        return excess_losses(ctx.signals.losses(pool), irreducible)
+        return excess_losses(ctx.signals(TokenLoss(), pool), irreducible)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean excess of the rows kept and of all."""
@@ -419,7 +416,7 @@ class RhoLoss(ScoringSelector):
             )
         new = np.sort(pool[~self._known[pool]])
         if len(new):
-            self._irreducible[new] = ctx.signals.losses(new, model=self.params.reference, same_tokens=True)
+            self._irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self._known[new] = True
         return self._irreducible[pool]
 

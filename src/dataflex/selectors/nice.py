@@ -30,13 +30,12 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
-from dataflex.rewards.build import build_reward, reward_problem
-from dataflex.rewards.judge import JudgeConfig
+from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import InfluenceParams
-from dataflex.signals.specs import GenerationSpec, WeightedAnswer
+from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
 
 __all__ = ["Answered", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
@@ -283,7 +282,8 @@ class Nice(ScoringSelector):
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        return ctx.signals.answer_scores(pool, self.params.influence(ctx.seed), answers=tasks).T
+        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean rewards of the decision."""
@@ -302,7 +302,7 @@ class Nice(ScoringSelector):
         keep_going = p.on_reward_error == "drop"
         return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
 
-    def _weighted(self, found: Answered) -> list[WeightedAnswer]:
+    def _weighted(self, found: Answered) -> list[WeightedResponse]:
         """Return the answers that count; those of a prompt are one group."""
         p = self.params
         result = []
@@ -314,7 +314,7 @@ class Nice(ScoringSelector):
             for answer, gain in zip(answers, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
                     weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
-                    result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
+                    result.append(WeightedResponse(prompt=prompt, response=answer, weight=float(weight), group=group))
         return result
 
 

@@ -26,6 +26,7 @@ from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["S2l", "filled"]
 
@@ -144,7 +145,7 @@ class S2l(Selector):
     def _trajectories(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return the trajectories of the pool's rows [len(pool), T]; NaN rows have no finite last loss."""
         if self.params.proxies:
-            seen = np.stack([ctx.signals.losses(pool, model=name) for name in self.params.proxies], axis=1)
+            seen = np.stack([ctx.signals(TokenLoss(model=name), pool) for name in self.params.proxies], axis=1)
         else:
             seen = self._seen(pool, ctx)
         last = np.isfinite(seen[:, -1])
@@ -161,7 +162,7 @@ class S2l(Selector):
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
         now = np.full((num_rows, 1), np.nan, dtype=np.float32)
-        now[pool, 0] = ctx.signals.losses(pool)
+        now[pool, 0] = ctx.signals(TokenLoss(), pool)
         self._points = np.concatenate([self._points, now], axis=1) if self._points.shape[1] else now
         if self._points.shape[1] > _MOST_POINTS:  # every second one, the newest included
             self._points = np.ascontiguousarray(self._points[:, ::-2][:, ::-1])

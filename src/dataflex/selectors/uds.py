@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError
 from dataflex.method import Card, Context, Needs, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.specs import LogitSpec
+from dataflex.signals.kinds import LogitFeatures
 
 __all__ = ["Uds", "mean_distances"]
 
@@ -75,13 +75,13 @@ class Uds(ScoringSelector):
             ComponentError: Signals do not fit the rows asked for, or the queue holds sketches of another size.
         """
         p = self.params
-        spec = LogitSpec(
+        signal = LogitFeatures(
             tokens=p.tokens, per_length=p.per_length, rows=p.sketch_rows, columns=p.sketch_columns, seed=ctx.seed
         )
-        norms = ctx.signals.logit_nuclear_norms(pool, spec)
-        sketches = ctx.signals.logit_sketches(pool, spec)
-        if sketches.ndim != 2 or len(sketches) != len(pool):
-            raise ComponentError(f"uds: asked for sketches of {len(pool):,} rows, was given {sketches.shape}")
+        found = ctx.signals(signal, pool)
+        if found.ndim != 2 or len(found) != len(pool):
+            raise ComponentError(f"uds: asked for logits of {len(pool):,} rows, was given {found.shape}")
+        norms, sketches = found[:, 0], found[:, 1:]
         queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self._queue is None else self._queue
         if queue.shape[1] != sketches.shape[1]:
             raise ComponentError(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import PerturbedLoss
 
 __all__ = ["Zeroth", "central_difference"]
 
@@ -67,7 +68,9 @@ class Zeroth(ScoringSelector):
         similarity: Literal["cosine", "product"] = param(
             "cosine", "compare directions, or inner products, which favour steep rows"
         )
-        parameters: str | None = param(None, "regular expression of the parameters that move; null: all trainable ones")
+        parameters: str | None = param(
+            None, "regular expression of the parameters that move; null: all trainable ones", pattern=True
+        )
 
     params: Params
 
@@ -125,8 +128,10 @@ class Zeroth(ScoringSelector):
     def _derivatives(self, rows: Rows, direction: int, ctx: Context, target: str | None) -> NDArray[np.float64]:
         p = self.params
         above, below = (
-            ctx.signals.perturbed_losses(
-                rows, seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters, target=target
+            ctx.signals(
+                PerturbedLoss(seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters),
+                rows,
+                target=target,
             )
             for step in (p.epsilon, -p.epsilon)
         )
