@@ -64,8 +64,8 @@ class TrainerMixin(EvaluationMixin):
         setup = self.dataflex_setup
         if setup.config.total_steps is not None:
             self.args.max_steps = setup.config.total_steps
-        shape = loop_of(self, setup, 1).shape
-        return EpochShell(setup.rows.num_rows, self.dataflex.micro_batches_per_epoch(shape))
+        micro_batches = self.dataflex.micro_batches_per_epoch(loop_of(self, setup, 1).shape)
+        return EpochShell(setup.rows.num_rows, micro_batches)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return the stock loader, whose workers leave SIGTERM to this process."""
@@ -85,9 +85,9 @@ class TrainerMixin(EvaluationMixin):
     ) -> Any:
         """On a resumed run, take back plan and states; open the record."""
         values = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
-        step = self.dataflex.start(resume, self.state.global_step)
+        self.dataflex.start(resume, self.state.global_step)
         if resume is not None:
-            self._dataflex_taken_up = (Path(resume).resolve(), step)
+            self._dataflex_taken_up = (Path(resume).resolve(), self.state.global_step)
         return values
 
     # -- the end of training ---------------------------------------------------------------------
@@ -127,8 +127,8 @@ class TrainerMixin(EvaluationMixin):
             self.control.should_training_stop = True
             return [], None
         if len(step.batches) != num_batches:
-            found = len(step.batches)
-            raise ComponentError(f"step {step.index}: the plan has {found} micro-batches, the Trainer {num_batches}")
+            told = f"the plan has {len(step.batches)} micro-batches, the Trainer {num_batches}"
+            raise ComponentError(f"step {step.index}: {told}")
         self._dataflex_left = num_batches
         return step.batches, step.num_items
 
@@ -180,7 +180,7 @@ class TrainerMixin(EvaluationMixin):
             return
         wish, folder = TermWish(), output_dir or self.args.output_dir
         with wish.noted(), clock.phase("save"):
-            if self.args.should_save:  # beside new weights no trainer state of an earlier save is left for its time
+            if self.args.should_save:  # no trainer state of an earlier save is left beside new weights
                 checkpoints.unmark(Path(folder))
             super().save_model(output_dir, _internal_call)
         if wish.asked:
@@ -228,7 +228,7 @@ class TrainerMixin(EvaluationMixin):
             self._dataflex_saved_at = self.state.global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Write our state beside the random states, before ``trainer_state.json``; the loss since the log by rank."""
+        """Write our state beside the random states, before ``trainer_state.json``."""
         super()._save_rng_state(output_dir)
         losses, _ = comm.gather_rows(self._tr_loss.detach().reshape(1), equal=True)
         sums = {
@@ -244,8 +244,7 @@ class TrainerMixin(EvaluationMixin):
         if sums is None:
             return
         losses = np.asarray(sums["loss"])
-        same = len(losses) == comm.world()
-        loss = losses[comm.rank()] if same else losses.mean()  # logged is the mean over ranks
+        loss = losses[comm.rank()] if len(losses) == comm.world() else losses.mean()  # logged: the mean over ranks
         self._tr_loss += torch.tensor(loss, dtype=self._tr_loss.dtype, device=self._tr_loss.device)
         self._total_loss_scalar = sums["total_loss"]
         self._globalstep_last_logged = sums["logged_step"]
