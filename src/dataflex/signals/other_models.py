@@ -264,18 +264,14 @@ def losses_key(
         collate: Features to a batch.
         autocast: The trainer's mixed-precision context.
     """
-    from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+    from dataflex.signals.identity import model_identity, surroundings
     from dataflex.signals.store import CacheKey
 
     return CacheKey(
         model=model_identity(model),
         data=data,
         method="reference-losses",
-        parameters={
-            "tokenizer": tokenizer_identity(tokenizer),
-            "inputs": inputs_identity(dataset, num_rows, collate),
-            **precision(autocast, next(model.parameters()).device),
-        },
+        parameters=surroundings(dataset, num_rows, collate, tokenizer, autocast, next(model.parameters()).device),
     )
 
 
