@@ -31,7 +31,7 @@ from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.cache import SignalCache
-from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.runner import SignalRunner
@@ -591,11 +591,6 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
     longest = max(
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
-    train = Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint)
-    targets = {
-        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-        for name, target in space.targets.items()
-    }
     access = ModelAccess(
         model=loop.model,
         collate=loop.score_collate or loop.collate,
@@ -603,8 +598,11 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         device=loop.device,
         # Never more than a batch of the longest rows, which training must bear too.
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
-        train=train,
-        targets=targets,
+        train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
+        targets={
+            name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+            for name, target in space.targets.items()
+        },
         seed=seed,
         tokenizer=loop.tokenizer,
         optimizer=loop.optimizer,
@@ -612,28 +610,22 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         backend="zero" if loop.sharding in ("zero", "zero3") else "plain",
         release=loop.release,
     )
-    values = SignalCache(
+
+    @cache
+    def around(name: str) -> dict[str, Any]:
+        corpus = access.corpus(name or None)
+        return surroundings(
+            corpus.dataset, len(corpus.lengths), access.collate, access.tokenizer, access.autocast, access.device
+        )
+
+    kept = SignalCache(
         max_age_steps=options.max_age_steps,
         store=None if options.store is None else ArrayStore(options.store),
         store_bytes=int(options.store_gb * 1e9),
         model_identity=lambda: model_identity(loop.model),
-        surroundings=_surroundings(access, {"": train, **targets}),
+        surroundings=around,
     )
-    return SignalRunner(access=access, cache=values)
-
-
-def _surroundings(access: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
-    """Return what tells, by the name of a corpus, what its values come from besides the model and the tokens."""
-
-    @cache
-    def of(name: str) -> dict[str, Any]:
-        return {
-            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), access.collate),
-            "precision": precision(access.autocast, access.device),
-            "tokenizer": tokenizer_identity(access.tokenizer),
-        }
-
-    return of
+    return SignalRunner(access=access, cache=kept)
 
 
 def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
