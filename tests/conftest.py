@@ -17,12 +17,32 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=20, deadline=None)
 
 WORDS = (
     "the cat sat on a mat and saw two red balls near one big tree while three old dogs ran to see "
     "sum of four plus five is nine times seven less eight so we add then divide by ten print return "
     "def class for in range if else import list map set open close file line code loop"
 ).split()
+
+
+_TRAINING = {"run", "configure", "scoring", "two_ranks"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what trains, and put it first: where files go to several processes, short ones at the end fill the gaps."""
+    for item in items:
+        if _TRAINING & set(getattr(item, "fixturenames", ())):
+            item.add_marker("trains")
+    longest_first = ("gloo", "trains", "slow")
+    rank = {}
+    for item in items:
+        own = next((i for i, mark in enumerate(longest_first) if item.get_closest_marker(mark)), len(longest_first))
+        rank[item.path] = min(rank.get(item.path, own), own)
+    items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(autouse=True)

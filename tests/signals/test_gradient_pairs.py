@@ -47,6 +47,7 @@ def rows_of(gradients, state, spec):
 SPECS = [GradientSpec(precondition="none"), GradientSpec(), GradientSpec(include_momentum=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 1, 3])
 @pytest.mark.parametrize("spec", SPECS, ids=["plain", "adam", "no momentum"])
 def test_pairs_are_cosines_of_single_rows(asked, spec, at_once, monkeypatch):
@@ -81,6 +82,7 @@ def test_pairs_leave_out_target_rows_without_labels(asked):
     assert np.isfinite(found[:, [0, 2]]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 1, 3])
 @pytest.mark.parametrize("spec", SPECS[:2], ids=["plain", "adam"])
 def test_products_within_a_batch(asked, spec, at_once, monkeypatch):
@@ -152,6 +154,7 @@ def test_no_rows(asked):
     assert service.gradient_sketches(none, GradientSpec(), dim=8).shape == (0, 8)
 
 
+@pytest.mark.slow
 def test_answers_are_kept_and_stored(asked, tmp_path):
     service, _, _ = asked
 
@@ -194,6 +197,7 @@ def test_pairs_equal_single_rows_by_autograd(asked):
     assert found == pytest.approx(float(one @ other / one.norm() / other.norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_target_gradients_are_made_once_in_a_decision(asked, monkeypatch):
     service, _, _ = asked
     made = []
