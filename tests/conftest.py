@@ -12,8 +12,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,26 @@ WORDS = (
     "sum of four plus five is nine times seven less eight so we add then divide by ten print return "
     "def class for in range if else import list map set open close file line code loop"
 ).split()
+
+
+_MODULES = 200  # this many new ones, and what they hold is taken out of the garbage collector's sight again
+_settled = 0
+
+gc.disable()  # until everything is imported
+
+
+def settle():
+    """Spare the garbage collector what is imported: every run collects twice, which would take as long as its steps."""
+    global _settled
+    if len(sys.modules) > _settled + _MODULES:
+        gc.collect()
+        gc.freeze()
+        _settled = len(sys.modules)
+
+
+def pytest_collection_finish():
+    settle()
+    gc.enable()
 
 
 _TRAINING = {"run", "configure", "scoring", "two_ranks"}
@@ -47,6 +69,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
+    settle()
     monkeypatch.chdir(tmp_path)
     for key in ("FORCE_TORCHRUN", "USE_RAY", "NPROC_PER_NODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
