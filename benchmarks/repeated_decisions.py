@@ -42,7 +42,7 @@ class Planted:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from dataflex.signals.gradients import GradientEngine
-        from dataflex.signals.token_losses import TokenScorer
+        from dataflex.signals.logits import TokenScorer
 
         self.torch = torch
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ class Planted:
 
     def loss(self) -> float:
         """Return the held-out loss by token."""
-        from dataflex.signals.passes import bucketed
+        from dataflex.signals.sweep import bucketed
 
         self.model.eval()
         total, count = 0.0, 0
@@ -89,13 +89,13 @@ class Planted:
     def influences(self, momentum: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return inner products of all rows' steps with the target's mean unit gradient, and the steps' norms."""
         from dataflex.signals.gradients import PRESETS, Dots, TargetBuilder, moments_of, preconditioner
-        from dataflex.signals.passes import bucketed
+        from dataflex.signals.sweep import bucketed
 
         torch = self.torch
         self.model.eval()
         kind = replace(PRESETS["true_adam"], include_momentum=momentum)
         direction = preconditioner(kind, moments_of(self.optimizer, self.engine.parameters))
-        builder = TargetBuilder(self.engine, num_tasks=1, normalize_rows=True)
+        builder = TargetBuilder(self.engine, num_targets=1, normalize_rows=True)
         products, norms = np.zeros(POOL), np.zeros(POOL)
         with self.engine.observing():
             for start in range(0, len(self.target), BATCH):

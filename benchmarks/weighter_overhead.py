@@ -110,7 +110,7 @@ def memory_table(positions: int, vocabulary: int) -> list[str]:
     import torch
     import torch.nn.functional as F
 
-    from dataflex.train.weighting import token_losses
+    from dataflex.train.loss import token_losses
 
     lines = [f"{'loss of ' + str(positions) + ' positions x ' + str(vocabulary):<34} {'stock MB':>9} {'ours MB':>9}"]
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.commands.methods import example
+from dataflex.commands.methods import example, requirements
 from dataflex.config.collect import field_hints, key_of
 from dataflex.config.convert import describe, shown
 from dataflex.config.load import load_mapping
@@ -95,28 +95,29 @@ def _section(cls: type[Method], files: list[str]) -> str:
 
 
 def _prose(cls: type[Method]) -> Iterator[str]:
-    """Yield the module's own words, a paragraph a line."""
-    module = inspect.getmodule(cls)
-    text = inspect.cleandoc(module.__doc__ or "") if module else ""
+    """Yield the words of the class where it has several paragraphs, else those of its module; a paragraph a line."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if "\n\n" not in text:
+        text = inspect.cleandoc(getattr(inspect.getmodule(cls), "__doc__", None) or "")
     for paragraph in text.split("\n\n"):
         yield " ".join(paragraph.split())
         yield ""
 
 
 def _needs(cls: type[Method]) -> list[str]:
-    needs = cls.needs
+    needs = requirements(cls)
     told = [f"signal `{signal}`" for signal in sorted(needs.signals)]
     told += ["`targets`"] if needs.targets else []
     told += ["several domains"] if cls.kind == "mixer" else []
     told += [f"stage {', '.join(needs.stages)}"] if needs.stages != STAGES else []
-    told += ["whole parameters (no ZeRO-3, no FSDP)"] if not needs.zero3 else []
+    told += ["whole parameters (no ZeRO-3, no FSDP)"] if needs.whole_parameters else []
     return told or ["nothing"]
 
 
 def _decides(cls: type[Method]) -> str:
     if cls.kind == "weighter":
         return "in every step"
-    if cls.adaptive:
+    if requirements(cls).needs_interval:
         return "anew in every interval, from the model or the step (`interval_steps` must be given)"
     return "without a look at the model or the step (`interval_steps` may be left out)"
 
@@ -127,7 +128,7 @@ def _parameters(cls: type[Method]) -> list[str]:
         (f"`{key_of(field)}`", describe(hints[field.name]), _default(field), _meaning(field.metadata))
         for field in dataclasses.fields(cls.Params)
     ]
-    if cls.needs.targets:
+    if requirements(cls).targets:
         rows.insert(0, ("`targets`", "a list of texts", "required", "data sets of `dataset_info.json` to aim at"))
     return [_table(("parameter", "takes", "default", "meaning"), rows)] if rows else ["No parameters.", ""]
 

@@ -6,37 +6,27 @@ import os
 import subprocess
 import sys
 
-from dataflex.record.values import replacing
-from dataflex.state import aside, atomic_write_text, clear_left, owner
+from dataflex.state import aside, clear_left, owner, replacing
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dataflex.state import atomic_write_text
-from dataflex.record.values import replacing
-os.replace = Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[1] == "text":
-    atomic_write_text(Path(sys.argv[2]), "half")
-else:
-    with replacing(Path(sys.argv[2])) as file:
-        file.write(b"half")
+from dataflex.state import replacing
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half")
 """
 
 
 def test_the_next_writer_of_a_file_removes_what_a_kill_left(tmp_path):
-    for how in ("text", "bytes"):
-        path = tmp_path / "proportions.json"
-        assert subprocess.run([sys.executable, "-c", KILLED, how, str(path)], check=False).returncode == -9
-        assert len(list(tmp_path.iterdir())) == 1
-        other = tmp_path / f".proportions.json.{owner()}.tmp"  # of this process, which is alive
-        other.write_bytes(b"mine")
-        if how == "text":
-            atomic_write_text(path, "whole")
-        else:
-            with replacing(path) as file:
-                file.write(b"whole")
-        assert [entry.name for entry in tmp_path.iterdir()] == ["proportions.json"]
-        path.unlink()
+    path = tmp_path / "proportions.json"
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    other = tmp_path / f".proportions.json.{owner()}.tmp"  # of this process, which is alive
+    other.write_bytes(b"mine")
+    with replacing(path) as file:
+        file.write(b"whole")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["proportions.json"]
 
 
 def test_other_processes_and_other_files_are_left_alone(tmp_path):

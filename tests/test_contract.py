@@ -13,8 +13,8 @@ from dataflex.cli import main
 from dataflex.config.build import parse_dynamic
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method
+from dataflex.plan.validate import check_mix, check_selection, check_state, check_static_weights, check_weights
 from dataflex.testing import example_context
-from dataflex.train.answers import check_mix, check_selection, check_state, check_static_weights, check_weights
 
 HEAD = """
 from dataclasses import dataclass, field
@@ -221,7 +221,9 @@ def test_other_answers_of_weighters_and_states(tmp_path):
         weighter.columns()
     with pytest.raises(ComponentError, match=r"state of weighter 'a'\.seen\.rows: a set cannot be saved; .*: class A"):
         check_state(weighter)
-    with pytest.raises(ComponentError, match="normalizer gave 'tokens'; it must give 'token', 'count' or 'sample'"):
+    with pytest.raises(
+        ComponentError, match="normalizer gave 'tokens'; it must give 'weight_sum', 'num_tokens' or 'num_sequences'"
+    ):
         _ = weighter.normalizer
 
 
@@ -270,7 +272,7 @@ def test_constructors_and_parameters_that_raise(tmp_path):
 
 
 def test_methods_of_a_plugin_are_watched_once_and_ours_never(tmp_path):
-    from dataflex.selectors.loss import LossSelector
+    from dataflex.selectors.losses import LossSelector
 
     before = LossSelector.select
     assert registry.find("selector", "loss").select is before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
 from dataflex import state as module
-from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import atomic_write_text, load_state, save_state, verify_directory, write_directory
+from dataflex.errors import CheckpointError, ComponentError, DataError
+from dataflex.state import load_state, replacing, save_state, verify_directory, write_directory
 
 LEAVES = (
     st.none()
@@ -252,17 +253,19 @@ def test_fill_must_not_write_the_manifest(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_atomic_write_text(tmp_path, monkeypatch):
+def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "report.txt"
-    atomic_write_text(path, "gr\u00f6\u00dfer\r\nzwei\n")
-    assert path.read_bytes() == "gr\u00f6\u00dfer\r\nzwei\n".encode()
+    with replacing(path) as file:
+        file.write(b"one\r\ntwo\n")
+    assert path.read_bytes() == b"one\r\ntwo\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
 
     def refuse(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write_text(path, "other")
-    assert path.read_text(encoding="utf-8").startswith("gr\u00f6\u00dfer")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.txt"]
+    for kind, told in ((DataError, f"cannot write {path}: disk full"), (None, "disk full")):
+        with pytest.raises(kind or OSError, match=re.escape(told)), replacing(path, kind) as file:
+            file.write(b"other")
+        assert path.read_bytes() == b"one\r\ntwo\n"
+        assert [p.name for p in tmp_path.iterdir()] == ["report.txt"]

@@ -20,10 +20,10 @@ class Bench:
 
         from dataflex.signals.embeddings import embed_batch
         from dataflex.signals.gradients import GradientEngine
+        from dataflex.signals.kinds import Embedding
+        from dataflex.signals.logits import TokenScorer
         from dataflex.signals.losses import row_losses
-        from dataflex.signals.passes import bucketed
-        from dataflex.signals.specs import EmbeddingSpec
-        from dataflex.signals.token_losses import TokenScorer
+        from dataflex.signals.sweep import bucketed
 
         torch.manual_seed(0)
         self.torch = torch
@@ -48,7 +48,7 @@ class Bench:
         self.model.eval()
         bf16 = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
         self.bf16 = bf16
-        self.scorer, spec = TokenScorer(self.model), EmbeddingSpec()
+        self.scorer, spec = TokenScorer(self.model), Embedding()
         self.embed = lambda batch: embed_batch(self.model, batch, spec)
         self.engine = GradientEngine(self.model)
         self.engine_bf16 = GradientEngine(self.model, autocast=bf16)
@@ -60,7 +60,7 @@ class Bench:
         torch = self.torch
         moments = moments_of(self.optimizer, self.engine.parameters)
         self.direction = preconditioner(PRESETS["true_adam"], moments)
-        builder = TargetBuilder(self.engine, num_tasks=TARGETS)
+        builder = TargetBuilder(self.engine, num_targets=TARGETS)
         for start in range(0, len(self.targets), 8):
             part = self.targets[start : start + 8]
             builder.add(collate(torch, part), (torch.arange(len(part)) + start) % TARGETS)
@@ -116,7 +116,8 @@ class Bench:
 
     def loop(self, batch: Any) -> Any:
         """One row at a time, without padding: gradients by autograd, Adam, dot products."""
-        from dataflex.signals.gradients import Segment, oracle_row_gradients
+        from dataflex.signals.gradients import Segment
+        from dataflex.testing import oracle_row_gradients
 
         scores = []
         for i, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
@@ -137,7 +138,7 @@ class Bench:
         torch = self.torch
 
         class Dense(Consumer):
-            name, raw = "dense", False
+            name = "dense"
 
             def begin(self, finite: Any) -> None:
                 self.sums = torch.zeros(len(finite), DENSE)

@@ -13,6 +13,7 @@ from dataflex.method import (
     Weighter,
     WeighterParams,
 )
+from dataflex.select.scoring import ScoringParams, ScoringSelector
 from dataflex.version import __version__
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Mixer",
     "Needs",
     "Params",
+    "ScoringParams",
+    "ScoringSelector",
     "Selection",
     "Selector",
     "Weighter",

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from dataflex.errors import CheckpointError
-from dataflex.state import atomic_write_text, fsync
+from dataflex.state import fsync, replacing
 
 __all__ = [
     "FOLDER",
@@ -106,7 +106,8 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
                 files[path.relative_to(checkpoint).as_posix()] = entry
         manifest = {"format": _FORMAT, "run": run, "files": files}
         (checkpoint / FOLDER).mkdir(exist_ok=True)
-        atomic_write_text(checkpoint / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        with replacing(checkpoint / _MANIFEST, None) as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"cannot write {checkpoint}: {error.strerror or error}") from error
 
@@ -174,7 +175,8 @@ def begin_run(output_dir: Path, run: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if current_run(output_dir) != run:
-            atomic_write_text(folder / _RUN, json.dumps({"run": run}) + "\n")
+            with replacing(folder / _RUN, None) as file:
+                file.write((json.dumps({"run": run}) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"output_dir: cannot write {folder}: {error.strerror or error}") from error
 

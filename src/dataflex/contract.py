@@ -2,7 +2,7 @@
 
 A class from outside the package is checked when it is registered, and every call of it is watched: what it
 raises is told with its own frames and the name of the call, what it gives is checked for its type. What a value
-must be beside that (rows of the pool, weights of the right shape) is in ``train.answers``.
+must be beside that (rows of the pool, weights of the right shape) is in ``plan.validate``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from typing import Any
 import numpy as np
 
 from dataflex.errors import ComponentError, DataFlexError
-from dataflex.method import STAGES, Card, Method, Mix, Mixer, Needs, Params, Selection, Selector, Weighter
+from dataflex.method import (
+    STAGES,
+    Card,
+    DomainWeighter,
+    Method,
+    Mix,
+    Mixer,
+    Needs,
+    Params,
+    Selection,
+    Selector,
+    Weighter,
+)
 
 __all__ = ["BASES", "class_problems", "is_ours", "refuse_answer", "variant_problem", "watched", "whereabouts"]
 
@@ -34,8 +46,8 @@ _FORMS = {
     "state_dict": "a dict of JSON values and numpy arrays",
     "columns": "a tuple of names of columns",
     "reference": "a folder or hub id as text, or None",
-    "normalizer": "'token', 'count' or 'sample'",
-    "loss_normalizer": "'token' or 'domain'",
+    "normalizer": "'weight_sum', 'num_tokens' or 'num_sequences'",
+    "loss_normalizer": "'weight_sum' or 'domain'",
     "active": "True or False",
     "due": "True or False",
     "default_burn_in": "a whole number of steps",
@@ -216,7 +228,7 @@ _CALLS: dict[str, tuple[str, ...]] = {
 }
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
 _PROPERTIES = ("reference", "normalizer", "loss_normalizer", "embedding", "entropy", "pure_micro_batches")
-_SWITCHES = ("adaptive", "narrows", "online", "observes", "weighs_loss", "neutral", "by_token")
+_SWITCHES = ("adaptive", "selects_subset", "within_batch", "observes", "neutral", "by_token")
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:
@@ -289,9 +301,10 @@ def _calls(kind: str, cls: type[Method]) -> Iterator[str]:
             yield f"{name} must be a property: write @property above it"
     if (cls.state_dict is Method.state_dict) != (cls.load_state_dict is Method.load_state_dict):
         yield "state_dict and load_state_dict go together, and it has only one of them"
-    for switch, call in (("observes", "observe"), ("weighs_loss", "loss_weights")):
-        if getattr(cls, switch, False) is True and getattr(cls, call) is getattr(base, call):
-            yield f"{switch} is True, and {call}({', '.join(_CALLS[call])}) is missing"
+    if getattr(cls, "observes", False) is True and getattr(cls, "observe", None) is Mixer.observe:
+        yield "observes is True, and observe(stats) is missing"
+    if getattr(cls, "loss_weights", None) is DomainWeighter.loss_weights:
+        yield "loss_weights() is missing"
 
 
 def _parameters(cls: type[Method]) -> Iterator[str]:

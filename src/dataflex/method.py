@@ -8,30 +8,23 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.plan.domains import Domains, DomainStats, Rows
+from dataflex.errors import CheckpointError
+from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
+from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
-from dataflex.state import State
+from dataflex.state import State, restored, saved_form
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.specs import (
-        EmbeddingSpec,
-        Generation,
-        GenerationSpec,
-        GradientSpec,
-        LogitSpec,
-        Part,
-        WeightedAnswer,
-    )
+    from dataflex.signals.kinds import Embedding, Generation, GenerationSpec, Part, Signal
 
 __all__ = [
     "STAGES",
@@ -39,28 +32,35 @@ __all__ = [
     "Card",
     "Context",
     "DomainNormalizer",
+    "DomainWeighter",
     "Method",
     "Mix",
     "Mixer",
     "Needs",
     "Normalizer",
     "Params",
+    "Passes",
+    "Problem",
     "ProportionsFile",
+    "Reference",
     "ReferenceParams",
+    "Requires",
     "Rows",
+    "RunFacts",
     "Selection",
     "Selector",
     "Signals",
     "State",
     "Weighter",
     "WeighterParams",
+    "param",
 ]
 
 T = TypeVar("T")
 
-Normalizer = Literal["token", "count", "sample"]
+Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
-DomainNormalizer = Literal["token", "domain"]
+DomainNormalizer = Literal["weight_sum", "domain"]
 
 STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
 
@@ -72,6 +72,20 @@ class Params:
     Field metadata: ``help`` (one line with the unit), ``choices``, ``minimum``, ``maximum``,
     ``above`` (exclusive minimum). ``__post_init__`` may raise ``ValueError`` for rules between fields.
     """
+
+    def __post_init__(self) -> None:
+        """Check rules between fields."""
+
+
+def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """Return a parameter: a dataclass field with one line of help, with the unit, and what limits its values.
+
+    Args:
+        default: Its default; left out: the parameter must be given.
+        help: One line.
+        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), and marks such as ``model``.
+    """
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +139,176 @@ class Needs:
     zero3: bool = True
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A reference model whose token losses are needed in training.
+
+    Attributes:
+        folder: Its folder or hub id.
+        cached: Whether a row is scored once and its losses are kept, instead of in every step.
+    """
+
+    folder: str
+    cached: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Forward and backward passes (F, B) of one row that a method costs; ``dataflex plan`` multiplies and adds them.
+
+    Attributes:
+        pool: For each row of the pool and decision.
+        pool_by_target: For each row of the pool, decision and target, beside ``pool``.
+        pool_once: F of models that do not change, for each row that is ever in the pool.
+        targets: For each row of the method's targets and decision; (0, 0) where they are not counted.
+        served: For each row trained on, beside the training itself.
+        told: ``Card.cost`` under these parameters; empty where the card's own is right.
+    """
+
+    pool: tuple[float, float] = (0.0, 0.0)
+    pool_by_target: tuple[float, float] = (0.0, 0.0)
+    pool_once: float = 0.0
+    targets: tuple[float, float] = (0.0, 0.0)
+    served: tuple[float, float] = (0.0, 0.0)
+    told: str = ""
+
+    def over_pool(self, num_targets: int) -> tuple[float, float]:
+        """Return the passes for each row of the pool and decision."""
+        return _times(self.pool, self.pool_by_target, num_targets)
+
+    def __add__(self, other: Passes) -> Passes:
+        """Return the passes of both."""
+        both: dict[str, Any] = {
+            name: _times(getattr(self, name), getattr(other, name))
+            for name in ("pool", "pool_by_target", "targets", "served")
+        }
+        return Passes(**both, pool_once=self.pool_once + other.pool_once)
+
+
+def _times(passes: tuple[float, float], more: tuple[float, float], times: int = 1) -> tuple[float, float]:
+    return passes[0] + times * more[0], passes[1] + times * more[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requires:
+    """What a method requires of a run under its parameters; everything is checked before a model loads.
+
+    Attributes:
+        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts"
+            stands for tokens and texts as the rows were tokenized, which take no pass.
+        targets: Whether ``targets: [data set, ...]`` must be given.
+        domains: Least number of domains.
+        stages: LLaMA-Factory stages that it works under.
+        whole_parameters: Whether each rank must hold all parameters (no DeepSpeed ZeRO-3, no FSDP).
+        needs_interval: Whether a decision depends on the model or the step, so that ``interval_steps`` must be given.
+        within_batch: Whether it selects within a batch of candidates (``candidate_batches``).
+        columns: Raw data columns that must ride along with the rows.
+        reference: Reference model whose token losses are needed in training.
+        models: Parameter -> folder or hub id of another model that signals are asked of.
+        preconditions: Parameter -> what turns its gradients into directions; some want the optimizer's moments.
+        by_target: Parameter -> its numbers by target, one for each.
+        pure_micro_batches: Whether every micro-batch must hold one domain only (for mixers).
+        embedding: How sequences are embedded from the training forward, ``BatchView.embeddings_BH`` (for weighters).
+        entropy: Whether ``BatchView.entropy_BT`` is needed (for weighters).
+        passes: What it costs.
+    """
+
+    signals: frozenset[str] = frozenset()
+    targets: bool = False
+    domains: int = 1
+    stages: tuple[str, ...] = STAGES
+    whole_parameters: bool = False
+    needs_interval: bool = False
+    within_batch: bool = False
+    columns: tuple[str, ...] = ()
+    reference: Reference | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
+    preconditions: Mapping[str, str] = field(default_factory=dict)
+    by_target: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pure_micro_batches: bool = False
+    embedding: Embedding | None = None
+    entropy: bool = False
+    passes: Passes = Passes()
+
+    @classmethod
+    def merged(cls, parts: Mapping[str, Requires]) -> Requires:
+        """Return what several methods require together.
+
+        Args:
+            parts: What each requires, by the parameter that names it (``of[0]``), which is put before theirs.
+        """
+        each = list(parts.values())
+        references = [one.reference for one in each if one.reference is not None]
+        merged: dict[str, Any] = {
+            "signals": frozenset().union(*(one.signals for one in each)),
+            "domains": max((one.domains for one in each), default=1),
+            "stages": tuple(stage for stage in STAGES if all(stage in one.stages for one in each)),
+            "columns": _distinct(name for one in each for name in one.columns),
+            "embedding": next((one.embedding for one in each if one.embedding is not None), None),
+            "passes": sum((one.passes for one in each), Passes()),
+        }
+        if references:
+            merged["reference"] = Reference(references[0].folder, all(one.cached for one in references))
+        for name in ("models", "preconditions", "by_target"):
+            keyed = (
+                (f"{place}.{key}", value) for place, one in parts.items() for key, value in getattr(one, name).items()
+            )
+            merged[name] = dict(keyed)
+        for switch in (known.name for known in fields(cls) if known.default is False):
+            merged[switch] = any(getattr(one, switch) for one in each)
+        return cls(**merged)
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known of a run; None for what is not known yet.
+
+    Attributes:
+        stage: LLaMA-Factory's stage.
+        partitioned: What partitions the parameters over ranks; empty for nothing.
+        optimizer: Key and value that name an optimizer without Adam's moments; empty for one that has them.
+        num_domains: Number of domains.
+        num_rows: Number of training rows.
+        total_steps: Number of optimizer steps of the whole run.
+    """
+
+    stage: str | None = None
+    partitioned: str | None = None
+    optimizer: str | None = None
+    num_domains: int | None = None
+    num_rows: int | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method finds wrong with a run.
+
+    Attributes:
+        key: The parameter that is to be changed, as it is written in the method's block.
+        text: What is wrong, and what to write instead.
+    """
+
+    key: str
+    text: str
+
+
 class Signals(Protocol):
     """What the model makes of the data. Every call is collective: all ranks, same arguments."""
+
+    def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Return the signal's value of each row [len(rows), ...], equal on every rank.
+
+        Args:
+            signal: What is asked, see ``signals.kinds``.
+            rows: Row ids of the training set, or of the named target.
+            target: Name of a target data set; None means the training set.
+        """
+        ...
 
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
         """Tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
@@ -136,122 +318,18 @@ class Signals(Protocol):
         """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
         ...
 
-    def losses(
-        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
-    ) -> NDArray[np.float32]:
-        """Token-mean loss of each row [len(rows)]; NaN for rows without supervised tokens.
-
-        Args:
-            rows: Row ids of the training set, or of the named target.
-            target: Name of a target data set; None means the training set.
-            model: Folder or hub id of another causal model; None means the model under training.
-            same_tokens: Refuse a model with another tokenizer.
-        """
-        ...
-
-    def answer_losses(
-        self,
-        rows: Rows,
-        *,
-        conditioned: bool,
-        scorer: str | None = None,
-        prefix_tokens: int = 0,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Token-mean loss of each row's answers, the same tokens with or without what comes before them."""
-        ...
-
-    def adapted_losses(
-        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
-    ) -> NDArray[np.float32]:
-        """Losses of training rows under a low-rank probe trained on the target ``towards``."""
-        ...
-
-    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """EL2N scores of rows, averaged over supervised tokens [len(rows)]; NaN without any."""
-        ...
-
-    def embeddings(
-        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
-    ) -> NDArray[np.float32]:
-        """Vectors of rows [len(rows), D] from the model under training, or from the model ``encoder``."""
-        ...
-
-    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
-        """Comparison of each training row's gradient with each target's mean one [len(rows), len(targets)]."""
-        ...
-
-    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
-        """Norm of each row's gradient [len(rows)]; NaN for rows without supervised tokens."""
-        ...
-
-    def gradient_sketches(
-        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
-    ) -> NDArray[np.float32]:
-        """Sketches of rows' gradients, of length one [len(rows), dim]; target rows share the projection."""
-        ...
-
-    def gradient_products(
-        self,
-        rows: Rows,
-        spec: GradientSpec,
-        *,
-        targets: Sequence[str],
-        target_rows: Mapping[str, Rows] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n].
-
-        A mean is over the ``target_rows`` of its target where they are given.
-        """
-        ...
-
-    def pair_scores(self, rows: Rows, spec: GradientSpec, *, target: str) -> NDArray[np.float32]:
-        """Cosine of each training row's gradient with that of each row of a target [len(rows), rows of target]."""
-        ...
-
-    def answer_scores(
-        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
-    ) -> NDArray[np.float32]:
-        """Comparison of rows' gradients with those of each task's weighted answers [len(rows), len(answers)]."""
-        ...
-
-    def perturbed_losses(
-        self,
-        rows: Rows,
-        *,
-        seed: int,
-        direction: int,
-        epsilon: float,
-        parameters: str | None = None,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Losses of rows [len(rows)] with ``epsilon`` times random direction ``direction`` added to the parameters."""
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of rows of the training set, or of the named target."""
         ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
-        """Sample answers of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
-        ...
-
-    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Sum of the singular values of each row's logits [len(rows)]; NaN for rows without supervised tokens."""
-        ...
-
-    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Sketch of each row's logits [len(rows), spec.rows * spec.columns], from the same pass as their norms."""
+        """Sample responses of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
         ...
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
-        ...
-
-    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Tokens of each row that a mixture-of-experts model sends to each expert [len(rows), layers, experts]."""
-        ...
-
-    def num_rows(self, target: str | None = None) -> int:
-        """Return the number of rows of the training set, or of the named target."""
         ...
 
 
@@ -304,35 +382,11 @@ class Mix:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProportionsFile:
-    """What a proportions file holds.
-
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of what was read.
-        details: Numbers of the method worth keeping, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """Proportions as a mapping from name to share."""
-        return dict(zip(self.names, self.proportions, strict=True))
-
-
 class Method:
     """Common ground of selectors, mixers and weighters.
 
-    A subclass sets ``name``, ``card``, ``needs`` and, where it has parameters, a nested frozen
-    dataclass ``Params``. Its constructor takes the built Params only.
+    A subclass sets ``name``, ``card`` and, where it has parameters, a nested frozen dataclass ``Params``. Its
+    constructor takes the built Params only.
     """
 
     kind: ClassVar[str] = ""
@@ -351,6 +405,19 @@ class Method:
     def variant(cls, params: Any) -> type[Method]:
         """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
         return cls
+
+    def requires(self) -> Requires:
+        """State what the method requires of a run; may look at ``self.params`` only."""
+        return Requires()
+
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield what only the method knows to be wrong with a run; asked again whenever more of the run is known."""
+        return iter(())
+
+    @classmethod
+    def param_problems(cls, params: Any) -> list[str]:
+        """Return why these parameters cannot work in this class; each line begins with the key."""
+        return []
 
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows."""
@@ -371,7 +438,7 @@ class Method:
     @property
     def reference(self) -> str | None:
         """Folder or hub id of the reference model whose token losses are needed in training, or None."""
-        return None
+        return self.params.reference if isinstance(self.params, ReferenceParams) else None
 
     @property
     def reference_cached(self) -> bool:
@@ -387,32 +454,46 @@ class Method:
         """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
         return self.card.forward_per_target_row, self.card.backward_per_target_row
 
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
+    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None or empty."""
+
     def state_dict(self) -> State:
-        """Everything that a resumed run needs; empty for stateless methods."""
-        return {}
+        """Return the attributes that ``saved`` names."""
+        first = getattr(self, self.saved[0]) if self.saved else None
+        if first is None or (hasattr(first, "__len__") and not len(first)):
+            return {}
+        return {name: saved_form(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            raise ValueError(f"{self.name} keeps no state, but was given {sorted(state)}")
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: The state is not one of this method.
+        """
+        if state and state.keys() != set(self.saved):
+            kept = ", ".join(self.saved) or "no state"
+            raise CheckpointError(f"{self.name} keeps {kept}, but was given {', '.join(sorted(state))}")
+        for name, value in state.items():
+            setattr(self, name, restored(value, getattr(self, name)))
 
 
 class Selector(Method):
     """Chooses which rows are trained on during an interval."""
 
     kind = "selector"
-    narrows: ClassVar[bool] = True
+    selects_subset: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
-    online: ClassVar[bool] = False
+    within_batch: ClassVar[bool] = False
     """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Choose at most ``budget`` rows of ``pool`` (all of it when ``narrows`` is False)."""
+        """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
         raise NotImplementedError
 
 
 class Mixer(Method):
-    """Sets the proportions in which domains are served during an interval, or how much each counts in the loss.
+    """Sets the proportions in which domains are served during an interval.
 
     An online mixer sets ``observes`` and learns from ``observe``, which is called after the backward passes
     of every optimizer step, with the same numbers on every rank. It must not look at anything else.
@@ -421,29 +502,6 @@ class Mixer(Method):
     kind = "mixer"
     observes: ClassVar[bool] = False
     """Whether ``observe`` is to be called."""
-    weighs_loss: ClassVar[bool] = False
-    """Whether ``loss_weights`` gives weights."""
-
-    @property
-    def pure_micro_batches(self) -> bool:
-        """Whether every micro-batch must hold one domain only (bandits that pull one arm at a time)."""
-        return False
-
-    @property
-    def loss_normalizer(self) -> DomainNormalizer:
-        """What ``loss_weights`` are weights of.
-
-        - ``token``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
-        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
-        """
-        return "token"
-
-    def loss_weights(self) -> NDArray[np.float64] | None:
-        """Return the weights of the domains in the loss of the next optimizer step [K] (under ``weighs_loss``).
-
-        Asked after the step's ``mix``, so that the domains are known.
-        """
-        return None
 
     def observe(self, stats: DomainStats) -> None:
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
@@ -458,6 +516,29 @@ class Mixer(Method):
 
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
+        raise NotImplementedError
+
+
+class DomainWeighter(Mixer):
+    """Weighs the domains in the loss and leaves the sampling as it is: ``mix`` always gives the same proportions.
+
+    A configuration names it as its ``mixer``, since it says in which proportions domains are served, and which
+    proportions its weights come to.
+    """
+
+    observes: ClassVar[bool] = True
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """What ``loss_weights`` are weights of.
+
+        - ``weight_sum``: weighted token mean, sum_d a_d sum(loss of d) / sum_d a_d n_d over the optimizer step.
+        - ``domain``: sum_d a_d (mean token loss of d in the optimizer step); an absent domain adds nothing.
+        """
+        return "weight_sum"
+
+    def loss_weights(self) -> Floats:
+        """Return the weights of the domains in the loss of the next optimizer step [K]; asked after its ``mix``."""
         raise NotImplementedError
 
 
@@ -483,11 +564,11 @@ class BatchView:
         num_micro_batches: Micro-batches of this optimizer step.
         sequence_BT: Index into ``_B`` of the sequence of each position [R, T]; None without packing.
         reference_BT: Token losses of the reference model [R, T], 0 where ``mask_BT`` is False; None unless
-            ``Weighter.reference`` names one.
+            ``Requires.reference`` names one.
         entropy_BT: Entropy of each prediction, nats [R, T], 0 where ``mask_BT`` is False; None unless
-            ``Weighter.entropy``.
+            ``Requires.entropy``.
         embeddings_BH: Embedding of each sequence from the training forward [B, H], fp32; None unless
-            ``Weighter.embedding``.
+            ``Requires.embedding``.
         columns: Raw columns that ride along with the rows, by name, each [N] (numpy).
     """
 
@@ -524,11 +605,11 @@ class Weighter(Method):
 
     ``normalizer`` fixes the denominator Z of the step's loss sum(w * loss) / Z:
 
-    - ``token``: weighted token mean. Weights known from the rows alone (``static_weights``) use
+    - ``weight_sum``: weighted token mean. Weights known from the rows alone (``static_weights``) use
       Z = sum of w over the whole optimizer step; weights computed in the micro-batch are rescaled
       there to a token mean of one. Equal weights give the plain loss.
-    - ``count``: Z = number of supervised tokens of the step; weights change the step size.
-    - ``sample``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
+    - ``num_tokens``: Z = number of supervised tokens of the step; weights change the step size.
+    - ``num_sequences``: weights over the sequences of a micro-batch (all ranks) multiply the sequences'
       token-mean losses; the step's loss is the mean over its micro-batches. They sum to one unless the
       method's paper has it otherwise.
     """
@@ -541,10 +622,8 @@ class Weighter(Method):
 
     Params: ClassVar[type[Params]] = WeighterParams
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """Which denominator the weights are meant for."""
-        return "token"
+    normalizer: Normalizer = "weight_sum"
+    """Which denominator the weights are meant for."""
 
     def default_burn_in(self, total_steps: int) -> int:
         """Return the steps of plain loss where ``burn_in_steps`` is null or no parameter of the weighter."""
@@ -555,33 +634,24 @@ class Weighter(Method):
         given: int | None = getattr(self.params, "burn_in_steps", None)
         return self.default_burn_in(total_steps) if given is None else given
 
-    def refuse_idle(self, total_steps: int) -> None:
-        """Refuse a run in which the weights never act.
+    def requires(self) -> Requires:
+        """State nothing but the stages that train on the losses of tokens."""
+        return Requires() if self.neutral else Requires(stages=("pt", "sft"))
 
-        Raises:
-            ConfigError: The burn-in takes up the whole run.
-        """
-        steps = self.burn_in(total_steps)
-        if 0 < steps >= total_steps:
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield a burn-in that takes up the whole run, in which the weights would never act."""
+        steps, total = 0 if run.total_steps is None else self.burn_in(run.total_steps), run.total_steps or 0
+        if 0 < steps >= total:
             told = " (its default)" if getattr(self.params, "burn_in_steps", None) is None else ""
-            raise ConfigError(
-                f"dynamic.weighter.burn_in_steps: {steps} steps of plain loss{told} take up the whole run of "
-                f"{total_steps} steps, so the weights would never act; write burn_in_steps: {total_steps // 20}"
+            yield Problem(
+                "burn_in_steps",
+                f"{steps} steps of plain loss{told} take up the whole run of {total} steps, so the weights would never "
+                f"act; write burn_in_steps: {total // 20}",
             )
 
     def active(self, step: int, total_steps: int) -> bool:
         """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
         return step >= self.burn_in(total_steps)
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How sequences are embedded from the training forward for ``BatchView.embeddings_BH``, or None."""
-        return None
-
-    @property
-    def entropy(self) -> bool:
-        """Whether ``BatchView.entropy_BT`` is needed."""
-        return False
 
     def due(self, step: int) -> bool:
         """Whether ``prepare`` is to be called before optimizer step ``step`` (counted from 0)."""
@@ -613,3 +683,11 @@ class ReferenceParams(Params):
         default=True,
         metadata={"help": "score a row with the reference once, when first served, and keep that; else in every step"},
     )
+
+    def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ValueError("reference: is empty; without a reference model there is no excess loss")
+
+    def stated(self) -> Reference:
+        """Return the reference model as ``Requires.reference``."""
+        return Reference(self.reference, self.reference_cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "left_out_note",
     "on_one_line",
     "passing_on",
+    "plain",
     "printable",
     "redacted",
     "redacted_text",
@@ -70,6 +72,32 @@ _VALUE = re.compile(
 )
 _USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#@]*)@", re.IGNORECASE)
 _BEARER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/=-]{6,}")
+
+
+def plain(value: Any, path: str = "", nonfinite: list[str] | None = None) -> Any:
+    """Turn a value into what JSON can hold; the dotted keys of NaN and infinities go to ``nonfinite``.
+
+    Numpy and torch scalars and arrays become numbers and lists, sets become sorted lists, and
+    whatever JSON has no word for (paths, dtypes, objects of a configuration) becomes its text.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        if nonfinite is not None:
+            nonfinite.append(path)
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{path}.{key}" if path else str(key), nonfinite) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{path}.{number}", nonfinite) for number, item in enumerate(value)]
+    as_list = getattr(value, "tolist", None)  # numpy's and torch's own way; torch itself is not imported here
+    if callable(as_list):
+        return plain(as_list(), path, nonfinite)
+    return str(value)
 
 
 def is_secret(key: str) -> bool:

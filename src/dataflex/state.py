@@ -7,6 +7,7 @@ old directory, the new one, or none; never a broken one that looks whole.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,20 +16,20 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ComponentError
+from dataflex.errors import CheckpointError, ComponentError, DataError, DataFlexError
 
 __all__ = [
     "MANIFEST",
     "State",
     "aside",
-    "atomic_write_text",
     "clear_left",
     "fsync",
     "is_left",
@@ -36,9 +37,13 @@ __all__ = [
     "load_state",
     "owner",
     "refuse_state",
+    "replacing",
+    "restored",
     "save_state",
+    "saved_form",
     "verify_directory",
     "write_directory",
+    "write_json",
 ]
 
 State = dict[str, Any]
@@ -140,6 +145,27 @@ def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
     return value
 
 
+def saved_form(value: Any) -> Any:
+    """Return an attribute as a state holds it: tuples as lists, lists as arrays, objects as their ``state_dict``."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, list):
+        return np.array(value)
+    return value.state_dict() if hasattr(value, "state_dict") else copy.copy(value)
+
+
+def restored(value: Any, like: Any) -> Any:
+    """Return a value of a state as the attribute that it was: of the type and data type of ``like``."""
+    if isinstance(like, np.ndarray):
+        return np.array(value, dtype=like.dtype)
+    if isinstance(like, tuple | list | dict | bool | int | float):
+        return type(like)(value)
+    if hasattr(like, "load_state_dict"):
+        like.load_state_dict(value)
+        return like
+    return value
+
+
 def save_state(directory: Path, name: str, state: State) -> None:
     """Write ``directory/name.json`` and ``directory/name.npz``.
 
@@ -196,19 +222,44 @@ def _blake2b(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that readers see the old content or the new, never a part."""
+@contextmanager
+def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iterator[IO[bytes]]:
+    """Open a file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Readers see the old content or the new, never a part.
+
+    Args:
+        path: The file.
+        error: What an error of the operating system becomes; None: it stays as it is.
+    """
     path = Path(path)
-    temporary = aside(path)
+    temporary: Path | None = None
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as problem:
+        if error is None:
+            raise
+        raise error(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        DataError: The place cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(json.dumps(body, indent=1).encode() + b"\n")
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:

@@ -61,7 +61,7 @@ Configuration
       temperature: 1.0
       replacement: false
     mixer: null
-    weighter: {name: column, burn_in_steps: 0, column: w, normalizer: token}
+    weighter: {name: column, burn_in_steps: 0, column: w, normalizer: weight_sum}
     warmup_steps: 10
     interval_steps: 15
     candidate_batches: null

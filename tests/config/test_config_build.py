@@ -222,17 +222,17 @@ def test_what_the_methods_need_together() -> None:
         },
         Path("."),
     )
-    assert dynamic.needs.signals == {"losses"}
-    assert dynamic.needs.stages == ("pt", "sft")
-    assert dynamic.needs.targets
-    assert not dynamic.needs.zero3
-    assert dynamic.adaptive
+    assert dynamic.requires.signals == {"losses"}
+    assert dynamic.requires.stages == ("pt", "sft")
+    assert dynamic.requires.targets
+    assert dynamic.requires.whole_parameters
+    assert dynamic.requires.needs_interval
     assert dynamic.targets == ("t", "u")
     assert dynamic.columns == ("source", "w")
     assert [method.name for method in dynamic.methods] == ["tacs", "uniform", "column"]
     alone = parse_dynamic({"selector": "all"}, Path("."))
-    assert not alone.adaptive
-    assert alone.needs.zero3
+    assert not alone.requires.needs_interval
+    assert not alone.requires.whole_parameters
     assert alone.columns == ()
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.forecast import schedule_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import Split, resolve, split
-from dataflex.config.steps import schedule_of
 from dataflex.errors import ConfigError
 from dataflex.registry import find
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from dataflex.commands.methods import requirements
 from dataflex.config.build import user_keys
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.registry import KINDS, find, names
@@ -26,7 +27,7 @@ def keys() -> list[str]:
             if not cls.__module__.startswith(OURS):
                 continue  # a plugin of another test
             listed.append(f"dynamic.{kind}: {name}")
-            if cls.needs.targets:
+            if requirements(cls).targets:
                 listed.append(f"dynamic.{kind}: {name}, targets")
             listed += [f"dynamic.{kind}: {name}, {field.name}" for field in dataclasses.fields(cls.Params)]
     return listed + [f"{key} (flat)" for key in FLAT_KEYS]

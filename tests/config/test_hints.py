@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dataflex.commands.methods import requirements
 from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.collect import key_of
 from dataflex.config.load import load_mapping
-from dataflex.config.places import LF_KEYS
 from dataflex.config.schema import SignalsConfig
 from dataflex.config.split import split
 from dataflex.errors import ConfigError
@@ -82,7 +82,7 @@ def suggestion(told):
 @settings(max_examples=300, deadline=None)
 def test_a_suggested_parameter_is_accepted(data, method):
     kind, name = method
-    known = [*keys_of(kind, name), *(["targets"] if find(kind, name).needs.targets else [])]
+    known = [*keys_of(kind, name), *(["targets"] if requirements(find(kind, name)).targets else [])]
     assume(known)
     word, wrong = data.draw(misspelt(known))
     assume(wrong and wrong not in known and "." not in wrong)
@@ -166,7 +166,6 @@ def test_keys_of_parts_of_factors_and_of_other_methods():
     assert told.endswith("(all selector takes no parameters); it is a key of selector/loss, mixer/aioli")
     (told,) = unknown(problems({"selector": "all", "cutoff_len": 8}))
     assert "dynamic.cutoff_len: unknown key; it is LLaMA-Factory's: write it at the top level" in told
-    assert not set(LF_KEYS) & set(block_keys())
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ import pytest
 from dataflex.config.legacy_mixers import mixer_params
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
-from dataflex.mixers.doremi import DoReMi
-from dataflex.mixers.group_dro import GroupDro
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 
 Config = Callable[..., dict[str, Any]]
 

@@ -11,7 +11,7 @@ import yaml
 from dataflex.config.components import _SHIPPED, Component, read_component
 from dataflex.config.legacy_selectors import _five_layers
 from dataflex.registry import find
-from dataflex.rewards.judge import JudgeConfig
+from dataflex.rewards.build import JudgeConfig
 
 
 def read(
@@ -160,7 +160,7 @@ def test_a_window_without_a_number_of_updates_stays_where_it_starts(tmp_path: Pa
     assert problems == []
     assert "the window stays where it starts" in notes
     assert component is not None
-    from dataflex.selectors.delta_loss import window
+    from dataflex.selectors.losses import window
 
     size = component.method.params.updates
     assert window(1000, 500 / (size - 1), 0.2, 10.0) == window(1000, 0.0, 0.2, 10.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.commands.methods import requirements
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.registry import KINDS, find, names
@@ -15,7 +16,10 @@ from dataflex.registry import KINDS, find, names
 Config = Callable[..., dict[str, Any]]
 
 SEVERAL = [
-    (kind, name) for kind in KINDS for name in names(kind) if kind == "mixer" or find(kind, name).needs.domains > 1
+    (kind, name)
+    for kind in KINDS
+    for name in names(kind)
+    if kind == "mixer" or requirements(find(kind, name)).domains > 1
 ]
 
 
@@ -29,7 +33,7 @@ def problems(mapping: dict[str, Any], project: Path) -> list[str]:
 
 def block_of(kind: str, name: str) -> dict[str, Any]:
     cls = find(kind, name)
-    method: dict[str, Any] = {"name": name, **({"targets": ["t"]} if cls.needs.targets else {})}
+    method: dict[str, Any] = {"name": name, **({"targets": ["t"]} if requirements(cls).targets else {})}
     method.update(
         {
             "static": {"proportions": [1]},

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.methods import method_block
+from dataflex.config.bridge import stated
+from dataflex.config.methods import half_read, method_block
 from dataflex.errors import DataFlexError
-from dataflex.method import STAGES, Mixer, Selector, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, Selector, Weighter
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
@@ -126,7 +127,7 @@ COLUMNS = {"sample_weight": np.linspace(0.0, 2.0, NUM_ROWS)}
 
 def read(kind, name, params):
     problems = []
-    targets = {"targets": ["target"]} if find(kind, name).needs.targets else {}
+    targets = {"targets": ["target"]} if half_read(find(kind, name), params).targets else {}
     return method_block(kind, {"name": name, **targets, **params}, f"dynamic.{kind}", problems), problems
 
 
@@ -162,9 +163,9 @@ def prepare(weighter, ctx):
 
 def mixed(mixer, ctx):
     """Return proportions and loss weights, then let the mixer see a step."""
-    held = ctx.domains.names if mixer.needs.targets else ()
+    held = ctx.domains.names if stated(mixer).targets else ()
     proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
-    weights = mixer.loss_weights().tolist() if mixer.weighs_loss else None
+    weights = mixer.loss_weights().tolist() if isinstance(mixer, DomainWeighter) else None
     if mixer.observes:
         step = ctx.interval.start_step
         losses = [2.0 + 0.1 * k + math.cos(step + k) for k in range(len(ctx.domains.names))]
@@ -195,7 +196,7 @@ def test_it_builds_from_its_defaults_or_least_parameters(kind, name):
     method = build(kind, name)
     assert isinstance(method, {"selector": Selector, "mixer": Mixer, "weighter": Weighter}[kind])
     assert (type(method).kind, type(method).name) == (kind, name)
-    if not MINIMAL[kind, name](3) and not method.needs.targets:
+    if not MINIMAL[kind, name](3) and not stated(method).targets:
         assert method_block(kind, name, f"dynamic.{kind}", []).params == type(method).Params()
 
 
@@ -287,7 +288,7 @@ def check_selection(selector, selection, pool, budget):
     assert rows.ndim == 1
     assert set(rows.tolist()) <= set(pool.tolist())
     assert len(set(rows.tolist())) == len(rows)
-    if selector.narrows:
+    if selector.selects_subset:
         assert len(rows) <= budget
     else:
         assert rows.tolist() == pool.tolist()
@@ -310,7 +311,7 @@ def test_rows_come_from_the_pool_within_the_budget(name, num_pool, budget):
     before = pool.copy()
     selection = selector.select(pool, budget, example_context())
     check_selection(selector, selection, pool, budget)
-    if selector.narrows:
+    if selector.selects_subset:
         assert len(selection.rows) == min(budget, num_pool)
     assert pool.tolist() == before.tolist()
 
@@ -323,7 +324,7 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
     selector = build("selector", name)
     selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
     check_selection(selector, selection, pool_of(NUM_ROWS), 48)
-    if selector.needs.signals:
+    if stated(selector).signals:
         assert (selection.rows % 2 == 1).all()
         assert np.isnan(selection.scores[::2]).all()
 
@@ -338,12 +339,12 @@ SIZES = ({"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny
         (name, sizes)
         for name in names("mixer")
         for sizes in SIZES
-        if len(sizes) >= build("mixer", name, len(sizes)).needs.domains
+        if len(sizes) >= stated(build("mixer", name, len(sizes))).domains
     ],
 )
 def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     mixer = build("mixer", name, len(sizes))
-    targets = tuple(sizes) if mixer.needs.targets else ()
+    targets = tuple(sizes) if stated(mixer).targets else ()
     lengths = 1 + np.arange(sum(sizes.values())) % 7
     ctx = example_context(sizes, unit=unit, lengths=lengths, targets=targets)
     mix = mixer.mix(ctx)
@@ -358,7 +359,7 @@ def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
 @every_weighter
 def test_weights_are_finite_and_not_negative(name):
     weighter = build("weighter", name)
-    assert weighter.normalizer in ("token", "count", "sample")
+    assert weighter.normalizer in ("weight_sum", "num_tokens", "num_sequences")
     assert weighter.active(99_999, 100_000) is True
     prepare(weighter, example_context(columns=COLUMNS))
     rows = np.array([63, 0, 5, 5], dtype=np.int64)
@@ -382,8 +383,9 @@ def test_weights_are_finite_and_not_negative(name):
 @every_weighter
 def test_columns_asked_for_are_names(name):
     weighter = build("weighter", name)
-    assert all(isinstance(column, str) and column for column in weighter.columns())
-    if weighter.columns():
+    columns = weighter.requires().columns
+    assert all(isinstance(column, str) and column for column in columns)
+    if columns:
         with pytest.raises(DataFlexError):
             weighter.static_weights(pool_of(4), {})
 
@@ -394,14 +396,14 @@ def test_columns_asked_for_are_names(name):
 @every_method
 def test_the_card_is_complete(kind, name):
     cls = find(kind, name)
-    card, needs = cls.card, cls.needs
+    card, needs = cls.card, stated(build(kind, name))
     assert card.summary.endswith(".")
     assert card.summary[0].isupper()
     assert len(card.summary) <= 140
     assert card.paper
     assert card.cost
     assert "baseline" in card.paper or "arXiv" in card.paper
-    assert (card.forward_per_pool_row > 0) == (kind == "selector" and bool(needs.signals - {"texts"}))
+    assert (needs.passes.pool[0] > 0) == (kind == "selector" and bool(needs.signals - {"texts"}))
     assert set(needs.stages) <= set(STAGES)
     assert needs.stages
     assert needs.signals <= {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}
@@ -411,15 +413,16 @@ def test_the_card_is_complete(kind, name):
 
 @every_weighter
 def test_reweighting_is_offered_for_token_losses_only(name):
-    weighter = find("weighter", name)
-    assert weighter.neutral or set(weighter.needs.stages) == {"pt", "sft"}
+    weighter = build("weighter", name)
+    assert weighter.neutral or set(weighter.requires().stages) == {"pt", "sft"}
 
 
 @every_method
 def test_signals_asked_for_are_those_declared(kind, name):
     signals = FakeSignals(1.0 + 0.01 * np.arange(NUM_ROWS))
-    decide(build(kind, name), signals=signals)
-    assert signals.asked == find(kind, name).needs.signals
+    method = build(kind, name)
+    decide(method, signals=signals)
+    assert signals.asked == stated(method).signals
 
 
 def test_methods_are_imported_without_torch():

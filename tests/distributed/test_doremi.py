@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dataflex.mixing.proportions_file import read_proportions
+from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
 from tests.distributed.test_engines import engine_settings
 from tests.integration.conftest import Runner, base_settings

@@ -27,7 +27,7 @@ def blocks(model):
         "dro": {"name": "group", "strategy": "group_dro", "eta": 0.5},
         "balanced": {"name": "group", "strategy": "class_balanced", "beta": 0.9},
         "entropy": {"name": "token", "function": "entropy"},
-        "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.7, "normalizer": "token"},
+        "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.7, "normalizer": "weight_sum"},
         "product": [{"name": "slm", **reference, "keep": 0.6}, {"name": "adapt", **ANCHORED, "tau": 0.2}],
         "meta": {"name": "meta", "targets": ["goal"]},
         "meta-rows": {"name": "meta", "targets": ["goal"], "forward_mode": False},

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dataflex.config.build import parse_dynamic
-from dataflex.config.check_run import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
+from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.collect import field_hints
 from dataflex.config.convert import describe, shown
 from dataflex.config.flat import FLAT_KEYS, FlatKeys

@@ -137,7 +137,7 @@ def stopped_at(config: Path) -> int:
 @pytest.fixture
 def term_at(monkeypatch):
     """Return a function after which this process is sent SIGTERM once, in the given optimizer step."""
-    import dataflex.train.seam as seam
+    from dataflex.llamafactory import trainer as seam
 
     real = seam.TrainerMixin.training_step
 

@@ -36,8 +36,8 @@ def arm(point: str, step: int) -> None:
     from transformers import trainer
 
     from dataflex import checkpoints
+    from dataflex.llamafactory.trainer import SavingMixin
     from dataflex.train import checkpoint
-    from dataflex.train.saving import SavingMixin
 
     def of_trainer(self, *_):
         return self.state.global_step

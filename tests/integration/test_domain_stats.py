@@ -20,13 +20,12 @@ from dataflex import Card, Mix, Mixer
 HERE = Path(__file__).parent
 
 
-class Watch(Mixer):
+class Watch({base}):
     name = "watch"
     card = Card(summary="Writes down what it observes.", paper="baseline", cost="none")
     adaptive = True
     observes = True
     pure = {pure}
-    weighs_loss = {weighs}
     steps = 0
 
     @property
@@ -43,7 +42,7 @@ class Watch(Mixer):
         self.steps += 1
         with open(HERE / "seen.jsonl", "a") as file:
             seen = {{key: getattr(stats, key).tolist() for key in (
-                "loss_sum", "square_sum", "tokens", "sequences", "micro_batches", "proportions")}}
+                "loss_sum", "tokens", "sequences", "micro_batches", "proportions")}}
             file.write(json.dumps({{"step": stats.step, "names": stats.names, **seen}}) + "\\n")
 
     def state_dict(self):
@@ -54,10 +53,10 @@ class Watch(Mixer):
 """
 
 
-def watch(tmp_path, name, pure=False, weighs=False):
+def watch(tmp_path, name, pure=False, base="Mixer"):
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "watch.py").write_text(PLUGIN.format(pure=pure, weighs=weighs))
+    (folder / "watch.py").write_text(PLUGIN.format(pure=pure, base=base))
     return folder
 
 
@@ -92,7 +91,7 @@ def test_the_sums_do_not_depend_on_micro_batches(run, tmp_path):
     run("one", **settings(one), per_device_train_batch_size=4)
     run("other", **settings(other), per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for a, b in zip(seen(one), seen(other), strict=True):
-        for key in ("loss_sum", "square_sum", "tokens", "sequences"):
+        for key in ("loss_sum", "tokens", "sequences"):
             assert np.allclose(a[key], b[key], rtol=1e-4), key
     assert seen(one)[0]["micro_batches"] == [1.0, 1.0]
     assert seen(other)[0]["micro_batches"] == [3.0, 1.0]
@@ -108,7 +107,7 @@ def test_domain_pure_micro_batches(run, tmp_path):
 
 def test_domain_weights_act_in_the_loss(run, tmp_path):
     """All weight on the second domain: the first one's rows leave no trace (T0b)."""
-    folder = watch(tmp_path, "d", weighs=True)
+    folder = watch(tmp_path, "d", base="DomainWeighter")
     ours = run("weighed", **settings(folder), gradient_accumulation_steps=2)
     for entry, logged in zip(seen(folder), ours.log, strict=True):
         assert entry["loss_sum"][1] / entry["tokens"][1] == pytest.approx(logged["loss"], rel=1e-4)

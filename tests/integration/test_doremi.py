@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.mixers import simplex
-from dataflex.mixers.doremi import DoReMi
-from dataflex.mixing.proportions_file import read_proportions
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import logs, read_proportions
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weighting import token_losses
+from dataflex.train.loss import Reweighter, token_losses
 
 SETTINGS = {
     "dataset": "alpha,beta,gamma",
@@ -145,7 +143,7 @@ def test_one_hot_weights_train_on_one_domain_alone(variant):
         return found
 
     equal = gradient()
-    mixer.log_alpha = simplex.logs(np.array([1.0, 0.0]))
+    mixer.log_alpha = logs(np.array([1.0, 0.0]))
     one_hot = gradient()
     torch.testing.assert_close(one_hot, mean_over(rows < 4), atol=1e-7, rtol=1e-5)
     assert not torch.allclose(one_hot, equal, atol=1e-3)
@@ -161,7 +159,7 @@ def test_normalizers(variant, want):
     """T4: domain a has token losses 1, 2, 3 and b has 4, with weights .75 and .25."""
     mixer = DoReMi(DoReMi.Params(reference="ref", variant=variant))
     mixer.mix(example_context({"a": 1, "b": 1}))
-    mixer.log_alpha = simplex.logs(np.array([0.75, 0.25]))
+    mixer.log_alpha = logs(np.array([0.75, 0.25]))
     losses = torch.tensor([[1.0, 2.0, 3.0, 0.0], [4.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     labels = torch.tensor([[-100, 0, 0, 0, -100], [-100, 0, -100, -100, -100]])
     # Two classes, class 0 with probability exp(-loss).

@@ -14,10 +14,10 @@ from dataflex import cli
 from dataflex.commands import mix as command
 from dataflex.config.load import load_mapping
 from dataflex.errors import ConfigError
-from dataflex.mixers import collapse
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.mixing import doremi
-from dataflex.mixing.proportions_file import read_proportions
+from dataflex.plan import proportions
+from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
 
 BASE = {
@@ -117,7 +117,7 @@ def test_two_rounds_from_the_configuration_to_the_final_model(bench, capsys):
 
 
 def test_a_mean_that_collapsed_is_told_before_the_final_run_and_after_it(bench, capsys, monkeypatch):
-    monkeypatch.setattr(collapse, "MOST", 0.34)
+    monkeypatch.setattr(proportions, "COLLAPSED_ABOVE", 0.34)
     assert bench() == 0
     told = capsys.readouterr().out
     warning = bench.found(1).details["warning"]

@@ -20,7 +20,7 @@ def test_gate_loads_are_those_of_the_routers(tiny_moe):
     import torch
     from transformers import MixtralForCausalLM
 
-    from dataflex.signals.gates import GateLoads
+    from dataflex.signals.logits import GateLoads
 
     model = MixtralForCausalLM.from_pretrained(tiny_moe).eval()
     ids = torch.tensor([[5, 6, 7, 8, 3, 3], [9, 10, 11, 12, 13, 14]])

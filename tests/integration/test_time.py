@@ -55,10 +55,10 @@ def settings(run, tiny_model):
 def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
     from llamafactory.train.sft import workflow
 
-    from dataflex.llamafactory import datasets
+    from dataflex.llamafactory import datasets, trainer
     from dataflex.run import train
-    from dataflex.signals.answers import AnswerBook
-    from dataflex.train import checkpoint, seam
+    from dataflex.signals.runner import SignalRunner
+    from dataflex.train import checkpoint
     from dataflex.train.reference import ReferenceLosses
 
     parts = {
@@ -66,11 +66,11 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
         "leakage": (datasets, "find_leaks"),
         "model": (workflow, "load_model"),
         "reference": (ReferenceLosses, "begin"),
-        "prepare": (seam, "batch_shape"),
-        "signals": (AnswerBook, "give"),
-        "evaluation": (seam.TrainerMixin, "evaluation_loop"),
+        "prepare": (trainer, "batch_shape"),
+        "signals": (SignalRunner, "_compute"),
+        "evaluation": (trainer.TrainerMixin, "evaluation_loop"),
         "checkpoint": (checkpoint, "save"),
-        "training": (seam.TrainerMixin, "training_step"),
+        "training": (trainer.TrainerMixin, "training_step"),
     }
     for owner, name in parts.values():
         slowed(monkeypatch, owner, name)

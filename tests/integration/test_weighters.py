@@ -30,7 +30,7 @@ def blocks(tiny_model):
         "focal": {"name": "focal"},
         "token": {"name": "token"},
         "entropy": {"name": "token", "function": "entropy"},
-        "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.8, "normalizer": "token"},
+        "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.8, "normalizer": "weight_sum"},
         "excess": {"name": "token", "function": "excess", **reference},
         "product": [{"name": "slm", **reference, "burn_in_steps": 1}, {"name": "adapt", **ANCHORED}],
         "meta": {"name": "meta", **ANCHORED},

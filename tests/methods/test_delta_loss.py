@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.selectors.delta_loss import DeltaLoss, window
-from dataflex.selectors.longest import Longest
-from dataflex.selectors.random_balanced import RandomBalanced
+from dataflex.selectors.baselines import Longest, RandomBalanced
+from dataflex.selectors.losses import DeltaLoss, window
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -138,7 +137,7 @@ def test_longest_rows_first_and_ties_by_pool_order():
     chosen = Longest(Longest.Params()).select(np.array([4, 2, 1, 0]), 3, ctx)
     assert chosen.rows.tolist() == [2, 1, 4]
     assert chosen.scores.tolist() == [7.0, 9.0, 9.0, 5.0]
-    assert chosen.reason == "3 of 4 rows, of at least 7 tokens"
+    assert chosen.reason == "3 of 4 rows of at least 7 tokens"
     object.__setattr__(ctx.domains, "lengths", None)
     with pytest.raises(DataError, match="token count"):
         Longest(Longest.Params()).select(pool_of(5), 3, ctx)

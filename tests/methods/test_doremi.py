@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.mixers import simplex
-from dataflex.mixers.doremi import DoReMi, corrected
-from dataflex.mixers.group_dro import GroupDro
-from dataflex.mixers.trajectory import Trajectory
-from dataflex.mixing.proportions_file import read_proportions, write_proportions
+from dataflex.mixers.loss_weights import DoReMi, GroupDro, Trajectory, corrected
 from dataflex.plan.domains import SUMS, DomainStats
+from dataflex.plan.proportions import exponentiated, logs, read_proportions, softmax, write_proportions
 from dataflex.state import load_state, save_state
 from dataflex.testing import example_context
-from dataflex.train.domain_sums import DomainSums
+from dataflex.train.feedback import DomainSums
 
 NAMES = ("a", "b", "c")
 
@@ -88,7 +85,7 @@ def test_weights_are_corrected_for_the_sampling():
     method = doremi(sampling=(3.0, 1.0))
     assert method.mix(example_context({"a": 6, "b": 2})).proportions.tolist() == [0.75, 0.25]
     np.testing.assert_allclose(method.loss_weights(), [0.5, 0.5], atol=1e-15)  # alpha is (3/4, 1/4)
-    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="token")
+    by_token = doremi(sampling=(3.0, 1.0), variant="paper", normalizer="weight_sum")
     by_token.mix(example_context({"a": 6, "b": 2}))
     np.testing.assert_allclose(by_token.loss_weights(), [0.25, 0.75], atol=1e-15)  # alpha is (1/2, 1/2)
     by_domain = doremi(sampling=(3.0, 1.0), variant="paper")
@@ -112,10 +109,10 @@ def test_where_the_weights_start(variant, first):
 @pytest.mark.parametrize(
     ("params", "want"),
     [
-        ({}, "token"),
+        ({}, "weight_sum"),
         ({"variant": "paper"}, "domain"),
         ({"variant": "levanter"}, "domain"),
-        ({"variant": "paper", "normalizer": "token"}, "token"),
+        ({"variant": "paper", "normalizer": "weight_sum"}, "weight_sum"),
         ({"normalizer": "domain"}, "domain"),
     ],
 )
@@ -332,17 +329,15 @@ def test_a_trajectory_of_any_length_is_thinned_evenly_and_resumes():
     assert part.to_json(["x"]) == whole.to_json(["x"])
 
 
-def test_exponentiated_gradient_with_a_prior_and_with_a_zero():
-    p, prior = np.array([0.2, 0.3, 0.5]), np.array([0.6, 0.4, 0.0])
-    got = simplex.weights(simplex.exponentiated(simplex.logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0))
+def test_exponentiated_gradient_with_smoothing_and_with_a_zero():
+    p = np.array([0.2, 0.3, 0.5])
+    got = softmax(exponentiated(logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0))
     want = p * np.exp([2.0, 0.0, -2.0])
     np.testing.assert_allclose(got, want / want.sum(), rtol=1e-14)
-    got = simplex.weights(
-        simplex.exponentiated(simplex.logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0, smoothing=0.25, prior=prior)
-    )
-    np.testing.assert_allclose(got, 0.75 * want / want.sum() + 0.25 * prior, rtol=1e-14)
-    never = simplex.exponentiated(simplex.logs(np.array([0.0, 1.0])), np.array([np.nan, 1.0]), eta=1.0, smoothing=0.5)
-    assert simplex.weights(never).tolist() == [0.0, 1.0]
+    got = softmax(exponentiated(logs(p), np.array([1.0, 0.0, -1.0]), eta=2.0, smoothing=0.25))
+    np.testing.assert_allclose(got, 0.75 * want / want.sum() + 0.25 / 3, rtol=1e-14)
+    never = exponentiated(logs(np.array([0.0, 1.0])), np.array([np.nan, 1.0]), eta=1.0, smoothing=0.5)
+    assert softmax(never).tolist() == [0.0, 1.0]
 
 
 def test_a_mean_that_collapsed_says_so_and_what_helps():

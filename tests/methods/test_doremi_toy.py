@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.mixers.doremi import DoReMi
-from dataflex.mixers.group_dro import GroupDro
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weighting import token_losses
+from dataflex.train.loss import Reweighter, token_losses
 
 NAMES = ("noise", "constant", "chain")
 WORDS = 8

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.choose import round_robin
-from dataflex.selectors.near import Near
-from dataflex.selectors.rds_plus import RdsPlus
+from dataflex.select.rules import Rule
+from dataflex.selectors.nearest import Near, RdsPlus
 from dataflex.selectors.tsds import Tsds
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 
 TOY = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]])  # similarities of the sheet: two queries, three rows
@@ -23,13 +23,12 @@ class GivenVectors(FakeSignals):
     """Answers embedding questions with given vectors."""
 
     def __init__(self, rows, targets):
-        super().__init__(np.ones(len(rows)), targets={name: np.ones(len(found)) for name, found in targets.items()})
-        self.vectors = {None: np.asarray(rows, dtype=np.float32)}
-        self.vectors |= {name: np.asarray(found, dtype=np.float32) for name, found in targets.items()}
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(rows, spec, target=target, encoder=encoder)
-        return self.vectors[target][rows]
+        vectors = {None: np.asarray(rows)} | {name: np.asarray(found) for name, found in targets.items()}
+        super().__init__(
+            np.ones(len(rows)),
+            targets={name: np.ones(len(found)) for name, found in targets.items()},
+            values={Embedding: lambda _, rows, target: vectors[target][rows]},
+        )
 
 
 def pool_of(count):
@@ -53,7 +52,7 @@ def test_rows_of_one_target_take_turns():
     chosen = choose(RdsPlus, np.eye(3), TOY, budget=2)
     assert chosen.rows.tolist() == [0, 2]
     np.testing.assert_allclose(chosen.scores, [0.95, 0.8, 0.3], rtol=1e-6)
-    assert choose(RdsPlus, np.eye(3), TOY, budget=2, rule="top_k").rows.tolist() == [0, 1]
+    assert choose(RdsPlus, np.eye(3), TOY, budget=2, rule=Rule.of("top_k")).rows.tolist() == [0, 1]
 
 
 def test_a_target_row_whose_row_is_taken_may_lose_its_turn():
@@ -75,7 +74,7 @@ def test_several_targets_take_turns_by_their_best_rows():
     chosen = choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=3)
     assert chosen.rows.tolist() == [0, 2, 1]
     np.testing.assert_allclose(chosen.scores, [0.95, 0.8, 0.85], rtol=1e-6)
-    assert choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=2, rule="top_k").rows.tolist() == [0, 2]
+    assert choose(RdsPlus, np.eye(3), first, [TOY[1]], budget=2, rule=Rule.of("top_k")).rows.tolist() == [0, 2]
 
 
 @given(seed=st.integers(0, 1000), budget=st.integers(0, 40), num_targets=st.integers(1, 3))
@@ -89,7 +88,9 @@ def test_rds_plus_on_whole_matrices(seed, budget, num_targets):
     wanted = round_robin(whole[0] if num_targets == 1 else by_task, budget)
     assert choose(RdsPlus, rows, *targets, budget=budget).rows.tolist() == wanted.tolist()
     best = by_task.max(axis=0).tolist()
-    assert choose(RdsPlus, rows, *targets, budget=budget, rule="top_k").rows.tolist() == oracle_top_rows(best, budget)
+    assert choose(RdsPlus, rows, *targets, budget=budget, rule=Rule.of("top_k")).rows.tolist() == oracle_top_rows(
+        best, budget
+    )
 
 
 def test_shuffled_turns_follow_the_seed():
@@ -106,16 +107,16 @@ def test_what_rds_plus_asks_for():
     RdsPlus(RdsPlus.Params()).select(pool_of(3), 1, ctx)
     RdsPlus(RdsPlus.Params(layer=2, completion_only=True)).select(pool_of(3), 1, ctx)
     RdsPlus(RdsPlus.Params(encoder="folder")).select(pool_of(3), 1, ctx)
-    asked = [(call.options["target"], call.options["spec"], call.options["encoder"]) for call in ctx.signals.calls]
-    default = EmbeddingSpec(layer=-1, pooling="weighted_mean", completion_only=False, normalize=True)
-    other = EmbeddingSpec(layer=2, pooling="weighted_mean", completion_only=True, normalize=True)
-    assert asked == [
-        ("task0", default, None),
-        (None, default, None),
-        ("task0", other, None),
-        (None, other, None),
-        ("task0", default, "folder"),
-        (None, default, "folder"),
+    default = Embedding(layer=-1, pooling="weighted_mean", completion_only=False, normalize=True)
+    other = Embedding(layer=2, pooling="weighted_mean", completion_only=True, normalize=True)
+    theirs = Embedding(encoder="folder")
+    assert [(call.options["target"], call.asked) for call in ctx.signals.calls] == [
+        ("task0", default),
+        (None, default),
+        ("task0", other),
+        (None, other),
+        ("task0", theirs),
+        (None, theirs),
     ]
     with pytest.raises(ValueError, match="completion_only"):
         RdsPlus.Params(encoder="folder", completion_only=True)
@@ -135,14 +136,14 @@ def test_what_near_asks_for(tmp_path):
     def spec(**params):
         ctx = context(np.eye(3), TOY)
         Near(Near.Params(**params)).select(pool_of(3), 1, ctx)
-        return {(call.options["spec"].pooling, call.options["encoder"]) for call in ctx.signals.calls}
+        return {(call.asked.pooling, call.asked.encoder) for call in ctx.signals.calls}
 
     folder = str(tmp_path)
     assert spec() == {("mean", None)}
     assert spec(pooling="last", encoder=folder) == {("last", folder)}
     (tmp_path / "modules.json").write_text("[]")
     # The only pooling that the loader of sentence-transformers models accepts: its own is used.
-    assert spec(encoder=folder) == {(EmbeddingSpec().pooling, folder)}
+    assert spec(encoder=folder) == {(Embedding().pooling, folder)}
 
 
 # ---------------------------------------------------------------- TSDS
@@ -212,7 +213,7 @@ def test_rows_without_a_vector_are_never_kept_and_their_number_is_told(method):
     assert sorted(chosen.rows.tolist()) == [0, 2, 3]
     assert np.isnan(chosen.scores).tolist() == [False, True, False, False]
     assert chosen.reason.endswith("; 1 rows have no embedding")
-    with pytest.raises(DataError, match="none of 2 rows has an embedding"):
+    with pytest.raises(DataError, match="all 2 rows have no embedding"):
         choose(method, np.full((2, 4), np.nan), np.ones((2, 4)), budget=1)
 
 

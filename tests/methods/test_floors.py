@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError
-from dataflex.mixers.floors import floors_by_domain, raised
+from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 
 
 def by_bisection(proportions, floors):
@@ -31,7 +31,7 @@ def test_floors_against_bisection(data):
     floors = np.array(data.draw(numbers), dtype=np.float64)
     floors = floors / max(floors.sum(), 1.0) * data.draw(st.floats(0.0, 1.0))
     proportions = weights / weights.sum()
-    found = raised(proportions, floors)
+    found = apply_min_proportion(proportions, floors)
     assert found.sum() == pytest.approx(1.0, abs=1e-12)
     assert (found >= floors - 1e-12).all()
     if not (proportions < floors).any():
@@ -41,11 +41,13 @@ def test_floors_against_bisection(data):
 
 def test_by_hand():
     # a is raised to .2; b and c share .8 as 3 to 1, which leaves c at .2, below .25; so b has what is left.
-    assert raised(np.array([0.0, 0.75, 0.25]), np.array([0.2, 0.0, 0.25])).tolist() == pytest.approx([0.2, 0.55, 0.25])
-    assert raised(np.array([1.0, 0.0]), np.array([0.5, 0.5])).tolist() == [0.5, 0.5]
+    assert apply_min_proportion(np.array([0.0, 0.75, 0.25]), np.array([0.2, 0.0, 0.25])).tolist() == pytest.approx(
+        [0.2, 0.55, 0.25]
+    )
+    assert apply_min_proportion(np.array([1.0, 0.0]), np.array([0.5, 0.5])).tolist() == [0.5, 0.5]
     given_ = np.array([0.9, 0.1])
-    assert raised(given_, None) is given_
-    assert raised(given_, np.array([0.5, 0.1])) is given_
+    assert apply_min_proportion(given_, None) is given_
+    assert apply_min_proportion(given_, np.array([0.5, 0.1])) is given_
 
 
 def test_floors_as_written():

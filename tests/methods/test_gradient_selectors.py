@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
+from dataflex.select.scoring import Aggregate
 from dataflex.selectors.difficulty import El2n, GradNorm
 from dataflex.selectors.less import Less, lr_weighted
+from dataflex.signals.kinds import GradientScores
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -21,12 +23,7 @@ class GivenScores(FakeSignals):
     """Answers gradient questions with given scores by target."""
 
     def __init__(self, by_task):
-        super().__init__(np.ones(len(by_task)))
-        self.by_task = np.asarray(by_task, dtype=np.float32)
-
-    def gradient_scores(self, rows, spec, *, targets):
-        super().gradient_scores(rows, spec, targets=targets)
-        return self.by_task[rows]
+        super().__init__(np.ones(len(by_task)), values={GradientScores: by_task})
 
 
 def less(**params):
@@ -53,13 +50,13 @@ def test_aggregation_toy_of_the_sheet():
     """Means in the tasks (.5, .4) and (.2, .35): the largest are .5 and .35, the means .45 and .275."""
     by_task = [[0.5, 0.4], [0.2, 0.35]]
     np.testing.assert_allclose(less().select(pool_of(2), 2, context(by_task)).scores, [0.5, 0.35])
-    mean = less(aggregate="mean").select(pool_of(2), 2, context(by_task)).scores
+    mean = less(aggregate=Aggregate.of("mean")).select(pool_of(2), 2, context(by_task)).scores
     np.testing.assert_allclose(mean, [0.45, 0.275], rtol=1e-6)
 
 
 def test_round_robin_toy_of_the_sheet():
     by_task = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]]).T
-    assert less(aggregate="round_robin").select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 2]
+    assert less(aggregate=Aggregate.of("round_robin")).select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 2]
     assert less().select(pool_of(3), 2, context(by_task)).rows.tolist() == [0, 1]
 
 
@@ -102,7 +99,7 @@ def test_rows_without_labels_are_never_kept_and_their_number_is_told():
     chosen = less().select(pool_of(3), 3, context(by_task))
     assert chosen.rows.tolist() == [2, 0]
     assert "1 rows have no supervised token" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 rows"):
+    with pytest.raises(DataError, match="all 2 rows"):
         less().select(pool_of(2), 1, context(np.full((2, 1), np.nan)))
 
 
@@ -120,7 +117,7 @@ def test_parameters_reach_the_gradient_engine():
         bf16=True,
     ).select(pool_of(3), 1, ctx)
     (call,) = signals.calls
-    spec = call.options["spec"]
+    spec = call.asked
     assert (spec.precondition, spec.include_momentum, spec.normalize, spec.mean_of_cosines) == (
         "paper_repo",
         False,
@@ -147,5 +144,5 @@ def test_the_hardest_or_the_easiest_are_kept(cls, losses):
     assert chosen("largest", losses) == [0, 3]
     assert chosen("smallest", losses) == [1, 2]
     assert chosen("largest", [np.nan, 1.0, np.nan, 2.0]) == [3, 1]
-    with pytest.raises(DataError, match="no finite"):
+    with pytest.raises(DataError, match="all 2 rows have no supervised token"):
         chosen("largest", [np.nan, np.nan])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_batch, example_context
-from dataflex.weighters.adapt import Adapt, AdaptByWords
-from dataflex.weighters.joint import JointUpdateAware, fixed_point
+from dataflex.weighters.likeness import Adapt, JointUpdateAware, fixed_point
 from tests.rounding import printed
 
 
@@ -33,15 +33,11 @@ class Vectors(FakeSignals):
     """Targets with given embeddings."""
 
     def __init__(self, **by_target):
-        super().__init__([1.0])
         self.by_target = {name: np.array(rows, dtype=np.float32) for name, rows in by_target.items()}
+        super().__init__([1.0], values={Embedding: lambda _, rows, target: self.by_target[target][rows]})
 
     def num_rows(self, target=None):
         return len(self.by_target[target])
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(np.zeros(0, dtype=np.int64), spec)
-        return self.by_target[target][rows]
 
 
 # ---------------------------------------------------------------- adapt
@@ -55,7 +51,7 @@ def test_sigmoids_of_the_specification(s, tau, expected):
     weighter = prepared(Adapt(Adapt.Params(tau=tau)), signals=Vectors(target=[[1.0, 0.0]]))
     batch = with_vectors([[s, math.sqrt(1 - s * s)]])
     assert weighter.weigh(batch).item() == pytest.approx(expected, abs=printed(6, 8))
-    assert weighter.normalizer == "count"
+    assert weighter.normalizer == "num_tokens"
 
 
 @given(st.integers(0, 1000))
@@ -140,9 +136,8 @@ def slow_bm25(documents, query, k1=1.5, b=0.75, epsilon=0.25):
 
 
 def test_words_are_compared_once():
-    weighter = AdaptByWords(AdaptByWords.Params(similarity="bm25", tau=2.0))
-    assert Adapt.variant(weighter.params) is AdaptByWords
-    assert weighter.embedding is None
+    weighter = Adapt(Adapt.Params(similarity="bm25", tau=2.0))
+    assert weighter.requires().embedding is None
     prepared(weighter, sizes={"only": 4}, signals=Texts())
     documents = [text.split() for text in Texts.rows]
     per_anchor = [slow_bm25(documents, text.split()) for text in Texts.targets]

@@ -10,12 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixers.size import Size
-from dataflex.mixers.staged import Stage, Staged
-from dataflex.mixers.static import Static
-from dataflex.mixers.temperature import Temperature, tempered
-from dataflex.mixers.uniform import Uniform
-from dataflex.mixers.unimax import UniMax, allocate
+from dataflex.mixers.by_size import Size, Temperature, UniMax, allocate, tempered
+from dataflex.mixers.fixed import Stage, Staged, Static, Uniform
 from dataflex.testing import example_context, oracle_temperature, oracle_unimax
 
 SIZES = {"web": 40, "code": 20, "math": 4}

@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.mixers.ado import Ado, preference
-from dataflex.mixers.domain_gradients import domain_gradients
-from dataflex.mixers.dynamic_moe import DynamicMoe, distances
-from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, pike_scores
-from dataflex.mixers.held_out import held_out_losses
+from dataflex.mixers._lib import held_out_losses
+from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
+from dataflex.mixers.fixed import RandomShares
+from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
+from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, velocities
 from dataflex.mixers.odm import Odm, exploration, policy
-from dataflex.mixers.random_shares import RandomShares
-from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
-from dataflex.mixers.simplex import exponentiated, logs, weights
 from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
-from dataflex.mixers.target_loss import Sheared, Velocity, velocities
+from dataflex.plan.proportions import exponentiated, logs, softmax
+from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
 
 TWO = {"a": 8, "b": 8}
@@ -158,9 +156,9 @@ def test_a_floor_that_leaves_nothing_is_refused():
 
 
 def test_only_the_bandits_want_pure_micro_batches():
-    assert not odm().pure_micro_batches
-    assert odm(variant="paper").pure_micro_batches
-    assert odm(variant="official").pure_micro_batches
+    assert not odm().requires().pure_micro_batches
+    assert odm(variant="paper").requires().pure_micro_batches
+    assert odm(variant="official").requires().pure_micro_batches
 
 
 def test_odm_of_other_domains_is_refused():
@@ -203,7 +201,7 @@ def test_sheared_golden():
     """T11."""
     start = logs(np.array([0.67, 0.33]))
     gaps = np.array([math.log(3), 0.0])
-    assert weights(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
+    assert softmax(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
     mixer = Sheared(Sheared.Params(target_losses=(1.0, 1.0), initial=(0.67, 0.33), smoothing=1e-4))
     got = mixer.mix(context(signals=held(1.0 + math.log(3), 1.0))).proportions
     assert got.tolist() == pytest.approx([0.858938, 0.141062], abs=1e-6)
@@ -261,7 +259,7 @@ def test_dynamic_moe_golden():
     delta = distances(loads, "l2")
     assert delta.tolist() == pytest.approx([0.707107, 0.707107, 0.471405], abs=1e-6)
     moved = exponentiated(logs(np.full(3, 1 / 3)), delta, eta=10.0, smoothing=0.05)
-    assert weights(moved).tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
+    assert softmax(moved).tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
 
 
 @pytest.mark.parametrize("measure", ["l2", "cosine"])
@@ -273,18 +271,19 @@ def test_distances_do_not_depend_on_the_number_of_tokens(measure):
 
 
 def test_dynamic_moe_reads_the_loads_of_the_held_out_sets():
-    class Loads(FakeSignals):
-        def gate_loads(self, rows, *, target=None):
-            share = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.5, 0.5]}[target]
-            return np.array([[[9.0, 1.0], share]] * len(rows), dtype=np.float32)
+    def loads(_, rows, target):
+        share = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.5, 0.5]}[target]
+        return [[[9.0, 1.0], share]] * len(rows)
+
+    signals = FakeSignals(np.ones(12), values={GateLoads: loads})
 
     sizes = {"a": 4, "b": 4, "c": 4}
     mixer = DynamicMoe(DynamicMoe.Params())
-    got = mixer.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    got = mixer.mix(context(sizes, signals=signals)).proportions
     assert got.tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
     both = DynamicMoe(DynamicMoe.Params(layers="all", eta=1.0, smoothing=0.0))
     halves = np.array([0.707107, 0.707107, 0.471405]) / 2  # the first layer's loads are all alike
-    got = both.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    got = both.mix(context(sizes, signals=signals)).proportions
     assert got.tolist() == pytest.approx((np.exp(halves) / np.exp(halves).sum()).tolist(), abs=1e-6)
 
 
@@ -296,19 +295,19 @@ def test_doge_golden():
     scores = doge_scores(vectors @ vectors.sum(axis=0), np.linalg.norm(vectors, axis=1), 0.1)
     assert scores.tolist() == pytest.approx([0.066667, 0.266666], abs=1e-6)
     moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1 / 0.05)
-    assert weights(moved).tolist() == pytest.approx([0.017986, 0.982014], abs=1e-6)
+    assert softmax(moved).tolist() == pytest.approx([0.017986, 0.982014], abs=1e-6)
 
 
 def test_dga_golden():
     scores = np.array([1.0, 0.0])
     moved = exponentiated(logs(np.array([0.5, 0.5])), scores, eta=math.log(2))
-    assert weights(moved).tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert softmax(moved).tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_pike_golden():
     """T16."""
     scores = pike_scores(np.array([4.0, 1.0]), np.array([8.0, 8.0]), 0.1, 0.2, 16)
-    moved = weights(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
+    moved = softmax(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
     assert moved.tolist() == pytest.approx([0.574443, 0.425557], abs=1e-6)
     assert np.round(16 * moved).tolist() == [9, 7]
 
@@ -322,7 +321,9 @@ def test_domain_gradients_against_explicit_means():
     vectors = gradients()
     signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
-    found = domain_gradients(ctx, rows_per_domain=8)
+    found = domain_gradients(
+        ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
+    )
     means = np.stack([vectors[:8].mean(axis=0), vectors[8:].mean(axis=0)])
     assert np.allclose(found.products, means @ means.T, rtol=1e-5)
     assert np.allclose(found.targets[:, 0], means @ np.arange(5.0), rtol=1e-5)
@@ -336,8 +337,9 @@ def test_squared_norms_are_unbiased():
     truth, estimates = np.full(5, 0.3), []
     for seed in range(400):
         vectors = np.random.default_rng(seed).normal(size=(16, 5)) + truth
+        ctx = example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=())
         found = domain_gradients(
-            example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=()), rows_per_domain=8
+            ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
         )
         estimates.append(found.products.diagonal() - found.variance / found.rows)
     assert np.mean(estimates) == pytest.approx(float(truth @ truth), abs=0.06)
@@ -416,9 +418,9 @@ def test_a_graph_that_is_none_is_refused(graph):
 def test_aioli_orientation():
     """T15: the columns of A are added up."""
     matrix = np.array([[0.3, 0.1], [0.0, 0.2]])
-    moved = weights(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
+    moved = softmax(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
     assert moved.tolist() == pytest.approx([0.5, 0.5])
-    turned = weights(exponentiated(np.zeros(2), matrix.sum(axis=1), eta=1.0))
+    turned = softmax(exponentiated(np.zeros(2), matrix.sum(axis=1), eta=1.0))
     assert turned.tolist() == pytest.approx([0.549834, 0.450166], abs=1e-6)
 
 
@@ -480,7 +482,7 @@ def test_aiolis_ema_is_the_weight_of_the_past(ema):
     first, second = (one / one.sum() for one in gain)
     want = (1 - ema) * second + ema * first
     np.testing.assert_allclose(mixer.matrix, want, atol=1e-5)
-    np.testing.assert_allclose(weights(mixer.log_shares), weights(want.sum(axis=0)), atol=1e-5)
+    np.testing.assert_allclose(softmax(mixer.log_shares), softmax(want.sum(axis=0)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- ADO

@@ -10,10 +10,10 @@ import torch
 
 from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.method import RunFacts
 from dataflex.registry import names
 from dataflex.testing import example_batch, example_context
-from dataflex.weighters.factors import Factor
-from dataflex.weighters.product import Product
+from dataflex.weighters.product import Factor, Product
 
 LOSSES, TOKENS = [1.0, 2.5, 2.0, 0.5, 3.0], [3, 1, 4, 0, 2]
 WEIGHTS = np.array([0.5, 2.0, 1.0, 3.0, 0.0])
@@ -39,7 +39,7 @@ def test_ratios_multiply_under_a_weighted_mean():
     """Rows by a column, and of their tokens those that a reference finds easier: sum c m l / sum c m is left to do."""
     batch = batch_with()
     weighter = product(Factor.of("column"), Factor.of("slm", reference="r", keep=0.6))
-    assert weighter.normalizer == "token"
+    assert weighter.normalizer == "weight_sum"
     excess = (batch.loss_BT - batch.reference_BT).numpy()
     valid = [tuple(place) for place in batch.mask_BT.nonzero().tolist()]
     kept = slow_share(excess, valid, 0.6)
@@ -50,7 +50,7 @@ def test_ratios_multiply_under_a_weighted_mean():
 def test_shares_of_a_micro_batch_keep_their_sum():
     batch = batch_with()
     weighter = product(Factor.of("loss", burn_in_steps=0, strategy="softmax_loss"), Factor.of("column"))
-    assert weighter.normalizer == "sample"
+    assert weighter.normalizer == "num_sequences"
     h = [2 * (loss - 2.0) / 2.0 if n else None for loss, n in zip(LOSSES, TOKENS, strict=True)]  # losses 1 to 3
     raised = [0.0 if x is None else np.exp(x) * w for x, w in zip(h, WEIGHTS, strict=True)]
     np.testing.assert_allclose(weighter.weigh(batch), np.array(raised) / sum(raised), rtol=1e-6)
@@ -60,7 +60,7 @@ def test_ratios_do_not_change_the_size_of_the_step():
     """Under ``count`` a column's weights are first made 1 in the mean over tokens."""
     batch = batch_with()
     weighter = product(Factor.of("focal", gamma=1.0), Factor.of("column"))
-    assert weighter.normalizer == "count"
+    assert weighter.normalizer == "num_tokens"
     mean = sum(w * n for w, n in zip(WEIGHTS, TOKENS, strict=True)) / sum(TOKENS)
     wanted = [
         [(1 - np.exp(-loss)) * w / mean if j < n else 0.0 for j in range(4)]
@@ -108,8 +108,9 @@ def test_a_burn_in_of_shares_is_the_mean_of_the_sequences():
     weighter = product(Factor.of("column"), Factor.of("loss", burn_in_steps=5))
     kept = np.where(np.array(TOKENS) > 0, WEIGHTS, 0.0)
     np.testing.assert_allclose(weighter.weigh(batch_with()), kept / kept.sum(), rtol=1e-6)
-    with pytest.raises(ConfigError, match="5 steps of plain loss take up the whole run of 5 steps"):
-        weighter.refuse_idle(5)
+    (problem,) = weighter.check(RunFacts(total_steps=5))
+    assert problem.key == "of[1].burn_in_steps"
+    assert problem.text.startswith("5 steps of plain loss take up the whole run of 5 steps")
 
 
 def test_states_go_to_their_factors():
@@ -164,5 +165,5 @@ def test_a_list_is_a_product():
     assert problems == []
     assert (config.name, config.targets) == ("product", ("t",))
     assert [factor.name for factor in config.params.of] == ["column", "adapt"]
-    assert config.cls.needs.targets
-    assert config.build().columns() == ("sample_weight",)
+    assert config.requires.targets
+    assert config.requires.columns == ("sample_weight",)

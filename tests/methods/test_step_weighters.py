@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.testing import FakeSignals, example_batch, example_context
 from dataflex.weighters.group import GroupWeighter, domain_weights
-from dataflex.weighters.meta import Meta, clipped_shares
-from dataflex.weighters.presence import Presence, group_weights, self_influence
+from dataflex.weighters.influence import Meta, Presence, clipped_shares, group_weights, self_influence
 
 # ---------------------------------------------------------------- group
 
@@ -62,7 +61,7 @@ def test_group_dro_is_that_of_the_specification():
     weights = weighter.weigh(batch)
     assert list(weighter.domain_shares.values()) == pytest.approx([0.5025, 0.4975], abs=1e-6)
     assert (weights * batch.loss_B).sum().item() == pytest.approx(1.5025, abs=1e-6)
-    assert weighter.normalizer == "sample"
+    assert weighter.normalizer == "num_sequences"
 
 
 def test_group_dro_takes_token_means_and_leaves_absent_domains_out():

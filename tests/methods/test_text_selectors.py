@@ -15,11 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import Aggregate
+from dataflex.select.words import Okapi, cut_words, word_punct
 from dataflex.selectors.bm25 import Bm25
 from dataflex.selectors.dsir import Dsir, Hasher, drawn_ratios, effective_size, log_ratios
-from dataflex.selectors.embed import Embed
-from dataflex.selectors.okapi import Okapi
-from dataflex.selectors.text_features import cut_words, word_punct
+from dataflex.selectors.nearest import Embed
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 from tests.methods.test_embedding_selectors import GivenVectors
 
@@ -122,8 +123,8 @@ def test_target_rows_take_turns():
     rows = ["apple pie", "apple tart", "apple", "zebra stripes", "none of them", "at all here"]
     target = ["apple pie tart", "zebra"]
     assert choose(Bm25, rows, target, budget=2).rows.tolist() == [0, 1]
-    assert set(choose(Bm25, rows, target, budget=2, rule="round_robin").rows.tolist()) == {0, 3}
-    two = choose(Bm25, rows, ["apple pie tart"], ["zebra"], budget=2, rule="round_robin")
+    assert set(choose(Bm25, rows, target, budget=2, rule=Rule.of("round_robin")).rows.tolist()) == {0, 3}
+    two = choose(Bm25, rows, ["apple pie tart"], ["zebra"], budget=2, rule=Rule.of("round_robin"))
     assert two.rows.tolist() == [0, 3]
 
 
@@ -212,9 +213,9 @@ def test_with_a_small_target_long_rows_of_its_kind_go_before_short_ones_of_anoth
 
     rows = [text(topic, 60) for _ in range(20)] + [text(other, 6) for _ in range(200)]
     target = [text(topic, 40) for _ in range(4)]
-    by_default = choose(Dsir, rows, target, budget=20, rule="top_k").rows
+    by_default = choose(Dsir, rows, target, budget=20, rule=Rule.of("top_k")).rows
     assert set(by_default.tolist()) == set(range(20))
-    published = choose(Dsir, rows, target, budget=20, rule="top_k", smoothing=0.0).rows
+    published = choose(Dsir, rows, target, budget=20, rule=Rule.of("top_k"), smoothing=0.0).rows
     assert not set(published.tolist()) & set(range(20)), "the shortest, whatever they say"
 
 
@@ -228,7 +229,7 @@ def test_log_weights(seed, buckets, smoothing):
     chosen = choose(Dsir, rows, *targets, budget=3, buckets=buckets, smoothing=smoothing)
     want = oracle_dsir(rows, [*targets[0], *targets[1]], buckets, smoothing)
     np.testing.assert_allclose(chosen.scores, want, rtol=1e-9, atol=1e-9)
-    top = choose(Dsir, rows, *targets, budget=5, buckets=buckets, smoothing=smoothing, rule="top_k")
+    top = choose(Dsir, rows, *targets, budget=5, buckets=buckets, smoothing=smoothing, rule=Rule.of("top_k"))
     assert top.rows.tolist() == oracle_top_rows(top.scores.tolist(), 5)
 
 
@@ -255,7 +256,9 @@ def test_a_draw_is_keyed_by_row():
 def test_each_target_by_itself():
     rows = ["apple pie"] * 6 + ["zebra stripes"] * 6
     given = {"task0": 2, "task1": 1}
-    chosen = choose(Dsir, rows, ["apple pie"], ["zebra stripes"], budget=6, rule="top_k", target_proportions=given)
+    chosen = choose(
+        Dsir, rows, ["apple pie"], ["zebra stripes"], budget=6, rule=Rule.of("top_k"), target_proportions=given
+    )
     assert chosen.rows.tolist() == [0, 1, 2, 3, 6, 7]
     drawn = choose(Dsir, rows, ["apple pie"], ["zebra stripes"], budget=12, target_proportions=given)
     assert sorted(drawn.rows.tolist()) == list(range(12))
@@ -328,9 +331,9 @@ def test_embed_is_the_mean_cosine_within_a_target_and_the_largest_over_targets(s
     for _ in range(num_targets):
         vectors = rng.normal(size=(rng.integers(1, 5), 4))
         targets.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    for aggregate, reduce in (("mean", np.mean), ("max", np.max)):
+    for aggregate, reduce in (("mean_then_max", np.mean), ("max", np.max)):
         ctx = context(unit, *targets, signals=GivenVectors)
-        chosen = Embed(Embed.Params(aggregate=aggregate)).select(pool_of(20), budget, ctx)
+        chosen = Embed(Embed.Params(aggregate=Aggregate.of(aggregate))).select(pool_of(20), budget, ctx)
         want = np.max([reduce(target @ unit.T, axis=0) for target in targets], axis=0)
         np.testing.assert_allclose(chosen.scores, want, atol=1e-6)
         assert chosen.rows.tolist() == oracle_top_rows(chosen.scores.tolist(), budget)
@@ -339,11 +342,11 @@ def test_embed_is_the_mean_cosine_within_a_target_and_the_largest_over_targets(s
 def test_embed_differs_from_its_relatives_on_the_sheets_toy():
     """Similarities [[.9,.8,.1],[.95,.2,.3]]: by mean rows 0 and 1, in turns rows 0 and 2."""
     toy = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]])
-    for params, rows in (({}, [0, 1]), ({"rule": "round_robin"}, [0, 2])):
+    for params, rows in (({}, [0, 1]), ({"rule": Rule.of("round_robin")}, [0, 2])):
         ctx = context(np.eye(3), toy, signals=GivenVectors)
         assert Embed(Embed.Params(**params)).select(pool_of(3), 2, ctx).rows.tolist() == rows
     ctx = context(np.eye(3), [toy[0]], [toy[1]], signals=GivenVectors)
-    assert Embed(Embed.Params(rule="round_robin")).select(pool_of(3), 2, ctx).rows.tolist() == [0, 2]
+    assert Embed(Embed.Params(rule=Rule.of("round_robin"))).select(pool_of(3), 2, ctx).rows.tolist() == [0, 2]
 
 
 def test_embed_without_vectors():

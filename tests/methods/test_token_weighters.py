@@ -15,12 +15,8 @@ from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
 from dataflex.testing import example_batch
-from dataflex.weighters.excess import largest
-from dataflex.weighters.focal import Focal
-from dataflex.weighters.rho import Rho
-from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter
-from dataflex.weighters.token_functions import clip_quantile
+from dataflex.weighters.excess import Rho, SelectiveLanguageModelling, largest
+from dataflex.weighters.token import Focal, TokenWeighter, clip_quantile
 from tests.rounding import printed
 
 
@@ -161,7 +157,7 @@ def test_dft_and_focal_are_those_of_the_specification():
     focal = weighter.weigh(batch) * batch.loss_BT
     np.testing.assert_allclose(focal[0], [0.001054, 0.173287, 1.865094], rtol=0, atol=printed(6, 8, 2.0))
     assert torch.equal(weighter.weigh(batch), by_name)
-    assert (weighter.normalizer, TokenWeighter(TokenWeighter.Params()).normalizer) == ("count", "count")
+    assert (weighter.normalizer, TokenWeighter(TokenWeighter.Params()).normalizer) == ("num_tokens", "num_tokens")
     assert Focal(Focal.Params(gamma=0.0)).weigh(batch).tolist() == [[1.0, 1.0, 1.0]]
 
 
@@ -174,10 +170,11 @@ def test_focal_does_not_cancel_near_one():
 def test_entropy_and_excess():
     batch = token_batch([[1.0, 2.0]], [[1.0, 0.5]], entropy=[[3.0, 1.5]])
     weighter = TokenWeighter(TokenWeighter.Params(function="entropy", power=2.0))
-    assert weighter.entropy
+    assert weighter.requires().entropy
     assert weighter.weigh(batch)[0].tolist() == [1.0, 0.25]
     weighter = TokenWeighter(TokenWeighter.Params(function="excess", reference="r"))
-    assert (weighter.reference, weighter.entropy) == ("r", False)
+    needs = weighter.requires()
+    assert (needs.reference.folder, needs.entropy) == ("r", False)
     assert weighter.weigh(batch)[0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-1.5))])
 
 

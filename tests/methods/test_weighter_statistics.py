@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.train import weighting
+from dataflex.train import loss
+from dataflex.weighters.excess import SelectiveLanguageModelling
 from dataflex.weighters.loss import LossWeighter
-from dataflex.weighters.slm import SelectiveLanguageModelling
 
 VOCABULARY, WIDTH, ROWS = 24, 33, 600
 
@@ -44,7 +44,7 @@ def mixed(seed, share, tail):
 
 
 def losses_of(table, tokens):
-    return weighting.token_losses(table[tokens], tokens)
+    return loss.token_losses(table[tokens], tokens)
 
 
 def train(tokens, steps, seed, rate=0.5):
@@ -63,8 +63,8 @@ def train(tokens, steps, seed, rate=0.5):
 def batches(table, tokens, size):
     for rows in np.arange(len(tokens)).reshape(-1, size):
         found = losses_of(table, tokens[torch.from_numpy(rows)])
-        sequences = weighting.row_sequences(rows)
-        yield weighting.view(found, sequences, domains_B=np.zeros(size, dtype=np.int64), step=0, total_steps=1)
+        sequences = loss.row_sequences(rows)
+        yield loss.batch_view(found, sequences, domains_B=np.zeros(size, dtype=np.int64), step=0, total_steps=1)
 
 
 def relative_weights(strategy, seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.errors import ComponentError, ConfigError, DataError
+from dataflex.errors import ComponentError, DataError
+from dataflex.method import RunFacts
 from dataflex.testing import example_batch, oracle_loss_weights
-from dataflex.weighters.column import Column
+from dataflex.weighters.column import Column, NoWeights
 from dataflex.weighters.loss import STRATEGIES, LossWeighter, Softness, loss_weights, scheduled
-from dataflex.weighters.none import NoWeights
 from tests.rounding import printed
 
 losses_and_tokens = st.lists(st.tuples(st.floats(0, 20, width=32), st.integers(0, 50)), min_size=1, max_size=16).map(
@@ -58,8 +59,8 @@ def test_column_reads_the_weights_of_the_rows_asked_for():
 
 
 def test_column_asks_for_its_column_to_ride_along():
-    assert Column(Column.Params(column="w")).columns() == ("w",)
-    assert Column(Column.Params(normalizer="count")).normalizer == "count"
+    assert Column(Column.Params(column="w")).requires().columns == ("w",)
+    assert Column(Column.Params(normalizer="num_tokens")).normalizer == "num_tokens"
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,10 @@ def test_burn_in_by_default_is_1000_steps_or_a_twentieth_of_the_run():
 
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_a_burn_in_over_the_whole_run_is_refused(steps):
-    with pytest.raises(ConfigError, match=r"1000 steps of plain loss.* of 600 steps, .*write burn_in_steps: 30"):
-        loss_weighter(burn_in_steps=steps).refuse_idle(600)
+    (problem,) = loss_weighter(burn_in_steps=steps).check(RunFacts(total_steps=600))
+    assert problem.key == "burn_in_steps"
+    assert re.match(r"1000 steps of plain loss.* of 600 steps, .*write burn_in_steps: 30", problem.text)
+    assert not list(loss_weighter(burn_in_steps=steps).check(RunFacts(total_steps=60_000)))
 
 
 def test_r_follows_its_schedule():

@@ -11,9 +11,9 @@ from dataflex.config.build import parse_dynamic
 from dataflex.config.load import load_mapping
 from dataflex.config.show import as_mapping
 from dataflex.config.split import resolve
-from dataflex.errors import ConfigError
-from dataflex.mixers.static import Static
-from dataflex.mixing.proportions_file import (
+from dataflex.errors import CheckpointError, ConfigError
+from dataflex.mixers.fixed import Static
+from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
     file_digest,
@@ -123,7 +123,7 @@ def test_a_resumed_run_keeps_what_it_began_with(tmp_path):
     assert from_file(path).mix(ctx).proportions.tolist() == [0.1, 0.9]
     written = Static(Static.Params(proportions=(1.0, 1.0)))
     assert written.state_dict() == {}
-    with pytest.raises(ValueError, match="keeps no state"):
+    with pytest.raises(CheckpointError, match="keeps no state"):
         written.load_state_dict(first.state_dict())
 
 

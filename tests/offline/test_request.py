@@ -101,7 +101,7 @@ def test_the_selector_of_the_configuration_is_the_base(request_of):
     config = {"dynamic": block}
     found = request_of("rds_plus.rule=top_k", methods=("rds_plus", "near", "loss"), config=config)
     first, second, third = found.config.scorers
-    assert (first.params.layer, first.params.rule, first.targets) == (1, "top_k", ("goal",))
+    assert (first.params.layer, first.params.rule.name, first.targets) == (1, "top_k", ("goal",))
     assert (second.targets, third.targets) == (("goal",), ())
     assert found.config.seed == 3
     assert found.config.targets == ("goal",)

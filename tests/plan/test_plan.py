@@ -127,12 +127,11 @@ def test_steps_and_ranks_outside_are_defects():
         ({"rows": [-1, 1, 2, 3]}, "after 'no row'"),
         ({"rows": [0, 1, -1, -1]}, "step 1 has no rows"),
         ({"fill": [-1]}, "fill must be"),
-        ({"weights": [1.0]}, "1 weights for 4 places"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(changes, told):
-    good = {"rows": [0, 1, 2, 3], "fill": [], "weights": None}
-    arrays = {key: None if v is None else np.array(v) for key, v in {**good, **changes}.items()}
+    good = {"rows": [0, 1, 2, 3], "fill": []}
+    arrays = {key: np.array(v) for key, v in {**good, **changes}.items()}
     with pytest.raises(ValueError, match=told):
         DataPlan(interval=interval(2), global_batch=2, row_space="f", **arrays)
 
@@ -146,15 +145,13 @@ def test_a_plan_cannot_be_written_to_and_leaves_its_arguments_alone():
 
 
 def test_digest_covers_what_ranks_must_agree_on():
-    plan = plan_of([0, 1, 2, -1], 1, fill=np.array([5]), weights=np.ones(4, dtype=np.float32))
-    same = plan_of([0, 1, 2, -1], 1, fill=np.array([5]), weights=np.ones(4), trace={"seconds": 1.5})
+    plan = plan_of([0, 1, 2, -1], 1, fill=np.array([5]))
+    same = plan_of([0, 1, 2, -1], 1, fill=np.array([5]), trace={"seconds": 1.5})
     assert plan.digest() == same.digest()
     assert len(plan.digest()) == 32
     others = [
         replace(plan, rows=np.array([0, 2, 1, -1])),
         replace(plan, fill=np.array([6])),
-        replace(plan, weights=np.array([1, 1, 1, 2], dtype=np.float32)),
-        replace(plan, weights=None),
         replace(plan, row_space="g"),
         replace(plan, interval=interval(1, start=1)),
         replace(plan, fill=np.empty(0, dtype=np.int64)),
@@ -163,11 +160,8 @@ def test_digest_covers_what_ranks_must_agree_on():
     assert len({plan.digest(), *(other.digest() for other in others)}) == 1 + len(others)
 
 
-@pytest.mark.parametrize("weights", [None, np.array([1, 0.5, 2, 0], dtype=np.float32)])
-def test_arrays_and_back_without_pickle(weights):
-    plan = plan_of(
-        [0, 1, 2, -1], 1, fill=np.array([5]), weights=weights, trace={"reason": "gr\u00f6\u00dfer", "n": [1, None]}
-    )
+def test_arrays_and_back_without_pickle():
+    plan = plan_of([0, 1, 2, -1], 1, fill=np.array([5]), trace={"reason": "gr\u00f6\u00dfer", "n": [1, None]})
     file = io.BytesIO()
     np.savez(file, **plan.to_arrays())
     file.seek(0)
@@ -176,7 +170,6 @@ def test_arrays_and_back_without_pickle(weights):
     assert back.digest() == plan.digest()
     assert back.trace == plan.trace
     assert back.interval == plan.interval
-    assert (back.weights is None) == (weights is None)
 
 
 def test_broken_arrays_are_told():

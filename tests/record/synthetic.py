@@ -20,7 +20,6 @@ class Plan:
     """What the recorder looks at of a plan."""
 
     rows: np.ndarray
-    weights: np.ndarray | None = None
 
     def digest(self) -> str:
         return hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from dataflex.errors import DataError
 from dataflex.plan.schedule import Interval
+from dataflex.printable import plain
 from dataflex.record.read import load_plan, read_events
-from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.record.values import plain, replacing, scores_of, summarize_scores
+from dataflex.record.recorder import NullRecorder, RunRecorder, scores_of, summarize_scores
+from dataflex.state import replacing
 from tests.record.synthetic import MIXTURE, SELECTION, Plan, simulate, started, tick
 
 FIRST = Interval(index=0, kind="dynamic", start_step=0, stop_step=4)
@@ -152,7 +153,7 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
     pool, scores = np.array([9, 3, 1, 2]), np.array([0.5, 4.0, np.nan, 1.0])
     recorder.planned(
         interval=SECOND,
-        plan=Plan(rows=np.array([3, 2, 1, -1]), weights=np.array([1.0, 0.5, 2.0, 0.0])),
+        plan=Plan(rows=np.array([3, 2, 1, -1])),
         domain_counts={"a": np.int64(2), "b": 1},
         seconds={"signals": 1.5, "select": 0.25},
         reason="top 3 of 4",
@@ -167,7 +168,6 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
     np.testing.assert_array_equal(stored.rows, [3, 2, 1, -1])
     np.testing.assert_array_equal(stored.pool, pool)
     np.testing.assert_array_equal(stored.scores, scores.astype(np.float32))
-    np.testing.assert_array_equal(stored.weights, np.float32([1.0, 0.5, 2.0, 0.0]))
     (event,) = read_events(tmp_path)
     assert event["scores"]["count"] == 4
     assert event["scores"]["scored"] == 3

@@ -8,19 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.select import ranked
-from dataflex.select.candidates import Candidates
-from dataflex.select.choose import take_turns, weighted_with_replacement
-from dataflex.select.ranked import (
+from dataflex.select import choose as ranked
+from dataflex.select.choose import (
+    Candidates,
     by_quota,
     gumbel,
-    kmeans_labels,
     log_weights,
     multinomial,
     quotas,
+    take_turns,
     token_budget,
     water_filling,
+    weighted_with_replacement,
 )
+from dataflex.select.cluster import kmeans_labels
 from dataflex.select.rules import RULES, Rule, choose
 
 
@@ -239,7 +240,7 @@ def test_clusters_are_found_and_share_the_budget():
 
 
 def test_clusters_of_a_large_pool_are_found_on_a_sample(monkeypatch):
-    monkeypatch.setattr("dataflex.select.ranked._FIT_ROWS", 20)
+    monkeypatch.setattr("dataflex.select.cluster._FIT_ROWS", 20)
     vectors = np.repeat(20 * np.eye(3), 100, axis=0) + np.random.default_rng(0).normal(size=(300, 3))
     labels = kmeans_labels(vectors.astype(np.float32), 3, np.random.default_rng(0))
     assert [len(set(labels[100 * g : 100 * g + 100].tolist())) for g in range(3)] == [1, 1, 1]

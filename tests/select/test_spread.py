@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.select import density, neighbours, spread
-from dataflex.select.candidates import Candidates
-from dataflex.select.density import Densities, cells_of
+from dataflex.select import neighbours, spread, tsds
+from dataflex.select.choose import Candidates
+from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import nearest, similar_rows
 from dataflex.select.rules import Rule, choose
 from dataflex.select.spread import apart, facility_location, greedy_cover, k_center, near_duplicates, unit
-from dataflex.select.transport import epanechnikov, tsds_probabilities, tsds_widened
+from dataflex.select.tsds import Densities, epanechnikov, tsds_widened
 from tests.rounding import sums_apart
+from tests.select.test_transport import tsds_probabilities
 
 
 def whole(seed, count, width=3, low=-3, high=4):
@@ -232,8 +233,8 @@ def test_densities_are_computed_once_and_for_the_rows_asked_for():
 
 
 def test_densities_in_cells_find_the_near_duplicates(monkeypatch):
-    monkeypatch.setattr(density, "_EXACT_PAIRS", 100)
-    monkeypatch.setattr(density, "_CELL_ROWS", 40)
+    monkeypatch.setattr(tsds, "_EXACT_PAIRS", 100)
+    monkeypatch.setattr(tsds, "_CELL_ROWS", 40)
     rng = np.random.default_rng(0)
     vectors = unit(np.repeat(rng.normal(size=(300, 16)), 4, axis=0) + 0.01 * rng.normal(size=(1200, 16)))
     exact = epanechnikov(vectors, 0.3, 100)
@@ -275,7 +276,7 @@ def test_the_walk_asks_only_for_what_it_needs(seed, alpha, c):
         return densities[places]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataflex.select.transport._FIRST_WIDTH", 3)
+        patch.setattr("dataflex.select.tsds._FIRST_WIDTH", 3)
         lazy = tsds_widened(distances, found, density_of, 60, alpha=alpha, c=c)
     whole_walk = tsds_probabilities(distances, found, densities[found], 60, alpha=alpha, c=c)
     assert lazy.tolist() == whole_walk.tolist()

@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.select import transport
-from dataflex.select.transport import epanechnikov, tsds_probabilities
+from dataflex.select import tsds
+from dataflex.select.tsds import epanechnikov, spread_mass
+
+
+def tsds_probabilities(distances, neighbours, densities, num_rows, *, alpha, c):
+    places = 1.0 / np.asarray(densities, dtype=np.float64)
+    return spread_mass(np.asarray(distances, dtype=float), np.asarray(neighbours), places, num_rows, alpha, c)[0]
 
 
 def one_query(distances, densities=None, **options):
@@ -115,7 +120,7 @@ def test_knn_uniform_in_general():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 30])
 def test_density_is_the_kernel_over_the_nearest(k, monkeypatch):
-    monkeypatch.setattr(transport, "_CELLS", 50)
+    monkeypatch.setattr(tsds, "_CELLS", 50)
     vectors = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
     vectors[7] = vectors[21]
     away = np.linalg.norm(vectors[:, None].astype(float) - vectors[None], axis=2)

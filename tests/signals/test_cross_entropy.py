@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from dataflex.signals import cross_entropy as module
+from dataflex.signals import losses as module
 
 WORDS = 11
 

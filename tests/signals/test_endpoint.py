@@ -14,8 +14,7 @@ from itertools import pairwise
 import pytest
 
 from dataflex.errors import ConfigError, DataFlexError
-from dataflex.signals.endpoint import EndpointClient, EndpointError
-from dataflex.signals.endpoint_config import EndpointConfig
+from dataflex.signals.endpoint import EndpointClient, EndpointConfig, EndpointError
 
 KEY = "sk-very-secret-0815"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.signals.pilot import fitted, gcv_error, piloted, token_counts
 from dataflex.testing import global_random_state_untouched
+from dataflex.train.screening import fitted, gcv_error, piloted, token_counts
 
 NUM = 600
 
@@ -29,9 +29,9 @@ class Tokens:
     def tokens(self, rows, *, target=None, part="all"):
         return [(self.prompts if part == "prompt" else self.completions)[row] for row in rows]
 
-    def gradient_scores(self, rows, spec, *, targets):
+    def __call__(self, signal, rows):
         self.asked.append(rows)
-        return self.scores[rows, : len(targets)].astype(np.float32)
+        return self.scores[rows, : len(signal.targets)].astype(np.float32)
 
 
 def test_the_best_rows_survive():

@@ -11,7 +11,7 @@ import torch
 
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError
-from dataflex.mixers.staged import Stage
+from dataflex.mixers.fixed import Stage
 from dataflex.plan.domains import Domains
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Schedule

@@ -14,7 +14,7 @@ from dataflex.config.resuming import ON_RESUME
 from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.config.split import split
 from dataflex.plan.domains import Domains
-from dataflex.train.identity import Identity
+from dataflex.train.checkpoint import Identity
 from dataflex.train.row_space import RowSpace
 
 LF = {"dataset": "web,code", "seed": 7, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -8,8 +8,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.train import leakage
-from dataflex.train.leakage import find_leaks
+from dataflex.train import row_space
+from dataflex.train.row_space import find_leaks
 
 ROWS = st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=12)
 
@@ -36,7 +36,7 @@ def test_the_same_as_every_pair(train, targets):
 
 def test_chunks_and_slices(monkeypatch):
     """Rows keep their numbers across chunks, and in a data set whose arrays start in the middle of a buffer."""
-    monkeypatch.setattr(leakage, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(row_space, "_CHUNK_ROWS", 3)
     train = tokens([[i, i + 1] for i in range(20)]).select(range(5, 20))
     found = find_leaks(train, {"goal": tokens([[9, 9], [11, 12], [7, 8], [8, 7]])})["goal"]
     assert found.target_rows.tolist() == [1, 2]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataflex.mixers.doremi import DoReMi
-from dataflex.mixers.group_dro import GroupDro
+from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
-from dataflex.train.noise_watch import NoiseWatch, outlying
-from dataflex.train.reweighting import Reweighter
+from dataflex.train.feedback import NoiseWatch, outlying
+from dataflex.train.loss import Reweighter
 
 NAMES = ("web", "code", "noise", "books")
 

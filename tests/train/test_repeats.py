@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from dataflex.train.repeats import Repeats
+from dataflex.train.controller import Repeats
 
 
 def intervals(repeats, rows, times):

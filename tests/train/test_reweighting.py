@@ -7,23 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex.mixers import simplex
-from dataflex.mixers.doremi import DoReMi
+from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import logs
 from dataflex.testing import example_context
-from dataflex.train.reweighting import Reweighter
-from dataflex.train.weight_stats import WeightStats
-from dataflex.weighters.adapt import Adapt
+from dataflex.train.feedback import WeightStats
+from dataflex.train.loss import Reweighter
 from dataflex.weighters.column import Column
-from dataflex.weighters.factors import Factor
-from dataflex.weighters.focal import Focal
+from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
 from dataflex.weighters.group import GroupWeighter
-from dataflex.weighters.joint import JointUpdateAware
+from dataflex.weighters.likeness import Adapt, JointUpdateAware
 from dataflex.weighters.loss import LossWeighter
-from dataflex.weighters.product import Product
-from dataflex.weighters.rho import Rho
-from dataflex.weighters.slm import SelectiveLanguageModelling
-from dataflex.weighters.token import TokenWeighter
+from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
 
 ROWS, WIDTH, WORDS, WIDE = 12, 8, 7, 5
@@ -116,7 +112,7 @@ def grouped(**params):
 
 WEIGHTERS = {
     "column": lambda: Column(Column.Params()),
-    "column-count": lambda: Column(Column.Params(normalizer="count")),
+    "column-count": lambda: Column(Column.Params(normalizer="num_tokens")),
     "loss": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=0)),
     "adapt": lambda: anchored(Adapt, rescale="mean1"),
     "joint": lambda: anchored(JointUpdateAware),
@@ -148,7 +144,7 @@ def stock(data, parts, items):
 
 UNIT = {
     "token": lambda: Column(Column.Params(column="ones")),
-    "count": lambda: Column(Column.Params(column="ones", normalizer="count")),
+    "num_tokens": lambda: Column(Column.Params(column="ones", normalizer="num_tokens")),
     "equal domains": lambda: grouped(power=0.0),
     "all tokens": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=1.0)),
     "burn-in": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=5)),
@@ -242,7 +238,7 @@ def test_a_step_without_a_supervised_token_changes_nothing(name, packed):
 def mixer_with(alpha):
     mixer = DoReMi(DoReMi.Params(reference="r"))
     mixer.mix(example_context(SIZES))
-    mixer.log_alpha = simplex.logs(np.asarray(alpha))
+    mixer.log_alpha = logs(np.asarray(alpha))
     return mixer
 
 
@@ -256,7 +252,9 @@ def test_equal_domain_weights_change_nothing(name, packed):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("normalizer", "over_ranks"), [("token", True), ("count", True), ("count", False)])
+@pytest.mark.parametrize(
+    ("normalizer", "over_ranks"), [("weight_sum", True), ("num_tokens", True), ("num_tokens", False)]
+)
 def test_weights_multiply_before_one_normalization(monkeypatch, normalizer, over_ranks):
     """The step's loss against loops: sum a w l over sum a w (token), or over sum a (count)."""
     data, alpha = Data(), np.array([0.8, 0.2])
@@ -284,7 +282,7 @@ def test_weights_multiply_before_one_normalization(monkeypatch, normalizer, over
             for t in range(1, WIDTH):
                 if data.labels[row, t] != -100:
                     above -= a * w * float(log_p[row, t - 1, data.labels[row, t]])
-                    below += a * (w if normalizer == "token" else 1.0)
+                    below += a * (w if normalizer == "weight_sum" else 1.0)
         return above, below
 
     pairs = [sums(side) for side in sides]

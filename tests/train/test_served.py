@@ -8,7 +8,7 @@ import pytest
 from dataflex.plan.domains import Domains
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Interval
-from dataflex.train.served import ServedCounts
+from dataflex.train.controller import ServedCounts
 
 
 def plans():

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
-from dataflex.train.balance import balance_loss
-from dataflex.train.weight_stats import RowWeights, WeightStats
-from dataflex.train.weighting import (
+from dataflex.train.feedback import RowWeights, WeightStats
+from dataflex.train.loss import (
+    balance_loss,
+    batch_view,
     document_sequences,
     micro_batch_scale,
     row_sequences,
     sample_means,
     token_losses,
-    view,
     weighted_loss,
 )
 
@@ -57,13 +57,13 @@ def oracle(batches, weights, normalizer, num_items):
                 if int(labels[i, t + 1]) != -100
             ]
             means.append(sum(losses) / len(losses) if losses else 0.0)
-            if normalizer in {"count", "token"}:
+            if normalizer in {"num_tokens", "weight_sum"}:
                 total = total + float(w[i]) * sum(losses)
-        if normalizer == "sample":
+        if normalizer == "num_sequences":
             total = total + sum(float(w[i]) * means[i] for i in range(len(labels))) / len(batches)
-    if normalizer == "sample":
+    if normalizer == "num_sequences":
         return total
-    if normalizer == "count":
+    if normalizer == "num_tokens":
         return total / float(num_items)
     pairs = zip(batches, weights, strict=True)
     z = sum(float(w[i]) * int(items(labels[i : i + 1])) for (_, labels), w in pairs for i in range(len(w)))
@@ -77,7 +77,7 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
     num_items = items(labels) + 5
     expected = stock(logits, labels, num_items)
     (wanted,) = torch.autograd.grad(expected, logits)
-    for normalizer, scale in (("count", None), ("token", torch.ones((), dtype=torch.float64))):
+    for normalizer, scale in (("num_tokens", None), ("weight_sum", torch.ones((), dtype=torch.float64))):
         losses = token_losses(logits, labels)
         got = weighted_loss(
             losses,
@@ -94,7 +94,7 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
         assert torch.equal(gradient, wanted)
 
 
-@given(seed=st.integers(0, 5000), normalizer=st.sampled_from(["count", "token", "sample"]))
+@given(seed=st.integers(0, 5000), normalizer=st.sampled_from(["num_tokens", "weight_sum", "num_sequences"]))
 @settings(max_examples=40, deadline=None)
 def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
     batches = [batch(seed + i, rows=2 + i % 2) for i in range(3)]
@@ -112,7 +112,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
             normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=len(batches),
-            step_scale=num_items / z if normalizer == "token" else None,
+            step_scale=num_items / z if normalizer == "weight_sum" else None,
             replicas=1,
         )
     wanted = oracle(batches, weights, normalizer, num_items).item()
@@ -126,7 +126,7 @@ def token_mean(losses, w):
         losses,
         w[:, None],
         sequences=sequences,
-        normalizer="token",
+        normalizer="weight_sum",
         num_items=losses.mask_BT.sum(),
         num_micro_batches=1,
         step_scale=micro_batch_scale(losses, w[:, None], sequences),
@@ -163,7 +163,7 @@ def test_rows_without_labels_have_zero_loss():
     means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
     assert means[0] == 0
     assert tokens[0] == 0
-    seen = view(
+    seen = batch_view(
         losses, row_sequences(np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
     )
     assert seen.loss_M.tolist() == means.tolist()
@@ -241,9 +241,9 @@ def test_packed_documents_are_the_sequences():
     assert tokens.tolist() == [2, 2, 2, 1]
     weights = torch.tensor([[1.0], [0.0], [2.0], [0.5]])
     options = {"num_items": 7, "num_micro_batches": 1, "step_scale": None, "replicas": 1, "sequences": sequences}
-    by_sequence = weighted_loss(losses, weights, normalizer="sample", **options)
+    by_sequence = weighted_loss(losses, weights, normalizer="num_sequences", **options)
     torch.testing.assert_close(by_sequence, (weights[:, 0] * expected).sum())
-    by_token = weighted_loss(losses, weights, normalizer="count", **options)
+    by_token = weighted_loss(losses, weights, normalizer="num_tokens", **options)
     torch.testing.assert_close(by_token, (weights[:, 0] * expected * tokens).sum() / 7)
 
 

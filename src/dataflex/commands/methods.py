@@ -11,15 +11,15 @@ from typing import Any
 
 from dataflex.config.collect import field_hints, key_of
 from dataflex.config.convert import describe, shown
-from dataflex.config.methods import method_class
+from dataflex.config.methods import half_read, method_class
 from dataflex.config.show import as_yaml, plain
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import STAGES, Method
+from dataflex.method import STAGES, Method, Requires
 from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
 from dataflex.version import __version__
 
-__all__ = ["example", "methods", "version"]
+__all__ = ["example", "methods", "requirements", "version"]
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "nice"): {"reward": "rougeL"},
@@ -87,14 +87,18 @@ def _table(known: list[tuple[str, str]]) -> list[str]:
         for name in (n for k, n in known if k == kind):
             cls = method_class(kind, name, f"{kind}/{name}", broken)
             if cls is not None:
-                rows.append([name, cls.card.summary, _needs(cls) or "-", cls.card.cost])
+                rows.append([name, cls.card.summary, _needs(cls, requirements(cls)) or "-", cls.card.cost])
         lines += [*([""] if lines else []), f"{kind}s", *columns([["name", "what it does", "needs", "cost"], *rows])]
     lines += ["", "F, B: forward and backward passes. 'dataflex methods NAME' tells more about one."]
     return lines + [f"not available: {problem}" for problem in broken]
 
 
-def _needs(cls: type[Method]) -> str:
-    needs = cls.needs
+def requirements(cls: type[Method]) -> Requires:
+    """Return what a method requires under its defaults, and the parameters of its example."""
+    return half_read(cls, _EXAMPLE_PARAMS.get((cls.kind, cls.name), {})) or Requires()
+
+
+def _needs(cls: type[Method], needs: Requires) -> str:
     domains = max(2, needs.domains) if cls.kind == "mixer" else needs.domains
     told = [f"{signal} signal" for signal in sorted(needs.signals)]
     if needs.targets:
@@ -103,19 +107,20 @@ def _needs(cls: type[Method]) -> str:
         told.append(f"at least {domains} domains")
     if needs.stages != STAGES:
         told.append(f"stage {' or '.join(needs.stages)}")
-    if not needs.zero3:
+    if needs.whole_parameters:
         told.append("whole parameters (no ZeRO-3, no FSDP)")
     return ", ".join(told)
 
 
 def _page(cls: type[Method]) -> list[str]:
+    needs = requirements(cls)
     lines = [f"{cls.kind}/{cls.name}", *textwrap.wrap(cls.card.summary, _WIDTH, initial_indent="  ")]
     lines += rows_of(
         [
             ("paper", cls.card.paper),
             ("cost", cls.card.cost),
-            ("needs", _needs(cls) or "nothing"),
-            ("decides", "anew in every interval (interval_steps)" if cls.adaptive else _decides(cls.kind)),
+            ("needs", _needs(cls, needs) or "nothing"),
+            ("decides", "anew in every interval (interval_steps)" if needs.needs_interval else _decides(cls.kind)),
         ],
         width=10,
     )
@@ -137,7 +142,7 @@ def _parameters(cls: type[Method]) -> list[str]:
         limits = _limits(field.metadata)
         told = str(field.metadata.get("help", ""))
         rows.append([key_of(field), takes, _default(field), f"{told} ({limits})" if limits else told])
-    if cls.needs.targets:
+    if requirements(cls).targets:
         rows.insert(0, ["targets", "a list of texts", "required", "data sets of dataset_info.json to select towards"])
     return columns(rows, indent=4) or ["    none"]
 
@@ -164,11 +169,11 @@ def _limits(metadata: Any) -> str:
 def example(cls: type[Method]) -> dict[str, Any]:
     """Return a configuration block that uses a method, defaults left out."""
     block: dict[str, Any] = {"name": cls.name}
-    if cls.needs.targets:
+    if requirements(cls).targets:
         block["targets"] = ["my_target"]
     block.update(_EXAMPLE_PARAMS.get((cls.kind, cls.name), {}))
-    head = {"interval_steps": 100} if cls.adaptive else {}
-    if getattr(cls, "online", False):
+    head = {"interval_steps": 100} if requirements(cls).needs_interval else {}
+    if requirements(cls).within_batch:
         head = {"interval_steps": 1, "candidate_batches": 2}
     return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,149 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.commands.outlook import Lines, schedule_lines
-from dataflex.config.data import data_sets, find_sources
+from dataflex.config.args import LlamaFactoryArgs, env_enabled
+from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
-from dataflex.config.values import number, truthy
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.method import Card, Method, Weighter
-from dataflex.plan.schedule import pilot_rows
+from dataflex.method import Method, Weighter
+from dataflex.plan.schedule import pilot_rows, wanted_rows
 from dataflex.printable import redacted
 from dataflex.record.text import rows_of
 
-__all__ = ["Cost", "cost_lines", "costs", "plan", "seconds_per_step"]
+__all__ = ["Cost", "Lines", "cost_lines", "costs", "plan", "schedule_lines", "seconds_per_step"]
+
+
+Lines = list[tuple[str, str]]
+
+
+def schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
+    """Return label and text of what is served when."""
+    batch = view.batch
+    processes = f"{batch.world} process" if batch.world == 1 else f"{batch.world} processes"
+    if env_enabled("FORCE_TORCHRUN") and "NPROC_PER_NODE" not in os.environ:
+        processes += ", as NPROC_PER_NODE is not set"
+    parts = f"{batch.per_device} per device x {batch.accumulation} accumulated x {processes}"
+    lines = [
+        ("global batch", f"{batch.size:,} sequences ({parts})"),
+        ("rows", _rows(view, lf)),
+        ("steps", _steps(view, lf)),
+    ]
+    if not view.dynamic.methods or view.schedule is None:
+        return lines
+    return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
+
+
+def _rows(view: Forecast, lf: LlamaFactoryArgs) -> str:
+    listed = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in view.counts.items())
+    if view.packs:
+        return f"known after packing (samples: {listed})"
+    if view.rows is None:
+        return f"known after loading ({listed})"
+    held = f"; val_size sets {sum(c or 0 for c in view.counts.values()) - view.rows:,} aside" if _holds(lf) else ""
+    return f"{view.rows:,} ({listed}{held})"
+
+
+def _holds(lf: LlamaFactoryArgs) -> bool:
+    return lf.val_size > 1e-6
+
+
+def _steps(view: Forecast, lf: LlamaFactoryArgs) -> str:
+    epochs = lf.num_train_epochs
+    if view.steps is None:
+        return f"known after loading ({epochs:g} epochs)"
+    if lf.max_steps > 0:
+        return f"{view.steps:,} (max_steps)"
+    return f"{view.steps:,} ({epochs:g} epochs over {view.rows:,} rows)"
+
+
+def _interval_lines(view: Forecast) -> Lines:
+    dynamic, size, first = view.dynamic, view.batch.size, view.first_decision
+    lines: Lines = []
+    if dynamic.warmup_steps:
+        what = "rows drawn uniformly" if dynamic.mixer is None else "at the mixer's proportions of step 0"
+        if dynamic.initial_proportions is not None:
+            what = "at initial_proportions"
+        lines.append(("warm-up", f"{dynamic.warmup_steps:,} steps, {what}"))
+    if dynamic.cycle_steps is not None:
+        lines.append(("cycle", f"warm-up and intervals start again every {dynamic.cycle_steps:,} steps"))
+    if first is None:
+        return [*lines, ("intervals", "none: the run ends with the warm-up, and no method ever decides")]
+    if dynamic.interval_steps is None:
+        if dynamic.selector is not None or dynamic.mixer is not None:
+            lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
+        return lines
+    assert view.steps is not None
+    rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
+    last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
+    told = f"{view.num_decisions:,} of {first.steps:,} steps, {first.steps * size:,} sequences each{last}"
+    return [*lines, ("intervals", told)]
+
+
+def _pool_lines(view: Forecast) -> Lines:
+    """Return what the selector is given and keeps in an interval, and how often that is served."""
+    dynamic, options, first, pool = view.dynamic, view.dynamic.signals, view.first_decision, view.pool
+    if pool is None or first is None:
+        return []
+    lines: Lines = []
+    if dynamic.candidate_batches is not None:
+        lines.append(("pool", f"the next {pool.left:,} candidates of shuffled epochs over {view.rows:,} rows"))
+    elif pool.left < pool.rows:
+        told = f"{pool.drawn:,} of {pool.rows:,} rows"
+        told += f", drawn anew in each interval (pool_fraction {options.pool_fraction:g})" * (pool.drawn < pool.rows)
+        if pool.left < pool.drawn:
+            by = f"{options.screen_by}, screen_fraction {options.screen_fraction:g}"
+            told += f"; screening leaves {pool.left:,} ({by})"
+        lines.append(("pool", told))
+    sequences = first.steps * view.batch.size
+    wanted = wanted_rows(first, view.batch.size, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
+    kept = min(wanted, pool.left)
+    of = f" (keep_ratio {dynamic.keep_ratio:g})" if dynamic.keep_ratio is not None else ""
+    told = f"at most {kept:,} of {pool.left:,} rows{of} for {sequences:,} sequences of an interval"
+    if dynamic.mixer is None and kept < sequences:
+        told += f": each {sequences / kept:.3g} times"
+    lines.append(("kept", told))
+    if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
+        steps = sum(each.steps for each in view.decided())
+        again = steps * view.batch.size / kept
+        lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
+    return lines
+
+
+def _epoch_lines(view: Forecast) -> Lines:
+    """Return how often each domain is seen, where the mixture is known before training."""
+    assert view.steps is not None
+    dynamic, label = view.dynamic, "epochs per domain"
+    if dynamic.mixer is None:
+        if view.rows is None:
+            return []
+        narrowed = ", but the selector decides which rows" if dynamic.selector is not None else ""
+        return [("epochs", f"{view.steps * view.batch.size / view.rows:.3g} over all rows on average{narrowed}")]
+    if view.domains is None:
+        return [(label, "known after loading")]
+    if dynamic.unit == "tokens":
+        return [(label, "known after tokenizing (proportions are of tokens)")]
+    try:
+        served = view.served()
+    except UnsupportedError as error:
+        return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
+    lines: Lines = []
+    wanted = view.steps * view.batch.size
+    for name, sequences, rows, cap in zip(view.domains.names, served, view.domains.num_rows, view.caps(), strict=True):
+        epochs = float(sequences) / int(rows)
+        over = ", at its cap" if epochs >= cap - 1e-9 else ""
+        if dynamic.at_cap == "error" and epochs > cap + 1e-9:
+            over = f", more than max_epochs {cap:g}: the run would fail"
+        told = f"{name}: {epochs:.3g} ({sequences:,.0f} sequences, {sequences / wanted:.1%}{over})"
+        lines.append((label if not lines else "", told))
+    short = wanted - float(served.sum())
+    if short >= 1:
+        lines.append(("", f"max_epochs leaves the run {short:,.0f} of {wanted:,} sequences short ({dynamic.at_cap})"))
+    return lines
+
 
 _BACKWARD_IN_FORWARDS = 2.0  # a backward pass computes gradients of inputs and of weights
 _MOST_RECORD_BYTES = 32 << 20  # what is quick to read
@@ -64,7 +193,7 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     for method in view.dynamic.methods:
         parts = (_pool, _once, _targets, _served, _reference)
         told = [cost for part in parts if (cost := part(method, view)) is not None]
-        found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cls.card.cost, forward=0.0)]
+        found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
     return found
 
 
@@ -146,9 +275,9 @@ def _screening(view: Forecast) -> Cost | None:
 
 def _shares_embeddings(view: Forecast) -> bool:
     """Whether the selector compares with the very target embeddings that screening has made in this decision."""
-    from dataflex.signals.specs import EmbeddingSpec
+    from dataflex.signals.kinds import Embedding
 
-    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    selector, spec = view.dynamic.selector, Embedding()
     assert selector is not None
     alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
     return selector.name == "rds_plus" and alike
@@ -156,24 +285,23 @@ def _shares_embeddings(view: Forecast) -> bool:
 
 def _shares_gradients(view: Forecast) -> bool:
     """Whether the selector compares with the very target gradients that the pilot has made in this decision."""
-    from dataflex.signals.specs import GradientSpec
+    from dataflex.signals.kinds import GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None
     params, spec = selector.params, GradientSpec()
     alike = all(getattr(params, name, None) == getattr(spec, name) for name in ("parameters", "last_blocks", "bf16"))
-    return selector.name in ("less", "icons") and alike and selector.build().target_passes == (2.0, 2.0)
+    return selector.name in ("less", "icons") and alike and selector.requires.passes.targets == (2.0, 2.0)
 
 
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the pool in every interval, if there are any."""
-    forward, backward = method.build().pool_passes(len(method.targets))
+    forward, backward = method.requires.passes.over_pool(len(method.targets))
     if not forward and not backward:
         return None
-    card = method.cls.card
     if view.rows is None or view.schedule is None:
         return Cost(
-            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({card.cost})", forward=None
+            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({method.cost})", forward=None
         )
     pool, decisions = view.pool, view.num_decisions
     each = view.rows if pool is None else pool.left
@@ -183,13 +311,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
         told = told if rows == decisions * each else f"{rows:,} candidates in {decisions:,} intervals"
     most = "at most " if view.dynamic.exclude_seen else ""
-    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {card.cost})"
+    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {method.cost})"
     return Cost(text=text, forward=rows * forward, backward=rows * backward)
 
 
 def _once(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes of models that stay as they are over every row that is ever in the pool."""
-    each, pool = method.cls.card.forward_once_per_pool_row, view.pool
+    each, pool = method.requires.passes.pool_once, view.pool
     if not each:
         return None
     if pool is None or view.steps is None:
@@ -205,7 +333,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
-    forward, backward = method.build().target_passes
+    forward, backward = method.requires.passes.targets
     rows = _target_rows(view, method.targets)
     if rows is None or view.steps is None or not (forward or backward) or not rows:
         return None
@@ -216,7 +344,7 @@ def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
 
 
 def _leaves_targets_out(method: MethodConfig) -> bool:
-    return bool(method.targets) and method.build().target_passes == (0.0, 0.0) and method.cls.needs.signals != _TEXTS
+    return bool(method.targets) and method.requires.passes.targets == (0.0, 0.0) and method.requires.signals != _TEXTS
 
 
 _TEXTS = frozenset({"texts"})
@@ -229,26 +357,25 @@ def _target_rows(view: Forecast, names: Iterable[str]) -> int | None:
 
 def _served(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the rows trained on beside those of the training itself, if there are any."""
-    card: Card = method.cls.card
-    forward, backward = card.forward_per_served_row, card.backward_per_served_row
+    forward, backward = method.requires.passes.served
     if not forward and not backward:
         return None
     if view.steps is None:
-        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({card.cost})", forward=None)
+        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({method.cost})", forward=None)
     rows = _acting(method.build(), view)
-    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {card.cost})"
+    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {method.cost})"
     return Cost(text=text, forward=rows * forward, backward=rows * backward)
 
 
 def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes of a reference model over the rows trained on, each once if they are kept."""
-    built = method.build()
-    if built.reference is None:
+    reference, built = method.requires.reference, method.build()
+    if reference is None:
         return None
-    if view.steps is None or (built.reference_cached and view.rows is None):
-        return Cost(text=built.card.cost, forward=None)
+    if view.steps is None or (reference.cached and view.rows is None):
+        return Cost(text=method.cost, forward=None)
     served = _acting(built, view)
-    if not built.reference_cached:
+    if not reference.cached:
         return Cost(text=f"{served:,} F of the reference, in every step", forward=served)
     assert view.rows is not None
     if view.serves_all_again:
@@ -267,7 +394,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     if dynamic.mixer is None:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
-    if view.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences" or begins_late:
+    if view.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences" or begins_late:
         return most, "at most "
     try:
         each = view.served()
@@ -349,13 +476,13 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
     lines += [f"  {line}" for line in _configuration(parts).splitlines()]
     if parts.dynamic is None:
         lines += ["", "No method is named, so this is a stock LLaMA-Factory run."]
-        if not truthy(parts.lf, "do_train"):
+        if not parts.lf.do_train:
             return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
-    sources, _ = find_sources(data_sets(parts.lf.get("dataset")), parts.lf, "dataset", base_dir)
+    sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
     dynamic = parts.dynamic or DynamicConfig()
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
-    step_seconds = seconds_per_step(parts.lf.get("output_dir"), view)
+    step_seconds = seconds_per_step(parts.lf.output_dir, view)
     lines += ["", "Schedule", *rows_of(schedule_lines(view, parts.lf))]
     lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines(view, step_seconds))]
     return "\n".join(lines)
@@ -364,7 +491,7 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
 def _configuration(parts: Split) -> str:
     lf = {key: parts.lf.get(key, default) for key, default in _LF_DEFAULTS.items()}
     shown_keys = {key: value for key, value in lf.items() if value is not None}
-    if number(parts.lf, "max_steps", -1) > 0:
+    if parts.lf.max_steps > 0:
         del shown_keys["num_train_epochs"]
     else:
         del shown_keys["max_steps"]

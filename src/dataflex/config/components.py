@@ -8,7 +8,7 @@ every other one must be a parameter of our method, else it is told as unknown.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dataflex.config.legacy_mixers import mixer_params
 from dataflex.config.legacy_selectors import Surroundings, by_task, selector_params
 from dataflex.config.legacy_weighters import weighter_params
 from dataflex.config.load import load_mapping
-from dataflex.config.methods import method_class
+from dataflex.config.methods import half_read, method_class
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
 
@@ -224,11 +224,12 @@ def _built(
         return None
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         problems.append(f"{where}.params.seed: expected a whole number of at least 0, found {shown(seed)}")
-    if cls.needs.targets and not targets:
+    params = collect(cls.Params, given, f"{where}.params", problems, subject=f"{name} {kind}")
+    method = None if params is None else MethodConfig(kind=kind, name=name, params=params)
+    needs = half_read(cls, given) if method is None else method.requires
+    if needs is not None and needs.targets and not targets:
         key = "mixer_eval_dataset" if kind == "mixer" else "eval_dataset"
         problems.append(f"{where}: {cls.name} needs a target; flat keys take it from {key}: name a data set there")
-    params = collect(cls.Params, given, f"{where}.params", problems, subject=f"{name} {kind}")
-    if params is None or len(problems) > before:
+    if method is None or len(problems) > before:
         return None
-    method = MethodConfig(kind=kind, name=name, params=params, targets=targets if cls.needs.targets else ())
-    return Component(method=method, seed=seed)
+    return Component(method=replace(method, targets=targets if method.requires.targets else ()), seed=seed)

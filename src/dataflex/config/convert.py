@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -83,7 +84,7 @@ def convert(
         hint: Type of the field: bool, int, float, str, Literal, tuple, list, dict[str, ...], a
             dataclass, or a union of these.
         path: Dotted path of the key, for messages.
-        limits: Field metadata; ``choices``, ``minimum``, ``maximum`` and ``above`` hold for every
+        limits: Field metadata; ``choices``, ``pattern``, ``minimum``, ``maximum`` and ``above`` hold for every
             number or text inside ``value``.
         problems: Takes one line per problem.
         nested: Builds a dataclass from a mapping (``cls, mapping, path, problems``).
@@ -180,6 +181,12 @@ def _scalar(value: Any, hint: type, path: str, limits: Mapping[str, Any], proble
         if math.isnan(value):
             problems.append(f"{path}: expected a number, found .nan")
             return BAD
+    if limits.get("pattern") and hint is str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            problems.append(f"{path}: {shown(value)} is not a regular expression: {error}")
+            return BAD
     if "choices" in limits:
         return _one_of(value, limits["choices"], path, problems)
     if hint in (int, float):
@@ -200,12 +207,18 @@ def _out_of_range(value: float, limits: Mapping[str, Any]) -> str:
     return ""
 
 
+# Denominators of weighted losses: a choice's former name and its name.
+_RENAMED_CHOICES = {"token": "weight_sum", "count": "num_tokens", "sample": "num_sequences"}
+
+
 def _one_of(value: Any, choices: Sequence[Any], path: str, problems: list[str]) -> Any:
     for choice in choices:
         if value == choice and type(value) is type(choice):
             return choice
     known = [str(choice) for choice in choices]
     hint = did_you_mean(value, known) if isinstance(value, str) else ""
+    if (now := _RENAMED_CHOICES.get(str(value))) in known:
+        hint = f"; it is called {now} now"
     problems.append(f"{path}: {shown(value)} is not a choice{hint} (choices: {', '.join(known)})")
     return BAD
 

@@ -7,26 +7,91 @@ open (None) rather than guessed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
+from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
+from dataflex.config.data import Source, count_rows, train_rows
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.steps import Batch, batch_of, schedule_of, total_steps
-from dataflex.config.values import truthy
 from dataflex.errors import UnsupportedError
-from dataflex.method import Context, Mixer, Selector, Signals
-from dataflex.mixers.floors import floors_by_domain, raised
+from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
+from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
-__all__ = ["Forecast", "Pool", "forecast"]
+__all__ = ["Batch", "Forecast", "Pool", "batch_of", "forecast", "schedule_of", "total_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The global batch: sequences of one optimizer step over all processes."""
+
+    per_device: int
+    accumulation: int
+    world: int
+
+    @property
+    def size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.per_device * self.accumulation * self.world
+
+
+def batch_of(lf: LlamaFactoryArgs) -> Batch:
+    """Return the global batch that the keys and the environment ask for.
+
+    Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
+    when ``FORCE_TORCHRUN`` is on, or from ``ray_num_workers`` when ``USE_RAY`` is on; else there is one.
+    """
+    if os.getenv("WORLD_SIZE", "").isdigit():
+        world = int(os.environ["WORLD_SIZE"])
+    elif env_enabled("USE_RAY"):
+        world = lf.ray_num_workers
+    elif env_enabled("FORCE_TORCHRUN"):
+        world = env_processes()[0]
+    else:
+        world = 1
+    return Batch(
+        per_device=lf.per_device_train_batch_size,
+        accumulation=lf.gradient_accumulation_steps,
+        world=max(1, world),
+    )
+
+
+def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
+    """Return the optimizer steps of the run as the Trainer counts them, or None when rows are not known."""
+    if lf.max_steps > 0:
+        return lf.max_steps
+    if not rows:
+        return None
+    batch = batch_of(lf)
+    if lf.dataloader_drop_last:
+        micro_batches = rows // batch.per_device // batch.world
+    else:
+        micro_batches = math.ceil(rows / (batch.per_device * batch.world))
+    steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
+    return math.ceil(lf.num_train_epochs * steps_per_epoch)
+
+
+def schedule_of(dynamic: DynamicConfig, total: int) -> Schedule:
+    """Return the intervals of a run of ``total`` optimizer steps; without ``interval_steps`` there is one decision.
+
+    Raises:
+        ConfigError: The numbers do not fit together.
+    """
+    return Schedule(
+        warmup_steps=dynamic.warmup_steps,
+        interval_steps=dynamic.interval_steps or max(1, total - dynamic.warmup_steps),
+        total_steps=total,
+        cycle_steps=dynamic.cycle_steps,
+    )
+
 
 _MOST_DECISIONS = 2_000
 _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is not quick to make
@@ -87,11 +152,7 @@ class Forecast:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        if self.dynamic.selector is None:
-            return False
-        kind = self.dynamic.selector.cls
-        assert issubclass(kind, Selector)
-        return kind.narrows
+        return self.dynamic.narrows
 
     @property
     def pool(self) -> Pool | None:
@@ -189,7 +250,7 @@ class Forecast:
             yield self.warmup_steps, self.warmup_shares(domains, mixer)
         if first is None:
             return
-        if not mixer.adaptive:
+        if not dynamic.mixer.requires.needs_interval:
             yield schedule.total_steps - self.warmup_steps, self.mixed(mixer, first)
             return
         if self.num_decisions > _MOST_DECISIONS:
@@ -201,14 +262,14 @@ class Forecast:
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return what the mixer says for an interval, floors held, float64 [K]."""
         assert self.domains is not None
-        from dataflex.train.answers import check_mix
+        from dataflex.plan.validate import check_mix
 
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
-        return raised(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
+        return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
         """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
-        from dataflex.mixers.proportions import by_domain
+        from dataflex.plan.proportions import by_domain
 
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
@@ -239,7 +300,7 @@ class Forecast:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.size > self.rows
-        if self.domains is None or dynamic.mixer.cls.adaptive or dynamic.unit != "sequences":
+        if self.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences":
             return False
         try:
             return bool((self.served() > self.domains.num_rows).all())
@@ -255,19 +316,18 @@ class Forecast:
 
 
 def forecast(
-    dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source], targets: Sequence[Source] = ()
+    dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], targets: Sequence[Source] = ()
 ) -> Forecast:
     """Return what is known of the run over ``sources`` towards ``targets`` before it is loaded."""
-    known = {source.name: None if tokenized(lf) else count_rows(source, lf) for source in sources}
-    packs = packed(lf)
-    rows = None if packs else train_rows(list(known.values()), lf)
+    known = {source.name: None if lf.tokenized else count_rows(source, lf) for source in sources}
+    rows = None if lf.packed else train_rows(list(known.values()), lf)
     return Forecast(
         dynamic=dynamic,
         batch=batch_of(lf),
         counts=known,
-        packs=packs,
+        packs=lf.packed,
         rows=rows,
         steps=total_steps(lf, rows),
         targets={source.name: count_rows(source, lf) for source in targets},
-        drop_last=truthy(lf, "dataloader_drop_last"),
+        drop_last=lf.dataloader_drop_last,
     )

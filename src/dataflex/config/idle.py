@@ -9,16 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.method import Selector
 from dataflex.registry import KINDS
 
-__all__ = ["idle_keys", "narrowing"]
-
-
-def narrowing(dynamic: DynamicConfig) -> bool:
-    """Whether a selector leaves rows out."""
-    selector = dynamic.selector
-    return selector is not None and issubclass(selector.cls, Selector) and selector.cls.narrows
+__all__ = ["idle_keys"]
 
 
 def idle_keys(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
@@ -31,7 +24,7 @@ def idle_keys(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
     selector, mixer, signals = dynamic.selector, dynamic.mixer, dynamic.signals
     if any(kind in unread for kind in KINDS):
         return
-    narrows = narrowing(dynamic)
+    narrows = dynamic.narrows
     if selector is not None and not narrows:
         for key, given in (("keep_ratio", dynamic.keep_ratio is not None), ("repeat", dynamic.repeat)):
             if given:

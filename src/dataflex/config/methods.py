@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from dataflex.config.collect import collect, key_of
+from dataflex.config.bridge import stated
+from dataflex.config.collect import collect, key_of, values
 from dataflex.config.convert import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
-from dataflex.method import Method
+from dataflex.method import Method, Requires
 from dataflex.registry import find, names
 
-__all__ = ["method_block", "method_class", "needs_target", "takes_targets", "target_list"]
+__all__ = ["half_read", "method_block", "method_class", "needs_target", "takes_targets", "target_list"]
 
 
 def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
@@ -40,16 +41,24 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     if cls is None:
         return None
     rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
+    needs = half_read(cls, block)
+    also = ("targets",) if needs is None or needs.targets else ()
     found: list[str] = []
-    also = ("targets",) if takes_targets(cls, block) else ()
     params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
-    # Whether there must be targets can depend on the parameters: then only good ones tell.
-    known = _needs_are_fixed(cls) or params is not None
-    targets = _targets(cls if params is None else cls.variant(params), block, path, problems) if known else ()
+    method: MethodConfig | None = None
+    if params is not None:
+        found += [f"{path}.{problem}" for problem in cls.param_problems(params)]
+    if params is not None and not found:
+        method = MethodConfig(kind=kind, name=name, params=params)
+        try:
+            needs = method.requires
+        except ConfigError as error:
+            found += [f"{path}: {problem}" for problem in error.problems]
+        except ComponentError as error:
+            found += [f"{path}: {line}" for line in str(error).splitlines()]
+    targets = () if needs is None else _targets(cls, needs.targets, block, path, problems)
     problems += found
-    if params is None or len(problems) > before:
-        return None
-    return MethodConfig(kind=kind, name=name, params=params, targets=targets)
+    return None if method is None or len(problems) > before else replace(method, targets=targets)
 
 
 def _product(blocks: Sequence[Any], path: str, problems: list[str]) -> dict[str, Any]:
@@ -67,15 +76,29 @@ def _product(blocks: Sequence[Any], path: str, problems: list[str]) -> dict[str,
 
 def takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
     """Whether a method takes targets under those of its parameters that can be read."""
-    if _needs_are_fixed(cls):
-        return cls.needs.targets
-    known = {key: block[key] for field in fields(cls.Params) if (key := key_of(field)) in block}
-    params = collect(cls.Params, known, "", [])
-    return (cls if params is None else cls.variant(params)).needs.targets
+    needs = half_read(cls, block)
+    return needs is not None and needs.targets
 
 
-def _needs_are_fixed(cls: type[Method]) -> bool:
-    return getattr(cls.variant, "__func__", None) is getattr(Method.variant, "__func__", None)
+def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
+    """Return what a method requires under those of its parameters that can be read; None where that cannot be told.
+
+    Parameters that are missing or wrong have their defaults, or None; neither Params nor the method is checked.
+    """
+    known = {key: block[key] for each in fields(cls.Params) if (key := key_of(each)) in block}
+    given = values(cls.Params, known, "", [])
+    params = object.__new__(cls.Params)
+    for each in fields(cls.Params):
+        default = None if each.default is MISSING else each.default
+        if each.default_factory is not MISSING:
+            default = each.default_factory()
+        object.__setattr__(params, each.name, given.get(each.name, default))
+    try:
+        method = object.__new__(cls.variant(params))
+        method.params = params
+        return stated(method)
+    except Exception:  # noqa: BLE001 (the author's code, with parameters that may be None)
+        return None
 
 
 def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:
@@ -109,9 +132,11 @@ def target_list(value: Any, path: str, problems: list[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _targets(cls: type[Method], block: Mapping[str, Any], path: str, problems: list[str]) -> tuple[str, ...]:
+def _targets(
+    cls: type[Method], wanted: bool, block: Mapping[str, Any], path: str, problems: list[str]
+) -> tuple[str, ...]:
     value = block.get("targets")
-    if not cls.needs.targets:
+    if not wanted:
         if "targets" in block:
             problems.append(f"{path}.targets: the {cls.name} {cls.kind} takes no targets; remove the key")
         return ()

@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 
 from dataflex.config.idle import idle_keys
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.method import Mixer, Selector
-from dataflex.mixers.floors import Floors
-from dataflex.mixers.proportions import Written, check_numbers
+from dataflex.method import DomainWeighter, Mixer, Selector
+from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
 __all__ = ["rule_problems"]
@@ -25,8 +25,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
     if not dynamic.methods and not any(kind in unread for kind in KINDS):
         yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
         return
-    if "interval_steps" not in unread:
-        yield from _intervals(dynamic)
+    yield from unmet(dynamic, unread=unread)
     yield from _domain_rules(dynamic)
     if "selector" not in unread:
         yield from _selector_rules(dynamic, unread)
@@ -47,19 +46,6 @@ def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
         yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
     if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
         yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
-
-
-def _intervals(dynamic: DynamicConfig) -> Iterator[str]:
-    if dynamic.interval_steps is not None:
-        return
-    for method in dynamic.methods:
-        if method.cls.adaptive:
-            yield (
-                f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
-                "that moment, so say after how many optimizer steps it decides again "
-                f"(for example 'interval_steps: {1 if getattr(method.cls, 'online', False) else 100}')"
-            )
-            return
 
 
 def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
@@ -87,7 +73,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
             "selector has none; remove the key, or use a selector with targets"
         )
-    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.narrows:
+    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.selects_subset:
         yield (
             f"dynamic.max_repeats: has no effect with the {selector.name} selector, which keeps every row; "
             "remove the key"
@@ -96,7 +82,7 @@ def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator
         yield from _unseen_rules(dynamic, cls)
     if "candidate_batches" not in unread:
         yield from _candidate_rules(dynamic, cls)
-    if mixer is not None and cls.narrows and dynamic.keep_ratio is None and "keep_ratio" not in unread:
+    if mixer is not None and cls.selects_subset and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
@@ -107,16 +93,11 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
     assert dynamic.selector is not None
     name, key = dynamic.selector.name, "dynamic.candidate_batches"
     if dynamic.candidate_batches is None:
-        if cls.online:
-            yield (
-                f"{key}: missing; the {name} selector chooses within a batch of candidates, so say how many times the "
-                "rows of an interval are looked at (for example 'candidate_batches: 2' with 'interval_steps: 1')"
-            )
         return
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
         return
-    if dynamic.interval_steps is None and not cls.adaptive:  # told once for adaptive ones
+    if dynamic.interval_steps is None and not dynamic.selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
         yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
@@ -137,7 +118,7 @@ def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[st
 def _unseen_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
     assert dynamic.selector is not None
     name = dynamic.selector.name
-    if not cls.narrows:
+    if not cls.selects_subset:
         yield f"dynamic.exclude_seen: has no effect with the {name} selector, which keeps every row; remove the key"
     if dynamic.mixer is not None:
         yield (
@@ -168,21 +149,20 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
     mixer = dynamic.mixer.cls
     assert issubclass(mixer, Mixer)
     weighter = dynamic.weighter
-    if weighter is not None and not getattr(weighter.cls, "neutral", False) and mixer.weighs_loss:
+    if weighter is not None and not getattr(weighter.cls, "neutral", False) and issubclass(mixer, DomainWeighter):
         if mixer(dynamic.mixer.params).loss_normalizer == "domain":
-            way = "set its 'normalizer: token', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
+            way = "set its 'normalizer: weight_sum', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
             yield (
                 f"dynamic.weighter: the {dynamic.mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
                 f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"
             )
-    if mixer.weighs_loss and dynamic.max_epochs is not None:
+    if issubclass(mixer, DomainWeighter) and dynamic.max_epochs is not None:
         yield (
             f"dynamic.max_epochs: the {dynamic.mixer.name} mixer corrects its weights by the proportions that it "
             "samples in, which a cap would change; remove it"
         )
     if dynamic.max_epochs is not None and dynamic.selector is not None:
-        cls = dynamic.selector.cls
-        if issubclass(cls, Selector) and cls.narrows:
+        if dynamic.narrows:
             yield (
                 f"dynamic.max_epochs: has no effect beside the {dynamic.selector.name} selector, which decides anew in "
                 "every interval what is served; remove one of the two"
@@ -201,7 +181,7 @@ def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[st
 
 def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
     cls, key = mixer.cls, "dynamic.min_proportion"
-    if issubclass(cls, Mixer) and cls.weighs_loss:
+    if issubclass(cls, DomainWeighter):
         yield (
             f"{key}: the {mixer.name} mixer serves the domains as its 'sampling' says and moves their weights in the "
             "loss, whose floor is 'smoothing' / number of domains; set these, or remove the key"

@@ -7,9 +7,11 @@ metadata; ``user=False`` marks what only the translation of flat keys sets.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from dataflex.method import STAGES, Method, Needs, Params
+from dataflex.config.bridge import stated
+from dataflex.method import Method, Params, Requires, Selector
 from dataflex.registry import find_variant
 
 __all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
@@ -40,6 +42,16 @@ class MethodConfig:
         """Return a new instance of the method."""
         return self.cls(self.params)
 
+    @cached_property
+    def requires(self) -> Requires:
+        """What the method requires of a run."""
+        return stated(self.build())
+
+    @property
+    def cost(self) -> str:
+        """What the method costs under its parameters, in words."""
+        return self.requires.passes.told or self.cls.card.cost
+
 
 @dataclass(frozen=True, kw_only=True)
 class SignalsConfig:
@@ -68,7 +80,12 @@ class SignalsConfig:
         default=None, metadata={"help": "folder that passes write to as they go, to be taken up after a kill"}
     )
     store_gb: float = field(
-        default=10.0, metadata={"help": "size in GB beyond which the oldest stored answers are dropped", "above": 0.0}
+        default=10.0,
+        metadata={
+            "help": "size in GB beyond which the oldest stored answers are dropped",
+            "above": 0.0,
+            "maximum": 1e9,
+        },
     )
 
 
@@ -189,21 +206,15 @@ class DynamicConfig:
         return tuple(method for method in (self.selector, self.mixer, self.weighter) if method is not None)
 
     @property
-    def adaptive(self) -> bool:
-        """Whether any method decides from the model or the step."""
-        return any(method.cls.adaptive for method in self.methods)
+    def narrows(self) -> bool:
+        """Whether a selector leaves rows out."""
+        selector = self.selector
+        return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
 
     @property
-    def needs(self) -> Needs:
-        """What all methods together need; stages and back ends are those that every one works under."""
-        all_needs = [method.cls.needs for method in self.methods]
-        return Needs(
-            signals=frozenset().union(*(needs.signals for needs in all_needs)),
-            targets=any(needs.targets for needs in all_needs),
-            domains=max((needs.domains for needs in all_needs), default=1),
-            stages=tuple(stage for stage in STAGES if all(stage in needs.stages for needs in all_needs)),
-            zero3=all(needs.zero3 for needs in all_needs),
-        )
+    def requires(self) -> Requires:
+        """What all methods together require of a run."""
+        return Requires.merged({method.kind: method.requires for method in self.methods})
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -213,7 +224,7 @@ class DynamicConfig:
     @property
     def columns_by_key(self) -> tuple[tuple[str, str], ...]:
         """Path of the key that asks for a raw data column, and the column's name."""
-        asked = [(f"dynamic.{method.kind}", name) for method in self.methods for name in method.build().columns()]
+        asked = [(f"dynamic.{method.kind}", name) for method in self.methods for name in method.requires.columns]
         return (*([("dynamic.domain_column", self.domain_column)] if self.domain_column else []), *asked)
 
     @property

@@ -27,21 +27,22 @@ from llamafactory.data import loader as lf_loader
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
-from dataflex.config.needs import too_few_domains
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.llamafactory.loading import Loader, RawRows, column, raw_columns, split_rows
 from dataflex.llamafactory.streaming import joined, tokenized_when_served
+from dataflex.method import RunFacts
 from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.record.clock import PhaseClock
 from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
-from dataflex.signals.encoded import encoded_rows
-from dataflex.signals.encoders import load_encoder
-from dataflex.signals.handle import Corpus
-from dataflex.train.held_out import HeldOut
-from dataflex.train.leakage import Leak, find_leaks
-from dataflex.train.row_space import RowSpace, TargetSpace, measure
+from dataflex.signals.embeddings import load_encoder, text_sweep
+from dataflex.signals.model_access import Corpus
+from dataflex.signals.sweep import row_pass
+from dataflex.train.evaluation import HeldOut
+from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
 
 __all__ = [
     "FILE_COLUMN",
@@ -187,7 +188,8 @@ def cluster_labels(
     rows = np.arange(len(lengths), dtype=np.int64)
     model = load_encoder(encoder, device=device)
     corpus = Corpus(dataset=dataset, lengths=lengths)
-    vectors = encoded_rows(model, corpus, rows, tokenizer, token_budget=16384, device=device)
+    sweep = text_sweep(corpus, rows, tokenizer, token_budget=16384, device=device)
+    vectors = row_pass(sweep, model.score, (model.dimension,))
     known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if not len(known):
         raise ConfigError("dynamic.domain_clusters: no row has a text that could be embedded")
@@ -218,7 +220,7 @@ class DataLoading:
     """
 
     def __init__(self, config: DynamicConfig, written: Mapping[str, Any], clock: PhaseClock | None = None) -> None:
-        self._config, self._written = config, written
+        self._config, self._written = config, LlamaFactoryArgs.read(written)
         self._clock = clock or PhaseClock()
         self.space: RowSpace | None = None
 
@@ -362,7 +364,7 @@ class DataLoading:
             _check_labels(raw, domains, found[domains])
         for config in self._config.methods:
             method = config.build()
-            for name in method.columns():
+            for name in config.requires.columns:
                 raw.check(f"dynamic.{config.kind}", name, found[name], method.refused_values(name, found[name]))
 
     def _load_each(
@@ -468,7 +470,7 @@ class DataLoading:
             domains = Domains(
                 names=tuple(sizes), domain_of=labels, lengths=lengths, documents_per_row=documents_per_row
             )
-        lacking = too_few_domains(self._config, len(domains.names))
+        lacking = list(unmet(self._config, RunFacts(num_domains=len(domains.names))))
         if lacking:
             raise DataError("\n".join(lacking))
         return domains

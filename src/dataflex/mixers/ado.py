@@ -7,23 +7,103 @@ configuration starts at 500 and leaves out 1000 steps, so that its first law, at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require, same_domains
-from dataflex.mixers.scaling_law import PowerLaw, fit_power_law
-from dataflex.mixers.sizes import sizes
+from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats
+from dataflex.plan.proportions import normalized, shares
 
-__all__ = ["Ado", "preference"]
+__all__ = ["Ado", "PowerLaw", "fit_power_law", "preference"]
 
 Floats = NDArray[np.float64]
+
+_HUBER = 1e-3
+_WINDOW, _ORDER = 101, 3
+_EVERY = 10
+_GRID = 8
+_REFINED = 8
+"""How many of the grid's best points are followed down; the authors follow all 512 to the same optimum."""
+
+
+class PowerLaw(NamedTuple):
+    """L(n) = exp(e) + exp(a) n^-alpha, nats per token over n samples."""
+
+    e: float
+    a: float
+    alpha: float
+
+    def reducible(self, n: float) -> float:
+        """Return exp(a) n^-alpha."""
+        return float(np.exp(self.a - self.alpha * np.log(n)))
+
+    def slope(self, n: float, least_alpha: float = 0.05) -> float:
+        """Return -dL/dn = alpha (L - exp(e)) / n, with alpha at least ``least_alpha``."""
+        return max(self.alpha, least_alpha) * self.reducible(n) / n
+
+
+def fit_power_law(
+    samples: Floats, losses: Floats, *, skip: int = 0, least_e: float = 0.5, most_a: float = 6.5
+) -> PowerLaw | None:
+    """Fit a law to losses that were smoothed (Savitzky-Golay, 101 points, cubic), then cut and thinned to every tenth.
+
+    Huber loss (1e-3) between log losses; 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``.
+
+    Args:
+        samples: n [T], rising, above 0.
+        losses: L [T], above 0.
+        skip: Losses at the beginning that are smoothed with the others and then left out.
+        least_e: Least log of the irreducible loss.
+        most_a: Largest a.
+
+    Returns:
+        The law, or None with fewer than 101 points after those left out, or without a finite fit.
+    """
+    from scipy.optimize import minimize
+    from scipy.signal import savgol_filter
+
+    if len(losses) - skip < _WINDOW:
+        return None
+    smooth = savgol_filter(losses, _WINDOW, _ORDER)[skip::_EVERY]
+    log_n, log_loss = np.log(samples[skip::_EVERY]), np.log(np.maximum(smooth, 1e-8))
+
+    def objective(theta: Floats) -> tuple[float, Floats]:
+        e, a, alpha = theta
+        rest = a - alpha * log_n
+        predicted = np.logaddexp(e, rest)
+        error = predicted - log_loss
+        clipped = np.clip(error, -_HUBER, _HUBER)
+        value = float(np.mean(clipped * (error - 0.5 * clipped)))
+        part = np.exp(rest - predicted)  # share of the reducible loss
+        slopes = np.array([np.mean(clipped * (1.0 - part)), np.mean(clipped * part), -np.mean(clipped * part * log_n)])
+        return value, slopes
+
+    bounds = [(least_e, None), (None, most_a), (1e-4, 0.8)]
+    top_e = max(float(log_loss.min()), least_e)
+    grid = product(np.linspace(least_e, top_e, _GRID), np.linspace(-1.0, most_a, _GRID), np.linspace(0.1, 0.8, _GRID))
+    starts = sorted((np.array(point) for point in grid), key=lambda point: objective(point)[0])[:_REFINED]
+    best: tuple[float, Floats] | None = None
+    for start in starts:
+        # The objective is of the order of 1e-6, below the optimizer's own idea of convergence.
+        found = minimize(
+            lambda theta: tuple(1e6 * np.asarray(part) for part in objective(theta)),
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": 200},
+        )
+        if np.isfinite(found.fun) and np.isfinite(found.x).all() and (best is None or found.fun < best[0]):
+            best = (float(found.fun), np.asarray(found.x))
+    if best is None:
+        return None
+    return PowerLaw(*(float(value) for value in best[1]))
 
 
 def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, floor: float) -> Floats:
@@ -33,13 +113,12 @@ def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, f
     return normalized(np.maximum(share, floor))
 
 
-class Ado(Mixer):
+class Ado(LearningMixer):
     """Serve domains by the slopes of their own scaling laws, fitted during training."""
 
     name = "ado"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
-    needs = Needs(domains=2, stages=("pt", "sft"))
+    saved = ("names", "prior", "average", "credit", "served", "last", "samples", "losses", "laws")
     card = Card(
         summary="Serves domains by how fast their losses still fall, by scaling laws fitted during training.",
         paper="Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws (Jiang et al.), ICLR 2025, "
@@ -53,28 +132,15 @@ class Ado(Mixer):
     class Params(BaseParams):
         """Parameters of ADO."""
 
-        start_step: int = field(
-            default=1000,
-            metadata={
-                "help": "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)",
-                "minimum": 101,
-            },
+        start_step: int = param(
+            1000, "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)", minimum=101
         )
-        ignore_steps: int = field(
-            default=500, metadata={"help": "optimizer steps at the beginning that fits leave out", "minimum": 0}
-        )
-        fit_steps: int = field(default=1000, metadata={"help": "optimizer steps between fits", "minimum": 1})
-        prior_share: float = field(
-            default=0.9,
-            metadata={"help": "weight of the average of past preferences", "minimum": 0.0, "maximum": 1.0},
-        )
-        credit_exponent: float = field(
-            default=0.5, metadata={"help": "exponent of a domain's share in recent batches", "minimum": 0.0}
-        )
-        floor: float = field(
-            default=0.01, metadata={"help": "least preference of a domain", "minimum": 0.0, "maximum": 0.5}
-        )
-        least_e: float = field(default=0.5, metadata={"help": "least log of a domain's irreducible loss, in log nats"})
+        ignore_steps: int = param(500, "optimizer steps at the beginning that fits leave out", minimum=0)
+        fit_steps: int = param(1000, "optimizer steps between fits", minimum=1)
+        prior_share: float = param(0.9, "weight of the average of past preferences", minimum=0.0, maximum=1.0)
+        credit_exponent: float = param(0.5, "exponent of a domain's share in recent batches", minimum=0.0)
+        floor: float = param(0.01, "least preference of a domain", minimum=0.0, maximum=0.5)
+        least_e: float = param(0.5, "least log of a domain's irreducible loss, in log nats")
 
         def __post_init__(self) -> None:
             if self.start_step < self.ignore_steps + 101:
@@ -85,9 +151,12 @@ class Ado(Mixer):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.names: tuple[str, ...] = ()
         self.prior: Floats = np.zeros(0)
         self.average: Floats = np.zeros(0)
         self.credit: Floats = np.zeros(0)
@@ -96,15 +165,14 @@ class Ado(Mixer):
         self.samples: list[float] = []
         self.losses: list[Floats] = []
         self.laws: list[PowerLaw] = []
+        """Law of each domain, as e, a and alpha; empty until all are fitted."""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after the last step; those by size until laws are fitted."""
-        if not self.names:
-            self.names = ctx.domains.names
+        if self.meet(ctx.domains.names):
             self.prior = normalized(sizes(ctx, self.name))
             self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
             self.last = np.full(len(self.names), np.nan)
-        same_domains(self.name, self.names, ctx.domains.names)
         told = "laws fitted" if self.laws else "by size, no laws yet"
         return Mix(proportions=normalized(self.served), reason=f"{told}: {shares(self.names, self.served)}")
 
@@ -127,7 +195,7 @@ class Ado(Mixer):
         if not self.laws:
             return
         n = self.samples[-1]
-        slopes = np.array([law.slope(n) for law in self.laws])
+        slopes = np.array([PowerLaw(*law).slope(n) for law in self.laws])
         wanted = preference(slopes, self.prior, self.credit, self.params.credit_exponent, self.params.floor)
         self.served = normalized(self.params.prior_share * self.average + (1.0 - self.params.prior_share) * wanted)
         self.average = (1.0 - 1.0 / step) * self.average + wanted / step
@@ -141,28 +209,3 @@ class Ado(Mixer):
             return
         laws = [law for law in found if law is not None]
         self.laws = laws if len(laws) == len(found) else []
-
-    def state_dict(self) -> State:
-        """Return the history, the laws and the averages."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            **{key: getattr(self, key) for key in ("prior", "average", "credit", "served", "last")},
-            "samples": np.array(self.samples),
-            "losses": np.stack(self.losses) if self.losses else np.zeros((0, len(self.names))),
-            "laws": np.array([[law.e, law.a, law.alpha] for law in self.laws]).reshape(-1, 3),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        keys = ("prior", "average", "credit", "served", "last")
-        require(self.name, state, "names", "samples", "losses", "laws", *keys)
-        self.names = tuple(state["names"])
-        for key in keys:
-            setattr(self, key, np.array(state[key], dtype=np.float64))
-        self.samples = [float(value) for value in state["samples"]]
-        self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
-        self.laws = [PowerLaw(e=float(e), a=float(a), alpha=float(alpha)) for e, a, alpha in state["laws"]]

@@ -12,50 +12,108 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Needs, State
-from dataflex.mixers import simplex
-from dataflex.mixers.domain_gradients import DomainGradients, domain_gradients
-from dataflex.mixers.exponentiated import ExponentiatedMixer, InitialParams
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require
+from dataflex.errors import DataError
+from dataflex.method import Card, Context, Mix, Requires, param
+from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import normalized, running_mean, shares, softmax
+from dataflex.signals.kinds import GradientProducts
 
-__all__ = ["Dga", "Doge", "Pike", "doge_scores", "pike_scores"]
+__all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
-Floats = NDArray[np.float64]
+
+@dataclass(frozen=True, kw_only=True)
+class DomainGradients:
+    """Inner products of the mean gradients g_d of the domains.
+
+    Attributes:
+        products: <g_d, g_e> [K, K]; the diagonal is the squared norm of the mean over the rows drawn.
+        variance: Unbiased variance of a row's gradient within its domain, E ||g_i - g_d||^2 [K]; 0 for a domain of
+            one row, which is always the same.
+        rows: Rows that each domain's mean is over [K].
+        targets: <g_d, g_t> with the mean gradient of each target [K, T].
+    """
+
+    products: Floats
+    variance: Floats
+    rows: NDArray[np.int64]
+    targets: Floats
+
+    @property
+    def squared_norms(self) -> Floats:
+        """Unbiased estimate of ||E g_d||^2 [K], at least 0: the mean's own norm is too large by variance / rows."""
+        biased = self.products.diagonal()
+        return np.maximum(biased - self.variance / self.rows, 0.0)
+
+
+def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
+    """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
+
+    Args:
+        ctx: The decision's context; its targets are compared with too.
+        signal: Which gradients, and the targets that they are compared with.
+        rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
+
+    Raises:
+        DataError: None of the rows drawn of a domain has a finite gradient.
+    """
+    names, rng = ctx.domains.names, ctx.rng("domain gradients")
+    drawn = []
+    for k in range(len(names)):
+        rows = ctx.domains.rows(k)
+        drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
+    everything = np.concatenate(drawn)
+    scores, gram = signal.split(ctx.signals(signal, everything))
+    scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
+    owner = np.repeat(np.arange(len(names)), [len(rows) for rows in drawn])
+    known = np.isfinite(gram.diagonal())
+    counts = np.bincount(owner[known], minlength=len(names))
+    if (counts == 0).any():
+        lost = names[int(np.argmin(counts))]
+        raise DataError(f"none of the rows drawn of domain {lost!r} has a finite gradient (no supervised tokens?)")
+    mean_KN = np.zeros((len(names), len(everything)))
+    mean_KN[owner[known], np.flatnonzero(known)] = 1.0 / counts[owner[known]]
+    gram, scores = np.where(np.isfinite(gram), gram, 0.0), np.where(np.isfinite(scores), scores, 0.0)
+    products = mean_KN @ gram @ mean_KN.T
+    squares = mean_KN @ gram.diagonal()
+    many = counts > 1
+    spread = np.maximum(squares - products.diagonal(), 0.0)
+    variance = np.where(many, spread * counts / np.maximum(counts - 1, 1), 0.0)
+    return DomainGradients(products=products, variance=variance, rows=counts, targets=mean_KN @ scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _GradientParams(InitialParams):
     """Parameters of the family."""
 
-    rows_per_domain: int = field(
-        default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
-    )
+    rows_per_domain: int = param(8, "rows drawn of each domain to estimate its gradient", minimum=2)
     parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of the parameters compared; null: all trainable ones"}
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of the parameters compared; null: all trainable ones"},
     )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "only the last so many blocks of the model; null: all", "minimum": 1}
-    )
+    last_blocks: int | None = param(None, "only the last so many blocks of the model; null: all", minimum=1)
 
 
 class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        return domain_gradients(
-            ctx,
-            rows_per_domain=self.params.rows_per_domain,
+        signal = GradientProducts(
+            targets=ctx.targets,
+            precondition="none",
+            include_momentum=False,
+            normalize=False,
             parameters=self.params.parameters,
             last_blocks=self.params.last_blocks,
         )
+        return domain_gradients(ctx, signal, rows_per_domain=self.params.rows_per_domain)
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
     """Return lr <g_d, G> / (mean norm + 1e-6), within 0 and 5 lr [K].
 
     Args:
-        aligned: <g_d, G> [K]; G is the sum of the domains' gradients, or the target's.
+        aligned: <g_d, G> [K]; G is the sum of the domains' gradients.
         norms: ||g_d|| [K].
         learning_rate: Learning rate of the optimizer.
     """
@@ -63,10 +121,10 @@ def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
 
 
 class Doge(_GradientMixer):
-    """Serve the domains whose gradients go along with those of all, or of the targets."""
+    """Serve the domains whose gradients go along with those of all."""
 
     name = "doge"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
+    saved = (*ExponentiatedMixer.saved, "mean", "mean_count")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of all domains.",
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
@@ -79,74 +137,58 @@ class Doge(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of DoGE."""
 
-        initial: tuple[float, ...] | dict[str, float] | str = field(
-            default="uniform",
-            metadata={
-                "help": "proportions at first: uniform as published, size, or numbers as a list or by name",
-            },
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: uniform as published, size, or numbers as a list or by name"
         )
-        updates: int = field(
-            default=1,
-            metadata={
-                "help": "updates of the paper, which makes one in every step, that a decision counts for",
-                "minimum": 1,
-            },
+        updates: int = param(
+            1, "updates of the paper, which makes one in every step, that a decision counts for", minimum=1
         )
-        mu: float = field(
-            default=0.05,
-            metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
-        )
-        smoothing: float = field(
-            default=0.0,
-            metadata={"help": "share of equal proportions mixed in each time", "minimum": 0.0, "maximum": 1.0},
-        )
-        average: bool = field(
-            default=True, metadata={"help": "whether to serve the mean of all proportions so far instead of the last"}
-        )
+        mu: float = param(0.05, "softness of the update: small is nearly one-hot after few steps", above=0.0)
+        smoothing: float = smoothing_field(0.0)
+        average: bool = param(True, "whether to serve the mean of all proportions so far instead of the last")
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.mean = simplex.RunningMean()
+        self.mean: Floats = np.zeros(0)
+        self.mean_count = 0
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
+    @property
+    def _eta(self) -> float:
+        return self.params.updates / self.params.mu
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
         found = self._gradients(ctx)
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
-        scores = doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
-        moved = simplex.exponentiated(
-            self.log_shares, scores, eta=self.params.updates / self.params.mu, smoothing=self.params.smoothing
-        )
-        self.mean.add(simplex.weights(moved))
-        return moved, f"last {shares(self.names, simplex.weights(moved))}; served"
+        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate), ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the mean of the proportions so far, or the last ones."""
         mix = super().mix(ctx)
-        if not self.params.average or self.mean.count == 0:
+        if ctx.interval.kind != "warmup":
+            self.mean = running_mean(self.mean, self.mean_count, softmax(self.log_shares))
+            self.mean_count += 1
+        if not self.params.average or self.mean_count == 0:
             return mix
-        proportions = normalized(self.mean.value)
-        return Mix(proportions=proportions, reason=f"mean of {self.mean.count}: {shares(self.names, proportions)}")
-
-    def state_dict(self) -> State:
-        """Add the mean."""
-        state = super().state_dict()
-        return {**state, "mean": self.mean.value, "mean_count": self.mean.count} if state else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        super().load_state_dict(state)
-        if state:
-            require(self.name, state, "mean", "mean_count")
-            self.mean.value = np.array(state["mean"], dtype=np.float64)
-            self.mean.count = int(state["mean_count"])
+        proportions = normalized(self.mean)
+        return Mix(proportions=proportions, reason=f"mean of {self.mean_count}: {shares(self.names, proportions)}")
 
 
 class Dga(_GradientMixer):
     """Serve the domains whose gradients go along with the targets'."""
 
     name = "dga"
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = (*ExponentiatedMixer.saved, "served")
     card = Card(
         summary="Serves domains more, the more their gradients go along with those of target data.",
         paper="Dynamic Gradient Alignment for Online Data Mixing (Fan et al.), 2024, arXiv 2410.02498",
@@ -157,48 +199,43 @@ class Dga(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of DGA."""
 
-        eta: float = field(default=1.0, metadata={"help": "step size of the proportions", "above": 0.0})
-        memory: float = field(
-            default=0.9,
-            metadata={"help": "weight of the past in the proportions served", "minimum": 0.0, "maximum": 1.0},
-        )
+        eta: float = eta_field(1.0)
+        memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.served: Floats = np.zeros(0)
+        """Moving average of the weights [K]."""
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(eta <g_d, g_target>), normalized; several targets count alike."""
-        scores = self._gradients(ctx).targets.mean(axis=1)
-        return simplex.exponentiated(self.log_shares, scores, eta=self.params.eta), ""
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        """Return <g_d, g_target> [K]; several targets count alike."""
+        return self._gradients(ctx).targets.mean(axis=1), ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""
         mix = super().mix(ctx)
-        before = self.served if self.served.size else self._initial(ctx, self.params.initial)
-        self.served = before
+        if not self.served.size:
+            self.served = self._initial(ctx)
         if ctx.interval.kind != "warmup":
-            self.served = self.params.memory * before + (1.0 - self.params.memory) * mix.proportions
+            self.served = self.params.memory * self.served + (1.0 - self.params.memory) * mix.proportions
         proportions = normalized(self.served)
         return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
 
-    def state_dict(self) -> State:
-        """Add the moving average."""
-        state = super().state_dict()
-        return {**state, "served": self.served} if state else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        super().load_state_dict(state)
-        if state:
-            require(self.name, state, "served")
-            self.served = np.array(state["served"], dtype=np.float64)
-
 
 def pike_scores(squared_norms: Floats, variance: Floats, zeta1: float, zeta2: float, batch: float) -> Floats:
-    """Return zeta1 ||g_d||^2 - zeta2 variance_d / (2 b) [K]."""
+    """Return zeta1 ||g_d||^2 - zeta2 variance_d / (2 b) [K]; b is the batch of an optimizer step."""
     return zeta1 * squared_norms - zeta2 * variance / (2.0 * batch)
 
 
@@ -206,7 +243,6 @@ class Pike(_GradientMixer):
     """Serve domains of strong gradients more and those of noisy ones less."""
 
     name = "pike"
-    needs = Needs(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"))
     card = Card(
         summary="Serves domains more, the larger their gradients are against the noise in them.",
         paper="PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under Low Gradient Conflicts (Li et al.),"
@@ -218,14 +254,20 @@ class Pike(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of PiKE."""
 
-        zeta1: float = field(default=0.1, metadata={"help": "weight of the squared gradient norm", "minimum": 0.0})
-        zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
+        zeta1: float = param(0.1, "weight of the squared gradient norm", minimum=0.0)
+        zeta2: float = param(0.2, "weight of the gradient variance", minimum=0.0)
 
     params: Params
 
-    def _moved(self, ctx: Context) -> tuple[Floats, str]:
-        """Return w exp(zeta1 ||g||^2 - zeta2 variance / (2 b)), normalized; b is the batch of an optimizer step."""
-        found = self._gradients(ctx)
-        batch = ctx.global_batch
-        scores = pike_scores(found.squared_norms, found.variance, self.params.zeta1, self.params.zeta2, batch)
-        return simplex.exponentiated(self.log_shares, scores, eta=1.0), ""
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        found, p = self._gradients(ctx), self.params
+        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch), ""

@@ -1,43 +1,204 @@
-"""Held-out losses of the domains, one target data set for each."""
+"""Mixers that look at held-out data of each domain: Sheared and Velocitune at losses, dynamic MoE at expert loads."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, DataError
-from dataflex.method import Context
+from dataflex.errors import DataError
+from dataflex.method import Card, Context, Passes, Requires, param
+from dataflex.mixers._lib import (
+    ExponentiatedMixer,
+    InitialParams,
+    check_targets,
+    eta_field,
+    held_out_losses,
+    smoothing_field,
+)
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import numbers_by_domain
+from dataflex.signals.kinds import GateLoads
 
-__all__ = ["check_targets", "held_out_losses"]
+__all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 
 
-def check_targets(ctx: Context, method: str) -> None:
-    """Make sure that there is one target data set for each domain.
+@dataclass(frozen=True, kw_only=True)
+class _TargetLossParams(InitialParams):
+    """Parameters of both."""
 
-    Raises:
-        ConfigError: Too few or too many, with the pairs as they would be.
-    """
-    names, targets = ctx.domains.names, ctx.targets
-    if len(names) != len(targets):
-        raise ConfigError(
-            f"dynamic.mixer.targets: the {method} mixer compares each domain with held-out data of its own; name one "
-            f"data set for each of {', '.join(names)}, in this order (found {len(targets)}: {', '.join(targets)})"
+    target_losses: tuple[float, ...] | dict[str, float] = param(
+        help="held-out loss that each domain should reach, nats per token, as a list or by name", minimum=0.0
+    )
+
+
+class _TargetLossMixer(ExponentiatedMixer):
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
         )
 
+    def _losses(self, ctx: Context) -> tuple[Floats, Floats]:
+        """Return the held-out losses and those that they should reach [K]."""
+        check_targets(ctx, self.name)
+        targets = numbers_by_domain(self.params.target_losses, self.names, "dynamic.mixer.target_losses")
+        return held_out_losses(ctx), targets
 
-def held_out_losses(ctx: Context) -> NDArray[np.float64]:
-    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
 
-    Raises:
-        DataError: A target has no supervised token.
+class Sheared(_TargetLossMixer):
+    """Serve a domain more, the further its held-out loss is above its target.
+
+    Dynamic batch loading: p <- (1 - c) softmax(log p + eta (loss - target)) + c / K.
     """
-    losses = []
-    for name in ctx.targets:
-        rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-        means = np.asarray(ctx.signals.losses(rows, target=name), dtype=np.float64)
-        tokens = np.array([len(part) for part in ctx.signals.tokens(rows, target=name, part="completion")], np.float64)
-        known = np.isfinite(means) & (tokens > 0)
-        if not known.any():
-            raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
-        losses.append(float(np.average(means[known], weights=tokens[known])))
-    return np.array(losses)
+
+    name = "sheared"
+    card = Card(
+        summary="Serves domains more, the further their held-out losses are above target losses.",
+        paper="Sheared LLaMA (Xia et al.), ICLR 2024, arXiv 2310.06694, dynamic batch loading",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_TargetLossParams):
+        """Parameters of dynamic batch loading."""
+
+        eta: float = eta_field(1.0)
+        smoothing: float = smoothing_field(1e-4)
+        clip: bool = param(
+            False, "whether a domain below its target counts as at it (the paper; the authors' code: no)"
+        )
+
+    params: Params
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        losses, targets = self._losses(ctx)
+        gaps = losses - targets
+        if self.params.clip:
+            gaps = np.maximum(gaps, 0.0)
+        return gaps, self._told(gaps, "gap to target")
+
+
+def velocities(loss: Floats, first: Floats, target: Floats) -> Floats:
+    """Return V = clamp((loss - target) / (first - target), 0, 1) of each domain [K]; 0 where first <= target."""
+    distance = first - target
+    return np.clip(np.divide(loss - target, distance, out=np.zeros_like(loss), where=distance > 0), 0.0, 1.0)
+
+
+class Velocity(_TargetLossMixer):
+    """Serve a domain more, the less of its way from the first to the target loss it has gone.
+
+    Velocitune: p ~ p exp(V); the first losses are those of the first decision after warm-up.
+    """
+
+    name = "velocity"
+    saved = (*ExponentiatedMixer.saved, "first")
+    card = Card(
+        summary="Serves domains more, the less of the way to their target losses they have gone.",
+        paper="Velocitune: A Velocity-based Dynamic Domain Reweighting Method for Continual Pre-training, ACL 2025, "
+        "arXiv 2411.14318",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_TargetLossParams):
+        """Parameters of Velocitune."""
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.first: Floats = np.zeros(0)
+        """Held-out losses at the first decision [K]."""
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        losses, targets = self._losses(ctx)
+        if not self.first.size:
+            self.first = losses
+        speeds = velocities(losses, self.first, targets)
+        return speeds, self._told(speeds, "way left")
+
+
+def distances(loads_KE: Floats, measure: str) -> Floats:
+    """Return the mean distance of each domain's loads to those of all domains, itself included [K].
+
+    Args:
+        loads_KE: Gate loads by domain and expert; each row is divided by its sum.
+        measure: ``l2`` or ``cosine`` (1 - cosine).
+    """
+    shares = loads_KE / loads_KE.sum(axis=1, keepdims=True)
+    if measure == "cosine":
+        unit = shares / np.linalg.norm(shares, axis=1, keepdims=True)
+        pairs = np.maximum(1.0 - unit @ unit.T, 0.0)
+        np.fill_diagonal(pairs, 0.0)
+    else:
+        pairs = np.linalg.norm(shares[:, None, :] - shares[None, :, :], axis=2)
+    return pairs.mean(axis=1)
+
+
+class DynamicMoe(ExponentiatedMixer):
+    """Serve domains more, the further their expert loads are from those of the other domains.
+
+    For mixture-of-experts models: p <- (1 - c) softmax(log p + eta D) + c / K with the mean distances D.
+    """
+
+    name = "dynamic_moe"
+    card = Card(
+        summary="Serves domains more, the less their expert loads are like those of the other domains (MoE only).",
+        paper="Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts (Zhu et al.), NAACL 2025, "
+        "arXiv 2406.11256",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(InitialParams):
+        """Parameters of dynamic mixing for mixture-of-experts models."""
+
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: size, uniform, or numbers as a list or by name"
+        )
+        eta: float = eta_field(10.0)
+        smoothing: float = smoothing_field(0.05)
+        distance: Literal["l2", "cosine"] = param("l2", "how the loads of two domains are compared")
+        layers: Literal["last", "all"] = param(
+            "last", "the last MoE layer, as in the paper, or the mean over all of them"
+        )
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gates"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        """Return the mean distances D [K].
+
+        Raises:
+            UnsupportedError: The model is no mixture of experts.
+            DataError: A held-out data set has no tokens.
+        """
+        check_targets(ctx, self.name)
+        loads = []
+        for name in ctx.targets:
+            rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
+            summed = np.asarray(ctx.signals(GateLoads(), rows, target=name), dtype=np.float64).sum(axis=0)
+            if not (summed.sum(axis=1) > 0).all():
+                raise DataError(f"dynamic.mixer.targets: {name!r} has no tokens that experts could be chosen for")
+            loads.append(summed)
+        loads_KLE = np.stack(loads)
+        layers = [loads_KLE.shape[1] - 1] if self.params.layers == "last" else range(loads_KLE.shape[1])
+        scores = np.mean([distances(loads_KLE[:, layer], self.params.distance) for layer in layers], axis=0)
+        return scores, self._told(scores, "distance")

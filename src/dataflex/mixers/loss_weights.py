@@ -1,41 +1,65 @@
-"""Common ground of mixers that weigh the domains in the loss and leave the sampling as it is.
-
-The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1
-on, on every rank alike.
-"""
+"""Methods that weigh the domains in the loss and leave the sampling as it is: DoReMi and Group DRO."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.method import Context, Mix, Mixer, State
-from dataflex.mixers import simplex
-from dataflex.mixers.proportions import Written, by_domain, normalized, shares
-from dataflex.mixers.saved import require, same_domains
-from dataflex.plan.domains import DomainStats
+from dataflex.errors import ConfigError
+from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires, param
+from dataflex.method import Params as BaseParams
+from dataflex.mixers._lib import LearningMixer, equal, eta_field, smoothing_field
+from dataflex.plan.domains import DomainStats, Floats
+from dataflex.plan.proportions import (
+    ProportionsFile,
+    by_domain,
+    check_numbers,
+    collapsed,
+    exponentiated,
+    logs,
+    normalized,
+    provenance,
+    running_mean,
+    shares,
+    softmax,
+)
+from dataflex.signals.other_models import base_model
+from dataflex.state import State
 
-__all__ = ["LossWeightMixer"]
-
-Floats = NDArray[np.float64]
+__all__ = ["DoReMi", "GroupDro", "Trajectory", "corrected", "vocabulary_size"]
 
 
-class LossWeightMixer(Mixer):
-    """Samples in fixed proportions and moves domain weights alpha in the loss after every step.
+@dataclass(frozen=True, kw_only=True)
+class _SamplingParams(BaseParams):
+    """Parameters of both."""
 
-    A subclass says what is learned from a step in ``_learn``; ``params`` has ``sampling``: proportions as
-    written, or None for equal shares. A domain with a share of 0 is never served and has weight 0.
+    sampling: tuple[float, ...] | dict[str, float] | None = param(
+        None, "proportions in which domains are served; null: equal shares", minimum=0.0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling is not None:
+            check_numbers(self.sampling, "sampling")
+
+
+class _LossWeighter(DomainWeighter, LearningMixer):
+    """Moves domain weights alpha in the loss by exponentiated scores after every step.
+
+    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1 on, on
+    every rank alike. A domain with a share of 0 is never served and has weight 0.
     """
 
-    observes: ClassVar[bool] = True
-    weighs_loss: ClassVar[bool] = True
+    saved: ClassVar[tuple[str, ...]] = ("names", "sampling", "log_alpha", "rows", "sizes", "steps")
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
-        self.names: tuple[str, ...] = ()
         self.sampling: Floats = np.zeros(0)
         self.log_alpha: Floats = np.zeros(0)
         self.rows: Floats = np.zeros(0)
@@ -47,7 +71,7 @@ class LossWeightMixer(Mixer):
     @property
     def alpha(self) -> Floats:
         """Weights of the domains [K], summing to 1."""
-        return simplex.weights(self.log_alpha)
+        return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
         """Return the sampling proportions, which never change.
@@ -55,7 +79,7 @@ class LossWeightMixer(Mixer):
         Raises:
             ConfigError: ``sampling`` has the wrong length, or names that are unknown or missing.
         """
-        self._meet(ctx.domains.names)
+        self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
         return Mix(proportions=self.sampling.copy(), reason=f"sampling: {shares(self.names, self.sampling)}")
 
@@ -65,11 +89,12 @@ class LossWeightMixer(Mixer):
 
     def observe(self, stats: DomainStats) -> None:
         """Move the weights by what one step made of the domains."""
-        self._meet(stats.names)
-        self._learn(stats)
+        self._begin(stats.names)
+        scores = self._scores(stats)
+        self.log_alpha = exponentiated(self.log_alpha, scores, eta=self.params.eta, smoothing=self.params.smoothing)
         self.steps += 1
 
-    def _learn(self, stats: DomainStats) -> None:
+    def _scores(self, stats: DomainStats) -> Floats:
         raise NotImplementedError
 
     def _first(self) -> Floats:
@@ -77,48 +102,270 @@ class LossWeightMixer(Mixer):
         served = self.sampling > 0
         return np.asarray(served / served.sum())
 
-    def _start(self) -> None:
-        """Set what a subclass keeps beside alpha; names and first weights are known."""
+    def _begin(self, names: Sequence[str]) -> bool:
+        """Start on the domains of the run, or make sure that they are those of the state; return whether it started."""
+        if not self.meet(names):
+            return False
+        written = self.params.sampling
+        self.sampling = (
+            equal(len(names)) if written is None else normalized(by_domain(written, names, "dynamic.mixer.sampling"))
+        )
+        self.log_alpha = logs(self._first())
+        return True
 
-    def _meet(self, names: Sequence[str]) -> None:
-        """Start on the domains of the run, or make sure that they are those of the state.
 
-        Raises:
-            CheckpointError: The state was saved for other domains, or another order of them.
-        """
-        if self.names:
-            same_domains(self.name, self.names, names)
+_MOST_POINTS = 1024
+_WHEN = "weights mixed in after every step"
+
+
+class Trajectory:
+    """Vectors at multiples of a stride of steps; the stride doubles when there are too many."""
+
+    def __init__(self) -> None:
+        self.stride = 1
+        self.steps: list[int] = []
+        self.vectors: list[Floats] = []
+
+    def add(self, step: int, vector: Floats) -> None:
+        """Keep the vector in force from ``step`` on, if the stride asks for that step."""
+        if step % self.stride:
             return
-        written: Written | None = self.params.sampling
-        if written is None:
-            sampling = np.full(len(names), 1.0 / len(names))
-        else:
-            sampling = normalized(by_domain(written, names, "dynamic.mixer.sampling"))
-        self.names, self.sampling = tuple(names), sampling
-        self.log_alpha = simplex.logs(self._first())
-        self._start()
+        self.steps.append(step)
+        self.vectors.append(np.array(vector, dtype=np.float64))
+        if len(self.steps) > _MOST_POINTS:
+            self.stride *= 2
+            kept = [i for i, at in enumerate(self.steps) if at % self.stride == 0]
+            self.steps = [self.steps[i] for i in kept]
+            self.vectors = [self.vectors[i] for i in kept]
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return ``{"steps": [...], "weights": {name: [...]}}``."""
+        columns = np.stack(self.vectors, axis=1).tolist() if self.vectors else [[] for _ in names]
+        return {"steps": list(self.steps), "weights": dict(zip(names, columns, strict=True))}
 
     def state_dict(self) -> State:
-        """Everything that the next weights depend on; empty before the first decision."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            "sampling": self.sampling,
-            "log_alpha": self.log_alpha,
-            "rows": self.rows,
-            "sizes": self.sizes,
-            "steps": self.steps,
-        }
+        """Return all that is kept."""
+        vectors = np.stack(self.vectors) if self.vectors else np.zeros((0, 0))
+        return {"stride": self.stride, "steps": np.array(self.steps, dtype=np.int64), "vectors": vectors}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "sampling", "log_alpha", "rows", "sizes", "steps")
-        self.names = tuple(state["names"])
-        self.sampling = np.asarray(state["sampling"], dtype=np.float64)
-        self.log_alpha = np.asarray(state["log_alpha"], dtype=np.float64)
-        self.rows = np.asarray(state["rows"], dtype=np.float64)
-        self.sizes = np.asarray(state["sizes"], dtype=np.float64)
-        self.steps = int(state["steps"])
+        self.stride = int(state["stride"])
+        self.steps = [int(step) for step in state["steps"]]
+        self.vectors = [np.asarray(vector, dtype=np.float64) for vector in state["vectors"]]
+
+
+def corrected(alpha: Floats, sampling: Floats) -> Floats:
+    """Return alpha_d / pi_d divided by its sum [K]: token weights that undo the sampling; 0 where pi_d is 0."""
+    ratio = np.divide(alpha, sampling, out=np.zeros_like(alpha), where=sampling > 0)
+    return ratio / ratio.sum()
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Return the vocabulary of the model in a folder; that of its base model for an adapter.
+
+    Raises:
+        ConfigError: The folder does not say.
+    """
+    try:
+        folder = Path(base_model(folder) or folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"dynamic.mixer.initial_score: a domain was absent before its first score, which is ln(vocabulary), and "
+            f"{folder} does not tell the vocabulary ({type(error).__name__}: {error}); give the score"
+        ) from error
+
+
+class DoReMi(_LossWeighter):
+    """Weigh the domains in the loss towards those where the reference does better.
+
+    The proxy run of DoReMi: Group DRO over domains with the excess loss over a reference model.
+
+    Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
+    arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
+    step, with e = loss - reference loss per token,
+
+        s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
+        alpha_d is multiplied by exp(eta s_d), normalized, and smoothed: (1 - c) alpha + c / K
+
+    and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
+    which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
+    it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
+    in details:
+
+    - ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected
+      for the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts
+      the first weights.
+    - ``paper``: the text. Alpha starts equal. sum_d alpha_d (mean loss of d) as the loss; the mean is over the steps.
+    - ``levanter``: as ``paper``, but s_d is the mean over tokens with e > 0 only, an absent domain has score 0.
+
+    ``dataflex mix doremi`` runs reference, proxy and main model.
+    """
+
+    name = "doremi"
+    saved = (*_LossWeighter.saved, "scores", "mean", "mean_count", "trajectory")
+    card = Card(
+        summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
+        "weights is the result.",
+        paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
+        cost="1 F of the reference over each row served, once (cached), or in every step",
+        note="Under variant: repo, the authors' code, the weights start at the sampling proportions; under the "
+        "others they start equal.",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_SamplingParams, ReferenceParams):
+        """Parameters of the proxy run."""
+
+        variant: Literal["repo", "paper", "levanter"] = param(
+            "repo", "the authors' code, the paper's text, or Levanter's implementation"
+        )
+        normalizer: Literal["weight_sum", "domain"] | None = param(
+            None, "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"
+        )
+        eta: float = eta_field(1.0, "weights")
+        smoothing: float = smoothing_field(1e-3, _WHEN)
+        initial_score: float | None = param(
+            None, "score of a domain not yet seen, nats; null: ln(vocabulary)", minimum=0.0
+        )
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.scores: Floats = np.zeros(0)
+        """Scores of the domains [K]; NaN where not yet seen."""
+        self.mean: Floats = np.zeros(0)
+        self.mean_count = 0
+        self.trajectory = Trajectory()
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """``weight_sum`` for the authors' code, ``domain`` for the others, unless chosen."""
+        return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
+
+    def loss_weights(self) -> Floats:
+        """Return the weights [K] of the next step: alpha, divided by the sampling under ``weight_sum``."""
+        return corrected(self.alpha, self.sampling) if self.loss_normalizer == "weight_sum" else self.alpha
+
+    def _first(self) -> Floats:
+        return self.sampling.copy() if self.params.variant == "repo" else super()._first()
+
+    def _begin(self, names: Sequence[str]) -> bool:
+        new = super()._begin(names)
+        if new:
+            self.scores = np.full(len(self.names), np.nan)
+            if self.params.variant == "repo":
+                self.mean, self.mean_count = self.alpha, 1
+            self.trajectory.add(0, self.alpha)
+        return new
+
+    def observe(self, stats: DomainStats) -> None:
+        """Move the weights by the excess losses of one step, and take them into the mean."""
+        super().observe(stats)
+        self.mean = running_mean(self.mean, self.mean_count, self.alpha)
+        self.mean_count += 1
+        self.trajectory.add(self.steps, self.alpha)
+
+    def _scores(self, stats: DomainStats) -> Floats:
+        if self.params.variant == "levanter":
+            seen = stats.excess_tokens > 0
+            zeros = np.zeros(len(self.names))
+            self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=seen)
+            return self.scores
+        scores = np.where(stats.seen, stats.mean_excess(), self.scores)
+        unknown = np.isnan(scores) & (self.sampling > 0)
+        if unknown.any():
+            first = self.params.initial_score
+            scores[unknown] = math.log(vocabulary_size(Path(self.params.reference))) if first is None else first
+        self.scores = scores
+        return scores
+
+    def outcome(self) -> ProportionsFile | None:
+        """Return the mean of alpha so far as proportions for a static mixer, with its trajectory."""
+        if self.mean_alpha is None:
+            return None
+        return ProportionsFile(
+            names=self.names,
+            proportions=tuple(self.mean_alpha.tolist()),
+            method="doremi",
+            provenance=provenance("dataflex train", settings=asdict(self.params)),
+            details={
+                "steps": self.steps,
+                "vectors_in_mean": self.mean_count,
+                "last": dict(zip(self.names, self.alpha.tolist(), strict=True)),
+                "scores": dict(zip(self.names, self.scores.tolist(), strict=True)),
+                "sampling": dict(zip(self.names, self.sampling.tolist(), strict=True)),
+                "sizes": dict(zip(self.names, self.sizes.tolist(), strict=bool(self.sizes.size))),
+                "trajectory": self.trajectory.to_json(self.names),
+                **self._warning(),
+            },
+        )
+
+    def _warning(self) -> dict[str, str]:
+        """Return under ``warning`` that the mean has collapsed onto one domain, and what helps; else nothing."""
+        assert self.mean_alpha is not None
+        found = collapsed(dict(zip(self.names, self.mean_alpha.tolist(), strict=True)))
+        if found is None:
+            return {}
+        name, share = found
+        p = self.params
+        return {
+            "warning": f"the mean of the weights has collapsed: {name} has {share:.1%} of it. Lower eta (now "
+            f"{p.eta:g}, try {p.eta / 10:g}), raise smoothing (now {p.smoothing:g}), use batches that hold every "
+            "domain, or train the reference longer: where it is far better than the proxy in one domain, that domain "
+            "takes all. A final run can hold the others up with min_proportion, or this one down with max_epochs"
+        }
+
+    @property
+    def mean_alpha(self) -> Floats | None:
+        """Mean of the weights [K] over the run so far, None before the first step."""
+        return self.mean / self.mean.sum() if self.steps else None
+
+
+class GroupDro(_LossWeighter):
+    """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step.
+
+    Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
+    algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses; the loss is the sum
+    over domains of q_g times the domain's mean loss. Without a reference the weights follow the domain of the highest
+    entropy, so regularize, or use ``doremi``.
+    """
+
+    name = "group_dro"
+    card = Card(
+        summary="Weighs the domains in the loss towards those of the largest loss, every step.",
+        paper="Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv 1911.08731",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(_SamplingParams):
+        """Parameters of Group DRO."""
+
+        eta: float = eta_field(0.01, "weights")
+        adjustment: float = param(0.0, "C of the adjustment C / sqrt(rows of the domain), in nats", minimum=0.0)
+        smoothing: float = smoothing_field(0.0, _WHEN)
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
+
+    @property
+    def loss_normalizer(self) -> DomainNormalizer:
+        """The loss is a sum over domains."""
+        return "domain"
+
+    def _scores(self, stats: DomainStats) -> Floats:
+        scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
+        if self.params.adjustment > 0 and self.rows.size:
+            scores = scores + self.params.adjustment / np.sqrt(self.rows)
+        return scores

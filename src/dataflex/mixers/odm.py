@@ -10,19 +10,17 @@ or more whose losses lie within a nat. What moves far is the published bandit, o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require, same_domains
-from dataflex.mixers.sizes import sizes
-from dataflex.plan.domains import DomainStats
+from dataflex.mixers._lib import LearningMixer, sizes
+from dataflex.plan.domains import DomainStats, Floats
+from dataflex.plan.proportions import normalized, shares
 
 __all__ = ["Odm", "exploration", "policy"]
 
@@ -34,7 +32,7 @@ def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
     return max(min(1.0 / num_domains, math.sqrt(math.log(num_domains) / (num_domains * turn))), floor)
 
 
-def policy(reward_K: NDArray[np.float64], before: float, now: float, linear: bool) -> NDArray[np.float64]:
+def policy(reward_K: Floats, before: float, now: float, linear: bool) -> Floats:
     """Return the proportions [K]: (1 - K eps) share + eps, with eps = ``now``.
 
     Args:
@@ -51,13 +49,12 @@ def policy(reward_K: NDArray[np.float64], before: float, now: float, linear: boo
     return normalized((1.0 - len(reward_K) * now) * share + now)
 
 
-class Odm(Mixer):
+class Odm(LearningMixer):
     """Serve domains with high training loss more often, with exploration that fades."""
 
     name = "odm"
-    adaptive: ClassVar[bool] = True
     observes: ClassVar[bool] = True
-    needs = Needs(domains=2, stages=("pt", "sft"))
+    saved = ("names", "reward", "turn", "updates", "warming")
     card = Card(
         summary="Serves domains by a bandit whose reward is their training loss; near equal shares unless its variant "
         "is a published one.",
@@ -69,36 +66,27 @@ class Odm(Mixer):
     class Params(BaseParams):
         """Parameters of ODM."""
 
-        variant: Literal["full_information", "paper", "official", "exp3"] = field(
-            default="full_information",
-            metadata={
-                "help": "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
-                "paper, official (the authors' code), exp3"
-            },
+        variant: Literal["full_information", "paper", "official", "exp3"] = param(
+            "full_information",
+            "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
+            "paper, official (the authors' code), exp3",
         )
-        smoothing: float = field(
-            default=0.9,
-            metadata={"help": "weight of the past in the average reward", "minimum": 0.0, "maximum": 1.0},
-        )
-        floor: float = field(
-            default=0.0,
-            metadata={"help": "least proportion of any domain, beside the exploration that fades", "minimum": 0.0},
-        )
+        smoothing: float = param(0.9, "weight of the past in the average reward", minimum=0.0, maximum=1.0)
+        floor: float = param(0.0, "least proportion of any domain, beside the exploration that fades", minimum=0.0)
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        bandit = self.params.variant != "full_information"  # pulls one domain per micro-batch
+        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True, pure_micro_batches=bandit)
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._names: tuple[str, ...] = ()
-        self._reward: NDArray[np.float64] = np.zeros(0)
-        self._turn = 0
-        self._updates = 0
-        self._warming = False
-
-    @property
-    def pure_micro_batches(self) -> bool:
-        """The bandits pull one domain per micro-batch."""
-        return self.params.variant != "full_information"
+        self.reward: Floats = np.zeros(0)
+        self.turn = 0
+        self.updates = 0
+        self.warming = False
 
     def mix(self, ctx: Context) -> Mix:
         """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.
@@ -112,17 +100,16 @@ class Odm(Mixer):
                 f"dynamic.mixer.floor: {self.params.floor:g} for each of {len(names)} domains leaves nothing to "
                 f"decide; it must be below {1 / len(names):.4g}"
             )
-        if not self._names:
-            self._names, self._reward = names, np.zeros(len(names))
-        same_domains(self.name, self._names, names)
-        self._warming = ctx.interval.kind == "warmup"
-        if self._warming or (self._iterations and not self._reward.any()):
+        if self.meet(names):
+            self.reward = np.zeros(len(names))
+        self.warming = ctx.interval.kind == "warmup"
+        if self.warming or (self._iterations and not self.reward.any()):
             proportions = normalized(sizes(ctx, self.name))
             return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
-        first = self.params.variant == "exp3" and self._updates == 1  # the authors' epsilon was still 1 / K
-        before, now = self._epsilon(0 if first else self._turn - 1), self._epsilon(self._turn)
-        proportions = policy(self._reward, before, now, self._linear)
-        reason = f"turn {self._turn}, exploration {now:.3g} each: {shares(names, proportions)}"
+        first = self.params.variant == "exp3" and self.updates == 1  # the authors' epsilon was still 1 / K
+        before, now = self._epsilon(0 if first else self.turn - 1), self._epsilon(self.turn)
+        proportions = policy(self.reward, before, now, self._linear)
+        reason = f"turn {self.turn}, exploration {now:.3g} each: {shares(names, proportions)}"
         return Mix(proportions=proportions, reason=reason)
 
     @property
@@ -135,7 +122,7 @@ class Odm(Mixer):
         return self.params.variant in ("official", "exp3")
 
     def _epsilon(self, turn: int) -> float:
-        return exploration(max(turn, 1), len(self._names), self.params.floor)
+        return exploration(max(turn, 1), len(self.names), self.params.floor)
 
     def observe(self, stats: DomainStats) -> None:
         """Update the rewards of the domains that the step held; the others keep theirs.
@@ -149,39 +136,17 @@ class Odm(Mixer):
 
         A turn is an update; in ``official`` and ``exp3`` it is the optimizer step, warm-up included.
         """
-        if self._warming:
+        if self.warming:
             return
-        self._turn = stats.step + 1 if self._iterations else self._turn + 1
-        self._updates += 1
+        self.turn = stats.step + 1 if self._iterations else self.turn + 1
+        self.updates += 1
         seen, a = stats.seen, self.params.smoothing
         loss = stats.mean_loss()[seen]
         if self.params.variant == "exp3":
-            self._reward[seen] += loss / stats.proportions[seen] / 10.0
+            self.reward[seen] += loss / stats.proportions[seen] / 10.0
             return
         if self.params.variant == "paper":
             loss = loss / stats.proportions[seen]
         elif self._linear:
             loss = np.exp(loss)
-        self._reward[seen] = a * self._reward[seen] + (1.0 - a) * loss
-
-    def state_dict(self) -> State:
-        """Return rewards by name and the turn."""
-        if not self._names:
-            return {}
-        return {
-            "names": list(self._names),
-            "reward": self._reward.copy(),
-            "turn": self._turn,
-            "updates": self._updates,
-            "warming": self._warming,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "reward", "turn", "updates", "warming")
-        self._names = tuple(state["names"])
-        self._reward = np.array(state["reward"], dtype=np.float64)
-        self._turn, self._updates = int(state["turn"]), int(state["updates"])
-        self._warming = bool(state["warming"])
+        self.reward[seen] = a * self.reward[seen] + (1.0 - a) * loss

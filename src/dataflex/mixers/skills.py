@@ -6,61 +6,42 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Mixer, Needs, State
+from dataflex.method import Card, Context, Mix, Passes, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers import simplex
-from dataflex.mixers.held_out import check_targets, held_out_losses
-from dataflex.mixers.proportions import normalized, shares
-from dataflex.mixers.saved import require, same_domains
+from dataflex.mixers._lib import LearningMixer, check_targets, eta_field, held_out_losses
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
 __all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
 
-Floats = NDArray[np.float64]
 
-
-class _SkillMixer(Mixer):
-    adaptive: ClassVar[bool] = True
-
-    def __init__(self, params: BaseParams) -> None:
-        super().__init__(params)
-        self.names: tuple[str, ...] = ()
-
-    def _meet(self, ctx: Context) -> None:
-        if self.names:
-            same_domains(self.name, self.names, ctx.domains.names)
-        self.names = ctx.domains.names
-        check_targets(ctx, self.name)
-
-
-class SkillIt(_SkillMixer):
+class SkillIt(LearningMixer):
     """Serve the domains that help those whose held-out losses are high."""
 
     name = "skill_it"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = ("losses", "names")
     card = Card(
         summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
         "NeurIPS 2023, arXiv 2307.14430",
         cost="F over the held-out data",
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
         """Parameters of Skill-it."""
 
-        graph: tuple[tuple[float, ...], ...] = field(
-            metadata={"help": "K rows of K numbers: in row i, column j, how much training on i helps j"}
+        graph: tuple[tuple[float, ...], ...] = param(
+            help="K rows of K numbers: in row i, column j, how much training on i helps j"
         )
-        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
-        window: int = field(default=3, metadata={"help": "decisions whose losses are added up", "minimum": 1})
+        eta: float = eta_field(0.2)
+        window: int = param(3, "decisions whose losses are added up", minimum=1)
 
         def __post_init__(self) -> None:
             sizes = {len(row) for row in self.graph}
@@ -70,6 +51,17 @@ class SkillIt(_SkillMixer):
                 raise ValueError("graph: every number must be finite")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -89,26 +81,16 @@ class SkillIt(_SkillMixer):
                 f"dynamic.mixer.graph: {len(graph)} rows for {len(ctx.domains.names)} domains "
                 f"({', '.join(ctx.domains.names)})"
             )
-        self._meet(ctx)
+        self.meet(ctx.domains.names)
+        check_targets(ctx, self.name)
         benefit = graph.sum(axis=1)
         told = "start"
         if ctx.interval.kind != "warmup":
             self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
             benefit = graph @ np.sum(self.losses, axis=0)
             told = f"losses of {len(self.losses)} decisions"
-        proportions = normalized(simplex.weights(self.params.eta * benefit))
+        proportions = normalized(softmax(self.params.eta * benefit))
         return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
-
-    def state_dict(self) -> State:
-        """Return the losses in the window."""
-        return {"names": list(self.names), "losses": np.stack(self.losses)} if self.losses else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if state:
-            require(self.name, state, "names", "losses")
-            self.names = tuple(state["names"])
-            self.losses = [np.array(row, dtype=np.float64) for row in state["losses"]]
 
 
 def near_one_hot(num_domains: int, focus: float) -> Floats:
@@ -133,11 +115,11 @@ def interactions(mixes_MK: Floats, drops_MK: Floats) -> Floats:
     return matrix / total if total > 0 else np.full_like(matrix, 1.0 / matrix.size)
 
 
-class Aioli(_SkillMixer):
+class Aioli(LearningMixer):
     """Probe one domain after another, learn what helps whom, and serve accordingly."""
 
     name = "aioli"
-    needs = Needs(signals=frozenset({"losses", "texts"}), targets=True, domains=2, stages=("pt", "sft"))
+    saved = ("names", "turn", "before", "drops", "log_shares", "matrix", "order")
     card = Card(
         summary="Probes domains one after another for what they gain each other, then serves what helps most.",
         paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
@@ -150,25 +132,28 @@ class Aioli(_SkillMixer):
     class Params(BaseParams):
         """Parameters of Aioli. One probe takes one interval."""
 
-        focus: float = field(
-            default=0.75, metadata={"help": "share of the domain that is probed", "above": 0.0, "maximum": 1.0}
-        )
-        sweeps: int = field(default=1, metadata={"help": "times that every domain is probed in a round", "minimum": 1})
-        hold: int = field(
-            default=8, metadata={"help": "intervals that the learned proportions are served in a round", "minimum": 1}
-        )
-        eta: float = field(default=0.2, metadata={"help": "step size of the proportions", "above": 0.0})
-        ema: float | None = field(
-            default=None,
-            metadata={
-                "help": "weight of the past in the average of A, proportions made from equal ones; null: the last "
-                "move on",
-                "minimum": 0.0,
-                "maximum": 1.0,
-            },
+        focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
+        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
+        hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
+        eta: float = eta_field(0.2)
+        ema: float | None = param(
+            None,
+            "weight of the past in the average of A, proportions made from equal ones; null: the last move on",
+            minimum=0.0,
+            maximum=1.0,
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            targets=True,
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -183,12 +168,13 @@ class Aioli(_SkillMixer):
 
     def mix(self, ctx: Context) -> Mix:
         """Return the next probe's mix, or p ~ p exp(eta sum_i A[i, j]) once a sweep is through."""
-        self._meet(ctx)
+        self.meet(ctx.domains.names)
+        check_targets(ctx, self.name)
         num_domains = len(self.names)
         if not self.log_shares.size:
             self.log_shares = np.full(num_domains, -np.log(num_domains))
         if ctx.interval.kind == "warmup":
-            proportions = normalized(simplex.weights(self.log_shares))
+            proportions = normalized(softmax(self.log_shares))
             return Mix(proportions=proportions, reason=f"warm-up: {shares(self.names, proportions)}")
         probes = num_domains * self.params.sweeps
         turn = self.turn % (probes + self.params.hold)
@@ -208,7 +194,7 @@ class Aioli(_SkillMixer):
         if turn == probes:
             self._learn(mixes[self.order], np.stack(self.drops))
             self.drops = []
-        proportions = normalized(simplex.weights(self.log_shares))
+        proportions = normalized(softmax(self.log_shares))
         return Mix(proportions=proportions, reason=shares(self.names, proportions))
 
     def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
@@ -218,30 +204,4 @@ class Aioli(_SkillMixer):
         else:
             self.matrix = (1.0 - ema) * new + ema * self.matrix
         start = self.log_shares if ema is None else np.zeros(len(new))
-        self.log_shares = simplex.exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)
-
-    def state_dict(self) -> State:
-        """Return where in the round it is and what was learned."""
-        if not self.names:
-            return {}
-        return {
-            "names": list(self.names),
-            "turn": self.turn,
-            "before": self.before,
-            "drops": np.stack(self.drops) if self.drops else np.zeros((0, len(self.names))),
-            "log_shares": self.log_shares,
-            "matrix": self.matrix,
-            "order": self.order,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        require(self.name, state, "names", "turn", "before", "drops", "log_shares", "matrix", "order")
-        self.names, self.turn = tuple(state["names"]), int(state["turn"])
-        self.before = np.array(state["before"], dtype=np.float64)
-        self.drops = [np.array(row, dtype=np.float64) for row in state["drops"]]
-        self.log_shares = np.array(state["log_shares"], dtype=np.float64)
-        self.matrix = np.array(state["matrix"], dtype=np.float64)
-        self.order = np.array(state["order"], dtype=np.int64)
+        self.log_shares = exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)

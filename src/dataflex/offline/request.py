@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.checkpoints import broken_reason
+from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
 from dataflex.config.build import load_plugins
-from dataflex.config.check_data import column_problems, data_set_problems
-from dataflex.config.check_models import other_model_problems
-from dataflex.config.check_run import model_problems, reference_problems, setting_problems, stage_problems
-from dataflex.config.check_targets import by_target_problems, target_problems
-from dataflex.config.collect import collect, values
-from dataflex.config.data import Source, data_sets
+from dataflex.config.check import (
+    model_problems,
+    setting_problems,
+    stage_problems,
+    told_once,
+)
+from dataflex.config.check_data import column_problems, data_set_problems, target_problems
+from dataflex.config.collect import values
+from dataflex.config.data import Source
 from dataflex.config.load import ENDINGS, load_mapping, merged
-from dataflex.config.methods import method_block, method_class, target_list
-from dataflex.config.needs import parameters
+from dataflex.config.methods import method_block, method_class, takes_targets, target_list
+from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
-from dataflex.config.values import env_enabled, truthy
 from dataflex.errors import ConfigError
-from dataflex.method import Method
+from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
 
@@ -78,12 +81,13 @@ FIXED: dict[str, Any] = {
 
 def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     """Take out what only training needs; return notes on what is done otherwise."""
-    notes = []
-    if lf.get("tokenized_path"):
+    notes: list[str] = []
+    args = LlamaFactoryArgs.read(lf)
+    if args.tokenized_path:
         problems.append("tokenized_path: a tokenized copy does not say which row of a file it came from; remove it")
-    if truthy(lf, "packing") or truthy(lf, "neat_packing") or (lf.get("stage") == "pt" and lf.get("packing") is None):
+    if args.packed:
         notes.append("packing is off: every sample is scored by itself")
-    if truthy(lf, "streaming"):
+    if args.streaming:
         notes.append("streaming is off: all rows are tokenized first")
     config = lf.pop("deepspeed", None)
     if config is not None:
@@ -96,11 +100,11 @@ def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
             )
         else:
             notes.append("deepspeed is left out: nothing is trained")
-    if lf.get("fsdp") not in (None, "", [], False):
+    if args.fsdp:
         problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
     if env_enabled("USE_RAY"):
         problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
-    held = [key for key in ("val_size", "eval_dataset") if lf.get(key)]
+    held = [key for key in ("val_size", "eval_dataset") if args.on(key)]
     if held:
         notes.append(f"{', '.join(held)} left out: every row of the data set is scored")
     for key in _DROPPED:
@@ -128,7 +132,8 @@ def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
 
 def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems: list[str]) -> list[Source]:
     """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
-    view = {**lf, **FIXED}
+    view = LlamaFactoryArgs.read({**lf, **FIXED})
+    problems += told_once(view, ())
     problems += [
         problem.replace("dynamic.selector: ", "--method: ", 1)
         for problem in (*stage_problems(config, view), *setting_problems(config, view))
@@ -136,12 +141,7 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
     problems += model_problems(view)
     for method in config.methods:
         alone = DynamicConfig(selector=method)
-        found = (
-            *reference_problems(alone),
-            *other_model_problems(alone),
-            *target_problems(alone, view, base_dir),
-            *by_target_problems(alone),
-        )
+        found = (*unmet(alone, RunFacts(), models=True), *target_problems(alone, view, base_dir))
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
     sources: list[Source] = []
     problems += data_set_problems(view, base_dir, sources)
@@ -184,9 +184,8 @@ def adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
         f"{key}: {kind} needs the moments of a run's Adam, and without training there are none; "
         f"write '{key}=none', or name a checkpoint of the run: 'resume_from_checkpoint=saves/run/checkpoint-100'"
         for method in scorers
-        for path, _, params in parameters(method)
-        if (kind := getattr(params, "precondition", None)) in ("true_adam", "paper_repo", "adam_scale")
-        and (key := f"{path.replace('dynamic.selector', method.name, 1)}.precondition")
+        for place, kind in wants_moments(method.requires)
+        if (key := f"{method.name}.{place}")
     ]
 
 
@@ -336,28 +335,20 @@ def _scorers(
         cls = method_class("selector", name, "--method", problems)
         if cls is None:
             continue
-        if getattr(cls, "online", False):
+        base = plain(own) if own is not None and own.name == name else {}
+        block = {**base, "name": name, **(given.get(name) or {})}
+        if aims and (targets is not None or "targets" not in block) and takes_targets(cls, block):
+            block["targets"] = (given.get(name) or {}).get("targets", list(aims))
+        method = method_block("selector", block, name, problems)
+        if method is not None and method.requires.within_batch:
             problems.append(
                 f"--method: {name} chooses within the candidates of a training step, and scores no data set"
             )
-            continue
-        base = plain(own) if own is not None and own.name == name else {}
-        block = {**base, "name": name, **(given.get(name) or {})}
-        if aims and (targets is not None or "targets" not in block) and _takes_targets(cls, block):
-            block["targets"] = (given.get(name) or {}).get("targets", list(aims))
-        method = method_block("selector", block, name, problems)
-        if method is not None:
+        elif method is not None:
             built.append(method)
     return tuple(built)
 
 
-def _takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
-    """Return whether a method takes targets, which for some depends on the parameters."""
-    rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
-    params = collect(cls.Params, rest, "", [])
-    return (cls if params is None else cls.variant(params)).needs.targets
-
-
 def names_of(text: str) -> tuple[str, ...]:
     """Return names given with commas between them."""
-    return data_sets(text)
+    return data_set_names(text)

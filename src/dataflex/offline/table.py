@@ -7,7 +7,6 @@ place in the data set's files, counted from 0), ``tokens`` and ``supervised_toke
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.state import aside
+from dataflex.state import replacing
 
 __all__ = ["FIXED_COLUMNS", "ScoreTable", "is_scores", "provenance_problem", "read_scores", "write_scores"]
 
@@ -139,20 +138,12 @@ def write_scores(path: Path, table: ScoreTable) -> None:
     content = pa.table(arrays).replace_schema_metadata(
         {_KEY: json.dumps({"format": _FORMAT, **table.provenance}, sort_keys=True)}
     )
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = aside(path)
-        with temporary.open("wb") as file:
+        with replacing(path, None) as file:
             pq.write_table(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"--out: cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _named(names: tuple[str, ...], index: NDArray[np.int64]) -> Any:

@@ -17,12 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
 
-__all__ = ["SUMS", "DomainStats", "Domains", "Rows", "Unit", "check_proportions", "unusable_labels"]
+__all__ = ["SUMS", "DomainStats", "Domains", "Floats", "Rows", "Unit", "check_proportions", "unusable_labels"]
 
 Unit = Literal["sequences", "tokens", "documents"]
 
 Rows = NDArray[np.int64]
 """Positions in the training row space, 0 <= r < N."""
+
+Floats = NDArray[np.float64]
 
 
 def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[np.float64]:
@@ -198,7 +200,6 @@ class Domains:
 
 SUMS: tuple[str, ...] = (
     "loss_sum",
-    "square_sum",
     "excess_sum",
     "excess_tokens",
     "tokens",
@@ -217,7 +218,6 @@ class DomainStats:
         step: Optimizer step, counted from 0.
         total_steps: Optimizer steps of the run.
         loss_sum: Sum of token losses, nats.
-        square_sum: Sum of squared token losses.
         excess_sum: Sum of max(loss - reference loss, 0) over tokens; 0 without a reference.
         excess_tokens: Tokens whose loss is above the reference's.
         tokens: Supervised tokens.
@@ -231,7 +231,6 @@ class DomainStats:
     step: int
     total_steps: int
     loss_sum: NDArray[np.float64]
-    square_sum: NDArray[np.float64]
     excess_sum: NDArray[np.float64]
     excess_tokens: NDArray[np.float64]
     tokens: NDArray[np.float64]

@@ -37,7 +37,6 @@ class DataPlan:
             empty where no step is short.
         global_batch: Sequences of an optimizer step, over all ranks and micro-batches.
         row_space: Fingerprint of the row space that the ids point into.
-        weights: Weight of each place of ``rows``, float32 [steps * global_batch], or None.
         trace: JSON values for the record; no part of the digest.
 
     Raises:
@@ -49,16 +48,13 @@ class DataPlan:
     fill: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     global_batch: int
     row_space: str
-    weights: NDArray[np.float32] | None = None
     trace: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype in (("rows", np.int64), ("fill", np.int64), ("weights", np.float32)):
-            values = getattr(self, name)
-            if values is not None:
-                view = np.ascontiguousarray(values, dtype=dtype).view()
-                view.flags.writeable = False
-                object.__setattr__(self, name, view)
+        for name in ("rows", "fill"):
+            view = np.ascontiguousarray(getattr(self, name), dtype=np.int64).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
         problem = self._problem()
         if problem is not None:
             raise ValueError(problem)
@@ -75,8 +71,6 @@ class DataPlan:
             return f"step {self.interval.start_step + int(np.argmin(served[:, 0]))} has no rows"
         if self.fill.ndim != 1 or (self.fill < 0).any():
             return "fill must be a list of row ids"
-        if self.weights is not None and self.weights.shape != self.rows.shape:
-            return f"{self.weights.size} weights for {self.rows.size} places"
         return None
 
     def positions(
@@ -136,9 +130,8 @@ class DataPlan:
         """Return a hash (blake2b, 32 hex digits) of everything that ranks must agree on."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps(self._meta()).encode())
-        for values in (self.rows, self.fill, self.weights):
-            if values is not None:
-                digest.update(values.tobytes())
+        digest.update(self.rows.tobytes())
+        digest.update(self.fill.tobytes())
         return digest.hexdigest()
 
     def _meta(self) -> dict[str, Any]:
@@ -149,18 +142,13 @@ class DataPlan:
             "row_space": self.row_space,
             "num_rows": self.rows.size,
             "num_fill": self.fill.size,
-            "weighted": self.weights is not None,
+            "weighted": False,  # plans once held weights; the digest stays what it was
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return the plan as arrays for ``numpy.savez``, without objects that would need pickle."""
         text = json.dumps({**self._meta(), "trace": self.trace})
-        arrays: dict[str, NDArray[Any]] = {
-            "meta": np.frombuffer(text.encode(), dtype=np.uint8),
-            "rows": self.rows,
-            "fill": self.fill,
-        }
-        return arrays if self.weights is None else {**arrays, "weights": self.weights}
+        return {"meta": np.frombuffer(text.encode(), dtype=np.uint8), "rows": self.rows, "fill": self.fill}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> DataPlan:
@@ -179,7 +167,6 @@ class DataPlan:
                 fill=arrays["fill"],
                 global_batch=meta["global_batch"],
                 row_space=meta["row_space"],
-                weights=arrays["weights"] if meta["weighted"] else None,
                 trace=meta["trace"],
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
+from dataflex.plan.proportions import read_proportions
 from dataflex.printable import file_name_problem, on_one_line
 
 __all__ = [
@@ -243,13 +244,11 @@ class StoredPlan:
         rows: Row ids in serving order [m], int64.
         pool: Row ids chosen from [n], int64; None when that was every row, in order.
         scores: Score of every pool row [n], float32, NaN where not scored; None without scores.
-        weights: Weight of every row of ``rows`` [m], float32; None when not known beforehand.
     """
 
     rows: Rows
     pool: Rows | None = None
     scores: NDArray[np.float32] | None = None
-    weights: NDArray[np.float32] | None = None
 
 
 def plan_name(interval: int) -> str:
@@ -425,7 +424,6 @@ def read_found(run_dir: Path | str, mixer: str | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     from dataflex.errors import ConfigError
-    from dataflex.mixing.proportions_file import read_proportions
 
     try:
         found = read_proportions(path, "proportions")

@@ -1,4 +1,4 @@
-"""Subset rules and exact counts: from scores to positions, from proportions to whole numbers.
+"""Subset rules on scores and exact counts: from scores to positions, from proportions to whole numbers.
 
 Pure functions. Positions point into the array that was given; a score that is NaN or -inf is never
 chosen; ties go to the smaller position, on every machine. Nothing here draws random numbers: those
@@ -7,19 +7,34 @@ that need some are given uniforms, which come from ``dataflex.rng``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
+from dataflex.plan.domains import Rows
+from dataflex.rng import uniforms
 
 __all__ = [
+    "Candidates",
+    "Quota",
+    "Uniforms",
+    "by_quota",
+    "gumbel",
     "gumbel_top_k",
     "largest_remainder",
+    "log_weights",
+    "multinomial",
+    "quotas",
+    "ranking",
     "round_robin",
     "take_turns",
+    "token_budget",
     "top_k",
+    "water_filling",
     "weighted_with_replacement",
     "weighted_without_replacement",
 ]
@@ -28,16 +43,9 @@ _WINDOW = 256  # candidates of a query turned into Python numbers at a time
 
 
 def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
-    """Return the positions of the ``k`` largest scores, best first, ties by position.
+    """Return the positions of the ``k`` largest scores [n], best first, ties by position: int64 [min(k, eligible)].
 
-    Linear in the number of scores, plus sorting the chosen ones.
-
-    Args:
-        scores: Scores [n]; NaN and -inf are never chosen.
-        k: How many, >= 0.
-
-    Returns:
-        int64 [min(k, eligible)].
+    NaN and -inf are never chosen. Linear in the number of scores, plus sorting the chosen ones.
     """
     assert k >= 0, f"k is {k}"
     values = np.asarray(scores)
@@ -56,7 +64,7 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 
 
 def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sample ``k`` positions without replacement with probability proportional to exp(log_weights).
+    """Draw ``k`` positions without replacement with probability proportional to exp(log_weights).
 
     The k largest of log w_i + G_i with G = -ln(-ln U) are distributed as sequential draws without
     replacement (Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them, ICML 2019,
@@ -64,12 +72,9 @@ def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) 
 
     Args:
         log_weights: Logarithms of weights [n], any offset; -inf and NaN are never taken.
-        k: How many.
+        k: Number of positions.
         uniforms: One number in (0, 1) per position [n], best drawn by row id, so that the result
             does not depend on how rows are spread over ranks.
-
-    Returns:
-        int64 [k], in the order of the draw.
 
     Raises:
         DataError: Fewer than ``k`` positions have a weight.
@@ -112,13 +117,8 @@ def weighted_without_replacement(weights: ArrayLike, k: int, uniforms: NDArray[n
 def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
     """Sample ``k`` positions independently with probability proportional to ``weights``; positions may repeat.
 
-    Args:
-        weights: Weights [n], >= 0, any scale, at least one above 0 where ``k`` is.
-        k: How many.
-        uniforms: One number in (0, 1) per draw [k].
-
-    Returns:
-        int64 [k], in the order of the draw; a position of weight 0 is never drawn.
+    Weights [n] are >= 0, of any scale, one of them above 0; ``uniforms`` is one number in (0, 1) per draw [k]. A
+    position of weight 0 is never drawn.
     """
     values = np.asarray(weights, dtype=np.float64)
     if k == 0:
@@ -129,14 +129,9 @@ def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.f
 
 
 def take_turns(lists: Sequence[NDArray[np.int64]], k: int) -> NDArray[np.int64]:
-    """Let lists take turns, each giving its next position that is not yet taken.
+    """Let lists take turns, each giving its next position that is not yet taken; at most ``k``, in the order taken.
 
-    Args:
-        lists: Positions in order of preference, each list without repeats; a list of length ``k`` never runs out.
-        k: How many.
-
-    Returns:
-        int64, at most ``k``, in the order taken: fewer where all lists have run out.
+    Lists are in order of preference, without repeats; one of length ``k`` never runs out.
     """
     queues = [iter(one.tolist()) for one in lists]
     taken: dict[int, None] = {}
@@ -176,7 +171,7 @@ def round_robin(
 
     Args:
         scores_QN: Scores of n positions for each query [Q, n]; NaN and -inf are never chosen.
-        k: How many.
+        k: Number of positions.
         order: Query indices in the order of their turns; default 0..Q-1.
         lose_turn: A query whose next best position is taken gets nothing in this turn, instead of the one after it.
 
@@ -214,14 +209,9 @@ def round_robin(
 
 
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
-    """Split ``total`` into whole numbers that follow proportions (Hamilton), ties by index.
+    """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
 
-    Args:
-        total: Whole number >= 0.
-        proportions: Shares [K] >= 0 of any sum; a share of 0 gets nothing.
-
-    Returns:
-        int64 [K] with sum ``total``; each within 1 of its exact share.
+    Each is within 1 of its exact share; a share of 0 gets nothing.
 
     Raises:
         ComponentError: A negative or non-finite share, or none above zero.
@@ -235,3 +225,182 @@ def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
     fractions = np.where(shares > 0, exact - counts, -1.0)
     counts[np.argsort(-fractions, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
+
+
+Uniforms = Callable[[str, NDArray[np.int64]], NDArray[np.float64]]
+"""(what for, ids [n]) to numbers in (0, 1) [n] that depend on each id alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Rows to choose from, and what is known about them. A rule gets what it needs; the rest may be None.
+
+    Attributes:
+        rows: Row ids [n]; draws are keyed by them.
+        uniforms: Random numbers by id.
+        scores: Larger is better, finite [n].
+        by_query: Score of every row for every query that takes turns, or for every task, finite [Q, n]; None: the
+            ``queries`` take turns.
+        vectors: One vector a row, finite, float32 [n, D].
+        queries: Vectors of the targets' rows, finite, float32 [M, D].
+        lengths: Tokens of each row [n].
+        groups: Group of each row, as its domain, int [n].
+    """
+
+    rows: Rows
+    uniforms: Uniforms
+    scores: NDArray[np.floating] | None = None
+    by_query: NDArray[np.floating] | None = None
+    vectors: NDArray[np.float32] | None = None
+    queries: NDArray[np.float32] | None = None
+    lengths: NDArray[np.int64] | None = None
+    groups: NDArray[np.integer] | None = None
+
+    @staticmethod
+    def stream(seed: int, name: str, index: int) -> Uniforms:
+        """Return the random numbers of one decision, a stream of its own for each purpose."""
+        return lambda purpose, ids: uniforms(seed, f"{name}.{purpose}", index, ids)
+
+
+_FIRST = 4096  # rows ranked at first; four times as many where they do not fill the budget
+
+
+def ranking(scores: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return all positions best first, ties by position; NaN and -inf are left out."""
+    return top_k(scores, len(scores))
+
+
+def token_budget(
+    scores: NDArray[np.floating], lengths: NDArray[np.integer], tokens: int, k: int, *, skip: bool = True
+) -> NDArray[np.int64]:
+    """Take rows best first while the ``lengths`` [n] of those taken add up to at most ``tokens``; at most ``k`` rows.
+
+    With ``skip`` a row that no longer fits is passed over; without, the walk ends there. NaN and -inf are never chosen.
+    """
+    size = min(len(scores), _FIRST)
+    while True:
+        order = top_k(scores, size)
+        chosen, full = _fill(order, lengths, tokens, k, skip)
+        if full or len(order) < size or size == len(scores):
+            return chosen
+        size = min(len(scores), 4 * size)
+
+
+def _fill(
+    order: NDArray[np.int64], lengths: NDArray[np.integer], tokens: int, k: int, skip: bool
+) -> tuple[NDArray[np.int64], bool]:
+    """Return the rows taken, and whether nothing after ``order`` could be taken."""
+    taken: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    count, left = 0, tokens
+    while len(order) and count < k:
+        total = np.cumsum(lengths[order], dtype=np.int64)
+        fitting = min(int(np.searchsorted(total, left, side="right")), k - count)
+        taken.append(order[:fitting])
+        count += fitting
+        left -= int(total[fitting - 1]) if fitting else 0
+        if fitting == len(order):
+            break
+        if not skip:
+            return np.concatenate(taken), True
+        rest = order[fitting:]
+        order = rest[lengths[rest] <= left]
+    return np.concatenate(taken), count >= k or (left == 0 and not (lengths == 0).any())
+
+
+def log_weights(scores: NDArray[np.floating], temperature: float, standardize: bool) -> NDArray[np.float64]:
+    """Return ``scores / temperature`` [n], of scores with mean 0 and standard deviation 1 where asked for.
+
+    QuRating (ICML 2024, arXiv 2402.09739) draws with p ~ exp(s / tau) of standardized scores, tau = 2.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if standardize and len(values):
+        spread = float(values.std())
+        values = (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+    return values / temperature
+
+
+def gumbel(log_w: NDArray[np.float64], k: int, rows: Rows, uniforms: Uniforms) -> NDArray[np.int64]:
+    """Draw ``k`` positions without replacement with probability proportional to exp(log_w), keyed by row id.
+
+    A row's number depends on its id only: neither on the order of the pool nor on the number of ranks.
+
+    Returns:
+        int64 [min(k, rows of finite log weight)], in the order of the draw.
+    """
+    return gumbel_top_k(log_w, min(k, int(np.isfinite(log_w).sum())), uniforms("gumbel", rows))
+
+
+def multinomial(
+    weights: NDArray[np.floating], k: int, rows: Rows, uniforms: Uniforms, *, replacement: bool
+) -> NDArray[np.int64]:
+    """Draw ``k`` positions with probability proportional to ``weights`` [n].
+
+    Returns:
+        int64 in the order of the draw: [k] with replacement; without, [min(k, rows of weight above 0)].
+
+    Raises:
+        DataError: A negative weight, or none above 0.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    if len(values) == 0 or k == 0:
+        return np.empty(0, dtype=np.int64)
+    if (values < 0).any() or not (values > 0).any():
+        found: Literal["negative", "all 0"] = "negative" if (values < 0).any() else "all 0"
+        raise DataError(
+            f"multinomial: scores are taken for weights, and some are {found}. Set 'weights: softmax', or use "
+            "the rule gumbel_top_k."
+            if found == "negative"
+            else f"multinomial: the weights of {len(values):,} rows are {found}; there is nothing to draw from."
+        )
+    if replacement:
+        return weighted_with_replacement(values, k, uniforms("draws", np.arange(k, dtype=np.int64)))
+    return weighted_without_replacement(values, min(k, int((values > 0).sum())), uniforms("gumbel", rows))
+
+
+Quota = Literal["water_filling", "proportional"]
+
+
+def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
+    """Share ``total`` out equally over groups of these sizes [G]; groups too small for their share give all they have.
+
+    Groups ascend by size, ties by index; each gets what is left divided by the groups left, rounded down, or all
+    it has (S2L: SmallToLarge, NeurIPS 2024, arXiv 2403.07384). Sizes (2, 10, 50) and 30 give (2, 10, 18). The sum is
+    min(total, sum of sizes).
+    """
+    counts = np.asarray(sizes, dtype=np.int64)
+    result = np.zeros(len(counts), dtype=np.int64)
+    left = int(total)
+    for turn, group in enumerate(np.argsort(counts, kind="stable").tolist()):
+        result[group] = min(int(counts[group]), left // (len(counts) - turn))
+        left -= int(result[group])
+    return result
+
+
+def quotas(sizes: ArrayLike, total: int, quota: Quota) -> NDArray[np.int64]:
+    """Return each group's number of rows [G], none above its size, with sum min(total, sum of sizes)."""
+    counts = np.asarray(sizes, dtype=np.int64)
+    if quota == "water_filling":
+        return water_filling(counts, total)
+    total = min(total, int(counts.sum()))
+    return largest_remainder(total, counts) if total else np.zeros_like(counts)
+
+
+def by_quota(groups: NDArray[np.integer], preference: NDArray[np.floating], k: int, quota: Quota) -> NDArray[np.int64]:
+    """Let every group give its quota of rows, those of largest preference: positions in order of preference.
+
+    Args:
+        groups: Group of each row [n], >= 0.
+        preference: Larger is better, finite [n]; ties by position.
+        k: Number of rows; all where there are fewer.
+        quota: How ``k`` is shared out.
+    """
+    sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
+    there = np.flatnonzero(sizes)
+    wanted = np.zeros(len(sizes), dtype=np.int64)
+    wanted[there] = quotas(sizes[there], k, quota)
+    order = np.argsort(-np.asarray(preference, dtype=np.float64), kind="stable")
+    grouped = order[np.argsort(groups[order], kind="stable")]
+    starts = np.cumsum(sizes) - sizes
+    rank = np.empty(len(groups), dtype=np.int64)
+    rank[grouped] = np.arange(len(groups)) - starts[groups[grouped]]
+    return order[rank[order] < wanted[groups[order]]].astype(np.int64)

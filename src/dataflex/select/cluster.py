@@ -1,4 +1,6 @@
-"""k-means, the same on every rank for a given seed: Euclidean by scikit-learn, spherical by a short loop of its own.
+"""Clusters: k-means, the same on every rank for a given seed, and cells, a coarse partition.
+
+k-means is Euclidean by scikit-learn, spherical by a short loop of its own.
 
 Clusters without members are dropped and the rest numbered anew, so that every label has rows.
 """
@@ -7,15 +9,29 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
+from dataflex.rng import keys
 
-__all__ = ["kmeans", "members", "require_kmeans", "spherical_kmeans"]
+__all__ = [
+    "Cells",
+    "cells_of",
+    "kmeans",
+    "kmeans_labels",
+    "members",
+    "nearest_centres",
+    "require_kmeans",
+    "spherical_kmeans",
+]
 
 _CELLS = 1 << 24  # similarities of rows and centres held at a time: 64 MiB of float32
+_BLOCK = 1 << 24  # products held at a time: 64 MiB of float32
+_SAMPLE = 32  # rows per centre that improve the centres
+_FIT_ROWS = 256  # rows of each cluster that centres are found on
 _MISSING = "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
 
 
@@ -36,7 +52,7 @@ def kmeans(
 
     Args:
         vectors: Finite [n, d], n >= 1.
-        k: Clusters, >= 1; with k >= n every row is a cluster of its own.
+        k: Number of clusters, >= 1; with k >= n every row is a cluster of its own.
         rng: Seeds the first centres.
         iterations: Rounds at most.
 
@@ -71,16 +87,8 @@ def spherical_kmeans(
     """Cluster by cosine: centres are means of unit vectors, scaled to length one after every round.
 
     First centres are rows drawn without replacement. A cluster that loses its rows is started again at the
-    row that is farthest from its own centre.
-
-    Args:
-        vectors: Finite [n, d], n >= 1; rows are scaled to length one, a zero row stays zero.
-        k: Clusters, >= 1; with k >= n every row is a cluster of its own.
-        rng: Draws the first centres.
-        iterations: Rounds at most; it ends earlier when no label changes.
-
-    Returns:
-        Labels int64 [n] and centres of length one float32 [K, d]; K <= k, every cluster has a row.
+    row that is farthest from its own centre. Arguments and answer are those of ``kmeans``; rows are scaled to length
+    one, a zero row stays zero, and it ends early when no label changes.
     """
     rows = _units(np.asarray(vectors, dtype=np.float32))
     assert rows.ndim == 2, f"vectors have shape {rows.shape}"
@@ -130,3 +138,98 @@ def _nearest(rows: NDArray[np.float32], centres: NDArray[np.float32]) -> tuple[N
 def _compact(labels: NDArray[np.int64], centres: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     used, labels = np.unique(labels, return_inverse=True)
     return labels.reshape(-1).astype(np.int64), centres[used]
+
+
+def kmeans_labels(vectors_ND: NDArray[np.float32], clusters: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return the k-means cluster of each row, int64 [N], N >= 1; labels without rows are possible.
+
+    Centres are found on at most 256 rows a cluster; then every row joins the nearest. ``rng`` must be equal on every
+    rank.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    enough = _FIT_ROWS * clusters
+    if len(vectors_ND) <= enough:
+        return kmeans(vectors_ND, clusters, rng)[0]
+    sample = np.sort(rng.choice(len(vectors_ND), size=enough, replace=False))
+    centres = kmeans(vectors_ND[sample], clusters, rng)[1]
+    return nearest_centres(vectors_ND, np.arange(len(vectors_ND)), centres).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """A partition of positions.
+
+    Attributes:
+        members: Positions of each cell, ascending; no cell is empty.
+        centres: Mean of each cell's sample, float32 [C, D].
+    """
+
+    members: list[NDArray[np.int64]]
+    centres: NDArray[np.float32]
+
+    def around(self, cell: int, probes: int) -> list[int]:
+        """Return the ``probes`` cells whose centres are nearest to a cell's, itself first."""
+        away = ((self.centres - self.centres[cell]) ** 2).sum(axis=1)
+        away[cell] = -1.0
+        return list(np.argsort(away, kind="stable")[:probes].tolist())
+
+    def probes(
+        self, vectors_ND: NDArray[np.float32], places: NDArray[np.int64], most: int, radius: float
+    ) -> list[NDArray[np.int64]]:
+        """Return, by cell, the indices into ``places`` [n] of rows that may have a neighbour within ``radius`` there.
+
+        A row within ``radius`` of another lies in a cell whose centre is at most 2 radii further from the other than
+        the nearest centre: only such cells are named, and of them the ``most`` nearest ones.
+        """
+        most = min(most, len(self.members))
+        squares = np.einsum("cd,cd->c", self.centres, self.centres)
+        rows: list[NDArray[np.int64]] = []
+        cells: list[NDArray[np.int64]] = []
+        size = max(1, _BLOCK // max(len(self.centres), vectors_ND.shape[1]))
+        for start in range(0, len(places), size):
+            part = vectors_ND[places[start : start + size]]
+            own = np.einsum("nd,nd->n", part, part)
+            away = np.sqrt(np.maximum(own[:, None] + squares - 2.0 * (part @ self.centres.T), 0.0))
+            nearest = np.argpartition(away, most - 1, axis=1)[:, :most]
+            found = np.take_along_axis(away, nearest, axis=1)
+            line, rank = np.nonzero(found <= found.min(axis=1, keepdims=True) + 2.0 * radius)
+            rows.append(start + line)
+            cells.append(nearest[line, rank])
+        row, cell = np.concatenate(rows), np.concatenate(cells)
+        order = np.argsort(cell, kind="stable")
+        ends = np.searchsorted(cell[order], np.arange(len(self.members) + 1))
+        return [row[order[ends[i] : ends[i + 1]]] for i in range(len(self.members))]
+
+
+def nearest_centres(
+    vectors: NDArray[np.float32], places: NDArray[np.int64], centres: NDArray[np.float32]
+) -> NDArray[np.intp]:
+    """Return the nearest centre, by Euclidean distance, of the rows at ``places`` [n]; ties to the smaller."""
+    half = 0.5 * np.einsum("cd,cd->c", centres, centres)
+    found = np.empty(len(places), dtype=np.intp)
+    size = max(1, _BLOCK // max(len(centres), vectors.shape[1]))
+    for start in range(0, len(places), size):
+        part = vectors[places[start : start + size]]
+        found[start : start + size] = (part @ centres.T - half).argmax(axis=1)
+    return found
+
+
+def cells_of(vectors_ND: NDArray[np.float32], places: NDArray[np.int64], size: int) -> Cells:
+    """Sort the rows at distinct ``places`` [n], n >= 1, into cells of about ``size`` rows."""
+    count = max(1, round(len(places) / size))
+    order = np.argsort(keys(0, "rules.cells", 0, places), kind="stable")
+    centres = vectors_ND[places[np.sort(order[:count])]].astype(np.float32)
+    sample = places[np.sort(order[: _SAMPLE * count])]
+    joined = nearest_centres(vectors_ND, sample, centres)
+    for cell in range(count):
+        own = sample[joined == cell]
+        if len(own):
+            centres[cell] = vectors_ND[own].mean(axis=0)
+    joined = nearest_centres(vectors_ND, places, centres)
+    by_cell = np.argsort(joined, kind="stable")
+    ends = np.searchsorted(joined[by_cell], np.arange(count + 1))
+    filled = [cell for cell in range(count) if ends[cell] < ends[cell + 1]]
+    members = [np.sort(places[by_cell[ends[cell] : ends[cell + 1]]]) for cell in filled]
+    return Cells(members=members, centres=centres[filled])

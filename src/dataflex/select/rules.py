@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Params
+from dataflex.method import Params, param
 from dataflex.parts import Part
-from dataflex.select import density, ranked, spread
-from dataflex.select.candidates import Candidates
-from dataflex.select.choose import round_robin, top_k
-from dataflex.select.cluster import require_kmeans
-from dataflex.select.neighbours import Search, require_search, round_robin_nearest
-from dataflex.select.ranked import Quota
+from dataflex.select import spread, tsds
+from dataflex.select.choose import (
+    Candidates,
+    Quota,
+    by_quota,
+    gumbel,
+    log_weights,
+    multinomial,
+    ranking,
+    round_robin,
+    token_budget,
+    top_k,
+)
+from dataflex.select.cluster import kmeans_labels, require_kmeans
+from dataflex.select.neighbours import Search, require_search, round_robin_nearest, walk_by_rank
 
 __all__ = [
     "RULES",
@@ -50,56 +58,48 @@ class TopK(Params):
 class RoundRobin(Params):
     """Queries take turns, each taking its best row that is not yet taken."""
 
-    shuffle: bool = field(default=False, metadata={"help": "turns in random order instead of that of the file"})
+    shuffle: bool = param(False, "turns in random order instead of that of the file")
+    taken: Literal["next", "lose_turn"] = param(
+        "next", "where a query's best row is taken: it takes the next one, or loses its turn"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnUniform(Params):
     """Draws from the rows around each query by optimal transport (TSDS with sigma 0)."""
 
-    max_k: int = field(
-        default=5000, metadata={"help": "neighbours of a target row at most, also a tenth of the pool", "minimum": 2}
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={"help": "closeness to the target (1) against diversity (0)", "minimum": 0.0, "maximum": 1.0},
-    )
-    c: float = field(default=5.0, metadata={"help": "scale of the distances", "above": 0.0})
-    replacement: bool = field(default=False, metadata={"help": "draw with replacement, so that rows may repeat"})
-    search: Search = field(default="exact", metadata={"help": _SEARCH_HELP})
+    max_k: int = param(5000, "neighbours of a target row at most, also a tenth of the pool", minimum=2)
+    alpha: float = param(0.5, "closeness to the target (1) against diversity (0)", minimum=0.0, maximum=1.0)
+    c: float = param(5.0, "scale of the distances", above=0.0)
+    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
+    search: Search = param("exact", _SEARCH_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnKde(KnnUniform):
     """The same with near-duplicates sharing one place (TSDS)."""
 
-    sigma: float = field(
-        default=0.75, metadata={"help": "distance within which rows count as duplicates; 0: never", "minimum": 0.0}
-    )
-    kde_k: int = field(
-        default=1000, metadata={"help": "rows in a density at most, also a tenth of the pool", "minimum": 1}
-    )
+    sigma: float = param(0.75, "distance within which rows count as duplicates; 0: never", minimum=0.0)
+    kde_k: int = param(1000, "rows in a density at most, also a tenth of the pool", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GumbelTopK(Params):
     """Draws without replacement with probability proportional to exp(score / temperature)."""
 
-    temperature: float = field(default=1.0, metadata={"help": "what scores are divided by", "above": 0.0})
-    standardize: bool = field(
-        default=False, metadata={"help": "give scores mean 0 and standard deviation 1 first, as QuRating"}
-    )
+    temperature: float = param(1.0, "what scores are divided by", above=0.0)
+    standardize: bool = param(False, "give scores mean 0 and standard deviation 1 first, as QuRating")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multinomial(Params):
     """Draws with probability proportional to scores, or to exp(score / temperature)."""
 
-    weights: Literal["scores", "softmax"] = field(
-        default="scores", metadata={"help": "scores themselves (then >= 0), or exp(score / temperature)"}
+    weights: Literal["scores", "softmax"] = param(
+        "scores", "scores themselves (then >= 0), or exp(score / temperature)"
     )
-    temperature: float = field(default=1.0, metadata={"help": "temperature of softmax weights", "above": 0.0})
-    replacement: bool = field(default=False, metadata={"help": "draw with replacement, so that rows may repeat"})
+    temperature: float = param(1.0, "temperature of softmax weights", above=0.0)
+    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0 and self.weights != "softmax":
@@ -110,69 +110,49 @@ class Multinomial(Params):
 class TokenBudget(Params):
     """The best rows that a number of tokens holds."""
 
-    tokens: int = field(metadata={"help": "tokens of the chosen rows together at most", "minimum": 1})
-    skip: bool = field(default=True, metadata={"help": "pass over rows that no longer fit, instead of stopping there"})
+    tokens: int = param(help="tokens of the chosen rows together at most", minimum=1)
+    skip: bool = param(True, "pass over rows that no longer fit, instead of stopping there")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deita(Params):
     """The best rows that are not too similar to a better one that was kept."""
 
-    threshold: float = field(
-        default=0.9,
-        metadata={"help": "largest cosine that two kept rows may have", "minimum": -1.0, "maximum": 1.0},
-    )
-    fill: bool = field(default=False, metadata={"help": "fill up with the best of the others where too few pass"})
+    threshold: float = param(0.9, "largest cosine that two kept rows may have", minimum=-1.0, maximum=1.0)
+    fill: bool = param(False, "fill up with the best of the others where too few pass")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KCenter(Params):
     """Again and again the row furthest from all rows taken."""
 
-    best_share: float = field(
-        default=1.0,
-        metadata={"help": "share of the rows, best by score, that is chosen from", "above": 0.0, "maximum": 1.0},
-    )
+    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FacilityLocation(Params):
     """The rows that represent all rows best."""
 
-    neighbours: int = field(
-        default=64, metadata={"help": "similar rows that can represent a row, itself among them", "minimum": 1}
-    )
-    best_share: float = field(
-        default=1.0,
-        metadata={"help": "share of the rows, best by score, that is chosen from", "above": 0.0, "maximum": 1.0},
-    )
-    search: Search = field(default="exact", metadata={"help": _SEARCH_HELP})
+    neighbours: int = param(64, "similar rows that can represent a row, itself among them", minimum=1)
+    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
+    search: Search = param("exact", _SEARCH_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaterFilling(Params):
     """Equally many rows of every domain as far as they last."""
 
-    within: Literal["best", "random"] = field(
-        default="best", metadata={"help": "a domain's best rows by score, or random ones"}
-    )
+    within: Literal["best", "random"] = param("best", "a domain's best rows by score, or random ones")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterQuota(Params):
     """Rows of every k-means cluster of the vectors (extra: cluster)."""
 
-    clusters: int | None = field(
-        default=None, metadata={"help": "clusters; null: the square root of the pool's rows", "minimum": 1}
-    )
-    quota: Quota = field(default="water_filling", metadata={"help": "equally many of each, or by its size"})
-    within: Literal["best", "random"] = field(
-        default="best", metadata={"help": "a cluster's best rows by score, or random ones"}
-    )
-    normalize: bool = field(default=True, metadata={"help": "give vectors length one first"})
-
-
-"""(what for, ids [n]) to numbers in (0, 1) [n] that depend on each id alone."""
+    clusters: int | None = param(None, "clusters; null: the square root of the pool's rows", minimum=1)
+    quota: Quota = param("water_filling", "equally many of each, or by its size")
+    within: Literal["best", "random"] = param("best", "a cluster's best rows by score, or random ones")
+    normalize: bool = param(True, "give vectors length one first")
 
 
 Chosen = NDArray[np.int64]
@@ -204,51 +184,52 @@ def _top_k(c: Candidates, k: int, _: Params) -> Chosen:
 
 
 def _round_robin(c: Candidates, k: int, p: RoundRobin) -> Chosen:
-    count = len(c.queries) if c.queries is not None else len(c.by_query) if c.by_query is not None else 0
-    assert count > 0
-    order = np.argsort(c.uniforms("turns", np.arange(count))) if p.shuffle else None
-    if c.queries is not None:
-        assert c.vectors is not None
-        return round_robin_nearest(c.queries, c.vectors, k, order)
-    assert c.by_query is not None
-    return round_robin(c.by_query, k, order)
+    turns = c.queries if c.by_query is None else c.by_query
+    assert turns is not None
+    order = np.argsort(c.uniforms("turns", np.arange(len(turns)))) if p.shuffle else None
+    if c.by_query is not None:
+        return round_robin(c.by_query, k, order, lose_turn=p.taken == "lose_turn")
+    assert c.vectors is not None
+    if p.taken == "next":
+        return round_robin_nearest(turns, c.vectors, k, order)
+    return walk_by_rank(turns if order is None else turns[order], c.vectors, k)
 
 
 def _knn(c: Candidates, k: int, p: KnnUniform) -> Chosen:
     assert c.queries is not None
     assert c.vectors is not None
     kde = (p.sigma, p.kde_k) if isinstance(p, KnnKde) else (0.0, 1)
-    probability, away = density.probabilities(
+    probability, away = tsds.probabilities(
         c.queries, c.vectors, max_k=p.max_k, kde_k=kde[1], sigma=kde[0], alpha=p.alpha, c=p.c, search=p.search
     )
-    return density.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
+    return tsds.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
 
 
 def _gumbel(c: Candidates, k: int, p: GumbelTopK) -> Chosen:
     assert c.scores is not None
-    return ranked.gumbel(ranked.log_weights(c.scores, p.temperature, p.standardize), k, c.rows, c.uniforms)
+    return gumbel(log_weights(c.scores, p.temperature, p.standardize), k, c.rows, c.uniforms)
 
 
 def _multinomial(c: Candidates, k: int, p: Multinomial) -> Chosen:
     assert c.scores is not None
     weights = np.asarray(c.scores, dtype=np.float64)
     if p.weights == "softmax" and not p.replacement:  # no weight is 0, however far below the best a score is
-        return ranked.gumbel(ranked.log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
+        return gumbel(log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
     if p.weights == "softmax" and len(weights):
         weights = np.exp((weights - weights.max()) / p.temperature)
-    return ranked.multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
+    return multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
 
 
 def _token_budget(c: Candidates, k: int, p: TokenBudget) -> Chosen:
     assert c.scores is not None
     assert c.lengths is not None
-    return ranked.token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
+    return token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
 
 
 def _deita(c: Candidates, k: int, p: Deita) -> Chosen:
     assert c.scores is not None
     assert c.vectors is not None
-    order = ranked.ranking(c.scores)
+    order = ranking(c.scores)
     chosen = spread.apart(spread.unit(c.vectors), order, p.threshold, k)
     if not p.fill or len(chosen) == k:
         return chosen
@@ -278,7 +259,7 @@ def _facility(c: Candidates, k: int, p: FacilityLocation) -> Chosen:
 
 def _water_filling(c: Candidates, k: int, p: WaterFilling) -> Chosen:
     assert c.groups is not None
-    return ranked.by_quota(c.groups, _preference(c, p.within), k, "water_filling")
+    return by_quota(c.groups, _preference(c, p.within), k, "water_filling")
 
 
 def _cluster_quota(c: Candidates, k: int, p: ClusterQuota) -> Chosen:
@@ -286,8 +267,8 @@ def _cluster_quota(c: Candidates, k: int, p: ClusterQuota) -> Chosen:
     vectors = spread.unit(c.vectors) if p.normalize else c.vectors
     count = p.clusters or max(1, round(np.sqrt(len(vectors))))
     seed = int(c.uniforms("kmeans", np.zeros(1, dtype=np.int64))[0] * 2**52)
-    labels = ranked.kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
-    return ranked.by_quota(labels, _preference(c, p.within), k, p.quota)
+    labels = kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
+    return by_quota(labels, _preference(c, p.within), k, p.quota)
 
 
 def _preference(c: Candidates, within: str) -> NDArray[np.floating]:
@@ -337,14 +318,8 @@ class Rule(Part):
         return list(RULES)
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a rule's parameters.
-
-        Raises:
-            ConfigError: There is no such rule.
-        """
-        if name not in RULES:
-            raise ConfigError(f"unknown rule {name!r}{did_you_mean(name, list(RULES))} (known: {', '.join(RULES)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return a rule's parameters."""
         return RULES[name].params
 
     @property
@@ -352,6 +327,11 @@ class Rule(Part):
         """What the rule needs of the candidates with these parameters."""
         needs = RULES[self.name].needs
         return needs if isinstance(needs, frozenset) else needs(self.params)
+
+    @property
+    def replacement(self) -> bool:
+        """Whether a row may be drawn several times."""
+        return isinstance(self.params, KnnUniform | Multinomial) and self.params.replacement
 
     def require(self) -> None:
         """Raise the error of a package that the rule needs and that is not installed; nothing is imported.

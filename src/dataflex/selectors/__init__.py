@@ -1,1 +1,1 @@
-"""Methods that choose rows, one file each."""
+"""Methods that choose rows; those of one family are one file. ``_lib`` holds what several families share."""

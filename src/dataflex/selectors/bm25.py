@@ -13,26 +13,25 @@ target it holds 4 bytes for each pair of a pool row and a target row.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import round_robin, top_k
-from dataflex.selectors.okapi import Okapi
-from dataflex.selectors.text_features import Remembered, cut_words, no_words, pool_texts, target_words
-from dataflex.signals.specs import Part
+from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
+from dataflex.signals.kinds import Part
 
 __all__ = ["Bm25"]
 
 
-class Bm25(Selector):
+class Bm25(ScoringSelector):
     """Keep the rows that share rare words with the targets' rows."""
 
     name = "bm25"
+    lacking = "no words"
+    targets_take_turns = True
     needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Keeps the rows whose prompts share rare words with those of the targets' rows (BM25).",
@@ -41,25 +40,13 @@ class Bm25(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of BM25; the defaults are the paper's."""
 
-        part: Part = field(default="prompt", metadata={"help": "what of a row is compared"})
-        rule: Literal["top_k", "round_robin"] = field(
-            default="top_k", metadata={"help": "keep the highest scores, or let target rows (or targets) take turns"}
-        )
-        k1: float = field(
-            default=1.5,
-            metadata={"help": "how slowly repeats of a word saturate; 0: only its presence", "minimum": 0.0},
-        )
-        b: float = field(
-            default=0.75,
-            metadata={"help": "how much long rows are held back, 0 to 1", "minimum": 0.0, "maximum": 1.0},
-        )
-        epsilon: float = field(
-            default=0.25,
-            metadata={"help": "share of the mean idf for words in more than half of the rows", "minimum": 0.0},
-        )
+        part: Part = param("prompt", "what of a row is compared")
+        k1: float = param(1.5, "how slowly repeats of a word saturate; 0: only its presence", minimum=0.0)
+        b: float = param(0.75, "how much long rows are held back, 0 to 1", minimum=0.0, maximum=1.0)
+        epsilon: float = param(0.25, "share of the mean idf for words in more than half of the rows", minimum=0.0)
 
     params: Params
 
@@ -67,28 +54,22 @@ class Bm25(Selector):
         super().__init__(params)
         self._remembered = Remembered()
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; ties by pool order.
-
-        Returns:
-            Rows in order; scores [len(pool)] are the largest mean score over targets, NaN for rows without
-            words, which are never kept.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return mean scores over the rows of each target [T, N].
 
         Raises:
             DataError: The pool, or a target, has no row with a word.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        means, turns, wordless = self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))
-        scores = means.max(axis=0)
-        kept = top_k(scores, budget) if self.params.rule == "top_k" else round_robin(turns, budget)
-        reason = f"{len(kept)} of {len(pool)} rows by words of {', '.join(ctx.targets)} ({self.params.rule})"
-        if wordless:
-            reason += f"; {wordless} rows have no words"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        return self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))[0]
 
-    def _scores(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], NDArray[np.floating], int]:
-        """Return mean scores by target [T, N], scores of those that take turns [Q, N], and rows without words."""
+    def examine(self, pool: Rows, ctx: Context) -> Found:
+        """Return the scores by target; with one target its rows take turns, each with scores of its own."""
+        found = super().examine(pool, ctx)
+        turns = self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))[1]
+        return replace(found, turns=turns[:, found.places])
+
+    def _scores(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+        """Return mean scores by target [T, N] and scores of those that take turns [Q, N]."""
         p = self.params
         targets = target_words(self.name, ctx, p.part, cut_words)
         asked = {word for rows in targets for row in rows for word in row}
@@ -100,12 +81,12 @@ class Bm25(Selector):
         means = np.stack([index.scores(_mean(rows)) for rows in targets])
         means[:, empty] = np.nan
         turns: NDArray[np.floating] = means
-        if p.rule == "round_robin" and len(targets) == 1:
+        if p.rule.name == "round_robin" and len(targets) == 1:
             turns = np.empty((len(targets[0]), len(pool)), dtype=np.float32)
             for j, row in enumerate(targets[0]):
                 turns[j] = index.scores(Counter(row))
             turns[:, empty] = np.nan
-        return means, turns, int(empty.sum())
+        return means, turns
 
 
 def _mean(queries: list[list[str]]) -> dict[str, float]:

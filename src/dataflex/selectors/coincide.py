@@ -14,20 +14,75 @@ a row's tokens, scaled to length one, concatenated. They come from the model und
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
-from dataflex.selectors.mmd import density, greedy_mmd
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
-__all__ = ["Coincide", "cluster_quotas", "shares", "transferability"]
+__all__ = ["Coincide", "cluster_quotas", "density", "gaussian_kernel", "greedy_mmd", "shares", "transferability"]
+
+_CELLS = 1 << 22  # kernel values held at a time: 32 MiB
+
+
+def gaussian_kernel(left: NDArray[np.floating], right: NDArray[np.floating], gamma: float = 1.0) -> NDArray[np.float64]:
+    """Return exp(-|x - y|^2 / (2 gamma^2)) of all pairs, float64 [n, m]."""
+    a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1) - 2.0 * (a @ b.T)
+    return np.asarray(np.exp(np.maximum(squares, 0.0) / (-2.0 * gamma * gamma)))
+
+
+def _row_means(rows: NDArray[np.float64], gamma: float) -> Iterator[NDArray[np.float64]]:
+    step = max(1, _CELLS // len(rows))
+    for start in range(0, len(rows), step):
+        yield gaussian_kernel(rows[start : start + step], rows, gamma).mean(axis=1)
+
+
+def density(rows: NDArray[np.floating], gamma: float = 1.0) -> float:
+    """Return D: the mean kernel over all pairs of rows [n, d], each with itself included; n >= 1."""
+    return float(np.concatenate(list(_row_means(np.asarray(rows, dtype=np.float64), gamma))).mean())
+
+
+def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> NDArray[np.int64]:
+    """Return positions of rows whose distribution is closest to that of all rows, added one at a time.
+
+    Each step adds the row x that makes the squared maximum mean discrepancy of the chosen rows S (m of them) to all
+    rows least: (Q + 2 b_x + k(x, x)) / (m + 1)^2 - 2 (A + a_x) / (m + 1), with a_x the mean kernel of x with all
+    rows, b_x its sum with S, Q the sum over pairs of S, and A the sum of a over S. O(n d) a step.
+
+    Args:
+        rows: Vectors [n, d], finite.
+        count: How many.
+        gamma: Width of the kernel.
+
+    Returns:
+        int64 [min(count, n)] in the order added; ties to the smaller position.
+    """
+    vectors = np.asarray(rows, dtype=np.float64)
+    chosen = np.empty(min(count, len(vectors)), dtype=np.int64)
+    if not len(chosen):
+        return chosen
+    means = np.concatenate(list(_row_means(vectors, gamma)))
+    near = np.zeros(len(vectors))
+    free = np.ones(len(vectors), dtype=np.bool_)
+    pairs = aligned = 0.0
+    for m in range(len(chosen)):
+        # k(x, x) = 1.
+        value = (pairs + 2.0 * near + 1.0) / (m + 1) ** 2 - 2.0 * (aligned + means) / (m + 1)
+        best = int(np.argmin(np.where(free, value, np.inf)))
+        chosen[m], free[best] = best, False
+        pairs += 2.0 * near[best] + 1.0
+        aligned += means[best]
+        near += gaussian_kernel(vectors[best : best + 1], vectors, gamma)[0]
+    return chosen
+
 
 _NEAR = 0.9  # cosine of centres above which one is the other's near-duplicate
 
@@ -103,23 +158,13 @@ class Coincide(Selector):
     class Params(BaseParams):
         """Parameters of COINCIDE; temperature and kernel are the original code's."""
 
-        clusters: int | None = field(
-            default=None, metadata={"help": "number of clusters; null: one for 66 rows, as published", "minimum": 1}
-        )
-        temperature: float = field(
-            default=0.1, metadata={"help": "of the softmax over clusters; large: equal shares", "above": 0.0}
-        )
-        gamma: float = field(default=1.0, metadata={"help": "width of the Gaussian kernel", "above": 0.0})
-        layers: tuple[int, ...] = field(
-            default=(-1,), metadata={"help": "layers whose hidden states make the features; 1 F each"}
-        )
-        iterations: int = field(default=50, metadata={"help": "rounds of k-means at most", "minimum": 1})
-        encoder: str | None = field(
-            default=None,
-            metadata={
-                "help": "folder or hub id of another (small) model; null: the model under training",
-                "model": True,
-            },
+        clusters: int | None = param(None, "number of clusters; null: one for 66 rows, as published", minimum=1)
+        temperature: float = param(0.1, "of the softmax over clusters; large: equal shares", above=0.0)
+        gamma: float = param(1.0, "width of the Gaussian kernel", above=0.0)
+        layers: tuple[int, ...] = param((-1,), "layers whose hidden states make the features; 1 F each")
+        iterations: int = param(50, "rounds of k-means at most", minimum=1)
+        encoder: str | None = param(
+            None, "folder or hub id of another (small) model; null: the model under training", model=True
         )
 
         def __post_init__(self) -> None:
@@ -176,8 +221,8 @@ class Coincide(Selector):
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
         for layer in self.params.layers:
-            spec = EmbeddingSpec(layer=layer, pooling="mean", normalize=False)
-            found = np.tanh(ctx.signals.embeddings(pool, spec, encoder=self.params.encoder))
+            signal = Embedding(layer=layer, pooling="mean", normalize=False, encoder=self.params.encoder)
+            found = np.tanh(ctx.signals(signal, pool))
             if found.ndim != 2 or len(found) != len(pool):
                 raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
             parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30))

@@ -1,10 +1,11 @@
 """A selector put together from parts: what rows are compared by, how targets come together, and which rows are kept.
 
-``represent`` names vectors (``rds_plus``, ``embed``, ``gradient``), scores by target (``influence``), or scores
-(``loss``); any other selector that scores rows can be named too. ``aggregate`` brings targets together: ``mean``,
-``max``, ``mean_then_max``, ``z_max`` and ``votes`` to one score a row, ``round_robin`` by letting targets take turns,
-each with its own choice by the rule. ``rule`` is one of the subset rules. The parts are those of a study that takes
-representation and rule apart ("A Critical Look at Targeted Instruction Selection", ICML 2026, arXiv 2602.14696).
+``represent`` names what gives scores or vectors: any scoring selector (``less``, ``rds_plus``, ...), sketched gradients
+(``gradient``), exact influence (``influence``), plain losses (``loss``), or another selector that scores rows.
+``aggregate`` brings targets together: ``mean``, ``max``, ``mean_then_max``, ``z_max``, ``ranks`` and ``votes`` to one
+score a row, ``round_robin`` by letting targets take turns, each with its own choice by the rule. ``rule`` is one of the
+subset rules. The parts are those of a study that takes representation and rule apart ("A Critical Look at Targeted
+Instruction Selection", ICML 2026, arXiv 2602.14696).
 
 Rules that compare rows with each other (``deita``, ``k_center``, ``facility_location``, ``cluster_quota``) need
 vectors: those of ``represent``, or, where that gives scores, those named in ``vectors``. ``near_duplicates`` drops a
@@ -15,28 +16,215 @@ its name: ``rule: {name: knn_kde, sigma: 0.1}``. Without ``aggregate``, scores a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.method import STAGES, Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.method import Params as BaseParams
+from dataflex.errors import ComponentError, ConfigError, DataError
+from dataflex.method import STAGES, Card, Context, Needs, Params, Rows, Selector, State, param
+from dataflex.parts import Part
+from dataflex.registry import find, find_variant, names
+from dataflex.select.choose import Candidates, Uniforms, ranking
 from dataflex.select.rules import Rule
-from dataflex.selectors.aggregate import Aggregate
-from dataflex.selectors.assembled import Assembly, assemble, chosen, targeted
-from dataflex.selectors.represent import Represent
-from dataflex.selectors.wiring import combination_problems
+from dataflex.select.scoring import (
+    AGGREGATE,
+    RULE,
+    VECTORS,
+    Aggregate,
+    Found,
+    Gives,
+    ScoringParams,
+    ScoringSelector,
+    combination_problems,
+    default_of,
+)
+from dataflex.select.spread import near_duplicates
+from dataflex.selectors._lib import GradientParams, VectorSelector
+from dataflex.selectors.less import Less
+from dataflex.signals import kinds
 
-__all__ = ["Compose"]
+__all__ = ["Compose", "Represent"]
+
+_WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
+_LOOKS_AT_TARGETS = frozenset({"scores", "queries", "query_vectors"})
+_QUERIES = frozenset({"queries", "query_vectors"})
 
 
-class Compose(Selector):
+class TokenLoss(ScoringSelector):
+    """Token-mean loss."""
+
+    name = "loss"
+    lacking = "no finite loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
+    card = Card(summary="Prefers rows by loss.", paper="baseline", cost="1 F", forward_per_pool_row=1.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of the loss as it is."""
+
+        prefer: Literal["high", "low"] = param("high", "which losses are preferred")
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return losses, negative where low ones are preferred [N]."""
+        found = ctx.signals(kinds.TokenLoss(), pool)
+        return found if self.params.prefer == "high" else -found
+
+
+class Gradient(VectorSelector):
+    """Sketched gradients of length one, as LESS compares; target rows' stay plain."""
+
+    name = "gradient"
+    lacking = "no gradient"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
+    card = Card(
+        summary="Compares sketches of gradients.",
+        paper="LESS, ICML 2024, arXiv 2402.04333",
+        cost="1 F + 1 B",
+        forward_per_pool_row=1.0,
+        backward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(GradientParams, ScoringParams):
+        """Parameters of gradient sketches."""
+
+        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+            "true_adam", "what turns training gradients into directions"
+        )
+        include_momentum: bool = param(True, "keep Adam's momentum term")
+        dim: int = param(4096, "numbers per row, even", minimum=2)
+
+        def __post_init__(self) -> None:
+            if self.dim % 2:
+                raise ValueError(f"dim: must be even, found {self.dim}")
+
+    def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
+        """Return sketches of length one [n, dim]."""
+        p = self.params
+        options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
+        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
+
+
+class Asked(ScoringSelector):
+    """The scores of a selector that is no scoring one; with targets it is asked target by target."""
+
+    name = "asked"
+    lacking = "no score"
+
+    def __init__(self, name: str, params: Params) -> None:
+        self.name = name  # type: ignore[misc]
+        self.params = params
+        self._cls = find_variant("selector", name, params)
+        self._selectors: dict[str, Selector] = {}
+        self._states: State = {}
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that the selector needs."""
+        return self._selector("").columns()
+
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
+        """Return what the selector refuses."""
+        return self._selector("").refused_values(name, values)
+
+    @property
+    def reference(self) -> str | None:
+        """The reference model of the selector."""
+        return self._selector("").reference
+
+    def _selector(self, target: str) -> Selector:
+        """Return the selector for a target, with its state."""
+        if target not in self._selectors:
+            selector = self._cls(self.params)
+            assert isinstance(selector, Selector)
+            selector.load_state_dict(self._states.pop(target, {}))
+            self._selectors[target] = selector
+        return self._selectors[target]
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return the selector's scores [N], or [T, N] where it selects towards targets."""
+        if not self._cls.needs.targets:
+            return self._scores("", pool, ctx)
+        each = (dataclasses.replace(ctx, targets=(target,)) for target in ctx.targets)
+        return np.stack([self._scores(one.targets[0], pool, one) for one in each])
+
+    def _scores(self, target: str, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        found: Any = self._selector(target).select(pool, len(pool), ctx).scores
+        if found is None or np.shape(found) != (len(pool),):
+            raise ComponentError(f"represent: the {self.name} selector gave no score for each of {len(pool):,} rows")
+        return np.asarray(found, dtype=np.float64)
+
+    def state_dict(self) -> State:
+        """Return the states of the selectors, by target."""
+        states = {target: selector.state_dict() for target, selector in self._selectors.items()}
+        return {**self._states, **{target: state for target, state in states.items() if state}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of ours.
+        """
+        if not all(isinstance(each, dict) for each in state.values()):
+            raise ValueError(f"compose keeps states of the {self.name} selector, but was given {sorted(state)}")
+        self._selectors, self._states = {}, dict(state)
+
+
+_OWN: Final[dict[str, type[ScoringSelector]]] = {"gradient": Gradient, "influence": Less, "loss": TokenLoss}
+
+
+@dataclass(frozen=True)
+class Represent(Part):
+    """What gives scores or vectors, with its parameters."""
+
+    what = "representation"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return the representations of this file, then the selectors that can stand for one."""
+        others = [name for name in names("selector") if name not in _OWN and name not in _WITHOUT_SCORES]
+        return [*_OWN, *others]
+
+    @classmethod
+    def listed(cls, name: str) -> type[Params]:
+        """Return a representation's parameters; ComponentError where the registry names something else."""
+        return _OWN[name].Params if name in _OWN else find("selector", name).Params
+
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return the parameters; raises as any part, and where a selector gives no scores."""
+        if name in _WITHOUT_SCORES:
+            raise ConfigError(f"the {name} selector gives no scores to choose by (known: {', '.join(cls.known())})")
+        return super().params_of(name)
+
+    @property
+    def cls(self) -> type[Any]:
+        """The selector that scores, with what it needs and costs under these parameters."""
+        return _OWN.get(self.name) or find_variant("selector", self.name, self.params)
+
+    @property
+    def gives(self) -> Gives:
+        """What rows are compared by."""
+        found: type[Any] = self.cls
+        if issubclass(found, ScoringSelector):
+            return found.gives(self.params)
+        return "tasks" if found.needs.targets else "scores"
+
+    def scorer(self) -> ScoringSelector:
+        """Return a new instance of what scores."""
+        found: type[Any] = self.cls
+        return found(self.params) if issubclass(found, ScoringSelector) else Asked(self.name, self.params)
+
+
+class Compose(ScoringSelector):
     """Represent, aggregate, choose."""
 
     name = "compose"
+    lacking = "nothing to be compared by"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
@@ -47,149 +235,157 @@ class Compose(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """The parts. Where ``represent`` is given, ``name: compose`` can be left out."""
 
         represent: Represent = field(
             default_factory=lambda: Represent.of("rds_plus"),
             metadata={"help": "what rows are compared by: rds_plus, embed, gradient, influence, loss, or a selector"},
         )
-        aggregate: Aggregate | None = field(
-            default=None,
-            metadata={"help": "how targets come together: mean, max, mean_then_max, z_max, votes or round_robin"},
+        aggregate: Aggregate | None = param(None, AGGREGATE)
+        rule: Rule = param(Rule.of("top_k"), RULE)
+        vectors: Represent | None = param(None, "vectors by which rows are kept apart, where not those of represent")
+        near_duplicates: float | None = param(
+            None, "cosine with a better row above which a row is dropped first", above=0.0, maximum=1.0
         )
-        rule: Rule = field(
-            default_factory=lambda: Rule.of("top_k"), metadata={"help": "which rows are kept: a subset rule"}
-        )
-        vectors: Represent | None = field(
-            default=None, metadata={"help": "vectors by which rows are kept apart, where not those of represent"}
-        )
-        near_duplicates: float | None = field(
-            default=None,
-            metadata={
-                "help": "cosine with a better row above which a row is dropped first",
-                "above": 0.0,
-                "maximum": 1.0,
-            },
-        )
-
-        def __post_init__(self) -> None:
-            problems = combination_problems(self)
-            if problems:
-                raise ConfigError(problems)
 
     params: Params
 
     @classmethod
     def variant(cls, params: Any) -> type[Compose]:
         """Return the class with the needs and costs of these parts."""
-        specs = [part.spec for part in (params.represent, params.vectors) if part is not None]
+        parts = [part.cls for part in (params.represent, params.vectors) if part is not None]
         fixed = Needs(
-            signals=frozenset().union(*(spec.needs.signals for spec in specs)),
-            targets=targeted(params),
-            domains=max(spec.needs.domains for spec in specs),
-            stages=tuple(stage for stage in STAGES if all(stage in spec.needs.stages for spec in specs)),
-            zero3=all(spec.needs.zero3 for spec in specs),
+            signals=frozenset().union(*(part.needs.signals for part in parts)),
+            targets=_targeted(params),
+            domains=max(part.needs.domains for part in parts),
+            stages=tuple(stage for stage in STAGES if all(stage in part.needs.stages for part in parts)),
+            zero3=all(part.needs.zero3 for part in parts),
         )
-        forward, backward = (sum(spec.cost[i] for spec in specs) for i in (0, 1))
+        forward = sum(part.card.forward_per_pool_row for part in parts)
+        backward = sum(part.card.backward_per_pool_row for part in parts)
         each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n) or "no pass"
         card = dataclasses.replace(
             cls.card,
             cost=f"{each} over the pool per interval, and the targets",
             forward_per_pool_row=forward,
             backward_per_pool_row=backward,
-            forward_once_per_pool_row=sum(spec.once for spec in specs),
+            forward_once_per_pool_row=sum(part.card.forward_once_per_pool_row for part in parts),
         )
-        adaptive = any(spec.adaptive for spec in specs)
+        adaptive = any(part.adaptive for part in parts)
         return type(cls.__name__, (cls,), {"needs": fixed, "card": card, "adaptive": adaptive, "__doc__": cls.__doc__})
+
+    @classmethod
+    def gives(cls, params: Any) -> Gives:
+        """Return what ``represent`` gives."""
+        found: Gives = params.represent.gives
+        return found
+
+    @classmethod
+    def param_problems(cls, params: Any) -> list[str]:
+        """Return why these parts cannot work together; each line begins with the key."""
+        represent, rule = params.represent, params.rule
+        apart = params.vectors is not None
+        problems = combination_problems(represent.name, represent.gives, rule, params.aggregate, apart=apart)
+        return [*problems, *_part_problems(params)]
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        params.rule.require()
-        self._scorers: dict[str, Selector] = {}
-        self._states: State = {}
+        self._scorer = params.represent.scorer()
 
     def columns(self) -> tuple[str, ...]:
-        """Return the columns that the selectors asked for scores need."""
-        scorer = self.params.represent.selector()
-        return () if scorer is None else scorer.columns()
+        """Return the columns that what scores needs."""
+        return self._scorer.columns()
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
-        """Return what the selector asked for scores refuses."""
-        scorer = self.params.represent.selector()
-        return None if scorer is None else scorer.refused_values(name, values)
+        """Return what the scorer refuses."""
+        return self._scorer.refused_values(name, values)
 
     @property
     def reference(self) -> str | None:
-        """The reference model of the selector asked for scores."""
-        scorer = self.params.represent.selector()
-        return None if scorer is None else scorer.reference
+        """The reference model of what scores."""
+        return self._scorer.reference
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; fewer where the rule says so, or where rows lack what they are compared by.
+    @property
+    def aggregate(self) -> Aggregate:
+        """How targets come together; by default by the best target row where a rule looks at each of them."""
+        nearest = self.params.represent.gives == "vectors" and self.rule.needs & _QUERIES
+        return self.params.aggregate or Aggregate.of("max" if nearest else "mean_then_max")
 
-        Returns:
-            Rows in the rule's order; scores [len(pool)] after bringing targets together (the largest similarity
-            with a target row for rules that look at each of them), NaN for rows that have none and are never kept;
-            no scores where nothing is scored.
+    def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
+        """Return the random numbers of a decision, a stream for each purpose."""
+        name = "selector.compose" if target is None else f"selector.compose.{target}"
+        return Candidates.stream(ctx.seed, name, ctx.interval.index)
+
+    def examine(self, pool: Rows, ctx: Context) -> Found:
+        """Ask for everything that the parts need of a pool that is not empty; near-duplicates are left out.
 
         Raises:
-            DataError: The pool, or a target, has no row to compare; or the rule has nothing to draw from.
-            ConfigError: A rule needs the rows' tokens and they were not counted.
+            DataError: No row, or no row of a target, has what is asked for.
+            ComponentError: Answers do not fit the rows asked for.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        parts = assemble(p, pool, ctx, self._scorer)
-        kept = chosen(p, parts, pool[parts.places], budget, ctx)
-        return Selection(
-            rows=pool[parts.places[kept]], scores=_whole(parts, len(pool)), reason=self._reason(parts, kept, pool, ctx)
-        )
+        without = dataclasses.replace(ctx, targets=())
+        found = self.scored(self._scorer.examine(pool, ctx if _targeted(p) else without))
+        found = dataclasses.replace(found, turns=None)
+        if p.vectors is not None:
+            space = p.vectors.scorer().examine(pool, without)
+            _, ours, theirs = np.intersect1d(found.places, space.places, assume_unique=True, return_indices=True)
+            if not len(ours):
+                raise DataError(
+                    f"compose: none of {len(pool):,} rows has both a score and a vector of {p.vectors.name}"
+                )
+            found = dataclasses.replace(found.at(ours), apart=space.at(theirs).vectors)
+        if p.near_duplicates is None:
+            return found
+        apart = found.vectors if found.apart is None else found.apart
+        assert apart is not None
+        order = np.arange(len(found.places)) if found.scores is None else ranking(found.scores)
+        stays = np.flatnonzero(~near_duplicates(apart, order, p.near_duplicates))
+        return dataclasses.replace(found.at(stays), num_dropped=len(found.places) - len(stays))
 
-    def _scorer(self, target: str | None) -> Selector:
-        """Return the selector that gives scores, one for each target, with its state."""
-        key = target or ""
-        if key not in self._scorers:
-            scorer = self.params.represent.selector()
-            assert scorer is not None
-            scorer.load_state_dict(self._states.pop(key, {}))
-            self._scorers[key] = scorer
-        return self._scorers[key]
-
-    def _reason(self, parts: Assembly, kept: NDArray[np.int64], pool: Rows, ctx: Context) -> str:
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the parts by name."""
         p = self.params
-        reason = f"{len(kept)} of {len(pool)} rows by {p.rule.name} on {p.represent.name}"
-        if ctx.targets:
-            reason += f" towards {', '.join(ctx.targets)}"
-        if p.aggregate is not None:
-            reason += f" ({p.aggregate.name})"
-        if parts.num_lacking:
-            reason += f"; {parts.num_lacking} rows have nothing to be compared by"
-        if parts.num_dropped:
-            reason += f"; {parts.num_dropped} near-duplicates were dropped"
-        return reason
+        towards = f" towards {', '.join(ctx.targets)}" if ctx.targets else ""
+        together = "" if p.aggregate is None else f" ({p.aggregate.name})"
+        return f"by {p.rule.name} on {p.represent.name}{towards}{together}"
 
     def state_dict(self) -> State:
-        """Return the states of the selectors asked for scores, by target."""
-        states = {key: scorer.state_dict() for key, scorer in self._scorers.items()}
-        return {**self._states, **{key: state for key, state in states.items() if state}}
+        """Return the state of what scores."""
+        return self._scorer.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
-        scores = self.params.represent.selector() is not None
-        if state and not (scores and all(isinstance(each, dict) for each in state.values())):
-            raise ValueError(f"compose keeps states of the selector that it asks, but was given {sorted(state)}")
-        self._scorers, self._states = {}, dict(state)
+        """Take back what ``state_dict`` gave; raises as the scorer does."""
+        self._scorer.load_state_dict(state)
 
 
-def _whole(parts: Assembly, num_rows: int) -> NDArray[np.float64] | None:
-    """Return the scores of the whole pool [num_rows], or None where there are none."""
-    if parts.scores is None:
-        return None
-    whole = np.full(num_rows, np.nan)
-    whole[parts.places] = parts.scores
-    return whole
+def _targeted(p: Compose.Params) -> bool:
+    """Return whether these parts need targets."""
+    needed: bool = p.represent.cls.needs.targets
+    return bool(p.rule.needs & _LOOKS_AT_TARGETS) if p.represent.gives == "vectors" else needed
+
+
+def _part_problems(p: Compose.Params) -> Iterator[str]:
+    """Yield what is wrong with the parts beside the rule and the aggregation."""
+    rule, represent = p.rule, p.represent
+    if p.vectors is not None and p.vectors.gives != "vectors":
+        yield f"vectors: {p.vectors.name} gives no vectors; use one of {VECTORS}"
+    if p.vectors is not None and "vectors" not in rule.needs and p.near_duplicates is None:
+        yield f"vectors: has no effect, since {rule.name} does not compare rows with each other; remove the key"
+    if p.near_duplicates is not None and p.vectors is None and represent.gives != "vectors":
+        yield (
+            f"near_duplicates: needs vectors, which {represent.name} does not give; add 'vectors: embed' (or another "
+            f"of {VECTORS})"
+        )
+    used = rule.needs & _LOOKS_AT_TARGETS or ("vectors" in rule.needs and p.vectors is None)
+    if not used and p.near_duplicates is None:
+        yield (
+            f"represent: {represent.name} has no effect, since {rule.name} looks at no scores"
+            + ("; give the vectors as 'represent' and remove 'vectors'" if p.vectors is not None else "")
+        )
+    for place, part in (("represent", represent), ("vectors", p.vectors)):
+        if part is not None and issubclass(part.cls, ScoringSelector):
+            for key in part.cls.decides:
+                if getattr(part.params, key) != default_of(part.params, key):
+                    yield f"{place}.{key}: has no effect on what rows are compared by; write it beside '{place}'"

@@ -7,39 +7,45 @@ over a row's supervised tokens. At strong pruning the hardest rows are often noi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import finite_rows
-from dataflex.signals.specs import GradientSpec
+from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import EL2N, GradientNorms
 
 __all__ = ["El2n", "GradNorm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keep(BaseParams):
+class _Keep(ScoringParams):
     """Which end is kept."""
 
-    keep: Literal["largest", "smallest"] = field(default="largest", metadata={"help": "which rows are kept"})
+    keep: Literal["largest", "smallest"] = param("largest", "which rows are kept")
 
 
-def _extreme(name: str, pool: Rows, scores: NDArray[np.float32], budget: int, keep: str) -> Selection:
-    finite = finite_rows(name, scores, len(pool))
-    candidates = np.flatnonzero(finite)
-    signed = scores[candidates] if keep == "largest" else -scores[candidates]
-    kept = candidates[top_k(signed, min(budget, len(candidates)))]
-    reason = f"{len(kept)} of {len(pool)} rows with the {keep} {name}"
-    return Selection(rows=pool[kept], scores=scores, reason=reason)
+class _Extreme(ScoringSelector):
+    """Prefers one end; scores are recorded as they are."""
+
+    lacking = "no supervised token"
+    Params = _Keep
+    params: _Keep
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return the scores, or what is preferred where the smallest are kept."""
+        assert found.scores is not None
+        return found.scores if self.params.keep == "largest" else -found.scores
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return which end was kept."""
+        return f"with the {self.params.keep} {self.name}"
 
 
-class GradNorm(Selector):
-    """Keep the rows with the largest gradients."""
+class GradNorm(_Extreme):
+    """Keep the rows with the largest gradients; scores are their norms."""
 
     name = "grad_norm"
     adaptive: ClassVar[bool] = True
@@ -56,26 +62,21 @@ class GradNorm(Selector):
     class Params(_Keep):
         """Parameters of GraNd."""
 
-        precondition: Literal["none", "true_adam", "sign"] = field(
-            default="none", metadata={"help": "measure the optimizer's direction instead of the plain gradient"}
+        precondition: Literal["none", "true_adam", "sign"] = param(
+            "none", "measure the optimizer's direction instead of the plain gradient"
         )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
+        last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
 
     params: Params
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows at the chosen end; scores are the norms, NaN without supervised tokens."""
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        spec = GradientSpec(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
-        norms = ctx.signals.gradient_norms(pool, spec)
-        return _extreme(self.name, pool, norms, budget, self.params.keep)
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return gradient norms [N]."""
+        signal = GradientNorms(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
+        return ctx.signals(signal, pool)
 
 
-class El2n(Selector):
-    """Keep the rows whose tokens the model predicts worst."""
+class El2n(_Extreme):
+    """Keep the rows whose tokens the model predicts worst; scores are EL2N."""
 
     name = "el2n"
     adaptive: ClassVar[bool] = True
@@ -87,14 +88,6 @@ class El2n(Selector):
         forward_per_pool_row=1.0,
     )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Params(_Keep):
-        """Parameters of EL2N."""
-
-    params: Params
-
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows at the chosen end; scores are EL2N, NaN without supervised tokens."""
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        return _extreme(self.name, pool, ctx.signals.el2n(pool), budget, self.params.keep)
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return EL2N [N]."""
+        return ctx.signals(EL2N(), pool)

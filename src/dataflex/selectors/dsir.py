@@ -28,19 +28,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k, largest_remainder, top_k
-from dataflex.selectors.text_features import Remembered, no_words, pool_texts, target_words, word_punct
-from dataflex.signals.specs import Part
+from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.select.choose import largest_remainder
+from dataflex.select.rules import Rule, choose
+from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
+from dataflex.select.words import Remembered, no_words, pool_texts, target_words, word_punct
+from dataflex.signals.kinds import Part
 
 __all__ = ["Dsir", "Hasher", "drawn_ratios", "effective_size", "log_ratios"]
 
@@ -98,10 +98,11 @@ def effective_size(log_weights: NDArray[np.float64]) -> float:
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
-class Dsir(Selector):
+class Dsir(ScoringSelector):
     """Draw rows whose n-grams look like the targets'."""
 
     name = "dsir"
+    lacking = "too few n-grams"
     needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
@@ -112,33 +113,23 @@ class Dsir(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of DSIR; the paper's defaults, but for ``smoothing`` and for short rows, which are kept."""
 
-        part: Part = field(default="all", metadata={"help": "what of a row is looked at"})
-        ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
-        buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
-        smoothing: float = field(
-            default=3.0,
-            metadata={
-                "help": "strength of the prior that draws the target's shares to the pool's, in occurrences of each "
-                "n-gram; 0 as published",
-                "minimum": 0.0,
-            },
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        part: Part = param("all", "what of a row is looked at")
+        ngrams: int = param(2, "longest n-gram, in words", minimum=1, maximum=5)
+        buckets: int = param(10_000, "hash buckets", minimum=2, maximum=10_000_000)
+        smoothing: float = param(
+            3.0,
+            "strength of the prior that draws the target's shares to the pool's, in occurrences of each n-gram; 0 "
+            "as published",
+            minimum=0.0,
         )
-        min_ngrams: int = field(
-            default=1, metadata={"help": "rows of fewer n-grams are never drawn (the paper: 100 words)", "minimum": 1}
-        )
-        per_ngram: bool = field(default=False, metadata={"help": "divide log weights by the number of n-grams"})
-        rule: Literal["gumbel_top_k", "top_k"] = field(
-            default="gumbel_top_k", metadata={"help": "draw in proportion to the weights, or keep the largest"}
-        )
-        target_proportions: dict[str, float] | None = field(
-            default=None,
-            metadata={
-                "help": "draw for each target by itself, in these proportions; null: pool the targets",
-                "by_target": True,
-            },
+        min_ngrams: int = param(1, "rows of fewer n-grams are never drawn (the paper: 100 words)", minimum=1)
+        per_ngram: bool = param(False, "divide log weights by the number of n-grams")
+        target_proportions: dict[str, float] | None = param(
+            None, "draw for each target by itself, in these proportions; null: pool the targets", by_target=True
         )
 
         def __post_init__(self) -> None:
@@ -154,31 +145,45 @@ class Dsir(Selector):
         super().__init__(params)
         self._remembered = Remembered()
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw up to ``budget`` rows without replacement.
+    @classmethod
+    def gives(cls, params: Any) -> Gives:
+        """Targets count together, unless each has its own proportion."""
+        return "scores" if params.target_proportions is None else "tasks"
 
-        Returns:
-            Rows in the order drawn; scores [len(pool)] are log weights (with ``target_proportions`` the largest
-            over targets), NaN for rows with too few n-grams, which are never drawn.
+    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
+        """As any scoring selector; with ``target_proportions`` each target draws its part by the rule.
 
         Raises:
             ConfigError: ``target_proportions`` does not name exactly the targets.
             DataError: A target has no words, or no row of the pool has enough n-grams.
         """
-        shares = self._shares(ctx.targets)
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
+        self._shares(ctx.targets)
+        return super().select(pool, budget, ctx)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return log weights [N], or [T, N] with ``target_proportions``; NaN for rows with too few n-grams."""
         by_task = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
-        usable = np.isfinite(by_task[0])
-        kept = self._draw(by_task, pool, min(budget, int(usable.sum())), shares, ctx)
-        size = ", ".join(f"{effective_size(one[usable]):.3g}" for one in by_task)
-        reason = (
-            f"{len(kept)} of {len(pool)} rows by n-grams of {', '.join(ctx.targets)} ({self.params.rule}); "
-            f"effective sample size {size}"
-        )
-        if not usable.all():
-            reason += f"; {int((~usable).sum())} rows have too few n-grams"
-        return Selection(rows=pool[kept], scores=by_task.max(axis=0), reason=reason)
+        return by_task[0] if self.params.target_proportions is None else by_task
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the positions kept, targets one after another, none twice."""
+        if found.tasks is None:
+            return super().kept(found, rows, budget, ctx)
+        left, kept = np.arange(len(rows)), [np.empty(0, dtype=np.int64)]
+        quotas = largest_remainder(min(budget, len(rows)), self._shares(ctx.targets)).tolist()
+        for task, (target, quota) in enumerate(zip(ctx.targets, quotas, strict=True)):
+            own = replace(found.at(left), scores=found.tasks[task, left], tasks=None)
+            name = None if len(ctx.targets) == 1 else target
+            part = replace(self.candidates(own, own.scores, rows[left], ctx), uniforms=self.uniforms(ctx, name))
+            kept.append(left[choose(self.rule, part, quota)])
+            left = np.setdiff1d(left, kept[-1])
+        return np.concatenate(kept)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the effective sample size of the pool, of each target where they draw by themselves."""
+        tasks = [found.scores] if found.tasks is None else found.tasks
+        size = ", ".join(f"{effective_size(np.asarray(one)):.3g}" for one in tasks)
+        return f"by n-grams of {', '.join(ctx.targets)} ({self.rule.name}); effective sample size {size}"
 
     def _shares(self, targets: tuple[str, ...]) -> NDArray[np.float64]:
         given = self.params.target_proportions
@@ -218,21 +223,6 @@ class Dsir(Selector):
         for place in np.flatnonzero(usable):
             found[:, place] = ratios[:, rows[place]].sum(axis=1)
         return found / np.maximum(lengths, 1) if p.per_ngram else found
-
-    def _draw(
-        self, by_task: NDArray[np.float64], pool: Rows, count: int, shares: NDArray[np.float64], ctx: Context
-    ) -> NDArray[np.int64]:
-        """Return positions in the pool, targets one after another, none twice."""
-        left, kept = by_task.copy(), []
-        for task, quota in enumerate(largest_remainder(count, shares).tolist()):
-            if self.params.rule == "top_k":
-                chosen = top_k(left[task], quota)
-            else:
-                name = "selector.dsir" if len(by_task) == 1 else f"selector.dsir.{ctx.targets[task]}"
-                chosen = gumbel_top_k(left[task], quota, uniforms(ctx.seed, name, ctx.interval.index, pool))
-            left[:, chosen] = np.nan
-            kept.append(chosen)
-        return np.concatenate(kept)
 
 
 def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int64]:

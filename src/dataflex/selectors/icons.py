@@ -15,51 +15,26 @@ the votes are a threshold and the ranks decide, so that the rows kept are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import no_gradients
-from dataflex.signals.specs import GradientSpec
+from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GradientScores
 
-__all__ = ["Icons", "count_votes", "percentile_ranks"]
+__all__ = ["Icons"]
 
 
-def count_votes(influence: NDArray[np.floating], vote_percent: float) -> NDArray[np.int64]:
-    """Return each row's number of votes [n].
-
-    Args:
-        influence: Influence of each row on each task [n, T], finite, n >= 1.
-        vote_percent: p; a task votes for the rows at or above the (100 - p)th percentile of its influences.
-    """
-    values = np.asarray(influence, dtype=np.float64)
-    return (values >= np.percentile(values, 100.0 - vote_percent, axis=0)).sum(axis=1)
-
-
-def percentile_ranks(influence: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return each row's percentile rank, averaged over tasks [n], in (0, 1).
-
-    In a task it is (rank - 1/2) / n, and equal values share the mean of their ranks. Rows whose ranks add up
-    to the same have the same bits.
-    """
-    values = np.asarray(influence, dtype=np.float64)
-    doubled = np.zeros(len(values), dtype=np.int64)  # twice the ranks: whole numbers, whose sums are exact
-    for column in values.T:
-        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
-        doubled += (2 * (np.cumsum(counts) - counts) + counts)[place.reshape(-1)]
-    return doubled / (2.0 * len(values) * values.shape[1])
-
-
-class Icons(Selector):
+class Icons(ScoringSelector):
     """Keep the rows that most targets vote for."""
 
     name = "icons"
+    lacking = "no supervised token"
+    decides = ("aggregate", "rule", "vote_percent", "votes")
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
@@ -71,36 +46,28 @@ class Icons(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceParams, ScoringParams):
         """Parameters of ICONS; the defaults are the original code's, but for the exact influences."""
 
-        vote_percent: float = field(
-            default=20.0,
-            metadata={"help": "share of the pool that a task votes for, in percent", "above": 0.0, "maximum": 100.0},
+        aggregate: Aggregate | None = param(Aggregate.of("votes"), AGGREGATE)
+        vote_percent: float = param(
+            20.0, "share of the pool that a task votes for, in percent", above=0.0, maximum=100.0
         )
-        votes: Literal["threshold", "borda"] = field(
-            default="threshold",
-            metadata={"help": "one vote above the percentile, or soft votes: the mean percentile rank"},
+        votes: Literal["threshold", "borda"] = param(
+            "threshold", "one vote above the percentile, or soft votes: the mean percentile rank"
         )
-        precondition: Literal["none", "true_adam", "paper_repo", "sign"] = field(
-            default="none", metadata={"help": "what turns training gradients into directions; none as published"}
+        precondition: Literal["none", "true_adam", "paper_repo", "sign"] = param(
+            "none", "what turns training gradients into directions; none as published"
         )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
-            default="mean_of_cosines",
-            metadata={
-                "help": "every target row counts alike as published, or by the length of its gradient, in one pass less"
-            },
+        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
+            "mean_of_cosines",
+            "every target row counts alike as published, or by the length of its gradient, in one pass less",
         )
-        sketch_size: int | None = field(
-            default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-        )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
-        bf16: bool = field(default=False, metadata={"help": "run the passes in bfloat16"})
+
+        def __post_init__(self) -> None:
+            moved = [name for name in ("vote_percent", "votes") if getattr(self, name) != default_of(self, name)]
+            if moved and self.aggregate != default_of(self, "aggregate"):
+                raise ValueError(f"{moved[0]}: has no effect beside 'aggregate'; write it there, or remove it")
 
     params: Params
 
@@ -110,48 +77,19 @@ class Icons(Selector):
         times = 2.0 if self.params.target_gradient == "mean_of_cosines" else 1.0
         return times, times
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of most votes; ties by mean percentile rank, then by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)] are votes + mean percentile rank (a number in (0, 1)), or with
-            ``borda`` that rank alone; NaN for rows without a supervised token, never kept.
-
-        Raises:
-            DataError: No row of a non-empty pool has a score.
-            ComponentError: Influences do not fit the rows asked for.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        influence = ctx.signals.gradient_scores(pool, self._spec(ctx.seed), targets=ctx.targets)
-        if influence.shape != (len(pool), len(ctx.targets)):
-            raise ComponentError(f"icons: asked for influences of {len(pool):,} rows, was given {influence.shape}")
-        scored = np.flatnonzero(np.isfinite(influence).all(axis=1))
-        if not len(scored):
-            raise no_gradients(self.name, len(pool))
-        scores = np.full(len(pool), np.nan)
-        ranks = percentile_ranks(influence[scored])
-        if self.params.votes == "borda":
-            scores[scored] = ranks
-            how = "by soft votes"
-        else:
-            votes = count_votes(influence[scored], self.params.vote_percent)
-            scores[scored] = votes + ranks
-            how = f"by votes (at most {int(votes.max())})"
-        kept = top_k(scores, budget)
-        reason = f"{len(kept)} of {len(pool)} rows {how} of {', '.join(ctx.targets)}"
-        if len(scored) < len(pool):
-            reason += f"; {len(pool) - len(scored)} rows have no supervised token"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
-
-    def _spec(self, seed: int) -> GradientSpec:
+    @property
+    def aggregate(self) -> Aggregate:
+        """Votes, unless targets are to come together otherwise."""
         p = self.params
-        return GradientSpec(
-            precondition=p.precondition,
-            mean_of_cosines=p.target_gradient == "mean_of_cosines",
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            sketch_size=p.sketch_size,
-            sketch_seed=seed,
-            bf16=p.bf16,
-        )
+        if p.votes == "borda":
+            return Aggregate.of("ranks")
+        return super().aggregate if p.vote_percent == 20.0 else Aggregate.of("votes", vote_percent=p.vote_percent)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return influence on the targets [T, N]."""
+        options = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
+        return ctx.signals(GradientScores(targets=ctx.targets, **options), pool).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how targets came together."""
+        return f"by {self.aggregate.name} of {', '.join(ctx.targets)}"

@@ -18,17 +18,16 @@ pool makes all ratios small, and on large mixed pools IFD can lose to random row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import finite_rows
+from dataflex.method import Card, Context, Method, Needs, Rows, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import ResponseLoss
 
 __all__ = ["Ifd", "common_ending", "ifd_ratios"]
 
@@ -75,10 +74,11 @@ def common_ending(prompts: Sequence[NDArray[np.integer]], most: int = _LONGEST_M
     return length
 
 
-class Ifd(Selector):
+class Ifd(ScoringSelector):
     """Keep the rows of highest instruction-following difficulty below a threshold."""
 
     name = "ifd"
+    lacking = "no ratio"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses", "texts"}), stages=("sft",))
     card = Card(
@@ -91,82 +91,69 @@ class Ifd(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of IFD; the defaults are those of Cherry LLM."""
 
-        scorer: str | None = field(
-            default=None,
-            metadata={
-                "help": "folder or hub id of a small causal model; null: the model under training",
-                "model": True,
-            },
+        scorer: str | None = param(
+            None, "folder or hub id of a small causal model; null: the model under training", model=True
         )
-        ratio: Ratio = field(default="loss", metadata={"help": "ratio of losses (Cherry LLM) or perplexities"})
-        threshold: float = field(
-            default=1.0, metadata={"help": "rows at or above this ratio are dropped", "above": 0.0}
+        ratio: Ratio = param("loss", "ratio of losses (Cherry LLM) or perplexities")
+        threshold: float = param(1.0, "rows at or above this ratio are dropped", above=0.0)
+        prefix_tokens: int | None = param(
+            None,
+            "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with under "
+            "ratio: loss, else none",
+            minimum=0,
         )
-        prefix_tokens: int | None = field(
-            default=None,
-            metadata={
-                "help": "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with "
-                "under ratio: loss, else none",
-                "minimum": 0,
-            },
-        )
-        min_answer_tokens: int = field(
-            default=1, metadata={"help": "rows with fewer supervised tokens are dropped", "minimum": 1}
-        )
-        fill: bool = field(
-            default=False,
-            metadata={"help": "when too few rows are below the threshold, fill up with the lowest above it"},
-        )
+        min_answer_tokens: int = param(1, "rows with fewer supervised tokens are dropped", minimum=1)
+        fill: bool = param(False, "when too few rows are below the threshold, fill up with the lowest above it")
 
     params: Params
+    _kept_prefix = 0
 
     @classmethod
     def variant(cls, params: Any) -> type[Method]:
         """With a scorer, which stays as it is, no row is scored twice."""
         return cls if params.scorer is None else _ByScorer
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows; ties by pool order.
-
-        Returns:
-            Rows of highest ratio below the threshold; scores [len(pool)] are ratios, NaN where there is none.
-
-        Raises:
-            DataError: No row of a non-empty pool has a ratio, or none is below the threshold.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p, prefix = self.params, self._prefix(pool, ctx)
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return ratios [N], NaN where there is none or where the response is too short."""
+        p, self._kept_prefix = self.params, self._prefix(pool, ctx)
         given, alone = (
-            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=prefix)
+            ctx.signals(ResponseLoss(conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix), pool)
             for conditioned in (True, False)
         )
         scores = ifd_ratios(given, alone, p.ratio)
-        answers = ctx.signals.tokens(pool, part="completion")
-        short = np.array([len(answer) for answer in answers], dtype=np.int64) < p.min_answer_tokens
-        scores[short] = np.nan
-        finite = finite_rows(self.name, scores, len(pool))
-        below = finite & (scores < p.threshold)
-        kept = top_k(np.where(below, scores, np.nan), budget)
-        if not below.any() and not p.fill and budget:
+        responses = ctx.signals.tokens(pool, part="completion")
+        short = np.array([len(response) for response in responses], dtype=np.int64) < p.min_answer_tokens
+        return np.where(short, np.nan, scores)
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return the ratios below the threshold; of those above it the lowest come next with ``fill``, else none.
+
+        Raises:
+            DataError: None is below the threshold.
+        """
+        p, scores = self.params, found.scores
+        assert scores is not None
+        below = scores < p.threshold
+        if not below.any() and not p.fill:
             raise DataError(
-                f"ifd: none of {int(finite.sum()):,} rows has a ratio below {p.threshold:g} (the lowest is "
-                f"{np.nanmin(scores):.4g}): to this model no prompt helps to predict its answer. Check the template "
+                f"ifd: none of {len(scores):,} rows has a ratio below {p.threshold:g} (the lowest is "
+                f"{scores.min():.4g}): to this model no prompt helps to predict its response. Check the template "
                 "and the scorer, raise 'threshold', or set 'fill: true'."
             )
-        reason = f"{len(kept)} of {len(pool)} rows, highest of {int(below.sum())} with IFD below {p.threshold:g}"
-        if p.fill and len(kept) < budget:
-            rest = top_k(np.where(finite & ~below, -scores, np.nan), budget - len(kept))
-            kept = np.concatenate([kept, rest])
-            reason += f", and the lowest {len(rest)} above"
-        if prefix:
-            reason += f"; answers alone keep the last {prefix} tokens of their prompts"
-        if not finite.all():
-            reason += f"; {int((~finite).sum())} rows have no ratio"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        return np.where(below, scores, -scores if p.fill else np.nan)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how many rows are below the threshold, and above it."""
+        assert found.scores is not None
+        below = found.scores < self.params.threshold
+        how = f"highest of {int(below.sum())} with IFD below {self.params.threshold:g}"
+        above = int((~below[kept]).sum())
+        how += f", and the lowest {above} above" if above else ""
+        prefix = self._kept_prefix
+        return how + (f"; responses alone keep the last {prefix} tokens of their prompts" if prefix else "")
 
     def _prefix(self, pool: Rows, ctx: Context) -> int:
         """Return how many of the prompt's tokens an answer alone keeps."""

@@ -19,18 +19,17 @@ relevant rows than an interval serves. A run warns of rows that come back too of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import round_robin, top_k
-from dataflex.selectors.finite import no_gradients
-from dataflex.signals.specs import GradientSpec
+from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GradientScores
 
 __all__ = ["Less", "lr_weighted"]
 
@@ -50,10 +49,11 @@ def lr_weighted(scores: list[NDArray[np.float32]], rates: list[float]) -> NDArra
     return np.tensordot(weights, np.stack(scores).astype(np.float64), axes=1)
 
 
-class Less(Selector):
+class Less(ScoringSelector):
     """Keep the rows with the largest influence on the targets."""
 
     name = "less"
+    lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
@@ -68,37 +68,17 @@ class Less(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceParams, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-            default="true_adam", metadata={"help": "what turns training gradients into directions"}
+        include_momentum: bool = param(True, "keep Adam's momentum term")
+        normalize: bool = param(
+            True, "compare directions (cosines, as published); false: inner products, which wear out less"
         )
-        include_momentum: bool = field(default=True, metadata={"help": "keep Adam's momentum term"})
-        normalize: bool = field(
-            default=True,
-            metadata={"help": "compare directions (cosines, as published); false: inner products, which wear out less"},
+        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
+            "mean_of_cosines", "mean over a task as in the code or in the text"
         )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
-            default="mean_of_cosines",
-            metadata={"help": "mean over a task as in the code or in the text"},
-        )
-        aggregate: Literal["max", "mean", "round_robin"] = field(
-            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
-        )
-        checkpoints: int = field(
-            default=1, metadata={"help": "intervals whose scores are averaged, weighted by learning rate", "minimum": 1}
-        )
-        sketch_size: int | None = field(
-            default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-        )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
-        bf16: bool = field(default=False, metadata={"help": "run the passes in bfloat16"})
+        checkpoints: int = param(1, "intervals whose scores are averaged, weighted by learning rate", minimum=1)
 
     params: Params
 
@@ -114,59 +94,32 @@ class Less(Selector):
         self._rates: list[float] = []
         self._pool = np.zeros(0, dtype=np.int64)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the largest score; ties by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)] after bringing tasks together (their maximum for
-            ``round_robin``), NaN for rows without a supervised token, which are never kept.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return influence on the targets [T, N].
 
         Raises:
-            DataError: No row of a non-empty pool has a score.
             ConfigError: ``checkpoints`` above 1 with a pool that changes.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        by_task = self._accumulate(pool, ctx)
-        scored = np.flatnonzero(np.isfinite(by_task).all(axis=1))
-        if not len(scored):
-            raise no_gradients(self.name, len(pool))
-        together = by_task.mean(axis=1) if self.params.aggregate == "mean" else by_task.max(axis=1)
-        count = min(budget, len(scored))
-        if self.params.aggregate == "round_robin":
-            kept = scored[round_robin(np.ascontiguousarray(by_task[scored].T), count)]
-        else:
-            kept = scored[top_k(together[scored], count)]
-        reason = f"{len(kept)} of {len(pool)} rows by influence on {', '.join(ctx.targets)}"
-        if len(self._rates) > 1:
-            reason += f", over {len(self._rates)} intervals"
-        if len(scored) < len(pool):
-            reason += f"; {len(pool) - len(scored)} rows have no supervised token"
-        return Selection(rows=pool[kept], scores=together, reason=reason)
-
-    def _accumulate(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         p = self.params
-        spec = GradientSpec(
-            precondition=p.precondition,
-            include_momentum=p.include_momentum,
-            normalize=p.normalize,
-            mean_of_cosines=p.target_gradient == "mean_of_cosines",
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            sketch_size=p.sketch_size,
-            sketch_seed=ctx.seed,
-            bf16=p.bf16,
+        mean_of_cosines = p.target_gradient == "mean_of_cosines"
+        options = p.influence(
+            ctx.seed, include_momentum=p.include_momentum, normalize=p.normalize, mean_of_cosines=mean_of_cosines
         )
         if p.checkpoints > 1 and len(self._pool) and not np.array_equal(self._pool, pool):
             raise ConfigError(
                 "dynamic.selector.checkpoints: scores of several intervals can only be averaged over the same rows; "
                 "set dynamic.signals.pool_fraction to 1, or checkpoints to 1"
             )
-        self._scores.append(ctx.signals.gradient_scores(pool, spec, targets=ctx.targets))
+        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **options), pool))
         self._rates.append(float(ctx.learning_rate))
         self._scores, self._rates = self._scores[-p.checkpoints :], self._rates[-p.checkpoints :]
         self._pool = pool
-        return lr_weighted(self._scores, self._rates)
+        return lr_weighted(self._scores, self._rates).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the targets, and over how many intervals the influence is averaged."""
+        over = f", over {len(self._rates)} intervals" if len(self._rates) > 1 else ""
+        return f"by influence on {', '.join(ctx.targets)}{over}"
 
     def state_dict(self) -> State:
         """Return the scores of earlier intervals that still count."""

@@ -20,26 +20,144 @@ uniformly for the interval, with a warning, unless ``without_signal: error``.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.rewards.build import build_reward, reward_problem
-from dataflex.rewards.judge import JudgeConfig
+from dataflex.errors import DataError
+from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
+from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.selectors.answered import Answered, ask_and_grade
-from dataflex.selectors.finite import no_gradients
-from dataflex.signals.specs import GenerationSpec, GradientSpec, WeightedAnswer
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
 
-__all__ = ["Nice", "advantages"]
+__all__ = ["Answered", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """Graded answers, prompt by prompt.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        answers: Token ids of the answers to each prompt.
+        rewards: float64 [answers] for each prompt, NaN where an answer could not be graded.
+    """
+
+    prompts: tuple[Sequence[int], ...]
+    answers: tuple[tuple[Sequence[int], ...], ...]
+    rewards: tuple[NDArray[np.float64], ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of all rewards."""
+        return float(np.nanmean(np.concatenate(self.rewards)))
+
+
+def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
+    """Return the rows of a target that are a prompt and one answer after it, at most ``max_prompts`` drawn from them.
+
+    Raises:
+        DataError: There is none.
+    """
+    rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+    whole, prompts, completions = (
+        ctx.signals.tokens(rows, target=target, part=part) for part in ("all", "prompt", "completion")
+    )
+    usable = [
+        row
+        for row, (every, prompt, completion) in enumerate(zip(whole, prompts, completions, strict=True))
+        if len(prompt) and len(completion) and np.array_equal(every, np.concatenate([prompt, completion]))
+    ]
+    if not usable:
+        raise DataError(
+            f"nice: target {target!r} has {len(rows):,} rows, none of which is a prompt with one answer after it. "
+            "Answers are sampled to prompts: give a data set with both, with 'train_on_prompt: false', and "
+            "'mask_history: true' for conversations of several turns."
+        )
+    if len(usable) < len(rows):
+        logger.warning(
+            "nice: %d of %d rows of target %s are no prompt with one answer after it and are left out",
+            len(rows) - len(usable),
+            len(rows),
+            target,
+        )
+    chosen = np.array(usable, dtype=np.int64)
+    if max_prompts is not None and max_prompts < len(chosen):
+        chosen = np.sort(ctx.rng(f"selector.nice.prompts.{target}").choice(chosen, size=max_prompts, replace=False))
+    return chosen
+
+
+def ask_and_grade(
+    reward: Reward,
+    target: str,
+    ctx: Context,
+    spec: GenerationSpec,
+    *,
+    max_prompts: int | None = None,
+    keep_going: bool = True,
+) -> Answered:
+    """Sample answers to a target's prompts and grade them, on one rank for all.
+
+    Args:
+        reward: What grades.
+        target: Name of the target.
+        ctx: Context of the decision.
+        spec: How answers are sampled.
+        max_prompts: Prompts at most; None: all.
+        keep_going: Leave answers out that cannot be graded, with a warning.
+
+    Raises:
+        DataError: The target has no prompt.
+        RewardError: No answer could be graded; or some could not, without ``keep_going``.
+    """
+    rows = usable_prompts(target, ctx, max_prompts)
+    prompts = [tokens.tolist() for tokens in ctx.signals.tokens(rows, target=target, part="prompt")]
+    texts = ctx.signals.texts(rows, target=target, part="prompt")
+    references = ctx.signals.texts(rows, target=target, part="completion")
+    made = ctx.signals.generate(prompts, spec, ids=rows)
+    candidates = [
+        Candidate(prompt=texts[one.prompt], answer=one.text, reference=references[one.prompt]) for one in made
+    ]
+
+    def grade() -> Grades:
+        found = reward.grade(candidates)
+        if len(found.values) != len(candidates):
+            raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} answers")
+        failed = int(np.isnan(found.values).sum())
+        if failed == len(candidates):
+            raise RewardError(f"reward: none of {failed:,} answers to target {target!r} could be graded: {found.why()}")
+        if failed and not keep_going:
+            raise RewardError(
+                f"reward: {failed:,} of {len(candidates):,} answers to target {target!r} could not be graded: "
+                f"{found.why()}; set on_reward_error: drop to leave them out"
+            )
+        return found
+
+    grades = ctx.signals.on_one_rank("grading answers", grade)
+    failed = int(np.isnan(grades.values).sum())
+    if failed:
+        logger.warning(
+            "nice: %d of %d answers to target %s could not be graded and are left out: %s",
+            failed,
+            len(candidates),
+            target,
+            grades.why(),
+        )
+    size = spec.num_samples
+    return Answered(
+        prompts=tuple(prompts),
+        answers=tuple(tuple(one.token_ids for one in made[i * size : (i + 1) * size]) for i in range(len(prompts))),
+        rewards=tuple(grades.values[i * size : (i + 1) * size] for i in range(len(prompts))),
+    )
 
 
 def advantages(
@@ -68,10 +186,11 @@ def advantages(
     return result / (own.std() + 1e-6) if standardize else result
 
 
-class Nice(Selector):
+class Nice(ScoringSelector):
     """Keep the rows with the largest influence on the expected reward of answers to the targets' prompts."""
 
     name = "nice"
+    lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
     card = Card(
@@ -83,67 +202,32 @@ class Nice(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceParams, ScoringParams):
         """Parameters of NICE."""
 
-        reward: str = field(
-            metadata={
-                "help": "exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
-            }
+        reward: str = param(
+            help="exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
         )
-        command: str | None = field(
-            default=None, metadata={"help": "for reward: command; reads JSON lines, writes one reward per line"}
+        command: str | None = param(None, "for reward: command; reads JSON lines, writes one reward per line")
+        judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
+        reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
+        on_reward_error: Literal["drop", "raise"] = param(
+            "drop", "leave an answer out that cannot be graded, or end the run"
         )
-        judge: JudgeConfig | None = field(
-            default=None, metadata={"help": "for reward: judge; an OpenAI-compatible server (url, model, ...)"}
+        without_signal: Literal["random", "error"] = param(
+            "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
-        reward_timeout_seconds: float = field(
-            default=30.0, metadata={"help": "longest call of a function, or silence of a command", "above": 0.0}
+        samples: int = param(20, "answers to each prompt", minimum=1)
+        max_new_tokens: int = param(300, "tokens of an answer at most", minimum=1)
+        temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
+        top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
+        top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
+        max_prompts: int | None = param(None, "prompts of each target, drawn anew each interval; null: all", minimum=1)
+        baseline: Literal["leave_one_out", "none"] = param(
+            "leave_one_out", "subtracted from a reward: mean of the other answers, or nothing"
         )
-        on_reward_error: Literal["drop", "raise"] = field(
-            default="drop", metadata={"help": "leave an answer out that cannot be graded, or end the run"}
-        )
-        without_signal: Literal["random", "error"] = field(
-            default="random", metadata={"help": "when all rewards are equal: uniform draws with a warning, or an error"}
-        )
-        samples: int = field(default=20, metadata={"help": "answers to each prompt", "minimum": 1})
-        max_new_tokens: int = field(default=300, metadata={"help": "tokens of an answer at most", "minimum": 1})
-        temperature: float = field(
-            default=1.0, metadata={"help": "of sampling; 1 keeps gradients unbiased", "above": 0.0}
-        )
-        top_p: float = field(
-            default=1.0, metadata={"help": "nucleus of sampling; 1 keeps all tokens", "above": 0.0, "maximum": 1.0}
-        )
-        top_k: int = field(default=0, metadata={"help": "likeliest tokens of sampling; 0 keeps all", "minimum": 0})
-        max_prompts: int | None = field(
-            default=None, metadata={"help": "prompts of each target, drawn anew each interval; null: all", "minimum": 1}
-        )
-        baseline: Literal["leave_one_out", "none"] = field(
-            default="leave_one_out",
-            metadata={"help": "subtracted from a reward: mean of the other answers, or nothing"},
-        )
-        standardize: bool = field(
-            default=False, metadata={"help": "divide a prompt's advantages by the deviation of its rewards"}
-        )
-        token_reduction: Literal["sum", "mean"] = field(
-            default="sum", metadata={"help": "of log p over an answer's tokens"}
-        )
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-            default="true_adam", metadata={"help": "what turns training gradients into directions"}
-        )
-        aggregate: Literal["max", "mean"] = field(
-            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
-        )
-        sketch_size: int | None = field(
-            default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-        )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
-        bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+        standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
+        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an answer's tokens")
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
@@ -159,11 +243,7 @@ class Nice(Selector):
         self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the largest score; ties by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)] after bringing tasks together, NaN for rows without a supervised
-            token, which are never kept. Without any signal: rows drawn uniformly, no scores.
+        """As any scoring selector; without any signal rows are drawn uniformly, without scores.
 
         Raises:
             DataError: No row of a non-empty pool has a score; a target has no prompt; or there is no signal
@@ -171,15 +251,27 @@ class Nice(Selector):
             RewardError: Every answer of all targets failed to be graded; or one did and ``on_reward_error`` is
                 ``raise``.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
+        try:
+            return super().select(pool, budget, ctx)
+        except _WithoutSignal as error:
+            if self.params.without_signal == "error":
+                raise
+            logger.warning("nice: %s; rows are drawn uniformly until the next decision", error.why)
+            drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
+            return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error.why}")
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return influence on the reward [T, N], of the targets whose answers have several rewards.
+
+        Raises:
+            DataError: There is no such target.
+        """
         answered = {target: self._answers(target, number, ctx) for number, target in enumerate(ctx.targets)}
         weighted = {target: self._weighted(found) for target, found in answered.items()}
         told = ", ".join(f"{target} {found.mean:.4g}" for target, found in answered.items())
         tasks = {target: answers for target, answers in weighted.items() if answers}
         if not tasks:
-            return self._without_signal(pool, budget, ctx, told)
+            raise _WithoutSignal(told)
         silent = [target for target in weighted if target not in tasks]
         if silent:
             logger.warning(
@@ -188,29 +280,14 @@ class Nice(Selector):
                 ", ".join(silent),
                 told,
             )
-        spec = GradientSpec(
-            precondition=p.precondition,
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            sketch_size=p.sketch_size,
-            sketch_seed=ctx.seed,
-            bf16=p.bf16,
-        )
-        by_task = ctx.signals.answer_scores(pool, spec, answers=tasks)
-        if by_task.shape != (len(pool), len(tasks)):
-            raise ComponentError(f"nice: asked for the influence of {len(pool):,} rows, was given {by_task.shape}")
-        together = (by_task.mean(axis=1) if p.aggregate == "mean" else by_task.max(axis=1)).astype(np.float64)
-        scores = np.where(np.isfinite(together), together, np.nan)
-        scored = int(np.isfinite(scores).sum())
-        if not scored:
-            raise no_gradients(self.name, len(pool))
-        kept = top_k(scores, budget)
-        reason = f"{len(kept)} of {len(pool)} rows by influence on the reward (mean reward: {told})"
-        if silent:
-            reason += f"; without a signal: {', '.join(silent)}"
-        if scored < len(pool):
-            reason += f"; {len(pool) - scored} rows have no supervised token"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        self._told = f"by influence on the reward (mean reward: {told})"
+        self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
+        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        return ctx.signals(signal, pool).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the mean rewards of the decision."""
+        return self._told
 
     def _answers(self, target: str, number: int, ctx: Context) -> Answered:
         p = self.params
@@ -225,7 +302,7 @@ class Nice(Selector):
         keep_going = p.on_reward_error == "drop"
         return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
 
-    def _weighted(self, found: Answered) -> list[WeightedAnswer]:
+    def _weighted(self, found: Answered) -> list[WeightedResponse]:
         """Return the answers that count; those of a prompt are one group."""
         p = self.params
         result = []
@@ -237,13 +314,13 @@ class Nice(Selector):
             for answer, gain in zip(answers, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
                     weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
-                    result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
+                    result.append(WeightedResponse(prompt=prompt, response=answer, weight=float(weight), group=group))
         return result
 
-    def _without_signal(self, pool: Rows, budget: int, ctx: Context, told: str) -> Selection:
-        why = f"all answers to each prompt have the same reward (mean reward: {told})"
-        if self.params.without_signal == "error":
-            raise DataError(f"nice: {why}, so that no row can be preferred; set without_signal: random to go on")
-        logger.warning("nice: %s; rows are drawn uniformly until the next decision", why)
-        drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
-        return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {why}")
+
+class _WithoutSignal(DataError):
+    """All answers to each prompt have the same reward, so that no row can be preferred."""
+
+    def __init__(self, told: str) -> None:
+        self.why = f"all answers to each prompt have the same reward (mean reward: {told})"
+        super().__init__(f"nice: {self.why}, so that no row can be preferred; set without_signal: random to go on")

@@ -14,20 +14,19 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State
+from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
-from dataflex.select.choose import top_k
+from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
-from dataflex.select.ranked import by_quota, water_filling
-from dataflex.selectors.finite import finite_rows
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["S2l", "filled"]
 
@@ -65,18 +64,12 @@ class S2l(Selector):
     class Params(BaseParams):
         """Parameters of S2L; ``clusters`` and ``iterations`` are the paper's."""
 
-        proxies: tuple[str, ...] = field(
-            default=(),
-            metadata={
-                "help": "checkpoint folders of a small model, in order; none: the model under training",
-                "model": True,
-            },
+        proxies: tuple[str, ...] = param(
+            (), "checkpoint folders of a small model, in order; none: the model under training", model=True
         )
-        clusters: int = field(default=100, metadata={"help": "clusters in a domain at most", "minimum": 1})
-        iterations: int = field(default=20, metadata={"help": "rounds of k-means at most", "minimum": 1})
-        min_points: int = field(
-            default=2, metadata={"help": "points of the model under training before it clusters", "minimum": 1}
-        )
+        clusters: int = param(100, "clusters in a domain at most", minimum=1)
+        iterations: int = param(20, "rounds of k-means at most", minimum=1)
+        min_points: int = param(2, "points of the model under training before it clusters", minimum=1)
 
     params: Params
 
@@ -115,7 +108,12 @@ class S2l(Selector):
             return Selection(rows=pool, scores=np.empty(0, dtype=np.float32), reason="empty pool")
         trajectories = self._trajectories(pool, ctx)
         scores = trajectories[:, -1].copy()
-        usable = np.flatnonzero(finite_rows(self.name, scores, len(pool)))
+        usable = np.flatnonzero(np.isfinite(scores))
+        if not len(usable):
+            raise DataError(
+                f"s2l: all {len(pool):,} rows have no finite loss (are their labels all masked?). Check that "
+                "cutoff_len leaves room for the response, and that the model's own loss is finite."
+            )
         rows, points = pool[usable], trajectories.shape[1]
         preference = uniforms(ctx.seed, "selector.s2l", ctx.interval.index, rows)
         domains = ctx.domains.domain_of[rows]
@@ -147,7 +145,7 @@ class S2l(Selector):
     def _trajectories(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return the trajectories of the pool's rows [len(pool), T]; NaN rows have no finite last loss."""
         if self.params.proxies:
-            seen = np.stack([ctx.signals.losses(pool, model=name) for name in self.params.proxies], axis=1)
+            seen = np.stack([ctx.signals(TokenLoss(model=name), pool) for name in self.params.proxies], axis=1)
         else:
             seen = self._seen(pool, ctx)
         last = np.isfinite(seen[:, -1])
@@ -164,7 +162,7 @@ class S2l(Selector):
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
         now = np.full((num_rows, 1), np.nan, dtype=np.float32)
-        now[pool, 0] = ctx.signals.losses(pool)
+        now[pool, 0] = ctx.signals(TokenLoss(), pool)
         self._points = np.concatenate([self._points, now], axis=1) if self._points.shape[1] else now
         if self._points.shape[1] > _MOST_POINTS:  # every second one, the newest included
             self._points = np.ascontiguousarray(self._points[:, ::-2][:, ::-1])

@@ -21,19 +21,19 @@ filled up with the rows nearest to any target row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
-from dataflex.select import density
-from dataflex.select.neighbours import Search, require_search
-from dataflex.selectors.similarity import embedded, selection
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.select import tsds
+from dataflex.select.neighbours import require_search
+from dataflex.select.rules import KnnKde
+from dataflex.select.scoring import scattered
+from dataflex.selectors._lib import EmbeddingParams, compared, embeddings
 
 __all__ = ["Tsds"]
 
@@ -53,35 +53,8 @@ class Tsds(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(EmbeddingParams, KnnKde):
         """Parameters of TSDS; the defaults are the paper's, but for ``replacement``."""
-
-        encoder: str | None = field(
-            default=None,
-            metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
-        )
-        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-        max_k: int = field(
-            default=5000,
-            metadata={"help": "neighbours of a target row at most, also a tenth of the pool", "minimum": 2},
-        )
-        kde_k: int = field(
-            default=1000, metadata={"help": "rows in a density at most, also a tenth of the pool", "minimum": 1}
-        )
-        sigma: float = field(
-            default=0.75, metadata={"help": "distance within which rows count as duplicates; 0: never", "minimum": 0.0}
-        )
-        alpha: float = field(
-            default=0.5,
-            metadata={"help": "closeness to the target (1) against diversity (0)", "minimum": 0.0, "maximum": 1.0},
-        )
-        c: float = field(default=5.0, metadata={"help": "scale of the distances", "above": 0.0})
-        replacement: bool = field(
-            default=False, metadata={"help": "draw with replacement, as the paper, so that rows may repeat"}
-        )
-        search: Search = field(
-            default="exact", metadata={"help": "how neighbours are found: exact, or by faiss (extra: faiss)"}
-        )
 
     params: Params
 
@@ -101,19 +74,30 @@ class Tsds(Selector):
         """
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        spec = EmbeddingSpec(layer=self.params.layer)
-        space = embedded(self.name, pool, ctx, spec, self.params.encoder)
-        p, queries = self.params, np.concatenate(space.queries)
-        probabilities, away = density.probabilities(
-            queries, space.vectors, max_k=p.max_k, kde_k=p.kde_k, sigma=p.sigma, alpha=p.alpha, c=p.c, search=p.search
+        p = self.params
+        space = compared(self.name, pool, ctx, lambda rows, target: embeddings(rows, target, ctx, p))
+        assert space.vectors is not None
+        probabilities, away = tsds.probabilities(
+            np.concatenate(space.queries),
+            space.vectors,
+            max_k=p.max_k,
+            kde_k=p.kde_k,
+            sigma=p.sigma,
+            alpha=p.alpha,
+            c=p.c,
+            search=p.search,
         )
 
         def draws(_: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
             return uniforms(ctx.seed, "selector.tsds", ctx.interval.index, ids)
 
-        kept = density.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
+        kept = tsds.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
         positive = int(np.count_nonzero(probabilities))
-        how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
-        if not self.params.replacement and len(kept) > positive:
-            how += f", and the {len(kept) - positive} nearest of the others"
-        return selection(pool, space, kept, probabilities, how)
+        reason = f"{len(kept)} of {len(pool)} rows drawn like {', '.join(ctx.targets)} from {positive} rows of "
+        reason += "probability above 0"
+        if not p.replacement and len(kept) > positive:
+            reason += f", and the {len(kept) - positive} nearest of the others"
+        if len(space.places) < len(pool):
+            reason += f"; {len(pool) - len(space.places)} rows have no embedding"
+        scores = scattered(probabilities, space.places, len(pool))
+        return Selection(rows=pool[space.places[kept]], scores=scores, reason=reason)

@@ -13,18 +13,16 @@ depends on the scale of the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, State
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
-from dataflex.selectors.finite import finite_rows
-from dataflex.signals.specs import LogitSpec
+from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import LogitFeatures
 
 __all__ = ["Uds", "mean_distances"]
 
@@ -38,12 +36,13 @@ def mean_distances(vectors: NDArray[np.floating], queue: NDArray[np.floating]) -
     return np.asarray(np.sqrt(np.maximum(squares, 0.0)).mean(axis=1))
 
 
-class Uds(Selector):
+class Uds(ScoringSelector):
     """Keep the candidates of largest nuclear norm and distance to what was chosen lately."""
 
     name = "uds"
+    lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
-    online: ClassVar[bool] = True
+    within_batch: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"logits"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps, in every step, candidates whose logits span most and are unlike those of rows chosen lately.",
@@ -53,23 +52,15 @@ class Uds(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of UDS; alpha, queue and sketch are the original code's."""
 
-        alpha: float = field(
-            default=2.5e-3, metadata={"help": "factor of the mean distance to rows chosen lately", "minimum": 0.0}
-        )
-        queue_size: int = field(
-            default=1024, metadata={"help": "rows chosen last that distances are taken to", "minimum": 1}
-        )
-        tokens: Literal["completion", "all"] = field(
-            default="completion", metadata={"help": "positions whose logits count; all as published"}
-        )
-        per_length: bool = field(
-            default=False, metadata={"help": "divide norms and sketches by the square root of the number of positions"}
-        )
-        sketch_rows: int = field(default=8, metadata={"help": "positions' side of a sketch", "minimum": 1})
-        sketch_columns: int = field(default=128, metadata={"help": "vocabulary's side of a sketch", "minimum": 1})
+        alpha: float = param(2.5e-3, "factor of the mean distance to rows chosen lately", minimum=0.0)
+        queue_size: int = param(1024, "rows chosen last that distances are taken to", minimum=1)
+        tokens: Literal["completion", "all"] = param("completion", "positions whose logits count; all as published")
+        per_length: bool = param(False, "divide norms and sketches by the square root of the number of positions")
+        sketch_rows: int = param(8, "positions' side of a sketch", minimum=1)
+        sketch_columns: int = param(128, "vocabulary's side of a sketch", minimum=1)
 
     params: Params
 
@@ -77,47 +68,52 @@ class Uds(Selector):
         super().__init__(params)
         self._queue: NDArray[np.float32] | None = None
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` candidates of the largest score; ties by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)], NaN for rows without a supervised token.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return nuclear norms plus distances to rows chosen lately [N].
 
         Raises:
-            DataError: No candidate has finite logits.
             ComponentError: Signals do not fit the rows asked for, or the queue holds sketches of another size.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = LogitSpec(
+        signal = LogitFeatures(
             tokens=p.tokens, per_length=p.per_length, rows=p.sketch_rows, columns=p.sketch_columns, seed=ctx.seed
         )
-        norms = ctx.signals.logit_nuclear_norms(pool, spec)
-        sketches = ctx.signals.logit_sketches(pool, spec)
-        finite = finite_rows(self.name, norms, len(pool))
-        if sketches.ndim != 2 or len(sketches) != len(pool):
-            raise ComponentError(f"uds: asked for sketches of {len(pool):,} rows, was given {sketches.shape}")
+        found = ctx.signals(signal, pool)
+        if found.ndim != 2 or len(found) != len(pool):
+            raise ComponentError(f"uds: asked for logits of {len(pool):,} rows, was given {found.shape}")
+        norms, sketches = found[:, 0], found[:, 1:]
         queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self._queue is None else self._queue
         if queue.shape[1] != sketches.shape[1]:
             raise ComponentError(
                 f"uds: the queue holds sketches of {queue.shape[1]:,} numbers, the rows' have {sketches.shape[1]:,}"
             )
+        finite = np.isfinite(norms)
         scores = np.full(len(pool), np.nan)
         distances = p.alpha * mean_distances(sketches[finite], queue)
         scores[finite] = norms[finite].astype(np.float64) + distances
-        kept = top_k(scores, budget)
-        self._queue = np.concatenate([queue, sketches[kept].astype(np.float32)])[-p.queue_size :]
-        reason = f"{len(kept)} of {len(pool)} candidates by nuclear norm"
+        self._asked = pool, queue, sketches
+        self._share = distances.mean() / max(abs(float(scores[finite].mean())), 1e-30) if finite.any() else 0.0
+        return scores
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the positions kept, and put their sketches into the queue."""
+        kept = super().kept(found, rows, budget, ctx)
+        _, queue, sketches = self._asked
+        chosen = sketches[found.places[kept]].astype(np.float32)
+        self._queue = np.concatenate([queue, chosen])[-self.params.queue_size :]
+        return kept
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return what distances add to the score, and how long the rows kept are."""
+        pool, queue, _ = self._asked
+        how = "by nuclear norm"
         if len(queue):
-            share = distances.mean() / max(abs(float(scores[finite].mean())), 1e-30)
-            reason += f" and distance to {len(queue)} rows ({share:.1%} of the score)"
+            how += f" and distance to {len(queue)} rows ({self._share:.1%} of the score)"
         lengths = ctx.domains.lengths
         if lengths is not None and len(kept):
-            reason += f", {lengths[pool[kept]].mean():.0f} tokens on average against {lengths[pool].mean():.0f}"
-        if not finite.all():
-            reason += f"; {int((~finite).sum())} have no supervised token"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+            ours = lengths[pool[found.places[kept]]]
+            how += f", {ours.mean():.0f} tokens on average against {lengths[pool].mean():.0f}"
+        return how
 
     def state_dict(self) -> State:
         """Return the queue, the row chosen last at its end."""

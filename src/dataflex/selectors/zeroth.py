@@ -14,16 +14,16 @@ all rows by one random projection. Use this only where no gradient can be had.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
-from dataflex.method import Params as BaseParams
-from dataflex.select.choose import top_k
+from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import PerturbedLoss
 
 __all__ = ["Zeroth", "central_difference"]
 
@@ -45,10 +45,11 @@ def central_difference(above: NDArray[np.floating], below: NDArray[np.floating],
     return np.where(np.isfinite(found), found, np.nan)
 
 
-class Zeroth(Selector):
+class Zeroth(ScoringSelector):
     """Keep the rows whose loss changes as the target's does under random changes of the parameters."""
 
     name = "zeroth"
+    lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
@@ -59,24 +60,16 @@ class Zeroth(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(ScoringParams):
         """Parameters of the zeroth-order selector."""
 
-        directions: int = field(
-            default=256,
-            metadata={"help": "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", "minimum": 1},
+        directions: int = param(256, "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", minimum=1)
+        epsilon: float = param(1e-3, "step added to or taken from every parameter", above=0.0)
+        similarity: Literal["cosine", "product"] = param(
+            "cosine", "compare directions, or inner products, which favour steep rows"
         )
-        epsilon: float = field(
-            default=1e-3, metadata={"help": "step added to or taken from every parameter", "above": 0.0}
-        )
-        similarity: Literal["cosine", "product"] = field(
-            default="cosine", metadata={"help": "compare directions, or inner products, which favour steep rows"}
-        )
-        aggregate: Literal["max", "mean"] = field(
-            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of the parameters that move; null: all trainable ones"}
+        parameters: str | None = param(
+            None, "regular expression of the parameters that move; null: all trainable ones", pattern=True
         )
 
     params: Params
@@ -85,19 +78,13 @@ class Zeroth(Selector):
         super().__init__(params)
         self._warned = False
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the largest estimated influence; ties by pool order.
-
-        Returns:
-            Rows best first; scores [len(pool)] after bringing tasks together, NaN for rows without a finite
-            loss, which are never kept.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return estimated influence on the targets [T, N].
 
         Raises:
-            DataError: No row of a non-empty pool, or of a target, has a finite loss.
+            DataError: No row of a target has a finite loss.
             ComponentError: Losses do not fit the rows asked for.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         num = self.params.directions
         if not self._warned:
             self._warned = True
@@ -108,22 +95,13 @@ class Zeroth(Selector):
                 num**-0.5,
                 2 * num,
             )
-        by_task = self._influence(pool, ctx)
-        scores = by_task.mean(axis=1) if self.params.aggregate == "mean" else by_task.max(axis=1)
-        scored = int(np.isfinite(scores).sum())
-        if not scored:
-            raise DataError(
-                f"zeroth: all {len(pool):,} rows have no finite loss (are their labels all masked?). Check that "
-                "cutoff_len leaves room for the response, and that the model's own loss is finite; or lower epsilon."
-            )
-        kept = top_k(scores, budget)
-        reason = (
-            f"{len(kept)} of {len(pool)} rows by estimated influence on {', '.join(ctx.targets)} "
-            f"({num} directions, standard error about {num**-0.5:.2f})"
-        )
-        if scored < len(pool):
-            reason += f"; {len(pool) - scored} rows have no finite loss"
-        return Selection(rows=pool[kept], scores=scores, reason=reason)
+        return self._influence(pool, ctx).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how good the estimate is."""
+        num = self.params.directions
+        how = f"{num} directions, standard error about {num**-0.5:.2f}"
+        return f"by estimated influence on {', '.join(ctx.targets)} ({how})"
 
     def _influence(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return cosines or mean products [len(pool), targets], adding up direction by direction."""
@@ -150,8 +128,10 @@ class Zeroth(Selector):
     def _derivatives(self, rows: Rows, direction: int, ctx: Context, target: str | None) -> NDArray[np.float64]:
         p = self.params
         above, below = (
-            ctx.signals.perturbed_losses(
-                rows, seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters, target=target
+            ctx.signals(
+                PerturbedLoss(seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters),
+                rows,
+                target=target,
             )
             for step in (p.epsilon, -p.epsilon)
         )

@@ -1,25 +1,141 @@
-"""Embeddings from the model under training: hidden states of one forward, pooled; the head is left out."""
+"""Embeddings: hidden states of one forward, pooled into a vector per row; by this model or another."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from dataflex.errors import UnsupportedError
-from dataflex.signals.anatomy import anatomy, capture_hidden, narrow_head
-from dataflex.signals.losses import model_inputs
-from dataflex.signals.packing import document_ids, real_tokens
-from dataflex.signals.pooling import pool, pool_documents
+from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
+from dataflex.plan.domains import Rows
+from dataflex.signals.losses import model_inputs, real_tokens
+from dataflex.signals.model_access import Corpus
+from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
 from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state
+from dataflex.signals.texts import row_texts
 
-__all__ = ["embed_batch", "embed_documents", "embedding_size", "hidden_states"]
+__all__ = [
+    "EncoderError",
+    "SentenceEncoder",
+    "TextEncoder",
+    "TransformersEncoder",
+    "embed_batch",
+    "embedding_size",
+    "hidden_states",
+    "load_encoder",
+    "pool",
+    "pool_documents",
+    "text_sweep",
+]
+
+_IGNORE = -100
+
+
+def pool(
+    hidden_BTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    spec: EmbeddingSpec,
+) -> torch.Tensor:
+    """Return one vector per row.
+
+    RDS+ (arXiv 2503.01807) and ADAPT (arXiv 2605.05227): e = sum_t w_t h_t with w_t = t / sum(t).
+
+    Args:
+        hidden_BTD: Hidden states [B, T, D] in any floating dtype.
+        attention_mask: [B, T], 0 is padding, on whichever side; None means no padding.
+        labels: [B, T]; looked at under ``completion_only`` only.
+        spec: How to pool.
+
+    Returns:
+        fp32 [B, D]; NaN where a row has nothing to pool.
+    """
+    kept_BT = _kept(hidden_BTD, attention_mask, labels, spec)
+    weights_BT = _weights(kept_BT, spec)
+    # Padding may hold anything, NaN included, and 0 x NaN is NaN.
+    clean_BTD = hidden_BTD.float().masked_fill(~kept_BT[:, :, None], 0.0)
+    return _finish(torch.bmm(weights_BT[:, None, :], clean_BTD)[:, 0], spec)
+
+
+def pool_documents(
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one vector per packed document.
+
+    Args:
+        hidden_BTD: Hidden states [B, T, D].
+        documents_BT: Document of each token in its row, -1 for padding; see ``packing.document_ids``.
+        labels: [B, T]; looked at under ``completion_only`` only.
+        spec: How to pool.
+
+    Returns:
+        Vectors fp32 [m, D] (NaN where a document has nothing to pool) and (row, document) int64 [m, 2].
+    """
+    inside = documents_BT.ge(0)
+    row, column = inside.nonzero(as_tuple=True)
+    pairs = torch.stack([row, documents_BT[row, column]], dim=1)
+    keys, which = torch.unique(pairs, dim=0, return_inverse=True)
+    # Each document becomes a row of its own, so that there is one definition of pooling.
+    starts = torch.zeros(len(keys), dtype=torch.int64, device=row.device)
+    sizes = torch.bincount(which, minlength=len(keys))
+    starts[1:] = sizes.cumsum(0)[:-1]
+    order = torch.argsort(which, stable=True)
+    offset = torch.arange(len(which), device=row.device) - starts[which[order]]
+    width = int(sizes.max()) if len(sizes) else 0
+    mask = torch.zeros(len(keys), width, dtype=torch.bool, device=row.device)
+    mask[which[order], offset] = True
+    spread = hidden_BTD.new_zeros(len(keys), width, hidden_BTD.shape[-1])
+    spread[which[order], offset] = hidden_BTD[row[order], column[order]]
+    spread_labels = None
+    if labels is not None:
+        spread_labels = labels.new_full((len(keys), width), _IGNORE)
+        spread_labels[which[order], offset] = labels[row[order], column[order]]
+    return pool(spread, mask, spread_labels, spec), keys
+
+
+def _kept(
+    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
+) -> torch.Tensor:
+    batch, width = hidden_BTD.shape[:2]
+    kept = torch.ones(batch, width, dtype=torch.bool, device=hidden_BTD.device) if mask is None else mask.ne(0)
+    if spec.completion_only:
+        if labels is None:
+            raise ValueError("completion_only needs labels")
+        kept = kept & labels.ne(_IGNORE)
+    return kept
+
+
+def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+    """Weights fp32 [B, T] that sum to 1 over the kept tokens of a row; NaN in rows without any."""
+    place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
+    count_B1 = kept_BT.sum(dim=1, keepdim=True)
+    if spec.pooling == "weighted_mean":
+        raw_BT = place_BT
+    elif spec.pooling == "mean":
+        raw_BT = kept_BT.long()
+    else:
+        wanted = count_B1 if spec.pooling == "last" else torch.ones_like(count_B1)
+        raw_BT = (kept_BT & place_BT.eq(wanted)).long()
+    return raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
+
+
+def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
+    if not spec.normalize:
+        return vectors_BD
+    norms = vectors_BD.norm(dim=1, keepdim=True)
+    return torch.where(norms.eq(0), vectors_BD, vectors_BD / norms)
 
 
 def embedding_size(model: nn.Module) -> int:
     """Return D, the width of the model's hidden states."""
-    return int(anatomy(model).text_config.hidden_size)
+    return int(model_parts(model).text_config.hidden_size)
 
 
 @torch.no_grad()
@@ -36,7 +152,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
     """
-    parts = anatomy(model)
+    parts = model_parts(model)
     with narrow_head(parts), capture_hidden(parts, layer) as seen:
         parts.root(**model_inputs(batch), use_cache=False)
     if len(seen) != 1 or seen[0].shape[:2] != batch["input_ids"].shape:
@@ -51,11 +167,167 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
 def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
 
-    Packed rows are pooled as a whole; ``embed_documents`` keeps their documents apart.
+    Packed rows are pooled as a whole.
     """
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
 
-def embed_documents(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return vectors fp32 [m, D] of the documents of packed rows and their (row, document) int64 [m, 2]."""
-    return pool_documents(hidden_states(model, batch, spec.layer), document_ids(batch), batch.get("labels"), spec)
+_MAX_TOKENS = 512  # of a text; the rest is cut off
+_TOKEN_BUDGET = 16384  # padded tokens of a batch at most
+_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
+
+
+class EncoderError(DataFlexError):
+    """An encoder could not be loaded."""
+
+
+class TextEncoder:
+    """Turns texts into vectors on one device."""
+
+    device: torch.device
+    dimension: int
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
+        raise NotImplementedError
+
+    def score(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the vectors of a batch of ``text_sweep``, fp32 [b, dimension]."""
+        return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
+
+
+def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch.device | None = None) -> TextEncoder:
+    """Load an encoder in float32; it reads the first 512 tokens of a text.
+
+    Args:
+        model: Folder or hub id; a folder with ``modules.json`` is a sentence-transformers model.
+        spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
+            last layer, normalized). A sentence-transformers model pools by its own rules: only
+            ``normalize`` may be chosen.
+        device: Where the model runs; the CPU if left out.
+
+    Raises:
+        ConfigError: A spec that the encoder cannot follow.
+        EncoderError: The model cannot be loaded, or an optional package is missing.
+    """
+    place, spec = device or torch.device("cpu"), spec or EmbeddingSpec()
+    if not (Path(model) / "modules.json").is_file():
+        return TransformersEncoder(model, spec, place)
+    if spec != EmbeddingSpec(normalize=spec.normalize):
+        raise ConfigError(
+            f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
+        )
+    return SentenceEncoder(model, spec.normalize, place)
+
+
+class TransformersEncoder(TextEncoder):
+    """A causal or encoder model read by ``AutoModel``; see ``load_encoder``."""
+
+    def __init__(self, model: str, spec: EmbeddingSpec, device: torch.device) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        if spec.completion_only:
+            raise ConfigError(f"encoder {model}: completion_only needs labels, but an encoder reads plain text")
+        with preserve_state():  # a model may draw random numbers while it is built
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+                body: Any = AutoModel.from_pretrained(model)
+            except (OSError, ValueError, KeyError) as error:
+                raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
+        if body.config.is_encoder_decoder:
+            body = body.get_encoder()
+        self._body = body.to(device, torch.float32).eval().requires_grad_(False)
+        self._spec, self.device = spec, device
+        self.dimension = int(body.config.get_text_config().hidden_size)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
+        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+        if not len(texts):
+            return out
+        ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        parts = model_parts(self._body)
+        for positions in bucketed(lengths, _TOKEN_BUDGET):
+            width = max(int(lengths[positions].max()), 1)
+            tokens = torch.zeros(len(positions), width, dtype=torch.int64)
+            mask = torch.zeros_like(tokens)
+            for row, position in enumerate(positions):
+                tokens[row, : lengths[position]] = torch.tensor(ids[position], dtype=torch.int64)
+                mask[row, : lengths[position]] = 1
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
+            with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
+                self._body(input_ids=tokens, attention_mask=mask)
+            out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
+        return out
+
+
+class SentenceEncoder(TextEncoder):
+    """A sentence-transformers model, with its own pooling; see ``load_encoder``."""
+
+    def __init__(self, model: str, normalize: bool, device: torch.device) -> None:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise EncoderError(f"encoder {model}: {_MISSING}")
+        from sentence_transformers import SentenceTransformer
+
+        with preserve_state():
+            try:
+                self._model: Any = SentenceTransformer(model, device=str(device))
+            except (OSError, ValueError, KeyError) as error:
+                raise EncoderError(
+                    f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
+                ) from error
+        self._model.to(torch.float32).eval()
+        own = self._model.max_seq_length
+        self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
+        self._normalize, self.device = normalize, device
+        with preserve_state():  # the method that tells the dimension has another name in each major version
+            self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector per text, float32 [n, dimension]."""
+        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+        # Two characters a token is a cautious guess: the batch must fit, not be full.
+        guessed = np.array([len(text) // 2 + 2 for text in texts], dtype=np.int64)
+        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), _TOKEN_BUDGET):
+            with preserve_state(), torch.no_grad():
+                out[positions] = self._model.encode(
+                    [texts[position] for position in positions],
+                    batch_size=len(positions),
+                    normalize_embeddings=self._normalize,
+                    convert_to_numpy=True,
+                    show_progress_bar=False,
+                ).astype(np.float32)
+        return out
+
+
+def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device) -> Sweep:
+    """Return a pass over the text of rows, for ``score`` of an encoder.
+
+    Args:
+        corpus: Where the rows are.
+        rows: Row ids [n].
+        tokenizer: Decodes the rows.
+        token_budget: Padded tokens of a batch at most.
+        device: Where ranks exchange tensors.
+    """
+    return Sweep(
+        dataset=_Texts(corpus.dataset, tokenizer),
+        rows=rows,
+        lengths=corpus.lengths[rows],
+        collate=lambda texts: {"texts": texts},
+        token_budget=token_budget,
+        device=device,
+        what="embeddings by another model",
+    )
+
+
+class _Texts:
+    """Texts by row id."""
+
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        self._dataset, self._tokenizer = dataset, tokenizer
+
+    def __getitems__(self, ids: list[int]) -> list[str]:
+        return row_texts(self._dataset, np.array(ids, dtype=np.int64), self._tokenizer)

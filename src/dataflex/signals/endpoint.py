@@ -6,22 +6,197 @@ read from an environment variable, never from a file, and appears in no message.
 
 from __future__ import annotations
 
+import email.utils
+import http.client
 import json
 import logging
 import os
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dataflex.errors import ConfigError, DataFlexError
 from dataflex.rng import stream
-from dataflex.signals.endpoint_config import EndpointConfig
-from dataflex.signals.transport import Failure, post_json
 
-__all__ = ["Completion", "Cost", "EndpointClient", "EndpointConfig", "EndpointError"]
+__all__ = ["Completion", "Cost", "EndpointClient", "EndpointConfig", "EndpointError", "Failure", "post_json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """Where and how to ask.
+
+    Attributes:
+        url: Base address with the version, as in ``http://127.0.0.1:8000/v1``.
+        model: Name of the model at the server.
+        api: ``chat`` for chat completions, ``completions`` for plain text.
+        api_key_env: Name of the environment variable that holds the key; None sends none.
+        max_tokens: Tokens generated at most per sample.
+        temperature: 0 is greedy.
+        top_p: Smallest set of tokens whose probabilities reach this sum.
+        num_samples: Samples per prompt.
+        seed: Sent with each request (plus its index), and seed of the waiting times' jitter.
+        timeout_seconds: Without any byte from the server.
+        max_retries: Further tries of a request after the first.
+        backoff_seconds: First waiting time; doubled at each retry, times 0.5 to 1.5.
+        backoff_max_seconds: Longest waiting time; a server that asks for more is an error.
+        concurrency: Requests under way at once.
+        price_in_per_million: Price of a million prompt tokens, in any currency.
+        price_out_per_million: Price of a million generated tokens.
+
+    Raises:
+        ConfigError: All values that cannot be, together.
+    """
+
+    url: str
+    model: str
+    api: Literal["chat", "completions"] = "chat"
+    api_key_env: str | None = None
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+    timeout_seconds: float = 120.0
+    max_retries: int = 6
+    backoff_seconds: float = 1.0
+    backoff_max_seconds: float = 60.0
+    concurrency: int = 8
+    price_in_per_million: float = 0.0
+    price_out_per_million: float = 0.0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("url", self.url.startswith(("http://", "https://")), "an http:// or https:// address"),
+            ("model", bool(self.model), "the name of a model"),
+            ("api", self.api in ("chat", "completions"), "'chat' or 'completions'"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("timeout_seconds", self.timeout_seconds > 0, "above 0"),
+            ("max_retries", self.max_retries >= 0, "0 or more"),
+            ("backoff_seconds", self.backoff_seconds > 0, "above 0"),
+            ("backoff_max_seconds", self.backoff_max_seconds >= self.backoff_seconds, "at least backoff_seconds"),
+            ("concurrency", self.concurrency >= 1, "at least 1"),
+            ("price_in_per_million", self.price_in_per_million >= 0, "0 or more"),
+            ("price_out_per_million", self.price_out_per_million >= 0, "0 or more"),
+        )
+        problems = [
+            f"endpoint.{name}: must be {wanted}, found {getattr(self, name)!r}"
+            for name, holds, wanted in rules
+            if not holds
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_SHOWN = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a request was not answered.
+
+    Attributes:
+        reason: For people; holds no key.
+        again: Whether trying again may help.
+        status: HTTP status, or None when there was none.
+        retry_after: Seconds that the server asked to wait, or None.
+    """
+
+    reason: str
+    again: bool
+    status: int | None = None
+    retry_after: float | None = None
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would carry the key to another host."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -> Any:
+    """Send ``body`` and return the JSON value answered, or a ``Failure``.
+
+    Args:
+        url: Complete address.
+        body: JSON value.
+        key: Sent as a bearer token; None sends none.
+        timeout_seconds: Without any byte from the server.
+    """
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode("utf-8"), headers, method="POST")
+    opener = urllib.request.build_opener(_StayHere)
+    try:
+        with opener.open(request, timeout=timeout_seconds) as response:
+            content = response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return _refused(error, key)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        slow = isinstance(reason, TimeoutError)
+        text = f"no answer within {timeout_seconds:g} s" if slow else f"cannot be reached: {_named(reason)}"
+        hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
+        return Failure(reason=_without(text, key), again=not hopeless)
+    try:
+        return json.loads(content)
+    except ValueError:
+        return Failure(reason=f"answered with something that is not JSON: {_shown(content, key)}", again=False)
+
+
+def _refused(error: urllib.error.HTTPError, key: str | None) -> Failure:
+    try:
+        content = error.read()
+    except (OSError, http.client.HTTPException):
+        content = b""
+    location = error.headers.get("Location")
+    moved = f" (redirects to {location}; redirects are not followed)" if location else ""
+    return Failure(
+        reason=_without(f"HTTP {error.code} {error.reason}{moved}: {_shown(content, key)}", key),
+        again=error.code in _AGAIN,
+        status=error.code,
+        retry_after=_retry_after(error.headers.get("Retry-After")),
+    )
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Read seconds or an HTTP date; anything else counts as not given."""
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def _named(reason: Any) -> str:
+    return str(reason) if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+
+
+def _shown(content: bytes, key: str | None) -> str:
+    return _without(content.decode("utf-8", errors="replace"), key)[:_SHOWN] or "(empty)"
+
+
+def _without(text: str, key: str | None) -> str:
+    """Take the key out of a text that a server may have echoed it in."""
+    return text.replace(key, "***") if key else text
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,31 +1,196 @@
-"""What a row's logits span: their nuclear norm, and a sketch that tells rows apart (UDS, arXiv 2510.16882).
-
-The nuclear norm, the sum of the singular values of the positions x vocabulary matrix, comes from the eigenvalues of
-its smaller Gram matrix: far cheaper than a singular value decomposition. The Gram matrix squares the condition number,
-so it is summed in float64, where nothing of float32 logits is lost.
-
-The sketch is a two-sided subsampled Fourier transform: random signs on the vocabulary, transform, real part, a few
-columns drawn with replacement; then the same over positions, padded with zeros to the longest row. Transforms are not
-normalized; what is drawn is scaled by sqrt(size / drawn).
-"""
+"""What is read off a model's logits, or its routers: token losses, EL2N, nuclear norms, sketches, expert loads."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from dataflex import comm
+from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.cross_entropy import chunk_tokens
-from dataflex.signals.head import LogitReader, LogitsOf
-from dataflex.signals.packing import real_tokens
+from dataflex.signals.losses import chunk_tokens, model_inputs, real_tokens
+from dataflex.signals.model_parts import ModelParts, model_parts, narrow_head
 from dataflex.signals.specs import LogitSpec
+from dataflex.signals.sweep import preserve_state
 
-__all__ = ["LogitScorer", "LogitSketch", "nuclear_norm"]
+__all__ = [
+    "BatchTokens",
+    "GateReader",
+    "LogitReader",
+    "LogitScorer",
+    "LogitSketch",
+    "LogitsOf",
+    "TokenScorer",
+    "nuclear_norm",
+]
+
+T = TypeVar("T")
+LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows [S], positions [S] of the batch) -> logits [S, V] in the model's type."""
+
+
+class LogitReader:
+    """Hands the logits of a batch to a function; use it without gradient, in eval mode, in autocast.
+
+    Collective in its first call: all ranks settle on the same way.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+
+    Raises:
+        UnsupportedError: No transformers model inside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts: ModelParts = model_parts(model)
+        self.through_head: bool | None = None if self._parts.head is not None else False
+        """Whether the head is applied to chosen positions; None until the first batch has been seen."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model's configuration knows."""
+        return int(self._parts.text_config.vocab_size)
+
+    def __call__(self, batch: dict[str, Any], use: Callable[[LogitsOf, int], T]) -> T:
+        """Run the model on a collated batch and return what ``use`` makes of its logits.
+
+        Args:
+            batch: On the device.
+            use: Given how to get logits, and their width V; may be called twice for the first batch.
+        """
+        head = None if self.through_head is False else self._parts.head
+        if head is None:
+            logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
+            return use(lambda rows, positions: logits[rows, positions], logits.shape[-1])
+        found: list[T] = []
+        raw: list[torch.Tensor] = []
+
+        def inside(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Call ``use`` inside the head's call, whose parameters are whole only then (ZeRO-3)."""
+            hidden, *rest = inputs
+            last = hidden[:, -1:]
+            if self.through_head is None:
+                raw.append(head.forward(last, *rest))
+            found.append(use(lambda rows, positions: head.forward(hidden[rows, positions], *rest), self.vocabulary))
+            return (last, *rest)
+
+        handle = head.register_forward_pre_hook(inside)
+        try:
+            outputs = self._parts.root(**model_inputs(batch), use_cache=False)
+        finally:
+            handle.remove()
+        if self.through_head is None:
+            same = len(raw) == 1 and torch.equal(raw[0].float(), _logits(outputs).float())
+            agreed = comm.gather_sum(torch.tensor(int(same), device=batch["labels"].device))
+            self.through_head = int(agreed) == comm.world()
+        return found[0] if self.through_head else self(batch, use)
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
 
 _IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTokens:
+    """Supervised tokens of one batch, on the device, row by row [S].
+
+    Attributes:
+        num_rows: Rows of the batch B.
+        row: Row of each token in the batch, ascending.
+        position: Position of the predicted token in its row, padding not counted.
+        loss: Cross-entropy, fp32.
+        el2n: ||softmax(z) - onehot(y)||_2, or None if not asked for.
+    """
+
+    num_rows: int
+    row: torch.Tensor
+    position: torch.Tensor
+    loss: torch.Tensor
+    el2n: torch.Tensor | None = None
+
+    def means(self, what: str = "loss") -> torch.Tensor:
+        """Return the mean of ``loss`` or ``el2n`` over each row's tokens [B]; NaN without any."""
+        values = getattr(self, what)
+        sums = values.new_zeros(self.num_rows).index_add_(0, self.row, values)
+        return sums / torch.bincount(self.row, minlength=self.num_rows)
+
+    def sums(self) -> torch.Tensor:
+        """Return the sum of each row's losses and its number of tokens, fp32 [B, 2]."""
+        sums = self.loss.new_zeros(self.num_rows).index_add_(0, self.row, self.loss)
+        return torch.stack([sums, torch.bincount(self.row, minlength=self.num_rows).float()], dim=1)
+
+
+class TokenScorer:
+    """Turns collated batches into ``BatchTokens``; call it without gradient, in eval mode, in autocast.
+
+    Collective in its first call: all ranks settle on the same way.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        el2n: Also compute EL2N (Deep Learning on a Data Diet, arXiv 2107.07075) per token.
+
+    Raises:
+        UnsupportedError: No transformers model inside.
+    """
+
+    def __init__(self, model: nn.Module, *, el2n: bool = False) -> None:
+        self._reader, self._el2n = LogitReader(model), el2n
+
+    @property
+    def through_head(self) -> bool | None:
+        """Whether the head is applied in chunks; None until the first batch has been seen."""
+        return self._reader.through_head
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> BatchTokens:
+        """Score the supervised tokens of a batch with ``labels`` [B, T]."""
+        labels, real = batch["labels"], real_tokens(batch)
+        # What follows left padding is predicted from nothing: without padding it would have no loss either.
+        supervised = labels[:, 1:].ne(_IGNORE) & real[:, :-1]
+        row, before = supervised.nonzero(as_tuple=True)
+        targets = labels[row, before + 1]
+
+        def score(logits_of: LogitsOf, width: int) -> dict[str, torch.Tensor]:
+            return self._chunks(lambda part: logits_of(row[part], before[part]), targets, width)
+
+        columns = self._reader(batch, score)
+        first = real.long().argmax(dim=1)
+        return BatchTokens(
+            num_rows=len(labels),
+            row=row,
+            position=before + 1 - first[row],
+            **columns,
+        )
+
+    def _chunks(
+        self, logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, vocabulary: int
+    ) -> dict[str, torch.Tensor]:
+        size = chunk_tokens(vocabulary, targets.device)
+        parts: list[dict[str, torch.Tensor]] = []
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            parts.append(self._score(logits_of(part).float(), targets[part]))
+        if not parts:
+            return {name: torch.zeros(0, device=targets.device) for name in ("loss", "el2n")[: 1 + self._el2n]}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _score(self, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
+        if not self._el2n:
+            return {"loss": loss_S}
+        # 1 - p_y as the sum of the others: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
+        others_SV = torch.log_softmax(logits_SV, dim=-1).exp().scatter(1, targets_S[:, None], 0.0)
+        return {"loss": loss_S, "el2n": torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))}
 
 
 def nuclear_norm(matrix: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
@@ -125,3 +290,57 @@ class LogitScorer:
             return out
 
         return self._reader(batch, use)
+
+
+class GateReader:
+    """Reads the routers of a model.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+
+    Raises:
+        UnsupportedError: The model does not say how many experts a token gets, or gives no router logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._parts = model, model_parts(model)
+        self._shape: tuple[int, int] | None = None
+        config = self._parts.text_config
+        self._top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None)
+        if not self._top_k:
+            raise UnsupportedError(
+                f"{type(self._parts.lm).__name__} is no mixture-of-experts model (its configuration has no "
+                "num_experts_per_tok), so there are no gates to look at"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """MoE layers and experts.
+
+        Raises:
+            UnsupportedError: The model gives no router logits.
+        """
+        if self._shape is None:
+            tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(self._model.parameters()).device)
+            with preserve_state(self._model):
+                self._model.eval()
+                loads = self({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+            self._shape = (int(loads.shape[1]), int(loads.shape[2]))
+        return self._shape
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the loads of each row and layer, fp32 [B, L, E]."""
+        with narrow_head(self._parts):
+            outputs = self._model(**model_inputs(batch), use_cache=False, output_router_logits=True)
+        layers = getattr(outputs, "router_logits", None)
+        if not layers:
+            raise UnsupportedError(f"{type(self._parts.lm).__name__} gives no router logits (output_router_logits)")
+        real = real_tokens(batch)
+        rows, width = real.shape
+        loads = []
+        for logits in layers:
+            chosen = logits.float().topk(self._top_k, dim=-1).indices
+            hits = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, chosen, 1.0)
+            loads.append((hits.view(rows, width, -1) * real[:, :, None]).sum(dim=1))
+        return torch.stack(loads, dim=1)

@@ -1,18 +1,151 @@
-"""Per-sample losses: cross-entropy averaged over a row's supervised tokens, in eval mode.
+"""Batches and their losses: what the model is fed, which document a token is of, cross-entropy in chunks.
 
-Preference rows (stages dpo) are scored by their chosen answer, kto rows by their answer.
+LLaMA-Factory packs in several forms. ``neat_packing`` numbers the documents 1, 2, ... in the attention
+mask (0 is padding); its collator turns that into a block-diagonal [B, 1, T, T] mask, or drops it for
+FlashAttention and leaves only ``position_ids``, which restart at each document. Plain ``packing``
+restarts ``position_ids`` and has a mask of ones.
+
+Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same
+kernels see the same positions, and treat them one by one. On a CPU only supervised positions are looked at.
+On an accelerator, picking them out would make the device wait for their number, so chunks are plain slices
+of all positions, as in the stock loss.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from dataflex.signals.cross_entropy import token_cross_entropy
+__all__ = [
+    "chunk_tokens",
+    "document_ids",
+    "entropies",
+    "model_inputs",
+    "real_tokens",
+    "row_losses",
+    "token_cross_entropy",
+    "token_mean_losses",
+]
 
-__all__ = ["model_inputs", "row_losses", "token_mean_losses"]
+_Where: TypeAlias = slice | torch.Tensor
+_MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
+_KEPT_ELEMENTS = 2**24  # 64 MiB
+_CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MiB in fp32
+_CHUNK_ELEMENTS_CPU = 2**21  # stays in the cache: a fifth faster than chunks of 128 MiB
+_FEWEST_TOKENS = 256  # fewer would read the weights of a large head again and again
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens' logits are looked at together."""
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(_FEWEST_TOKENS, elements // vocabulary)
+
+
+def entropies(log_p_NV: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each distribution in nats [N], given log-probabilities."""
+    return -(log_p_NV.exp() * log_p_NV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
+
+
+def token_cross_entropy(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the cross-entropy of each position and, if asked for, the entropy of its prediction.
+
+    Args:
+        logits_NV: Logits in any floating dtype.
+        targets_N: The class of each position, or ``ignore_index``.
+        ignore_index: Such positions have loss 0, no gradient and entropy 0.
+        entropy: Whether the entropy is wanted.
+
+    Returns:
+        fp32 [N] in nats, with gradient; fp32 [N] in nats, without, or None.
+    """
+    chunks = list(_chunks(targets_N, ignore_index, logits_NV.shape[1]))
+    loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, ignore_index, chunks, entropy)
+    return loss_N, entropy_N if entropy else None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits and works out log-probabilities twice.
+
+    Few log-probabilities, of logits in fp32, are kept in the logits' stead, as the stock loss keeps all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: torch.Tensor,
+        targets_N: torch.Tensor,
+        ignore_index: int,
+        chunks: list[_Where],
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_N = torch.zeros(len(targets_N), dtype=torch.float32, device=logits_NV.device)
+        entropy_N = torch.zeros_like(loss_N) if entropy else loss_N.new_zeros(0)
+        keeps = logits_NV.dtype == torch.float32 and logits_NV.numel() <= _KEPT_ELEMENTS
+        ctx.kept = [] if keeps else None
+        for where in chunks:
+            log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
+            if keeps:
+                ctx.kept.append(log_p)
+            loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
+            if entropy:
+                entropy_N[where] = entropies(log_p).masked_fill(targets.eq(ignore_index), 0.0)
+        saved = [targets_N] if keeps else [targets_N, logits_NV]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.ignore_index, ctx.chunks = ignore_index, chunks
+        ctx.shape, ctx.dtype = logits_NV.shape, logits_NV.dtype
+        ctx.mark_non_differentiable(entropy_N)
+        return loss_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None, None]:
+        (targets_N, *logits), gradient_N = ctx.saved_tensors, gradients[0]
+        whole = len(ctx.chunks) > 0 and isinstance(ctx.chunks[0], slice)
+        make = torch.empty if whole else torch.zeros
+        out_NV = make(ctx.shape, dtype=ctx.dtype, device=targets_N.device)
+        for place, where in enumerate(ctx.chunks):
+            targets = targets_N[where]
+            log_p = _log_p(ctx, logits, place)
+            slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
+            part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
+            # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
+            out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(ctx.dtype)
+        return out_NV, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, None]:
+        (targets_N, *logits), tangent_NV = ctx.saved_tensors, tangents[0]
+        out_N = torch.zeros(len(targets_N), dtype=torch.float32, device=targets_N.device)
+        for place, where in enumerate(ctx.chunks):
+            targets, tangent = targets_N[where], tangent_NV[where].float()
+            mean = (_log_p(ctx, logits, place).exp() * tangent).sum(dim=-1)
+            change = mean - tangent.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+            out_N[where] = change.masked_fill(targets.eq(ctx.ignore_index), 0.0)
+        return out_N, None
+
+
+def _log_p(ctx: Any, logits: list[torch.Tensor], place: int) -> torch.Tensor:
+    """Return the log-probabilities of a chunk, kept or worked out again."""
+    if ctx.kept is not None:
+        kept: torch.Tensor = ctx.kept[place]
+        return kept
+    return F.log_softmax(logits[0][ctx.chunks[place]].float(), dim=-1)
+
+
+def _chunks(targets_N: torch.Tensor, ignore_index: int, vocabulary: int) -> Iterator[_Where]:
+    size = chunk_tokens(vocabulary, targets_N.device)
+    if targets_N.device.type == "cpu":
+        supervised = targets_N.ne(ignore_index).nonzero().squeeze(1)
+        if len(supervised) < _MOSTLY * len(targets_N):
+            yield from supervised.split(size)
+            return
+    yield from (slice(start, start + size) for start in range(0, len(targets_N), size))
+
 
 _IGNORE = -100
 _NOT_FOR_THE_MODEL = frozenset({"labels", "kto_tags"})
@@ -46,3 +179,37 @@ def row_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Run the model on a collated batch and return ``token_mean_losses`` [B], with gradient if enabled."""
     outputs = model(**model_inputs(batch), use_cache=False)
     return token_mean_losses(outputs.logits, batch["labels"])
+
+
+def real_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Return bool [B, T]: True where there is a token and not padding."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    if mask.dim() == 4:  # a real token may look at itself; additive masks hold 0 there, boolean ones True
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return diagonal if diagonal.dtype == torch.bool else diagonal.eq(0)
+    return mask.ne(0)
+
+
+def document_ids(batch: dict[str, Any]) -> torch.Tensor:
+    """Return int64 [B, T]: the document of each token, counted from 0 in its row; -1 for padding.
+
+    A row that is not packed is one document. Padding that plain packing marks as real (position 0
+    again and again at the end of a row) comes out as documents of one token each.
+    """
+    real = real_tokens(batch)
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+        linked = before if before.dtype == torch.bool else before.eq(0)
+        starts = real & ~F.pad(linked, (1, 0), value=False)
+    elif mask is not None and bool((mask > 1).any()):
+        starts = real & F.pad(mask[:, 1:].ne(mask[:, :-1]), (1, 0), value=True)
+    else:
+        starts = real & ~F.pad(real[:, :-1], (1, 0), value=False)
+        positions = batch.get("position_ids")
+        if positions is not None:
+            at_zero = positions.eq(0)
+            starts = starts | (real & (at_zero.all(dim=0) if at_zero.dim() == 3 else at_zero))
+    return torch.where(real, starts.long().cumsum(dim=1) - 1, -1)

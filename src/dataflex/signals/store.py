@@ -8,27 +8,102 @@ broken is never used, it is computed anew.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import struct
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import DTypeLike, NDArray
 
+from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.signals.fingerprint import Fingerprint
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, verify_directory, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
 
-__all__ = ["ArrayStore", "Entry"]
+__all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
+
+_PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "dataflex",
+    "flash-attn",
+    "kernels",
+    "liger-kernel",
+    "llamafactory",
+    "numpy",
+    "peft",
+    "sentence-transformers",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+@lru_cache(maxsize=1)
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that computed numbers depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """Everything that an array's numbers depend on.
+
+    Attributes:
+        model: Identity of the model (values, architecture, adapters).
+        data: Identity of the rows (row space fingerprint, which rows, tokenizer and template).
+        method: What was computed, as in ``embeddings``.
+        parameters: How: JSON values.
+        versions: Packages that computed it.
+
+    Raises:
+        ComponentError: Parameters that are not JSON.
+    """
+
+    model: str
+    data: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
+
+    def __post_init__(self) -> None:
+        try:
+            plain = json.loads(json.dumps([dict(self.parameters), dict(self.versions)], allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ComponentError(f"fingerprint of {self.method!r}: parameters must be JSON values: {error}") from error
+        object.__setattr__(self, "parameters", plain[0])
+        object.__setattr__(self, "versions", plain[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """Folder name: the method and 32 hex digits."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.method.lower()).strip('-') or 'array'}-{digest}"
+
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +119,12 @@ class Entry:
 
     Attributes:
         name: Folder name.
-        fingerprint: What it was, or is being, computed from.
         size_bytes: On disk.
         used: Time of last use, seconds since the epoch.
         finished: False for the parts of a pass that was interrupted.
     """
 
     name: str
-    fingerprint: Mapping[str, Any]
     size_bytes: int
     used: float
     finished: bool
@@ -76,19 +149,12 @@ class ArrayStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def get(self, key: Fingerprint, *, verify: bool = False) -> NDArray[Any] | None:
-        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted.
-
-        Args:
-            key: What it must have been computed from.
-            verify: Also compare every byte with the hash taken when it was written.
-        """
+    def get(self, key: CacheKey) -> NDArray[Any] | None:
+        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted."""
         folder = self.directory / key.name
         if not folder.is_dir():
             return None
         try:
-            if verify:
-                verify_directory(folder)
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if header["format"] != _FORMAT or header["fingerprint"] != key.to_json():
@@ -105,16 +171,8 @@ class ArrayStore:
             os.utime(folder / MANIFEST)
         return array
 
-    def put(self, key: Fingerprint, array: NDArray[Any]) -> NDArray[Any]:
-        """Store an array and return it memory-mapped."""
-        with self.create(key, shape=array.shape, dtype=array.dtype) as target:
-            target[...] = array
-        stored = self.get(key)
-        assert stored is not None
-        return stored
-
     @contextmanager
-    def create(self, key: Fingerprint, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
         """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises.
 
         Raises:
@@ -146,7 +204,7 @@ class ArrayStore:
                 scratch.unlink()
             shutil.rmtree(ready, ignore_errors=True)
 
-    def _install(self, key: Fingerprint, ready: Path) -> None:
+    def _install(self, key: CacheKey, ready: Path) -> None:
         """Rename a finished folder to its name; another process may have been there first."""
         final = self.directory / key.name
         if final.exists() and self.get(key) is None:
@@ -157,7 +215,7 @@ class ArrayStore:
             if self.get(key) is None:  # not the same array, finished by another process in the meantime
                 raise
 
-    def working_folder(self, key: Fingerprint) -> Path:
+    def working_folder(self, key: CacheKey) -> Path:
         """Where a pass keeps what it has so far."""
         return self.directory / f"{key.name}.unfinished"
 
@@ -170,21 +228,9 @@ class ArrayStore:
                 continue
             finished = (folder / MANIFEST).is_file()
             newest = (folder / MANIFEST).stat().st_mtime if finished else max(p.stat().st_mtime for p in files)
-            header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-            found.append(
-                Entry(
-                    name=folder.name,
-                    fingerprint=header["fingerprint"],
-                    size_bytes=sum(path.stat().st_size for path in files),
-                    used=newest,
-                    finished=finished,
-                )
-            )
+            size = sum(path.stat().st_size for path in files)
+            found.append(Entry(name=folder.name, size_bytes=size, used=newest, finished=finished))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
-
-    def size_bytes(self) -> int:
-        """Return the bytes of everything listed."""
-        return sum(entry.size_bytes for entry in self.entries())
 
     def clear_left(self) -> None:
         """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
@@ -194,11 +240,11 @@ class ArrayStore:
                 if old or is_left(left.name):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def evict(self, max_bytes: int, *, keep: Collection[str] = ()) -> list[str]:
+    def evict(self, max_bytes: int) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left.
 
         Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote
-        something within the last day are not touched, nor are the names in ``keep``.
+        something within the last day are not touched.
 
         Returns:
             Names of what was removed.
@@ -211,9 +257,206 @@ class ArrayStore:
         for entry in entries:
             if total <= max_bytes:
                 break
-            if entry.name in keep or (not entry.finished and now - entry.used < _ABANDONED_SECONDS):
+            if not entry.finished and now - entry.used < _ABANDONED_SECONDS:
                 continue
             shutil.rmtree(self.directory / entry.name)
             total -= entry.size_bytes
             removed.append(entry.name)
         return removed
+
+
+_MAGIC = b"DFR1"
+_RECORD = struct.Struct("<4sIQ16s")  # magic, rows, bytes of values, hash of rows and values
+_SYNC_SECONDS = 10.0
+
+
+class ResumablePass:
+    """Collects the rows of one array from all ranks. Opening and ``finish`` are collective.
+
+    Args:
+        store: Where the array ends up; on a file system that all ranks share.
+        key: What the array is computed from.
+        shape: Shape of the array; axis 0 counts the rows.
+        dtype: Its type; values are converted to it when they are recorded.
+        offsets: int64 [n + 1] for rows of unequal length in a flat array: row i is
+            ``[offsets[i]:offsets[i + 1]]`` along axis 0. None where every row is one entry.
+        device: Where ranks can exchange tensors: the accelerator under NCCL, else the CPU.
+
+    Raises:
+        CheckpointError: The operating system refused to write.
+    """
+
+    def __init__(
+        self,
+        store: ArrayStore,
+        key: CacheKey,
+        *,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        offsets: NDArray[np.int64] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._store, self._key, self._device = store, key, device
+        self._shape, self._dtype, self._offsets = tuple(shape), np.dtype(dtype), offsets
+        self.num_rows = shape[0] if offsets is None else len(offsets) - 1
+        if offsets is not None and (offsets[0] != 0 or offsets[-1] != shape[0]):
+            raise ValueError(f"offsets run from {offsets[0]} to {offsets[-1]}, the array has {shape[0]} entries")
+        self._folder = store.working_folder(key)
+        self._file: IO[bytes] | None = None
+        self._synced = 0.0
+        opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
+        self._session = opened[0]
+        self.done_at_start: NDArray[np.bool_] = np.unpackbits(
+            np.frombuffer(opened[1], dtype=np.uint8), count=self.num_rows
+        ).astype(bool)
+        """Rows that earlier tries finished [n], equal on every rank."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute."""
+        return bool(self.done_at_start.all())
+
+    def record(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write finished rows to this rank's part; they survive a kill from here on.
+
+        Args:
+            rows: Row numbers [b].
+            values: [b, ...], or the rows' entries one after the other when ``offsets`` were given.
+        """
+        ids = np.ascontiguousarray(rows, dtype="<i8")
+        data = np.ascontiguousarray(values, dtype=self._dtype)
+        expected = (int(self._sizes(ids).sum()), *self._shape[1:])
+        if data.shape != expected:
+            raise ValueError(f"values of {len(ids)} rows have shape {data.shape}, expected {expected}")
+        head = _RECORD.pack(_MAGIC, len(ids), data.nbytes, _hash(ids.tobytes(), data.tobytes()))
+        try:
+            if self._file is None:
+                self._file = open(self._folder / f"part-{self._session}-{comm.rank():05d}.bin", "wb")
+            self._file.write(head + ids.tobytes() + data.tobytes())
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise CheckpointError(f"cannot write finished rows into {self._folder}: {error}") from error
+
+    def finish(self) -> NDArray[Any]:
+        """Merge all parts and return the stored array, memory-mapped, on every rank.
+
+        Raises:
+            CheckpointError: Rows are missing, or a rank does not see the folder; on every rank.
+        """
+        self.close()
+        comm.barrier()
+        comm.on_one_rank(f"stored array {self._key.name}", self._merge, CheckpointError)
+        array = self._store.get(self._key)
+        seen = comm.gather_sum(torch.tensor(int(array is not None), device=self._device))
+        if array is None or int(seen) < comm.world():
+            raise CheckpointError(
+                f"{self._store.directory}: {int(seen)} of {comm.world()} ranks see the finished array; "
+                "the folder must be on a file system that all ranks share"
+            )
+        return array
+
+    def close(self) -> None:
+        """Close this rank's part; what it holds stays for the next try."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.ones(len(ids), dtype=np.int64) if self._offsets is None else np.diff(self._offsets)[ids]
+
+    def _header(self) -> dict[str, Any]:
+        offsets = "" if self._offsets is None else _hash(self._offsets.astype("<i8").tobytes()).hex()
+        return {
+            "format": _FORMAT,
+            "fingerprint": self._key.to_json(),
+            "shape": list(self._shape),
+            "dtype": self._dtype.str,
+            "offsets": offsets,
+        }
+
+    def _open(self) -> tuple[str, bytes]:
+        """Return a new session's name and the packed bits of finished rows; on rank 0 only."""
+        done = np.zeros(self.num_rows, dtype=bool)
+        self._store.clear_left()
+        stored = self._store.get(self._key)
+        if stored is not None:
+            if stored.shape != self._shape or stored.dtype != self._dtype:
+                raise CheckpointError(
+                    f"{self._key.name} holds {stored.dtype} {stored.shape}, asked for {self._dtype} {self._shape}: "
+                    "its fingerprint does not tell the two apart"
+                )
+            done[:] = True
+            return "", np.packbits(done).tobytes()
+        with _writing(self._folder):
+            if self._folder.exists() and not self._ours():
+                logger.warning("%s belongs to another pass and is removed", self._folder)
+                shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._folder / _HEADER, None) as file:
+                file.write((json.dumps(self._header(), indent=1) + "\n").encode())
+            for ids, _ in self._records():
+                done[ids] = True
+        if done.any():
+            logger.info("%s: going on after %d of %d rows", self._key.method, done.sum(), self.num_rows)
+        return secrets.token_hex(4), np.packbits(done).tobytes()
+
+    def _ours(self) -> bool:
+        try:
+            return bool(json.loads((self._folder / _HEADER).read_text(encoding="utf-8")) == self._header())
+        except (OSError, ValueError):
+            return False
+
+    def _records(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """Read the whole records of all parts; the torn end of a part is left out."""
+        for path in sorted(self._folder.glob("part-*.bin")):
+            with open(path, "rb") as file:
+                while (record := self._read(file)) is not None:
+                    yield record
+
+    def _read(self, file: IO[bytes]) -> tuple[NDArray[np.int64], NDArray[Any]] | None:
+        head = file.read(_RECORD.size)
+        if len(head) < _RECORD.size:
+            return None
+        magic, count, size, digest = _RECORD.unpack(head)
+        if magic != _MAGIC or size > self._dtype.itemsize * int(np.prod(self._shape)):
+            return None
+        ids_bytes, data = file.read(8 * count), file.read(size)
+        if len(data) < size or _hash(ids_bytes, data) != digest:
+            return None
+        return np.frombuffer(ids_bytes, dtype="<i8"), np.frombuffer(data, self._dtype).reshape(-1, *self._shape[1:])
+
+    def _merge(self) -> None:
+        if self._store.get(self._key) is not None:
+            return
+        missing = np.ones(self.num_rows, dtype=bool)
+        with self._store.create(self._key, shape=self._shape, dtype=self._dtype) as array:
+            for ids, values in self._records():
+                if self._offsets is None:
+                    array[ids] = values
+                else:
+                    array[_ranges(self._offsets[ids], self._sizes(ids))] = values
+                missing[ids] = False
+            if missing.any():
+                raise CheckpointError(
+                    f"{self._folder}: {int(missing.sum()):,} of {self.num_rows:,} rows are missing after the pass; "
+                    "the folder must be on a file system that all ranks share"
+                )
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _hash(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenate ``range(start, start + size)`` of each pair."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)

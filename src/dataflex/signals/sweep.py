@@ -1,13 +1,14 @@
-"""Passes whose answer per row is more than one number: vectors, or the tokens of a row.
+"""One pass over rows: batches by length, shared out over ranks, scored, and brought together.
 
 Batches are formed from all rows before ranks or earlier interruptions are looked at, so that a row's
-batch, and with it the last bit of its answer, depends on neither.
+batch, and with it the last bit of its value, depends on neither.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,10 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.console import progress
-from dataflex.method import Rows
-from dataflex.signals.passes import bucketed
-from dataflex.signals.resumable import ResumablePass
-from dataflex.signals.token_losses import TokenLosses, TokenScorer
+from dataflex.plan.domains import Rows
+from dataflex.signals.store import ResumablePass
 
-__all__ = ["Sweep", "Turn", "fetch", "row_pass", "stored_pass", "token_pass", "vector_pass"]
-
-_INTEGERS = frozenset({"place", "position", "document"})
+__all__ = ["Collector", "Sweep", "Turn", "bucketed", "fetch", "preserve_state", "row_pass"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,7 @@ class Sweep:
         token_budget: Padded tokens of a batch at most.
         device: Where batches go.
         what: What the pass is for, told while it goes; None tells nothing.
+        combine: Turns the pass's values [n, ...] into those of the rows that were asked about; None where they are.
     """
 
     dataset: Any
@@ -63,6 +61,7 @@ class Sweep:
     token_budget: int
     device: torch.device
     what: str | None = None
+    combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
     def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
         """Give this rank its batches; every rank is given equally many.
@@ -86,90 +85,49 @@ class Sweep:
                 told(count)
 
 
-def vector_pass(
-    sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], tail: tuple[int, ...]
-) -> NDArray[np.float32]:
-    """Score rows on all ranks (collective) and hold the answers in memory.
+class Collector:
+    """Takes the values of a pass batch by batch, and brings them together over ranks at the end.
 
     Args:
         sweep: The rows.
-        score: Batch on the device to one array per row [b, *tail].
-        tail: Shape of one row's answer.
-
-    Returns:
-        float32 [n, *tail] in the order of the rows, equal on every rank.
+        tail: Shape of one row's value.
+        work: Stored array that values are written into as they come, going on where an earlier try stopped; None
+            holds them in memory.
     """
-    values, places = [torch.zeros(0, *tail, device=sweep.device)], [np.zeros(0, dtype=np.int64)]
-    for turn in sweep.turns():
-        scored = score(turn.batch).detach().float()
-        if turn.mine:
-            values.append(scored)
-            places.append(turn.positions)
-    whole, _ = comm.gather_rows(torch.cat(values))
-    where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(places)).to(sweep.device))
-    out = np.full((len(sweep.rows), *tail), np.nan, dtype=np.float32)
-    out[where.cpu().numpy()] = whole.cpu().numpy()
-    return out
+
+    def __init__(self, sweep: Sweep, tail: tuple[int, ...], work: ResumablePass | None = None) -> None:
+        self._sweep, self._tail, self._work = sweep, tail, work
+        self._values = [torch.zeros(0, *tail, device=sweep.device)]
+        self._places = [np.zeros(0, dtype=np.int64)]
+
+    def take(self, turn: Turn, scored: torch.Tensor) -> None:
+        """Keep the values of a batch [b, *tail]."""
+        scored = scored.detach().float()
+        if turn.mine and self._work is not None:
+            self._work.record(turn.positions, scored.cpu().numpy())
+        elif turn.mine:
+            self._values.append(scored)
+            self._places.append(turn.positions)
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return all values [n, *tail] in the order of the rows, equal on every rank (collective)."""
+        if self._work is not None:
+            return self._work.finish()
+        whole, _ = comm.gather_rows(torch.cat(self._values))
+        where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(self._places)).to(self._sweep.device))
+        out = np.full((len(self._sweep.rows), *self._tail), np.nan, dtype=np.float32)
+        out[where.cpu().numpy()] = whole.cpu().numpy()
+        return out
 
 
 def row_pass(
-    sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], tail: tuple[int, ...], work: ResumablePass | None
-) -> NDArray[Any]:
-    """Score rows on all ranks (collective): into ``work`` (``stored_pass``), or in memory if it is None."""
-    return vector_pass(sweep, score, tail) if work is None else stored_pass(sweep, score, work)
-
-
-def stored_pass(sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], work: ResumablePass) -> NDArray[Any]:
-    """Score rows on all ranks (collective) into a stored array, going on where an earlier try stopped.
-
-    Args:
-        sweep: The rows.
-        score: Batch on the device to one array per row [b, ...] of the shape that ``work`` holds.
-        work: Where the answers go, one entry per row of the sweep; opened by every rank.
-
-    Returns:
-        The whole array, memory-mapped, on every rank.
-    """
-    for turn in sweep.turns(work.done_at_start):
-        scored = score(turn.batch).detach()
-        if turn.mine:
-            work.record(turn.positions, scored.float().cpu().numpy())
-    return work.finish()
-
-
-def token_pass(
-    sweep: Sweep, scorer: TokenScorer, around: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> TokenLosses:
-    """Score the tokens of rows on all ranks (collective).
-
-    Args:
-        sweep: The rows.
-        scorer: Which values are computed.
-        around: Entered around each forward, as the trainer's autocast.
-
-    Returns:
-        The tokens of row i of the sweep at ``offsets[i]:offsets[i + 1]``, equal on every rank.
-    """
-    names = ("position", "document", *scorer.values)
-    columns: dict[str, list[torch.Tensor]] = {
-        name: [torch.zeros(0, dtype=torch.int64 if name in _INTEGERS else torch.float32, device=sweep.device)]
-        for name in ("place", *names)
-    }
+    sweep: Sweep, score: Callable[[dict[str, Any]], torch.Tensor], tail: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Score rows on all ranks (collective): float32 [n, *tail] in the order of the rows, equal on every rank."""
+    collector = Collector(sweep, tail)
     for turn in sweep.turns():
-        with around():
-            tokens = scorer(turn.batch)
-        if turn.mine:
-            columns["place"].append(torch.from_numpy(turn.positions).to(sweep.device)[tokens.row])
-            for name in names:
-                columns[name].append(getattr(tokens, name))
-    flat = {name: comm.gather_rows(torch.cat(parts))[0].cpu().numpy() for name, parts in columns.items()}
-    place = flat.pop("place")
-    order = np.argsort(place, kind="stable")  # tokens of a row are together and in order already
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=len(sweep.rows)))])
-    return TokenLosses(
-        offsets=offsets.astype(np.int64),
-        **{name: column[order].astype(np.int32 if name in _INTEGERS else np.float32) for name, column in flat.items()},
-    )
+        collector.take(turn, score(turn.batch))
+    return collector.finish()
 
 
 def fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
@@ -178,3 +136,45 @@ def fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
     if hasattr(dataset, "__getitems__"):
         return list(dataset.__getitems__(ids))
     return [dataset[row] for row in ids]
+
+
+def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
+    """Group positions into batches whose padded size stays within ``token_budget``.
+
+    Args:
+        lengths: Tokens of each row [n].
+        token_budget: Largest rows x longest row of a batch; a longer single row is its own batch.
+
+    Returns:
+        Positions by batch, longest rows first, so that memory runs out at once or never.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = start + max(1, token_budget // longest)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+@contextmanager
+def preserve_state(*modules: torch.nn.Module) -> Iterator[None]:
+    """Keep random states and every module's training mode as they were, whatever happens inside."""
+    training = [(module, module.training) for top in modules for module in top.modules()]
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+_INTEGERS = frozenset({"place", "position", "document"})

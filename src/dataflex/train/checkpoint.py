@@ -9,18 +9,226 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex.checkpoints import FOLDER
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.collect import key_of
+from dataflex.config.convert import shown
+from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
 from dataflex.plan.plan import DataPlan
+from dataflex.printable import redacted
 from dataflex.state import load_state, save_state
-from dataflex.train.identity import Identity
+from dataflex.train.row_space import RowSpace
 
-__all__ = ["decisions", "load", "save"]
+__all__ = ["Identity", "decisions", "load", "save"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
+
+    Attributes:
+        space: The row space's description.
+        global_batch: Sequences of an optimizer step.
+        micro_batch_size: Sequences per rank and micro-batch; may change unless ``pure``.
+        world: Ranks; may change as long as the global batch does not.
+        seed: Seed of all decisions.
+        methods: Resolved name, parameters and targets by kind.
+        settings: Value of every other key that is compared (``config.resuming``).
+        pure: Whether the mixer wants micro-batches of one domain each.
+        flat: Whether flat keys of existing DataFlex were written.
+        keys: Keys of the methods' parameters by kind and field, where they are not the same.
+    """
+
+    space: dict[str, Any]
+    global_batch: int
+    micro_batch_size: int
+    world: int
+    seed: int
+    methods: dict[str, Any]
+    settings: dict[str, Any]
+    pure: bool = False
+    flat: bool = False
+    keys: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(
+        cls,
+        config: DynamicConfig,
+        space: RowSpace,
+        lf: Mapping[str, Any],
+        *,
+        micro: int,
+        accumulation: int,
+        world: int,
+        seed: int,
+    ) -> Identity:
+        """Describe a run.
+
+        Args:
+            config: The dynamic block.
+            space: The rows.
+            lf: LLaMA-Factory's keys as they were written.
+            micro: Sequences per rank and micro-batch.
+            accumulation: Micro-batches of an optimizer step.
+            world: Ranks.
+            seed: Seed of all decisions.
+        """
+        methods = {kind: getattr(config, kind) for kind in METHODS}
+        return cls(
+            space=space.describe(),
+            global_batch=micro * accumulation * world,
+            micro_batch_size=micro,
+            world=world,
+            seed=seed,
+            methods={kind: _method(method) for kind, method in methods.items()},
+            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
+            pure=config.requires.pure_micro_batches,
+            flat=config.flat,
+            keys={
+                kind: {field.name: key_of(field) for field in fields(method.params)}
+                for kind, method in methods.items()
+                if method is not None
+            },
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form that goes into the checkpoint."""
+        kept = ("space", "global_batch", "micro_batch_size", "world", "seed", "methods", "settings")
+        return {key: getattr(self, key) for key in kept}
+
+    def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Say in words how a saved identity differs from this one: what is refused, and what is only told."""
+        before = self._settings(saved)
+        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"].get(kind))]
+        told, by_kind = [], {"batch": [], "rows": []}  # type: tuple[list[str], dict[str, list[str]]]
+        for key, now in self.settings.items():
+            change = ON_RESUME[key]
+            if key not in before or before[key] == now or key == "dynamic.seed":
+                continue
+            for path, was, is_now in _leaves(before[key], now, self._named(key)):
+                line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
+                if change.kind == "told":
+                    told.append(f"{line}: {change.note}")
+                else:
+                    by_kind.setdefault(change.kind, []).append(line)
+        refused += by_kind.get("refused", [])
+        component = self.flat and bool(refused)  # a component brings a seed of its own
+        seed = [] if component else self._seed_line(saved, before)
+        refused += seed
+        refused += self._batch_line(saved, by_kind["batch"])
+        if saved["space"]["fingerprint"] != self.space["fingerprint"]:
+            what = f"row space changed ({_changed_rows(saved['space'], self.space)})"
+            causes = [line for line in by_kind["rows"] if not (seed and line.startswith("seed "))]
+            refused += [f"{line}: {what}" for line in causes] or ([] if seed else [what])
+        else:
+            told += [f"{line}: the rows are the same" for line in by_kind["rows"] if not line.startswith("seed ")]
+        missing = [self._named(key) for key in self.settings if key not in before]
+        if missing:
+            told.append(f"the checkpoint, of an earlier version, does not note {', '.join(missing)}: not compared")
+        return refused, told
+
+    def _settings(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a checkpoint; one of an earlier version has a few of them, as a schedule."""
+        if "settings" in saved:
+            return dict(saved["settings"])
+        found = {f"dynamic.{key}": value for key, value in saved.get("schedule", {}).items()}
+        if self.settings["dynamic.interval_steps"] is None:  # the number there was derived from the batch
+            found.pop("dynamic.interval_steps", None)
+        return {key: value for key, value in found.items() if key in self.settings}
+
+    def _named(self, key: str) -> str:
+        """Return a key as it was written."""
+        flat = ON_RESUME[key].flat if self.flat else None
+        return flat or key
+
+    def _method_lines(self, kind: str, before: dict[str, Any] | None) -> Iterator[str]:
+        now, path = self.methods[kind], self._named(f"dynamic.{kind}")
+        if before == now:
+            return
+        if before is None or now is None or before["name"] != now["name"]:
+            yield f"{path} changed ({_said(before)} -> {_said(now)})"
+            return
+        if before.get("targets", []) != now["targets"]:
+            yield f"{path}.targets changed ({_said(before.get('targets', []))} -> {_said(now['targets'])})"
+        for key in now["params"].keys() & before["params"].keys():
+            name = self.keys[kind].get(key, key)
+            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], f"{path}.{name}"):
+                yield f"{inner} changed ({_said(was)} -> {_said(is_now)})"
+
+    def _seed_line(self, saved: dict[str, Any], before: dict[str, Any]) -> list[str]:
+        if saved["seed"] == self.seed:
+            return []
+        for key in ("dynamic.seed", "seed"):
+            if key in before and before[key] != self.settings[key]:
+                return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
+        return [f"seed changed ({saved['seed']} -> {self.seed})"]
+
+    def _batch_line(self, saved: dict[str, Any], changed: list[str]) -> list[str]:
+        if saved["global_batch"] != self.global_batch:
+            what = f"global batch changed ({saved['global_batch']} -> {self.global_batch} sequences)"
+        elif self.pure and saved.get("micro_batch_size", self.micro_batch_size) != self.micro_batch_size:
+            what = f"the mixer's micro-batches of one domain each changed (to {self.micro_batch_size} sequences)"
+        else:
+            return []
+        world = saved.get("world", self.world)
+        causes = changed + ([f"ranks changed ({world} -> {self.world})"] if world != self.world else [])
+        return [": ".join(filter(None, ("; ".join(causes), what)))]
+
+
+def _method(config: MethodConfig | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    params = redacted(json.loads(json.dumps(asdict(config.params), default=str)))
+    return {"name": config.name, "params": params, "targets": list(config.targets)}
+
+
+def _leaves(before: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the innermost values that differ, with their paths; a method or part of another name is one value."""
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        if before.get("name") == now.get("name"):
+            for key in now:
+                yield from _leaves(before[key], now[key], path if key == "params" else f"{path}.{key}")
+            return
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and isinstance(now[0], dict):
+        for place, pair in enumerate(zip(before, now, strict=True)):
+            yield from _leaves(*pair, f"{path}[{place}]")
+        return
+    yield path, before, now
+
+
+def _said(value: Any) -> str:
+    """Return a value as it was written."""
+    if value is None:
+        return "not given"
+    if isinstance(value, dict) and "name" in value:
+        return str(value["name"])
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value) or "none"
+    return value if isinstance(value, str) else shown(value)
+
+
+def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
+    sources, found = before["sources"], now["sources"]
+    changes = [
+        f"source {name!r}: {sources.get(name, 0):,} -> {found.get(name, 0):,} rows"
+        for name in dict.fromkeys([*sources, *found])
+        if sources.get(name) != found.get(name)
+    ]
+    if not changes and list(sources) != list(found):
+        return f"the data sets are in another order: {', '.join(sources)} -> {', '.join(found)}"
+    return "; ".join(changes) or "same numbers of rows, other content or another tokenizer"
+
 
 logger = logging.getLogger(__name__)
 

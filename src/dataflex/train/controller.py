@@ -1,7 +1,7 @@
 """Decides the next stretch of the id stream: runs the methods of an interval and lays out the plan.
 
 The order of decisions is fixed: pool, selector narrows, mixer sets quotas over what is left. The
-controller knows nothing of the Hugging Face Trainer; ``train.seam`` drives it. Everything it decides is
+controller knows nothing of the Hugging Face Trainer; ``llamafactory.trainer`` drives it. Everything it decides is
 a function of (seed, interval, state of the methods, signals), equal on every rank.
 """
 
@@ -16,32 +16,203 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import CheckpointError, DataError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
-from dataflex.mixers.floors import floors_by_domain, raised
-from dataflex.mixers.proportions import by_domain
+from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import MixtureSampler
 from dataflex.plan.plan import DataPlan
-from dataflex.plan.planner import EpochLayout, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.planner import EpochLayout, ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
+from dataflex.plan.validate import caps, check_mix, check_selection, check_state, quota_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.rng import stream
-from dataflex.signals.passes import preserved
-from dataflex.signals.pilot import piloted
-from dataflex.signals.screen import screened
-from dataflex.signals.service import SignalService
-from dataflex.train.answers import caps, check_mix, check_selection, check_state, quota_rows
-from dataflex.train.candidates import Candidates
-from dataflex.train.repeats import Repeats
+from dataflex.signals.runner import SignalRunner
+from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
-from dataflex.train.seen import SeenRows
-from dataflex.train.served import ServedCounts
+from dataflex.train.screening import piloted, screened
 
-__all__ = ["BatchShape", "Controller"]
+__all__ = ["BatchShape", "Candidates", "Controller", "Repeats", "SeenRows", "ServedCounts"]
+
+
+class Candidates:
+    """Gives every interval its pool, a function of (seed, optimizer step) alone.
+
+    Every row is a candidate once before any is one again, whether it was chosen or not. Nothing is remembered: a
+    resumed run, or one on other ranks, is given the same.
+
+    Args:
+        usable: Rows with a supervised token, the only ones that can be chosen [n].
+        batches: Candidates for each row that is served.
+        global_batch: Rows of one optimizer step.
+        schedule: Intervals of the run; warm-up takes no candidates.
+        seed: Seed of the run.
+
+    Raises:
+        ConfigError: An interval would look at more rows than there are.
+        DataError: No row has a supervised token.
+    """
+
+    def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
+        if not len(usable):
+            raise DataError("no training row has a supervised token, so there is no candidate to choose")
+        self._per_step = batches * global_batch
+        self._first_step = schedule.warmup_steps
+        wanted = self._per_step * min(schedule.interval_steps, max(1, schedule.total_steps - schedule.warmup_steps))
+        if wanted > len(usable):
+            raise ConfigError(
+                f"dynamic.candidate_batches: {batches} x {schedule.interval_steps:,} steps x {global_batch:,} rows are "
+                f"{wanted:,} candidates, and only {len(usable):,} rows have a supervised token; lower it, or "
+                "interval_steps"
+            )
+        self._epochs = ShuffledEpochs(usable, "dynamic.candidate_batches", seed)
+
+    def pool(self, interval: Interval) -> Rows:
+        """Return the candidates of an interval, ascending and distinct.
+
+        Where one epoch ends and the next begins, a row that is in both parts is one candidate, so that there may be
+        fewer than usual; with two batches or more they are enough.
+        """
+        first = (interval.start_step - self._first_step) * self._per_step
+        return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)
+
 
 logger = logging.getLogger(__name__)
+
+_SHARE = 0.1
+"""Share of an interval's places from which on repeats are worth a word."""
+
+
+class Repeats:
+    """Counts how often every row is served, and warns once when much of an interval goes to rows served very often.
+
+    Args:
+        num_rows: Rows of the training set.
+        most: ``dynamic.max_repeats``, how often a row may be served without a word; None: always.
+        selector: Name of the selector, for the message.
+    """
+
+    def __init__(self, num_rows: int, most: int | None, selector: str) -> None:
+        self._most, self._selector = most, selector
+        self._served = np.zeros(num_rows, dtype=np.uint16)
+        self._told = False
+
+    def take(self, rows: Rows) -> str:
+        """Count the rows of a plan; return a word for the record where a tenth of them repeat more than they may.
+
+        Args:
+            rows: Rows of an interval in serving order; negative ids are none.
+        """
+        rows = rows[rows >= 0]
+        each, added = np.unique(rows, return_counts=True)
+        self._served[each] = np.minimum(self._served[each] + added, np.iinfo(np.uint16).max)
+        if self._most is None or not len(rows):
+            return ""
+        times: NDArray[np.uint16] = self._served[rows]
+        share = float((times > self._most).mean())
+        if share < _SHARE:
+            return ""
+        told = f"{share:.0%} of the rows were served more than {self._most} times by now, up to {times.max()}"
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "%s of an interval (dynamic.max_repeats: %d). What the %s selector says of rows that are known by "
+                "heart wears out, and so does what they teach: keep more rows, train fewer steps, set exclude_seen "
+                "where the pool has many rows of the kind, or see its note (dataflex methods selector/%s)",
+                told,
+                self._most,
+                self._selector,
+                self._selector,
+            )
+        return told
+
+    def state_dict(self) -> State:
+        """Return the counts."""
+        return {"served": self._served.copy(), "told": self._told}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._served = np.array(state["served"], dtype=np.uint16)
+        self._told = bool(state["told"])
+
+
+class SeenRows:
+    """Notes the rows of every plan, warm-up included.
+
+    Args:
+        usable_N: Whether a row can be chosen at all: it has a supervised token.
+    """
+
+    def __init__(self, usable_N: NDArray[np.bool_]) -> None:
+        self._usable = usable_N
+        self._seen = np.zeros(len(usable_N), dtype=np.bool_)
+        self.note = ""
+        """What happened at the last decision, for the record."""
+
+    def unseen(self, wanted: int) -> Rows:
+        """Return the rows that were not served yet, ascending; all of them again where fewer than ``wanted`` are left.
+
+        Args:
+            wanted: Rows that the interval asks the selector for.
+        """
+        left = int((self._usable & ~self._seen).sum())
+        self.note = ""
+        if left < wanted and self._seen.any():
+            self.note = f"{left:,} rows are unseen and {wanted:,} are wanted: every row is in the pool again"
+            logger.info("exclude_seen: %s", self.note)
+            self._seen[:] = False
+        return np.flatnonzero(~self._seen).astype(np.int64)
+
+    def mark(self, rows: Rows) -> None:
+        """Note the rows of a plan; negative ids are none."""
+        self._seen[rows[rows >= 0]] = True
+
+    def state_dict(self) -> State:
+        """Return one bit a row."""
+        return {"seen": np.packbits(self._seen)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._seen = np.unpackbits(state["seen"], count=len(self._usable)).astype(np.bool_)
+
+
+class ServedCounts:
+    """Counts by domain, up to a step.
+
+    Args:
+        domains: Domains of the training rows, with their lengths.
+    """
+
+    def __init__(self, domains: Domains) -> None:
+        self._domains = domains
+        self.rows: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
+        self.tokens: NDArray[np.int64] = np.zeros(len(domains.names), dtype=np.int64)
+        self._step = 0
+
+    def count(self, plan: DataPlan, step: int) -> None:
+        """Take in what ``plan`` served before ``step`` and was not counted yet."""
+        first = plan.interval.start_step
+        start, stop = ((at - first) * plan.global_batch for at in (max(self._step, first), step))
+        rows = plan.rows[start : max(stop, start)]
+        rows = rows[rows >= 0]
+        assert self._domains.lengths is not None
+        weights, labels = self._domains.lengths[rows], self._domains.domain_of[rows]
+        self.rows = self.rows + self._domains.counts(rows)
+        self.tokens = self.tokens + np.bincount(labels, weights=weights, minlength=len(self.rows)).astype(np.int64)
+        self._step = max(self._step, step)
+
+    def state_dict(self) -> State:
+        """Return the counts and the step up to which they go."""
+        return {"rows": self.rows, "tokens": self.tokens, "step": self._step}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.rows = np.asarray(state["rows"], dtype=np.int64)
+        self.tokens = np.asarray(state["tokens"], dtype=np.int64)
+        self._step = int(state["step"])
+
 
 _LOGGED_DOMAINS = 32
 _LOGGED_INTERVALS = 64
@@ -93,7 +264,7 @@ class Controller:
     schedule: Schedule
     shape: BatchShape
     seed: int
-    signals: SignalService
+    signals: SignalRunner
     selector: Selector | None
     mixer: Mixer | None
     recorder: RunRecorder = field(default_factory=NullRecorder)
@@ -108,14 +279,7 @@ class Controller:
         domains = self.space.domains
         self.layout = self.shape.layout(self.space.num_rows)
         self.sampler: MixtureSampler | None = None
-        pure = self.mixer is not None and self.mixer.pure_micro_batches
-        if pure and self.narrows:
-            assert self.mixer is not None
-            assert self.selector is not None
-            raise UnsupportedError(
-                f"the {self.mixer.name} mixer wants micro-batches of one domain each, which the {self.selector.name} "
-                "selector cannot give; use one of the two"
-            )
+        pure = self.mixer is not None and self.mixer.requires().pure_micro_batches
         self.served = ServedCounts(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
         self._earlier: Rows = np.empty(0, dtype=np.int64)
@@ -155,7 +319,7 @@ class Controller:
     @property
     def narrows(self) -> bool:
         """Whether a selector leaves rows out."""
-        return self.selector is not None and self.selector.narrows
+        return self.selector is not None and self.selector.selects_subset
 
     @property
     def ragged(self) -> bool:
@@ -202,7 +366,7 @@ class Controller:
 
     def _decide(self, interval: Interval) -> DataPlan | None:
         # Methods may be anyone's: what they draw or switch stays here.
-        with self.clock.phase("decide"), preserved(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.access.model):
             return self._decided(interval)
 
     def _decided(self, interval: Interval) -> DataPlan | None:
@@ -237,7 +401,6 @@ class Controller:
             fill=self._fill(interval),
             global_batch=self.shape.global_batch,
             row_space=self.space.fingerprint,
-            weights=None,
             trace={"reason": reason},
         )
         comm.agree(f"plan of interval {interval.index}", plan.digest())
@@ -260,7 +423,7 @@ class Controller:
             total_sequences=self.schedule.total_steps * self.shape.global_batch,
             global_batch=self.shape.global_batch,
             unit=self.config.unit,
-            learning_rate=self.signals.handle.learning_rate(),
+            learning_rate=self.signals.access.learning_rate(),
         )
 
     def prepare(self, weighter: Weighter, step: int) -> None:
@@ -271,7 +434,7 @@ class Controller:
         interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
         first = (step - self.plan.interval.start_step) * batch
         rows = self.plan.rows[first : first + batch]
-        with self.clock.phase("decide"), preserved(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.access.model):
             self.signals.begin(step)
             weighter.prepare(self._context(interval, self.config.weighter), rows[rows >= 0])
             self.clock.move(self.signals.seconds, "signals")
@@ -387,7 +550,7 @@ class Controller:
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(asked)
         proportions = check_mix(self.mixer, mix, self.space.domains.names)
-        served = raised(proportions, self.floors)
+        served = apply_min_proportion(proportions, self.floors)
         if served is proportions:
             return proportions, mix.reason
         low = [self.space.domains.names[k] for k in np.flatnonzero(served > proportions)]

@@ -2,15 +2,16 @@
 
 A reference tells what there is to be learned in a token only if it reads the same tokens: one with another
 tokenizer is refused. With the cache, a row is scored once, by all ranks together, when it is first asked for
-(``train.reference_passes``); after the last pass the model is let go.
+(``train.reference``); after the last pass the model is let go.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,246 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
+from dataflex import comm
+from dataflex.errors import CheckpointError, DataError
 from dataflex.method import Rows, State
-from dataflex.signals.packing import real_tokens
-from dataflex.signals.passes import preserved
-from dataflex.signals.reference_model import KEY, check_folder, check_tokenizer, load_reference, losses_key
-from dataflex.signals.sweep import Sweep
-from dataflex.signals.token_losses import TokenScorer
-from dataflex.signals.token_store import KEPT_DTYPE
-from dataflex.train.reference_passes import ReferencePasses
+from dataflex.rng import stream
+from dataflex.signals.logits import TokenScorer
+from dataflex.signals.losses import real_tokens
+from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, load_reference, losses_key
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
+from dataflex.signals.sweep import Sweep, Turn, preserve_state
 
-__all__ = ["ReferenceLosses"]
+__all__ = [
+    "KEPT_DTYPE",
+    "TOLERANCE",
+    "ReferenceLosses",
+    "ReferencePasses",
+    "largest_difference",
+    "row_offsets",
+    "stored_token_pass",
+]
+
+KEPT_DTYPE = np.float16
+TOLERANCE = 0.02
+"""Most by which a row's tokens may differ from a fresh pass on average, in nats."""
+
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+def row_offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where each row begins in the flat array, and its end: int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def stored_token_pass(
+    sweep: Sweep, scorer: TokenScorer, work: ResumablePass, around: Around = nullcontext
+) -> NDArray[Any]:
+    """Score rows on all ranks (collective) into a stored flat array, going on where an earlier try stopped.
+
+    Args:
+        sweep: The rows, in the order of the array.
+        scorer: The model, in eval mode.
+        work: Opened with the offsets of ``row_offsets(sweep.lengths)``.
+        around: Entered around each forward, as the trainer's autocast.
+
+    Returns:
+        The whole array, memory-mapped, on every rank.
+
+    Raises:
+        DataError: A loss is not finite.
+    """
+    for turn in sweep.turns(work.done_at_start):
+        values = _scored(sweep, turn, scorer, around)
+        if turn.mine:
+            work.record(turn.positions, values)
+    return work.finish()
+
+
+def largest_difference(
+    sweep: Sweep, scorer: TokenScorer, kept: Callable[[int], NDArray[Any]], around: Around = nullcontext
+) -> tuple[float, int]:
+    """Score some rows anew (collective) and compare with what was kept.
+
+    Args:
+        sweep: The rows to compare.
+        scorer: The model, in eval mode.
+        kept: Gives what was kept of a row, by its id.
+        around: Entered around each forward.
+
+    Returns:
+        The largest mean absolute difference of a row's tokens, and that row's id; infinite where
+        other tokens are supervised than were then.
+    """
+    worst, where = 0.0, -1
+    for turn in sweep.turns():
+        values = _scored(sweep, turn, scorer, around)
+        start = 0
+        for position in turn.positions:
+            row, length = int(sweep.rows[position]), int(sweep.lengths[position])
+            fresh = values[start : start + length].astype(np.float64)
+            before = np.asarray(kept(row), dtype=np.float64)
+            start += length
+            difference = _mean_difference(fresh, before)
+            if difference > worst:
+                worst, where = difference, row
+    pairs, _ = comm.gather_rows(torch.tensor([[worst, float(where)]], dtype=torch.float64, device=sweep.device))
+    top = pairs[int(pairs[:, 0].argmax())]
+    return float(top[0]), int(top[1])
+
+
+def some_rows(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:
+    """Return a sweep over ``count`` rows drawn from another one, or over all if there are fewer."""
+    size = len(sweep.rows)
+    chosen: Rows = np.sort(rng.choice(size, size=min(count, size), replace=False))
+    return replace(sweep, rows=sweep.rows[chosen], lengths=sweep.lengths[chosen], what=None)
+
+
+def _mean_difference(fresh: NDArray[np.float64], kept: NDArray[np.float64]) -> float:
+    supervised = ~np.isnan(fresh)
+    if len(fresh) != len(kept) or (supervised != ~np.isnan(kept)).any():
+        return float("inf")
+    return float(np.abs(fresh - kept)[supervised].mean()) if supervised.any() else 0.0
+
+
+def _scored(sweep: Sweep, turn: Turn, scorer: TokenScorer, around: Around) -> NDArray[np.float32]:
+    """Return the entries of a batch's rows, one row after the other, NaN where nothing is supervised."""
+    with around():
+        tokens = scorer(turn.batch)
+    offsets = row_offsets(sweep.lengths[turn.positions])
+    out = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
+    row, position = tokens.row.cpu().numpy(), tokens.position.cpu().numpy()
+    losses = tokens.loss.float().cpu().numpy()
+    if not np.isfinite(losses).all():
+        bad = sweep.rows[turn.positions[row[~np.isfinite(losses)][0]]]
+        raise DataError(f"reference: the loss of row {int(bad)} is not finite; the model is broken or overflows")
+    inside = position < np.diff(offsets)[row]
+    if not inside.all():
+        bad = sweep.rows[turn.positions[row[~inside][0]]]
+        raise DataError(f"reference: row {int(bad)} has more tokens in its batch than in the data set")
+    out[offsets[row] + position] = losses
+    return out
+
 
 logger = logging.getLogger(__name__)
+
+_COMPARED_ROWS = 64
+
+
+@dataclass(kw_only=True)
+class ReferencePasses:
+    """The passes of one run.
+
+    Attributes:
+        lengths: Tokens of each row [N].
+        key: What the losses of all rows are computed from.
+        store: Folder of the arrays.
+        sweep: Makes a sweep over rows.
+        scorer: Gives the model, ready to score.
+        autocast: The trainer's mixed-precision context.
+        whole: Whether the first pass is over all rows, and not only those asked for.
+    """
+
+    lengths: NDArray[np.int64]
+    key: CacheKey
+    store: Path
+    sweep: Callable[[Rows], Sweep]
+    scorer: Callable[[], TokenScorer]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    whole: bool
+    _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _to_compare: int = _COMPARED_ROWS
+    _trusted: set[int] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        self.pass_of: NDArray[np.int32] = np.full(len(self.lengths), -1, dtype=np.int32)
+        """The pass that scored each row [N]; -1 for none."""
+        self._start = np.zeros(len(self.lengths), dtype=np.int64)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row was scored."""
+        return bool((self.pass_of >= 0).all())
+
+    def cover(self, rows: Rows) -> None:
+        """Score those of ``rows`` that were not, in one pass, and have the losses of all at hand (collective).
+
+        Args:
+            rows: Row ids; may repeat, negative ones are none.
+
+        Raises:
+            CheckpointError: Stored losses are not those that the model gives now.
+        """
+        wanted = np.unique(rows[rows >= 0])
+        everything = self.whole and len(wanted) and not (self.pass_of >= 0).any()
+        scored = np.arange(len(self.lengths), dtype=np.int64) if everything else wanted
+        new = scored[self.pass_of[scored] < 0]
+        if len(new):
+            self.pass_of[new] = self.pass_of.max() + 1
+        self._arrays = {
+            number: self._arrays[number] if number in self._arrays else self._array(number)
+            for number in np.unique(self.pass_of[wanted]).tolist()
+        }
+
+    def kept(self, row: int) -> NDArray[Any]:
+        """Return the losses of a row that ``cover`` was last asked for; empty for any other."""
+        values = self._arrays.get(int(self.pass_of[row]), np.zeros(0, dtype=KEPT_DTYPE))
+        return self._part(values, row)
+
+    def state_dict(self) -> State:
+        """Return which rows shared a pass, from which their losses follow."""
+        return {"pass_of": self.pass_of.copy()} if (self.pass_of >= 0).any() else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        if state:
+            self.pass_of, self._arrays = np.array(state["pass_of"], dtype=np.int32), {}
+
+    def _part(self, values: NDArray[Any], row: int) -> NDArray[Any]:
+        return values[self._start[row] : self._start[row] + self.lengths[row]]
+
+    def _array(self, number: int) -> NDArray[Any]:
+        """Return the losses of the rows of a pass, one after the other; it is run unless it is stored (collective)."""
+        rows, key = np.flatnonzero(self.pass_of == number), self.key
+        if len(rows) < len(self.lengths):
+            digest = hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
+            key = replace(key, parameters={**key.parameters, "rows": digest})
+        offsets, sweep = row_offsets(self.lengths[rows]), self.sweep(rows)
+        self._start[rows] = offsets[:-1]
+        work = ResumablePass(
+            ArrayStore(self.store),
+            key,
+            shape=(int(offsets[-1]),),
+            dtype=KEPT_DTYPE,
+            offsets=offsets,
+            device=sweep.device,
+        )
+        known = number in self._trusted  # a pass of this very process, which the plan before did not need
+        if not known:
+            logger.info("%s: losses of %d of %d rows, %s", KEY, len(rows), len(self.lengths), _progress_words(work))
+        compared = min(self._to_compare, len(rows)) if work.done_at_start.any() and not known else 0
+        self._trusted.add(number)
+        if work.complete and not compared:
+            return work.finish()
+        scorer = self.scorer()
+        losses = stored_token_pass(sweep, scorer, work, self.autocast)
+        if compared:
+            self._to_compare -= compared
+            some = some_rows(sweep, compared, stream(0, key.name))
+            worst, row = largest_difference(some, scorer, lambda row: self._part(losses, row), self.autocast)
+            if worst > TOLERANCE:
+                raise CheckpointError(
+                    f"{KEY}: the stored losses in {self.store} are not those of the model: row {row} differs by "
+                    f"{worst:.3g} nats per token ({TOLERANCE} are allowed). Remove the folder {self.store / key.name}"
+                )
+        return losses
+
+
+def _progress_words(work: ResumablePass) -> str:
+    done = int(work.done_at_start.sum())
+    if work.complete:
+        return "stored before"
+    return f"{done} of them from an earlier try" if done else "computed once"
 
 
 @dataclass(kw_only=True)
@@ -116,7 +344,7 @@ class ReferenceLosses:
         Raises:
             ConfigError: The model cannot be loaded, or has fewer tokens than the tokenizer.
         """
-        with preserved(), torch.no_grad():
+        with preserve_state(), torch.no_grad():
             self._ready()
             if not self.cache:
                 return
@@ -155,7 +383,7 @@ class ReferenceLosses:
         """
         if self.passes is None:
             return
-        with preserved(), torch.no_grad():
+        with preserve_state(), torch.no_grad():
             self.passes.cover(rows)
         if last or self.passes.complete:
             self._model = self._scorer = None

@@ -13,24 +13,25 @@ from typing import Any
 
 import torch
 
-from dataflex.config.forecast import Forecast
+from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.steps import Batch
-from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.errors import UnsupportedError
+from dataflex.method import RunFacts
 from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.answers import AnswerBook
-from dataflex.signals.handle import Corpus, ModelHandle
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
-from dataflex.signals.service import SignalService
+from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
+from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.identity import Identity
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_service"]
+__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_runner"]
 
 _PLAN_IDS = 2**20
 """Ids planned at once when nothing adaptive asks for shorter intervals."""
@@ -112,7 +113,7 @@ class Session:
             schedule=schedule,
             shape=shape,
             seed=seed,
-            signals=signal_service(setup, trainer, shape, seed),
+            signals=signal_runner(setup, trainer, shape, seed),
             selector=methods["selector"],
             mixer=methods["mixer"],
             clock=setup.clock,
@@ -137,55 +138,53 @@ class Session:
         return cls(controller=controller, feed=feed, identity=identity)
 
 
-def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
-    """Return the service that answers about the Trainer's model and the set-up's rows."""
+def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalRunner:
+    """Return the runner of signals about the Trainer's model and the set-up's rows."""
     space = setup.rows
     rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
     longest = max(
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
-    handle = ModelHandle(
+    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
+    targets = {
+        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+        for name, target in space.targets.items()
+    }
+    access = ModelAccess(
         model=trainer.model,
         collate=setup.scoring_collator(trainer.data_collator),
         autocast=trainer.compute_loss_context_manager,
         device=trainer.args.device,
         token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
+        train=train,
+        targets=targets,
+        seed=seed,
         tokenizer=trainer.processing_class,
         optimizer=lambda: trainer.optimizer,
         learning_rate=lambda: float(trainer._get_learning_rate()),
         backend="zero" if trainer.is_deepspeed_enabled else "plain",
         release=lambda: release_gathered(trainer),
     )
-    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
-    targets = {
-        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-        for name, target in space.targets.items()
-    }
-    return SignalService(
-        handle=handle,
-        train=train,
-        targets=targets,
-        seed=seed,
-        book=AnswerBook(
-            max_age_steps=options.max_age_steps,
-            store=None if options.store is None else ArrayStore(options.store),
-            store_bytes=int(options.store_gb * 1e9),
-            model_identity=lambda: model_identity(trainer.model),
-            surroundings=_surroundings(handle, {"": train, **targets}),
-        ),
+    cache = SignalCache(
+        max_age_steps=options.max_age_steps,
+        store=None if options.store is None else ArrayStore(options.store),
+        store_bytes=int(options.store_gb * 1e9),
+        model_identity=lambda: model_identity(trainer.model),
+        surroundings=_surroundings(access, {"": train, **targets}),
     )
+    return SignalRunner(access=access, cache=cache)
 
 
-def _surroundings(handle: ModelHandle, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+def _surroundings(access: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
     """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
 
     @cache
     def of(name: str) -> dict[str, Any]:
         return {
-            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), handle.collate),
-            "precision": precision(handle.autocast, handle.device),
-            "tokenizer": tokenizer_identity(handle.tokenizer),
+            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), access.collate),
+            "precision": precision(access.autocast, access.device),
+            "tokenizer": tokenizer_identity(access.tokenizer),
         }
 
     return of
@@ -198,34 +197,26 @@ def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
         setup: What the run is.
         trainer: The Trainer.
         max_steps: Optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: Two methods name different references.
     """
-    wanted = {method.kind: method.build().reference for method in setup.config.methods}
-    folders = dict.fromkeys(folder for folder in wanted.values() if folder is not None)
-    if not folders:
+    reference = setup.config.requires.reference
+    if reference is None:
         return None
-    if len(folders) > 1:
-        named = ", ".join(f"dynamic.{kind}.reference: {folder}" for kind, folder in wanted.items() if folder)
-        raise ConfigError(f"one run has one reference model, but two are named ({named})")
     from dataflex.train.reference import ReferenceLosses
 
     shape = batch_shape(trainer, shuffle=setup.shuffle)
-    handle = signal_service(setup, trainer, shape, 0).handle
-    cache = all(method.build().reference_cached for method in setup.config.methods)
+    access = signal_runner(setup, trainer, shape, 0).access
     losses = ReferenceLosses.open(
-        next(iter(folders)),
+        reference.folder,
         dataset=trainer.train_dataset,
         lengths=setup.rows.lengths,
         fingerprint=setup.rows.fingerprint,
-        collate=handle.collate,
-        tokenizer=handle.tokenizer,
-        device=handle.device,
-        token_budget=handle.token_budget,
-        autocast=handle.autocast,
+        collate=access.collate,
+        tokenizer=access.tokenizer,
+        device=access.device,
+        token_budget=access.token_budget,
+        autocast=access.autocast,
         store=Path(trainer.args.output_dir) / "dataflex" / "reference",
-        cache=cache,
+        cache=reference.cached,
         whole=expected(setup, shape, max_steps).serves_all_again,
     )
     with setup.clock.phase("reference"):
@@ -290,8 +281,10 @@ def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:
     Raises:
         UnsupportedError: With the reason.
     """
-    if (zero_stage(trainer) == 3 or trainer.is_fsdp_enabled) and not config.needs.zero3:
-        raise UnsupportedError("this method needs whole parameters, but ZeRO-3 or FSDP partitions them over ranks")
+    if zero_stage(trainer) == 3 or trainer.is_fsdp_enabled:
+        lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
+        if lacking:
+            raise UnsupportedError("\n".join(lacking))
     sizes = {
         "tensor": trainer.get_tp_size(),
         "context": trainer.get_cp_size(),

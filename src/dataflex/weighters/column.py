@@ -1,33 +1,33 @@
-"""Weights that come with the data: a numeric column says how much each row counts.
-
-It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
-"""
+"""Weights that are known from the rows alone: a column of the data, or none."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Needs, Normalizer, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Requires, Rows, Weighter, WeighterParams, param
+from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Column"]
+__all__ = ["Column", "NoWeights"]
 
 _WANTED = "weights must be finite numbers, 0 or more"
 
 
 class Column(Weighter):
-    """Weigh each row by a column of the data set."""
+    """Weigh each row by a numeric column of the data set.
+
+    It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
+    """
 
     name = "column"
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each row by a numeric column of the data set.",
         paper="baseline (importance weights)",
@@ -38,12 +38,9 @@ class Column(Weighter):
     class Params(WeighterParams):
         """Parameters of the column weighter."""
 
-        column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})
-        normalizer: Literal["token", "count"] = field(
-            default="token",
-            metadata={
-                "help": "token: weighted mean, only ratios matter; count: divided by the tokens, size matters too"
-            },
+        column: str = param("sample_weight", "name of the column that holds the weights")
+        normalizer: Literal["weight_sum", "num_tokens"] = param(
+            "weight_sum", "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"
         )
 
         def __post_init__(self) -> None:
@@ -52,14 +49,13 @@ class Column(Weighter):
 
     params: Params
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the name of the weight column."""
-        return (self.params.column,)
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the weights of ``rows`` [len(rows)], finite and >= 0.
@@ -108,3 +104,23 @@ def _weights(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool
     with np.errstate(over="ignore"):  # a number too large for fp32 becomes inf, which is refused
         weights = values.astype(np.float32)
     return weights, ~np.isfinite(weights) | (weights < 0)
+
+
+class NoWeights(Weighter):
+    """Every token counts the same, as without DataFlex.
+
+    The stock loss is left alone.
+    """
+
+    name = "none"
+    neutral: ClassVar[bool] = True
+    Params: ClassVar[type[BaseParams]] = BaseParams
+    card = Card(summary="Leaves the stock loss alone.", paper="baseline", cost="none")
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Return ones [len(rows)]."""
+        return np.ones(len(rows), dtype=np.float32)
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return ones [B]."""
+        return batch.loss_B.new_ones(batch.loss_B.shape)

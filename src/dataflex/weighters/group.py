@@ -15,21 +15,21 @@ one over the training rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.method import BatchView, Card, Context, Needs, Normalizer, Rows, State, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, Weighter, WeighterParams, param
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import exponentiated
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["GroupWeighter", "domain_weights"]
-
-Floats = NDArray[np.float64]
 
 
 def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
@@ -53,8 +53,7 @@ class GroupWeighter(Weighter):
     """Weigh sequences by their domain."""
 
     name = "group"
-    adaptive: ClassVar[bool] = False
-    needs = Needs(domains=2, stages=("pt", "sft"))
+    saved = ("domains", "log_weights")
     card = Card(
         summary="Weighs sequences by their domain: rare domains count more, or those of the largest loss.",
         paper="Class-Balanced Loss, CVPR 2019, arXiv 1901.05555; Group DRO, ICLR 2020, arXiv 1911.08731",
@@ -65,19 +64,13 @@ class GroupWeighter(Weighter):
     class Params(WeighterParams):
         """Parameters of the group weighter."""
 
-        strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = field(
-            default="inverse_frequency", metadata={"help": "what a domain's weight follows from"}
+        strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = param(
+            "inverse_frequency", "what a domain's weight follows from"
         )
-        power: float = field(default=1.0, metadata={"help": "exponent of inverse_frequency", "minimum": 0.0})
-        beta: float = field(
-            default=0.999,
-            metadata={"help": "of class_balanced; towards 1 it becomes the inverse frequency", "minimum": 0.0},
-        )
-        eta: float = field(default=0.01, metadata={"help": "step size of group_dro", "above": 0.0})
-        adjustment: float = field(
-            default=0.0,
-            metadata={"help": "C of group_dro's adjustment C / sqrt(rows of the domain), nats", "minimum": 0.0},
-        )
+        power: float = param(1.0, "exponent of inverse_frequency", minimum=0.0)
+        beta: float = param(0.999, "of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
+        eta: float = param(0.01, "step size of group_dro", above=0.0)
+        adjustment: float = param(0.0, "C of group_dro's adjustment C / sqrt(rows of the domain), nats", minimum=0.0)
 
         def __post_init__(self) -> None:
             if self.beta >= 1.0:
@@ -85,17 +78,18 @@ class GroupWeighter(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2, stages=("pt", "sft"))
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._names: tuple[str, ...] = ()
+        self.normalizer: Normalizer = "num_sequences" if params.strategy == "group_dro" else "weight_sum"
+        self.domains: tuple[str, ...] = ()
+        self.log_weights: Floats = np.zeros(0)
+        """Logarithms of q [K], under ``group_dro``."""
         self._sizes = np.zeros(0, dtype=np.int64)
         self._domain_of: NDArray[np.integer] | None = None
-        self._log_q: Floats | None = None
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Group DRO weighs domains' means; the others are weights of a token mean."""
-        return "sample" if self.params.strategy == "group_dro" else "token"
 
     def due(self, step: int) -> bool:
         """Whether the domains are not known yet."""
@@ -107,16 +101,17 @@ class GroupWeighter(Weighter):
         Raises:
             CheckpointError: Saved weights are of other domains.
         """
-        domains = ctx.domains
-        if self._log_q is not None and self._names != domains.names:
+        names = ctx.domains.names
+        self._sizes, self._domain_of = np.asarray(ctx.domains.num_rows), ctx.domains.domain_of
+        if self.params.strategy != "group_dro":
+            return
+        if not self.domains:
+            self.domains, self.log_weights = names, np.full(len(names), -np.log(len(names)))
+        elif self.domains != names:
             raise CheckpointError(
-                f"group weighter: the saved weights are of {', '.join(self._names)}, "
-                f"but the data has {', '.join(domains.names)}"
+                f"group weighter: the saved weights are of {', '.join(self.domains)}, "
+                f"but the data has {', '.join(names)}"
             )
-        self._names, self._sizes = domains.names, np.asarray(domains.num_rows)
-        self._domain_of = domains.domain_of
-        if self._log_q is None:
-            self._log_q = np.full(len(domains.names), -np.log(len(domains.names)))
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Return the weights of ``rows`` [len(rows)]; None under ``group_dro``, or before ``prepare``."""
@@ -128,7 +123,7 @@ class GroupWeighter(Weighter):
     @property
     def domain_shares(self) -> dict[str, float]:
         """Weights q of ``group_dro`` by domain, which sum to one; empty before ``prepare``."""
-        return {} if self._log_q is None else dict(zip(self._names, np.exp(self._log_q).tolist(), strict=True))
+        return dict(zip(self.domains, np.exp(self.log_weights).tolist(), strict=True))
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Update q and return q_d n_i / n_d [B], n_i tokens of the sequence, n_d of its domain (collective).
@@ -136,35 +131,19 @@ class GroupWeighter(Weighter):
         Raises:
             ComponentError: ``prepare`` was not called, or the strategy has weights known from the rows alone.
         """
-        if self._log_q is None or self.params.strategy != "group_dro":
+        if not self.domains:
             raise ComponentError(f"{self.name}: weights of the domains were not prepared")
         import torch
 
         from dataflex import comm
-        from dataflex.mixers import simplex
 
         tokens = batch.tokens_B.cpu().double()
         which = torch.from_numpy(batch.domains_B.astype(np.int64))
-        sums = torch.zeros(2, len(self._names), dtype=torch.float64)
+        sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
         sums.index_add_(1, which, torch.stack([batch.loss_B.cpu().double() * tokens, tokens]))
         loss_K, tokens_K = comm.gather_sum(sums.to(batch.loss_B.device)).cpu().numpy()
         means = np.divide(loss_K, tokens_K, out=np.zeros_like(loss_K), where=tokens_K > 0)
         scores = means + self.params.adjustment / np.sqrt(self._sizes)
-        self._log_q = simplex.exponentiated(self._log_q, scores, eta=self.params.eta)
-        per_token = np.divide(np.exp(self._log_q), tokens_K, out=np.zeros_like(tokens_K), where=tokens_K > 0)
+        self.log_weights = exponentiated(self.log_weights, scores, eta=self.params.eta)
+        per_token = np.divide(np.exp(self.log_weights), tokens_K, out=np.zeros_like(tokens_K), where=tokens_K > 0)
         return (torch.from_numpy(per_token)[which] * tokens).to(batch.loss_B)
-
-    def state_dict(self) -> State:
-        """Return q by domain, under ``group_dro``."""
-        if self.params.strategy != "group_dro" or self._log_q is None:
-            return {}
-        return {"domains": list(self._names), "log_weights": self._log_q}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        if not state:
-            return
-        if set(state) != {"domains", "log_weights"}:
-            raise ValueError(f"{self.name} keeps 'domains' and 'log_weights', but was given {sorted(state)}")
-        self._names = tuple(state["domains"])
-        self._log_q = np.asarray(state["log_weights"], dtype=np.float64)

@@ -12,34 +12,96 @@ A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import STAGES, BatchView, Card, Context, Method, Needs, Normalizer, Rows, State, Weighter
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Params,
+    Problem,
+    Requires,
+    Rows,
+    RunFacts,
+    State,
+    Weighter,
+    param,
+)
 from dataflex.method import Params as BaseParams
-from dataflex.weighters.factors import Factor, combination_problems
-from dataflex.weighters.sequences import sequences_of
+from dataflex.parts import Part
+from dataflex.registry import find, names
+from dataflex.weighters._lib import sequences_of
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.specs import EmbeddingSpec
+__all__ = ["Factor", "Product", "combination_problems"]
 
-__all__ = ["Product"]
+_NO_FACTORS = ("none", "product")
+_PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
+
+
+@dataclass(frozen=True)
+class Factor(Part):
+    """A weighter with its parameters, as one of several."""
+
+    what = "factor"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return the names of the weighters that can be factors."""
+        return [name for name in names("weighter") if name not in _NO_FACTORS]
+
+    @classmethod
+    def listed(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters."""
+        return find("weighter", name).Params
+
+    def build(self) -> Weighter:
+        """Return a new instance."""
+        method = find("weighter", self.name)(self.params)
+        assert isinstance(method, Weighter)
+        return method
+
+
+def combination_problems(factors: list[Weighter]) -> list[str]:
+    """Return why these weighters cannot be multiplied."""
+    if len(factors) < 2:
+        return ["of: takes at least two weighters; write a single one without 'product'"]
+    problems = []
+    by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
+    by_token = [each.name for each in factors if each.by_token]
+    if by_sequences and by_token:
+        problems.append(
+            f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
+            f"that {by_token[0]} gives"
+        )
+    needs = [(each.name, each.requires()) for each in factors]
+    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
+    if len(references) > 1:
+        problems.append(
+            f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
+        )
+    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
+    for name, spec in specs[1:]:
+        if spec != specs[0][1]:
+            problems.append(
+                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
+            )
+    return problems
 
 
 class Product(Weighter):
     """Multiply the weights of several weighters."""
 
     name = "product"
-    adaptive: ClassVar[bool] = False
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Multiplies the weights of several weighters before one normalization.",
         paper="baseline",
@@ -50,7 +112,7 @@ class Product(Weighter):
     class Params(BaseParams):
         """The factors."""
 
-        of: tuple[Factor, ...] = field(metadata={"help": "the weighters, by name or as mappings with their parameters"})
+        of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
             problems = combination_problems([factor.build() for factor in self.of])
@@ -62,75 +124,32 @@ class Product(Weighter):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.factors = [factor.build() for factor in params.of]
+        given = {factor.normalizer for factor in self.factors}
+        self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class with the needs and costs of these factors."""
-        kinds = [factor.cls for factor in params.of]
-        needs = Needs(
-            signals=frozenset().union(*(kind.needs.signals for kind in kinds)),
-            targets=any(kind.needs.targets for kind in kinds),
-            domains=max(kind.needs.domains for kind in kinds),
-            stages=tuple(stage for stage in STAGES if all(stage in kind.needs.stages for kind in kinds)),
-            zero3=all(kind.needs.zero3 for kind in kinds),
-        )
-        card = dataclasses.replace(
-            cls.card,
-            cost="; ".join(f"{kind.name}: {kind.card.cost}" for kind in kinds),
-            forward_per_served_row=sum(kind.card.forward_per_served_row for kind in kinds),
-            backward_per_served_row=sum(kind.card.backward_per_served_row for kind in kinds),
-        )
-        return type(cls.__name__, (cls,), {"needs": needs, "card": card, "__doc__": cls.__doc__})
+    def requires(self) -> Requires:
+        """State what the factors require together."""
+        factors = [factor.build() for factor in self.params.of]
+        merged = Requires.merged({f"of[{place}]": each.requires() for place, each in enumerate(factors)})
+        told = "; ".join(f"{each.name}: {each.requires().passes.told or each.card.cost}" for each in factors)
+        return replace(merged, passes=replace(merged.passes, told=told))
+
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield what a factor finds wrong."""
+        for place, factor in enumerate(self.factors):
+            for problem in factor.check(run):
+                yield Problem(f"of[{place}].{problem.key}", problem.text)
 
     # ---- what the factors ask for
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the columns of all factors."""
-        return tuple(dict.fromkeys(name for factor in self.factors for name in factor.columns()))
-
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the first factor refuses that refuses anything."""
-        asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.columns())
+        asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.requires().columns)
         return next((found for found in asked if found is not None and found[0].any()), None)
-
-    @property
-    def reference(self) -> str | None:
-        """The one reference model that factors compare with."""
-        return next((factor.reference for factor in self.factors if factor.reference is not None), None)
-
-    @property
-    def reference_cached(self) -> bool:
-        """Whether the reference's losses are kept: a factor that asks for it decides for all."""
-        return all(factor.reference_cached for factor in self.factors if factor.reference is not None)
-
-    @property
-    def embedding(self) -> EmbeddingSpec | None:
-        """How sequences are embedded, for the factors that look at it."""
-        return next((factor.embedding for factor in self.factors if factor.embedding is not None), None)
-
-    @property
-    def entropy(self) -> bool:
-        """Whether a factor looks at entropies."""
-        return any(factor.entropy for factor in self.factors)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """``sample`` if that of a factor, else ``count`` if that of one, else ``token``."""
-        given = {factor.normalizer for factor in self.factors}
-        return "sample" if "sample" in given else "count" if "count" in given else "token"
 
     def burn_in(self, total_steps: int) -> int:
         """Return the steps in which no factor acts yet."""
         return min(factor.burn_in(total_steps) for factor in self.factors)
-
-    def refuse_idle(self, total_steps: int) -> None:
-        """Refuse a run in which one of the factors never acts.
-
-        Raises:
-            ConfigError: A burn-in takes up the whole run.
-        """
-        for factor in self.factors:
-            factor.refuse_idle(total_steps)
 
     def due(self, step: int) -> bool:
         """Whether a factor asks the signals for something."""
@@ -167,9 +186,9 @@ class Product(Weighter):
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
-            if kept == "sample" and factor.normalizer == "sample":
+            if kept == "num_sequences" and factor.normalizer == "num_sequences":
                 sums.append(weights.double().sum())
-            elif kept == "count" and factor.normalizer == "token":
+            elif kept == "num_tokens" and factor.normalizer == "weight_sum":
                 weights = _unit_mean(weights, batch)
             if weights.dim() > product.dim():
                 product = sequences.spread(product)
@@ -177,7 +196,7 @@ class Product(Weighter):
                 weights = sequences.spread(weights)
             product = product * weights
         product = product.masked_fill(~batch.mask_BT if product.dim() > 1 else batch.tokens_B == 0, 0.0)
-        if kept != "sample":
+        if kept != "num_sequences":
             return product
         *before, after = comm.gather_sum(torch.stack([*sums, product.double().sum()])).unbind()
         scale = torch.stack(before).prod() / after
@@ -187,8 +206,8 @@ class Product(Weighter):
         """Return the weights of one factor, equal ones during its burn-in."""
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
-            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "sample" else equal
-        from dataflex.train.answers import check_static_weights, check_weights
+            return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "num_sequences" else equal
+        from dataflex.plan.validate import check_static_weights, check_weights
 
         known = check_static_weights(factor, batch.rows_B, batch.columns)
         found: torch.Tensor = factor.weigh(batch) if known is None else batch.loss_B.new_tensor(known)

@@ -1,34 +1,159 @@
-"""Weights of tokens by a function of their log-probability, the entropy of the prediction and a reference.
-
-Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above a
-quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
-``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name (tensors of
-the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
-"""
+"""Weights of tokens by a function of what the model thinks of them: named functions, one of your own, focal loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Needs, Normalizer, Weighter, WeighterParams
-from dataflex.weighters import token_functions
-from dataflex.weighters.sequences import reference_losses
+from dataflex.errors import ComponentError, did_you_mean
+from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
+from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TokenWeighter"]
+__all__ = [
+    "NAMED",
+    "Focal",
+    "TokenWeighter",
+    "clip_quantile",
+    "dft",
+    "entropy_share",
+    "excess_gate",
+    "focal",
+    "inputs_of",
+    "load_function",
+]
+
+_INPUTS = ("logp", "entropy", "reference")
+
+
+def dft(logp: torch.Tensor) -> torch.Tensor:
+    """Weigh by the token's probability p (DFT, Wu et al., arXiv 2508.05629)."""
+    return logp.exp()
+
+
+def focal(logp: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
+    """Weigh by (1 - p) ^ gamma (focal loss, Lin et al., ICCV 2017, arXiv 1708.02002)."""
+    return (-logp.expm1()).clamp(min=0.0).pow(gamma)  # 1 - p without cancellation
+
+
+def entropy_share(entropy: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
+    """Weigh by (H / 3) ^ power, H the entropy of the prediction in nats.
+
+    As LLaMA-Factory's ``use_eaft_loss``, which takes the entropy of the 20 likeliest tokens, at most ln 20 or about 3.
+    """
+    return (entropy / 3.0).clamp(min=0.0).pow(power)
+
+
+def clip_quantile(logp: torch.Tensor, *, quantile: float = 0.9) -> torch.Tensor:
+    """Leave out the tokens whose loss is above a quantile of the micro-batch; ``logp`` [S]."""
+    loss = -logp
+    if loss.numel() == 0:
+        return loss
+    place = (loss.numel() - 1) * quantile
+    ordered = loss.sort().values
+    below = ordered[int(place)]
+    edge = below + (place - int(place)) * (ordered[min(int(place) + 1, loss.numel() - 1)] - below)
+    return (loss <= edge).to(loss.dtype)
+
+
+def excess_gate(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Weigh by the sigmoid of the excess loss over the reference: a soft form of ``slm``."""
+    return (reference - logp).sigmoid()
+
+
+NAMED: dict[str, Callable[..., Any]] = {
+    "dft": dft,
+    "focal": focal,
+    "entropy": entropy_share,
+    "clip_quantile": clip_quantile,
+    "excess": excess_gate,
+}
+"""What ``function`` of the ``token`` weighter knows by name."""
+
+BY_TOKEN = frozenset({"dft", "focal", "entropy", "excess"})
+"""Those that look at one token at a time, so that tokens need not be picked out of the batch."""
+
+
+def load_function(name: str, **settings: float) -> Callable[..., Any]:
+    """Return the function that a name stands for, or ``module:function``, or ``file.py:function``.
+
+    Args:
+        name: As above; a file is looked for from the working directory.
+        settings: ``gamma``, ``power``, ``quantile``; a named function takes those that it knows.
+
+    Raises:
+        ValueError: No such function, or one that takes something else.
+    """
+    if name in NAMED:
+        known = inspect.signature(NAMED[name]).parameters
+        return partial(NAMED[name], **{key: value for key, value in settings.items() if key in known})
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown {name!r}{did_you_mean(name, list(NAMED))} (known: {', '.join(NAMED)}; or 'module:function')"
+        )
+    function = getattr(_module(where), attribute, None)
+    if not callable(function):
+        raise ValueError(f"{where} has no function {attribute!r}")
+    inputs_of(function)
+    loaded: Callable[..., Any] = function
+    return loaded
+
+
+def _module(where: str) -> Any:
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        file = Path(where).expanduser()
+        if not file.is_file():
+            raise ValueError(f"no such file: {where}")
+        spec = importlib.util.spec_from_file_location(f"dataflex_tokens_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ValueError:
+        raise
+    except Exception as error:  # the user's own code: told with its cause
+        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def inputs_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return which of ``logp``, ``entropy`` and ``reference`` a function takes.
+
+    Raises:
+        ValueError: It takes none of them, or cannot do without something else.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    other = [p.name for p in parameters if p.name not in _INPUTS and p.default is inspect.Parameter.empty]
+    taken = frozenset(p.name for p in parameters if p.name in _INPUTS)
+    if other or not taken:
+        raise ValueError(
+            f"takes {', '.join(other) or 'nothing'}, but a function of tokens takes any of {', '.join(_INPUTS)}"
+        )
+    return taken
 
 
 class TokenWeighter(Weighter):
-    """Weigh each token by a function of what the model thinks of it."""
+    """Weigh each token by a function of its log-probability, the entropy of the prediction and a reference.
+
+    Named functions: ``dft`` (p), ``focal`` ((1 - p) ^ gamma), ``entropy`` ((H / 3) ^ power), ``clip_quantile`` (0 above
+    a quantile of the loss), ``excess`` (sigmoid of the excess over a reference); or a function of one's own,
+    ``module:function`` or ``file.py:function``, which takes any of ``logp``, ``entropy``, ``reference`` by name
+    (tensors of the supervised tokens of the micro-batch over all ranks [S]) and returns weights [S].
+    """
 
     name = "token"
-    adaptive: ClassVar[bool] = False
     by_token: ClassVar[bool] = True
-    needs = Needs(stages=("pt", "sft"))
     card = Card(
         summary="Weighs each token by a function of its log-probability, the entropy and a reference model.",
         paper="On the Generalization of SFT (DFT), arXiv 2508.05629, and others",
@@ -39,33 +164,23 @@ class TokenWeighter(Weighter):
     class Params(WeighterParams):
         """Parameters of the token weighter."""
 
-        function: str = field(
-            default="dft",
-            metadata={"help": "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"},
+        function: str = param(
+            "dft", "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"
         )
-        normalizer: Literal["count", "token"] = field(
-            default="count",
-            metadata={"help": "count: divided by the tokens, as DFT is; token: weighted mean, only ratios matter"},
+        normalizer: Literal["num_tokens", "weight_sum"] = param(
+            "num_tokens", "num_tokens: as DFT is; weight_sum: weighted mean, only ratios matter"
         )
-        gamma: float = field(default=2.0, metadata={"help": "exponent of focal", "minimum": 0.0})
-        power: float = field(default=1.0, metadata={"help": "exponent of entropy", "minimum": 0.0})
-        quantile: float = field(
-            default=0.9,
-            metadata={"help": "quantile of clip_quantile; above it tokens are left out", "above": 0.0, "maximum": 1.0},
-        )
-        reference: str | None = field(
-            default=None, metadata={"help": "folder of a reference model, for functions that take one"}
-        )
-        reference_cache: bool = field(
-            default=True,
-            metadata={
-                "help": "score a row with the reference once, when first served, and keep that; else in every step"
-            },
+        gamma: float = param(2.0, "exponent of focal", minimum=0.0)
+        power: float = param(1.0, "exponent of entropy", minimum=0.0)
+        quantile: float = param(0.9, "quantile of clip_quantile; above it tokens are left out", above=0.0, maximum=1.0)
+        reference: str | None = param(None, "folder of a reference model, for functions that take one")
+        reference_cache: bool = param(
+            True, "score a row with the reference once, when first served, and keep that; else in every step"
         )
 
         def __post_init__(self) -> None:
             try:
-                taken = token_functions.asked(token_functions.load(self.function))
+                taken = inputs_of(load_function(self.function))
             except ValueError as error:
                 raise ValueError(f"function: {error}") from error
             if "reference" in taken and not (self.reference or "").strip():
@@ -75,27 +190,21 @@ class TokenWeighter(Weighter):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
+        return Requires(
+            stages=("pt", "sft"), reference=reference, entropy="entropy" in inputs_of(load_function(p.function))
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._function = token_functions.load(
+        self._function = load_function(
             params.function, gamma=params.gamma, power=params.power, quantile=params.quantile
         )
-        self._taken = token_functions.asked(self._function)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The denominator asked for."""
-        return self.params.normalizer
-
-    @property
-    def reference(self) -> str | None:
-        """Folder of the reference model, if the function takes one."""
-        return self.params.reference
-
-    @property
-    def entropy(self) -> bool:
-        """Whether the function takes the entropy."""
-        return "entropy" in self._taken
+        self._taken = inputs_of(self._function)
+        self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
@@ -112,7 +221,7 @@ class TokenWeighter(Weighter):
             values["entropy"] = batch.entropy_BT
         values = {key: value for key, value in values.items() if key in self._taken}
         mask = batch.mask_BT
-        if self.params.function in token_functions.BY_TOKEN:
+        if self.params.function in BY_TOKEN:
             weights: torch.Tensor = self._function(**values)
             return weights.masked_fill(~mask, 0.0)
         out = batch.loss_BT.new_zeros(mask.shape)
@@ -134,3 +243,39 @@ class TokenWeighter(Weighter):
             )
         weights: torch.Tensor = found.detach()[local]
         return weights
+
+
+class Focal(Weighter):
+    """The less likely a token is to the model, the more it counts.
+
+    Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002: the cross-entropy of each token is
+    multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the opposite of DFT (``token``); tokens
+    that are wrong in the data are unlikely, and gain.
+    """
+
+    name = "focal"
+    by_token: ClassVar[bool] = True
+    card = Card(
+        summary="Weighs each token by how unlikely it is to the model.",
+        paper="Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(WeighterParams):
+        """Parameters of the focal loss; the defaults are the paper's."""
+
+        gamma: float = param(2.0, "exponent; 0 is the plain loss", minimum=0.0)
+        normalizer: Literal["num_tokens", "weight_sum"] = param(
+            "num_tokens", "num_tokens: divided by the tokens, as the paper's; weight_sum: weighted mean"
+        )
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
+
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return weights [R, T], 0 where nothing is supervised."""
+        return focal(-batch.loss_BT, gamma=self.params.gamma).masked_fill(~batch.mask_BT, 0.0)

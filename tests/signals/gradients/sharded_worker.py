@@ -23,7 +23,7 @@ from dataflex.signals.gradients import (
     moments_of,
     preconditioner,
 )
-from tests.signals.gradients.small import Collect, build, differences, engine_of, oracle, ragged
+from tests.signals.gradients.small import Collect, build, differences, engine_of, layers_of, oracle, ragged
 
 RATE = 1e-2
 
@@ -158,7 +158,7 @@ def check(kind, name):
         "scores": close(scores[kept], expected[kept]),
         "nan": bool(torch.equal(torch.isnan(scores), torch.isnan(expected))) and bool(plain["norms"][kept].gt(0).all()),
         "afterwards": max(close(whole[n], named[n].detach()) for n in named),
-        "layers": sorted(set(engine.layers.values())),
+        "layers": sorted(set(layers_of(engine).values())),
     }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import warnings
 import torch
 from torch import nn
 
-from dataflex.signals.gradients import Consumer, GradientEngine, oracle_row_gradients
+from dataflex.signals.gradients import Consumer, GradientEngine
 from dataflex.signals.losses import row_losses
+from dataflex.testing import oracle_row_gradients
 
 VOCAB, PAD = 37, 3
 _SIZES = {
@@ -121,8 +122,10 @@ def ragged(lengths: list[int], *, side: str = "right", seed: int = 0, unlabelled
 class Collect(Consumer):
     """Keeps every per-sample gradient, which no consumer of the library does."""
 
-    def __init__(self, engine: GradientEngine, name: str = "collect", raw: bool = False) -> None:
-        self.engine, self.name, self.raw = engine, name, raw
+    name = "collect"
+
+    def __init__(self, engine: GradientEngine) -> None:
+        self.engine = engine
 
     def begin(self, finite):
         self.rows = {name: torch.zeros(len(finite), shape.numel()) for name, shape in self.engine.shapes.items()}
@@ -140,6 +143,16 @@ class Collect(Consumer):
 
 def engine_of(model: nn.Module, **options) -> GradientEngine:
     return GradientEngine(model, loss=lambda batch: row_losses(model, batch), **options)
+
+
+def layers_of(engine: GradientEngine) -> dict[str, str]:
+    """How each parameter is differentiated: names of layer kinds or ``torch.func``, " + " between several uses."""
+    found: dict[str, str] = {}
+    for unit in engine._units:
+        for name in unit.parameters.values():
+            kind = unit.kind.name if unit.kind else "torch.func"
+            found[name] = f"{found[name]} + {kind}" if name in found else kind
+    return found
 
 
 def oracle(model: nn.Module, batch: dict, parameters=None) -> list[dict[str, torch.Tensor]]:

@@ -15,15 +15,14 @@ from dataflex.signals.gradients import (
     Block,
     Dots,
     Factors,
-    Gram,
     Norms,
     Segment,
     TargetBuilder,
     TargetVectors,
     WeightedSums,
 )
-from dataflex.signals.gradients.consume import Consumer, inner_products, total
-from dataflex.signals.gradients.pieces import dense_part, ghost_dots, ghost_gram, ghost_norms, weighted_sum
+from dataflex.signals.gradients.consumers import Consumer, inner_products, total
+from dataflex.signals.gradients.factors import formed, ghost_dots, ghost_norms, weighted_sum
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
 
@@ -73,13 +72,12 @@ def test_every_consumer_in_both_forms(name, ghost):
     targets, force = vectors(engine, 3), Forced(ghost)
     sums = WeightedSums(TargetVectors.zeros(2, engine.shapes, "cpu"))
     sums.weights = torch.tensor([[0.5, 0.0, 2.0, -1.0], [0.0, 0.0, 1.0, 0.0]])
-    consumers = [force(c) for c in (Dots(targets, normalize="none"), Norms(), Gram(), sums)]
+    consumers = [force(c) for c in (Dots(targets, normalize="none"), Norms(), sums)]
     found = engine.run(batch, consumers)
     norms, lengths = rows.norm(dim=1), whole(targets).norm(dim=1)
     close(found["norms"], norms, norms)
     close(found["dots"], rows @ whole(targets).t(), norms[:, None] * lengths)
     close(found["dots.norms"], norms, norms)
-    close(found["gram"], rows @ rows.t(), norms[:, None] * norms)
     close(whole(sums.vectors), sums.weights @ rows, norms.max())
     close(found["sums"], sums.weights.t(), 1.0)
 
@@ -89,25 +87,23 @@ def test_the_engine_may_choose_the_form(name):
     _, engine, batch, rows = prepared(name)
     norms = rows.norm(dim=1)
     close(engine.run(batch, [Norms()])["norms"], norms, norms)
-    close(engine.run(batch, [Gram()])["gram"], rows @ rows.t(), norms[:, None] * norms)
 
 
 def test_norms_of_wide_layers_are_never_formed(monkeypatch):
-    from dataflex.signals.gradients import assemble
+    from dataflex.signals.gradients import engine as engine_module
 
     _, engine, batch, _ = prepared("llama")
-    formed = []
-    original = assemble.dense_part
+    factored = []
     monkeypatch.setattr(
-        assemble,
-        "dense_part",
-        lambda pieces, a, b: formed.append(isinstance(pieces[0], Factors)) or original(pieces, a, b),
+        engine_module,
+        "formed",
+        lambda uses, a, b: factored.append(isinstance(uses[0], Factors)) or formed(uses, a, b),
     )
     short = {key: value[:, :2] for key, value in batch.items()}
     short["labels"] = short["input_ids"]
     engine.run(short, [Norms()])
-    assert formed
-    assert not any(formed)
+    assert factored
+    assert not any(factored)
 
 
 def test_normalizing():
@@ -144,25 +140,24 @@ def test_factored_products_equal_formed_ones(b, t, m, n, uses, seed):
             for j in range(t):
                 left = torch.nn.functional.one_hot(piece.left[i, j], m) if piece.one_hot else piece.left[i, j]
                 slow[i] += torch.outer(left.double(), piece.right[i, j].double())
-    formed = slow.flatten(1)
-    size = formed.norm(dim=1).clamp_min(1.0)
-    parts = [dense_part(list(factors), start, start + 1) for start in range(m)]
-    close(torch.cat(parts, dim=1).double(), formed, size[:, None])
-    close(ghost_norms(factors).double(), (formed**2).sum(dim=1), size**2, 1e-4)
-    close(ghost_gram(factors).double(), formed @ formed.t(), size[:, None] * size, 1e-4)
+    exact = slow.flatten(1)
+    size = exact.norm(dim=1).clamp_min(1.0)
+    parts = [formed(list(factors), start, start + 1) for start in range(m)]
+    close(torch.cat(parts, dim=1).double(), exact, size[:, None])
+    close(ghost_norms(factors).double(), (exact**2).sum(dim=1), size**2, 1e-4)
     targets = draw(2, m, n)
-    close(ghost_dots(factors, targets).double(), formed @ targets.flatten(1).double().t(), size[:, None] * 10, 1e-4)
+    close(ghost_dots(factors, targets).double(), exact @ targets.flatten(1).double().t(), size[:, None] * 10, 1e-4)
     weights = draw(b)
     weights[0] = 0.0
-    expected = (weights.double() @ formed).view(m, n)
+    expected = (weights.double() @ exact).view(m, n)
     close(weighted_sum(factors, weights, torch.Size((m, n))).double(), expected, size.sum(), 1e-4)
 
 
 def test_ghost_identity_of_the_sheet():
     x, d = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 1.0], [1.0, -1.0]]])
-    x2, d2 = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 1.0], [0.0, 0.0]]])
-    both = [Factors(left=torch.cat([d, d2]), right=torch.cat([x, x2]))]
-    assert ghost_gram(both)[0, 1] == 5.0
+    x2, d2 = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[2.0, 1.0]]])
+    other = formed([Factors(left=d2, right=x2)], 0, 2).view(1, 2, 2)
+    assert ghost_dots([Factors(left=d, right=x)], other)[0, 0] == 5.0
 
 
 def test_rows_without_labels_are_nan_and_disturb_nobody():
@@ -171,14 +166,12 @@ def test_rows_without_labels_are_nan_and_disturb_nobody():
     sums = WeightedSums(TargetVectors.zeros(1, engine.shapes, "cpu"))
     sums.weights = torch.ones(1, 4)
     masked = ragged([5, 9, 3, 7], unlabelled=(1,))
-    found = engine.run(masked, [Dots(targets), Norms(), Gram(), sums])
+    found = engine.run(masked, [Dots(targets), Norms(), sums])
     kept = torch.tensor([0, 2, 3])
-    for key in ("losses", "dots", "norms", "gram", "dots.norms"):
+    for key in ("losses", "dots", "norms", "dots.norms"):
         assert found[key][1].isnan().all()
-    assert found["gram"][:, 1].isnan().all()
     norms = rows.norm(dim=1)
     close(found["norms"][kept], norms[kept], norms[kept])
-    close(found["gram"][kept][:, kept], (rows @ rows.t())[kept][:, kept], norms.max() ** 2)
     close(whole(sums.vectors)[0], rows[kept].sum(dim=0), norms.max())
     assert found["sums"][kept].eq(1).all()
 
@@ -193,12 +186,12 @@ def test_a_batch_without_any_label():
 def test_target_means_by_task():
     _, engine, batch, rows = prepared("lora")
     tasks = torch.tensor([1, 0, 1, -1])
-    plain = TargetBuilder(engine, num_tasks=2, normalize_rows=False)
+    plain = TargetBuilder(engine, num_targets=2, normalize_rows=False)
     plain.add(batch, tasks)
     expected = torch.stack([rows[1], rows[[0, 2]].mean(dim=0)])
     close(whole(plain.finish()), expected, rows.norm(dim=1).max())
     unit = rows / rows.norm(dim=1, keepdim=True)
-    normed = TargetBuilder(engine, num_tasks=2)
+    normed = TargetBuilder(engine, num_targets=2)
     normed.add({key: value[:2] for key, value in batch.items()}, tasks[:2])
     normed.add({key: value[2:] for key, value in batch.items()}, tasks[2:])
     found = normed.finish()
@@ -224,20 +217,21 @@ def test_mean_of_cosines_is_not_the_cosine_with_the_mean():
     assert scores(valid, "both") == [0.0995, 0.6766]
 
 
-def test_targets_are_added_up_over_ranks():
+def test_targets_are_added_up_over_ranks(monkeypatch):
     _, engine, batch, rows = prepared("lora")
-    builder = TargetBuilder(engine, num_tasks=1, normalize_rows=False)
+    builder = TargetBuilder(engine, num_targets=1, normalize_rows=False)
     builder.add({key: value[:2] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
-    other = TargetBuilder(engine, num_tasks=1, normalize_rows=False)
+    other = TargetBuilder(engine, num_targets=1, normalize_rows=False)
     other.add({key: value[2:] for key, value in batch.items()}, torch.zeros(2, dtype=torch.int64))
     parts = iter([other._counts, *other._sums.vectors.tensors.values()])
-    found = builder.finish(reduce=lambda tensor: tensor + next(parts))
+    monkeypatch.setattr("dataflex.comm.gather_sum", lambda tensor: tensor + next(parts))
+    found = builder.finish()
     close(whole(found), rows.mean(dim=0, keepdim=True), rows.norm(dim=1).max())
 
 
 def test_a_task_without_rows():
     _, engine, batch, _ = prepared("lora")
-    builder = TargetBuilder(engine, num_tasks=2)
+    builder = TargetBuilder(engine, num_targets=2)
     builder.add(batch, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(DataError, match=r"tasks \[1\] of the target have no row"):
         builder.finish()
@@ -254,12 +248,11 @@ def test_a_batch_that_is_started_again_counts_once():
     close(whole(sums.vectors)[0], rows.sum(dim=0), rows.norm(dim=1).max())
 
 
-def test_collect_sees_raw_and_preconditioned_gradients_of_one_pass():
-    _, engine, batch, rows = prepared("lora")
-    raw, signs = Collect(engine, name="raw", raw=True), Collect(engine, name="signs")
-    found = engine.run(batch, [raw, signs], precondition=lambda segments, gradient: gradient.sign_())
-    close(found["raw"], rows, rows.norm(dim=1).max())
-    assert torch.equal(found["signs"], found["raw"].sign())
+def test_consumers_take_directions():
+    _, engine, batch, _ = prepared("lora")
+    plain = engine.run(batch, [Collect(engine)])["collect"]
+    signs = engine.run(batch, [Collect(engine)], precondition=lambda segments, gradient: gradient.sign_())["collect"]
+    assert torch.equal(signs, plain.sign())
 
 
 def test_long_inner_products_keep_their_digits():

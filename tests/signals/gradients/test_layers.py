@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.gradients import GradientEngine, Norms, choose_parameters, gradient_of, kinds
-from dataflex.signals.gradients.oracle import oracle_row_gradients
-from dataflex.signals.gradients.registry import _KINDS
-from tests.signals.gradients.small import Collect, build, differences, engine_of
+from dataflex.signals.gradients import GradientEngine, Norms, choose_parameters, gradient_of
+from dataflex.signals.gradients.layers import _KINDS
+from dataflex.testing import oracle_row_gradients
+from tests.signals.gradients.small import Collect, build, differences, engine_of, layers_of
 
 WIDTH = 6
 
@@ -210,7 +210,7 @@ def test_layer(name, rows, tokens, seed):
     make, kind = BODIES[name]
     engine, lines = check(make(), toy_batch(rows, tokens, seed))
     assert not lines, "\n".join(lines)
-    assert kind in {how for parameter, how in engine.layers.items() if parameter.startswith("body")}
+    assert kind in {how for parameter, how in layers_of(engine).items() if parameter.startswith("body")}
 
 
 def test_two_dimensional_inputs():
@@ -273,7 +273,7 @@ def test_embedding_that_couples_rows_is_not_taken_for_a_plain_one():
             return x + self.inner(torch.ones(x.shape[:2], dtype=torch.long))
 
     engine, _ = check(Renormed(), toy_batch(2, 3))
-    assert engine.layers["body.inner.weight"] == "torch.func"
+    assert layers_of(engine)["body.inner.weight"] == "torch.func"
 
 
 def test_a_kind_of_ones_own():
@@ -290,10 +290,9 @@ def test_a_kind_of_ones_own():
         return {"weight": (grad * kept[0]).sum(dim=1)}
 
     try:
-        assert "scale" in kinds()
         engine, lines = check(Scale(), toy_batch(3, 4))
         assert not lines, "\n".join(lines)
-        assert engine.layers["body.weight"] == "scale"
+        assert layers_of(engine)["body.weight"] == "scale"
     finally:
         _KINDS.pop()
 

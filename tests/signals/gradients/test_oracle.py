@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from dataflex.signals.gradients import choose_parameters
 from tests.rounding import sums_apart
-from tests.signals.gradients.small import MODELS, Collect, build, differences, engine_of, oracle, ragged
+from tests.signals.gradients.small import MODELS, Collect, build, differences, engine_of, layers_of, oracle, ragged
 
 
 @functools.cache
@@ -152,4 +152,4 @@ def test_bf16_model():
     b = engine.run(batch, [Collect(engine)])["collect"]
     assert b.dtype == torch.float32
     assert (torch.nn.functional.cosine_similarity(a, b) > 0.99).all()
-    assert set(engine.layers.values()) == {"linear", "embedding", "rms norm"}
+    assert set(layers_of(engine).values()) == {"linear", "embedding", "rms norm"}

@@ -7,10 +7,8 @@ import torch
 
 from dataflex.signals.gradients import (
     PRESETS,
-    Block,
     Dots,
     Norms,
-    Segment,
     Sketch,
     TargetBuilder,
     TargetVectors,
@@ -68,7 +66,7 @@ def test_planted_pool_is_recovered():
     for name in ("lora", "llama"):
         model, optimizer = warmed_up(name)
         engine = engine_of(model)
-        builder = TargetBuilder(engine, num_tasks=1)
+        builder = TargetBuilder(engine, num_targets=1)
         builder.add(batch_of(sequences("target", 24, 77)), torch.zeros(24, dtype=torch.int64))
         targets = builder.finish()
         moments = moments_of(optimizer, engine.parameters)
@@ -80,13 +78,8 @@ def test_planted_pool_is_recovered():
             ]
             scores = torch.cat([one["dots"] for one in found])[:, 0]
             assert recovered(scores, planted) >= 0.95, (name, preset)
-            sketch = Sketch(size=512)
-            sketch.begin(torch.ones(1, dtype=torch.bool))
-            for key in targets.tensors:
-                values = targets.flat(key)
-                sketch.add(Block(segments=(Segment(key, 0, values.shape[1]),), values=values))
             rows = torch.cat([one["sketch"] / one["sketch.norms"][:, None] for one in found])
-            assert recovered(rows @ sketch.finish()[""][0], planted) >= 0.95, (name, preset, "sketched")
+            assert recovered(rows @ Sketch(size=512).of(targets)[0], planted) >= 0.95, (name, preset, "sketched")
 
 
 def test_scores_do_not_depend_on_the_order_of_the_pool():

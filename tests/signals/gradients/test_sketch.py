@@ -12,7 +12,6 @@ from hypothesis import given, settings
 
 from dataflex.errors import ConfigError
 from dataflex.signals.gradients import Block, Segment, Sketch
-from dataflex.signals.gradients.sketch import buckets_and_signs
 from tests.signals.gradients.small import Collect, build, engine_of, ragged
 
 
@@ -93,13 +92,13 @@ def test_matrix_depends_on_seed_and_name_only():
 
 def test_hash_is_pinned():
     """Stored sketches stay readable only while these numbers do."""
-    buckets, signs = buckets_and_signs(7, "layer.weight", slice(100, 104), size=8192, nonzeros=2)
+    buckets, signs = Sketch(seed=7).buckets_and_signs(Segment("layer.weight", 100, 104), "cpu")
     assert buckets.tolist() == [[3145, 62, 3569, 3613], [4483, 4741, 7013, 5833]]
     assert signs.tolist() == [[-1.0, -1.0, -1.0, -1.0], [-1.0, 1.0, 1.0, -1.0]]
 
 
 def test_buckets_are_even_and_in_their_own_half():
-    buckets, signs = buckets_and_signs(0, "w", slice(0, 64_000), size=64, nonzeros=2)
+    buckets, signs = Sketch(size=64).buckets_and_signs(Segment("w", 0, 64_000), "cpu")
     assert buckets[0].max() < 32 <= buckets[1].min()
     for half in buckets:
         counts = torch.bincount(half - half.min(), minlength=32).double()

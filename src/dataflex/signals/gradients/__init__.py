@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from dataflex.signals.gradients.blocks import Block, Segment
-from dataflex.signals.gradients.consume import Consumer, Dots, Gram, Norms, WeightedSums
-from dataflex.signals.gradients.documents import Documents
-from dataflex.signals.gradients.engine import GradientEngine
-from dataflex.signals.gradients.moments import Moments, moments_of
-from dataflex.signals.gradients.narrow import supervised_losses
-from dataflex.signals.gradients.oracle import oracle_row_gradients
-from dataflex.signals.gradients.pieces import Factors
-from dataflex.signals.gradients.precondition import PRESETS, Precondition, adam_direction, preconditioner
-from dataflex.signals.gradients.registry import gradient_of, kinds
-from dataflex.signals.gradients.sketch import Sketch
+from dataflex.signals.gradients.consumers import (
+    Block,
+    Consumer,
+    Dots,
+    Norms,
+    Segment,
+    Sketch,
+    TargetVectors,
+    WeightedSums,
+)
+from dataflex.signals.gradients.engine import GradientEngine, supervised_losses
+from dataflex.signals.gradients.factors import Factors
+from dataflex.signals.gradients.layers import gradient_of
+from dataflex.signals.gradients.parameters import choose_parameters
+from dataflex.signals.gradients.precondition import (
+    PRESETS,
+    Moments,
+    Precondition,
+    adam_direction,
+    moments_of,
+    preconditioner,
+)
 from dataflex.signals.gradients.targets import TargetBuilder
-from dataflex.signals.gradients.units import choose_parameters
-from dataflex.signals.gradients.vectors import TargetVectors
 
 __all__ = [
     "PRESETS",
     "Block",
     "Consumer",
-    "Documents",
     "Dots",
     "Factors",
     "GradientEngine",
-    "Gram",
     "Moments",
     "Norms",
     "Precondition",
@@ -37,9 +44,7 @@ __all__ = [
     "adam_direction",
     "choose_parameters",
     "gradient_of",
-    "kinds",
     "moments_of",
-    "oracle_row_gradients",
     "preconditioner",
     "supervised_losses",
 ]

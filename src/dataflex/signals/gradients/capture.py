@@ -6,10 +6,16 @@ computes a gradient of a parameter; ``.grad`` is not touched, and nothing upstre
 is visited. A tap hands the gradient on the moment it arrives, together with what it kept of the
 call, so that no output gradients pile up. What is kept goes through ``save_for_backward``: autograd
 watches it for changes in place, and activation checkpointing (not reentrant) recomputes it.
+
+A module without a formula is run again, sample by sample: ``torch.func`` (``vmap`` over ``grad`` of
+``functional_call``) does it for all samples at once; where the module cannot be vectorized (its control flow looks
+at values), a loop over the samples does. The outputs of the second run are compared with the first: a module that
+mixes samples is found out.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,14 +23,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.documents import Documents
-from dataflex.signals.gradients.local import LocalCall, NotSeparable, local_gradients
-from dataflex.signals.gradients.pieces import Piece
-from dataflex.signals.gradients.units import Unit, Units
+from dataflex.signals.gradients.factors import SampleGradients
+from dataflex.signals.gradients.parameters import Unit, Units
 
 __all__ = ["Capture", "Distrusted", "HandUp"]
+
+logger = logging.getLogger(__name__)
+
+Tensors = tuple[torch.Tensor, ...]
+
+_said: set[str] = set()
 
 
 class HandUp(Exception):
@@ -40,6 +52,38 @@ class Distrusted(HandUp):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Signature:
+    """A module's arguments and output, taken apart into tensors and the rest.
+
+    Attributes:
+        leaves: Leaves of (args, kwargs), None at the places of tensors.
+        tensor_at: Places of the tensors.
+        out_at: Places of the floating tensors of the output.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: Any
+    tensor_at: tuple[int, ...]
+    out_at: tuple[int, ...]
+
+    def arguments(self, inputs: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) with ``inputs`` in the places of the tensors."""
+        return pytree.tree_unflatten(_filled(self.leaves, self.tensor_at, inputs), self.spec)
+
+    def outputs_of(self, output: Any) -> Tensors:
+        """Return the floating tensors of a second run's output."""
+        leaves = pytree.tree_leaves(output)
+        return tuple(leaves[i] for i in self.out_at)
+
+
+def _filled(leaves: Any, places: tuple[int, ...], tensors: Tensors) -> list[Any]:
+    filled = list(leaves)
+    for place, tensor in zip(places, tensors, strict=True):
+        filled[place] = tensor
+    return filled
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Call:
     """One call of a unit: who called, how samples lie in it, and how to hand its gradient on."""
 
@@ -48,7 +92,7 @@ class _Call:
     num_outputs: int
     flat: bool = False
     misfit: str = ""
-    local: LocalCall | None = None
+    signature: _Signature | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -77,26 +121,22 @@ class Capture:
         units: Who answers for which parameter.
         rows: Samples in the batch.
         tokens: Positions of a sample, for layers that are called with samples and positions flattened.
-        take: Called with a parameter's name and its pieces once all of its uses are there.
+        take: Called with a parameter's name and its per-sample gradients by use, once all of its uses are there.
         autocast: The context in which modules are run again.
-        dtype: Output gradients are cast to this dtype first; None leaves them.
-        documents: Samples are these documents instead of the rows.
     """
 
     units: Units
     rows: int
     tokens: int
-    take: Callable[[str, list[Piece]], None]
+    take: Callable[[str, list[SampleGradients]], None]
     autocast: Callable[[], Any]
-    dtype: torch.dtype | None = None
-    documents: Documents | None = None
     finite: torch.Tensor | None = None
     """Set before the backward pass: samples [b] whose gradients count; the others are zeroed. None: all."""
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _recording: bool = True
     _muted: bool = False
     _expected: dict[str, int] = field(default_factory=dict)
-    _pending: dict[str, list[Piece]] = field(default_factory=dict)
+    _pending: dict[str, list[SampleGradients]] = field(default_factory=dict)
     _called: set[str] = field(default_factory=set)
     _blind: dict[str, Unit] = field(default_factory=dict)
 
@@ -113,14 +153,14 @@ class Capture:
     def backward(self, total: torch.Tensor) -> None:
         """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends."""
         self._recording = False
-        silent = [unit for unit in self.units if unit.name not in self._called]
+        # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
         behind = [
             (unit, parameter)
-            for unit in silent
+            for unit in self.units
+            if unit.name not in self._called
             for local in unit.parameters
             if (parameter := unit.module.get_parameter(local)).requires_grad and parameter.is_leaf
         ]
-        # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
         try:
             found = torch.autograd.grad(total, [self.anchor, *(p for _, p in behind)], allow_unused=True)
         except RuntimeError as error:
@@ -136,8 +176,8 @@ class Capture:
         for unit in self._blind.values():
             if not any(name in self._expected for name in unit.parameters.values()):
                 raise HandUp(unit, "it ran without recording gradients")
-        for name, pieces in list(self._pending.items()):
-            self.take(name, pieces)  # some of its uses did not take part in the loss
+        for name, uses in list(self._pending.items()):
+            self.take(name, uses)  # some of its uses did not take part in the loss
         self._pending.clear()
 
     def _hook(self, unit: Unit) -> Callable[..., Any]:
@@ -148,19 +188,15 @@ class Capture:
             if not torch.is_grad_enabled():
                 self._blind[unit.name] = unit
                 return None
-            if unit.kind is None:
-                return self._tap_local(unit, args, kwargs, output)
-            return self._tap_layer(unit, module, args, kwargs, output)
+            return (self._tap_module if unit.kind is None else self._tap_layer)(unit, args, kwargs, output)
 
         return record
 
-    def _tap_layer(
-        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
+    def _tap_layer(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         assert unit.kind is not None
-        kept = tuple(tensor.detach() for tensor in unit.kind.keep(module, args, kwargs, output))
+        kept = tuple(tensor.detach() for tensor in unit.kind.keep(unit.module, args, kwargs, output))
         if not unit.checked and unit.kind.check is not None:
-            reason = unit.kind.check(module, kept, output.detach())
+            reason = unit.kind.check(unit.module, kept, output.detach())
             if reason is not None:
                 raise Distrusted(unit, reason)
         unit.checked = True
@@ -171,61 +207,143 @@ class Capture:
         elif lead != self.rows:
             flat = output.dim() == 2 and (self.rows == 1 or lead == self.rows * self.tokens)
             misfit = "" if flat else f"called with {lead} rows for {self.rows} samples"
-        call = _Call(capture=self, unit=unit, num_outputs=1, flat=flat, misfit=misfit)
-        if self._recording and not misfit:
-            self._expect(unit)
-        return _Tap.apply(self.anchor, call, output, *kept)
+        return self._tap(_Call(capture=self, unit=unit, num_outputs=1, flat=flat, misfit=misfit), (output,), kept)
 
-    def _tap_local(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        local = LocalCall.of(args, kwargs, output)
-        call = _Call(capture=self, unit=unit, num_outputs=len(local.outputs), local=local.without_tensors())
-        if self._recording:
-            self._expect(unit)
-        tapped = _Tap.apply(self.anchor, call, *local.outputs, *local.kept)
-        return local.output_with(tapped if isinstance(tapped, tuple) else (tapped,))
+    def _tap_module(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        out_leaves, out_spec = pytree.tree_flatten(output)
+        tensor_at = tuple(i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf))
+        out_at = tuple(i for i, leaf in enumerate(out_leaves) if torch.is_tensor(leaf) and leaf.is_floating_point())
+        signature = _Signature(
+            leaves=tuple(None if i in tensor_at else leaf for i, leaf in enumerate(leaves)),
+            spec=spec,
+            tensor_at=tensor_at,
+            out_at=out_at,
+        )
+        outputs = tuple(out_leaves[i] for i in out_at)
+        kept = (*(leaves[i].detach() for i in tensor_at), *(tensor.detach() for tensor in outputs))
+        call = _Call(capture=self, unit=unit, num_outputs=len(outputs), signature=signature)
+        tapped = self._tap(call, outputs, kept)
+        tapped = tapped if isinstance(tapped, tuple) else (tapped,)
+        return pytree.tree_unflatten(_filled(out_leaves, out_at, tapped), out_spec)
 
-    def _expect(self, unit: Unit) -> None:
-        for name in unit.parameters.values():
-            self._expected[name] = self._expected.get(name, 0) + 1
+    def _tap(self, call: _Call, outputs: Tensors, kept: Tensors) -> Any:
+        if self._recording and not call.misfit:
+            for name in call.unit.parameters.values():
+                self._expected[name] = self._expected.get(name, 0) + 1
+        return _Tap.apply(self.anchor, call, *outputs, *kept)
 
-    def deliver(self, call: _Call, kept: tuple[torch.Tensor, ...], grads: tuple[torch.Tensor, ...]) -> None:
-        """Turn one call's output gradients into pieces of its parameters' per-sample gradients."""
+    def deliver(self, call: _Call, kept: Tensors, grads: Tensors) -> None:
+        """Turn one call's output gradients into per-sample gradients of its parameters."""
         unit = call.unit
         if call.misfit:
             raise HandUp(unit, call.misfit)
         if call.flat:
             grads = tuple(grad.reshape(self.rows, -1, *grad.shape[1:]) for grad in grads)
             kept = tuple(tensor.reshape(self.rows, len(tensor) // self.rows, *tensor.shape[1:]) for tensor in kept)
-        if self.documents is not None:
-            if call.local is not None:
-                raise UnsupportedError(f"gradients by document: {unit} has no formula for its gradients")
-            grads, kept = (tuple(map(self.documents.apart, tensors)) for tensors in (grads, kept))
-        if call.local is not None:
-            pieces = self._run_locally(unit, call.local, kept, grads)
+        found: dict[str, SampleGradients]
+        if call.signature is not None:
+            self._muted = True
+            try:
+                with self.autocast():
+                    run_again = _run_again(unit, call.signature, kept, grads, self.rows)
+            finally:
+                self._muted = False
+            found = {name: self._zeroed(gradient) for name, gradient in run_again.items()}
         else:
             assert unit.kind is not None
-            grad = grads[0] if self.dtype is None else grads[0].to(self.dtype)
-            if self.finite is not None:
-                grad = grad.masked_fill(~self.finite.view(-1, *([1] * (grad.dim() - 1))), 0.0)
-            pieces = dict(unit.kind.sample(unit.module, kept, grad, unit.wanted))
+            found = dict(unit.kind.sample(unit.module, kept, self._zeroed(grads[0]), frozenset(unit.parameters)))
         for local, name in unit.parameters.items():
             pending = self._pending.setdefault(name, [])
-            pending.append(pieces[local])
+            pending.append(found[local])
             if len(pending) == self._expected[name]:
                 self.take(name, self._pending.pop(name))
 
-    def _run_locally(
-        self, unit: Unit, local: LocalCall, kept: tuple[torch.Tensor, ...], grads: tuple[torch.Tensor, ...]
-    ) -> dict[str, Piece]:
-        self._muted = True
+    def _zeroed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return [b, ...] with zeros for the samples that do not count."""
+        if self.finite is None:
+            return tensor
+        return tensor.masked_fill(~self.finite.view(-1, *([1] * (tensor.dim() - 1))), 0.0)
+
+
+def _run_again(unit: Unit, signature: _Signature, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:
+    """Return per-sample gradients of a module's parameters for one of its calls, fp32 [b, *parameter.shape] by name.
+
+    Args:
+        unit: The module and its parameters.
+        signature: Of the call.
+        kept: Its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
+            sample; the others are shared.
+        grads: Gradients of the summed row losses with respect to the outputs.
+        rows: Samples b.
+
+    Raises:
+        HandUp: The outputs cannot be taken apart by sample.
+    """
+    module, num_inputs = unit.module, len(signature.tensor_at)
+    inputs, outputs = kept[:num_inputs], kept[num_inputs:]
+    if any(tensor.dim() == 0 or tensor.shape[0] != rows for tensor in outputs):
+        raise HandUp(unit, "its outputs do not have the samples in front")
+    split = tuple(tensor.dim() >= 2 and tensor.shape[0] == rows for tensor in inputs)
+    parameters = {name: module.get_parameter(name).detach() for name in sorted(unit.parameters)}
+    if any(type(p) not in (torch.Tensor, nn.Parameter) or hasattr(p, "ds_id") for p in parameters.values()):
+        raise HandUp(unit, "its parameters are partitioned over ranks, and it has no formula")
+
+    def run(weights: dict[str, torch.Tensor], one: Tensors) -> Tensors:
+        args, kwargs = signature.arguments(one)
+        return signature.outputs_of(functional_call(module, weights, args, kwargs, tie_weights=False))
+
+    try:
+        found, again = _vectorized(run, parameters, inputs, split, grads)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        kind, reason = type(module).__name__, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if kind not in _said:
+            _said.add(kind)
+            logger.warning("%s cannot be vectorized, samples are looped over: %s", kind, reason)
         try:
-            with self.autocast():
-                found = local_gradients(unit.module, unit.wanted, local, kept, grads, rows=self.rows)
-        except NotSeparable as error:
-            raise HandUp(unit, str(error)) from error
-        finally:
-            self._muted = False
-        if self.finite is not None:
-            for name, gradient in found.items():
-                found[name] = gradient.masked_fill(~self.finite.view(-1, *([1] * (gradient.dim() - 1))), 0.0)
-        return dict[str, Piece](found)
+            found, again = _looped(run, parameters, inputs, split, grads)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise HandUp(unit, f"it cannot be run sample by sample: {type(error).__name__}: {error}") from error
+    for first, second in zip(outputs, again, strict=True):
+        tolerance = 1e-4 if first.dtype == torch.float32 else 3e-2
+        if not torch.allclose(first.float(), second.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise HandUp(unit, "run again sample by sample, it gave other outputs: it mixes samples or keeps a state")
+    return {name: gradient.float() for name, gradient in found.items()}
+
+
+_Run = Callable[[dict[str, torch.Tensor], Tensors], Tensors]
+_Again = tuple[dict[str, torch.Tensor], Tensors]
+"""Per-sample gradients by name, and the outputs of the second run."""
+
+
+def _vectorized(
+    run: _Run, parameters: dict[str, torch.Tensor], inputs: Tensors, split: tuple[bool, ...], grads: Tensors
+) -> _Again:
+    def product(weights: dict[str, torch.Tensor], one: Tensors, one_grads: Tensors) -> tuple[torch.Tensor, Tensors]:
+        mine = tuple(tensor.unsqueeze(0) if apart else tensor for tensor, apart in zip(one, split, strict=True))
+        outs = run(weights, mine)
+        total = sum((out.squeeze(0).float() * g.float()).sum() for out, g in zip(outs, one_grads, strict=True))
+        return total, tuple(out.squeeze(0) for out in outs)
+
+    dims = tuple(0 if apart else None for apart in split)
+    return vmap(grad(product, has_aux=True), in_dims=(None, dims, 0))(parameters, inputs, grads)
+
+
+def _looped(
+    run: _Run, parameters: dict[str, torch.Tensor], inputs: Tensors, split: tuple[bool, ...], grads: Tensors
+) -> _Again:
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
+    again: list[Tensors] = []
+    weights = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+    for i in range(len(grads[0])):
+        mine = tuple(tensor[i : i + 1] if apart else tensor for tensor, apart in zip(inputs, split, strict=True))
+        with torch.enable_grad():
+            outs = run(weights, mine)
+        one = torch.autograd.grad(outs, list(weights.values()), [g[i : i + 1] for g in grads], allow_unused=True)
+        again.append(tuple(out.detach() for out in outs))
+        for (name, parameter), gradient in zip(weights.items(), one, strict=True):
+            found[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return (
+        {name: torch.stack(gradients) for name, gradients in found.items()},
+        tuple(torch.cat([one[k] for one in again]) for k in range(len(again[0]))),
+    )

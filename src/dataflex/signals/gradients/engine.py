@@ -7,31 +7,37 @@ of the rows' own losses, so rows do not see one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.assemble import Assembler
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
-from dataflex.signals.gradients.consume import Consumer
-from dataflex.signals.gradients.documents import Documents, document_losses
-from dataflex.signals.gradients.jvp import row_derivatives
-from dataflex.signals.gradients.narrow import supervised_losses, supervised_tokens
-from dataflex.signals.gradients.oracle import batch_rows, batch_tokens
+from dataflex.signals.gradients.consumers import Block, Consumer, Segment
+from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, formed
+from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.gradients.units import Units, choose_parameters
-from dataflex.signals.passes import preserved
+from dataflex.signals.losses import model_inputs, row_losses, token_cross_entropy
+from dataflex.signals.model_parts import model_parts
+from dataflex.signals.sweep import preserve_state
 
-__all__ = ["GradientEngine"]
+__all__ = ["GradientEngine", "supervised_losses"]
 
 _IGNORE = -100
 _BLOCK_NUMBERS = 2**22
+# Parameters of fewer numbers share a block of at least so many (for each sample): the fixed cost of a block counts.
+_SMALL = 2**15
 
 Batch = dict[str, Any]
+Loss = Callable[[Batch], torch.Tensor]
 
 
 class GradientEngine:
@@ -43,49 +49,36 @@ class GradientEngine:
             None: ``supervised_losses``.
         autocast: The Trainer's mixed-precision context.
         parameters: What is differentiated, by name; all trainable parameters if None (see ``choose_parameters``).
-        dtype: Layer products are computed in this dtype; None: as the backward pass gives them.
-        release: Called by ``finish``; under ZeRO-3 the DeepSpeed engine's ``empty_partition_cache``.
+        release: Lets go of what a pass left gathered; under ZeRO-3 the DeepSpeed engine's ``empty_partition_cache``.
         block_numbers: Formed gradients are handled in blocks of about so many numbers (all samples together).
-        by_document: Samples are the documents of packed rows, in the order of ``documents.Documents``, each with
-            its own token mean, instead of the rows. ``loss`` must be None then.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Batch], torch.Tensor] | None = None,
+        loss: Loss | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         parameters: Mapping[str, nn.Parameter] | None = None,
-        dtype: torch.dtype | None = None,
         release: Callable[[], None] | None = None,
         block_numbers: int = _BLOCK_NUMBERS,
-        by_document: bool = False,
     ) -> None:
         self.model = model
         self.parameters = dict(choose_parameters(model) if parameters is None else parameters)
         self._loss = supervised_losses(model, self.parameters.values()) if loss is None else loss
-        assert loss is None or not by_document, "documents have losses of their own"
-        self._by_document = document_losses(supervised_tokens(model, self.parameters.values())) if by_document else None
-        self._autocast, self._dtype, self._release = autocast, dtype, release
+        self._autocast, self._release, self._block_numbers = autocast, release, block_numbers
         self._units = Units(model, self.parameters)
-        self._block_numbers = block_numbers
         self._depth = 0
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Full shapes of the differentiated parameters by name, in the model's order."""
-        return dict(self._units.shapes)
+        return self._units.shapes
 
     @property
-    def layers(self) -> dict[str, str]:
-        """How each parameter is differentiated: names of layer kinds or ``torch.func``, " + " between several uses."""
-        found: dict[str, str] = {}
-        for unit in self._units:
-            for name in unit.parameters.values():
-                kind = unit.kind.name if unit.kind else "torch.func"
-                found[name] = f"{found[name]} + {kind}" if name in found else kind
-        return found
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -93,19 +86,15 @@ class GradientEngine:
         if self._depth:
             yield
             return
-        with preserved(self.model):
+        with preserve_state(self.model):
             self.model.eval()
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-                self.finish()
-
-    def finish(self) -> None:
-        """Let go of what a pass left gathered (ZeRO-3)."""
-        if self._release is not None:
-            self._release()
+                if self._release is not None:
+                    self._release()
 
     def run(
         self, batch: Batch, consumers: Sequence[Consumer], *, precondition: Preconditioner | None = None
@@ -115,16 +104,14 @@ class GradientEngine:
         Args:
             batch: Collated, on the device, samples in front.
             consumers: What is made of the gradients; names must differ.
-            precondition: From ``preconditioner``; consumers marked ``raw`` see the gradients before it.
+            precondition: From ``preconditioner``: consumers take directions instead of gradients.
 
         Returns:
             "losses" fp32 [b], and for each consumer its name (and name + suffix) with the samples in
-            front; NaN for samples without a finite loss. By document also "row" and "document" [b]:
-            which row of the batch a sample is from, and its number in there.
+            front; NaN for samples without a finite loss.
 
         Raises:
             UnsupportedError: Some parameters' gradients cannot be told apart by sample; names all of them.
-                By document: the documents of a row see one another, or a layer has no formula.
         """
         assert len({consumer.name for consumer in consumers}) == len(consumers), "two consumers of the same name"
         with self.observing():
@@ -139,61 +126,189 @@ class GradientEngine:
     def _attempt(
         self, batch: Batch, consumers: Sequence[Consumer], precondition: Preconditioner | None
     ) -> dict[str, torch.Tensor]:
-        documents = None if self._by_document is None else Documents.of(batch)
-        assembler = Assembler(self.shapes, consumers, precondition, self._block_numbers)
+        feeder = _Feeder(self.shapes, consumers, precondition, self._block_numbers)
         capture = Capture(
             units=self._units,
-            rows=batch_rows(batch),
-            tokens=batch_tokens(batch),
-            take=assembler.take,
+            rows=batch["input_ids"].shape[0],
+            tokens=batch["input_ids"].shape[1],
+            take=feeder.take,
             autocast=self._autocast,
-            dtype=self._dtype,
-            documents=documents,
         )
         batch, labelled = _with_labels(batch)
         with capture.attached(), torch.enable_grad():
             with self._autocast():
-                row_losses = self._losses(batch, documents)
-            if not row_losses.requires_grad:
+                losses = self._loss(batch)
+            if not losses.requires_grad:
                 raise UnsupportedError("per-sample gradients: the losses do not depend on any layer's output")
-            finite = torch.isfinite(row_losses.detach())
-            total = torch.where(finite, row_losses, 0.0).sum()
-            finite = finite & (labelled if documents is None or not labelled.dim() else labelled[documents.row])
+            finite = torch.isfinite(losses.detach())
+            total = torch.where(finite, losses, 0.0).sum()
+            finite = finite & labelled
             if not finite.all():
                 capture.finite = finite
             for consumer in consumers:
                 consumer.begin(finite)
             capture.backward(total)
-        assembler.flush()
+        feeder.flush()
         self._units.require_all()
-        results = {"losses": row_losses.detach().float()}
+        results = {"losses": losses.detach().float()}
         for consumer in consumers:
             for suffix, values in consumer.finish().items():
                 results[consumer.name + suffix] = values
-        if capture.finite is not None:
-            missing = ~finite
-            results = {
-                key: values.masked_fill(missing.view(-1, *([1] * (values.dim() - 1))), torch.nan)
-                for key, values in results.items()
-            }
-        if documents is not None:
-            results |= {"row": documents.row, "document": documents.number}
-        return results
-
-    def _losses(self, batch: Batch, documents: Documents | None) -> torch.Tensor:
-        if documents is None or self._by_document is None:
-            return self._loss(batch)
-        return self._by_document(batch, documents)
+        if capture.finite is None:
+            return results
+        return {
+            key: values.masked_fill(~finite.view(-1, *([1] * (values.dim() - 1))), torch.nan)
+            for key, values in results.items()
+        }
 
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the derivative of each row's loss along a direction, fp32 [b] (see ``jvp.row_derivatives``)."""
+        """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
 
-        def loss(inputs: Batch) -> torch.Tensor:
-            with self._autocast():
-                return self._losses(inputs, None if self._by_document is None else Documents.of(inputs))
+        The derivative of row i's loss along a direction v equals <G_i, v>, so ranking by it is ranking by the
+        plain inner product with a target gradient: without a backward pass, norms or preconditioning.
 
+        Args:
+            batch: A collated batch on the device.
+            direction: Tensor of each parameter's shape; parameters that are left out stay.
+
+        Raises:
+            UnsupportedError: Parameters are partitioned over ranks, or an operation has no forward derivative.
+        """
+        if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self.parameters.values()):
+            raise UnsupportedError("jvp needs whole parameters, but they are partitioned over ranks; use dot products")
+        own = {id(parameter): f"model.{name}" for name, parameter in self.model.named_parameters()}
+        moving = {own[id(p)]: (p.detach(), direction[name]) for name, p in self.parameters.items() if name in direction}
+        losses = _Losses(self.model, lambda one: self._loss(one))  # no module twice, should the loss be one
         with self.observing():
-            return row_derivatives(self.model, loss, batch, self.parameters, direction)
+            try:
+                # Forward mode as such, not torch.func.jvp: inside that, hooks that mark inputs for checkpointing fail.
+                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._autocast():
+                    duals = {
+                        name: forward_ad.make_dual(value, tangent.to(value.device, value.dtype).view_as(value))
+                        for name, (value, tangent) in moving.items()
+                    }
+                    found = functional_call(losses, duals, (batch,))
+                    derivative = forward_ad.unpack_dual(found).tangent
+            except (RuntimeError, NotImplementedError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise UnsupportedError(f"jvp: this model cannot be differentiated forwards: {first}") from error
+        return (torch.zeros_like(found) if derivative is None else derivative).float()
+
+
+class _Losses(nn.Module):
+    """Makes the loss a module around the model, so that the model's parameters can be exchanged."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return row losses."""
+        return self._loss(batch)
+
+
+class _Feeder:
+    """Brings per-sample gradients to the consumers: factored or formed, preconditioned, in blocks that fit.
+
+    Args:
+        shapes: Shape of every parameter.
+        consumers: Who is fed.
+        precondition: Turns gradients into directions, or None.
+        block_numbers: A block of formed gradients holds about so many numbers at most.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        consumers: Sequence[Consumer],
+        precondition: Preconditioner | None,
+        block_numbers: int,
+    ) -> None:
+        self._shapes, self._consumers, self._precondition = shapes, consumers, precondition
+        self._block_numbers, self._small = block_numbers, min(_SMALL, block_numbers)
+        self._waiting: list[tuple[Segment, torch.Tensor]] = []
+
+    def take(self, name: str, uses: list[SampleGradients]) -> None:
+        """Feed one parameter, whose uses are all there."""
+        shape = self._shapes[name]
+        factors = [use for use in uses if isinstance(use, Factors)]
+        if len(factors) == len(uses) and self._precondition is None and self._ghost_is_cheaper(factors, shape):
+            for consumer in self._consumers:
+                consumer.add_factors(name, factors, shape)
+            return
+        rows = len(uses[0].right) if isinstance(uses[0], Factors) else len(uses[0])
+        length = shape[0] if shape else 1
+        stride = math.prod(shape[1:])
+        if length * stride < self._small:
+            self._waiting.append((Segment(name, 0, length * stride), formed(uses, 0, length)))
+            if sum(segment.stop for segment, _ in self._waiting) >= self._small:
+                self.flush()
+            return
+        step = max(1, self._block_numbers // max(rows * stride, 1))
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            self._feed((Segment(name, start * stride, stop * stride),), formed(uses, start, stop))
+
+    def flush(self) -> None:
+        """Feed the small parameters that wait for others."""
+        if self._waiting:
+            segments, values = zip(*self._waiting, strict=True)
+            self._waiting = []
+            self._feed(segments, torch.cat(values, dim=1) if len(values) > 1 else values[0])
+
+    def _feed(self, segments: tuple[Segment, ...], values: torch.Tensor) -> None:
+        if self._precondition is not None:
+            values = self._precondition(segments, values)
+        for consumer in self._consumers:
+            consumer.add(Block(segments=segments, values=values))
+
+    def _ghost_is_cheaper(self, factors: list[Factors], shape: torch.Size) -> bool:
+        sizes = FactorShape.of(factors, shape)
+        forming = sizes.tokens * sizes.n * sizes.left_width + sizes.m * sizes.n
+        ghost = sum(consumer.ghost_cost(sizes) for consumer in self._consumers)
+        return ghost < forming + sum(consumer.dense_cost(sizes) for consumer in self._consumers)
+
+
+def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
+    """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
+
+    A training step computes logits for every position, prompt and padding included. Where the head's own
+    parameters are not differentiated (LoRA, frozen embeddings), its input is narrowed to the positions that have a
+    label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
+
+    Args:
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        parameters: What is differentiated; if the head has a part in it, the head sees every position.
+
+    Raises:
+        UnsupportedError: No transformers model inside.
+    """
+    head, differentiated = model_parts(model).head, {id(parameter) for parameter in parameters}
+    if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
+        return lambda batch: row_losses(model, batch)
+
+    def losses(batch: Batch) -> torch.Tensor:
+        targets = F.pad(batch["labels"], (0, 1), value=_IGNORE)[..., 1:]
+        row, position = targets.ne(_IGNORE).nonzero(as_tuple=True)
+        narrowed: list[bool] = []
+
+        def narrow(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            whole = bool(inputs) and inputs[0].shape[:2] == targets.shape
+            narrowed.append(whole)
+            return (inputs[0][row, position].unsqueeze(0), *inputs[1:]) if whole else None
+
+        handle = head.register_forward_pre_hook(narrow)
+        try:
+            outputs = model(**model_inputs(batch), use_cache=False)
+        finally:
+            handle.remove()
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
+        picked = logits[0] if narrowed == [True] else logits[row, position]
+        values, _ = token_cross_entropy(picked, targets[row, position], _IGNORE)
+        sums = torch.zeros(len(targets), dtype=torch.float32, device=values.device)
+        return sums.index_add(0, row, values) / torch.bincount(row, minlength=len(targets))
+
+    return losses
 
 
 def _with_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:

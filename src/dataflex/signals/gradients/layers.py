@@ -1,25 +1,86 @@
-"""Formulas of the built-in layer kinds.
+"""Formulas for the per-sample gradients of a layer's parameters, one decorated function a kind of layer.
 
-LoRA's A and B are plain linear layers inside peft's wrapper and need nothing of their own. A module
-is matched by the very ``forward`` it runs: a subclass that overrides it computes something else.
-Source: methods of per-sample gradients by layer inputs and output gradients, Goodfellow 2015
-(arXiv 1510.01799); magnitude of DoRA: arXiv 2402.09353, section 4.3 (the norm is held constant).
+Given what was kept of a call (usually the layer's input) and the gradient of the summed row losses with respect to
+the layer's output, a formula returns the per-sample gradients of the layer's own parameters:
+
+    @gradient_of("scale", matches=lambda m: type(m) is Scale, parameters=("weight",))
+    def _scale(module, kept, grad, wanted):
+        return {"weight": (grad * kept[0]).sum(dim=1)}
+
+Kinds are asked in reverse order of registration, so that a user's kind goes before the built-in ones. A module is
+matched by the very ``forward`` it runs: a subclass that overrides it computes something else. A module that no kind
+matches is differentiated by ``torch.func`` (see ``capture``). LoRA's A and B are plain linear layers inside peft's
+wrapper and need nothing of their own.
+
+Sources: methods of per-sample gradients by layer inputs and output gradients, Goodfellow 2015 (arXiv 1510.01799);
+magnitude of DoRA: arXiv 2402.09353, section 4.3 (the norm is held constant).
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.pieces import Factors, Piece
-from dataflex.signals.gradients.registry import Kept, gradient_of
+from dataflex.signals.gradients.factors import Factors, SampleGradients
 
-__all__: list[str] = []
+__all__ = ["LayerKind", "gradient_of", "kind_of"]
+
+Kept: TypeAlias = tuple[torch.Tensor, ...]
+Found: TypeAlias = dict[str, SampleGradients]
+Formula: TypeAlias = Callable[[Any, Kept, torch.Tensor, frozenset[str]], Mapping[str, SampleGradients]]
+"""(layer, what was kept [b, ...], gradient of the layer's output [b, ...], names of the parameters) -> by name."""
+
+
+def _first_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: torch.Tensor) -> Kept:
+    return (args[0] if args else next(iter(kwargs.values())),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """A layer kind.
+
+    Attributes:
+        name: For messages.
+        matches: Whether a module is of this kind; must be exact, since a subclass may compute something else.
+        parameters: Names of the parameters that the formula covers.
+        sample: The formula.
+        keep: What to keep of a call (module, args, kwargs, output); tensors with first dimension b. Left out: the
+            first input.
+        check: Optional look at the first call (module, kept, output): the reason why the formula does
+            not hold there, or None.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    parameters: tuple[str, ...]
+    sample: Formula
+    keep: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], Kept] = _first_input
+    check: Callable[[nn.Module, Kept, torch.Tensor], str | None] | None = None
+
+
+_KINDS: list[LayerKind] = []
+
+
+def gradient_of(name: str, **options: Any) -> Callable[[Formula], Formula]:
+    """Register the decorated formula; ``options`` are the other fields of ``LayerKind``."""
+
+    def register(sample: Formula) -> Formula:
+        _KINDS.append(LayerKind(name=name, sample=sample, **options))
+        return sample
+
+    return register
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a module, the latest registered first, or None."""
+    return next((kind for kind in reversed(_KINDS) if kind.matches(module)), None)
 
 
 def _tokens(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,24 +94,23 @@ def _summed(per_token: torch.Tensor, trailing: int = 1) -> torch.Tensor:
     return per_token.sum(dim=between, dtype=torch.float32) if between else per_token.float()
 
 
-@gradient_of("linear", matches=lambda m: type(m).forward is nn.Linear.forward, parameters=("weight", "bias"))
-def _linear(module: nn.Linear, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
+def _of_matrix(left: torch.Tensor, right: torch.Tensor, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
+    found: Found = {}
     if "weight" in wanted:
-        pieces["weight"] = Factors(left=_tokens(grad), right=_tokens(kept[0].to(grad.dtype)))
+        found["weight"] = Factors(left=_tokens(left), right=_tokens(right))
     if "bias" in wanted:
-        pieces["bias"] = _summed(grad)
-    return pieces
+        found["bias"] = _summed(grad)
+    return found
+
+
+@gradient_of("linear", matches=lambda m: type(m).forward is nn.Linear.forward, parameters=("weight", "bias"))
+def _linear(module: nn.Linear, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
+    return _of_matrix(grad, kept[0].to(grad.dtype), grad, wanted)
 
 
 @gradient_of("conv1d", matches=lambda m: type(m).forward is Conv1D.forward, parameters=("weight", "bias"))
-def _conv1d(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
-    if "weight" in wanted:  # stored as [inputs, outputs]
-        pieces["weight"] = Factors(left=_tokens(kept[0].to(grad.dtype)), right=_tokens(grad))
-    if "bias" in wanted:
-        pieces["bias"] = _summed(grad)
-    return pieces
+def _conv1d(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
+    return _of_matrix(kept[0].to(grad.dtype), grad, grad, wanted)  # the weight is stored as [inputs, outputs]
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -60,7 +120,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 @gradient_of("embedding", matches=_is_embedding, parameters=("weight",))
-def _embedding(module: nn.Embedding, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
+def _embedding(module: nn.Embedding, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
     ids, grad = kept[0].reshape(len(grad), -1), grad.reshape(len(grad), -1, grad.shape[-1])
     if module.padding_idx is not None:  # torch gives this row no gradient
         grad = grad.masked_fill(ids.eq(module.padding_idx).unsqueeze(-1), 0.0)
@@ -68,15 +128,15 @@ def _embedding(module: nn.Embedding, kept: Kept, grad: torch.Tensor, wanted: fro
 
 
 @gradient_of("layer norm", matches=lambda m: type(m).forward is nn.LayerNorm.forward, parameters=("weight", "bias"))
-def _layer_norm(module: nn.LayerNorm, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
+def _layer_norm(module: nn.LayerNorm, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
+    found: Found = {}
     trailing = len(module.normalized_shape)
     if "weight" in wanted:
         normalized = nn.functional.layer_norm(kept[0].float(), module.normalized_shape, eps=module.eps)
-        pieces["weight"] = _summed(grad.float() * normalized, trailing)
+        found["weight"] = _summed(grad.float() * normalized, trailing)
     if "bias" in wanted:
-        pieces["bias"] = _summed(grad, trailing)
-    return pieces
+        found["bias"] = _summed(grad, trailing)
+    return found
 
 
 def _rms_eps(module: Any, x: torch.Tensor) -> float:
@@ -116,7 +176,7 @@ def _check_rms_norm(module: nn.Module, kept: Kept, output: torch.Tensor) -> str 
 
 
 @gradient_of("rms norm", matches=_is_rms_norm, parameters=("weight",), check=_check_rms_norm)
-def _rms_norm(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
+def _rms_norm(module: nn.Module, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
     return {"weight": _summed(grad.float() * _rms_normalized(module, kept[0]))}
 
 
@@ -134,7 +194,7 @@ def _keep_dora(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @gradient_of("dora magnitude", matches=_is_dora, parameters=("weight",), keep=_keep_dora)
-def _dora(module: Any, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> dict[str, Piece]:
+def _dora(module: Any, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
     magnitude = module.weight.detach().float()
     if magnitude.numel() != grad.shape[-1]:
         raise UnsupportedError(

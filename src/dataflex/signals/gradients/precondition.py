@@ -4,21 +4,36 @@ Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - b
 direction = m' / (sqrt(v') + eps). Source: LESS (arXiv 2402.04333), equation in section 3.1. The
 original code puts eps inside the root and leaves out the bias correction; with the tiny moments of
 real LoRA runs that is another ranking, so both are presets.
+
+The moments are the run's own, wherever its optimizer keeps them: matched by parameter identity, never by position in
+the optimizer's groups. An optimizer that has no moments for each element is refused with a reason: another direction
+under Adam's name would be a silent error.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from dataflex.errors import ConfigError, did_you_mean
-from dataflex.signals.gradients.blocks import Block, Columns, Segment
-from dataflex.signals.gradients.moments import Moments
+from dataflex import comm
+from dataflex.errors import ConfigError, UnsupportedError, did_you_mean
+from dataflex.signals.gradients.consumers import Block, Columns, Segment
+from dataflex.signals.gradients.parameters import shape_of
 
-__all__ = ["PRESETS", "Precondition", "Preconditioner", "adam_direction", "adam_scaled", "preconditioner"]
+__all__ = [
+    "PRESETS",
+    "Moments",
+    "Precondition",
+    "Preconditioner",
+    "adam_direction",
+    "adam_scaled",
+    "moments_of",
+    "preconditioner",
+]
 
 Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
 """(what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place."""
@@ -70,6 +85,25 @@ PRESETS: dict[str, Precondition] = {
     "adam_scale": Precondition(kind="adam", own_square=False, include_momentum=False),
     "paper_repo": Precondition(kind="adam", eps_mode="inside", bias_correction=False, betas=(0.9, 0.999), eps=1e-8),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Adam's state of one parameter.
+
+    Attributes:
+        first: Running mean of gradients, fp32, the parameter's full shape.
+        second: Running mean of squared gradients, likewise.
+        step: Optimizer steps so far.
+        betas: Adam's betas.
+        eps: Adam's eps.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    step: int
+    betas: tuple[float, float]
+    eps: float
 
 
 def adam_direction(
@@ -147,31 +181,160 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
     if spec.kind == "sign":
         return lambda _segments, gradient: gradient.sign_()
     assert moments is not None
-    first, second = (
-        Columns(lambda name: moments[name].first.flatten()),
-        Columns(lambda name: moments[name].second.flatten()),
-    )
+    first = Columns(lambda name: moments[name].first.flatten())
+    second = Columns(lambda name: moments[name].second.flatten())
 
-    def settings(state: Moments) -> tuple[int, tuple[float, float], float]:
-        return state.step, spec.betas or state.betas, state.eps if spec.eps is None else spec.eps
+    def settings(name: str) -> dict[str, Any]:
+        state = moments[name]
+        eps = state.eps if spec.eps is None else spec.eps
+        return {"step": state.step, "betas": spec.betas or state.betas, "eps": eps}
 
     def direction(segments: tuple[Segment, ...], gradient: torch.Tensor) -> torch.Tensor:
-        step, betas, eps = settings(moments[segments[0].name])
-        if len(segments) > 1 and any(settings(moments[one.name]) != (step, betas, eps) for one in segments):
+        options = settings(segments[0].name)
+        if any(settings(one.name) != options for one in segments[1:]):
             parts = Block(segments=segments, values=gradient).parts()
             return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
+        squares = second.of(segments, gradient.device)
         if not spec.own_square:
-            return adam_scaled(gradient, second.of(segments, gradient.device), step=step, betas=betas, eps=eps)
+            return adam_scaled(gradient, squares, **options)
         return adam_direction(
             gradient,
             first.of(segments, gradient.device),
-            second.of(segments, gradient.device),
-            step=step,
-            betas=betas,
-            eps=eps,
+            squares,
             eps_mode=spec.eps_mode,
             bias_correction=spec.bias_correction,
             include_momentum=spec.include_momentum,
+            **options,
         )
 
     return direction
+
+
+_REASONS = {
+    "adafactor": "it keeps row and column means of the second moment",
+    "adabelief": "its second moment is of differences",
+    "adamax": "its second moment is a running maximum",
+    "apollo": "it keeps moments of a projected gradient",
+    "badam": "it keeps moments of one block of parameters at a time",
+    "dummy": "each parameter has an optimizer of its own, stepped during the backward pass",
+    "galore": "it keeps moments of a projected gradient",
+    "lion": "it has no second moment",
+    "lomo": "each parameter is stepped during the backward pass",
+    "mini": "it keeps one second moment for a block of elements",
+    "muon": "it orthogonalizes the momentum and has no second moment",
+    "nadam": "its direction looks one step ahead",
+    "radam": "its direction is rectified",
+    "schedulefree": "its moments belong to another sequence of parameters",
+    "shampoo": "it preconditions whole matrices",
+    "soap": "it keeps moments in a rotated basis",
+}
+_INSTEAD = "use an Adam or AdamW optimizer, or precondition: none or sign"
+
+
+def moments_of(
+    optimizer: Any, parameters: Mapping[str, Any], backend: Literal["plain", "zero"] = "plain"
+) -> dict[str, Moments]:
+    """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
+
+    Before the optimizer's first step the moments are zero, as Adam itself has them. Where they are whole
+    and fp32, they are the optimizer's own tensors and no copies: use them before its next step.
+
+    Args:
+        optimizer: The Trainer's optimizer; wrappers of accelerate and DeepSpeed are looked through.
+        parameters: The model's parameters by name, the very objects that the optimizer was given.
+        backend: "zero" for DeepSpeed ZeRO-1/2/3, else "plain" (also DDP and FSDP2).
+
+    Raises:
+        UnsupportedError: The optimizer keeps no moments for each element, or not of these parameters.
+    """
+    base, wrappers = optimizer, []
+    while hasattr(base, "optimizer"):
+        wrappers.append(base)
+        base = base.optimizer
+    name = type(base).__name__
+    for word, reason in _REASONS.items():
+        if word in name.lower().replace("_", ""):
+            raise _refusal(name, reason)
+    if any("betas" not in group or "eps" not in group for group in base.param_groups):
+        raise _refusal(name, "its groups have no betas and eps")
+    if any(group.get("amsgrad") for group in base.param_groups):
+        raise _refusal(name, "amsgrad divides by the largest second moment so far")
+    if backend == "zero":
+        return _zero_moments(base, parameters, wrappers)
+    groups = {id(parameter): group for group in base.param_groups for parameter in group["params"]}
+    missing = [key for key, parameter in parameters.items() if id(parameter) not in groups]
+    if missing:
+        raise UnsupportedError(f"{name} does not train {', '.join(missing[:5])} (and {len(missing)} in all)")
+    return {key: _plain_moments(base, parameter, groups[id(parameter)], key) for key, parameter in parameters.items()}
+
+
+def _refusal(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{name} cannot precondition gradients by element: {reason}; {_INSTEAD}")
+
+
+def _zeros(parameter: Any) -> torch.Tensor:
+    return torch.zeros(shape_of(parameter), dtype=torch.float32, device=parameter.device)
+
+
+def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str) -> Moments:
+    state, name, shape = base.state.get(parameter, {}), type(base).__name__, shape_of(parameter)
+    found = [] if state else [_zeros(parameter)] * 2
+    kinds = (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2")) if state else ()
+    for ours, theirs, quantized in kinds:
+        value = state.get(ours, state.get(theirs))
+        if value is not None and value.dtype == torch.uint8:
+            value = _dequantized(state, value, quantized, name)
+        if value is not None and hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        if value is None or value.shape != shape:
+            what = f"the state of {key} has {sorted(state)}"
+            what += "" if value is None else f", {ours} of shape {list(value.shape)} for {list(shape)}"
+            raise _refusal(name, what)
+        found.append(value.detach().float())
+    beta1, beta2 = group["betas"]
+    step, betas = int(state.get("step", 0)), (float(beta1), float(beta2))
+    return Moments(first=found[0], second=found[1], step=step, betas=betas, eps=float(group["eps"]))
+
+
+def _dequantized(state: Mapping[str, Any], value: torch.Tensor, which: str, name: str) -> torch.Tensor:
+    """Return an 8-bit moment of bitsandbytes in fp32."""
+    try:
+        dequantize = importlib.import_module("bitsandbytes.functional").dequantize_blockwise
+        absmax, code = state[f"absmax{which}"], state[f"qmap{which}"]
+    except (ImportError, AttributeError, KeyError) as error:
+        raise _refusal(name, f"its 8-bit moments cannot be dequantized here ({error})") from error
+    sizes = (256, 2048, 512, 1024, 4096, 128, 64)  # bitsandbytes' own; its present default first
+    fitting = [size for size in sizes if -(-value.numel() // size) == absmax.numel()]
+    if not fitting:
+        raise _refusal(name, f"its 8-bit moments have {absmax.numel()} blocks for {value.numel()} elements")
+    return dequantize(value, absmax=absmax, code=code, blocksize=fitting[0]).view(value.shape)
+
+
+def _zero_moments(base: Any, parameters: Mapping[str, Any], wrappers: list[Any]) -> dict[str, Moments]:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    settings = {(*map(float, group["betas"]), float(group["eps"])) for group in base.param_groups}
+    if len(settings) != 1:
+        raise _refusal(type(base).__name__, f"its groups differ in betas or eps ({sorted(settings)})")
+    beta1, beta2, eps = settings.pop()
+    # The largest of all ranks: a rank whose partition is empty has counted nothing.
+    steps = [int(state["step"]) for state in base.state.values() if "step" in state]
+    step = max(comm.gather_objects(max(steps, default=0)))
+    for wrapper in wrappers if step else ():
+        # DeepSpeed links every group's states to its parameters (ZeRO-1/2) once, after the first group's first step,
+        # when the other groups have no state yet.
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
+    moments = {}
+    for key, parameter in parameters.items():
+        # Asked before the first step, DeepSpeed fails on one rank and leaves the others waiting.
+        names = ("exp_avg", "exp_avg_sq") if step else ()
+        pair = [safe_get_full_optimizer_state(parameter, which) for which in names]
+        if all(value is None for value in pair):
+            pair = [_zeros(parameter)] * 2
+        if any(value is None for value in pair):
+            raise _refusal(type(base).__name__, f"DeepSpeed gives no moments of {key}")
+        first, second = (value.detach().float().view(shape_of(parameter)) for value in pair)
+        moments[key] = Moments(first=first, second=second, step=step, betas=(beta1, beta2), eps=eps)
+    return moments

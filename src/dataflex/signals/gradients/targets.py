@@ -1,81 +1,243 @@
-"""Target vectors: for each task, the mean of its rows' gradients, or of their directions."""
+"""Vectors that gradients are compared with, made in passes of their own (collective): of targets, responses, rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from dataflex import comm
+from dataflex.console import progress
 from dataflex.errors import DataError
-from dataflex.signals.gradients.consume import Norms, WeightedSums
+from dataflex.signals.gradients.consumers import Dots, Norms, RowVectors, TargetVectors, WeightedSums, inner_products
 from dataflex.signals.gradients.engine import GradientEngine
-from dataflex.signals.gradients.vectors import TargetVectors
+from dataflex.signals.gradients.precondition import Preconditioner
+from dataflex.signals.model_access import ModelAccess
+from dataflex.signals.specs import WeightedResponse
+from dataflex.signals.sweep import Sweep, bucketed, row_pass
 
-__all__ = ["TargetBuilder"]
+__all__ = ["TargetBuilder", "policy_vectors", "responses_digest", "row_products", "target_vectors"]
+
+_IGNORE = -100
+_HELD_NUMBERS = 2**28
+"""Numbers of all rows' gradients that are held together: 1 GiB in fp32."""
 
 
 class TargetBuilder:
-    """Collects per-task means of plain (SGD) gradients over batches.
+    """Collects the mean of plain (SGD) gradients of each target over batches.
 
     With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector
-    with the result is the mean of the cosines with the task's rows (what LESS's code computes); this
-    takes a second pass over the batch. Without it, it is the task's mean gradient (the paper's text).
+    with the result is the mean of the cosines with the target's rows (what LESS's code computes); this
+    takes a second pass over the batch. Without it, it is the target's mean gradient (the paper's text).
 
     Args:
         engine: Of the model.
-        num_tasks: Tasks M.
+        num_targets: Targets M.
         normalize_rows: As above.
-        device: Where the vectors are kept; "cpu" if they are too big for the model's device.
     """
 
-    def __init__(
-        self,
-        engine: GradientEngine,
-        *,
-        num_tasks: int,
-        normalize_rows: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        where = device if device is not None else next(iter(engine.parameters.values())).device
+    def __init__(self, engine: GradientEngine, *, num_targets: int, normalize_rows: bool = True) -> None:
         self.engine, self.normalize_rows = engine, normalize_rows
-        self._sums = WeightedSums(TargetVectors.zeros(num_tasks, engine.shapes, where))
-        self._counts = torch.zeros(num_tasks, dtype=torch.float64, device=where)
+        self._sums = WeightedSums(TargetVectors.zeros(num_targets, engine.shapes, engine.device))
+        self._counts = torch.zeros(num_targets, dtype=torch.float64, device=engine.device)
 
-    def add(self, batch: dict[str, Any], tasks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Add a batch whose rows belong to ``tasks`` [b]; a task of -1 means the row does not count.
-
-        Returns:
-            "losses" [b] of the rows.
-        """
-        known = torch.arange(len(self._counts)).unsqueeze(1)
-        weights = (tasks.cpu().unsqueeze(0) == known).float()
+    def add(self, batch: dict[str, Any], targets: torch.Tensor) -> None:
+        """Add a batch whose rows belong to ``targets`` [b]; -1 means that the row does not count."""
+        weights = (targets.cpu().unsqueeze(0) == torch.arange(len(self._counts)).unsqueeze(1)).float()
         counts = weights.double()
         if self.normalize_rows:
-            found = self.engine.run(batch, [Norms()])
-            norms = found["norms"].cpu().nan_to_num(0.0)
+            norms = self.engine.run(batch, [Norms()])["norms"].cpu().nan_to_num(0.0)
             weights = torch.where(norms > 0, weights / norms, 0.0)
         self._sums.weights = weights
-        found = self.engine.run(batch, [self._sums])
-        supervised = torch.isfinite(found["losses"].cpu())
+        supervised = torch.isfinite(self.engine.run(batch, [self._sums])["losses"].cpu())
         self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
-        return {"losses": found["losses"]}
 
-    def finish(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TargetVectors:
-        """Return the means.
-
-        Args:
-            reduce: Adds a tensor up over ranks (``comm.gather_sum``); every rank ends with the same vectors.
+    def finish(self) -> TargetVectors:
+        """Return the means over the batches of all ranks, equal on every rank (collective).
 
         Raises:
-            DataError: A task without any row that has a loss.
+            DataError: A target without any row that has a loss.
         """
-        vectors, counts = self._sums.vectors, self._counts
-        if reduce is not None:
-            counts = reduce(counts)
-            for name, tensor in vectors.tensors.items():
-                vectors.tensors[name] = reduce(tensor)
+        vectors, counts = self._sums.vectors, comm.gather_sum(self._counts)
+        vectors.add_up()
         if (counts == 0).any():
             empty = counts.eq(0).nonzero().flatten().tolist()
             raise DataError(f"gradients: tasks {empty} of the target have no row with a supervised token")
         return vectors.scale_(1 / counts)
+
+
+def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normalize_rows: bool) -> TargetVectors:
+    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``."""
+    builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
+    with engine.observing():
+        for number, sweep in enumerate(targets):
+            for turn in sweep.turns():
+                # A rank that only keeps step with the others adds nothing.
+                builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
+    return builder.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Responses whose gradients are added up: the task they belong to, and batches of them."""
+
+    task: int
+    batches: tuple[tuple[WeightedResponse, ...], ...]
+
+
+def responses_digest(responses: Sequence[WeightedResponse]) -> str:
+    """Return a hash of everything that a task's responses say."""
+    digest = hashlib.blake2b(digest_size=16)
+    for one in responses:
+        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
+    return digest.hexdigest()
+
+
+def policy_vectors(
+    engine: GradientEngine, access: ModelAccess, tasks: Sequence[Sequence[WeightedResponse]], *, normalize_groups: bool
+) -> TargetVectors:
+    """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
+
+    The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or over
+    their directions. Each group's gradient is held once, so that its length is exact.
+
+    Args:
+        engine: Of the model; its loss is a row's token mean.
+        access: Collates, and says where batches go and how large they may be.
+        tasks: The responses of each task; those of equal ``group`` are added up.
+        normalize_groups: Mean over the groups' directions instead of over their gradients.
+
+    Raises:
+        DataError: A task without responses, or a response without tokens.
+    """
+    groups = [group for task, responses in enumerate(tasks) for group in _groups(task, responses, access.token_budget)]
+    sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
+    world, rank = comm.world(), comm.rank()
+    with engine.observing(), progress("gradients of graded responses", len(groups)) as told:
+        for first in range(0, len(groups), world):
+            turn = groups[first : first + world]
+            # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
+            mine = turn[rank] if rank < len(turn) else turn[-1]
+            whole = TargetVectors.zeros(1, engine.shapes, engine.device)
+            sink = WeightedSums(whole)
+            for number in range(max(len(group.batches) for group in turn)):
+                batch = mine.batches[min(number, len(mine.batches) - 1)]
+                counts = number < len(mine.batches) and rank < len(turn)
+                sink.weights = torch.tensor([[one.weight * len(one.response) * counts for one in batch]])
+                engine.run(_collated(batch, access), [sink])
+            norm = float(whole.norms())
+            scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
+            for name, tensor in sums.tensors.items():
+                tensor[mine.task].add_(whole.tensors[name][0], alpha=scale)
+            told(min(first + world, len(groups)))
+    sums.add_up()
+    sizes = np.bincount([group.task for group in groups], minlength=len(tasks))
+    return sums.scale_(torch.from_numpy(1.0 / sizes))
+
+
+def _groups(task: int, responses: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
+    by_group: dict[int, list[WeightedResponse]] = {}
+    for one in responses:
+        if not len(one.prompt) or not len(one.response):
+            raise DataError(f"responses: one of group {one.group} has no prompt or no tokens")
+        by_group.setdefault(one.group, []).append(one)
+    if not by_group:
+        raise DataError(f"responses: task {task} has none")
+    found = []
+    for members in by_group.values():
+        lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
+        batches = tuple(tuple(members[i] for i in batch) for batch in bucketed(lengths, token_budget))
+        found.append(_Group(task=task, batches=batches))
+    return found
+
+
+def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
+    features = []
+    for one in responses:
+        prompt, response = [int(token) for token in one.prompt], [int(token) for token in one.response]
+        ids = prompt + response
+        labels = [_IGNORE] * len(prompt) + response
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    batch = access.collate(features)
+    return {key: value.to(access.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def row_products(
+    engine: GradientEngine, sweep: Sweep, aims: TargetVectors | None, precondition: Preconditioner | None = None
+) -> NDArray[np.float32]:
+    """Return inner products of rows' gradients with some vectors and with one another (collective).
+
+    Rows' own gradients are held, about 1 GiB of them at a time; so many rows take one pass over themselves and one
+    over the rest.
+
+    Args:
+        engine: Of the model.
+        sweep: The rows [n], few.
+        aims: The vectors [m], or None for none.
+        precondition: Turns the rows' gradients into directions, or None.
+
+    Returns:
+        float32 [n, m + n], equal on every rank; NaN in the rows and columns of rows without a loss.
+    """
+    at_once = max(1, _HELD_NUMBERS // max(1, sum(shape.numel() for shape in engine.shapes.values())))
+    num, num_aims = len(sweep.rows), 0 if aims is None else len(aims)
+    out, known = np.full((num, num_aims + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
+    gram = out[:, num_aims:]
+    for start in range(0, num, at_once):
+        block, rest = slice(start, min(start + at_once, num)), slice(start + at_once, num)
+        vectors, finite = _held_rows(engine, _part(sweep, block), precondition)
+        known[block] = finite.cpu().numpy()
+        if aims is not None:
+            out[block, :num_aims] = _products(vectors, aims).cpu().numpy()
+        gram[block, block] = _products(vectors, vectors).cpu().numpy()
+        if rest.start < num:
+            dots = Dots(vectors, normalize="none")
+
+            def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
+                return engine.run(batch, [dots], precondition=precondition)["dots"]
+
+            with engine.observing():
+                gram[rest, block] = row_pass(_part(sweep, rest), score, (len(vectors),))
+            gram[block, rest] = gram[rest, block].T
+    out[~known] = np.nan
+    gram[:, ~known] = np.nan
+    return out
+
+
+def _held_rows(
+    engine: GradientEngine, sweep: Sweep, precondition: Preconditioner | None
+) -> tuple[TargetVectors, torch.Tensor]:
+    """Return every row's gradient, zero for rows without a loss, and which rows have one, bool [n] (collective)."""
+    vectors = TargetVectors.zeros(len(sweep.rows), engine.shapes, engine.device)
+    consumer = RowVectors(vectors)
+    known = torch.zeros(len(sweep.rows), dtype=torch.int64, device=engine.device)
+    with engine.observing():
+        for turn in sweep.turns():
+            places = torch.from_numpy(turn.positions)
+            # A rank that only keeps step with the others keeps nothing.
+            consumer.places = places if turn.mine else torch.full_like(places, -1)
+            losses = engine.run(turn.batch, [consumer], precondition=precondition)["losses"]
+            if turn.mine:
+                known[places.to(engine.device)] = torch.isfinite(losses).to(engine.device, torch.int64)
+    vectors.add_up()  # each row is zero on all ranks but one
+    return vectors, comm.gather_sum(known).bool()
+
+
+def _products(a: TargetVectors, b: TargetVectors) -> torch.Tensor:
+    """Return all inner products of two sets of vectors, float64 [len(a), len(b)]."""
+    device = next(iter(a.tensors.values())).device
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
+    for name in a.tensors:
+        for part in inner_products(a.flat(name), b.flat(name).to(device)):
+            out += part
+    return out
+
+
+def _part(sweep: Sweep, which: slice) -> Sweep:
+    return replace(sweep, rows=sweep.rows[which], lengths=sweep.lengths[which])

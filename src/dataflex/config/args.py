@@ -1,0 +1,444 @@
+"""LLaMA-Factory's keys of a run: read once, converted to their types, every mistake noted.
+
+LLaMA-Factory takes a value as YAML gave it. What it would misread is put right here, and so handed on: YAML's ``no``
+(false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dataflex.config.convert import shown
+from dataflex.config.table import Key, table
+from dataflex.errors import did_you_mean
+
+__all__ = ["LlamaFactoryArgs", "data_set_names", "env_enabled", "env_processes", "path_problem"]
+
+_ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
+_ALSO: dict[str, tuple[str, ...]] = {
+    "dataset_dir": ("dict",),
+    "fsdp": ("bool",),
+    "resume_from_checkpoint": ("bool",),
+    "logging_dir": ("bool",),
+}
+"""Types that LLaMA-Factory and the Trainer take beside those that are declared."""
+_PATHS = (
+    "adapter_name_or_path",
+    "cache_dir",
+    "dataset_dir",
+    "logging_dir",
+    "media_dir",
+    "model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "tokenized_path",
+)
+_MOST = 2**63 - 1
+_MOST_STEPS = 2**31 - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "buffer_size": (1, _MOST),
+    "cutoff_len": (1, _MOST),
+    "dataloader_num_workers": (0, 2**15),
+    "dataloader_prefetch_factor": (1, _MOST),
+    "early_stopping_steps": (1, _MOST),
+    "eval_accumulation_steps": (1, _MOST),
+    "eval_num_beams": (1, _MOST),
+    "gradient_accumulation_steps": (1, _MOST_STEPS),
+    "label_smoothing_factor": (0, 1),
+    "learning_rate": (0, math.inf),
+    "lora_dropout": (0, 1),
+    "lora_rank": (1, _MOST),
+    "max_grad_norm": (0, math.inf),
+    "max_samples": (1, _MOST),
+    "max_steps": (-1, _MOST_STEPS),
+    "num_train_epochs": (0, _MOST_STEPS),
+    "per_device_eval_batch_size": (1, _MOST_STEPS),
+    "per_device_train_batch_size": (1, _MOST_STEPS),
+    "preprocessing_batch_size": (1, _MOST),
+    "preprocessing_num_workers": (1, 2**15),
+    "ray_num_workers": (1, 2**15),
+    "seed": (0, 2**32 - 1),
+    "torch_empty_cache_steps": (1, _MOST),
+    "warmup_ratio": (0, 1),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+}
+"""Least and greatest value with which a run gets through; LLaMA-Factory itself declares none."""
+_MAY_BE_INFINITE = ("max_grad_norm",)
+_STEPS = ("logging", "eval", "save")
+_PACKAGES = {
+    "enable_liger_kernel": ("liger_kernel",),
+    "predict_with_generate": ("jieba", "nltk", "rouge_chinese"),
+    "use_adam_mini": ("adam_mini",),
+    "use_apollo": ("apollo_torch",),
+    "use_badam": ("badam",),
+    "use_galore": ("galore_torch",),
+    "use_swanlab": ("swanlab",),
+    "use_unsloth": ("unsloth",),
+}
+_ONLY_LORA = ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")
+_DEVICES = (
+    "/dev/nvidia[0-9]*",
+    "/dev/dxg",
+    "/dev/kfd",
+    "/dev/dri/renderD*",
+    "/dev/davinci*",
+    "/dev/accel*",
+    "/dev/neuron*",
+)
+_OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
+
+
+def env_enabled(name: str) -> bool:
+    """Whether an environment variable is on, as LLaMA-Factory reads it."""
+    return os.getenv(name, "0").lower() in ("true", "y", "1")
+
+
+def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
+    """Return the names of data sets given as a list, or as text with commas."""
+    given = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(str(name).strip() for name in given if str(name).strip())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LlamaFactoryArgs(Mapping[str, Any]):
+    """LLaMA-Factory's keys: as a mapping what was written and is handed on, as attributes what holds in the run.
+
+    Attributes:
+        given: Keys that were written, converted; also what the mapping's own methods give.
+        problems: Values that a key does not take, one line each; such a key has its default in the attributes.
+        doubts: Unknown keys, and keys that LLaMA-Factory or the Trainer refuses beside others, one line each.
+
+    The other attributes are keys of LLaMA-Factory's with its defaults.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    accelerator_config: Any = None
+    adapter_name_or_path: str | None = None
+    bf16: bool = False
+    buffer_size: int = 16384
+    cutoff_len: int = 2048
+    data_seed: int | None = None
+    dataloader_drop_last: bool = False
+    dataset: str | list[str] | None = None
+    dataset_dir: str | Mapping[str, Any] = "data"
+    deepspeed: Any = None
+    disable_shuffling: bool = False
+    do_eval: bool = False
+    do_predict: bool = False
+    do_train: bool = False
+    early_stopping_steps: int | None = None
+    eval_dataset: str | list[str] | None = None
+    eval_on_start: bool = False
+    eval_strategy: str = "no"
+    finetuning_type: str = "lora"
+    fsdp: Any = None
+    gradient_accumulation_steps: int = 1
+    interleave_probs: Any = None
+    label_smoothing_factor: float = 0.0
+    learning_rate: float = 5e-5
+    max_samples: int | None = None
+    max_steps: int = -1
+    mix_strategy: str = "concat"
+    model_name_or_path: str | None = None
+    neat_packing: bool = False
+    num_train_epochs: float = 3.0
+    optim: str | None = None
+    output_dir: str | None = None
+    overwrite_output_dir: bool = False
+    packing: bool | None = None
+    parallelism_config: Any = None
+    per_device_train_batch_size: int = 8
+    predict_with_generate: bool = False
+    ray_num_workers: int = 1
+    resume_from_checkpoint: str | bool | None = None
+    seed: int = 42
+    stage: str = "sft"
+    streaming: bool = False
+    tokenized_path: str | None = None
+    train_sampling_strategy: str = "random"
+    use_cpu: bool = False
+    val_size: float = 0.0
+
+    @classmethod
+    def read(cls, mapping: Mapping[str, Any]) -> LlamaFactoryArgs:
+        """Return the keys of a configuration without its ``dynamic`` block; those already read as they are."""
+        if isinstance(mapping, LlamaFactoryArgs):
+            return mapping
+        known = table()
+        given: dict[str, Any] = {}
+        problems: dict[str, str] = {}
+        unknown: list[str] = []
+        for key, value in mapping.items():
+            if key == "dynamic":
+                continue
+            entry = known.get(key)
+            if entry is None:
+                unknown += [_unknown(key, known)] if known and not _takes_extra_keys() else []
+            else:
+                value, problem = _converted(key, value, entry)
+                if problem:
+                    problems[key] = problem
+                elif value is None and not entry.nullable:
+                    continue
+            given[key] = value
+        names = {each.name for each in fields(cls)} - {"given", "problems", "doubts"}
+        # A misplaced null means the default, as for LLaMA-Factory's own parser.
+        told = {key: given[key] for key in names & set(given) if key not in problems and given[key] is not None}
+        good = {key: value for key, value in given.items() if key not in problems}
+        doubts = (*unknown, *cls(given=good, **told)._together())
+        return cls(given=given, problems=tuple(problems.values()), doubts=doubts, **told)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.given[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def value(self, key: str) -> Any:
+        """Return what holds for any key of LLaMA-Factory's: what was written, else its default."""
+        if self.given.get(key) is not None:
+            return self.given[key]
+        return table()[key].default if key in table() else None
+
+    def on(self, key: str) -> bool:
+        """Whether a switch is on."""
+        return bool(self.value(key))
+
+    @property
+    def train_sets(self) -> tuple[str, ...]:
+        """Names in ``dataset``."""
+        return data_set_names(self.dataset)
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names in ``eval_dataset``."""
+        return data_set_names(self.eval_dataset)
+
+    @property
+    def packed(self) -> bool:
+        """Whether several samples share a row; pre-training packs unless told otherwise."""
+        return self.neat_packing or (self.stage == "pt" if self.packing is None else self.packing)
+
+    @property
+    def tokenized(self) -> bool:
+        """Whether the run reads a tokenized copy instead of the data sets."""
+        path = self.tokenized_path
+        return isinstance(path, str) and os.path.isdir(path) and bool(os.listdir(path))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out rows are evaluated during training."""
+        return self.eval_strategy != "no" or self.do_eval or self.eval_on_start
+
+    def _together(self) -> Iterator[str]:
+        """Yield what LLaMA-Factory or the Trainer refuses of keys that are right each on its own."""
+        yield from self._of_the_method()
+        yield from self._of_the_data()
+        yield from self._of_the_trainer()
+        for key, packages in _PACKAGES.items():
+            if not self.on(key):
+                continue
+            missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
+            if missing:
+                yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+
+    def _of_the_method(self) -> Iterator[str]:
+        kind = self.finetuning_type
+        for key in _ONLY_LORA:
+            if kind != "lora" and self.on(key):
+                yield f"{key}: works with finetuning_type lora only, found {kind}"
+        whole = [key for key in ("use_galore", "use_apollo", "use_badam") if self.on(key)]
+        if kind == "lora":
+            yield from (f"{key}: does not work with finetuning_type lora" for key in whole)
+        elif len(whole) > 1:
+            yield f"{whole[1]}: does not work together with {whole[0]}"
+        if kind == "full" and self.on("use_llama_pro"):
+            yield "use_llama_pro: works with finetuning_type freeze or lora only"
+        if kind != "lora" and self.adapter_name_or_path is not None:
+            yield f"adapter_name_or_path: an adapter is trained on with finetuning_type lora only, found {kind}"
+        if kind not in ("lora", "oft") and self.on("quantization_bit"):
+            yield f"quantization_bit: works with finetuning_type lora or oft only, found {kind}"
+        if self.stage == "dpo" and self.value("pref_loss") != "sigmoid" and self.on("dpo_label_smoothing"):
+            yield "dpo_label_smoothing: works with pref_loss sigmoid only"
+
+    def _of_the_data(self) -> Iterator[str]:
+        if self.streaming and self.max_samples is not None:
+            yield "max_samples: does not work together with streaming; remove one of the two"
+        if self.streaming and self.max_steps < 1:
+            yield "streaming: the length of the run must be given; set 'max_steps'"
+        if self.streaming and 1e-6 < self.val_size < 1:
+            yield "val_size: with streaming it must be a whole number of rows"
+        if self.on("mask_history") and self.on("train_on_prompt"):
+            yield "mask_history: does not work together with train_on_prompt"
+        if self.stage != "sft":
+            for key in ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history"):
+                if self.on(key):
+                    yield f"{key}: works with stage sft only, found {self.stage}"
+        if self.predict_with_generate and self.on("compute_accuracy"):
+            yield "compute_accuracy: does not work together with predict_with_generate"
+        for key in ("image", "video"):
+            if self.value(f"{key}_max_pixels") and self.value(f"{key}_min_pixels"):
+                if self.value(f"{key}_max_pixels") < self.value(f"{key}_min_pixels"):
+                    yield f"{key}_max_pixels: must be at least {key}_min_pixels"
+
+    def _of_the_trainer(self) -> Iterator[str]:
+        for name in _STEPS:
+            steps, strategy = self.value(f"{name}_steps"), self.value(f"{name}_strategy")
+            if strategy == "steps" and isinstance(steps, int | float):
+                if steps > 1 and steps != int(steps):
+                    yield f"{name}_steps: must be a whole number or a share of the run below 1, found {shown(steps)}"
+                elif steps < 0 or (steps == 0 and name == "logging"):
+                    yield f"{name}_steps: must be above 0, found {shown(steps)}"
+        if self.bf16 and self.on("fp16"):
+            yield "bf16: does not work together with fp16; keep one of the two"
+        for key in ("bf16", "bf16_full_eval", "pure_bf16"):
+            if self.on(key) and (not self.use_cpu or key == "pure_bf16") and not _device_is_possible():
+                way = "train in fp32" if key == "pure_bf16" else "set 'use_cpu: true' to train in bf16 on the CPU"
+                yield f"{key}: this machine has no device that computes in bf16; {way}, or remove the key"
+        if self.value("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
+            yield f"lr_scheduler_type: {self.value('lr_scheduler_type')} goes by evaluation losses; set 'eval_strategy'"
+        best = self.on("load_best_model_at_end")
+        if best and self.stage == "rm":
+            yield "load_best_model_at_end: does not work with stage rm"
+        elif best and self.value("save_strategy") not in ("best", self.eval_strategy):
+            yield (
+                f"load_best_model_at_end: needs save_strategy and eval_strategy to be the same, found "
+                f"{self.value('save_strategy')} and {self.eval_strategy}"
+            )
+        elif best and self.eval_strategy == "steps" and self.value("save_strategy") == "steps":
+            evaluated, saved = self.value("eval_steps") or self.value("logging_steps"), self.value("save_steps")
+            if (round(saved * 1_000_000) % max(round(evaluated * 1_000_000), 1)) or (saved < 1) != (evaluated < 1):
+                yield f"save_steps: load_best_model_at_end needs a multiple of eval_steps ({shown(evaluated)})"
+        if self.early_stopping_steps is not None:
+            if self.eval_strategy == "no":
+                yield "early_stopping_steps: nothing is evaluated; set 'eval_strategy'"
+            if not self.given.get("metric_for_best_model") and not best:
+                yield "early_stopping_steps: needs 'metric_for_best_model' or 'load_best_model_at_end: true'"
+        if self.value("dataloader_prefetch_factor") is not None and not self.on("dataloader_num_workers"):
+            yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
+
+
+def _takes_extra_keys() -> bool:
+    return env_enabled("ALLOW_EXTRA_ARGS") or env_enabled("USE_MCA")
+
+
+def _unknown(key: str, known: Mapping[str, Key]) -> str:
+    return f"{key}: unknown key{did_you_mean(key, ['dynamic', *known])} (neither LLaMA-Factory's nor 'dynamic')"
+
+
+def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
+    """Return the value as LLaMA-Factory is to get it, and what is wrong with it or an empty text."""
+    types = (*entry.types, *_ALSO.get(key, ()))
+    if value is None or not entry.types:
+        return value, ""
+    if value is False and "bool" not in types:
+        if entry.choices is not None and "no" in entry.choices:
+            return "no", ""
+        if entry.nullable and "str" in types:
+            return value, ""
+    if "bool" in types and "str" not in types and not isinstance(value, bool):
+        text = str(value).strip().lower() if isinstance(value, str | int) else ""
+        if text in (*_ON, *_OFF) and not (text == "" and not isinstance(value, str)):
+            return text in _ON, ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
+        return _number(key, value, types)
+    if isinstance(value, int | float) and not isinstance(value, bool) and types == ("str",) and entry.choices is None:
+        value = str(value)
+    shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
+    if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
+        quoted = isinstance(value, str) and _is_number(value) and {"int", "float"} & set(types)
+        told = f"the text {shown(value)}; write it without quotes" if quoted else shown(value)
+        return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
+    if isinstance(value, str) and entry.choices is not None and value not in entry.choices:
+        near = did_you_mean(value, entry.choices)
+        listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"
+        return value, f"{key}: {shown(value)} is not one of the {len(entry.choices)} choices{near}{listed}"
+    problem = path_problem(value) if key in _PATHS and isinstance(value, str) else ""
+    return value, f"{key}: {problem}" if problem else ""
+
+
+def _number(key: str, value: float, types: tuple[str, ...]) -> tuple[Any, str]:
+    least, most = _RANGES.get(key, (-_MOST, _MOST))
+    infinite_ok = key in _MAY_BE_INFINITE
+    if math.isnan(value) or (math.isinf(value) and not infinite_ok):
+        kind = "whole number" if "float" not in types else "number"
+        return value, f"{key}: expected a {kind}, found {shown(value)}"
+    if "float" not in types:
+        if value != math.floor(value):
+            return value, f"{key}: expected a whole number, found {shown(value)}"
+        value = int(value)
+    if value < least:
+        return value, f"{key}: must be at least {least:g}, found {shown(value)}"
+    if value > most and not (infinite_ok and math.isinf(value)):
+        return value, f"{key}: must be at most {most:,}, found {shown(value)}"
+    return value, ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def path_problem(path: str) -> str:
+    """Return why no file can have this path, or an empty text."""
+    if "\0" in path:
+        return "holds a NUL character, which no path may"
+    longest = max(path.split("/"), key=len)
+    if len(longest.encode(errors="surrogatepass")) > 255:
+        return f"holds a name of {len(longest):,} characters, and a file system takes at most 255"
+    return "is longer than 4,095 characters" if len(path) > 4095 else ""
+
+
+def _device_is_possible() -> bool:
+    """Whether this machine may have a device that computes in bf16; False only where it surely has none."""
+    if sys.platform != "linux" or any(importlib.util.find_spec(name) for name in _OTHER_DEVICES):
+        return True
+    try:
+        if version("torch").endswith("+cpu"):
+            return False
+    except PackageNotFoundError:
+        return True
+    return any(glob.glob(pattern) for pattern in _DEVICES)
+
+
+def env_processes() -> tuple[int, list[str]]:
+    """Return the number of processes that the environment asks torchrun for, and what is wrong with that."""
+    total, problems = 1, []
+    for name, words in (("NPROC_PER_NODE", ("auto", "cpu", "gpu", "xpu")), ("NNODES", ())):
+        text = os.environ.get(name, "1")
+        if text in words or (name == "NNODES" and all(part.isdigit() for part in text.split(":", 1))):
+            total *= int(text.partition(":")[0]) if text not in words else 1
+        elif text.isdigit() and 0 < int(text) < 2**15:
+            total *= int(text)
+        else:
+            problems.append(f"{name} (environment): expected a whole number of at least 1, found {shown(text)}")
+    return total, problems

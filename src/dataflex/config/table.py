@@ -1,0 +1,260 @@
+"""LLaMA-Factory's keys with types, defaults and choices, read from the source of the installed version.
+
+    python -m dataflex.config.table            writes table.json
+    python -m dataflex.config.table --check    fails when the file is not what the installed version says
+
+Nothing of LLaMA-Factory or transformers is imported: their source is parsed. ``table.json`` holds what was found for
+one pair of versions; any other pair is read when it is asked for, in about half a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILE", "Key", "installed", "read_source", "table"]
+
+FILE = Path(__file__).with_name("table.json")
+
+_CLASSES = (
+    "transformers/training_args.py",
+    "transformers/training_args_seq2seq.py",
+    "llamafactory/hparams/training_args.py",
+    "llamafactory/hparams/model_args.py",
+    "llamafactory/hparams/data_args.py",
+    "llamafactory/hparams/finetuning_args.py",
+    "llamafactory/hparams/generating_args.py",
+)
+"""Files whose dataclasses LLaMA-Factory parses; a later one's fields replace an earlier one's."""
+
+_CHOICES = (
+    "transformers/trainer_utils.py",
+    "transformers/training_args.py",
+    "llamafactory/extras/constants.py",
+)
+_TYPES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "dict": "dict", "list": "list", "Path": "str"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What LLaMA-Factory's parser and Trainer take for one key.
+
+    Attributes:
+        types: Some of "bool", "int", "float", "str", "list", "dict"; empty where anything may be given.
+        nullable: Whether null may be given.
+        default: Value without the key; None also where it is not a constant.
+        choices: Texts that may be given; None where any may.
+    """
+
+    types: tuple[str, ...]
+    nullable: bool = False
+    default: Any = None
+    choices: tuple[str, ...] | None = None
+
+
+def installed() -> dict[str, str]:
+    """Return the versions that the keys depend on."""
+    found = {}
+    for package in ("llamafactory", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+@lru_cache(maxsize=1)
+def table() -> Mapping[str, Key]:
+    """Return all keys of the installed version; none of them where its source cannot be read."""
+    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+    if stored.get("versions") == installed():
+        return {name: Key(**_tuples(entry)) for name, entry in stored["keys"].items()}
+    try:
+        return read_source()
+    except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
+        return {}
+
+
+def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) and name != "default" else value for name, value in entry.items()
+    }
+
+
+def read_source() -> dict[str, Key]:
+    """Return all keys as the installed source says.
+
+    Raises:
+        ImportError: A package is not installed.
+        OSError, SyntaxError, UnicodeDecodeError: A file cannot be read or parsed.
+    """
+    choices: dict[str, tuple[str, ...]] = {}
+    for file in _CHOICES:
+        choices.update(_enumerations(_parsed(file)))
+    found: dict[str, Key] = {}
+    also_lists: set[str] = set()
+    for file in _CLASSES:
+        tree = _parsed(file)
+        also_lists.update(_split_texts(tree))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and any(_name(each) == "dataclass" for each in node.decorator_list):
+                found.update(_fields(node, choices))
+    for name in also_lists & set(found):
+        found[name] = _with(found[name], types=(*found[name].types, "list"))
+    named = {"template": _templates(), "tool_format": _keys_of("llamafactory/data/tool_utils.py", "TOOLS")}
+    for name, known in named.items():
+        if known and name in found:
+            found[name] = _with(found[name], choices=known)
+    return dict(sorted(found.items()))
+
+
+def _with(key: Key, **changes: Any) -> Key:
+    return Key(**{**{name: getattr(key, name) for name in ("types", "nullable", "default", "choices")}, **changes})
+
+
+def _parsed(file: str) -> ast.Module:
+    package, _, rest = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{package} is not installed")
+    return ast.parse((Path(spec.origin).parent / rest).read_text(encoding="utf-8"))
+
+
+def _name(node: ast.expr) -> str:
+    """Return the last name of ``a.b`` or ``a.b(...)``; an empty text for anything else."""
+    if isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _enumerations(tree: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the classes of named texts, and those texts."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any("Enum" in _name(base) for base in node.bases):
+            values = [each.value for each in node.body if isinstance(each, ast.Assign)]
+            yield node.name, tuple(v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
+
+
+def _fields(node: ast.ClassDef, choices: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Key]]:
+    for each in node.body:
+        if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
+            continue
+        options: dict[str, ast.expr | None] = {"default": each.value}
+        if isinstance(each.value, ast.Call) and _name(each.value) == "field":
+            options = {str(word.arg): word.value for word in each.value.keywords}
+        if _constant(options.get("init")) is False or "ClassVar" in ast.unparse(each.annotation):
+            continue
+        types, texts = _types(each.annotation, choices)
+        metadata = options.get("metadata")
+        for key, value in zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ():
+            if _constant(key) == "choices":
+                texts = tuple(_constant(value) or ()) or None
+        yield (
+            each.target.id,
+            Key(
+                types=tuple(name for name in types if name != "null"),
+                nullable="null" in types or not types,
+                default=_constant(options.get("default")),
+                choices=texts,
+            ),
+        )
+
+
+def _constant(node: ast.expr | None) -> Any:
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _types(hint: ast.expr, choices: Mapping[str, tuple[str, ...]]) -> tuple[list[str], tuple[str, ...] | None]:
+    """Return the types of an annotation ("null" for None; none at all where one is not known), and its texts."""
+    types: list[str] = []
+    texts: list[str] = []
+    for member in _members(hint):
+        name = _name(member.value if isinstance(member, ast.Subscript) else member)
+        if isinstance(member, ast.Constant) and member.value is None:
+            types.append("null")
+        elif name == "Literal" and isinstance(member, ast.Subscript):
+            given = _constant(member.slice)
+            for value in given if isinstance(given, tuple) else (given,):
+                types.append(type(value).__name__)
+                texts += [value] if isinstance(value, str) else []
+        elif name in choices:
+            types.append("str")
+            texts += choices[name]
+        elif name in _TYPES:
+            types.append(_TYPES[name])
+        else:
+            return [], None
+    return list(dict.fromkeys(types)), tuple(texts) or None
+
+
+def _members(hint: ast.expr) -> Iterator[ast.expr]:
+    """Yield the members of a union."""
+    if isinstance(hint, ast.BinOp):
+        yield from _members(hint.left)
+        yield from _members(hint.right)
+    elif isinstance(hint, ast.Subscript) and _name(hint.value) in ("Optional", "Union"):
+        inner: Sequence[ast.expr] = hint.slice.elts if isinstance(hint.slice, ast.Tuple) else [hint.slice]
+        for each in inner:
+            yield from _members(each)
+        if _name(hint.value) == "Optional":
+            yield ast.Constant(None)
+    else:
+        yield hint
+
+
+def _split_texts(tree: ast.Module) -> Iterator[str]:
+    """Yield the keys of text that ``split_arg`` cuts at commas, and that may be lists as they are."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node) == "split_arg" and isinstance(node.args[0], ast.Attribute):
+            yield node.args[0].attr
+
+
+def _templates() -> tuple[str, ...]:
+    calls = [node for node in ast.walk(_parsed("llamafactory/data/template.py")) if isinstance(node, ast.Call)]
+    named = [word.value for call in calls if _name(call) == "register_template" for word in call.keywords[:1]]
+    return tuple(sorted({str(node.value) for node in named if isinstance(node, ast.Constant)}))
+
+
+def _keys_of(file: str, name: str) -> tuple[str, ...]:
+    for node in _parsed(file).body:
+        if isinstance(node, ast.Assign) and _name(node.targets[0]) == name and isinstance(node.value, ast.Dict):
+            return tuple(str(_constant(key)) for key in node.value.keys)
+    return ()
+
+
+def _entry(key: Key) -> dict[str, Any]:
+    usual = asdict(Key(types=()))
+    return {name: value for name, value in asdict(key).items() if name == "types" or value != usual[name]}
+
+
+def _text() -> str:
+    keys = {name: _entry(key) for name, key in read_source().items()}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in keys.items())
+    return f'{{\n "versions": {json.dumps(installed())},\n "keys": {{\n{lines}\n }}\n}}\n'
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the file, or compare it."""
+    text = _text()
+    if list(arguments) == ["--check"]:
+        current = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
+        if current != text:
+            sys.stderr.write(f"{FILE.name} is not of the installed version; run: python -m dataflex.config.table\n")
+        return int(current != text)
+    FILE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

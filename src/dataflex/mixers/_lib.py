@@ -1,0 +1,177 @@
+"""What mixers share: domains, their sizes and held-out losses, proportions moved by exponentiated scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.method import Context, Mix, Mixer, param
+from dataflex.method import Params as BaseParams
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
+from dataflex.signals.kinds import TokenLoss
+
+__all__ = [
+    "ExponentiatedMixer",
+    "InitialParams",
+    "LearningMixer",
+    "check_targets",
+    "equal",
+    "eta_field",
+    "held_out_losses",
+    "sizes",
+    "smoothing_field",
+]
+
+
+def equal(num_domains: int) -> Floats:
+    """Return 1 / K for each of K domains."""
+    return np.full(num_domains, 1.0 / num_domains)
+
+
+def sizes(ctx: Context, method: str) -> Floats:
+    """Return the size of each domain in ``ctx.unit``, float64 [K], at least one of them above 0.
+
+    Raises:
+        DataError: No domain has a token (or, unit ``tokens``, tokens were not counted).
+    """
+    sizes_K = ctx.domains.sizes(ctx.unit)
+    if not sizes_K.any():
+        raise DataError(f"{method}: none of the domains {', '.join(ctx.domains.names)} has any {ctx.unit}")
+    return sizes_K
+
+
+def check_targets(ctx: Context, method: str) -> None:
+    """Make sure that there is one target data set for each domain.
+
+    Raises:
+        ConfigError: Too few or too many, with the pairs as they would be.
+    """
+    names, targets = ctx.domains.names, ctx.targets
+    if len(names) != len(targets):
+        raise ConfigError(
+            f"dynamic.mixer.targets: the {method} mixer compares each domain with held-out data of its own; name one "
+            f"data set for each of {', '.join(names)}, in this order (found {len(targets)}: {', '.join(targets)})"
+        )
+
+
+def held_out_losses(ctx: Context) -> Floats:
+    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
+
+    Raises:
+        DataError: A target has no supervised token.
+    """
+    losses = []
+    for name in ctx.targets:
+        rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
+        means = np.asarray(ctx.signals(TokenLoss(), rows, target=name), dtype=np.float64)
+        tokens = np.array([len(part) for part in ctx.signals.tokens(rows, target=name, part="completion")], np.float64)
+        known = np.isfinite(means) & (tokens > 0)
+        if not known.any():
+            raise DataError(f"dynamic.mixer.targets: {name!r} has no row with a finite loss")
+        losses.append(float(np.average(means[known], weights=tokens[known])))
+    return np.array(losses)
+
+
+def eta_field(default: float, what: str = "proportions") -> Any:
+    """Return the parameter ``eta`` of an exponentiated update."""
+    return param(default, f"step size of the {what}", above=0.0)
+
+
+def smoothing_field(default: float, when: str = "proportions mixed in each time") -> Any:
+    """Return the parameter ``smoothing`` of an exponentiated update."""
+    return param(default, f"share of equal {when}", minimum=0.0, maximum=1.0)
+
+
+class LearningMixer(Mixer):
+    """Keeps what it learned of the run's domains."""
+
+    saved: ClassVar[tuple[str, ...]] = ("names",)
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.names: tuple[str, ...] = ()
+        """Domains that it learned of; empty before the first decision."""
+
+    def meet(self, names: Sequence[str]) -> bool:
+        """Note the domains of the run and return whether they are new: nothing is known of them yet.
+
+        Raises:
+            CheckpointError: What was saved is of other domains, or of another order of them.
+        """
+        new = not self.names
+        if not new and self.names != tuple(names):
+            raise CheckpointError(
+                f"{self.name}: the saved weights are of the domains {', '.join(self.names)}, and the run has "
+                f"{', '.join(names)}"
+            )
+        self.names = tuple(names)
+        return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialParams(BaseParams):
+    """Parameters that every mixer of exponentiated scores has."""
+
+    initial: tuple[float, ...] | dict[str, float] | str = param(
+        "size", "proportions at first: size, uniform, or numbers as a list or by name"
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.initial, str):
+            check_numbers(self.initial, "initial")
+        elif self.initial not in ("size", "uniform"):
+            raise ValueError(f"initial: {self.initial!r} is neither 'size' nor 'uniform' nor numbers by domain")
+
+
+class ExponentiatedMixer(LearningMixer):
+    """Moves proportions once per interval: p <- (1 - c) softmax(log p + eta s) + c / K; a subclass makes the scores s.
+
+    ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.log_shares: Floats = np.zeros(0)
+        self.updates = 0
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the proportions after one more update; as they are during warm-up."""
+        if self.meet(ctx.domains.names):
+            self.log_shares = logs(self._initial(ctx))
+        told = ""
+        if ctx.interval.kind != "warmup":
+            scores, told = self._scores(ctx)
+            self.log_shares = exponentiated(
+                self.log_shares, scores, eta=self._eta, smoothing=getattr(self.params, "smoothing", 0.0)
+            )
+            self.updates += 1
+        proportions = normalized(softmax(self.log_shares))
+        reason = shares(self.names, proportions)
+        return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
+
+    @property
+    def _eta(self) -> float:
+        return float(getattr(self.params, "eta", 1.0))
+
+    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+        """Return the scores s [K] and a word on why."""
+        raise NotImplementedError
+
+    def _told(self, values: Floats, what: str) -> str:
+        worst = int(np.argmax(values))
+        return f"largest {what} {values[worst]:.3g} ({self.names[worst]})"
+
+    def _initial(self, ctx: Context) -> Floats:
+        written = self.params.initial
+        if written == "size":
+            return normalized(sizes(ctx, self.name))
+        if written == "uniform":
+            return equal(len(ctx.domains.names))
+        return by_domain(written, ctx.domains.names, "dynamic.mixer.initial")

@@ -1,0 +1,399 @@
+"""Proportions of domains: as a user writes them, with floors, and the file that holds what was found.
+
+What a user writes is a list in the order of the domains, or a mapping by name. The numbers are checked at once, the
+names when the domains are known. Numbers need not sum to one (7, 2, 1 is fine); they are divided by their sum.
+The file is JSON, so that a person can read and a version control system can compare it; ``mixer: {name: static,
+from: FILE}`` takes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.plan.domains import Floats
+from dataflex.printable import plain, redacted
+from dataflex.state import write_json
+
+__all__ = [
+    "COLLAPSED_ABOVE",
+    "Floors",
+    "ProportionsFile",
+    "Written",
+    "apply_min_proportion",
+    "by_domain",
+    "check_numbers",
+    "collapsed",
+    "digest_of",
+    "exponentiated",
+    "file_digest",
+    "floors_by_domain",
+    "logs",
+    "normalized",
+    "numbers_by_domain",
+    "provenance",
+    "read_proportions",
+    "refuse_strangers",
+    "running_mean",
+    "shares",
+    "softmax",
+    "write_proportions",
+]
+
+FORMAT = 1
+_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProportionsFile:
+    """What a proportions file holds.
+
+    Attributes:
+        names: Domains, each once [K].
+        proportions: Share of each [K], >= 0, sum 1.
+        method: What made them, such as "log_linear".
+        provenance: Command, date, versions, settings, and digests of what was read.
+        details: Numbers of the method worth keeping, such as predicted losses.
+    """
+
+    names: tuple[str, ...]
+    proportions: tuple[float, ...]
+    method: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Proportions as a mapping from name to share."""
+        return dict(zip(self.names, self.proportions, strict=True))
+
+
+def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
+    """Write a proportions file, whole or not at all, and return its path.
+
+    Raises:
+        DataError: The place cannot be written.
+        ValueError: The proportions are none (a defect of the caller).
+    """
+    path = Path(path)
+    problem = _numbers_problem(content.names, content.proportions)
+    if problem:
+        raise ValueError(problem)
+    body = {
+        "format": FORMAT,
+        "method": content.method,
+        "names": list(content.names),
+        "proportions": [float(share) for share in content.proportions],
+        "details": redacted(plain(content.details)),
+        "provenance": redacted(plain(content.provenance)),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, body)
+    return path
+
+
+def read_proportions(path: Path | str, key: str = "from") -> ProportionsFile:
+    """Read a proportions file.
+
+    Args:
+        path: The file, from the working directory.
+        key: What names the file, for messages.
+
+    Raises:
+        ConfigError: No such file, not JSON, a key is missing, or the numbers are not proportions.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"{key}: {what}: {path} (relative to the working directory {Path.cwd()})")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read as JSON: {error}") from error
+    wanted = "{names: [...], proportions: [...], method, provenance} as 'dataflex mix propose' writes it"
+    if not isinstance(body, dict) or not {"names", "proportions"} <= body.keys():
+        raise ConfigError(f"{key}: {path} is no proportions file; expected {wanted}")
+    names, shares = body["names"], body["proportions"]
+    if not isinstance(names, list) or not isinstance(shares, list):
+        raise ConfigError(f"{key}: {path}: names and proportions must be lists")
+    problem = _numbers_problem(names, shares)
+    if problem:
+        raise ConfigError(f"{key}: {path}: {problem}")
+    return ProportionsFile(
+        names=tuple(names),
+        proportions=tuple(float(share) for share in shares),
+        method=str(body.get("method", "unknown")),
+        provenance=body.get("provenance") or {},
+        details=body.get("details") or {},
+    )
+
+
+def _numbers_problem(names: Sequence[Any], shares: Sequence[Any]) -> str:
+    if not names or not all(isinstance(name, str) and name for name in names):
+        return "names must be a list of texts, one per domain"
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        return f"names holds {twice!r} twice"
+    if len(names) != len(shares):
+        return f"{len(shares)} proportions for {len(names)} names"
+    for name, share in zip(names, shares, strict=True):
+        if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share) or share < 0:
+            return f"the proportion of {name!r} is {share!r}, must be a finite number, 0 or more"
+    total = math.fsum(shares)
+    return "" if abs(total - 1) < _SUM_TOLERANCE else f"proportions sum to {total:.6g}, must sum to 1"
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, the same for every order of its keys and whatever its secrets are."""
+    return hashlib.sha256(json.dumps(redacted(value), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def provenance(
+    command: str,
+    *,
+    inputs: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    packages: Sequence[str] = (),
+    config_digest: str | None = None,
+) -> dict[str, Any]:
+    """Return where a result is from.
+
+    Args:
+        command: The command that made it.
+        inputs: Files that were read (digested) and folders (named only).
+        settings: The method's settings.
+        packages: Packages beside dataflex and numpy whose versions matter.
+        config_digest: Digest of the configuration that the small runs were made from.
+    """
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in ("dataflex", "numpy", *packages)},
+        "config_digest": config_digest,
+        "inputs": {str(path): file_digest(path) if path.is_file() else None for path in inputs},
+        "settings": dict(settings or {}),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+Written = tuple[float, ...] | dict[str, float]
+
+
+def check_numbers(value: Written, key: str) -> None:
+    """Raise ``ValueError`` unless ``value`` holds finite numbers >= 0, at least one of them above 0."""
+    items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+    if not items:
+        raise ValueError(f"{key}: is empty; give one number per domain")
+    for place, number in items:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{key}: {place} is {number!r}, must be a number")
+        if not math.isfinite(number) or number < 0:
+            raise ValueError(f"{key}: {place} is {number}, must be a finite number, 0 or more")
+    if not any(number > 0 for _, number in items):
+        raise ValueError(f"{key}: all are 0; at least one domain needs a proportion above 0")
+
+
+def by_domain(value: Written, names: Sequence[str], key: str) -> Floats:
+    """Return proportions float64 [K], summing to one, in the order of ``names``.
+
+    Args:
+        value: Numbers that passed ``check_numbers``.
+        names: Names of the run's domains.
+        key: Path of the key in the configuration, for messages.
+
+    Raises:
+        ConfigError: Wrong length, or names that are not exactly those of the domains.
+    """
+    return normalized(numbers_by_domain(value, names, key, zero=", 0 means never"))
+
+
+def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: str = "") -> Floats:
+    """Return numbers float64 [K] in the order of ``names``, as written.
+
+    Args:
+        value: A list in the order of ``names``, or a mapping by name.
+        names: Names of the run's domains.
+        key: Path of the key in the configuration, for messages.
+        zero: What messages add about a number that is missing.
+
+    Raises:
+        ConfigError: Wrong length, or names that are not exactly those of the domains.
+    """
+    if isinstance(value, Mapping):
+        refuse_strangers(
+            value,
+            names,
+            key,
+            also=[f"{key}.{name}: missing; every domain needs a number{zero}" for name in names if name not in value],
+        )
+        return np.array([value[name] for name in names], dtype=np.float64)
+    if len(value) != len(names):
+        raise ConfigError(
+            f"{key}: {len(value)} numbers for {len(names)} domains; give one for each of {', '.join(names)}"
+        )
+    return np.array(value, dtype=np.float64)
+
+
+def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, also: Sequence[str] = ()) -> None:
+    """Make sure that every name given is a domain's.
+
+    Args:
+        given: Names as a user wrote them.
+        names: Names of the run's domains.
+        key: Path of the key in the configuration, for messages.
+        also: Further problems, told with the rest.
+
+    Raises:
+        ConfigError: Some are not, or there are further problems.
+    """
+    problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
+    problems += also
+    if problems:
+        raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
+
+
+def normalized(weights: Floats) -> Floats:
+    """Return ``weights`` >= 0 divided by their sum, which must be above 0; as given if that is 1 up to rounding."""
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if abs(total - 1.0) < 1e-12:
+        return weights
+    scaled = weights / weights.max() if np.isinf(total) else weights
+    return scaled / scaled.sum()
+
+
+def shares(names: Sequence[str], proportions: Floats) -> str:
+    """Return ``"web 0.6, code 0.4"`` for the record; of many domains the eight largest."""
+    order = np.argsort(-proportions, kind="stable")[:8]
+    text = ", ".join(f"{names[k]} {proportions[k]:.3g}" for k in order)
+    return text if len(names) <= 8 else f"{text}, {len(names) - 8} more"
+
+
+Floors = float | dict[str, float]
+
+_KEY = "dynamic.min_proportion"
+_SLACK = 1e-9
+
+
+def floors_by_domain(given: Floors | None, names: Sequence[str]) -> Floats | None:
+    """Return the least proportion of each domain [K]; domains that are not named have none.
+
+    Args:
+        given: One number for every domain, or numbers by name; None for no floors.
+        names: Names of the run's domains.
+
+    Raises:
+        ConfigError: A name that is no domain, or floors that sum to more than 1.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        refuse_strangers(given, names, _KEY)
+        floors = np.array([float(given.get(name, 0.0)) for name in names])
+    else:
+        floors = np.full(len(names), float(given))
+    total = math.fsum(floors)
+    if total > 1.0 + _SLACK:
+        each = "" if isinstance(given, Mapping) else f" ({given:g} for each of {len(names)} domains)"
+        raise ConfigError(f"{_KEY}: the floors sum to {total:.6g}{each}, and proportions to 1; lower them")
+    return floors
+
+
+def apply_min_proportion(proportions: Floats, floors: Floats | None) -> Floats:
+    """Return max(floor, s p) [K], with the one s for which the sum is 1.
+
+    So domains below their floors are raised to them, and what that takes comes from the others in proportion.
+    Proportions that keep to the floors are returned as they are, bit for bit.
+
+    Args:
+        proportions: p [K], >= 0, sum 1.
+        floors: Least proportions [K], >= 0, sum at most 1; None for none.
+    """
+    if floors is None or not (proportions < floors).any():
+        return proportions
+    if floors.sum() >= 1.0 - _SLACK:
+        return np.asarray(floors / floors.sum())
+    held, scale = np.zeros(len(floors), dtype=np.bool_), 1.0
+    while True:  # s only falls and every turn holds one more domain: at most K turns
+        low = ~held & (scale * proportions < floors)
+        if not low.any():
+            break
+        held |= low
+        scale = (1.0 - floors[held].sum()) / proportions[~held].sum()
+    found = np.where(held, floors, scale * proportions)
+    return np.asarray(found / found.sum())
+
+
+COLLAPSED_ABOVE = 0.8
+"""Share of one domain above which proportions have collapsed."""
+
+
+def collapsed(shares: Mapping[str, float]) -> tuple[str, float] | None:
+    """Return the domain whose share is above ``COLLAPSED_ABOVE``, and its share; None where none is."""
+    if len(shares) < 2:
+        return None
+    name, share = max(shares.items(), key=lambda item: item[1])
+    return (name, share) if share > COLLAPSED_ABOVE else None
+
+
+# ---- exponentiated updates. Weights are held as logarithms; a weight of zero is minus infinity and stays zero.
+
+
+def logs(proportions: Floats) -> Floats:
+    """Return the logarithms of ``proportions`` [K] >= 0, minus infinity where they are 0."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(proportions, dtype=np.float64))
+
+
+def softmax(values: Floats) -> Floats:
+    """Return exp(values) divided by its sum [K]; minus infinity becomes 0."""
+    shifted = np.exp(values - values.max())
+    return np.asarray(shifted / shifted.sum())
+
+
+def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing: float = 0.0) -> Floats:
+    """Return the logarithms of (1 - c) p' + c u with p' ~ p exp(eta s) and u equal over the domains of weight above 0.
+
+    Args:
+        log_weights: Logarithms of the weights p [K]; at least one is finite.
+        scores: s [K], finite where the weight is above 0.
+        eta: Step size.
+        smoothing: c, 0 to 1.
+    """
+    inside = np.isfinite(log_weights)
+    moved = np.where(inside, log_weights + eta * np.where(inside, scores, 0.0), -np.inf)
+    top = moved.max()
+    assert np.isfinite(top), "no domain is in the simplex"
+    moved = np.asarray(moved - (top + np.log(np.exp(moved - top).sum())))
+    if smoothing == 0.0:
+        return moved
+    equal = inside / inside.sum()  # a weight that underflowed is within: smoothing brings it back
+    return logs((1.0 - smoothing) * softmax(moved) + smoothing * equal)
+
+
+def running_mean(mean: Floats, count: int, vector: Floats) -> Floats:
+    """Return the mean of ``count`` vectors with mean ``mean`` and of one more; ``mean`` may be empty where it is 0."""
+    before = mean if count else np.zeros_like(vector)
+    return np.asarray((before * count + vector) / (count + 1))

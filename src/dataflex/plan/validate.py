@@ -1,0 +1,210 @@
+"""Checks of what methods return; and domain quotas over selected rows turned into a serving order. All pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.contract import refuse_answer, whereabouts
+from dataflex.errors import ComponentError, DataError
+from dataflex.method import DomainWeighter, Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
+from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import normalized, refuse_strangers
+from dataflex.plan.schedule import Interval
+from dataflex.rng import stream
+from dataflex.select.choose import largest_remainder
+from dataflex.state import refuse_state
+
+__all__ = [
+    "caps",
+    "check_loss_weights",
+    "check_mix",
+    "check_selection",
+    "check_state",
+    "check_static_weights",
+    "check_weights",
+    "quota_rows",
+]
+
+
+def caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
+    """Turn ``dynamic.max_epochs`` into epochs by domain [K]; domains that are not named have no cap.
+
+    Raises:
+        ConfigError: A name that is no domain.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        return np.full(len(names), float(given))
+    refuse_strangers(given, names, "dynamic.max_epochs")
+    return np.array([float(given.get(name, np.inf)) for name in names])
+
+
+def check_mix(mixer: Mixer, mix: Mix, names: tuple[str, ...]) -> NDArray[np.float64]:
+    """Return a mixer's proportions [K], summing to one.
+
+    Raises:
+        ComponentError: Not one finite number >= 0 per domain, or all of them zero.
+    """
+    refuse_answer(mixer, "mix", mix)
+    given = np.asarray(mix.proportions, dtype=np.float64)
+    if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+        raise ComponentError(
+            f"mixer {mixer.name!r} returned {given.tolist()} for the domains {', '.join(names)}; "
+            f"expected one finite number >= 0 each, not all zero: {whereabouts(type(mixer), 'mix')}"
+        )
+    return normalized(given)
+
+
+def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted: int) -> None:
+    """Make sure that a selection lies in the pool and within its budget.
+
+    Raises:
+        ComponentError: The selector broke its contract.
+        DataError: It kept no row at all.
+    """
+    refuse_answer(selector, "select", selection)
+    rows = selection.rows
+    what, where = f"selector {selector.name!r}", whereabouts(type(selector), "select")
+    if len(rows) == 0:
+        raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
+    outside = rows[~np.isin(rows, pool)] if len(pool) else rows
+    if len(outside):
+        raise ComponentError(
+            f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}: {where}"
+        )
+    if len(rows) > wanted:
+        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}: {where}")
+    if selection.scores is not None and len(selection.scores) != len(pool):
+        raise ComponentError(
+            f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows; it must give one for "
+            f"each, in the order of the pool: {where}"
+        )
+
+
+def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float64]:
+    """Return the weights of the domains in the loss [K].
+
+    Raises:
+        ComponentError: Not one finite number >= 0 per domain.
+    """
+    found = mixer.loss_weights()
+    refuse_answer(mixer, "loss_weights", found)
+    given = np.asarray(found, dtype=np.float64)
+    if given.shape != (domains,) or not np.isfinite(given).all() or (given < 0).any():
+        raise ComponentError(
+            f"mixer {mixer.name!r} gave loss weights {given.tolist()!s:.200} that are no numbers >= 0 for each of "
+            f"{domains} domains: {whereabouts(type(mixer), 'loss_weights')}"
+        )
+    return given
+
+
+def check_static_weights(
+    weighter: Weighter, rows: Rows, columns: Mapping[str, NDArray[Any]]
+) -> NDArray[np.float64] | None:
+    """Return the weights of rows that are known beforehand, or None.
+
+    Raises:
+        ComponentError: Not one number per row.
+    """
+    found = weighter.static_weights(rows, columns)
+    refuse_answer(weighter, "static_weights", found)
+    if found is not None and found.shape != rows.shape:
+        raise ComponentError(
+            f"weighter {weighter.name!r} gave weights of shape {found.shape} for {len(rows)} rows: "
+            f"{whereabouts(type(weighter), 'static_weights')}"
+        )
+    return None if found is None else found.astype(np.float64)
+
+
+def check_weights(weighter: Weighter, weights: Any, shapes: Collection[tuple[int, ...]]) -> None:
+    """Make sure that weights are a tensor of one of the shapes. Their values are checked by ``WeightStats``.
+
+    Raises:
+        ComponentError: Anything else.
+    """
+    refuse_answer(weighter, "weigh", weights)
+    if tuple(weights.shape) not in shapes:
+        told = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ComponentError(
+            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)}; expected {told}: "
+            f"{whereabouts(type(weighter), 'weigh')}"
+        )
+
+
+def check_state(method: Method) -> State:
+    """Return the state of a method, which must be one that can be saved.
+
+    Raises:
+        ComponentError: What in it cannot be saved, with its path.
+    """
+    state = method.state_dict()
+    refuse_answer(method, "state_dict", state)
+    try:
+        refuse_state(state, f"of {method.kind} {method.name!r}")
+    except ComponentError as error:
+        raise ComponentError(f"{error}: {whereabouts(type(method), 'state_dict')}") from error
+    return state
+
+
+def quota_rows(
+    kept: Rows,
+    shares: NDArray[np.float64],
+    total: int,
+    interval: Interval,
+    domains: Domains,
+    *,
+    seed: int,
+    repeat: bool,
+    shuffle: bool = True,
+    earlier: Rows | None = None,
+) -> Rows:
+    """Serve each domain's quota from the kept rows, without replacement while they last, domains in random order.
+
+    Args:
+        kept: Row ids that the selector left.
+        shares: Proportions of sequences by domain [K].
+        total: Rows to serve.
+        interval: For messages and random streams.
+        domains: Domains of the row space.
+        seed: Seed of the run.
+        repeat: Whether rows may be served again when a quota is larger than what was kept.
+        shuffle: Whether the rows of a domain are served in random order too, else in the selector's.
+        earlier: Rows that were served before, where the end of a shorter run cut the interval: they come last.
+
+    Raises:
+        DataError: A domain cannot fill its quota.
+    """
+    domain_of = domains.domain_of[kept]
+    parts = []
+    for index, count in enumerate(largest_remainder(total, shares).tolist()):
+        if count == 0:
+            continue
+        name = domains.names[index]
+        rows = kept[domain_of == index]
+        if not len(rows):
+            raise DataError(
+                f"interval {interval.index}: the mixer wants {count:,} rows of domain {name!r}, but the selector "
+                "kept none of it. Raise dynamic.keep_ratio, or give the domain a proportion of 0."
+            )
+        if count > len(rows) and not repeat:
+            raise DataError(
+                f"interval {interval.index} wants {count:,} rows of domain {name!r}; the selector kept "
+                f"{len(rows):,} of it. Raise dynamic.keep_ratio, lower interval_steps or set 'repeat: true'."
+            )
+        order = stream(seed, f"quota/{name}", interval.index)
+        copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
+        if earlier is not None:
+            before = np.isin(copies[0], earlier)
+            copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
+        parts.append(np.concatenate(copies)[:count])
+    served = np.concatenate(parts)
+    places = stream(seed, "order", interval.index).permutation(len(served))
+    if not shuffle:  # the places that were drawn for a domain's rows take them in their order
+        ends = np.cumsum([len(part) for part in parts])
+        places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
+    return served[places]

@@ -1,0 +1,344 @@
+"""TSDS: mass of target rows spread over their neighbours, corrected for near-duplicates, and draws from it.
+
+"TSDS: Data Selection for Task-Specific Model Finetuning", NeurIPS 2024, arXiv 2410.11303, algorithm 1 with the
+stop rule and the final step of the authors' code. Pure functions in float64.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.plan.domains import Rows
+from dataflex.select.choose import Uniforms, gumbel_top_k, top_k, weighted_with_replacement
+from dataflex.select.cluster import Cells, cells_of
+from dataflex.select.neighbours import Search, nearest
+
+__all__ = ["Densities", "draw", "epanechnikov", "kernel_sums", "probabilities", "spread_mass", "tsds_widened"]
+
+_CELLS = 1 << 23  # products held at a time: 32 MiB of float32, and at worst five times that for their kernel values
+_DENSE = 16  # one pair in so many within the kernel: all kernel values are computed at once
+_FIRST_WIDTH = 64  # neighbours of a query that the walk is first tried with
+
+
+def epanechnikov(
+    vectors_ND: NDArray[np.float32], sigma: float, k: int, of: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Return densities: the sum of max(0, 1 - distance**2 / sigma**2) over a vector's k nearest, itself among them.
+
+    ``of`` are the positions [m] whose densities are wanted; default all. Each density is at least 1.
+    """
+    places = np.arange(len(vectors_ND)) if of is None else of
+    squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
+    density = np.empty(len(places))
+    size = max(1, _CELLS // max(1, len(vectors_ND)))
+    for start in range(0, len(places), size):
+        part = places[start : start + size]
+        products = vectors_ND[part] @ vectors_ND.T
+        density[start : start + size] = kernel_sums(products, squares[part], squares, sigma, k, part)[0]
+    return density
+
+
+def kernel_sums(
+    products_BN: NDArray[np.float32],
+    squares_B: NDArray[np.float64],
+    squares_N: NDArray[np.float64],
+    sigma: float,
+    k: int,
+    own_B: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the sum of the k largest kernel values of each line [B], and how many are above 0 [B].
+
+    Args:
+        products_BN: Inner products of some vectors with others.
+        squares_B: Squared norms of the former.
+        squares_N: Squared norms of the latter.
+        sigma: Radius of the kernel, > 0.
+        k: Values counted at most, >= 1.
+        own_B: Place of each of the former among the latter; -1 where it is not there. The distance to itself
+            is 0 exactly, whatever the rounding of the products.
+    """
+    half = (0.5 * squares_N).astype(np.float32)
+    # What rounding of the float32 products can hide; a pair that far out counts as 0 anyway.
+    slack = 1e-5 * float(squares_N.max(initial=0.0))
+    bound = (0.5 * squares_B - 0.5 * sigma**2 - slack).astype(np.float32)
+    near = products_BN - half >= bound[:, None]
+    there = np.flatnonzero(own_B >= 0)
+    near[there, own_B[there]] = True
+    sums = _sparse_sums if np.count_nonzero(near) * _DENSE < near.size else _dense_sums
+    return sums(products_BN, near, squares_B, squares_N, sigma, k, own_B)
+
+
+def _dense_sums(
+    products: NDArray[np.float32],
+    _: NDArray[np.bool_],
+    squares_B: NDArray[np.float64],
+    squares_N: NDArray[np.float64],
+    sigma: float,
+    k: int,
+    own: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return what ``kernel_sums`` returns, from the kernel of every pair."""
+    kernel = products.astype(np.float64)
+    kernel *= -2.0
+    kernel += squares_B[:, None]
+    kernel += squares_N
+    kernel /= -(sigma**2)
+    kernel += 1.0
+    np.clip(kernel, 0.0, 1.0, out=kernel)
+    there = np.flatnonzero(own >= 0)
+    kernel[there, own[there]] = 1.0
+    sums: NDArray[np.float64] = kernel.sum(axis=1)
+    counts = np.count_nonzero(kernel, axis=1)
+    crowded = np.flatnonzero(counts > k)
+    if crowded.size:
+        sums[crowded] = np.partition(kernel[crowded], -k, axis=1)[:, -k:].sum(axis=1)
+    return sums, counts
+
+
+def _sparse_sums(
+    products: NDArray[np.float32],
+    near: NDArray[np.bool_],
+    squares_B: NDArray[np.float64],
+    squares_N: NDArray[np.float64],
+    sigma: float,
+    k: int,
+    own: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return what ``kernel_sums`` returns, from those pairs whose kernel can be above 0, as ``near`` says."""
+    line, column = np.nonzero(near)
+    away = squares_B[line] + squares_N[column] - 2.0 * products[line, column]
+    kernel = np.clip(1.0 - away / sigma**2, 0.0, 1.0)
+    kernel[column == own[line]] = 1.0
+    sums = np.bincount(line, weights=kernel, minlength=len(own)).astype(np.float64)
+    counts = np.bincount(line, weights=kernel > 0, minlength=len(own)).astype(np.int64)
+    ends = np.cumsum(np.bincount(line, minlength=len(own)))
+    for crowded in np.flatnonzero(counts > k):
+        values = kernel[(ends[crowded - 1] if crowded else 0) : ends[crowded]]
+        sums[crowded] = np.partition(values, -k)[-k:].sum()
+    return sums, counts
+
+
+def _widen(distances: list[list[float]], places: list[list[float]], alpha: float, c: float) -> tuple[float, list[int]]:
+    """Return the count s at which the walk stops, and the last neighbour that each query took whole.
+
+    ``places[j][k]`` is 1 / density. All queries grow in step: the one of the smallest count goes next.
+    """
+    num_queries, width = len(distances), len(distances[0])
+    heap = [(places[j][0], 0, j) for j in range(num_queries)]
+    heapq.heapify(heap)
+    moved = [distances[j][0] * places[j][0] for j in range(num_queries)]
+    cost = [0.0] * num_queries
+    last = [0] * num_queries
+    total = count = 0.0
+    while heap:
+        count, k, j = heapq.heappop(heap)
+        total -= cost[j]
+        cost[j] = distances[j][k + 1] * count - moved[j]
+        total += cost[j]
+        if alpha / c * total >= (1.0 - alpha) * num_queries:
+            break
+        last[j] = k
+        if k < width - 2:
+            heapq.heappush(heap, (count + places[j][k + 1], k + 1, j))
+            moved[j] += distances[j][k + 1] * places[j][k + 1]
+    return count, last
+
+
+def tsds_widened(
+    distances_MK: NDArray[np.float64],
+    neighbours_MK: NDArray[np.int64],
+    density_of: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    num_rows: int,
+    *,
+    alpha: float,
+    c: float,
+) -> NDArray[np.float64]:
+    """Return the probability of each row, float64 [N] with sum 1; densities are asked for only as far as the walk goes.
+
+    Query j's neighbours 0..last_j get 1 / (M s density) each, the next one what is left of 1 / M. Where the
+    walk stops before a query's own first count, that share would exceed 1 / M: it is cut there (the authors'
+    code stops with an assertion). The walk is first tried on the nearest few neighbours of each query. Where no query
+    reaches their end, wider lists would have been walked alike; else it is tried again with four times as many.
+
+    Args:
+        distances_MK: Distance of each query to its neighbours, ascending.
+        neighbours_MK: Their positions, 0 <= position < num_rows.
+        density_of: Gives the densities [M, k] of rows [M, k].
+        num_rows: Number of rows N.
+        alpha: Weight of closeness against diversity, 0 to 1.
+        c: Scale of the distances, > 0.
+    """
+    whole = distances_MK.shape[1]
+    width = min(whole, _FIRST_WIDTH)
+    while True:
+        found, far = neighbours_MK[:, :width], distances_MK[:, :width]
+        probabilities, reached = spread_mass(far, found, 1.0 / density_of(found), num_rows, alpha, c)
+        if width == whole or reached < width - 2:
+            return probabilities
+        width = min(whole, 4 * width)
+
+
+def spread_mass(
+    far: NDArray[np.float64],
+    found: NDArray[np.int64],
+    places: NDArray[np.float64],
+    num_rows: int,
+    alpha: float,
+    c: float,
+) -> tuple[NDArray[np.float64], int]:
+    """Return the probabilities, and the last neighbour that any query took whole."""
+    num_queries, width = far.shape
+    if width == 1:  # nothing to widen
+        return np.bincount(found[:, 0], minlength=num_rows) / num_queries, 0
+    count, last = _widen(far.tolist(), places.tolist(), alpha, c)
+    rank, end = np.arange(width), np.asarray(last)[:, None]
+    whole = np.where(rank <= end, places / (num_queries * count), 0.0)
+    reached = np.minimum(np.cumsum(whole, axis=1), 1.0 / num_queries)
+    reached[rank[None, :] >= end + 1] = 1.0 / num_queries
+    mass = np.diff(reached, axis=1, prepend=0.0)
+    probabilities = np.bincount(found.ravel(), weights=mass.ravel(), minlength=num_rows)
+    return probabilities / probabilities.sum(), max(last)
+
+
+_EXACT_PAIRS = 1 << 31  # pairs compared before cells are used: about a minute of two cores at 512 dimensions
+_CELL_ROWS = 1000
+_PROBES = 10  # cells that a row is compared with at most
+
+
+class Densities:
+    """The kernel density of rows among others, computed when first asked for.
+
+    All pairs are compared while that is at most some 2 thousand million; beyond, a row is compared with those of at
+    most 10 cells of an inverted file, as in the authors' code. That is all of those where something can lie within
+    sigma, unless there are more of them.
+
+    Args:
+        vectors_ND: Vectors of all rows, finite.
+        among: Distinct positions of the rows that count [n], ascending.
+        sigma: Radius of the kernel; 0: every density is 1.
+        k: Rows counted in a density at most.
+    """
+
+    def __init__(self, vectors_ND: NDArray[np.float32], among: NDArray[np.int64], sigma: float, k: int) -> None:
+        self._vectors, self._among, self._sigma, self._k = vectors_ND, among, sigma, k
+        self._known = np.full(len(among), np.nan)
+        self._cells: Cells | None = None
+
+    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the densities of rows that are among the counted ones, of any shape, each at least 1."""
+        if self._sigma == 0:
+            return np.ones(places.shape)
+        index = np.searchsorted(self._among, places)
+        new = np.unique(index[np.isnan(self._known[index])])
+        if len(new):
+            self._compute(new)
+        return self._known[index]
+
+    def _compute(self, new: NDArray[np.int64]) -> None:
+        if self._cells is None and len(new) * len(self._among) <= _EXACT_PAIRS:
+            every = len(self._among) == len(self._vectors)
+            whole = self._vectors if every else self._vectors[self._among]
+            self._known[new] = epanechnikov(whole, self._sigma, self._k, of=new)
+            return
+        if self._cells is None:
+            self._cells = cells_of(self._vectors, self._among, _CELL_ROWS)
+        self._known[new], counts = self._by_cell(self._cells, new)
+        crowded = new[counts > self._k]
+        if len(crowded):
+            self._known[crowded] = self._crowded(self._cells, crowded)
+
+    def _by_cell(self, cells: Cells, new: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the sums of kernel values of rows, however many, and their numbers."""
+        places = self._among[new]
+        squares = np.einsum("nd,nd->n", self._vectors, self._vectors, dtype=np.float64)
+        sums, counts = np.zeros(len(new)), np.zeros(len(new), dtype=np.int64)
+        probing = cells.probes(self._vectors, places, _PROBES, self._sigma)
+        for members, asking in zip(cells.members, probing, strict=True):
+            theirs = self._vectors[members]
+            for start in range(0, len(asking), _CELL_ROWS):
+                part = asking[start : start + _CELL_ROWS]
+                own = np.searchsorted(members, places[part])
+                own[(own == len(members)) | (members[np.minimum(own, len(members) - 1)] != places[part])] = -1
+                products = self._vectors[places[part]] @ theirs.T
+                found = kernel_sums(products, squares[places[part]], squares[members], self._sigma, len(members), own)
+                sums[part] += found[0]
+                counts[part] += found[1]
+        return sums, counts
+
+    def _crowded(self, cells: Cells, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the densities of rows with more than k others near: the k nearest in their own cell and those next."""
+        density = np.empty(len(index))
+        owner = np.empty(len(self._vectors), dtype=np.int64)
+        for cell, members in enumerate(cells.members):
+            owner[members] = cell
+        by_cell = owner[self._among[index]]
+        order = np.argsort(by_cell, kind="stable")
+        for asked in np.split(order, np.flatnonzero(np.diff(by_cell[order])) + 1):
+            cell = int(by_cell[asked[0]])
+            near = np.concatenate([cells.members[each] for each in cells.around(cell, _PROBES)])
+            own = np.searchsorted(cells.members[cell], self._among[index[asked]])
+            density[asked] = epanechnikov(self._vectors[near], self._sigma, self._k, of=own)
+        return density
+
+
+def probabilities(
+    queries_MD: NDArray[np.float32],
+    vectors_ND: NDArray[np.float32],
+    *,
+    max_k: int,
+    kde_k: int,
+    sigma: float,
+    alpha: float,
+    c: float,
+    search: Search = "exact",
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the probability of each row (sum 1), and its distance to the nearest query, both float64 [N].
+
+    Args:
+        queries_MD: Vectors of the targets' rows, finite, M >= 1.
+        vectors_ND: Vectors of the rows, finite, N >= 1.
+        max_k: Neighbours of a query at most; also a tenth of the rows, but at least two.
+        kde_k: Rows in a density at most; also a tenth of the rows.
+        sigma: Radius within which rows count as duplicates; 0: never.
+        alpha: Weight of closeness against diversity, 0 to 1.
+        c: Scale of the distances, > 0.
+        search: How neighbours are looked for.
+    """
+    num_rows = len(vectors_ND)
+    # The paper's cap of a tenth leaves nothing to widen in a tiny pool: two neighbours are the least.
+    width = min(num_rows, max(2, min(max_k, num_rows // 10)))
+    neighbours, distances, away = nearest(queries_MD, vectors_ND, width, search)
+    density = Densities(vectors_ND, np.unique(neighbours), sigma, max(1, min(kde_k, num_rows // 10)))
+    return tsds_widened(distances, neighbours, density, num_rows, alpha=alpha, c=c), away
+
+
+def draw(
+    probability: NDArray[np.float64],
+    away: NDArray[np.float64],
+    k: int,
+    rows: Rows,
+    uniforms: Uniforms,
+    *,
+    replacement: bool,
+) -> NDArray[np.int64]:
+    """Draw ``k`` positions; without replacement, those of probability 0 follow by distance where the others run out.
+
+    Args:
+        probability: Of each row [N], sum 1.
+        away: Distance of each row to its nearest query [N].
+        k: Number of draws.
+        rows: Row ids [N], which draws without replacement are keyed by.
+        uniforms: Random numbers.
+        replacement: Whether rows may repeat, as in the paper.
+    """
+    if replacement:
+        return weighted_with_replacement(probability, k, uniforms("draws", np.arange(k, dtype=np.int64)))
+    positive = probability > 0
+    with np.errstate(divide="ignore"):
+        log_p = np.log(probability)
+    drawn = gumbel_top_k(log_p, min(k, int(positive.sum())), uniforms("gumbel", rows))
+    return np.concatenate([drawn, top_k(np.where(positive, -np.inf, -away), k - len(drawn))])

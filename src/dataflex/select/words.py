@@ -1,0 +1,160 @@
+"""Search by words: texts cut into words, and BM25 (Okapi) scores of documents for bags of query words."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import DataError
+from dataflex.method import Context, Rows
+from dataflex.signals.kinds import Part
+
+__all__ = ["Okapi", "Remembered", "cut_words", "no_words", "pool_texts", "target_words", "word_punct"]
+
+T = TypeVar("T")
+
+_CHUNK_ROWS = 8192
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
+
+
+def cut_words(text: str) -> list[str]:
+    """Return the words of a text: lower-cased, punctuation removed, cut at white space."""
+    return text.lower().translate(_PUNCTUATION).split()
+
+
+def word_punct(text: str) -> list[str]:
+    """Return runs of letters and digits and runs of punctuation, lower-cased."""
+    return _WORD_PUNCT.findall(text.lower())
+
+
+def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:
+    """Yield the text of each pool row; only a part of the pool is held as text."""
+    for start in range(0, len(pool), _CHUNK_ROWS):
+        yield from ctx.signals.texts(np.asarray(pool[start : start + _CHUNK_ROWS]), part=part)
+
+
+def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], list[str]]) -> list[list[list[str]]]:
+    """Return the words of each row of each target, rows without any left out.
+
+    Raises:
+        DataError: A target has no row with a word in this part.
+    """
+    found = []
+    for target in ctx.targets:
+        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+        texts = ctx.signals.texts(rows, target=target, part=part) if len(rows) else []
+        words = [row for row in map(cut, texts) if row]
+        if not words:
+            raise DataError(
+                f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_named(part)} "
+                f"to compare with. Give a target data set with text in it{_instead(part)}."
+            )
+        found.append(words)
+    return found
+
+
+def no_words(method: str, num_rows: int, part: Part) -> DataError:
+    """Return the error of a pool in which no row has a word."""
+    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_named(part)}{_instead(part)}.")
+
+
+def _named(part: Part) -> str:
+    return "text" if part == "all" else part
+
+
+def _instead(part: Part) -> str:
+    return "" if part == "all" else ", or set 'part: all'"
+
+
+class Remembered:
+    """The last answer to a question about a pool; words do not change while a model is trained."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Any] | None = None
+
+    def get(self, pool: Rows, targets: tuple[str, ...], compute: Callable[[], T]) -> T:
+        """Return the answer for these rows and targets, computing it unless it is the last one."""
+        key = hashlib.blake2b(pool.tobytes() + repr(targets).encode(), digest_size=16).hexdigest()
+        if self._last is None or self._last[0] != key:
+            self._last = (key, compute())
+        answer: T = self._last[1]
+        return answer
+
+
+class Okapi:
+    """An index of documents by the words that will be asked for; BM25 scores, exact.
+
+    For a word w in a document of length L: idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b L / mean L)), with
+    idf(w) = ln(N - df + 0.5) - ln(df + 0.5), summed over the words of the query. A negative idf (a word in more than
+    half of the documents) becomes ``epsilon`` times the mean idf of all words, as the rank-bm25 library has it.
+    Scores are linear in the query's counts, so the mean over many queries costs as much as one.
+
+    Args:
+        documents: Words of each document, read once.
+        asked: Words that queries may hold; others are counted but not indexed.
+        k1: How slowly repeats of a word saturate.
+        b: How much long documents are held back.
+        epsilon: Share of the mean idf that replaces negative ones.
+
+    Attributes:
+        lengths: Words of each document [N].
+        idf: Of every asked word that occurs.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[list[str]],
+        asked: Set[str],
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        epsilon: float = 0.25,
+    ) -> None:
+        frequencies: Counter[str] = Counter()
+        numbers: dict[str, int] = {}
+        words, places, counts, lengths = [], [], [], []
+        for place, document in enumerate(documents):
+            found = Counter(document)
+            frequencies.update(found.keys())
+            lengths.append(len(document))
+            for word in found.keys() & asked:
+                words.append(numbers.setdefault(word, len(numbers)))
+                places.append(place)
+                counts.append(found[word])
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._numbers = numbers
+        values = {word: _idf(len(lengths), df) for word, df in frequencies.items()}
+        floor = epsilon * sum(values.values()) / len(values) if values else 0.0
+        self.idf = {word: values[word] if values[word] >= 0 else floor for word in numbers}
+
+        order = np.argsort(np.array(words, dtype=np.int64), kind="stable")
+        self._places = np.array(places, dtype=np.int32)[order]
+        tf = np.array(counts, dtype=np.float64)[order]
+        number = np.array(words, dtype=np.int64)[order]
+        idf = np.array([self.idf[word] for word in numbers], dtype=np.float64)
+        mean = self.lengths.mean() if len(lengths) and self.lengths.any() else 1.0
+        norm = k1 * (1 - b + b * self.lengths[self._places] / mean)
+        self._values = idf[number] * tf * (k1 + 1) / (tf + norm) if len(tf) else tf
+        self._bounds = np.searchsorted(number, np.arange(len(numbers) + 1))
+
+    def scores(self, query: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return the score of each document [N] for a bag of words: how often each occurs, fractions allowed."""
+        total = np.zeros(len(self.lengths), dtype=np.float64)
+        for word, count in query.items():
+            if word in self._numbers:
+                number = self._numbers[word]
+                part = slice(self._bounds[number], self._bounds[number + 1])
+                total[self._places[part]] += count * self._values[part]  # a word meets a document once
+        return total
+
+
+def _idf(num_documents: int, frequency: int) -> float:
+    return float(np.log(num_documents - frequency + 0.5) - np.log(frequency + 0.5))

@@ -1,0 +1,438 @@
+"""Rows by their losses: a third of the range, how far they fell, how far above a reference model's, or by a probe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.errors import ComponentError, DataError
+from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.signals.kinds import AdaptedLoss, TokenLoss
+
+__all__ = [
+    "DeltaLoss",
+    "Focus",
+    "LossSelector",
+    "RhoLoss",
+    "Tacs",
+    "excess_losses",
+    "focused",
+    "log_weights",
+    "relative_gain",
+    "window",
+]
+
+_EPS = 1e-8  # the paper's guard of the denominator; it matters only when floor is 0
+
+
+def relative_gain(
+    loss_start: NDArray[np.floating], loss_adapted: NDArray[np.floating], floor: float
+) -> NDArray[np.float64]:
+    """Return ``(l_start - l_adapted) / (max(l_start, floor) + 1e-8)`` [n], NaN where either loss is not finite.
+
+    The floor is ours: without it a row that the model already knows by heart gets a huge score from
+    a tiny change.
+    """
+    start = np.where(np.isfinite(loss_start), loss_start, np.nan).astype(np.float64)
+    adapted = np.where(np.isfinite(loss_adapted), loss_adapted, np.nan).astype(np.float64)
+    return (start - adapted) / (np.maximum(start, floor) + _EPS)
+
+
+class Tacs(ScoringSelector):
+    """Keep the rows whose loss falls most, relatively, on the way to a target.
+
+    TACS: rows that get easier for the model when it has taken a few steps towards the target.
+
+    The model is read twice: as it is, and with a small low-rank probe trained on the target alone. Rows
+    whose loss the probe lowers most, relative to where it was, are kept. Nothing is differentiated on
+    the pool. It refuses partitioned parameters, since the probe is added to whole layers.
+    """
+
+    name = "tacs"
+    lacking = "no finite loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
+    card = Card(
+        summary="Keeps the rows whose loss falls most when a small probe is trained on the target.",
+        paper="Let the Target Select for Itself: Data Selection via Target-Aligned Paths, arXiv 2605.09404",
+        cost="(1 + number of targets) F over the pool per interval, plus depth_steps (F + B) over each target",
+        forward_per_pool_row=2.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of TACS; the defaults are the paper's, but for ``floor``."""
+
+        depth_steps: int = param(2, "full-batch steps of the probe on the target", minimum=1)
+        learning_rate: float = param(1e-5, "learning rate of the probe", above=0.0)
+        rank: int = param(1, "rank of the low-rank probe", minimum=1)
+        alpha: float = param(4.0, "LoRA alpha of the probe", above=0.0)
+        floor: float = param(
+            0.05, "least starting loss in the denominator, in nats per token; 0 as published", minimum=0.0
+        )
+
+    params: Params
+
+    def pool_passes(self, num_targets: int) -> tuple[float, float]:
+        """One F as the model is, and one with the probe of each target."""
+        return 1.0 + num_targets, 0.0
+
+    @property
+    def target_passes(self) -> tuple[float, float]:
+        """The probe is trained on all rows of its target in every step."""
+        return float(self.params.depth_steps), float(self.params.depth_steps)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return relative gains by target [T, N].
+
+        Raises:
+            ComponentError: The probe of a target diverged.
+        """
+        start = ctx.signals(TokenLoss(), pool)
+        if not np.isfinite(start).any():
+            return np.full(len(pool), np.nan)  # no probe can tell them apart
+        return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return what the rows are kept by."""
+        return f"by relative fall of the loss towards {', '.join(ctx.targets)}"
+
+    def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
+        p = self.params
+        signal = AdaptedLoss(
+            towards=target, depth_steps=p.depth_steps, learning_rate=p.learning_rate, rank=p.rank, alpha=p.alpha
+        )
+        adapted = ctx.signals(signal, pool)
+        if adapted.shape != start.shape:
+            raise ComponentError(
+                f"tacs: asked for the adapted losses of {len(pool):,} rows, was given shape {adapted.shape}"
+            )
+        gain = relative_gain(start, adapted, p.floor)
+        if not np.isfinite(gain).any():
+            raise ComponentError(
+                f"tacs: the probe trained towards {target!r} gives no finite loss. "
+                f"Lower learning_rate (now {p.learning_rate:g}) or depth_steps (now {p.depth_steps})."
+            )
+        return gain
+
+
+Focus = Literal["high", "medium", "low"]
+
+_WEIGHT_FLOOR = 1e-12  # a focus_weight of 0 leaves its rows drawable, after all others
+
+
+def focused(losses: NDArray[np.floating], focus: Focus, quantiles: tuple[float, float]) -> NDArray[np.bool_]:
+    """Return which finite losses [n] lie in the focused bucket.
+
+    With the two quantiles q1 <= q2 (linear interpolation): low is ``loss <= q1``, medium is
+    ``q1 < loss <= q2``, high is ``loss > q2``. Ties can leave a bucket empty.
+    """
+    low, high = np.quantile(losses.astype(np.float64), quantiles)
+    if focus == "low":
+        return losses <= low
+    if focus == "medium":
+        return (losses > low) & (losses <= high)
+    return losses > high
+
+
+def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: float) -> NDArray[np.float64]:
+    """Return unnormalized log probabilities [n]: ``log(w + 1e-12) / T`` with w = focus_weight in focus, else 1."""
+    return np.where(in_focus, math.log(focus_weight + _WEIGHT_FLOOR), math.log1p(_WEIGHT_FLOOR)) / temperature
+
+
+class LossSelector(ScoringSelector):
+    """Draw rows with a preference for one third of the loss range.
+
+    Rows of high, medium or low loss, preferred but not exclusively.
+
+    A baseline without a paper: rows fall into three buckets by quantiles of their current loss, and the
+    focused bucket is drawn more often. High loss can mean noise and low loss nothing left to learn, so
+    it is a yardstick more than a recommendation. It refuses to choose rows that have no finite loss.
+    """
+
+    name = "loss"
+    lacking = "no finite loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
+    card = Card(
+        summary="Draws rows at random, preferring those whose current loss is high, medium or low.",
+        paper="baseline (no paper)",
+        cost="1 F over the pool per interval",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of the loss selector. The rule draws by the preference, ``gumbel_top_k`` without replacement."""
+
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        focus: Focus = param("high", "which bucket of losses is preferred")
+        focus_weight: float = param(
+            5.0, "how many times likelier a row of the focused bucket is drawn first", minimum=0.0
+        )
+        quantiles: tuple[float, float] = param(
+            (0.33, 0.66), "the two quantiles of the losses that separate the buckets", minimum=0.0, maximum=1.0
+        )
+        temperature: float = param(1.0, "flattens the preference as it grows; .inf draws uniformly", above=0.0)
+        replacement: bool = param(False, "whether one interval may draw the same row several times")
+
+        def __post_init__(self) -> None:
+            if len(self.quantiles) != 2 or not 0.0 <= self.quantiles[0] <= self.quantiles[1] <= 1.0:
+                raise ValueError(f"quantiles: {list(self.quantiles)} must be two rising numbers from 0 to 1")
+            if self.replacement and self.rule != default_of(self, "rule"):
+                raise ValueError(f"replacement: has no effect beside the rule {self.rule.name}; remove one of the two")
+
+    params: Params
+
+    @property
+    def rule(self) -> Rule:
+        """Draws are repeated where ``replacement`` says so."""
+        again = self.params.replacement
+        return Rule.of("multinomial", weights="softmax", replacement=True) if again else super().rule
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return losses [N]."""
+        return ctx.signals(TokenLoss(), pool)
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return log weights of the draw, by bucket."""
+        assert found.scores is not None
+        in_focus = focused(found.scores, self.params.focus, self.params.quantiles)
+        return log_weights(in_focus, self.params.focus_weight, self.params.temperature)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how many rows are of the focused bucket."""
+        assert found.scores is not None
+        focus = self.params.focus
+        in_focus = focused(found.scores, focus, self.params.quantiles)
+        how = f"drawn, {int(in_focus[kept].sum())} of them of {focus} loss"
+        return how if in_focus.any() else f"{how}; no row is of {focus} loss (ties), so the draw was uniform"
+
+
+def window(num_rows: int, progress: float, size: float, steepness: float) -> tuple[int, int]:
+    """Return the first rank of the window and the one past its last; fractions are cut, not rounded.
+
+    Args:
+        num_rows: Ranked rows N.
+        progress: Share of the updates behind us, 0 at the first and 1 at the last.
+        size: Length of the window as a share of the rows.
+        steepness: Slope of the sigmoid.
+    """
+    place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
+    start = int(place * (1.0 - size) * num_rows)
+    return start, start + int(size * num_rows)
+
+
+class DeltaLoss(ScoringSelector):
+    """Draw rows, preferring a sliding window over the falls of their loss.
+
+    Rows by how far their loss has fallen since the first decision, in a window that slides over the run.
+
+    A method of existing DataFlex without a paper. The first decision records the losses and draws uniformly. Later
+    ones rank rows by the fall of their loss since then; a window over the ranks moves from those that fell most to
+    those that fell less, along a sigmoid, and rows in it are preferred. Rows whose loss rose are never in the window;
+    when none is left in it (small pools, or a model that got worse), the draw is uniform and the reason says so.
+    """
+
+    name = "delta_loss"
+    lacking = "no finite loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
+    card = Card(
+        summary="Draws rows at random, first preferring those whose loss fell most, later slower ones.",
+        paper="baseline (no paper)",
+        cost="1 F over the pool per interval",
+        forward_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of the delta-loss selector. The rule draws by the weights, keyed by row."""
+
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        updates: int = param(help="decisions after the first; at the last of them the window is at its end", minimum=1)
+        window_size: float = param(0.2, "length of the window, as a share of the pool", above=0.0, maximum=1.0)
+        steepness: float = param(10.0, "slope of the sigmoid that moves the window", above=0.0, maximum=100.0)
+        outside_weight: float = param(0.025, "weight of rows outside the window, against 1 inside", above=0.0)
+        relative: bool = param(False, "divide the fall by the first loss")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._decisions = 0
+        self._first = np.zeros(0, dtype=np.float32)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return how far losses have fallen since the first decision [N]; a row that joins later counts from its first.
+
+        Raises:
+            DataError: The data set is not the one that the first losses belong to.
+        """
+        losses = ctx.signals(TokenLoss(), pool)
+        finite = np.isfinite(losses)
+        falls = np.full(len(pool), np.nan)
+        falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
+        self._decisions += 1
+        return falls
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return log weights of the draw, by window."""
+        assert found.scores is not None
+        return np.where(self._preferred(found.scores)[0], 0.0, math.log(self.params.outside_weight))
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return where the window was and how many rows are of it."""
+        assert found.scores is not None
+        in_window, how = self._preferred(found.scores)
+        return how.format(int(in_window[kept].sum()))
+
+    def _falls(self, rows: Rows, losses: NDArray[np.float32], num_rows: int) -> NDArray[np.float64]:
+        if not len(self._first):
+            self._first = np.full(num_rows, np.nan, dtype=np.float32)
+        if len(self._first) != num_rows:
+            raise DataError(
+                f"delta_loss: the first losses are those of {len(self._first):,} rows, but the training set has "
+                f"{num_rows:,}. Resume with the data set that the run began with."
+            )
+        self._first[rows] = np.where(np.isnan(self._first[rows]), losses, self._first[rows])
+        first = self._first[rows].astype(np.float64)
+        return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
+
+    def _preferred(self, falls: NDArray[np.floating]) -> tuple[NDArray[np.bool_], str]:
+        """Return which rows are in the window, and what the reason says, with a place for their number."""
+        p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
+        if self._decisions <= 1:
+            return inside, "drawn uniformly while first losses are recorded"
+        progress = min(1.0, (self._decisions - 2) / max(1, p.updates - 1))
+        start, stop = window(len(falls), progress, p.window_size, p.steepness)
+        stop = min(stop, int(np.count_nonzero(falls >= 0)))
+        if start >= stop:
+            return inside, f"drawn uniformly: no row whose loss fell ranks {start} or later"
+        inside[np.argsort(-falls, kind="stable")[start:stop]] = True
+        return inside, f"drawn, {{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
+
+    def state_dict(self) -> State:
+        """Return the number of decisions and the first losses."""
+        return {"decisions": self._decisions, "first": self._first.copy()} if self._decisions else {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of ours.
+        """
+        if state and set(state) != {"decisions", "first"}:
+            raise ValueError(f"delta_loss keeps decisions and first, but was given {sorted(state)}")
+        self._decisions = int(state["decisions"]) if state else 0
+        self._first = np.array(state["first"] if state else [], dtype=np.float32)
+
+
+def excess_losses(losses: NDArray[np.floating], irreducible: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return losses minus irreducible ones [n]; NaN where either is not finite."""
+    usable = np.isfinite(losses) & np.isfinite(irreducible)
+    found = np.full(len(losses), np.nan)
+    found[usable] = losses[usable].astype(np.float64) - irreducible[usable].astype(np.float64)
+    return found
+
+
+class RhoLoss(ScoringSelector):
+    """Keep the rows of largest reducible loss.
+
+    RHO-LOSS: rows that the model has not learnt yet and that a reference model finds easy.
+
+    "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv
+    2206.07137.
+    A row's score is its loss minus its irreducible loss, that of a reference model trained on held-out or clean
+    data; the
+    highest are kept. Noise has a high loss under both, and what is known a low one. Irreducible losses are computed
+    once
+    for each row; they are part of the checkpoint.
+
+    The paper picks the best tenth of a large batch at every step: ``candidate_batches: 10`` with ``interval_steps:
+    1``. In
+    general the batch is the pool of an interval, scored when it begins. Losses are means over tokens, so the
+    reference must
+    have the run's tokenizer; a model whose context is shorter than the rows gives the loss of what fits into it.
+    """
+
+    name = "rho_loss"
+    lacking = "no finite loss"
+    adaptive: ClassVar[bool] = True
+    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"), zero3=False)
+    card = Card(
+        summary="Keeps the rows whose loss is farthest above that of a reference model.",
+        paper="Prioritized Training on Points that are Learnable, ICML 2022, arXiv 2206.07137 (RHO-LOSS)",
+        cost="1 F over the pool per interval, and 1 F of the reference model over each row once",
+        forward_per_pool_row=1.0,
+        forward_once_per_pool_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of RHO-LOSS."""
+
+        reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data", model=True)
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self._irreducible = np.zeros(0, dtype=np.float32)
+        self._known = np.zeros(0, dtype=np.bool_)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return losses minus irreducible ones [N], nats per token.
+
+        Raises:
+            DataError: The data set is not the one that the irreducible losses belong to.
+        """
+        irreducible = self._reference_losses(pool, ctx)
+        return excess_losses(ctx.signals(TokenLoss(), pool), irreducible)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the mean excess of the rows kept and of all."""
+        assert found.scores is not None
+        how = f"of largest excess over {self.params.reference}"
+        if len(kept):
+            how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
+        return how
+
+    def _reference_losses(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        num_rows = ctx.signals.num_rows()
+        if not len(self._known):
+            self._irreducible = np.full(num_rows, np.nan, dtype=np.float32)
+            self._known = np.zeros(num_rows, dtype=np.bool_)
+        if len(self._known) != num_rows:
+            raise DataError(
+                f"rho_loss: the irreducible losses are those of {len(self._known):,} rows, but the training set has "
+                f"{num_rows:,}. Resume with the data set that the run began with."
+            )
+        new = np.sort(pool[~self._known[pool]])
+        if len(new):
+            self._irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
+            self._known[new] = True
+        return self._irreducible[pool]
+
+    def state_dict(self) -> State:
+        """Return the irreducible losses and for which rows they are known."""
+        if not len(self._known):
+            return {}
+        return {"irreducible": self._irreducible.copy(), "known": self._known.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: The state is not one of ours.
+        """
+        if state and set(state) != {"irreducible", "known"}:
+            raise ValueError(f"rho_loss keeps irreducible and known, but was given {sorted(state)}")
+        self._irreducible = np.array(state["irreducible"] if state else [], dtype=np.float32)
+        self._known = np.array(state["known"] if state else [], dtype=np.bool_)

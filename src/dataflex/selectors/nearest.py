@@ -1,0 +1,149 @@
+"""Rows whose vectors are near to those of the targets' rows: RDS+, NEAR, sentence embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.method import Card, Context, param
+from dataflex.select.choose import Uniforms
+from dataflex.select.rules import Rule
+from dataflex.select.scoring import AGGREGATE, RULE, Aggregate, Found, ScoringParams
+from dataflex.selectors._lib import EmbeddingParams, PooledParams, VectorSelector
+
+__all__ = ["Embed", "Near", "RdsPlus"]
+
+
+class RdsPlus(VectorSelector):
+    """Keep the rows nearest to the targets' rows.
+
+    RDS+: rows whose representation is close to those of the target's rows, each target row served in turn.
+
+    Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807. A row's vector is the
+    mean of the last hidden states over all its tokens, weighted by position (w_t = t / sum of t), divided by its
+    norm; similarity is the cosine. With one target its rows take turns, each taking its nearest row that is not
+    yet taken; with several targets a row's score for a target is the largest cosine with any of its rows, and
+    the targets take turns. In the authors' code a target row whose next row is taken loses its turn (``taken:
+    lose_turn``); by default it takes the one after that, as the paper describes it, so that target rows that are
+    much alike get as many rows as others. The paper takes the base model; here it is the model under training, or
+    ``encoder``. Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
+    """
+
+    name = "rds_plus"
+    adaptive: ClassVar[bool] = True
+    targets_take_turns = True
+    decides = ("aggregate", "rule", "taken", "shuffle")
+    card = Card(
+        summary="Keeps the rows whose hidden states are nearest to those of the targets' rows, which take turns.",
+        paper="Large-Scale Data Selection for Instruction Tuning (RDS+), arXiv 2503.01807",
+        cost="1 F over the pool and the targets per interval, and a product of each row with each target row",
+        note="A target row whose nearest row is taken takes the next one, as the text has it, so that target rows that "
+        "are much alike get as many rows as others; in the authors' code it loses its turn (taken: lose_turn).",
+        forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(EmbeddingParams, ScoringParams):
+        """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
+
+        rule: Rule = param(Rule.of("round_robin"), RULE)
+        taken: Literal["next", "lose_turn"] = param(
+            "next",
+            "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
+            "authors' code",
+        )
+        shuffle: bool = param(False, "turns of target rows in random order instead of the file's")
+
+    params: Params
+
+    @property
+    def rule(self) -> Rule:
+        """Turns as ``taken`` and ``shuffle`` say, unless the rule says so itself."""
+        given, p = super().rule, self.params
+        if given != Rule.of("round_robin"):
+            return given
+        return Rule.of("round_robin", taken=p.taken, shuffle=p.shuffle)
+
+    def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
+        """Return the random numbers of a decision; several targets take turns in their own order."""
+        draws = super().uniforms(ctx, target)
+
+        def turns(purpose: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+            if purpose != "turns":
+                return draws(purpose, ids)
+            order = ctx.rng("selector.rds_plus").permutation(len(ids)) if len(ctx.targets) == 1 else ids
+            return np.argsort(order).astype(np.float64)
+
+        return turns
+
+
+class Near(VectorSelector):
+    """Keep the nearest neighbours of the targets' rows.
+
+    NEAR: the nearest neighbours of every target row by an embedding model, walked rank by rank.
+
+    A baseline of existing DataFlex without a paper. First the nearest row of every target row, then the second
+    nearest of every one, and so on; rows met before are passed over, until the budget is full. (Round-robin, as in
+    ``rds_plus``, lets a target row go on to its next free row in the same turn.) The search is exact, so that lists
+    hold no gaps and never run out before the pool does. ``encoder`` is meant to be a sentence-embedding model.
+    """
+
+    name = "near"
+    adaptive: ClassVar[bool] = True
+    card = Card(
+        summary="Keeps the nearest neighbours of the targets' rows by embeddings, rank by rank.",
+        paper="baseline (no paper)",
+        cost="1 F of the encoder over the pool and the targets, and a product of each row with each target row",
+        forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(PooledParams, ScoringParams):
+        """Parameters of NEAR: the rows of all targets take turns, and lose one where their row is taken."""
+
+        rule: Rule = param(Rule.of("round_robin", taken="lose_turn"), RULE)
+
+    params: Params
+
+
+class Embed(VectorSelector):
+    """Keep the rows whose embeddings are on average nearest to the targets'.
+
+    Sentence embeddings: rows whose mean similarity to the target's rows is largest.
+
+    A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208 (there GTR-T5-base on 256 tokens).
+    A row's score for a target is the mean of its cosines with the target's rows, and the largest over targets counts.
+    ``near`` takes neighbours one by one instead, ``rds_plus`` lets target rows take turns by the model's own states.
+    A mean prefers rows that are a little like everything in the target; ``aggregate: max`` asks for one close row.
+    """
+
+    name = "embed"
+    adaptive: ClassVar[bool] = True
+    targets_take_turns = True
+    card = Card(
+        summary="Keeps the rows whose sentence embeddings have the largest mean cosine with those of a target.",
+        paper="Compute-Constrained Data Selection, ICLR 2025, arXiv 2410.16208",
+        cost="1 F of the encoder over the pool and the targets",
+        forward_per_pool_row=1.0,
+        forward_per_target_row=1.0,
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(PooledParams, ScoringParams):
+        """Parameters of selection by sentence embeddings; ``aggregate`` and ``rule`` are the paper's."""
+
+        aggregate: Aggregate | None = param(Aggregate.of("mean_then_max"), AGGREGATE)
+
+    params: Params
+
+    def by_task(self, found: Found) -> NDArray[np.float64]:
+        """Return mean cosines one target at a time, the products of unit vectors with their mean; or the largest."""
+        if self.aggregate.name in ("max", "round_robin"):
+            return super().by_task(found)
+        assert found.vectors is not None
+        return np.stack([found.vectors @ queries.mean(axis=0) for queries in found.queries]).astype(np.float64)

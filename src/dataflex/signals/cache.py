@@ -1,0 +1,117 @@
+"""Values that were paid for: kept for the step that they belong to, for a while, or on disk as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dataflex.plan.domains import Rows
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
+from dataflex.state import State
+
+__all__ = ["SignalCache", "SignalValue", "rows_digest"]
+
+_AGELESS = -1  # step of values of models that stay as they are
+
+SignalValue = NDArray[np.float32]
+
+
+def rows_digest(rows: Rows) -> str:
+    """Return a hash of row ids."""
+    return hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=16).hexdigest()
+
+
+@dataclass(kw_only=True)
+class SignalCache:
+    """Gives values again.
+
+    Those of a model that stays as it is are kept row by row: no row is computed twice in a run.
+
+    Attributes:
+        max_age_steps: Oldest values, in optimizer steps, that are given again.
+        store: Where passes write as they go; None keeps values in memory only.
+        store_bytes: Oldest stored arrays are dropped beyond this size.
+        model_identity: Names the model; asked once a step, and only with a store (collective).
+        surroundings: What else values about a corpus come from, as JSON values: precision, batches, tokenizer.
+        step: Optimizer step that values belong to.
+    """
+
+    max_age_steps: int = 0
+    store: ArrayStore | None = None
+    store_bytes: int = 10 * 2**30
+    model_identity: Callable[[], str] = lambda: ""
+    surroundings: Callable[[str], dict[str, Any]] = lambda _: {}
+    step: int = 0
+    _kept: dict[str, tuple[int, SignalValue]] = field(default_factory=dict)
+    _identity: tuple[int, str] | None = None
+
+    def begin(self, step: int) -> None:
+        """Forget values that are too old for ``step``."""
+        self.step = step
+        self._kept = {
+            key: kept for key, kept in self._kept.items() if kept[0] == _AGELESS or step - kept[0] <= self.max_age_steps
+        }
+
+    def get(self, key: dict[str, Any]) -> SignalValue | None:
+        """Return the caller's own copy of what is kept under ``key``, JSON values; None for nothing."""
+        kept = self._kept.get(json.dumps(key, sort_keys=True))
+        return None if kept is None else kept[1].copy()
+
+    def keep(self, key: dict[str, Any], values: SignalValue) -> SignalValue:
+        """Keep values for the step, and return the caller's own copy."""
+        self._kept[json.dumps(key, sort_keys=True)] = (self.step, values)
+        if self.store is not None:
+            self.store.evict(self.store_bytes)
+        return values.copy()
+
+    def table(self, key: dict[str, Any], num_rows: int) -> SignalValue:
+        """Return the numbers of a model that stays as it is: (number, whether it is known) of every row [N, 2]."""
+        empty = (_AGELESS, np.zeros((num_rows, 2), dtype=np.float32))
+        return self._kept.setdefault(json.dumps(key, sort_keys=True), empty)[1]
+
+    def work(
+        self,
+        method: str,
+        parameters: dict[str, Any],
+        *,
+        model: str,
+        data: str,
+        corpus: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> ResumablePass | None:
+        """Open the stored array of a pass (collective); None without a store.
+
+        Args:
+            method: What is computed.
+            parameters: How: JSON values.
+            model: Identity of a model that stays as it is; "" for the model under training.
+            data: Identity of the rows.
+            corpus: Name of the target that they are of, "" for the training set.
+            shape: Of the array.
+            device: Where ranks exchange tensors.
+        """
+        if self.store is None:
+            return None
+        if not model:
+            if self._identity is None or self._identity[0] != self.step:
+                self._identity = (self.step, self.model_identity())
+            model = self._identity[1]
+        key = CacheKey(model=model, data=data, method=method, parameters={**parameters, **self.surroundings(corpus)})
+        return ResumablePass(self.store, key, shape=shape, dtype=np.float32, device=device)
+
+    def state_dict(self) -> State:
+        """Return values that a later step may be given again, so that a resumed run gives the same ones."""
+        kept = {key: kept for key, kept in self._kept.items() if self.max_age_steps or kept[0] == _AGELESS}
+        return {"answers": {key: {"step": step, "values": values} for key, (step, values) in kept.items()}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._kept = {key: (int(kept["step"]), np.array(kept["values"])) for key, kept in state["answers"].items()}

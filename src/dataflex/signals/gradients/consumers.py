@@ -1,0 +1,432 @@
+"""What is made of per-sample gradients: dot products with targets, norms, weighted sums, sketches, rows as they are.
+
+Consumers are fed parameter by parameter, so nothing of size samples x parameters is ever held (but by ``RowVectors``).
+Each says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the
+cheaper one for all consumers together. Sums over parameters are taken at the end, in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+
+from dataflex import comm
+from dataflex.errors import ConfigError
+from dataflex.signals.gradients.factors import Factors, FactorShape, ghost_dots, ghost_norms, weighted_sum
+
+__all__ = [
+    "Block",
+    "Columns",
+    "Consumer",
+    "Dots",
+    "Norms",
+    "RowVectors",
+    "Segment",
+    "Sketch",
+    "TargetVectors",
+    "WeightedSums",
+    "inner_products",
+]
+
+# A number moved through memory costs about as much as this many multiply-adds of a matrix product.
+_MEMORY = 8.0
+# A matrix product over more numbers than this loses digits in fp32 (5e-5 at a million).
+_STRETCH = 2**15
+
+
+class Segment(NamedTuple):
+    """A range of a parameter's flat index."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Gradients of all samples for a stretch of one parameter, or for several small ones side by side.
+
+    Attributes:
+        segments: What the columns are, in order.
+        values: fp32 [b, columns]; read only.
+    """
+
+    segments: tuple[Segment, ...]
+    values: torch.Tensor
+
+    def parts(self) -> Iterator[tuple[Segment, torch.Tensor]]:
+        """Yield every segment with its columns [b, stop - start]."""
+        at = 0
+        for segment in self.segments:
+            width = segment.stop - segment.start
+            yield segment, self.values[:, at : at + width]
+            at += width
+
+
+class Columns:
+    """Constants by parameter, brought into the columns of a block.
+
+    Side-by-side layouts are remembered: small parameters meet in the same blocks in every batch.
+
+    Args:
+        flat: Parameter's name to its constants [..., numel].
+    """
+
+    def __init__(self, flat: Callable[[str], torch.Tensor]) -> None:
+        self._flat = flat
+        self._known: dict[tuple[Segment, ...], torch.Tensor] = {}
+
+    def of(self, segments: tuple[Segment, ...], device: torch.device) -> torch.Tensor:
+        """Return the constants [..., columns] on ``device``."""
+        found = self._known.get(segments)
+        if found is None:
+            parts = [self._flat(name)[..., start:stop].to(device) for name, start, stop in segments]
+            if len(parts) == 1:
+                return parts[0]
+            found = self._known[segments] = torch.cat(parts, dim=-1)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetVectors:
+    """M vectors, each as large as all differentiated parameters together.
+
+    Attributes:
+        tensors: By parameter name, fp32 [M, *parameter.shape], contiguous.
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(cls, num: int, shapes: Mapping[str, torch.Size], device: torch.device | str) -> TargetVectors:
+        """Return ``num`` zero vectors."""
+        options = {"dtype": torch.float32, "device": device}
+        return cls(tensors={name: torch.zeros(num, *shape, **options) for name, shape in shapes.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def flat(self, name: str) -> torch.Tensor:
+        """Return a parameter's part as a view [M, numel]."""
+        tensor = self.tensors[name]
+        return tensor.view(len(tensor), -1)
+
+    def norms(self) -> torch.Tensor:
+        """Return the L2 norms [M], fp32."""
+        squares = (self.flat(name).double().square().sum(dim=1) for name in self.tensors)
+        return reduce(torch.add, squares).sqrt().float()
+
+    def one(self, index: int) -> dict[str, torch.Tensor]:
+        """Return one vector as {parameter name: tensor of its shape}."""
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def scale_(self, factors: torch.Tensor) -> TargetVectors:
+        """Multiply vector k by ``factors[k]`` in place and return self."""
+        for tensor in self.tensors.values():
+            tensor.mul_(factors.to(tensor).view(-1, *([1] * (tensor.dim() - 1))))
+        return self
+
+    def add_up(self) -> None:
+        """Replace the vectors by their sums over ranks (collective)."""
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = comm.gather_sum(tensor)
+
+
+def inner_products(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    """Return [rows of a, rows of b] inner products as parts to be added up in float64."""
+    stretches = zip(a.split(_STRETCH, dim=1), b.split(_STRETCH, dim=1), strict=True)
+    return [one @ other.t() for one, other in stretches]
+
+
+def total(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of equal-shaped fp32 tensors in float64."""
+    return torch.stack(parts).sum(dim=0, dtype=torch.float64)
+
+
+class Consumer:
+    """Base of everything that takes per-sample gradients.
+
+    Attributes:
+        name: Key of the result.
+    """
+
+    name: str
+
+    def begin(self, finite: torch.Tensor) -> None:
+        """Start a batch, forgetting the last one; ``finite`` [b] says which samples have a loss.
+
+        A batch may be started again before it is finished.
+        """
+        raise NotImplementedError
+
+    def dense_cost(self, shape: FactorShape) -> float:
+        """Return multiply-adds per sample for a formed gradient of this shape."""
+        raise NotImplementedError
+
+    def ghost_cost(self, shape: FactorShape) -> float:
+        """Return multiply-adds per sample for the factored form; infinite where it cannot be used."""
+        return math.inf
+
+    def add(self, block: Block) -> None:
+        """Take a block of formed gradients."""
+        raise NotImplementedError
+
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:
+        """Take a whole parameter in factored form."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Return the batch's results: "" for the main one, or a suffix; first dimension b."""
+        raise NotImplementedError
+
+
+class Norms(Consumer):
+    """L2 norm of each sample's gradient, fp32 [b] (GraNd, arXiv 2107.07075)."""
+
+    name = "norms"
+
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self._squares = [torch.zeros(len(finite), device=finite.device)]
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return _MEMORY * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.tokens**2 * (shape.n + shape.left_width + 2 * _MEMORY)
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        self._squares.append(torch.linalg.vecdot(block.values, block.values))
+
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self._squares.append(ghost_norms(uses))
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"": total(self._squares).clamp_min(0).sqrt().float()}
+
+
+class Dots(Consumer):
+    """Exact inner products with target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
+
+    Args:
+        targets: M vectors of the size of the parameters.
+        normalize: "none": plain products. "row": divided by the sample's norm; with targets that are
+            means of unit vectors this is LESS's mean of cosines. "both": cosines.
+    """
+
+    name = "dots"
+
+    def __init__(self, targets: TargetVectors, *, normalize: Literal["none", "row", "both"] = "row") -> None:
+        self.targets, self.normalize = targets, normalize
+        self._norms, self._columns = Norms(), Columns(targets.flat)
+
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self._norms.begin(finite)
+        self._products = [torch.zeros(len(finite), len(self.targets), device=finite.device)]
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return (_MEMORY + len(self.targets)) * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return self._norms.ghost_cost(shape) + len(self.targets) * shape.tokens * shape.n * shape.left_width
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        self._products += inner_products(block.values, self._columns.of(block.segments, block.values.device))
+        self._norms.add(block)
+
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self._products.append(ghost_dots(uses, self.targets.tensors[name].to(uses[0].right.device)))
+        self._norms.add_factors(name, uses, shape)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        norms = self._norms.finish()[""]
+        products = total(self._products)
+        if self.normalize != "none":
+            products = products / norms.double().clamp_min(1e-30).unsqueeze(1)
+        if self.normalize == "both":
+            products = products / self.targets.norms().double().to(products.device).clamp_min(1e-30)
+        return {"": products.float(), ".norms": norms}
+
+
+class WeightedSums(Consumer):
+    """Adds sum_i w_ki G_i to ``vectors``, over as many batches as wanted; means by target are made of this.
+
+    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights
+    that were used come back [b, K].
+
+    Args:
+        vectors: K running sums, changed when a batch is finished.
+    """
+
+    name = "sums"
+    weights: torch.Tensor
+
+    def __init__(self, vectors: TargetVectors) -> None:
+        self.vectors = vectors
+
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        assert self.weights.shape == (len(self.vectors), len(finite)), "weights do not fit the batch"
+        self._weights = self.weights.to(finite.device) * finite
+        self._batch: dict[str, torch.Tensor] = {}  # added at the end: a batch that is started again counts once
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return len(self.vectors) * shape.m * shape.n
+
+    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return shape.tokens * shape.n * shape.left_width
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        for (name, start, stop), values in block.parts():
+            if name not in self._batch:
+                self._batch[name] = values.new_zeros(self.vectors.flat(name).shape)
+            self._batch[name][:, start:stop] += self._weights @ values
+
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+        self._batch[name] = torch.stack([weighted_sum(uses, weights, shape).flatten() for weights in self._weights])
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        for name, part in self._batch.items():
+            sums = self.vectors.flat(name)
+            sums += part.to(sums.device)
+        self._batch = {}
+        return {"": self._weights.t()}
+
+
+class RowVectors(Consumer):
+    """Writes each sample's gradient into a vector of its own.
+
+    Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out. Vectors of samples
+    without a loss stay as they were. There is no result.
+
+    Args:
+        vectors: Where gradients go.
+    """
+
+    name = "rows"
+    places: torch.Tensor
+
+    def __init__(self, vectors: TargetVectors) -> None:
+        self.vectors = vectors
+
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        places = self.places.to(finite.device)
+        self._samples = (finite & places.ge(0)).nonzero().squeeze(1)
+        self._places = places[self._samples]
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return _MEMORY * shape.m * shape.n
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        for (name, start, stop), values in block.parts():
+            vectors = self.vectors.flat(name)
+            vectors[self._places.to(vectors.device), start:stop] = values[self._samples].to(vectors.device)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {}
+
+
+# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_COST_PER_COORDINATE = 40.0
+# Hashing costs as much as the sketch itself, so the first so many buckets are remembered for the next batch.
+_REMEMBERED = 2**23
+
+
+def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right without sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    values = (values ^ _shift(values, 30)) * _FIRST
+    values = (values ^ _shift(values, 27)) * _SECOND
+    return values ^ _shift(values, 31)
+
+
+def _key(*parts: object) -> int:
+    """Return a signed 64-bit number for some names and numbers."""
+    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class Sketch(Consumer):
+    """Sparse sketch of each sample's gradient, fp32 [b, size]; ".norms" holds the norms before sketching [b].
+
+    A sparse Johnson-Lindenstrauss transform: each coordinate goes to ``nonzeros`` of ``size`` buckets, one in each
+    stretch of size / nonzeros, with a random sign and weight 1 / sqrt(nonzeros). Buckets and signs are an integer
+    hash of (seed, parameter's name, flat index): nothing is stored, every rank, device and batch size has the same
+    matrix, and a parameter can be sketched in parts. E <Su, Sv> = <u, v>, with variance about
+    (|u|^2 |v|^2 + <u, v>^2) / size. Source: Kane and Nelson 2014 (arXiv 1012.1577).
+
+    Args:
+        size: Numbers kept for each sample; a multiple of ``nonzeros``.
+        nonzeros: Buckets for each coordinate.
+        seed: Of the hash.
+
+    Raises:
+        ConfigError: ``size`` is not a positive multiple of ``nonzeros``.
+    """
+
+    name = "sketch"
+
+    def __init__(self, *, size: int = 8192, nonzeros: int = 2, seed: int = 0) -> None:
+        if nonzeros < 1 or size < nonzeros or size % nonzeros:
+            raise ConfigError(f"gradients: sketch size {size} is not a positive multiple of its {nonzeros} nonzeros")
+        self.size, self.nonzeros, self.seed = size, nonzeros, seed
+        self._norms = Norms()
+        self._maps: dict[tuple[Segment, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._room = _REMEMBERED
+
+    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+        self._sums = torch.zeros(self.size, len(finite), dtype=torch.float32, device=finite.device)
+        self._norms.begin(finite)
+
+    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+        return _COST_PER_COORDINATE * self.nonzeros * shape.m * shape.n
+
+    def add(self, block: Block) -> None:  # noqa: D102
+        found = self._maps.get(block.segments)
+        if found is None:
+            parts = [self.buckets_and_signs(segment, block.values.device) for segment in block.segments]
+            found = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
+            self._room -= found[0].numel()
+            if self._room >= 0:
+                self._maps[block.segments] = found
+        _scatter(self._sums, block.values.t().contiguous(), *found)
+        self._norms.add(block)
+
+    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._norms.finish()[""]}
+
+    def of(self, vectors: TargetVectors) -> torch.Tensor:
+        """Return the sketches of vectors, fp32 [M, size], by the same hash as the samples'."""
+        device = next(iter(vectors.tensors.values())).device
+        sums = torch.zeros(self.size, len(vectors), dtype=torch.float32, device=device)
+        for name in vectors.tensors:
+            columns = vectors.flat(name).t()
+            _scatter(sums, columns, *self.buckets_and_signs(Segment(name, 0, len(columns)), device))
+        return sums.t() / self.nonzeros**0.5
+
+    def buckets_and_signs(self, segment: Segment, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where a stretch of a parameter goes.
+
+        Returns:
+            Buckets int64 [nonzeros, n] in [0, size), signs fp32 [nonzeros, n] of +1 and -1.
+        """
+        index = torch.arange(segment.start, segment.stop, dtype=torch.int64, device=device) * _GOLDEN
+        width = self.size // self.nonzeros
+        hashes = torch.stack([_mix(index + _key(self.seed, segment.name, k)) for k in range(self.nonzeros)])
+        starts = torch.arange(self.nonzeros, device=device).unsqueeze(1) * width
+        return _shift(hashes, 1) % width + starts, 1.0 - 2.0 * (hashes & 1).float()
+
+
+def _scatter(sums: torch.Tensor, columns: torch.Tensor, buckets: torch.Tensor, signs: torch.Tensor) -> None:
+    for where, sign in zip(buckets, signs, strict=True):
+        sums.index_add_(0, where, columns * sign.unsqueeze(1))

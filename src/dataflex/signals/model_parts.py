@@ -1,0 +1,137 @@
+"""Finds the parts of a language model inside its wrappers, and listens to them without leaving a trace.
+
+Passes always call the outermost module: under FSDP2 and ZeRO-3 its hooks gather the parameters, so
+calling an inner module would meet shards. What a pass wants from inside it takes through forward
+hooks that are removed afterwards. ``output_hidden_states=True`` is not used: transformers then leaves
+hooks of its own on the model for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataflex.errors import UnsupportedError
+
+__all__ = ["ModelParts", "capture_hidden", "is_partitioned", "model_parts", "narrow_head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """Parts of a model.
+
+    Attributes:
+        root: What is called: the outermost module that was given.
+        lm: The transformers model inside (no adapters' or value head's wrapper).
+        base: The body of ``lm``, whose output is the last hidden state; ``lm`` itself if it has no head.
+        head: The output embeddings, or None.
+    """
+
+    root: nn.Module
+    lm: nn.Module
+    base: nn.Module
+    head: nn.Module | None
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language part."""
+        return self.lm.config.get_text_config()
+
+    def layers(self) -> nn.ModuleList:
+        """Return the stack of decoder (or encoder) layers.
+
+        Raises:
+            UnsupportedError: There is not exactly one list of ``num_hidden_layers`` modules.
+        """
+        depth = self.text_config.num_hidden_layers
+        top = self.lm.get_decoder()
+        found = [part for part in top.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"embeddings of an inner layer: {type(self.lm).__name__} has {len(found)} lists of {depth} layers, "
+                "expected one; use layer: -1"
+            )
+        return found[0]
+
+
+def model_parts(model: nn.Module) -> ModelParts:
+    """Look inside PEFT and value-head wrappers.
+
+    Raises:
+        UnsupportedError: No transformers model was found inside.
+    """
+    from transformers import PreTrainedModel
+
+    lm: Any = model
+    if not isinstance(lm, PreTrainedModel) and isinstance(getattr(lm, "pretrained_model", None), nn.Module):
+        lm = lm.pretrained_model  # trl's value-head wrapper, LLaMA-Factory's stage rm
+    if not isinstance(lm, PreTrainedModel) and callable(getattr(lm, "get_base_model", None)):
+        lm = lm.get_base_model()  # peft
+    if not isinstance(lm, PreTrainedModel):
+        raise UnsupportedError(f"signals need a transformers model, found {type(lm).__name__}")
+    return ModelParts(root=model, lm=lm, base=lm.base_model, head=lm.get_output_embeddings())
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP), so that all ranks must call in step."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape") for parameter in model.parameters())
+
+
+@contextmanager
+def narrow_head(parts: ModelParts) -> Iterator[None]:
+    """While inside, the head sees the last position only: a forward costs next to nothing after the body."""
+    if parts.head is None:
+        yield
+        return
+
+    def last_position(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][:, -1:], *inputs[1:])
+
+    handle = parts.head.register_forward_pre_hook(last_position)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]]:
+    """While inside, every forward appends the hidden states [B, T, D] of ``layer`` to the list given.
+
+    Args:
+        parts: The model.
+        layer: Index into the hidden states, see ``Embedding.layer``.
+
+    Raises:
+        UnsupportedError: There is no such layer.
+    """
+    seen: list[torch.Tensor] = []
+    depth = parts.text_config.num_hidden_layers
+    index = layer + depth + 1 if layer < 0 else layer
+    if not 0 <= index <= depth:
+        raise UnsupportedError(f"layer {layer}: the model has hidden states 0 to {depth} (or -1 to {-depth - 1})")
+
+    def output(_module: nn.Module, _args: Any, result: Any) -> None:
+        seen.append(result[0] if isinstance(result, tuple) else result.last_hidden_state)
+
+    def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    if index == depth:
+        handle = parts.base.register_forward_hook(output)
+    else:
+        handle = parts.layers()[index].register_forward_pre_hook(entered, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

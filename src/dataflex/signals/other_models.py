@@ -1,0 +1,312 @@
+"""Causal language models besides the one under training: scorers, and the reference model. No torch at import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataflex.signals.store import CacheKey
+
+__all__ = [
+    "ADAPTER",
+    "KEY",
+    "LOAD_ERRORS",
+    "Scorer",
+    "ScorerError",
+    "base_model",
+    "check_folder",
+    "check_tokenizer",
+    "differing_tokens",
+    "files_identity",
+    "holds_model",
+    "largest_id",
+    "load_causal",
+    "load_reference",
+    "loading_whole",
+    "losses_key",
+    "shares_tokens",
+    "start_tokens",
+]
+
+ADAPTER = "adapter_config.json"
+"""File of a folder that holds a PEFT adapter instead of a whole model."""
+
+_WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+
+LOAD_ERRORS = (OSError, ValueError, KeyError)
+"""What ``from_pretrained`` raises for a folder or hub id that it cannot make sense of."""
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder looks like that of a model, or of an adapter."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER))
+
+
+def base_model(name: str | Path) -> str | None:
+    """Return the base model of a folder that holds an adapter, or None."""
+    file = Path(name) / ADAPTER
+    if not file.is_file():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
+    """Return a model by folder or hub id, or an adapter on its base model, frozen and in eval mode.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Of the weights; "auto" takes them as they are stored.
+        device: Where the model goes.
+
+    Raises:
+        OSError, ValueError, KeyError: It cannot be loaded as a causal language model (``LOAD_ERRORS``).
+    """
+    if (Path(name) / ADAPTER).is_file():
+        from peft import AutoPeftModelForCausalLM as Loader
+    else:
+        from transformers import AutoModelForCausalLM as Loader
+    model: Any = Loader.from_pretrained(name, dtype=dtype)
+    loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def largest_id(tokenizer: Any) -> int:
+    """Return the largest id that a tokenizer gives; 0 without tokens."""
+    return max(tokenizer.get_vocab().values(), default=0)
+
+
+def differing_tokens(ours: Any, theirs: Any) -> list[str]:
+    """Return the tokens that two tokenizers do not both have under the same id, in order."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    return sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+
+
+def shares_tokens(ours: Any, theirs: Any, embeddings: int) -> bool:
+    """Return whether each token of ``ours`` has the same id in ``theirs``, below the number of ``embeddings``."""
+    return largest_id(ours) < embeddings and ours.get_vocab().items() <= theirs.get_vocab().items()
+
+
+class ScorerError(DataFlexError):
+    """A model that scores rows could not be loaded."""
+
+
+class Scorer:
+    """A causal language model by folder (an adapter's too) or hub id, its weights not loaded yet.
+
+    Args:
+        name: Folder or hub id.
+        tokenizer: The tokenizer of the run, which made the rows.
+
+    Attributes:
+        identity: Changes when the model's values may change.
+        same_tokens: Whether the rows' tokens mean the same to it.
+
+    Raises:
+        ScorerError: There is no such model, or it has no tokenizer.
+    """
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from dataflex.signals.sweep import preserve_state
+
+        self.name = name
+        base = base_model(name)
+        with preserve_state():
+            try:
+                self._config: Any = AutoConfig.from_pretrained(base or name)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            except LOAD_ERRORS as error:
+                raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
+        self._theirs = tokenizer
+        text, commit = self._config.get_text_config(), getattr(self._config, "_commit_hash", None)
+        self.identity = files_identity(name, commit, base and files_identity(base, commit), "causal")
+        self.same_tokens = shares_tokens(tokenizer, self._tokenizer, int(text.vocab_size))
+        self.limit: int | None = getattr(text, "max_position_embeddings", None)
+        """Tokens of a sequence at most, or None."""
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Token that its sequences begin with, or none."""
+        return start_tokens(self._tokenizer)
+
+    @property
+    def translation(self) -> Callable[[list[int]], list[int]] | None:
+        """Turns the run's tokens into its own; None where they are the same."""
+        return None if self.same_tokens else self.translate
+
+    def translate(self, ids: list[int]) -> list[int]:
+        """Return its tokens of the text of the run's tokens ``ids``; special tokens are left out."""
+        text = self._theirs.decode(ids, skip_special_tokens=True)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @contextmanager
+    def loaded(self, device: torch.device) -> Iterator[torch.nn.Module]:
+        """Give the model in float32 and eval mode, frozen, for the length of a block.
+
+        Raises:
+            ScorerError: The weights cannot be loaded as those of a causal language model.
+            UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
+        """
+        import torch
+        from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+        from dataflex.signals.sweep import preserve_state
+
+        if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+            raise UnsupportedError(
+                f"model {self.name}: another model cannot score rows while parameters are partitioned over ranks "
+                "(ZeRO-3, FSDP); use ZeRO-2 or less, or the model under training"
+            )
+        with preserve_state():  # a model may draw random numbers while it is built
+            try:
+                model = load_causal(self.name, torch.float32, device)
+            except LOAD_ERRORS as error:
+                raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
+        yield model
+
+
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the token that a tokenizer puts before every text by itself, or none."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("a")["input_ids"][:1]
+    return (int(bos),) if bos is not None and first == [bos] else ()
+
+
+KEY = "reference"
+"""The parameter that names the folder, for messages."""
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Return the folder of a reference model.
+
+    Raises:
+        ConfigError: It is not there, or holds no model.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"{KEY}: no such folder: {folder} (the model to compare losses with; train it first)")
+    if not holds_model(path):
+        raise ConfigError(f"{KEY}: {folder} holds no model (neither config.json nor {ADAPTER})")
+    return path
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse a reference whose tokens are not those of the run.
+
+    Raises:
+        ConfigError: The folder has no tokenizer, or one with another vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        other = AutoTokenizer.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise ConfigError(f"{KEY}: {folder} has no tokenizer that can be loaded: {error}") from error
+    differing = differing_tokens(tokenizer, other)
+    if not differing:
+        return
+    token, ours, theirs = differing[0], tokenizer.get_vocab(), other.get_vocab()
+    raise ConfigError(
+        f"{KEY}: the tokenizer of {folder} is not that of the run: {len(theirs):,} tokens against {len(ours):,}, "
+        f"{len(differing):,} differ (such as {token!r}: id {theirs.get(token)} there, {ours.get(token)} here). Losses "
+        "of different tokens cannot be compared; take a reference with the tokenizer of the run"
+    )
+
+
+def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.nn.Module:
+    """Return the model of a folder (or the adapter on its base model), whole, frozen, in eval mode.
+
+    Raises:
+        ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
+    """
+    try:
+        with loading_whole():
+            model: Any = load_causal(folder, "auto", device)
+    except LOAD_ERRORS as error:
+        raise ConfigError(f"{KEY}: {folder} cannot be loaded as a language model: {error}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = largest_id(tokenizer)
+    if largest >= rows:
+        raise ConfigError(f"{KEY}: {folder} knows {rows:,} tokens, and the tokenizer has ids up to {largest:,}")
+    return model
+
+
+def losses_key(
+    model: torch.nn.Module,
+    *,
+    tokenizer: Any,
+    data: str,
+    dataset: Any,
+    num_rows: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> CacheKey:
+    """Name token losses by weights, data, tokenizer, precision, and how rows become batches (collective).
+
+    Args:
+        model: The reference.
+        tokenizer: The run's.
+        data: Fingerprint of the rows' tokens and labels.
+        dataset: Features by row id; some rows are collated, since masks and positions tell how the documents
+            of a packed row are kept apart.
+        num_rows: N.
+        collate: Features to a batch.
+        autocast: The trainer's mixed-precision context.
+    """
+    from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+    from dataflex.signals.store import CacheKey
+
+    return CacheKey(
+        model=model_identity(model),
+        data=data,
+        method="reference-losses",
+        parameters={
+            "tokenizer": tokenizer_identity(tokenizer),
+            "inputs": inputs_identity(dataset, num_rows, collate),
+            **precision(autocast, next(model.parameters()).device),
+        },
+    )
+
+
+def files_identity(model: str, commit: str | None, *settings: Any) -> str:
+    """Return a hash of what another model's values depend on: its files (or hub commit) and its settings."""
+    digest = hashlib.blake2b(repr(settings).encode("utf-8"), digest_size=16)
+    folder = Path(model)
+    if folder.is_dir():
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix in _WEIGHTS:
+                digest.update(path.relative_to(folder).as_posix().encode("utf-8"))
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+    else:
+        digest.update(f"{model}@{commit}".encode())
+    return digest.hexdigest()
+
+
+_FSDP = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """While inside, ``from_pretrained`` gives every rank a whole model."""
+    from transformers.integrations import deepspeed
+
+    kept, efficient = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+        if efficient is not None:
+            os.environ[_FSDP] = efficient

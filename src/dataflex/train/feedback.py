@@ -1,0 +1,332 @@
+"""What a step tells: losses by domain for mixers and the log, warnings about noise, and weights as they were given."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dataflex import comm
+from dataflex.errors import ComponentError
+from dataflex.method import Rows, State
+from dataflex.plan.domains import SUMS, Domains
+from dataflex.signals.texts import row_texts
+
+__all__ = [
+    "SAMPLES",
+    "DomainSums",
+    "NoiseWatch",
+    "RowWeights",
+    "WeighedRow",
+    "WeightStats",
+    "describe_rows",
+    "outlying",
+]
+
+
+class DomainSums:
+    """Sums of one optimizer step.
+
+    Args:
+        num_domains: K.
+    """
+
+    def __init__(self, num_domains: int) -> None:
+        self._num_domains = num_domains
+        self._sums: torch.Tensor | None = None
+
+    def add(
+        self,
+        loss_RT: torch.Tensor,
+        mask_RT: torch.Tensor,
+        domains_R: NDArray[np.int64],
+        reference_RT: torch.Tensor | None = None,
+    ) -> None:
+        """Take in one micro-batch of this rank.
+
+        Args:
+            loss_RT: Plain token losses, detached, 0 where ``mask_RT`` is False.
+            mask_RT: Supervised positions.
+            domains_R: Domain of each row.
+            reference_RT: Token losses of the reference model, 0 where ``mask_RT`` is False.
+        """
+        loss = loss_RT.detach().double()
+        tokens = mask_RT.sum(dim=1).double()
+        columns = [loss.sum(dim=1)]
+        if reference_RT is None:
+            columns += [torch.zeros_like(tokens)] * 2
+        else:
+            excess = (loss - reference_RT.double()).clamp(min=0.0)
+            columns += [excess.sum(dim=1), excess.gt(0.0).sum(dim=1).double()]
+        columns += [tokens, tokens.gt(0).double()]
+        which = torch.from_numpy(domains_R).to(loss.device)
+        sums = loss.new_zeros(len(SUMS), self._num_domains)
+        sums[:-1].index_add_(1, which, torch.stack(columns))
+        sums[-1] = sums[SUMS.index("tokens")].gt(0).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def take(self, device: torch.device) -> NDArray[np.float64]:
+        """Return the sums over all ranks [len(SUMS), K] and start anew (collective)."""
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(SUMS), self._num_domains, dtype=torch.float64, device=device)
+        self._sums = None
+        return comm.gather_sum(sums).cpu().numpy()
+
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+
+_UPDATES = 5
+_DEVIATIONS = 3.0
+
+
+def outlying(loss_K: Floats) -> NDArray[np.bool_]:
+    """Return which losses are above median + 3 MAD, the median absolute deviation [K]; NaN is never."""
+    known = loss_K[np.isfinite(loss_K)]
+    if not known.size:
+        return np.zeros(loss_K.shape, dtype=np.bool_)
+    middle = np.median(known)
+    deviation = np.median(np.abs(known - middle))
+    return np.asarray(loss_K > middle + _DEVIATIONS * deviation)
+
+
+class NoiseWatch:
+    """Warns once of each domain that is outlying at five updates in a row that raise its weight.
+
+    Kept in memory only: a resumed run counts anew.
+
+    Args:
+        names: Names of the domains [K].
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._weights: Floats | None = None
+        self._rises = np.zeros(len(names), dtype=np.int64)
+        self._told = np.zeros(len(names), dtype=np.bool_)
+        self._loss, self._tokens = np.zeros(len(names)), np.zeros(len(names))
+
+    def step(self, loss_sum: Floats, tokens: Floats, weights: Floats) -> list[str]:
+        """Take in one optimizer step and return the domains to be told about, which are logged too.
+
+        Args:
+            loss_sum: Sum of plain token losses by domain [K].
+            tokens: Supervised tokens by domain [K].
+            weights: The domains' proportions, or their weights in the loss, of this step [K].
+        """
+        before, self._weights = self._weights, weights.copy()
+        found: list[str] = []
+        if before is not None and not np.array_equal(before, weights):  # an update, made from the steps before
+            mean = np.divide(self._loss, self._tokens, out=np.full(len(weights), np.nan), where=self._tokens > 0)
+            self._rises = np.where(outlying(mean) & (weights > before), self._rises + 1, 0)
+            new = (self._rises >= _UPDATES) & ~self._told
+            self._told |= new
+            for k in np.flatnonzero(new).tolist():
+                found.append(self._names[k])
+                logger.warning(
+                    "domain %r: its loss of %.3g nats per token is far above the other domains' (more than the median "
+                    "and %g median absolute deviations) and its weight rose %d times in a row, to %.3g. If it is noise "
+                    "(logs, encoded data), the mixer runs after it: leave it out, cap it (max_epochs), or use a "
+                    "mixer with a reference or target losses",
+                    self._names[k],
+                    mean[k],
+                    _DEVIATIONS,
+                    _UPDATES,
+                    weights[k],
+                )
+            self._loss, self._tokens = np.zeros(len(weights)), np.zeros(len(weights))
+        self._loss, self._tokens = self._loss + loss_sum, self._tokens + tokens
+        return found
+
+
+_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+_PENDING = 64
+
+
+class WeightStats:
+    """Effective sample size, quantiles and the largest weight since the last ``read``, over all ranks.
+
+    ESS = (sum w)^2 / sum w^2 over the sequences.
+
+    Args:
+        name: Name of the weighter, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._sequences: list[torch.Tensor] = []
+        self._range: torch.Tensor | None = None
+
+    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor | None = None) -> None:
+        """Take in the weights of one micro-batch.
+
+        They are checked here at once on a CPU, and at the next ``read`` on an accelerator, where
+        looking at a value would make the device wait.
+
+        Args:
+            weights: [B, 1] by sequence, or [R, T] by position.
+            by_sequence: Mean weight of each sequence [B]; the mean of each row of ``weights`` if left out.
+
+        Raises:
+            ComponentError: A weight is negative or not finite.
+        """
+        w = weights.detach()
+        span = torch.stack([w.min(), -w.max()]) if w.numel() else w.new_zeros(2)
+        self._range = span if self._range is None else torch.minimum(self._range, span)
+        self._sequences.append((w.mean(dim=1) if by_sequence is None else by_sequence.detach()).float())
+        if len(self._sequences) > _PENDING:
+            self._sequences = [torch.cat(self._sequences)]
+        if w.device.type == "cpu":
+            self._check()
+
+    def _check(self) -> float:
+        assert self._range is not None
+        smallest, largest = float(self._range[0]), -float(self._range[1])
+        if not (math.isfinite(largest) and smallest >= 0.0):
+            raise ComponentError(f"weighter {self._name!r} returned negative or non-finite weights")
+        return largest
+
+    def read(self) -> dict[str, float]:
+        """Return ``weight_ess`` (share of the sequences, 0 to 1), quantiles and ``weight_max``, and start anew.
+
+        Collective. Raises ComponentError as ``add`` does.
+        """
+        if self._range is None:
+            return {}
+        self._range = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
+        largest = self._check()
+        w = comm.gather_rows(torch.cat(self._sequences))[0].double().cpu().numpy()
+        self._sequences, self._range = [], None
+        if not len(w):
+            return {}
+        squares = float(np.square(w).sum())
+        told = {"weight_ess": float(w.sum()) ** 2 / squares / len(w) if squares > 0 else 0.0}
+        told |= {f"weight_{name}": float(np.quantile(w, share)) for name, share in _QUANTILES.items()}
+        return {**told, "weight_max": largest}
+
+    def since_read(self) -> State:
+        """Return what was added on all ranks since the last ``read`` (collective); nothing where nothing was."""
+        if self._range is None:
+            return {}
+        spans = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
+        weights = comm.gather_rows(torch.cat(self._sequences))[0]
+        return {"range": spans.double().cpu().numpy(), "weights": weights.cpu().numpy()}
+
+    def restore(self, state: State, device: torch.device) -> None:
+        """Take back what ``since_read`` gave: rank 0 holds all of it."""
+        if not state:
+            return
+        weights = state["weights"] if comm.rank() == 0 else state["weights"][:0]
+        self._range = torch.tensor(state["range"], device=device, dtype=torch.float64)
+        self._sequences = [torch.tensor(weights, device=device)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeighedRow:
+    """A row with its mean weight, and how many of its sequences were weighed."""
+
+    row: int
+    weight: float
+    times: int
+
+
+class RowWeights:
+    """Mean weight of each row that was weighed, as the runs goes on; one rank's rows are a sample of all."""
+
+    def __init__(self) -> None:
+        self._rows = np.zeros(0, dtype=np.int64)
+        self._sums = np.zeros(0, dtype=np.float64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._pending: list[tuple[Rows, torch.Tensor]] = []
+
+    def add(self, rows_B: Rows, weights_B: torch.Tensor) -> None:
+        """Take in the weights of one micro-batch's sequences."""
+        self._pending.append((rows_B, weights_B.detach()))
+        if len(self._pending) >= _PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Merge what is pending into the sorted table."""
+        if not self._pending:
+            return
+        rows = np.concatenate([self._rows, *(rows for rows, _ in self._pending)])
+        new = torch.cat([weights for _, weights in self._pending]).double().cpu().numpy()
+        sums = np.concatenate([self._sums, new])
+        counts = np.concatenate([self._counts, np.ones(len(new), dtype=np.int64)])
+        self._pending = []
+        self._rows, place = np.unique(rows, return_inverse=True)
+        self._sums = np.asarray(np.bincount(place, weights=sums, minlength=len(self._rows)), dtype=np.float64)
+        self._counts = np.bincount(place, weights=counts, minlength=len(self._rows)).astype(np.int64)
+
+    def extremes(self, most: int) -> tuple[list[WeighedRow], list[WeighedRow]]:
+        """Return up to ``most`` rows of the largest mean weight, and as many of the smallest, ties by row id."""
+        self._settle()
+        means = self._sums / np.maximum(self._counts, 1)
+        order = np.argsort(-means, kind="stable")
+        most = min(most, len(order) // 2) if len(order) > 1 else len(order)
+
+        def told(places: NDArray[np.int64]) -> list[WeighedRow]:
+            return [
+                WeighedRow(row=int(self._rows[i]), weight=float(means[i]), times=int(self._counts[i])) for i in places
+            ]
+
+        return told(order[:most]), told(np.argsort(means, kind="stable")[:most])
+
+    def __len__(self) -> int:
+        self._settle()
+        return len(self._rows)
+
+    def state_dict(self) -> State:
+        """Return the table."""
+        self._settle()
+        return {"rows": self._rows, "sums": self._sums, "counts": self._counts}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave; nothing where the checkpoint has none."""
+        self._pending = []
+        if state:
+            self._rows = np.asarray(state["rows"], dtype=np.int64)
+            self._sums = np.asarray(state["sums"], dtype=np.float64)
+            self._counts = np.asarray(state["counts"], dtype=np.int64)
+
+
+SAMPLES = 10
+"""How many rows the record holds of each kind."""
+
+_CHARACTERS = 400
+
+
+def describe_rows(
+    weighed: Sequence[WeighedRow], dataset: Any, tokenizer: Any, domains: Domains
+) -> list[dict[str, Any]]:
+    """Return ``row``, ``weight``, ``times``, ``domain`` and ``text`` of each row.
+
+    Args:
+        weighed: Rows and their mean weights.
+        dataset: The tokenized training set.
+        tokenizer: Turns tokens into text.
+        domains: Domains of the training rows.
+    """
+    rows = np.array([item.row for item in weighed], dtype=np.int64)
+    prompts = row_texts(dataset, rows, tokenizer, "prompt") if len(rows) else []
+    answers = row_texts(dataset, rows, tokenizer, "completion") if len(rows) else []
+    described = []
+    for item, prompt, answer in zip(weighed, prompts, answers, strict=True):
+        half = _CHARACTERS // 2 if prompt else 0  # a long prompt must not hide the answer, which is weighed
+        text = f"{_cut(prompt, half)} => {_cut(answer, half)}" if prompt else _cut(answer, _CHARACTERS)
+        name = domains.names[int(domains.domain_of[item.row])]
+        described.append({"row": item.row, "weight": item.weight, "times": item.times, "domain": name, "text": text})
+    return described
+
+
+def _cut(text: str, characters: int) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= characters else words[: characters - 3] + "..."

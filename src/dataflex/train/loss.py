@@ -1,0 +1,711 @@
+"""The training loss: token losses, weights of sequences, tokens and domains, and an explicit denominator.
+
+Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
+follow Z = weight_sum | num_tokens | num_sequences of ``method.Weighter``. With unit weights under ``weight_sum``
+and ``num_tokens`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
+of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
+is corrected for the order of summation. What mixers observe are the plain losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from dataflex import comm
+from dataflex.errors import ComponentError, UnsupportedError
+from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
+from dataflex.plan.domains import SUMS, Domains, DomainStats
+from dataflex.plan.plan import DataPlan
+from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
+from dataflex.sequences import Sequences
+from dataflex.signals.embeddings import pool, pool_documents
+from dataflex.signals.losses import document_ids, token_cross_entropy
+from dataflex.signals.specs import EmbeddingSpec
+from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
+
+__all__ = [
+    "IGNORE_INDEX",
+    "DomainWeights",
+    "References",
+    "Reweighter",
+    "TokenLosses",
+    "balance_loss",
+    "batch_view",
+    "checked",
+    "counted_tokens",
+    "document_sequences",
+    "embedded",
+    "micro_batch_scale",
+    "row_sequences",
+    "sample_means",
+    "token_losses",
+    "weighted_loss",
+]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLosses:
+    """Token losses of one micro-batch of R rows.
+
+    Attributes:
+        loss_BT: Cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False.
+        mask_BT: Positions whose next token is supervised.
+        plain_sum: Detached sum, added up in the order of ``cross_entropy(reduction="sum")``.
+        entropy_BT: Entropy of each prediction in nats, 0 where ``mask_BT`` is False; None if not asked for.
+    """
+
+    loss_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    plain_sum: torch.Tensor
+    entropy_BT: torch.Tensor | None = None
+
+
+def row_sequences(rows: Rows) -> Sequences:
+    """Return the rows of a micro-batch as its sequences."""
+    return Sequences(rows_B=rows)
+
+
+def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
+    """Return the documents with a supervised token as the sequences of a packed micro-batch.
+
+    A position predicts the token after it and belongs to that token's document.
+
+    Args:
+        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
+        mask_BT: Positions whose next token is supervised.
+        rows: Row ids of the micro-batch [R].
+    """
+    predicted = F.pad(documents_BT[:, 1:], (0, 1), value=0).clamp(min=0)
+    width = int(predicted.max()) + 1 if predicted.numel() else 1
+    keys_BT = torch.arange(len(rows), device=mask_BT.device)[:, None] * width + predicted
+    keys, inverse = torch.unique(keys_BT[mask_BT], return_inverse=True)
+    index_BT = torch.zeros_like(keys_BT)
+    index_BT[mask_BT] = inverse
+    return Sequences(rows_B=rows[(keys // width).cpu().numpy()], index_BT=index_BT)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = False) -> TokenLosses:
+    """Return next-token losses of ``logits`` [R, T, V] against ``labels`` [R, T] (-100 is ignored)."""
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
+    mask_BT = targets.ne(IGNORE_INDEX)
+    flat = targets.reshape(-1)
+    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, IGNORE_INDEX, entropy=entropy)
+    # The stock loss adds in the order of this kernel, whatever the number of classes: one class is enough for it.
+    picked = torch.where(mask_BT.reshape(-1), 0, IGNORE_INDEX)
+    plain = F.nll_loss(-loss.detach()[:, None], picked, ignore_index=IGNORE_INDEX, reduction="sum")
+    return TokenLosses(
+        loss_BT=loss.view(targets.shape),
+        mask_BT=mask_BT,
+        plain_sum=plain,
+        entropy_BT=None if spread is None else spread.view(targets.shape),
+    )
+
+
+def sample_means(
+    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token-mean losses [B] (0 without supervised tokens) and supervised tokens [B]."""
+    if sequences is None or sequences.index_BT is None:
+        tokens_B = mask_BT.sum(dim=1)
+        return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
+    tokens_B = sequences.sums(mask_BT.long())
+    return sequences.sums(loss_BT) / tokens_B.clamp(min=1), tokens_B
+
+
+def batch_view(
+    losses: TokenLosses,
+    sequences: Sequences,
+    *,
+    domains_B: NDArray[np.int64],
+    step: int,
+    total_steps: int,
+    num_micro_batches: int = 1,
+    reference_BT: torch.Tensor | None = None,
+    embeddings_BH: torch.Tensor | None = None,
+    columns: Mapping[str, NDArray[Any]] | None = None,
+) -> BatchView:
+    """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
+    loss_BT = losses.loss_BT.detach()
+    loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT, sequences)
+    # Plans give every rank as many rows in a micro-batch, but packed rows hold any number of documents.
+    equal = sequences.index_BT is None
+    both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1), equal=equal)
+    return BatchView(
+        rows_B=sequences.rows_B,
+        domains_B=domains_B,
+        loss_B=loss_B,
+        tokens_B=tokens_B,
+        loss_BT=loss_BT,
+        mask_BT=losses.mask_BT,
+        loss_M=both[:, 0],
+        tokens_M=both[:, 1].to(torch.int64),
+        local=local,
+        step=step,
+        total_steps=total_steps,
+        num_micro_batches=num_micro_batches,
+        sequence_BT=sequences.index_BT,
+        reference_BT=reference_BT,
+        entropy_BT=losses.entropy_BT,
+        embeddings_BH=embeddings_BH,
+        columns=columns or {},
+    )
+
+
+def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:
+    """Return weights as fp32 [B, 1] by sequence or [R, T] by position, on the device of the losses.
+
+    Raises:
+        ComponentError: Wrong shape. Values are checked by ``WeightStats``.
+    """
+    count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
+    check_weights(weighter, weights, [(count,), shape])
+    weights = weights.detach().to(losses.loss_BT.device, torch.float32)
+    return weights[:, None] if weights.dim() == 1 else weights
+
+
+def micro_batch_scale(losses: TokenLosses, weights: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Return what makes the weights of the micro-batch of all ranks 1 in the mean over its tokens (collective).
+
+    Args:
+        losses: Token losses of this rank's part.
+        weights: [B, 1] or [R, T], from ``checked``.
+        sequences: Which sequence each position belongs to.
+
+    Returns:
+        float64 scalar; 0 where all weights are.
+    """
+    if weights.shape[1] == 1:
+        weights = sequences.spread(weights[:, 0])
+    return comm.ratio_of_sums(losses.mask_BT.sum(), (weights * losses.mask_BT).sum())
+
+
+def weighted_loss(
+    losses: TokenLosses,
+    weights: torch.Tensor,
+    *,
+    sequences: Sequences,
+    normalizer: Normalizer,
+    num_items: torch.Tensor | float,
+    num_micro_batches: int,
+    step_scale: torch.Tensor | float | None,
+    replicas: int,
+) -> torch.Tensor:
+    """Return this micro-batch's share of the step's loss, to be summed over micro-batches and ranks.
+
+    A step without a supervised token has loss 0 and no gradient; the stock loss would be NaN.
+
+    Args:
+        losses: Token losses of this rank's micro-batch.
+        weights: [B, 1] or [R, T], from ``checked``.
+        sequences: Which sequence each position belongs to.
+        normalizer: ``weight_sum``, ``num_tokens`` or ``num_sequences``.
+        num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
+        num_micro_batches: Micro-batches of this optimizer step.
+        step_scale: For ``weight_sum``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
+            the step where they are known beforehand, else ``micro_batch_scale``.
+        replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
+    """
+    loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
+    if normalizer == "num_sequences":
+        loss_B, _ = sample_means(loss_BT, mask_BT, sequences)
+        if len(weights) != len(loss_B) or weights.shape[1] != 1:
+            raise ComponentError("normalizer 'num_sequences' takes one weight per sequence")
+        return (weights[:, 0] * loss_B).sum() * (replicas / num_micro_batches)
+    if weights.shape[1] == 1:
+        weights = sequences.spread(weights[:, 0])
+    if normalizer == "weight_sum":
+        assert step_scale is not None
+        weights = weights * torch.as_tensor(step_scale).to(weights)
+    weighted = (weights * loss_BT).sum()
+    # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
+    order = losses.plain_sum - loss_BT.detach().sum()
+    mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
+    weighted = weighted + order * mean
+    return weighted / torch.as_tensor(num_items, device=weighted.device).clamp(min=1)
+
+
+Floats = NDArray[np.float64]
+
+
+class DomainWeights:
+    """How much the domains count in the loss.
+
+    Args:
+        mixer: A mixer that weighs the loss.
+        domains: Domains of the training rows.
+        over_ranks: Whether the step's denominator counts tokens over all ranks.
+    """
+
+    def __init__(self, mixer: DomainWeighter, domains: Domains, *, over_ranks: bool) -> None:
+        self._mixer, self._domains, self._over_ranks = mixer, domains, over_ranks
+        self._by_domain: Floats | None = None
+
+    def given(self) -> Floats:
+        """Return the mixer's weights as they are now [K].
+
+        Raises:
+            ComponentError: They are no numbers >= 0 by domain.
+        """
+        return check_loss_weights(self._mixer, len(self._domains.names))
+
+    @property
+    def by_domain_means(self) -> bool:
+        """Whether the loss is the sum over domains of their weights times their mean losses."""
+        return self._mixer.loss_normalizer == "domain"
+
+    def begin_step(
+        self, batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device, normalizer: Normalizer
+    ) -> None:
+        """Take the weights of the coming step from the mixer (collective).
+
+        Args:
+            batches: Collated micro-batches of this rank, with ``labels``.
+            rows: Row ids of each micro-batch.
+            num_items: Supervised tokens of the step, as the Trainer counts them.
+            device: Where collectives work.
+            normalizer: The denominator of the step.
+        """
+        alpha = self.given()
+        if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
+            tokens_K = self._tokens(batches, rows, device, predicted_tokens)
+            alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
+        elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
+            weighted = float(alpha @ self._tokens(batches, rows, device, counted_tokens))
+            alpha = alpha * (float(num_items) / weighted if weighted > 0 else 0.0)
+        self._by_domain = alpha
+
+    def _tokens(
+        self,
+        batches: list[Any],
+        rows: list[Rows],
+        device: torch.device,
+        count: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Floats:
+        """Return the step's tokens of each domain [K] (collective)."""
+        counts = torch.zeros(len(self._domains.names), dtype=torch.float64)
+        for batch, ids in zip(batches, rows, strict=True):
+            which = torch.from_numpy(self._domains.domain_of[ids].astype(np.int64))
+            counts.index_add_(0, which, count(batch["labels"]).cpu())
+        if self._over_ranks:
+            counts = comm.gather_sum(counts.to(device)).cpu()
+        found: Floats = counts.numpy()
+        return found
+
+    def of(self, rows: Rows) -> Floats:
+        """Return the weights of rows in this step [len(rows)]."""
+        assert self._by_domain is not None
+        return np.asarray(self._by_domain[self._domains.domain_of[rows]])
+
+    def times(self, weights: torch.Tensor, sequences: Sequences, normalizer: Normalizer) -> torch.Tensor:
+        """Multiply weights [B, 1] or [R, T] by the domains' (collective under ``num_sequences``).
+
+        Under ``num_sequences`` the sum over the micro-batch of all ranks stays as it was.
+        """
+        factor = torch.from_numpy(self.of(sequences.rows_B)).to(weights)
+        by_sequence = len(weights) == len(sequences.rows_B) and weights.shape[1] == 1
+        product = weights * (factor[:, None] if by_sequence else sequences.spread(factor))
+        if normalizer != "num_sequences":
+            return product
+        return product * comm.ratio_of_sums(weights.double().sum(), product.double().sum()).to(product)
+
+
+def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Return tokens per row [R] as the stock denominator counts them (a label in the first place included)."""
+    return labels.ne(IGNORE_INDEX).sum(dim=1).double()
+
+
+def predicted_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Return tokens per row [R] that have a loss (the first place has none)."""
+    return labels[:, 1:].ne(IGNORE_INDEX).sum(dim=1).double()
+
+
+def embedded(
+    hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: EmbeddingSpec
+) -> torch.Tensor:
+    """Return a vector for each sequence, fp32 [B, D], without gradient; zeros where there is nothing to pool.
+
+    Args:
+        hidden_RTD: Hidden states of the micro-batch.
+        batch: The collated micro-batch, with ``labels``.
+        mask_RT: Positions whose next token is supervised.
+        sequences: Rows, or the documents of packed rows that have a supervised token.
+        spec: How to pool.
+    """
+    hidden = hidden_RTD.detach()
+    if sequences.index_BT is None:
+        return pool(hidden, batch.get("attention_mask"), batch["labels"], spec).nan_to_num()
+    documents = document_ids(batch)
+    vectors, keys = pool_documents(hidden, documents, batch["labels"], spec)
+    # Keep the documents that are sequences, in their order.
+    predicted = F.pad(documents[:, 1:], (0, 1), value=0).clamp(min=0)
+    row, column = mask_RT.nonzero(as_tuple=True)
+    place = torch.full((len(documents), int(documents.max()) + 1), -1, dtype=torch.int64, device=hidden.device)
+    place[row, predicted[row, column]] = sequences.index_BT[row, column]
+    where = place[keys[:, 0], keys[:, 1]]
+    out = vectors.new_zeros(len(sequences.rows_B), vectors.shape[1])
+    out[where[where >= 0]] = vectors[where >= 0]
+    return out.nan_to_num()
+
+
+_LOGGED_DOMAINS = 32
+
+
+class References(Protocol):
+    """Token losses of a reference model for the rows in training."""
+
+    def cover(self, rows: Rows, *, last: bool = False) -> None:
+        """Get ready for these rows, the last ones or not (collective)."""
+        ...
+
+    def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Return fp32 [R, T], 0 where ``mask_BT`` is False."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        ...
+
+
+class Reweighter:
+    """Turns token losses of micro-batches into the weighted loss and adds them up by domain.
+
+    Args:
+        weighter: The method, or None for equal weights.
+        mixer: A mixer that observes or weighs domains in the loss, or None.
+        columns: Raw columns by name, each [N].
+        domains: Domains of the training rows.
+        over_ranks: Whether the Trainer counts tokens over all ranks and multiplies by their number
+            (``average_tokens_across_devices``).
+        world: Number of ranks.
+        packed: Whether rows hold several documents, which are then the sequences.
+        reference: Losses of the reference model, where a method needs them.
+    """
+
+    def __init__(
+        self,
+        weighter: Weighter | None,
+        mixer: Mixer | None,
+        *,
+        columns: Mapping[str, NDArray[Any]],
+        domains: Domains,
+        over_ranks: bool,
+        world: int,
+        packed: bool = False,
+        reference: References | None = None,
+    ) -> None:
+        if weighter is not None and isinstance(mixer, DomainWeighter) and mixer.loss_normalizer == "domain":
+            raise UnsupportedError(
+                f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
+            )
+        self.weighter, self.mixer = weighter, mixer
+        self._needs = Requires() if weighter is None else weighter.requires()
+        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
+        self.stats = None if weighter is None else WeightStats(weighter.name)
+        self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
+        self._plain: torch.Tensor | None = None
+        self.reference = reference
+        self._covered: DataPlan | None = None
+        self._columns, self._domains = columns, domains
+        self._over_ranks, self._world, self._packed = over_ranks, world, packed
+        self._domain_weights = (
+            DomainWeights(mixer, domains, over_ranks=over_ranks) if isinstance(mixer, DomainWeighter) else None
+        )
+        self._acts = False
+        self._scale: torch.Tensor | None = None
+        self._sums = DomainSums(len(domains.names))
+        self._logged = np.zeros((len(SUMS), len(domains.names)))
+        # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
+        blind = mixer is not None and mixer.observes and not self._mixer_compares and comm.rank() == 0
+        self._noise = NoiseWatch(domains.names) if blind else None
+
+    @property
+    def observes(self) -> bool:
+        """Whether a mixer wants to know what each step made of the domains."""
+        return self.mixer is not None and self.mixer.observes
+
+    def compares_from(self, total_steps: int) -> int:
+        """Return the first optimizer step whose losses are compared with the reference's."""
+        if self._mixer_compares:
+            return 0
+        return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
+
+    def cover(self, plan: DataPlan, total_steps: int) -> None:
+        """Tell the reference the rows of a new plan that are compared with it (collective)."""
+        if self.reference is None or plan is self._covered:
+            return
+        first = max(self.compares_from(total_steps) - plan.interval.start_step, 0)
+        rows = plan.rows[first * plan.global_batch :]
+        # A short step of several ranks is evened out by rows from elsewhere.
+        filled = plan.fill[: plan.global_batch if self._world > 1 and (rows < 0).any() else 0]
+        self.reference.cover(np.concatenate([rows, filled]), last=plan.interval.stop_step >= total_steps)
+        self._covered = plan
+
+    @property
+    def embedding(self) -> Any:
+        """How the training forward's hidden states are pooled, or None."""
+        return self._needs.embedding
+
+    def begin_step(
+        self,
+        batches: list[Any],
+        rows: list[Rows],
+        num_items: Any,
+        device: torch.device,
+        *,
+        step: int,
+        total_steps: int,
+    ) -> None:
+        """Find what is known of the step's weights before its forward passes (collective).
+
+        Args:
+            batches: Collated micro-batches of this rank, with ``labels``.
+            rows: Row ids of each micro-batch.
+            num_items: Supervised tokens of the step, as the Trainer counts them.
+            device: Where collectives work.
+            step: Optimizer step, counted from 0.
+            total_steps: Optimizer steps of the run.
+        """
+        self._acts = self.weighter is not None and self.weighter.active(step, total_steps)
+        self._scale = None
+        domain_weights = self._domain_weights
+        if domain_weights is not None:
+            domain_weights.begin_step(batches, rows, num_items, device, self._normalizer)
+        if self._normalizer != "weight_sum":
+            return
+        total = torch.zeros((), dtype=torch.float64)
+        for batch, ids in zip(batches, rows, strict=True):
+            weights = self._known(ids)
+            if weights is None:
+                return
+            if domain_weights is not None:
+                weights = weights * domain_weights.of(ids)
+            total += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
+        if self._over_ranks:
+            total = comm.gather_sum(total.to(device))
+        items = torch.as_tensor(num_items, dtype=torch.float64, device=total.device)
+        self._scale = torch.where(total > 0, items / total, torch.zeros_like(total))
+
+    @property
+    def _normalizer(self) -> Normalizer:
+        """The step's denominator: the acting weighter's, else the mixer's, else that of the stock loss."""
+        if self._acts:
+            assert self.weighter is not None
+            return self.weighter.normalizer
+        by_weight = self._domain_weights is not None and not self._domain_weights.by_domain_means
+        return "weight_sum" if by_weight else "num_tokens"
+
+    def check_known(self, rows: Rows) -> None:
+        """Look at the weights that are known from the rows alone, so that a bad one does not wait for its row's step.
+
+        Raises:
+            ComponentError: A weight that is negative or not finite.
+            DataError: As the weighter tells it.
+        """
+        known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
+        if self.weighter is None or known is None:
+            return
+        bad = rows[~(np.isfinite(known) & (known >= 0))]
+        if len(bad):
+            raise ComponentError(
+                f"weighter {self.weighter.name!r} returned negative or non-finite weights, first of row {bad[0]:,}"
+            )
+
+    def _known(self, rows: Rows) -> NDArray[np.float64] | None:
+        """Return weights that are known from the rows alone; ones where no weighter acts."""
+        if self.weighter is None or not self._acts:
+            return np.ones(len(rows))
+        return check_static_weights(self.weighter, rows, self._columns)
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: Rows,
+        *,
+        batch: dict[str, Any],
+        hidden: torch.Tensor | None = None,
+        num_items: Any,
+        num_micro_batches: int,
+        step: int,
+        total_steps: int,
+    ) -> torch.Tensor:
+        """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
+
+        Args:
+            logits: [R, T, V].
+            labels: [R, T].
+            rows: Row ids [R].
+            batch: The collated micro-batch.
+            hidden: Hidden states [R, T, D] of the layer that ``embedding`` names.
+            num_items: Supervised tokens of the optimizer step, as the Trainer counts them.
+            num_micro_batches: Micro-batches of the step.
+            step: Optimizer step, counted from 0.
+            total_steps: Optimizer steps of the run.
+        """
+        weighter = self.weighter if self._acts else None
+        losses = token_losses(logits, labels, entropy=weighter is not None and self._needs.entropy)
+        domains_R = self._domains.domain_of[rows].astype(np.int64)
+        compares = step >= self.compares_from(total_steps)
+        reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
+        if self.observes:
+            self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
+        if self.weighter is not None:
+            plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
+            self._plain = plain if self._plain is None else self._plain + plain
+        weights, sequences, equal = self._weights(
+            weighter,
+            losses,
+            batch,
+            rows,
+            hidden=hidden,
+            reference_BT=reference,
+            step=step,
+            total_steps=total_steps,
+            num_micro_batches=num_micro_batches,
+        )
+        if self._domain_weights is not None:
+            weights = self._domain_weights.times(weights, sequences, self._normalizer)
+        scale = self._scale
+        if scale is None and self._normalizer == "weight_sum":
+            scale = micro_batch_scale(losses, weights, sequences)
+        if weighter is not None:
+            self._note(weights / equal if scale is None else weights * scale.to(weights), losses, sequences)
+        return weighted_loss(
+            losses,
+            weights,
+            sequences=sequences,
+            normalizer=self._normalizer,
+            num_items=num_items,
+            num_micro_batches=num_micro_batches,
+            step_scale=scale,
+            replicas=1 if self._over_ranks else self._world,
+        )
+
+    def _weights(
+        self,
+        weighter: Weighter | None,
+        losses: TokenLosses,
+        batch: dict[str, Any],
+        rows: Rows,
+        *,
+        hidden: torch.Tensor | None,
+        **view: Any,
+    ) -> tuple[torch.Tensor, Sequences, float]:
+        """Return the weighter's weights, whose sequences they are of, and what an equal weight is among them."""
+        sequences = row_sequences(rows)
+        if weighter is None:
+            return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
+        if (known := self._known(rows)) is not None:
+            return checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
+        if self._packed:
+            sequences = document_sequences(document_ids(batch), losses.mask_BT, rows)
+        vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
+        domains_B = self._domains.domain_of[sequences.rows_B].astype(np.int64)
+        seen = batch_view(losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view)
+        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
+        return checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
+
+    def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:
+        """Keep weights for the log and the report, relative to equal ones."""
+        by_sequence = relative[:, 0]
+        if relative.shape[1] > 1 or len(relative) != len(sequences.rows_B):
+            tokens_B = sequences.sums(losses.mask_BT.to(relative.dtype))
+            by_sequence = sequences.sums(relative * losses.mask_BT) / tokens_B.clamp(min=1)
+        assert self.stats is not None
+        self.stats.add(relative, by_sequence)
+        if self.row_weights is not None:
+            self.row_weights.add(sequences.rows_B, by_sequence)
+
+    def end_step(
+        self, *, step: int, total_steps: int, proportions: NDArray[np.float64], learning_rate: float, device: Any
+    ) -> None:
+        """Tell the mixer what the step made of the domains (collective)."""
+        if not self.observes:
+            return
+        assert self.mixer is not None
+        sums = self._sums.take(device)
+        self._logged += sums
+        if self._noise is not None:
+            weights = proportions if self._domain_weights is None else self._domain_weights.given()
+            self._noise.step(sums[SUMS.index("loss_sum")], sums[SUMS.index("tokens")], weights)
+        self.mixer.observe(
+            DomainStats.of(
+                sums,
+                names=self._domains.names,
+                step=step,
+                total_steps=total_steps,
+                proportions=proportions,
+                learning_rate=learning_rate,
+            )
+        )
+
+    def since_log(self) -> State:
+        """Return what ``scalars`` has yet to tell, over all ranks (collective)."""
+        return {
+            "weights": {} if self.stats is None else self.stats.since_read(),
+            "plain": [] if self._plain is None else comm.gather_sum(self._plain).tolist(),
+            "domains": self._logged,
+        }
+
+    def restore_since_log(self, state: State, device: torch.device) -> None:
+        """Take back what ``since_log`` gave: rank 0 holds the sums of all."""
+        if self.stats is not None:
+            self.stats.restore(state["weights"], device)
+        if state["plain"]:
+            plain = torch.tensor(state["plain"], dtype=torch.float64, device=device)
+            self._plain = plain if comm.rank() == 0 else torch.zeros_like(plain)
+        self._logged = np.asarray(state["domains"], dtype=np.float64)
+
+    def scalars(self) -> dict[str, float]:
+        """Return numbers for the training log since the last call: weights, and the plain loss of each domain.
+
+        Collective under a weighter.
+        """
+        scalars = {} if self.stats is None else self.stats.read()
+        if self._plain is not None:
+            total, count = comm.gather_sum(self._plain).tolist()
+            scalars["plain_loss"] = total / max(count, 1.0)
+            self._plain = None
+        if self.observes:
+            tokens, losses = self._logged[SUMS.index("tokens")], self._logged[SUMS.index("loss_sum")]
+            for name, count, total in zip(self._domains.names, tokens, losses, strict=True):
+                if count > 0:
+                    scalars[f"loss/{name}"] = float(total / count)
+            self._logged = np.zeros_like(self._logged)
+        names = self._domains.names
+        if self._domain_weights is not None and len(names) <= _LOGGED_DOMAINS:
+            weights = self._domain_weights.given().tolist()
+            scalars.update({f"loss_weight/{name}": weight for name, weight in zip(names, weights, strict=True)})
+        return scalars
+
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def balance_loss(outputs: Any, config: Any) -> torch.Tensor | None:
+    """Return what a model adds to its loss for balanced routers, as it would; None where it adds nothing.
+
+    Args:
+        outputs: Output of the model.
+        config: Its configuration; for a model of several modes, that of its language part is looked at.
+    """
+    balance: Any = getattr(outputs, "aux_loss", None)
+    if not torch.is_tensor(balance):  # 0 where the routers are not looked at
+        return None
+    text = config.get_text_config()
+    coefficient: float = next((getattr(text, name) for name in _COEFFICIENTS if hasattr(text, name)), 0.0)
+    found: torch.Tensor = coefficient * balance
+    return found
