@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from dataflex.signals.kinds import (
     TokenLoss,
 )
 
+sys.path.insert(0, str(Path(__file__).parent))
+from my_signal import GuessedTokens
+
 CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
 
 
@@ -32,13 +36,14 @@ class Blind(Selector):
 
 class Watcher(Blind):
     name = "watcher"
-    needs = Needs(signals=frozenset({"losses", "embeddings", "gradients"}), targets=True)
+    needs = Needs(signals=frozenset({"losses", "logits", "embeddings", "gradients"}), targets=True)
 
     def select(self, pool, budget, ctx):
         scores = {"losses": ctx.signals(TokenLoss(), pool).tolist()}
         scores["few"] = ctx.signals(TokenLoss(), pool[:1]).tolist()  # fewer rows than ranks
         scores["target"] = ctx.signals(TokenLoss(), pool[:5], target="goal").tolist()
         scores["el2n"] = ctx.signals(EL2N(), pool).tolist()
+        scores["own"] = ctx.signals(GuessedTokens(top=5), pool).tolist()
         scores["embeddings"] = ctx.signals(Embedding(), pool).tolist()
         for precondition in ("none", "true_adam"):
             spec = GradientSpec(precondition=precondition)

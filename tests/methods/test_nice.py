@@ -43,9 +43,9 @@ class Policy(FakeSignals):
             for s, action in enumerate(self.actions)
         ]
 
-    def answer_gradient(self, answer):
-        (action,) = answer.response
-        assert tuple(answer.prompt) == tuple(PROMPT)
+    def response_gradient(self, response):
+        (action,) = response.response
+        assert tuple(response.prompt) == tuple(PROMPT)
         return self.p - np.eye(2)[action]  # of -log p
 
     def feature(self):
@@ -54,7 +54,7 @@ class Policy(FakeSignals):
         if not asked:
             return np.zeros(2)
         (answers,) = asked
-        return sum(one.weight * self.answer_gradient(one) for one in answers["target"])
+        return sum(one.weight * self.response_gradient(one) for one in answers["target"])
 
 
 class Table:

@@ -8,7 +8,7 @@ import torch
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
-from dataflex.signals.gradients.targets import answers_digest
+from dataflex.signals.gradients.targets import responses_digest
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import GradientSpec, ResponseGradientScores, WeightedResponse
 from dataflex.signals.losses import row_losses
@@ -76,6 +76,7 @@ def expected(model, rows, tasks, normalize, over_groups):
     return np.array(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize(("normalize", "over_groups"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("budget", [6, 1000])
@@ -135,7 +136,7 @@ def test_answers_are_kept_by_all_that_they_say(tmp_path):
     spec = GradientSpec(precondition="none")
     first = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
     heavier = [WeightedResponse(prompt=GOOD[0].prompt, response=GOOD[0].response, weight=0.75, group=0), *GOOD[1:]]
-    assert answers_digest(GOOD) != answers_digest(heavier)
+    assert responses_digest(GOOD) != responses_digest(heavier)
     assert not np.array_equal(
         first, signals(ResponseGradientScores(**vars(spec), responses={"good": heavier}), np.arange(8)), equal_nan=True
     )

@@ -264,11 +264,12 @@ def test_a_pass_without_rows(store):
 
 
 def start(directory, *ranks):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, store_worker.__file__, str(directory), "0.2", *map(str, ranks)]
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_and_go_on_with_another_number_of_ranks(tmp_path):
     whole, batches = store_worker.run(tmp_path / "whole")
     directory = tmp_path / "killed"

@@ -16,7 +16,7 @@ from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.losses import model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
-from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
+from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
@@ -135,7 +135,7 @@ def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
 
 def embedding_size(model: nn.Module) -> int:
     """Return D, the width of the model's hidden states."""
-    return int(anatomy(model).text_config.hidden_size)
+    return int(model_parts(model).text_config.hidden_size)
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
     """
-    parts = anatomy(model)
+    parts = model_parts(model)
     with narrow_head(parts), capture_hidden(parts, layer) as seen:
         parts.root(**model_inputs(batch), use_cache=False)
     if len(seen) != 1 or seen[0].shape[:2] != batch["input_ids"].shape:
@@ -248,7 +248,7 @@ class TransformersEncoder(TextEncoder):
             return out
         ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        parts = anatomy(self._body)
+        parts = model_parts(self._body)
         for positions in bucketed(lengths, _TOKEN_BUDGET):
             width = max(int(lengths[positions].max()), 1)
             tokens = torch.zeros(len(positions), width, dtype=torch.int64)

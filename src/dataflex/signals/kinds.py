@@ -579,13 +579,13 @@ class ResponseGradientScores(_GradientSignal):
         return (len(self.responses),)
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
-        from dataflex.signals.gradients.targets import answers_digest
+        from dataflex.signals.gradients.targets import responses_digest
 
         own = {key: value for key, value in vars(self).items() if key != "responses"}
-        return {**own, "responses": {name: answers_digest(given) for name, given in self.responses.items()}}
+        return {**own, "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        return scorers.towards(scorers.answer_vectors(list(self.responses.values())))
+        return scorers.towards(scorers.response_vectors(list(self.responses.values())))
 
 
 @contextmanager

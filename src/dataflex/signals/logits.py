@@ -16,7 +16,7 @@ from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
 from dataflex.signals.losses import chunk_tokens, model_inputs, real_tokens
-from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
+from dataflex.signals.model_parts import ModelParts, model_parts, narrow_head
 from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
@@ -49,7 +49,7 @@ class LogitReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts: ModelParts = anatomy(model)
+        self._parts: ModelParts = model_parts(model)
         self.through_head: bool | None = None if self._parts.head is not None else False
         """Whether the head is applied to chosen positions; None until the first batch has been seen."""
 
@@ -303,7 +303,7 @@ class GateReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._parts = model, anatomy(model)
+        self._model, self._parts = model, model_parts(model)
         self._shape: tuple[int, int] | None = None
         config = self._parts.text_config
         self._top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None)

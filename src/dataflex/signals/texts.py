@@ -89,9 +89,9 @@ class Cut:
     """How sequences are made.
 
     Attributes:
-        alone: One sequence for each answer, without what comes before it; else whole documents.
-        prefix_tokens: Tokens directly before an answer that it keeps when alone.
-        leave_out_first: Leave out an answer's first token where, alone, nothing would come before it.
+        alone: One sequence for each response, without what comes before it; else whole documents.
+        prefix_tokens: Tokens directly before a response that it keeps when alone.
+        leave_out_first: Leave out a response's first token where, alone, nothing would come before it.
         start: Token that every sequence begins with, as one that the tokenizer puts there itself; or none.
         limit: Tokens of a document at most, those beyond are scored neither way; or None.
         translate: Turns tokens into those of another model; or None.
@@ -133,7 +133,7 @@ class Segments:
         features = getattr(self.dataset, "features", None) or {}
         media = [name for name in _MEDIA if name in features and getattr(features[name], "dtype", None) != "null"]
         if media:
-            raise UnsupportedError(f"answers are scored as text, but the rows hold {', '.join(media)}")
+            raise UnsupportedError(f"responses are scored as text, but the rows hold {', '.join(media)}")
         places, numbers, lengths = [], [], []
         for place, row in enumerate(token_rows(self.dataset, self.rows)):
             for number, length in enumerate(self._lengths(row)):
@@ -156,10 +156,10 @@ class Segments:
         """Return the length of each sequence of a row without making them."""
         found = []
         for stretches in _documents(row):
-            answers = [len(ids) for supervised, ids in stretches if supervised]
+            responses = [len(ids) for supervised, ids in stretches if supervised]
             if self.cut.alone:
-                found += [length + self.cut.prefix_tokens for length in answers]
-            elif answers:
+                found += [length + self.cut.prefix_tokens for length in responses]
+            elif responses:
                 found.append(sum(len(ids) for _, ids in stretches))
         return found
 

@@ -167,10 +167,10 @@ class FakeSignals:
         """Return what ``compute`` gives."""
         return compute()
 
-    def answer_gradient(self, answer: WeightedResponse) -> NDArray[np.float64]:
+    def response_gradient(self, response: WeightedResponse) -> NDArray[np.float64]:
         """Gradient of a response [P], made of its tokens; meant to be overridden."""
         places = 1.0 + np.arange(self._gradients.shape[1])
-        return np.asarray(np.sin(np.outer(np.asarray(answer.response, dtype=np.float64), places)).sum(axis=0))
+        return np.asarray(np.sin(np.outer(np.asarray(response.response, dtype=np.float64), places)).sum(axis=0))
 
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
         losses = self._of(target)
@@ -230,9 +230,9 @@ class FakeSignals:
     def _response_gradient_scores(
         self, signal: kinds.ResponseGradientScores, rows: Rows, target: str | None
     ) -> ArrayLike:
-        """Compare with weighted sums of ``answer_gradient``."""
+        """Compare with weighted sums of ``response_gradient``."""
         given = signal.responses.values()
-        aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in responses) for responses in given])
+        aims = np.stack([sum(one.weight * self.response_gradient(one) for one in responses) for responses in given])
         ours = self._gradients[rows]
         return _unit(ours) @ _unit(aims).T if signal.normalize else ours @ aims.T
 

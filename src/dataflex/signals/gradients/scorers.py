@@ -70,8 +70,8 @@ class GradientScorers:
         """
         return target_vectors(self.engine, targets, normalize_rows=self.mean_of_cosines)
 
-    def answer_vectors(self, tasks: Sequence[Sequence[WeightedResponse]]) -> TargetVectors:
-        """Return one vector per task, of its weighted answers (collective); see ``policy_vectors``."""
+    def response_vectors(self, tasks: Sequence[Sequence[WeightedResponse]]) -> TargetVectors:
+        """Return one vector per task, of its weighted responses (collective); see ``policy_vectors``."""
         return policy_vectors(self.engine, self._access, tasks, normalize_groups=self.mean_of_cosines)
 
     def towards(self, targets: TargetVectors) -> Score:

@@ -21,7 +21,7 @@ from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import WeightedResponse
 from dataflex.signals.sweep import Sweep, bucketed, row_pass
 
-__all__ = ["TargetBuilder", "answers_digest", "policy_vectors", "row_products", "target_vectors"]
+__all__ = ["TargetBuilder", "policy_vectors", "responses_digest", "row_products", "target_vectors"]
 
 _IGNORE = -100
 _HELD_NUMBERS = 2**28
@@ -84,16 +84,16 @@ def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normaliz
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Answers whose gradients are added up: the task they belong to, and batches of them."""
+    """Responses whose gradients are added up: the task they belong to, and batches of them."""
 
     task: int
     batches: tuple[tuple[WeightedResponse, ...], ...]
 
 
-def answers_digest(answers: Sequence[WeightedResponse]) -> str:
-    """Return a hash of everything that a task's answers say."""
+def responses_digest(responses: Sequence[WeightedResponse]) -> str:
+    """Return a hash of everything that a task's responses say."""
     digest = hashlib.blake2b(digest_size=16)
-    for one in answers:
+    for one in responses:
         digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
     return digest.hexdigest()
 
@@ -103,23 +103,23 @@ def policy_vectors(
 ) -> TargetVectors:
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
-    The vector of a group (usually the answers sampled for one prompt) is the sum of weight times the gradient of
-    -log p(answer | prompt), summed over the answer's tokens; that of a task is the mean over its groups, or over their
-    directions. Each group's gradient is held once, so that its length is exact.
+    The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or over
+    their directions. Each group's gradient is held once, so that its length is exact.
 
     Args:
         engine: Of the model; its loss is a row's token mean.
         access: Collates, and says where batches go and how large they may be.
-        tasks: The answers of each task; those of equal ``group`` are added up.
+        tasks: The responses of each task; those of equal ``group`` are added up.
         normalize_groups: Mean over the groups' directions instead of over their gradients.
 
     Raises:
-        DataError: A task without answers, or an answer without tokens.
+        DataError: A task without responses, or a response without tokens.
     """
-    groups = [group for task, answers in enumerate(tasks) for group in _groups(task, answers, access.token_budget)]
+    groups = [group for task, responses in enumerate(tasks) for group in _groups(task, responses, access.token_budget)]
     sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
     world, rank = comm.world(), comm.rank()
-    with engine.observing(), progress("gradients of graded answers", len(groups)) as told:
+    with engine.observing(), progress("gradients of graded responses", len(groups)) as told:
         for first in range(0, len(groups), world):
             turn = groups[first : first + world]
             # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
@@ -141,14 +141,14 @@ def policy_vectors(
     return sums.scale_(torch.from_numpy(1.0 / sizes))
 
 
-def _groups(task: int, answers: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
+def _groups(task: int, responses: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
     by_group: dict[int, list[WeightedResponse]] = {}
-    for one in answers:
+    for one in responses:
         if not len(one.prompt) or not len(one.response):
-            raise DataError(f"answers: one of group {one.group} has no prompt or no tokens")
+            raise DataError(f"responses: one of group {one.group} has no prompt or no tokens")
         by_group.setdefault(one.group, []).append(one)
     if not by_group:
-        raise DataError(f"answers: task {task} has none")
+        raise DataError(f"responses: task {task} has none")
     found = []
     for members in by_group.values():
         lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
@@ -157,12 +157,12 @@ def _groups(task: int, answers: Sequence[WeightedResponse], token_budget: int) -
     return found
 
 
-def _collated(answers: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
+def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
     features = []
-    for one in answers:
-        prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.response]
-        ids = prompt + answer
-        labels = [_IGNORE] * len(prompt) + answer
+    for one in responses:
+        prompt, response = [int(token) for token in one.prompt], [int(token) for token in one.response]
+        ids = prompt + response
+        labels = [_IGNORE] * len(prompt) + response
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     batch = access.collate(features)
     return {key: value.to(access.device) if torch.is_tensor(value) else value for key, value in batch.items()}
