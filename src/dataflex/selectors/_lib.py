@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Context, Needs, Params, Rows
+from dataflex.method import Context, Params, Passes, Requires, Rows
 from dataflex.select.scoring import Found, Gives, ScoringSelector
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Pooling
 
@@ -35,7 +35,7 @@ class EmbeddingParams(Params):
 
     encoder: str | None = field(
         default=None,
-        metadata={"help": "folder or hub id of another model; null: the model under training", "model": True},
+        metadata={"help": "folder or hub id of another model; null: the model under training"},
     )
     layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
     completion_only: bool = field(
@@ -70,11 +70,21 @@ class VectorSelector(ScoringSelector):
     """Compares vectors of rows with those of the targets' rows."""
 
     lacking = "no embedding"
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Return ``vectors``."""
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+        )
+
+    @property
+    def gives(self) -> Gives:
+        """Vectors."""
         return "vectors"
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:

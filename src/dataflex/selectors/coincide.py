@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
 from dataflex.signals.specs import EmbeddingSpec
@@ -145,13 +144,10 @@ class Coincide(Selector):
     """Keep rows of transferable, sparse clusters, each cluster in miniature."""
 
     name = "coincide"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",
         paper="COINCIDE: Concept-skill Transferability-based Data Selection, EMNLP 2024, arXiv 2406.10995",
         cost="1 F over the pool per layer and interval, and k-means",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -171,10 +167,7 @@ class Coincide(Selector):
         iterations: int = field(default=50, metadata={"help": "rounds of k-means at most", "minimum": 1})
         encoder: str | None = field(
             default=None,
-            metadata={
-                "help": "folder or hub id of another (small) model; null: the model under training",
-                "model": True,
-            },
+            metadata={"help": "folder or hub id of another (small) model; null: the model under training"},
         )
 
         def __post_init__(self) -> None:
@@ -185,9 +178,15 @@ class Coincide(Selector):
 
     params: Params
 
-    def pool_passes(self, num_targets: int) -> tuple[float, float]:
-        """One F a layer."""
-        return float(len(self.params.layers)), 0.0
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(float(len(self.params.layers)), 0.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows.

@@ -29,13 +29,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Needs, Rows, Selection
+from dataflex.method import Card, Context, Requires, Rows, Selection
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
@@ -103,7 +102,6 @@ class Dsir(ScoringSelector):
 
     name = "dsir"
     lacking = "too few n-grams"
-    needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
         paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
@@ -136,7 +134,6 @@ class Dsir(ScoringSelector):
             default=None,
             metadata={
                 "help": "draw for each target by itself, in these proportions; null: pool the targets",
-                "by_target": True,
             },
         )
 
@@ -149,14 +146,22 @@ class Dsir(ScoringSelector):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"texts"}),
+            targets=True,
+            by_target={"target_proportions": self.params.target_proportions},
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._remembered = Remembered()
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Targets count together, unless each has its own proportion."""
-        return "scores" if params.target_proportions is None else "tasks"
+    @property
+    def gives(self) -> Gives:
+        """Scores, since targets count together, unless each has its own proportion."""
+        return "scores" if self.params.target_proportions is None else "tasks"
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """As any scoring selector; with ``target_proportions`` each target draws its part by the rule.

@@ -45,7 +45,7 @@ class Call:
     """One question that a method asked of the signals.
 
     Attributes:
-        signal: Which of ``Needs.signals`` it belongs to.
+        signal: Which of ``Requires.signals`` it belongs to.
         rows: The rows asked about.
         options: Every other argument.
     """
@@ -98,7 +98,7 @@ class FakeSignals:
 
     @property
     def asked(self) -> frozenset[str]:
-        """The signals that were asked for, to be compared with ``Needs.signals``."""
+        """The signals that were asked for, to be compared with ``Requires.signals``."""
         return frozenset(call.signal for call in self.calls)
 
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
