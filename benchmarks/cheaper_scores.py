@@ -33,10 +33,10 @@ import torch
 
 from dataflex.select.choose import top_k
 from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
+from dataflex.signals.kinds import Embedding, GradientScores, GradientSpec, TokenLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import bucketed
 from dataflex.train.screening import piloted, screened
 
@@ -166,31 +166,30 @@ def main() -> int:
     pool, target = Rows(options.pool, tokenizer, options.rows), Rows(options.target, tokenizer, options.target_rows)
     model, optimizer = prepared(pool, 4 if options.quick else 20)
     budget = 8 * CUTOFF
-    service = SignalService(
-        handle=ModelAccess(
+    runner = SignalRunner(
+        access=ModelAccess(
             model=model,
             collate=collate,
             autocast=contextlib.nullcontext,
             device=torch.device("cpu"),
             token_budget=budget,
             optimizer=lambda: optimizer,
-        ),
-        train=Corpus(dataset=pool, lengths=pool.lengths, identity="pool"),
-        targets={"target": Corpus(dataset=target, lengths=target.lengths, identity="target")},
-        seed=0,
+            train=Corpus(dataset=pool, lengths=pool.lengths, identity="pool"),
+            targets={"target": Corpus(dataset=target, lengths=target.lengths, identity="target")},
+        )
     )
     everything = np.arange(len(pool.rows), dtype=np.int64)
 
     def scores(spec: GradientSpec, rows=everything) -> np.ndarray:
         out = np.full(len(everything), -np.inf)
-        out[rows] = service.gradient_scores(rows, spec, targets=("target",))[:, 0]
+        out[rows] = runner(GradientScores(**vars(spec), targets=("target",)), rows)[:, 0]
         return out
 
     def screen(share: float) -> np.ndarray:
-        return scores(GradientSpec(), screened(everything, share, service, ("target",)))
+        return scores(GradientSpec(), screened(everything, share, runner, ("target",)))
 
     def pilot(share: float) -> np.ndarray:
-        kept = piloted(everything, round(share * len(everything)), service, ("target",), seed=0, interval=0)
+        kept = piloted(everything, round(share * len(everything)), runner, ("target",), seed=0, interval=0)
         return scores(GradientSpec(), kept)
 
     ways = {
@@ -209,15 +208,15 @@ def main() -> int:
         "pilot, 30 % exact": lambda: pilot(0.3),
         "pilot, 20 % exact": lambda: pilot(0.2),
         "derivative, forward mode": lambda: derivatives(model, optimizer, pool, target, budget),
-        "embeddings only": lambda: service.embeddings(everything, EmbeddingSpec()).dot(
-            service.embeddings(np.arange(len(target.rows)), EmbeddingSpec(), target="target").mean(axis=0)
+        "embeddings only": lambda: runner(Embedding(), everything).dot(
+            runner(Embedding(), np.arange(len(target.rows)), target="target").mean(axis=0)
         ),
     }
     always = ("exact, fp32", "the target alone")
     ways = {way: ask for way, ask in ways.items() if way in always or re.search(options.ways, way)}
     forward_only = {
-        "losses": lambda: service.losses(everything),
-        "embeddings": lambda: service.embeddings(everything, EmbeddingSpec()),
+        "losses": lambda: runner(TokenLoss(), everything),
+        "embeddings": lambda: runner(Embedding(), everything),
     }
     forward: dict[str, list[float]] = {"plain": [], **{name: [] for name in forward_only}}
     step, base, taken, found = 0, [], {way: [] for way in ways}, {}
@@ -227,13 +226,13 @@ def main() -> int:
         base.append(time.process_time() - started)
         for name in forward:
             step += 1
-            service.begin(step)
+            runner.begin(step)
             started = time.process_time()
             forward_only.get(name, lambda: plain_forward(model, pool, budget))()
             forward[name].append(time.process_time() - started)
         for way, ask in ways.items():
             step += 1
-            service.begin(step)
+            runner.begin(step)
             started = time.process_time()
             found[way] = np.nan_to_num(ask(), nan=-np.inf)
             taken[way].append(time.process_time() - started)

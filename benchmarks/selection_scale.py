@@ -32,6 +32,7 @@ from dataflex.select.choose import top_k
 from dataflex.select.spread import apart, facility_location, k_center
 from dataflex.selectors.nearest import Near, RdsPlus
 from dataflex.selectors.tsds import Tsds
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
 MOST_SECONDS = {"near": 600.0, "tsds": 600.0, "round_robin": 600.0, "top_k": 3.0}
@@ -62,11 +63,8 @@ class Mapped(FakeSignals):
     """Answers questions for embeddings with mapped vectors, without copying them."""
 
     def __init__(self, vectors: np.ndarray, queries: np.ndarray) -> None:
-        super().__init__(np.ones(1), targets={"target": np.ones(len(queries))})
-        self._vectors, self._queries = vectors, queries
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        return self._vectors if target is None else self._queries
+        mapped = {Embedding: lambda _signal, _rows, target: vectors if target is None else queries}
+        super().__init__(np.ones(1), targets={"target": np.ones(len(queries))}, values=mapped)
 
 
 def opened(folder: Path, name: str, dim: int, count: int | None = None) -> np.ndarray:

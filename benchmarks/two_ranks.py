@@ -33,9 +33,9 @@ def job(rows: int) -> None:
     from transformers import AutoTokenizer
 
     from cheaper_scores import CUTOFF, ROOT, Rows, collate, prepared
+    from dataflex.signals.kinds import GradientScores, TokenLoss
     from dataflex.signals.model_access import Corpus, ModelAccess
-    from dataflex.signals.service import SignalService
-    from dataflex.signals.specs import GradientSpec
+    from dataflex.signals.runner import SignalRunner
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -43,29 +43,28 @@ def job(rows: int) -> None:
     pool = Rows(ROOT / "examples/data/pool.jsonl", tokenizer, rows)
     target = Rows(ROOT / "examples/data/gsm8k_valid.jsonl", tokenizer, 2)
     model, optimizer = prepared(pool, 3)
-    service = SignalService(
-        handle=ModelAccess(
+    runner = SignalRunner(
+        access=ModelAccess(
             model=model,
             collate=collate,
             autocast=contextlib.nullcontext,
             device=torch.device("cpu"),
             token_budget=8 * CUTOFF,
             optimizer=lambda: optimizer,
-        ),
-        train=Corpus(dataset=pool, lengths=pool.lengths),
-        targets={"target": Corpus(dataset=target, lengths=target.lengths)},
-        seed=0,
+            train=Corpus(dataset=pool, lengths=pool.lengths),
+            targets={"target": Corpus(dataset=target, lengths=target.lengths)},
+        )
     )
     ids = np.arange(len(pool.rows), dtype=np.int64)
     seconds = {}
-    service.losses(ids[:16])
+    runner(TokenLoss(), ids[:16])
     for step, (name, ask) in enumerate(
         {
-            "losses": lambda: service.losses(ids),
-            "less": lambda: service.gradient_scores(ids, GradientSpec(), targets=("target",)),
+            "losses": lambda: runner(TokenLoss(), ids),
+            "less": lambda: runner(GradientScores(targets=("target",)), ids),
         }.items()
     ):
-        service.begin(step + 1)
+        runner.begin(step + 1)
         dist.barrier()
         started = time.perf_counter()
         ask()

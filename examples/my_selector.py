@@ -8,6 +8,7 @@ import numpy as np
 
 from dataflex import Card, Context, Needs, ScoringParams, ScoringSelector
 from dataflex.method import Rows
+from dataflex.signals.kinds import TokenLoss
 
 
 class NearQuantile(ScoringSelector):
@@ -26,5 +27,5 @@ class NearQuantile(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> np.ndarray:
         """Return the score of every row of the pool [N], larger is better; NaN for a row that has none."""
-        losses = ctx.signals.losses(pool)  # float32 [N]; NaN for rows without supervised tokens
+        losses = ctx.signals(TokenLoss(), pool)  # float32 [N]; NaN for rows without supervised tokens
         return -np.abs(losses - np.nanquantile(losses, self.params.quantile))

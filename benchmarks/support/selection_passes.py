@@ -20,9 +20,9 @@ class Bench:
 
         from dataflex.signals.embeddings import embed_batch
         from dataflex.signals.gradients import GradientEngine
+        from dataflex.signals.kinds import Embedding
         from dataflex.signals.logits import TokenScorer
         from dataflex.signals.losses import row_losses
-        from dataflex.signals.specs import EmbeddingSpec
         from dataflex.signals.sweep import bucketed
 
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Bench:
         self.model.eval()
         bf16 = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
         self.bf16 = bf16
-        self.scorer, spec = TokenScorer(self.model), EmbeddingSpec()
+        self.scorer, spec = TokenScorer(self.model), Embedding()
         self.embed = lambda batch: embed_batch(self.model, batch, spec)
         self.engine = GradientEngine(self.model)
         self.engine_bf16 = GradientEngine(self.model, autocast=bf16)

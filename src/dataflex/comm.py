@@ -5,14 +5,25 @@ Every function is collective: all ranks call it, in the same order.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from dataflex.errors import AgreementError
+from dataflex.errors import AgreementError, ComponentError, DataFlexError
 
-__all__ = ["agree", "barrier", "broadcast_object", "gather_objects", "gather_rows", "gather_sum", "rank", "world"]
+__all__ = [
+    "agree",
+    "barrier",
+    "broadcast_object",
+    "gather_objects",
+    "gather_rows",
+    "gather_sum",
+    "on_one_rank",
+    "rank",
+    "world",
+]
 
 T = TypeVar("T")
 
@@ -110,3 +121,31 @@ def agree(what: str, value: str) -> None:
     if any(other != seen[0] for other in seen):
         odd = [index for index, other in enumerate(seen) if other != seen[0]]
         raise AgreementError(f"{what}: ranks {odd} differ from rank 0 ({seen}); the ranks would train on other data")
+
+
+def on_one_rank(what: str, compute: Callable[[], T], told: type[DataFlexError] = ComponentError) -> T:
+    """Run ``compute`` on rank 0 alone and return its value on every rank, for what must not be done twice.
+
+    Args:
+        what: Names it in errors.
+        compute: Called without arguments.
+        told: Error that the other ranks raise.
+
+    Raises:
+        DataFlexError: ``told`` on the other ranks, if it fails on rank 0, where its own error is raised.
+    """
+    if rank() != 0:
+        failed, value = broadcast_object(("", cast(T, None)))
+        if failed:
+            raise told(failed)
+        return value
+    outcome: tuple[str, T | None] = (f"{what} failed on rank 0", None)
+    try:
+        value = compute()
+        outcome = ("", value)
+        return value
+    except DataFlexError as error:
+        outcome = (str(error), None)
+        raise
+    finally:
+        broadcast_object(outcome)

@@ -9,7 +9,7 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -24,15 +24,7 @@ from dataflex.state import State, restored, saved_form
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.specs import (
-        EmbeddingSpec,
-        Generation,
-        GenerationSpec,
-        GradientSpec,
-        LogitSpec,
-        Part,
-        WeightedAnswer,
-    )
+    from dataflex.signals.kinds import Embedding, Generation, GenerationSpec, Part, Signal
 
 __all__ = [
     "STAGES",
@@ -60,6 +52,7 @@ __all__ = [
     "State",
     "Weighter",
     "WeighterParams",
+    "param",
 ]
 
 T = TypeVar("T")
@@ -81,6 +74,17 @@ class Params:
 
     def __post_init__(self) -> None:
         """Check rules between fields."""
+
+
+def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """Return a parameter: a dataclass field with one line of help, with the unit, and what limits its values.
+
+    Args:
+        default: Its default; left out: the parameter must be given.
+        help: One line.
+        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), and marks such as ``model``.
+    """
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +191,7 @@ class Requires:
     preconditions: Mapping[str, str] = field(default_factory=dict)
     by_target: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)
     pure_micro_batches: bool = False
-    embedding: EmbeddingSpec | None = None
+    embedding: Embedding | None = None
     entropy: bool = False
     passes: Passes = Passes()
 
@@ -261,6 +265,16 @@ class Problem:
 class Signals(Protocol):
     """What the model makes of the data. Every call is collective: all ranks, same arguments."""
 
+    def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Return the signal's value of each row [len(rows), ...], equal on every rank.
+
+        Args:
+            signal: What is asked, see ``signals.kinds``.
+            rows: Row ids of the training set, or of the named target.
+            target: Name of a target data set; None means the training set.
+        """
+        ...
+
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
         """Tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
         ...
@@ -269,118 +283,18 @@ class Signals(Protocol):
         """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
         ...
 
-    def losses(
-        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
-    ) -> NDArray[np.float32]:
-        """Token-mean loss of each row [len(rows)]; NaN for rows without supervised tokens.
-
-        Args:
-            rows: Row ids of the training set, or of the named target.
-            target: Name of a target data set; None means the training set.
-            model: Folder or hub id of another causal model; None means the model under training.
-            same_tokens: Refuse a model with another tokenizer.
-        """
-        ...
-
-    def answer_losses(
-        self,
-        rows: Rows,
-        *,
-        conditioned: bool,
-        scorer: str | None = None,
-        prefix_tokens: int = 0,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Token-mean loss of each row's answers, the same tokens with or without what comes before them."""
-        ...
-
-    def adapted_losses(
-        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
-    ) -> NDArray[np.float32]:
-        """Losses of training rows under a low-rank probe trained on the target ``towards``."""
-        ...
-
-    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """EL2N scores of rows, averaged over supervised tokens [len(rows)]; NaN without any."""
-        ...
-
-    def embeddings(
-        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
-    ) -> NDArray[np.float32]:
-        """Vectors of rows [len(rows), D] from the model under training, or from the model ``encoder``."""
-        ...
-
-    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
-        """Comparison of each training row's gradient with each target's mean one [len(rows), len(targets)]."""
-        ...
-
-    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
-        """Norm of each row's gradient [len(rows)]; NaN for rows without supervised tokens."""
-        ...
-
-    def gradient_sketches(
-        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
-    ) -> NDArray[np.float32]:
-        """Sketches of rows' gradients, of length one [len(rows), dim]; target rows share the projection."""
-        ...
-
-    def gradient_products(
-        self,
-        rows: Rows,
-        spec: GradientSpec,
-        *,
-        targets: Sequence[str],
-        target_rows: Mapping[str, Rows] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Inner products of few rows' gradients with targets' mean ones [n, len(targets)] and one another [n, n].
-
-        A mean is over the ``target_rows`` of its target where they are given.
-        """
-        ...
-
-    def answer_scores(
-        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
-    ) -> NDArray[np.float32]:
-        """Comparison of rows' gradients with those of each task's weighted answers [len(rows), len(answers)]."""
-        ...
-
-    def perturbed_losses(
-        self,
-        rows: Rows,
-        *,
-        seed: int,
-        direction: int,
-        epsilon: float,
-        parameters: str | None = None,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Losses of rows [len(rows)] with ``epsilon`` times random direction ``direction`` added to the parameters."""
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of rows of the training set, or of the named target."""
         ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
-        """Sample answers of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
-        ...
-
-    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Sum of the singular values of each row's logits [len(rows)]; NaN for rows without supervised tokens."""
-        ...
-
-    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Sketch of each row's logits [len(rows), spec.rows * spec.columns], from the same pass as their norms."""
+        """Sample responses of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
         ...
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
-        ...
-
-    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Tokens of each row that a mixture-of-experts model sends to each expert [len(rows), layers, experts]."""
-        ...
-
-    def num_rows(self, target: str | None = None) -> int:
-        """Return the number of rows of the training set, or of the named target."""
         ...
 
 

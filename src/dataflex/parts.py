@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Params
 
 __all__ = ["Part"]
@@ -34,6 +35,11 @@ class Part:
         raise NotImplementedError
 
     @classmethod
+    def listed(cls, name: str) -> type[Params]:
+        """Return the parameter dataclass of a known name; ComponentError where what it names cannot be used."""
+        raise NotImplementedError
+
+    @classmethod
     def params_of(cls, name: str) -> type[Params]:
         """Return the parameter dataclass of a choice.
 
@@ -41,7 +47,11 @@ class Part:
             ConfigError: ``name`` is not in the table.
             ComponentError: What the table names cannot be used.
         """
-        raise NotImplementedError
+        known = cls.known()
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"unknown {cls.what} {name!r}{near} (known: {', '.join(known)})")
+        return cls.listed(name)
 
     @classmethod
     def of(cls, name: str, **params: Any) -> Self:

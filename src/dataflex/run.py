@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import env_enabled
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.console import show_log
@@ -69,7 +70,7 @@ def train_here(args: list[str], began: float | None = None) -> int:
     from dataflex.llamafactory.swap import run
 
     try:
-        if config is not None and _uses_ray():
+        if config is not None and env_enabled("USE_RAY"):
             from dataflex.llamafactory.launch import ray_workers
 
             with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
@@ -89,10 +90,6 @@ def _flags(args: list[str]) -> list[str]:
     # LLaMA-Factory reads sys.argv itself when asked for help; give it what the user typed.
     sys.argv = [sys.argv[0], *args]
     return args
-
-
-def _uses_ray() -> bool:
-    return os.environ.get("USE_RAY", "0").lower() in {"true", "y", "1"}
 
 
 def resume(lf: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataflex.config.args import LlamaFactoryArgs, data_set_names
 from dataflex.config.build import parse_dynamic
-from dataflex.config.data import Source, count_bytes, count_rows, data_sets, find_sources, packed, train_rows
+from dataflex.config.data import Source, count_bytes, count_rows, find_sources, train_rows
 from dataflex.config.forecast import Forecast, batch_of, forecast, schedule_of, total_steps
 from dataflex.errors import UnsupportedError
 
@@ -38,13 +39,13 @@ Config = Callable[..., dict[str, Any]]
 )
 def test_rows_of_a_file(name: str, text: str, rows: int | None, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    assert count_rows(Source(name="x", path=tmp_path / name), {}) == rows
+    assert count_rows(Source(name="x", path=tmp_path / name), LlamaFactoryArgs.read({})) == rows
 
 
 def test_rows_of_a_folder_are_added_up(tmp_path: Path) -> None:
     for i in (1, 2):
         (tmp_path / f"{i}.jsonl").write_text('{"a": 1}\n' * i)
-    assert count_rows(Source(name="x", path=tmp_path), {}) == 3
+    assert count_rows(Source(name="x", path=tmp_path), LlamaFactoryArgs.read({})) == 3
 
 
 @pytest.mark.parametrize(
@@ -72,56 +73,59 @@ def test_rows_and_bytes_are_those_that_the_run_loads(
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"x": {"file_name": "x.jsonl", "columns": {"prompt": "a"}, **entry}})
     )
-    (source,), problems = find_sources(["x"], {"dataset_dir": str(tmp_path)}, "dataset", tmp_path)
+    (source,), problems = find_sources(
+        ["x"], LlamaFactoryArgs.read({"dataset_dir": str(tmp_path)}), "dataset", tmp_path
+    )
     assert not problems
-    assert (count_rows(source, keys), count_bytes(source, keys)) == (rows, size)
+    assert (count_rows(source, LlamaFactoryArgs.read(keys)), count_bytes(source, LlamaFactoryArgs.read(keys))) == (
+        rows,
+        size,
+    )
 
 
 def test_a_changed_file_is_counted_again(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"a": 1}\n')
-    assert count_rows(Source(name="x", path=file), {}) == 1
+    assert count_rows(Source(name="x", path=file), LlamaFactoryArgs.read({})) == 1
     file.write_text('{"a": 1}\n' * 3)
-    assert count_rows(Source(name="x", path=file), {}) == 3
+    assert count_rows(Source(name="x", path=file), LlamaFactoryArgs.read({})) == 3
 
 
 def test_samples_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"a": 1}\n' * 9)
-    assert count_rows(Source(name="x", path=file), {"max_samples": 5}) == 5
-    assert count_rows(Source(name="x", path=file), {"max_samples": 50}) == 9
-    assert count_rows(Source(name="x", path=file, num_samples=20), {}) == 20
-    assert count_rows(Source(name="x", path=file, num_samples=20), {"max_samples": 12}) == 12
-    assert count_rows(Source(name="hub"), {"max_samples": 12}) is None
+    assert count_rows(Source(name="x", path=file), LlamaFactoryArgs.read({"max_samples": 5})) == 5
+    assert count_rows(Source(name="x", path=file), LlamaFactoryArgs.read({"max_samples": 50})) == 9
+    assert count_rows(Source(name="x", path=file, num_samples=20), LlamaFactoryArgs.read({})) == 20
+    assert count_rows(Source(name="x", path=file, num_samples=20), LlamaFactoryArgs.read({"max_samples": 12})) == 12
+    assert count_rows(Source(name="hub"), LlamaFactoryArgs.read({"max_samples": 12})) is None
 
 
-@pytest.mark.parametrize(
-    ("val_size", "left"), [(0, 150), (0.1, 135), (0.001, 149), (30, 120), (1, 0), ("0.1", 135), (200, 0)]
-)
+@pytest.mark.parametrize(("val_size", "left"), [(0, 150), (0.1, 135), (0.001, 149), (30, 120), (1, 0), (200, 0)])
 def test_rows_set_aside(val_size: Any, left: int) -> None:
-    assert train_rows([100, 50], {"val_size": val_size}) == left
-    assert train_rows([100, None], {"val_size": val_size}) is None
+    assert train_rows([100, 50], LlamaFactoryArgs.read({"val_size": val_size})) == left
+    assert train_rows([100, None], LlamaFactoryArgs.read({"val_size": val_size})) is None
 
 
 def test_names_of_data_sets() -> None:
-    assert data_sets("a, b,c ") == ("a", "b", "c")
-    assert data_sets(["a", "b"]) == ("a", "b")
-    assert data_sets(None) == ()
+    assert data_set_names("a, b,c ") == ("a", "b", "c")
+    assert data_set_names(["a", "b"]) == ("a", "b")
+    assert data_set_names(None) == ()
 
 
 def test_sources_of_every_kind(project: Path) -> None:
     for lf in ({"dataset_dir": "ONLINE"}, {"dataset_dir": "REMOTE:someone/info"}):
-        assert find_sources(["x"], lf, "dataset", project) == ([Source(name="x")], [])
-    sources, problems = find_sources(["a", "hub"], {}, "dataset", project)
+        assert find_sources(["x"], LlamaFactoryArgs.read(lf), "dataset", project) == ([Source(name="x")], [])
+    sources, problems = find_sources(["a", "hub"], LlamaFactoryArgs.read({}), "dataset", project)
     assert sources == [Source(name="a", path=Path("data/a.jsonl")), Source(name="hub")]
     assert problems == []
     (project / "data" / "dataset_info.json").write_text('{"a": ')
-    assert find_sources(["a"], {}, "dataset", project)[1][0].startswith(
+    assert find_sources(["a"], LlamaFactoryArgs.read({}), "dataset", project)[1][0].startswith(
         "dataset_dir: data/dataset_info.json is malformed JSON at line 1, column 7"
     )
-    assert find_sources(["a"], {"dataset_dir": {"a": {"file_name": "data/a.jsonl"}}}, "dataset", project)[0] == [
-        Source(name="a", path=Path("data/a.jsonl"))
-    ]
+    assert find_sources(
+        ["a"], LlamaFactoryArgs.read({"dataset_dir": {"a": {"file_name": "data/a.jsonl"}}}), "dataset", project
+    )[0] == [Source(name="a", path=Path("data/a.jsonl"))]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_sources_of_every_kind(project: Path) -> None:
     ],
 )
 def test_packing(lf: dict[str, Any], packs: bool) -> None:
-    assert packed(lf) is packs
+    assert LlamaFactoryArgs.read(lf).packed is packs
 
 
 @given(
@@ -159,28 +163,28 @@ def test_steps_against_counting_batches(
         while left > 0:  # one optimizer step takes up to `accumulation` rounds of one micro-batch per rank
             left -= per_device * accumulation * world
             steps += 1
-        assert total_steps(lf, rows) == math.ceil(epochs * steps)
-        assert batch_of(lf).size == per_device * accumulation * world
+        assert total_steps(LlamaFactoryArgs.read(lf), rows) == math.ceil(epochs * steps)
+        assert batch_of(LlamaFactoryArgs.read(lf)).size == per_device * accumulation * world
 
 
 def test_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch_of({}).size == 8
+    assert batch_of(LlamaFactoryArgs.read({})).size == 8
     monkeypatch.setenv("NPROC_PER_NODE", "4")
-    assert batch_of({}).world == 1
+    assert batch_of(LlamaFactoryArgs.read({})).world == 1
     monkeypatch.setenv("FORCE_TORCHRUN", "true")
     monkeypatch.setenv("NNODES", "2")
-    assert batch_of({}).world == 8
+    assert batch_of(LlamaFactoryArgs.read({})).world == 8
     monkeypatch.setenv("USE_RAY", "1")
-    assert batch_of({"ray_num_workers": 3}).world == 3
+    assert batch_of(LlamaFactoryArgs.read({"ray_num_workers": 3})).world == 3
     monkeypatch.setenv("WORLD_SIZE", "5")
-    assert batch_of({"ray_num_workers": 3}).world == 5
+    assert batch_of(LlamaFactoryArgs.read({"ray_num_workers": 3})).world == 5
 
 
 def view_of(block: dict[str, Any], project: Path, **lf: Any) -> Forecast:
     lf = {"per_device_train_batch_size": 2, "max_steps": 60, **lf}
-    sources, problems = find_sources(["a", "b"], lf, "dataset", project)
+    sources, problems = find_sources(["a", "b"], LlamaFactoryArgs.read(lf), "dataset", project)
     assert problems == []
-    return forecast(parse_dynamic(block, project), lf, sources)
+    return forecast(parse_dynamic(block, project), LlamaFactoryArgs.read(lf), sources)
 
 
 def test_mixture_over_warm_up_and_stages(project: Path) -> None:
@@ -230,7 +234,9 @@ def test_counts_of_intervals_against_listing_them(warmup: int, interval: int, to
 
     dynamic = parse_dynamic({"selector": "random", "warmup_steps": warmup, "interval_steps": interval}, Path("."))
     dynamic = replace(dynamic, cycle_steps=cycle)
-    view = Forecast(dynamic=dynamic, batch=batch_of({}), counts={}, packs=False, rows=None, steps=total)
+    view = Forecast(
+        dynamic=dynamic, batch=batch_of(LlamaFactoryArgs.read({})), counts={}, packs=False, rows=None, steps=total
+    )
     listed = list(schedule_of(dynamic, total).intervals())
     assert view.num_decisions == sum(one.kind == "dynamic" for one in listed)
     assert view.warmup_steps == sum(one.steps for one in listed if one.kind == "warmup")
@@ -259,13 +265,14 @@ def test_a_mixer_that_looks_at_the_model_is_not_asked(project: Path) -> None:
     (project / "looking.py").write_text(
         "import numpy as np\n"
         "from dataflex import Card, Mix, Mixer, Needs\n"
+        "from dataflex.signals.kinds import TokenLoss\n"
         "class Looking(Mixer):\n"
         "    name = 'looking'\n"
         "    adaptive = True\n"
         "    card = Card(summary='Looks.', paper='baseline', cost='1 F over the pool', forward_per_pool_row=1.0)\n"
         "    needs = Needs(signals=frozenset({'losses'}))\n"
         "    def mix(self, ctx):\n"
-        "        return Mix(proportions=ctx.signals.losses(np.arange(3)))\n"
+        "        return Mix(proportions=ctx.signals(TokenLoss(), np.arange(3)))\n"
     )
     view = view_of({"plugins": ["looking.py"], "mixer": "looking", "interval_steps": 10}, project)
     with pytest.raises(UnsupportedError, match="looks at the model"):
@@ -276,7 +283,7 @@ def test_ten_million_rows_are_forecast_by_domain(tmp_path: Path) -> None:
     dynamic = parse_dynamic({"mixer": "temperature"}, tmp_path)
     view = Forecast(
         dynamic=dynamic,
-        batch=batch_of({}),
+        batch=batch_of(LlamaFactoryArgs.read({})),
         counts={"x": 9_000_000, "y": 900_000, "z": 100_000},
         packs=False,
         rows=10_000_000,
@@ -292,11 +299,11 @@ def test_rows_are_counted_once_and_without_tokenizing(project: Path, monkeypatch
     big = project / "data" / "big.jsonl"
     line = json.dumps({"instruction": "x" * 200, "output": "y" * 200}) + "\n"
     big.write_text(line * 50_000)
-    assert count_rows(Source(name="big", path=big), {}) == 50_000
+    assert count_rows(Source(name="big", path=big), LlamaFactoryArgs.read({})) == 50_000
 
     def read_again(*_args: Any, **_keys: Any) -> Any:
         raise AssertionError("the file is read a second time")
 
     monkeypatch.setattr(Path, "open", read_again)
     monkeypatch.setattr(Path, "read_bytes", read_again)
-    assert count_rows(Source(name="big", path=big), {}) == 50_000
+    assert count_rows(Source(name="big", path=big), LlamaFactoryArgs.read({})) == 50_000

@@ -284,7 +284,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dynamc: unknown key; did you mean 'dynamic'?"],
     ),
     "stage ppo": ({"stage": "ppo"}, ["stage: ppo is not supported: the policy writes its own training batches"]),
-    "unknown stage": ({"stage": "stf"}, ["stage: 'stf' is not a stage; did you mean 'sft'?"]),
+    "unknown stage": ({"stage": "stf"}, ["stage: 'stf' is not one of the 6 choices; did you mean 'sft'?"]),
     "weighter under dpo": (
         {"stage": "dpo", "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
         ["dynamic.weighter: reweighting needs per-token losses of a causal LM, and stage dpo"],
@@ -308,7 +308,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dynamic.selector.precondition: true_adam needs Adam's moments for each element"],
     ),
     "streaming": (
-        {"streaming": True, "packing": True},
+        {"streaming": True, "packing": True, "max_steps": 4},
         ["packing: samples are packed after all of them were tokenized, which streaming does not do"],
     ),
     "grouped by length": (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import Source, contents_of, count_rows
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
@@ -73,7 +74,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "names of evaluation sets": ({"eval_dataset": ",t"}, "eval_dataset: a name is empty in ',t'"),
     "a number for a name": (
         {"dataset": 2024},
-        "dataset: expected the names of data sets, with commas between them, found",
+        "dataset: expected text or a list, found 2024",
     ),
     "a list as text": ({"max_samples": "9,10"}, "max_samples: expected a whole number, found '9,10'"),
     "a number in quotes": (
@@ -157,13 +158,13 @@ def test_a_key_that_cannot_be_read(name: str, config: Config, project: Path) -> 
 def test_what_the_data_sets_library_reads_is_let_through(text: str, rows: int | None, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     assert contents_of(tmp_path / "x.json")[tmp_path / "x.json"].problem == ""
-    assert count_rows(Source(name="x", path=tmp_path / "x.json"), {}) == rows
+    assert count_rows(Source(name="x", path=tmp_path / "x.json"), LlamaFactoryArgs.read({})) == rows
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "9" * 5_000 + "}\n"])
 def test_what_python_does_not_read_is_left_to_the_loader(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(text)
-    assert count_rows(Source(name="x", path=tmp_path / "x.jsonl"), {}) is None
+    assert count_rows(Source(name="x", path=tmp_path / "x.jsonl"), LlamaFactoryArgs.read({})) is None
 
 
 def test_packages_that_generation_needs(config: Config, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,5 +172,5 @@ def test_packages_that_generation_needs(config: Config, project: Path, monkeypat
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jieba" else found(name))
-    with pytest.raises(ConfigError, match=r"predict_with_generate: LLaMA-Factory measures answers with .*jieba"):
+    with pytest.raises(ConfigError, match=r"predict_with_generate: needs jieba"):
         resolve(config(predict_with_generate=True, do_predict=True, eval_dataset="t"), project)

@@ -14,7 +14,6 @@ from dataflex.commands.methods import requirements
 from dataflex.config.build import block_keys, parse_dynamic
 from dataflex.config.collect import key_of
 from dataflex.config.load import load_mapping
-from dataflex.config.places import LF_KEYS
 from dataflex.config.schema import SignalsConfig
 from dataflex.config.split import split
 from dataflex.errors import ConfigError
@@ -164,7 +163,6 @@ def test_keys_of_parts_of_factors_and_of_other_methods():
     assert told.endswith("(all selector takes no parameters); it is a key of selector/loss, mixer/aioli")
     (told,) = unknown(problems({"selector": "all", "cutoff_len": 8}))
     assert "dynamic.cutoff_len: unknown key; it is LLaMA-Factory's: write it at the top level" in told
-    assert not set(LF_KEYS) & set(block_keys())
 
 
 def test_names_of_another_kind():

@@ -19,6 +19,7 @@ TUNING = {
     "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"},
 }
 WATCHERS = Path(__file__).with_name("watchers.py")
+OWN_SIGNAL = Path(__file__).parents[2] / "examples" / "my_signal.py"
 
 
 def engine_settings(engine: str, folder: Path) -> dict:
@@ -57,6 +58,7 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
         plugin = folder / name / "watchers.py"
         plugin.parent.mkdir()
         shutil.copy(WATCHERS, plugin)
+        shutil.copy(OWN_SIGNAL, plugin.parent)
         selector = {"name": "watcher", "targets": ["goal"]} if watching else {"name": "blind"}
         block = {"plugins": [str(plugin)], "interval_steps": 2, "selector": selector}
         # A large epsilon: Adam's direction of a gradient that is rounding only would be rounding of full size.

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dataflex import Card, Needs, Selection, Selector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import (
+    EL2N,
+    Embedding,
+    GradientNorms,
+    GradientProducts,
+    GradientScores,
+    GradientSketches,
+    GradientSpec,
+    TokenLoss,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from my_signal import GuessedTokens
 
 CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
 
@@ -23,24 +36,28 @@ class Blind(Selector):
 
 class Watcher(Blind):
     name = "watcher"
-    needs = Needs(signals=frozenset({"losses", "embeddings", "gradients"}), targets=True)
+    needs = Needs(signals=frozenset({"losses", "logits", "embeddings", "gradients"}), targets=True)
 
     def select(self, pool, budget, ctx):
-        scores = {"losses": ctx.signals.losses(pool).tolist()}
-        scores["few"] = ctx.signals.losses(pool[:1]).tolist()  # fewer rows than ranks
-        scores["target"] = ctx.signals.losses(pool[:5], target="goal").tolist()
-        scores["el2n"] = ctx.signals.el2n(pool).tolist()
-        scores["embeddings"] = ctx.signals.embeddings(pool, EmbeddingSpec()).tolist()
+        scores = {"losses": ctx.signals(TokenLoss(), pool).tolist()}
+        scores["few"] = ctx.signals(TokenLoss(), pool[:1]).tolist()  # fewer rows than ranks
+        scores["target"] = ctx.signals(TokenLoss(), pool[:5], target="goal").tolist()
+        scores["el2n"] = ctx.signals(EL2N(), pool).tolist()
+        scores["own"] = ctx.signals(GuessedTokens(top=5), pool).tolist()
+        scores["embeddings"] = ctx.signals(Embedding(), pool).tolist()
         for precondition in ("none", "true_adam"):
             spec = GradientSpec(precondition=precondition)
             key = f"gradients {precondition}"
-            scores[key] = ctx.signals.gradient_scores(pool, spec, targets=("goal",)).tolist()
-            scores[f"norms {precondition}"] = ctx.signals.gradient_norms(pool[:9], spec).tolist()
-            scores[f"sketches {precondition}"] = ctx.signals.gradient_sketches(pool[:9], spec, dim=32).tolist()
-            products, gram = ctx.signals.gradient_products(pool[:9], spec, targets=("goal",))
+            scores[key] = ctx.signals(GradientScores(**vars(spec), targets=("goal",)), pool).tolist()
+            scores[f"norms {precondition}"] = ctx.signals(GradientNorms(**vars(spec)), pool[:9]).tolist()
+            scores[f"sketches {precondition}"] = ctx.signals(GradientSketches(**vars(spec), dim=32), pool[:9]).tolist()
+            signal = GradientProducts(**vars(spec), targets=("goal",))
+            products, gram = signal.split(ctx.signals(signal, pool[:9]))
             scores[f"products {precondition}"], scores[f"gram {precondition}"] = products.tolist(), gram.tolist()
-        scores["target sketches"] = ctx.signals.gradient_sketches(pool[:5], spec, dim=32, target="goal").tolist()
-        parameters = list(ctx.signals.handle.model.parameters())
+        scores["target sketches"] = ctx.signals(
+            GradientSketches(**vars(spec), dim=32), pool[:5], target="goal"
+        ).tolist()
+        parameters = list(ctx.signals.access.model.parameters())
         kinds = {
             "DTensor" if type(p).__name__ == "DTensor" else "ZeRO-3" if hasattr(p, "ds_id") else "whole"
             for p in parameters

@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from dataflex.commands.plan import costs
-from dataflex.config.data import data_sets, find_sources
+from dataflex.config.data import find_sources
 from dataflex.config.forecast import forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
@@ -38,10 +38,7 @@ def passes(monkeypatch):
 def printed(path, folder):
     """What ``plan`` prints of training and of the rest: F, B, and whether a number is the most or an estimate."""
     parts = resolve(load_mapping(path), folder)
-    named = [
-        find_sources(names, parts.lf, "", folder)[0]
-        for names in (data_sets(parts.lf["dataset"]), parts.dynamic.targets)
-    ]
+    named = [find_sources(names, parts.lf, "", folder)[0] for names in (parts.lf.train_sets, parts.dynamic.targets)]
     found: dict[str, list[Any]] = {"training": [0, 0, ""], "beside": [0, 0, ""]}
     for label, each in costs(forecast(parts.dynamic, parts.lf, *named)).items():
         sums = found["training" if label == "training" else "beside"]

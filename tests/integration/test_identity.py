@@ -68,7 +68,7 @@ def test_scoring_changes_nothing(run, tmp_path, tuning):
         """
 import numpy as np
 from dataflex import Card, Needs, Selection, Selector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import EL2N, AdaptedLoss, Embedding, GradientNorms, GradientScores, TokenLoss
 
 
 class Watcher(Selector):
@@ -79,12 +79,12 @@ class Watcher(Selector):
 
     def select(self, pool, budget, ctx):
         np.random.rand()
-        scores = ctx.signals.losses(pool)
-        ctx.signals.gradient_scores(pool, GradientSpec(), targets=("goal",))
-        ctx.signals.gradient_norms(pool, GradientSpec(precondition="none"))
-        ctx.signals.embeddings(pool, EmbeddingSpec())
-        ctx.signals.el2n(pool)
-        ctx.signals.adapted_losses(pool, towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0)
+        scores = ctx.signals(TokenLoss(), pool)
+        ctx.signals(GradientScores(targets=("goal",)), pool)
+        ctx.signals(GradientNorms(precondition="none"), pool)
+        ctx.signals(Embedding(), pool)
+        ctx.signals(EL2N(), pool)
+        ctx.signals(AdaptedLoss(towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0), pool)
         return Selection(rows=pool[:budget], scores=scores)
 
 

@@ -184,7 +184,7 @@ def test_predictions_of_sets_that_are_evaluated_by_domain(run, tmp_path, monkeyp
     settings = {"eval_dataset": "goal,held", "do_predict": True, "predict_with_generate": True, "max_new_tokens": 2}
     dynamic = {"selector": "all", "eval_by_domain": True}
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(ConfigError, match="predict_with_generate: LLaMA-Factory measures answers with"):
+    with pytest.raises(ConfigError, match="predict_with_generate: needs jieba"):
         run("refused", **settings, max_steps=1, dynamic=dynamic)
     for name in ("jieba", "nltk", "rouge_chinese"):
         module = ModuleType(name)

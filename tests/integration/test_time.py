@@ -57,7 +57,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
 
     from dataflex.llamafactory import datasets, trainer
     from dataflex.run import train
-    from dataflex.signals.cache import SignalCache
+    from dataflex.signals.runner import SignalRunner
     from dataflex.train import checkpoint
     from dataflex.train.reference import ReferenceLosses
 
@@ -67,7 +67,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
         "model": (workflow, "load_model"),
         "reference": (ReferenceLosses, "begin"),
         "prepare": (trainer, "batch_shape"),
-        "signals": (SignalCache, "give"),
+        "signals": (SignalRunner, "_compute"),
         "evaluation": (trainer.TrainerMixin, "evaluation_loop"),
         "checkpoint": (checkpoint, "save"),
         "training": (trainer.TrainerMixin, "training_step"),

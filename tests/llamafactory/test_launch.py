@@ -130,6 +130,7 @@ def test_one_rank_that_fails_ends_them_all(tiny_model, data_dir, tmp_path):
 import os
 
 from dataflex import Card, Needs, Selection, Selector
+from dataflex.signals.kinds import TokenLoss
 
 
 class Fragile(Selector):
@@ -140,7 +141,7 @@ class Fragile(Selector):
     def select(self, pool, budget, ctx):
         if os.environ["RANK"] == "1":
             raise RuntimeError("rank 1 lost its mind")
-        ctx.signals.losses(pool)
+        ctx.signals(TokenLoss(), pool)
         return Selection(rows=pool[:budget])
 """
     )

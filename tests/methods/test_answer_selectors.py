@@ -13,6 +13,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
 from dataflex.selectors.losses import RhoLoss, excess_losses
 from dataflex.selectors.s2l import S2l, filled
+from dataflex.signals.kinds import ResponseLoss
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 
 
@@ -27,15 +28,9 @@ class GivenAnswers(FakeSignals):
     """Answer losses under the prompt and alone, and the number of answer tokens."""
 
     def __init__(self, given, alone, lengths=None):
-        super().__init__(given)
-        self.alone = np.asarray(alone, dtype=np.float32)
-        self.lengths = [5] * len(self.alone) if lengths is None else lengths
-
-    def answer_losses(self, rows, *, conditioned, scorer=None, prefix_tokens=0, target=None):
-        found = super().answer_losses(
-            rows, conditioned=conditioned, scorer=scorer, prefix_tokens=prefix_tokens, target=target
-        )
-        return found if conditioned else self.alone[rows]
+        losses = {True: np.asarray(given), False: np.asarray(alone)}
+        super().__init__(given, values={ResponseLoss: lambda signal, rows, _: losses[signal.conditioned][rows]})
+        self.lengths = [5] * len(alone) if lengths is None else lengths
 
     def tokens(self, rows, *, target=None, part="all"):
         super().tokens(rows, target=target, part=part)

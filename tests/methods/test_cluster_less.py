@@ -10,6 +10,7 @@ from dataflex.errors import DataError
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.cluster_less import ClusterLess, cluster_means, representatives
 from dataflex.selectors.less import Less
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -17,12 +18,12 @@ class Given(FakeSignals):
     """Given vectors to cluster, and given gradients."""
 
     def __init__(self, vectors, gradients, target_gradients):
-        super().__init__(np.ones(len(vectors)), gradients=gradients, target_gradients=target_gradients)
-        self.vectors = np.asarray(vectors, dtype=np.float32)
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(rows, spec, target=target, encoder=encoder)
-        return self.vectors[rows]
+        super().__init__(
+            np.ones(len(vectors)),
+            gradients=gradients,
+            target_gradients=target_gradients,
+            values={Embedding: vectors},
+        )
 
 
 def setting(count=60, width=5, seed=0):
@@ -34,7 +35,7 @@ def setting(count=60, width=5, seed=0):
 
 
 def choose(signals, budget, *, targets=("a", "b"), seed=0, method=ClusterLess, **params):
-    count = len(signals.losses(np.arange(signals.num_rows())))
+    count = len(np.arange(signals.num_rows()))
     ctx = example_context({"all": count}, signals=signals, targets=targets, seed=seed)
     return method(method.Params(**params)).select(np.arange(count), budget, ctx)
 
@@ -102,7 +103,7 @@ def test_gradients_are_asked_for_representatives_only():
     assert all(len(call.rows) <= 8 for call in asked)
     assert asked[1].options["dim"] == 4096
     (embedded,) = [call for call in signals.calls if call.signal == "embeddings"]
-    spec = embedded.options["spec"]
+    spec = embedded.asked
     assert (spec.pooling, spec.completion_only, spec.normalize) == ("mean", True, True)
     signals.calls.clear()
     choose(signals, 10, representatives=2, renormalize=False)

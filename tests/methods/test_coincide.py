@@ -20,6 +20,7 @@ from dataflex.selectors.coincide import (
     shares,
     transferability,
 )
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -27,12 +28,9 @@ class GivenVectors(FakeSignals):
     """Answers embedding questions with given vectors; layer k adds k to each."""
 
     def __init__(self, vectors):
-        super().__init__(np.ones(len(vectors)))
-        self.vectors = np.asarray(vectors, dtype=np.float32)
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(rows, spec, target=target, encoder=encoder)
-        return self.vectors[rows] + max(spec.layer, 0)
+        given = np.asarray(vectors, dtype=np.float32)
+        values = {Embedding: lambda signal, rows, _: given[rows] + max(signal.layer, 0)}
+        super().__init__(np.ones(len(vectors)), values=values)
 
 
 def choose(vectors, budget, seed=0, **params):
@@ -186,9 +184,7 @@ def test_the_dense_cluster_gives_fewer_rows_than_the_sparse_one():
 def test_layers_are_asked_for_one_by_one_and_weigh_the_same():
     vectors = np.random.default_rng(0).standard_normal((6, 3))
     _, signals = choose(vectors, 3, layers=(1, 3), encoder="small")
-    asked = [
-        (call.options["spec"].layer, call.options["spec"].pooling, call.options["encoder"]) for call in signals.calls
-    ]
+    asked = [(call.asked.layer, call.asked.pooling, call.asked.encoder) for call in signals.calls]
     assert asked == [(1, "mean", "small"), (3, "mean", "small")]
     method = Coincide(Coincide.Params(layers=(1, 3)))
     features = method._features(np.arange(6), example_context({"all": 6}, signals=signals))

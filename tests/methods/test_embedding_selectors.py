@@ -12,7 +12,7 @@ from dataflex.select.choose import round_robin
 from dataflex.select.rules import Rule
 from dataflex.selectors.nearest import Near, RdsPlus
 from dataflex.selectors.tsds import Tsds
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 
 TOY = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]])  # similarities of the sheet: two queries, three rows
@@ -23,13 +23,12 @@ class GivenVectors(FakeSignals):
     """Answers embedding questions with given vectors."""
 
     def __init__(self, rows, targets):
-        super().__init__(np.ones(len(rows)), targets={name: np.ones(len(found)) for name, found in targets.items()})
-        self.vectors = {None: np.asarray(rows, dtype=np.float32)}
-        self.vectors |= {name: np.asarray(found, dtype=np.float32) for name, found in targets.items()}
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(rows, spec, target=target, encoder=encoder)
-        return self.vectors[target][rows]
+        vectors = {None: np.asarray(rows)} | {name: np.asarray(found) for name, found in targets.items()}
+        super().__init__(
+            np.ones(len(rows)),
+            targets={name: np.ones(len(found)) for name, found in targets.items()},
+            values={Embedding: lambda _, rows, target: vectors[target][rows]},
+        )
 
 
 def pool_of(count):
@@ -108,16 +107,16 @@ def test_what_rds_plus_asks_for():
     RdsPlus(RdsPlus.Params()).select(pool_of(3), 1, ctx)
     RdsPlus(RdsPlus.Params(layer=2, completion_only=True)).select(pool_of(3), 1, ctx)
     RdsPlus(RdsPlus.Params(encoder="folder")).select(pool_of(3), 1, ctx)
-    asked = [(call.options["target"], call.options["spec"], call.options["encoder"]) for call in ctx.signals.calls]
-    default = EmbeddingSpec(layer=-1, pooling="weighted_mean", completion_only=False, normalize=True)
-    other = EmbeddingSpec(layer=2, pooling="weighted_mean", completion_only=True, normalize=True)
-    assert asked == [
-        ("task0", default, None),
-        (None, default, None),
-        ("task0", other, None),
-        (None, other, None),
-        ("task0", default, "folder"),
-        (None, default, "folder"),
+    default = Embedding(layer=-1, pooling="weighted_mean", completion_only=False, normalize=True)
+    other = Embedding(layer=2, pooling="weighted_mean", completion_only=True, normalize=True)
+    theirs = Embedding(encoder="folder")
+    assert [(call.options["target"], call.asked) for call in ctx.signals.calls] == [
+        ("task0", default),
+        (None, default),
+        ("task0", other),
+        (None, other),
+        ("task0", theirs),
+        (None, theirs),
     ]
     with pytest.raises(ValueError, match="completion_only"):
         RdsPlus.Params(encoder="folder", completion_only=True)
@@ -137,14 +136,14 @@ def test_what_near_asks_for(tmp_path):
     def spec(**params):
         ctx = context(np.eye(3), TOY)
         Near(Near.Params(**params)).select(pool_of(3), 1, ctx)
-        return {(call.options["spec"].pooling, call.options["encoder"]) for call in ctx.signals.calls}
+        return {(call.asked.pooling, call.asked.encoder) for call in ctx.signals.calls}
 
     folder = str(tmp_path)
     assert spec() == {("mean", None)}
     assert spec(pooling="last", encoder=folder) == {("last", folder)}
     (tmp_path / "modules.json").write_text("[]")
     # The only pooling that the loader of sentence-transformers models accepts: its own is used.
-    assert spec(encoder=folder) == {(EmbeddingSpec().pooling, folder)}
+    assert spec(encoder=folder) == {(Embedding().pooling, folder)}
 
 
 # ---------------------------------------------------------------- TSDS

@@ -11,6 +11,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.difficulty import El2n, GradNorm
 from dataflex.selectors.less import Less, lr_weighted
+from dataflex.signals.kinds import GradientScores
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -22,12 +23,7 @@ class GivenScores(FakeSignals):
     """Answers gradient questions with given scores by target."""
 
     def __init__(self, by_task):
-        super().__init__(np.ones(len(by_task)))
-        self.by_task = np.asarray(by_task, dtype=np.float32)
-
-    def gradient_scores(self, rows, spec, *, targets):
-        super().gradient_scores(rows, spec, targets=targets)
-        return self.by_task[rows]
+        super().__init__(np.ones(len(by_task)), values={GradientScores: by_task})
 
 
 def less(**params):
@@ -121,7 +117,7 @@ def test_parameters_reach_the_gradient_engine():
         bf16=True,
     ).select(pool_of(3), 1, ctx)
     (call,) = signals.calls
-    spec = call.options["spec"]
+    spec = call.asked
     assert (spec.precondition, spec.include_momentum, spec.normalize, spec.mean_of_cosines) == (
         "paper_repo",
         False,

@@ -11,6 +11,7 @@ from dataflex.config.methods import method_block
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.scoring import count_votes, percentile_ranks
 from dataflex.selectors.icons import Icons
+from dataflex.signals.kinds import GradientScores
 from dataflex.testing import FakeSignals, example_context
 
 GOLDEN = np.array([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.9, 0.8], [0.2, 0.2, 0.9], [0.3, 0.3, 0.3]])
@@ -20,12 +21,7 @@ class GivenScores(FakeSignals):
     """Answers gradient questions with given scores by target."""
 
     def __init__(self, by_task):
-        super().__init__(np.ones(len(by_task)))
-        self.by_task = np.asarray(by_task, dtype=np.float32)
-
-    def gradient_scores(self, rows, spec, *, targets):
-        super().gradient_scores(rows, spec, targets=targets)
-        return self.by_task[rows]
+        super().__init__(np.ones(len(by_task)), values={GradientScores: by_task})
 
 
 def icons(**params):
@@ -108,10 +104,10 @@ def test_tasks_are_asked_for_by_name_with_plain_gradients():
     _, signals = choose(GOLDEN, 2, seed=5, sketch_size=64)
     (call,) = signals.calls
     assert call.options["targets"] == ("task0", "task1", "task2")
-    spec = call.options["spec"]
+    spec = call.asked
     assert (spec.precondition, spec.normalize, spec.mean_of_cosines) == ("none", True, True), "as published"
     _, signals = choose(GOLDEN, 2, target_gradient="cosine_of_mean")
-    assert not signals.calls[0].options["spec"].mean_of_cosines
+    assert not signals.calls[0].asked.mean_of_cosines
     assert (spec.sketch_size, spec.sketch_seed) == (64, 5)
 
 
@@ -131,12 +127,9 @@ def test_equal_influences_are_taken_in_pool_order():
 
 
 def test_influences_of_other_rows_are_refused():
-    class Short(FakeSignals):
-        def gradient_scores(self, rows, spec, *, targets):
-            return np.ones((len(rows) - 1, len(targets)), dtype=np.float32)
-
+    short = {GradientScores: lambda signal, rows, _: np.ones((len(rows) - 1, len(signal.targets)))}
     with pytest.raises(ComponentError, match="icons: asked for the scores of 3 rows"):
-        icons().select(np.arange(3), 1, example_context({"all": 3}, signals=Short(np.ones(3))))
+        icons().select(np.arange(3), 1, example_context({"all": 3}, signals=FakeSignals(np.ones(3), values=short)))
 
 
 @pytest.mark.parametrize(

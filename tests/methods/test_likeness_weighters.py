@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError, DataError
+from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_batch, example_context
 from dataflex.weighters.likeness import Adapt, JointUpdateAware, fixed_point
 from tests.rounding import printed
@@ -32,15 +33,11 @@ class Vectors(FakeSignals):
     """Targets with given embeddings."""
 
     def __init__(self, **by_target):
-        super().__init__([1.0])
         self.by_target = {name: np.array(rows, dtype=np.float32) for name, rows in by_target.items()}
+        super().__init__([1.0], values={Embedding: lambda _, rows, target: self.by_target[target][rows]})
 
     def num_rows(self, target=None):
         return len(self.by_target[target])
-
-    def embeddings(self, rows, spec, *, target=None, encoder=None):
-        super().embeddings(np.zeros(0, dtype=np.int64), spec)
-        return self.by_target[target][rows]
 
 
 # ---------------------------------------------------------------- adapt

@@ -13,7 +13,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import Grades, RewardError, graded
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
-from dataflex.signals.specs import Generation
+from dataflex.signals.kinds import Generation, ResponseGradientScores
 from dataflex.testing import FakeSignals, example_context
 
 PROMPT, REFERENCE = [5, 6], [9]
@@ -43,18 +43,18 @@ class Policy(FakeSignals):
             for s, action in enumerate(self.actions)
         ]
 
-    def answer_gradient(self, answer):
-        (action,) = answer.answer
-        assert tuple(answer.prompt) == tuple(PROMPT)
+    def response_gradient(self, response):
+        (action,) = response.response
+        assert tuple(response.prompt) == tuple(PROMPT)
         return self.p - np.eye(2)[action]  # of -log p
 
     def feature(self):
         """The target's vector that the method asked for; zero if it did not ask."""
-        asked = [call.options["answers"] for call in self.calls if "answers" in call.options]
+        asked = [call.options["responses"] for call in self.calls if "responses" in call.options]
         if not asked:
             return np.zeros(2)
         (answers,) = asked
-        return sum(one.weight * self.answer_gradient(one) for one in answers["target"])
+        return sum(one.weight * self.response_gradient(one) for one in answers["target"])
 
 
 class Table:
@@ -165,7 +165,7 @@ def test_token_means_divide_by_the_answers_length():
     assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
     summed = nice(Table(REWARDS), samples=2)._weighted(found)
     assert [one.weight for one in summed] == [0.5, -0.5]
-    assert [tuple(one.answer) for one in summed] == [(7, 8, 9, 2), (7, 2)]
+    assert [tuple(one.response) for one in summed] == [(7, 8, 9, 2), (7, 2)]
 
 
 # ---------------------------------------------------------------- bad rewards
@@ -190,7 +190,7 @@ def test_a_task_of_equal_rewards_is_left_out_with_a_warning(value, caplog):
         chosen = nice(Table({**REWARDS, "flat": value}), samples=4).select(np.arange(3), 1, ctx)
     assert chosen.rows.tolist() == [0]
     assert "without a signal: flat" in chosen.reason
-    (asked,) = [call.options["answers"] for call in signals.calls if "answers" in call.options]
+    (asked,) = [call.options["responses"] for call in signals.calls if "responses" in call.options]
     assert list(asked) == ["good"]
     assert [record.getMessage()[:70] for record in caplog.records] == [
         "nice: all answers to each prompt of target flat have the same reward ("
@@ -215,18 +215,18 @@ def test_without_any_signal_rows_are_drawn_with_a_warning_or_it_is_an_error(capl
 def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog):
     with caplog.at_level(logging.WARNING):
         _, signals = ask([0, 1, 2, 0], {**REWARDS, "2": "it fell over"})
-    (answers,) = [call.options["answers"]["target"] for call in signals.calls if "answers" in call.options]
+    (answers,) = [call.options["responses"]["target"] for call in signals.calls if "responses" in call.options]
     gains = advantages(np.array([1.0, 0.0, 1.0]), baseline="leave_one_out", standardize=False) / 3
     np.testing.assert_allclose([one.weight for one in answers], gains)
-    assert [tuple(one.answer) for one in answers] == [(0,), (1,), (0,)]
+    assert [tuple(one.response) for one in answers] == [(0,), (1,), (0,)]
     assert "1 of 4 answers to target target could not be graded and are left out: it fell over" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rewards_that_are_not_finite_are_none(value):
     _, signals = ask([0, 1, 2], {**REWARDS, "2": value})
-    (answers,) = [call.options["answers"]["target"] for call in signals.calls if "answers" in call.options]
-    assert [tuple(one.answer) for one in answers] == [(0,), (1,)]
+    (answers,) = [call.options["responses"]["target"] for call in signals.calls if "responses" in call.options]
+    assert [tuple(one.response) for one in answers] == [(0,), (1,)]
 
 
 def test_it_ends_when_nothing_can_be_graded_or_when_asked_to():
@@ -252,14 +252,14 @@ def test_a_reward_of_the_wrong_length_is_refused():
 def test_tasks_are_brought_together_by_name():
     gradients = [[1.0, 0.0], [0.0, 1.0], [0.8, 0.7]]
 
-    class Two(FakeSignals):
-        def answer_scores(self, rows, spec, *, answers):
-            super().answer_scores(rows, spec, answers=answers)
-            assert list(answers) == ["a", "b"]
-            return np.asarray(gradients, dtype=np.float32)[rows]
+    def two(signal, rows, _):
+        assert list(signal.responses) == ["a", "b"]
+        return np.asarray(gradients)[rows]
 
     for aggregate, best, wanted in (("max", 0, [1.0, 1.0, 0.8]), ("mean", 2, [0.5, 0.5, 0.75])):
-        ctx = example_context({"all": 3}, signals=Two(np.ones(3)), targets=("a", "b"))
+        ctx = example_context(
+            {"all": 3}, signals=FakeSignals(np.ones(3), values={ResponseGradientScores: two}), targets=("a", "b")
+        )
         chosen = Nice(Nice.Params(reward="exact_match", aggregate=Aggregate.of(aggregate))).select(np.arange(3), 1, ctx)
         np.testing.assert_allclose(chosen.scores, wanted, rtol=1e-6)
         assert chosen.rows.tolist() == [best]
@@ -300,7 +300,7 @@ def test_parameters_reach_generation_and_gradients():
     ).select(np.arange(3), 1, ctx)
     (made,) = [call.options["spec"] for call in signals.calls if call.signal == "generate"]
     assert (made.num_samples, made.max_new_tokens, made.temperature, made.top_p, made.top_k) == (7, 11, 0.5, 0.9, 3)
-    (spec,) = [call.options["spec"] for call in signals.calls if call.signal == "gradients"]
+    (spec,) = [call.asked for call in signals.calls if call.signal == "gradients"]
     assert (spec.precondition, spec.sketch_size, spec.sketch_seed) == ("paper_repo", 64, 9)
     assert (spec.parameters, spec.last_blocks, spec.bf16, spec.normalize, spec.mean_of_cosines) == (
         "lora_B",

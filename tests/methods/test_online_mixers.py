@@ -19,7 +19,7 @@ from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, v
 from dataflex.mixers.odm import Odm, exploration, policy
 from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
 from dataflex.plan.proportions import exponentiated, logs, softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
 
 TWO = {"a": 8, "b": 8}
@@ -268,18 +268,19 @@ def test_distances_do_not_depend_on_the_number_of_tokens(measure):
 
 
 def test_dynamic_moe_reads_the_loads_of_the_held_out_sets():
-    class Loads(FakeSignals):
-        def gate_loads(self, rows, *, target=None):
-            share = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.5, 0.5]}[target]
-            return np.array([[[9.0, 1.0], share]] * len(rows), dtype=np.float32)
+    def loads(_, rows, target):
+        share = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.5, 0.5]}[target]
+        return [[[9.0, 1.0], share]] * len(rows)
+
+    signals = FakeSignals(np.ones(12), values={GateLoads: loads})
 
     sizes = {"a": 4, "b": 4, "c": 4}
     mixer = DynamicMoe(DynamicMoe.Params())
-    got = mixer.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    got = mixer.mix(context(sizes, signals=signals)).proportions
     assert got.tolist() == pytest.approx([0.470192, 0.470192, 0.059616], abs=1e-6)
     both = DynamicMoe(DynamicMoe.Params(layers="all", eta=1.0, smoothing=0.0))
     halves = np.array([0.707107, 0.707107, 0.471405]) / 2  # the first layer's loads are all alike
-    got = both.mix(context(sizes, signals=Loads(np.ones(12)))).proportions
+    got = both.mix(context(sizes, signals=signals)).proportions
     assert got.tolist() == pytest.approx((np.exp(halves) / np.exp(halves).sum()).tolist(), abs=1e-6)
 
 
@@ -317,7 +318,9 @@ def test_domain_gradients_against_explicit_means():
     vectors = gradients()
     signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
-    found = domain_gradients(ctx, GradientSpec(precondition="none", normalize=False), rows_per_domain=8)
+    found = domain_gradients(
+        ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
+    )
     means = np.stack([vectors[:8].mean(axis=0), vectors[8:].mean(axis=0)])
     assert np.allclose(found.products, means @ means.T, rtol=1e-5)
     assert np.allclose(found.targets[:, 0], means @ np.arange(5.0), rtol=1e-5)
@@ -332,7 +335,9 @@ def test_squared_norms_are_unbiased():
     for seed in range(400):
         vectors = np.random.default_rng(seed).normal(size=(16, 5)) + truth
         ctx = example_context(TWO, signals=FakeSignals(np.ones(16), gradients=vectors), targets=())
-        found = domain_gradients(ctx, GradientSpec(precondition="none", normalize=False), rows_per_domain=8)
+        found = domain_gradients(
+            ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
+        )
         estimates.append(found.products.diagonal() - found.variance / found.rows)
     assert np.mean(estimates) == pytest.approx(float(truth @ truth), abs=0.06)
 

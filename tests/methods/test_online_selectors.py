@@ -13,6 +13,7 @@ from dataflex.errors import ComponentError, ConfigError, DataError
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
+from dataflex.signals.kinds import GradientProducts, LogitFeatures
 from dataflex.testing import FakeSignals, example_context
 from dataflex.train.controller import Candidates
 
@@ -134,7 +135,7 @@ def test_gradients_are_asked_for_as_said():
     greats().select(pool_of(2), 1, ctx)
     opus().select(pool_of(2), 1, ctx)
     greats(precondition="true_adam").select(pool_of(2), 1, ctx)
-    specs = [call.options["spec"] for call in ctx.signals.calls]
+    specs = [call.asked for call in ctx.signals.calls]
     assert [spec.precondition for spec in specs] == ["none", "adam_scale", "true_adam"]
     assert not any(spec.include_momentum or spec.normalize for spec in specs)
 
@@ -153,13 +154,9 @@ def test_rows_without_a_gradient_are_never_picked(method):
 
 
 def test_products_that_do_not_fit_are_refused():
-    class Short(FakeSignals):
-        def gradient_products(self, rows, spec, *, targets, target_rows=None):
-            scores, gram = super().gradient_products(rows, spec, targets=targets, target_rows=target_rows)
-            return scores[:-1], gram
-
+    short = {GradientProducts: lambda _, rows, __: np.ones((len(rows) - 1, len(rows) + 1))}
     with pytest.raises(ComponentError, match="greats: asked for products of 4 rows"):
-        greats().select(pool_of(4), 1, example_context({"all": 4}, signals=Short(np.ones(4))))
+        greats().select(pool_of(4), 1, example_context({"all": 4}, signals=FakeSignals(np.ones(4), values=short)))
 
 
 # ---------------------------------------------------------------- drawn
@@ -221,16 +218,7 @@ class GivenLogits(FakeSignals):
     """Answers questions about logits with given norms and sketches."""
 
     def __init__(self, norms, sketches):
-        super().__init__(np.ones(len(norms)))
-        self.norms, self.sketches = np.asarray(norms, dtype=np.float32), np.asarray(sketches, dtype=np.float32)
-
-    def logit_nuclear_norms(self, rows, spec):
-        super().logit_nuclear_norms(rows, spec)
-        return self.norms[rows]
-
-    def logit_sketches(self, rows, spec):
-        super().logit_sketches(rows, spec)
-        return self.sketches[rows]
+        super().__init__(np.ones(len(norms)), values={LogitFeatures: np.column_stack([norms, sketches])})
 
 
 def uds(**params):
@@ -297,9 +285,8 @@ def test_what_is_asked_and_told():
     chosen = uds(tokens="all", per_length=True, sketch_rows=2, sketch_columns=6).select(pool_of(3), 3, ctx)
     assert chosen.rows.tolist() == [2, 0]
     assert np.isnan(chosen.scores[1])
-    spec = signals.calls[0].options["spec"]
+    (spec,) = (call.asked for call in signals.calls)
     assert (spec.tokens, spec.per_length, spec.rows, spec.columns, spec.seed) == ("all", True, 2, 6, 5)
-    assert signals.calls[1].options["spec"] == spec
     assert "8 tokens on average against 8" in chosen.reason
     assert "1 rows have no supervised token" in chosen.reason
     with pytest.raises(DataError, match="uds: all 2 rows"):

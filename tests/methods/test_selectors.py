@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dataflex.errors import ComponentError, DataError
 from dataflex.selectors.baselines import AllRows, RandomRows
 from dataflex.selectors.losses import LossSelector, Tacs, focused, log_weights, relative_gain
+from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 from dataflex.testing import (
     FakeSignals,
     example_context,
@@ -172,11 +173,8 @@ def test_no_finite_loss_at_all_is_an_error_of_the_data():
 
 
 def test_losses_of_another_length_are_refused():
-    class Short(FakeSignals):
-        def losses(self, rows, *, target=None):
-            return super().losses(rows[:-1], target=target)
-
-    ctx = example_context({"one": 4}, signals=Short(np.ones(4)))
+    short = {TokenLoss: lambda _, rows, __: np.ones(len(rows) - 1)}
+    ctx = example_context({"one": 4}, signals=FakeSignals(np.ones(4), values=short))
     with pytest.raises(ComponentError, match="asked for the scores of 4 rows"):
         loss_selector().select(pool_of(4), 2, ctx)
 
@@ -250,13 +248,8 @@ def test_a_diverged_probe_is_told():
 
 def test_the_probe_gets_the_parameters():
     _, ctx = tacs([1.0], {"t": [0.5]}, 1, depth_steps=7, learning_rate=0.5, rank=3, alpha=2.0)
-    assert ctx.signals.calls[1].options == {
-        "towards": "t",
-        "depth_steps": 7,
-        "learning_rate": 0.5,
-        "rank": 3,
-        "alpha": 2.0,
-    }
+    asked = AdaptedLoss(towards="t", depth_steps=7, learning_rate=0.5, rank=3, alpha=2.0)
+    assert ctx.signals.calls[1].asked == asked
 
 
 def test_relative_gain_is_nan_where_a_loss_is_not_finite():

@@ -12,6 +12,7 @@ from dataflex.errors import DataError
 from dataflex.rng import rademacher
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.zeroth import Zeroth, central_difference
+from dataflex.signals.kinds import PerturbedLoss
 from dataflex.testing import FakeSignals, example_context
 
 
@@ -135,12 +136,8 @@ def test_rows_and_targets_without_a_loss():
     assert chosen.rows.tolist() == [0]
     assert "2 rows have no finite loss" in chosen.reason
 
-    class NoTarget(FakeSignals):
-        def perturbed_losses(self, rows, *, target=None, **options):
-            found = super().perturbed_losses(rows, target=target, **options)
-            return found if target is None else np.full(len(rows), np.nan, dtype=np.float32)
-
-    ctx = example_context({"all": 3}, signals=NoTarget(np.ones(3)), targets=("a",))
+    values = {PerturbedLoss: lambda _, rows, target: np.full(len(rows), 1.0 if target is None else np.nan)}
+    ctx = example_context({"all": 3}, signals=FakeSignals(np.ones(3), values=values), targets=("a",))
     with pytest.raises(DataError, match="target 'a' has 3 rows, none"):
         Zeroth(Zeroth.Params(directions=4)).select(np.arange(3), 1, ctx)
     with pytest.raises(DataError, match="all 2 rows have no finite loss"):

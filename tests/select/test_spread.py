@@ -13,8 +13,9 @@ from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import nearest, similar_rows
 from dataflex.select.rules import Rule, choose
 from dataflex.select.spread import apart, facility_location, greedy_cover, k_center, near_duplicates, unit
-from dataflex.select.tsds import Densities, epanechnikov, tsds_probabilities, tsds_widened
+from dataflex.select.tsds import Densities, epanechnikov, tsds_widened
 from tests.rounding import sums_apart
+from tests.select.test_transport import tsds_probabilities
 
 
 def whole(seed, count, width=3, low=-3, high=4):

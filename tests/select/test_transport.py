@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.select import tsds
-from dataflex.select.tsds import epanechnikov, tsds_probabilities
+from dataflex.select.tsds import epanechnikov, spread_mass
+
+
+def tsds_probabilities(distances, neighbours, densities, num_rows, *, alpha, c):
+    places = 1.0 / np.asarray(densities, dtype=np.float64)
+    return spread_mass(np.asarray(distances, dtype=float), np.asarray(neighbours), places, num_rows, alpha, c)[0]
 
 
 def one_query(distances, densities=None, **options):

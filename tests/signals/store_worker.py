@@ -12,12 +12,12 @@ import time
 import numpy as np
 import torch
 
-from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass
-from dataflex.signals.sweep import Sweep, stored_pass
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
+from dataflex.signals.sweep import Collector, Sweep
 
 NUM_ROWS, WIDTH = 60, 3
 LENGTHS = np.random.default_rng(4).integers(2, 12, NUM_ROWS)
-KEY = Fingerprint(model="toy@1", data="rows@1", method="embeddings", parameters={"layer": -1}, versions={})
+KEY = CacheKey(model="toy@1", data="rows@1", method="embeddings", parameters={"layer": -1}, versions={})
 
 
 class Features:
@@ -57,7 +57,10 @@ def run(directory, seconds_per_batch=0.0):
         device=torch.device("cpu"),
     )
     work = ResumablePass(ArrayStore(directory), KEY, shape=(NUM_ROWS, WIDTH), dtype=np.float32)
-    return stored_pass(sweep, slow, work), len(calls)
+    collector = Collector(sweep, (), work)
+    for turn in sweep.turns(work.done_at_start):
+        collector.take(turn, slow(turn.batch))
+    return collector.finish(), len(calls)
 
 
 if __name__ == "__main__":

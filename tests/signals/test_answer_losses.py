@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals import answer_source
+from dataflex.signals import runner
 from dataflex.signals.cache import SignalCache
+from dataflex.signals.kinds import ResponseLoss, TokenLoss
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.other_models import Scorer, ScorerError
-from dataflex.signals.service import SignalService
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
 from tests.conftest import WORDS
 from tests.signals.tiny import Rows, collate, snapshot
@@ -63,15 +65,17 @@ def service(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     rows = make(tokenizer)
     corpus = Corpus(dataset=rows, lengths=rows.lengths, identity="rows")
-    handle = ModelAccess(
+    access = ModelAccess(
         model=model,
         collate=collate,
         autocast=nullcontext,
         device=torch.device("cpu"),
         token_budget=24,
         tokenizer=tokenizer,
+        train=corpus,
+        targets={"goal": corpus},
     )
-    return SignalService(handle=handle, train=corpus, targets={"goal": corpus}, seed=0)
+    return SignalRunner(access=access)
 
 
 def another(folder, tokenizer, seed=5, **changes):
@@ -142,7 +146,7 @@ def expected(model, rows, **options):
 
 def test_tokens_and_texts(service, tokenizer):
     rows = np.array([1, 3, 1, 2], dtype=np.int64)
-    features = [service.train.dataset.rows[row] for row in rows]
+    features = [service.access.train.dataset.rows[row] for row in rows]
     for part, kept in (
         ("all", lambda label: True),
         ("prompt", lambda label: label == IGNORE),
@@ -160,15 +164,18 @@ def test_tokens_and_texts(service, tokenizer):
 
 def test_what_is_read_of_other_rows(service):
     """Padding is no token, a row without labels is its own completion, a preference row its chosen answer."""
-    service.train = Corpus(
-        dataset=Rows(
-            [
-                {"input_ids": [5, 6, 3, 3], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]},
-                {"input_ids": [7, 8]},
-                {"chosen_input_ids": [9, 10], "chosen_labels": [-100, 10], "rejected_input_ids": [11]},
-            ]
+    service.access = replace(
+        service.access,
+        train=Corpus(
+            dataset=Rows(
+                [
+                    {"input_ids": [5, 6, 3, 3], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]},
+                    {"input_ids": [7, 8]},
+                    {"chosen_input_ids": [9, 10], "chosen_labels": [-100, 10], "rejected_input_ids": [11]},
+                ]
+            ),
+            lengths=np.array([4, 2, 2]),
         ),
-        lengths=np.array([4, 2, 2]),
     )
     for part, want in (("all", [[5, 6], [7, 8], [9, 10]]), ("completion", [[5, 6], [7, 8], [10]])):
         assert [one.tolist() for one in service.tokens(EVERY[:3], part=part)] == want
@@ -178,19 +185,23 @@ def test_a_data_set_of_the_datasets_library(service):
     from datasets import Dataset
 
     columns = {
-        key: [row[key] for row in service.train.dataset.rows] for key in ("input_ids", "labels", "attention_mask")
+        key: [row[key] for row in service.access.train.dataset.rows]
+        for key in ("input_ids", "labels", "attention_mask")
     }
-    plain, wanted = service.tokens(EVERY, part="completion"), service.answer_losses(EVERY, conditioned=False)
-    service.book = SignalCache()
+    plain, wanted = service.tokens(EVERY, part="completion"), service(ResponseLoss(conditioned=False), EVERY)
+    service.cache = SignalCache()
     dataset = Dataset.from_dict({**columns, "images": [None] * 7})
-    service.train = Corpus(dataset=dataset, lengths=service.train.lengths)
+    service.access = replace(service.access, train=Corpus(dataset=dataset, lengths=service.access.train.lengths))
     assert [one.tolist() for one in service.tokens(EVERY, part="completion")] == [one.tolist() for one in plain]
-    np.testing.assert_array_equal(service.answer_losses(EVERY, conditioned=False), wanted)
-    service.train = Corpus(
-        dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.train.lengths
+    np.testing.assert_array_equal(service(ResponseLoss(conditioned=False), EVERY), wanted)
+    service.access = replace(
+        service.access,
+        train=Corpus(
+            dataset=Dataset.from_dict({**columns, "images": [["a.png"]] * 7}), lengths=service.access.train.lengths
+        ),
     )
     with pytest.raises(UnsupportedError, match="the rows hold images"):
-        service.answer_losses(EVERY, conditioned=True)
+        service(ResponseLoss(conditioned=True), EVERY)
 
 
 # ---------------------------------------------------------------- the model under training
@@ -198,9 +209,9 @@ def test_a_data_set_of_the_datasets_library(service):
 
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_answers_equal_one_token_at_a_time(service, prefix):
-    model, rows = service.handle.model, service.train.dataset
+    model, rows = service.access.model, service.access.train.dataset
     for alone in (False, True):
-        got = service.answer_losses(EVERY, conditioned=not alone, prefix_tokens=prefix)
+        got = service(ResponseLoss(conditioned=not alone, prefix_tokens=prefix), EVERY)
         np.testing.assert_allclose(got, expected(model, rows, alone=alone, prefix=prefix), rtol=2e-5)
         assert np.isnan(got[3])
         assert np.isnan(got[4]) == (prefix == 0)  # its one token follows nothing when alone
@@ -212,10 +223,10 @@ def test_a_start_token_that_the_tokenizer_adds(service, tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    service.train.dataset.rows[6]["input_ids"][0] = tokenizer.bos_token_id  # it is there already
+    service.access.train.dataset.rows[6]["input_ids"][0] = tokenizer.bos_token_id  # it is there already
     start = (tokenizer.bos_token_id,)
-    model, rows = service.handle.model, service.train.dataset
-    given, alone = (service.answer_losses(EVERY, conditioned=conditioned) for conditioned in (True, False))
+    model, rows = service.access.model, service.access.train.dataset
+    given, alone = (service(ResponseLoss(conditioned=conditioned), EVERY) for conditioned in (True, False))
     assert np.isfinite(given[4])
     np.testing.assert_allclose(alone, expected(model, rows, alone=True, start=start), rtol=2e-5)
     np.testing.assert_allclose(given[:6], expected(model, rows, alone=False, start=start)[:6], rtol=2e-5)
@@ -223,10 +234,10 @@ def test_a_start_token_that_the_tokenizer_adds(service, tokenizer):
 
 
 def test_answers_ask_nothing_of_the_run(service):
-    service.handle.model.train()
-    before = snapshot(service.handle.model)
-    service.answer_losses(EVERY, conditioned=False)
-    assert snapshot(service.handle.model)[:6] == before[:6]
+    service.access.model.train()
+    before = snapshot(service.access.model)
+    service(ResponseLoss(conditioned=False), EVERY)
+    assert snapshot(service.access.model)[:6] == before[:6]
 
 
 # ---------------------------------------------------------------- other models
@@ -236,14 +247,14 @@ def test_losses_by_a_model_with_the_same_tokens(service, tokenizer, tmp_path):
     name = another(tmp_path / "ref", tokenizer)
     model = AutoModelForCausalLM.from_pretrained(name)
     assert Scorer(name, tokenizer).same_tokens
-    rows = service.train.dataset
-    got = service.losses(EVERY, model=name, same_tokens=True)
+    rows = service.access.train.dataset
+    got = service(TokenLoss(model=name, same_tokens=True), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=False, drop_first=False), rtol=2e-5)
-    got = service.answer_losses(EVERY, conditioned=False, scorer=name)
+    got = service(ResponseLoss(conditioned=False, scorer=name), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=True), rtol=2e-5)
-    again = service.losses(EVERY[:3], target="goal", model=name)
-    np.testing.assert_allclose(again, service.losses(EVERY[:3], model=name), rtol=1e-6)
-    for parameter in service.handle.model.parameters():
+    again = service(TokenLoss(model=name), EVERY[:3], target="goal")
+    np.testing.assert_allclose(again, service(TokenLoss(model=name), EVERY[:3]), rtol=1e-6)
+    for parameter in service.access.model.parameters():
         assert parameter.requires_grad
 
 
@@ -259,21 +270,21 @@ def test_another_tokenizer_reads_the_text(service, tokenizer, tmp_path):
         return other(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
 
     for got, options in (
-        (service.losses(EVERY, model=name), {"alone": False}),
-        (service.answer_losses(EVERY, conditioned=True, scorer=name), {"alone": False}),
-        (service.answer_losses(EVERY, conditioned=False, scorer=name, prefix_tokens=1), {"alone": True, "prefix": 1}),
+        (service(TokenLoss(model=name), EVERY), {"alone": False}),
+        (service(ResponseLoss(conditioned=True, scorer=name), EVERY), {"alone": False}),
+        (service(ResponseLoss(conditioned=False, scorer=name, prefix_tokens=1), EVERY), {"alone": True, "prefix": 1}),
     ):
-        want = expected(model, service.train.dataset, start=(0,), turn=turn, **options)
+        want = expected(model, service.access.train.dataset, start=(0,), turn=turn, **options)
         np.testing.assert_allclose(got, want, rtol=2e-5)
     with pytest.raises(ConfigError, match="its tokenizer is not that of the run"):
-        service.losses(EVERY, model=name, same_tokens=True)
+        service(TokenLoss(model=name, same_tokens=True), EVERY)
 
 
 def test_what_does_not_fit_into_a_scorer_is_scored_neither_way(service, tokenizer, tmp_path):
     name = another(tmp_path / "short", tokenizer, max_position_embeddings=8)
-    model, rows = AutoModelForCausalLM.from_pretrained(name), service.train.dataset
+    model, rows = AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset
     for alone in (False, True):
-        got = service.answer_losses(EVERY, conditioned=not alone, scorer=name)
+        got = service(ResponseLoss(conditioned=not alone, scorer=name), EVERY)
         np.testing.assert_allclose(got, expected(model, rows, alone=alone, limit=8), rtol=2e-5)
     assert np.isnan(got[6])  # its prompt alone fills it
 
@@ -289,21 +300,23 @@ def test_an_adapter_is_read_with_its_base(service, tokenizer, tmp_path):
             torch.nn.init.normal_(value, std=0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    got = service.losses(EVERY, model=str(tmp_path / "adapter"))
-    np.testing.assert_allclose(got, expected(adapted, service.train.dataset, alone=False, drop_first=False), rtol=2e-5)
-    assert not np.allclose(got, service.losses(EVERY, model=base), equal_nan=True)
+    got = service(TokenLoss(model=str(tmp_path / "adapter")), EVERY)
+    np.testing.assert_allclose(
+        got, expected(adapted, service.access.train.dataset, alone=False, drop_first=False), rtol=2e-5
+    )
+    assert not np.allclose(got, service(TokenLoss(model=base), EVERY), equal_nan=True)
 
 
 def test_models_that_are_not_there(service, tokenizer, tmp_path):
     with pytest.raises(ScorerError, match="cannot be loaded to score rows"):
-        service.losses(EVERY, model=str(tmp_path / "none"))
+        service(TokenLoss(model=str(tmp_path / "none")), EVERY)
     name = another(tmp_path / "bare", tokenizer)
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(ScorerError, match="is not a causal language model"):
-        service.losses(EVERY, model=name)
-    service.scorers.clear()
-    object.__setattr__(service.handle, "tokenizer", None)
-    for ask in (lambda: service.texts(EVERY), lambda: service.losses(EVERY, model=name)):
+        service(TokenLoss(model=name), EVERY)
+    service.access.loaded.clear()
+    object.__setattr__(service.access, "tokenizer", None)
+    for ask in (lambda: service.texts(EVERY), lambda: service(TokenLoss(model=name), EVERY)):
         with pytest.raises(UnsupportedError, match="the tokenizer of the model is needed"):
             ask()
 
@@ -334,39 +347,39 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     name, loads = another(tmp_path / "ref", tokenizer), Loads(monkeypatch)
     for step in (0, 10, 20):
         service.begin(step)
-        kept = service.losses(EVERY, model=name)
-        service.losses(EVERY)
+        kept = service(TokenLoss(model=name), EVERY)
+        service(TokenLoss(), EVERY)
     assert loads.count == 1
     state = service.state_dict()
     assert len(state["answers"]) == 1
-    service.book = SignalCache()
+    service.cache = SignalCache()
     service.load_state_dict(state)
     service.begin(30)
-    assert np.array_equal(service.losses(EVERY, model=name), kept, equal_nan=True)
+    assert np.array_equal(service(TokenLoss(model=name), EVERY), kept, equal_nan=True)
     assert loads.count == 1
     service.begin(40)
     service.begin(50)  # decisions that did not ask for it
-    assert np.array_equal(service.losses(EVERY[::-1], model=name), kept[::-1], equal_nan=True)
+    assert np.array_equal(service(TokenLoss(model=name), EVERY[::-1]), kept[::-1], equal_nan=True)
     assert loads.count == 1
 
 
 def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, monkeypatch):
     """Pools that change from decision to decision, as under ``pool_fraction``."""
     name, scored = another(tmp_path / "ref", tokenizer), []
-    original = answer_source.segment_sums
+    original = runner.Collector
 
-    def counting(model, sweep, *rest):
+    def counting(sweep, *rest):
         scored.append(np.unique(sweep.dataset.rows[sweep.dataset.places]).tolist())
-        return original(model, sweep, *rest)
+        return original(sweep, *rest)
 
-    monkeypatch.setattr(answer_source, "segment_sums", counting)
-    whole = [service.answer_losses(EVERY, conditioned=given, scorer=name) for given in (False, True)]
-    service.book = SignalCache()
+    monkeypatch.setattr(runner, "Collector", counting)
+    whole = [service(ResponseLoss(conditioned=given, scorer=name), EVERY) for given in (False, True)]
+    service.cache = SignalCache()
     scored.clear()
     for step, pool in enumerate(([4, 1], [1, 2, 4, 3], [0, 2])):
         service.begin(10 * step)
         for conditioned in (1, 0):
-            found = service.answer_losses(np.array(pool), conditioned=bool(conditioned), scorer=name)
+            found = service(ResponseLoss(conditioned=bool(conditioned), scorer=name), np.array(pool))
             np.testing.assert_allclose(found, whole[conditioned][pool], rtol=1e-5)
     assert scored == [[1, 4], [1, 4], [2], [2], [0], [0]]
 
@@ -376,12 +389,12 @@ def test_the_store_serves_other_steps_and_runs(service, tokenizer, tmp_path, mon
     loads = Loads(monkeypatch)
     states = iter("abcdefgh")
     for _ in range(2):
-        service.book = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
+        service.cache = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
         service.begin(0)
-        found = service.answer_losses(EVERY, conditioned=False, scorer=name)
-        service.answer_losses(EVERY, conditioned=False)
+        found = service(ResponseLoss(conditioned=False, scorer=name), EVERY)
+        service(ResponseLoss(conditioned=False), EVERY)
     np.testing.assert_allclose(
-        found, expected(AutoModelForCausalLM.from_pretrained(name), service.train.dataset, alone=True), rtol=2e-5
+        found, expected(AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset, alone=True), rtol=2e-5
     )
     assert loads.count == 1
     assert (

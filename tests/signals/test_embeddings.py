@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.embeddings import (
     embed_batch,
-    embed_documents,
     embedding_size,
     hidden_states,
     pool,
     pool_documents,
 )
-from dataflex.signals.row_signals import row_embeddings
-from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.kinds import Embedding
+from dataflex.signals.losses import document_ids
+from dataflex.signals.model_access import Corpus
 from tests.rounding import layers_apart
 from tests.signals import tiny
 
@@ -53,17 +52,17 @@ def oracle_pool(hidden_TD, kept, spec):
 
 def test_the_sheets_toy():
     hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-    plain = pool(hidden, None, None, EmbeddingSpec(normalize=False))
+    plain = pool(hidden, None, None, Embedding(normalize=False))
     torch.testing.assert_close(plain, torch.tensor([[2 / 3, 5 / 6]]))
-    unit = pool(hidden, None, None, EmbeddingSpec())
+    unit = pool(hidden, None, None, Embedding())
     np.testing.assert_allclose(unit.numpy(), [[0.6247, 0.7809]], atol=5e-5)
     # The same row with padding on the left, whatever the padding holds.
     padded = torch.cat([torch.full((1, 2, 2), torch.nan), hidden], dim=1)
-    torch.testing.assert_close(pool(padded, torch.tensor([[0, 0, 1, 1, 1]]), None, EmbeddingSpec()), unit)
+    torch.testing.assert_close(pool(padded, torch.tensor([[0, 0, 1, 1, 1]]), None, Embedding()), unit)
     # bf16 hidden states are added up in fp32.
     many = torch.full((1, 3000, 1), 1.0, dtype=torch.bfloat16)
-    assert float(pool(many, None, None, EmbeddingSpec(normalize=False))) == pytest.approx(1.0, rel=1e-5)
-    assert pool(torch.zeros(1, 2, 3), None, None, EmbeddingSpec()).tolist() == [[0.0, 0.0, 0.0]]
+    assert float(pool(many, None, None, Embedding(normalize=False))) == pytest.approx(1.0, rel=1e-5)
+    assert pool(torch.zeros(1, 2, 3), None, None, Embedding()).tolist() == [[0.0, 0.0, 0.0]]
 
 
 @given(
@@ -78,7 +77,7 @@ def test_the_sheets_toy():
 def test_pool_equals_a_loop(lengths, left, pooling, completion_only, normalize, seed):
     generator = torch.Generator().manual_seed(seed)
     width = max(*lengths, 1)
-    spec = EmbeddingSpec(pooling=pooling, completion_only=completion_only, normalize=normalize)
+    spec = Embedding(pooling=pooling, completion_only=completion_only, normalize=normalize)
     hidden = torch.randn(len(lengths), width, 3, generator=generator)
     mask = torch.zeros(len(lengths), width, dtype=torch.int64)
     for row, length in enumerate(lengths):
@@ -94,7 +93,7 @@ def test_pool_equals_a_loop(lengths, left, pooling, completion_only, normalize, 
 @settings(max_examples=30, deadline=None)
 def test_pool_documents_equals_a_loop(seed, pooling, completion_only):
     generator = torch.Generator().manual_seed(seed)
-    spec = EmbeddingSpec(pooling=pooling, completion_only=completion_only)
+    spec = Embedding(pooling=pooling, completion_only=completion_only)
     hidden = torch.randn(3, 8, 2, generator=generator)
     documents = torch.randint(0, 2, (3, 8), generator=generator).cumsum(dim=1)
     documents = torch.where(torch.arange(8) < torch.tensor([[8], [5], [0]]), documents - documents[:, :1], -1)
@@ -133,9 +132,9 @@ def test_rows_equal_one_row_at_a_time(models, name, completion_only, side):
     model, rows = models[name], tiny.make_rows(15)
     ids = np.array([3, 0, 14, 3, 6, 11, 4])
     for layer, pooling in ((-1, "weighted_mean"), (1, "mean"), (-1, "last")):
-        spec = EmbeddingSpec(layer=layer, pooling=pooling, completion_only=completion_only)
-        sweep = Sweep(dataset=rows, rows=ids, lengths=rows.lengths[ids], collate=side, token_budget=30, device=CPU)
-        got = row_embeddings(model, sweep, spec)
+        spec = Embedding(layer=layer, pooling=pooling, completion_only=completion_only)
+        train = Corpus(dataset=rows, lengths=rows.lengths)
+        got = tiny.asking(model, train, collate=side, token_budget=30)(spec, ids)
         for vector, row in zip(got, ids, strict=True):
             alone = tiny.collate([rows.rows[row]])
             hidden = hidden_states(model, alone, layer)[0]
@@ -152,30 +151,29 @@ def test_packed_documents_equal_documents_alone(models):
     features = [tiny.packed(documents[:3], 24), tiny.packed(documents[3:], 24)]
     batch = {key: torch.tensor([feature[key] for feature in features]) for key in features[0]}
     batch["attention_mask"] = prepare_4d_attention_mask(batch["attention_mask"], torch.float32)
-    spec = EmbeddingSpec()
-    vectors, keys = embed_documents(models["llama"], batch, spec)
+    spec = Embedding()
+    hidden = hidden_states(models["llama"], batch, spec.layer)
+    vectors, keys = pool_documents(hidden, document_ids(batch), batch["labels"], spec)
     assert keys.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0]]
     for vector, document in zip(vectors, documents, strict=True):
         alone = embed_batch(models["llama"], tiny.collate([document]), spec)[0]
         torch.testing.assert_close(vector, alone, rtol=0, atol=APART)
     # A packed row as a whole is pooled over its tokens, padding left out.
-    whole = embed_batch(models["llama"], batch, EmbeddingSpec(pooling="last", normalize=False))
-    last = embed_batch(models["llama"], tiny.collate([documents[3]]), EmbeddingSpec(pooling="last", normalize=False))
+    whole = embed_batch(models["llama"], batch, Embedding(pooling="last", normalize=False))
+    last = embed_batch(models["llama"], tiny.collate([documents[3]]), Embedding(pooling="last", normalize=False))
     torch.testing.assert_close(whole[1], last[0], rtol=0, atol=APART * float(last.abs().max()))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_pass_leaves_no_trace(models, name):
     model, rows = models[name], tiny.make_rows(9)
-    sweep = Sweep(
-        dataset=rows, rows=np.arange(9), lengths=rows.lengths, collate=tiny.collate, token_budget=30, device=CPU
-    )
+    train, spec = Corpus(dataset=rows, lengths=rows.lengths), Embedding(layer=1)
     model.train()
     next(model.modules()).eval()
     before = tiny.snapshot(model)
-    first = row_embeddings(model, sweep, EmbeddingSpec(layer=1))
+    first = tiny.asking(model, train)(spec, np.arange(9))
     tiny.assert_same(before, tiny.snapshot(model))
-    np.testing.assert_array_equal(first, row_embeddings(model, sweep, EmbeddingSpec(layer=1)))
+    np.testing.assert_array_equal(first, tiny.asking(model, train)(spec, np.arange(9)))
     model.eval()
 
 
@@ -189,8 +187,8 @@ def test_hooks_are_removed_when_the_model_fails(models):
 
 def test_what_cannot_be_asked_for():
     with pytest.raises(ConfigError, match=r"pooling: unknown 'weighted'; did you mean 'weighted_mean'\?"):
-        EmbeddingSpec(pooling="weighted")
+        Embedding(pooling="weighted")
     with pytest.raises(ConfigError, match="layer: expected an integer"):
-        EmbeddingSpec(layer="last")
+        Embedding(layer="last")
     with pytest.raises(UnsupportedError, match="transformers model"):
         embedding_size(torch.nn.Linear(2, 2))

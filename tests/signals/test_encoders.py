@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from dataflex.errors import ConfigError
+from dataflex.signals import embeddings
 from dataflex.signals.embeddings import EncoderError, load_encoder, pool
+from dataflex.signals.kinds import Embedding
 from dataflex.signals.specs import EmbeddingSpec
 from tests.conftest import WORDS
 from tests.rounding import layers_apart
@@ -57,10 +60,11 @@ def t5(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("layer", [-1, 1])
 @pytest.mark.parametrize("pooling", ["weighted_mean", "mean", "last", "first"])
 @pytest.mark.parametrize("family", ["tiny_model", "bert"])
-def test_texts_equal_one_text_at_a_time(family, pooling, layer, request):
+def test_texts_equal_one_text_at_a_time(family, pooling, layer, request, monkeypatch):
+    monkeypatch.setattr(embeddings, "_TOKEN_BUDGET", 24)
     folder = request.getfixturevalue(family)
     spec = EmbeddingSpec(pooling=pooling, layer=layer, normalize=pooling != "mean")
-    encoder = load_encoder(str(folder), spec=spec, token_budget=24)
+    encoder = load_encoder(str(folder), spec=spec)
     got = encoder.encode(TEXTS)
     assert got.shape == (6, encoder.dimension)
     assert got.dtype == np.float32
@@ -86,20 +90,17 @@ def test_the_encoder_of_an_encoder_decoder_model(t5):
     assert encoder.dimension == 16
 
 
-def test_length_limit_and_identity(tiny_model, bert):
-    short = load_encoder(str(tiny_model), max_length=4)
+def test_length_limit(tiny_model, monkeypatch):
+    encoder = load_encoder(str(tiny_model))
     long_text = " ".join(WORDS[:20])
     ids = AutoTokenizer.from_pretrained(tiny_model)(long_text)["input_ids"]
     cut = AutoTokenizer.from_pretrained(tiny_model).decode(ids[:4])
-    np.testing.assert_allclose(short.encode([long_text]), short.encode([cut]), rtol=1e-6)
-    whole = load_encoder(str(tiny_model))
-    assert np.abs(whole.encode([long_text]) - short.encode([long_text])).max() > 1e-3
-    same = load_encoder(str(tiny_model))
-    other = load_encoder(str(tiny_model), spec=EmbeddingSpec(pooling="mean"))
-    assert same.identity == whole.identity
-    identities = {short.identity, whole.identity, other.identity, load_encoder(str(bert)).identity}
-    assert len(identities) == 4
-    assert whole.encode([]).shape == (0, whole.dimension)
+    whole = encoder.encode([long_text])
+    monkeypatch.setattr(embeddings, "_MAX_TOKENS", 4)
+    short = encoder.encode([long_text])
+    np.testing.assert_allclose(short, encoder.encode([cut]), rtol=1e-6)
+    assert np.abs(whole - short).max() > 1e-3
+    assert encoder.encode([]).shape == (0, encoder.dimension)
 
 
 def test_loading_and_encoding_leave_random_states_alone(bert):
@@ -127,8 +128,9 @@ def test_what_cannot_be_loaded(tmp_path, tiny_model):
         load_encoder(str(tmp_path))
     with pytest.raises(ConfigError, match="completion_only needs labels"):
         load_encoder(str(tiny_model), spec=EmbeddingSpec(completion_only=True))
+    (tmp_path / "modules.json").write_text("[]")
     with pytest.raises(ConfigError, match="pools by its own rules"):
-        load_encoder(str(tiny_model), kind="sentence_transformers", spec=EmbeddingSpec(pooling="mean"))
+        load_encoder(str(tmp_path), spec=EmbeddingSpec(pooling="mean"))
 
 
 def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
@@ -136,7 +138,7 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
     import contextlib
 
     from dataflex.signals.model_access import Corpus, ModelAccess
-    from dataflex.signals.service import SignalService
+    from dataflex.signals.runner import SignalRunner
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     texts = ["the cat sat on a mat", "red balls", "old dogs ran to see one big tree", "a mat"]
@@ -146,23 +148,22 @@ def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):
             return [{"input_ids": [1, *tokenizer(texts[i])["input_ids"], 2]} for i in ids]
 
     lengths = np.array([len(tokenizer(text)["input_ids"]) + 2 for text in texts])
-    service = SignalService(
-        handle=ModelAccess(
+    service = SignalRunner(
+        access=ModelAccess(
             model=torch.nn.Linear(1, 1),
             collate=lambda features: {},
             autocast=contextlib.nullcontext,
             device=torch.device("cpu"),
             token_budget=12,
             tokenizer=tokenizer,
-        ),
-        train=Corpus(dataset=Rows(), lengths=lengths),
-        targets={"goal": Corpus(dataset=Rows(), lengths=lengths)},
-        seed=0,
+            train=Corpus(dataset=Rows(), lengths=lengths),
+            targets={"goal": Corpus(dataset=Rows(), lengths=lengths)},
+        )
     )
-    spec = EmbeddingSpec(pooling="mean")
+    spec = Embedding(pooling="mean")
     wanted = load_encoder(str(bert), spec=spec).encode([texts[i] for i in (2, 0, 3)])
-    got = service.embeddings(np.array([2, 0, 3]), spec, encoder=str(bert))
+    got = service(replace(spec, encoder=str(bert)), np.array([2, 0, 3]))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=APART * np.abs(wanted).max())
-    assert service.embeddings(np.array([1]), spec, target="goal", encoder=str(bert)).shape == (1, 16)
-    assert len(service.encoders) == 1
+    assert service(replace(spec, encoder=str(bert)), np.array([1]), target="goal").shape == (1, 16)
+    assert len(service.access.loaded) == 1
     assert service.seconds > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ import torch
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import GradientNorms, GradientScores, GradientSpec
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
 from tests.signals.gradients.small import build, flat, oracle, ragged
+from tests.signals.tiny import again, asking
 
 
 class Rows:
@@ -65,18 +65,9 @@ def setting(request):
     def corpus(rows, name):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
-    service = SignalService(
-        handle=ModelAccess(
-            model=model,
-            collate=collate,
-            autocast=contextlib.nullcontext,
-            device=torch.device("cpu"),
-            token_budget=24,
-            optimizer=lambda: optimizer,
-        ),
-        train=corpus(pool, "pool"),
-        targets={"near": corpus(near, "near"), "far": corpus(far, "far")},
-        seed=0,
+    targets = {"near": corpus(near, "near"), "far": corpus(far, "far")}
+    service = asking(
+        model, corpus(pool, "pool"), targets, collate=collate, token_budget=24, optimizer=lambda: optimizer
     )
     gradients = {
         name: flat(oracle(model, collate(rows.rows))).double().numpy()
@@ -141,7 +132,7 @@ SPECS = {
 def test_scores_equal_one_row_at_a_time(setting, name):
     service, gradients, state = setting
     service.begin(list(SPECS).index(name))
-    found = service.gradient_scores(np.arange(7), SPECS[name], targets=("near", "far"))
+    found = service(GradientScores(**vars(SPECS[name]), targets=("near", "far")), np.arange(7))
     wanted = expected_scores(gradients, state, SPECS[name])
     scale = np.nanmax(np.abs(wanted))
     # Signs of gradients that vanish but for rounding are arbitrary.
@@ -150,16 +141,16 @@ def test_scores_equal_one_row_at_a_time(setting, name):
 
 def test_a_row_that_is_the_target_scores_one(setting):
     service, _, _ = setting
-    twin = SignalService(
-        handle=service.handle, train=service.targets["near"], targets={"self": service.targets["near"]}, seed=0
-    )
+    twin = again(service, train=service.access.targets["near"], targets={"self": service.access.targets["near"]})
     spec = GradientSpec(precondition="none", mean_of_cosines=False)
     for row in range(3):
-        alone = Corpus(dataset=Rows.__new__(Rows), lengths=twin.train.lengths[row : row + 1])
-        alone.dataset.rows = [twin.train.dataset.rows[row]]
-        twin.targets = {"self": alone}
+        alone = Corpus(dataset=Rows.__new__(Rows), lengths=twin.access.train.lengths[row : row + 1])
+        alone.dataset.rows = [twin.access.train.dataset.rows[row]]
+        twin.access = replace(twin.access, targets={"self": alone})
         twin.begin(100 + row)
-        assert twin.gradient_scores(np.array([row]), spec, targets=("self",))[0, 0] == pytest.approx(1.0, abs=1e-5)
+        assert twin(GradientScores(**vars(spec), targets=("self",)), np.array([row]))[0, 0] == pytest.approx(
+            1.0, abs=1e-5
+        )
 
 
 def test_norms(setting):
@@ -167,7 +158,7 @@ def test_norms(setting):
     service.begin(50)
     wanted = np.linalg.norm(gradients["pool"], axis=1)
     wanted[4] = np.nan
-    found = service.gradient_norms(np.arange(7), GradientSpec(precondition="none"))
+    found = service(GradientNorms(precondition="none"), np.arange(7))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -175,10 +166,9 @@ def test_sketched_scores_come_near_the_exact_ones(setting):
     service, _, _ = setting
     service.begin(60)
     rows = np.array([0, 1, 2, 3, 5, 6])
-    exact = service.gradient_scores(rows, GradientSpec(), targets=("near",))[:, 0]
+    exact = service(GradientScores(targets=("near",)), rows)[:, 0]
     seeds = [
-        service.gradient_scores(rows, GradientSpec(sketch_size=1024, sketch_seed=seed), targets=("near",))[:, 0]
-        for seed in range(8)
+        service(GradientScores(sketch_size=1024, sketch_seed=seed, targets=("near",)), rows)[:, 0] for seed in range(8)
     ]
     assert np.abs(np.mean(seeds, axis=0) - exact).max() < 4 / np.sqrt(1024 * 8)
     assert np.abs(seeds[0] - seeds[1]).max() > 0
@@ -188,9 +178,9 @@ def test_parts_of_the_parameters(setting):
     service, _, _ = setting
     service.begin(70)
     rows = np.array([0, 1, 2])
-    whole = service.gradient_norms(rows, GradientSpec(precondition="none"))
-    part = service.gradient_norms(rows, GradientSpec(precondition="none", last_blocks=1))
-    named = service.gradient_norms(rows, GradientSpec(precondition="none", parameters=r"layers\.1\."))
+    whole = service(GradientNorms(precondition="none"), rows)
+    part = service(GradientNorms(precondition="none", last_blocks=1), rows)
+    named = service(GradientNorms(precondition="none", parameters=r"layers\.1\."), rows)
     assert (part < whole).all()
     np.testing.assert_allclose(part, named, rtol=1e-6)
 
@@ -198,25 +188,22 @@ def test_parts_of_the_parameters(setting):
 def test_stored_scores_depend_on_the_moments(setting, tmp_path):
     service, _, _ = setting
     rows = np.array([0, 1, 2])
-    model = service.handle.model
-    twin = SignalService(
-        handle=service.handle,
-        train=service.train,
-        targets=service.targets,
-        seed=0,
-        book=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
+    model = service.access.model
+    twin = again(
+        service,
+        SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters())),
     )
     twin.begin(1)
-    first = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
+    first = twin(GradientScores(targets=("near",)), rows)
     twin.begin(2)
-    assert np.array_equal(twin.gradient_scores(rows, GradientSpec(), targets=("near",)), first)
-    assert len(twin.book.store.entries()) == 1
-    state = next(iter(service.handle.optimizer().state.values()))
+    assert np.array_equal(twin(GradientScores(targets=("near",)), rows), first)
+    assert len(twin.cache.store.entries()) == 1
+    state = next(iter(service.access.optimizer().state.values()))
     state["exp_avg"].mul_(2.0)
     try:
         twin.begin(3)
-        changed = twin.gradient_scores(rows, GradientSpec(), targets=("near",))
-        assert len(twin.book.store.entries()) == 2
+        changed = twin(GradientScores(targets=("near",)), rows)
+        assert len(twin.cache.store.entries()) == 2
         assert not np.array_equal(changed, first)
     finally:
         state["exp_avg"].div_(2.0)

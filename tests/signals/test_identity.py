@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dataflex.signals.cache import Question, SignalCache
+from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, state_identity, tokenizer_identity
 from dataflex.signals.store import ArrayStore
 from tests.signals.tiny import llama
@@ -165,14 +165,11 @@ def test_a_store_gives_no_other_models_answers(tmp_path, change):
         )
 
     def ask(book, value):
-        def compute(work):
-            if work.complete:
-                return work.finish()
+        device = torch.device("cpu")
+        work = book.work("losses", {}, model="", data="d", corpus="", shape=(2,), device=device)
+        if not work.complete:
             work.record(np.arange(2), np.full(2, value, dtype=np.float32))
-            return work.finish()
-
-        question = Question(method="losses", parameters={}, rows=np.arange(2), corpus="", data="d")
-        return book.give(question, compute, torch.device("cpu")).tolist()
+        return work.finish().tolist()
 
     assert ask(book("now", "none"), 1.0) == [1.0, 1.0]
     assert ask(book("now", "none"), 2.0) == [1.0, 1.0], "found again"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cmath
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,10 +14,9 @@ from hypothesis import strategies as st
 from dataflex.rng import stream
 from dataflex.signals.gradients import adam_direction
 from dataflex.signals.gradients.precondition import adam_scaled
+from dataflex.signals.kinds import GradientSpec, LogitFeatures
 from dataflex.signals.logits import LogitReader, LogitScorer, LogitSketch, nuclear_norm
-from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec, LogitSpec
+from dataflex.signals.model_access import Corpus
 from tests.signals import tiny
 from tests.signals.test_gradient_signals import setting, unit  # noqa: F401  a fixture
 
@@ -73,7 +71,7 @@ def test_gram_and_singular_values_agree(rows, columns, rank, chunk):
 @pytest.mark.parametrize("tokens", ["completion", "all"])
 def test_norms_are_those_of_single_rows(model, tokens, side):
     """Padding changes nothing, and rows without a supervised token have none."""
-    found = score(model, LogitSpec(tokens=tokens), side)
+    found = score(model, LogitFeatures(tokens=tokens), side)
     for i, row in enumerate(ROWS.rows):
         if not predicting(row):
             assert bool(found[i].isnan().all())
@@ -88,7 +86,7 @@ def test_the_norm_per_length_is_blind_to_repetition(model):
     logits = logits_of(model, ROWS.rows[0], "all").float()
     once, thrice = (float(nuclear_norm(part)) for part in (logits, torch.cat([logits] * 3)))
     assert thrice == pytest.approx(math.sqrt(3) * once, rel=1e-5)
-    plain, divided = (score(model, LogitSpec(per_length=flag)) for flag in (False, True))
+    plain, divided = (score(model, LogitFeatures(per_length=flag)) for flag in (False, True))
     counts = torch.tensor([len(logits_of(model, row, "completion")) for row in ROWS.rows], dtype=torch.float32)
     known = counts > 0
     torch.testing.assert_close(divided[known] * counts[known, None].sqrt(), plain[known], rtol=1e-5, atol=1e-4)
@@ -132,7 +130,7 @@ def test_sketches_are_sampled_fourier_transforms(num, width, chunk):
 
 
 def test_sketches_of_rows_are_those_of_their_logits(model):
-    spec = LogitSpec(rows=4, columns=16, seed=2)
+    spec = LogitFeatures(rows=4, columns=16, seed=2)
     found = score(model, spec)[:, 1:]
     sketch = LogitSketch(12, 4, 16, seed=2)
     for i, row in enumerate(ROWS.rows):
@@ -152,20 +150,17 @@ def test_distances_of_sketches_follow_those_of_logits():
 
 
 def service_of(model, budget=40):
-    handle = ModelAccess(
-        model=model, collate=tiny.collate, autocast=nullcontext, device=torch.device("cpu"), token_budget=budget
-    )
-    return SignalService(handle=handle, train=Corpus(dataset=ROWS, lengths=ROWS.lengths), targets={}, seed=0)
+    return tiny.asking(model, Corpus(dataset=ROWS, lengths=ROWS.lengths), token_budget=budget)
 
 
 def test_the_service_gives_both_from_one_pass():
     model = tiny.llama().train()
-    service, order, spec = service_of(model), np.array([3, 0, 7, 5]), LogitSpec(rows=2, columns=8)
+    service, order, spec = service_of(model), np.array([3, 0, 7, 5]), LogitFeatures(rows=2, columns=8)
     seen = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))
-    norms = service.logit_nuclear_norms(order, spec)
+    norms = service(spec, order)[:, 0]
     passes = len(seen)
-    sketches = service.logit_sketches(order, spec)
+    sketches = service(spec, order)[:, 1:]
     handle.remove()
     assert passes > 0
     assert len(seen) == passes
@@ -176,12 +171,10 @@ def test_the_service_gives_both_from_one_pass():
 
 
 def test_batches_change_nothing():
-    spec = LogitSpec(rows=2, columns=8)
+    spec = LogitFeatures(rows=2, columns=8)
     everyone = np.arange(12)
     one, other = (service_of(tiny.llama(), budget) for budget in (12, 400))
-    np.testing.assert_allclose(
-        one.logit_sketches(everyone, spec), other.logit_sketches(everyone, spec), rtol=1e-3, atol=1e-3
-    )
+    np.testing.assert_allclose(one(spec, everyone)[:, 1:], other(spec, everyone)[:, 1:], rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------- what greats and opus ask beyond that
@@ -201,9 +194,9 @@ def test_adam_scaled_is_the_published_factor():
 
 def test_products_with_adam_scale(setting):  # noqa: F811
     service, gradients, (_, second) = setting
-    fresh = SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3)
+    fresh = tiny.again(service, train=service.access.train, targets=service.access.targets, seed=3)
     order = np.array([5, 0, 2, 6])
-    scores, gram = fresh.gradient_products(order, GradientSpec(precondition="adam_scale"), targets=("near",))
+    scores, gram = tiny.products(fresh, order, precondition="adam_scale", targets=("near",))
     factor = 0.1 * math.sqrt(1 - 0.999**4) / (1 - 0.9**4)
     rows = gradients["pool"][order] * factor / (np.sqrt(second) + 1e-8)
     np.testing.assert_allclose(scores[:, 0], rows @ gradients["near"].mean(axis=0), rtol=1e-3, atol=1e-4)
@@ -212,10 +205,10 @@ def test_products_with_adam_scale(setting):  # noqa: F811
 
 def test_a_target_may_stand_for_some_of_its_rows(setting):  # noqa: F811
     service, gradients, _ = setting
-    fresh = SignalService(handle=service.handle, train=service.train, targets=service.targets, seed=3)
+    fresh = tiny.again(service, train=service.access.train, targets=service.access.targets, seed=3)
     spec, order, drawn = GradientSpec(precondition="none"), np.array([5, 0, 2]), {"near": np.array([0, 2])}
-    scores, _ = fresh.gradient_products(order, spec, targets=("near", "far"), target_rows=drawn)
-    whole, _ = fresh.gradient_products(order, spec, targets=("near", "far"))
+    scores, _ = tiny.products(fresh, order, **vars(spec), targets=("near", "far"), target_rows=drawn)
+    whole, _ = tiny.products(fresh, order, **vars(spec), targets=("near", "far"))
     aims = np.stack([gradients["near"][[0, 2]].mean(axis=0), gradients["far"].mean(axis=0)])
     wanted = gradients["pool"][order] @ aims.T
     np.testing.assert_allclose(scores, wanted, rtol=2e-4, atol=2e-5 * np.abs(wanted).max())

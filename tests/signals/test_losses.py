@@ -14,12 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import AdaptedLoss, Embedding, TokenLoss
 from dataflex.signals.losses import token_mean_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
-from dataflex.signals.sweep import Sweep, bucketed, preserve_state, vector_pass
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state, row_pass
+from tests.signals import tiny
 
 
 def oracle_loss(logits_TV, labels_T) -> float:
@@ -110,18 +111,21 @@ def service():
 
     import contextlib
 
-    handle = ModelAccess(
+    access = ModelAccess(
         model=model,
         collate=collate,
         autocast=contextlib.nullcontext,
         device=torch.device("cpu"),
         token_budget=40,
+        train=corpus(30),
+        targets={"goal": corpus(6)},
+        seed=5,
     )
-    return SignalService(handle=handle, train=corpus(30), targets={"goal": corpus(6)}, seed=5)
+    return SignalRunner(access=access)
 
 
 def one_row_losses(service, corpus, rows):
-    model, out = service.handle.model, []
+    model, out = service.access.model, []
     model.eval()
     for row in rows:
         features = corpus.dataset.__getitems__([int(row)])
@@ -134,94 +138,94 @@ def one_row_losses(service, corpus, rows):
 
 def test_losses_equal_one_row_at_a_time(service):
     rows = np.array([4, 0, 29, 4, 17, 8, 3, 2, 1], dtype=np.int64)
-    want = one_row_losses(service, service.train, rows)
-    np.testing.assert_allclose(service.losses(rows), want, rtol=1e-5)
+    want = one_row_losses(service, service.access.train, rows)
+    np.testing.assert_allclose(service(TokenLoss(), rows), want, rtol=1e-5)
     target = np.arange(6)
-    want = one_row_losses(service, service.targets["goal"], target)
-    np.testing.assert_allclose(service.losses(target, target="goal"), want, rtol=1e-5)
+    want = one_row_losses(service, service.access.targets["goal"], target)
+    np.testing.assert_allclose(service(TokenLoss(), target, target="goal"), want, rtol=1e-5)
 
 
 class Counted:
     """Counts the passes that a service makes."""
 
     def __init__(self, service):
-        self.passes, self._service, self._original = 0, service, service._sweep
+        self.passes, self._service, self._original = 0, service, service._compute
 
     def __enter__(self):
         def sweep(*args):
             self.passes += 1
             return self._original(*args)
 
-        self._service._sweep = sweep
+        self._service._compute = sweep
         return self
 
     def __exit__(self, *_):
-        self._service._sweep = self._original
+        self._service._compute = self._original
 
 
 def test_answers_are_shared_within_a_step(service):
     with Counted(service) as counted:
         service.begin(100)
         rows = np.arange(5)
-        first = service.losses(rows)
+        first = service(TokenLoss(), rows)
         first[:] = -1.0  # a caller may do as it likes with its copy
-        assert not (service.losses(rows) == -1.0).any()
-        service.losses(np.arange(6))
-        service.losses(rows, target="goal")
+        assert not (service(TokenLoss(), rows) == -1.0).any()
+        service(TokenLoss(), np.arange(6))
+        service(TokenLoss(), rows, target="goal")
         assert counted.passes == 3
         service.begin(101)
-        service.losses(rows)
+        service(TokenLoss(), rows)
         assert counted.passes == 4
 
 
 def test_older_answers_are_given_again_up_to_their_age(service):
-    service.book.max_age_steps = 10
+    service.cache.max_age_steps = 10
     rows = np.arange(7)
     with Counted(service) as counted:
         service.begin(200)
-        first = service.losses(rows)
+        first = service(TokenLoss(), rows)
         service.begin(210)
-        assert np.array_equal(service.losses(rows), first, equal_nan=True)
+        assert np.array_equal(service(TokenLoss(), rows), first, equal_nan=True)
         state = service.state_dict()
         service.begin(211)
-        service.losses(rows)
+        service(TokenLoss(), rows)
         assert counted.passes == 2
         service.load_state_dict(state)  # as a run resumed at step 210 does
         service.begin(210)
-        assert np.array_equal(service.losses(rows), first, equal_nan=True)
+        assert np.array_equal(service(TokenLoss(), rows), first, equal_nan=True)
         assert counted.passes == 2
-    service.book.max_age_steps = 0
+    service.cache.max_age_steps = 0
     assert service.state_dict() == {"answers": {}}
 
 
 def test_stored_answers_belong_to_one_state_of_the_model(service, tmp_path):
-    rows, spec = np.arange(9), EmbeddingSpec()
+    rows, spec = np.arange(9), Embedding()
     service.begin(300)
-    losses, vectors = service.losses(rows), service.embeddings(rows, spec)
-    service.book = SignalCache(
-        store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.handle.model.named_parameters())
+    losses, vectors = service(TokenLoss(), rows), service(spec, rows)
+    service.cache = SignalCache(
+        store=ArrayStore(tmp_path), model_identity=lambda: state_identity(service.access.model.named_parameters())
     )
     service.begin(301)
-    assert np.array_equal(service.losses(rows), losses, equal_nan=True)
-    assert np.array_equal(service.embeddings(rows, spec), vectors, equal_nan=True)
-    assert len(service.book.store.entries()) == 2
+    assert np.array_equal(service(TokenLoss(), rows), losses, equal_nan=True)
+    assert np.array_equal(service(spec, rows), vectors, equal_nan=True)
+    assert len(service.cache.store.entries()) == 2
     service.begin(302)  # another step, the same weights: found again
-    service.losses(rows)
-    assert len(service.book.store.entries()) == 2
-    weight = service.handle.model.lm_head.weight
+    service(TokenLoss(), rows)
+    assert len(service.cache.store.entries()) == 2
+    weight = service.access.model.lm_head.weight
     with torch.no_grad():
         weight[0, 0] += 1.0
     service.begin(303)
-    changed = service.losses(rows)
-    assert len(service.book.store.entries()) == 3
+    changed = service(TokenLoss(), rows)
+    assert len(service.cache.store.entries()) == 3
     assert not np.array_equal(changed, losses, equal_nan=True)
     with torch.no_grad():
         weight[0, 0] -= 1.0
-    service.book = SignalCache()
+    service.cache = SignalCache()
 
 
 def test_a_pass_touches_nothing(service):
-    model = service.handle.model
+    model = service.access.model
     model.train()
     model.model.layers[0].eval()  # a mixed mode must come back as it was
     for parameter in model.parameters():
@@ -230,8 +234,8 @@ def test_a_pass_touches_nothing(service):
     modes = [module.training for module in model.modules()]
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     service.begin(7)
-    service.losses(np.arange(10))
-    service.adapted_losses(np.arange(10), towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0)
+    service(TokenLoss(), np.arange(10))
+    service(AdaptedLoss(towards="goal", depth_steps=2, learning_rate=0.01, rank=1, alpha=4.0), np.arange(10))
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -241,7 +245,7 @@ def test_a_pass_touches_nothing(service):
 
 
 def test_preserved_restores_after_an_error(service):
-    model = service.handle.model
+    model = service.access.model
     model.train()
 
     def fails():
@@ -257,14 +261,14 @@ def test_preserved_restores_after_an_error(service):
 def test_an_untrained_probe_changes_nothing_and_training_lowers_the_target_loss(service):
     rows = np.arange(12)
     service.begin(11)
-    plain = service.losses(rows)
-    same = service.adapted_losses(rows, towards="goal", depth_steps=0, learning_rate=0.1, rank=2, alpha=4.0)
+    plain = service(TokenLoss(), rows)
+    same = service(AdaptedLoss(towards="goal", depth_steps=0, learning_rate=0.1, rank=2, alpha=4.0), rows)
     np.testing.assert_array_equal(plain, same)
     # The target scored as if it were the pool: its losses must fall.
-    twin = SignalService(handle=service.handle, train=service.targets["goal"], targets=service.targets, seed=5)
-    before = np.nanmean(twin.losses(np.arange(6)))
+    twin = tiny.again(service, train=service.access.targets["goal"], targets=service.access.targets, seed=5)
+    before = np.nanmean(twin(TokenLoss(), np.arange(6)))
     after = np.nanmean(
-        twin.adapted_losses(np.arange(6), towards="goal", depth_steps=20, learning_rate=0.05, rank=2, alpha=4.0)
+        twin(AdaptedLoss(towards="goal", depth_steps=20, learning_rate=0.05, rank=2, alpha=4.0), np.arange(6))
     )
     assert after < before - 0.05
 
@@ -293,6 +297,6 @@ def test_a_sweep_scores_repeated_rows_and_reports_progress(monkeypatch):
     def tokens(batch):
         return batch["attention_mask"].sum(dim=1).float()
 
-    assert vector_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
+    assert row_pass(sweep([2, 0, 1, 0], [2, 3, 5, 3]), tokens, ()).tolist() == [2.0, 3.0, 5.0, 3.0]
     assert seen[-1] == ("a test", 4, 4)
-    assert vector_pass(sweep([], []), tokens, ()).shape == (0,)
+    assert row_pass(sweep([], []), tokens, ()).shape == (0,)

@@ -11,19 +11,18 @@ import torch
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.rng import rademacher
 from dataflex.selectors.zeroth import central_difference
+from dataflex.signals.kinds import PerturbedLoss
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.moved import moved
-from dataflex.signals.service import SignalService
-from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
+from tests.signals.tiny import asking, assert_same, collate, llama, lora, make_rows, snapshot
 
 
 def service(model, rows, autocast=contextlib.nullcontext):
     def corpus(name):
         return Corpus(dataset=rows, lengths=rows.lengths, identity=name)
 
-    handle = ModelAccess(model=model, collate=collate, autocast=autocast, device=torch.device("cpu"), token_budget=24)
-    return SignalService(handle=handle, train=corpus("pool"), targets={"goal": corpus("goal")}, seed=0)
+    return asking(model, corpus("pool"), {"goal": corpus("goal")}, autocast=autocast, token_budget=24)
 
 
 def bits(model):
@@ -37,7 +36,7 @@ def test_the_difference_is_the_gradients_product_with_the_direction(make):
     ids = np.array([5, 0, 3, 6, 8])
     before = snapshot(model)
     above, below = (
-        signals.perturbed_losses(ids, seed=4, direction=2, epsilon=step, target="goal") for step in (2e-4, -2e-4)
+        signals(PerturbedLoss(seed=4, direction=2, epsilon=step), ids, target="goal") for step in (2e-4, -2e-4)
     )
     assert_same(before, snapshot(model))
     found = central_difference(above, below, 2e-4)
@@ -86,8 +85,8 @@ def test_only_named_parameters_move_by_epsilon_along_the_signs():
             wanted = before[name] + torch.from_numpy(step) if name in chosen else before[name]
             assert torch.equal(parameter, wanted)
     rows = make_rows(4)
-    same = service(model, rows).perturbed_losses(np.arange(4), seed=3, direction=1, epsilon=0.1, parameters="layers.1")
-    other = service(model, rows).perturbed_losses(np.arange(4), seed=3, direction=1, epsilon=0.1)
+    same = service(model, rows)(PerturbedLoss(seed=3, direction=1, epsilon=0.1, parameters="layers.1"), np.arange(4))
+    other = service(model, rows)(PerturbedLoss(seed=3, direction=1, epsilon=0.1), np.arange(4))
     assert not np.array_equal(same, other)
 
 
@@ -95,22 +94,22 @@ def test_the_trainers_autocast_is_left_out():
     model, rows = llama(), make_rows(5)
     half = service(model, rows, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = half.perturbed_losses(np.arange(5), seed=0, direction=0, epsilon=1e-3)
-    whole = service(model, rows).perturbed_losses(np.arange(5), seed=0, direction=0, epsilon=1e-3)
+        found = half(PerturbedLoss(seed=0, direction=0, epsilon=1e-3), np.arange(5))
+    whole = service(model, rows)(PerturbedLoss(seed=0, direction=0, epsilon=1e-3), np.arange(5))
     assert np.array_equal(found, whole)
 
 
 def test_low_precision_is_refused_where_it_moves_and_warned_of_where_it_does_not(caplog):
     rows = make_rows(3)
     with pytest.raises(UnsupportedError, match=r"float32 parameters, but .* is torch.bfloat16"):
-        service(llama().to(torch.bfloat16), rows).perturbed_losses(np.arange(3), seed=0, direction=0, epsilon=1e-3)
+        service(llama().to(torch.bfloat16), rows)(PerturbedLoss(seed=0, direction=0, epsilon=1e-3), np.arange(3))
     frozen = lora()
     for parameter in frozen.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     signals = service(frozen, rows)
     for direction in range(2):
-        signals.perturbed_losses(np.arange(3), seed=0, direction=direction, epsilon=1e-3)
+        signals(PerturbedLoss(seed=0, direction=direction, epsilon=1e-3), np.arange(3))
     assert [record.message for record in caplog.records if "drown in its rounding" in record.message] == [
         "perturbed losses: the model computes in torch.bfloat16; small differences drown in its rounding"
     ]
@@ -118,4 +117,4 @@ def test_low_precision_is_refused_where_it_moves_and_warned_of_where_it_does_not
 
 def test_a_pattern_without_parameters_is_told():
     with pytest.raises(ConfigError, match="no trainable parameter is left"):
-        service(llama(), make_rows(2)).perturbed_losses(np.arange(2), seed=0, direction=0, epsilon=1, parameters="xyz")
+        service(llama(), make_rows(2))(PerturbedLoss(seed=0, direction=0, epsilon=1, parameters="xyz"), np.arange(2))

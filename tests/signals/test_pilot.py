@@ -29,9 +29,9 @@ class Tokens:
     def tokens(self, rows, *, target=None, part="all"):
         return [(self.prompts if part == "prompt" else self.completions)[row] for row in rows]
 
-    def gradient_scores(self, rows, spec, *, targets):
+    def __call__(self, signal, rows):
         self.asked.append(rows)
-        return self.scores[rows, : len(targets)].astype(np.float32)
+        return self.scores[rows, : len(signal.targets)].astype(np.float32)
 
 
 def test_the_best_rows_survive():

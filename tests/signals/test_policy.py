@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
 from dataflex.signals.cache import SignalCache
-from dataflex.signals.gradients.targets import answers_digest
+from dataflex.signals.gradients.targets import responses_digest
 from dataflex.signals.identity import state_identity
+from dataflex.signals.kinds import GradientSpec, ResponseGradientScores, WeightedResponse
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.store import ArrayStore
-from tests.signals.tiny import assert_same, collate, llama, lora, make_rows, snapshot
+from tests.signals.tiny import asking, assert_same, collate, llama, lora, make_rows, snapshot
 
 GOOD = [
-    WeightedAnswer(prompt=[5, 6, 7], answer=[8, 2], weight=0.5, group=0),
-    WeightedAnswer(prompt=[5, 6, 7], answer=[9, 10, 11, 12, 2], weight=-0.5, group=0),
-    WeightedAnswer(prompt=[4], answer=[2], weight=2.0, group=7),
-    WeightedAnswer(prompt=[5, 6, 7], answer=[13], weight=0.25, group=0),
+    WeightedResponse(prompt=[5, 6, 7], response=[8, 2], weight=0.5, group=0),
+    WeightedResponse(prompt=[5, 6, 7], response=[9, 10, 11, 12, 2], weight=-0.5, group=0),
+    WeightedResponse(prompt=[4], response=[2], weight=2.0, group=7),
+    WeightedResponse(prompt=[5, 6, 7], response=[13], weight=0.25, group=0),
 ]
-OTHER = [WeightedAnswer(prompt=[3, 3], answer=[20, 21, 2], weight=-1.0, group=0)]
+OTHER = [WeightedResponse(prompt=[3, 3], response=[20, 21, 2], weight=-1.0, group=0)]
 
 
 def service(model, budget=24, **options):
     rows = make_rows(8)
-    handle = ModelAccess(
-        model=model,
-        collate=collate,
-        autocast=contextlib.nullcontext,
-        device=torch.device("cpu"),
-        token_budget=budget,
-    )
-    return SignalService(
-        handle=handle, train=Corpus(dataset=rows, lengths=rows.lengths, identity="pool"), targets={}, seed=0, **options
-    ), rows
+    train = Corpus(dataset=rows, lengths=rows.lengths, identity="pool")
+    return asking(model, train, token_budget=budget, **options), rows
 
 
 def flat_gradient(model, loss):
@@ -54,10 +43,10 @@ def flat_gradient(model, loss):
 
 def answer_gradient(model, one):
     """Of -log p(answer | prompt), summed over tokens, from the log-probabilities themselves."""
-    ids = torch.tensor([[*one.prompt, *one.answer]])
+    ids = torch.tensor([[*one.prompt, *one.response]])
     log_p = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
     start = len(one.prompt)
-    total = -sum(log_p[start + i - 1, token] for i, token in enumerate(one.answer))
+    total = -sum(log_p[start + i - 1, token] for i, token in enumerate(one.response))
     return flat_gradient(model, total)
 
 
@@ -95,7 +84,7 @@ def test_scores_are_those_of_single_answers_added_up(make, normalize, over_group
     signals, rows = service(model, budget)
     spec = GradientSpec(precondition="none", normalize=normalize, mean_of_cosines=over_groups)
     before = snapshot(model)
-    found = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD, "other": OTHER})
+    found = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD, "other": OTHER}), np.arange(8))
     assert_same(before, snapshot(model))
     wanted = expected(model, rows, [GOOD, OTHER], normalize, over_groups)
     assert np.isnan(wanted).any()
@@ -106,7 +95,7 @@ def test_sketches_come_close():
     model = llama()
     signals, rows = service(model)
     spec = GradientSpec(precondition="none", sketch_size=4096)
-    found = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
+    found = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
     assert np.nanmax(np.abs(found - expected(model, rows, [GOOD], True, True))) < 4 / 64
 
 
@@ -115,7 +104,7 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
     model = llama()
     signals, rows = service(model)
     spec = GradientSpec(precondition="none", normalize=False, mean_of_cosines=False)
-    scores = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})[:, 0]
+    scores = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))[:, 0]
     best = int(np.nanargmax(np.abs(scores)))
     model.eval()
 
@@ -123,10 +112,10 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
         with torch.no_grad():
             total = {0: 0.0, 7: 0.0}
             for one in GOOD:
-                ids = torch.tensor([[*one.prompt, *one.answer]])
+                ids = torch.tensor([[*one.prompt, *one.response]])
                 log_p = torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1)
                 start = len(one.prompt)
-                total[one.group] -= one.weight * sum(float(log_p[start + i - 1, t]) for i, t in enumerate(one.answer))
+                total[one.group] -= one.weight * sum(float(log_p[start + i - 1, t]) for i, t in enumerate(one.response))
             return np.mean(list(total.values()))
 
     start = objective()
@@ -142,26 +131,28 @@ def test_a_step_along_the_best_row_raises_the_weighted_log_probability():
 def test_answers_are_kept_by_all_that_they_say(tmp_path):
     model = llama()
     book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: state_identity(model.named_parameters()))
-    signals, _ = service(model, book=book)
+    signals, _ = service(model, cache=book)
     spec = GradientSpec(precondition="none")
-    first = signals.answer_scores(np.arange(8), spec, answers={"good": GOOD})
-    heavier = [WeightedAnswer(prompt=GOOD[0].prompt, answer=GOOD[0].answer, weight=0.75, group=0), *GOOD[1:]]
-    assert answers_digest(GOOD) != answers_digest(heavier)
+    first = signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
+    heavier = [WeightedResponse(prompt=GOOD[0].prompt, response=GOOD[0].response, weight=0.75, group=0), *GOOD[1:]]
+    assert responses_digest(GOOD) != responses_digest(heavier)
     assert not np.array_equal(
-        first, signals.answer_scores(np.arange(8), spec, answers={"good": heavier}), equal_nan=True
+        first, signals(ResponseGradientScores(**vars(spec), responses={"good": heavier}), np.arange(8)), equal_nan=True
     )
-    again, _ = service(model, book=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
-    np.testing.assert_array_equal(first, again.answer_scores(np.arange(8), spec, answers={"good": GOOD}))
+    again, _ = service(model, cache=SignalCache(store=ArrayStore(tmp_path), model_identity=book.model_identity))
+    np.testing.assert_array_equal(
+        first, again(ResponseGradientScores(**vars(spec), responses={"good": GOOD}), np.arange(8))
+    )
 
 
 def test_tasks_without_answers_and_answers_without_tokens_are_refused():
     signals, _ = service(llama())
     spec = GradientSpec(precondition="none")
     with pytest.raises(DataError, match="task 1 has none"):
-        signals.answer_scores(np.arange(8), spec, answers={"good": GOOD, "none": []})
-    empty = [WeightedAnswer(prompt=[], answer=[2], weight=1.0, group=3)]
+        signals(ResponseGradientScores(**vars(spec), responses={"good": GOOD, "none": []}), np.arange(8))
+    empty = [WeightedResponse(prompt=[], response=[2], weight=1.0, group=3)]
     with pytest.raises(DataError, match="group 3 has no prompt"):
-        signals.answer_scores(np.arange(8), spec, answers={"empty": empty})
+        signals(ResponseGradientScores(**vars(spec), responses={"empty": empty}), np.arange(8))
 
 
 # ---------------------------------------------------------------- one rank for all

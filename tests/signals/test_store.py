@@ -17,8 +17,7 @@ import pytest
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.signals import store as module
-from dataflex.signals.store import ArrayStore, Fingerprint, ResumablePass, package_versions
+from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass, package_versions
 from dataflex.state import MANIFEST, owner
 from tests.signals import store_worker
 
@@ -27,7 +26,13 @@ ROOT = Path(__file__).parents[2]
 
 def key(**changes):
     fields = {"model": "m@7", "data": "d1", "method": "Token losses", "parameters": {"el2n": True, "sizes": (1, 2)}}
-    return Fingerprint(**{**fields, **changes})
+    return CacheKey(**{**fields, **changes})
+
+
+def put(store, key, array):
+    with store.create(key, shape=array.shape, dtype=array.dtype) as target:
+        target[...] = array
+    return store.get(key)
 
 
 @pytest.fixture
@@ -40,10 +45,10 @@ def store(tmp_path):
 def test_round_trip(store, shape, dtype):
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     assert store.get(key()) is None
-    stored = store.put(key(), array)
+    stored = put(store, key(), array)
     assert stored.dtype == array.dtype
     np.testing.assert_array_equal(stored, array)
-    again = store.get(key(), verify=True)
+    again = store.get(key())
     np.testing.assert_array_equal(again, array)
     if array.size:
         assert isinstance(again, np.memmap)
@@ -66,7 +71,7 @@ def test_what_a_kill_left_of_a_write_is_removed_by_the_next_pass(store):
 
 
 def test_every_field_of_the_fingerprint_counts(store):
-    store.put(key(), np.ones(3))
+    put(store, key(), np.ones(3))
     others = [
         key(model="m@8"),
         key(data="d2"),
@@ -99,19 +104,12 @@ def pickled(folder):
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def flipped_byte(folder):
-    content = bytearray((folder / "array.npy").read_bytes())
-    content[-1] ^= 1
-    (folder / "array.npy").write_bytes(content)
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
         spoil_header,
         another_array,
         pickled,
-        flipped_byte,
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / "array.npy").unlink(),
         lambda folder: os.truncate(folder / "array.npy", 100),
@@ -119,16 +117,15 @@ def flipped_byte(folder):
     ],
 )
 def test_a_broken_or_foreign_folder_is_never_used(store, spoil, caplog):
-    store.put(key(), np.arange(12.0))
+    put(store, key(), np.arange(12.0))
     spoil(store.directory / key().name)
-    assert store.get(key(), verify=spoil is flipped_byte) is None
+    assert store.get(key()) is None
     assert "is not used" in caplog.text
-    if spoil is not flipped_byte:  # found by its hash only
-        np.testing.assert_array_equal(store.put(key(), np.arange(5.0)), np.arange(5.0))
+    np.testing.assert_array_equal(put(store, key(), np.arange(5.0)), np.arange(5.0))
 
 
 def test_a_folder_under_another_name_is_foreign(store):
-    store.put(key(), np.arange(12.0))
+    put(store, key(), np.arange(12.0))
     shutil.copytree(store.directory / key().name, store.directory / key(data="d2").name)
     assert store.get(key(data="d2")) is None
 
@@ -148,35 +145,33 @@ def test_whole_or_absent(store):
     # Two processes that compute the same array: the second to end leaves the first one's in place.
     with store.create(key(), shape=(2,), dtype=np.float32) as late:
         late[:] = 1
-        store.put(key(), np.ones(2, dtype=np.float32))
-    assert store.get(key(), verify=True).tolist() == [1.0, 1.0]
+        put(store, key(), np.ones(2, dtype=np.float32))
+    assert store.get(key()).tolist() == [1.0, 1.0]
     assert [path.name for path in store.directory.iterdir()] == [key().name]
     blocked = ArrayStore(store.directory / key().name / "array.npy")  # a file where a folder should be
     with pytest.raises(CheckpointError, match="cannot write a stored array"):
-        blocked.put(key(), np.ones(2))
+        put(blocked, key(), np.ones(2))
 
 
 def test_list_size_and_evict(store):
     keys = [key(data=f"d{i}") for i in range(4)]
     for age, one in zip((400, 300, 200, 100), keys, strict=True):
-        store.put(one, np.zeros(1000))
+        put(store, one, np.zeros(1000))
         os.utime(store.directory / one.name / MANIFEST, (time.time() - age,) * 2)
     foreign = store.directory / "holiday-photos"
     foreign.mkdir()
     (foreign / "beach.jpg").write_bytes(b"x" * 100_000)
     store.get(keys[0])  # used just now
     assert [entry.name for entry in store.entries()] == [keys[i].name for i in (1, 2, 3, 0)]
-    assert store.entries()[0].fingerprint == keys[1].to_json()
     one = store.entries()[0].size_bytes
     assert 8000 < one < 10_000
-    assert store.size_bytes() == pytest.approx(4 * one, abs=20)
     assert store.evict(5 * one) == []
-    assert store.evict(3 * one, keep=[keys[1].name]) == [keys[2].name]
+    assert store.evict(3 * one) == [keys[1].name]
     work = ResumablePass(store, key(data="unfinished"), shape=(3,), dtype=np.float32)
     work.record(np.array([0]), np.array([1.0]))
     work.close()
     assert [entry.finished for entry in store.entries()].count(False) == 1
-    assert store.evict(0) == [keys[1].name, keys[3].name, keys[0].name]  # not the pass of a minute ago
+    assert store.evict(0) == [keys[2].name, keys[3].name, keys[0].name]  # not the pass of a minute ago
     old = time.time() - 2 * 24 * 3600
     for path in store.working_folder(key(data="unfinished")).iterdir():
         os.utime(path, (old, old))
@@ -198,7 +193,7 @@ def test_parts_of_several_ranks_and_sessions_are_merged(store, monkeypatch):
     assert not work.done_at_start.any()
     work.record(np.array([4, 1]), want[[4, 1]])
     work.close()
-    monkeypatch.setattr(module, "_on_rank_0", lambda do: do())
+    monkeypatch.setattr(comm, "on_one_rank", lambda _what, do, _told: do())
     as_rank(monkeypatch, 3)
     work = ResumablePass(store, key(), shape=(6, 2), dtype=np.float16)
     assert work.done_at_start.tolist() == [False, True, False, False, True, False]
@@ -269,7 +264,7 @@ def test_a_pass_without_rows(store):
 
 
 def start(directory, *ranks):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, store_worker.__file__, str(directory), "0.2", *map(str, ranks)]
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 

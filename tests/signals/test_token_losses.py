@@ -1,4 +1,4 @@
-"""Token losses, EL2N, entropy: against one row at a time in float64; packed rows against their documents."""
+"""Token losses and EL2N: against one row at a time in float64; packed rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.signals import logits as module
+from dataflex.signals.kinds import EL2N
 from dataflex.signals.logits import TokenScorer
-from dataflex.signals.losses import chunk_tokens, row_losses
-from dataflex.signals.packing import document_ids
-from dataflex.signals.row_signals import token_losses
+from dataflex.signals.losses import chunk_tokens, document_ids, row_losses
+from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import Sweep
 from tests.rounding import printed
 from tests.signals import tiny
@@ -34,9 +34,25 @@ def sweep_of(rows, ids=None, *, budget=40, collate=tiny.collate):
     return Sweep(dataset=rows, rows=ids, lengths=rows.lengths[ids], collate=collate, token_budget=budget, device=CPU)
 
 
+def token_values(model, sweep, *, el2n=False):
+    """(position, loss, and EL2N if asked for) of each supervised token, by row of the sweep."""
+    found = [[] for _ in sweep.rows]
+    scorer = TokenScorer(model.eval(), el2n=el2n)
+    for turn in sweep.turns():
+        tokens = scorer(turn.batch)
+        columns = [tokens.row, tokens.position, tokens.loss, *[tokens.el2n] * el2n]
+        for row, *values in zip(*(column.tolist() for column in columns), strict=True):
+            found[turn.positions[row]].append(tuple(values))
+    return found
+
+
+def flat(rows):
+    return [token for row in rows for token in row]
+
+
 @torch.no_grad()
 def oracle(model, row):
-    """(position, loss, EL2N, entropy) of each supervised token of one row without padding, in float64."""
+    """(position, loss, EL2N) of each supervised token of one row without padding, in float64."""
     model.eval()
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
     found = []
@@ -47,8 +63,7 @@ def oracle(model, row):
         p = torch.softmax(logits[position - 1], dim=0)
         hot = torch.zeros_like(p)
         hot[label] = 1.0
-        entropy = -sum(float(x) * math.log(float(x)) for x in p)
-        found.append((position, -math.log(float(p[label])), float((p - hot).norm()), entropy))
+        found.append((position, -math.log(float(p[label])), float((p - hot).norm())))
     return found
 
 
@@ -56,18 +71,18 @@ def oracle(model, row):
 def test_tokens_equal_one_row_at_a_time(models, name):
     rows = tiny.make_rows(21)
     ids = [4, 0, 20, 4, 17, 6, 13, 2, 9]
-    got = token_losses(models[name], sweep_of(rows, ids), el2n=True, entropy=True)
+    sweep = sweep_of(rows, ids)
+    got = token_values(models[name], sweep, el2n=True)
     want = [oracle(models[name], rows.rows[i]) for i in ids]
-    assert np.diff(got.offsets).tolist() == [len(tokens) for tokens in want]
-    flat = np.array([token for tokens in want for token in tokens])
-    np.testing.assert_array_equal(got.position, flat[:, 0])
-    for column, values in ((1, got.loss), (2, got.el2n), (3, got.entropy)):
-        np.testing.assert_allclose(values, flat[:, column], rtol=1e-5, atol=1e-6)
-    for column, what in ((1, "loss"), (2, "el2n"), (3, "entropy")):
+    assert [len(tokens) for tokens in got] == [len(tokens) for tokens in want]
+    np.testing.assert_allclose(flat(got), flat(want), rtol=1e-5, atol=1e-6)
+    for column, what in ((1, "loss"), (2, "el2n")):
         means = [np.mean([token[column] for token in tokens]) if tokens else np.nan for tokens in want]
-        np.testing.assert_allclose(got.means(what), means, rtol=1e-5)
-    assert np.isnan(got.means()[[5, 6]]).all()  # rows 6 and 13 have no labels
-    assert (got.document == 0).all()
+        scorer = TokenScorer(models[name], el2n=True)
+        for turn in sweep.turns():
+            np.testing.assert_allclose(scorer(turn.batch).means(what), np.array(means)[turn.positions], rtol=1e-5)
+    assert not got[5]
+    assert not got[6]  # rows 6 and 13 have no labels
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -97,13 +112,12 @@ def test_padding_and_batches_change_nothing(models, lengths, budget, left, seed)
         masked = torch.rand(length, generator=generator) < 0.4
         made.append({"input_ids": ids, "labels": [-100 if m else t for t, m in zip(ids, masked, strict=True)]})
     rows = tiny.Rows(made)
-    got = token_losses(
+    got = token_values(
         models["llama"], sweep_of(rows, budget=budget, collate=tiny.collate_left if left else tiny.collate)
     )
-    want = [oracle(models["llama"], row) for row in made]
-    assert np.diff(got.offsets).tolist() == [len(tokens) for tokens in want]
-    assert got.position.tolist() == [token[0] for tokens in want for token in tokens]
-    np.testing.assert_allclose(got.loss, [token[1] for tokens in want for token in tokens], rtol=1e-5, atol=1e-6)
+    want = [[token[:2] for token in oracle(models["llama"], row)] for row in made]
+    assert [[token[0] for token in row] for row in got] == [[token[0] for token in row] for row in want]
+    np.testing.assert_allclose([x for _, x in flat(got)], [x for _, x in flat(want)], rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_never_sees_more_than_a_chunk(models, monkeypatch):
@@ -157,46 +171,22 @@ def test_documents_are_told_apart(form):
 
 
 @pytest.mark.parametrize("form", ["block_diagonal", "flash"])
-def test_documents_have_the_losses_that_they_have_alone(models, form):
-    batch, groups = packed_batch(form)
-    model = models["llama"]
-    sweep = Sweep(
-        dataset=tiny.Rows([{}] * len(groups)),
-        rows=np.arange(len(groups)),
-        lengths=np.full(len(groups), 24),
-        collate=lambda features: batch,
-        token_budget=10_000,
-        device=CPU,
-    )
-    got = token_losses(model, sweep)
-    keys, losses, tokens = got.documents()
-    want = {}
-    for row, group in enumerate(groups):
-        for number, document in enumerate(group):
-            alone = [token[1] for token in oracle(model, document)]
-            if alone:
-                want[(row, number)] = (np.mean(alone), len(alone))
-    assert [tuple(key) for key in keys.tolist()] == list(want)
-    np.testing.assert_allclose(losses, [value for value, _ in want.values()], rtol=1e-5)
-    assert tokens.tolist() == [count for _, count in want.values()]
-    # The first token of a later document is predicted from the document before.
-    crossing = sum(document["labels"][0] != -100 for group in groups for document in group[1:])
-    assert int((got.document == -1).sum()) == crossing > 0
-    with torch.no_grad():  # rows count every token that training counts
-        np.testing.assert_allclose(got.means(), row_losses(model, batch), rtol=1e-5)
+def test_packed_rows_count_every_token_that_training_counts(models, form):
+    batch, _ = packed_batch(form)
+    with torch.no_grad():
+        means = TokenScorer(models["llama"].eval())(batch).means()
+        np.testing.assert_allclose(means, row_losses(models["llama"], batch), rtol=1e-5)
 
 
 def test_el2n_of_the_sheet_and_of_confident_predictions(models):
-    scorer = TokenScorer(models["llama"], el2n=True, entropy=True)
+    scorer = TokenScorer(models["llama"], el2n=True)
     p = torch.tensor([[0.7, 0.2, 0.1]])
     out = scorer._score(p.log(), torch.tensor([0]))
     assert float(out["el2n"]) == pytest.approx(0.374166, abs=printed(6, 8))
-    assert float(out["entropy"]) == pytest.approx(-sum(x * math.log(x) for x in (0.7, 0.2, 0.1)), rel=1e-6)
     sure = torch.tensor([[0.0, -18.0, -19.0, -float("inf")]])
     exact = torch.softmax(sure.double(), dim=1)[0] - torch.tensor([1.0, 0.0, 0.0, 0.0]).double()
     out = scorer._score(sure, torch.tensor([0]))
     assert float(out["el2n"]) == pytest.approx(float(exact.norm()), rel=1e-4)  # 1 - p in fp32 would be 0
-    assert torch.isfinite(out["entropy"]).all()
 
 
 def test_value_head_wrapper(models):
@@ -204,9 +194,9 @@ def test_value_head_wrapper(models):
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny.llama()).eval()
     rows = tiny.make_rows(4)
-    got = token_losses(model, sweep_of(rows))
+    got = [token[1] for token in flat(token_values(model, sweep_of(rows)))]
     want = [token[1] for row in rows.rows for token in oracle(model.pretrained_model, row)]
-    np.testing.assert_allclose(got.loss, want, rtol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "lora"])
@@ -218,17 +208,15 @@ def test_a_pass_leaves_no_trace(models, name):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = tiny.snapshot(model)
-    first = token_losses(model, sweep_of(rows), el2n=True)
+    train = Corpus(dataset=rows, lengths=rows.lengths)
+    first = tiny.asking(model, train)(EL2N(), np.arange(9))
     tiny.assert_same(before, tiny.snapshot(model))
-    second = token_losses(model, sweep_of(rows), el2n=True)
-    assert np.array_equal(first.loss, second.loss)  # no dropout, although the model was training
+    second = tiny.asking(model, train)(EL2N(), np.arange(9))
+    np.testing.assert_array_equal(first, second)  # no dropout, although the model was training
     model.zero_grad(set_to_none=True)
 
 
 def test_no_rows(models):
-    got = token_losses(models["llama"], sweep_of(tiny.make_rows(3), []), el2n=True)
-    assert got.offsets.tolist() == [0]
-    assert got.means("el2n").shape == (0,)
-    keys, losses, tokens = got.documents()
-    assert keys.shape == (0, 2)
-    assert len(losses) == len(tokens) == 0
+    rows = tiny.make_rows(3)
+    runner = tiny.asking(models["llama"], Corpus(dataset=rows, lengths=rows.lengths))
+    assert runner(EL2N(), np.zeros(0, dtype=np.int64)).shape == (0,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +18,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from dataflex.signals.cache import SignalCache
+from dataflex.signals.kinds import GradientProducts
+from dataflex.signals.model_access import ModelAccess
+from dataflex.signals.runner import SignalRunner
 
 VOCABULARY = 31
 
@@ -181,3 +188,23 @@ def assert_same(before, after):
         assert needs == needs_after
         assert (grad is None) == (grad_after is None)
         assert grad is None or torch.equal(grad, grad_after)
+
+
+def asking(model, train, targets=None, *, seed=0, cache=None, **settings):
+    """Return a runner of signals on the CPU; rows are ``Corpus``."""
+    settings = {"collate": collate, "autocast": contextlib.nullcontext, "token_budget": 40, **settings}
+    access = ModelAccess(
+        model=model, train=train, targets=targets or {}, seed=seed, device=torch.device("cpu"), **settings
+    )
+    return SignalRunner(access=access, cache=cache or SignalCache())
+
+
+def again(runner, cache=None, **changes):
+    """Return a fresh runner with another cache on the same model, or with changes."""
+    return SignalRunner(access=replace(runner.access, **changes), cache=cache or SignalCache())
+
+
+def products(runner, rows, **fields):
+    """Return inner products of rows' gradients with those of targets, and with one another."""
+    signal = GradientProducts(**fields)
+    return signal.split(runner(signal, rows))

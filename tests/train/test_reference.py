@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.signals import token_store
 from dataflex.signals.store import ArrayStore
 from dataflex.train import reference as module
 from dataflex.train.loss import token_losses
@@ -81,14 +80,14 @@ def kept(losses, ids):
 
 def counted(monkeypatch):
     """Rows that the reference scores, pass by pass."""
-    scored, original = [], token_store._scored
+    scored, original = [], module._scored
 
     def scoring(sweep, turn, *rest):
         if turn.mine:
             scored.extend(sweep.rows[turn.positions].tolist())
         return original(sweep, turn, *rest)
 
-    monkeypatch.setattr(token_store, "_scored", scoring)
+    monkeypatch.setattr(module, "_scored", scoring)
     return scored
 
 
@@ -195,7 +194,7 @@ def test_the_store_is_half_precision_and_taken_by_a_later_run(folder, tmp_path, 
 
 def test_an_interrupted_pass_goes_on(folder, tmp_path, monkeypatch):
     rows = tiny.make_rows(40)
-    original, calls = token_store._scored, []
+    original, calls = module._scored, []
 
     def dying(sweep, turn, *rest):
         calls.append(len(turn.positions))
@@ -203,13 +202,13 @@ def test_an_interrupted_pass_goes_on(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(sweep, turn, *rest)
 
-    monkeypatch.setattr(token_store, "_scored", dying)
+    monkeypatch.setattr(module, "_scored", dying)
     with pytest.raises(KeyboardInterrupt):
         begun(folder, rows, tmp_path / "a")
     done = sum(calls[:5])
     again = []
     monkeypatch.setattr(
-        token_store,
+        module,
         "_scored",
         lambda sweep, turn, *rest: again.append(len(turn.positions)) or original(sweep, turn, *rest),
     )
@@ -236,8 +235,8 @@ def test_rounding_to_half_precision_is_within_the_tolerance(folder, tmp_path):
     losses = begun(folder, rows, tmp_path)
     sweep = losses._sweep(np.arange(30))
     scorer = module.TokenScorer(module.load_reference(folder, losses.tokenizer, CPU))
-    worst, _ = token_store.largest_difference(sweep, scorer, losses.passes.kept)
-    assert 0 < worst < token_store.TOLERANCE / 4
+    worst, _ = module.largest_difference(sweep, scorer, losses.passes.kept)
+    assert 0 < worst < module.TOLERANCE / 4
 
 
 @pytest.mark.parametrize("change", ["weights", "data", "tokenizer"])
@@ -398,7 +397,7 @@ def test_a_resumed_run_is_given_the_same_numbers(folder, tmp_path, monkeypatch, 
 def test_a_pass_that_was_killed_goes_on_with_the_same_batches(folder, tmp_path, monkeypatch):
     rows, ids = tiny.make_rows(40), np.arange(0, 40, 2)
     straight = begun(folder, rows, tmp_path / "a", covered=ids)
-    original, calls = token_store._scored, []
+    original, calls = module._scored, []
 
     def dying(sweep, turn, *rest):
         calls.extend(turn.positions)
@@ -406,9 +405,9 @@ def test_a_pass_that_was_killed_goes_on_with_the_same_batches(folder, tmp_path, 
             raise KeyboardInterrupt
         return original(sweep, turn, *rest)
 
-    monkeypatch.setattr(token_store, "_scored", dying)
+    monkeypatch.setattr(module, "_scored", dying)
     with pytest.raises(KeyboardInterrupt):
         begun(folder, rows, tmp_path / "b", covered=ids)
-    monkeypatch.setattr(token_store, "_scored", original)
+    monkeypatch.setattr(module, "_scored", original)
     again = begun(folder, rows, tmp_path / "b", covered=ids)
     assert np.array_equal(kept(again, ids), kept(straight, ids), equal_nan=True)

@@ -238,24 +238,3 @@ def test_create_optimizer_needs_nothing():
         if parameter.default is inspect.Parameter.empty
     ]
     assert [parameter.name for parameter in required] == ["self"]
-
-
-def test_keys_that_both_have():
-    """At the top level a key is LLaMA-Factory's if it has it; every other key of ours is told to be misplaced there."""
-    from dataclasses import fields
-
-    from llamafactory.hparams import parser
-
-    from dataflex.config.build import block_keys
-    from dataflex.config.collect import key_of
-    from dataflex.config.places import ALSO_UPSTREAM, LF_KEYS
-    from dataflex.config.schema import SignalsConfig
-    from dataflex.registry import KINDS, find, names
-    from dataflex.select.rules import RULES, Rule
-
-    theirs = {field.name for cls in parser._TRAIN_ARGS for field in fields(cls)}
-    params = [find(kind, name).Params for kind in KINDS for name in names(kind)]
-    params += [SignalsConfig, *(Rule.params_of(name) for name in RULES)]
-    ours = {key_of(field) for cls in params for field in fields(cls)} | {"targets", *block_keys()}
-    assert ours & theirs <= set(ALSO_UPSTREAM) <= theirs
-    assert set(LF_KEYS) <= theirs

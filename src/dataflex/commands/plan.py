@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataflex.config.data import data_sets, find_sources
+from dataflex.config.args import LlamaFactoryArgs, env_enabled
+from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
-from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
 from dataflex.plan.schedule import pilot_rows, wanted_rows
@@ -25,12 +25,11 @@ from dataflex.record.text import rows_of
 
 __all__ = ["Cost", "Lines", "cost_lines", "costs", "plan", "schedule_lines", "seconds_per_step"]
 
-_DEFAULT_EPOCHS = 3.0
 
 Lines = list[tuple[str, str]]
 
 
-def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
+def schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
     """Return label and text of what is served when."""
     batch = view.batch
     processes = f"{batch.world} process" if batch.world == 1 else f"{batch.world} processes"
@@ -47,7 +46,7 @@ def schedule_lines(view: Forecast, lf: Mapping[str, Any]) -> Lines:
     return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
 
 
-def _rows(view: Forecast, lf: Mapping[str, Any]) -> str:
+def _rows(view: Forecast, lf: LlamaFactoryArgs) -> str:
     listed = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in view.counts.items())
     if view.packs:
         return f"known after packing (samples: {listed})"
@@ -57,15 +56,15 @@ def _rows(view: Forecast, lf: Mapping[str, Any]) -> str:
     return f"{view.rows:,} ({listed}{held})"
 
 
-def _holds(lf: Mapping[str, Any]) -> bool:
-    return number(lf, "val_size", 0.0) > 1e-6
+def _holds(lf: LlamaFactoryArgs) -> bool:
+    return lf.val_size > 1e-6
 
 
-def _steps(view: Forecast, lf: Mapping[str, Any]) -> str:
-    epochs = number(lf, "num_train_epochs", _DEFAULT_EPOCHS)
+def _steps(view: Forecast, lf: LlamaFactoryArgs) -> str:
+    epochs = lf.num_train_epochs
     if view.steps is None:
         return f"known after loading ({epochs:g} epochs)"
-    if number(lf, "max_steps", -1) > 0:
+    if lf.max_steps > 0:
         return f"{view.steps:,} (max_steps)"
     return f"{view.steps:,} ({epochs:g} epochs over {view.rows:,} rows)"
 
@@ -276,9 +275,9 @@ def _screening(view: Forecast) -> Cost | None:
 
 def _shares_embeddings(view: Forecast) -> bool:
     """Whether the selector compares with the very target embeddings that screening has made in this decision."""
-    from dataflex.signals.specs import EmbeddingSpec
+    from dataflex.signals.kinds import Embedding
 
-    selector, spec = view.dynamic.selector, EmbeddingSpec()
+    selector, spec = view.dynamic.selector, Embedding()
     assert selector is not None
     alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
     return selector.name == "rds_plus" and alike
@@ -286,7 +285,7 @@ def _shares_embeddings(view: Forecast) -> bool:
 
 def _shares_gradients(view: Forecast) -> bool:
     """Whether the selector compares with the very target gradients that the pilot has made in this decision."""
-    from dataflex.signals.specs import GradientSpec
+    from dataflex.signals.kinds import GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None
@@ -477,13 +476,13 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
     lines += [f"  {line}" for line in _configuration(parts).splitlines()]
     if parts.dynamic is None:
         lines += ["", "No method is named, so this is a stock LLaMA-Factory run."]
-        if not truthy(parts.lf, "do_train"):
+        if not parts.lf.do_train:
             return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
-    sources, _ = find_sources(data_sets(parts.lf.get("dataset")), parts.lf, "dataset", base_dir)
+    sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
     dynamic = parts.dynamic or DynamicConfig()
     targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
     view = forecast(dynamic, parts.lf, sources, targets)
-    step_seconds = seconds_per_step(parts.lf.get("output_dir"), view)
+    step_seconds = seconds_per_step(parts.lf.output_dir, view)
     lines += ["", "Schedule", *rows_of(schedule_lines(view, parts.lf))]
     lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines(view, step_seconds))]
     return "\n".join(lines)
@@ -492,7 +491,7 @@ def plan(config: Path, overrides: Sequence[str] = ()) -> str:
 def _configuration(parts: Split) -> str:
     lf = {key: parts.lf.get(key, default) for key, default in _LF_DEFAULTS.items()}
     shown_keys = {key: value for key, value in lf.items() if value is not None}
-    if number(parts.lf, "max_steps", -1) > 0:
+    if parts.lf.max_steps > 0:
         del shown_keys["num_train_epochs"]
     else:
         del shown_keys["max_steps"]

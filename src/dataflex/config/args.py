@@ -20,7 +20,7 @@ from dataflex.config.convert import shown
 from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
 
-__all__ = ["LlamaFactoryArgs", "data_sets", "env_enabled", "env_processes", "path_problem"]
+__all__ = ["LlamaFactoryArgs", "data_set_names", "env_enabled", "env_processes", "path_problem"]
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
@@ -113,13 +113,10 @@ def env_enabled(name: str) -> bool:
     return os.getenv(name, "0").lower() in ("true", "y", "1")
 
 
-def data_sets(value: Any) -> tuple[str, ...]:
-    """Return the names in LLaMA-Factory's ``dataset``: a list, or text with commas."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, list | tuple):
-        return ()
-    return tuple(str(name).strip() for name in value if str(name).strip())
+def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
+    """Return the names of data sets given as a list, or as text with commas."""
+    given = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(str(name).strip() for name in given if str(name).strip())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,13 +125,15 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
     Attributes:
         given: Keys that were written, converted; also what the mapping's own methods give.
-        problems: What is wrong with them, one line each; such a key has its default in the attributes.
+        problems: Values that a key does not take, one line each; such a key has its default in the attributes.
+        doubts: Unknown keys, and keys that LLaMA-Factory or the Trainer refuses beside others, one line each.
 
     The other attributes are keys of LLaMA-Factory's with its defaults.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     accelerator_config: Any = None
     adapter_name_or_path: str | None = None
@@ -190,28 +189,27 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             return mapping
         known = table()
         given: dict[str, Any] = {}
-        problems: list[str] = []
-        bad: set[str] = set()
+        problems: dict[str, str] = {}
+        unknown: list[str] = []
         for key, value in mapping.items():
             if key == "dynamic":
                 continue
             entry = known.get(key)
-            found = [_unknown(key, known)] if entry is None and known and not _takes_extra_keys() else []
-            if entry is not None:
+            if entry is None:
+                unknown += [_unknown(key, known)] if known and not _takes_extra_keys() else []
+            else:
                 value, problem = _converted(key, value, entry)
-                if value is None and not entry.nullable and not problem:
+                if problem:
+                    problems[key] = problem
+                elif value is None and not entry.nullable:
                     continue
-                found = [problem] if problem else []
-            if found:
-                problems += found
-                bad.add(key)
             given[key] = value
-        names = {each.name for each in fields(cls)} - {"given", "problems"}
+        names = {each.name for each in fields(cls)} - {"given", "problems", "doubts"}
         # A misplaced null means the default, as for LLaMA-Factory's own parser.
-        told = {key: given[key] for key in names & set(given) if key not in bad and given[key] is not None}
-        read = cls(given=given, **told)
-        together = [line for line in read._together() if line.partition(":")[0] not in bad]
-        return cls(given=given, problems=(*problems, *together), **told)
+        told = {key: given[key] for key in names & set(given) if key not in problems and given[key] is not None}
+        good = {key: value for key, value in given.items() if key not in problems}
+        doubts = (*unknown, *cls(given=good, **told)._together())
+        return cls(given=given, problems=tuple(problems.values()), doubts=doubts, **told)
 
     def __getitem__(self, key: str) -> Any:
         return self.given[key]
@@ -231,6 +229,16 @@ class LlamaFactoryArgs(Mapping[str, Any]):
     def on(self, key: str) -> bool:
         """Whether a switch is on."""
         return bool(self.value(key))
+
+    @property
+    def train_sets(self) -> tuple[str, ...]:
+        """Names in ``dataset``."""
+        return data_set_names(self.dataset)
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names in ``eval_dataset``."""
+        return data_set_names(self.eval_dataset)
 
     @property
     def packed(self) -> bool:
@@ -254,8 +262,10 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         yield from self._of_the_data()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
+            if not self.on(key):
+                continue
             missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
-            if missing and self.on(key):
+            if missing:
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
 
     def _of_the_method(self) -> Iterator[str]:
@@ -358,7 +368,7 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
             return text in _ON, ""
     if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
         return _number(key, value, types)
-    if isinstance(value, int | float) and not isinstance(value, bool) and "str" in types and entry.choices is None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and types == ("str",) and entry.choices is None:
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
@@ -367,8 +377,8 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
         return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
     if isinstance(value, str) and entry.choices is not None and value not in entry.choices:
         near = did_you_mean(value, entry.choices)
-        listed = ", ".join(entry.choices) if len(entry.choices) <= 30 else f"{len(entry.choices)} of them"
-        return value, f"{key}: {shown(value)} is not a choice{near} (choices: {listed})"
+        listed = "" if len(entry.choices) > 30 else f" (choices: {', '.join(entry.choices)})"
+        return value, f"{key}: {shown(value)} is not one of the {len(entry.choices)} choices{near}{listed}"
     problem = path_problem(value) if key in _PATHS and isinstance(value, str) else ""
     return value, f"{key}: {problem}" if problem else ""
 

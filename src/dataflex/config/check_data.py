@@ -5,25 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.convert import shown
 from dataflex.config.data import (
     Source,
     columns_of,
     count_rows,
-    data_sets,
     empty_names,
     find_sources,
-    packed,
     target_data_sets,
-    tokenized,
     train_rows,
 )
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.needs import too_few_domains, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import number, truthy
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Mixer, RunFacts
 from dataflex.plan.domains import Domains
@@ -41,36 +37,35 @@ __all__ = [
 ]
 
 
-def held_out_problems(lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+def held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
-    named, share = data_sets(lf.get("eval_dataset")), number(lf, "val_size", 0.0)
+    named, share = lf.eval_sets, lf.val_size
     if named and share > 1e-6:
         yield "val_size: cannot be given together with eval_dataset; remove one of the two"
     if share < 0 or (share >= 1 and share != int(share)):
-        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf['val_size'])}"
+        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf.val_size)}"
     sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
-    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or tokenized(lf))
+    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or lf.tokenized)
     for source in sources:
         if source.path is not None and count_rows(source, lf) == 0:
             yield f"eval_dataset: {source.name!r} has no rows ({source.path})"
-    if lf.get("eval_dataset") or share > 1e-6 or tokenized(lf):
+    if lf.eval_dataset or share > 1e-6 or lf.tokenized:
         return
-    for key, off in (("eval_strategy", "no"), ("do_eval", False), ("do_predict", False), ("eval_on_start", False)):
-        asked = str(lf.get(key) or "no") != "no" if off == "no" else truthy(lf, key)
-        if asked:
+    for key in ("eval_strategy", "do_eval", "do_predict", "eval_on_start"):
+        if getattr(lf, key) not in ("no", False):
             yield f"{key}: no rows are held out; name an 'eval_dataset', set 'val_size', or remove the key"
 
 
-def by_domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+def by_domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield why held-out rows cannot be told apart by domain, or split from several data sets."""
-    several, share = len(data_sets(lf.get("dataset"))) > 1, number(lf, "val_size", 0.0)
-    if tokenized(lf):
+    several, share = len(lf.train_sets) > 1, lf.val_size
+    if lf.tokenized:
         return
     if several and share > 1e-6:
         for key in ("predict_with_generate", "streaming"):
-            if truthy(lf, key):
+            if lf.on(key):
                 yield f"val_size: with {key} over several data sets there is no split; name an 'eval_dataset' instead"
-    if not dynamic.eval_by_domain or lf.get("eval_dataset"):
+    if not dynamic.eval_by_domain or lf.eval_dataset:
         return
     if share <= 1e-6:
         yield "dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'"
@@ -81,17 +76,17 @@ def by_domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterato
         )
 
 
-def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]) -> Iterator[str]:
+def data_set_problems(lf: LlamaFactoryArgs, base_dir: Path, found: list[Source]) -> Iterator[str]:
     """Yield what is wrong with ``dataset`` and ``eval_dataset``; put the data sets that are there into ``found``."""
     for key in ("dataset", "eval_dataset"):
-        problem = empty_names(lf.get(key))
+        problem = empty_names(getattr(lf, key))
         if problem:
             yield f"{key}: {problem}"
     yield from held_out_problems(lf, base_dir)
-    if tokenized(lf):
-        found += [Source(name=name) for name in data_sets(lf.get("dataset"))]
+    if lf.tokenized:
+        found += [Source(name=name) for name in lf.train_sets]
         return
-    names = data_sets(lf.get("dataset"))
+    names = lf.train_sets
     if not names:
         yield "dataset: missing; name one or more data sets of dataset_info.json, with commas between them"
         return
@@ -103,30 +98,30 @@ def data_set_problems(lf: Mapping[str, Any], base_dir: Path, found: list[Source]
     for source in sources:
         if source.path is not None and count_rows(source, lf) == 0:
             yield f"dataset: {source.name!r} has no rows ({source.path})"
-        if truthy(lf, "streaming") and source.path is None:
+        if lf.streaming and source.path is None:
             yield f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
     if not problems:
         found += sources
         counts = [count_rows(source, lf) for source in sources]
         if any(counts) and train_rows(counts, lf) == 0:
-            yield f"val_size: {shown(lf['val_size'])} sets aside all {sum(filter(None, counts)):,} rows; lower it"
+            yield f"val_size: {shown(lf.val_size)} sets aside all {sum(filter(None, counts)):,} rows; lower it"
 
 
-def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: Sequence[Source] = ()) -> Iterator[str]:
+def column_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source] = ()) -> Iterator[str]:
     """Yield why data columns, or the paths of files, cannot ride along with the rows."""
     columns = (*dynamic.columns, *(["domain_path"] if dynamic.domain_path else []))
     if not columns:
         return
     asked = f"'{', '.join(columns)}'"
-    if packed(lf):
-        pt = " (pre-training packs unless told otherwise)" if lf.get("packing") is None and "stage" in lf else ""
+    if lf.packed:
+        pt = " (pre-training packs unless told otherwise)" if lf.packing is None and "stage" in lf else ""
         yield (
             f"packing: rows hold several samples{pt}, so the column {asked} has no single value in a row; "
             "set 'packing: false', or do without the column"
         )
-    if lf.get("tokenized_path"):
+    if lf.tokenized_path:
         yield f"tokenized_path: a tokenized copy does not keep the column {asked}; remove it"
-    if packed(lf) or lf.get("tokenized_path"):
+    if lf.packed or lf.tokenized_path:
         return
     for key, name in dynamic.columns_by_key:
         for source in sources:
@@ -136,11 +131,11 @@ def column_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: Sequ
                 yield f"{key}: the data set {source.name!r} has no column {name!r}{near} (columns found: {found})"
 
 
-def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source]) -> Iterator[str]:
+def domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source]) -> Iterator[str]:
     """Yield what is wrong with the domains, their proportions, and the number of rows."""
     names = [source.name for source in sources]
     if names and dynamic.domains_are_sources:
-        copied = len(names) > 1 and bool(lf.get("tokenized_path"))
+        copied = len(names) > 1 and bool(lf.tokenized_path)
         found = 1 if copied else len(names)
         lacking = [line for each in dynamic.methods for line in too_few_domains(dynamic, each, found, copied=copied)]
         yield from lacking
@@ -148,7 +143,7 @@ def domain_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list
             return
     if not names:
         return
-    if dynamic.unit == "documents" and packed(lf) and not dynamic.domains_are_sources:
+    if dynamic.unit == "documents" and lf.packed and not dynamic.domains_are_sources:
         yield (
             "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
             "sets be the domains, or set 'packing: false'"
@@ -267,7 +262,7 @@ def _data_sets(method: MethodConfig) -> list[str]:
     return [name for target in method.targets for name in target_data_sets(target)]
 
 
-def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield the targets that are not defined, whose files are missing, or that have no rows."""
     for method in dynamic.methods:
         key = f"dynamic.{method.kind}.targets"
@@ -276,7 +271,7 @@ def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Pat
             if not problem.startswith("dataset_dir:"):  # told once, for the training data
                 yield problem
         for source in sources:
-            if source.path is not None and count_rows(source, {}) == 0:
+            if source.path is not None and count_rows(source, LlamaFactoryArgs()) == 0:
                 yield f"{key}: {source.name!r} has no rows ({source.path})"
     if dynamic.leakage == "error":
         for key, name, other in targets_in_training(dynamic, lf, base_dir):
@@ -284,11 +279,9 @@ def target_problems(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Pat
             yield f"{key}: {name!r} {same}, and dynamic.leakage is 'error'; remove it from one of the two"
 
 
-def targets_in_training(
-    dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path
-) -> Iterator[tuple[str, str, str]]:
+def targets_in_training(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[tuple[str, str, str]]:
     """Yield key and name of each target that is a training data set too, and the name of that data set."""
-    trained, _ = find_sources(data_sets(lf.get("dataset")), lf, "dataset", base_dir)
+    trained, _ = find_sources(lf.train_sets, lf, "dataset", base_dir)
     names = {source.name: source.name for source in trained}
     files = {source.path.resolve(): source.name for source in trained if source.path is not None}
     for method in dynamic.methods:

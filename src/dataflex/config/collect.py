@@ -31,7 +31,7 @@ def collect(
     """Return ``cls`` built from ``mapping``, or None after noting why not.
 
     Args:
-        cls: A dataclass; field metadata may hold ``choices``, ``minimum``, ``maximum``, ``above``.
+        cls: A dataclass; field metadata may hold ``choices``, ``pattern``, ``minimum``, ``maximum``, ``above``.
         mapping: Keys and values as the file gave them. A null value means the default.
         path: Dotted path of the mapping, for messages.
         problems: Takes one line per problem.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -83,7 +84,7 @@ def convert(
         hint: Type of the field: bool, int, float, str, Literal, tuple, list, dict[str, ...], a
             dataclass, or a union of these.
         path: Dotted path of the key, for messages.
-        limits: Field metadata; ``choices``, ``minimum``, ``maximum`` and ``above`` hold for every
+        limits: Field metadata; ``choices``, ``pattern``, ``minimum``, ``maximum`` and ``above`` hold for every
             number or text inside ``value``.
         problems: Takes one line per problem.
         nested: Builds a dataclass from a mapping (``cls, mapping, path, problems``).
@@ -179,6 +180,12 @@ def _scalar(value: Any, hint: type, path: str, limits: Mapping[str, Any], proble
             return BAD
         if math.isnan(value):
             problems.append(f"{path}: expected a number, found .nan")
+            return BAD
+    if limits.get("pattern") and hint is str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            problems.append(f"{path}: {shown(value)} is not a regular expression: {error}")
             return BAD
     if "choices" in limits:
         return _one_of(value, limits["choices"], path, problems)

@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.convert import shown
-from dataflex.config.values import number, truthy
 from dataflex.errors import did_you_mean
 
 __all__ = [
@@ -34,14 +34,11 @@ __all__ = [
     "contents_of",
     "count_bytes",
     "count_rows",
-    "data_sets",
     "empty_names",
     "entry_problems",
     "file_problems",
     "find_sources",
-    "packed",
     "target_data_sets",
-    "tokenized",
     "train_rows",
 ]
 
@@ -342,15 +339,6 @@ class Source:
     split: str = "train"
 
 
-def data_sets(value: Any) -> tuple[str, ...]:
-    """Return the names in LLaMA-Factory's ``dataset``: a list, or text with commas."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, list | tuple):
-        return ()
-    return tuple(str(name).strip() for name in value if str(name).strip())
-
-
 def target_data_sets(target: str) -> tuple[str, ...]:
     """Return the data sets of one target: ``"a"`` is one, ``"a + b"`` the rows of both as one target."""
     return tuple(name.strip() for name in target.split(" + "))
@@ -369,7 +357,7 @@ def empty_names(value: Any) -> str:
 
 
 def find_sources(
-    names: Sequence[str], lf: Mapping[str, Any], key: str, base_dir: Path
+    names: Sequence[str], lf: LlamaFactoryArgs, key: str, base_dir: Path
 ) -> tuple[list[Source], list[str]]:
     """Return the data sets that could be found, and one line per problem.
 
@@ -379,7 +367,7 @@ def find_sources(
         key: Path of the key that names them, for messages.
         base_dir: Folder of the configuration file, where a misplaced ``dataset_dir`` often is.
     """
-    folder = lf.get("dataset_dir", "data")
+    folder: Any = lf.dataset_dir
     if isinstance(folder, Mapping):
         info: Any = folder
         folder = "."
@@ -396,7 +384,7 @@ def find_sources(
                 f"{key}: {name!r} is not defined in {Path(str(folder)) / INFO_FILE}{did_you_mean(name, list(info))}"
             )
             continue
-        source, found = _source(name, info[name], Path(str(folder)), key, lf.get("stage", "sft"))
+        source, found = _source(name, info[name], Path(str(folder)), key, lf.stage or None)
         problems += found
         if not found:
             sources.append(source)
@@ -447,7 +435,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
-def count_rows(source: Source, lf: Mapping[str, Any]) -> int | None:
+def count_rows(source: Source, lf: LlamaFactoryArgs) -> int | None:
     """Return how many rows a data set gives at most, or None when that is not quick.
 
     Its ``split`` and ``num_samples`` and the run's ``max_samples`` are respected.
@@ -456,13 +444,12 @@ def count_rows(source: Source, lf: Mapping[str, Any]) -> int | None:
     kept = None if rows is None else _kept(source.split, rows)
     if kept is None:
         return None
-    if source.num_samples is not None and kept and not truthy(lf, "streaming"):
+    if source.num_samples is not None and kept and not lf.streaming:
         kept = source.num_samples
-    most = lf.get("max_samples")
-    return min(kept, most) if isinstance(most, int) and not isinstance(most, bool) else kept
+    return kept if lf.max_samples is None else min(kept, lf.max_samples)
 
 
-def count_bytes(source: Source, lf: Mapping[str, Any]) -> int | None:
+def count_bytes(source: Source, lf: LlamaFactoryArgs) -> int | None:
     """Return the bytes of the rows that ``count_rows`` counts, or None when that is not quick.
 
     Of a part of one file of lines from its beginning, those bytes; of any other part, its share of all bytes.
@@ -471,7 +458,7 @@ def count_bytes(source: Source, lf: Mapping[str, Any]) -> int | None:
         return None
     files = _files(source.path)
     total = sum(file.stat().st_size for file in files)
-    if source.split == "train" and source.num_samples is None and lf.get("max_samples") is None:
+    if source.split == "train" and source.num_samples is None and lf.max_samples is None:
         return total
     rows, kept = _rows_of_files(source), count_rows(source, lf)
     if rows is None or kept is None:
@@ -522,25 +509,12 @@ def _head_bytes(file: Path, rows: int) -> int | None:
     return total
 
 
-def packed(lf: Mapping[str, Any]) -> bool:
-    """Whether several samples share a row; pre-training packs unless told otherwise."""
-    if truthy(lf, "neat_packing"):
-        return True
-    return lf.get("stage", "sft") == "pt" if lf.get("packing") is None else truthy(lf, "packing")
-
-
-def train_rows(counts: Sequence[int | None], lf: Mapping[str, Any]) -> int | None:
+def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None:
     """Return the rows left to train on once ``val_size`` is set aside, or None when a count is unknown."""
     if not counts or any(count is None for count in counts):
         return None
     rows = sum(count for count in counts if count is not None)
-    held = number(lf, "val_size", 0.0)
+    held = lf.val_size
     if held <= 1e-6:
         return rows
     return max(0, rows - (int(held) if held > 1 else math.ceil(rows * held)))
-
-
-def tokenized(lf: Mapping[str, Any]) -> bool:
-    """Whether the run reads a tokenized copy instead of the data sets."""
-    path = lf.get("tokenized_path")
-    return isinstance(path, str) and os.path.isdir(path) and bool(os.listdir(path))

@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.data import Source, count_rows, packed, tokenized, train_rows
+from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
+from dataflex.config.data import Source, count_rows, train_rows
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.values import env_enabled, number, truthy
 from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
@@ -27,9 +27,6 @@ from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
 __all__ = ["Batch", "Forecast", "Pool", "batch_of", "forecast", "schedule_of", "total_steps"]
-
-_DEFAULT_BATCH = 8  # of the Hugging Face Trainer
-_DEFAULT_EPOCHS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class Batch:
         return self.per_device * self.accumulation * self.world
 
 
-def batch_of(lf: Mapping[str, Any]) -> Batch:
+def batch_of(lf: LlamaFactoryArgs) -> Batch:
     """Return the global batch that the keys and the environment ask for.
 
     Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
@@ -55,32 +52,31 @@ def batch_of(lf: Mapping[str, Any]) -> Batch:
     if os.getenv("WORLD_SIZE", "").isdigit():
         world = int(os.environ["WORLD_SIZE"])
     elif env_enabled("USE_RAY"):
-        world = int(number(lf, "ray_num_workers", 1))
+        world = lf.ray_num_workers
     elif env_enabled("FORCE_TORCHRUN"):
-        world = int(number(os.environ, "NPROC_PER_NODE", 1)) * int(number(os.environ, "NNODES", 1))
+        world = env_processes()[0]
     else:
         world = 1
     return Batch(
-        per_device=max(1, int(number(lf, "per_device_train_batch_size", _DEFAULT_BATCH))),
-        accumulation=max(1, int(number(lf, "gradient_accumulation_steps", 1))),
+        per_device=lf.per_device_train_batch_size,
+        accumulation=lf.gradient_accumulation_steps,
         world=max(1, world),
     )
 
 
-def total_steps(lf: Mapping[str, Any], rows: int | None) -> int | None:
+def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
     """Return the optimizer steps of the run as the Trainer counts them, or None when rows are not known."""
-    fixed = int(number(lf, "max_steps", -1))
-    if fixed > 0:
-        return fixed
+    if lf.max_steps > 0:
+        return lf.max_steps
     if not rows:
         return None
     batch = batch_of(lf)
-    if truthy(lf, "dataloader_drop_last"):
+    if lf.dataloader_drop_last:
         micro_batches = rows // batch.per_device // batch.world
     else:
         micro_batches = math.ceil(rows / (batch.per_device * batch.world))
     steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
-    return math.ceil(number(lf, "num_train_epochs", _DEFAULT_EPOCHS) * steps_per_epoch)
+    return math.ceil(lf.num_train_epochs * steps_per_epoch)
 
 
 def schedule_of(dynamic: DynamicConfig, total: int) -> Schedule:
@@ -320,19 +316,18 @@ class Forecast:
 
 
 def forecast(
-    dynamic: DynamicConfig, lf: Mapping[str, Any], sources: list[Source], targets: Sequence[Source] = ()
+    dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], targets: Sequence[Source] = ()
 ) -> Forecast:
     """Return what is known of the run over ``sources`` towards ``targets`` before it is loaded."""
-    known = {source.name: None if tokenized(lf) else count_rows(source, lf) for source in sources}
-    packs = packed(lf)
-    rows = None if packs else train_rows(list(known.values()), lf)
+    known = {source.name: None if lf.tokenized else count_rows(source, lf) for source in sources}
+    rows = None if lf.packed else train_rows(list(known.values()), lf)
     return Forecast(
         dynamic=dynamic,
         batch=batch_of(lf),
         counts=known,
-        packs=packs,
+        packs=lf.packed,
         rows=rows,
         steps=total_steps(lf, rows),
         targets={source.name: count_rows(source, lf) for source in targets},
-        drop_last=truthy(lf, "dataloader_drop_last"),
+        drop_last=lf.dataloader_drop_last,
     )

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.config.args import path_problem
+from dataflex.config.convert import shown
 from dataflex.errors import ConfigError
 from dataflex.printable import PASSED_ON
 from dataflex.registry import KINDS
@@ -20,7 +23,11 @@ from dataflex.registry import KINDS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["ENDINGS", "load_mapping", "merged"]
+__all__ = ["ENDINGS", "MOST_LEVELS", "load_mapping", "merged", "without_oddities"]
+
+MOST_LEVELS = 50
+_STILL_TO_GIVE = "'???' stands for a value that is still to be given"
+
 
 ENDINGS: tuple[str, ...] = (".yaml", ".yml", ".json")
 
@@ -67,6 +74,41 @@ def _with_overrides(config: DictConfig, overrides: Sequence[str]) -> dict[str, A
     return {str(key): value for key, value in container.items()}
 
 
+def without_oddities(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return ``mapping`` with null for every value that nothing can take, and one line per such value."""
+    problems: list[str] = []
+
+    def cleaned(value: Any, path: str, levels: int) -> Any:
+        told = _oddity(value, path, levels)
+        if told:
+            problems.append(f"{path}: {told}")
+            return None
+        if isinstance(value, Mapping):
+            return {
+                key: cleaned(item, f"{path}.{key}" if path else str(key), levels + 1) for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [cleaned(item, f"{path}[{i}]", levels + 1) for i, item in enumerate(value)]
+        return value
+
+    return cleaned(mapping, "", 0), problems
+
+
+def _oddity(value: Any, path: str, levels: int) -> str:
+    if levels > MOST_LEVELS:
+        return f"lists or mappings are nested more than {MOST_LEVELS} levels deep"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "the number is too large (at most 2**63 - 1)"
+    if not isinstance(value, str):
+        return ""
+    if value == "???":
+        return _STILL_TO_GIVE
+    if "\0" in value:
+        return "holds a NUL character, which no text here may"
+    single = path.startswith("dynamic.") and not any(letter.isspace() for letter in value)
+    return path_problem(value) if single else ""
+
+
 def _read(path: Path) -> DictConfig:
     if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{path}: a configuration ends in {', '.join(ENDINGS)}")
@@ -102,7 +144,11 @@ def _read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: malformed YAML{_yaml_place(error)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {_of_key(error)}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise ConfigError(f"{path}: {_too_large(error, path.read_text(encoding='utf-8'))}") from error
     except OSError as error:
         if error.errno is not None:
             raise
@@ -125,17 +171,22 @@ def _read_json(path: Path) -> Any:
         return mapping
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise ConfigError(f"{path}: {_too_large(error, text)}") from error
     if not isinstance(content, dict):
         return None
     try:
         return OmegaConf.create(content)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {_of_key(error)}") from error
 
 
 def _merged(config: DictConfig, text: str) -> DictConfig:
@@ -144,19 +195,22 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, such as dynamic.interval_steps=20")
     if key.startswith("-"):
         raise ConfigError(f"override {text!r}: after a configuration file write {text.lstrip('-')!r}, without dashes")
+    if value.strip() == "???":
+        raise ConfigError(f"{key}: {_STILL_TO_GIVE}")
     _lift_name(config, key.split("."))
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
     except yaml.YAMLError as error:
         what = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError(f"override {text!r}: malformed value: {what}") from error
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        told = _first_line(error) if isinstance(error, OmegaConfBaseException) else _too_large(error, text)
+        raise ConfigError(f"override {shown(text)}: {told}") from error
     assert not isinstance(merged, list)
     return merged  # type: ignore[return-value]
 
@@ -183,7 +237,22 @@ def _yaml_place(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"'${{' begins an interpolation that cannot be read: {first}" if "Grammar" in type(error).__name__ else first
+
+
+def _of_key(error: Exception) -> str:
+    key = getattr(error, "full_key", None)
+    return f"{key}: {_first_line(error)}" if key else _first_line(error)
+
+
+def _too_large(error: Exception, text: str) -> str:
+    """Return what is wrong with a text that Python itself refuses to read, with the key where it can be told."""
+    if isinstance(error, RecursionError):
+        deep = re.search(rf"^[\s{{]*\"?([\w.-]+)\"?\s*[:=][^\n]*?(?:[\[{{][^\[\]{{}}\n]*){{{MOST_LEVELS}}}", text, re.M)
+        return f"{deep[1] + ': ' if deep else ''}lists or mappings are nested more than {MOST_LEVELS} levels deep"
+    number = re.search(r"""([\w.-]+)["']?\s*[:=]\s*[+-]?[\d_]{4000}""", text)
+    return f"{number[1]}: the number has too many digits" if number else _first_line(error)
 
 
 def _nearest_file(path: Path) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.values import env_enabled, truthy
 from dataflex.errors import did_you_mean
 from dataflex.method import Requires, RunFacts, Weighter
 
@@ -191,10 +190,10 @@ def too_few_domains(dynamic: DynamicConfig, method: MethodConfig, found: int, *,
     yield f"dynamic.{method.kind}: {needs}, found {found}; {way}"
 
 
-def optimizer_without_moments(lf: Mapping[str, Any]) -> str:
+def optimizer_without_moments(lf: LlamaFactoryArgs) -> str:
     """Return the key and value that name an optimizer without Adam's moments, or an empty text."""
-    name = str(lf.get("optim") or "adamw_torch")
-    flag = next((flag for flag in _MOMENT_FLAGS if truthy(lf, flag)), "")
+    name = lf.optim or "adamw_torch"
+    flag = next((flag for flag in _MOMENT_FLAGS if lf.on(flag)), "")
     return flag or (f"optim: {name}" if any(word in name for word in _NO_MOMENTS) else "")
 
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.check_data import targets_in_training
-from dataflex.config.data import data_sets, packed, tokenized
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.values import number, truthy
 
 __all__ = ["notes"]
 
@@ -17,7 +16,7 @@ _OF_THE_LOADER: tuple[str, ...] = ("data_seed", "dataloader_persistent_workers")
 _OF_ACCELERATE: dict[str, Any] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
 
-def notes(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield one line per thing that a user should know of before the run.
 
     Args:
@@ -28,20 +27,20 @@ def notes(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iter
     yield from _of_the_data(dynamic, lf, base_dir)
     yield from _of_the_block(dynamic, lf)
     for key in _OF_THE_LOADER:
-        if lf.get(key):
+        if lf.on(key):
             yield f"{key}: no effect beside 'dynamic', which serves the rows itself ('seed' draws them)"
-    config = lf.get("accelerator_config")
+    config = lf.accelerator_config
     if isinstance(config, Mapping):
         for key, usual in _OF_ACCELERATE.items():
             if config.get(key, usual) != usual:
                 yield f"accelerator_config.{key}: no effect beside 'dynamic', which deals out the rows itself"
-    if lf.get("buffer_size") and truthy(lf, "streaming"):
+    if "buffer_size" in lf and lf.streaming:
         yield "buffer_size: no effect beside 'dynamic': streamed rows are read at any place, so all can be shuffled"
-    if truthy(lf, "dataloader_drop_last") and (dynamic.mixer is not None or dynamic.narrows):
+    if lf.dataloader_drop_last and (dynamic.mixer is not None or dynamic.narrows):
         yield "dataloader_drop_last: no effect here: every step is full"
 
 
-def _of_the_data(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) -> Iterator[str]:
+def _of_the_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     for key, name, other in targets_in_training(dynamic, lf, base_dir):
         same = "" if name == other else f" (its file is that of {other!r})"
         then = {
@@ -50,18 +49,18 @@ def _of_the_data(dynamic: DynamicConfig, lf: Mapping[str, Any], base_dir: Path) 
             "drop": "all its rows leave the training set ('leakage: drop')",
         }[dynamic.leakage]
         yield f"{key}: {name!r} is also trained on{same}; {then}"
-    names = data_sets(lf.get("dataset"))
-    for name in data_sets(lf.get("eval_dataset")):
+    names = lf.train_sets
+    for name in lf.eval_sets:
         if name in names:
             yield f"eval_dataset: {name!r} is also trained on; its loss is not one of held-out rows"
-    if lf.get("tokenized_path") and len(names) > 1 and dynamic.domains_are_sources:
+    if lf.tokenized_path and len(names) > 1 and dynamic.domains_are_sources:
         listed = ", ".join(names)
         yield f"tokenized_path: a copy does not say which of {listed} a row is from: all are one domain, 'all'"
-    if lf.get("max_samples") is not None and dynamic.targets:
+    if lf.max_samples is not None and dynamic.targets:
         yield f"max_samples: cuts training and evaluation sets; targets ({', '.join(dynamic.targets)}) are taken whole"
 
 
-def _of_the_block(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str]:
+def _of_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
     if (
         dynamic.interval_steps is not None
@@ -77,12 +76,11 @@ def _of_the_block(dynamic: DynamicConfig, lf: Mapping[str, Any]) -> Iterator[str
     for key, given in (("max_age_steps", signals.max_age_steps > 0), ("store", signals.store is not None)):
         if given and not asks:
             yield f"dynamic.signals.{key}: no effect, since no method says that it asks the model about rows"
-    if dynamic.unit == "documents" and not packed(lf):
+    if dynamic.unit == "documents" and not lf.packed:
         yield "dynamic.unit: no effect without packing, where every row is one document"
-    if dynamic.leakage != "warn" and packed(lf) and not tokenized(lf):
+    if dynamic.leakage != "warn" and lf.packed and not lf.tokenized:
         yield "dynamic.leakage: no effect under packing, where no row is equal to a target row"
-    if dynamic.early_stopping_min_delta > 0 and not number(lf, "early_stopping_steps", 0):
+    if dynamic.early_stopping_min_delta > 0 and not lf.early_stopping_steps:
         yield "dynamic.early_stopping_min_delta: no effect without LLaMA-Factory's 'early_stopping_steps'"
-    evaluates = str(lf.get("eval_strategy") or "no") != "no" or truthy(lf, "do_eval") or truthy(lf, "eval_on_start")
-    if dynamic.eval_by_domain and not evaluates:
+    if dynamic.eval_by_domain and not lf.evaluates:
         yield "dynamic.eval_by_domain: no effect, since nothing is evaluated; set 'eval_strategy' or 'do_eval'"

@@ -12,62 +12,12 @@ from dataflex.config.collect import UNKNOWN_KEY, dotted, field_hints, key_of
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.methods import method_class, takes_targets
 from dataflex.config.schema import DynamicConfig, SignalsConfig
+from dataflex.config.table import table
 from dataflex.errors import ConfigError
 from dataflex.parts import Part
 from dataflex.registry import KINDS, names
 
-__all__ = ["ALSO_UPSTREAM", "LF_KEYS", "misplaced_keys", "with_places"]
-
-ALSO_UPSTREAM: tuple[str, ...] = (
-    "bf16",
-    "learning_rate",
-    "max_new_tokens",
-    "seed",
-    "temperature",
-    "top_k",
-    "top_p",
-    "warmup_steps",
-)
-"""Keys of ours that LLaMA-Factory has too, so that they are in place at the top level."""
-
-LF_KEYS: tuple[str, ...] = (
-    "adapter_name_or_path",
-    "bf16",
-    "cutoff_len",
-    "dataset",
-    "dataset_dir",
-    "deepspeed",
-    "do_train",
-    "eval_dataset",
-    "eval_steps",
-    "eval_strategy",
-    "finetuning_type",
-    "fp16",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "logging_steps",
-    "lora_rank",
-    "lora_target",
-    "lr_scheduler_type",
-    "max_samples",
-    "max_steps",
-    "model_name_or_path",
-    "num_train_epochs",
-    "output_dir",
-    "overwrite_output_dir",
-    "packing",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "report_to",
-    "resume_from_checkpoint",
-    "save_steps",
-    "save_strategy",
-    "stage",
-    "template",
-    "val_size",
-    "warmup_ratio",
-)
-"""Keys of LLaMA-Factory's that people write most, whose place is the top level."""
+__all__ = ["misplaced_keys", "with_places"]
 
 _MOST_NAMED = 4
 
@@ -95,7 +45,7 @@ def misplaced_keys(mapping: Mapping[str, Any]) -> list[str]:
     """
     block = mapping.get("dynamic")
     places = _places(block if isinstance(block, Mapping) else {}, ours=True)
-    keys = [key for key in mapping if key in places and key not in (*ALSO_UPSTREAM, *FLAT_KEYS)]
+    keys = [key for key in mapping if key in places and key not in table() and key not in FLAT_KEYS]
     return [f"{key}: unknown key; it belongs under {_told(places[key])}" for key in keys]
 
 
@@ -103,7 +53,7 @@ def _placed(match: re.Match[str], line: str, places: Mapping[str, list[str]]) ->
     key = match["key"]
     if key in places:
         return f"{match['path']}: unknown key; it belongs under {_told(places[key])}{match['rest']}"
-    if key in LF_KEYS:
+    if key in table():
         return f"{match['path']}: unknown key; it is LLaMA-Factory's: write it at the top level{match['rest']}"
     takers = [f"{kind}/{name}" for kind in KINDS for name in names(kind) if key in _keys_of_method(kind, name)]
     if not takers or match["hint"]:

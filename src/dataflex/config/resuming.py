@@ -7,14 +7,12 @@ they were. The identity in a checkpoint (``train.checkpoint``) is made of this t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dataflex.config.data import data_sets
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import plain
-from dataflex.config.values import truthy
 from dataflex.printable import redacted
 
 __all__ = ["METHODS", "ON_RESUME", "Change", "Kind", "settings_of"]
@@ -122,7 +120,7 @@ ON_RESUME: dict[str, Change] = {**{f"dynamic.{key}": change for key, change in _
 _TRUTH = ("disable_shuffling", "dataloader_drop_last")
 
 
-def settings_of(config: DynamicConfig, lf: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: DynamicConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
     """Return the value of every key that a resumed run is compared by, methods left out, as JSON values.
 
     Args:
@@ -137,8 +135,8 @@ def settings_of(config: DynamicConfig, lf: Mapping[str, Any]) -> dict[str, Any]:
         if block:
             found[key] = plain(getattr(config.signals if block.endswith("signals") else config, name))
         elif name in _TRUTH:
-            found[key] = truthy(lf, name)
+            found[key] = lf.on(name)
         else:
-            found[key] = ", ".join(data_sets(lf[name])) if name == "dataset" and lf.get(name) else lf.get(name)
+            found[key] = ", ".join(lf.train_sets) if name == "dataset" and lf.train_sets else lf.get(name)
     values: dict[str, Any] = redacted(json.loads(json.dumps(found, default=str)))
     return values

@@ -79,7 +79,12 @@ class SignalsConfig:
         default=None, metadata={"help": "folder that passes write to as they go, to be taken up after a kill"}
     )
     store_gb: float = field(
-        default=10.0, metadata={"help": "size in GB beyond which the oldest stored answers are dropped", "above": 0.0}
+        default=10.0,
+        metadata={
+            "help": "size in GB beyond which the oldest stored answers are dropped",
+            "above": 0.0,
+            "maximum": 1e9,
+        },
     )
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import block_keys, parse_dynamic
-from dataflex.config.check import found_problems
+from dataflex.config.check import found_problems, key_of_problem
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.legacy import translate
+from dataflex.config.load import without_oddities
 from dataflex.config.notes import notes
 from dataflex.config.places import misplaced_keys
 from dataflex.config.schema import DynamicConfig
@@ -25,7 +27,7 @@ class Split:
     """One configuration in two parts.
 
     Attributes:
-        lf: LLaMA-Factory's keys, untouched but for ``max_steps`` where flat keys fix the run's length.
+        lf: LLaMA-Factory's keys; ``max_steps`` from flat keys where those fix the run's length.
         dynamic: What is decided during training; None for a stock run.
         notes: What the translation of flat keys dropped or means differently, and what else a user should know of,
             one line each.
@@ -33,7 +35,7 @@ class Split:
             stock run of existing DataFlex too.
     """
 
-    lf: dict[str, Any]
+    lf: LlamaFactoryArgs
     dynamic: DynamicConfig | None
     notes: tuple[str, ...] = ()
     early_stopping_min_delta: float = 0.0
@@ -60,9 +62,11 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
     rest = {key: value for key, value in mapping.items() if key != "dynamic"}
     if mapping.get("dynamic") is None:
         lf, dynamic, delta, notes = translate(rest, base_dir)
-        return Split(lf=lf, dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
+        return Split(lf=LlamaFactoryArgs.read(lf), dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
     dynamic = parse_dynamic(mapping["dynamic"], base_dir)
-    return Split(lf=rest, dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta)
+    return Split(
+        lf=LlamaFactoryArgs.read(rest), dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta
+    )
 
 
 def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = False) -> Split:
@@ -77,18 +81,24 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
     Raises:
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
     """
+    mapping, odd = without_oddities(mapping)
     problems: list[str] = []
+    found: list[str] = []
     try:
         parts = split(mapping, base_dir)
     except ConfigError as error:
-        problems += error.problems
+        problems = error.problems
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
-        parts = Split(lf=lf, dynamic=DynamicConfig())
+        parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
     if parts.dynamic is not None or check_stock:
-        problems += found_problems(parts.dynamic, parts.lf, base_dir)
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        found = found_problems(parts.dynamic, parts.lf, base_dir)
+    told = [*odd]
+    for more in (problems, found):
+        keys = {key_of_problem(line) for line in told}
+        told += [line for line in more if key_of_problem(line) not in keys]
+    if told:
+        raise ConfigError(dict.fromkeys(told))
     if parts.dynamic is None:
         return parts
     return replace(parts, notes=(*parts.notes, *dict.fromkeys(notes(parts.dynamic, parts.lf, base_dir))))

@@ -27,6 +27,7 @@ from llamafactory.data import loader as lf_loader
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from numpy.typing import NDArray
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
@@ -37,8 +38,9 @@ from dataflex.plan.domains import Domains, unusable_labels
 from dataflex.record.clock import PhaseClock
 from dataflex.rng import stream
 from dataflex.select.cluster import kmeans
-from dataflex.signals.embeddings import encoded_rows, load_encoder
+from dataflex.signals.embeddings import load_encoder, text_sweep
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.sweep import row_pass
 from dataflex.train.evaluation import HeldOut
 from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
 
@@ -186,7 +188,8 @@ def cluster_labels(
     rows = np.arange(len(lengths), dtype=np.int64)
     model = load_encoder(encoder, device=device)
     corpus = Corpus(dataset=dataset, lengths=lengths)
-    vectors = encoded_rows(model, corpus, rows, tokenizer, token_budget=16384, device=device)
+    sweep = text_sweep(corpus, rows, tokenizer, token_budget=16384, device=device)
+    vectors = row_pass(sweep, model.score, (model.dimension,))
     known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if not len(known):
         raise ConfigError("dynamic.domain_clusters: no row has a text that could be embedded")
@@ -217,7 +220,7 @@ class DataLoading:
     """
 
     def __init__(self, config: DynamicConfig, written: Mapping[str, Any], clock: PhaseClock | None = None) -> None:
-        self._config, self._written = config, written
+        self._config, self._written = config, LlamaFactoryArgs.read(written)
         self._clock = clock or PhaseClock()
         self.space: RowSpace | None = None
 

@@ -104,7 +104,7 @@ class RayWorker(tuner.Worker):
         given = json.loads(os.environ[ENVIRONMENT_KEY])
         parts = split(given["mapping"], Path(given["base_dir"]))
         assert parts.dynamic is not None
-        with least_gain(parts.early_stopping_min_delta), swapped(given["stage"], parts.dynamic, parts.lf):
+        with least_gain(parts.early_stopping_min_delta), swapped(given["stage"], parts.dynamic, dict(parts.lf)):
             super()._training_function(config)
 
 

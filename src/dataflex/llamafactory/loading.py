@@ -25,8 +25,8 @@ from llamafactory.data import get_dataset as lf_get_dataset
 from llamafactory.data import loader as lf_loader
 from numpy.typing import NDArray
 
-from dataflex.config.data import find_sources, target_data_sets, tokenized
-from dataflex.config.values import truthy
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.data import find_sources, target_data_sets
 from dataflex.errors import ConfigError, DataError, DataFlexError
 
 __all__ = ["Loader", "RawRows", "column", "of_another_set", "raw_columns", "split_rows"]
@@ -97,12 +97,12 @@ class Loader:
     training_args: Any
     stage: Any
     tokenizer_module: Mapping[str, Any]
-    written: Mapping[str, Any]
+    written: LlamaFactoryArgs
 
     def stock(self) -> dict[str, Any]:
         """Return what the workflow asked for; served rows stay random-access."""
         args = self._changed()
-        if tokenized(self.written):
+        if self.written.tokenized:
             return self._load(args, tokenized_path=[args.tokenized_path])
         return self._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
 
@@ -118,7 +118,7 @@ class Loader:
 
     def target(self, name: str) -> Any:
         """Return the rows of a target."""
-        shortened = truthy(self.written, "packing") or truthy(self.written, "neat_packing")
+        shortened = bool(self.written.packing) or self.written.neat_packing
         names = target_data_sets(name)
         args = of_another_set(self.data_args, names, cutoff_shortened=shortened)
         return self._load(args, targets=names)["train_dataset"]
@@ -223,7 +223,7 @@ class RawRows:
     names: Sequence[str]
     parts: Sequence[Dataset]
     rows: NDArray[np.int64]
-    written: Mapping[str, Any]
+    written: LlamaFactoryArgs
 
     def place(self, row: int) -> str:
         """Say where row ``row`` of those meant stands: data set, and the line of its file where that can be known."""

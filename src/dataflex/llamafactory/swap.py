@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dataflex.config.data import packed
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
@@ -100,8 +100,8 @@ def swapped(
         resolved={**lf, "dynamic": as_mapping(config)},
         versions=versions(),
         stage=stage,
-        shuffle=not lf.get("disable_shuffling", False),
-        packed=packed({**lf, "stage": stage}),
+        shuffle=not LlamaFactoryArgs.read(lf).disable_shuffling,
+        packed=LlamaFactoryArgs.read({**lf, "stage": stage}).packed,
         clock=clock,
         scoring_collator=scoring_collator(stage),
     )

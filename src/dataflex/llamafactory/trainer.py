@@ -39,7 +39,7 @@ from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.model_parts import anatomy, capture_hidden
+from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.train import checkpoint
 from dataflex.train.evaluation import EvaluationSums, perplexity, totals, undivided
 from dataflex.train.feedback import SAMPLES, describe_rows
@@ -533,7 +533,7 @@ class TrainerMixin(SavingMixin, _Trainer):
         self._dataflex_batch, reweighter = inputs, self._dataflex_reweighter
         if reweighter is None or reweighter.embedding is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with capture_hidden(anatomy(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
+        with capture_hidden(model_parts(self.model), reweighter.embedding.layer) as self._dataflex_hidden:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _dataflex_held_out_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

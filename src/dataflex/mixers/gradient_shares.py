@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Requires
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
@@ -46,12 +46,12 @@ class DomainGradients:
         return np.maximum(biased - self.variance / self.rows, 0.0)
 
 
-def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) -> DomainGradients:
+def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
     """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
 
     Args:
         ctx: The decision's context; its targets are compared with too.
-        spec: Which gradients.
+        signal: Which gradients, and the targets that they are compared with.
         rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
 
     Raises:
@@ -63,7 +63,7 @@ def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) 
         rows = ctx.domains.rows(k)
         drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
     everything = np.concatenate(drawn)
-    scores, gram = ctx.signals.gradient_products(everything, spec, targets=ctx.targets)
+    scores, gram = signal.split(ctx.signals(signal, everything))
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
     owner = np.repeat(np.arange(len(names)), [len(rows) for rows in drawn])
     known = np.isfinite(gram.diagonal())
@@ -86,29 +86,27 @@ def domain_gradients(ctx: Context, spec: GradientSpec, *, rows_per_domain: int) 
 class _GradientParams(InitialParams):
     """Parameters of the family."""
 
-    rows_per_domain: int = field(
-        default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
-    )
+    rows_per_domain: int = param(8, "rows drawn of each domain to estimate its gradient", minimum=2)
     parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of the parameters compared; null: all trainable ones"}
+        default=None,
+        metadata={"pattern": True, "help": "regular expression of the parameters compared; null: all trainable ones"},
     )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "only the last so many blocks of the model; null: all", "minimum": 1}
-    )
+    last_blocks: int | None = param(None, "only the last so many blocks of the model; null: all", minimum=1)
 
 
 class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        spec = GradientSpec(
+        signal = GradientProducts(
+            targets=ctx.targets,
             precondition="none",
             include_momentum=False,
             normalize=False,
             parameters=self.params.parameters,
             last_blocks=self.params.last_blocks,
         )
-        return domain_gradients(ctx, spec, rows_per_domain=self.params.rows_per_domain)
+        return domain_gradients(ctx, signal, rows_per_domain=self.params.rows_per_domain)
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
@@ -139,27 +137,15 @@ class Doge(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of DoGE."""
 
-        initial: tuple[float, ...] | dict[str, float] | str = field(
-            default="uniform",
-            metadata={
-                "help": "proportions at first: uniform as published, size, or numbers as a list or by name",
-            },
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: uniform as published, size, or numbers as a list or by name"
         )
-        updates: int = field(
-            default=1,
-            metadata={
-                "help": "updates of the paper, which makes one in every step, that a decision counts for",
-                "minimum": 1,
-            },
+        updates: int = param(
+            1, "updates of the paper, which makes one in every step, that a decision counts for", minimum=1
         )
-        mu: float = field(
-            default=0.05,
-            metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
-        )
+        mu: float = param(0.05, "softness of the update: small is nearly one-hot after few steps", above=0.0)
         smoothing: float = smoothing_field(0.0)
-        average: bool = field(
-            default=True, metadata={"help": "whether to serve the mean of all proportions so far instead of the last"}
-        )
+        average: bool = param(True, "whether to serve the mean of all proportions so far instead of the last")
 
     params: Params
 
@@ -214,10 +200,7 @@ class Dga(_GradientMixer):
         """Parameters of DGA."""
 
         eta: float = eta_field(1.0)
-        memory: float = field(
-            default=0.9,
-            metadata={"help": "weight of the past in the proportions served", "minimum": 0.0, "maximum": 1.0},
-        )
+        memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
 
@@ -271,8 +254,8 @@ class Pike(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of PiKE."""
 
-        zeta1: float = field(default=0.1, metadata={"help": "weight of the squared gradient norm", "minimum": 0.0})
-        zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
+        zeta1: float = param(0.1, "weight of the squared gradient norm", minimum=0.0)
+        zeta2: float = param(0.2, "weight of the gradient variance", minimum=0.0)
 
     params: Params
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires
+from dataflex.method import Card, Context, Passes, Requires, param
 from dataflex.mixers._lib import (
     ExponentiatedMixer,
     InitialParams,
@@ -19,6 +19,7 @@ from dataflex.mixers._lib import (
 )
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import numbers_by_domain
+from dataflex.signals.kinds import GateLoads
 
 __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 
@@ -27,11 +28,8 @@ __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 class _TargetLossParams(InitialParams):
     """Parameters of both."""
 
-    target_losses: tuple[float, ...] | dict[str, float] = field(
-        metadata={
-            "help": "held-out loss that each domain should reach, nats per token, as a list or by name",
-            "minimum": 0.0,
-        }
+    target_losses: tuple[float, ...] | dict[str, float] = param(
+        help="held-out loss that each domain should reach, nats per token, as a list or by name", minimum=0.0
     )
 
 
@@ -73,9 +71,8 @@ class Sheared(_TargetLossMixer):
 
         eta: float = eta_field(1.0)
         smoothing: float = smoothing_field(1e-4)
-        clip: bool = field(
-            default=False,
-            metadata={"help": "whether a domain below its target counts as at it (the paper; the authors' code: no)"},
+        clip: bool = param(
+            False, "whether a domain below its target counts as at it (the paper; the authors' code: no)"
         )
 
     params: Params
@@ -163,16 +160,14 @@ class DynamicMoe(ExponentiatedMixer):
     class Params(InitialParams):
         """Parameters of dynamic mixing for mixture-of-experts models."""
 
-        initial: tuple[float, ...] | dict[str, float] | str = field(
-            default="uniform", metadata={"help": "proportions at first: size, uniform, or numbers as a list or by name"}
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: size, uniform, or numbers as a list or by name"
         )
         eta: float = eta_field(10.0)
         smoothing: float = smoothing_field(0.05)
-        distance: Literal["l2", "cosine"] = field(
-            default="l2", metadata={"help": "how the loads of two domains are compared"}
-        )
-        layers: Literal["last", "all"] = field(
-            default="last", metadata={"help": "the last MoE layer, as in the paper, or the mean over all of them"}
+        distance: Literal["l2", "cosine"] = param("l2", "how the loads of two domains are compared")
+        layers: Literal["last", "all"] = param(
+            "last", "the last MoE layer, as in the paper, or the mean over all of them"
         )
 
     params: Params
@@ -199,7 +194,7 @@ class DynamicMoe(ExponentiatedMixer):
         loads = []
         for name in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
-            summed = np.asarray(ctx.signals.gate_loads(rows, target=name), dtype=np.float64).sum(axis=0)
+            summed = np.asarray(ctx.signals(GateLoads(), rows, target=name), dtype=np.float64).sum(axis=0)
             if not (summed.sum(axis=1) > 0).all():
                 raise DataError(f"dynamic.mixer.targets: {name!r} has no tokens that experts could be chosen for")
             loads.append(summed)

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.load import load_mapping
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_yaml
 from dataflex.config.split import resolve, split
-from dataflex.config.values import truthy
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.tables import finished as record_finished
+from dataflex.mixing.swarm import finished as record_finished
 from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
@@ -39,7 +39,7 @@ from dataflex.plan.proportions import (
 )
 from dataflex.printable import redacted, without_secrets
 from dataflex.record.text import table
-from dataflex.state import replacing
+from dataflex.state import replacing, write_json
 
 __all__ = ["CHANGE", "DoremiPlan", "Round", "Settings", "Steps", "make_plan", "run_finished", "table_of"]
 
@@ -276,7 +276,7 @@ def _check(configs: Mapping[Path, dict[str, Any]], base_dir: Path, settings: Set
         except ConfigError as error:
             found = [line for line in error.problems if not any(line.startswith(start) for start in awaited)]
             problems += [f"{path.name}: {line}" for line in found]
-        if not truthy(config, "do_train"):
+        if not LlamaFactoryArgs.read(config).do_train:
             problems.append(f"{path.name}: do_train: is not on")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
@@ -306,8 +306,7 @@ def _write(plan: DoremiPlan, configs: Mapping[Path, dict[str, Any]]) -> None:
     except OSError as error:
         raise ConfigError(f"--out: {plan.folder} cannot be written: {error.strerror or error}") from error
     record = {"format": _FORMAT, "config_digest": plan.config_digest, **dataclasses.asdict(plan.settings)}
-    with replacing(plan.folder / _RECORD) as file:
-        file.write(json.dumps(redacted(record), indent=1).encode() + b"\n")
+    write_json(plan.folder / _RECORD, redacted(record))
 
 
 def table_of(content: ProportionsFile) -> list[str]:
@@ -415,7 +414,7 @@ class Steps:
         return self._run("final", self.plan.folder / "final.yaml", self.plan.final)
 
     def _run(self, what: str, config: Path, output_dir: Path) -> int:
-        evaluates = truthy(load_mapping(config), "do_eval")
+        evaluates = LlamaFactoryArgs.read(load_mapping(config)).do_eval
         if run_finished(output_dir, evaluates=evaluates):
             self._tell(f"{what}: finished before ({output_dir})")
             return 0

@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.checkpoints import broken_reason
+from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
 from dataflex.config.build import load_plugins
 from dataflex.config.check import (
     model_problems,
     setting_problems,
     stage_problems,
+    told_once,
 )
 from dataflex.config.check_data import column_problems, data_set_problems, target_problems
 from dataflex.config.collect import values
-from dataflex.config.data import Source, data_sets
+from dataflex.config.data import Source
 from dataflex.config.load import ENDINGS, load_mapping, merged
 from dataflex.config.methods import method_block, method_class, takes_targets, target_list
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.show import plain
 from dataflex.config.split import split
-from dataflex.config.values import env_enabled, truthy
 from dataflex.errors import ConfigError
 from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
@@ -80,12 +81,13 @@ FIXED: dict[str, Any] = {
 
 def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     """Take out what only training needs; return notes on what is done otherwise."""
-    notes = []
-    if lf.get("tokenized_path"):
+    notes: list[str] = []
+    args = LlamaFactoryArgs.read(lf)
+    if args.tokenized_path:
         problems.append("tokenized_path: a tokenized copy does not say which row of a file it came from; remove it")
-    if truthy(lf, "packing") or truthy(lf, "neat_packing") or (lf.get("stage") == "pt" and lf.get("packing") is None):
+    if args.packed:
         notes.append("packing is off: every sample is scored by itself")
-    if truthy(lf, "streaming"):
+    if args.streaming:
         notes.append("streaming is off: all rows are tokenized first")
     config = lf.pop("deepspeed", None)
     if config is not None:
@@ -98,11 +100,11 @@ def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
             )
         else:
             notes.append("deepspeed is left out: nothing is trained")
-    if lf.get("fsdp") not in (None, "", [], False):
+    if args.fsdp:
         problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
     if env_enabled("USE_RAY"):
         problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
-    held = [key for key in ("val_size", "eval_dataset") if lf.get(key)]
+    held = [key for key in ("val_size", "eval_dataset") if args.on(key)]
     if held:
         notes.append(f"{', '.join(held)} left out: every row of the data set is scored")
     for key in _DROPPED:
@@ -130,7 +132,8 @@ def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
 
 def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems: list[str]) -> list[Source]:
     """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
-    view = {**lf, **FIXED}
+    view = LlamaFactoryArgs.read({**lf, **FIXED})
+    problems += told_once(view, ())
     problems += [
         problem.replace("dynamic.selector: ", "--method: ", 1)
         for problem in (*stage_problems(config, view), *setting_problems(config, view))
@@ -348,4 +351,4 @@ def _scorers(
 
 def names_of(text: str) -> tuple[str, ...]:
     """Return names given with commas between them."""
-    return data_sets(text)
+    return data_set_names(text)

@@ -13,7 +13,7 @@ import importlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -36,11 +36,11 @@ from dataflex.plan.schedule import Interval
 from dataflex.plan.validate import check_selection
 from dataflex.printable import redacted
 from dataflex.signals.identity import model_identity
-from dataflex.signals.service import SignalService
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientScores, Signal
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
-from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_service
+from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_runner
 
 __all__ = ["Column", "ask", "run_score"]
 
@@ -63,22 +63,25 @@ class Column:
 
 
 class _Remembering:
-    """Passes questions on; scores towards several targets are remembered by target, so that each costs nothing."""
+    """Passes signals on; scores towards several targets are remembered by target, so that each costs nothing."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
-        self._known: dict[tuple[str, GradientSpec, str], NDArray[np.float32]] = {}
+        self._known: dict[tuple[str, Signal, str], NDArray[np.float32]] = {}
 
-    def __getattr__(self, question: str) -> Any:
-        return getattr(self._signals, question)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._signals, name)
 
-    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
-        """Return scores [len(rows), len(targets)]."""
+    def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Return values [len(rows), ...]."""
+        if not isinstance(signal, GradientScores):
+            return self._signals(signal, rows, target=target)
         digest = hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=16).hexdigest()
-        if any((digest, spec, target) not in self._known for target in targets):
-            scores = self._signals.gradient_scores(rows, spec, targets=targets)
-            self._known.update({(digest, spec, target): scores[:, t] for t, target in enumerate(targets)})
-        return np.stack([self._known[digest, spec, target] for target in targets], axis=1)
+        plain = replace(signal, targets=())
+        if any((digest, plain, name) not in self._known for name in signal.targets):
+            scores = self._signals(signal, rows)
+            self._known.update({(digest, plain, name): scores[:, t] for t, name in enumerate(signal.targets)})
+        return np.stack([self._known[digest, plain, name] for name in signal.targets], axis=1)
 
 
 def ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[Column]:
@@ -181,11 +184,11 @@ class _ScoringMixin(_Trainer):
         setup, request = self.dataflex_setup, self.dataflex_request
         step = 0 if request.checkpoint is None else _take_checkpoint(self, request.checkpoint)
         seed = self.args.seed if setup.config.seed is None else setup.config.seed
-        service = signal_service(setup, self, batch_shape(self, shuffle=False), seed)
+        runner = signal_runner(setup, self, batch_shape(self, shuffle=False), seed)
         optimizer = _optimizer(self, request.checkpoint)
         rate = float(self.args.learning_rate)
-        service.handle = replace(service.handle, optimizer=optimizer, learning_rate=lambda: rate)
-        columns = _columns(service, setup, request, seed, step)
+        runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)
+        columns = _columns(runner, setup, request, seed, step)
         raise _Scored(columns, model_identity(self.model), seed)
 
 
@@ -224,25 +227,25 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Callable[[], Any]:
     return give
 
 
-def _columns(service: SignalService, setup: Setup, request: ScoreRequest, seed: int, step: int) -> list[Column]:
+def _columns(runner: SignalRunner, setup: Setup, request: ScoreRequest, seed: int, step: int) -> list[Column]:
     space = setup.rows
-    service.begin(step)
+    runner.begin(step)
     ctx = Context(
         interval=Interval(index=0, kind="dynamic", start_step=step, stop_step=step + 1),
         seed=seed,
         domains=space.domains,
-        signals=service,
+        signals=runner,
         columns=space.columns,
         total_sequences=space.num_rows,
         unit=setup.config.unit,
-        learning_rate=service.handle.learning_rate(),
+        learning_rate=runner.access.learning_rate(),
     )
     pool, columns = space.all_rows(), []
     budget = space.num_rows if request.budget is None else request.budget
     if budget > space.num_rows:
         raise DataError(f"--budget: {budget:,} rows of {space.num_rows:,}")
     for method in request.config.scorers:
-        with preserve_state(service.handle.model):
+        with preserve_state(runner.access.model):
             columns += ask(method, pool, budget, ctx)
         logger.info("%s: %s rows scored", method.name, f"{space.num_rows:,}")
     digest = hashlib.blake2b(digest_size=16)

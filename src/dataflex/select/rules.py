@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Params
+from dataflex.method import Params, param
 from dataflex.parts import Part
 from dataflex.select import spread, tsds
 from dataflex.select.choose import (
@@ -59,9 +58,9 @@ class TopK(Params):
 class RoundRobin(Params):
     """Queries take turns, each taking its best row that is not yet taken."""
 
-    shuffle: bool = field(default=False, metadata={"help": "turns in random order instead of that of the file"})
-    taken: Literal["next", "lose_turn"] = field(
-        default="next", metadata={"help": "where a query's best row is taken: it takes the next one, or loses its turn"}
+    shuffle: bool = param(False, "turns in random order instead of that of the file")
+    taken: Literal["next", "lose_turn"] = param(
+        "next", "where a query's best row is taken: it takes the next one, or loses its turn"
     )
 
 
@@ -69,49 +68,38 @@ class RoundRobin(Params):
 class KnnUniform(Params):
     """Draws from the rows around each query by optimal transport (TSDS with sigma 0)."""
 
-    max_k: int = field(
-        default=5000, metadata={"help": "neighbours of a target row at most, also a tenth of the pool", "minimum": 2}
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={"help": "closeness to the target (1) against diversity (0)", "minimum": 0.0, "maximum": 1.0},
-    )
-    c: float = field(default=5.0, metadata={"help": "scale of the distances", "above": 0.0})
-    replacement: bool = field(default=False, metadata={"help": "draw with replacement, so that rows may repeat"})
-    search: Search = field(default="exact", metadata={"help": _SEARCH_HELP})
+    max_k: int = param(5000, "neighbours of a target row at most, also a tenth of the pool", minimum=2)
+    alpha: float = param(0.5, "closeness to the target (1) against diversity (0)", minimum=0.0, maximum=1.0)
+    c: float = param(5.0, "scale of the distances", above=0.0)
+    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
+    search: Search = param("exact", _SEARCH_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnKde(KnnUniform):
     """The same with near-duplicates sharing one place (TSDS)."""
 
-    sigma: float = field(
-        default=0.75, metadata={"help": "distance within which rows count as duplicates; 0: never", "minimum": 0.0}
-    )
-    kde_k: int = field(
-        default=1000, metadata={"help": "rows in a density at most, also a tenth of the pool", "minimum": 1}
-    )
+    sigma: float = param(0.75, "distance within which rows count as duplicates; 0: never", minimum=0.0)
+    kde_k: int = param(1000, "rows in a density at most, also a tenth of the pool", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GumbelTopK(Params):
     """Draws without replacement with probability proportional to exp(score / temperature)."""
 
-    temperature: float = field(default=1.0, metadata={"help": "what scores are divided by", "above": 0.0})
-    standardize: bool = field(
-        default=False, metadata={"help": "give scores mean 0 and standard deviation 1 first, as QuRating"}
-    )
+    temperature: float = param(1.0, "what scores are divided by", above=0.0)
+    standardize: bool = param(False, "give scores mean 0 and standard deviation 1 first, as QuRating")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multinomial(Params):
     """Draws with probability proportional to scores, or to exp(score / temperature)."""
 
-    weights: Literal["scores", "softmax"] = field(
-        default="scores", metadata={"help": "scores themselves (then >= 0), or exp(score / temperature)"}
+    weights: Literal["scores", "softmax"] = param(
+        "scores", "scores themselves (then >= 0), or exp(score / temperature)"
     )
-    temperature: float = field(default=1.0, metadata={"help": "temperature of softmax weights", "above": 0.0})
-    replacement: bool = field(default=False, metadata={"help": "draw with replacement, so that rows may repeat"})
+    temperature: float = param(1.0, "temperature of softmax weights", above=0.0)
+    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0 and self.weights != "softmax":
@@ -122,66 +110,49 @@ class Multinomial(Params):
 class TokenBudget(Params):
     """The best rows that a number of tokens holds."""
 
-    tokens: int = field(metadata={"help": "tokens of the chosen rows together at most", "minimum": 1})
-    skip: bool = field(default=True, metadata={"help": "pass over rows that no longer fit, instead of stopping there"})
+    tokens: int = param(help="tokens of the chosen rows together at most", minimum=1)
+    skip: bool = param(True, "pass over rows that no longer fit, instead of stopping there")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deita(Params):
     """The best rows that are not too similar to a better one that was kept."""
 
-    threshold: float = field(
-        default=0.9,
-        metadata={"help": "largest cosine that two kept rows may have", "minimum": -1.0, "maximum": 1.0},
-    )
-    fill: bool = field(default=False, metadata={"help": "fill up with the best of the others where too few pass"})
+    threshold: float = param(0.9, "largest cosine that two kept rows may have", minimum=-1.0, maximum=1.0)
+    fill: bool = param(False, "fill up with the best of the others where too few pass")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KCenter(Params):
     """Again and again the row furthest from all rows taken."""
 
-    best_share: float = field(
-        default=1.0,
-        metadata={"help": "share of the rows, best by score, that is chosen from", "above": 0.0, "maximum": 1.0},
-    )
+    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FacilityLocation(Params):
     """The rows that represent all rows best."""
 
-    neighbours: int = field(
-        default=64, metadata={"help": "similar rows that can represent a row, itself among them", "minimum": 1}
-    )
-    best_share: float = field(
-        default=1.0,
-        metadata={"help": "share of the rows, best by score, that is chosen from", "above": 0.0, "maximum": 1.0},
-    )
-    search: Search = field(default="exact", metadata={"help": _SEARCH_HELP})
+    neighbours: int = param(64, "similar rows that can represent a row, itself among them", minimum=1)
+    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
+    search: Search = param("exact", _SEARCH_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaterFilling(Params):
     """Equally many rows of every domain as far as they last."""
 
-    within: Literal["best", "random"] = field(
-        default="best", metadata={"help": "a domain's best rows by score, or random ones"}
-    )
+    within: Literal["best", "random"] = param("best", "a domain's best rows by score, or random ones")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterQuota(Params):
     """Rows of every k-means cluster of the vectors (extra: cluster)."""
 
-    clusters: int | None = field(
-        default=None, metadata={"help": "clusters; null: the square root of the pool's rows", "minimum": 1}
-    )
-    quota: Quota = field(default="water_filling", metadata={"help": "equally many of each, or by its size"})
-    within: Literal["best", "random"] = field(
-        default="best", metadata={"help": "a cluster's best rows by score, or random ones"}
-    )
-    normalize: bool = field(default=True, metadata={"help": "give vectors length one first"})
+    clusters: int | None = param(None, "clusters; null: the square root of the pool's rows", minimum=1)
+    quota: Quota = param("water_filling", "equally many of each, or by its size")
+    within: Literal["best", "random"] = param("best", "a cluster's best rows by score, or random ones")
+    normalize: bool = param(True, "give vectors length one first")
 
 
 Chosen = NDArray[np.int64]
@@ -347,14 +318,8 @@ class Rule(Part):
         return list(RULES)
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a rule's parameters.
-
-        Raises:
-            ConfigError: There is no such rule.
-        """
-        if name not in RULES:
-            raise ConfigError(f"unknown rule {name!r}{did_you_mean(name, list(RULES))} (known: {', '.join(RULES)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return a rule's parameters."""
         return RULES[name].params
 
     @property

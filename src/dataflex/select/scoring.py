@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
-from dataflex.method import Context, Params, Problem, Rows, RunFacts, Selection, Selector
+from dataflex.errors import ComponentError, ConfigError, DataError
+from dataflex.method import Context, Params, Problem, Rows, RunFacts, Selection, Selector, param
 from dataflex.parts import Part
 from dataflex.rng import uniforms
 from dataflex.select.choose import Candidates, Uniforms, take_turns
@@ -51,10 +51,7 @@ class Plain(Params):
 class Votes(Params):
     """Targets vote for their best rows (ICONS)."""
 
-    vote_percent: float = field(
-        default=20.0,
-        metadata={"help": "share of the pool that a target votes for, in percent", "above": 0.0, "maximum": 100.0},
-    )
+    vote_percent: float = param(20.0, "share of the pool that a target votes for, in percent", above=0.0, maximum=100.0)
 
 
 def count_votes(influence: NDArray[np.floating], vote_percent: float) -> NDArray[np.int64]:
@@ -124,15 +121,8 @@ class Aggregate(Part):
         return list(AGGREGATES)
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return an aggregation's parameters.
-
-        Raises:
-            ConfigError: There is no such aggregation.
-        """
-        if name not in AGGREGATES:
-            known = list(AGGREGATES)
-            raise ConfigError(f"unknown aggregation {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return an aggregation's parameters."""
         return AGGREGATES[name].params
 
 
@@ -164,16 +154,16 @@ _QUERIES = frozenset({"queries", "query_vectors"})
 VECTORS: Final = "rds_plus, embed or gradient"
 
 
-AGGREGATE: Final = {"help": f"how targets come together: {', '.join(Aggregate.known())}"}
-RULE: Final = {"help": "which rows are kept: a subset rule"}
+AGGREGATE: Final = f"how targets come together: {', '.join(Aggregate.known())}"
+RULE: Final = "which rows are kept: a subset rule"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringParams(Params):
     """What every scoring selector takes. A subclass may set other defaults of these two."""
 
-    aggregate: Aggregate | None = field(default=Aggregate.of("max"), metadata=AGGREGATE)
-    rule: Rule = field(default=Rule.of("top_k"), metadata=RULE)
+    aggregate: Aggregate | None = param(Aggregate.of("max"), AGGREGATE)
+    rule: Rule = param(Rule.of("top_k"), RULE)
 
 
 def default_of(params: Params, name: str) -> Any:

@@ -10,14 +10,14 @@ import heapq
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dataflex.plan.domains import Rows
 from dataflex.select.choose import Uniforms, gumbel_top_k, top_k, weighted_with_replacement
 from dataflex.select.cluster import Cells, cells_of
 from dataflex.select.neighbours import Search, nearest
 
-__all__ = ["Densities", "draw", "epanechnikov", "kernel_sums", "probabilities", "tsds_probabilities", "tsds_widened"]
+__all__ = ["Densities", "draw", "epanechnikov", "kernel_sums", "probabilities", "spread_mass", "tsds_widened"]
 
 _CELLS = 1 << 23  # products held at a time: 32 MiB of float32, and at worst five times that for their kernel values
 _DENSE = 16  # one pair in so many within the kernel: all kernel values are computed at once
@@ -155,33 +155,6 @@ def _widen(distances: list[list[float]], places: list[list[float]], alpha: float
     return count, last
 
 
-def tsds_probabilities(
-    distances: ArrayLike, neighbours: ArrayLike, densities: ArrayLike, num_rows: int, *, alpha: float, c: float
-) -> NDArray[np.float64]:
-    """Return the probability of each row.
-
-    Query j's neighbours 0..last_j get 1 / (M s density) each, the next one what is left of 1 / M. Where the
-    walk stops before a query's own first count, that share would exceed 1 / M: it is cut there (the authors'
-    code stops with an assertion).
-
-    Args:
-        distances: Distance of each query to its neighbours, ascending [M, K].
-        neighbours: Their positions, 0 <= position < num_rows [M, K].
-        densities: Their densities, >= 1 [M, K].
-        num_rows: Number of rows N.
-        alpha: Weight of closeness against diversity, 0 to 1.
-        c: Scale of the distances, > 0.
-
-    Returns:
-        float64 [N] with sum 1.
-    """
-    found = np.asarray(neighbours, dtype=np.int64)
-    places = 1.0 / np.asarray(densities, dtype=np.float64)
-    far = np.asarray(distances, dtype=np.float64)
-    assert found.shape == places.shape == far.shape, "one neighbour and one density per distance"
-    return _spread(far, found, places, num_rows, alpha, c)[0]
-
-
 def tsds_widened(
     distances_MK: NDArray[np.float64],
     neighbours_MK: NDArray[np.int64],
@@ -191,18 +164,22 @@ def tsds_widened(
     alpha: float,
     c: float,
 ) -> NDArray[np.float64]:
-    """Return what ``tsds_probabilities`` gives, asking for the densities of the neighbours only as far as it walks.
+    """Return the probability of each row; densities are asked for only as far as the walk goes.
+
+    Query j's neighbours 0..last_j get 1 / (M s density) each, the next one what is left of 1 / M. Where the
+    walk stops before a query's own first count, that share would exceed 1 / M: it is cut there (the authors'
+    code stops with an assertion).
 
     The walk is first tried on the nearest few neighbours of each query. Where no query reaches their end, wider lists
     would have been walked alike; else it is tried again with four times as many.
 
     Args:
-        distances_MK: As there.
-        neighbours_MK: As there.
+        distances_MK: Distance of each query to its neighbours, ascending.
+        neighbours_MK: Their positions, 0 <= position < num_rows.
         density_of: Gives the densities [M, k] of rows [M, k].
-        num_rows: As there.
-        alpha: As there.
-        c: As there.
+        num_rows: Number of rows N.
+        alpha: Weight of closeness against diversity, 0 to 1.
+        c: Scale of the distances, > 0.
 
     Returns:
         float64 [N] with sum 1.
@@ -211,13 +188,13 @@ def tsds_widened(
     width = min(whole, _FIRST_WIDTH)
     while True:
         found, far = neighbours_MK[:, :width], distances_MK[:, :width]
-        probabilities, reached = _spread(far, found, 1.0 / density_of(found), num_rows, alpha, c)
+        probabilities, reached = spread_mass(far, found, 1.0 / density_of(found), num_rows, alpha, c)
         if width == whole or reached < width - 2:
             return probabilities
         width = min(whole, 4 * width)
 
 
-def _spread(
+def spread_mass(
     far: NDArray[np.float64],
     found: NDArray[np.int64],
     places: NDArray[np.float64],

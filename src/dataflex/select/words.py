@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Context, Rows
-from dataflex.signals.specs import Part
+from dataflex.signals.kinds import Part
 
 __all__ = ["Okapi", "Remembered", "cut_words", "no_words", "pool_texts", "target_words", "word_punct"]
 

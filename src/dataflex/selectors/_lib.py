@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Context, Params, Passes, Requires, Rows
+from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Pooling
+from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
     "EmbeddingParams",
@@ -33,14 +33,9 @@ __all__ = [
 class EmbeddingParams(Params):
     """Which hidden states rows are compared by."""
 
-    encoder: str | None = field(
-        default=None,
-        metadata={"help": "folder or hub id of another model; null: the model under training"},
-    )
-    layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-    completion_only: bool = field(
-        default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
-    )
+    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training")
+    layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
+    completion_only: bool = param(False, "average the supervised tokens only, not the prompt's")
 
     def __post_init__(self) -> None:
         if self.completion_only and self.encoder is not None:
@@ -51,19 +46,16 @@ class EmbeddingParams(Params):
 class PooledParams(EmbeddingParams):
     """Hidden states and how they become one vector."""
 
-    pooling: Pooling = field(
-        default="mean",
-        metadata={"help": "how tokens become a vector; a sentence-transformers folder has its own way"},
-    )
+    pooling: Pooling = param("mean", "how tokens become a vector; a sentence-transformers folder has its own way")
 
 
 def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams) -> NDArray[np.float32]:
     """Return vectors of length one [n, D]: weighted by position as in RDS+, unless a pooling is given."""
-    spec = EmbeddingSpec(layer=p.layer, completion_only=p.completion_only)
+    signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
     if isinstance(p, PooledParams):
         own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
-        spec = EmbeddingSpec() if own_pooling else dataclasses.replace(spec, pooling=p.pooling)
-    return ctx.signals.embeddings(rows, spec, target=target, encoder=p.encoder)
+        signal = Embedding(encoder=p.encoder) if own_pooling else dataclasses.replace(signal, pooling=p.pooling)
+    return ctx.signals(signal, rows, target=target)
 
 
 class VectorSelector(ScoringSelector):
@@ -170,30 +162,26 @@ def compared(
 class GradientParams(Params):
     """Which gradients rows are compared by."""
 
-    parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
     )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
+    bf16: bool = param(False, "run the gradient passes in bfloat16")
 
-    def spec(self, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for, with what else the method says of them."""
-        return GradientSpec(parameters=self.parameters, last_blocks=self.last_blocks, bf16=self.bf16, **more)
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask, with what else the method says of it."""
+        return {"parameters": self.parameters, "last_blocks": self.last_blocks, "bf16": self.bf16, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceParams(GradientParams):
     """How rows' gradients are compared with those of tasks."""
 
-    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-        default="true_adam", metadata={"help": "what turns training gradients into directions"}
+    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+        "true_adam", "what turns training gradients into directions"
     )
-    sketch_size: int | None = field(
-        default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-    )
+    sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
 
-    def influence(self, seed: int, **more: Any) -> GradientSpec:
-        """Return the gradients to ask for in a decision of this seed."""
-        return self.spec(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)
+    def influence(self, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the fields of the gradient signal to ask in a decision of this seed."""
+        return self.options(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)

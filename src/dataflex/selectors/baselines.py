@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Requires, Rows, Selection, Selector
+from dataflex.method import Card, Context, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
@@ -34,9 +34,7 @@ class RandomRows(Selector):
     class Params(BaseParams):
         """Parameters of the random selector."""
 
-        replacement: bool = field(
-            default=False, metadata={"help": "whether one interval may draw the same row several times"}
-        )
+        replacement: bool = param(False, "whether one interval may draw the same row several times")
 
     params: Params
 

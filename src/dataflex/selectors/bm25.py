@@ -13,15 +13,15 @@ target it holds 4 bytes for each pair of a pool row and a target row.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Requires, Rows
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
-from dataflex.signals.specs import Part
+from dataflex.signals.kinds import Part
 
 __all__ = ["Bm25"]
 
@@ -42,19 +42,10 @@ class Bm25(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of BM25; the defaults are the paper's."""
 
-        part: Part = field(default="prompt", metadata={"help": "what of a row is compared"})
-        k1: float = field(
-            default=1.5,
-            metadata={"help": "how slowly repeats of a word saturate; 0: only its presence", "minimum": 0.0},
-        )
-        b: float = field(
-            default=0.75,
-            metadata={"help": "how much long rows are held back, 0 to 1", "minimum": 0.0, "maximum": 1.0},
-        )
-        epsilon: float = field(
-            default=0.25,
-            metadata={"help": "share of the mean idf for words in more than half of the rows", "minimum": 0.0},
-        )
+        part: Part = param("prompt", "what of a row is compared")
+        k1: float = param(1.5, "how slowly repeats of a word saturate; 0: only its presence", minimum=0.0)
+        b: float = param(0.75, "how much long rows are held back, 0 to 1", minimum=0.0, maximum=1.0)
+        epsilon: float = param(0.25, "share of the mean idf for words in more than half of the rows", minimum=0.0)
 
     params: Params
 

@@ -14,17 +14,17 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec
+from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
 
@@ -98,38 +98,24 @@ class ClusterLess(Selector):
     class Params(BaseParams):
         """Parameters of Cluster-LESS."""
 
-        clusters: int | None = field(
-            default=None, metadata={"help": "number of clusters; null: one for cluster_size rows", "minimum": 1}
+        clusters: int | None = param(None, "number of clusters; null: one for cluster_size rows", minimum=1)
+        cluster_size: int = param(64, "rows per cluster on average, where clusters is null", minimum=1)
+        representatives: int = param(3, "rows of each cluster that gradients are taken of", minimum=1)
+        pick: Pick = param("mixed", "which rows: nearest to the centre, farthest, random, or these in turns")
+        renormalize: bool = param(True, "scale the mean direction of a cluster to length one; costs a second pass")
+        sketch_size: int = param(4096, "numbers per sketch of a representative; even", minimum=2)
+        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+            "true_adam", "what turns training gradients into directions"
         )
-        cluster_size: int = field(
-            default=64, metadata={"help": "rows per cluster on average, where clusters is null", "minimum": 1}
+        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
+            "mean_of_cosines", "mean over a task as in LESS's code or in its text"
         )
-        representatives: int = field(
-            default=3, metadata={"help": "rows of each cluster that gradients are taken of", "minimum": 1}
+        aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
+        layer: int = param(-1, "layer of the hidden states that are clustered")
+        parameters: str | None = param(
+            None, "regular expression of parameter names; null: all trainable ones", pattern=True
         )
-        pick: Pick = field(
-            default="mixed", metadata={"help": "which rows: nearest to the centre, farthest, random, or these in turns"}
-        )
-        renormalize: bool = field(
-            default=True, metadata={"help": "scale the mean direction of a cluster to length one; costs a second pass"}
-        )
-        sketch_size: int = field(
-            default=4096, metadata={"help": "numbers per sketch of a representative; even", "minimum": 2}
-        )
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-            default="true_adam", metadata={"help": "what turns training gradients into directions"}
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
-            default="mean_of_cosines", metadata={"help": "mean over a task as in LESS's code or in its text"}
-        )
-        aggregate: Literal["max", "mean"] = field(
-            default="max", metadata={"help": "how tasks are brought together, each being a target data set"}
-        )
-        layer: int = field(default=-1, metadata={"help": "layer of the hidden states that are clustered"})
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-        )
-        bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+        bf16: bool = param(False, "run the gradient passes in bfloat16")
 
         def __post_init__(self) -> None:
             if self.sketch_size % 2:
@@ -166,8 +152,7 @@ class ClusterLess(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = EmbeddingSpec(layer=p.layer, pooling="mean", completion_only=True)
-        found = ctx.signals.embeddings(pool, spec)
+        found = ctx.signals(Embedding(layer=p.layer, pooling="mean", completion_only=True), pool)
         if found.ndim != 2 or len(found) != len(pool):
             raise ComponentError(f"cluster_less: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
         places = np.flatnonzero(np.isfinite(found).all(axis=1))
@@ -202,13 +187,13 @@ class ClusterLess(Selector):
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
         of = np.repeat(np.arange(len(groups)), [len(part) for part in chosen])
         asked = rows[np.concatenate(chosen)]
-        spec = GradientSpec(
-            precondition=p.precondition,
-            mean_of_cosines=p.target_gradient == "mean_of_cosines",
-            parameters=p.parameters,
-            bf16=p.bf16,
-        )
-        cosines = ctx.signals.gradient_scores(asked, spec, targets=ctx.targets)
+        options: dict[str, Any] = {
+            "precondition": p.precondition,
+            "mean_of_cosines": p.target_gradient == "mean_of_cosines",
+            "parameters": p.parameters,
+            "bf16": p.bf16,
+        }
+        cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
         if cosines.shape != (len(asked), len(ctx.targets)):
             raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")
         known = np.isfinite(cosines).all(axis=1)
@@ -219,5 +204,5 @@ class ClusterLess(Selector):
             )
         sketches = None
         if p.renormalize and np.bincount(of[known]).max() > 1:
-            sketches = ctx.signals.gradient_sketches(asked[known], spec, dim=p.sketch_size)
+            sketches = ctx.signals(GradientSketches(dim=p.sketch_size, **options), asked[known])
         return cluster_means(cosines[known], of[known], len(groups), sketches)

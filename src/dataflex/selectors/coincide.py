@@ -15,16 +15,16 @@ a row's tokens, scaled to length one, concatenated. They come from the model und
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
-from dataflex.signals.specs import EmbeddingSpec
+from dataflex.signals.kinds import Embedding
 
 __all__ = ["Coincide", "cluster_quotas", "density", "gaussian_kernel", "greedy_mmd", "shares", "transferability"]
 
@@ -154,21 +154,12 @@ class Coincide(Selector):
     class Params(BaseParams):
         """Parameters of COINCIDE; temperature and kernel are the original code's."""
 
-        clusters: int | None = field(
-            default=None, metadata={"help": "number of clusters; null: one for 66 rows, as published", "minimum": 1}
-        )
-        temperature: float = field(
-            default=0.1, metadata={"help": "of the softmax over clusters; large: equal shares", "above": 0.0}
-        )
-        gamma: float = field(default=1.0, metadata={"help": "width of the Gaussian kernel", "above": 0.0})
-        layers: tuple[int, ...] = field(
-            default=(-1,), metadata={"help": "layers whose hidden states make the features; 1 F each"}
-        )
-        iterations: int = field(default=50, metadata={"help": "rounds of k-means at most", "minimum": 1})
-        encoder: str | None = field(
-            default=None,
-            metadata={"help": "folder or hub id of another (small) model; null: the model under training"},
-        )
+        clusters: int | None = param(None, "number of clusters; null: one for 66 rows, as published", minimum=1)
+        temperature: float = param(0.1, "of the softmax over clusters; large: equal shares", above=0.0)
+        gamma: float = param(1.0, "width of the Gaussian kernel", above=0.0)
+        layers: tuple[int, ...] = param((-1,), "layers whose hidden states make the features; 1 F each")
+        iterations: int = param(50, "rounds of k-means at most", minimum=1)
+        encoder: str | None = param(None, "folder or hub id of another (small) model; null: the model under training")
 
         def __post_init__(self) -> None:
             if not self.layers:
@@ -230,8 +221,8 @@ class Coincide(Selector):
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
         for layer in self.params.layers:
-            spec = EmbeddingSpec(layer=layer, pooling="mean", normalize=False)
-            found = np.tanh(ctx.signals.embeddings(pool, spec, encoder=self.params.encoder))
+            signal = Embedding(layer=layer, pooling="mean", normalize=False, encoder=self.params.encoder)
+            found = np.tanh(ctx.signals(signal, pool))
             if found.ndim != 2 or len(found) != len(pool):
                 raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
             parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30))

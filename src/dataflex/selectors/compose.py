@@ -23,8 +23,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, ConfigError, DataError, did_you_mean
-from dataflex.method import Card, Context, Params, Passes, Problem, Requires, Rows, RunFacts, Selector, State
+from dataflex.errors import ComponentError, ConfigError, DataError
+from dataflex.method import Card, Context, Params, Passes, Problem, Requires, Rows, RunFacts, Selector, State, param
 from dataflex.parts import Part
 from dataflex.registry import find, names
 from dataflex.select.choose import Candidates, Uniforms, ranking
@@ -44,6 +44,7 @@ from dataflex.select.scoring import (
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GradientParams, VectorSelector
 from dataflex.selectors.less import Less
+from dataflex.signals import kinds
 
 __all__ = ["Compose", "Represent"]
 
@@ -63,7 +64,7 @@ class TokenLoss(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of the loss as it is."""
 
-        prefer: Literal["high", "low"] = field(default="high", metadata={"help": "which losses are preferred"})
+        prefer: Literal["high", "low"] = param("high", "which losses are preferred")
 
     def requires(self) -> Requires:
         """State what the run must have."""
@@ -76,7 +77,7 @@ class TokenLoss(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
-        found = ctx.signals.losses(pool)
+        found = ctx.signals(kinds.TokenLoss(), pool)
         return found if self.params.prefer == "high" else -found
 
 
@@ -95,11 +96,11 @@ class Gradient(VectorSelector):
     class Params(GradientParams, ScoringParams):
         """Parameters of gradient sketches."""
 
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-            default="true_adam", metadata={"help": "what turns training gradients into directions"}
+        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+            "true_adam", "what turns training gradients into directions"
         )
-        include_momentum: bool = field(default=True, metadata={"help": "keep Adam's momentum term"})
-        dim: int = field(default=4096, metadata={"help": "numbers per row, even", "minimum": 2})
+        include_momentum: bool = param(True, "keep Adam's momentum term")
+        dim: int = param(4096, "numbers per row, even", minimum=2)
 
         def __post_init__(self) -> None:
             if self.dim % 2:
@@ -119,8 +120,8 @@ class Gradient(VectorSelector):
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
         """Return sketches of length one [n, dim]."""
         p = self.params
-        spec = p.spec(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
-        return ctx.signals.gradient_sketches(rows, spec, dim=p.dim, target=target)
+        options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
+        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
 
 
 class Asked(ScoringSelector):
@@ -198,21 +199,16 @@ class Represent(Part):
         return [*_OWN, *others]
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a representation's parameters.
+    def listed(cls, name: str) -> type[Params]:
+        """Return a representation's parameters; ComponentError where the registry names something else."""
+        return _OWN[name].Params if name in _OWN else find("selector", name).Params
 
-        Raises:
-            ConfigError: There is no such representation.
-            ComponentError: The registry names something that is no selector.
-        """
-        if name in _OWN:
-            return _OWN[name].Params
+    @classmethod
+    def params_of(cls, name: str) -> type[Params]:
+        """Return the parameters; raises as any part, and where a selector gives no scores."""
         if name in _WITHOUT_SCORES:
             raise ConfigError(f"the {name} selector gives no scores to choose by (known: {', '.join(cls.known())})")
-        if name not in cls.known():
-            known = cls.known()
-            raise ConfigError(f"unknown representation {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
-        return find("selector", name).Params
+        return super().params_of(name)
 
     @property
     def cls(self) -> type[Any]:
@@ -249,18 +245,11 @@ class Compose(ScoringSelector):
             default_factory=lambda: Represent.of("rds_plus"),
             metadata={"help": "what rows are compared by: rds_plus, embed, gradient, influence, loss, or a selector"},
         )
-        aggregate: Aggregate | None = field(default=None, metadata=AGGREGATE)
-        rule: Rule = field(default=Rule.of("top_k"), metadata=RULE)
-        vectors: Represent | None = field(
-            default=None, metadata={"help": "vectors by which rows are kept apart, where not those of represent"}
-        )
-        near_duplicates: float | None = field(
-            default=None,
-            metadata={
-                "help": "cosine with a better row above which a row is dropped first",
-                "above": 0.0,
-                "maximum": 1.0,
-            },
+        aggregate: Aggregate | None = param(None, AGGREGATE)
+        rule: Rule = param(Rule.of("top_k"), RULE)
+        vectors: Represent | None = param(None, "vectors by which rows are kept apart, where not those of represent")
+        near_duplicates: float | None = param(
+            None, "cosine with a better row above which a row is dropped first", above=0.0, maximum=1.0
         )
 
     params: Params

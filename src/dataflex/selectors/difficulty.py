@@ -7,15 +7,15 @@ over a row's supervised tokens. At strong pruning the hardest rows are often noi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Passes, Requires, Rows
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import EL2N, GradientNorms
 
 __all__ = ["El2n", "GradNorm"]
 
@@ -24,7 +24,7 @@ __all__ = ["El2n", "GradNorm"]
 class _Keep(ScoringParams):
     """Which end is kept."""
 
-    keep: Literal["largest", "smallest"] = field(default="largest", metadata={"help": "which rows are kept"})
+    keep: Literal["largest", "smallest"] = param("largest", "which rows are kept")
 
 
 class _Extreme(ScoringSelector):
@@ -58,12 +58,10 @@ class GradNorm(_Extreme):
     class Params(_Keep):
         """Parameters of GraNd."""
 
-        precondition: Literal["none", "true_adam", "sign"] = field(
-            default="none", metadata={"help": "measure the optimizer's direction instead of the plain gradient"}
+        precondition: Literal["none", "true_adam", "sign"] = param(
+            "none", "measure the optimizer's direction instead of the plain gradient"
         )
-        last_blocks: int | None = field(
-            default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-        )
+        last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
 
     params: Params
 
@@ -79,8 +77,8 @@ class GradNorm(_Extreme):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""
-        spec = GradientSpec(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
-        return ctx.signals.gradient_norms(pool, spec)
+        signal = GradientNorms(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
+        return ctx.signals(signal, pool)
 
 
 class El2n(_Extreme):
@@ -104,4 +102,4 @@ class El2n(_Extreme):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return EL2N [N]."""
-        return ctx.signals.el2n(pool)
+        return ctx.signals(EL2N(), pool)

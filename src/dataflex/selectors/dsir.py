@@ -28,18 +28,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Requires, Rows, Selection
+from dataflex.method import Card, Context, Requires, Rows, Selection, param
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.words import Remembered, no_words, pool_texts, target_words, word_punct
-from dataflex.signals.specs import Part
+from dataflex.signals.kinds import Part
 
 __all__ = ["Dsir", "Hasher", "drawn_ratios", "effective_size", "log_ratios"]
 
@@ -114,27 +114,20 @@ class Dsir(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of DSIR; the paper's defaults, but for ``smoothing`` and for short rows, which are kept."""
 
-        rule: Rule = field(default=Rule.of("gumbel_top_k"), metadata=RULE)
-        part: Part = field(default="all", metadata={"help": "what of a row is looked at"})
-        ngrams: int = field(default=2, metadata={"help": "longest n-gram, in words", "minimum": 1, "maximum": 5})
-        buckets: int = field(default=10_000, metadata={"help": "hash buckets", "minimum": 2, "maximum": 10_000_000})
-        smoothing: float = field(
-            default=3.0,
-            metadata={
-                "help": "strength of the prior that draws the target's shares to the pool's, in occurrences of each "
-                "n-gram; 0 as published",
-                "minimum": 0.0,
-            },
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        part: Part = param("all", "what of a row is looked at")
+        ngrams: int = param(2, "longest n-gram, in words", minimum=1, maximum=5)
+        buckets: int = param(10_000, "hash buckets", minimum=2, maximum=10_000_000)
+        smoothing: float = param(
+            3.0,
+            "strength of the prior that draws the target's shares to the pool's, in occurrences of each n-gram; 0 "
+            "as published",
+            minimum=0.0,
         )
-        min_ngrams: int = field(
-            default=1, metadata={"help": "rows of fewer n-grams are never drawn (the paper: 100 words)", "minimum": 1}
-        )
-        per_ngram: bool = field(default=False, metadata={"help": "divide log weights by the number of n-grams"})
-        target_proportions: dict[str, float] | None = field(
-            default=None,
-            metadata={
-                "help": "draw for each target by itself, in these proportions; null: pool the targets",
-            },
+        min_ngrams: int = param(1, "rows of fewer n-grams are never drawn (the paper: 100 words)", minimum=1)
+        per_ngram: bool = param(False, "divide log weights by the number of n-grams")
+        target_proportions: dict[str, float] | None = param(
+            None, "draw for each target by itself, in these proportions; null: pool the targets"
         )
 
         def __post_init__(self) -> None:

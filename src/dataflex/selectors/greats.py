@@ -16,16 +16,16 @@ The target gradient is the mean over ``target_rows`` rows drawn anew in every de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
 
@@ -105,29 +105,19 @@ def pick_drawn(
 class _Shared(BaseParams):
     """Parameters of both."""
 
-    precondition: Precondition = field(
-        default="none", metadata={"help": "what turns candidates' gradients into updates; none as published"}
+    precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
+    interaction: Literal["scaled", "learning_rate"] = param(
+        "scaled", "what a pick takes from the others: free of scale, or as published"
     )
-    interaction: Literal["scaled", "learning_rate"] = field(
-        default="scaled", metadata={"help": "what a pick takes from the others: free of scale, or as published"}
+    strength: float = param(1.0, "factor of what a pick takes from the others", minimum=0.0)
+    target_rows: int | None = param(
+        16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    strength: float = field(
-        default=1.0, metadata={"help": "factor of what a pick takes from the others", "minimum": 0.0}
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
     )
-    target_rows: int | None = field(
-        default=16,
-        metadata={
-            "help": "rows of each target, drawn in every decision, whose gradient counts; null: all",
-            "minimum": 1,
-        },
-    )
-    parameters: str | None = field(
-        default=None, metadata={"help": "regular expression of parameter names; null: all trainable ones"}
-    )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the passes in bfloat16"})
+    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
+    bf16: bool = param(False, "run the passes in bfloat16")
 
 
 class _Joint(Selector):
@@ -161,7 +151,9 @@ class _Joint(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        spec = GradientSpec(
+        signal = GradientProducts(
+            targets=ctx.targets,
+            target_rows=self._target_rows(ctx),
             precondition=p.precondition,
             include_momentum=False,
             normalize=False,
@@ -169,8 +161,7 @@ class _Joint(Selector):
             last_blocks=p.last_blocks,
             bf16=p.bf16,
         )
-        drawn = self._target_rows(ctx)
-        by_target, gram = ctx.signals.gradient_products(pool, spec, targets=ctx.targets, target_rows=drawn)
+        by_target, gram = signal.split(ctx.signals(signal, pool))
         if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
             raise ComponentError(
                 f"{self.name}: asked for products of {len(pool):,} rows, was given {by_target.shape} and {gram.shape}"
@@ -249,16 +240,11 @@ class Opus(_Joint):
     class Params(_Shared):
         """Parameters of OPUS; ``standardize: false`` and ``interaction: learning_rate`` are as published."""
 
-        precondition: Precondition = field(
-            default="adam_scale",
-            metadata={"help": "updates: Adam's with its second moment as it is (as published), with the row's own too"},
+        precondition: Precondition = param(
+            "adam_scale", "updates: Adam's with its second moment as it is (as published), with the row's own too"
         )
-        temperature: float = field(
-            default=1.5, metadata={"help": "flattens the draw as it grows; the paper's", "above": 0.0}
-        )
-        standardize: bool = field(
-            default=True, metadata={"help": "temperature counts in standard deviations of the candidates' scores"}
-        )
+        temperature: float = param(1.5, "flattens the draw as it grows; the paper's", above=0.0)
+        standardize: bool = param(True, "temperature counts in standard deviations of the candidates' scores")
 
     params: Params
 

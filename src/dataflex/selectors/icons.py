@@ -15,15 +15,16 @@ the votes are a threshold and the ranks decide, so that the rows kept are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Passes, Requires, Rows
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
 from dataflex.selectors._lib import InfluenceParams
+from dataflex.signals.kinds import GradientScores
 
 __all__ = ["Icons"]
 
@@ -44,23 +45,19 @@ class Icons(ScoringSelector):
     class Params(InfluenceParams, ScoringParams):
         """Parameters of ICONS; the defaults are the original code's, but for the exact influences."""
 
-        aggregate: Aggregate | None = field(default=Aggregate.of("votes"), metadata=AGGREGATE)
-        vote_percent: float = field(
-            default=20.0,
-            metadata={"help": "share of the pool that a task votes for, in percent", "above": 0.0, "maximum": 100.0},
+        aggregate: Aggregate | None = param(Aggregate.of("votes"), AGGREGATE)
+        vote_percent: float = param(
+            20.0, "share of the pool that a task votes for, in percent", above=0.0, maximum=100.0
         )
-        votes: Literal["threshold", "borda"] = field(
-            default="threshold",
-            metadata={"help": "one vote above the percentile, or soft votes: the mean percentile rank"},
+        votes: Literal["threshold", "borda"] = param(
+            "threshold", "one vote above the percentile, or soft votes: the mean percentile rank"
         )
-        precondition: Literal["none", "true_adam", "paper_repo", "sign"] = field(
-            default="none", metadata={"help": "what turns training gradients into directions; none as published"}
+        precondition: Literal["none", "true_adam", "paper_repo", "sign"] = param(
+            "none", "what turns training gradients into directions; none as published"
         )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
-            default="mean_of_cosines",
-            metadata={
-                "help": "every target row counts alike as published, or by the length of its gradient, in one pass less"
-            },
+        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
+            "mean_of_cosines",
+            "every target row counts alike as published, or by the length of its gradient, in one pass less",
         )
 
         def __post_init__(self) -> None:
@@ -94,8 +91,8 @@ class Icons(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return influence on the targets [T, N]."""
-        spec = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
-        return ctx.signals.gradient_scores(pool, spec, targets=ctx.targets).T
+        options = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
+        return ctx.signals(GradientScores(targets=ctx.targets, **options), pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return how targets came together."""

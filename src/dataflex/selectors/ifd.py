@@ -18,15 +18,16 @@ pool makes all ratios small, and on large mixed pools IFD can lose to random row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import ResponseLoss
 
 __all__ = ["Ifd", "common_ending", "ifd_ratios"]
 
@@ -90,29 +91,17 @@ class Ifd(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of IFD; the defaults are those of Cherry LLM."""
 
-        scorer: str | None = field(
-            default=None,
-            metadata={"help": "folder or hub id of a small causal model; null: the model under training"},
+        scorer: str | None = param(None, "folder or hub id of a small causal model; null: the model under training")
+        ratio: Ratio = param("loss", "ratio of losses (Cherry LLM) or perplexities")
+        threshold: float = param(1.0, "rows at or above this ratio are dropped", above=0.0)
+        prefix_tokens: int | None = param(
+            None,
+            "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with under "
+            "ratio: loss, else none",
+            minimum=0,
         )
-        ratio: Ratio = field(default="loss", metadata={"help": "ratio of losses (Cherry LLM) or perplexities"})
-        threshold: float = field(
-            default=1.0, metadata={"help": "rows at or above this ratio are dropped", "above": 0.0}
-        )
-        prefix_tokens: int | None = field(
-            default=None,
-            metadata={
-                "help": "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with "
-                "under ratio: loss, else none",
-                "minimum": 0,
-            },
-        )
-        min_answer_tokens: int = field(
-            default=1, metadata={"help": "rows with fewer supervised tokens are dropped", "minimum": 1}
-        )
-        fill: bool = field(
-            default=False,
-            metadata={"help": "when too few rows are below the threshold, fill up with the lowest above it"},
-        )
+        min_answer_tokens: int = param(1, "rows with fewer supervised tokens are dropped", minimum=1)
+        fill: bool = param(False, "when too few rows are below the threshold, fill up with the lowest above it")
 
     params: Params
     _kept_prefix = 0
@@ -134,7 +123,7 @@ class Ifd(ScoringSelector):
         """Return ratios [N], NaN where there is none or where the response is too short."""
         p, self._kept_prefix = self.params, self._prefix(pool, ctx)
         given, alone = (
-            ctx.signals.answer_losses(pool, conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix)
+            ctx.signals(ResponseLoss(conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix), pool)
             for conditioned in (True, False)
         )
         scores = ifd_ratios(given, alone, p.ratio)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, State
+from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 
 __all__ = [
     "DeltaLoss",
@@ -65,18 +66,12 @@ class Tacs(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of TACS; the defaults are the paper's, but for ``floor``."""
 
-        depth_steps: int = field(
-            default=2, metadata={"help": "full-batch steps of the probe on the target", "minimum": 1}
-        )
-        learning_rate: float = field(default=1e-5, metadata={"help": "learning rate of the probe", "above": 0.0})
-        rank: int = field(default=1, metadata={"help": "rank of the low-rank probe", "minimum": 1})
-        alpha: float = field(default=4.0, metadata={"help": "LoRA alpha of the probe", "above": 0.0})
-        floor: float = field(
-            default=0.05,
-            metadata={
-                "help": "least starting loss in the denominator, in nats per token; 0 as published",
-                "minimum": 0.0,
-            },
+        depth_steps: int = param(2, "full-batch steps of the probe on the target", minimum=1)
+        learning_rate: float = param(1e-5, "learning rate of the probe", above=0.0)
+        rank: int = param(1, "rank of the low-rank probe", minimum=1)
+        alpha: float = param(4.0, "LoRA alpha of the probe", above=0.0)
+        floor: float = param(
+            0.05, "least starting loss in the denominator, in nats per token; 0 as published", minimum=0.0
         )
 
     params: Params
@@ -99,7 +94,7 @@ class Tacs(ScoringSelector):
         Raises:
             ComponentError: The probe of a target diverged.
         """
-        start = ctx.signals.losses(pool)
+        start = ctx.signals(TokenLoss(), pool)
         if not np.isfinite(start).any():
             return np.full(len(pool), np.nan)  # no probe can tell them apart
         return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
@@ -110,14 +105,10 @@ class Tacs(ScoringSelector):
 
     def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
         p = self.params
-        adapted = ctx.signals.adapted_losses(
-            pool,
-            towards=target,
-            depth_steps=p.depth_steps,
-            learning_rate=p.learning_rate,
-            rank=p.rank,
-            alpha=p.alpha,
+        signal = AdaptedLoss(
+            towards=target, depth_steps=p.depth_steps, learning_rate=p.learning_rate, rank=p.rank, alpha=p.alpha
         )
+        adapted = ctx.signals(signal, pool)
         if adapted.shape != start.shape:
             raise ComponentError(
                 f"tacs: asked for the adapted losses of {len(pool):,} rows, was given shape {adapted.shape}"
@@ -177,29 +168,16 @@ class LossSelector(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of the loss selector. The rule draws by the preference, ``gumbel_top_k`` without replacement."""
 
-        rule: Rule = field(default=Rule.of("gumbel_top_k"), metadata=RULE)
-        focus: Focus = field(
-            default="high",
-            metadata={"help": "which bucket of losses is preferred"},
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        focus: Focus = param("high", "which bucket of losses is preferred")
+        focus_weight: float = param(
+            5.0, "how many times likelier a row of the focused bucket is drawn first", minimum=0.0
         )
-        focus_weight: float = field(
-            default=5.0,
-            metadata={"help": "how many times likelier a row of the focused bucket is drawn first", "minimum": 0.0},
+        quantiles: tuple[float, float] = param(
+            (0.33, 0.66), "the two quantiles of the losses that separate the buckets", minimum=0.0, maximum=1.0
         )
-        quantiles: tuple[float, float] = field(
-            default=(0.33, 0.66),
-            metadata={
-                "help": "the two quantiles of the losses that separate the buckets",
-                "minimum": 0.0,
-                "maximum": 1.0,
-            },
-        )
-        temperature: float = field(
-            default=1.0, metadata={"help": "flattens the preference as it grows; .inf draws uniformly", "above": 0.0}
-        )
-        replacement: bool = field(
-            default=False, metadata={"help": "whether one interval may draw the same row several times"}
-        )
+        temperature: float = param(1.0, "flattens the preference as it grows; .inf draws uniformly", above=0.0)
+        replacement: bool = param(False, "whether one interval may draw the same row several times")
 
         def __post_init__(self) -> None:
             if len(self.quantiles) != 2 or not 0.0 <= self.quantiles[0] <= self.quantiles[1] <= 1.0:
@@ -226,7 +204,7 @@ class LossSelector(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return losses [N]."""
-        return ctx.signals.losses(pool)
+        return ctx.signals(TokenLoss(), pool)
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by bucket."""
@@ -280,21 +258,12 @@ class DeltaLoss(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of the delta-loss selector. The rule draws by the weights, keyed by row."""
 
-        rule: Rule = field(default=Rule.of("gumbel_top_k"), metadata=RULE)
-        updates: int = field(
-            metadata={"help": "decisions after the first; at the last of them the window is at its end", "minimum": 1}
-        )
-        window_size: float = field(
-            default=0.2, metadata={"help": "length of the window, as a share of the pool", "above": 0.0, "maximum": 1.0}
-        )
-        steepness: float = field(
-            default=10.0,
-            metadata={"help": "slope of the sigmoid that moves the window", "above": 0.0, "maximum": 100.0},
-        )
-        outside_weight: float = field(
-            default=0.025, metadata={"help": "weight of rows outside the window, against 1 inside", "above": 0.0}
-        )
-        relative: bool = field(default=False, metadata={"help": "divide the fall by the first loss"})
+        rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
+        updates: int = param(help="decisions after the first; at the last of them the window is at its end", minimum=1)
+        window_size: float = param(0.2, "length of the window, as a share of the pool", above=0.0, maximum=1.0)
+        steepness: float = param(10.0, "slope of the sigmoid that moves the window", above=0.0, maximum=100.0)
+        outside_weight: float = param(0.025, "weight of rows outside the window, against 1 inside", above=0.0)
+        relative: bool = param(False, "divide the fall by the first loss")
 
     params: Params
 
@@ -318,7 +287,7 @@ class DeltaLoss(ScoringSelector):
         Raises:
             DataError: The data set is not the one that the first losses belong to.
         """
-        losses = ctx.signals.losses(pool)
+        losses = ctx.signals(TokenLoss(), pool)
         finite = np.isfinite(losses)
         falls = np.full(len(pool), np.nan)
         falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
@@ -417,9 +386,7 @@ class RhoLoss(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of RHO-LOSS."""
 
-        reference: str = field(
-            metadata={"help": "folder or hub id of a causal model trained on held-out or clean data"}
-        )
+        reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
 
@@ -446,7 +413,7 @@ class RhoLoss(ScoringSelector):
             DataError: The data set is not the one that the irreducible losses belong to.
         """
         irreducible = self._reference_losses(pool, ctx)
-        return excess_losses(ctx.signals.losses(pool), irreducible)
+        return excess_losses(ctx.signals(TokenLoss(), pool), irreducible)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean excess of the rows kept and of all."""
@@ -468,7 +435,7 @@ class RhoLoss(ScoringSelector):
             )
         new = np.sort(pool[~self._known[pool]])
         if len(new):
-            self._irreducible[new] = ctx.signals.losses(new, model=self.params.reference, same_tokens=True)
+            self._irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self._known[new] = True
         return self._irreducible[pool]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context
+from dataflex.method import Card, Context, param
 from dataflex.select.choose import Uniforms
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import AGGREGATE, RULE, Aggregate, Found, ScoringParams
@@ -47,17 +47,13 @@ class RdsPlus(VectorSelector):
     class Params(EmbeddingParams, ScoringParams):
         """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
 
-        rule: Rule = field(default=Rule.of("round_robin"), metadata=RULE)
-        taken: Literal["next", "lose_turn"] = field(
-            default="next",
-            metadata={
-                "help": "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
-                "authors' code"
-            },
+        rule: Rule = param(Rule.of("round_robin"), RULE)
+        taken: Literal["next", "lose_turn"] = param(
+            "next",
+            "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
+            "authors' code",
         )
-        shuffle: bool = field(
-            default=False, metadata={"help": "turns of target rows in random order instead of the file's"}
-        )
+        shuffle: bool = param(False, "turns of target rows in random order instead of the file's")
 
     params: Params
 
@@ -104,7 +100,7 @@ class Near(VectorSelector):
     class Params(PooledParams, ScoringParams):
         """Parameters of NEAR: the rows of all targets take turns, and lose one where their row is taken."""
 
-        rule: Rule = field(default=Rule.of("round_robin", taken="lose_turn"), metadata=RULE)
+        rule: Rule = param(Rule.of("round_robin", taken="lose_turn"), RULE)
 
     params: Params
 
@@ -132,7 +128,7 @@ class Embed(VectorSelector):
     class Params(PooledParams, ScoringParams):
         """Parameters of selection by sentence embeddings; ``aggregate`` and ``rule`` are the paper's."""
 
-        aggregate: Aggregate | None = field(default=Aggregate.of("mean_then_max"), metadata=AGGREGATE)
+        aggregate: Aggregate | None = param(Aggregate.of("mean_then_max"), AGGREGATE)
 
     params: Params
 

@@ -21,22 +21,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
-from dataflex.rewards.build import build_reward, reward_problem
-from dataflex.rewards.judge import JudgeConfig
+from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import InfluenceParams
-from dataflex.signals.specs import GenerationSpec, WeightedAnswer
+from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
 
 __all__ = ["Answered", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
@@ -202,48 +201,29 @@ class Nice(ScoringSelector):
     class Params(InfluenceParams, ScoringParams):
         """Parameters of NICE."""
 
-        reward: str = field(
-            metadata={
-                "help": "exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
-            }
+        reward: str = param(
+            help="exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
         )
-        command: str | None = field(
-            default=None, metadata={"help": "for reward: command; reads JSON lines, writes one reward per line"}
+        command: str | None = param(None, "for reward: command; reads JSON lines, writes one reward per line")
+        judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
+        reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
+        on_reward_error: Literal["drop", "raise"] = param(
+            "drop", "leave an answer out that cannot be graded, or end the run"
         )
-        judge: JudgeConfig | None = field(
-            default=None, metadata={"help": "for reward: judge; an OpenAI-compatible server (url, model, ...)"}
+        without_signal: Literal["random", "error"] = param(
+            "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
-        reward_timeout_seconds: float = field(
-            default=30.0, metadata={"help": "longest call of a function, or silence of a command", "above": 0.0}
+        samples: int = param(20, "answers to each prompt", minimum=1)
+        max_new_tokens: int = param(300, "tokens of an answer at most", minimum=1)
+        temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
+        top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
+        top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
+        max_prompts: int | None = param(None, "prompts of each target, drawn anew each interval; null: all", minimum=1)
+        baseline: Literal["leave_one_out", "none"] = param(
+            "leave_one_out", "subtracted from a reward: mean of the other answers, or nothing"
         )
-        on_reward_error: Literal["drop", "raise"] = field(
-            default="drop", metadata={"help": "leave an answer out that cannot be graded, or end the run"}
-        )
-        without_signal: Literal["random", "error"] = field(
-            default="random", metadata={"help": "when all rewards are equal: uniform draws with a warning, or an error"}
-        )
-        samples: int = field(default=20, metadata={"help": "answers to each prompt", "minimum": 1})
-        max_new_tokens: int = field(default=300, metadata={"help": "tokens of an answer at most", "minimum": 1})
-        temperature: float = field(
-            default=1.0, metadata={"help": "of sampling; 1 keeps gradients unbiased", "above": 0.0}
-        )
-        top_p: float = field(
-            default=1.0, metadata={"help": "nucleus of sampling; 1 keeps all tokens", "above": 0.0, "maximum": 1.0}
-        )
-        top_k: int = field(default=0, metadata={"help": "likeliest tokens of sampling; 0 keeps all", "minimum": 0})
-        max_prompts: int | None = field(
-            default=None, metadata={"help": "prompts of each target, drawn anew each interval; null: all", "minimum": 1}
-        )
-        baseline: Literal["leave_one_out", "none"] = field(
-            default="leave_one_out",
-            metadata={"help": "subtracted from a reward: mean of the other answers, or nothing"},
-        )
-        standardize: bool = field(
-            default=False, metadata={"help": "divide a prompt's advantages by the deviation of its rewards"}
-        )
-        token_reduction: Literal["sum", "mean"] = field(
-            default="sum", metadata={"help": "of log p over an answer's tokens"}
-        )
+        standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
+        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an answer's tokens")
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
@@ -309,7 +289,8 @@ class Nice(ScoringSelector):
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        return ctx.signals.answer_scores(pool, self.params.influence(ctx.seed), answers=tasks).T
+        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean rewards of the decision."""
@@ -328,7 +309,7 @@ class Nice(ScoringSelector):
         keep_going = p.on_reward_error == "drop"
         return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
 
-    def _weighted(self, found: Answered) -> list[WeightedAnswer]:
+    def _weighted(self, found: Answered) -> list[WeightedResponse]:
         """Return the answers that count; those of a prompt are one group."""
         p = self.params
         result = []
@@ -340,7 +321,7 @@ class Nice(ScoringSelector):
             for answer, gain in zip(answers, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
                     weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
-                    result.append(WeightedAnswer(prompt=prompt, answer=answer, weight=float(weight), group=group))
+                    result.append(WeightedResponse(prompt=prompt, response=answer, weight=float(weight), group=group))
         return result
 
 

@@ -14,17 +14,18 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, State
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, State, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
+from dataflex.signals.kinds import TokenLoss
 
 __all__ = ["S2l", "filled"]
 
@@ -59,15 +60,12 @@ class S2l(Selector):
     class Params(BaseParams):
         """Parameters of S2L; ``clusters`` and ``iterations`` are the paper's."""
 
-        proxies: tuple[str, ...] = field(
-            default=(),
-            metadata={"help": "checkpoint folders of a small model, in order; none: the model under training"},
+        proxies: tuple[str, ...] = param(
+            (), "checkpoint folders of a small model, in order; none: the model under training"
         )
-        clusters: int = field(default=100, metadata={"help": "clusters in a domain at most", "minimum": 1})
-        iterations: int = field(default=20, metadata={"help": "rounds of k-means at most", "minimum": 1})
-        min_points: int = field(
-            default=2, metadata={"help": "points of the model under training before it clusters", "minimum": 1}
-        )
+        clusters: int = param(100, "clusters in a domain at most", minimum=1)
+        iterations: int = param(20, "rounds of k-means at most", minimum=1)
+        min_points: int = param(2, "points of the model under training before it clusters", minimum=1)
 
     params: Params
 
@@ -143,7 +141,7 @@ class S2l(Selector):
     def _trajectories(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return the trajectories of the pool's rows [len(pool), T]; NaN rows have no finite last loss."""
         if self.params.proxies:
-            seen = np.stack([ctx.signals.losses(pool, model=name) for name in self.params.proxies], axis=1)
+            seen = np.stack([ctx.signals(TokenLoss(model=name), pool) for name in self.params.proxies], axis=1)
         else:
             seen = self._seen(pool, ctx)
         last = np.isfinite(seen[:, -1])
@@ -160,7 +158,7 @@ class S2l(Selector):
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
         now = np.full((num_rows, 1), np.nan, dtype=np.float32)
-        now[pool, 0] = ctx.signals.losses(pool)
+        now[pool, 0] = ctx.signals(TokenLoss(), pool)
         self._points = np.concatenate([self._points, now], axis=1) if self._points.shape[1] else now
         if self._points.shape[1] > _MOST_POINTS:  # every second one, the newest included
             self._points = np.ascontiguousarray(self._points[:, ::-2][:, ::-1])

@@ -13,16 +13,16 @@ depends on the scale of the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Passes, Requires, Rows, State
+from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.specs import LogitSpec
+from dataflex.signals.kinds import LogitFeatures
 
 __all__ = ["Uds", "mean_distances"]
 
@@ -51,20 +51,12 @@ class Uds(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of UDS; alpha, queue and sketch are the original code's."""
 
-        alpha: float = field(
-            default=2.5e-3, metadata={"help": "factor of the mean distance to rows chosen lately", "minimum": 0.0}
-        )
-        queue_size: int = field(
-            default=1024, metadata={"help": "rows chosen last that distances are taken to", "minimum": 1}
-        )
-        tokens: Literal["completion", "all"] = field(
-            default="completion", metadata={"help": "positions whose logits count; all as published"}
-        )
-        per_length: bool = field(
-            default=False, metadata={"help": "divide norms and sketches by the square root of the number of positions"}
-        )
-        sketch_rows: int = field(default=8, metadata={"help": "positions' side of a sketch", "minimum": 1})
-        sketch_columns: int = field(default=128, metadata={"help": "vocabulary's side of a sketch", "minimum": 1})
+        alpha: float = param(2.5e-3, "factor of the mean distance to rows chosen lately", minimum=0.0)
+        queue_size: int = param(1024, "rows chosen last that distances are taken to", minimum=1)
+        tokens: Literal["completion", "all"] = param("completion", "positions whose logits count; all as published")
+        per_length: bool = param(False, "divide norms and sketches by the square root of the number of positions")
+        sketch_rows: int = param(8, "positions' side of a sketch", minimum=1)
+        sketch_columns: int = param(128, "vocabulary's side of a sketch", minimum=1)
 
     params: Params
 
@@ -89,13 +81,13 @@ class Uds(ScoringSelector):
             ComponentError: Signals do not fit the rows asked for, or the queue holds sketches of another size.
         """
         p = self.params
-        spec = LogitSpec(
+        signal = LogitFeatures(
             tokens=p.tokens, per_length=p.per_length, rows=p.sketch_rows, columns=p.sketch_columns, seed=ctx.seed
         )
-        norms = ctx.signals.logit_nuclear_norms(pool, spec)
-        sketches = ctx.signals.logit_sketches(pool, spec)
-        if sketches.ndim != 2 or len(sketches) != len(pool):
-            raise ComponentError(f"uds: asked for sketches of {len(pool):,} rows, was given {sketches.shape}")
+        found = ctx.signals(signal, pool)
+        if found.ndim != 2 or len(found) != len(pool):
+            raise ComponentError(f"uds: asked for logits of {len(pool):,} rows, was given {found.shape}")
+        norms, sketches = found[:, 0], found[:, 1:]
         queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self._queue is None else self._queue
         if queue.shape[1] != sketches.shape[1]:
             raise ComponentError(

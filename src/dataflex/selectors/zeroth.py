@@ -14,15 +14,16 @@ all rows by one random projection. Use this only where no gradient can be had.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.signals.kinds import PerturbedLoss
 
 __all__ = ["Zeroth", "central_difference"]
 
@@ -57,18 +58,13 @@ class Zeroth(ScoringSelector):
     class Params(ScoringParams):
         """Parameters of the zeroth-order selector."""
 
-        directions: int = field(
-            default=256,
-            metadata={"help": "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", "minimum": 1},
+        directions: int = param(256, "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", minimum=1)
+        epsilon: float = param(1e-3, "step added to or taken from every parameter", above=0.0)
+        similarity: Literal["cosine", "product"] = param(
+            "cosine", "compare directions, or inner products, which favour steep rows"
         )
-        epsilon: float = field(
-            default=1e-3, metadata={"help": "step added to or taken from every parameter", "above": 0.0}
-        )
-        similarity: Literal["cosine", "product"] = field(
-            default="cosine", metadata={"help": "compare directions, or inner products, which favour steep rows"}
-        )
-        parameters: str | None = field(
-            default=None, metadata={"help": "regular expression of the parameters that move; null: all trainable ones"}
+        parameters: str | None = param(
+            None, "regular expression of the parameters that move; null: all trainable ones", pattern=True
         )
 
     params: Params
@@ -138,8 +134,10 @@ class Zeroth(ScoringSelector):
     def _derivatives(self, rows: Rows, direction: int, ctx: Context, target: str | None) -> NDArray[np.float64]:
         p = self.params
         above, below = (
-            ctx.signals.perturbed_losses(
-                rows, seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters, target=target
+            ctx.signals(
+                PerturbedLoss(seed=ctx.seed, direction=direction, epsilon=step, parameters=p.parameters),
+                rows,
+                target=target,
             )
             for step in (p.epsilon, -p.epsilon)
         )

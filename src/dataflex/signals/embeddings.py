@@ -5,25 +5,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dataflex import comm
-from dataflex.console import progress
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
-from dataflex.method import Rows
-from dataflex.signals.cache import Answer
-from dataflex.signals.losses import model_inputs
+from dataflex.plan.domains import Rows
+from dataflex.signals.losses import model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
-from dataflex.signals.model_parts import anatomy, capture_hidden, narrow_head
-from dataflex.signals.other_models import files_identity
-from dataflex.signals.packing import document_ids, real_tokens
+from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
 from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import bucketed, preserve_state
+from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
 
 __all__ = [
@@ -32,13 +27,12 @@ __all__ = [
     "TextEncoder",
     "TransformersEncoder",
     "embed_batch",
-    "embed_documents",
     "embedding_size",
-    "encoded_rows",
     "hidden_states",
     "load_encoder",
     "pool",
     "pool_documents",
+    "text_sweep",
 ]
 
 _IGNORE = -100
@@ -141,7 +135,7 @@ def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
 
 def embedding_size(model: nn.Module) -> int:
     """Return D, the width of the model's hidden states."""
-    return int(anatomy(model).text_config.hidden_size)
+    return int(model_parts(model).text_config.hidden_size)
 
 
 @torch.no_grad()
@@ -158,7 +152,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
     """
-    parts = anatomy(model)
+    parts = model_parts(model)
     with narrow_head(parts), capture_hidden(parts, layer) as seen:
         parts.root(**model_inputs(batch), use_cache=False)
     if len(seen) != 1 or seen[0].shape[:2] != batch["input_ids"].shape:
@@ -173,16 +167,13 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
 def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
 
-    Packed rows are pooled as a whole; ``embed_documents`` keeps their documents apart.
+    Packed rows are pooled as a whole.
     """
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
 
-def embed_documents(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return vectors fp32 [m, D] of the documents of packed rows and their (row, document) int64 [m, 2]."""
-    return pool_documents(hidden_states(model, batch, spec.layer), document_ids(batch), batch.get("labels"), spec)
-
-
+_MAX_TOKENS = 512  # of a text; the rest is cut off
+_TOKEN_BUDGET = 16384  # padded tokens of a batch at most
 _MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
@@ -190,106 +181,64 @@ class EncoderError(DataFlexError):
     """An encoder could not be loaded."""
 
 
-class TextEncoder(Protocol):
-    """Turns texts into vectors."""
+class TextEncoder:
+    """Turns texts into vectors on one device."""
 
+    device: torch.device
     dimension: int
-    identity: str
-    """Changes when the encoder's vectors may change; goes into fingerprints."""
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
-        ...
+        raise NotImplementedError
+
+    def score(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the vectors of a batch of ``text_sweep``, fp32 [b, dimension]."""
+        return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
 
 
-def load_encoder(
-    model: str,
-    *,
-    spec: EmbeddingSpec | None = None,
-    kind: Literal["auto", "transformers", "sentence_transformers"] = "auto",
-    max_length: int = 512,
-    token_budget: int = 16384,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TextEncoder:
-    """Load an encoder from a local folder or by its hub id.
+def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch.device | None = None) -> TextEncoder:
+    """Load an encoder in float32; it reads the first 512 tokens of a text.
 
     Args:
-        model: Folder or hub id.
+        model: Folder or hub id; a folder with ``modules.json`` is a sentence-transformers model.
         spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
             last layer, normalized). A sentence-transformers model pools by its own rules: only
             ``normalize`` may be chosen.
-        kind: ``auto`` takes a folder with ``modules.json`` as a sentence-transformers model.
-        max_length: Tokens of a text at most; the rest is cut off.
-        token_budget: Padded tokens of a batch at most.
         device: Where the model runs; the CPU if left out.
-        dtype: Type of the weights.
-        trust_remote_code: Run code that comes with the model.
 
     Raises:
         ConfigError: A spec that the encoder cannot follow.
         EncoderError: The model cannot be loaded, or an optional package is missing.
     """
-    place = device or torch.device("cpu")
-    if kind == "auto":
-        kind = "sentence_transformers" if (Path(model) / "modules.json").is_file() else "transformers"
-    if kind == "sentence_transformers":
-        if spec is not None and spec != EmbeddingSpec(normalize=spec.normalize):
-            raise ConfigError(
-                f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
-            )
-        return SentenceEncoder(
-            model,
-            normalize=True if spec is None else spec.normalize,
-            max_length=max_length,
-            token_budget=token_budget,
-            device=place,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+    place, spec = device or torch.device("cpu"), spec or EmbeddingSpec()
+    if not (Path(model) / "modules.json").is_file():
+        return TransformersEncoder(model, spec, place)
+    if spec != EmbeddingSpec(normalize=spec.normalize):
+        raise ConfigError(
+            f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
         )
-    return TransformersEncoder(
-        model,
-        spec=spec or EmbeddingSpec(),
-        max_length=max_length,
-        token_budget=token_budget,
-        device=place,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    return SentenceEncoder(model, spec.normalize, place)
 
 
-class TransformersEncoder:
-    """A causal or encoder model read by ``AutoModel``; arguments as in ``load_encoder``."""
+class TransformersEncoder(TextEncoder):
+    """A causal or encoder model read by ``AutoModel``; see ``load_encoder``."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        spec: EmbeddingSpec,
-        max_length: int,
-        token_budget: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, model: str, spec: EmbeddingSpec, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         if spec.completion_only:
             raise ConfigError(f"encoder {model}: completion_only needs labels, but an encoder reads plain text")
         with preserve_state():  # a model may draw random numbers while it is built
             try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-                body: Any = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+                body: Any = AutoModel.from_pretrained(model)
             except (OSError, ValueError, KeyError) as error:
                 raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
-        self._body = body.to(device, dtype).eval().requires_grad_(False)
-        self._spec, self._device = spec, device
-        self._max_length, self._token_budget = max_length, token_budget
+        self._body = body.to(device, torch.float32).eval().requires_grad_(False)
+        self._spec, self.device = spec, device
         self.dimension = int(body.config.get_text_config().hidden_size)
-        self.identity = files_identity(model, getattr(body.config, "_commit_hash", None), spec, max_length, dtype)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -297,65 +246,51 @@ class TransformersEncoder:
         out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
         if not len(texts):
             return out
-        ids = self._tokenizer(list(texts), truncation=True, max_length=self._max_length, padding=False)["input_ids"]
+        ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        parts = anatomy(self._body)
-        for positions in bucketed(lengths, self._token_budget):
+        parts = model_parts(self._body)
+        for positions in bucketed(lengths, _TOKEN_BUDGET):
             width = max(int(lengths[positions].max()), 1)
             tokens = torch.zeros(len(positions), width, dtype=torch.int64)
             mask = torch.zeros_like(tokens)
             for row, position in enumerate(positions):
                 tokens[row, : lengths[position]] = torch.tensor(ids[position], dtype=torch.int64)
                 mask[row, : lengths[position]] = 1
-            tokens, mask = tokens.to(self._device), mask.to(self._device)
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
             with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
                 self._body(input_ids=tokens, attention_mask=mask)
             out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
         return out
 
 
-class SentenceEncoder:
-    """A sentence-transformers model, with its own pooling; arguments as in ``load_encoder``."""
+class SentenceEncoder(TextEncoder):
+    """A sentence-transformers model, with its own pooling; see ``load_encoder``."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        normalize: bool,
-        max_length: int,
-        token_budget: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, model: str, normalize: bool, device: torch.device) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
             raise EncoderError(f"encoder {model}: {_MISSING}")
         from sentence_transformers import SentenceTransformer
 
         with preserve_state():
             try:
-                self._model: Any = SentenceTransformer(model, device=str(device), trust_remote_code=trust_remote_code)
+                self._model: Any = SentenceTransformer(model, device=str(device))
             except (OSError, ValueError, KeyError) as error:
                 raise EncoderError(
                     f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
                 ) from error
-        self._model.to(dtype).eval()
+        self._model.to(torch.float32).eval()
         own = self._model.max_seq_length
-        self._model.max_seq_length = max_length if own is None else min(own, max_length)
-        self._normalize, self._token_budget = normalize, token_budget
+        self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
+        self._normalize, self.device = normalize, device
         with preserve_state():  # the method that tells the dimension has another name in each major version
             self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
-        commits = [
-            getattr(part.config, "_commit_hash", None) for part in self._model.modules() if hasattr(part, "config")
-        ]
-        self.identity = files_identity(model, str(commits[:1]), normalize, self._model.max_seq_length, dtype)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]."""
         out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
         # Two characters a token is a cautious guess: the batch must fit, not be full.
         guessed = np.array([len(text) // 2 + 2 for text in texts], dtype=np.int64)
-        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), self._token_budget):
+        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), _TOKEN_BUDGET):
             with preserve_state(), torch.no_grad():
                 out[positions] = self._model.encode(
                     [texts[position] for position in positions],
@@ -367,30 +302,32 @@ class SentenceEncoder:
         return out
 
 
-def encoded_rows(
-    encoder: TextEncoder, corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device
-) -> Answer:
-    """Return one vector per row [n, dimension], equal on every rank and for every number of ranks (collective).
+def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device) -> Sweep:
+    """Return a pass over the text of rows, for ``score`` of an encoder.
 
     Args:
-        encoder: Turns texts into vectors.
         corpus: Where the rows are.
         rows: Row ids [n].
         tokenizer: Decodes the rows.
         token_budget: Padded tokens of a batch at most.
         device: Where ranks exchange tensors.
     """
-    batches = bucketed(corpus.lengths[rows], token_budget)[comm.rank() :: comm.world()]
-    values = [np.zeros((0, encoder.dimension), dtype=np.float32)]
-    places = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
-    with progress("embeddings by another model", len(places)) as told:
-        done = 0
-        for positions in batches:
-            values.append(encoder.encode(row_texts(corpus.dataset, rows[positions], tokenizer)))
-            done += len(positions)
-            told(done)
-    whole, _ = comm.gather_rows(torch.from_numpy(np.concatenate(values)).to(device))
-    where, _ = comm.gather_rows(torch.from_numpy(places).to(device))
-    out = np.full((len(rows), encoder.dimension), np.nan, dtype=np.float32)
-    out[where.cpu().numpy()] = whole.cpu().numpy()
-    return out
+    return Sweep(
+        dataset=_Texts(corpus.dataset, tokenizer),
+        rows=rows,
+        lengths=corpus.lengths[rows],
+        collate=lambda texts: {"texts": texts},
+        token_budget=token_budget,
+        device=device,
+        what="embeddings by another model",
+    )
+
+
+class _Texts:
+    """Texts by row id."""
+
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        self._dataset, self._tokenizer = dataset, tokenizer
+
+    def __getitems__(self, ids: list[int]) -> list[str]:
+        return row_texts(self._dataset, np.array(ids, dtype=np.int64), self._tokenizer)

@@ -22,7 +22,7 @@ from dataflex import comm
 from dataflex.console import progress
 from dataflex.errors import ComponentError, DataError, UnsupportedError
 from dataflex.rng import uniforms
-from dataflex.signals.model_parts import anatomy, is_partitioned
+from dataflex.signals.model_parts import is_partitioned, model_parts
 from dataflex.signals.specs import Generation, GenerationSpec
 from dataflex.signals.sweep import bucketed, preserve_state
 
@@ -88,7 +88,7 @@ class Generator:
         token_budget: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._parts = anatomy(model)
+        self._parts = model_parts(model)
         if self._parts.head is None or hasattr(model, "pretrained_model"):
             raise UnsupportedError(f"generation needs a causal language model, found {type(model).__name__}")
         self._tokenizer, self._device = tokenizer, device
@@ -128,7 +128,7 @@ class Generator:
         places = [torch.zeros(0, dtype=torch.int64, device=self._device)]
         with preserve_state(self._parts.root):
             self._parts.root.eval()
-            with progress("answers generated", len(which)) as told:
+            with progress("responses generated", len(which)) as told:
                 for first in range(0, len(batches), world):
                     index = first + rank
                     # A rank without a batch left repeats the last: partitioned parameters need equally many passes.

@@ -1,10 +1,10 @@
-"""The identity of a model, for naming stored answers: what its numbers are, and how they act.
+"""The identity of a model, for naming stored values: what its numbers are, and how they act.
 
 A full hash of billions of parameters would cost more than some passes; two moments and a sample of
 every tensor tell states of a training run apart, since an optimizer step moves all of a tensor. Equal
 parameters under another configuration (rotary base, attention, scale of an adapter, precision) give other
-answers, and so have another name. Noise that acts in training only (NEFTune, dropout) is no part of it:
-answers are made in eval mode.
+values, and so have another name. Noise that acts in training only (NEFTune, dropout) is no part of it:
+values are made in eval mode.
 """
 
 from __future__ import annotations

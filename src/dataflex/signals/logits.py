@@ -10,26 +10,23 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.losses import chunk_tokens, entropies, model_inputs
-from dataflex.signals.model_parts import ModelParts, anatomy, narrow_head
-from dataflex.signals.packing import document_ids, real_tokens
+from dataflex.signals.losses import chunk_tokens, model_inputs, real_tokens
+from dataflex.signals.model_parts import ModelParts, model_parts, narrow_head
 from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
 __all__ = [
     "BatchTokens",
-    "GateLoads",
+    "GateReader",
     "LogitReader",
     "LogitScorer",
     "LogitSketch",
     "LogitsOf",
-    "TokenLosses",
     "TokenScorer",
     "nuclear_norm",
 ]
@@ -52,7 +49,7 @@ class LogitReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts: ModelParts = anatomy(model)
+        self._parts: ModelParts = model_parts(model)
         self.through_head: bool | None = None if self._parts.head is not None else False
         """Whether the head is applied to chosen positions; None until the first batch has been seen."""
 
@@ -68,21 +65,15 @@ class LogitReader:
             batch: On the device.
             use: Given how to get logits, and their width V; may be called twice for the first batch.
         """
-        if self.through_head is not False:
-            found = self._in_head(batch, use)
-            if self.through_head:
-                return found[0]
-        logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
-        return use(lambda rows, positions: logits[rows, positions], logits.shape[-1])
-
-    def _in_head(self, batch: dict[str, Any], use: Callable[[LogitsOf, int], T]) -> list[T]:
-        """Call ``use`` inside the head's call, whose parameters are whole only then (ZeRO-3)."""
-        head = self._parts.head
-        assert head is not None
+        head = None if self.through_head is False else self._parts.head
+        if head is None:
+            logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
+            return use(lambda rows, positions: logits[rows, positions], logits.shape[-1])
         found: list[T] = []
         raw: list[torch.Tensor] = []
 
         def inside(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Call ``use`` inside the head's call, whose parameters are whole only then (ZeRO-3)."""
             hidden, *rest = inputs
             last = hidden[:, -1:]
             if self.through_head is None:
@@ -99,7 +90,7 @@ class LogitReader:
             same = len(raw) == 1 and torch.equal(raw[0].float(), _logits(outputs).float())
             agreed = comm.gather_sum(torch.tensor(int(same), device=batch["labels"].device))
             self.through_head = int(agreed) == comm.world()
-        return found
+        return found[0] if self.through_head else self(batch, use)
 
 
 def _logits(outputs: Any) -> torch.Tensor:
@@ -117,70 +108,26 @@ class BatchTokens:
         num_rows: Rows of the batch B.
         row: Row of each token in the batch, ascending.
         position: Position of the predicted token in its row, padding not counted.
-        document: Document of the predicted token in its row; -1 where the token before it belongs to
-            another document, so that its loss says nothing about either.
         loss: Cross-entropy, fp32.
         el2n: ||softmax(z) - onehot(y)||_2, or None if not asked for.
-        entropy: Entropy of the prediction in nats, or None if not asked for.
     """
 
     num_rows: int
     row: torch.Tensor
     position: torch.Tensor
-    document: torch.Tensor
     loss: torch.Tensor
     el2n: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
 
     def means(self, what: str = "loss") -> torch.Tensor:
-        """Return the mean of ``loss``, ``el2n`` or ``entropy`` over each row's tokens [B]; NaN without any."""
+        """Return the mean of ``loss`` or ``el2n`` over each row's tokens [B]; NaN without any."""
         values = getattr(self, what)
         sums = values.new_zeros(self.num_rows).index_add_(0, self.row, values)
         return sums / torch.bincount(self.row, minlength=self.num_rows)
 
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLosses:
-    """Supervised tokens of many rows: those of row i are ``[offsets[i]:offsets[i + 1]]``.
-
-    Attributes:
-        offsets: int64 [n + 1].
-        loss: float32 [total].
-        position: int32 [total]; see ``BatchTokens``.
-        document: int32 [total]; see ``BatchTokens``.
-        el2n: float32 [total], or None if not asked for.
-        entropy: float32 [total], or None if not asked for.
-    """
-
-    offsets: NDArray[np.int64]
-    loss: NDArray[np.float32]
-    position: NDArray[np.int32]
-    document: NDArray[np.int32]
-    el2n: NDArray[np.float32] | None = None
-    entropy: NDArray[np.float32] | None = None
-
-    def means(self, what: str = "loss") -> NDArray[np.float32]:
-        """Return the mean of ``loss``, ``el2n`` or ``entropy`` over each row's tokens [n]; NaN without any."""
-        values = getattr(self, what)
-        counts = np.diff(self.offsets)
-        row = np.repeat(np.arange(len(counts)), counts)
-        sums = np.bincount(row, weights=values, minlength=len(counts))
-        return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0).astype(np.float32)
-
-    def documents(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        """Return what is known of each document with supervised tokens, by row and document.
-
-        Returns:
-            keys: (row, document) pairs int64 [m, 2]; rows count from 0 in the order asked for.
-            losses: Token-mean loss float32 [m].
-            tokens: Supervised tokens int64 [m].
-        """
-        counts = np.diff(self.offsets)
-        keys = np.stack([np.repeat(np.arange(len(counts)), counts), self.document], axis=1).astype(np.int64)
-        inside = self.document >= 0
-        distinct, which, tokens = np.unique(keys[inside], axis=0, return_inverse=True, return_counts=True)
-        sums = np.bincount(which.reshape(-1), weights=self.loss[inside], minlength=len(distinct))
-        return distinct, (sums / np.maximum(tokens, 1)).astype(np.float32), tokens.astype(np.int64)
+    def sums(self) -> torch.Tensor:
+        """Return the sum of each row's losses and its number of tokens, fp32 [B, 2]."""
+        sums = self.loss.new_zeros(self.num_rows).index_add_(0, self.row, self.loss)
+        return torch.stack([sums, torch.bincount(self.row, minlength=self.num_rows).float()], dim=1)
 
 
 class TokenScorer:
@@ -191,17 +138,13 @@ class TokenScorer:
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
         el2n: Also compute EL2N (Deep Learning on a Data Diet, arXiv 2107.07075) per token.
-        entropy: Also compute the entropy per token.
 
     Raises:
         UnsupportedError: No transformers model inside.
     """
 
-    def __init__(self, model: nn.Module, *, el2n: bool = False, entropy: bool = False) -> None:
-        self._reader = LogitReader(model)
-        self._el2n, self._entropy = el2n, entropy
-        self.values: tuple[str, ...] = ("loss", *["el2n"] * el2n, *["entropy"] * entropy)
-        """Names of what is computed per token."""
+    def __init__(self, model: nn.Module, *, el2n: bool = False) -> None:
+        self._reader, self._el2n = LogitReader(model), el2n
 
     @property
     def through_head(self) -> bool | None:
@@ -221,14 +164,11 @@ class TokenScorer:
             return self._chunks(lambda part: logits_of(row[part], before[part]), targets, width)
 
         columns = self._reader(batch, score)
-        documents = document_ids(batch)
-        document = documents[row, before + 1]
         first = real.long().argmax(dim=1)
         return BatchTokens(
             num_rows=len(labels),
             row=row,
             position=before + 1 - first[row],
-            document=torch.where(document.eq(documents[row, before]), document, -1),
             **columns,
         )
 
@@ -241,23 +181,16 @@ class TokenScorer:
             part = slice(start, start + size)
             parts.append(self._score(logits_of(part).float(), targets[part]))
         if not parts:
-            return {name: torch.zeros(0, device=targets.device) for name in self.values}
+            return {name: torch.zeros(0, device=targets.device) for name in ("loss", "el2n")[: 1 + self._el2n]}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _score(self, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> dict[str, torch.Tensor]:
         loss_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
-        out = {"loss": loss_S}
-        if not (self._el2n or self._entropy):
-            return out
-        log_p_SV = torch.log_softmax(logits_SV, dim=-1)
-        p_SV = log_p_SV.exp()
-        if self._entropy:
-            out["entropy"] = entropies(log_p_SV)
-        if self._el2n:
-            # 1 - p_y as the sum of the others: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
-            others_SV = p_SV.scatter(1, targets_S[:, None], 0.0)
-            out["el2n"] = torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))
-        return out
+        if not self._el2n:
+            return {"loss": loss_S}
+        # 1 - p_y as the sum of the others: sum p^2 - 2 p_y + 1 would cancel for confident predictions.
+        others_SV = torch.log_softmax(logits_SV, dim=-1).exp().scatter(1, targets_S[:, None], 0.0)
+        return {"loss": loss_S, "el2n": torch.hypot(others_SV.sum(dim=-1), others_SV.norm(dim=-1))}
 
 
 def nuclear_norm(matrix: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
@@ -359,7 +292,7 @@ class LogitScorer:
         return self._reader(batch, use)
 
 
-class GateLoads:
+class GateReader:
     """Reads the routers of a model.
 
     Args:
@@ -370,7 +303,7 @@ class GateLoads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._parts = model, anatomy(model)
+        self._model, self._parts = model, model_parts(model)
         self._shape: tuple[int, int] | None = None
         config = self._parts.text_config
         self._top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None)

@@ -1,4 +1,9 @@
-"""Cross-entropy of each position in chunks, for training, gradients and scores: no copy of the logits in fp32.
+"""Batches and their losses: what the model is fed, which document a token is of, cross-entropy in chunks.
+
+LLaMA-Factory packs in several forms. ``neat_packing`` numbers the documents 1, 2, ... in the attention
+mask (0 is padding); its collator turns that into a block-diagonal [B, 1, T, T] mask, or drops it for
+FlashAttention and leaves only ``position_ids``, which restart at each document. Plain ``packing``
+restarts ``position_ids`` and has a mask of ones.
 
 Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same
 kernels see the same positions, and treat them one by one. On a CPU only supervised positions are looked at.
@@ -14,7 +19,16 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-__all__ = ["chunk_tokens", "entropies", "model_inputs", "row_losses", "token_cross_entropy", "token_mean_losses"]
+__all__ = [
+    "chunk_tokens",
+    "document_ids",
+    "entropies",
+    "model_inputs",
+    "real_tokens",
+    "row_losses",
+    "token_cross_entropy",
+    "token_mean_losses",
+]
 
 _Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
@@ -165,3 +179,37 @@ def row_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Run the model on a collated batch and return ``token_mean_losses`` [B], with gradient if enabled."""
     outputs = model(**model_inputs(batch), use_cache=False)
     return token_mean_losses(outputs.logits, batch["labels"])
+
+
+def real_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Return bool [B, T]: True where there is a token and not padding."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    if mask.dim() == 4:  # a real token may look at itself; additive masks hold 0 there, boolean ones True
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return diagonal if diagonal.dtype == torch.bool else diagonal.eq(0)
+    return mask.ne(0)
+
+
+def document_ids(batch: dict[str, Any]) -> torch.Tensor:
+    """Return int64 [B, T]: the document of each token, counted from 0 in its row; -1 for padding.
+
+    A row that is not packed is one document. Padding that plain packing marks as real (position 0
+    again and again at the end of a row) comes out as documents of one token each.
+    """
+    real = real_tokens(batch)
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+        linked = before if before.dtype == torch.bool else before.eq(0)
+        starts = real & ~F.pad(linked, (1, 0), value=False)
+    elif mask is not None and bool((mask > 1).any()):
+        starts = real & F.pad(mask[:, 1:].ne(mask[:, :-1]), (1, 0), value=True)
+    else:
+        starts = real & ~F.pad(real[:, :-1], (1, 0), value=False)
+        positions = batch.get("position_ids")
+        if positions is not None:
+            at_zero = positions.eq(0)
+            starts = starts | (real & (at_zero.all(dim=0) if at_zero.dim() == 3 else at_zero))
+    return torch.where(real, starts.long().cumsum(dim=1) - 1, -1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 
-__all__ = ["ModelParts", "anatomy", "capture_hidden", "is_partitioned", "narrow_head"]
+__all__ = ["ModelParts", "capture_hidden", "is_partitioned", "model_parts", "narrow_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ModelParts:
         return found[0]
 
 
-def anatomy(model: nn.Module) -> ModelParts:
+def model_parts(model: nn.Module) -> ModelParts:
     """Look inside PEFT and value-head wrappers.
 
     Raises:
@@ -110,7 +110,7 @@ def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]
 
     Args:
         parts: The model.
-        layer: Index into the hidden states, see ``EmbeddingSpec.layer``.
+        layer: Index into the hidden states, see ``Embedding.layer``.
 
     Raises:
         UnsupportedError: There is no such layer.

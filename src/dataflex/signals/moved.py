@@ -15,12 +15,12 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 from dataflex.rng import rademacher
-from dataflex.signals.cache import Answer
 from dataflex.signals.gradients import choose_parameters
 from dataflex.signals.losses import row_losses
-from dataflex.signals.sweep import Sweep, preserve_state, vector_pass
+from dataflex.signals.model_access import ModelAccess
+from dataflex.signals.sweep import bucketed, fetch
 
-__all__ = ["LowRankProbe", "moved", "perturbed_row_losses"]
+__all__ = ["LowRankProbe", "moved", "perturbed", "trained_probe"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,37 +61,22 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
                 parameter.copy_(saved[name])
 
 
-def perturbed_row_losses(
-    model: nn.Module, sweep: Sweep, *, seed: int, direction: int, epsilon: float, pattern: str | None = None
-) -> Answer:
-    """Return token-mean losses of rows [n] under moved parameters, equal on every rank (collective).
+@contextmanager
+def perturbed(access: ModelAccess, pattern: str | None, *, seed: int, direction: int, epsilon: float) -> Iterator[None]:
+    """Move the parameters whose names match ``pattern`` (None: all trainable ones) for the length of a block.
 
-    Runs without autocast, since half precision would round the step away.
-
-    Args:
-        model: The outermost module to call, not the DDP engine.
-        sweep: The rows.
-        seed: Seed of the directions.
-        direction: Number of the direction.
-        epsilon: Step, of either sign.
-        pattern: Regular expression of the names of the trainable parameters that move; None: all of them.
+    Mixed precision is off inside, since it would round the step away.
 
     Raises:
         UnsupportedError: Parameters that move are not float32, or are partitioned.
     """
-
-    def score(batch: dict[str, Any]) -> torch.Tensor:
-        return row_losses(model, batch)
-
+    chosen = choose_parameters(access.model, pattern=pattern)
     with (
-        preserve_state(model),
-        torch.no_grad(),
-        torch.autocast(device_type=sweep.device.type, enabled=False),
-        moved(choose_parameters(model, pattern=pattern), seed=seed, direction=direction, epsilon=epsilon),
+        torch.autocast(device_type=access.device.type, enabled=False),
+        moved(chosen, seed=seed, direction=direction, epsilon=epsilon),
     ):
-        _warn_of_rounding(model)
-        model.eval()
-        return vector_pass(sweep, score, ())
+        _warn_of_rounding(access.model)
+        yield
 
 
 def _warn_of_rounding(model: nn.Module) -> None:
@@ -197,3 +182,23 @@ class LowRankProbe:
                 optimizer.zero_grad(set_to_none=True)
                 history.append(total / max(count, 1))
         return history
+
+
+def trained_probe(
+    access: ModelAccess, target: str, *, steps: int, learning_rate: float, rank: int, alpha: float
+) -> LowRankProbe:
+    """Return a probe trained on the whole of a target, the same on every rank."""
+    sweep = access.target_sweep(target)
+    batches = []
+    for positions in bucketed(sweep.lengths, sweep.token_budget):
+        batch = sweep.collate(fetch(sweep.dataset, positions))
+        batches.append({key: x.to(sweep.device) if torch.is_tensor(x) else x for key, x in batch.items()})
+
+    def losses(batch: dict[str, Any]) -> torch.Tensor:
+        with access.autocast():
+            return row_losses(access.model, batch)
+
+    probe = LowRankProbe(access.model, rank=rank, alpha=alpha, seed=access.seed)
+    history = probe.train(batches, losses, steps=steps, learning_rate=learning_rate)
+    logger.info("probe on target %s: losses before each step %s", target, [round(x, 4) for x in history])
+    return probe

@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.store import Fingerprint
+    from dataflex.signals.store import CacheKey
 
 __all__ = [
     "ADAPTER",
@@ -108,7 +108,7 @@ class Scorer:
         tokenizer: The tokenizer of the run, which made the rows.
 
     Attributes:
-        identity: Changes when the model's answers may change.
+        identity: Changes when the model's values may change.
         same_tokens: Whether the rows' tokens mean the same to it.
 
     Raises:
@@ -139,6 +139,11 @@ class Scorer:
     def start(self) -> tuple[int, ...]:
         """Token that its sequences begin with, or none."""
         return start_tokens(self._tokenizer)
+
+    @property
+    def translation(self) -> Callable[[list[int]], list[int]] | None:
+        """Turns the run's tokens into its own; None where they are the same."""
+        return None if self.same_tokens else self.translate
 
     def translate(self, ids: list[int]) -> list[int]:
         """Return its tokens of the text of the run's tokens ``ids``; special tokens are left out."""
@@ -246,7 +251,7 @@ def losses_key(
     num_rows: int,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> Fingerprint:
+) -> CacheKey:
     """Name token losses by weights, data, tokenizer, precision, and how rows become batches (collective).
 
     Args:
@@ -260,9 +265,9 @@ def losses_key(
         autocast: The trainer's mixed-precision context.
     """
     from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
-    from dataflex.signals.store import Fingerprint
+    from dataflex.signals.store import CacheKey
 
-    return Fingerprint(
+    return CacheKey(
         model=model_identity(model),
         data=data,
         method="reference-losses",
@@ -275,7 +280,7 @@ def losses_key(
 
 
 def files_identity(model: str, commit: str | None, *settings: Any) -> str:
-    """Return a hash of what another model's answers depend on: its files (or hub commit) and its settings."""
+    """Return a hash of what another model's values depend on: its files (or hub commit) and its settings."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8"), digest_size=16)
     folder = Path(model)
     if folder.is_dir():

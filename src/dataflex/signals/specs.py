@@ -1,4 +1,4 @@
-"""What embeddings, gradients and generations are asked for: plain settings without torch, usable by methods."""
+"""What signals and generations are asked for: plain settings without torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = [
     "LogitSpec",
     "Part",
     "Pooling",
-    "WeightedAnswer",
+    "WeightedResponse",
 ]
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
-"""Of a row's tokens: all, those without a label, or the supervised ones."""
+"""Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,81 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitSpec:
+    """What is made of a row's logits, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
+
+    Attributes:
+        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
+            padding.
+        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
+        rows: Positions' side of the sketch.
+        columns: Vocabulary's side of the sketch.
+        seed: Seed of the sketch.
+    """
+
+    tokens: Literal["completion", "all"] = "completion"
+    per_length: bool = False
+    rows: int = 8
+    columns: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpec:
+    """Which gradients of rows are looked at, and how they are compared.
+
+    Attributes:
+        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
+            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
+            ``sign`` or ``none``. Target rows stay plain.
+        include_momentum: Keep Adam's momentum term, which all rows share.
+        normalize: Whether scores are cosines rather than inner products.
+        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
+            or the cosine with its mean gradient (the paper's text).
+        parameters: Regular expression searched for in parameter names; None: all trainable ones.
+        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
+        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
+        sketch_seed: Seed of the sketch.
+        bf16: Run the passes in bfloat16 autocast.
+        forward_mode: Take ``GradientScores`` by forward-mode differentiation along the targets' mean gradients:
+            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
+    """
+
+    precondition: str = "true_adam"
+    include_momentum: bool = True
+    normalize: bool = True
+    mean_of_cosines: bool = True
+    parameters: str | None = None
+    last_blocks: int | None = None
+    sketch_size: int | None = None
+    sketch_seed: int = 0
+    bf16: bool = False
+    forward_mode: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedResponse:
+    """A response whose gradient counts, as in a policy gradient.
+
+    Attributes:
+        prompt: Token ids before the response, at least one.
+        response: Token ids of the response, at least one; all are supervised.
+        weight: Factor of the gradient of -log p(response | prompt), which is summed over the response's tokens.
+        group: Responses of equal group are added up to one vector.
+    """
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    weight: float
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationSpec:
     """How the model under training is sampled from.
 
     Attributes:
-        max_new_tokens: Tokens generated at most per sample.
+        max_new_tokens: Number of tokens generated at most per sample.
         temperature: Logits are divided by it; 0 takes the likeliest token.
         top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
         top_k: Likeliest tokens kept; 0 keeps all.
@@ -113,73 +183,3 @@ class Generation:
     token_ids: tuple[int, ...]
     text: str
     finished: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitSpec:
-    """What is made of a row's logits, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
-
-    Attributes:
-        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
-            padding.
-        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
-        rows: Positions' side of the sketch.
-        columns: Vocabulary's side of the sketch.
-        seed: Seed of the sketch.
-    """
-
-    tokens: Literal["completion", "all"] = "completion"
-    per_length: bool = False
-    rows: int = 8
-    columns: int = 128
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightedAnswer:
-    """An answer whose gradient counts, as in a policy gradient.
-
-    Attributes:
-        prompt: Token ids before the answer, at least one.
-        answer: Token ids of the answer, at least one; all are supervised.
-        weight: Factor of the gradient of -log p(answer | prompt), which is summed over the answer's tokens.
-        group: Answers of equal group are added up to one vector.
-    """
-
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    weight: float
-    group: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSpec:
-    """Which gradients of training rows are compared with which of the targets.
-
-    Attributes:
-        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
-            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
-            ``sign`` or ``none``. Targets stay plain.
-        include_momentum: Keep Adam's momentum term, which all rows share.
-        normalize: Whether scores are cosines rather than inner products.
-        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
-            or the cosine with its mean gradient (the paper's text).
-        parameters: Regular expression searched for in parameter names; None: all trainable ones.
-        last_blocks: Only the last so many blocks of the model; None: all of them.
-        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
-        sketch_seed: Seed of the sketch.
-        bf16: Run the passes in bfloat16 autocast.
-        forward_mode: Take ``gradient_scores`` by forward-mode differentiation along the targets' mean gradients:
-            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
-    """
-
-    precondition: str = "true_adam"
-    include_momentum: bool = True
-    normalize: bool = True
-    mean_of_cosines: bool = True
-    parameters: str | None = None
-    last_blocks: int | None = None
-    sketch_size: int | None = None
-    sketch_seed: int = 0
-    bf16: bool = False
-    forward_mode: bool = False

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -31,9 +31,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, verify_directory, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
 
-__all__ = ["ArrayStore", "Entry", "Fingerprint", "ResumablePass", "package_versions"]
+__all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
 
 _PACKAGES = (
     "accelerate",
@@ -65,7 +65,7 @@ def package_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fingerprint:
+class CacheKey:
     """Everything that an array's numbers depend on.
 
     Attributes:
@@ -119,14 +119,12 @@ class Entry:
 
     Attributes:
         name: Folder name.
-        fingerprint: What it was, or is being, computed from.
         size_bytes: On disk.
         used: Time of last use, seconds since the epoch.
         finished: False for the parts of a pass that was interrupted.
     """
 
     name: str
-    fingerprint: Mapping[str, Any]
     size_bytes: int
     used: float
     finished: bool
@@ -151,19 +149,12 @@ class ArrayStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def get(self, key: Fingerprint, *, verify: bool = False) -> NDArray[Any] | None:
-        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted.
-
-        Args:
-            key: What it must have been computed from.
-            verify: Also compare every byte with the hash taken when it was written.
-        """
+    def get(self, key: CacheKey) -> NDArray[Any] | None:
+        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted."""
         folder = self.directory / key.name
         if not folder.is_dir():
             return None
         try:
-            if verify:
-                verify_directory(folder)
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if header["format"] != _FORMAT or header["fingerprint"] != key.to_json():
@@ -180,16 +171,8 @@ class ArrayStore:
             os.utime(folder / MANIFEST)
         return array
 
-    def put(self, key: Fingerprint, array: NDArray[Any]) -> NDArray[Any]:
-        """Store an array and return it memory-mapped."""
-        with self.create(key, shape=array.shape, dtype=array.dtype) as target:
-            target[...] = array
-        stored = self.get(key)
-        assert stored is not None
-        return stored
-
     @contextmanager
-    def create(self, key: Fingerprint, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
         """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises.
 
         Raises:
@@ -221,7 +204,7 @@ class ArrayStore:
                 scratch.unlink()
             shutil.rmtree(ready, ignore_errors=True)
 
-    def _install(self, key: Fingerprint, ready: Path) -> None:
+    def _install(self, key: CacheKey, ready: Path) -> None:
         """Rename a finished folder to its name; another process may have been there first."""
         final = self.directory / key.name
         if final.exists() and self.get(key) is None:
@@ -232,7 +215,7 @@ class ArrayStore:
             if self.get(key) is None:  # not the same array, finished by another process in the meantime
                 raise
 
-    def working_folder(self, key: Fingerprint) -> Path:
+    def working_folder(self, key: CacheKey) -> Path:
         """Where a pass keeps what it has so far."""
         return self.directory / f"{key.name}.unfinished"
 
@@ -245,21 +228,9 @@ class ArrayStore:
                 continue
             finished = (folder / MANIFEST).is_file()
             newest = (folder / MANIFEST).stat().st_mtime if finished else max(p.stat().st_mtime for p in files)
-            header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-            found.append(
-                Entry(
-                    name=folder.name,
-                    fingerprint=header["fingerprint"],
-                    size_bytes=sum(path.stat().st_size for path in files),
-                    used=newest,
-                    finished=finished,
-                )
-            )
+            size = sum(path.stat().st_size for path in files)
+            found.append(Entry(name=folder.name, size_bytes=size, used=newest, finished=finished))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
-
-    def size_bytes(self) -> int:
-        """Return the bytes of everything listed."""
-        return sum(entry.size_bytes for entry in self.entries())
 
     def clear_left(self) -> None:
         """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
@@ -269,11 +240,11 @@ class ArrayStore:
                 if old or is_left(left.name):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def evict(self, max_bytes: int, *, keep: Collection[str] = ()) -> list[str]:
+    def evict(self, max_bytes: int) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left.
 
         Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote
-        something within the last day are not touched, nor are the names in ``keep``.
+        something within the last day are not touched.
 
         Returns:
             Names of what was removed.
@@ -286,7 +257,7 @@ class ArrayStore:
         for entry in entries:
             if total <= max_bytes:
                 break
-            if entry.name in keep or (not entry.finished and now - entry.used < _ABANDONED_SECONDS):
+            if not entry.finished and now - entry.used < _ABANDONED_SECONDS:
                 continue
             shutil.rmtree(self.directory / entry.name)
             total -= entry.size_bytes
@@ -318,7 +289,7 @@ class ResumablePass:
     def __init__(
         self,
         store: ArrayStore,
-        key: Fingerprint,
+        key: CacheKey,
         *,
         shape: tuple[int, ...],
         dtype: DTypeLike,
@@ -333,7 +304,7 @@ class ResumablePass:
         self._folder = store.working_folder(key)
         self._file: IO[bytes] | None = None
         self._synced = 0.0
-        opened: tuple[str, bytes] = _on_rank_0(self._open)
+        opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
         self._session = opened[0]
         self.done_at_start: NDArray[np.bool_] = np.unpackbits(
             np.frombuffer(opened[1], dtype=np.uint8), count=self.num_rows
@@ -377,7 +348,7 @@ class ResumablePass:
         """
         self.close()
         comm.barrier()
-        _on_rank_0(self._merge)
+        comm.on_one_rank(f"stored array {self._key.name}", self._merge, CheckpointError)
         array = self._store.get(self._key)
         seen = comm.gather_sum(torch.tensor(int(array is not None), device=self._device))
         if array is None or int(seen) < comm.world():
@@ -421,14 +392,15 @@ class ResumablePass:
                 )
             done[:] = True
             return "", np.packbits(done).tobytes()
-        if self._folder.exists() and not self._ours():
-            logger.warning("%s belongs to another pass and is removed", self._folder)
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self._folder / _HEADER, None) as file:
-            file.write((json.dumps(self._header(), indent=1) + "\n").encode())
-        for ids, _ in self._records():
-            done[ids] = True
+        with _writing(self._folder):
+            if self._folder.exists() and not self._ours():
+                logger.warning("%s belongs to another pass and is removed", self._folder)
+                shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._folder / _HEADER, None) as file:
+                file.write((json.dumps(self._header(), indent=1) + "\n").encode())
+            for ids, _ in self._records():
+                done[ids] = True
         if done.any():
             logger.info("%s: going on after %d of %d rows", self._key.method, done.sum(), self.num_rows)
         return secrets.token_hex(4), np.packbits(done).tobytes()
@@ -488,17 +460,3 @@ def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.i
     """Concatenate ``range(start, start + size)`` of each pair."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
-
-
-def _on_rank_0(work: Callable[[], Any]) -> Any:
-    """Return what rank 0's ``work`` gives, on every rank; its error is raised on every rank too."""
-    outcome: tuple[Any, str | None] = (None, None)
-    if comm.rank() == 0:
-        try:
-            outcome = (work(), None)
-        except (CheckpointError, OSError) as error:
-            outcome = (None, str(error))
-    result, problem = comm.broadcast_object(outcome)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return result

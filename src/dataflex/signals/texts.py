@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
-from dataflex.method import Rows
+from dataflex.plan.domains import Rows
 from dataflex.signals.specs import Part
+from dataflex.signals.sweep import Sweep
 
 __all__ = [
     "IGNORE",
@@ -22,9 +22,9 @@ __all__ = [
     "Segments",
     "TokenRow",
     "collate_segments",
-    "row_means",
     "row_texts",
     "row_tokens",
+    "segment_sweep",
     "token_rows",
 ]
 
@@ -89,9 +89,9 @@ class Cut:
     """How sequences are made.
 
     Attributes:
-        alone: One sequence for each answer, without what comes before it; else whole documents.
-        prefix_tokens: Tokens directly before an answer that it keeps when alone.
-        leave_out_first: Leave out an answer's first token where, alone, nothing would come before it.
+        alone: One sequence for each response, without what comes before it; else whole documents.
+        prefix_tokens: Tokens directly before a response that it keeps when alone.
+        leave_out_first: Leave out a response's first token where, alone, nothing would come before it.
         start: Token that every sequence begins with, as one that the tokenizer puts there itself; or none.
         limit: Tokens of a document at most, those beyond are scored neither way; or None.
         translate: Turns tokens into those of another model; or None.
@@ -133,7 +133,7 @@ class Segments:
         features = getattr(self.dataset, "features", None) or {}
         media = [name for name in _MEDIA if name in features and getattr(features[name], "dtype", None) != "null"]
         if media:
-            raise UnsupportedError(f"answers are scored as text, but the rows hold {', '.join(media)}")
+            raise UnsupportedError(f"responses are scored as text, but the rows hold {', '.join(media)}")
         places, numbers, lengths = [], [], []
         for place, row in enumerate(token_rows(self.dataset, self.rows)):
             for number, length in enumerate(self._lengths(row)):
@@ -143,12 +143,6 @@ class Segments:
         self.places, self._numbers, self.lengths = (
             np.array(values, dtype=np.int64) for values in (places, numbers, lengths)
         )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """JSON values that the sequences depend on, besides the data set and the other model."""
-        rows = hashlib.blake2b(np.ascontiguousarray(self.rows).tobytes(), digest_size=16).hexdigest()
-        return {**self.cut.identity, "of": rows}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -162,10 +156,10 @@ class Segments:
         """Return the length of each sequence of a row without making them."""
         found = []
         for stretches in _documents(row):
-            answers = [len(ids) for supervised, ids in stretches if supervised]
+            responses = [len(ids) for supervised, ids in stretches if supervised]
             if self.cut.alone:
-                found += [length + self.cut.prefix_tokens for length in answers]
-            elif answers:
+                found += [length + self.cut.prefix_tokens for length in responses]
+            elif responses:
                 found.append(sum(len(ids) for _, ids in stretches))
         return found
 
@@ -241,9 +235,25 @@ def collate_segments(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def row_means(pieces: Segments, sums_P2: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return each row's mean from sums and counts of its sequences [n]; NaN where nothing was scored."""
-    sums, counts = (
-        np.bincount(pieces.places, weights=sums_P2[:, column], minlength=len(pieces.rows)) for column in (0, 1)
+def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
+    """Return a pass over the segments of the rows of another one.
+
+    Values of the pass are sums of losses and numbers of tokens of segments [P, 2]; they are combined to the means of
+    rows [n], NaN where nothing was scored.
+    """
+    segments = Segments(dataset=whole.dataset, rows=whole.rows, cut=cut)
+
+    def means(sums_P2: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums, counts = (
+            np.bincount(segments.places, weights=sums_P2[:, column], minlength=len(whole.rows)) for column in (0, 1)
+        )
+        return np.divide(sums, counts, out=np.full(len(whole.rows), np.nan), where=counts > 0).astype(np.float32)
+
+    return replace(
+        whole,
+        dataset=segments,
+        rows=np.arange(len(segments), dtype=np.int64),
+        lengths=segments.lengths,
+        collate=collate_segments,
+        combine=means,
     )
-    return np.divide(sums, counts, out=np.full(len(pieces.rows), np.nan), where=counts > 0).astype(np.float32)

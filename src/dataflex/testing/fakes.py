@@ -16,14 +16,13 @@ from dataflex.method import BatchView, Context, Rows
 from dataflex.plan.domains import Domains, DomainStats
 from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
+from dataflex.signals import kinds
+from dataflex.signals.kinds import Signal
 from dataflex.signals.specs import (
-    EmbeddingSpec,
     Generation,
     GenerationSpec,
-    GradientSpec,
-    LogitSpec,
     Part,
-    WeightedAnswer,
+    WeightedResponse,
 )
 
 __all__ = [
@@ -47,12 +46,18 @@ class Call:
     Attributes:
         signal: Which of ``Requires.signals`` it belongs to.
         rows: The rows asked about.
-        options: Every other argument.
+        asked: The signal; None for tokens, texts and generations.
+        options: Every other argument, the signal's fields among them.
     """
 
     signal: str
     rows: Rows
+    asked: Signal | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Given = ArrayLike | Callable[[Any, Rows, str | None], ArrayLike]
+"""Values of every training row [N, ...], or (signal, rows, target) -> values of the rows."""
 
 
 class FakeSignals:
@@ -71,6 +76,8 @@ class FakeSignals:
             ``target_rows``, or else ones.
         target_rows: Gradient of every row of each target [m, P], by name; where it is left out, the mean
             gradient, each row leaning a little to another coordinate.
+        values: What is given for a type of signal instead, by the type: values of every training row, or a function of
+            (signal, rows, target). Types that are not known here need an entry.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class FakeSignals:
         gradients: ArrayLike | None = None,
         target_gradients: Mapping[str, ArrayLike] | None = None,
         target_rows: Mapping[str, ArrayLike] | None = None,
+        values: Mapping[type[Signal], Given] | None = None,
     ) -> None:
         self._losses = np.asarray(losses, dtype=np.float32)
         self._targets = {name: np.asarray(values, dtype=np.float32) for name, values in (targets or {}).items()}
@@ -94,12 +102,35 @@ class FakeSignals:
         self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
         self._directions = {name: np.nanmean(values, axis=0) for name, values in self._rows.items()}
         self._directions.update({name: np.asarray(values) for name, values in (target_gradients or {}).items()})
+        self._given: dict[type[Signal], Given] = {
+            kinds.TokenLoss: self._token_loss,
+            kinds.ResponseLoss: self._response_loss,
+            kinds.AdaptedLoss: self._adapted_loss,
+            kinds.PerturbedLoss: self._perturbed_loss,
+            kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
+            kinds.Embedding: lambda _, rows, target: _circle(self._finite(rows, target)),
+            kinds.LogitFeatures: self._logit_features,
+            kinds.GateLoads: self._gate_loads,
+            kinds.GradientScores: self._gradient_scores,
+            kinds.GradientNorms: lambda _, rows, target: np.linalg.norm(self._gradients[rows], axis=1),
+            kinds.GradientSketches: self._gradient_sketches,
+            kinds.GradientProducts: self._gradient_products,
+            kinds.ResponseGradientScores: self._response_gradient_scores,
+            **(values or {}),
+        }
         self.calls: list[Call] = []
 
     @property
     def asked(self) -> frozenset[str]:
         """The signals that were asked for, to be compared with ``Requires.signals``."""
         return frozenset(call.signal for call in self.calls)
+
+    def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
+        """Return what was given for the type of ``signal``, float32 [len(rows), ...]."""
+        options = {**vars(signal), "target": target}
+        self.calls.append(Call(signal=signal.needs, rows=rows, asked=signal, options=options))
+        given = self._given[type(signal)]
+        return np.asarray(given(signal, rows, target) if callable(given) else np.asarray(given)[rows], dtype=np.float32)
 
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
         """Tokens made of the losses, those of the prompt below 100; none where the loss is not finite."""
@@ -110,144 +141,14 @@ class FakeSignals:
         """Return one word per token; see ``tokens``."""
         return [" ".join(f"word{token}" for token in row) for row in self.tokens(rows, target=target, part=part)]
 
-    def losses(
-        self, rows: Rows, *, target: str | None = None, model: str | None = None, same_tokens: bool = False
-    ) -> NDArray[np.float32]:
-        """Token-mean loss of each row [len(rows)]; of another model those given, or half the losses."""
-        self.calls.append(Call(signal="losses", rows=rows, options={"target": target, "model": model}))
-        if model is None:
-            return self._of(target)[rows]
-        found: NDArray[np.float32] = self._models.get(model, self._of(target) / np.float32(2))[rows]
-        return found
-
-    def answer_losses(
-        self,
-        rows: Rows,
-        *,
-        conditioned: bool,
-        scorer: str | None = None,
-        prefix_tokens: int = 0,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Losses of answers [len(rows)]: as ``losses`` under the conditions, else a quarter and 0.1 more."""
-        options = {"conditioned": conditioned, "scorer": scorer, "prefix_tokens": prefix_tokens, "target": target}
-        self.calls.append(Call(signal="losses", rows=rows, options=options))
-        losses = self._of(target)[rows]
-        return losses if conditioned else np.asarray(1.25 * losses + 0.1, dtype=np.float32)
-
-    def adapted_losses(
-        self, rows: Rows, *, towards: str, depth_steps: int, learning_rate: float, rank: int, alpha: float
-    ) -> NDArray[np.float32]:
-        """Losses [len(rows)] under the probe trained towards a target."""
-        options = {
-            "towards": towards,
-            "depth_steps": depth_steps,
-            "learning_rate": learning_rate,
-            "rank": rank,
-            "alpha": alpha,
-        }
-        self.calls.append(Call(signal="losses", rows=rows, options=options))
-        return self._adapted.get(towards, self._losses * np.float32(0.9))[rows]
-
-    def el2n(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """EL2N [len(rows)], made of the losses."""
-        self.calls.append(Call(signal="losses", rows=rows, options={"target": target}))
-        losses = self._of(target)
-        return np.where(np.isfinite(losses[rows]), np.tanh(losses[rows]), np.nan).astype(np.float32)
-
-    def embeddings(
-        self, rows: Rows, spec: EmbeddingSpec, *, target: str | None = None, encoder: str | None = None
-    ) -> NDArray[np.float32]:
-        """Vectors [len(rows), 2], made of the losses."""
-        options = {"spec": spec, "target": target, "encoder": encoder}
-        self.calls.append(Call(signal="embeddings", rows=rows, options=options))
-        losses = self._of(target)[rows]
-        angles = np.where(np.isfinite(losses), losses, np.nan)
-        return np.stack([np.sin(angles), np.cos(angles)], axis=1)
-
-    def gradient_scores(self, rows: Rows, spec: GradientSpec, *, targets: Sequence[str]) -> NDArray[np.float32]:
-        """Cosines, or inner products, of rows with targets [len(rows), len(targets)]."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "targets": tuple(targets)}))
-        aims = self._means(targets)
-        products = self._gradients[rows] @ aims.T
-        if spec.normalize:
-            lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
-            products = products / np.maximum(lengths, 1e-30) / np.linalg.norm(aims, axis=1)
-        return products.astype(np.float32)
-
-    def gradient_norms(self, rows: Rows, spec: GradientSpec, *, target: str | None = None) -> NDArray[np.float32]:
-        """Norms of the rows' gradients [len(rows)]."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "target": target}))
-        return np.linalg.norm(self._gradients[rows], axis=1).astype(np.float32)
-
-    def gradient_sketches(
-        self, rows: Rows, spec: GradientSpec, *, dim: int, target: str | None = None
-    ) -> NDArray[np.float32]:
-        """Gradients of length one [len(rows), dim]: filled up with zeros, or projected where ``dim`` is too small."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "dim": dim, "target": target}))
-        whole = (self._gradients if target is None else self._target_rows(target))[rows]
-        width = whole.shape[1]
-        matrix = np.eye(width, dim)
-        if dim < width:
-            matrix = np.random.default_rng(0).choice([-1.0, 1.0], size=(width, dim))
-        return _unit(whole @ matrix).astype(np.float32)
-
-    def gradient_products(
-        self,
-        rows: Rows,
-        spec: GradientSpec,
-        *,
-        targets: Sequence[str],
-        target_rows: Mapping[str, Rows] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Inner products with the targets' mean gradients [n, len(targets)] and of rows with rows [n, n]."""
-        drawn = dict(target_rows or {})
-        options = {"spec": spec, "targets": tuple(targets), "target_rows": drawn}
-        self.calls.append(Call(signal="gradients", rows=rows, options=options))
-        own = self._gradients[rows]
-        aims = [
-            self._target_rows(name)[drawn[name]].mean(axis=0) if name in drawn else self._means([name])[0]
-            for name in targets
-        ]
-        scores = own @ np.stack(aims).T if targets else np.zeros((len(rows), 0))
-        return scores.astype(np.float32), (own @ own.T).astype(np.float32)
-
-    def answer_scores(
-        self, rows: Rows, spec: GradientSpec, *, answers: Mapping[str, Sequence[WeightedAnswer]]
-    ) -> NDArray[np.float32]:
-        """Cosines, or inner products, of rows with weighted sums of ``answer_gradient`` [len(rows), len(answers)]."""
-        self.calls.append(Call(signal="gradients", rows=rows, options={"spec": spec, "answers": dict(answers)}))
-        aims = np.stack([sum(one.weight * self.answer_gradient(one) for one in given) for given in answers.values()])
-        ours = self._gradients[rows]
-        return ((_unit(ours) @ _unit(aims).T) if spec.normalize else ours @ aims.T).astype(np.float32)
-
-    def answer_gradient(self, answer: WeightedAnswer) -> NDArray[np.float64]:
-        """Gradient of an answer [P], made of its tokens; meant to be overridden."""
-        places = 1.0 + np.arange(self._gradients.shape[1])
-        return np.asarray(np.sin(np.outer(np.asarray(answer.answer, dtype=np.float64), places)).sum(axis=0))
-
-    def perturbed_losses(
-        self,
-        rows: Rows,
-        *,
-        seed: int,
-        direction: int,
-        epsilon: float,
-        parameters: str | None = None,
-        target: str | None = None,
-    ) -> NDArray[np.float32]:
-        """Losses [len(rows)] of functions that are linear with the rows' gradients."""
-        options = {"direction": direction, "epsilon": epsilon, "parameters": parameters, "target": target}
-        self.calls.append(Call(signal="losses", rows=rows, options=options))
-        gradients = (self._gradients if target is None else self._target_rows(target))[rows]
-        signs = rademacher(seed, "fake", direction, gradients.shape[1])
-        base = self._losses[rows] if target is None else 1.0
-        return np.asarray(base + epsilon * (gradients @ signs), dtype=np.float32)
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of rows of the training set, or of the named target."""
+        return len(self._rows[target]) if target in self._rows else len(self._of(target))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
-        """Sample the completion of the target row that has the prompt, or one other token, by fair draws."""
+        """Sample the response of the target row that has the prompt, or one other token, by fair draws."""
         names = np.arange(len(prompts), dtype=np.int64) if ids is None else ids
         self.calls.append(Call(signal="generate", rows=names, options={"spec": spec}))
         known = [loss for losses in (_TARGET, *self._targets.values()) for loss in losses.tolist()]
@@ -262,32 +163,78 @@ class FakeSignals:
                 made.append(Generation(prompt=place, sample=sample, token_ids=tuple(tokens), text=text, finished=True))
         return made
 
-    def logit_nuclear_norms(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Ten times the losses [len(rows)], NaN where they are not finite."""
-        self.calls.append(Call(signal="logits", rows=rows, options={"spec": spec}))
-        losses = self._losses[rows]
-        return np.where(np.isfinite(losses), np.float32(10) * losses, np.nan).astype(np.float32)
-
-    def logit_sketches(self, rows: Rows, spec: LogitSpec) -> NDArray[np.float32]:
-        """Vectors [len(rows), 2], made of the losses."""
-        self.calls.append(Call(signal="logits", rows=rows, options={"spec": spec}))
-        losses = self._losses[rows]
-        angles = np.where(np.isfinite(losses), losses, np.nan)
-        return 100 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
-
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Return what ``compute`` gives."""
         return compute()
 
-    def gate_loads(self, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Return loads of two experts in one layer [len(rows), 1, 2], made of the losses."""
-        self.calls.append(Call(signal="gates", rows=rows, options={"target": target}))
-        share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
-        return np.stack([share, 1.0 - share], axis=1)[:, None, :].astype(np.float32)
+    def response_gradient(self, response: WeightedResponse) -> NDArray[np.float64]:
+        """Gradient of a response [P], made of its tokens; meant to be overridden."""
+        places = 1.0 + np.arange(self._gradients.shape[1])
+        return np.asarray(np.sin(np.outer(np.asarray(response.response, dtype=np.float64), places)).sum(axis=0))
 
-    def num_rows(self, target: str | None = None) -> int:
-        """Return the number of rows of the training set, or of the named target."""
-        return len(self._rows[target]) if target in self._rows else len(self._of(target))
+    def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
+        losses = self._of(target)
+        if signal.model is not None:
+            losses = self._models.get(signal.model, losses / np.float32(2))
+        return losses[rows]
+
+    def _response_loss(self, signal: kinds.ResponseLoss, rows: Rows, target: str | None) -> ArrayLike:
+        losses = self._of(target)[rows]
+        return losses if signal.conditioned else 1.25 * losses + 0.1
+
+    def _adapted_loss(self, signal: kinds.AdaptedLoss, rows: Rows, target: str | None) -> ArrayLike:
+        return self._adapted.get(signal.towards, self._losses * np.float32(0.9))[rows]
+
+    def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
+        """Return functions that are linear with the rows' gradients."""
+        gradients = (self._gradients if target is None else self._target_rows(target))[rows]
+        signs = rademacher(signal.seed, "fake", signal.direction, gradients.shape[1])
+        base = self._losses[rows] if target is None else 1.0
+        return np.asarray(base + signal.epsilon * (gradients @ signs))
+
+    def _logit_features(self, signal: kinds.LogitFeatures, rows: Rows, target: str | None) -> ArrayLike:
+        losses = self._finite(rows, target)
+        return np.column_stack([np.float32(10) * losses, 100 * _circle(losses)])
+
+    def _gate_loads(self, signal: kinds.GateLoads, rows: Rows, target: str | None) -> ArrayLike:
+        """Return two experts in one layer."""
+        share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
+        return np.stack([share, 1.0 - share], axis=1)[:, None, :]
+
+    def _gradient_scores(self, signal: kinds.GradientScores, rows: Rows, target: str | None) -> ArrayLike:
+        aims = self._means(signal.targets)
+        products = self._gradients[rows] @ aims.T
+        if signal.normalize:
+            lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
+            products = products / np.maximum(lengths, 1e-30) / np.linalg.norm(aims, axis=1)
+        return products
+
+    def _gradient_sketches(self, signal: kinds.GradientSketches, rows: Rows, target: str | None) -> ArrayLike:
+        """Fill up with zeros, or project where ``dim`` is too small."""
+        whole = (self._gradients if target is None else self._target_rows(target))[rows]
+        width = whole.shape[1]
+        matrix = np.eye(width, signal.dim)
+        if signal.dim < width:
+            matrix = np.random.default_rng(0).choice([-1.0, 1.0], size=(width, signal.dim))
+        return _unit(whole @ matrix)
+
+    def _gradient_products(self, signal: kinds.GradientProducts, rows: Rows, target: str | None) -> ArrayLike:
+        own, drawn = self._gradients[rows], signal.target_rows
+        aims = [
+            self._target_rows(name)[drawn[name]].mean(axis=0) if name in drawn else self._means([name])[0]
+            for name in signal.targets
+        ]
+        scores = own @ np.stack(aims).T if aims else np.zeros((len(rows), 0))
+        return np.concatenate([scores, own @ own.T], axis=1)
+
+    def _response_gradient_scores(
+        self, signal: kinds.ResponseGradientScores, rows: Rows, target: str | None
+    ) -> ArrayLike:
+        """Compare with weighted sums of ``response_gradient``."""
+        given = signal.responses.values()
+        aims = np.stack([sum(one.weight * self.response_gradient(one) for one in responses) for responses in given])
+        ours = self._gradients[rows]
+        return _unit(ours) @ _unit(aims).T if signal.normalize else ours @ aims.T
 
     def _means(self, targets: Sequence[str]) -> NDArray[np.float64]:
         return np.stack([self._directions.get(name, np.ones(self._gradients.shape[1])) for name in targets])
@@ -301,6 +248,14 @@ class FakeSignals:
 
     def _of(self, target: str | None) -> NDArray[np.float32]:
         return self._losses if target is None else self._targets.get(target, _TARGET)
+
+    def _finite(self, rows: Rows, target: str | None) -> NDArray[np.float32]:
+        losses = self._of(target)[rows]
+        return np.where(np.isfinite(losses), losses, np.float32(np.nan))
+
+
+def _circle(angles: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.stack([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def _tokens(loss: float, part: Part) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.checkpoints import FOLDER
+from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.collect import key_of
 from dataflex.config.convert import shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
@@ -89,7 +90,7 @@ class Identity:
             world=world,
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
-            settings=settings_of(config, lf),
+            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
             pure=config.requires.pure_micro_batches,
             flat=config.flat,
             keys={

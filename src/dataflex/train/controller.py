@@ -29,7 +29,7 @@ from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.rng import stream
-from dataflex.signals.service import SignalService
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
@@ -264,7 +264,7 @@ class Controller:
     schedule: Schedule
     shape: BatchShape
     seed: int
-    signals: SignalService
+    signals: SignalRunner
     selector: Selector | None
     mixer: Mixer | None
     recorder: RunRecorder = field(default_factory=NullRecorder)
@@ -366,7 +366,7 @@ class Controller:
 
     def _decide(self, interval: Interval) -> DataPlan | None:
         # Methods may be anyone's: what they draw or switch stays here.
-        with self.clock.phase("decide"), preserve_state(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.access.model):
             return self._decided(interval)
 
     def _decided(self, interval: Interval) -> DataPlan | None:
@@ -423,7 +423,7 @@ class Controller:
             total_sequences=self.schedule.total_steps * self.shape.global_batch,
             global_batch=self.shape.global_batch,
             unit=self.config.unit,
-            learning_rate=self.signals.handle.learning_rate(),
+            learning_rate=self.signals.access.learning_rate(),
         )
 
     def prepare(self, weighter: Weighter, step: int) -> None:
@@ -434,7 +434,7 @@ class Controller:
         interval = replace(self.plan.interval, start_step=step, stop_step=step + 1)
         first = (step - self.plan.interval.start_step) * batch
         rows = self.plan.rows[first : first + batch]
-        with self.clock.phase("decide"), preserve_state(self.signals.handle.model):
+        with self.clock.phase("decide"), preserve_state(self.signals.access.model):
             self.signals.begin(step)
             weighter.prepare(self._context(interval, self.config.weighter), rows[rows >= 0])
             self.clock.move(self.signals.seconds, "signals")

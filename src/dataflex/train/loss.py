@@ -26,8 +26,7 @@ from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
 from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
-from dataflex.signals.losses import token_cross_entropy
-from dataflex.signals.packing import document_ids
+from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
 
@@ -81,7 +80,7 @@ def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: 
     A position predicts the token after it and belongs to that token's document.
 
     Args:
-        documents_BT: Document of each token in its row, see ``signals.packing.document_ids``.
+        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
         mask_BT: Positions whose next token is supervised.
         rows: Row ids of the micro-batch [R].
     """

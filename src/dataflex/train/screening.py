@@ -12,7 +12,7 @@ from dataflex.method import Rows, Signals
 from dataflex.plan.schedule import pilot_rows
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.signals.specs import EmbeddingSpec, GradientSpec, Part
+from dataflex.signals.kinds import Embedding, GradientScores, Part
 
 __all__ = ["fitted", "gcv_error", "piloted", "screened", "token_counts"]
 
@@ -32,11 +32,11 @@ def screened(rows: Rows, fraction: float, signals: Signals, targets: Sequence[st
     Raises:
         DataError: No row of the pool, or of a target, has an embedding.
     """
-    spec = EmbeddingSpec()
-    vectors = signals.embeddings(rows, spec)
+    spec = Embedding()
+    vectors = signals(spec, rows)
     nearest = np.full(len(rows), -np.inf)
     for target in targets:
-        aims = signals.embeddings(np.arange(signals.num_rows(target), dtype=np.int64), spec, target=target)
+        aims = signals(spec, np.arange(signals.num_rows(target), dtype=np.int64), target=target)
         mean = np.nanmean(aims, axis=0) if np.isfinite(aims).any() else np.full(vectors.shape[1], np.nan)
         nearest = np.fmax(nearest, vectors @ mean)
     if not np.isfinite(nearest).any():
@@ -66,7 +66,7 @@ def piloted(rows: Rows, count: int, signals: Signals, targets: Sequence[str], *,
     """
     order = np.argsort(uniforms(seed, "screening pilot", interval, rows), kind="stable")
     drawn = np.sort(order[: pilot_rows(len(rows))])
-    scores = signals.gradient_scores(rows[drawn], GradientSpec(), targets=targets).max(axis=1).astype(np.float64)
+    scores = signals(GradientScores(targets=tuple(targets)), rows[drawn]).max(axis=1).astype(np.float64)
     known = np.isfinite(scores)
     if not known.any():
         raise DataError("dynamic.signals.screen_by: no row of the pilot has a gradient that could be compared")

@@ -24,14 +24,14 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.service import SignalService
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
 from dataflex.train.loader import PlanFeed
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_service"]
+__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_runner"]
 
 _PLAN_IDS = 2**20
 """Ids planned at once when nothing adaptive asks for shorter intervals."""
@@ -113,7 +113,7 @@ class Session:
             schedule=schedule,
             shape=shape,
             seed=seed,
-            signals=signal_service(setup, trainer, shape, seed),
+            signals=signal_runner(setup, trainer, shape, seed),
             selector=methods["selector"],
             mixer=methods["mixer"],
             clock=setup.clock,
@@ -138,55 +138,53 @@ class Session:
         return cls(controller=controller, feed=feed, identity=identity)
 
 
-def signal_service(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalService:
-    """Return the service that answers about the Trainer's model and the set-up's rows."""
+def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalRunner:
+    """Return the runner of signals about the Trainer's model and the set-up's rows."""
     space = setup.rows
     rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
     longest = max(
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
-    handle = ModelAccess(
+    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
+    targets = {
+        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+        for name, target in space.targets.items()
+    }
+    access = ModelAccess(
         model=trainer.model,
         collate=setup.scoring_collator(trainer.data_collator),
         autocast=trainer.compute_loss_context_manager,
         device=trainer.args.device,
         token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
+        train=train,
+        targets=targets,
+        seed=seed,
         tokenizer=trainer.processing_class,
         optimizer=lambda: trainer.optimizer,
         learning_rate=lambda: float(trainer._get_learning_rate()),
         backend="zero" if trainer.is_deepspeed_enabled else "plain",
         release=lambda: release_gathered(trainer),
     )
-    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
-    targets = {
-        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-        for name, target in space.targets.items()
-    }
-    return SignalService(
-        handle=handle,
-        train=train,
-        targets=targets,
-        seed=seed,
-        book=SignalCache(
-            max_age_steps=options.max_age_steps,
-            store=None if options.store is None else ArrayStore(options.store),
-            store_bytes=int(options.store_gb * 1e9),
-            model_identity=lambda: model_identity(trainer.model),
-            surroundings=_surroundings(handle, {"": train, **targets}),
-        ),
+    cache = SignalCache(
+        max_age_steps=options.max_age_steps,
+        store=None if options.store is None else ArrayStore(options.store),
+        store_bytes=int(options.store_gb * 1e9),
+        model_identity=lambda: model_identity(trainer.model),
+        surroundings=_surroundings(access, {"": train, **targets}),
     )
+    return SignalRunner(access=access, cache=cache)
 
 
-def _surroundings(handle: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
+def _surroundings(access: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
     """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
 
     @cache
     def of(name: str) -> dict[str, Any]:
         return {
-            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), handle.collate),
-            "precision": precision(handle.autocast, handle.device),
-            "tokenizer": tokenizer_identity(handle.tokenizer),
+            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), access.collate),
+            "precision": precision(access.autocast, access.device),
+            "tokenizer": tokenizer_identity(access.tokenizer),
         }
 
     return of
@@ -206,17 +204,17 @@ def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
     from dataflex.train.reference import ReferenceLosses
 
     shape = batch_shape(trainer, shuffle=setup.shuffle)
-    handle = signal_service(setup, trainer, shape, 0).handle
+    access = signal_runner(setup, trainer, shape, 0).access
     losses = ReferenceLosses.open(
         reference.folder,
         dataset=trainer.train_dataset,
         lengths=setup.rows.lengths,
         fingerprint=setup.rows.fingerprint,
-        collate=handle.collate,
-        tokenizer=handle.tokenizer,
-        device=handle.device,
-        token_budget=handle.token_budget,
-        autocast=handle.autocast,
+        collate=access.collate,
+        tokenizer=access.tokenizer,
+        device=access.device,
+        token_budget=access.token_budget,
+        autocast=access.autocast,
         store=Path(trainer.args.output_dir) / "dataflex" / "reference",
         cache=reference.cached,
         whole=expected(setup, shape, max_steps).serves_all_again,

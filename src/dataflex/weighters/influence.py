@@ -9,10 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Passes,
+    Requires,
+    Rows,
+    Weighter,
+    WeighterParams,
+    param,
+)
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.kinds import GradientProducts, GradientScores
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +101,13 @@ class Meta(Weighter):
 
         parameters: str | None = field(
             default=None,
-            metadata={"help": "regular expression of parameter names that gradients are taken of; null: all trainable"},
+            metadata={
+                "pattern": True,
+                "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
+            },
         )
-        forward_mode: bool = field(
-            default=True,
-            metadata={"help": "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"},
+        forward_mode: bool = param(
+            True, "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"
         )
 
     params: Params
@@ -122,13 +135,14 @@ class Meta(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Work out the weights of the step's rows; several targets count alike."""
-        spec = GradientSpec(
+        signal = GradientScores(
+            targets=ctx.targets,
             precondition="none",
             normalize=False,
             parameters=self.params.parameters,
             forward_mode=self.params.forward_mode,
         )
-        products = ctx.signals.gradient_scores(rows, spec, targets=ctx.targets).mean(axis=1)
+        products = ctx.signals(signal, rows).mean(axis=1)
         self._step = StepWeights(rows, clipped_shares(products))
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
@@ -201,17 +215,12 @@ class Presence(Weighter):
     class Params(WeighterParams):
         """Parameters of PRESENCE; the defaults are the paper's."""
 
-        tau: float = field(default=1.0, metadata={"help": "temperature; 0 is uniform", "minimum": 0.0})
-        group_rows: int = field(
-            default=8, metadata={"help": "rows of a group, the paper's micro-batch; 1: row by row", "minimum": 1}
-        )
-        direct_share: float = field(
-            default=0.1,
-            metadata={"help": "share of the run in which large ones count more", "minimum": 0.0, "maximum": 1.0},
-        )
+        tau: float = param(1.0, "temperature; 0 is uniform", minimum=0.0)
+        group_rows: int = param(8, "rows of a group, the paper's micro-batch; 1: row by row", minimum=1)
+        direct_share: float = param(0.1, "share of the run in which large ones count more", minimum=0.0, maximum=1.0)
         parameters: str = field(
             default=r"\.(layers|h|blocks|block|layer)\.0\.",
-            metadata={"help": "regular expression of the parameter names of the first block"},
+            metadata={"pattern": True, "help": "regular expression of the parameter names of the first block"},
         )
 
     params: Params
@@ -237,8 +246,8 @@ class Presence(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Find the self-influence of the step's groups."""
-        spec = GradientSpec(precondition="none", normalize=False, parameters=self.params.parameters)
-        _, gram = ctx.signals.gradient_products(rows, spec, targets=())
+        signal = GradientProducts(precondition="none", normalize=False, parameters=self.params.parameters)
+        gram = ctx.signals(signal, rows)
         self._rows, self._groups = rows, np.arange(len(rows), dtype=np.int64) // self.params.group_rows
         self._influence = self_influence(gram, self._groups)
         # Each row its part of the group's mean, which is over the rows that have supervised tokens.

@@ -13,13 +13,13 @@ A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
 from dataflex.method import (
     BatchView,
     Card,
@@ -32,6 +32,7 @@ from dataflex.method import (
     RunFacts,
     State,
     Weighter,
+    param,
 )
 from dataflex.method import Params as BaseParams
 from dataflex.parts import Part
@@ -51,7 +52,7 @@ _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_su
 class Factor(Part):
     """A weighter with its parameters, as one of several."""
 
-    what = "weighter"
+    what = "factor"
 
     @classmethod
     def known(cls) -> list[str]:
@@ -59,15 +60,8 @@ class Factor(Part):
         return [name for name in names("weighter") if name not in _NO_FACTORS]
 
     @classmethod
-    def params_of(cls, name: str) -> type[Params]:
-        """Return a weighter's parameters.
-
-        Raises:
-            ConfigError: There is no such weighter, or it cannot be a factor.
-        """
-        known = cls.known()
-        if name not in known:
-            raise ConfigError(f"unknown factor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+    def listed(cls, name: str) -> type[Params]:
+        """Return a weighter's parameters."""
         return find("weighter", name).Params
 
     def build(self) -> Weighter:
@@ -118,7 +112,7 @@ class Product(Weighter):
     class Params(BaseParams):
         """The factors."""
 
-        of: tuple[Factor, ...] = field(metadata={"help": "the weighters, by name or as mappings with their parameters"})
+        of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
             problems = combination_problems([factor.build() for factor in self.of])

@@ -7,7 +7,7 @@ import torch
 
 from dataflex.signals.gradients import GradientEngine, supervised_losses
 from dataflex.signals.losses import row_losses
-from dataflex.signals.model_parts import anatomy
+from dataflex.signals.model_parts import model_parts
 from tests.signals.gradients.small import Collect, build, differences, gemma, lora, oracle, ragged
 
 
@@ -18,7 +18,9 @@ def small(name):
 
 def positions_at_head(model, run):
     seen = []
-    handle = anatomy(model).head.register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:-1].numel()))
+    handle = model_parts(model).head.register_forward_hook(
+        lambda _m, _i, output: seen.append(output.shape[:-1].numel())
+    )
     try:
         run()
     finally:
@@ -43,7 +45,7 @@ def test_same_losses_and_gradients_for_fewer_logits(name, side):
     engine.run(batch, [collect])
     lines = differences(collect.rows, oracle(model, batch), 1e-5, floor=1.0)
     assert not lines, "\n".join(lines)
-    assert not anatomy(model).head._forward_pre_hooks
+    assert not model_parts(model).head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "lora-saved"])

@@ -26,7 +26,7 @@ from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradi
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.losses import model_inputs, row_losses, token_cross_entropy
-from dataflex.signals.model_parts import anatomy
+from dataflex.signals.model_parts import model_parts
 from dataflex.signals.sweep import preserve_state
 
 __all__ = ["GradientEngine", "supervised_losses"]
@@ -283,7 +283,7 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
     Raises:
         UnsupportedError: No transformers model inside.
     """
-    head, differentiated = anatomy(model).head, {id(parameter) for parameter in parameters}
+    head, differentiated = model_parts(model).head, {id(parameter) for parameter in parameters}
     if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
         return lambda batch: row_losses(model, batch)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.cache import Answer
+from dataflex.signals.cache import SignalValue
 from dataflex.signals.gradients.consumers import Dots, Norms, Sketch, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.parameters import choose_parameters
@@ -21,7 +21,7 @@ from dataflex.signals.gradients.precondition import Moments, Precondition, Preco
 from dataflex.signals.gradients.targets import policy_vectors, row_products, target_vectors
 from dataflex.signals.identity import state_identity
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import GradientSpec, WeightedAnswer
+from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep
 
 __all__ = ["GradientScorers"]
@@ -36,7 +36,7 @@ class GradientScorers:
     go inside ``engine.observing()``.
 
     Args:
-        handle: The model and its optimizer.
+        access: The model and its optimizer.
         spec: Which gradients, and how they are compared.
 
     Raises:
@@ -44,17 +44,17 @@ class GradientScorers:
             sketches.
     """
 
-    def __init__(self, handle: ModelAccess, spec: GradientSpec) -> None:
-        self._handle, self._spec = handle, spec
+    def __init__(self, access: ModelAccess, spec: GradientSpec) -> None:
+        self._access, self._spec = access, spec
         self._kind = replace(Precondition.preset(spec.precondition), include_momentum=spec.include_momentum)
         if spec.forward_mode and (spec.normalize or self._kind.kind != "none" or spec.sketch_size is not None):
             raise ConfigError("gradients: forward mode knows plain inner products only, no cosines or preconditioning")
-        device = next(handle.model.parameters()).device.type
+        device = next(access.model.parameters()).device.type
         self.engine = GradientEngine(
-            handle.model,
-            autocast=(lambda: torch.autocast(device, dtype=torch.bfloat16)) if spec.bf16 else handle.autocast,
-            parameters=choose_parameters(handle.model, pattern=spec.parameters, last_blocks=spec.last_blocks),
-            release=handle.release,
+            access.model,
+            autocast=(lambda: torch.autocast(device, dtype=torch.bfloat16)) if spec.bf16 else access.autocast,
+            parameters=choose_parameters(access.model, pattern=spec.parameters, last_blocks=spec.last_blocks),
+            release=access.release,
         )
 
     @property
@@ -70,9 +70,9 @@ class GradientScorers:
         """
         return target_vectors(self.engine, targets, normalize_rows=self.mean_of_cosines)
 
-    def answer_vectors(self, tasks: Sequence[Sequence[WeightedAnswer]]) -> TargetVectors:
-        """Return one vector per task, of its weighted answers (collective); see ``policy_vectors``."""
-        return policy_vectors(self.engine, self._handle, tasks, normalize_groups=self.mean_of_cosines)
+    def response_vectors(self, tasks: Sequence[Sequence[WeightedResponse]]) -> TargetVectors:
+        """Return one vector per task, of its weighted responses (collective); see ``policy_vectors``."""
+        return policy_vectors(self.engine, self._access, tasks, normalize_groups=self.mean_of_cosines)
 
     def towards(self, targets: TargetVectors) -> Score:
         """Return the scorer [b, M] that compares rows with M vectors (collective).
@@ -105,14 +105,14 @@ class GradientScorers:
         precondition = self._precondition()
         return lambda batch: self.engine.run(batch, [Norms()], precondition=precondition)["norms"]
 
-    def sketches(self, *, dim: int, seed: int, plain: bool) -> Score:
-        """Return the scorer [b, dim] of sketches of length one; ``plain`` leaves preconditioning out (collective).
+    def sketches(self, *, dim: int, seed: int) -> Score:
+        """Return the scorer [b, dim] of sketches of length one (collective).
 
         Raises:
             ConfigError: ``dim`` is not a positive even number.
         """
         sketch = Sketch(size=dim, seed=seed)
-        precondition = None if plain else self._precondition()
+        precondition = self._precondition()
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
             found = self.engine.run(batch, [sketch], precondition=precondition)["sketch"]
@@ -120,7 +120,7 @@ class GradientScorers:
 
         return score
 
-    def products(self, sweep: Sweep, targets: Sequence[Sweep]) -> Answer:
+    def products(self, sweep: Sweep, targets: Sequence[Sweep]) -> SignalValue:
         """Return inner products of rows with the targets' mean gradients and with every row [n, targets + n]."""
         aims = target_vectors(self.engine, targets, normalize_rows=False) if targets else None
         return row_products(self.engine, sweep, aims, self._precondition())
@@ -136,8 +136,8 @@ class GradientScorers:
         )
 
     def _moments(self) -> dict[str, Moments]:
-        backend: Literal["plain", "zero"] = "zero" if self._handle.backend == "zero" else "plain"
-        return moments_of(self._handle.optimizer(), self.engine.parameters, backend)
+        backend: Literal["plain", "zero"] = "zero" if self._access.backend == "zero" else "plain"
+        return moments_of(self._access.optimizer(), self.engine.parameters, backend)
 
     def _precondition(self) -> Preconditioner | None:
         return preconditioner(self._kind, self._moments() if self._kind.kind == "adam" else None)

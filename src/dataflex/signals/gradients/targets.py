@@ -18,10 +18,10 @@ from dataflex.signals.gradients.consumers import Dots, Norms, RowVectors, Target
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import WeightedAnswer
-from dataflex.signals.sweep import Sweep, bucketed, vector_pass
+from dataflex.signals.specs import WeightedResponse
+from dataflex.signals.sweep import Sweep, bucketed, row_pass
 
-__all__ = ["TargetBuilder", "answers_digest", "policy_vectors", "row_products", "target_vectors"]
+__all__ = ["TargetBuilder", "policy_vectors", "responses_digest", "row_products", "target_vectors"]
 
 _IGNORE = -100
 _HELD_NUMBERS = 2**28
@@ -84,42 +84,42 @@ def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normaliz
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Answers whose gradients are added up: the task they belong to, and batches of them."""
+    """Responses whose gradients are added up: the task they belong to, and batches of them."""
 
     task: int
-    batches: tuple[tuple[WeightedAnswer, ...], ...]
+    batches: tuple[tuple[WeightedResponse, ...], ...]
 
 
-def answers_digest(answers: Sequence[WeightedAnswer]) -> str:
-    """Return a hash of everything that a task's answers say."""
+def responses_digest(responses: Sequence[WeightedResponse]) -> str:
+    """Return a hash of everything that a task's responses say."""
     digest = hashlib.blake2b(digest_size=16)
-    for one in answers:
-        digest.update(repr((tuple(one.prompt), tuple(one.answer), one.group, float(one.weight))).encode())
+    for one in responses:
+        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
     return digest.hexdigest()
 
 
 def policy_vectors(
-    engine: GradientEngine, handle: ModelAccess, tasks: Sequence[Sequence[WeightedAnswer]], *, normalize_groups: bool
+    engine: GradientEngine, access: ModelAccess, tasks: Sequence[Sequence[WeightedResponse]], *, normalize_groups: bool
 ) -> TargetVectors:
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
-    The vector of a group (usually the answers sampled for one prompt) is the sum of weight times the gradient of
-    -log p(answer | prompt), summed over the answer's tokens; that of a task is the mean over its groups, or over their
-    directions. Each group's gradient is held once, so that its length is exact.
+    The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or over
+    their directions. Each group's gradient is held once, so that its length is exact.
 
     Args:
         engine: Of the model; its loss is a row's token mean.
-        handle: Collates, and says where batches go and how large they may be.
-        tasks: The answers of each task; those of equal ``group`` are added up.
+        access: Collates, and says where batches go and how large they may be.
+        tasks: The responses of each task; those of equal ``group`` are added up.
         normalize_groups: Mean over the groups' directions instead of over their gradients.
 
     Raises:
-        DataError: A task without answers, or an answer without tokens.
+        DataError: A task without responses, or a response without tokens.
     """
-    groups = [group for task, answers in enumerate(tasks) for group in _groups(task, answers, handle.token_budget)]
+    groups = [group for task, responses in enumerate(tasks) for group in _groups(task, responses, access.token_budget)]
     sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
     world, rank = comm.world(), comm.rank()
-    with engine.observing(), progress("gradients of graded answers", len(groups)) as told:
+    with engine.observing(), progress("gradients of graded responses", len(groups)) as told:
         for first in range(0, len(groups), world):
             turn = groups[first : first + world]
             # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
@@ -129,8 +129,8 @@ def policy_vectors(
             for number in range(max(len(group.batches) for group in turn)):
                 batch = mine.batches[min(number, len(mine.batches) - 1)]
                 counts = number < len(mine.batches) and rank < len(turn)
-                sink.weights = torch.tensor([[one.weight * len(one.answer) * counts for one in batch]])
-                engine.run(_collated(batch, handle), [sink])
+                sink.weights = torch.tensor([[one.weight * len(one.response) * counts for one in batch]])
+                engine.run(_collated(batch, access), [sink])
             norm = float(whole.norms())
             scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
             for name, tensor in sums.tensors.items():
@@ -141,31 +141,31 @@ def policy_vectors(
     return sums.scale_(torch.from_numpy(1.0 / sizes))
 
 
-def _groups(task: int, answers: Sequence[WeightedAnswer], token_budget: int) -> list[_Group]:
-    by_group: dict[int, list[WeightedAnswer]] = {}
-    for one in answers:
-        if not len(one.prompt) or not len(one.answer):
-            raise DataError(f"answers: one of group {one.group} has no prompt or no tokens")
+def _groups(task: int, responses: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
+    by_group: dict[int, list[WeightedResponse]] = {}
+    for one in responses:
+        if not len(one.prompt) or not len(one.response):
+            raise DataError(f"responses: one of group {one.group} has no prompt or no tokens")
         by_group.setdefault(one.group, []).append(one)
     if not by_group:
-        raise DataError(f"answers: task {task} has none")
+        raise DataError(f"responses: task {task} has none")
     found = []
     for members in by_group.values():
-        lengths = np.array([len(one.prompt) + len(one.answer) for one in members], dtype=np.int64)
+        lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
         batches = tuple(tuple(members[i] for i in batch) for batch in bucketed(lengths, token_budget))
         found.append(_Group(task=task, batches=batches))
     return found
 
 
-def _collated(answers: Sequence[WeightedAnswer], handle: ModelAccess) -> dict[str, Any]:
+def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
     features = []
-    for one in answers:
-        prompt, answer = [int(token) for token in one.prompt], [int(token) for token in one.answer]
-        ids = prompt + answer
-        labels = [_IGNORE] * len(prompt) + answer
+    for one in responses:
+        prompt, response = [int(token) for token in one.prompt], [int(token) for token in one.response]
+        ids = prompt + response
+        labels = [_IGNORE] * len(prompt) + response
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    batch = handle.collate(features)
-    return {key: value.to(handle.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    batch = access.collate(features)
+    return {key: value.to(access.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def row_products(
@@ -203,7 +203,7 @@ def row_products(
                 return engine.run(batch, [dots], precondition=precondition)["dots"]
 
             with engine.observing():
-                gram[rest, block] = vector_pass(_part(sweep, rest), score, (len(vectors),))
+                gram[rest, block] = row_pass(_part(sweep, rest), score, (len(vectors),))
             gram[block, rest] = gram[rest, block].T
     out[~known] = np.nan
     gram[:, ~known] = np.nan

@@ -1,0 +1,186 @@
+"""Asks a model about rows: the one place where signals become values.
+
+Two methods that ask for the same at the same step pay once; values up to ``max_age_steps`` old may be given again;
+with a store, an interrupted pass goes on where it stopped. A pass leaves parameters, gradients, optimizer, random
+states and modes as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dataflex import comm
+from dataflex.plan.domains import Rows
+from dataflex.signals.cache import SignalCache, SignalValue, rows_digest
+from dataflex.signals.generate import Generator
+from dataflex.signals.kinds import Signal
+from dataflex.signals.model_access import ModelAccess
+from dataflex.signals.specs import Generation, GenerationSpec, Part
+from dataflex.signals.sweep import Collector, preserve_state
+from dataflex.signals.texts import row_texts, row_tokens
+from dataflex.state import State
+
+__all__ = ["SignalRunner"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class SignalRunner:
+    """Implements ``method.Signals`` on a model under training. All calls are collective.
+
+    Attributes:
+        access: The model, the rows, and how to feed them.
+        cache: Values that were paid for.
+        seconds: Time spent in here since the decision began.
+        forward_rows: Forward passes of single rows since the decision began, as signals count them.
+        backward_rows: Backward passes of the same.
+    """
+
+    access: ModelAccess
+    cache: SignalCache = field(default_factory=SignalCache)
+    seconds: float = 0.0
+    forward_rows: float = 0.0
+    backward_rows: float = 0.0
+
+    def begin(self, step: int) -> None:
+        """Start a decision at ``step``."""
+        self.seconds = self.forward_rows = self.backward_rows = 0.0
+        self.access.for_decision.clear()
+        self.cache.begin(step)
+
+    def end(self) -> None:
+        """Let go of what only this decision needed."""
+        self.access.for_decision.clear()
+        told = "step %d: signals took %.1f s: %.0f forward and %.0f backward passes of rows"
+        logger.debug(told, self.cache.step, self.seconds, self.forward_rows, self.backward_rows)
+
+    def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> SignalValue:
+        """Return the signal's value of each row, float32 [len(rows), *tail], equal on every rank.
+
+        Args:
+            signal: What is asked.
+            rows: Row ids of the training set, or of the named target.
+            target: Name of a target data set; None means the training set.
+
+        Raises:
+            DataError: There is no such target.
+        """
+        with self._timed():
+            corpus, kept = self.access.corpus(target), signal.kept
+            if target is not None:
+                signal = signal.for_target()
+            if kept == "never":
+                return self._compute(signal, rows, target, {})
+            parameters = {**signal.key(self.access), "token_budget": self.access.token_budget}
+            key = {"signal": signal.name, "parameters": parameters, "corpus": target or ""}
+            if kept == "run":
+                table = self.cache.table({**key, "model": signal.model_identity(self.access)}, len(corpus.lengths))
+                new = np.unique(rows[table[rows, 1] == 0])
+                if len(new):
+                    table[new] = np.stack([self._compute(signal, new, target, parameters), np.ones(len(new))], axis=1)
+                return table[rows, 0]
+            if self.cache.store is not None:
+                parameters.update(signal.state(self.access))
+            key["rows"] = rows_digest(rows)
+            values = self.cache.get(key)
+            return self.cache.keep(key, self._compute(signal, rows, target, parameters)) if values is None else values
+
+    def _compute(self, signal: Signal, rows: Rows, target: str | None, parameters: dict[str, Any]) -> SignalValue:
+        access, cache = self.access, self.cache
+        sweep = signal.sweep(access, rows, target)
+        sweep = replace(sweep, what=f"step {cache.step}: {sweep.what}")
+        tail, work = signal.tail(access), None
+        if cache.store is not None and len(sweep.rows) and not signal.joint and signal.kept != "never":
+            work = cache.work(
+                signal.name,
+                parameters,
+                model=signal.model_identity(access),
+                data=f"{access.corpus(target).identity} {target or 'training rows'} {rows_digest(rows)}",
+                corpus=target or "",
+                shape=(len(sweep.rows), *tail),
+                device=access.device,
+            )
+        if work is not None and work.complete:  # stored: nothing that leads up to the pass is needed either
+            values = work.finish()
+        elif not len(sweep.rows):
+            values = np.zeros((0, *tail), dtype=np.float32)
+        else:
+            self.forward_rows += signal.forward * len(sweep.rows)
+            self.backward_rows += signal.backward * len(sweep.rows)
+            with preserve_state(access.model), torch.no_grad():
+                access.model.eval()
+                if signal.joint:
+                    values = signal.together(access, sweep)
+                else:
+                    collector = Collector(sweep, tail, work)
+                    around = access.autocast if signal.autocast else nullcontext
+                    with signal.open(access) as scorer:
+                        # The loop is here, and not in a function of its own, so that the way to the model stays short.
+                        for turn in sweep.turns(None if work is None else work.done_at_start):
+                            with around():
+                                scored = scorer(turn.batch)
+                            collector.take(turn, scored)
+                        values = collector.finish()
+        values = np.array(values, dtype=np.float32)
+        return values if sweep.combine is None else sweep.combine(values)
+
+    def num_rows(self, target: str | None = None) -> int:
+        """Return the number of training rows, or of the named target's rows."""
+        return len(self.access.corpus(target).lengths)
+
+    def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
+        """Return the tokens of each row, or of its prompt or completion; nothing is computed."""
+        return row_tokens(self.access.corpus(target).dataset, rows, part)
+
+    def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
+        """Return the text of each row, or of its prompt or completion, without special tokens."""
+        return row_texts(self.access.corpus(target).dataset, rows, self.access.known_tokenizer("texts"), part)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
+    ) -> list[Generation]:
+        """Sample from the model under training; draws depend on (seed, prompt id, sample, position) only."""
+        access = self.access
+        tokenizer = access.known_tokenizer("generation")
+        with self._timed():
+            generator = Generator(
+                access.model,
+                tokenizer,
+                device=access.device,
+                token_budget=access.token_budget,
+                autocast=access.autocast,
+            )
+            return generator.sample(prompts, spec, ids=ids)
+
+    def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on rank 0 alone and return its value on every rank; see ``comm.on_one_rank``."""
+        with self._timed():
+            return comm.on_one_rank(what, compute)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def state_dict(self) -> State:
+        """Return what a resumed run needs to give the same values."""
+        return self.cache.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.cache.load_state_dict(state)

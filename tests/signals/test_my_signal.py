@@ -1,0 +1,81 @@
+"""A signal of a plugin: values, the store, and how deep the model's forward lies below the selector."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex.selectors.losses import LossSelector
+from dataflex.signals.cache import SignalCache
+from dataflex.signals.model_access import Corpus
+from dataflex.signals.store import ArrayStore
+from dataflex.testing import FakeSignals, example_context
+from tests.signals import tiny
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+my_signal = pytest.importorskip("my_signal")
+sys.path.remove(str(EXAMPLES))
+
+ROWS = np.arange(15)
+
+
+@pytest.fixture
+def rows():
+    return tiny.make_rows(15)
+
+
+def runner(rows, model=None, **options):
+    return tiny.asking(model or tiny.llama(), Corpus(dataset=rows, lengths=rows.lengths, identity="pool"), **options)
+
+
+@torch.no_grad()
+def test_values_equal_one_row_at_a_time(rows):
+    model = tiny.llama().eval()
+    found = runner(rows, model)(my_signal.GuessedTokens(top=2), ROWS)
+    for row, value in zip(rows.rows, found, strict=True):
+        best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].topk(2).indices
+        hits = [label in best[place - 1] for place, label in enumerate(row["labels"]) if place and label != -100]
+        assert value == pytest.approx(np.mean(hits)) if hits else np.isnan(value)
+
+
+def test_the_store_gives_values_again_without_a_pass(rows, tmp_path, monkeypatch):
+    def stored():
+        return runner(rows, cache=SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: "model"))
+
+    first = stored()(my_signal.GuessedTokens(), ROWS)
+    other = stored()(my_signal.GuessedTokens(top=3), ROWS)
+    assert not np.array_equal(first, other, equal_nan=True)
+    monkeypatch.setattr(my_signal.GuessedTokens, "open", lambda *_: pytest.fail("a pass was run again"))
+    np.testing.assert_array_equal(stored()(my_signal.GuessedTokens(), ROWS), first)
+
+
+def test_its_selector_keeps_rows_that_are_seldom_guessed():
+    signals = FakeSignals(np.ones(4), values={my_signal.GuessedTokens: [0.9, np.nan, 0.1, 0.5]})
+    selection = my_signal.SeldomGuessed(my_signal.SeldomGuessed.Params()).select(
+        np.arange(4), 2, example_context({"a": 4}, signals=signals)
+    )
+    assert selection.rows.tolist() == [2, 3]
+    assert signals.asked == {"logits"}
+
+
+def test_few_frames_lie_between_a_selector_and_the_model(rows):
+    """The way of a question can be read: from ``select`` to the model's forward at most 8 frames of ours."""
+    model, depths = tiny.llama(), []
+
+    def count(*_args):
+        frame, depth = sys._getframe(), 0
+        while frame is not None and frame.f_code is not test_few_frames_lie_between_a_selector_and_the_model.__code__:
+            depth += "/dataflex/" in frame.f_code.co_filename
+            frame = frame.f_back
+        depths.append(depth)
+
+    model.register_forward_pre_hook(count)
+    selector = LossSelector(LossSelector.Params())
+    selector.select(ROWS, 4, example_context({"a": 15}, signals=runner(rows, model), targets=()))
+    assert len(depths) > 1
+    assert 3 <= max(depths) <= 8
