@@ -64,17 +64,6 @@ class Tsds(Selector):
             passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
         )
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(
-            signals=frozenset({"embeddings"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={"encoder": self.params.encoder},
-            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
-        )
-
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_search(params.search)
