@@ -216,13 +216,10 @@ class LossSelector(ScoringSelector):
 
 
 def window(num_rows: int, progress: float, size: float, steepness: float) -> tuple[int, int]:
-    """Return the first rank of the window and the one past its last; fractions are cut, not rounded.
+    """Return the first rank of the window over N ranked rows and the one past its last; fractions are cut, not rounded.
 
-    Args:
-        num_rows: Ranked rows N.
-        progress: Share of the updates behind us, 0 at the first and 1 at the last.
-        size: Length of the window as a share of the rows.
-        steepness: Slope of the sigmoid.
+    ``progress`` is the share of the updates behind us, 0 at the first and 1 at the last; ``size`` the length of the
+    window as a share of the rows; ``steepness`` the slope of the sigmoid.
     """
     place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
     start = int(place * (1.0 - size) * num_rows)
@@ -323,11 +320,7 @@ class DeltaLoss(ScoringSelector):
         return {"decisions": self._decisions, "first": self._first.copy()} if self._decisions else {}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"decisions", "first"}:
             raise ValueError(f"delta_loss keeps decisions and first, but was given {sorted(state)}")
         self._decisions = int(state["decisions"]) if state else 0
@@ -427,11 +420,7 @@ class RhoLoss(ScoringSelector):
         return {"irreducible": self._irreducible.copy(), "known": self._known.copy()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"irreducible", "known"}:
             raise ValueError(f"rho_loss keeps irreducible and known, but was given {sorted(state)}")
         self._irreducible = np.array(state["irreducible"] if state else [], dtype=np.float32)

@@ -173,11 +173,7 @@ class S2l(Selector):
         return {"points": self._points.copy()} if self._points.shape[1] else {}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"points"}:
             raise ValueError(f"s2l keeps points, but was given {sorted(state)}")
         self._points = np.array(state["points"] if state else np.zeros((0, 0)), dtype=np.float32)

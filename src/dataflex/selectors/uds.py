@@ -120,11 +120,7 @@ class Uds(ScoringSelector):
         return {} if self._queue is None else {"queue": self._queue.copy()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"queue"}:
             raise ValueError(f"uds keeps a queue, but was given {sorted(state)}")
         self._queue = np.array(state["queue"], dtype=np.float32) if state else None
