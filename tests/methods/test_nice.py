@@ -192,7 +192,7 @@ def test_a_task_of_equal_rewards_is_left_out_with_a_warning(value, caplog):
     assert "without a signal: flat" in chosen.reason
     (asked,) = [call.options["responses"] for call in signals.calls if "responses" in call.options]
     assert list(asked) == ["good"]
-    assert [record.getMessage()[:70] for record in caplog.records] == [
+    assert [record.getMessage()[:72] for record in caplog.records] == [
         "nice: all responses to each prompt of target flat have the same reward ("
     ]
 
