@@ -83,7 +83,8 @@ def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     Args:
         default: Its default; left out: the parameter must be given.
         help: One line.
-        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), and marks such as ``model``.
+        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (a regular
+            expression), and marks such as ``model``.
     """
     return field(default=default, metadata={"help": help, **limits})
 
