@@ -154,7 +154,7 @@ def _methods(options: argparse.Namespace) -> str:
 
 
 def _score(options: argparse.Namespace) -> str | int:
-    from dataflex.commands.score import score
+    from dataflex.commands.offline import score
 
     return score(
         options.data,
@@ -169,7 +169,7 @@ def _score(options: argparse.Namespace) -> str | int:
 
 
 def _select(options: argparse.Namespace) -> str:
-    from dataflex.commands.select import select
+    from dataflex.commands.offline import select
 
     return select(
         options.scores,

@@ -16,7 +16,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,7 @@ __all__ = [
     "saved_form",
     "verify_directory",
     "write_directory",
+    "write_json",
 ]
 
 State = dict[str, Any]
@@ -249,6 +250,16 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        DataError: The place cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(json.dumps(body, indent=1).encode() + b"\n")
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:

@@ -11,7 +11,7 @@ from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
 from dataflex.commands.mix import MIX_STEPS
 from dataflex.config.build import user_keys
-from dataflex.record.plots import PLOTS
+from dataflex.record.report import PLOTS
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose
 
 

@@ -11,8 +11,7 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.mixing import fit as fitting
 from dataflex.mixing.fit import fit_losses, read_fit, spearman, write_fit
 from dataflex.mixing.propose import propose
-from dataflex.mixing.swarm import sample_swarm, settings_of
-from dataflex.mixing.tables import Table
+from dataflex.mixing.swarm import Table, sample_swarm, settings_of
 
 
 @pytest.fixture(autouse=True)

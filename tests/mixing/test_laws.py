@@ -24,8 +24,7 @@ from dataflex.mixing.fit import (
     warnings_of,
     write_fit,
 )
-from dataflex.mixing.swarm import SwarmSettings, sample_swarm
-from dataflex.mixing.tables import Table
+from dataflex.mixing.swarm import SwarmSettings, Table, sample_swarm
 
 
 def slow_law(c, k, t, r):

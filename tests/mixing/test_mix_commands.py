@@ -18,8 +18,7 @@ from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.mixing import fit as fit_module
 from dataflex.mixing.fit import predict
-from dataflex.mixing.swarm import read_swarm
-from dataflex.mixing.tables import losses_of_run, read_table
+from dataflex.mixing.swarm import losses_of_run, read_swarm, read_table
 from dataflex.plan.proportions import read_proportions
 from tests.config.conftest import _plain_environment, add_column, config, project
 from tests.docs.pages import EXAMPLES

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataError
-from dataflex.mixing import chameleon
-from dataflex.mixing.mixmin import (
+from dataflex.mixing.models import (
+    PURPOSES,
+    centred_kernel,
     check_matrix,
+    leverage,
+    leverage_weights,
     objective,
     read_embeddings,
     read_matrix,
@@ -102,10 +105,10 @@ def test_chameleon_golden_values():
     kernel = np.diag([1.0, 3.0])
     raw = [1 / (1 + 20), 3 / (3 + 20)]
     assert raw == pytest.approx([0.047619, 0.130435], abs=1e-6)
-    scores = chameleon.leverage(kernel)
+    scores = leverage(kernel)
     assert scores == pytest.approx([0.267442, 0.732558], abs=1e-6)
-    assert chameleon.weights(scores, "pretraining") == pytest.approx([0.616522, 0.383478], abs=1e-6)
-    assert chameleon.weights(scores, "finetuning") == pytest.approx([0.089026, 0.910974], abs=1e-6)
+    assert leverage_weights(scores, "pretraining") == pytest.approx([0.616522, 0.383478], abs=1e-6)
+    assert leverage_weights(scores, "finetuning") == pytest.approx([0.089026, 0.910974], abs=1e-6)
 
 
 def test_chameleon_scores_are_the_ridge_formula_written_out():
@@ -113,32 +116,32 @@ def test_chameleon_scores_are_the_ridge_formula_written_out():
     means = rng.normal(size=(4, 6)) * 5
     centred = means - means.mean(axis=0)
     kernel = np.array([[float(a @ b) for b in centred] for a in centred])
-    np.testing.assert_allclose(chameleon.gram(means), kernel, atol=1e-12)
+    np.testing.assert_allclose(centred_kernel(means), kernel, atol=1e-12)
     hat = kernel @ np.linalg.inv(kernel + 10 * 4 * np.eye(4))
-    np.testing.assert_allclose(chameleon.leverage(kernel), np.diag(hat) / np.trace(hat), atol=1e-12)
-    np.testing.assert_allclose(chameleon.gram(means + 100.0), kernel, atol=1e-9)  # centring takes what all share
+    np.testing.assert_allclose(leverage(kernel), np.diag(hat) / np.trace(hat), atol=1e-12)
+    np.testing.assert_allclose(centred_kernel(means + 100.0), kernel, atol=1e-9)  # centring takes what all share
 
 
 def test_chameleon_weighs_the_odd_one_up_for_finetuning_and_down_for_pretraining():
     means = np.array([[1.0, 0.0, 0.2], [0.9, 0.1, 0.0], [1.1, -0.1, 0.1], [0.0, 9.0, 0.0]])
-    scores = chameleon.leverage(chameleon.gram(means))
+    scores = leverage(centred_kernel(means))
     assert scores.argmax() == 3
-    assert chameleon.weights(scores, "finetuning").argmax() == 3
-    assert chameleon.weights(scores, "pretraining").argmin() == 3
-    for purpose in chameleon.PURPOSES:
-        assert chameleon.weights(scores, purpose).sum() == pytest.approx(1)
+    assert leverage_weights(scores, "finetuning").argmax() == 3
+    assert leverage_weights(scores, "pretraining").argmin() == 3
+    for purpose in PURPOSES:
+        assert leverage_weights(scores, purpose).sum() == pytest.approx(1)
 
 
 def test_chameleon_refuses_domains_that_nothing_tells_apart():
     with pytest.raises(DataError, match="all alike"):
-        chameleon.leverage(chameleon.gram(np.ones((3, 4))))
+        leverage(centred_kernel(np.ones((3, 4))))
     means = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])  # the third is the mean of all
-    scores = chameleon.leverage(chameleon.gram(means))
+    scores = leverage(centred_kernel(means))
     with pytest.raises(DataError, match="domain noise is the mean of all domains"):
-        chameleon.weights(scores, "pretraining", ("a", "b", "noise"))
-    assert np.isfinite(chameleon.weights(scores, "finetuning")).all()
+        leverage_weights(scores, "pretraining", ("a", "b", "noise"))
+    assert np.isfinite(leverage_weights(scores, "finetuning")).all()
     with pytest.raises(DataError, match="finite and square"):
-        chameleon.leverage(np.array([[np.nan, 0.0], [0.0, 1.0]]))
+        leverage(np.array([[np.nan, 0.0], [0.0, 1.0]]))
 
 
 # ---------------------------------------------------------------- files

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from dataflex.cli import main
-from dataflex.mixing.swarm import read_swarm
-from dataflex.mixing.tables import losses_of_run
+from dataflex.mixing.swarm import losses_of_run, read_swarm
 from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
 from tests.integration.conftest import base_settings
@@ -116,7 +115,7 @@ def test_log_likelihoods_are_those_of_each_token_in_turn(two_models):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dataflex.mixing.proxies import log_likelihoods
+    from dataflex.mixing.models import log_likelihoods
 
     found, lengths = log_likelihoods(two_models, TEXTS, piece_tokens=4, batch_size=3)
     tokenizer = AutoTokenizer.from_pretrained(two_models["web"])
@@ -141,7 +140,7 @@ def test_mean_states_are_those_of_the_middle_layer(two_models):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from dataflex.mixing.proxies import mean_states
+    from dataflex.mixing.models import mean_states
 
     found = mean_states(two_models["code"], TEXTS, most_tokens=5, batch_size=3)
     model = AutoModel.from_pretrained(two_models["code"], dtype=torch.float32).eval()

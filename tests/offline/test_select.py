@@ -10,8 +10,8 @@ import pytest
 
 from dataflex.cli import main
 from dataflex.errors import ConfigError
-from dataflex.offline.chosen import Budget
 from dataflex.offline.files import FileRecord
+from dataflex.offline.subset import Budget
 from dataflex.offline.table import ScoreTable, read_scores, write_scores
 
 

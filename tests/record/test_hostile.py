@@ -10,7 +10,6 @@ import pytest
 
 from dataflex.cli import main
 from dataflex.errors import DataFlexError
-from dataflex.record import plots
 from dataflex.record.read import load_plan, read_events, read_weights
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
@@ -116,7 +115,7 @@ def test_mutated_records_have_a_report_or_are_refused(tmp_path, records, monkeyp
         told = rng.choice([json.dumps(weights).encode(), json.dumps(mutate(rng, weights)).encode(), *RAW])
         (folder / "weights.json").write_bytes(told)
         if number:
-            monkeypatch.setattr(plots, "png", lambda figure: b"\x89PNG")
+            monkeypatch.setattr("dataflex.record.report.png", lambda figure: b"\x89PNG")
         try:
             text = report(folder.parent)
         except DataFlexError:

@@ -19,8 +19,7 @@ from dataflex.errors import DataError
 from dataflex.plan.schedule import Interval
 from dataflex.printable import plain
 from dataflex.record.read import load_plan, read_events
-from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.record.values import scores_of, summarize_scores
+from dataflex.record.recorder import NullRecorder, RunRecorder, scores_of, summarize_scores
 from dataflex.state import replacing
 from tests.record.synthetic import MIXTURE, SELECTION, Plan, simulate, started, tick
 

@@ -12,10 +12,18 @@ import pytest
 
 from dataflex.errors import ConfigError
 from dataflex.rewards.base import Candidate, graded
-from dataflex.rewards.build import build_reward, exact_match, f1, metric, normalized
-from dataflex.rewards.command import CommandReward
-from dataflex.rewards.function import FunctionReward, load_function
-from dataflex.rewards.judge import Judge, JudgeConfig
+from dataflex.rewards.build import (
+    CommandReward,
+    FunctionReward,
+    Judge,
+    JudgeConfig,
+    build_reward,
+    exact_match,
+    f1,
+    load_function,
+    metric,
+    normalized,
+)
 from tests.signals.test_endpoint import Server
 
 

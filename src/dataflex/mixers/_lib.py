@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.method import Context, Mix, Mixer
+from dataflex.method import Context, Mix, Mixer, param
 from dataflex.method import Params as BaseParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
@@ -79,12 +79,12 @@ def held_out_losses(ctx: Context) -> Floats:
 
 def eta_field(default: float, what: str = "proportions") -> Any:
     """Return the parameter ``eta`` of an exponentiated update."""
-    return field(default=default, metadata={"help": f"step size of the {what}", "above": 0.0})
+    return param(default, f"step size of the {what}", above=0.0)
 
 
 def smoothing_field(default: float, when: str = "proportions mixed in each time") -> Any:
     """Return the parameter ``smoothing`` of an exponentiated update."""
-    return field(default=default, metadata={"help": f"share of equal {when}", "minimum": 0.0, "maximum": 1.0})
+    return param(default, f"share of equal {when}", minimum=0.0, maximum=1.0)
 
 
 class LearningMixer(Mixer):
@@ -117,8 +117,8 @@ class LearningMixer(Mixer):
 class InitialParams(BaseParams):
     """Parameters that every mixer of exponentiated scores has."""
 
-    initial: tuple[float, ...] | dict[str, float] | str = field(
-        default="size", metadata={"help": "proportions at first: size, uniform, or numbers as a list or by name"}
+    initial: tuple[float, ...] | dict[str, float] | str = param(
+        "size", "proportions at first: size, uniform, or numbers as a list or by name"
     )
 
     def __post_init__(self) -> None:

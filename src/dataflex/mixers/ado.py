@@ -7,14 +7,14 @@ configuration starts at 500 and leaves out 1000 steps, so that its first law, at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Mix, Requires
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats
@@ -132,28 +132,15 @@ class Ado(LearningMixer):
     class Params(BaseParams):
         """Parameters of ADO."""
 
-        start_step: int = field(
-            default=1000,
-            metadata={
-                "help": "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)",
-                "minimum": 101,
-            },
+        start_step: int = param(
+            1000, "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)", minimum=101
         )
-        ignore_steps: int = field(
-            default=500, metadata={"help": "optimizer steps at the beginning that fits leave out", "minimum": 0}
-        )
-        fit_steps: int = field(default=1000, metadata={"help": "optimizer steps between fits", "minimum": 1})
-        prior_share: float = field(
-            default=0.9,
-            metadata={"help": "weight of the average of past preferences", "minimum": 0.0, "maximum": 1.0},
-        )
-        credit_exponent: float = field(
-            default=0.5, metadata={"help": "exponent of a domain's share in recent batches", "minimum": 0.0}
-        )
-        floor: float = field(
-            default=0.01, metadata={"help": "least preference of a domain", "minimum": 0.0, "maximum": 0.5}
-        )
-        least_e: float = field(default=0.5, metadata={"help": "least log of a domain's irreducible loss, in log nats"})
+        ignore_steps: int = param(500, "optimizer steps at the beginning that fits leave out", minimum=0)
+        fit_steps: int = param(1000, "optimizer steps between fits", minimum=1)
+        prior_share: float = param(0.9, "weight of the average of past preferences", minimum=0.0, maximum=1.0)
+        credit_exponent: float = param(0.5, "exponent of a domain's share in recent batches", minimum=0.0)
+        floor: float = param(0.01, "least preference of a domain", minimum=0.0, maximum=0.5)
+        least_e: float = param(0.5, "least log of a domain's irreducible loss, in log nats")
 
         def __post_init__(self) -> None:
             if self.start_step < self.ignore_steps + 101:

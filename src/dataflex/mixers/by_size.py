@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Mixer
+from dataflex.method import Card, Context, Mix, Mixer, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import sizes
 from dataflex.plan.domains import Floats
@@ -51,12 +51,9 @@ class UniMax(Mixer):
     class Params(BaseParams):
         """Parameters of UniMax."""
 
-        max_epochs: float = field(
-            default=4.0, metadata={"help": "most epochs of any domain over the whole run", "above": 0.0}
-        )
-        overflow: Literal["error", "repeat"] = field(
-            default="error",
-            metadata={"help": "when the run is longer than max_epochs of all data: refuse, or repeat all alike"},
+        max_epochs: float = param(4.0, "most epochs of any domain over the whole run", above=0.0)
+        overflow: Literal["error", "repeat"] = param(
+            "error", "when the run is longer than max_epochs of all data: refuse, or repeat all alike"
         )
 
     params: Params
@@ -131,10 +128,7 @@ class Temperature(Mixer):
     class Params(BaseParams):
         """Parameters of the temperature mixer."""
 
-        tau: float = field(
-            default=2.0,
-            metadata={"help": "1 is by size, .inf equal shares; mBERT 1.43, XLM 2, XLM-R and mT5 3.33", "above": 0.0},
-        )
+        tau: float = param(2.0, "1 is by size, .inf equal shares; mBERT 1.43, XLM 2, XLM-R and mT5 3.33", above=0.0)
 
     params: Params
 

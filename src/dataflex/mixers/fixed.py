@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from dataflex.errors import CheckpointError
-from dataflex.method import Card, Context, Mix, Mixer, Requires, State
+from dataflex.method import Card, Context, Mix, Mixer, Requires, State, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import equal, sizes
 from dataflex.plan.domains import Floats
@@ -27,12 +27,9 @@ class Stage:
         proportions: One number per domain, as a list or by name; divided by their sum.
     """
 
-    start_step: int = field(metadata={"help": "first optimizer step of the stage, counted from 0", "minimum": 0})
-    proportions: tuple[float, ...] | dict[str, float] = field(
-        metadata={
-            "help": "one number per domain, as a list in their order or by name, divided by their sum",
-            "minimum": 0.0,
-        }
+    start_step: int = param(help="first optimizer step of the stage, counted from 0", minimum=0)
+    proportions: tuple[float, ...] | dict[str, float] = param(
+        help="one number per domain, as a list in their order or by name, divided by their sum", minimum=0.0
     )
 
     def __post_init__(self) -> None:
@@ -72,12 +69,9 @@ class Staged(Mixer):
     class Params(BaseParams):
         """Parameters of the staged mixer."""
 
-        stages: tuple[Stage, ...] = field(
-            metadata={"help": "[{start_step: 0, proportions: [...]}, ...], steps rising from 0"}
-        )
-        interpolation: Literal["step", "linear"] = field(
-            default="step",
-            metadata={"help": "step: keep a stage's proportions until the next; linear: go straight to the next one's"},
+        stages: tuple[Stage, ...] = param(help="[{start_step: 0, proportions: [...]}, ...], steps rising from 0")
+        interpolation: Literal["step", "linear"] = param(
+            "step", "step: keep a stage's proportions until the next; linear: go straight to the next one's"
         )
 
         def __post_init__(self) -> None:
@@ -132,18 +126,13 @@ class Static(Mixer):
     class Params(BaseParams):
         """Parameters of the static mixer: one of the two."""
 
-        proportions: tuple[float, ...] | dict[str, float] | None = field(
-            default=None,
-            metadata={
-                "help": "one number per domain, as a list in their order or by name, divided by their sum; "
-                "for equal shares use the uniform mixer",
-                "minimum": 0.0,
-            },
+        proportions: tuple[float, ...] | dict[str, float] | None = param(
+            None,
+            "one number per domain, as a list in their order or by name, divided by their sum; "
+            "for equal shares use the uniform mixer",
+            minimum=0.0,
         )
-        from_file: str | None = field(
-            default=None,
-            metadata={"key": "from", "help": "instead of them, a proportions file that 'dataflex mix' wrote"},
-        )
+        from_file: str | None = param(None, "instead of them, a proportions file that 'dataflex mix' wrote", key="from")
 
         def __post_init__(self) -> None:
             if (self.proportions is None) == (self.from_file is None):
@@ -218,14 +207,10 @@ class RandomShares(Mixer):
     class Params(BaseParams):
         """Parameters of random proportions."""
 
-        concentration: float = field(
-            default=1.0,
-            metadata={
-                "help": "mean of the Dirichlet parameters: 1 draws widely, large stays near the centre",
-                "above": 0.0,
-            },
+        concentration: float = param(
+            1.0, "mean of the Dirichlet parameters: 1 draws widely, large stays near the centre", above=0.0
         )
-        around: str = field(default="uniform", metadata={"help": "centre of the draws", "choices": ("uniform", "size")})
+        around: str = param("uniform", "centre of the draws", choices=("uniform", "size"))
 
     params: Params
 

@@ -7,13 +7,13 @@ one step it is the paper's; ``updates`` lets a decision count for as many of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Mix, Requires
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
@@ -87,9 +87,7 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
 class _GradientParams(GradientOptions, InitialParams):
     """Parameters of the family."""
 
-    rows_per_domain: int = field(
-        default=8, metadata={"help": "rows drawn of each domain to estimate its gradient", "minimum": 2}
-    )
+    rows_per_domain: int = param(8, "rows drawn of each domain to estimate its gradient", minimum=2)
 
 
 class _GradientMixer(ExponentiatedMixer):
@@ -129,27 +127,15 @@ class Doge(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of DoGE."""
 
-        initial: tuple[float, ...] | dict[str, float] | str = field(
-            default="uniform",
-            metadata={
-                "help": "proportions at first: uniform as published, size, or numbers as a list or by name",
-            },
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: uniform as published, size, or numbers as a list or by name"
         )
-        updates: int = field(
-            default=1,
-            metadata={
-                "help": "updates of the paper, which makes one in every step, that a decision counts for",
-                "minimum": 1,
-            },
+        updates: int = param(
+            1, "updates of the paper, which makes one in every step, that a decision counts for", minimum=1
         )
-        mu: float = field(
-            default=0.05,
-            metadata={"help": "softness of the update: small is nearly one-hot after few steps", "above": 0.0},
-        )
+        mu: float = param(0.05, "softness of the update: small is nearly one-hot after few steps", above=0.0)
         smoothing: float = smoothing_field(0.0)
-        average: bool = field(
-            default=True, metadata={"help": "whether to serve the mean of all proportions so far instead of the last"}
-        )
+        average: bool = param(True, "whether to serve the mean of all proportions so far instead of the last")
 
     params: Params
 
@@ -204,10 +190,7 @@ class Dga(_GradientMixer):
         """Parameters of DGA."""
 
         eta: float = eta_field(1.0)
-        memory: float = field(
-            default=0.9,
-            metadata={"help": "weight of the past in the proportions served", "minimum": 0.0, "maximum": 1.0},
-        )
+        memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
 
@@ -261,8 +244,8 @@ class Pike(_GradientMixer):
     class Params(_GradientParams):
         """Parameters of PiKE."""
 
-        zeta1: float = field(default=0.1, metadata={"help": "weight of the squared gradient norm", "minimum": 0.0})
-        zeta2: float = field(default=0.2, metadata={"help": "weight of the gradient variance", "minimum": 0.0})
+        zeta1: float = param(0.1, "weight of the squared gradient norm", minimum=0.0)
+        zeta2: float = param(0.2, "weight of the gradient variance", minimum=0.0)
 
     params: Params
 

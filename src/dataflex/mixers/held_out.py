@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires
+from dataflex.method import Card, Context, Passes, Requires, param
 from dataflex.mixers._lib import (
     ExponentiatedMixer,
     InitialParams,
@@ -28,11 +28,8 @@ __all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
 class _TargetLossParams(InitialParams):
     """Parameters of both."""
 
-    target_losses: tuple[float, ...] | dict[str, float] = field(
-        metadata={
-            "help": "held-out loss that each domain should reach, nats per token, as a list or by name",
-            "minimum": 0.0,
-        }
+    target_losses: tuple[float, ...] | dict[str, float] = param(
+        help="held-out loss that each domain should reach, nats per token, as a list or by name", minimum=0.0
     )
 
 
@@ -74,9 +71,8 @@ class Sheared(_TargetLossMixer):
 
         eta: float = eta_field(1.0)
         smoothing: float = smoothing_field(1e-4)
-        clip: bool = field(
-            default=False,
-            metadata={"help": "whether a domain below its target counts as at it (the paper; the authors' code: no)"},
+        clip: bool = param(
+            False, "whether a domain below its target counts as at it (the paper; the authors' code: no)"
         )
 
     params: Params
@@ -164,16 +160,14 @@ class DynamicMoe(ExponentiatedMixer):
     class Params(InitialParams):
         """Parameters of dynamic mixing for mixture-of-experts models."""
 
-        initial: tuple[float, ...] | dict[str, float] | str = field(
-            default="uniform", metadata={"help": "proportions at first: size, uniform, or numbers as a list or by name"}
+        initial: tuple[float, ...] | dict[str, float] | str = param(
+            "uniform", "proportions at first: size, uniform, or numbers as a list or by name"
         )
         eta: float = eta_field(10.0)
         smoothing: float = smoothing_field(0.05)
-        distance: Literal["l2", "cosine"] = field(
-            default="l2", metadata={"help": "how the loads of two domains are compared"}
-        )
-        layers: Literal["last", "all"] = field(
-            default="last", metadata={"help": "the last MoE layer, as in the paper, or the mean over all of them"}
+        distance: Literal["l2", "cosine"] = param("l2", "how the loads of two domains are compared")
+        layers: Literal["last", "all"] = param(
+            "last", "the last MoE layer, as in the paper, or the mean over all of them"
         )
 
     params: Params

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires
+from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, equal, eta_field, smoothing_field
 from dataflex.plan.domains import DomainStats, Floats
@@ -39,8 +39,8 @@ __all__ = ["DoReMi", "GroupDro", "Trajectory", "corrected", "vocabulary_size"]
 class _SamplingParams(BaseParams):
     """Parameters of both."""
 
-    sampling: tuple[float, ...] | dict[str, float] | None = field(
-        default=None, metadata={"help": "proportions in which domains are served; null: equal shares", "minimum": 0.0}
+    sampling: tuple[float, ...] | dict[str, float] | None = param(
+        None, "proportions in which domains are served; null: equal shares", minimum=0.0
     )
 
     def __post_init__(self) -> None:
@@ -219,18 +219,16 @@ class DoReMi(_LossWeighter):
     class Params(_SamplingParams, ReferenceParams):
         """Parameters of the proxy run."""
 
-        variant: Literal["repo", "paper", "levanter"] = field(
-            default="repo", metadata={"help": "the authors' code, the paper's text, or Levanter's implementation"}
+        variant: Literal["repo", "paper", "levanter"] = param(
+            "repo", "the authors' code, the paper's text, or Levanter's implementation"
         )
-        normalizer: Literal["weight_sum", "domain"] | None = field(
-            default=None,
-            metadata={"help": "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"},
+        normalizer: Literal["weight_sum", "domain"] | None = param(
+            None, "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"
         )
         eta: float = eta_field(1.0, "weights")
         smoothing: float = smoothing_field(1e-3, _WHEN)
-        initial_score: float | None = field(
-            default=None,
-            metadata={"help": "score of a domain not yet seen, nats; null: ln(vocabulary)", "minimum": 0.0},
+        initial_score: float | None = param(
+            None, "score of a domain not yet seen, nats; null: ln(vocabulary)", minimum=0.0
         )
 
     params: Params
@@ -352,10 +350,7 @@ class GroupDro(_LossWeighter):
         """Parameters of Group DRO."""
 
         eta: float = eta_field(0.01, "weights")
-        adjustment: float = field(
-            default=0.0,
-            metadata={"help": "C of the adjustment C / sqrt(rows of the domain), in nats", "minimum": 0.0},
-        )
+        adjustment: float = param(0.0, "C of the adjustment C / sqrt(rows of the domain), in nats", minimum=0.0)
         smoothing: float = smoothing_field(0.0, _WHEN)
 
     params: Params

@@ -10,13 +10,13 @@ or more whose losses lie within a nat. What moves far is the published bandit, o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Requires
+from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats, Floats
@@ -66,21 +66,13 @@ class Odm(LearningMixer):
     class Params(BaseParams):
         """Parameters of ODM."""
 
-        variant: Literal["full_information", "paper", "official", "exp3"] = field(
-            default="full_information",
-            metadata={
-                "help": "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
-                "paper, official (the authors' code), exp3"
-            },
+        variant: Literal["full_information", "paper", "official", "exp3"] = param(
+            "full_information",
+            "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
+            "paper, official (the authors' code), exp3",
         )
-        smoothing: float = field(
-            default=0.9,
-            metadata={"help": "weight of the past in the average reward", "minimum": 0.0, "maximum": 1.0},
-        )
-        floor: float = field(
-            default=0.0,
-            metadata={"help": "least proportion of any domain, beside the exploration that fades", "minimum": 0.0},
-        )
+        smoothing: float = param(0.9, "weight of the past in the average reward", minimum=0.0, maximum=1.0)
+        floor: float = param(0.0, "least proportion of any domain, beside the exploration that fades", minimum=0.0)
 
     params: Params
 

@@ -6,13 +6,13 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Mix, Passes, Requires
+from dataflex.method import Card, Context, Mix, Passes, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import LearningMixer, check_targets, eta_field, held_out_losses
 from dataflex.plan.domains import Floats
@@ -37,11 +37,11 @@ class SkillIt(LearningMixer):
     class Params(BaseParams):
         """Parameters of Skill-it."""
 
-        graph: tuple[tuple[float, ...], ...] = field(
-            metadata={"help": "K rows of K numbers: in row i, column j, how much training on i helps j"}
+        graph: tuple[tuple[float, ...], ...] = param(
+            help="K rows of K numbers: in row i, column j, how much training on i helps j"
         )
         eta: float = eta_field(0.2)
-        window: int = field(default=3, metadata={"help": "decisions whose losses are added up", "minimum": 1})
+        window: int = param(3, "decisions whose losses are added up", minimum=1)
 
         def __post_init__(self) -> None:
             sizes = {len(row) for row in self.graph}
@@ -132,22 +132,15 @@ class Aioli(LearningMixer):
     class Params(BaseParams):
         """Parameters of Aioli. One probe takes one interval."""
 
-        focus: float = field(
-            default=0.75, metadata={"help": "share of the domain that is probed", "above": 0.0, "maximum": 1.0}
-        )
-        sweeps: int = field(default=1, metadata={"help": "times that every domain is probed in a round", "minimum": 1})
-        hold: int = field(
-            default=8, metadata={"help": "intervals that the learned proportions are served in a round", "minimum": 1}
-        )
+        focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
+        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
+        hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
         eta: float = eta_field(0.2)
-        ema: float | None = field(
-            default=None,
-            metadata={
-                "help": "weight of the past in the average of A, proportions made from equal ones; null: the last "
-                "move on",
-                "minimum": 0.0,
-                "maximum": 1.0,
-            },
+        ema: float | None = param(
+            None,
+            "weight of the past in the average of A, proportions made from equal ones; null: the last move on",
+            minimum=0.0,
+            maximum=1.0,
         )
 
     params: Params

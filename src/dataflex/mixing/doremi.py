@@ -28,7 +28,7 @@ from dataflex.config.methods import method_block
 from dataflex.config.show import as_yaml
 from dataflex.config.split import resolve, split
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.tables import finished as record_finished
+from dataflex.mixing.swarm import finished as record_finished
 from dataflex.plan.proportions import (
     ProportionsFile,
     digest_of,
@@ -39,7 +39,7 @@ from dataflex.plan.proportions import (
 )
 from dataflex.printable import redacted, without_secrets
 from dataflex.record.text import table
-from dataflex.state import replacing
+from dataflex.state import replacing, write_json
 
 __all__ = ["CHANGE", "DoremiPlan", "Round", "Settings", "Steps", "make_plan", "run_finished", "table_of"]
 
@@ -306,8 +306,7 @@ def _write(plan: DoremiPlan, configs: Mapping[Path, dict[str, Any]]) -> None:
     except OSError as error:
         raise ConfigError(f"--out: {plan.folder} cannot be written: {error.strerror or error}") from error
     record = {"format": _FORMAT, "config_digest": plan.config_digest, **dataclasses.asdict(plan.settings)}
-    with replacing(plan.folder / _RECORD) as file:
-        file.write(json.dumps(redacted(record), indent=1).encode() + b"\n")
+    write_json(plan.folder / _RECORD, redacted(record))
 
 
 def table_of(content: ProportionsFile) -> list[str]:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.tables import Table
+from dataflex.mixing.swarm import Table
 from dataflex.printable import plain, redacted
 from dataflex.rng import stream
-from dataflex.state import replacing
+from dataflex.state import replacing, write_json
 
 __all__ = [
     "FIT",
@@ -414,8 +414,7 @@ def write_fit(folder: Path, fit: Fit) -> Path:
         "runs": list(fit.runs),
         "provenance": fit.provenance,
     }
-    with replacing(folder / FIT) as file:
-        file.write(json.dumps(redacted(plain(body)), indent=1).encode() + b"\n")
+    write_json(folder / FIT, redacted(plain(body)))
     return folder / FIT
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
-from dataflex.state import replacing
+from dataflex.state import write_json
 
 __all__ = [
     "COLLAPSED_ABOVE",
@@ -98,8 +98,7 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
         "provenance": redacted(plain(content.provenance)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(body, indent=1).encode() + b"\n")
+    write_json(path, body)
     return path
 
 

@@ -6,19 +6,395 @@ report can be renewed while somebody looks at it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dataflex.errors import DataError
 from dataflex.printable import printable
-from dataflex.record.digest import Event, digest
-from dataflex.record.plots import PLOTS, draw
+from dataflex.record.digest import Event, Run, digest, domain_groups, domain_shares, running_mean
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
-from dataflex.record.summary import mixer_of, summary
+from dataflex.record.summary import methods, mixer_of, summary
+from dataflex.record.text import cut, duration, number, percent
 from dataflex.state import replacing
 
-__all__ = ["report"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "COLOURS",
+    "DARK",
+    "GREY",
+    "PLOTS",
+    "corners",
+    "draw",
+    "headline",
+    "legend",
+    "new_figure",
+    "percent_axis",
+    "png",
+    "report",
+    "short_name",
+    "step_axis",
+    "styled",
+]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+GREY, DARK = "#BBBBBB", "#333333"
+_MARKS = 100
+_OTHER_SCRIPTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei", "Noto Sans CJK JP")
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw with our style inside the block; matplotlib's own settings are as before after it."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in installed)]
+    with matplotlib.rc_context({**_STYLE, "font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script without a font here
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """Render a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def new_figure(height: float = 4.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a figure 9 inches wide with ``rows`` axes, one above the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
+    return figure, list(axes[:, 0])
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Set the title over the whole figure, broken where the figure ends."""
+    figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def percent_axis(axis: Axis) -> None:
+    """Write the shares of an axis as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def short_name(name: str, columns: int = 22) -> str:
+    """Shorten a name for a legend or an axis."""
+    # matplotlib leaves labels that begin with an underscore out of legends.
+    return " " * name.startswith("_") + cut(name, columns)
+
+
+def legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
+    """Put the legend beside the plot, where it hides nothing."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.legend(handles=list(handles), loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+
+
+def step_axis(axes: Axes, run: Run, last: int) -> None:
+    """Make x the optimizer steps from 0 to ``last``, resumes marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for at, event in enumerate(run.resumed[-_MARKS:]):
+        axes.axvline(event["step"], color=DARK, linewidth=1, linestyle=":", label=None if at else "resumed")
+
+
+def corners(planned: Sequence[Event], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Corners of a step curve that is flat over each interval and broken where there is no value."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for event, value in zip(planned, values, strict=True):
+        if xs and xs[-1] != event["start_step"]:
+            xs.append(xs[-1])
+            ys.append(math.nan)
+        xs += [event["start_step"], event["stop_step"]]
+        ys += [math.nan if value is None else value] * 2
+    return xs, ys
+
+
+_MIXTURE_DOMAINS, _COMPOSITION_DOMAINS, _EVALS = 12, 24, 6
+_SMOOTH_FROM = 120
+_PHASES = {"training": COLOURS[0], "evaluation": COLOURS[3], "checkpoint": COLOURS[2], "other": GREY}
+_DECIDING = (COLOURS[5], COLOURS[1], COLOURS[6], COLOURS[4])
+
+
+def draw(run: Run) -> dict[str, bytes]:
+    """Draw every picture that the record has data for; file name -> PNG."""
+    drawn = {}
+    with styled():
+        for name, plot in PLOTS.items():
+            figure = plot(run)
+            if figure is not None:
+                drawn[name] = png(figure)
+    return drawn
+
+
+def _train_curve(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
+    if len(values) < _SMOOTH_FROM:
+        axes.plot(steps, values, color=COLOURS[0], linewidth=1.6, label="train")
+        return
+    axes.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.3, label="train")
+    axes.plot(
+        steps, running_mean(values, len(values) // 60), color=COLOURS[0], linewidth=1.8, label="train, running mean"
+    )
+
+
+def _loss(run: Run) -> Figure | None:
+    train = run.train_loss()
+    evals = [(key, curve) for key, curve in run.metrics().items() if key.endswith("loss")][:_EVALS]
+    if not train and not evals:
+        return None
+    figure, (axes,) = new_figure()
+    told = []
+    for at, event in enumerate(event for event in run.planned if event["kind"] == "warmup"):
+        span = (event["start_step"], event["stop_step"])
+        axes.axvspan(*span, color="#EFEFEF", label=None if at else "warm-up", zorder=0)
+    if train:
+        steps, values = zip(*train, strict=True)
+        _train_curve(axes, steps, values)
+        told.append(f"Training loss {number(values[0], 3)} -> {number(values[-1], 3)}")
+    if run.plain_loss():
+        steps, values = zip(*run.plain_loss(), strict=True)
+        axes.plot(steps, values, color=COLOURS[0], linewidth=1.0, linestyle=(0, (2, 2)), label="train, unweighted")
+    for at, (key, curve) in enumerate(evals):
+        steps, values = zip(*curve, strict=True)
+        name = short_name(key, 28)
+        axes.plot(
+            steps, values, color=COLOURS[(1 + at) % len(COLOURS)], marker="o", markersize=4, clip_on=False, label=name
+        )
+    if evals:
+        key, curve = evals[0]
+        best_step, best = min(curve, key=lambda point: point[1])
+        told.append(f"{cut(key, 28)} {number(curve[0][1], 3)} -> {number(curve[-1][1], 3)}")
+        told[-1] += f" (best {number(best, 3)} at step {best_step})" if best_step != curve[-1][0] else ""
+    step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+    stage = (run.started.get("config") or {}).get("stage")
+    axes.set_ylabel("loss (nats per token)" if stage in ("sft", "pt") else "loss")
+    headline(figure, "; ".join(told))
+    legend(axes)
+    return figure
+
+
+def _mixture(run: Run) -> Figure | None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    planned = [event for event in run.planned if sum((event.get("domain_counts") or {}).values())]
+    if not planned:
+        return None
+    groups = domain_groups(run, _MIXTURE_DOMAINS)
+    figure, (axes,) = new_figure()
+    xs, below = corners(planned, [0.0] * len(planned))
+    nominal_below = below
+    nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
+    handles: list[Any] = []
+    for at, (name, members) in enumerate(groups):
+        rest = at == _MIXTURE_DOMAINS
+        look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
+        look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
+        heights = corners(planned, domain_shares(planned, "domain_counts", members))[1]
+        top = [low + height for low, height in zip(below, heights, strict=True)]
+        axes.fill_between(xs, below, top, **look)
+        handles.append(Patch(label=short_name(name), **look))
+        below = top
+        nominal = corners(planned, domain_shares(planned, "proportions", members))[1]
+        nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
+        if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
+            axes.plot(xs, nominal_below, **nominal_look)
+    handles.reverse()  # the legend reads from top to bottom, as the areas lie
+    if any(event.get("proportions") for event in planned):
+        handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
+    step_axis(axes, run, planned[-1]["stop_step"])
+    handles += axes.get_legend_handles_labels()[0]
+    axes.set_ylim(0, 1)
+    percent_axis(axes.yaxis)
+    axes.set_ylabel("share of served rows")
+    headline(figure, _mixture_headline(run, planned))
+    legend(axes, handles)
+    return figure
+
+
+def _mixture_headline(run: Run, planned: Sequence[Event]) -> str:
+    if len(planned) == 1:
+        return "Served mixture of the one interval so far"
+    counts = [planned[place]["domain_counts"] for place in (0, -1)]
+    totals = [sum(rows.values()) for rows in counts]
+    ends = [
+        (name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.domains
+    ]
+    name, first, last = max(ends, key=lambda end: abs(end[2] - end[1]))
+    if abs(last - first) < 0.01:
+        return f"Served mixture: the same in the first and the last of {len(planned)} intervals"
+    told = f"{'rose' if last > first else 'fell'} from {percent(first, 0)} to {percent(last, 0)}"
+    return f"Served mixture: {cut(name, 28)} {told}"
+
+
+def _scores(run: Run) -> Figure | None:
+    scored = [event for event in run.planned if (event.get("scores") or {}).get("p50") is not None]
+    if not scored:
+        return None
+    figure, (axes,) = new_figure()
+    for low, high, colour in (("p05", "p95", "#D6E6F2"), ("p25", "p75", "#9CC4E0")):
+        xs, lows = corners(scored, [event["scores"].get(low) for event in scored])
+        highs = corners(scored, [event["scores"].get(high) for event in scored])[1]
+        name = f"pool, {int(low[1:])} % to {int(high[1:])} %"
+        axes.fill_between(xs, lows, highs, color=colour, linewidth=0.0, label=name)
+    medians = [event["scores"]["p50"] for event in scored]
+    axes.plot(*corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
+    told = f"Median score of the pool {number(medians[0], 3)} -> {number(medians[-1], 3)}"
+    served = [(event.get("served_scores") or {}).get("p50") for event in scored]
+    known = [value for value in served if value is not None]
+    if known:
+        axes.plot(*corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
+        told += f", of the rows served {number(known[0], 3)} -> {number(known[-1], 3)}"
+    step_axis(axes, run, scored[-1]["stop_step"])
+    selector = [name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "selector"]
+    axes.set_ylabel(f"score (selector {cut(selector[0], 40)})" if selector else "score")
+    headline(figure, told)
+    legend(axes)
+    return figure
+
+
+def _composition(run: Run) -> Figure | None:
+    served, pool = run.served(), run.pool
+    all_served, all_pool = sum(served.values()), sum(pool.values())
+    if not all_served or not all_pool:
+        return None
+    groups = domain_groups(run, _COMPOSITION_DOMAINS)
+    shares = [sum(served[name] for name in members) / all_served for _, members in groups]
+    fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
+    figure, (axes,) = new_figure(1.4 + 0.45 * len(groups))
+    places = list(range(len(groups)))
+    axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
+    axes.barh([place + 0.19 for place in places], fair, 0.36, color=GREY, label="pool")
+    for place, share, base in zip(places, shares, fair, strict=True):
+        text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
+        axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(places, [short_name(name, 28) for name, _ in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.22 * max(*shares, *fair))
+    percent_axis(axes.xaxis)
+    axes.set_xlabel("share of rows")
+    ratios = [
+        (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
+    ]
+    (most, most_name), (least, least_name) = max(ratios), min(ratios)
+    if most < 1.02 and least > 0.98:
+        headline(figure, "Domains are served in the proportions of the pool")
+    else:
+        headline(
+            figure, f"{most_name} is served {most:.2f} times its share of the pool, {least_name} {least:.2f} times"
+        )
+    legend(axes)
+    return figure
+
+
+def _seconds(run: Run) -> Figure | None:
+    phases = run.phase_seconds()
+    total = sum(phases.values())
+    if not total:
+        return None
+    figure, (axes,) = new_figure(2.6)
+    spare = iter(_DECIDING * len(phases))
+    left = 0.0
+    for phase, seconds in phases.items():
+        name = f"{short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
+        colour = _PHASES.get(phase) or next(spare)
+        axes.barh([0], [seconds], 0.6, left=left, color=colour, edgecolor="white", linewidth=0.8, label=name)
+        if seconds / total >= 0.08:
+            ink = "white" if phase == "training" else "black"
+            axes.annotate(percent(seconds / total, 0), (left + seconds / 2, 0), ha="center", va="center", color=ink)
+        left += seconds
+    axes.set_yticks([])
+    axes.set_xlim(0, total)
+    axes.set_xlabel("seconds")
+    spent = sum(seconds for phase, seconds in phases.items() if phase in run.deciding_phases())
+    headline(figure, f"Deciding took {percent(spent / total)} of {duration(total)}")
+    legend(axes)
+    return figure
+
+
+def _weights(run: Run) -> Figure | None:
+    curves = {key: run.weight_curve(key) for key in ("ess", "p05", "p50", "p95", "max")}
+    panels = [name for name in ("ess", "p95", "max") if curves[name]]
+    if not panels:
+        return None
+    figure, every = new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
+    for axes, name in zip(every, panels, strict=True):
+        if name == "p95":
+            _spread(axes, curves)
+        else:
+            axes.plot(*zip(*curves[name], strict=True), color=COLOURS[0 if name == "ess" else 5], linewidth=1.4)
+            axes.set_ylabel("effective sample size\n(share of sequences)" if name == "ess" else "largest weight")
+        if name == "ess":
+            percent_axis(axes.yaxis)
+        step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+        axes.label_outer()
+    means = {name: sum(value for _, value in curves[name]) / len(curves[name]) for name in panels}
+    said = [f"effective sample size {percent(means['ess'])}"] if "ess" in means else []
+    said += [f"largest weight {number(means['max'], 2)}"] if "max" in means else []
+    headline(figure, "Weights, on average: " + ", ".join(said))
+    return figure
+
+
+def _spread(axes: Axes, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw quantiles of the weights of sequences; equal weights are 1."""
+    low, high = dict(curves["p05"]), dict(curves["p95"])
+    steps = [step for step in low if step in high]
+    axes.fill_between(
+        steps,
+        [low[step] for step in steps],
+        [high[step] for step in steps],
+        color="#9CC4E0",
+        linewidth=0.0,
+        label="5 % to 95 %",
+    )
+    if curves["p50"]:
+        axes.plot(*zip(*curves["p50"], strict=True), color=COLOURS[0], linewidth=1.4, label="median")
+    axes.set_ylabel("weights of sequences\n(1 is equal)")
+    legend(axes)
+
+
+PLOTS: dict[str, Callable[[Run], Figure | None]] = {
+    "loss.png": _loss,
+    "mixture.png": _mixture,
+    "scores.png": _scores,
+    "composition.png": _composition,
+    "seconds.png": _seconds,
+    "weights.png": _weights,
+}
+"""File name -> what draws it, in the order of the report."""
+
 
 T = TypeVar("T")
 

@@ -43,16 +43,9 @@ _WINDOW = 256  # candidates of a query turned into Python numbers at a time
 
 
 def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
-    """Return the positions of the ``k`` largest scores, best first, ties by position.
+    """Return the positions of the ``k`` largest scores [n], best first, ties by position: int64 [min(k, eligible)].
 
-    Linear in the number of scores, plus sorting the chosen ones.
-
-    Args:
-        scores: Scores [n]; NaN and -inf are never chosen.
-        k: How many, >= 0.
-
-    Returns:
-        int64 [min(k, eligible)].
+    NaN and -inf are never chosen. Linear in the number of scores, plus sorting the chosen ones.
     """
     assert k >= 0, f"k is {k}"
     values = np.asarray(scores)
@@ -71,7 +64,7 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 
 
 def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sample ``k`` positions without replacement with probability proportional to exp(log_weights).
+    """Draw ``k`` positions without replacement with probability proportional to exp(log_weights).
 
     The k largest of log w_i + G_i with G = -ln(-ln U) are distributed as sequential draws without
     replacement (Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them, ICML 2019,
@@ -79,12 +72,9 @@ def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) 
 
     Args:
         log_weights: Logarithms of weights [n], any offset; -inf and NaN are never taken.
-        k: How many.
+        k: Number of positions.
         uniforms: One number in (0, 1) per position [n], best drawn by row id, so that the result
             does not depend on how rows are spread over ranks.
-
-    Returns:
-        int64 [k], in the order of the draw.
 
     Raises:
         DataError: Fewer than ``k`` positions have a weight.
@@ -127,13 +117,8 @@ def weighted_without_replacement(weights: ArrayLike, k: int, uniforms: NDArray[n
 def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
     """Sample ``k`` positions independently with probability proportional to ``weights``; positions may repeat.
 
-    Args:
-        weights: Weights [n], >= 0, any scale, at least one above 0 where ``k`` is.
-        k: How many.
-        uniforms: One number in (0, 1) per draw [k].
-
-    Returns:
-        int64 [k], in the order of the draw; a position of weight 0 is never drawn.
+    Weights [n] are >= 0, of any scale, one of them above 0; ``uniforms`` is one number in (0, 1) per draw [k]. A
+    position of weight 0 is never drawn.
     """
     values = np.asarray(weights, dtype=np.float64)
     if k == 0:
@@ -144,14 +129,9 @@ def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.f
 
 
 def take_turns(lists: Sequence[NDArray[np.int64]], k: int) -> NDArray[np.int64]:
-    """Let lists take turns, each giving its next position that is not yet taken.
+    """Let lists take turns, each giving its next position that is not yet taken; at most ``k``, in the order taken.
 
-    Args:
-        lists: Positions in order of preference, each list without repeats; a list of length ``k`` never runs out.
-        k: How many.
-
-    Returns:
-        int64, at most ``k``, in the order taken: fewer where all lists have run out.
+    Lists are in order of preference, without repeats; one of length ``k`` never runs out.
     """
     queues = [iter(one.tolist()) for one in lists]
     taken: dict[int, None] = {}
@@ -191,7 +171,7 @@ def round_robin(
 
     Args:
         scores_QN: Scores of n positions for each query [Q, n]; NaN and -inf are never chosen.
-        k: How many.
+        k: Number of positions.
         order: Query indices in the order of their turns; default 0..Q-1.
         lose_turn: A query whose next best position is taken gets nothing in this turn, instead of the one after it.
 
@@ -229,14 +209,9 @@ def round_robin(
 
 
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
-    """Split ``total`` into whole numbers that follow proportions (Hamilton), ties by index.
+    """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
 
-    Args:
-        total: Whole number >= 0.
-        proportions: Shares [K] >= 0 of any sum; a share of 0 gets nothing.
-
-    Returns:
-        int64 [K] with sum ``total``; each within 1 of its exact share.
+    Each is within 1 of its exact share; a share of 0 gets nothing.
 
     Raises:
         ComponentError: A negative or non-finite share, or none above zero.
@@ -298,17 +273,9 @@ def ranking(scores: NDArray[np.floating]) -> NDArray[np.int64]:
 def token_budget(
     scores: NDArray[np.floating], lengths: NDArray[np.integer], tokens: int, k: int, *, skip: bool = True
 ) -> NDArray[np.int64]:
-    """Take rows best first while they fit into a number of tokens.
+    """Take rows best first while the ``lengths`` [n] of those taken add up to at most ``tokens``; at most ``k`` rows.
 
-    Args:
-        scores: Scores [n]; NaN and -inf are never chosen.
-        lengths: Tokens of each row [n], >= 0.
-        tokens: Tokens of the chosen rows together, at most.
-        k: Rows at most.
-        skip: Pass over a row that no longer fits and go on with the next; else stop there.
-
-    Returns:
-        int64, best first.
+    With ``skip`` a row that no longer fits is passed over; without, the walk ends there. NaN and -inf are never chosen.
     """
     size = min(len(scores), _FIRST)
     while True:
@@ -394,17 +361,11 @@ Quota = Literal["water_filling", "proportional"]
 
 
 def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
-    """Share ``total`` out equally, groups too small for their share giving all they have to the rest.
+    """Share ``total`` out equally over groups of these sizes [G]; groups too small for their share give all they have.
 
     Groups ascend by size, ties by index; each gets what is left divided by the groups left, rounded down, or all
-    it has (S2L: SmallToLarge, NeurIPS 2024, arXiv 2403.07384). Sizes (2, 10, 50) and 30 give (2, 10, 18).
-
-    Args:
-        sizes: Rows of each group [G], >= 0.
-        total: Rows wanted, >= 0.
-
-    Returns:
-        int64 [G] with sum min(total, sum of sizes), none above its size.
+    it has (S2L: SmallToLarge, NeurIPS 2024, arXiv 2403.07384). Sizes (2, 10, 50) and 30 give (2, 10, 18). The sum is
+    min(total, sum of sizes).
     """
     counts = np.asarray(sizes, dtype=np.int64)
     result = np.zeros(len(counts), dtype=np.int64)
@@ -425,16 +386,13 @@ def quotas(sizes: ArrayLike, total: int, quota: Quota) -> NDArray[np.int64]:
 
 
 def by_quota(groups: NDArray[np.integer], preference: NDArray[np.floating], k: int, quota: Quota) -> NDArray[np.int64]:
-    """Let every group give its quota of rows, those of largest preference.
+    """Let every group give its quota of rows, those of largest preference: positions in order of preference.
 
     Args:
         groups: Group of each row [n], >= 0.
         preference: Larger is better, finite [n]; ties by position.
-        k: Rows wanted.
+        k: Number of rows; all where there are fewer.
         quota: How ``k`` is shared out.
-
-    Returns:
-        int64 [min(k, n)], in order of preference.
     """
     sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
     there = np.flatnonzero(sizes)

@@ -52,7 +52,7 @@ def kmeans(
 
     Args:
         vectors: Finite [n, d], n >= 1.
-        k: Clusters, >= 1; with k >= n every row is a cluster of its own.
+        k: Number of clusters, >= 1; with k >= n every row is a cluster of its own.
         rng: Seeds the first centres.
         iterations: Rounds at most.
 
@@ -87,16 +87,8 @@ def spherical_kmeans(
     """Cluster by cosine: centres are means of unit vectors, scaled to length one after every round.
 
     First centres are rows drawn without replacement. A cluster that loses its rows is started again at the
-    row that is farthest from its own centre.
-
-    Args:
-        vectors: Finite [n, d], n >= 1; rows are scaled to length one, a zero row stays zero.
-        k: Clusters, >= 1; with k >= n every row is a cluster of its own.
-        rng: Draws the first centres.
-        iterations: Rounds at most; it ends earlier when no label changes.
-
-    Returns:
-        Labels int64 [n] and centres of length one float32 [K, d]; K <= k, every cluster has a row.
+    row that is farthest from its own centre. Arguments and answer are those of ``kmeans``; rows are scaled to length
+    one, a zero row stays zero, and it ends early when no label changes.
     """
     rows = _units(np.asarray(vectors, dtype=np.float32))
     assert rows.ndim == 2, f"vectors have shape {rows.shape}"
@@ -149,14 +141,10 @@ def _compact(labels: NDArray[np.int64], centres: NDArray[np.float32]) -> tuple[N
 
 
 def kmeans_labels(vectors_ND: NDArray[np.float32], clusters: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return the k-means cluster of each row, int64 [N]; labels without rows are possible.
+    """Return the k-means cluster of each row, int64 [N], N >= 1; labels without rows are possible.
 
-    Centres are found on at most 256 rows a cluster, by ``select.cluster.kmeans``; then every row joins the nearest.
-
-    Args:
-        vectors_ND: Vectors, finite, N >= 1; distances are Euclidean.
-        clusters: Clusters at most, >= 1.
-        rng: Draws the rows that centres are found on, and the first centres; equal on every rank.
+    Centres are found on at most 256 rows a cluster; then every row joins the nearest. ``rng`` must be equal on every
+    rank.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -190,16 +178,10 @@ class Cells:
     def probes(
         self, vectors_ND: NDArray[np.float32], places: NDArray[np.int64], most: int, radius: float
     ) -> list[NDArray[np.int64]]:
-        """Return, by cell, the indices into ``places`` of the rows that may have a neighbour there.
+        """Return, by cell, the indices into ``places`` [n] of rows that may have a neighbour within ``radius`` there.
 
         A row within ``radius`` of another lies in a cell whose centre is at most 2 radii further from the other than
         the nearest centre: only such cells are named, and of them the ``most`` nearest ones.
-
-        Args:
-            vectors_ND: Vectors of all rows.
-            places: Positions of the rows [n].
-            most: Cells named for a row at most.
-            radius: How near a neighbour is.
         """
         most = min(most, len(self.members))
         squares = np.einsum("cd,cd->c", self.centres, self.centres)
@@ -235,13 +217,7 @@ def nearest_centres(
 
 
 def cells_of(vectors_ND: NDArray[np.float32], places: NDArray[np.int64], size: int) -> Cells:
-    """Sort rows into cells of about ``size`` rows.
-
-    Args:
-        vectors_ND: Vectors, finite.
-        places: Distinct positions of the rows to sort [n], n >= 1.
-        size: Rows of a cell, about.
-    """
+    """Sort the rows at distinct ``places`` [n], n >= 1, into cells of about ``size`` rows."""
     count = max(1, round(len(places) / size))
     order = np.argsort(keys(0, "rules.cells", 0, places), kind="stable")
     centres = vectors_ND[places[np.sort(order[:count])]].astype(np.float32)

@@ -52,13 +52,7 @@ def best_similarity(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32
 
 
 def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int32]:
-    """Return the positions of the ``k`` rows of largest inner product with each query [M, min(k, N)], best first.
-
-    Args:
-        queries_MD: Queries, finite.
-        rows_ND: Rows, finite, N < 2**31.
-        k: How many for each query.
-    """
+    """Return the positions of the ``k`` rows of largest inner product with each query [M, min(k, N)], best first."""
     lists = np.empty((len(queries_MD), min(k, len(rows_ND))), dtype=np.int32)
     for start, block in _blocks(queries_MD, rows_ND):
         for j, found in enumerate(_best_of_each(block, k), start):
@@ -69,12 +63,7 @@ def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32],
 def nearest_rows(vectors_ND: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return the ``k`` rows of largest inner product with each row, itself among them where it is.
 
-    Args:
-        vectors_ND: Rows, finite, 1 <= N < 2**31.
-        k: How many for each row.
-
-    Returns:
-        Positions int32 [N, min(k, N)], best first, and the inner products float32 of the same shape.
+    Positions int32 [N, min(k, N)], best first, and the inner products float32 of the same shape.
     """
     shape = (len(vectors_ND), min(k, len(vectors_ND)))
     places, products = np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32)
@@ -101,12 +90,7 @@ def _best_of_each(block_BN: NDArray[np.float32], k: int) -> Iterator[NDArray[np.
 def nearest_euclidean(
     queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the ``k`` rows nearest to each query by Euclidean distance.
-
-    Args:
-        queries_MD: Queries, finite, M >= 1.
-        rows_ND: Rows, finite.
-        k: How many for each query, 1 <= k <= N.
+    """Return the ``k`` rows, 1 <= k <= N, nearest to each query by Euclidean distance; M >= 1.
 
     Returns:
         Positions int64 [M, k] and distances float64 [M, k], ascending; each row's distance to its nearest query [N].
@@ -155,19 +139,10 @@ def _free(nearest: NDArray[np.int32], head: int, taken: NDArray[np.bool_]) -> in
 def round_robin_nearest(
     queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, order: ArrayLike | None = None
 ) -> NDArray[np.int64]:
-    """Let queries take turns, each taking its nearest row that is not yet taken.
+    """Let queries take turns, in ``order``, each taking its nearest row that is not yet taken: positions [min(k, N)].
 
     ``select.choose.round_robin`` on the inner products, without holding them. At worst (all queries alike)
     memory is 4 bytes x M x k for the lists.
-
-    Args:
-        queries_MD: Queries, finite, M >= 1.
-        rows_ND: Rows, finite.
-        k: How many.
-        order: Query indices in the order of their turns; default 0..M-1.
-
-    Returns:
-        Positions int64 [min(k, N)], in the order taken.
     """
     queries = queries_MD if order is None else queries_MD[np.asarray(order)]
     limit = min(k, len(rows_ND))
@@ -188,17 +163,9 @@ def round_robin_nearest(
 
 
 def walk_by_rank(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Take the nearest row of every query, then the second nearest of every query, and so on; repeats are passed over.
+    """Take the nearest row of every query, then the second nearest of every query, and so on: positions [min(k, N)].
 
-    Unlike round-robin, a query whose row of this rank is already taken takes nothing in this turn.
-
-    Args:
-        queries_MD: Queries, finite, M >= 1.
-        rows_ND: Rows, finite.
-        k: How many.
-
-    Returns:
-        Positions int64 [min(k, N)], in the order taken.
+    Repeats are passed over: unlike in round-robin, a query whose row of this rank is taken takes nothing in this turn.
     """
     limit = min(k, len(rows_ND))
     lists = nearest_lists(queries_MD, rows_ND, _first_length(limit, len(queries_MD)))
@@ -263,10 +230,7 @@ def nearest(
 def similar_rows(unit_ND: NDArray[np.float32], k: int, search: Search) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return the ``k`` rows of largest cosine with each row, itself among them: positions and cosines [N, min(k, N)].
 
-    Args:
-        unit_ND: Vectors of length one.
-        k: How many for each row.
-        search: With ``faiss`` a place that nothing was found for holds the row itself, with a cosine of 0.
+    Vectors have length one. With ``faiss`` a place that nothing was found for holds the row itself, with a cosine of 0.
 
     Raises:
         UnsupportedError: faiss is not installed.

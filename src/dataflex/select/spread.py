@@ -28,19 +28,10 @@ def unit(vectors_ND: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def apart(unit_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float, k: int) -> NDArray[np.int64]:
-    """Walk rows in order and keep each whose cosine with every kept row is at most ``threshold``.
+    """Walk rows in ``order`` and keep at most ``k`` whose cosine with every row kept before is at most ``threshold``.
 
     The rule of DEITA (What Makes Good Data for Alignment?, ICLR 2024, arXiv 2312.15685): the order is that of the
-    scores, best first. A row is compared with kept rows only, one after another.
-
-    Args:
-        unit_ND: Vectors of length one.
-        order: Positions in the order of the walk.
-        threshold: Largest cosine that two kept rows may have.
-        k: Rows at most.
-
-    Returns:
-        int64, in the order kept.
+    scores, best first. A row is compared with kept rows only, one after another. Vectors have length one.
     """
     chosen: list[int] = []
     kept = np.empty((0, unit_ND.shape[1]), dtype=np.float32)
@@ -81,16 +72,11 @@ def _grown(kept: NDArray[np.float32], count: int, new: NDArray[np.float32]) -> N
 
 
 def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
-    """Return which rows [N] repeat a row that comes before them in ``order``: to be dropped.
+    """Return which rows [N] repeat a row that comes before them in ``order`` of all positions: to be dropped.
 
     Exact copies are found by a hash of the vector; of the others a row is dropped when its cosine with an earlier one
     that stays is above ``threshold``. More than 100,000 rows are compared within cells of about 20,000, as SemDeDup
     (arXiv 2303.09540) does within clusters: copies that fall into different cells stay.
-
-    Args:
-        vectors_ND: Vectors, finite.
-        order: All positions, those to be preferred first.
-        threshold: Largest cosine that two rows may have that both stay.
     """
     dropped = np.zeros(len(vectors_ND), dtype=np.bool_)
     seen: set[bytes] = set()
@@ -117,18 +103,11 @@ def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], t
 
 
 def k_center(vectors_ND: NDArray[np.float32], k: int, start: int = 0) -> NDArray[np.int64]:
-    """Take a first row, then again and again the row that is furthest from all rows taken; ties by position.
+    """Take the row ``start``, then again and again the row furthest (Euclidean) from all taken; ties by position.
 
     Greedy k-center (Sener and Savarese, ICLR 2018, arXiv 1708.00489), within twice the least possible largest
     distance. A row's distance to the rows taken only falls, so it is brought up to date only when it would be next.
-
-    Args:
-        vectors_ND: Vectors, finite, N >= 1; distances are Euclidean.
-        k: How many.
-        start: The first row.
-
-    Returns:
-        int64 [min(k, N)], in the order taken.
+    Gives int64 [min(k, N)], in the order taken.
     """
     count = min(k, len(vectors_ND))
     squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
@@ -168,17 +147,9 @@ def facility_location(
     """Choose ``k`` rows that maximize the sum over rows of the largest similarity with a chosen one, greedily.
 
     The similarity is the cosine where it is above 0, and where the chosen row is among the ``neighbours`` rows most
-    similar to the other; else 0. The greedy choice reaches at least 1 - 1/e of the best value (Nemhauser, Wolsey and
-    Fisher 1978; lazy: Minoux 1978).
-
-    Args:
-        vectors_ND: Vectors, finite, N >= 1.
-        k: How many.
-        neighbours: Similar rows that can represent a row, itself among them.
-        search: How similar rows are looked for.
-
-    Returns:
-        int64 [min(k, N)], in the order chosen; ties by position.
+    similar to the other, itself among them; else 0. The greedy choice reaches at least 1 - 1/e of the best value
+    (Nemhauser, Wolsey and Fisher 1978; lazy: Minoux 1978). Gives int64 [min(k, N)], in the order chosen; ties by
+    position.
     """
     places, cosines = similar_rows(unit(vectors_ND), neighbours, search)
     return greedy_cover(places, cosines, k)
@@ -187,13 +158,7 @@ def facility_location(
 def greedy_cover(places_NL: ArrayLike, similarities_NL: ArrayLike, k: int) -> NDArray[np.int64]:
     """Choose rows by their gains; see ``facility_location``.
 
-    Args:
-        places_NL: For each row, the positions of the rows that can represent it.
-        similarities_NL: How well each does; what is below 0 counts as 0.
-        k: How many.
-
-    Returns:
-        int64 [min(k, N)], in the order chosen.
+    For each row, ``places_NL`` are the rows that can represent it, and ``similarities_NL`` how well each does.
     """
     places = np.asarray(places_NL)
     worth = np.maximum(np.asarray(similarities_NL, dtype=np.float64), 0.0)

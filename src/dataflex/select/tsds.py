@@ -29,14 +29,7 @@ def epanechnikov(
 ) -> NDArray[np.float64]:
     """Return densities: the sum of max(0, 1 - distance**2 / sigma**2) over a vector's k nearest, itself among them.
 
-    Args:
-        vectors_ND: Vectors [N, D], finite.
-        sigma: Radius of the kernel, > 0.
-        k: Vectors counted at most, >= 1.
-        of: Positions [m] whose densities are wanted; default all.
-
-    Returns:
-        float64 [m], each at least 1.
+    ``of`` are the positions [m] whose densities are wanted; default all. Each density is at least 1.
     """
     places = np.arange(len(vectors_ND)) if of is None else of
     squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
@@ -164,14 +157,12 @@ def tsds_widened(
     alpha: float,
     c: float,
 ) -> NDArray[np.float64]:
-    """Return the probability of each row; densities are asked for only as far as the walk goes.
+    """Return the probability of each row, float64 [N] with sum 1; densities are asked for only as far as the walk goes.
 
     Query j's neighbours 0..last_j get 1 / (M s density) each, the next one what is left of 1 / M. Where the
     walk stops before a query's own first count, that share would exceed 1 / M: it is cut there (the authors'
-    code stops with an assertion).
-
-    The walk is first tried on the nearest few neighbours of each query. Where no query reaches their end, wider lists
-    would have been walked alike; else it is tried again with four times as many.
+    code stops with an assertion). The walk is first tried on the nearest few neighbours of each query. Where no query
+    reaches their end, wider lists would have been walked alike; else it is tried again with four times as many.
 
     Args:
         distances_MK: Distance of each query to its neighbours, ascending.
@@ -180,9 +171,6 @@ def tsds_widened(
         num_rows: Number of rows N.
         alpha: Weight of closeness against diversity, 0 to 1.
         c: Scale of the distances, > 0.
-
-    Returns:
-        float64 [N] with sum 1.
     """
     whole = distances_MK.shape[1]
     width = min(whole, _FIRST_WIDTH)
@@ -342,13 +330,10 @@ def draw(
     Args:
         probability: Of each row [N], sum 1.
         away: Distance of each row to its nearest query [N].
-        k: How many.
+        k: Number of draws.
         rows: Row ids [N], which draws without replacement are keyed by.
         uniforms: Random numbers.
         replacement: Whether rows may repeat, as in the paper.
-
-    Returns:
-        int64 [k], or [min(k, N)] without replacement, in the order drawn.
     """
     if replacement:
         return weighted_with_replacement(probability, k, uniforms("draws", np.arange(k, dtype=np.int64)))

@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Needs, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
-from dataflex.rewards.build import build_reward, reward_problem
-from dataflex.rewards.judge import JudgeConfig
+from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError, did_you_mean
-from dataflex.method import BatchView, Card, Requires, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Requires, Rows, Weighter, WeighterParams, param
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ class Column(Weighter):
     class Params(WeighterParams):
         """Parameters of the column weighter."""
 
-        column: str = field(default="sample_weight", metadata={"help": "name of the column that holds the weights"})
-        normalizer: Literal["weight_sum", "num_tokens"] = field(
-            default="weight_sum",
-            metadata={"help": "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"},
+        column: str = param("sample_weight", "name of the column that holds the weights")
+        normalizer: Literal["weight_sum", "num_tokens"] = param(
+            "weight_sum", "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"
         )
 
         def __post_init__(self) -> None:

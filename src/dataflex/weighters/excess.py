@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Normalizer, ReferenceParams, Requires, Weighter, WeighterParams, param
 from dataflex.weighters._lib import reference_losses, sequence_means
 
 if TYPE_CHECKING:
@@ -58,13 +58,8 @@ class SelectiveLanguageModelling(Weighter):
     class Params(ReferenceParams, WeighterParams):
         """Parameters of SLM."""
 
-        keep: float = field(
-            default=0.6,
-            metadata={"help": "share of the supervised tokens that is trained on", "above": 0.0, "maximum": 1.0},
-        )
-        threshold: Literal["global", "local"] = field(
-            default="global", metadata={"help": "compare tokens over all ranks, or on each rank alone"}
-        )
+        keep: float = param(0.6, "share of the supervised tokens that is trained on", above=0.0, maximum=1.0)
+        threshold: Literal["global", "local"] = param("global", "compare tokens over all ranks, or on each rank alone")
 
     params: Params
 
@@ -110,13 +105,8 @@ class Rho(Weighter):
     class Params(ReferenceParams, WeighterParams):
         """Parameters of RHO-LOSS."""
 
-        keep: float = field(
-            default=0.1,
-            metadata={
-                "help": "share of the micro-batch's sequences that is trained on, rounded up",
-                "above": 0.0,
-                "maximum": 1.0,
-            },
+        keep: float = param(
+            0.1, "share of the micro-batch's sequences that is trained on, rounded up", above=0.0, maximum=1.0
         )
 
     params: Params

@@ -15,14 +15,14 @@ one over the training rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, Weighter, WeighterParams, param
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated
 
@@ -64,19 +64,13 @@ class GroupWeighter(Weighter):
     class Params(WeighterParams):
         """Parameters of the group weighter."""
 
-        strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = field(
-            default="inverse_frequency", metadata={"help": "what a domain's weight follows from"}
+        strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = param(
+            "inverse_frequency", "what a domain's weight follows from"
         )
-        power: float = field(default=1.0, metadata={"help": "exponent of inverse_frequency", "minimum": 0.0})
-        beta: float = field(
-            default=0.999,
-            metadata={"help": "of class_balanced; towards 1 it becomes the inverse frequency", "minimum": 0.0},
-        )
-        eta: float = field(default=0.01, metadata={"help": "step size of group_dro", "above": 0.0})
-        adjustment: float = field(
-            default=0.0,
-            metadata={"help": "C of group_dro's adjustment C / sqrt(rows of the domain), nats", "minimum": 0.0},
-        )
+        power: float = param(1.0, "exponent of inverse_frequency", minimum=0.0)
+        beta: float = param(0.999, "of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
+        eta: float = param(0.01, "step size of group_dro", above=0.0)
+        adjustment: float = param(0.0, "C of group_dro's adjustment C / sqrt(rows of the domain), nats", minimum=0.0)
 
         def __post_init__(self) -> None:
             if self.beta >= 1.0:

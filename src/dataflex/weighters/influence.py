@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Passes,
+    Requires,
+    Rows,
+    Weighter,
+    WeighterParams,
+    param,
+)
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.signals.kinds import GradientProducts, GradientScores
@@ -89,9 +100,8 @@ class Meta(Weighter):
     class Params(GradientOptions, WeighterParams):
         """Parameters of one-step reweighting."""
 
-        forward_mode: bool = field(
-            default=True,
-            metadata={"help": "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"},
+        forward_mode: bool = param(
+            True, "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"
         )
 
     params: Params
@@ -193,14 +203,9 @@ class Presence(Weighter):
     class Params(WeighterParams):
         """Parameters of PRESENCE; the defaults are the paper's."""
 
-        tau: float = field(default=1.0, metadata={"help": "temperature; 0 is uniform", "minimum": 0.0})
-        group_rows: int = field(
-            default=8, metadata={"help": "rows of a group, the paper's micro-batch; 1: row by row", "minimum": 1}
-        )
-        direct_share: float = field(
-            default=0.1,
-            metadata={"help": "share of the run in which large ones count more", "minimum": 0.0, "maximum": 1.0},
-        )
+        tau: float = param(1.0, "temperature; 0 is uniform", minimum=0.0)
+        group_rows: int = param(8, "rows of a group, the paper's micro-batch; 1: row by row", minimum=1)
+        direct_share: float = param(0.1, "share of the run in which large ones count more", minimum=0.0, maximum=1.0)
         parameters: str = field(
             default=r"\.(layers|h|blocks|block|layer)\.0\.",
             metadata={"pattern": True, "help": "regular expression of the parameter names of the first block"},

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import BatchView, Card, Context, Normalizer, Passes, Requires, Rows, Weighter, WeighterParams
+from dataflex.method import (
+    BatchView,
+    Card,
+    Context,
+    Normalizer,
+    Passes,
+    Requires,
+    Rows,
+    Weighter,
+    WeighterParams,
+    param,
+)
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.signals.kinds import Embedding
@@ -100,24 +111,17 @@ class Adapt(_AnchoredWeighter):
     class Params(WeighterParams):
         """Parameters of ADAPT; the defaults are the paper's."""
 
-        tau: float = field(default=1.0, metadata={"help": "temperature of the sigmoid; small is sharp", "above": 0.0})
-        rescale: Literal["none", "mean1"] = field(
-            default="none",
-            metadata={"help": "none: weights below 1 lower the learning rate; mean1: their mean is made 1"},
+        tau: float = param(1.0, "temperature of the sigmoid; small is sharp", above=0.0)
+        rescale: Literal["none", "mean1"] = param(
+            "none", "none: weights below 1 lower the learning rate; mean1: their mean is made 1"
         )
-        similarity: Literal["embedding", "bm25"] = field(
-            default="embedding", metadata={"help": "compare hidden states, or words (BM25, once per run)"}
+        similarity: Literal["embedding", "bm25"] = param(
+            "embedding", "compare hidden states, or words (BM25, once per run)"
         )
-        refresh_steps: int = field(
-            default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
-        )
-        clip: float | None = field(
-            default=None, metadata={"help": "largest weight, before rescaling; null: no limit", "above": 0.0}
-        )
-        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-        completion_only: bool = field(
-            default=False, metadata={"help": "average the supervised tokens only, not the prompt's"}
-        )
+        refresh_steps: int = param(50, "optimizer steps between two passes over the targets", minimum=1)
+        clip: float | None = param(None, "largest weight, before rescaling; null: no limit", above=0.0)
+        layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
+        completion_only: bool = param(False, "average the supervised tokens only, not the prompt's")
 
         @property
         def spec(self) -> Embedding:
@@ -256,22 +260,18 @@ class JointUpdateAware(_AnchoredWeighter):
     class Params(WeighterParams):
         """Parameters; the defaults are those of existing DataFlex, except that the iteration converges."""
 
-        beta: float = field(
-            default=0.1, metadata={"help": "how much likeness among the sequences counts", "minimum": 0.0}
+        beta: float = param(0.1, "how much likeness among the sequences counts", minimum=0.0)
+        tau: float = param(0.05, "weight of the entropy; small is sharp", above=0.0)
+        mode: Literal["full", "align_only", "diverse_only", "uniform"] = param(
+            "full", "both terms, only the targets, only the likeness, or none of the two"
         )
-        tau: float = field(default=0.05, metadata={"help": "weight of the entropy; small is sharp", "above": 0.0})
-        mode: Literal["full", "align_only", "diverse_only", "uniform"] = field(
-            default="full", metadata={"help": "both terms, only the targets, only the likeness, or none of the two"}
+        pooling: Literal["last", "mean", "weighted_mean", "first"] = param(
+            "last", "which hidden states make up a sequence's vector"
         )
-        pooling: Literal["last", "mean", "weighted_mean", "first"] = field(
-            default="last", metadata={"help": "which hidden states make up a sequence's vector"}
-        )
-        completion_only: bool = field(default=False, metadata={"help": "pool the supervised tokens only"})
-        layer: int = field(default=-1, metadata={"help": "layer of the hidden states; -1 is the last, after its norm"})
-        normalize: bool = field(default=True, metadata={"help": "whether vectors are divided by their norm"})
-        refresh_steps: int = field(
-            default=50, metadata={"help": "optimizer steps between two passes over the targets", "minimum": 1}
-        )
+        completion_only: bool = param(False, "pool the supervised tokens only")
+        layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
+        normalize: bool = param(True, "whether vectors are divided by their norm")
+        refresh_steps: int = param(50, "optimizer steps between two passes over the targets", minimum=1)
 
         @property
         def spec(self) -> Embedding:

@@ -15,12 +15,12 @@ bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Normalizer, Weighter
+from dataflex.method import BatchView, Card, Normalizer, Weighter, param
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class Softness:
         r: Softness of the weights from there on.
     """
 
-    step: int = field(metadata={"help": "optimizer step at which r is reached", "minimum": 1})
-    r: float = field(metadata={"help": "softness of the weights from there on", "above": 0.0})
+    step: int = param(help="optimizer step at which r is reached", minimum=1)
+    r: float = param(help="softness of the weights from there on", above=0.0)
 
 
 class LossWeighter(Weighter):
@@ -131,30 +131,22 @@ class LossWeighter(Weighter):
     class Params(BaseParams):
         """Parameters of the loss-based weighter."""
 
-        strategy: Strategy = field(default="linupper", metadata={"help": "how the loss becomes a weight"})
-        delta: float = field(
-            default=1.0, metadata={"help": "half-width of the range that losses are mapped to", "above": 0.0}
+        strategy: Strategy = param("linupper", "how the loss becomes a weight")
+        delta: float = param(1.0, "half-width of the range that losses are mapped to", above=0.0)
+        r: float = param(1.0, "softness of the weights: small is sharp, large is uniform", above=0.0)
+        r_schedule: tuple[Softness, ...] = param(
+            (), "later values of r: [{step: 2000, r: 0.4}, ...], steps rising from 1"
         )
-        r: float = field(
-            default=1.0, metadata={"help": "softness of the weights: small is sharp, large is uniform", "above": 0.0}
+        r_interpolation: Literal["step", "linear", "exponential"] = param(
+            "step", "what happens between the values of r_schedule"
         )
-        r_schedule: tuple[Softness, ...] = field(
-            default=(), metadata={"help": "later values of r: [{step: 2000, r: 0.4}, ...], steps rising from 1"}
+        burn_in_steps: int | None = param(
+            None,
+            "optimizer steps with the plain loss at first; null is the larger of 1000 and 5 % of the run",
+            minimum=0,
         )
-        r_interpolation: Literal["step", "linear", "exponential"] = field(
-            default="step",
-            metadata={"help": "what happens between the values of r_schedule"},
-        )
-        burn_in_steps: int | None = field(
-            default=None,
-            metadata={
-                "help": "optimizer steps with the plain loss at first; null is the larger of 1000 and 5 % of the run",
-                "minimum": 0,
-            },
-        )
-        length_norm: Literal["none", "paper_hf"] = field(
-            default="none",
-            metadata={"help": "paper_hf: multiply by length over mean length, as the authors' Hugging Face trainer"},
+        length_norm: Literal["none", "paper_hf"] = param(
+            "none", "paper_hf: multiply by length over mean length, as the authors' Hugging Face trainer"
         )
 
         def __post_init__(self) -> None:

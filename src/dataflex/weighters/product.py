@@ -13,7 +13,7 @@ A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from dataflex.method import (
     RunFacts,
     State,
     Weighter,
+    param,
 )
 from dataflex.method import Params as BaseParams
 from dataflex.parts import Part
@@ -111,7 +112,7 @@ class Product(Weighter):
     class Params(BaseParams):
         """The factors."""
 
-        of: tuple[Factor, ...] = field(metadata={"help": "the weighters, by name or as mappings with their parameters"})
+        of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
             problems = combination_problems([factor.build() for factor in self.of])

@@ -6,13 +6,13 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
-from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams
+from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
 from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
@@ -164,28 +164,18 @@ class TokenWeighter(Weighter):
     class Params(WeighterParams):
         """Parameters of the token weighter."""
 
-        function: str = field(
-            default="dft",
-            metadata={"help": "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"},
+        function: str = param(
+            "dft", "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"
         )
-        normalizer: Literal["num_tokens", "weight_sum"] = field(
-            default="num_tokens",
-            metadata={"help": "num_tokens: as DFT is; weight_sum: weighted mean, only ratios matter"},
+        normalizer: Literal["num_tokens", "weight_sum"] = param(
+            "num_tokens", "num_tokens: as DFT is; weight_sum: weighted mean, only ratios matter"
         )
-        gamma: float = field(default=2.0, metadata={"help": "exponent of focal", "minimum": 0.0})
-        power: float = field(default=1.0, metadata={"help": "exponent of entropy", "minimum": 0.0})
-        quantile: float = field(
-            default=0.9,
-            metadata={"help": "quantile of clip_quantile; above it tokens are left out", "above": 0.0, "maximum": 1.0},
-        )
-        reference: str | None = field(
-            default=None, metadata={"help": "folder of a reference model, for functions that take one"}
-        )
-        reference_cache: bool = field(
-            default=True,
-            metadata={
-                "help": "score a row with the reference once, when first served, and keep that; else in every step"
-            },
+        gamma: float = param(2.0, "exponent of focal", minimum=0.0)
+        power: float = param(1.0, "exponent of entropy", minimum=0.0)
+        quantile: float = param(0.9, "quantile of clip_quantile; above it tokens are left out", above=0.0, maximum=1.0)
+        reference: str | None = param(None, "folder of a reference model, for functions that take one")
+        reference_cache: bool = param(
+            True, "score a row with the reference once, when first served, and keep that; else in every step"
         )
 
         def __post_init__(self) -> None:
@@ -275,10 +265,9 @@ class Focal(Weighter):
     class Params(WeighterParams):
         """Parameters of the focal loss; the defaults are the paper's."""
 
-        gamma: float = field(default=2.0, metadata={"help": "exponent; 0 is the plain loss", "minimum": 0.0})
-        normalizer: Literal["num_tokens", "weight_sum"] = field(
-            default="num_tokens",
-            metadata={"help": "num_tokens: divided by the tokens, as the paper's; weight_sum: weighted mean"},
+        gamma: float = param(2.0, "exponent; 0 is the plain loss", minimum=0.0)
+        normalizer: Literal["num_tokens", "weight_sum"] = param(
+            "num_tokens", "num_tokens: divided by the tokens, as the paper's; weight_sum: weighted mean"
         )
 
     params: Params

@@ -1,4 +1,4 @@
-"""``dataflex select``: the subset of a data set that scores ask for, in the format of its files."""
+"""What ``dataflex score`` and ``dataflex select`` do: scores without training, and subsets by them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,60 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.config.show import plain
-from dataflex.offline.chosen import Budget, chosen_rows, rule_of, score_column
+from dataflex.console import show_log
+from dataflex.ending import release_groups
+from dataflex.errors import UnsupportedError
 from dataflex.offline.files import FileRecord
-from dataflex.offline.subset import write_subset
+from dataflex.offline.request import names_of, score_request
+from dataflex.offline.subset import Budget, chosen_rows, rule_of, score_column, write_subset
 from dataflex.offline.table import read_scores
 from dataflex.printable import redacted
 from dataflex.version import __version__
 
-__all__ = ["select"]
+__all__ = ["score", "select"]
+
+
+def score(
+    data: str,
+    overrides: Sequence[str],
+    *,
+    methods: str,
+    out: Path,
+    targets: str | None,
+    budget: int | None,
+    store: str | None,
+    arguments: list[str],
+) -> str | int:
+    """Score on as many ranks as the environment asks for; return what to print, or an exit code.
+
+    Args:
+        data: Configuration file, or names of data sets.
+        overrides: ``key=value`` texts.
+        methods: Names of selectors, with commas.
+        out: Parquet file to write.
+        targets: Names of target data sets, with commas.
+        budget: Rows that every method is asked for.
+        store: Folder for finished passes.
+        arguments: All of the above as typed, for torchrun.
+
+    Raises:
+        ConfigError: All problems of the request, before anything is loaded.
+    """
+    request = score_request(
+        data, overrides, methods=names_of(methods), out=out, targets=targets, budget=budget, store=store
+    )
+    try:
+        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
+    except ImportError as error:
+        raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
+    if wants_torchrun():
+        return with_torchrun(["score", *arguments], module="dataflex")
+    from dataflex.offline.scoring import run_score
+
+    show_log()
+    told = run_score(request)
+    release_groups()
+    return told
 
 
 def select(
