@@ -12,11 +12,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=20, deadline=None)
 
 WORDS = (
     "the cat sat on a mat and saw two red balls near one big tree while three old dogs ran to see "
@@ -25,8 +30,46 @@ WORDS = (
 ).split()
 
 
+_MODULES = 200  # this many new ones, and what they hold is taken out of the garbage collector's sight again
+_settled = 0
+
+gc.disable()  # until everything is imported
+
+
+def settle():
+    """Spare the garbage collector what is imported: every run collects twice, which would take as long as its steps."""
+    global _settled
+    if len(sys.modules) > _settled + _MODULES:
+        gc.collect()
+        gc.freeze()
+        _settled = len(sys.modules)
+
+
+def pytest_collection_finish():
+    settle()
+    gc.enable()
+
+
+_TRAINING = {"run", "configure", "scoring", "two_ranks"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what trains, and put it first: where files go to several processes, short ones at the end fill the gaps."""
+    for item in items:
+        if _TRAINING & set(getattr(item, "fixturenames", ())):
+            item.add_marker("trains")
+    longest_first = ("gloo", "trains", "slow")
+    rank = {}
+    for item in items:
+        own = next((i for i, mark in enumerate(longest_first) if item.get_closest_marker(mark)), len(longest_first))
+        rank[item.path] = min(rank.get(item.path, own), own)
+    items.sort(key=lambda item: rank[item.path])
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
+    settle()
     monkeypatch.chdir(tmp_path)
     for key in ("FORCE_TORCHRUN", "USE_RAY", "NPROC_PER_NODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)

@@ -52,15 +52,19 @@ def damaged(path: Path, how: str) -> None:
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "empty", "flipped"])
-@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (name, how)
+        for name in (*FILES, MANIFEST)
+        for how in ("missing", "cut", "empty", "flipped")
+        if (name, how) != (MANIFEST, "flipped")
+    ],
+)
 def test_a_damaged_file_passes_the_checkpoint_over_and_refuses_it_by_name(tmp_path, name, how):
     older, newer = written(tmp_path, 4), written(tmp_path, 8)
     assert checkpoints.find_resumable(tmp_path) == (newer, [])
     damaged(newer / name, how)
-    if name == MANIFEST and how == "flipped":  # the id or a size may be what changed; it never counts as whole
-        assert checkpoints.find_resumable(tmp_path)[1] or checkpoints.run_of(newer) != "mine"
-        return
     found, passed_over = checkpoints.find_resumable(tmp_path)
     assert found == older
     assert len(passed_over) == 1
@@ -70,6 +74,12 @@ def test_a_damaged_file_passes_the_checkpoint_over_and_refuses_it_by_name(tmp_pa
     assert asked["resume_from_checkpoint"] == str(older)
     with pytest.raises(CheckpointError, match=f"checkpoint-8 cannot be resumed from: {name} "):
         resume({"output_dir": str(tmp_path), "resume_from_checkpoint": str(newer)})
+
+
+def test_a_manifest_with_a_flipped_bit_never_counts_as_whole(tmp_path):
+    newer = written(tmp_path, 8)
+    damaged(newer / MANIFEST, "flipped")  # the id or a size may be what changed
+    assert checkpoints.find_resumable(tmp_path)[1] or checkpoints.run_of(newer) != "mine"
 
 
 def test_large_files_are_compared_by_size_unless_a_hash_was_asked_for(tmp_path, monkeypatch):

@@ -83,7 +83,8 @@ def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     Args:
         default: Its default; left out: the parameter must be given.
         help: One line.
-        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), and marks such as ``model``.
+        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (a regular
+            expression), and marks such as ``model``.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -456,12 +457,12 @@ class Method:
 
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
-    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None or empty."""
+    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None, 0 or empty."""
 
     def state_dict(self) -> State:
         """Return the attributes that ``saved`` names."""
         first = getattr(self, self.saved[0]) if self.saved else None
-        if first is None or (hasattr(first, "__len__") and not len(first)):
+        if first is None or not (len(first) if hasattr(first, "__len__") else first):
             return {}
         return {name: saved_form(getattr(self, name)) for name in self.saved}
 

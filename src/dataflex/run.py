@@ -11,7 +11,7 @@ from typing import Any
 
 from dataflex.config.args import env_enabled
 from dataflex.config.load import load_mapping
-from dataflex.config.split import resolve
+from dataflex.config.split import Split, resolve
 from dataflex.console import show_log
 from dataflex.ending import release_groups
 from dataflex.errors import CheckpointError
@@ -35,21 +35,31 @@ def train(args: list[str]) -> int:
             which always mean a stock run.
     """
     began = time.time()
-    if _is_config(args):  # tell mistakes before LLaMA-Factory is imported
-        resolve(load_mapping(args[0], args[1:]), Path(args[0]).resolve().parent)
+    config = _read(args) if _is_config(args) else None  # tells mistakes before LLaMA-Factory is imported
     from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
 
     if wants_torchrun():
         return with_torchrun(args, began=began)
-    return train_here(args, began)
+    return train_here(args, began, config)
 
 
-def train_here(args: list[str], began: float | None = None) -> int:
+def _read(args: list[str]) -> tuple[dict[str, Any], Split]:
+    """Return the mapping of a file and overrides, and its two parts, checked."""
+    mapping = load_mapping(args[0], args[1:])
+    return mapping, resolve(mapping, _folder(args))
+
+
+def _folder(args: list[str]) -> Path:
+    return Path(args[0]).resolve().parent
+
+
+def train_here(args: list[str], began: float | None = None, read: tuple[dict[str, Any], Split] | None = None) -> int:
     """Train in this process (one rank) and return 0.
 
     Args:
         args: As for ``train``.
         began: Unix seconds at which the command began; by default when the launcher did, or now.
+        read: The configuration, where it was read before.
     """
     clock = PhaseClock(launch_time() if began is None else began)
     if not _is_config(args):
@@ -58,9 +68,7 @@ def train_here(args: list[str], began: float | None = None) -> int:
         run_exp(_flags(args))
         release_groups()
         return 0
-    base_dir = Path(args[0]).resolve().parent
-    mapping = load_mapping(args[0], args[1:])
-    parts = resolve(mapping, base_dir)
+    mapping, parts = _read(args) if read is None else read
     lf, config = dict(parts.lf), parts.dynamic
     show_log()
     for note in parts.notes:
@@ -73,7 +81,7 @@ def train_here(args: list[str], began: float | None = None) -> int:
         if config is not None and env_enabled("USE_RAY"):
             from dataflex.llamafactory.launch import ray_workers
 
-            with ray_workers(mapping, base_dir, lf.get("stage", "sft")):
+            with ray_workers(mapping, _folder(args), lf.get("stage", "sft")):
                 run(lf, config, parts.early_stopping_min_delta)
         else:
             run(lf, config, parts.early_stopping_min_delta, clock)

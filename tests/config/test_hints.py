@@ -77,6 +77,7 @@ def suggestion(told):
     return None if match is None else match[1]
 
 
+@pytest.mark.slow
 @given(data=st.data(), method=st.sampled_from(METHODS))
 @settings(max_examples=300, deadline=None)
 def test_a_suggested_parameter_is_accepted(data, method):
@@ -92,6 +93,7 @@ def test_a_suggested_parameter_is_accepted(data, method):
         assert unknown(problems({kind: {"name": name, suggestion(told): 1}})) == []
 
 
+@pytest.mark.slow
 @given(word=misspelt(block_keys()), signal=misspelt(SIGNALS))
 @settings(max_examples=100, deadline=None)
 def test_a_suggested_key_of_the_block_is_accepted(word, signal):
@@ -121,6 +123,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(place))
 def test_a_misplaced_key_is_told_where_it_belongs(place):
     """From every level of the block at which it does not stand, and from the top level; the place told is right."""
@@ -165,6 +168,7 @@ def test_keys_of_parts_of_factors_and_of_other_methods():
     assert "dynamic.cutoff_len: unknown key; it is LLaMA-Factory's: write it at the top level" in told
 
 
+@pytest.mark.slow
 def test_names_of_another_kind():
     for kind, name in METHODS:
         for other in KINDS:

@@ -329,16 +329,24 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
         assert np.isnan(selection.scores[::2]).all()
 
 
-@every_mixer
+SIZES = ({"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny": 1})
+
+
 @pytest.mark.parametrize("unit", ["sequences", "tokens"])
-@pytest.mark.parametrize("sizes", [{"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny": 1}])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        (name, sizes)
+        for name in names("mixer")
+        for sizes in SIZES
+        if len(sizes) >= stated(build("mixer", name, len(sizes))).domains
+    ],
+)
 def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     mixer = build("mixer", name, len(sizes))
     targets = tuple(sizes) if stated(mixer).targets else ()
     lengths = 1 + np.arange(sum(sizes.values())) % 7
     ctx = example_context(sizes, unit=unit, lengths=lengths, targets=targets)
-    if len(sizes) < stated(mixer).domains:
-        return
     mix = mixer.mix(ctx)
     assert mix.proportions.dtype == np.float64
     assert mix.proportions.shape == (len(sizes),)
@@ -356,20 +364,20 @@ def test_weights_are_finite_and_not_negative(name):
     prepare(weighter, example_context(columns=COLUMNS))
     rows = np.array([63, 0, 5, 5], dtype=np.int64)
     static = weighter.static_weights(rows, COLUMNS)
-    if static is not None:
+    if static is None:
+        for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
+            batch = example_batch(losses, tokens)
+            w = weighter.weigh(batch)
+            assert w.dtype == torch.float32
+            assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
+            assert not w.requires_grad
+            assert bool(w.isfinite().all())
+            assert bool((w >= 0).all())
+    else:
         assert static.dtype == np.float32
         assert static.shape == rows.shape
         assert np.isfinite(static).all()
         assert (static >= 0).all()
-        return
-    for losses, tokens in (([1.0, 2.0, 3.0, 9.0], [3, 1, 0, 8]), ([1.0], [4]), ([0.0, 0.0], [0, 0])):
-        batch = example_batch(losses, tokens)
-        w = weighter.weigh(batch)
-        assert w.dtype == torch.float32
-        assert w.shape in (batch.loss_B.shape, batch.loss_BT.shape)
-        assert not w.requires_grad
-        assert bool(w.isfinite().all())
-        assert bool((w >= 0).all())
 
 
 @every_weighter

@@ -10,6 +10,7 @@ shared-memory operator for a minute.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -72,6 +73,8 @@ def main() -> None:
     environment = dict(os.environ)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for config in jobs:
+        gc.collect()
+        gc.freeze()  # each job collects, which would take as long as its steps
         os.environ.clear()
         os.environ.update(environment)
         os.environ["MASTER_PORT"] = meeting_port(Path(f"{config}.port"))

@@ -134,6 +134,7 @@ def reader(folder, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "environment", "words"), OURS)
 def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, capsys):
     rest = words[1:]

@@ -119,11 +119,13 @@ def renderer():
         del sys.modules["render_methods"]
 
 
+@pytest.mark.slow
 def test_the_gallery_is_what_the_classes_say(renderer):
     """Otherwise: make docs."""
     assert renderer.render() == TEXTS["docs/methods.md"]
 
 
+@pytest.mark.slow
 def test_the_gallery_check_can_fail(renderer, tmp_path, monkeypatch, capsys):
     assert renderer.main(["--check"]) == 0
     monkeypatch.setattr(renderer, "PAGE", tmp_path / "methods.md")

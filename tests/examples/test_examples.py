@@ -137,6 +137,7 @@ def test_everything_is_small_enough_to_lie_in_the_repository():
     assert sum(path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()) < MOST_BYTES
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_an_example_runs(name, tiny_model, tiny_moe, tmp_path):
     from dataflex.run import train_here
@@ -176,6 +177,7 @@ def demo(monkeypatch):
     return module
 
 
+@pytest.mark.trains
 def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, capsys):
     """Its commands run here, on the tiny model; what it reads and prints at the end is its own."""
     from dataflex.cli import main

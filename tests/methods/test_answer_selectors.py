@@ -197,6 +197,7 @@ def s2l(trajectories, sizes, budget, seed=0, **params):
     return S2l(S2l.Params(proxies=tuple(models), **params)).select(pool_of(len(trajectories)), budget, ctx)
 
 
+@pytest.mark.slow
 def test_domains_and_clusters_share_by_water_filling():
     """Domains of 2, 10 and 50 rows and a budget of 30: 2, 10 and 18 (the sheet); inside, equal shares by cluster."""
     rng = np.random.default_rng(0)

@@ -89,7 +89,7 @@ def test_the_window_ends_before_the_first_rising_loss():
 def test_an_empty_window_draws_uniformly(falls):
     """At the end of the run the window starts at rank 79, past the first rising loss."""
     selector = after_first(delta_loss(updates=2, steepness=100.0), np.full(100, 5.0))
-    selector._decisions = 2  # past the end: progress 1
+    selector.decisions = 2  # past the end: progress 1
     chosen = decide(selector, np.full(100, 5.0) - falls, 50, index=2)
     assert "drawn uniformly: no row whose loss fell ranks" in chosen.reason
     assert min(np.sum(chosen.rows < 50), np.sum(chosen.rows >= 50)) > 10

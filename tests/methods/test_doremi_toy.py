@@ -77,6 +77,7 @@ def train(data, mixer, reference=None, *, steps, rate, seed):
     return table.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("variant", ["repo", "paper"])
 def test_what_can_be_learned_gains_over_noise(variant, seed):

@@ -70,6 +70,7 @@ def test_weights_are_means_of_cosines_with_every_anchor(seed):
     np.testing.assert_allclose(weighter.weigh(with_vectors(rows)), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_of_rescaled_weights_is_one_and_rows_without_labels_do_not_count():
     signals = Vectors(target=[[1.0, 0.0]])
     batch = with_vectors([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [3, 5, 0])
@@ -185,6 +186,7 @@ def test_the_fixed_point_holds_and_is_the_maximum(seed, size, beta, tau):
         assert objective(other) <= objective(w) + 1e-9
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_do_not_hang():
     with pytest.raises(ComponentError, match="weights do not settle"):
         fixed_point(np.array([np.nan, 0.0]), np.eye(2), beta=0.1, tau=0.05)

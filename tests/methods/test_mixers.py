@@ -134,6 +134,7 @@ def test_unimax_numbers_of_the_sheet():
     assert got == pytest.approx([0.0333333, 0.3333333, 0.6333333], abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(sizes_K, st.floats(0.01, 1.0), st.floats(0.5, 8.0))
 def test_unimax_spends_the_budget_equally_up_to_the_caps(sizes, share, max_epochs):

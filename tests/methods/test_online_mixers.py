@@ -101,6 +101,7 @@ def slow_odm(history, variant, a, sizes):
     return [(1 - num * eps) * value + eps for value in share]
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), variant=st.sampled_from(["paper", "official", "full_information", "exp3"]))
 @settings(max_examples=40, deadline=None)
 def test_odm_against_a_slow_transcription(seed, variant):
@@ -169,6 +170,7 @@ def test_odm_of_other_domains_is_refused():
         other.mix(context({"a": 8, "c": 8}))
 
 
+@pytest.mark.slow
 def test_noise_wins_under_a_reward_that_is_the_loss():
     """What the documentation warns of: a domain that cannot be learned has the highest loss for ever."""
     for variant in ("official", "full_information"):
@@ -183,6 +185,7 @@ def test_noise_wins_under_a_reward_that_is_the_loss():
 # ---------------------------------------------------------------- random
 
 
+@pytest.mark.slow
 def test_random_shares_are_dirichlet_around_their_centre():
     ctx = [example_context({"a": 30, "b": 10}, index=i) for i in range(3000)]
     drawn = np.array([RandomShares(RandomShares.Params(around="size")).mix(c).proportions for c in ctx])
@@ -544,6 +547,7 @@ def test_ados_average_counts_the_steps_done():
     np.testing.assert_allclose(mixer.average, 0.75 * 0.5 + 0.25 * wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_ado_goes_to_the_domain_that_still_falls():
     params = Ado.Params(start_step=160, ignore_steps=20, fit_steps=40)
     mixer, resumed = Ado(params), Ado(params)

@@ -116,6 +116,7 @@ def test_every_finite_row_lies_in_exactly_one_bucket():
     assert buckets.sum(axis=1).tolist() == [34, 33, 34]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", [False, True])
 def test_first_draw_follows_the_weights(replacement):
     selector = loss_selector(replacement=replacement)
@@ -125,6 +126,7 @@ def test_first_draw_follows_the_weights(replacement):
     assert np.abs(counts / 4000 - [1 / 7, 1 / 7, 5 / 7]).max() < 0.035  # five standard deviations
 
 
+@pytest.mark.slow
 def test_drawing_without_replacement_equals_sequential_drawing():
     # Enumerate sequential draws of two rows out of weights (1, 1, 5).
     weights = [1.0, 1.0, 5.0]
@@ -154,6 +156,7 @@ def test_rows_outside_the_pool_are_neither_asked_about_nor_drawn():
     assert selection.scores.tolist() == [4.0, 18.0, 9.0, 13.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("focus", FOCI)
 def test_equal_losses_draw_uniformly(focus):
     selector, counts = loss_selector(focus=focus), np.zeros(4)

@@ -76,6 +76,7 @@ def relative_weights(strategy, seed):
     return float(weights[noise].mean() / weights.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_strategies_by_loss_and_rows_of_random_labels(seed):
     """A tenth of the rows is noise: quadratic lowers it, linupper and extremes raise it."""
@@ -85,6 +86,7 @@ def test_strategies_by_loss_and_rows_of_random_labels(seed):
     assert relative_weights("softmax_loss", seed) > relative_weights("linupper", seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_slm_with_a_clean_reference_drops_noise(seed, share):

@@ -1,10 +1,10 @@
-"""The mixture stream: against the slow sampler, over resumes, at caps (sheet tests T27 to T29)."""
+"""The mixture stream: against the slow sampler, over resumes, at caps."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ComponentError, DataError
@@ -59,20 +59,35 @@ def test_equals_the_slow_sampler_at_caps(run, max_epochs):
     slow = slow_twin(fast, limits=[max_epochs * size for size in sizes], redistribute=True)
     for step, (weights, count) in enumerate(segments):
         room = sum(limit - n for limit, n, w in zip(slow.limits, slow.drawn, weights, strict=True) if w)
-        if count > room or room == 0:
-
-            def too_much(weights=weights, count=count, step=step):
-                fast.append(proportions_of(weights), fast.position, step)
-                fast.draw(count)
-
-            with pytest.raises(DataError, match="every domain with a share is at its max_epochs"):
-                too_much()
-            return
+        assume(room > 0)
+        count = min(count, room)
         fast.append(proportions_of(weights), fast.position, step)
         slow.append(proportions_of(weights))
         assert fast.draw(count).tolist() == [slow.next() for _ in range(count)]
         assert [segment.start for segment in fast.segments] == slow.starts
     assert fast.drawn.tolist() == slow.drawn
+
+
+@given(runs(), st.integers(1, 2))
+def test_rows_beyond_every_cap_are_refused(run, max_epochs):
+    sizes, block, segments = run
+    fast = build(sizes, block, max_epochs=max_epochs, at_cap="redistribute")
+    beyond = "every domain with a share is at its max_epochs"
+    for step, (weights, count) in enumerate(segments):
+        room = sum(max_epochs * size - n for size, n, w in zip(sizes, fast.drawn, weights, strict=True) if w)
+        assume(room > 0)
+        fast.append(proportions_of(weights), fast.position, step)
+        assert len(fast.draw(min(count, room))) == min(count, room)
+    fast.draw(room - min(count, room))
+    with pytest.raises(DataError, match=beyond):
+        fast.draw(1)
+
+    def again():
+        fast.append(proportions_of(weights), fast.position, len(segments))
+        fast.draw(1)
+
+    with pytest.raises(DataError, match=beyond):
+        again()
 
 
 @given(runs(), st.lists(st.integers(0, 17), max_size=12), st.sampled_from([1, 8, 1 << 19]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dataflex.errors import DataError
@@ -203,9 +203,7 @@ def test_score_summary_is_the_slow_one(values):
     known = sorted(value for value in values if math.isfinite(value))
     assert summary["count"] == len(values)
     assert summary["scored"] == len(known)
-    if not known:
-        assert all(summary[name] is None for name in ("mean", "std", "min", "p05", "p50", "p95", "max"))
-        return
+    assume(known)
     mean = math.fsum(known) / len(known)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / len(known))
     assert summary["mean"] == pytest.approx(mean, abs=1e-6)
@@ -215,6 +213,13 @@ def test_score_summary_is_the_slow_one(values):
         place = quantile * (len(known) - 1)
         low, high = known[math.floor(place)], known[math.ceil(place)]
         assert summary[name] == pytest.approx(low + (high - low) * (place - math.floor(place)), rel=1e-9, abs=1e-6)
+
+
+@given(values=st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=5))
+def test_a_summary_of_no_finite_score_has_no_numbers(values):
+    summary = summarize_scores(np.array(values, dtype=np.float64))
+    assert (summary["count"], summary["scored"]) == (len(values), 0)
+    assert all(summary[name] is None for name in ("mean", "std", "min", "p05", "p50", "p95", "max"))
 
 
 @given(pool=st.lists(st.integers(0, 40), unique=True, max_size=20), rows=st.lists(st.integers(0, 40), max_size=20))

@@ -181,6 +181,7 @@ def test_what_is_read_of_other_rows(service):
         assert [one.tolist() for one in service.tokens(EVERY[:3], part=part)] == want
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_datasets_library(service):
     from datasets import Dataset
 

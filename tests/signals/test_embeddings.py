@@ -125,6 +125,7 @@ def test_hidden_states_are_those_of_transformers(models, name):
     assert embedding_size(model) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "lora", "gemma2"])
 @pytest.mark.parametrize("completion_only", [False, True])
 @pytest.mark.parametrize("side", [tiny.collate, tiny.collate_left])

@@ -57,6 +57,7 @@ def t5(tmp_path_factory, tiny_model):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-1, 1])
 @pytest.mark.parametrize("pooling", ["weighted_mean", "mean", "last", "first"])
 @pytest.mark.parametrize("family", ["tiny_model", "bert"])

@@ -86,6 +86,7 @@ def test_greedy_equals_transformers_one_prompt_at_a_time(models, name):
         assert one.text == " ".join(str(token) for token in one.token_ids if token != 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "lora"])
 @pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 12, "top_p": 0.8, "temperature": 0.6}])
 def test_samples_equal_one_at_a_time(models, name, changes):

@@ -127,6 +127,7 @@ SPECS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("name", SPECS)
 def test_scores_equal_one_row_at_a_time(setting, name):
@@ -162,6 +163,7 @@ def test_norms(setting):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sketched_scores_come_near_the_exact_ones(setting):
     service, _, _ = setting
     service.begin(60)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.errors import UnsupportedError
 from dataflex.selectors.losses import LossSelector
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.model_access import Corpus
@@ -52,6 +53,15 @@ def test_the_store_gives_values_again_without_a_pass(rows, tmp_path, monkeypatch
     assert not np.array_equal(first, other, equal_nan=True)
     monkeypatch.setattr(my_signal.GuessedTokens, "open", lambda *_: pytest.fail("a pass was run again"))
     np.testing.assert_array_equal(stored()(my_signal.GuessedTokens(), ROWS), first)
+
+
+def test_a_signal_that_needs_whole_parameters_is_refused_where_they_are_partitioned(rows, monkeypatch):
+    model = tiny.llama()
+    monkeypatch.setattr(my_signal.GuessedTokens, "whole_parameters", True)
+    assert np.isfinite(runner(rows, model)(my_signal.GuessedTokens(), ROWS[:3])).all()
+    model.lm_head.weight.ds_shape = (1, 1)  # as DeepSpeed marks them
+    with pytest.raises(UnsupportedError, match="guessed tokens need whole parameters"):
+        runner(rows, model)(my_signal.GuessedTokens(), ROWS)
 
 
 def test_its_selector_keeps_rows_that_are_seldom_guessed():

@@ -76,6 +76,7 @@ def expected(model, rows, tasks, normalize, over_groups):
     return np.array(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize(("normalize", "over_groups"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("budget", [6, 1000])

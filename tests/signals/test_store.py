@@ -269,6 +269,7 @@ def start(directory, *ranks):
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_and_go_on_with_another_number_of_ranks(tmp_path):
     whole, batches = store_worker.run(tmp_path / "whole")
     directory = tmp_path / "killed"

@@ -97,6 +97,7 @@ def test_logits_that_are_changed_after_the_head_are_noticed(models, name):
     assert torch.equal(tokens.loss, again.loss)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=7),
     budget=st.integers(5, 80),

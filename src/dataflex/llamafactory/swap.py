@@ -94,14 +94,15 @@ def swapped(
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
     clock = clock or PhaseClock()
-    loading = DataLoading(config, lf, clock)
+    written = LlamaFactoryArgs.read({**lf, "stage": stage})
+    loading = DataLoading(config, written, clock)
     setup = Setup(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},
         versions=versions(),
         stage=stage,
-        shuffle=not LlamaFactoryArgs.read(lf).disable_shuffling,
-        packed=LlamaFactoryArgs.read({**lf, "stage": stage}).packed,
+        shuffle=not written.disable_shuffling,
+        packed=written.packed,
         clock=clock,
         scoring_collator=scoring_collator(stage),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
@@ -241,6 +241,7 @@ class DeltaLoss(ScoringSelector):
     """
 
     name = "delta_loss"
+    saved = ("decisions", "first")
     lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
@@ -266,8 +267,8 @@ class DeltaLoss(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._decisions = 0
-        self._first = np.zeros(0, dtype=np.float32)
+        self.decisions = 0
+        self.first = np.zeros(0, dtype=np.float32)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return how far losses have fallen since the first decision [N]; a row that joins later counts from its first.
@@ -279,7 +280,7 @@ class DeltaLoss(ScoringSelector):
         finite = np.isfinite(losses)
         falls = np.full(len(pool), np.nan)
         falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
-        self._decisions += 1
+        self.decisions += 1
         return falls
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
@@ -294,44 +295,29 @@ class DeltaLoss(ScoringSelector):
         return how.format(int(in_window[kept].sum()))
 
     def _falls(self, rows: Rows, losses: NDArray[np.float32], num_rows: int) -> NDArray[np.float64]:
-        if not len(self._first):
-            self._first = np.full(num_rows, np.nan, dtype=np.float32)
-        if len(self._first) != num_rows:
+        if not len(self.first):
+            self.first = np.full(num_rows, np.nan, dtype=np.float32)
+        if len(self.first) != num_rows:
             raise DataError(
-                f"delta_loss: the first losses are those of {len(self._first):,} rows, but the training set has "
+                f"delta_loss: the first losses are those of {len(self.first):,} rows, but the training set has "
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
-        self._first[rows] = np.where(np.isnan(self._first[rows]), losses, self._first[rows])
-        first = self._first[rows].astype(np.float64)
+        self.first[rows] = np.where(np.isnan(self.first[rows]), losses, self.first[rows])
+        first = self.first[rows].astype(np.float64)
         return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
 
     def _preferred(self, falls: NDArray[np.floating]) -> tuple[NDArray[np.bool_], str]:
         """Return which rows are in the window, and what the reason says, with a place for their number."""
         p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
-        if self._decisions <= 1:
+        if self.decisions <= 1:
             return inside, "drawn uniformly while first losses are recorded"
-        progress = min(1.0, (self._decisions - 2) / max(1, p.updates - 1))
+        progress = min(1.0, (self.decisions - 2) / max(1, p.updates - 1))
         start, stop = window(len(falls), progress, p.window_size, p.steepness)
         stop = min(stop, int(np.count_nonzero(falls >= 0)))
         if start >= stop:
             return inside, f"drawn uniformly: no row whose loss fell ranks {start} or later"
         inside[np.argsort(-falls, kind="stable")[start:stop]] = True
         return inside, f"drawn, {{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
-
-    def state_dict(self) -> State:
-        """Return the number of decisions and the first losses."""
-        return {"decisions": self._decisions, "first": self._first.copy()} if self._decisions else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
-        if state and set(state) != {"decisions", "first"}:
-            raise ValueError(f"delta_loss keeps decisions and first, but was given {sorted(state)}")
-        self._decisions = int(state["decisions"]) if state else 0
-        self._first = np.array(state["first"] if state else [], dtype=np.float32)
 
 
 def excess_losses(losses: NDArray[np.floating], irreducible: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -363,6 +349,7 @@ class RhoLoss(ScoringSelector):
     """
 
     name = "rho_loss"
+    saved = ("known", "irreducible")
     lacking = "no finite loss"
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"), zero3=False)
@@ -384,8 +371,8 @@ class RhoLoss(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._irreducible = np.zeros(0, dtype=np.float32)
-        self._known = np.zeros(0, dtype=np.bool_)
+        self.irreducible = np.zeros(0, dtype=np.float32)
+        self.known = np.zeros(0, dtype=np.bool_)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return losses minus irreducible ones [N], nats per token.
@@ -406,33 +393,16 @@ class RhoLoss(ScoringSelector):
 
     def _reference_losses(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         num_rows = ctx.signals.num_rows()
-        if not len(self._known):
-            self._irreducible = np.full(num_rows, np.nan, dtype=np.float32)
-            self._known = np.zeros(num_rows, dtype=np.bool_)
-        if len(self._known) != num_rows:
+        if not len(self.known):
+            self.irreducible = np.full(num_rows, np.nan, dtype=np.float32)
+            self.known = np.zeros(num_rows, dtype=np.bool_)
+        if len(self.known) != num_rows:
             raise DataError(
-                f"rho_loss: the irreducible losses are those of {len(self._known):,} rows, but the training set has "
+                f"rho_loss: the irreducible losses are those of {len(self.known):,} rows, but the training set has "
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
-        new = np.sort(pool[~self._known[pool]])
+        new = np.sort(pool[~self.known[pool]])
         if len(new):
-            self._irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
-            self._known[new] = True
-        return self._irreducible[pool]
-
-    def state_dict(self) -> State:
-        """Return the irreducible losses and for which rows they are known."""
-        if not len(self._known):
-            return {}
-        return {"irreducible": self._irreducible.copy(), "known": self._known.copy()}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
-        if state and set(state) != {"irreducible", "known"}:
-            raise ValueError(f"rho_loss keeps irreducible and known, but was given {sorted(state)}")
-        self._irreducible = np.array(state["irreducible"] if state else [], dtype=np.float32)
-        self._known = np.array(state["known"] if state else [], dtype=np.bool_)
+            self.irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
+            self.known[new] = True
+        return self.irreducible[pool]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, State, param
+from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
@@ -51,6 +51,7 @@ class S2l(Selector):
     """Draw evenly from clusters of loss trajectories."""
 
     name = "s2l"
+    saved = ("points",)
     adaptive: ClassVar[bool] = True
     needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"))
     card = Card(
@@ -76,7 +77,7 @@ class S2l(Selector):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_kmeans()
-        self._points = np.zeros((0, 0), dtype=np.float32)
+        self.points = np.zeros((0, 0), dtype=np.float32)
 
     @classmethod
     def variant(cls, params: Any) -> type[Method]:
@@ -156,31 +157,17 @@ class S2l(Selector):
     def _seen(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Add this decision's losses and return all points of the pool's rows [len(pool), T]."""
         num_rows = ctx.signals.num_rows()
-        if self._points.shape[1] and len(self._points) != num_rows:
+        if self.points.shape[1] and len(self.points) != num_rows:
             raise DataError(
-                f"s2l: the trajectories are those of {len(self._points):,} rows, but the training set has "
+                f"s2l: the trajectories are those of {len(self.points):,} rows, but the training set has "
                 f"{num_rows:,}. Resume with the data set that the run began with."
             )
         now = np.full((num_rows, 1), np.nan, dtype=np.float32)
         now[pool, 0] = ctx.signals(TokenLoss(), pool)
-        self._points = np.concatenate([self._points, now], axis=1) if self._points.shape[1] else now
-        if self._points.shape[1] > _MOST_POINTS:  # every second one, the newest included
-            self._points = np.ascontiguousarray(self._points[:, ::-2][:, ::-1])
-        return self._points[pool]
-
-    def state_dict(self) -> State:
-        """Return the points seen so far [N, T]."""
-        return {"points": self._points.copy()} if self._points.shape[1] else {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
-        if state and set(state) != {"points"}:
-            raise ValueError(f"s2l keeps points, but was given {sorted(state)}")
-        self._points = np.array(state["points"] if state else np.zeros((0, 0)), dtype=np.float32)
+        self.points = np.concatenate([self.points, now], axis=1) if self.points.shape[1] else now
+        if self.points.shape[1] > _MOST_POINTS:  # every second one, the newest included
+            self.points = np.ascontiguousarray(self.points[:, ::-2][:, ::-1])
+        return self.points[pool]
 
 
 def _even(labels: NDArray[np.int64], preference: NDArray[np.float64], count: int) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.method import Card, Context, Needs, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import LogitFeatures
 
@@ -40,6 +40,7 @@ class Uds(ScoringSelector):
     """Keep the candidates of largest nuclear norm and distance to what was chosen lately."""
 
     name = "uds"
+    saved = ("queue",)
     lacking = "no supervised token"
     adaptive: ClassVar[bool] = True
     within_batch: ClassVar[bool] = True
@@ -66,7 +67,7 @@ class Uds(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._queue: NDArray[np.float32] | None = None
+        self.queue: NDArray[np.float32] | None = None
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return nuclear norms plus distances to rows chosen lately [N].
@@ -82,7 +83,7 @@ class Uds(ScoringSelector):
         if found.ndim != 2 or len(found) != len(pool):
             raise ComponentError(f"uds: asked for logits of {len(pool):,} rows, was given {found.shape}")
         norms, sketches = found[:, 0], found[:, 1:]
-        queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self._queue is None else self._queue
+        queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self.queue is None else self.queue
         if queue.shape[1] != sketches.shape[1]:
             raise ComponentError(
                 f"uds: the queue holds sketches of {queue.shape[1]:,} numbers, the rows' have {sketches.shape[1]:,}"
@@ -100,7 +101,7 @@ class Uds(ScoringSelector):
         kept = super().kept(found, rows, budget, ctx)
         _, queue, sketches = self._asked
         chosen = sketches[found.places[kept]].astype(np.float32)
-        self._queue = np.concatenate([queue, chosen])[-self.params.queue_size :]
+        self.queue = np.concatenate([queue, chosen])[-self.params.queue_size :]
         return kept
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
@@ -114,17 +115,3 @@ class Uds(ScoringSelector):
             ours = lengths[pool[found.places[kept]]]
             how += f", {ours.mean():.0f} tokens on average against {lengths[pool].mean():.0f}"
         return how
-
-    def state_dict(self) -> State:
-        """Return the queue, the row chosen last at its end."""
-        return {} if self._queue is None else {"queue": self._queue.copy()}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
-        if state and set(state) != {"queue"}:
-            raise ValueError(f"uds keeps a queue, but was given {sorted(state)}")
-        self._queue = np.array(state["queue"], dtype=np.float32) if state else None

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from dataflex import comm
 from dataflex.signals.sweep import fetch
 
-__all__ = ["inputs_identity", "model_identity", "precision", "state_identity", "tokenizer_identity"]
+__all__ = ["inputs_identity", "model_identity", "precision", "state_identity", "surroundings", "tokenizer_identity"]
 
 _SAMPLED = 64
 _PROBED_ROWS = 16
@@ -185,6 +185,22 @@ def inputs_identity(dataset: Any, num_rows: int, collate: Callable[[list[dict[st
                 digest.update(f"{name} {tuple(value.shape)}".encode())
                 digest.update(value.float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def surroundings(
+    dataset: Any,
+    num_rows: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    tokenizer: Any,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return, as JSON values, what values of rows come from besides the model and the tokens."""
+    return {
+        "inputs": inputs_identity(dataset, num_rows, collate),
+        "precision": precision(autocast, device),
+        "tokenizer": tokenizer_identity(tokenizer),
+    }
 
 
 def _digest(text: str) -> str:

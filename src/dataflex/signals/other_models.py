@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,6 @@ from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
-
-    from dataflex.signals.store import CacheKey
 
 __all__ = [
     "ADAPTER",
@@ -33,7 +31,6 @@ __all__ = [
     "load_causal",
     "load_reference",
     "loading_whole",
-    "losses_key",
     "shares_tokens",
     "start_tokens",
 ]
@@ -240,43 +237,6 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     if largest >= rows:
         raise ConfigError(f"{KEY}: {folder} knows {rows:,} tokens, and the tokenizer has ids up to {largest:,}")
     return model
-
-
-def losses_key(
-    model: torch.nn.Module,
-    *,
-    tokenizer: Any,
-    data: str,
-    dataset: Any,
-    num_rows: int,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> CacheKey:
-    """Name token losses by weights, data, tokenizer, precision, and how rows become batches (collective).
-
-    Args:
-        model: The reference.
-        tokenizer: The run's.
-        data: Fingerprint of the rows' tokens and labels.
-        dataset: Features by row id; some rows are collated, since masks and positions tell how the documents
-            of a packed row are kept apart.
-        num_rows: N.
-        collate: Features to a batch.
-        autocast: The trainer's mixed-precision context.
-    """
-    from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
-    from dataflex.signals.store import CacheKey
-
-    return CacheKey(
-        model=model_identity(model),
-        data=data,
-        method="reference-losses",
-        parameters={
-            "tokenizer": tokenizer_identity(tokenizer),
-            "inputs": inputs_identity(dataset, num_rows, collate),
-            **precision(autocast, next(model.parameters()).device),
-        },
-    )
 
 
 def files_identity(model: str, commit: str | None, *settings: Any) -> str:

@@ -19,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.errors import UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.cache import SignalCache, SignalValue, rows_digest
 from dataflex.signals.generate import Generator
 from dataflex.signals.kinds import Signal
 from dataflex.signals.model_access import ModelAccess
+from dataflex.signals.model_parts import is_partitioned
 from dataflex.signals.specs import Generation, GenerationSpec, Part
 from dataflex.signals.sweep import Collector, preserve_state
 from dataflex.signals.texts import row_texts, row_tokens
@@ -76,6 +78,7 @@ class SignalRunner:
 
         Raises:
             DataError: There is no such target.
+            UnsupportedError: The signal needs whole parameters, and they are partitioned over ranks.
         """
         with self._timed():
             corpus, kept = self.access.corpus(target), signal.kept
@@ -99,6 +102,10 @@ class SignalRunner:
 
     def _compute(self, signal: Signal, rows: Rows, target: str | None, parameters: dict[str, Any]) -> SignalValue:
         access, cache = self.access, self.cache
+        if signal.whole_parameters and is_partitioned(access.model):
+            raise UnsupportedError(
+                f"{signal.name} need whole parameters, but ZeRO-3 or FSDP partitions them over ranks"
+            )
         sweep = signal.sweep(access, rows, target)
         sweep = replace(sweep, what=f"step {cache.step}: {sweep.what}")
         tail, work = signal.tail(access), None

@@ -23,9 +23,10 @@ from dataflex import comm
 from dataflex.errors import CheckpointError, DataError
 from dataflex.method import Rows, State
 from dataflex.rng import stream
+from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.logits import TokenScorer
 from dataflex.signals.losses import real_tokens
-from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, load_reference, losses_key
+from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, load_reference
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Sweep, Turn, preserve_state
 
@@ -350,14 +351,14 @@ class ReferenceLosses:
                 return
             assert self.store is not None
             assert self._model is not None
-            key = losses_key(
-                self._model,
-                tokenizer=self.tokenizer,
+            device = next(self._model.parameters()).device
+            key = CacheKey(
+                model=model_identity(self._model),
                 data=self.fingerprint,
-                dataset=self.dataset,
-                num_rows=len(self.lengths),
-                collate=self.collate,
-                autocast=self.autocast,
+                method="reference-losses",
+                parameters=surroundings(
+                    self.dataset, len(self.lengths), self.collate, self.tokenizer, self.autocast, device
+                ),
             )
         self.passes = ReferencePasses(
             lengths=self.lengths,

@@ -22,7 +22,7 @@ from dataflex.plan.schedule import Schedule
 from dataflex.record.clock import PhaseClock
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.cache import SignalCache
-from dataflex.signals.identity import inputs_identity, model_identity, precision, tokenizer_identity
+from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
@@ -146,19 +146,17 @@ def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> S
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
     options = setup.config.signals
-    train = Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint)
-    targets = {
-        name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-        for name, target in space.targets.items()
-    }
     access = ModelAccess(
         model=trainer.model,
         collate=setup.scoring_collator(trainer.data_collator),
         autocast=trainer.compute_loss_context_manager,
         device=trainer.args.device,
         token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
-        train=train,
-        targets=targets,
+        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint),
+        targets={
+            name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
+            for name, target in space.targets.items()
+        },
         seed=seed,
         tokenizer=trainer.processing_class,
         optimizer=lambda: trainer.optimizer,
@@ -166,28 +164,22 @@ def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> S
         backend="zero" if trainer.is_deepspeed_enabled else "plain",
         release=lambda: release_gathered(trainer),
     )
-    cache = SignalCache(
+
+    @cache
+    def around(name: str) -> dict[str, Any]:
+        corpus = access.corpus(name or None)
+        return surroundings(
+            corpus.dataset, len(corpus.lengths), access.collate, access.tokenizer, access.autocast, access.device
+        )
+
+    kept = SignalCache(
         max_age_steps=options.max_age_steps,
         store=None if options.store is None else ArrayStore(options.store),
         store_bytes=int(options.store_gb * 1e9),
         model_identity=lambda: model_identity(trainer.model),
-        surroundings=_surroundings(access, {"": train, **targets}),
+        surroundings=around,
     )
-    return SignalRunner(access=access, cache=cache)
-
-
-def _surroundings(access: ModelAccess, corpora: dict[str, Corpus]) -> Callable[[str], dict[str, Any]]:
-    """Return what tells, by the name of a corpus, what its answers come from besides the model and the tokens."""
-
-    @cache
-    def of(name: str) -> dict[str, Any]:
-        return {
-            "inputs": inputs_identity(corpora[name].dataset, len(corpora[name].lengths), access.collate),
-            "precision": precision(access.autocast, access.device),
-            "tokenizer": tokenizer_identity(access.tokenizer),
-        }
-
-    return of
+    return SignalRunner(access=access, cache=kept)
 
 
 def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:

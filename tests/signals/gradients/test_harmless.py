@@ -94,6 +94,7 @@ def test_state_is_untouched_when_a_pass_fails():
         assert same(before[key], after[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "lora", "dora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_goes_on_bit_for_bit(name, checkpointing):

@@ -27,6 +27,7 @@ batches = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=6, deadline=None)
 @given(**batches)
@@ -43,6 +44,7 @@ def test_equals_one_row_at_a_time(name, lengths, side, seed):
     assert found["losses"].shape == (len(lengths),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "mixtral-grouped"])
 @settings(max_examples=3, deadline=None)
 @given(**batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dataflex.signals.gradients import (
@@ -58,6 +59,7 @@ def recovered(scores, planted):
     return float(planted[top].float().mean())
 
 
+@pytest.mark.slow
 def test_planted_pool_is_recovered():
     planted = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)) < 0.5
     ids = torch.where(planted[:, None], sequences("target", ROWS, 1), sequences("other", ROWS, 2))

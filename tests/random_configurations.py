@@ -1,0 +1,242 @@
+"""Random configurations, half of them mutated, for 'what plan accepts, trains'.
+
+    python -m tests.random_configurations plan 500 MODEL DATA      plan gives no traceback
+    python -m tests.random_configurations train 60 MODEL DATA      what plan accepts trains for 3 steps
+
+MODEL and DATA are folders as the fixtures ``tiny_model`` and ``data_dir`` make them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import random
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["accepted", "configurations", "trained"]
+
+_SELECTORS: tuple[Any, ...] = (
+    None,
+    None,
+    "random",
+    "all",
+    "loss",
+    {"name": "loss", "focus": "high"},
+    "longest",
+    "grad_norm",
+    {"name": "less", "targets": ["goal"], "precondition": "none"},
+    {"name": "rds_plus", "targets": ["goal"]},
+    {"name": "bm25", "targets": ["goal"]},
+    {"name": "dsir", "targets": ["goal"]},
+    "el2n",
+)
+_MIXERS: tuple[Any, ...] = (
+    None,
+    None,
+    "uniform",
+    "size",
+    {"name": "temperature", "temperature": 2.0},
+    {"name": "static", "proportions": {"alpha": 0.5, "beta": 0.5}},
+    "odm",
+    "random",
+)
+_WEIGHTERS: tuple[Any, ...] = (
+    None,
+    None,
+    {"name": "loss"},
+    "focal",
+    "token",
+    {"name": "column", "column": "sample_weight"},
+    ["focal", {"name": "column", "column": "sample_weight"}],
+)
+_ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    0.5,
+    1e30,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "abc",
+    "no",
+    "auto",
+    "1e-4",
+    "???",
+    "a\0b",
+    "x" * 300,
+    "(",
+    "alpha",
+    [],
+    [1],
+    ["goal"],
+    {},
+    {"a": 1},
+    {"name": "loss"},
+    [[[[]]]],
+    "\u2028\ud800",
+)
+_STRANGE_KEYS = (
+    "lora_rnak",
+    "templat",
+    "",
+    "a.b",
+    "dynamic.selector",
+    "0",
+    "selector",
+    "warmup_step",
+    "component_name",
+)
+
+
+def configurations(seed: int, count: int, model: Path, data: Path) -> Iterator[dict[str, Any]]:
+    """Yield configurations of the tiny model; every second one has one to three mutations."""
+    for number in range(count):
+        rng = random.Random(f"{seed}.{number}")
+        mapping = _sound(rng, model, data)
+        for _ in range(rng.randint(1, 3) if number % 2 else 0):
+            _mutate(rng, mapping)
+        yield mapping
+
+
+def _sound(rng: random.Random, model: Path, data: Path) -> dict[str, Any]:
+    def some(share: float, **keys: Any) -> dict[str, Any]:
+        return keys if rng.random() < share else {}
+
+    mixer = rng.choice(_MIXERS)
+    dynamic: dict[str, Any] = {
+        "selector": rng.choice(_SELECTORS),
+        "mixer": mixer,
+        "weighter": rng.choice(_WEIGHTERS),
+        "interval_steps": rng.choice([1, 2]),
+        **some(0.3, warmup_steps=1),
+        **some(0.5, repeat=True),
+        **some(0.2, keep_ratio=0.5),
+        **some(0.2, exclude_seen=True),
+        **some(0.2, signals=rng.choice([{"pool_fraction": 0.5}, {"max_age_steps": 2}])),
+        **some(0.1, seed=3),
+    }
+    return {
+        "model_name_or_path": str(model),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": rng.choice(["full", "lora"]),
+        "dataset_dir": str(data),
+        "dataset": "alpha,beta" if mixer or rng.random() < 0.5 else "alpha",
+        "template": rng.choice(["default", "alpaca", "empty"]),
+        "cutoff_len": rng.choice([32, 64]),
+        "per_device_train_batch_size": rng.choice([1, 2]),
+        "gradient_accumulation_steps": rng.choice([1, 2]),
+        "learning_rate": rng.choice([1e-3, 1e-5]),
+        "lr_scheduler_type": rng.choice(["linear", "cosine", "constant", "inverse_sqrt"]),
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": rng.choice(["no", False, "steps"]),
+        "report_to": "none",
+        "overwrite_output_dir": True,
+        **some(0.2, optim=rng.choice(["adamw_torch", "sgd", "adafactor"])),
+        **some(0.2, warmup_steps=rng.choice([1, 0.5])),
+        **some(0.2, weight_decay=0.1),
+        **some(0.15, val_size=0.2, eval_strategy="steps", eval_steps=2),
+        **some(0.1, eval_dataset="held", do_eval=True),
+        **some(0.1, packing=True),
+        **some(0.1, streaming=True),
+        **some(0.1, max_samples=20),
+        **some(0.1, dataloader_num_workers=1),
+        **some(0.1, disable_shuffling=True),
+        **some(0.1, lora_rank=4, lora_target=rng.choice(["all", ["q_proj"], "q_proj,v_proj"])),
+        **some(0.1, label_smoothing_factor=0.1),
+        **some(0.1, gradient_checkpointing=True),
+        **some(0.1, dataloader_drop_last=True),
+        **some(0.1, bf16=True, use_cpu=True),
+        "dynamic": {key: value for key, value in dynamic.items() if value is not None},
+    }
+
+
+def _mutate(rng: random.Random, mapping: dict[str, Any]) -> None:
+    places = [place for place in _places(mapping) if place[1] not in ("model_name_or_path", "overwrite_output_dir")]
+    block, key = rng.choice(places)
+    kind = rng.choice(["value", "value", "value", "gone", "misspelt", "more"])
+    if kind == "value" or isinstance(block, list):
+        block[key] = copy.deepcopy(rng.choice(_ODD))
+    elif kind == "gone":
+        del block[key]
+    elif kind == "misspelt":
+        cut = rng.randrange(len(key)) if key else 0
+        block[key[:cut] + key[cut + 1 :]] = block.pop(key)
+    else:
+        block[rng.choice(_STRANGE_KEYS)] = copy.deepcopy(rng.choice(_ODD))
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(item, dict | list):
+            yield from _places(item)
+
+
+def accepted(mapping: dict[str, Any], folder: Path) -> bool:
+    """Whether ``plan`` accepts a configuration; whatever it raises comes through."""
+    from dataflex.cli import main
+
+    file = folder / "run.json"
+    file.write_text(json.dumps({"output_dir": str(folder / "out"), **mapping}))
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        code = main(["plan", str(file)])
+    assert code in (0, 2), told.getvalue()
+    assert code == 0 or all(line.startswith("dataflex: ") for line in told.getvalue().splitlines()), told.getvalue()
+    return code == 0
+
+
+def trained(folder: Path) -> str:
+    """Train the configuration that was accepted last, in this process; return what went wrong with its trace."""
+    from dataflex.errors import DataFlexError
+    from dataflex.run import train_here
+
+    try:
+        train_here([str(folder / "run.json")])
+    except DataFlexError as error:
+        return f"refused while training: {error}"
+    except Exception:  # noqa: BLE001
+        return traceback.format_exc()
+    return ""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line at the top."""
+    what, count, model, data = arguments[0], int(arguments[1]), Path(arguments[2]), Path(arguments[3])
+    wrong = done = 0
+    for number, mapping in enumerate(configurations(1, 1_000_000, model, data)):
+        if done == count:
+            break
+        with tempfile.TemporaryDirectory() as name:
+            problem, good = "", False
+            try:
+                good = accepted(mapping, Path(name))
+            except Exception:  # noqa: BLE001
+                problem = traceback.format_exc()
+            if good and what == "train":
+                problem = trained(Path(name))
+            done += good or what == "plan"
+        if problem:
+            wrong += 1
+            sys.stdout.write(f"#{number} {mapping}\n{problem}\n")
+    sys.stdout.write(f"{done} configurations, {wrong} with a traceback\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
