@@ -31,6 +31,7 @@ __all__ = [
     "broken_reason",
     "current_run",
     "find_resumable",
+    "manifest_reason",
     "new_run",
     "run_of",
     "seal",
@@ -135,11 +136,11 @@ def broken_reason(checkpoint: Path) -> str | None:
         return f"{TRAINER_STATE} is missing: it was not written to the end"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{TRAINER_STATE} cannot be read: it was not written to the end"
-    return _manifest_reason(checkpoint) if (checkpoint / FOLDER).exists() else None
+    return manifest_reason(checkpoint) if (checkpoint / FOLDER).exists() else None
 
 
-def _manifest_reason(checkpoint: Path) -> str | None:
-    """Compare a checkpoint's files with its manifest."""
+def manifest_reason(checkpoint: Path) -> str | None:
+    """Say in what a checkpoint's files differ from its manifest, or None."""
     name = _MANIFEST
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))

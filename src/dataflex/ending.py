@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "TERMINATED",
+    "TermVote",
     "TermWish",
     "Terminated",
     "ends_on_term",
@@ -125,6 +126,57 @@ class TermWish:
 
         with _handled(note, "SIGTERM"):
             yield
+
+
+class TermVote(TermWish):
+    """Notes SIGTERM, and lets the ranks agree on the step after which they end.
+
+    Ranks tell each other after every step and read what was told after the step before: nobody waits for the
+    answer, all have the same one, and one that got the signal late or not at all stops with the others.
+
+    Args:
+        device: Where ranks exchange.
+    """
+
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+        self.agreed = False
+        self._device = device
+        self._told: Any = None
+
+    def after_step(self) -> bool:
+        """Tell the other ranks and return whether all are to end after this step (collective)."""
+        before, self._told = self._told, self._tell()
+        self.agreed = self.agreed or self._read(before)
+        return self.agreed
+
+    def settle(self) -> bool:
+        """Return whether the run is to end here, as every rank sees it (collective)."""
+        self.agreed = self._read(self._told) or self._read(self._tell()) or self.agreed
+        self._told = None
+        return self.agreed
+
+    def _tell(self) -> Any:
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor(int(self.asked), device=self._device)
+        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if _several_ranks() else None
+
+    def _read(self, told: Any) -> bool:
+        if not _several_ranks():
+            return self.asked
+        if told is None:
+            return False
+        flag, work = told
+        work.wait()
+        return bool(flag)
+
+
+def _several_ranks() -> bool:
+    from dataflex import comm
+
+    return comm.world() > 1
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:

@@ -137,9 +137,9 @@ def stopped_at(config: Path) -> int:
 @pytest.fixture
 def term_at(monkeypatch):
     """Return a function after which this process is sent SIGTERM once, in the given optimizer step."""
-    from dataflex.llamafactory import trainer as seam
+    from dataflex.llamafactory.trainer import TrainerMixin
 
-    real = seam.TrainerMixin.training_step
+    real = TrainerMixin.training_step
 
     def arm(step):
         left = [step]
@@ -150,7 +150,7 @@ def term_at(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return real(self, *args, **kwargs)
 
-        monkeypatch.setattr(seam.TrainerMixin, "training_step", training_step)
+        monkeypatch.setattr(TrainerMixin, "training_step", training_step)
 
     return arm
 

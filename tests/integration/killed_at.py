@@ -36,8 +36,8 @@ def arm(point: str, step: int) -> None:
     from transformers import trainer
 
     from dataflex import checkpoints
-    from dataflex.llamafactory.trainer import SavingMixin
     from dataflex.train import checkpoint
+    from dataflex.train.session import Session
 
     def of_trainer(self, *_):
         return self.state.global_step
@@ -58,8 +58,8 @@ def arm(point: str, step: int) -> None:
             step, checkpoint.save_state, after=False, of=lambda folder, *_: of_folder(folder.parent)
         )
     elif point == "state":
-        SavingMixin._dataflex_seal = at(
-            step, SavingMixin._dataflex_seal, after=False, of=lambda self: self._dataflex_unsealed and of_trainer(self)
+        Session.seal_checkpoint = at(
+            step, Session.seal_checkpoint, after=False, of=lambda self, step, *_: self._unsealed and step
         )
     elif point == "manifest":
         checkpoints.seal = at(step, checkpoints.seal, after=True, of=of_folder)

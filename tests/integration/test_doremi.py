@@ -14,6 +14,7 @@ from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import logs, read_proportions
 from dataflex.testing import example_context
+from dataflex.train.loader import ROWS
 from dataflex.train.loss import Reweighter, token_losses
 
 SETTINGS = {
@@ -119,20 +120,11 @@ def test_one_hot_weights_train_on_one_domain_alone(variant):
         reweighter = Reweighter(None, mixer, columns={}, domains=domains, over_ranks=True, world=1)
         parts = [(slice(0, 4), rows[:4]), (slice(4, 6), rows[4:])]
         items = labels.ne(-100).sum()
-        batches = [{"labels": labels[part]} for part, _ in parts]
-        reweighter.begin_step(batches, [ids for _, ids in parts], items, torch.device("cpu"), step=0, total_steps=1)
+        batches = [{"labels": labels[part], ROWS: ids} for part, ids in parts]
+        reweighter.begin_step(batches, items, torch.device("cpu"), index=0, total=1)
         total = torch.zeros(())
-        for (part, ids), batch in zip(parts, batches, strict=True):
-            total = total + reweighter.loss(
-                logits[part],
-                labels[part],
-                ids,
-                batch=batch,
-                num_items=items,
-                num_micro_batches=2,
-                step=0,
-                total_steps=1,
-            )
+        for (part, _), batch in zip(parts, batches, strict=True):
+            total = total + reweighter.loss(batch, logits[part])
         (found,) = torch.autograd.grad(total, logits)
         return found
 
@@ -169,9 +161,9 @@ def test_normalizers(variant, want):
     reweighter = Reweighter(
         None, mixer, columns={}, domains=Domains.from_sizes(("a", "b"), (1, 1)), over_ranks=True, world=1
     )
-    rows, items = np.array([0, 1]), labels.ne(-100).sum()
-    reweighter.begin_step([{"labels": labels}], [rows], items, torch.device("cpu"), step=0, total_steps=1)
-    loss = reweighter.loss(logits, labels, rows, batch={}, num_items=items, num_micro_batches=1, step=0, total_steps=1)
+    batch, items = {"labels": labels, ROWS: np.array([0, 1])}, labels.ne(-100).sum()
+    reweighter.begin_step([batch], items, torch.device("cpu"), index=0, total=1)
+    loss = reweighter.loss(batch, logits)
     assert float(loss) == pytest.approx(want, abs=1e-5)
 
 

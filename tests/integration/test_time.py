@@ -66,7 +66,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
         "leakage": (datasets, "find_leaks"),
         "model": (workflow, "load_model"),
         "reference": (ReferenceLosses, "begin"),
-        "prepare": (trainer, "batch_shape"),
+        "prepare": (trainer, "loop_of"),
         "signals": (SignalRunner, "_compute"),
         "evaluation": (trainer.TrainerMixin, "evaluation_loop"),
         "checkpoint": (checkpoint, "save"),

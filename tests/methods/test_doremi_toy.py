@@ -13,6 +13,7 @@ import torch
 from dataflex.mixers.loss_weights import DoReMi, GroupDro
 from dataflex.plan.domains import Domains
 from dataflex.testing import example_context
+from dataflex.train import loader
 from dataflex.train.loss import Reweighter, token_losses
 
 NAMES = ("noise", "constant", "chain")
@@ -55,23 +56,12 @@ def train(data, mixer, reference=None, *, steps, rate, seed):
         rows = np.concatenate([ROWS * k + rng.choice(ROWS, size=4, replace=False) for k in range(3)])
         tokens = data[torch.from_numpy(rows)]
         context = tokens + WORDS * torch.arange(3).repeat_interleave(4)[:, None]
-        batch = {"input_ids": context, "labels": tokens}
+        batch = {"input_ids": context, "labels": tokens, loader.ROWS: rows}
         items = torch.tensor(len(rows) * (LENGTH - 1))
-        reweighter.begin_step([batch], [rows], items, torch.device("cpu"), step=step, total_steps=steps)
-        loss = reweighter.loss(
-            table[context],
-            tokens,
-            rows,
-            batch=batch,
-            num_items=items,
-            num_micro_batches=1,
-            step=step,
-            total_steps=steps,
-        )
+        reweighter.begin_step([batch], items, torch.device("cpu"), index=step, total=steps)
+        loss = reweighter.loss(batch, table[context])
         (gradient,) = torch.autograd.grad(loss, table)
-        reweighter.end_step(
-            step=step, total_steps=steps, proportions=np.full(3, 1 / 3), learning_rate=rate, device=torch.device("cpu")
-        )
+        reweighter.end_step(np.full(3, 1 / 3), learning_rate=rate)
         with torch.no_grad():
             table -= rate * gradient
     return table.detach()

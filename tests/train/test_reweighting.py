@@ -11,6 +11,7 @@ from dataflex.mixers.loss_weights import DoReMi
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import logs
 from dataflex.testing import example_context
+from dataflex.train import loader
 from dataflex.train.feedback import WeightStats
 from dataflex.train.loss import Reweighter
 from dataflex.weighters.column import Column
@@ -48,7 +49,12 @@ class Data:
 
     def batch(self, rows):
         places = torch.arange(WIDTH).remainder(4).expand(len(rows), WIDTH)
-        return {"labels": self.labels[rows], "input_ids": self.labels[rows].clamp(min=0), "position_ids": places}
+        return {
+            "labels": self.labels[rows],
+            "input_ids": self.labels[rows].clamp(min=0),
+            "position_ids": places,
+            loader.ROWS: rows,
+        }
 
     def tokens(self, rows):
         return self.labels[rows].ne(-100).sum()
@@ -69,21 +75,12 @@ def step_of(data, make, parts, *, mixer=None, over_ranks=True, world=1, packed=F
     )
     if items is None:
         items = sum(data.tokens(rows) for rows in parts)
-    options = {"step": step, "total_steps": 10}
-    reweighter.begin_step([data.batch(rows) for rows in parts], parts, items, CPU, **options)
+    batches = [data.batch(rows) for rows in parts]
+    reweighter.begin_step(batches, items, CPU, index=step, total=10)
     total, gradient = torch.zeros(()), torch.zeros_like(data.logits)
-    for rows in parts:
+    for rows, batch in zip(parts, batches, strict=True):
         logits = data.logits[rows].clone().requires_grad_()
-        loss = reweighter.loss(
-            logits,
-            data.labels[rows],
-            rows,
-            batch=data.batch(rows),
-            hidden=None if reweighter.embedding is None else data.hidden[rows],
-            num_items=items,
-            num_micro_batches=len(parts),
-            **options,
-        )
+        loss = reweighter.loss(batch, logits, None if reweighter.embedding is None else data.hidden[rows])
         (found,) = torch.autograd.grad(loss, logits)
         gradient[rows] += found
         total = total + loss.detach()

@@ -11,7 +11,6 @@ whole, which is the stock split when nothing is packed. A tokenized copy stands 
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import Loader, RawRows, column, raw_columns, split_rows
 from dataflex.llamafactory.streaming import joined, tokenized_when_served
 from dataflex.method import RunFacts
@@ -41,8 +41,7 @@ from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import row_pass
-from dataflex.train.evaluation import HeldOut
-from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, measure
+from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, fingerprint, measure
 
 __all__ = [
     "FILE_COLUMN",
@@ -295,12 +294,12 @@ class DataLoading:
             sources=sizes,
             domains=self._domains(sizes, labels, found, measures.lengths, per_row),
             supervised=measures.supervised,
-            fingerprint=_fingerprint(sizes, labels, measures.fingerprint),
+            fingerprint=fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
             targets=targets,
             leaks={name: leak.describe() for name, leak in leaked.items()},
         )
-        _warn_about_masked_rows(self.space)
+        self.space.check_supervised()
         return module
 
     def _columns(
@@ -479,12 +478,7 @@ class DataLoading:
         targets = {}
         for name in self._config.targets:
             rows = loader.target(name)
-            measures = measure(rows)
-            if not (measures.supervised > 0).any():
-                raise DataError(f"target {name!r}: none of its {len(rows):,} rows has a supervised token")
-            targets[name] = TargetSpace(
-                name=name, dataset=rows, lengths=measures.lengths, fingerprint=measures.fingerprint
-            )
+            targets[name] = TargetSpace.of(name, rows)
         return targets
 
 
@@ -516,30 +510,6 @@ def _source_labels(sizes: dict[str, int], given: NDArray[np.int32] | None) -> ND
     if given is not None:
         return given
     return np.repeat(np.arange(len(sizes), dtype=np.int32), list(sizes.values()))
-
-
-def _fingerprint(sizes: dict[str, int], labels: NDArray[np.int32], content: str) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr(sorted(sizes.items())).encode())
-    digest.update(labels.tobytes())
-    digest.update(content.encode())
-    return digest.hexdigest()
-
-
-def _warn_about_masked_rows(space: RowSpace) -> None:
-    masked = int((space.supervised == 0).sum())
-    if masked == space.num_rows:
-        raise DataError(
-            f"all {masked:,} rows have their labels fully masked: nothing can be learned from them. "
-            "Is cutoff_len shorter than the prompts?"
-        )
-    if masked:
-        logger.warning(
-            "%d of %d rows have no supervised token (labels fully masked, cutoff_len too short?): "
-            "methods that score rows never select them",
-            masked,
-            space.num_rows,
-        )
 
 
 _SCORED_COLUMNS = {

@@ -11,20 +11,18 @@ import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
-from dataflex.llamafactory.datasets import DataLoading, scoring_collator
+from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.trainer import TrainerMixin
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
-from dataflex.version import __version__
 
-__all__ = ["TRAINERS", "least_gain", "run", "swapped", "versions"]
+__all__ = ["TRAINERS", "least_gain", "run", "swapped"]
 
 TRAINERS: dict[str, tuple[str, str, str]] = {
     "pt": ("llamafactory.train.pt.workflow", "llamafactory.train.pt.workflow", "CustomTrainer"),
@@ -34,17 +32,6 @@ TRAINERS: dict[str, tuple[str, str, str]] = {
     "kto": ("llamafactory.train.kto.workflow", "llamafactory.train.kto.workflow", "CustomKTOTrainer"),
 }
 """Stage: module that calls ``get_dataset``, module in which the trainer's name is looked up, its name."""
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    found = {"dataflex": __version__}
-    for package in ("llamafactory", "transformers", "torch", "accelerate", "datasets", "peft", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 @contextmanager
@@ -99,12 +86,10 @@ def swapped(
     setup = Setup(
         config=config,
         resolved={**lf, "dynamic": as_mapping(config)},
-        versions=versions(),
         stage=stage,
         shuffle=not written.disable_shuffling,
         packed=written.packed,
         clock=clock,
-        scoring_collator=scoring_collator(stage),
     )
 
     def load(*args: Any, **kwargs: Any) -> Any:

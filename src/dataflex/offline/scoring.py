@@ -27,7 +27,8 @@ from dataflex.config.schema import MethodConfig
 from dataflex.config.show import as_mapping, plain
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError, DataFlexError
 from dataflex.llamafactory.datasets import Origin, watched_origins
-from dataflex.llamafactory.swap import swapped, versions
+from dataflex.llamafactory.loop import loop_of
+from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, Selection, Selector, Signals
 from dataflex.offline.files import file_records
 from dataflex.offline.request import ScoreRequest
@@ -40,7 +41,8 @@ from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
-from dataflex.train.session import Setup, batch_shape, refuse_unsupported, signal_runner
+from dataflex.train.session import Setup, refuse_unsupported, signal_runner
+from dataflex.version import versions
 
 __all__ = ["Column", "ask", "run_score"]
 
@@ -177,14 +179,14 @@ class _ScoringMixin(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_unsupported(self, self.dataflex_setup.config)
+        refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config)
 
     def train(self, *_args: Any, **_kwargs: Any) -> Any:
         """Score, and leave the workflow."""
         setup, request = self.dataflex_setup, self.dataflex_request
         step = 0 if request.checkpoint is None else _take_checkpoint(self, request.checkpoint)
         seed = self.args.seed if setup.config.seed is None else setup.config.seed
-        runner = signal_runner(setup, self, batch_shape(self, shuffle=False), seed)
+        runner = signal_runner(setup, loop_of(self, setup, 1), seed)
         optimizer = _optimizer(self, request.checkpoint)
         rate = float(self.args.learning_rate)
         runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)

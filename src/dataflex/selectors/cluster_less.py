@@ -39,11 +39,8 @@ def representatives(
 ) -> NDArray[np.int64]:
     """Return the members of a cluster that stand for it, as positions [min(count, n)].
 
-    Args:
-        distances: Distance of each member to the centre [n].
-        count: How many.
-        pick: ``nearest`` or ``farthest`` to the centre, ``random``, or ``mixed``: these three in turns.
-        rng: For the random ones.
+    ``distances`` [n] are those to the centre; ``pick`` takes the ``nearest``, the ``farthest``, ``random`` ones, or
+    ``mixed``: these three in turns.
     """
     order = np.argsort(distances, kind="stable").astype(np.int64)
     if count >= len(order):
@@ -68,7 +65,7 @@ def cluster_means(
     Args:
         cosines: Cosine of each representative with each target [R, T], finite.
         of: Cluster of each representative [R].
-        num: Clusters K.
+        num: Number of clusters K.
         sketches: Directions of the representatives, of length one [R, D]; None: the mean is not scaled to length one.
     """
     counts = np.bincount(of, minlength=num).astype(np.float64)

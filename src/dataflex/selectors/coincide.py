@@ -51,19 +51,12 @@ def density(rows: NDArray[np.floating], gamma: float = 1.0) -> float:
 
 
 def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> NDArray[np.int64]:
-    """Return positions of rows whose distribution is closest to that of all rows, added one at a time.
+    """Return positions of rows [n, d] whose distribution is closest to that of all rows, added one at a time.
 
     Each step adds the row x that makes the squared maximum mean discrepancy of the chosen rows S (m of them) to all
     rows least: (Q + 2 b_x + k(x, x)) / (m + 1)^2 - 2 (A + a_x) / (m + 1), with a_x the mean kernel of x with all
-    rows, b_x its sum with S, Q the sum over pairs of S, and A the sum of a over S. O(n d) a step.
-
-    Args:
-        rows: Vectors [n, d], finite.
-        count: How many.
-        gamma: Width of the kernel.
-
-    Returns:
-        int64 [min(count, n)] in the order added; ties to the smaller position.
+    rows, b_x its sum with S, Q the sum over pairs of S, and A the sum of a over S. O(n d) a step. Gives
+    int64 [min(count, n)] in the order added; ties to the smaller position.
     """
     vectors = np.asarray(rows, dtype=np.float64)
     chosen = np.empty(min(count, len(vectors)), dtype=np.int64)
@@ -112,17 +105,11 @@ def shares(scores: NDArray[np.floating], temperature: float) -> NDArray[np.float
 def cluster_quotas(
     scores: NDArray[np.floating], sizes: NDArray[np.integer], budget: int, temperature: float
 ) -> list[tuple[int, int]]:
-    """Return (cluster, rows to take) in the order served; the numbers add up to min(budget, rows).
+    """Return (cluster, rows to take) in the order served, for scores S / D [K]; the numbers sum to min(budget, rows).
 
     Each cluster is given its share of what is left, rounded (half to even), and at most its size; then the
     shares of the clusters not yet served are taken anew. What rounding and small clusters leave over is filled
     up in the same order.
-
-    Args:
-        scores: S / D of each cluster [K], finite.
-        sizes: Rows of each [K].
-        budget: Rows in all.
-        temperature: Of the softmax.
     """
     order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
     left = min(int(budget), int(np.sum(sizes)))

@@ -164,11 +164,7 @@ class Asked(ScoringSelector):
         return {**self._states, **{target: state for target, state in states.items() if state}}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if not all(isinstance(each, dict) for each in state.values()):
             raise ValueError(f"compose keeps states of the {self.name} selector, but was given {sorted(state)}")
         self._selectors, self._states = {}, dict(state)

@@ -48,12 +48,7 @@ _EPSILON = 1e-8
 
 
 class Hasher:
-    """Gives every n-gram its bucket: SHA-256 as a whole number, modulo the number of buckets.
-
-    Args:
-        buckets: Number of buckets.
-        ngrams: Longest n-gram in words, joined by single spaces.
-    """
+    """Gives every n-gram, of up to ``ngrams`` words joined by single spaces, its bucket: SHA-256 modulo ``buckets``."""
 
     def __init__(self, buckets: int, ngrams: int) -> None:
         self._buckets, self._ngrams = buckets, ngrams
@@ -82,10 +77,7 @@ def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
 def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
     """Return log (c + smoothing) / (n p_r + smoothing) of each bucket; without smoothing as published.
 
-    Args:
-        counts: c, n-grams of the target by bucket; n in all.
-        p_pool: p_r, shares of the buckets in the pool.
-        smoothing: Strength of the prior in occurrences of each n-gram.
+    ``counts`` are c, n-grams of the target by bucket, n in all; ``p_pool`` the shares of the buckets in the pool.
     """
     if smoothing == 0:
         return log_ratios(_share(counts), p_pool)

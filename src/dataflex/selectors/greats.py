@@ -36,11 +36,8 @@ Precondition = Literal["none", "adam_scale", "true_adam", "sign"]
 def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float) -> float:
     """Return c = strength x mean |score| / (budget x mean <g, g>): what a pick costs the others, free of scale.
 
-    Args:
-        scores: Scores [n], n >= 1.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick.
-        strength: 1 makes the picks of a whole budget of equal rows cost as much as a row is worth.
+    Of scores [n], n >= 1, and inner products of rows [n, n]. A strength of 1 makes the picks of a whole budget of
+    equal rows cost as much as a row is worth.
     """
     own = budget * float(np.diagonal(gram).mean())
     return strength * float(np.abs(scores).mean()) / own if own > 0 else 0.0
@@ -49,16 +46,10 @@ def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budg
 def pick_best(
     scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float
 ) -> NDArray[np.int64]:
-    """Pick the best row again and again; each pick p takes ``strength`` x gram[p] from all. Ties by position.
+    """Pick the best row ``budget`` <= n times; each pick p takes ``strength`` x gram[p] from all. Ties by position.
 
-    Args:
-        scores: Scores [n], finite.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick, at most n.
-        strength: The learning rate, as published, scores being free of it.
-
-    Returns:
-        Positions int64 [budget], in the order picked.
+    Scores [n] are finite, ``gram`` holds inner products of rows [n, n]. The strength is the learning rate, as
+    published, scores being free of it. Positions come in the order picked.
     """
     left = scores.copy()
     picked = np.empty(budget, dtype=np.int64)
@@ -80,13 +71,7 @@ def pick_drawn(
 ) -> NDArray[np.int64]:
     """As ``pick_best``, but each pick is drawn with probability proportional to exp(what is left / temperature).
 
-    Args:
-        scores: Scores [n], finite.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick, at most n.
-        strength: As for ``pick_best``.
-        temperature: Above 0, in units of the scores.
-        uniforms: A number in [0, 1) for each pick [budget].
+    ``temperature`` is above 0, in units of the scores; ``uniforms`` a number in [0, 1) for each pick [budget].
     """
     left = scores.copy()
     remaining = np.ones(len(scores), dtype=np.bool_)

@@ -40,13 +40,8 @@ _ROWS_LOOKED_AT = 1024
 def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.float64]:
     """Return IFD of each row [n]: losses 1.0 and 2.0 give 0.5 by loss and 0.3679 by perplexity.
 
-    Args:
-        given: Answer losses under the prompt [n], nats per token.
-        alone: Answer losses without it [n].
-        ratio: Which form.
-
-    Returns:
-        float64 [n]; NaN where a loss is not finite, or where the loss alone is 0 and divides.
+    Losses of responses under the prompt and without it [n], nats per token. NaN where a loss is not finite, or where
+    the loss alone is 0 and divides.
     """
     conditioned, unconditioned = np.asarray(given, dtype=np.float64), np.asarray(alone, dtype=np.float64)
     usable = np.isfinite(conditioned) & np.isfinite(unconditioned)

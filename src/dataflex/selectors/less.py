@@ -37,12 +37,7 @@ __all__ = ["Less", "lr_weighted"]
 def lr_weighted(scores: list[NDArray[np.float32]], rates: list[float]) -> NDArray[np.float64]:
     """Average the scores of several checkpoints with their learning rates as weights (section 3.2, equation 2).
 
-    Args:
-        scores: One array per checkpoint, equal shapes.
-        rates: Learning rate of each; all zero counts as equal.
-
-    Returns:
-        float64, the shape of one array.
+    float64. Rates that are all zero count as equal.
     """
     weights = np.asarray(rates, dtype=np.float64)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(rates), 1.0 / len(rates))
@@ -119,11 +114,7 @@ class Less(ScoringSelector):
         return {"scores": np.stack(self._scores), "rates": self._rates, "pool": self._pool} if keep else {}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of ours.
-        """
+        """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"scores", "rates", "pool"}:
             raise ValueError(f"less keeps scores, rates and pool, but was given {sorted(state)}")
         self._scores = list(state["scores"]) if state else []

@@ -216,13 +216,10 @@ class LossSelector(ScoringSelector):
 
 
 def window(num_rows: int, progress: float, size: float, steepness: float) -> tuple[int, int]:
-    """Return the first rank of the window and the one past its last; fractions are cut, not rounded.
+    """Return the first rank of the window over N ranked rows and the one past its last; fractions are cut, not rounded.
 
-    Args:
-        num_rows: Ranked rows N.
-        progress: Share of the updates behind us, 0 at the first and 1 at the last.
-        size: Length of the window as a share of the rows.
-        steepness: Slope of the sigmoid.
+    ``progress`` is the share of the updates behind us, 0 at the first and 1 at the last; ``size`` the length of the
+    window as a share of the rows; ``steepness`` the slope of the sigmoid.
     """
     place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
     start = int(place * (1.0 - size) * num_rows)

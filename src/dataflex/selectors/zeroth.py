@@ -35,10 +35,7 @@ _FORWARD = 512.0  # of the default number of directions
 def central_difference(above: NDArray[np.floating], below: NDArray[np.floating], epsilon: float) -> NDArray[np.float64]:
     """Return (above - below) / (2 epsilon) in float64: exact for linear and quadratic functions; NaN where not finite.
 
-    Args:
-        above: Losses at p + epsilon x [n].
-        below: Losses at p - epsilon x [n].
-        epsilon: The step.
+    ``above`` and ``below`` are losses at p + epsilon x and p - epsilon x [n].
     """
     with np.errstate(invalid="ignore"):
         found = (above.astype(np.float64) - below.astype(np.float64)) / (2.0 * epsilon)

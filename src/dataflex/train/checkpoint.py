@@ -28,7 +28,7 @@ from dataflex.printable import redacted
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["Identity", "decisions", "load", "save"]
+__all__ = ["Identity", "decisions", "load", "save", "step_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +278,18 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
     for line in told:
         logger.info("resume: %s", line)
     return _plan(folder), load_state(folder, "methods")
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps done at a checkpoint.
+
+    Raises:
+        CheckpointError: It does not tell.
+    """
+    try:
+        return int(json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"resume: {checkpoint} does not tell its step: {error}") from error
 
 
 def decisions(checkpoint: Path) -> int:

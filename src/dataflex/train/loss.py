@@ -29,6 +29,7 @@ from dataflex.signals.embeddings import pool, pool_documents
 from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.signals.specs import EmbeddingSpec
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
+from dataflex.train.loader import ROWS
 
 __all__ = [
     "IGNORE_INDEX",
@@ -262,38 +263,31 @@ class DomainWeights:
         """Whether the loss is the sum over domains of their weights times their mean losses."""
         return self._mixer.loss_normalizer == "domain"
 
-    def begin_step(
-        self, batches: list[Any], rows: list[Rows], num_items: Any, device: torch.device, normalizer: Normalizer
-    ) -> None:
+    def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, normalizer: Normalizer) -> None:
         """Take the weights of the coming step from the mixer (collective).
 
         Args:
-            batches: Collated micro-batches of this rank, with ``labels``.
-            rows: Row ids of each micro-batch.
-            num_items: Supervised tokens of the step, as the Trainer counts them.
+            batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
+            num_items: Supervised tokens of the step, as the loop counts them.
             device: Where collectives work.
             normalizer: The denominator of the step.
         """
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
-            tokens_K = self._tokens(batches, rows, device, predicted_tokens)
+            tokens_K = self._tokens(batches, device, predicted_tokens)
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
         elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
-            weighted = float(alpha @ self._tokens(batches, rows, device, counted_tokens))
+            weighted = float(alpha @ self._tokens(batches, device, counted_tokens))
             alpha = alpha * (float(num_items) / weighted if weighted > 0 else 0.0)
         self._by_domain = alpha
 
     def _tokens(
-        self,
-        batches: list[Any],
-        rows: list[Rows],
-        device: torch.device,
-        count: Callable[[torch.Tensor], torch.Tensor],
+        self, batches: list[Any], device: torch.device, count: Callable[[torch.Tensor], torch.Tensor]
     ) -> Floats:
         """Return the step's tokens of each domain [K] (collective)."""
         counts = torch.zeros(len(self._domains.names), dtype=torch.float64)
-        for batch, ids in zip(batches, rows, strict=True):
-            which = torch.from_numpy(self._domains.domain_of[ids].astype(np.int64))
+        for batch in batches:
+            which = torch.from_numpy(self._domains.domain_of[batch[ROWS]].astype(np.int64))
             counts.index_add_(0, which, count(batch["labels"]).cpu())
         if self._over_ranks:
             counts = comm.gather_sum(counts.to(device)).cpu()
@@ -379,6 +373,17 @@ class References(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """The optimizer step begun: its place in the run, and what its losses are divided by."""
+
+    index: int
+    total: int
+    num_items: Any
+    num_micro: int
+    device: torch.device
+
+
 class Reweighter:
     """Turns token losses of micro-batches into the weighted loss and adds them up by domain.
 
@@ -423,6 +428,7 @@ class Reweighter:
         self._domain_weights = (
             DomainWeights(mixer, domains, over_ranks=over_ranks) if isinstance(mixer, DomainWeighter) else None
         )
+        self._step: _Step
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
@@ -458,45 +464,36 @@ class Reweighter:
         """How the training forward's hidden states are pooled, or None."""
         return self._needs.embedding
 
-    def begin_step(
-        self,
-        batches: list[Any],
-        rows: list[Rows],
-        num_items: Any,
-        device: torch.device,
-        *,
-        step: int,
-        total_steps: int,
-    ) -> None:
+    def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, *, index: int, total: int) -> None:
         """Find what is known of the step's weights before its forward passes (collective).
 
         Args:
-            batches: Collated micro-batches of this rank, with ``labels``.
-            rows: Row ids of each micro-batch.
-            num_items: Supervised tokens of the step, as the Trainer counts them.
+            batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
+            num_items: Supervised tokens of the step, as the loop counts them.
             device: Where collectives work.
-            step: Optimizer step, counted from 0.
-            total_steps: Optimizer steps of the run.
+            index: Optimizer step, counted from 0.
+            total: Optimizer steps of the run.
         """
-        self._acts = self.weighter is not None and self.weighter.active(step, total_steps)
+        self._step = _Step(index=index, total=total, num_items=num_items, num_micro=len(batches), device=device)
+        self._acts = self.weighter is not None and self.weighter.active(index, total)
         self._scale = None
         domain_weights = self._domain_weights
         if domain_weights is not None:
-            domain_weights.begin_step(batches, rows, num_items, device, self._normalizer)
+            domain_weights.begin_step(batches, num_items, device, self._normalizer)
         if self._normalizer != "weight_sum":
             return
-        total = torch.zeros((), dtype=torch.float64)
-        for batch, ids in zip(batches, rows, strict=True):
-            weights = self._known(ids)
+        tokens = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            weights = self._known(batch[ROWS])
             if weights is None:
                 return
             if domain_weights is not None:
-                weights = weights * domain_weights.of(ids)
-            total += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
+                weights = weights * domain_weights.of(batch[ROWS])
+            tokens += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
         if self._over_ranks:
-            total = comm.gather_sum(total.to(device))
-        items = torch.as_tensor(num_items, dtype=torch.float64, device=total.device)
-        self._scale = torch.where(total > 0, items / total, torch.zeros_like(total))
+            tokens = comm.gather_sum(tokens.to(device))
+        items = torch.as_tensor(num_items, dtype=torch.float64, device=tokens.device)
+        self._scale = torch.where(tokens > 0, items / tokens, torch.zeros_like(tokens))
 
     @property
     def _normalizer(self) -> Normalizer:
@@ -529,53 +526,26 @@ class Reweighter:
             return np.ones(len(rows))
         return check_static_weights(self.weighter, rows, self._columns)
 
-    def loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        rows: Rows,
-        *,
-        batch: dict[str, Any],
-        hidden: torch.Tensor | None = None,
-        num_items: Any,
-        num_micro_batches: int,
-        step: int,
-        total_steps: int,
-    ) -> torch.Tensor:
+    def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
         Args:
+            batch: The collated micro-batch, with ``labels`` [R, T] and ``ROWS`` [R].
             logits: [R, T, V].
-            labels: [R, T].
-            rows: Row ids [R].
-            batch: The collated micro-batch.
             hidden: Hidden states [R, T, D] of the layer that ``embedding`` names.
-            num_items: Supervised tokens of the optimizer step, as the Trainer counts them.
-            num_micro_batches: Micro-batches of the step.
-            step: Optimizer step, counted from 0.
-            total_steps: Optimizer steps of the run.
         """
+        step, rows = self._step, batch[ROWS]
         weighter = self.weighter if self._acts else None
-        losses = token_losses(logits, labels, entropy=weighter is not None and self._needs.entropy)
-        domains_R = self._domains.domain_of[rows].astype(np.int64)
-        compares = step >= self.compares_from(total_steps)
+        losses = token_losses(logits, batch["labels"], entropy=weighter is not None and self._needs.entropy)
+        compares = step.index >= self.compares_from(step.total)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:
+            domains_R = self._domains.domain_of[rows].astype(np.int64)
             self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
         if self.weighter is not None:
             plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
             self._plain = plain if self._plain is None else self._plain + plain
-        weights, sequences, equal = self._weights(
-            weighter,
-            losses,
-            batch,
-            rows,
-            hidden=hidden,
-            reference_BT=reference,
-            step=step,
-            total_steps=total_steps,
-            num_micro_batches=num_micro_batches,
-        )
+        weights, sequences, equal = self._weights(weighter, losses, batch, hidden, reference)
         if self._domain_weights is not None:
             weights = self._domain_weights.times(weights, sequences, self._normalizer)
         scale = self._scale
@@ -588,8 +558,8 @@ class Reweighter:
             weights,
             sequences=sequences,
             normalizer=self._normalizer,
-            num_items=num_items,
-            num_micro_batches=num_micro_batches,
+            num_items=step.num_items,
+            num_micro_batches=step.num_micro,
             step_scale=scale,
             replicas=1 if self._over_ranks else self._world,
         )
@@ -599,12 +569,11 @@ class Reweighter:
         weighter: Weighter | None,
         losses: TokenLosses,
         batch: dict[str, Any],
-        rows: Rows,
-        *,
         hidden: torch.Tensor | None,
-        **view: Any,
+        reference: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Sequences, float]:
         """Return the weighter's weights, whose sequences they are of, and what an equal weight is among them."""
+        rows = batch[ROWS]
         sequences = row_sequences(rows)
         if weighter is None:
             return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
@@ -612,9 +581,19 @@ class Reweighter:
             return checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
         if self._packed:
             sequences = document_sequences(document_ids(batch), losses.mask_BT, rows)
-        vectors = None if hidden is None else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
-        domains_B = self._domains.domain_of[sequences.rows_B].astype(np.int64)
-        seen = batch_view(losses, sequences, domains_B=domains_B, embeddings_BH=vectors, columns=self._columns, **view)
+        seen = batch_view(
+            losses,
+            sequences,
+            domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
+            step=self._step.index,
+            total_steps=self._step.total,
+            num_micro_batches=self._step.num_micro,
+            reference_BT=reference,
+            embeddings_BH=None
+            if hidden is None
+            else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding),
+            columns=self._columns,
+        )
         equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
         return checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
 
@@ -629,14 +608,17 @@ class Reweighter:
         if self.row_weights is not None:
             self.row_weights.add(sequences.rows_B, by_sequence)
 
-    def end_step(
-        self, *, step: int, total_steps: int, proportions: NDArray[np.float64], learning_rate: float, device: Any
-    ) -> None:
-        """Tell the mixer what the step made of the domains (collective)."""
+    def end_step(self, proportions: NDArray[np.float64], learning_rate: float) -> None:
+        """Tell the mixer what the step made of the domains (collective).
+
+        Args:
+            proportions: Proportions of sequences under which the step was drawn [K].
+            learning_rate: Of the step.
+        """
         if not self.observes:
             return
         assert self.mixer is not None
-        sums = self._sums.take(device)
+        sums = self._sums.take(self._step.device)
         self._logged += sums
         if self._noise is not None:
             weights = proportions if self._domain_weights is None else self._domain_weights.given()
@@ -645,8 +627,8 @@ class Reweighter:
             DomainStats.of(
                 sums,
                 names=self._domains.names,
-                step=step,
-                total_steps=total_steps,
+                step=self._step.index,
+                total_steps=self._step.total,
                 proportions=proportions,
                 learning_rate=learning_rate,
             )

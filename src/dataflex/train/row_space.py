@@ -7,7 +7,8 @@ row space that it was made for, hence the fingerprint: a hash of every token and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,9 @@ from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.domains import Domains
 
-__all__ = ["TOKEN_COLUMNS", "Leak", "RowSpace", "TargetSpace", "find_leaks", "flat", "measure"]
+__all__ = ["TOKEN_COLUMNS", "Leak", "RowSpace", "TargetSpace", "find_leaks", "fingerprint", "flat", "measure"]
+
+logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
 _LABEL_COLUMNS = ("labels", "chosen_labels")
@@ -94,6 +97,15 @@ def measure(dataset: Any) -> Measures:
     )
 
 
+def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: str) -> str:
+    """Return the identity of rows: sizes of the sources, the source of each row [N], and the hash of their tokens."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr(sorted(sizes.items())).encode())
+    digest.update(labels.tobytes())
+    digest.update(content.encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetSpace:
     """A tokenized target data set (rows that selection aims at), never trained on.
@@ -109,6 +121,18 @@ class TargetSpace:
     dataset: Any
     lengths: NDArray[np.int64]
     fingerprint: str
+
+    @classmethod
+    def of(cls, name: str, dataset: Any) -> TargetSpace:
+        """Measure a tokenized target data set.
+
+        Raises:
+            DataError: None of its rows has a supervised token.
+        """
+        measures = measure(dataset)
+        if not (measures.supervised > 0).any():
+            raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")
+        return cls(name=name, dataset=dataset, lengths=measures.lengths, fingerprint=measures.fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +158,66 @@ class RowSpace:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     targets: Mapping[str, TargetSpace] = field(default_factory=dict)
     leaks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Any,
+        *,
+        domains: Sequence[str] | None = None,
+        columns: Mapping[str, NDArray[Any]] | None = None,
+        targets: Mapping[str, Any] | None = None,
+    ) -> RowSpace:
+        """Measure tokenized rows, for a loop of one's own.
+
+        Args:
+            dataset: ``datasets.Dataset`` of N rows with ``input_ids`` and ``labels``.
+            domains: Domain of each row [N]; None: all rows are of one.
+            columns: Columns that methods ask for, each [N].
+            targets: Tokenized target data sets by name. Rows that also lie in the training set are warned about.
+
+        Raises:
+            DataError: No row has a supervised token.
+        """
+        measures = measure(dataset)
+        found = Domains.from_labels(["all"] * len(dataset) if domains is None else domains, measures.lengths)
+        sources = dict(zip(found.names, found.num_rows.tolist(), strict=True))
+        leaks = find_leaks(dataset, targets or {})
+        for name, leak in leaks.items():
+            if leak.num_rows:
+                logger.warning("target %r: %s", name, leak.tell())
+        space = cls(
+            dataset=dataset,
+            sources=sources,
+            domains=found,
+            supervised=measures.supervised,
+            fingerprint=fingerprint(sources, found.domain_of, measures.fingerprint),
+            columns=columns or {},
+            targets={name: TargetSpace.of(name, rows) for name, rows in (targets or {}).items()},
+            leaks={name: leak.describe() for name, leak in leaks.items()},
+        )
+        space.check_supervised()
+        return space
+
+    def check_supervised(self) -> None:
+        """Warn about rows whose labels are fully masked.
+
+        Raises:
+            DataError: All are.
+        """
+        masked = int((self.supervised == 0).sum())
+        if masked == self.num_rows:
+            raise DataError(
+                f"all {masked:,} rows have their labels fully masked: nothing can be learned from them. "
+                "Is cutoff_len shorter than the prompts?"
+            )
+        if masked:
+            logger.warning(
+                "%d of %d rows have no supervised token (labels fully masked, cutoff_len too short?): "
+                "methods that score rows never select them",
+                masked,
+                self.num_rows,
+            )
 
     @property
     def num_rows(self) -> int:

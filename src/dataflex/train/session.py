@@ -1,168 +1,614 @@
-"""Builds what a run needs once the Trainer knows its batch shape: schedule, signals, controller, feed.
+"""What a training loop talks to: it opens a session, asks for the batches and losses of each step, and ends it.
 
-Reads the Trainer's arguments; calls none of its methods.
+A session knows no Trainer: ``Loop`` says what it has to know of the loop. ``llamafactory.trainer`` is the adapter
+for the Hugging Face Trainer, ``examples/plain_loop.py`` a loop of one's own. All ranks make the same calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from dataflex import checkpoints, comm
+from dataflex.config.build import parse_dynamic
 from dataflex.config.forecast import Batch, Forecast
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import UnsupportedError
-from dataflex.method import RunFacts
+from dataflex.config.show import as_mapping
+from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
+from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
+from dataflex.plan.proportions import write_proportions
 from dataflex.plan.schedule import Schedule
-from dataflex.record.clock import PhaseClock
+from dataflex.plan.validate import check_state
+from dataflex.record.clock import OTHER, PhaseClock
+from dataflex.record.read import recorded_run
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
+from dataflex.signals.model_parts import capture_hidden, model_parts
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
+from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
 from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.loader import PlanFeed
+from dataflex.train.feedback import SAMPLES, describe_rows
+from dataflex.train.loader import ROWS, PlanFeed, micro_batches
+from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
+from dataflex.version import versions
 
-__all__ = ["Session", "Setup", "batch_shape", "freeze_gates", "micro_batches_per_epoch", "signal_runner"]
+__all__ = ["Collate", "Loop", "Session", "Setup", "Step", "refuse_unsupported", "signal_runner"]
+
+logger = logging.getLogger(__name__)
 
 _PLAN_IDS = 2**20
 """Ids planned at once when nothing adaptive asks for shorter intervals."""
+_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
+"""Phases that the closing event always names."""
+
+Collate = Callable[[list[dict[str, Any]]], Any]
 
 
 @dataclass(kw_only=True)
 class Setup:
-    """What the trainer is told from outside, filled in as the run is built up.
+    """What a run is, filled in as it is built up.
 
     Attributes:
         config: The dynamic block.
         resolved: JSON form of the whole configuration, for the record.
-        versions: Package versions, for the record.
-        stage: LLaMA-Factory stage.
-        shuffle: False under ``disable_shuffling``.
+        stage: What is trained on: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``.
         packed: Whether several samples share a row.
+        shuffle: Whether rows are shuffled, for adapters that make the batch shape.
         space: The row space, once the data is loaded.
         clock: Where the seconds of the run go.
         recorder: The record, once it is open; on rank 0 only.
-        scoring_collator: Makes the collator for scoring passes from the Trainer's.
     """
 
     config: DynamicConfig
     resolved: dict[str, Any]
-    versions: dict[str, str]
     stage: str
-    shuffle: bool
     packed: bool = False
+    shuffle: bool = True
     space: RowSpace | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
     recorder: RunRecorder = field(default_factory=NullRecorder)
-    scoring_collator: Callable[[Any], Callable[[list[dict[str, Any]]], dict[str, Any]]] = lambda collator: collator
 
     @property
     def rows(self) -> RowSpace:
         """The row space, which must have been loaded."""
-        assert self.space is not None, "the trainer was built before the data was loaded"
+        assert self.space is not None, "the session was opened before the data was loaded"
         return self.space
 
 
-@dataclass(kw_only=True)
-class Session:
-    """The running parts of one training run.
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What a session has to know of the loop that it serves.
 
     Attributes:
-        controller: Decides plans.
-        feed: Serves them.
-        identity: What a checkpoint must match.
+        model: The model without wrappers (DDP, an engine).
+        optimizer: Gives the optimizer, which may be made later than the session.
+        learning_rate: Gives the learning rate of the step in progress.
+        collate: Turns features into a training batch, a mapping with ``labels``.
+        shape: How one optimizer step is cut up, and which rank this is.
+        total_steps: Optimizer steps of the run.
+        seed: Seed of all decisions unless the block has one.
+        device: Where the model is.
+        output_dir: Folder of the record and of what belongs to the run.
+        dataset: Features by row id; None: those of the row space.
+        score_collate: As ``collate`` for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``.
+        tokenizer: Turns tokens into text, for methods that read text.
+        autocast: Mixed-precision context of a forward pass.
+        score_rows: Rows of a scoring batch, if they are as long as the longest.
+        num_workers: Processes that collate.
+        pin_memory: Whether batches are put into pinned memory.
+        prefetch_factor: Batches that each process makes ahead.
+        sharding: What the parameters are partitioned by: DeepSpeed below ZeRO-3 is ``zero``.
+        release: Lets go of parameters that a scoring pass left gathered.
+        parallel: Sizes of other kinds of parallelism than over data, by name.
+        devices: Devices that this process trains on.
+        writes: Whether this rank writes checkpoints; None: rank 0 does.
+        counts_over_ranks: Whether a step's loss is divided by the tokens of all ranks, else by those of each rank.
+        averages: Whether gradients are averaged over ranks by the loop, as by DDP, and nothing makes up for that:
+            losses are multiplied by the number of ranks.
+        count_items: Counts the supervised tokens of a step's micro-batches; None: labels other than -100.
     """
 
-    controller: Controller
-    feed: PlanFeed
-    identity: Identity
+    model: torch.nn.Module
+    optimizer: Callable[[], Any]
+    learning_rate: Callable[[], float]
+    collate: Collate
+    shape: BatchShape
+    total_steps: int
+    seed: int
+    device: torch.device
+    output_dir: Path
+    dataset: Any = None
+    score_collate: Collate | None = None
+    tokenizer: Any = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    score_rows: int = 8
+    num_workers: int = 0
+    pin_memory: bool = False
+    prefetch_factor: int | None = None
+    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"
+    release: Callable[[], None] = lambda: None
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    devices: int = 1
+    writes: bool | None = None
+    counts_over_ranks: bool = True
+    averages: bool = True
+    count_items: Callable[[list[Any]], Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The micro-batches of this rank for one optimizer step.
+
+    Attributes:
+        index: Optimizer step, counted from 0.
+        batches: Collated micro-batches; each holds its row ids under ``loader.ROWS``.
+        num_items: Supervised tokens of the step.
+    """
+
+    index: int
+    batches: list[Any]
+    num_items: Any
+
+    @property
+    def rows(self) -> list[Rows]:
+        """Row ids of each micro-batch."""
+        return [batch[ROWS] for batch in self.batches]
+
+
+class Session:
+    """One training run, as its loop sees it: ``prepare`` and ``start`` once, then step by step, ``finish`` at the end.
+
+    Args:
+        setup: What the run is.
+
+    Raises:
+        ConfigError: A method does not work under the stage.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        problems = list(unmet(config, RunFacts(stage=setup.stage)))
+        if problems:
+            raise ConfigError(problems)
+        self.setup, self.config, self.clock = setup, config, setup.clock
+        self.selector, self.mixer, weighter = _build(config.selector), _build(config.mixer), _build(config.weighter)
+        self.weighter = None if weighter is None or weighter.neutral else weighter
+        self.recorder: RunRecorder = NullRecorder()
+        self.total_steps = 0
+        self.since_log: dict[str, Any] | None = None
+        """What a resumed checkpoint tells of the steps since the last log."""
+        self.loop: Loop
+        self.controller: Controller
+        self.feed: PlanFeed | None = None
+        self._loss: Reweighter
+        self._step: Step | None = None
+        self._hidden: list[torch.Tensor] = []
+        self._run = ""
+        self._unsealed: tuple[Path, float] | None = None
 
     @classmethod
-    def begin(
-        cls, setup: Setup, trainer: Any, *, max_steps: int, shape: BatchShape, methods: dict[str, Any]
+    def open(
+        cls,
+        block: Mapping[str, Any],
+        rows: RowSpace,
+        loop: Loop,
+        *,
+        stage: str = "sft",
+        packed: bool = False,
+        base_dir: Path | str = ".",
     ) -> Session:
-        """Build a session for a Trainer that is about to start.
+        """Return a session for a loop of one's own; ``start`` comes next.
 
         Args:
-            setup: What the run is.
-            trainer: The Trainer; its arguments, model, data and collator are read.
-            max_steps: Optimizer steps of the whole run.
-            shape: How one step is cut up.
-            methods: Built ``selector`` and ``mixer``, or None.
+            block: The ``dynamic`` block: a selector, mixer or weighter, and when they decide.
+            rows: The training rows, see ``RowSpace.of``.
+            loop: What the session has to know of the loop.
+            stage: What is trained on; its language-model losses must be those of ``pt`` or ``sft`` for weighters.
+            packed: Whether several samples share a row.
+            base_dir: Folder in which the plugins of the block are looked up.
+
+        Raises:
+            ConfigError: All problems of the block, or what does not go together with the stage.
+            UnsupportedError: A kind of parallelism or a batch shape that cannot be served.
         """
-        config, args = setup.config, trainer.args
-        schedule = Schedule(
-            warmup_steps=config.warmup_steps,
-            interval_steps=config.interval_steps or max(1, _PLAN_IDS // shape.global_batch),
-            total_steps=max_steps,
-            cycle_steps=config.cycle_steps,
+        config = parse_dynamic(block, Path(base_dir))
+        resolved = {"dynamic": as_mapping(config), "stage": stage, "seed": loop.seed}
+        session = cls(Setup(config=config, resolved=resolved, stage=stage, packed=packed, space=rows))
+        session.prepare(loop)
+        return session
+
+    # -- before training ------------------------------------------------------------------------
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the training loss must come from ``loss``: it is weighed, or a mixer looks at it."""
+        return self.weighter is not None or self._told_mixer is not None
+
+    @property
+    def _told_mixer(self) -> Mixer | None:
+        """The mixer, if it is told what each step makes of the domains, or weighs them in the loss."""
+        mixer = self.mixer
+        return mixer if mixer is not None and (mixer.observes or isinstance(mixer, DomainWeighter)) else None
+
+    def micro_batches_per_epoch(self, shape: BatchShape) -> int:
+        """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
+        layout = shape.layout(self.setup.rows.num_rows)
+        full_steps = self.mixer is not None or (self.selector is not None and self.selector.selects_subset)
+        micro = layout.steps_per_epoch * shape.accumulation if full_steps else layout.micro_batches_per_epoch
+        return max(micro, 1)
+
+    def prepare(self, loop: Loop) -> None:
+        """Check what the loop is, and build what decides, serves and weighs (collective).
+
+        Raises:
+            UnsupportedError: A kind of parallelism or a batch shape that cannot be served.
+            ConfigError: The block asks for what these rows and steps do not give.
+        """
+        setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
+        refuse_unsupported(loop, config)
+        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps)
+        lacking = list(unmet(config, facts))
+        if lacking:
+            raise ConfigError(lacking)
+        if config.freeze_gate:
+            freeze_gates(loop.model)
+        self.loop, self.total_steps = loop, loop.total_steps
+        self._loss = Reweighter(
+            self.weighter,
+            self._told_mixer,
+            columns=space.columns,
+            domains=space.domains,
+            over_ranks=loop.counts_over_ranks,
+            world=shape.world,
+            packed=setup.packed,
         )
-        seed = args.seed if config.seed is None else config.seed
-        controller = Controller(
+        if self.weighter is not None:
+            self._loss.check_known(space.all_rows())
+        seed = loop.seed if config.seed is None else config.seed
+        self.controller = Controller(
             config=config,
-            space=setup.rows,
-            schedule=schedule,
+            space=space,
+            schedule=Schedule(
+                warmup_steps=config.warmup_steps,
+                interval_steps=config.interval_steps or max(1, _PLAN_IDS // shape.global_batch),
+                total_steps=loop.total_steps,
+                cycle_steps=config.cycle_steps,
+            ),
             shape=shape,
             seed=seed,
-            signals=signal_runner(setup, trainer, shape, seed),
-            selector=methods["selector"],
-            mixer=methods["mixer"],
+            signals=signal_runner(setup, loop, seed),
+            selector=self.selector,
+            mixer=self.mixer,
             clock=setup.clock,
         )
-        identity = Identity.of(
+        self._identity = Identity.of(
             config,
-            setup.rows,
+            space,
             setup.resolved,
             micro=shape.micro_batch_size,
             accumulation=shape.accumulation,
             world=shape.world,
             seed=seed,
         )
-        feed = PlanFeed(
-            trainer.train_dataset,
-            trainer.data_collator,
+        self.feed = PlanFeed(
+            _dataset(setup, loop),
+            loop.collate,
             shape,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-            prefetch_factor=args.dataloader_prefetch_factor,
+            num_workers=loop.num_workers,
+            pin_memory=loop.pin_memory and torch.cuda.is_available(),
+            prefetch_factor=loop.prefetch_factor,
         )
-        return cls(controller=controller, feed=feed, identity=identity)
+        if self.weighs:
+            self._loss.reference = _open_reference(setup, loop, self.controller.signals.access)
+
+    def start(self, checkpoint: Path | str | None = None, step: int | None = None) -> int:
+        """Begin, or take back the plan and the states of a checkpoint; open the record (collective).
+
+        Args:
+            checkpoint: Folder that ``checkpoint`` wrote, or None.
+            step: Optimizer steps done, where the loop knows; None: as the checkpoint tells.
+
+        Returns:
+            The optimizer step to go on with.
+
+        Raises:
+            CheckpointError: The checkpoint is not whole, or of another run.
+        """
+        comm.agree("resume_from_checkpoint", str(checkpoint))
+        folder = None if checkpoint is None else Path(checkpoint)
+        if folder is not None and step is None:
+            broken = checkpoints.manifest_reason(folder)
+            if broken is not None:
+                raise CheckpointError(f"resume: {folder} cannot be resumed from: {broken}")
+            step = saved.step_of(folder)
+        step = step or 0
+        if folder is not None and self.config.resume_plan == "ignore":
+            self.controller.decided = saved.decisions(folder)
+        elif folder is not None:
+            self._take_back(folder)
+        self._open_record(folder, step)
+        self.clock.switch("train")
+        return step
+
+    def _take_back(self, folder: Path) -> None:
+        self.controller.plan, state = saved.load(folder, self._identity)
+        self.controller.load_state_dict(state["controller"])
+        loss = self._loss
+        if loss.weighter is not None:
+            loss.weighter.load_state_dict(state["weighter"])
+            if loss.row_weights is not None:
+                loss.row_weights.load_state_dict(state.get("row_weights") or {})
+        if loss.reference is not None:
+            loss.reference.load_state_dict(state.get("reference") or {})
+        self.clock.before = {key: float(value) for key, value in state["seconds"].items()}
+        self.since_log = state.get("since_log")
+
+    def _open_record(self, resumed: Path | None, step: int) -> None:
+        """Take the run's id from the checkpoint or make one, the same on all ranks, and open the record."""
+        output_dir, controller = self.loop.output_dir, self.controller
+        found = ("", False)
+        if comm.rank() == 0:
+            run = None if resumed is None else checkpoints.run_of(resumed)
+            recorded = recorded_run(output_dir / checkpoints.FOLDER)
+            same = resumed is not None and recorded is not None and recorded in ("", run)
+            found = (run or checkpoints.new_run(), same)
+            checkpoints.begin_run(output_dir, found[0])
+        self._run, continues = comm.broadcast_object(found)
+        if comm.rank() == 0:
+            self.recorder = self.setup.recorder = RunRecorder(
+                output_dir / checkpoints.FOLDER,
+                step if continues else None,
+                plan_in_progress=None if controller.plan is None else controller.plan.interval.index,
+                clock=self.clock,
+            )
+        controller.recorder = self.recorder
+        self.recorder.run_started(  # a resumed run may have more steps, or other caps
+            config=self.setup.resolved,
+            schedule=asdict(controller.schedule),
+            row_space=controller.space.describe(),
+            versions=versions(),
+            world=controller.shape.world,
+            global_batch=controller.shape.global_batch,
+            run=self._run,
+        )
+        if resumed is not None:
+            self.recorder.resumed(step=step, checkpoint=str(resumed))
+
+    # -- during training ------------------------------------------------------------------------
+
+    def step(self, index: int) -> Step | None:
+        """Return the micro-batches of optimizer step ``index``, deciding a plan if one is due (collective).
+
+        None after the last step, or where the data ran out (``at_cap: stop``).
+        """
+        plan = self._plan(index)
+        if plan is None:
+            return None
+        assert self.feed is not None
+        loop, loss = self.loop, self._loss
+        if loss.reference is not None:
+            with self.clock.phase("reference"):
+                loss.cover(plan, self.total_steps)
+        batches = self.feed.step(plan, index)
+        num_items = self._count(batches) if loop.count_items is None else loop.count_items(batches)
+        if loss.weighter is not None and loss.weighter.active(index, self.total_steps):
+            self.controller.prepare(loss.weighter, index)
+        if self.weighs or loop.count_items is None:
+            loss.begin_step(batches, num_items, loop.device, index=index, total=self.total_steps)
+        self._step = Step(index=index, batches=batches, num_items=num_items)
+        return self._step
+
+    def rows(self, index: int) -> list[Rows] | None:
+        """Return the row ids of this rank's micro-batches of a step, for loops that make batches by themselves."""
+        plan = self._plan(index)
+        return None if plan is None else micro_batches(plan, self.loop.shape, index)
+
+    def _plan(self, index: int) -> Any:
+        controller = self.controller
+        if index < self.total_steps:
+            plan = controller.plan_for(index)
+            if controller.ends_at is not None:
+                self.total_steps = min(self.total_steps, controller.ends_at)
+        return plan if index < self.total_steps else None
+
+    def _count(self, batches: list[Any]) -> torch.Tensor:
+        items = torch.stack([counted_tokens(batch["labels"]).sum() for batch in batches]).sum()
+        return comm.gather_sum(items.to(self.loop.device)) if self.loop.counts_over_ranks else items
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Be entered around the forward pass of a micro-batch: hidden states that a weighter asks for are kept."""
+        spec = self._loss.embedding
+        if spec is None:
+            yield
+            return
+        with capture_hidden(model_parts(self.loop.model), spec.layer) as self._hidden:
+            yield
+
+    def loss(self, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of one micro-batch of the step, ready for ``backward`` (collective where it is weighed).
+
+        Summed over micro-batches it is the loss of the step.
+
+        Args:
+            batch: The collated micro-batch as it was served, on the device of the logits.
+            logits: [R, T, V].
+        """
+        hidden, self._hidden = (self._hidden[-1] if self._hidden else None), []
+        loss = self._loss.loss(batch, logits, hidden)
+        return loss * self.loop.shape.world if self.loop.averages else loss
+
+    def end_step(self) -> None:
+        """Tell the mixer what the step made of the domains, before the learning rate changes (collective)."""
+        if self._loss.observes:
+            assert self._step is not None
+            proportions = self.controller.proportions_at(self._step.index)
+            self._loss.end_step(proportions, float(self.loop.learning_rate()))
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Return numbers for the log after ``step`` optimizer steps (collective under a weighter)."""
+        found = {**self.controller.scalars(step), **(self._loss.scalars() if self.weighs else {})}
+        return {f"dataflex/{name}": value for name, value in found.items()}
+
+    def log(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
+        """Record a loop's numbers after ``step`` optimizer steps together with ours, and return all (collective)."""
+        found = {**logs, **self.scalars(step)}
+        self.recorder.stepped(step, found)
+        return found
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    @contextmanager
+    def checkpoint(self, folder: Path | str, step: int) -> Iterator[None]:
+        """Write a checkpoint after ``step`` optimizer steps: the loop's files inside, ours after them (collective).
+
+        It counts once the block has ended; killed before, the folder holds a broken one, which ``start`` refuses.
+        """
+        with self.clock.phase("checkpoint"):
+            self.begin_checkpoint(Path(folder))
+            yield
+            self.save(Path(folder), step)
+        self.seal_checkpoint(step)
+
+    @property
+    def _writes(self) -> bool:
+        return comm.rank() == 0 if self.loop.writes is None else self.loop.writes
+
+    def begin_checkpoint(self, folder: Path) -> None:
+        """Make an empty folder before any rank writes into it (collective)."""
+        self._unsealed = (folder, self.clock.spent().get("checkpoint", 0.0))
+        if self._writes:
+            checkpoints.begin(folder)
+        comm.barrier()
+
+    def save(self, folder: Path, step: int, since_log: Mapping[str, Any] | None = None) -> None:
+        """Write plan and states into a checkpoint's folder (collective).
+
+        Args:
+            folder: The checkpoint.
+            step: Optimizer steps done.
+            since_log: What the loop summed up since its last log.
+        """
+        loss = self._loss
+        summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
+        if self._writes:
+            state = {
+                "controller": self.controller.state_dict(),
+                "weighter": check_state(loss.weighter) if loss.weighter else {},
+                "row_weights": loss.row_weights.state_dict() if loss.row_weights is not None else {},
+                "reference": loss.reference.state_dict() if loss.reference is not None else {},
+                "seconds": self.clock.totals(),
+                "since_log": summed,
+            }
+            saved.save(folder, self._identity, self.controller.plan, state, step)
+            self._write_outcome()
+            self._write_weights(step)
+        comm.barrier()  # other tools take trainer_state.json as the mark: every rank's part is there by then
+
+    def restore_since_log(self) -> Mapping[str, Any] | None:
+        """Take back what was summed up since the last log, once, and return the loop's part of it."""
+        found, self.since_log = self.since_log, None
+        if found and found["reweighter"]:
+            self._loss.restore_since_log(found["reweighter"], self.loop.device)
+        return found
+
+    def seal_checkpoint(self, step: int, rotate: Callable[[Path], None] | None = None) -> bool:
+        """Make the checkpoint that was begun count, and then remove older ones by ``rotate`` (collective).
+
+        Returns:
+            Whether there was one.
+        """
+        if self._unsealed is None:
+            return False
+        (folder, before), self._unsealed = self._unsealed, None
+        with self.clock.phase("checkpoint"):
+            comm.barrier()  # every rank's part is there
+            if self._writes:
+                checkpoints.seal(folder, run=self._run, every_hash=self.config.checkpoint_hash == "full")
+                if rotate is not None:
+                    rotate(folder)
+        self.recorder.checkpointed(step, folder.name, self.clock.spent()["checkpoint"] - before)
+        return True
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def finish(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record that training is over, after ``step`` optimizer steps, and what was found."""
+        self.recorder.finished(step, dict(metrics), {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()})
+        if comm.rank() == 0:
+            self._write_outcome(ended=True)
+            self._write_weights(step)
+        self.clock.switch(OTHER)
+
+    def close(self) -> None:
+        """End the processes that collate; nothing is served afterwards."""
+        if self.feed is not None:
+            self.feed.close()
+
+    def _write_outcome(self, *, ended: bool = False) -> None:
+        """Write the proportions that a mixer has found so far, if it looks for any; at the end tell what is wrong."""
+        found = None if self.mixer is None else self.mixer.outcome()
+        if found is not None:
+            write_proportions(self.loop.output_dir / checkpoints.FOLDER / f"{self.mixer.name}.json", found)
+            if ended and "warning" in found.details:
+                logger.warning("%s: %s", self.mixer.name, found.details["warning"])
+
+    def _write_weights(self, step: int) -> None:
+        """Write the rows that weighed most and least so far, with their text, if any were weighed."""
+        weighed = self._loss.row_weights
+        if weighed is None or not len(weighed):
+            return
+        dataset, domains = _dataset(self.setup, self.loop), self.setup.rows.domains
+        most, least = (describe_rows(rows, dataset, self.loop.tokenizer, domains) for rows in weighed.extremes(SAMPLES))
+        self.recorder.weighed(step, most=most, least=least, rows=len(weighed))
 
 
-def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> SignalRunner:
-    """Return the runner of signals about the Trainer's model and the set-up's rows."""
-    space = setup.rows
-    rows = max(shape.micro_batch_size, trainer.args.per_device_eval_batch_size)
+def _dataset(setup: Setup, loop: Loop) -> Any:
+    return setup.rows.dataset if loop.dataset is None else loop.dataset
+
+
+def _build(config: MethodConfig | None) -> Any:
+    """Return the method that a configuration names, or None."""
+    return None if config is None else config.build()
+
+
+def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
+    """Return the runner of signals about the loop's model and the set-up's rows."""
+    space, options = setup.rows, setup.config.signals
     longest = max(
         int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
     )
-    options = setup.config.signals
     access = ModelAccess(
-        model=trainer.model,
-        collate=setup.scoring_collator(trainer.data_collator),
-        autocast=trainer.compute_loss_context_manager,
-        device=trainer.args.device,
-        token_budget=rows * longest,  # never more than a batch of the longest rows, which training must bear too
-        train=Corpus(dataset=trainer.train_dataset, lengths=space.lengths, identity=space.fingerprint),
+        model=loop.model,
+        collate=loop.score_collate or loop.collate,
+        autocast=loop.autocast,
+        device=loop.device,
+        # Never more than a batch of the longest rows, which training must bear too.
+        token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
+        train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
         targets={
             name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
             for name, target in space.targets.items()
         },
         seed=seed,
-        tokenizer=trainer.processing_class,
-        optimizer=lambda: trainer.optimizer,
-        learning_rate=lambda: float(trainer._get_learning_rate()),
-        backend="zero" if trainer.is_deepspeed_enabled else "plain",
-        release=lambda: release_gathered(trainer),
+        tokenizer=loop.tokenizer,
+        optimizer=loop.optimizer,
+        learning_rate=loop.learning_rate,
+        backend="zero" if loop.sharding in ("zero", "zero3") else "plain",
+        release=loop.release,
     )
 
     @cache
@@ -176,117 +622,67 @@ def signal_runner(setup: Setup, trainer: Any, shape: BatchShape, seed: int) -> S
         max_age_steps=options.max_age_steps,
         store=None if options.store is None else ArrayStore(options.store),
         store_bytes=int(options.store_gb * 1e9),
-        model_identity=lambda: model_identity(trainer.model),
+        model_identity=lambda: model_identity(loop.model),
         surroundings=around,
     )
     return SignalRunner(access=access, cache=kept)
 
 
-def open_reference(setup: Setup, trainer: Any, max_steps: int) -> Any:
-    """Return the reference model's token losses, or None when no method asks for them (collective).
-
-    Args:
-        setup: What the run is.
-        trainer: The Trainer.
-        max_steps: Optimizer steps of the whole run.
-    """
+def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
+    """Return the reference model's token losses, or None when no method asks for them (collective)."""
     reference = setup.config.requires.reference
     if reference is None:
         return None
     from dataflex.train.reference import ReferenceLosses
 
-    shape = batch_shape(trainer, shuffle=setup.shuffle)
-    access = signal_runner(setup, trainer, shape, 0).access
+    shape, space = loop.shape, setup.rows
+    forecast = Forecast(
+        dynamic=setup.config,
+        batch=Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world),
+        counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
+        packs=False,
+        rows=space.num_rows,
+        steps=loop.total_steps,
+    )
     losses = ReferenceLosses.open(
         reference.folder,
-        dataset=trainer.train_dataset,
-        lengths=setup.rows.lengths,
-        fingerprint=setup.rows.fingerprint,
+        dataset=access.train.dataset,
+        lengths=space.lengths,
+        fingerprint=space.fingerprint,
         collate=access.collate,
         tokenizer=access.tokenizer,
         device=access.device,
         token_budget=access.token_budget,
         autocast=access.autocast,
-        store=Path(trainer.args.output_dir) / "dataflex" / "reference",
+        store=loop.output_dir / checkpoints.FOLDER / "reference",
         cache=reference.cached,
-        whole=expected(setup, shape, max_steps).serves_all_again,
+        whole=forecast.serves_all_again,
     )
     with setup.clock.phase("reference"):
         losses.begin()
     return losses
 
 
-def expected(setup: Setup, shape: BatchShape, max_steps: int) -> Forecast:
-    """Return what was forecast of the run, now that its rows and steps are known."""
-    batch = Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world)
-    counts = dict(zip(setup.rows.domains.names, setup.rows.domains.num_rows.tolist(), strict=True))
-    return Forecast(
-        dynamic=setup.config, batch=batch, counts=counts, packs=False, rows=setup.rows.num_rows, steps=max_steps
-    )
-
-
-def release_gathered(trainer: Any) -> None:
-    """Let go of the parameters that a pass left gathered on this rank (ZeRO-3)."""
-    if zero_stage(trainer) == 3:
-        trainer.model_wrapped.empty_partition_cache()
-
-
-def zero_stage(trainer: Any) -> int:
-    """Return DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
-    return int(trainer.accelerator.state.deepspeed_plugin.zero_stage) if trainer.is_deepspeed_enabled else 0
-
-
-def build(config: MethodConfig | None) -> Any:
-    """Return the method that a configuration names, or None."""
-    return None if config is None else config.build()
-
-
-def batch_shape(trainer: Any, *, shuffle: bool) -> BatchShape:
-    """Read how one optimizer step is cut up from the Trainer's arguments."""
-    args = trainer.args
-    return BatchShape(
-        micro_batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        world=args.world_size,
-        rank=args.process_index,
-        drop_last=args.dataloader_drop_last,
-        shuffle=shuffle,
-    )
-
-
-def micro_batches_per_epoch(num_rows: int, shape: BatchShape, *, full_steps: bool) -> int:
-    """Return this rank's micro-batches per epoch as the stock Trainer counts them.
-
-    Args:
-        num_rows: Rows of the training set.
-        shape: How one step is cut up.
-        full_steps: Whether every step is full, as when a selector or mixer fills it.
-    """
-    layout = shape.layout(num_rows)
-    micro_batches = layout.steps_per_epoch * shape.accumulation if full_steps else layout.micro_batches_per_epoch
-    return max(micro_batches, 1)
-
-
-def refuse_unsupported(trainer: Any, config: DynamicConfig) -> None:
-    """Refuse kinds of parallelism that plans or methods cannot serve.
+def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
+    """Refuse kinds of parallelism that plans or methods cannot serve, and ranks that nobody can gather over.
 
     Raises:
         UnsupportedError: With the reason.
     """
-    if zero_stage(trainer) == 3 or trainer.is_fsdp_enabled:
+    if loop.sharding in ("zero3", "fsdp"):
         lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
         if lacking:
             raise UnsupportedError("\n".join(lacking))
-    sizes = {
-        "tensor": trainer.get_tp_size(),
-        "context": trainer.get_cp_size(),
-        "sequence": trainer.get_sp_size(),
-    }
-    for what, size in sizes.items():
+    for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
-    if trainer.args.n_gpu > 1:
+    if loop.devices > 1:
         raise UnsupportedError("several devices in one process (DataParallel): start one process per device")
+    if (loop.shape.rank, loop.shape.world) != (comm.rank(), comm.world()):
+        raise UnsupportedError(
+            f"the batch shape is that of rank {loop.shape.rank} of {loop.shape.world}, and torch.distributed has "
+            f"rank {comm.rank()} of {comm.world()}: every rank must be a data-parallel one"
+        )
 
 
 def freeze_gates(model: torch.nn.Module) -> int:

@@ -1,0 +1,93 @@
+"""What a session has to know of a Hugging Face Trainer, and how SIGTERM ends one.
+
+Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_items_in_batch``,
+``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``, ``transformers.TrainerCallback`` and its ``on_train_begin``,
+``on_step_end`` and ``on_epoch_end``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dataflex import comm
+from dataflex.ending import TermVote
+from dataflex.llamafactory.datasets import scoring_collator
+from dataflex.train.controller import BatchShape
+from dataflex.train.session import Loop, Setup
+
+__all__ = ["StopOnTerm", "loop_of"]
+
+
+def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
+    """Return what a session has to know of a Trainer: its arguments, model, data and collator are read."""
+    args = trainer.args
+    zero = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
+    return Loop(
+        model=trainer.model,
+        optimizer=lambda: trainer.optimizer,
+        learning_rate=lambda: float(trainer._get_learning_rate()),
+        collate=trainer.data_collator,
+        shape=BatchShape(
+            micro_batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world=args.world_size,
+            rank=args.process_index,
+            drop_last=args.dataloader_drop_last,
+            shuffle=setup.shuffle,
+        ),
+        total_steps=total_steps,
+        seed=args.seed,
+        device=args.device,
+        output_dir=Path(args.output_dir),
+        dataset=trainer.train_dataset,
+        score_collate=scoring_collator(setup.stage)(trainer.data_collator),
+        tokenizer=trainer.processing_class,
+        autocast=trainer.compute_loss_context_manager,
+        score_rows=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        sharding="fsdp" if trainer.is_fsdp_enabled else "none" if zero is None else "zero3" if zero == 3 else "zero",
+        release=lambda: trainer.model_wrapped.empty_partition_cache() if zero == 3 else None,
+        parallel={
+            "tensor": trainer.get_tp_size(),
+            "context": trainer.get_cp_size(),
+            "sequence": trainer.get_sp_size(),
+        },
+        devices=args.n_gpu,
+        writes=args.should_save,
+        counts_over_ranks=args.average_tokens_across_devices,
+        averages=False,  # the Trainer multiplies by the ranks itself where it counts over them
+        count_items=lambda batches: trainer._get_num_items_in_batch(batches, args.device),
+    )
+
+
+class StopOnTerm(TrainerCallback):
+    """Asks the Trainer to stop, on the same step of every rank, once any rank was sent SIGTERM."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.vote, self._noted = TermVote(device), ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From here on there is something to save."""
+        told = "[dataflex] SIGTERM: ending after the step in progress, with a checkpoint"
+        self._noted.enter_context(self.vote.noted(told if comm.rank() == 0 else ""))
+
+    def over(self) -> None:
+        """Leave SIGTERM to whoever had it before."""
+        self._noted.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after this step if it is agreed (collective)."""
+        if self.vote.after_step():
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Do nothing that is due at the end of an epoch, which this is not."""
+        if self.vote.agreed:
+            control.should_log = control.should_evaluate = control.should_save = False

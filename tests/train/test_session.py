@@ -1,0 +1,179 @@
+"""A session serves any loop: the plain one of the examples trains, resumes exactly, and runs on two ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
+from dataflex.record.read import load_plan, read_events
+from dataflex.train.controller import BatchShape
+from dataflex.train.row_space import RowSpace
+from dataflex.train.session import Loop, Session
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = {
+    "selector": {"selector": {"name": "loss"}, "warmup_steps": 2, "interval_steps": 3},
+    "mixer": {"mixer": {"name": "odm"}, "interval_steps": 2},
+    "weighter": {"weighter": {"name": "loss", "burn_in_steps": 2}},
+}
+TWO_RANKS = """
+import importlib.util, json, sys
+import torch.distributed as dist
+spec = importlib.util.spec_from_file_location("plain_loop", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+dist.init_process_group("gloo")
+for name, block in json.loads(sys.argv[3]).items():
+    losses = module.train(block, f"{sys.argv[2]}/{name}", model_dir=sys.argv[4])
+    if dist.get_rank() == 0:
+        print("LOSSES " + json.dumps({name: losses}))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    spec = importlib.util.spec_from_file_location("plain_loop", ROOT / "examples" / "plain_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def served(folder):
+    plans = [event["interval"] for event in read_events(folder) if event["event"] == "planned"]
+    return np.concatenate([load_plan(folder, interval).rows for interval in plans])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_plain_loop_resumes_exactly(plain_loop, tiny_model, tmp_path, name):
+    """With a method of each family the rows and losses are those of the run that was never interrupted."""
+    straight = plain_loop.train(BLOCKS[name], tmp_path / "a", model_dir=tiny_model)
+    assert len(set(straight)) == len(straight) == 8
+    again = plain_loop.train(BLOCKS[name], tmp_path / "b", tmp_path / "a" / "checkpoint-4", model_dir=tiny_model)
+    assert again == straight[4:]
+    first = int(np.flatnonzero(np.array([e["stop_step"] for e in planned(tmp_path / "a")]) > 4)[0])
+    assert planned(tmp_path / "b")[-1]["digest"] == planned(tmp_path / "a")[-1]["digest"]
+    assert len(planned(tmp_path / "b")) == len(planned(tmp_path / "a")) - (
+        first if planned(tmp_path / "a")[first]["start_step"] == 4 else first + 1
+    )
+    events = [event["event"] for event in read_events(tmp_path / "a")]
+    assert events[0] == "run_started"
+    assert events[-1] == "finished"
+    assert events.count("stepped") == 8
+    assert events.count("checkpointed") == 2
+
+
+def planned(folder):
+    return [event for event in read_events(folder) if event["event"] == "planned"]
+
+
+def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny_model, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(script),
+    ]
+    command += [str(ROOT / "examples" / "plain_loop.py"), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
+    assert [name for losses in found for name in losses] == list(BLOCKS)
+    for losses in found:
+        for name, two in losses.items():
+            one = plain_loop.train(BLOCKS[name], tmp_path / "one" / name, model_dir=tiny_model)
+            assert two == pytest.approx(one, rel=1e-4), name
+            np.testing.assert_array_equal(served(tmp_path / "two" / name), served(tmp_path / "one" / name))
+
+
+def test_a_session_needs_no_llamafactory():
+    code = "import dataflex.train.session, sys; print([m for m in sys.modules if m.split('.')[0] == 'llamafactory'])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- what every door is refused
+
+
+@pytest.fixture
+def rows():
+    made = [{"input_ids": [1, 2, 3 + i % 5], "labels": [-100, 2, 3 + i % 5]} for i in range(16)]
+    return RowSpace.of(Dataset.from_list(made), domains=["a", "b"] * 8)
+
+
+def loop(tmp_path, **changes):
+    shape = {"micro_batch_size": 2, "accumulation": 2, "world": 1, "rank": 0, "drop_last": True, "shuffle": True}
+    shape |= changes.pop("shape", {})
+    return Loop(
+        model=torch.nn.Linear(2, 2),
+        optimizer=lambda: None,
+        learning_rate=lambda: 0.0,
+        collate=lambda features: {"labels": torch.tensor([row["labels"] for row in features])},
+        shape=BatchShape(**shape),
+        total_steps=4,
+        seed=0,
+        device=torch.device("cpu"),
+        output_dir=tmp_path / "out",
+        **changes,
+    )
+
+
+def test_a_method_of_another_stage_is_refused(rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"weighter: reweighting needs .* stage rm"):
+        Session.open({"weighter": "loss"}, rows, loop(tmp_path), stage="rm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shape": {"world": 2, "rank": 1}}, "rank 1 of 2, and torch.distributed has rank 0 of 1"),
+        ({"parallel": {"tensor": 2}}, "tensor parallelism of size 2"),
+        ({"devices": 2}, "one process per device"),
+    ],
+)
+def test_ranks_and_shapes_that_cannot_be_served_are_refused(rows, tmp_path, changes, told):
+    with pytest.raises(UnsupportedError, match=told):
+        Session.open({"selector": "all"}, rows, loop(tmp_path, **changes))
+
+
+def test_rows_of_a_step_without_their_batches(rows, tmp_path):
+    session = Session.open({"selector": "all"}, rows, loop(tmp_path))
+    assert session.start() == 0
+    ids = session.rows(1)
+    assert [batch.tolist() for batch in ids] == [batch.tolist() for batch in session.step(1).rows]
+    assert session.rows(4) is None
+    assert session.step(4) is None
+
+
+def test_a_checkpoint_that_was_not_written_to_the_end_is_refused(rows, tmp_path):
+    session = Session.open({"selector": "all"}, rows, loop(tmp_path))
+    session.start()
+    session.step(0)
+    folder = tmp_path / "checkpoint-1"
+    with pytest.raises(KeyboardInterrupt), session.checkpoint(folder, 1):
+        raise KeyboardInterrupt
+    with pytest.raises(CheckpointError, match="not written to the end"):
+        Session.open({"selector": "all"}, rows, loop(tmp_path)).start(folder)
+    with session.checkpoint(folder, 1):
+        (folder / "model.bin").write_bytes(b"weights")
+    assert Session.open({"selector": "all"}, rows, loop(tmp_path)).start(folder) == 1
+    (folder / "model.bin").write_bytes(b"wei")
+    with pytest.raises(CheckpointError, match=r"model\.bin is broken"):
+        Session.open({"selector": "all"}, rows, loop(tmp_path)).start(folder)
