@@ -1,4 +1,4 @@
-"""What several selectors share: vectors of pool and targets, options of gradients."""
+"""What several selectors share: vectors of pool and targets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,6 @@ from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
     "EmbeddingParams",
-    "GradientParams",
-    "InfluenceParams",
     "PooledParams",
     "VectorSelector",
     "compared",
@@ -153,35 +150,3 @@ def compared(
             "where those are asked for."
         )
     return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))
-
-
-# ---------------------------------------------------------------- gradients
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientParams(Params):
-    """Which gradients rows are compared by."""
-
-    parameters: str | None = param(
-        None, "regular expression of parameter names; null: all trainable ones", pattern=True
-    )
-    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
-    bf16: bool = param(False, "run the gradient passes in bfloat16")
-
-    def options(self, **more: Any) -> dict[str, Any]:
-        """Return the fields of the gradient signal to ask, with what else the method says of it."""
-        return {"parameters": self.parameters, "last_blocks": self.last_blocks, "bf16": self.bf16, **more}
-
-
-@dataclass(frozen=True, kw_only=True)
-class InfluenceParams(GradientParams):
-    """How rows' gradients are compared with those of tasks."""
-
-    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
-        "true_adam", "what turns training gradients into directions"
-    )
-    sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
-
-    def influence(self, seed: int, **more: Any) -> dict[str, Any]:
-        """Return the fields of the gradient signal to ask in a decision of this seed."""
-        return self.options(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)

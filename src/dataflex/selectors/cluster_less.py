@@ -15,7 +15,7 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Se
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
 
@@ -92,7 +93,7 @@ class ClusterLess(Selector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceOptions, BaseParams):
         """Parameters of Cluster-LESS."""
 
         clusters: int | None = param(None, "number of clusters; null: one for cluster_size rows", minimum=1)
@@ -101,18 +102,8 @@ class ClusterLess(Selector):
         pick: Pick = param("mixed", "which rows: nearest to the centre, farthest, random, or these in turns")
         renormalize: bool = param(True, "scale the mean direction of a cluster to length one; costs a second pass")
         sketch_size: int = param(4096, "numbers per sketch of a representative; even", minimum=2)
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
-            "true_adam", "what turns training gradients into directions"
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines", "mean over a task as in LESS's code or in its text"
-        )
         aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
         layer: int = param(-1, "layer of the hidden states that are clustered")
-        parameters: str | None = param(
-            None, "regular expression of parameter names; null: all trainable ones", pattern=True
-        )
-        bf16: bool = param(False, "run the gradient passes in bfloat16")
 
         def __post_init__(self) -> None:
             if self.sketch_size % 2:
@@ -184,12 +175,7 @@ class ClusterLess(Selector):
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
         of = np.repeat(np.arange(len(groups)), [len(part) for part in chosen])
         asked = rows[np.concatenate(chosen)]
-        options: dict[str, Any] = {
-            "precondition": p.precondition,
-            "mean_of_cosines": p.target_gradient == "mean_of_cosines",
-            "parameters": p.parameters,
-            "bf16": p.bf16,
-        }
+        options = p.options(sketch_size=None)  # scores are exact; sketch_size is that of the mean directions
         cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
         if cosines.shape != (len(asked), len(ctx.targets)):
             raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")

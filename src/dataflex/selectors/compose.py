@@ -42,9 +42,10 @@ from dataflex.select.scoring import (
     default_of,
 )
 from dataflex.select.spread import near_duplicates
-from dataflex.selectors._lib import GradientParams, VectorSelector
+from dataflex.selectors._lib import VectorSelector
 from dataflex.selectors.less import Less
 from dataflex.signals import kinds
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Compose", "Represent"]
 
@@ -93,7 +94,7 @@ class Gradient(VectorSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(GradientParams, ScoringParams):
+    class Params(GradientOptions, ScoringParams):
         """Parameters of gradient sketches."""
 
         precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
@@ -119,9 +120,8 @@ class Gradient(VectorSelector):
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
         """Return sketches of length one [n, dim]."""
-        p = self.params
-        options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
-        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
+        signal = kinds.GradientSketches(dim=self.params.dim, **self.params.options(sketch_seed=ctx.seed))
+        return ctx.signals(signal, rows, target=target)
 
 
 class Asked(ScoringSelector):

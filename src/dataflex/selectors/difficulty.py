@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import EL2N, GradientNorms
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["El2n", "GradNorm"]
 
@@ -55,13 +56,12 @@ class GradNorm(_Extreme):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(_Keep):
+    class Params(GradientOptions, _Keep):
         """Parameters of GraNd."""
 
         precondition: Literal["none", "true_adam", "sign"] = param(
             "none", "measure the optimizer's direction instead of the plain gradient"
         )
-        last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
 
     params: Params
 
@@ -77,8 +77,7 @@ class GradNorm(_Extreme):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""
-        signal = GradientNorms(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
-        return ctx.signals(signal, pool)
+        return ctx.signals(GradientNorms(**self.params.options()), pool)
 
 
 class El2n(_Extreme):

@@ -26,6 +26,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.signals.kinds import GradientProducts
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
 
@@ -87,7 +88,7 @@ def pick_drawn(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared(BaseParams):
+class _Shared(GradientOptions, BaseParams):
     """Parameters of both."""
 
     precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
@@ -98,11 +99,6 @@ class _Shared(BaseParams):
     target_rows: int | None = param(
         16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    parameters: str | None = param(
-        None, "regular expression of parameter names; null: all trainable ones", pattern=True
-    )
-    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
-    bf16: bool = param(False, "run the passes in bfloat16")
 
 
 class _Joint(Selector):
@@ -136,16 +132,8 @@ class _Joint(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        signal = GradientProducts(
-            targets=ctx.targets,
-            target_rows=self._target_rows(ctx),
-            precondition=p.precondition,
-            include_momentum=False,
-            normalize=False,
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            bf16=p.bf16,
-        )
+        options = p.options(include_momentum=False, normalize=False)
+        signal = GradientProducts(targets=ctx.targets, target_rows=self._target_rows(ctx), **options)
         by_target, gram = signal.split(ctx.signals(signal, pool))
         if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
             raise ComponentError(

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GradientScores
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["Icons"]
 
@@ -42,7 +42,7 @@ class Icons(ScoringSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of ICONS; the defaults are the original code's, but for the exact influences."""
 
         aggregate: Aggregate | None = param(Aggregate.of("votes"), AGGREGATE)
@@ -54,10 +54,6 @@ class Icons(ScoringSelector):
         )
         precondition: Literal["none", "true_adam", "paper_repo", "sign"] = param(
             "none", "what turns training gradients into directions; none as published"
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines",
-            "every target row counts alike as published, or by the length of its gradient, in one pass less",
         )
 
         def __post_init__(self) -> None:
@@ -91,7 +87,7 @@ class Icons(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return influence on the targets [T, N]."""
-        options = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
+        options = self.params.options(sketch_seed=ctx.seed)
         return ctx.signals(GradientScores(targets=ctx.targets, **options), pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:

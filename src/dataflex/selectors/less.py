@@ -20,7 +20,6 @@ relevant rows than an interval serves. A run warns of rows that come back too of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,8 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GradientScores
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["Less", "lr_weighted"]
 
@@ -59,15 +58,11 @@ class Less(ScoringSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
-        include_momentum: bool = param(True, "keep Adam's momentum term")
         normalize: bool = param(
             True, "compare directions (cosines, as published); false: inner products, which wear out less"
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines", "mean over a task as in the code or in the text"
         )
         checkpoints: int = param(1, "intervals whose scores are averaged, weighted by learning rate", minimum=1)
 
@@ -101,16 +96,12 @@ class Less(ScoringSelector):
             ConfigError: ``checkpoints`` above 1 with a pool that changes.
         """
         p = self.params
-        mean_of_cosines = p.target_gradient == "mean_of_cosines"
-        options = p.influence(
-            ctx.seed, include_momentum=p.include_momentum, normalize=p.normalize, mean_of_cosines=mean_of_cosines
-        )
         if p.checkpoints > 1 and len(self._pool) and not np.array_equal(self._pool, pool):
             raise ConfigError(
                 "dynamic.selector.checkpoints: scores of several intervals can only be averaged over the same rows; "
                 "set dynamic.signals.pool_fraction to 1, or checkpoints to 1"
             )
-        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **options), pool))
+        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **p.options(sketch_seed=ctx.seed)), pool))
         self._rates.append(float(ctx.learning_rate))
         self._scores, self._rates = self._scores[-p.checkpoints :], self._rates[-p.checkpoints :]
         self._pool = pool

@@ -34,8 +34,8 @@ from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["GradedResponses", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
@@ -200,7 +200,7 @@ class Nice(ScoringSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of NICE."""
 
         reward: str = param(
@@ -291,7 +291,7 @@ class Nice(ScoringSelector):
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        signal = ResponseGradientScores(responses=tasks, **self.params.options(sketch_seed=ctx.seed))
         return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
