@@ -20,6 +20,7 @@ from dataflex.config.show import plain
 from dataflex.config.split import split
 from dataflex.method import Signals
 from dataflex.registry import KINDS, find, names
+from dataflex.signals import kinds
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
@@ -168,8 +169,11 @@ def test_the_test_in_the_guide_passes(monkeypatch):
 
 def test_the_guide_tells_every_signal_that_methods_may_ask_for():
     calls = [name for name in vars(Signals) if not name.startswith("_")]
-    assert "losses" in calls
-    assert [name for name in calls if f"`ctx.signals.{name}(" not in TEXTS["docs/writing-a-method.md"]] == []
+    asked = [name for name in kinds.__all__ if hasattr(getattr(kinds, name), "open") and name != "Signal"]
+    assert "tokens" in calls
+    assert "TokenLoss" in asked
+    wanted = [*(f"`ctx.signals.{name}(" for name in calls), *(f"| `{name}(" for name in asked)]
+    assert [text for text in wanted if text not in TEXTS["docs/writing-a-method.md"]] == []
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))

@@ -18,11 +18,12 @@ class Given(FakeSignals):
     """Given vectors to cluster, and given gradients."""
 
     def __init__(self, vectors, gradients, target_gradients):
+        self.vectors = np.asarray(vectors, dtype=np.float32)
         super().__init__(
             np.ones(len(vectors)),
             gradients=gradients,
             target_gradients=target_gradients,
-            values={Embedding: vectors},
+            values={Embedding: self.vectors},
         )
 
 

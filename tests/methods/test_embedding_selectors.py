@@ -23,11 +23,12 @@ class GivenVectors(FakeSignals):
     """Answers embedding questions with given vectors."""
 
     def __init__(self, rows, targets):
-        vectors = {None: np.asarray(rows)} | {name: np.asarray(found) for name, found in targets.items()}
+        self.vectors = {None: np.array(rows, dtype=np.float32)}
+        self.vectors |= {name: np.array(found, dtype=np.float32) for name, found in targets.items()}
         super().__init__(
             np.ones(len(rows)),
             targets={name: np.ones(len(found)) for name, found in targets.items()},
-            values={Embedding: lambda _, rows, target: vectors[target][rows]},
+            values={Embedding: lambda _, rows, target: self.vectors[target][rows]},
         )
 
 

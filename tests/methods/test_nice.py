@@ -159,9 +159,9 @@ def test_equal_rewards_are_exactly_nothing():
 
 def test_token_means_divide_by_the_answers_length():
     method = nice(Table(REWARDS), token_reduction="mean", samples=2)
-    from dataflex.selectors.nice import Answered
+    from dataflex.selectors.nice import GradedResponses
 
-    found = Answered(prompts=([1],), answers=(((7, 8, 9, 2), (7, 2)),), rewards=(np.array([1.0, 0.0]),))
+    found = GradedResponses(prompts=([1],), responses=(((7, 8, 9, 2), (7, 2)),), rewards=(np.array([1.0, 0.0]),))
     assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
     summed = nice(Table(REWARDS), samples=2)._weighted(found)
     assert [one.weight for one in summed] == [0.5, -0.5]
@@ -192,8 +192,8 @@ def test_a_task_of_equal_rewards_is_left_out_with_a_warning(value, caplog):
     assert "without a signal: flat" in chosen.reason
     (asked,) = [call.options["responses"] for call in signals.calls if "responses" in call.options]
     assert list(asked) == ["good"]
-    assert [record.getMessage()[:70] for record in caplog.records] == [
-        "nice: all answers to each prompt of target flat have the same reward ("
+    assert [record.getMessage()[:72] for record in caplog.records] == [
+        "nice: all responses to each prompt of target flat have the same reward ("
     ]
 
 
@@ -219,7 +219,7 @@ def test_answers_that_cannot_be_graded_are_left_out_of_mean_and_baseline(caplog)
     gains = advantages(np.array([1.0, 0.0, 1.0]), baseline="leave_one_out", standardize=False) / 3
     np.testing.assert_allclose([one.weight for one in answers], gains)
     assert [tuple(one.response) for one in answers] == [(0,), (1,), (0,)]
-    assert "1 of 4 answers to target target could not be graded and are left out: it fell over" in caplog.text
+    assert "1 of 4 responses to target target could not be graded and are left out: it fell over" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -230,9 +230,11 @@ def test_rewards_that_are_not_finite_are_none(value):
 
 
 def test_it_ends_when_nothing_can_be_graded_or_when_asked_to():
-    with pytest.raises(RewardError, match=r"none of 2 answers to target 'target' could be graded: broken \(2 times\)"):
+    with pytest.raises(
+        RewardError, match=r"none of 2 responses to target 'target' could be graded: broken \(2 times\)"
+    ):
         ask([0, 1], {"0": "broken", "1": "broken"})
-    with pytest.raises(RewardError, match=r"1 of 2 answers .* broken; set on_reward_error: drop"):
+    with pytest.raises(RewardError, match=r"1 of 2 responses .* broken; set on_reward_error: drop"):
         ask([0, 1], {"0": "broken", "1": 1.0}, on_reward_error="raise")
 
 
@@ -242,7 +244,7 @@ def test_a_reward_of_the_wrong_length_is_refused():
             return Grades(values=np.ones(1))
 
     ctx = example_context({"all": 3}, signals=Policy([0, 1]))
-    with pytest.raises(RewardError, match="graded 1 of 2 answers"):
+    with pytest.raises(RewardError, match="graded 1 of 2 responses"):
         nice(Short(), samples=2).select(np.arange(3), 1, ctx)
 
 
@@ -330,7 +332,7 @@ def test_rows_that_are_no_prompt_with_an_answer_are_left_out(caplog):
         Nice(Nice.Params(reward="f1")).select(np.arange(3), 1, ctx)
     (asked,) = [call.rows.tolist() for call in signals.calls if call.signal == "generate"]
     assert asked == [0]
-    assert "3 of 4 rows of target goal are no prompt with one answer" in caplog.text
+    assert "3 of 4 rows of target goal are no prompt with one response" in caplog.text
     signals.some = False
     with pytest.raises(DataError, match="mask_history: true"):
         Nice(Nice.Params(reward="f1")).select(np.arange(3), 1, ctx)

@@ -100,8 +100,12 @@ _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is 
 class _NoSignals:
     """Stands where the model would be: nothing can be asked before training."""
 
-    def __getattr__(self, question: str) -> NoReturn:
-        raise UnsupportedError(f"this method looks at the model ({question}), which is not known before training")
+    def __call__(self, signal: object, *_: object, **__: object) -> NoReturn:
+        asked = type(signal).__name__
+        raise UnsupportedError(f"this method looks at the model ({asked}), which is not known before training")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise UnsupportedError(f"this method looks at the model ({name}), which is not known before training")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
 from dataflex.signals.kinds import Embedding
@@ -51,19 +50,12 @@ def density(rows: NDArray[np.floating], gamma: float = 1.0) -> float:
 
 
 def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> NDArray[np.int64]:
-    """Return positions of rows whose distribution is closest to that of all rows, added one at a time.
+    """Return positions of rows [n, d] whose distribution is closest to that of all rows, added one at a time.
 
     Each step adds the row x that makes the squared maximum mean discrepancy of the chosen rows S (m of them) to all
     rows least: (Q + 2 b_x + k(x, x)) / (m + 1)^2 - 2 (A + a_x) / (m + 1), with a_x the mean kernel of x with all
-    rows, b_x its sum with S, Q the sum over pairs of S, and A the sum of a over S. O(n d) a step.
-
-    Args:
-        rows: Vectors [n, d], finite.
-        count: How many.
-        gamma: Width of the kernel.
-
-    Returns:
-        int64 [min(count, n)] in the order added; ties to the smaller position.
+    rows, b_x its sum with S, Q the sum over pairs of S, and A the sum of a over S. O(n d) a step. Gives
+    int64 [min(count, n)] in the order added; ties to the smaller position.
     """
     vectors = np.asarray(rows, dtype=np.float64)
     chosen = np.empty(min(count, len(vectors)), dtype=np.int64)
@@ -112,17 +104,11 @@ def shares(scores: NDArray[np.floating], temperature: float) -> NDArray[np.float
 def cluster_quotas(
     scores: NDArray[np.floating], sizes: NDArray[np.integer], budget: int, temperature: float
 ) -> list[tuple[int, int]]:
-    """Return (cluster, rows to take) in the order served; the numbers add up to min(budget, rows).
+    """Return (cluster, rows to take) in the order served, for scores S / D [K]; the numbers sum to min(budget, rows).
 
     Each cluster is given its share of what is left, rounded (half to even), and at most its size; then the
     shares of the clusters not yet served are taken anew. What rounding and small clusters leave over is filled
     up in the same order.
-
-    Args:
-        scores: S / D of each cluster [K], finite.
-        sizes: Rows of each [K].
-        budget: Rows in all.
-        temperature: Of the softmax.
     """
     order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
     left = min(int(budget), int(np.sum(sizes)))
@@ -145,13 +131,10 @@ class Coincide(Selector):
     """Keep rows of transferable, sparse clusters, each cluster in miniature."""
 
     name = "coincide"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",
         paper="COINCIDE: Concept-skill Transferability-based Data Selection, EMNLP 2024, arXiv 2406.10995",
         cost="1 F over the pool per layer and interval, and k-means",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -163,9 +146,7 @@ class Coincide(Selector):
         gamma: float = param(1.0, "width of the Gaussian kernel", above=0.0)
         layers: tuple[int, ...] = param((-1,), "layers whose hidden states make the features; 1 F each")
         iterations: int = param(50, "rounds of k-means at most", minimum=1)
-        encoder: str | None = param(
-            None, "folder or hub id of another (small) model; null: the model under training", model=True
-        )
+        encoder: str | None = param(None, "folder or hub id of another (small) model; null: the model under training")
 
         def __post_init__(self) -> None:
             if not self.layers:
@@ -175,9 +156,15 @@ class Coincide(Selector):
 
     params: Params
 
-    def pool_passes(self, num_targets: int) -> tuple[float, float]:
-        """One F a layer."""
-        return float(len(self.params.layers)), 0.0
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(float(len(self.params.layers)), 0.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows.

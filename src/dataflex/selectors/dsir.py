@@ -29,13 +29,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.method import Card, Context, Requires, Rows, Selection, param
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
@@ -48,12 +47,7 @@ _EPSILON = 1e-8
 
 
 class Hasher:
-    """Gives every n-gram its bucket: SHA-256 as a whole number, modulo the number of buckets.
-
-    Args:
-        buckets: Number of buckets.
-        ngrams: Longest n-gram in words, joined by single spaces.
-    """
+    """Gives every n-gram, of up to ``ngrams`` words joined by single spaces, its bucket: SHA-256 modulo ``buckets``."""
 
     def __init__(self, buckets: int, ngrams: int) -> None:
         self._buckets, self._ngrams = buckets, ngrams
@@ -82,10 +76,7 @@ def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
 def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
     """Return log (c + smoothing) / (n p_r + smoothing) of each bucket; without smoothing as published.
 
-    Args:
-        counts: c, n-grams of the target by bucket; n in all.
-        p_pool: p_r, shares of the buckets in the pool.
-        smoothing: Strength of the prior in occurrences of each n-gram.
+    ``counts`` are c, n-grams of the target by bucket, n in all; ``p_pool`` the shares of the buckets in the pool.
     """
     if smoothing == 0:
         return log_ratios(_share(counts), p_pool)
@@ -103,7 +94,6 @@ class Dsir(ScoringSelector):
 
     name = "dsir"
     lacking = "too few n-grams"
-    needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
         paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
@@ -129,7 +119,7 @@ class Dsir(ScoringSelector):
         min_ngrams: int = param(1, "rows of fewer n-grams are never drawn (the paper: 100 words)", minimum=1)
         per_ngram: bool = param(False, "divide log weights by the number of n-grams")
         target_proportions: dict[str, float] | None = param(
-            None, "draw for each target by itself, in these proportions; null: pool the targets", by_target=True
+            None, "draw for each target by itself, in these proportions; null: pool the targets"
         )
 
         def __post_init__(self) -> None:
@@ -141,14 +131,22 @@ class Dsir(ScoringSelector):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"texts"}),
+            targets=True,
+            by_target={"target_proportions": self.params.target_proportions},
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._remembered = Remembered()
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Targets count together, unless each has its own proportion."""
-        return "scores" if params.target_proportions is None else "tasks"
+    @property
+    def gives(self) -> Gives:
+        """Scores, since targets count together, unless each has its own proportion."""
+        return "scores" if self.params.target_proportions is None else "tasks"
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """As any scoring selector; with ``target_proportions`` each target draws its part by the rule.

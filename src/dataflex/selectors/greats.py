@@ -17,15 +17,16 @@ The target gradient is the mean over ``target_rows`` rows drawn anew in every de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.signals.kinds import GradientProducts
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
 
@@ -35,11 +36,8 @@ Precondition = Literal["none", "adam_scale", "true_adam", "sign"]
 def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float) -> float:
     """Return c = strength x mean |score| / (budget x mean <g, g>): what a pick costs the others, free of scale.
 
-    Args:
-        scores: Scores [n], n >= 1.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick.
-        strength: 1 makes the picks of a whole budget of equal rows cost as much as a row is worth.
+    Of scores [n], n >= 1, and inner products of rows [n, n]. A strength of 1 makes the picks of a whole budget of
+    equal rows cost as much as a row is worth.
     """
     own = budget * float(np.diagonal(gram).mean())
     return strength * float(np.abs(scores).mean()) / own if own > 0 else 0.0
@@ -48,16 +46,10 @@ def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budg
 def pick_best(
     scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float
 ) -> NDArray[np.int64]:
-    """Pick the best row again and again; each pick p takes ``strength`` x gram[p] from all. Ties by position.
+    """Pick the best row ``budget`` <= n times; each pick p takes ``strength`` x gram[p] from all. Ties by position.
 
-    Args:
-        scores: Scores [n], finite.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick, at most n.
-        strength: The learning rate, as published, scores being free of it.
-
-    Returns:
-        Positions int64 [budget], in the order picked.
+    Scores [n] are finite, ``gram`` holds inner products of rows [n, n]. The strength is the learning rate, as
+    published, scores being free of it. Positions come in the order picked.
     """
     left = scores.copy()
     picked = np.empty(budget, dtype=np.int64)
@@ -79,13 +71,7 @@ def pick_drawn(
 ) -> NDArray[np.int64]:
     """As ``pick_best``, but each pick is drawn with probability proportional to exp(what is left / temperature).
 
-    Args:
-        scores: Scores [n], finite.
-        gram: Inner products of rows [n, n].
-        budget: Rows to pick, at most n.
-        strength: As for ``pick_best``.
-        temperature: Above 0, in units of the scores.
-        uniforms: A number in [0, 1) for each pick [budget].
+    ``temperature`` is above 0, in units of the scores; ``uniforms`` a number in [0, 1) for each pick [budget].
     """
     left = scores.copy()
     remaining = np.ones(len(scores), dtype=np.bool_)
@@ -102,7 +88,7 @@ def pick_drawn(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared(BaseParams):
+class _Shared(GradientOptions, BaseParams):
     """Parameters of both."""
 
     precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
@@ -113,20 +99,24 @@ class _Shared(BaseParams):
     target_rows: int | None = param(
         16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    parameters: str | None = param(
-        None, "regular expression of parameter names; null: all trainable ones", pattern=True
-    )
-    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
-    bf16: bool = param(False, "run the passes in bfloat16")
 
 
 class _Joint(Selector):
     """Common ground: scores and interactions of the candidates."""
 
-    adaptive: ClassVar[bool] = True
-    within_batch: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     params: _Shared
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            within_batch=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Pick up to ``budget`` of the candidates, one after another.
@@ -142,16 +132,8 @@ class _Joint(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        signal = GradientProducts(
-            targets=ctx.targets,
-            target_rows=self._target_rows(ctx),
-            precondition=p.precondition,
-            include_momentum=False,
-            normalize=False,
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            bf16=p.bf16,
-        )
+        options = p.options(include_momentum=False, normalize=False)
+        signal = GradientProducts(targets=ctx.targets, target_rows=self._target_rows(ctx), **options)
         by_target, gram = signal.split(ctx.signals(signal, pool))
         if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
             raise ComponentError(
@@ -203,8 +185,6 @@ class Greats(_Joint):
         summary="Picks, in every step, the candidates whose gradients together go furthest along the targets'.",
         paper="GREATS: Online Selection of High-Quality Data, NeurIPS 2024, OpenReview 232VcN8tSx (no arXiv version)",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -227,8 +207,6 @@ class Opus(_Joint):
         summary="Draws, in every step, candidates by how far the optimizer's update on them goes along the targets.",
         paper="OPUS: Data Selection in LLM Pre-training in Every Iteration, arXiv 2602.05400",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

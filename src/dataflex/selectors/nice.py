@@ -1,18 +1,18 @@
-"""NICE: rows whose optimizer step raises the reward of the model's own answers to the target's prompts.
+"""NICE: rows whose optimizer step raises the reward of the model's own responses to the target's prompts.
 
 "NICE Data Selection for Instruction Tuning in LLMs with Non-differentiable Evaluation Metric", ICML 2025 (OpenReview
-2wt8m5HUBs). It is LESS (arXiv 2402.04333) with a policy gradient in the place of the target's loss: answers y_i are
+2wt8m5HUBs). It is LESS (arXiv 2402.04333) with a policy gradient in the place of the target's loss: responses y_i are
 sampled from the model under training for each prompt x, graded by any reward r_i, and the prompt's gradient is
 
-    1 / n  sum_i (r_i - b_i) grad(-log p(y_i | x)),    b_i the mean of the other answers' rewards,
+    1 / n  sum_i (r_i - b_i) grad(-log p(y_i | x)),    b_i the mean of the other responses' rewards,
 
-log p summed over the answer's tokens, its end included. This is the gradient of -E[r], so that rows of positive
+log p summed over the response's tokens, its end included. This is the gradient of -E[r], so that rows of positive
 cosine raise the reward. Training gradients go through Adam as in LESS; scores are the mean of the cosines over a
 task's prompts, exact, without the random projection.
 
 The leave-one-out baseline b is ours (``baseline: none`` is as published): without it a reward that is always positive
 just makes the model imitate itself. So are sampling at temperature 1 from all tokens, since gradients are taken
-there, and one checkpoint, that of the run, instead of four. Prompts whose answers all have the same reward say
+there, and one checkpoint, that of the run, instead of four. Prompts whose responses all have the same reward say
 nothing and are left out; a task without any other is left out with a warning; without any task, rows are drawn
 uniformly for the interval, with a warning, unless ``without_signal: error``.
 """
@@ -22,38 +22,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
+from dataflex.signals.specs import InfluenceOptions
 
-__all__ = ["Answered", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
+__all__ = ["GradedResponses", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
-    """Graded answers, prompt by prompt.
+class GradedResponses:
+    """Graded responses, prompt by prompt.
 
     Attributes:
         prompts: Token ids of each prompt.
-        answers: Token ids of the answers to each prompt.
-        rewards: float64 [answers] for each prompt, NaN where an answer could not be graded.
+        responses: Token ids of the responses to each prompt.
+        rewards: float64 [responses] for each prompt, NaN where an response could not be graded.
     """
 
     prompts: tuple[Sequence[int], ...]
-    answers: tuple[tuple[Sequence[int], ...], ...]
+    responses: tuple[tuple[Sequence[int], ...], ...]
     rewards: tuple[NDArray[np.float64], ...]
 
     @property
@@ -63,7 +63,7 @@ class Answered:
 
 
 def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
-    """Return the rows of a target that are a prompt and one answer after it, at most ``max_prompts`` drawn from them.
+    """Return the rows of a target that are a prompt and one response after it, at most ``max_prompts`` drawn from them.
 
     Raises:
         DataError: There is none.
@@ -79,13 +79,13 @@ def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
     ]
     if not usable:
         raise DataError(
-            f"nice: target {target!r} has {len(rows):,} rows, none of which is a prompt with one answer after it. "
-            "Answers are sampled to prompts: give a data set with both, with 'train_on_prompt: false', and "
+            f"nice: target {target!r} has {len(rows):,} rows, none of which is a prompt with one response after it. "
+            "Responses are sampled to prompts: give a data set with both, with 'train_on_prompt: false', and "
             "'mask_history: true' for conversations of several turns."
         )
     if len(usable) < len(rows):
         logger.warning(
-            "nice: %d of %d rows of target %s are no prompt with one answer after it and are left out",
+            "nice: %d of %d rows of target %s are no prompt with one response after it and are left out",
             len(rows) - len(usable),
             len(rows),
             target,
@@ -104,20 +104,20 @@ def ask_and_grade(
     *,
     max_prompts: int | None = None,
     keep_going: bool = True,
-) -> Answered:
-    """Sample answers to a target's prompts and grade them, on one rank for all.
+) -> GradedResponses:
+    """Sample responses to a target's prompts and grade them, on one rank for all.
 
     Args:
         reward: What grades.
         target: Name of the target.
         ctx: Context of the decision.
-        spec: How answers are sampled.
+        spec: How responses are sampled.
         max_prompts: Prompts at most; None: all.
-        keep_going: Leave answers out that cannot be graded, with a warning.
+        keep_going: Leave responses out that cannot be graded, with a warning.
 
     Raises:
         DataError: The target has no prompt.
-        RewardError: No answer could be graded; or some could not, without ``keep_going``.
+        RewardError: No response could be graded; or some could not, without ``keep_going``.
     """
     rows = usable_prompts(target, ctx, max_prompts)
     prompts = [tokens.tolist() for tokens in ctx.signals.tokens(rows, target=target, part="prompt")]
@@ -131,31 +131,33 @@ def ask_and_grade(
     def grade() -> Grades:
         found = reward.grade(candidates)
         if len(found.values) != len(candidates):
-            raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} answers")
+            raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} responses")
         failed = int(np.isnan(found.values).sum())
         if failed == len(candidates):
-            raise RewardError(f"reward: none of {failed:,} answers to target {target!r} could be graded: {found.why()}")
+            raise RewardError(
+                f"reward: none of {failed:,} responses to target {target!r} could be graded: {found.why()}"
+            )
         if failed and not keep_going:
             raise RewardError(
-                f"reward: {failed:,} of {len(candidates):,} answers to target {target!r} could not be graded: "
+                f"reward: {failed:,} of {len(candidates):,} responses to target {target!r} could not be graded: "
                 f"{found.why()}; set on_reward_error: drop to leave them out"
             )
         return found
 
-    grades = ctx.signals.on_one_rank("grading answers", grade)
+    grades = ctx.signals.on_one_rank("grading responses", grade)
     failed = int(np.isnan(grades.values).sum())
     if failed:
         logger.warning(
-            "nice: %d of %d answers to target %s could not be graded and are left out: %s",
+            "nice: %d of %d responses to target %s could not be graded and are left out: %s",
             failed,
             len(candidates),
             target,
             grades.why(),
         )
     size = spec.num_samples
-    return Answered(
+    return GradedResponses(
         prompts=tuple(prompts),
-        answers=tuple(tuple(one.token_ids for one in made[i * size : (i + 1) * size]) for i in range(len(prompts))),
+        responses=tuple(tuple(one.token_ids for one in made[i * size : (i + 1) * size]) for i in range(len(prompts))),
         rewards=tuple(grades.values[i * size : (i + 1) * size] for i in range(len(prompts))),
     )
 
@@ -163,11 +165,11 @@ def ask_and_grade(
 def advantages(
     rewards: NDArray[np.floating], *, baseline: Literal["leave_one_out", "none"], standardize: bool
 ) -> NDArray[np.float64]:
-    """Return r - b of the answers to one prompt [n], NaN where there is no reward.
+    """Return r - b of the responses to one prompt [n], NaN where there is no reward.
 
     Args:
-        rewards: Rewards [n]; NaN for answers that could not be graded, which count for nothing.
-        baseline: ``leave_one_out``: b_i is the mean of the others (0 with one answer, which then says nothing).
+        rewards: Rewards [n]; NaN for responses that could not be graded, which count for nothing.
+        baseline: ``leave_one_out``: b_i is the mean of the others (0 with one response, which then says nothing).
         standardize: Divide by the standard deviation of the rewards + 1e-6.
     """
     values = np.asarray(rewards, dtype=np.float64)
@@ -187,22 +189,18 @@ def advantages(
 
 
 class Nice(ScoringSelector):
-    """Keep the rows with the largest influence on the expected reward of answers to the targets' prompts."""
+    """Keep the rows with the largest influence on the expected reward of responses to the targets' prompts."""
 
     name = "nice"
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
     card = Card(
-        summary="Keeps the rows whose optimizer step raises the reward of the model's answers to the targets.",
+        summary="Keeps the rows whose optimizer step raises the reward of the model's responses to the targets.",
         paper="NICE, ICML 2025 (OpenReview 2wt8m5HUBs), after LESS, arXiv 2402.04333",
-        cost="1 F + 1 B over the pool; 20 answers to each target prompt: generated, graded, and 1 F + 1 B each",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
+        cost="1 F + 1 B over the pool; 20 responses to each target prompt: generated, graded, and 1 F + 1 B each",
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of NICE."""
 
         reward: str = param(
@@ -212,31 +210,42 @@ class Nice(ScoringSelector):
         judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
         reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
         on_reward_error: Literal["drop", "raise"] = param(
-            "drop", "leave an answer out that cannot be graded, or end the run"
+            "drop", "leave an response out that cannot be graded, or end the run"
         )
         without_signal: Literal["random", "error"] = param(
             "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
-        samples: int = param(20, "answers to each prompt", minimum=1)
-        max_new_tokens: int = param(300, "tokens of an answer at most", minimum=1)
+        samples: int = param(20, "responses to each prompt", minimum=1)
+        max_new_tokens: int = param(300, "tokens of an response at most", minimum=1)
         temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
         top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
         top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
         max_prompts: int | None = param(None, "prompts of each target, drawn anew each interval; null: all", minimum=1)
         baseline: Literal["leave_one_out", "none"] = param(
-            "leave_one_out", "subtracted from a reward: mean of the other answers, or nothing"
+            "leave_one_out", "subtracted from a reward: mean of the other responses, or nothing"
         )
         standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
-        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an answer's tokens")
+        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an response's tokens")
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
             if problem:
                 raise ValueError(problem)
             if self.baseline == "leave_one_out" and self.samples < 2:
-                raise ValueError("samples: the baseline leave_one_out needs at least 2 answers to a prompt, found 1")
+                raise ValueError("samples: the baseline leave_one_out needs at least 2 responses to a prompt, found 1")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"generate", "gradients", "texts"}),
+            targets=True,
+            stages=("sft",),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -248,7 +257,7 @@ class Nice(ScoringSelector):
         Raises:
             DataError: No row of a non-empty pool has a score; a target has no prompt; or there is no signal
                 and ``without_signal`` is ``error``.
-            RewardError: Every answer of all targets failed to be graded; or one did and ``on_reward_error`` is
+            RewardError: Every response of all targets failed to be graded; or one did and ``on_reward_error`` is
                 ``raise``.
         """
         try:
@@ -261,35 +270,35 @@ class Nice(ScoringSelector):
             return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error.why}")
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
-        """Return influence on the reward [T, N], of the targets whose answers have several rewards.
+        """Return influence on the reward [T, N], of the targets whose responses have several rewards.
 
         Raises:
             DataError: There is no such target.
         """
-        answered = {target: self._answers(target, number, ctx) for number, target in enumerate(ctx.targets)}
-        weighted = {target: self._weighted(found) for target, found in answered.items()}
-        told = ", ".join(f"{target} {found.mean:.4g}" for target, found in answered.items())
-        tasks = {target: answers for target, answers in weighted.items() if answers}
+        graded = {target: self._responses(target, number, ctx) for number, target in enumerate(ctx.targets)}
+        weighted = {target: self._weighted(found) for target, found in graded.items()}
+        told = ", ".join(f"{target} {found.mean:.4g}" for target, found in graded.items())
+        tasks = {target: responses for target, responses in weighted.items() if responses}
         if not tasks:
             raise _WithoutSignal(told)
         silent = [target for target in weighted if target not in tasks]
         if silent:
             logger.warning(
-                "nice: all answers to each prompt of target %s have the same reward (mean reward: %s), so it is left "
+                "nice: all responses to each prompt of target %s have the same reward (mean reward: %s), so it is left "
                 "out of this decision. More samples, or a reward with finer steps, would help",
                 ", ".join(silent),
                 told,
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        signal = ResponseGradientScores(responses=tasks, **self.params.options(sketch_seed=ctx.seed))
         return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean rewards of the decision."""
         return self._told
 
-    def _answers(self, target: str, number: int, ctx: Context) -> Answered:
+    def _responses(self, target: str, number: int, ctx: Context) -> GradedResponses:
         p = self.params
         spec = GenerationSpec(
             max_new_tokens=p.max_new_tokens,
@@ -302,25 +311,25 @@ class Nice(ScoringSelector):
         keep_going = p.on_reward_error == "drop"
         return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
 
-    def _weighted(self, found: Answered) -> list[WeightedResponse]:
-        """Return the answers that count; those of a prompt are one group."""
+    def _weighted(self, found: GradedResponses) -> list[WeightedResponse]:
+        """Return the responses that count; those of a prompt are one group."""
         p = self.params
         result = []
-        for group, (prompt, answers, rewards) in enumerate(
-            zip(found.prompts, found.answers, found.rewards, strict=True)
+        for group, (prompt, responses, rewards) in enumerate(
+            zip(found.prompts, found.responses, found.rewards, strict=True)
         ):
             gains = advantages(rewards, baseline=p.baseline, standardize=p.standardize)
             count = int(np.isfinite(gains).sum())
-            for answer, gain in zip(answers, gains, strict=True):
+            for response, gain in zip(responses, gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
-                    weight = gain / count / (len(answer) if p.token_reduction == "mean" else 1)
-                    result.append(WeightedResponse(prompt=prompt, response=answer, weight=float(weight), group=group))
+                    weight = gain / count / (len(response) if p.token_reduction == "mean" else 1)
+                    result.append(WeightedResponse(prompt=prompt, response=response, weight=float(weight), group=group))
         return result
 
 
 class _WithoutSignal(DataError):
-    """All answers to each prompt have the same reward, so that no row can be preferred."""
+    """All responses to each prompt have the same reward, so that no row can be preferred."""
 
     def __init__(self, told: str) -> None:
-        self.why = f"all answers to each prompt have the same reward (mean reward: {told})"
+        self.why = f"all responses to each prompt have the same reward (mean reward: {told})"
         super().__init__(f"nice: {self.why}, so that no row can be preferred; set without_signal: random to go on")
