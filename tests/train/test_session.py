@@ -83,8 +83,7 @@ def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
         str(script),
     ]
     command += [str(ROOT / "examples" / "plain_loop.py"), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
