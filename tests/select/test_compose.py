@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex import registry
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
@@ -293,7 +292,7 @@ class Counting(Selector):
 
 
 def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
-    monkeypatch.setattr(registry, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
+    monkeypatch.setattr(compose, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
     monkeypatch.setattr(compose, "names", lambda kind: ["rds_plus", "counting"])
     params = Compose.Params(represent=Represent("counting", Params()))
     one, ctx = Compose(params), example_context({"a": 60}, targets=())
