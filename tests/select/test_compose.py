@@ -10,7 +10,7 @@ import pytest
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
-from dataflex.errors import ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Card, Params, Requires, Selection, Selector
 from dataflex.registry import find
 from dataflex.select.choose import round_robin, take_turns, top_k
@@ -302,7 +302,7 @@ def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
     assert other.state_dict() == one.state_dict() == {"": {"asked": 3}}
     assert other.select(np.arange(60), 1, ctx).rows[0] == 4
     assert one.requires().columns == ("a_column",)
-    with pytest.raises(ValueError, match="keeps no state"):
+    with pytest.raises(CheckpointError, match="keeps no state"):
         Compose(Compose.Params()).load_state_dict({"": {"asked": 3}})
 
 
