@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Context, Needs, Params, Rows, param
+from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
 from dataflex.signals.kinds import Embedding, Pooling
 
@@ -31,7 +30,7 @@ __all__ = [
 class EmbeddingParams(Params):
     """Which hidden states rows are compared by."""
 
-    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training", model=True)
+    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training")
     layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
     completion_only: bool = param(False, "average the supervised tokens only, not the prompt's")
 
@@ -60,11 +59,21 @@ class VectorSelector(ScoringSelector):
     """Compares vectors of rows with those of the targets' rows."""
 
     lacking = "no embedding"
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Return ``vectors``."""
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+        )
+
+    @property
+    def gives(self) -> Gives:
+        """Vectors."""
         return "vectors"
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:

@@ -15,13 +15,13 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
@@ -86,14 +86,10 @@ class ClusterLess(Selector):
     """Keep the clusters whose representatives have the largest influence on the targets."""
 
     name = "cluster_less"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings", "gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the clusters of which a few rows go furthest along the gradient of the targets.",
         paper="baseline: LESS (arXiv 2402.04333) on representatives of clusters",
         cost="1 F over the pool, 2 (F + B) over 3 rows of each cluster of 64, 2 (F + B) over the targets",
-        forward_per_pool_row=1.0 + 6 / 64,
-        backward_per_pool_row=6 / 64,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -114,6 +110,17 @@ class ClusterLess(Selector):
                 raise ValueError(f"sketch_size: must be even, found {self.sketch_size}")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings", "gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0 + 6 / 64, 6 / 64)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -17,13 +17,13 @@ The target gradient is the mean over ``target_rows`` rows drawn anew in every de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.specs import GradientOptions
@@ -104,10 +104,19 @@ class _Shared(GradientOptions, BaseParams):
 class _Joint(Selector):
     """Common ground: scores and interactions of the candidates."""
 
-    adaptive: ClassVar[bool] = True
-    within_batch: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     params: _Shared
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            within_batch=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Pick up to ``budget`` of the candidates, one after another.
@@ -176,8 +185,6 @@ class Greats(_Joint):
         summary="Picks, in every step, the candidates whose gradients together go furthest along the targets'.",
         paper="GREATS: Online Selection of High-Quality Data, NeurIPS 2024, OpenReview 232VcN8tSx (no arXiv version)",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -200,8 +207,6 @@ class Opus(_Joint):
         summary="Draws, in every step, candidates by how far the optimizer's update on them goes along the targets.",
         paper="OPUS: Data Selection in LLM Pre-training in Every Iteration, arXiv 2602.05400",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

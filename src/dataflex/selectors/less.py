@@ -20,13 +20,12 @@ relevant rows than an interval serves. A run warns of rows that come back too of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import GradientScores
 from dataflex.signals.specs import InfluenceOptions
@@ -49,8 +48,6 @@ class Less(ScoringSelector):
 
     name = "less"
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the rows whose optimizer step goes furthest along the gradient of the targets.",
         paper="LESS: Selecting Influential Data for Targeted Instruction Tuning, ICML 2024, arXiv 2402.04333",
@@ -58,8 +55,6 @@ class Less(ScoringSelector):
         note="Repeated decisions that serve the same few rows again and again decay: cosines of rows known by heart "
         "lose the target, and held-out loss rises. normalize: false (inner products) wears out least, then "
         "include_momentum: false; dynamic.max_repeats warns.",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -73,11 +68,20 @@ class Less(ScoringSelector):
 
     params: Params
 
-    @property
-    def target_passes(self) -> tuple[float, float]:
-        """Unit gradients take a pass for the norms and one for the sum."""
-        times = 2.0 if self.params.normalize and self.params.target_gradient == "mean_of_cosines" else 1.0
-        return times, times
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        times = (
+            2.0 if p.normalize and p.target_gradient == "mean_of_cosines" else 1.0
+        )  # unit gradients take a pass for the norms and one for the sum
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": p.precondition},
+            passes=Passes(pool=(1.0, 1.0), targets=(times, times)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

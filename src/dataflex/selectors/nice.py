@@ -22,13 +22,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
@@ -193,14 +193,10 @@ class Nice(ScoringSelector):
 
     name = "nice"
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
     card = Card(
         summary="Keeps the rows whose optimizer step raises the reward of the model's responses to the targets.",
         paper="NICE, ICML 2025 (OpenReview 2wt8m5HUBs), after LESS, arXiv 2402.04333",
         cost="1 F + 1 B over the pool; 20 responses to each target prompt: generated, graded, and 1 F + 1 B each",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -239,6 +235,17 @@ class Nice(ScoringSelector):
                 raise ValueError("samples: the baseline leave_one_out needs at least 2 responses to a prompt, found 1")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"generate", "gradients", "texts"}),
+            targets=True,
+            stages=("sft",),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
