@@ -271,9 +271,8 @@ def test_constructors_and_parameters_that_raise(tmp_path):
         def select(self, pool, budget, ctx): return Selection(rows=pool)
     """
     path = write(tmp_path, body)
-    config = parse_dynamic({"plugins": [str(path)], "interval_steps": 2, "selector": "a"}, tmp_path)
-    with pytest.raises(ComponentError, match="selector 'a': __init__ raised OSError: no such thing: class A"):
-        config.selector.build()
+    with pytest.raises(ConfigError, match="selector 'a': __init__ raised OSError: no such thing: class A"):
+        parse_dynamic({"plugins": [str(path)], "interval_steps": 2, "selector": "a"}, tmp_path)
     with pytest.raises(ComponentError, match=r"parameters raised TypeError: too much: class A\.Params"):
         parse_dynamic({"plugins": [str(path)], "selector": {"name": "a", "rate": 2}}, tmp_path)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex import registry
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
-from dataflex.errors import ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Card, Params, Requires, Selection, Selector
 from dataflex.registry import find
 from dataflex.select.choose import round_robin, take_turns, top_k
@@ -293,7 +292,7 @@ class Counting(Selector):
 
 
 def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
-    monkeypatch.setattr(registry, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
+    monkeypatch.setattr(compose, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
     monkeypatch.setattr(compose, "names", lambda kind: ["rds_plus", "counting"])
     params = Compose.Params(represent=Represent("counting", Params()))
     one, ctx = Compose(params), example_context({"a": 60}, targets=())
@@ -303,7 +302,7 @@ def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
     assert other.state_dict() == one.state_dict() == {"": {"asked": 3}}
     assert other.select(np.arange(60), 1, ctx).rows[0] == 4
     assert one.requires().columns == ("a_column",)
-    with pytest.raises(ValueError, match="keeps no state"):
+    with pytest.raises(CheckpointError, match="keeps no state"):
         Compose(Compose.Params()).load_state_dict({"": {"asked": 3}})
 
 

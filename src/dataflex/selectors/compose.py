@@ -50,6 +50,7 @@ from dataflex.signals.specs import GradientOptions
 __all__ = ["Compose", "Represent"]
 
 _WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
+_ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
 _LOOKS_AT_TARGETS = frozenset({"scores", "queries", "query_vectors"})
 _QUERIES = frozenset({"queries", "query_vectors"})
 
@@ -219,7 +220,8 @@ class Represent(Part):
     def scorer(self) -> ScoringSelector:
         """Return a new instance of what scores."""
         found: type[Any] = self.cls
-        return found(self.params) if issubclass(found, ScoringSelector) else Asked(self.name, self.params)
+        whole = issubclass(found, ScoringSelector) and self.name not in _ALONE
+        return found(self.params) if whole else Asked(self.name, self.params)
 
 
 class Compose(ScoringSelector):
@@ -366,7 +368,7 @@ def _part_problems(p: Compose.Params) -> Iterator[Problem]:
             + ("; give the vectors as 'represent' and remove 'vectors'" if p.vectors is not None else ""),
         )
     for place, part in (("represent", represent), ("vectors", p.vectors)):
-        if part is not None and issubclass(part.cls, ScoringSelector):
+        if part is not None and issubclass(part.cls, ScoringSelector) and part.name not in _ALONE:
             for key in part.cls.decides:
                 if getattr(part.params, key) != default_of(part.params, key):
                     yield Problem(
