@@ -55,7 +55,7 @@ def pad(features):
     }
 
 
-def train(block, out, resume=None, *, model_dir=HERE / "models" / "base-4m", total_steps=8, save_steps=4):
+def train(block, out, resume=None, *, model_dir=HERE / "models" / "base-4m", total_steps=8, save_steps=4, micro=2):
     """Train and return the loss of each step; this is the loop, in which everything of DataFlex is a line."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -69,7 +69,12 @@ def train(block, out, resume=None, *, model_dir=HERE / "models" / "base-4m", tot
         learning_rate=lambda: optimizer.param_groups[0]["lr"],
         collate=pad,
         shape=BatchShape(
-            micro_batch_size=2, accumulation=2 // world, world=world, rank=rank, drop_last=True, shuffle=True
+            micro_batch_size=micro,
+            accumulation=4 // micro // world,
+            world=world,
+            rank=rank,
+            drop_last=True,
+            shuffle=True,
         ),
         total_steps=total_steps,
         seed=1,
@@ -95,6 +100,9 @@ def train(block, out, resume=None, *, model_dir=HERE / "models" / "base-4m", tot
             loss = session.loss(batch, logits)
             loss.backward()
             total += loss.detach()
+        if world > 1:  # each rank has the loss of its own rows: the step's is the mean, as DDP's gradient is
+            dist.all_reduce(total)
+            total /= world
         session.end_step()
         optimizer.step()
         optimizer.zero_grad()
