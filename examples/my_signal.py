@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dataflex import Card, Context, Needs, Selection, Selector
+from dataflex import Card, Context, Passes, Requires, Selection, Selector
 from dataflex.method import Rows
 from dataflex.select.choose import top_k
 from dataflex.signals.kinds import Scorer, Signal
@@ -40,9 +40,16 @@ class SeldomGuessed(Selector):
     """Keep the rows whose tokens are guessed least often."""
 
     name = "seldom_guessed"
-    adaptive = True
-    needs = Needs(signals=frozenset({"logits"}), stages=("pt", "sft"))
-    card = Card(summary="Keeps the rows hardest to guess.", paper="baseline", cost="1 F", forward_per_pool_row=1.0)
+    card = Card(summary="Keeps the rows hardest to guess.", paper="baseline", cost="1 F")
+
+    def requires(self) -> Requires:
+        """State what the run must have: checked before a model is loaded."""
+        return Requires(
+            signals=frozenset({"logits"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Return at most ``budget`` rows, best first, and a score for every row of the pool."""

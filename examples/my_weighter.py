@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dataflex import BatchView, Card, Needs, Weighter, WeighterParams
+from dataflex import BatchView, Card, Weighter, WeighterParams
 
 
 class HuberWeighter(Weighter):
     """Weigh by min(1, limit / z), z the loss in standard deviations above its running mean."""
 
     name = "huber"
-    needs = Needs(stages=("pt", "sft"))
     card = Card(summary="Plays down sequences of outlying loss.", paper="baseline (Huber, 1964)", cost="none")
 
     @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dataflex.testing import example_context
 HEAD = """
 from dataclasses import dataclass, field
 import numpy as np
-from dataflex import Card, Mix, Mixer, Needs, Selection, Selector, Weighter
+from dataflex import Card, Mix, Mixer, Requires, Selection, Selector, Weighter
 from dataflex import Params as BaseParams
 CARD = Card(summary="Does it.", paper="baseline", cost="none")
 """
@@ -71,10 +71,17 @@ SELECT = "    def select(self, pool, budget, ctx): return Selection(rows=pool[:b
             "select(self, pool, ctx) cannot be called as select(self, pool, budget, ctx)",
         ),
         ("class A(Mixer):\n    name, card, mix = 'a', CARD, 3", "mix must be a method: def mix(self, ctx)"),
-        (f"class A(Selector):\n    name, card, needs = 'a', CARD, {{}}\n{SELECT}", "'needs' must be dataflex.Needs"),
         (
-            f"class A(Selector):\n    name, card, needs = 'a', CARD, Needs(signals={{'loss'}}, domains=0)\n{SELECT}",
-            "needs.signals must be a frozenset of embeddings, gates",
+            f"class A(Selector):\n    name, card, needs = 'a', CARD, {{}}\n{SELECT}",
+            "'needs' is not read any more: write 'def requires(self): return dataflex.Requires(signals=",
+        ),
+        (
+            f"class A(Selector):\n    name, card, adaptive = 'a', CARD, True\n{SELECT}",
+            "write 'def requires(self): return dataflex.Requires(needs_interval=...)'",
+        ),
+        (
+            f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n    def columns(self): return ('w',)",
+            "'columns' is not read any more: write 'def requires(self): return dataflex.Requires(columns=(...))'",
         ),
         (
             f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n"
@@ -95,8 +102,8 @@ SELECT = "    def select(self, pool, budget, ctx): return Selection(rows=pool[:b
             "state_dict and load_state_dict go together",
         ),
         (
-            f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n    def reference(self): return None",
-            "reference must be a property",
+            f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n    requires = 3",
+            "requires must be a method: def requires(self)",
         ),
         (
             "class A(Mixer):\n    name, card, observes = 'a', CARD, True\n    def mix(self, ctx): return None",
@@ -208,7 +215,7 @@ def test_other_answers_of_weighters_and_states(tmp_path):
         class A(Weighter):
             name, card = "a", CARD
             def static_weights(self, rows, columns): return np.ones(len(rows) + 1)
-            def columns(self): return "weight"
+            def requires(self): return Requires(columns="weight")
             def state_dict(self): return {"seen": {"rows": {1, 2}}}
             def load_state_dict(self, state): pass
             @property
@@ -217,8 +224,8 @@ def test_other_answers_of_weighters_and_states(tmp_path):
     )
     with pytest.raises(ComponentError, match=r"weights of shape \(4,\) for 3 rows: class A"):
         check_static_weights(weighter, np.arange(3), {})
-    with pytest.raises(ComponentError, match=r"columns gave 'weight'; it must give a tuple of names"):
-        weighter.columns()
+    with pytest.raises(ComponentError, match=r"requires gave columns='weight', which must be a tuple of names"):
+        weighter.requires()
     with pytest.raises(ComponentError, match=r"state of weighter 'a'\.seen\.rows: a set cannot be saved; .*: class A"):
         check_state(weighter)
     with pytest.raises(
@@ -264,9 +271,8 @@ def test_constructors_and_parameters_that_raise(tmp_path):
         def select(self, pool, budget, ctx): return Selection(rows=pool)
     """
     path = write(tmp_path, body)
-    config = parse_dynamic({"plugins": [str(path)], "interval_steps": 2, "selector": "a"}, tmp_path)
-    with pytest.raises(ComponentError, match="selector 'a': __init__ raised OSError: no such thing: class A"):
-        config.selector.build()
+    with pytest.raises(ConfigError, match="selector 'a': __init__ raised OSError: no such thing: class A"):
+        parse_dynamic({"plugins": [str(path)], "interval_steps": 2, "selector": "a"}, tmp_path)
     with pytest.raises(ComponentError, match=r"parameters raised TypeError: too much: class A\.Params"):
         parse_dynamic({"plugins": [str(path)], "selector": {"name": "a", "rate": 2}}, tmp_path)
 

@@ -1,13 +1,19 @@
 """DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
 
+from typing import Any
+
 from dataflex.method import (
     BatchView,
     Card,
     Context,
     Mix,
     Mixer,
-    Needs,
     Params,
+    Passes,
+    Problem,
+    Reference,
+    Requires,
+    RunFacts,
     Selection,
     Selector,
     Weighter,
@@ -22,8 +28,12 @@ __all__ = [
     "Context",
     "Mix",
     "Mixer",
-    "Needs",
     "Params",
+    "Passes",
+    "Problem",
+    "Reference",
+    "Requires",
+    "RunFacts",
     "ScoringParams",
     "ScoringSelector",
     "Selection",
@@ -32,3 +42,9 @@ __all__ = [
     "WeighterParams",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Needs":
+        raise ImportError("dataflex.Needs is now dataflex.Requires, which the method's requires(self) returns")
+    raise AttributeError(f"module 'dataflex' has no attribute {name!r}")

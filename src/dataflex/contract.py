@@ -27,14 +27,16 @@ from dataflex.method import (
     Method,
     Mix,
     Mixer,
-    Needs,
     Params,
+    Passes,
+    Reference,
+    Requires,
     Selection,
     Selector,
     Weighter,
 )
 
-__all__ = ["BASES", "class_problems", "is_ours", "refuse_answer", "variant_problem", "watched", "whereabouts"]
+__all__ = ["BASES", "class_problems", "is_ours", "refuse_answer", "watched", "whereabouts"]
 
 _MARK = "_dataflex_watched"
 _FORMS = {
@@ -44,8 +46,7 @@ _FORMS = {
     "static_weights": "an array of one number per row, or None",
     "loss_weights": "an array of one number per domain",
     "state_dict": "a dict of JSON values and numpy arrays",
-    "columns": "a tuple of names of columns",
-    "reference": "a folder or hub id as text, or None",
+    "requires": "dataflex.Requires(...)",
     "normalizer": "'weight_sum', 'num_tokens' or 'num_sequences'",
     "loss_normalizer": "'weight_sum' or 'domain'",
     "active": "True or False",
@@ -60,12 +61,7 @@ _WATCHED = (
     "observe",
     "outcome",
     "prepare",
-    "refuse_idle",
-    "variant",
-    "pure_micro_batches",
-    "reference_cached",
-    "embedding",
-    "entropy",
+    "check",
 )
 
 
@@ -131,11 +127,8 @@ def _answer_problem(call: str, value: Any) -> str:
         return "" if value is None or _numeric(np.asarray(value), 1) else f"gave {_described(value)}"
     if call == "state_dict":
         return "" if isinstance(value, dict) else gave
-    if call == "columns":
-        good = isinstance(value, tuple | list) and all(isinstance(name, str) and name for name in value)
-        return "" if good else f"gave {value!r:.80}"
-    if call == "reference":
-        return "" if value is None or isinstance(value, str) else gave
+    if call == "requires":
+        return "; ".join(_requirement_problems(value)) if isinstance(value, Requires) else gave
     if call in ("normalizer", "loss_normalizer"):
         return "" if isinstance(value, str) and f"'{value}'" in _FORMS[call] else f"gave {value!r:.80}"
     if call in ("active", "due"):
@@ -178,6 +171,8 @@ def _watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         cls = self if isinstance(self, type) else type(self)
         try:
             value = function(self, *args, **kwargs)
+            if name == "check":
+                value = list(value)
         except Exception as error:
             if isinstance(error, DataFlexError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
@@ -195,13 +190,6 @@ def _told(cls: type[Method], name: str, error: Exception) -> ComponentError:
     trace = "".join(traceback.format_exception(type(error), error, frames)).rstrip() if frames is not None else ""
     said = f"{cls.kind} {cls.name!r}: {name} raised {type(error).__name__}: {error}: {whereabouts(cls, name)}"
     return ComponentError(f"{said}\n{trace}" if trace else said)
-
-
-def variant_problem(cls: type[Method], found: Any) -> str:
-    """Return what is wrong with what ``variant`` gave, or an empty text."""
-    if isinstance(found, type) and issubclass(found, Method) and found.kind == cls.kind:
-        return ""
-    return f"{cls.kind} {cls.name!r}: variant gave {found!r:.80}; it must give a class of its kind: {whereabouts(cls)}"
 
 
 BASES: Mapping[str, type[Method]] = {"selector": Selector, "mixer": Mixer, "weighter": Weighter}
@@ -222,13 +210,30 @@ _CALLS: dict[str, tuple[str, ...]] = {
     "prepare": ("ctx", "rows"),
     "due": ("step",),
     "active": ("step", "total_steps"),
-    "columns": (),
+    "requires": (),
+    "check": ("run",),
     "state_dict": (),
     "load_state_dict": ("state",),
 }
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
-_PROPERTIES = ("reference", "normalizer", "loss_normalizer", "embedding", "entropy", "pure_micro_batches")
-_SWITCHES = ("adaptive", "selects_subset", "within_batch", "observes", "neutral", "by_token")
+_PROPERTIES = ("normalizer", "loss_normalizer")
+_SWITCHES = ("selects_subset", "observes", "neutral", "by_token")
+# What earlier plugins stated elsewhere -> the argument of Requires that states it now.
+_NOW_REQUIRED: dict[str, str] = {
+    "needs": "signals=..., targets=..., domains=..., stages=..., whole_parameters=...",
+    "adaptive": "needs_interval=...",
+    "online": "within_batch=...",
+    "within_batch": "within_batch=...",
+    "columns": "columns=(...)",
+    "reference": "reference=Reference(folder)",
+    "reference_cached": "reference=Reference(folder, cached=...)",
+    "embedding": "embedding=...",
+    "entropy": "entropy=...",
+    "pure_micro_batches": "pure_micro_batches=...",
+    "variant": "..., made from self.params",
+    "pool_passes": "passes=Passes(pool=(F, B))",
+    "target_passes": "passes=Passes(targets=(F, B))",
+}
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:
@@ -237,7 +242,7 @@ def class_problems(kind: str, cls: Any) -> list[str]:
         what = whereabouts(cls) if isinstance(cls, type) else repr(cls)[:80]
         return [f"{what} is not a subclass of dataflex.{kind.capitalize()}"]
     where = whereabouts(cls)
-    found = [*_labels(cls), *_needs(cls), *_calls(kind, cls), *_parameters(cls)]
+    found = [*_labels(cls), *_former(cls), *_calls(kind, cls), *_parameters(cls)]
     return [f"{kind} {str(cls.name)[:80]!r}: {problem}: {where}" for problem in found]
 
 
@@ -251,32 +256,46 @@ def _labels(cls: type[Method]) -> Iterator[str]:
     else:
         for field in dataclasses.fields(Card):
             value = getattr(card, field.name)
-            if field.name in ("summary", "paper", "cost", "note"):
-                if not isinstance(value, str) or not (value.strip() or field.name == "note"):
-                    yield f"card.{field.name} must be text, found {value!r:.80}"
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                yield f"card.{field.name} must be a number of at least 0, found {value!r:.80}"
+            if not isinstance(value, str) or not (value.strip() or field.name == "note"):
+                yield f"card.{field.name} must be text, found {value!r:.80}"
     for switch in _SWITCHES:
         value = getattr(cls, switch, False)
         if not isinstance(value, bool | property):
             yield f"{switch!r} must be True or False, found {value!r:.80}"
 
 
-def _needs(cls: type[Method]) -> Iterator[str]:
-    needs = cls.needs
-    if not isinstance(needs, Needs):
-        yield f"'needs' must be dataflex.Needs(...), found a value of type {type(needs).__name__}"
-        return
-    signals = needs.signals if isinstance(needs.signals, frozenset | set) else None
-    if signals is None or not signals <= _SIGNALS:
-        yield f"needs.signals must be a frozenset of {', '.join(sorted(_SIGNALS))}, found {needs.signals!r:.80}"
-    if not isinstance(needs.stages, tuple) or not needs.stages or not set(needs.stages) <= set(STAGES):
-        yield f"needs.stages must be a tuple of {', '.join(STAGES)}, found {needs.stages!r:.80}"
-    if isinstance(needs.domains, bool) or not isinstance(needs.domains, int) or needs.domains < 1:
-        yield f"needs.domains must be a whole number of at least 1, found {needs.domains!r:.80}"
-    for switch in ("targets", "zero3"):
+def _former(cls: type[Method]) -> Iterator[str]:
+    """Yield what is stated in a way that nothing reads any more."""
+    for name, now in _NOW_REQUIRED.items():
+        if hasattr(cls, name):
+            yield f"{name!r} is not read any more: write 'def requires(self): return dataflex.Requires({now})'"
+
+
+def _requirement_problems(needs: Requires) -> Iterator[str]:
+    """Yield what a statement holds that it cannot."""
+    for switch in (field.name for field in dataclasses.fields(Requires) if field.default is False):
         if not isinstance(getattr(needs, switch), bool):
-            yield f"needs.{switch} must be True or False, found {getattr(needs, switch)!r:.80}"
+            yield f"gave {switch}={getattr(needs, switch)!r:.80}, which must be True or False"
+    if not isinstance(needs.signals, frozenset | set) or not needs.signals <= _SIGNALS:
+        yield f"gave signals={needs.signals!r:.80}, which must be a frozenset of {', '.join(sorted(_SIGNALS))}"
+    if not isinstance(needs.stages, tuple) or not needs.stages or not set(needs.stages) <= set(STAGES):
+        yield f"gave stages={needs.stages!r:.80}, which must be a tuple of {', '.join(STAGES)}"
+    if isinstance(needs.domains, bool) or not isinstance(needs.domains, int) or needs.domains < 1:
+        yield f"gave domains={needs.domains!r:.80}, which must be a whole number of at least 1"
+    if not isinstance(needs.columns, tuple) or not all(isinstance(name, str) and name for name in needs.columns):
+        yield f"gave columns={needs.columns!r:.80}, which must be a tuple of names of columns"
+    if needs.reference is not None and not isinstance(needs.reference, Reference):
+        yield f"gave reference={needs.reference!r:.80}, which must be a dataflex.Reference, or None"
+    for name in ("models", "preconditions", "by_target"):
+        if not isinstance(getattr(needs, name), Mapping):
+            yield f"gave {name}={getattr(needs, name)!r:.80}, which must be a mapping by parameter"
+    if not isinstance(needs.passes, Passes) or any(number < 0 for number in _numbers(needs.passes)):
+        yield f"gave passes={needs.passes!r:.80}, which must be a dataflex.Passes of numbers of at least 0"
+
+
+def _numbers(passes: Passes) -> list[float]:
+    pairs = (passes.pool, passes.pool_by_target, passes.targets, passes.served)
+    return [passes.pool_once, *(number for pair in pairs for number in pair)]
 
 
 def _calls(kind: str, cls: type[Method]) -> Iterator[str]:

@@ -36,7 +36,6 @@ __all__ = [
     "Method",
     "Mix",
     "Mixer",
-    "Needs",
     "Normalizer",
     "Params",
     "Passes",
@@ -98,46 +97,12 @@ class Card:
         paper: Title, venue and arXiv number, or "baseline".
         cost: In forward (F) and backward (B) passes over the pool, per interval or step.
         note: What to know before use: where a default is not the authors', and why; where it wears out. Sentences.
-        forward_per_pool_row: F of each row of the pool and interval; ``dataflex plan`` counts them.
-        backward_per_pool_row: B of the same.
-        forward_per_served_row: F of each row trained on, beside those of the training itself.
-        backward_per_served_row: B of the same.
-        forward_once_per_pool_row: F, of models that stay as they are, of each row that is ever in the pool.
-        forward_per_target_row: F of each row of the method's targets and decision.
-        backward_per_target_row: B of the same.
     """
 
     summary: str
     paper: str
     cost: str
     note: str = ""
-    forward_per_pool_row: float = 0.0
-    backward_per_pool_row: float = 0.0
-    forward_per_served_row: float = 0.0
-    backward_per_served_row: float = 0.0
-    forward_once_per_pool_row: float = 0.0
-    forward_per_target_row: float = 0.0
-    backward_per_target_row: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What a method asks of its surroundings, checked before a model loads.
-
-    Attributes:
-        signals: Subset of {"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"}; "texts"
-            stands for tokens and texts as the rows were tokenized, which ask no model.
-        targets: Whether ``targets: [data set, ...]`` must be given.
-        domains: Least number of domains.
-        stages: LLaMA-Factory stages that it works under.
-        zero3: Whether it works when parameters are partitioned (DeepSpeed ZeRO-3, FSDP).
-    """
-
-    signals: frozenset[str] = frozenset()
-    targets: bool = False
-    domains: int = 1
-    stages: tuple[str, ...] = STAGES
-    zero3: bool = True
 
 
 @dataclass(frozen=True)
@@ -205,9 +170,9 @@ class Requires:
         within_batch: Whether it selects within a batch of candidates (``candidate_batches``).
         columns: Raw data columns that must ride along with the rows.
         reference: Reference model whose token losses are needed in training.
-        models: Parameter -> folder or hub id of another model that signals are asked of.
+        models: Parameter -> folder or hub id of another model that signals are asked of; None for none.
         preconditions: Parameter -> what turns its gradients into directions; some want the optimizer's moments.
-        by_target: Parameter -> its numbers by target, one for each.
+        by_target: Parameter -> its numbers by target, one for each; None where they are not given.
         pure_micro_batches: Whether every micro-batch must hold one domain only (for mixers).
         embedding: How sequences are embedded from the training forward, ``BatchView.embeddings_BH`` (for weighters).
         entropy: Whether ``BatchView.entropy_BT`` is needed (for weighters).
@@ -223,9 +188,9 @@ class Requires:
     within_batch: bool = False
     columns: tuple[str, ...] = ()
     reference: Reference | None = None
-    models: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str | None] = field(default_factory=dict)
     preconditions: Mapping[str, str] = field(default_factory=dict)
-    by_target: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_target: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)
     pure_micro_batches: bool = False
     embedding: Embedding | None = None
     entropy: bool = False
@@ -393,19 +358,11 @@ class Method:
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
     card: ClassVar[Card]
-    needs: ClassVar[Needs] = Needs()
-    adaptive: ClassVar[bool] = False
-    """True when a decision depends on the model or the step, so that ``interval_steps`` is needed."""
 
     Params: ClassVar[type[Params]] = Params
 
     def __init__(self, params: Any) -> None:
         self.params = params
-
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Return the class whose ``needs``, ``card`` and ``adaptive`` hold for these parameters: mostly ``cls``."""
-        return cls
 
     def requires(self) -> Requires:
         """State what the method requires of a run; may look at ``self.params`` only."""
@@ -414,15 +371,6 @@ class Method:
     def check(self, run: RunFacts) -> Iterator[Problem]:
         """Yield what only the method knows to be wrong with a run; asked again whenever more of the run is known."""
         return iter(())
-
-    @classmethod
-    def param_problems(cls, params: Any) -> list[str]:
-        """Return why these parameters cannot work in this class; each line begins with the key."""
-        return []
-
-    def columns(self) -> tuple[str, ...]:
-        """Names of the raw data columns that must ride along with the rows."""
-        return ()
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Say which values of one of its ``columns`` it cannot use; asked once, when the data is loaded.
@@ -435,25 +383,6 @@ class Method:
             Which are refused [N], and in a few words what they must be; None where anything will do.
         """
         return None
-
-    @property
-    def reference(self) -> str | None:
-        """Folder or hub id of the reference model whose token losses are needed in training, or None."""
-        return self.params.reference if isinstance(self.params, ReferenceParams) else None
-
-    @property
-    def reference_cached(self) -> bool:
-        """Whether the reference's token losses are computed once and kept, instead of in every step."""
-        return bool(getattr(self.params, "reference_cache", True))
-
-    def pool_passes(self, num_targets: int) -> tuple[float, float]:
-        """Return the F and B of each row of the pool and decision, for ``dataflex plan``."""
-        return self.card.forward_per_pool_row, self.card.backward_per_pool_row
-
-    @property
-    def target_passes(self) -> tuple[float, float]:
-        """The F and B of each row of the targets and decision, for ``dataflex plan``; (0, 0) where not counted."""
-        return self.card.forward_per_target_row, self.card.backward_per_target_row
 
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
@@ -485,8 +414,6 @@ class Selector(Method):
     kind = "selector"
     selects_subset: ClassVar[bool] = True
     """False for a selector that keeps the whole pool and leaves epochs as they are."""
-    within_batch: ClassVar[bool] = False
-    """True for a selector within a batch of candidates, which needs ``dynamic.candidate_batches``."""
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""

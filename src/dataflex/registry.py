@@ -18,11 +18,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from dataflex.contract import class_problems, is_ours, variant_problem, watched, whereabouts
+from dataflex.contract import class_problems, is_ours, watched, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
-from dataflex.method import Method, Params
+from dataflex.method import Method
 
-__all__ = ["KINDS", "find", "find_variant", "load_plugin", "names", "registered", "same_names"]
+__all__ = ["KINDS", "find", "load_plugin", "names", "registered", "same_names"]
 
 KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
@@ -160,17 +160,6 @@ def _loaded(kind: str, name: str, point: Any) -> Any:
         raise ComponentError(
             f"{kind} {name!r}: {point.value} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-
-
-def find_variant(kind: str, name: str, params: Params) -> type[Method]:
-    """Return the class of a method with what it needs and costs under these parameters; raises as ``find``."""
-    cls = find(kind, name)
-    found = cls.variant(params)
-    if found is cls:
-        return cls
-    if problem := variant_problem(cls, found):
-        raise ComponentError(problem)
-    return registered(kind, found)
 
 
 def load_plugin(path: str | Path) -> list[type[Method]]:

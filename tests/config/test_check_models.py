@@ -141,4 +141,5 @@ def test_numbers_by_target_name_every_target(
     good = {"name": "dsir", "targets": ["t"], "target_proportions": {"t": 1.0}}
     assert problems(config, project, good) == []
     inside = {"represent": {"name": "dsir", "target_proportions": {"t": 1.0}}, "targets": ["t"]}
-    assert "represent.target_proportions: dsir is asked about one target" in problems(config, project, inside)[0]
+    found = problems(config, project, inside)
+    assert "represent.target_proportions: a selector in represent is asked about one target" in found[0]

@@ -264,13 +264,13 @@ def test_validation_rows_are_taken_from_all_domains_alike(project: Path) -> None
 def test_a_mixer_that_looks_at_the_model_is_not_asked(project: Path) -> None:
     (project / "looking.py").write_text(
         "import numpy as np\n"
-        "from dataflex import Card, Mix, Mixer, Needs\n"
+        "from dataflex import Card, Mix, Mixer, Requires\n"
         "from dataflex.signals.kinds import TokenLoss\n"
         "class Looking(Mixer):\n"
         "    name = 'looking'\n"
-        "    adaptive = True\n"
-        "    card = Card(summary='Looks.', paper='baseline', cost='1 F over the pool', forward_per_pool_row=1.0)\n"
-        "    needs = Needs(signals=frozenset({'losses'}))\n"
+        "    card = Card(summary='Looks.', paper='baseline', cost='1 F over the pool')\n"
+        "    def requires(self):\n"
+        "        return Requires(signals=frozenset({'losses'}), needs_interval=True)\n"
         "    def mix(self, ctx):\n"
         "        return Mix(proportions=ctx.signals(TokenLoss(), np.arange(3)))\n"
     )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.bridge import stated
 from dataflex.config.methods import half_read, method_block
 from dataflex.errors import DataFlexError
 from dataflex.method import STAGES, DomainWeighter, Mixer, Selector, Weighter
@@ -163,7 +162,7 @@ def prepare(weighter, ctx):
 
 def mixed(mixer, ctx):
     """Return proportions and loss weights, then let the mixer see a step."""
-    held = ctx.domains.names if stated(mixer).targets else ()
+    held = ctx.domains.names if mixer.requires().targets else ()
     proportions = mixer.mix(dataclasses.replace(ctx, targets=held)).proportions.tolist()
     weights = mixer.loss_weights().tolist() if isinstance(mixer, DomainWeighter) else None
     if mixer.observes:
@@ -196,7 +195,7 @@ def test_it_builds_from_its_defaults_or_least_parameters(kind, name):
     method = build(kind, name)
     assert isinstance(method, {"selector": Selector, "mixer": Mixer, "weighter": Weighter}[kind])
     assert (type(method).kind, type(method).name) == (kind, name)
-    if not MINIMAL[kind, name](3) and not stated(method).targets:
+    if not MINIMAL[kind, name](3) and not method.requires().targets:
         assert method_block(kind, name, f"dynamic.{kind}", []).params == type(method).Params()
 
 
@@ -324,7 +323,7 @@ def test_rows_without_a_finite_loss_are_never_selected_by_loss(name, bad):
     selector = build("selector", name)
     selection = selector.select(pool_of(NUM_ROWS), 48, example_context(signals=FakeSignals(losses)))
     check_selection(selector, selection, pool_of(NUM_ROWS), 48)
-    if stated(selector).signals:
+    if selector.requires().signals:
         assert (selection.rows % 2 == 1).all()
         assert np.isnan(selection.scores[::2]).all()
 
@@ -339,12 +338,12 @@ SIZES = ({"only": 30}, {"web": 40, "code": 20, "math": 4}, {"big": 10_000, "tiny
         (name, sizes)
         for name in names("mixer")
         for sizes in SIZES
-        if len(sizes) >= stated(build("mixer", name, len(sizes))).domains
+        if len(sizes) >= build("mixer", name, len(sizes)).requires().domains
     ],
 )
 def test_proportions_are_a_point_of_the_simplex(name, sizes, unit):
     mixer = build("mixer", name, len(sizes))
-    targets = tuple(sizes) if stated(mixer).targets else ()
+    targets = tuple(sizes) if mixer.requires().targets else ()
     lengths = 1 + np.arange(sum(sizes.values())) % 7
     ctx = example_context(sizes, unit=unit, lengths=lengths, targets=targets)
     mix = mixer.mix(ctx)
@@ -396,7 +395,7 @@ def test_columns_asked_for_are_names(name):
 @every_method
 def test_the_card_is_complete(kind, name):
     cls = find(kind, name)
-    card, needs = cls.card, stated(build(kind, name))
+    card, needs = cls.card, build(kind, name).requires()
     assert card.summary.endswith(".")
     assert card.summary[0].isupper()
     assert len(card.summary) <= 140
@@ -422,7 +421,7 @@ def test_signals_asked_for_are_those_declared(kind, name):
     signals = FakeSignals(1.0 + 0.01 * np.arange(NUM_ROWS))
     method = build(kind, name)
     decide(method, signals=signals)
-    assert signals.asked == stated(method).signals
+    assert signals.asked == method.requires().signals
 
 
 def test_methods_are_imported_without_torch():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dataflex import Card, Needs, Selection, Selector
+from dataflex import Card, Requires, Selection, Selector
 from dataflex.signals.kinds import (
     EL2N,
     Embedding,
@@ -27,7 +27,10 @@ CARD = Card(summary="Serves rows in file order.", paper="test", cost="0")
 
 
 class Blind(Selector):
-    name, card, adaptive = "blind", CARD, True
+    name, card = "blind", CARD
+
+    def requires(self):
+        return Requires(needs_interval=True)
 
     def select(self, pool, budget, ctx):
         start = ctx.interval.start_step * 4 % (len(pool) - budget)
@@ -36,7 +39,11 @@ class Blind(Selector):
 
 class Watcher(Blind):
     name = "watcher"
-    needs = Needs(signals=frozenset({"losses", "logits", "embeddings", "gradients"}), targets=True)
+
+    def requires(self):
+        return Requires(
+            signals=frozenset({"losses", "logits", "embeddings", "gradients"}), targets=True, needs_interval=True
+        )
 
     def select(self, pool, budget, ctx):
         scores = {"losses": ctx.signals(TokenLoss(), pool).tolist()}

@@ -35,25 +35,34 @@ def targets():
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-@pytest.mark.parametrize(("page", "words"), commands())
-def test_every_command_exists(page, words):
-    program, *rest = words
-    if program == "make":
-        assert set(rest) <= targets()
-        return
-    if program in ("python", "pip"):
-        return
-    assert (
-        (program == "dataflex") or (program, rest[:1]) == ("pre-commit", ["install"]) or program == "llamafactory-cli"
-    )
-    if program != "dataflex" or rest in (["--help"], ["help"]):
-        return
-    assert rest[0] in COMMANDS
-    if len(rest) == 1 or rest[1].startswith("--stage"):
-        return  # a mention of the command, or LLaMA-Factory's own flags
-    if rest[0] == "mix" and len(rest) == 2:
-        assert rest[1] in MIX_STEPS  # a mention of a step
-        return
+def is_mention(rest):
+    """Tell whether a command of ours stands without what it needs, or with LLaMA-Factory's own flags."""
+    return len(rest) == 1 or rest[1].startswith("--stage") or (rest[0] == "mix" and len(rest) == 2)
+
+
+OF_MAKE = [(page, rest) for page, (program, *rest) in commands() if program == "make"]
+OURS = [(page, rest) for page, (program, *rest) in commands() if program == "dataflex" and rest != ["--help"]]
+
+
+def test_programs_are_known():
+    known = {"make", "python", "pip", "dataflex", "llamafactory-cli", "pre-commit", "torchrun"}
+    assert {words[0] for _, words in commands()} <= known
+    assert {tuple(words[1:]) for _, words in commands() if words[0] == "pre-commit"} <= {("install",)}
+
+
+@pytest.mark.parametrize(("page", "rest"), OF_MAKE)
+def test_every_target_of_make_exists(page, rest):
+    assert set(rest) <= targets()
+
+
+@pytest.mark.parametrize(("page", "rest"), [each for each in OURS if is_mention(each[1])])
+def test_every_command_that_is_mentioned_exists(page, rest):
+    assert rest[0] in {*COMMANDS, "help"}
+    assert rest[0] != "mix" or rest[1:] == [] or rest[1] in MIX_STEPS
+
+
+@pytest.mark.parametrize(("page", "rest"), [each for each in OURS if not is_mention(each[1])])
+def test_every_command_exists(page, rest):
     options = _parser().parse_args(rest)
     for path in (word for word in rest if word.startswith("examples/")):
         assert (ROOT / path).is_file(), path

@@ -178,10 +178,11 @@ def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, 
 def test_commands_of_others_exist():
     for page, _, words in SHOWN:
         program, *rest = words
-        if program == "python":
-            source = (ROOT / rest[0]).read_text(encoding="utf-8")
-            for option in (word for word in rest if word.startswith("--")):
-                assert f'"{option}"' in source or f'"-{option[2:3]}"' in source, f"{page}: {option} of {rest[0]}"
+        if program in ("python", "torchrun"):
+            script = next(word for word in rest if word.endswith(".py"))
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in (word for word in rest[rest.index(script) :] if word.startswith("--")):
+                assert f'"{option}"' in source or f'"-{option[2:3]}"' in source, f"{page}: {option} of {script}"
         else:
             assert program in ("dataflex", "make", "pip", "pre-commit"), f"{page}: nobody runs {program}"
 

@@ -19,12 +19,15 @@ import time
 
 import numpy as np
 
-from dataflex import Card, Mix, Mixer
+from dataflex import Card, Mix, Mixer, Requires
 
 
 class Slow(Mixer):
-    name, adaptive = "slow", True
+    name = "slow"
     card = Card(summary="Equal shares, after a while.", paper="test", cost="none")
+
+    def requires(self):
+        return Requires(needs_interval=True)
 
     def mix(self, ctx):
         time.sleep({seconds})

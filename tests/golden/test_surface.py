@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import dataflex
-from dataflex.method import BatchView, Card, Context, Mix, Needs, Selection
+from dataflex.method import BatchView, Card, Context, Mix, Passes, Requires, RunFacts, Selection
 from dataflex.registry import KINDS, find, names
 
 GOLDEN = Path(__file__).with_name("surface.txt")
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).with_name("surface.txt")
 
 def surface() -> list[str]:
     lines = [f"dataflex.{name}" for name in dataflex.__all__]
-    for cls in (Selection, Mix, Needs, Card, Context, BatchView):
+    for cls in (Selection, Mix, Requires, Passes, RunFacts, Card, Context, BatchView):
         lines += [f"{cls.__name__}.{field.name}" for field in fields(cls)]
     for kind in KINDS:
         for name in names(kind):

@@ -111,25 +111,31 @@ def test_methods_that_break_their_contract(run, tmp_path):
     plugin.write_text(
         """
 import numpy as np
-from dataflex import Card, Mix, Mixer, Selection, Selector, Weighter
+from dataflex import Card, Mix, Mixer, Requires, Selection, Selector, Weighter
 
 card = Card(summary="Breaks a rule.", paper="none", cost="0")
 
 
 class Outside(Selector):
-    name, card, adaptive = "outside", card, True
+    name, card = "outside", card
+    def requires(self):
+        return Requires(needs_interval=True)
     def select(self, pool, budget, ctx):
         return Selection(rows=pool[:budget] + 1000)
 
 
 class Empty(Selector):
-    name, card, adaptive = "empty", card, True
+    name, card = "empty", card
+    def requires(self):
+        return Requires(needs_interval=True)
     def select(self, pool, budget, ctx):
         return Selection(rows=pool[:0], reason="nothing was good enough")
 
 
 class Negative(Mixer):
-    name, card, adaptive = "negative", card, True
+    name, card = "negative", card
+    def requires(self):
+        return Requires(needs_interval=True)
     def mix(self, ctx):
         return Mix(proportions=np.array([1.5, -0.5]))
 

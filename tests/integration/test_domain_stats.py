@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataflex import Card, Mix, Mixer
+from dataflex import Card, Mix, Mixer, Requires
 
 HERE = Path(__file__).parent
 
@@ -23,14 +23,12 @@ HERE = Path(__file__).parent
 class Watch({base}):
     name = "watch"
     card = Card(summary="Writes down what it observes.", paper="baseline", cost="none")
-    adaptive = True
     observes = True
     pure = {pure}
     steps = 0
 
-    @property
-    def pure_micro_batches(self):
-        return self.pure
+    def requires(self):
+        return Requires(needs_interval=True, pure_micro_batches=self.pure)
 
     def mix(self, ctx):
         return Mix(proportions=np.array([0.75, 0.25]))

@@ -67,15 +67,16 @@ def test_scoring_changes_nothing(run, tmp_path, tuning):
     plugin.write_text(
         """
 import numpy as np
-from dataflex import Card, Needs, Selection, Selector
+from dataflex import Card, Requires, Selection, Selector
 from dataflex.signals.kinds import EL2N, AdaptedLoss, Embedding, GradientNorms, GradientScores, TokenLoss
 
 
 class Watcher(Selector):
     name = "watcher"
-    adaptive = True
     card = Card(summary="Scores everything, then serves rows in file order.", paper="test", cost="1F")
-    needs = Needs(signals=frozenset({"losses"}), targets=True)
+
+    def requires(self):
+        return Requires(signals=frozenset({"losses"}), targets=True, needs_interval=True)
 
     def select(self, pool, budget, ctx):
         np.random.rand()
@@ -90,7 +91,9 @@ class Watcher(Selector):
 
 class Blind(Watcher):
     name = "blind"
-    needs = Needs()
+
+    def requires(self):
+        return Requires(needs_interval=True)
 
     def select(self, pool, budget, ctx):
         return Selection(rows=pool[:budget])

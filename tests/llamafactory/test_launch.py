@@ -129,14 +129,16 @@ def test_one_rank_that_fails_ends_them_all(tiny_model, data_dir, tmp_path):
         """
 import os
 
-from dataflex import Card, Needs, Selection, Selector
+from dataflex import Card, Requires, Selection, Selector
 from dataflex.signals.kinds import TokenLoss
 
 
 class Fragile(Selector):
-    name, adaptive = "fragile", True
+    name = "fragile"
     card = Card(summary="Fails on rank 1.", paper="test", cost="1F")
-    needs = Needs(signals=frozenset({"losses"}))
+
+    def requires(self):
+        return Requires(signals=frozenset({"losses"}), needs_interval=True)
 
     def select(self, pool, budget, ctx):
         if os.environ["RANK"] == "1":

@@ -128,7 +128,7 @@ def test_the_warning_is_honest_and_told_once(caplog):
     assert all("16 directions, standard error about 0.25" in reason for reason in reasons)
     assert "Experimental" in Zeroth.card.summary
     assert Zeroth.card.forward_per_pool_row == 2 * Zeroth.Params().directions
-    assert not Zeroth.needs.zero3
+    assert Zeroth(Zeroth.Params()).requires().whole_parameters
 
 
 def test_rows_and_targets_without_a_loss():

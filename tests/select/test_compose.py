@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex import registry
 from dataflex.config.build import parse_dynamic
 from dataflex.config.methods import method_block
 from dataflex.config.show import as_mapping, as_yaml
-from dataflex.errors import ConfigError, DataError
-from dataflex.method import Card, Params, Selection, Selector
+from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.method import Card, Params, Requires, Selection, Selector
 from dataflex.registry import find
 from dataflex.select.choose import round_robin, take_turns, top_k
 from dataflex.select.rules import Rule
@@ -116,14 +115,14 @@ def test_gradients_as_vectors():
 def test_every_selector_that_scores_is_a_representation(name):
     given = MINIMAL.get(("selector", name), lambda K: {})(3)
     part = Represent.of(name, **given)
-    targeted = part.gives == "vectors" or part.cls.needs.targets
+    targeted = part.gives == "vectors" or part.scorer().requires().targets
     composed = read({"represent": {"name": name, **given}, **({"targets": ["target"]} if targeted else {})})
     assert not isinstance(composed, list), composed
     ctx = example_context(targets=composed.targets)
     kept = composed.build().select(np.arange(64), 8, ctx)
     assert len(set(kept.rows.tolist())) == 8
     assert kept.scores[kept.rows].tolist() == sorted(kept.scores[~np.isnan(kept.scores)].tolist())[: -8 - 1 : -1]
-    assert ctx.signals.asked == composed.cls.needs.signals
+    assert ctx.signals.asked == composed.requires.signals
 
 
 # ---------------------------------------------------------------- aggregation
@@ -255,22 +254,16 @@ def test_positions_are_those_of_the_pool():
 def test_needs_and_costs_are_those_of_the_parts(block, signals, targets, cost, stages):
     config = read({**block, **({"targets": ["first"]} if targets else {})})
     assert not isinstance(config, list), config
-    needs, card = config.cls.needs, config.cls.card
+    needs = config.requires
     assert needs.signals == signals
     assert needs.targets is targets
-    assert (card.forward_per_pool_row, card.backward_per_pool_row) == cost
+    assert needs.passes.pool == cost
     assert stages is None or needs.stages == stages
-    assert config.cls.adaptive is bool(signals)
+    assert needs.needs_interval is bool(signals)
     asked = FakeSignals(1.0 + 0.01 * np.arange(60))
     ctx = example_context({"a": 60}, signals=asked, targets=("first",) if targets else ())
     config.build().select(np.arange(60), 8, ctx)
     assert asked.asked == signals
-
-
-def test_the_class_is_what_the_least_parameters_need():
-    fitted = Compose.variant(Compose.Params())
-    assert (fitted.needs, fitted.adaptive) == (Compose.needs, Compose.adaptive)
-    assert fitted.card.forward_per_pool_row == Compose.card.forward_per_pool_row
 
 
 class Counting(Selector):
@@ -288,8 +281,8 @@ class Counting(Selector):
         scores = -np.abs(np.arange(len(pool)) - self.asked).astype(float)
         return Selection(rows=pool[:budget], scores=scores, reason="counted")
 
-    def columns(self):
-        return ("a_column",)
+    def requires(self):
+        return Requires(columns=("a_column",))
 
     def state_dict(self):
         return {"asked": self.asked}
@@ -299,7 +292,7 @@ class Counting(Selector):
 
 
 def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
-    monkeypatch.setattr(registry, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
+    monkeypatch.setattr(compose, "find", lambda kind, name: Counting if name == "counting" else find(kind, name))
     monkeypatch.setattr(compose, "names", lambda kind: ["rds_plus", "counting"])
     params = Compose.Params(represent=Represent("counting", Params()))
     one, ctx = Compose(params), example_context({"a": 60}, targets=())
@@ -308,8 +301,8 @@ def test_the_state_of_a_selector_that_is_asked_goes_along(monkeypatch):
     other.load_state_dict(one.state_dict())
     assert other.state_dict() == one.state_dict() == {"": {"asked": 3}}
     assert other.select(np.arange(60), 1, ctx).rows[0] == 4
-    assert one.columns() == ("a_column",)
-    with pytest.raises(ValueError, match="keeps no state"):
+    assert one.requires().columns == ("a_column",)
+    with pytest.raises(CheckpointError, match="keeps no state"):
         Compose(Compose.Params()).load_state_dict({"": {"asked": 3}})
 
 
@@ -385,6 +378,6 @@ def test_the_issue_s_configuration_reads_and_writes_back():
     assert "name: compose" in as_yaml(written)
     with_params = {**block, "selector": {**block["selector"], "rule": {"name": "knn_kde", "sigma": 0.2}}}
     assert parse_dynamic(with_params, Path.cwd()).selector.params.rule.params.sigma == 0.2
-    assert parse_dynamic({"selector": {"represent": "longest"}}, Path.cwd()).adaptive is False
+    assert parse_dynamic({"selector": {"represent": "longest"}}, Path.cwd()).requires.needs_interval is False
     with pytest.raises(ConfigError, match="interval_steps: missing"):
         parse_dynamic({"selector": {"represent": "loss"}}, Path.cwd())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +60,8 @@ def test_a_plain_loop_resumes_exactly(plain_loop, tiny_model, tmp_path, name):
     assert len(set(straight)) == len(straight) == 8
     again = plain_loop.train(BLOCKS[name], tmp_path / "b", tmp_path / "a" / "checkpoint-4", model_dir=tiny_model)
     assert again == straight[4:]
-    first = int(np.flatnonzero(np.array([e["stop_step"] for e in planned(tmp_path / "a")]) > 4)[0])
-    assert planned(tmp_path / "b")[-1]["digest"] == planned(tmp_path / "a")[-1]["digest"]
-    assert len(planned(tmp_path / "b")) == len(planned(tmp_path / "a")) - (
-        first if planned(tmp_path / "a")[first]["start_step"] == 4 else first + 1
-    )
+    later = [event["digest"] for event in planned(tmp_path / "a") if event["start_step"] >= 4]
+    assert [event["digest"] for event in planned(tmp_path / "b")] == later
     events = [event["event"] for event in read_events(tmp_path / "a")]
     assert events[0] == "run_started"
     assert events[-1] == "finished"
@@ -86,14 +82,11 @@ def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
         str(script),
     ]
     command += [str(ROOT / "examples" / "plain_loop.py"), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
-    told = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]
     assert [name for losses in found for name in losses] == list(BLOCKS)
     for losses in found:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from dataflex.config.bridge import stated
-from dataflex.config.collect import collect, key_of, values
+from dataflex.config.collect import collect, field_hints, key_of, values
 from dataflex.config.convert import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
-from dataflex.method import Method, Requires
+from dataflex.method import Method, Requires, RunFacts
+from dataflex.parts import Part
 from dataflex.registry import find, names
 
 __all__ = ["half_read", "method_block", "method_class", "needs_target", "takes_targets", "target_list"]
@@ -47,11 +48,10 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
     method: MethodConfig | None = None
     if params is not None:
-        found += [f"{path}.{problem}" for problem in cls.param_problems(params)]
-    if params is not None and not found:
         method = MethodConfig(kind=kind, name=name, params=params)
         try:
             needs = method.requires
+            found += [f"{path}.{problem.key}: {problem.text}" for problem in method.build().check(RunFacts())]
         except ConfigError as error:
             found += [f"{path}: {problem}" for problem in error.problems]
         except ComponentError as error:
@@ -86,7 +86,12 @@ def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
     Parameters that are missing or wrong have their defaults, or None; neither Params nor the method is checked.
     """
     known = {key: block[key] for each in fields(cls.Params) if (key := key_of(each)) in block}
-    given = values(cls.Params, known, "", [])
+    given, hints = values(cls.Params, known, "", []), field_hints(cls.Params)
+    if any(
+        each.name not in given and key_of(each) in known and names_parts(hints[each.name])
+        for each in fields(cls.Params)
+    ):
+        return None  # what it requires is what its parts require
     params = object.__new__(cls.Params)
     for each in fields(cls.Params):
         default = None if each.default is MISSING else each.default
@@ -94,11 +99,17 @@ def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
             default = each.default_factory()
         object.__setattr__(params, each.name, given.get(each.name, default))
     try:
-        method = object.__new__(cls.variant(params))
+        method = object.__new__(cls)
         method.params = params
-        return stated(method)
+        return method.requires()
     except Exception:  # noqa: BLE001 (the author's code, with parameters that may be None)
         return None
+
+
+def names_parts(hint: Any) -> bool:
+    """Whether values of a type are named parts, which are methods or come with parameters of their own."""
+    inside = [inner for each in typing.get_args(hint) for inner in (each, *typing.get_args(each))]
+    return any(isinstance(each, type) and issubclass(each, Part) for each in (hint, *inside))
 
 
 def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:

@@ -217,6 +217,8 @@ def _moments(method: MethodConfig, needs: Requires, optimizer: str) -> Iterator[
 def _by_target(method: MethodConfig, needs: Requires) -> Iterator[str]:
     """Yield what is wrong with numbers by target: they are for all targets and no others."""
     for key, value in needs.by_target.items():
+        if value is None:
+            continue
         path = f"dynamic.{method.kind}.{key}"
         if method.kind == "selector" and "." in key:
             yield f"{path}: a selector in {key.rpartition('.')[0]} is asked about one target at a time; remove the key"
@@ -241,6 +243,8 @@ def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:
         elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
     for key, name in needs.models.items():
+        if name is None:
+            continue
         problem = _model_problem(name) or (_package_problem(name) if key.rpartition(".")[2] == "encoder" else "")
         if problem:
             yield f"dynamic.{method.kind}.{key}: {problem}"

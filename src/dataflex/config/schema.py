@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from dataflex.config.bridge import stated
 from dataflex.method import Method, Params, Requires, Selector
-from dataflex.registry import find_variant
+from dataflex.registry import find
 
 __all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
 
@@ -35,8 +34,8 @@ class MethodConfig:
 
     @property
     def cls(self) -> type[Method]:
-        """The class of the method, with what it needs under these parameters."""
-        return find_variant(self.kind, self.name, self.params)
+        """The class of the method."""
+        return find(self.kind, self.name)
 
     def build(self) -> Method:
         """Return a new instance of the method."""
@@ -45,7 +44,7 @@ class MethodConfig:
     @cached_property
     def requires(self) -> Requires:
         """What the method requires of a run."""
-        return stated(self.build())
+        return self.build().requires()
 
     @property
     def cost(self) -> str:

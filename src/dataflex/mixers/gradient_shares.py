@@ -7,7 +7,7 @@ one step it is the paper's; ``updates`` lets a decision count for as many of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, s
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, running_mean, shares, softmax
 from dataflex.signals.kinds import GradientProducts
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
 
@@ -83,29 +84,18 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GradientParams(InitialParams):
+class _GradientParams(GradientOptions, InitialParams):
     """Parameters of the family."""
 
     rows_per_domain: int = param(8, "rows drawn of each domain to estimate its gradient", minimum=2)
-    parameters: str | None = field(
-        default=None,
-        metadata={"pattern": True, "help": "regular expression of the parameters compared; null: all trainable ones"},
-    )
-    last_blocks: int | None = param(None, "only the last so many blocks of the model; null: all", minimum=1)
 
 
 class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def _gradients(self, ctx: Context) -> DomainGradients:
-        signal = GradientProducts(
-            targets=ctx.targets,
-            precondition="none",
-            include_momentum=False,
-            normalize=False,
-            parameters=self.params.parameters,
-            last_blocks=self.params.last_blocks,
-        )
+        options = self.params.options(precondition="none", include_momentum=False, normalize=False)
+        signal = GradientProducts(targets=ctx.targets, **options)
         return domain_gradients(ctx, signal, rows_per_domain=self.params.rows_per_domain)
 
 

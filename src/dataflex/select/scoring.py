@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, ConfigError, DataError
-from dataflex.method import Context, Params, Rows, Selection, Selector, param
+from dataflex.method import Context, Params, Problem, Rows, RunFacts, Selection, Selector, param
 from dataflex.parts import Part
 from dataflex.rng import uniforms
 from dataflex.select.choose import Candidates, Uniforms, take_turns
@@ -238,16 +238,16 @@ class ScoringSelector(Selector):
         super().__init__(params)
         self.rule.require()
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Return what rows are compared by under these parameters."""
-        return "tasks" if cls.needs.targets else "scores"
+    @property
+    def gives(self) -> Gives:
+        """What rows are compared by."""
+        return "tasks" if self.requires().targets else "scores"
 
-    @classmethod
-    def param_problems(cls, params: Any) -> list[str]:
-        """Return why the aggregation and the rule cannot work with these scores; each line begins with the key."""
-        given = None if params.aggregate == default_of(params, "aggregate") else params.aggregate
-        return combination_problems(cls.name, cls.gives(params), params.rule, given, turns=cls.targets_take_turns)
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield why the aggregation and the rule cannot work with these scores."""
+        p = self.params
+        given = None if p.aggregate == default_of(p, "aggregate") else p.aggregate
+        yield from combination_problems(self.name, self.gives, p.rule, given, turns=self.targets_take_turns)
 
     @property
     def aggregate(self) -> Aggregate:
@@ -409,8 +409,8 @@ class ScoringSelector(Selector):
 
 def combination_problems(
     name: str, gives: Gives, rule: Rule, aggregate: Aggregate | None, *, apart: bool = False, turns: bool = False
-) -> list[str]:
-    """Return one line per reason why these parts cannot work together, each beginning with the key.
+) -> list[Problem]:
+    """Return the reasons why these parts cannot work together.
 
     Args:
         name: What gives the scores.
@@ -423,48 +423,57 @@ def combination_problems(
     return [*_rule_problems(name, gives, rule, apart), *_aggregate_problems(name, gives, rule, aggregate, turns)]
 
 
-def _rule_problems(name: str, gives: Gives, rule: Rule, apart: bool) -> Iterator[str]:
+def _rule_problems(name: str, gives: Gives, rule: Rule, apart: bool) -> Iterator[Problem]:
     if "query_vectors" in rule.needs and gives != "vectors":
-        yield (
-            f"rule: {rule.name} searches for the neighbours of each target row and needs vectors, which {name} does "
-            f"not give; use one of {VECTORS}"
+        yield Problem(
+            "rule",
+            f"{rule.name} searches for the neighbours of each target row and needs vectors, which {name} does "
+            f"not give; use one of {VECTORS}",
         )
     elif "queries" in rule.needs and gives == "scores":
-        yield (
-            f"rule: {rule.name} lets target rows take turns, and {name} gives one score a row, without targets; "
-            "use the rule top_k, or scores with targets"
+        yield Problem(
+            "rule",
+            f"{rule.name} lets target rows take turns, and {name} gives one score a row, without targets; "
+            "use the rule top_k, or scores with targets",
         )
     elif "vectors" in rule.needs and gives != "vectors" and not apart:
-        yield (
-            f"rule: {rule.name} compares rows with each other and needs vectors, which {name} does not give; add "
-            f"'vectors: embed' (or another of {VECTORS}) beside 'represent: {name}'"
+        yield Problem(
+            "rule",
+            f"{rule.name} compares rows with each other and needs vectors, which {name} does not give; add "
+            f"'vectors: embed' (or another of {VECTORS}) beside 'represent: {name}'",
         )
 
 
-def _aggregate_problems(name: str, gives: Gives, rule: Rule, aggregate: Aggregate | None, turns: bool) -> Iterator[str]:
+def _aggregate_problems(
+    name: str, gives: Gives, rule: Rule, aggregate: Aggregate | None, turns: bool
+) -> Iterator[Problem]:
     if aggregate is None:
         return
     needs = rule.needs
     if gives == "scores":
-        yield f"aggregate: {name} gives one score a row, without targets to bring together; remove the key"
+        yield Problem("aggregate", f"{name} gives one score a row, without targets to bring together; remove the key")
     elif aggregate.name == "round_robin":
         if not RULES[rule.name].ranks:
             fitting = ", ".join(each for each, spec in RULES.items() if spec.ranks)
-            yield (
-                f"aggregate: with round_robin each target ranks the rows by the rule, and {rule.name} does not rank; "
-                f"use one of {fitting}, or another aggregate"
+            yield Problem(
+                "aggregate",
+                f"with round_robin each target ranks the rows by the rule, and {rule.name} does not rank; "
+                f"use one of {fitting}, or another aggregate",
             )
         elif rule.replacement:
-            yield "aggregate: with round_robin rows are taken once, so the rule cannot draw with replacement"
+            yield Problem("aggregate", "with round_robin rows are taken once, so the rule cannot draw with replacement")
     elif needs & _QUERIES and not (needs == {"queries"} and gives == "tasks") and not turns:
-        yield (
-            f"aggregate: {aggregate.name} has no effect, since {rule.name} looks at each target row by itself; remove "
-            "the key, or set 'aggregate: round_robin' to let targets take turns"
+        yield Problem(
+            "aggregate",
+            f"{aggregate.name} has no effect, since {rule.name} looks at each target row by itself; remove "
+            "the key, or set 'aggregate: round_robin' to let targets take turns",
         )
     elif needs & _QUERIES and not turns:
-        yield (
-            f"aggregate: {aggregate.name} has no effect, since the rule {rule.name} lets targets take turns; remove "
-            "the key"
+        yield Problem(
+            "aggregate",
+            f"{aggregate.name} has no effect, since the rule {rule.name} lets targets take turns; remove the key",
         )
     elif "scores" not in needs and not turns:
-        yield f"aggregate: {aggregate.name} has no effect, since {rule.name} looks at no scores; remove the key"
+        yield Problem(
+            "aggregate", f"{aggregate.name} has no effect, since {rule.name} looks at no scores; remove the key"
+        )

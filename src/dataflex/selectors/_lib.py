@@ -1,4 +1,4 @@
-"""What several selectors share: vectors of pool and targets, options of gradients."""
+"""What several selectors share: vectors of pool and targets."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Context, Needs, Params, Rows, param
+from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
 from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
     "EmbeddingParams",
-    "GradientParams",
-    "InfluenceParams",
     "PooledParams",
     "VectorSelector",
     "compared",
@@ -33,7 +30,7 @@ __all__ = [
 class EmbeddingParams(Params):
     """Which hidden states rows are compared by."""
 
-    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training", model=True)
+    encoder: str | None = param(None, "folder or hub id of another model; null: the model under training")
     layer: int = param(-1, "layer of the hidden states; -1 is the last, after its norm")
     completion_only: bool = param(False, "average the supervised tokens only, not the prompt's")
 
@@ -62,11 +59,21 @@ class VectorSelector(ScoringSelector):
     """Compares vectors of rows with those of the targets' rows."""
 
     lacking = "no embedding"
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Return ``vectors``."""
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+        )
+
+    @property
+    def gives(self) -> Gives:
+        """Vectors."""
         return "vectors"
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
@@ -143,35 +150,3 @@ def compared(
             "where those are asked for."
         )
     return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))
-
-
-# ---------------------------------------------------------------- gradients
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientParams(Params):
-    """Which gradients rows are compared by."""
-
-    parameters: str | None = param(
-        None, "regular expression of parameter names; null: all trainable ones", pattern=True
-    )
-    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
-    bf16: bool = param(False, "run the gradient passes in bfloat16")
-
-    def options(self, **more: Any) -> dict[str, Any]:
-        """Return the fields of the gradient signal to ask, with what else the method says of it."""
-        return {"parameters": self.parameters, "last_blocks": self.last_blocks, "bf16": self.bf16, **more}
-
-
-@dataclass(frozen=True, kw_only=True)
-class InfluenceParams(GradientParams):
-    """How rows' gradients are compared with those of tasks."""
-
-    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
-        "true_adam", "what turns training gradients into directions"
-    )
-    sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
-
-    def influence(self, seed: int, **more: Any) -> dict[str, Any]:
-        """Return the fields of the gradient signal to ask in a decision of this seed."""
-        return self.options(precondition=self.precondition, sketch_size=self.sketch_size, sketch_seed=seed, **more)

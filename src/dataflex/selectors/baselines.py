@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
@@ -81,12 +81,15 @@ class RandomBalanced(Selector):
     """
 
     name = "random_balanced"
-    needs = Needs(domains=2)
     card = Card(
         summary="Draws rows at random, equally many of every domain as far as they last.",
         paper="baseline",
         cost="none",
     )
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(domains=2)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Draw ``budget`` rows, or the whole pool where that is smaller, without replacement.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
 from dataflex.signals.kinds import Part
@@ -32,7 +32,6 @@ class Bm25(ScoringSelector):
     name = "bm25"
     lacking = "no words"
     targets_take_turns = True
-    needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Keeps the rows whose prompts share rare words with those of the targets' rows (BM25).",
         paper="Compute-Constrained Data Selection, ICLR 2025, arXiv 2410.16208",
@@ -49,6 +48,10 @@ class Bm25(ScoringSelector):
         epsilon: float = param(0.25, "share of the mean idf for words in more than half of the rows", minimum=0.0)
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(signals=frozenset({"texts"}), targets=True)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

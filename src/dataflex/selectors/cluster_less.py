@@ -15,16 +15,17 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["ClusterLess", "cluster_means", "representatives"]
 
@@ -85,18 +86,14 @@ class ClusterLess(Selector):
     """Keep the clusters whose representatives have the largest influence on the targets."""
 
     name = "cluster_less"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings", "gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the clusters of which a few rows go furthest along the gradient of the targets.",
         paper="baseline: LESS (arXiv 2402.04333) on representatives of clusters",
         cost="1 F over the pool, 2 (F + B) over 3 rows of each cluster of 64, 2 (F + B) over the targets",
-        forward_per_pool_row=1.0 + 6 / 64,
-        backward_per_pool_row=6 / 64,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(BaseParams):
+    class Params(InfluenceOptions, BaseParams):
         """Parameters of Cluster-LESS."""
 
         clusters: int | None = param(None, "number of clusters; null: one for cluster_size rows", minimum=1)
@@ -105,24 +102,25 @@ class ClusterLess(Selector):
         pick: Pick = param("mixed", "which rows: nearest to the centre, farthest, random, or these in turns")
         renormalize: bool = param(True, "scale the mean direction of a cluster to length one; costs a second pass")
         sketch_size: int = param(4096, "numbers per sketch of a representative; even", minimum=2)
-        precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
-            "true_adam", "what turns training gradients into directions"
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines", "mean over a task as in LESS's code or in its text"
-        )
         aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
         layer: int = param(-1, "layer of the hidden states that are clustered")
-        parameters: str | None = param(
-            None, "regular expression of parameter names; null: all trainable ones", pattern=True
-        )
-        bf16: bool = param(False, "run the gradient passes in bfloat16")
 
         def __post_init__(self) -> None:
             if self.sketch_size % 2:
                 raise ValueError(f"sketch_size: must be even, found {self.sketch_size}")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings", "gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0 + 6 / 64, 6 / 64)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -177,12 +175,7 @@ class ClusterLess(Selector):
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
         of = np.repeat(np.arange(len(groups)), [len(part) for part in chosen])
         asked = rows[np.concatenate(chosen)]
-        options: dict[str, Any] = {
-            "precondition": p.precondition,
-            "mean_of_cosines": p.target_gradient == "mean_of_cosines",
-            "parameters": p.parameters,
-            "bf16": p.bf16,
-        }
+        options = p.options(sketch_size=None)  # scores are exact; sketch_size is that of the mean directions
         cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
         if cosines.shape != (len(asked), len(ctx.targets)):
             raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
 from dataflex.signals.kinds import Embedding
@@ -132,13 +131,10 @@ class Coincide(Selector):
     """Keep rows of transferable, sparse clusters, each cluster in miniature."""
 
     name = "coincide"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",
         paper="COINCIDE: Concept-skill Transferability-based Data Selection, EMNLP 2024, arXiv 2406.10995",
         cost="1 F over the pool per layer and interval, and k-means",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -150,9 +146,7 @@ class Coincide(Selector):
         gamma: float = param(1.0, "width of the Gaussian kernel", above=0.0)
         layers: tuple[int, ...] = param((-1,), "layers whose hidden states make the features; 1 F each")
         iterations: int = param(50, "rounds of k-means at most", minimum=1)
-        encoder: str | None = param(
-            None, "folder or hub id of another (small) model; null: the model under training", model=True
-        )
+        encoder: str | None = param(None, "folder or hub id of another (small) model; null: the model under training")
 
         def __post_init__(self) -> None:
             if not self.layers:
@@ -162,9 +156,15 @@ class Coincide(Selector):
 
     params: Params
 
-    def pool_passes(self, num_targets: int) -> tuple[float, float]:
-        """One F a layer."""
-        return float(len(self.params.layers)), 0.0
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(float(len(self.params.layers)), 0.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows.

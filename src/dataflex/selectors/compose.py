@@ -18,15 +18,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, ConfigError, DataError
-from dataflex.method import STAGES, Card, Context, Needs, Params, Rows, Selector, State, param
+from dataflex.method import Card, Context, Params, Passes, Problem, Requires, Rows, RunFacts, Selector, State, param
 from dataflex.parts import Part
-from dataflex.registry import find, find_variant, names
+from dataflex.registry import find, names
 from dataflex.select.choose import Candidates, Uniforms, ranking
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import (
@@ -42,13 +42,15 @@ from dataflex.select.scoring import (
     default_of,
 )
 from dataflex.select.spread import near_duplicates
-from dataflex.selectors._lib import GradientParams, VectorSelector
+from dataflex.selectors._lib import VectorSelector
 from dataflex.selectors.less import Less
 from dataflex.signals import kinds
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Compose", "Represent"]
 
 _WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
+_ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
 _LOOKS_AT_TARGETS = frozenset({"scores", "queries", "query_vectors"})
 _QUERIES = frozenset({"queries", "query_vectors"})
 
@@ -58,15 +60,22 @@ class TokenLoss(ScoringSelector):
 
     name = "loss"
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
-    card = Card(summary="Prefers rows by loss.", paper="baseline", cost="1 F", forward_per_pool_row=1.0)
+    card = Card(summary="Prefers rows by loss.", paper="baseline", cost="1 F")
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
         """Parameters of the loss as it is."""
 
         prefer: Literal["high", "low"] = param("high", "which losses are preferred")
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft", "dpo", "kto"),
+            needs_interval=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
@@ -79,18 +88,14 @@ class Gradient(VectorSelector):
 
     name = "gradient"
     lacking = "no gradient"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Compares sketches of gradients.",
         paper="LESS, ICML 2024, arXiv 2402.04333",
         cost="1 F + 1 B",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(GradientParams, ScoringParams):
+    class Params(GradientOptions, ScoringParams):
         """Parameters of gradient sketches."""
 
         precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
@@ -103,11 +108,21 @@ class Gradient(VectorSelector):
             if self.dim % 2:
                 raise ValueError(f"dim: must be even, found {self.dim}")
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
+
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
         """Return sketches of length one [n, dim]."""
-        p = self.params
-        options = p.options(precondition=p.precondition, include_momentum=p.include_momentum, sketch_seed=ctx.seed)
-        return ctx.signals(kinds.GradientSketches(dim=p.dim, **options), rows, target=target)
+        signal = kinds.GradientSketches(dim=self.params.dim, **self.params.options(sketch_seed=ctx.seed))
+        return ctx.signals(signal, rows, target=target)
 
 
 class Asked(ScoringSelector):
@@ -119,22 +134,17 @@ class Asked(ScoringSelector):
     def __init__(self, name: str, params: Params) -> None:
         self.name = name  # type: ignore[misc]
         self.params = params
-        self._cls = find_variant("selector", name, params)
+        self._cls = find("selector", name)
         self._selectors: dict[str, Selector] = {}
         self._states: State = {}
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the columns that the selector needs."""
-        return self._selector("").columns()
+    def requires(self) -> Requires:
+        """State what the selector requires."""
+        return self._selector("").requires()
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the selector refuses."""
         return self._selector("").refused_values(name, values)
-
-    @property
-    def reference(self) -> str | None:
-        """The reference model of the selector."""
-        return self._selector("").reference
 
     def _selector(self, target: str) -> Selector:
         """Return the selector for a target, with its state."""
@@ -147,7 +157,7 @@ class Asked(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the selector's scores [N], or [T, N] where it selects towards targets."""
-        if not self._cls.needs.targets:
+        if not self.requires().targets:
             return self._scores("", pool, ctx)
         each = (dataclasses.replace(ctx, targets=(target,)) for target in ctx.targets)
         return np.stack([self._scores(one.targets[0], pool, one) for one in each])
@@ -199,21 +209,19 @@ class Represent(Part):
 
     @property
     def cls(self) -> type[Any]:
-        """The selector that scores, with what it needs and costs under these parameters."""
-        return _OWN.get(self.name) or find_variant("selector", self.name, self.params)
+        """The selector that scores."""
+        return _OWN.get(self.name) or find("selector", self.name)
 
     @property
     def gives(self) -> Gives:
         """What rows are compared by."""
-        found: type[Any] = self.cls
-        if issubclass(found, ScoringSelector):
-            return found.gives(self.params)
-        return "tasks" if found.needs.targets else "scores"
+        return self.scorer().gives
 
     def scorer(self) -> ScoringSelector:
         """Return a new instance of what scores."""
         found: type[Any] = self.cls
-        return found(self.params) if issubclass(found, ScoringSelector) else Asked(self.name, self.params)
+        whole = issubclass(found, ScoringSelector) and self.name not in _ALONE
+        return found(self.params) if whole else Asked(self.name, self.params)
 
 
 class Compose(ScoringSelector):
@@ -221,13 +229,10 @@ class Compose(ScoringSelector):
 
     name = "compose"
     lacking = "nothing to be compared by"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the rows that a rule of your choice picks, by vectors or scores of your choice.",
         paper="A Critical Look at Targeted Instruction Selection, ICML 2026, arXiv 2602.14696",
         cost="that of what it is composed of; by default 1 F over the pool and the targets per interval",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -247,60 +252,39 @@ class Compose(ScoringSelector):
 
     params: Params
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Compose]:
-        """Return the class with the needs and costs of these parts."""
-        parts = [part.cls for part in (params.represent, params.vectors) if part is not None]
-        fixed = Needs(
-            signals=frozenset().union(*(part.needs.signals for part in parts)),
-            targets=_targeted(params),
-            domains=max(part.needs.domains for part in parts),
-            stages=tuple(stage for stage in STAGES if all(stage in part.needs.stages for part in parts)),
-            zero3=all(part.needs.zero3 for part in parts),
-        )
-        forward = sum(part.card.forward_per_pool_row for part in parts)
-        backward = sum(part.card.backward_per_pool_row for part in parts)
+    def requires(self) -> Requires:
+        """State what the parts require together."""
+        p = self.params
+        parts = {"represent": p.represent.scorer().requires()}
+        if p.vectors is not None:  # asked without targets
+            apart = p.vectors.scorer().requires()
+            passes = dataclasses.replace(apart.passes, pool_by_target=(0.0, 0.0), targets=(0.0, 0.0))
+            parts["vectors"] = dataclasses.replace(apart, passes=passes)
+        merged = Requires.merged(parts)
+        forward, backward = merged.passes.over_pool(1)
         each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n) or "no pass"
-        card = dataclasses.replace(
-            cls.card,
-            cost=f"{each} over the pool per interval, and the targets",
-            forward_per_pool_row=forward,
-            backward_per_pool_row=backward,
-            forward_once_per_pool_row=sum(part.card.forward_once_per_pool_row for part in parts),
-        )
-        adaptive = any(part.adaptive for part in parts)
-        return type(cls.__name__, (cls,), {"needs": fixed, "card": card, "adaptive": adaptive, "__doc__": cls.__doc__})
+        told = f"{each} over the pool per interval, and the targets"
+        return dataclasses.replace(merged, targets=_targeted(p), passes=dataclasses.replace(merged.passes, told=told))
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Return what ``represent`` gives."""
-        found: Gives = params.represent.gives
-        return found
+    @property
+    def gives(self) -> Gives:
+        """What ``represent`` gives."""
+        return self.params.represent.gives
 
-    @classmethod
-    def param_problems(cls, params: Any) -> list[str]:
-        """Return why these parts cannot work together; each line begins with the key."""
-        represent, rule = params.represent, params.rule
-        apart = params.vectors is not None
-        problems = combination_problems(represent.name, represent.gives, rule, params.aggregate, apart=apart)
-        return [*problems, *_part_problems(params)]
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield why the parts cannot work together."""
+        p = self.params
+        apart = p.vectors is not None
+        yield from combination_problems(p.represent.name, self.gives, p.rule, p.aggregate, apart=apart)
+        yield from _part_problems(p)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._scorer = params.represent.scorer()
 
-    def columns(self) -> tuple[str, ...]:
-        """Return the columns that what scores needs."""
-        return self._scorer.columns()
-
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the scorer refuses."""
         return self._scorer.refused_values(name, values)
-
-    @property
-    def reference(self) -> str | None:
-        """The reference model of what scores."""
-        return self._scorer.reference
 
     @property
     def aggregate(self) -> Aggregate:
@@ -358,30 +342,35 @@ class Compose(ScoringSelector):
 
 def _targeted(p: Compose.Params) -> bool:
     """Return whether these parts need targets."""
-    needed: bool = p.represent.cls.needs.targets
-    return bool(p.rule.needs & _LOOKS_AT_TARGETS) if p.represent.gives == "vectors" else needed
+    scorer = p.represent.scorer()
+    return bool(p.rule.needs & _LOOKS_AT_TARGETS) if scorer.gives == "vectors" else scorer.requires().targets
 
 
-def _part_problems(p: Compose.Params) -> Iterator[str]:
+def _part_problems(p: Compose.Params) -> Iterator[Problem]:
     """Yield what is wrong with the parts beside the rule and the aggregation."""
     rule, represent = p.rule, p.represent
     if p.vectors is not None and p.vectors.gives != "vectors":
-        yield f"vectors: {p.vectors.name} gives no vectors; use one of {VECTORS}"
+        yield Problem("vectors", f"{p.vectors.name} gives no vectors; use one of {VECTORS}")
     if p.vectors is not None and "vectors" not in rule.needs and p.near_duplicates is None:
-        yield f"vectors: has no effect, since {rule.name} does not compare rows with each other; remove the key"
+        yield Problem(
+            "vectors", f"has no effect, since {rule.name} does not compare rows with each other; remove the key"
+        )
     if p.near_duplicates is not None and p.vectors is None and represent.gives != "vectors":
-        yield (
-            f"near_duplicates: needs vectors, which {represent.name} does not give; add 'vectors: embed' (or another "
-            f"of {VECTORS})"
+        yield Problem(
+            "near_duplicates",
+            f"needs vectors, which {represent.name} does not give; add 'vectors: embed' (or another of {VECTORS})",
         )
     used = rule.needs & _LOOKS_AT_TARGETS or ("vectors" in rule.needs and p.vectors is None)
     if not used and p.near_duplicates is None:
-        yield (
-            f"represent: {represent.name} has no effect, since {rule.name} looks at no scores"
-            + ("; give the vectors as 'represent' and remove 'vectors'" if p.vectors is not None else "")
+        yield Problem(
+            "represent",
+            f"{represent.name} has no effect, since {rule.name} looks at no scores"
+            + ("; give the vectors as 'represent' and remove 'vectors'" if p.vectors is not None else ""),
         )
     for place, part in (("represent", represent), ("vectors", p.vectors)):
-        if part is not None and issubclass(part.cls, ScoringSelector):
+        if part is not None and issubclass(part.cls, ScoringSelector) and part.name not in _ALONE:
             for key in part.cls.decides:
                 if getattr(part.params, key) != default_of(part.params, key):
-                    yield f"{place}.{key}: has no effect on what rows are compared by; write it beside '{place}'"
+                    yield Problem(
+                        f"{place}.{key}", f"has no effect on what rows are compared by; write it beside '{place}'"
+                    )

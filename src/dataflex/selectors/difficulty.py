@@ -8,14 +8,15 @@ over a row's supervised tokens. At strong pruning the hardest rows are often noi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import EL2N, GradientNorms
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["El2n", "GradNorm"]
 
@@ -48,45 +49,55 @@ class GradNorm(_Extreme):
     """Keep the rows with the largest gradients; scores are their norms."""
 
     name = "grad_norm"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps the rows whose loss has the largest gradient.",
         paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
         cost="1 F + 1 B over the pool per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(_Keep):
+    class Params(GradientOptions, _Keep):
         """Parameters of GraNd."""
 
         precondition: Literal["none", "true_adam", "sign"] = param(
             "none", "measure the optimizer's direction instead of the plain gradient"
         )
-        last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
+
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""
-        signal = GradientNorms(precondition=self.params.precondition, last_blocks=self.params.last_blocks)
-        return ctx.signals(signal, pool)
+        return ctx.signals(GradientNorms(**self.params.options()), pool)
 
 
 class El2n(_Extreme):
     """Keep the rows whose tokens the model predicts worst; scores are EL2N."""
 
     name = "el2n"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
         summary="Keeps the rows whose predicted distributions are furthest from the tokens that follow.",
         paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
         cost="1 F over the pool per interval",
-        forward_per_pool_row=1.0,
     )
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft", "dpo", "kto"),
+            needs_interval=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return EL2N [N]."""

@@ -29,13 +29,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.method import Card, Context, Requires, Rows, Selection, param
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
@@ -95,7 +94,6 @@ class Dsir(ScoringSelector):
 
     name = "dsir"
     lacking = "too few n-grams"
-    needs = Needs(signals=frozenset({"texts"}), targets=True)
     card = Card(
         summary="Draws rows whose words and pairs of words are distributed like those of the targets.",
         paper="Data Selection for Language Models via Importance Resampling, NeurIPS 2023, arXiv 2302.03169",
@@ -121,7 +119,7 @@ class Dsir(ScoringSelector):
         min_ngrams: int = param(1, "rows of fewer n-grams are never drawn (the paper: 100 words)", minimum=1)
         per_ngram: bool = param(False, "divide log weights by the number of n-grams")
         target_proportions: dict[str, float] | None = param(
-            None, "draw for each target by itself, in these proportions; null: pool the targets", by_target=True
+            None, "draw for each target by itself, in these proportions; null: pool the targets"
         )
 
         def __post_init__(self) -> None:
@@ -133,14 +131,22 @@ class Dsir(ScoringSelector):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"texts"}),
+            targets=True,
+            by_target={"target_proportions": self.params.target_proportions},
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._remembered = Remembered()
 
-    @classmethod
-    def gives(cls, params: Any) -> Gives:
-        """Targets count together, unless each has its own proportion."""
-        return "scores" if params.target_proportions is None else "tasks"
+    @property
+    def gives(self) -> Gives:
+        """Scores, since targets count together, unless each has its own proportion."""
+        return "scores" if self.params.target_proportions is None else "tasks"
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """As any scoring selector; with ``target_proportions`` each target draws its part by the rule.

@@ -17,15 +17,16 @@ The target gradient is the mean over ``target_rows`` rows drawn anew in every de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.signals.kinds import GradientProducts
+from dataflex.signals.specs import GradientOptions
 
 __all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
 
@@ -87,7 +88,7 @@ def pick_drawn(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared(BaseParams):
+class _Shared(GradientOptions, BaseParams):
     """Parameters of both."""
 
     precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
@@ -98,20 +99,24 @@ class _Shared(BaseParams):
     target_rows: int | None = param(
         16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
     )
-    parameters: str | None = param(
-        None, "regular expression of parameter names; null: all trainable ones", pattern=True
-    )
-    last_blocks: int | None = param(None, "use only the last so many blocks of the model", minimum=1)
-    bf16: bool = param(False, "run the passes in bfloat16")
 
 
 class _Joint(Selector):
     """Common ground: scores and interactions of the candidates."""
 
-    adaptive: ClassVar[bool] = True
-    within_batch: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     params: _Shared
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            within_batch=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Pick up to ``budget`` of the candidates, one after another.
@@ -127,16 +132,8 @@ class _Joint(Selector):
         if len(pool) == 0:
             return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
         p = self.params
-        signal = GradientProducts(
-            targets=ctx.targets,
-            target_rows=self._target_rows(ctx),
-            precondition=p.precondition,
-            include_momentum=False,
-            normalize=False,
-            parameters=p.parameters,
-            last_blocks=p.last_blocks,
-            bf16=p.bf16,
-        )
+        options = p.options(include_momentum=False, normalize=False)
+        signal = GradientProducts(targets=ctx.targets, target_rows=self._target_rows(ctx), **options)
         by_target, gram = signal.split(ctx.signals(signal, pool))
         if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
             raise ComponentError(
@@ -188,8 +185,6 @@ class Greats(_Joint):
         summary="Picks, in every step, the candidates whose gradients together go furthest along the targets'.",
         paper="GREATS: Online Selection of High-Quality Data, NeurIPS 2024, OpenReview 232VcN8tSx (no arXiv version)",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -212,8 +207,6 @@ class Opus(_Joint):
         summary="Draws, in every step, candidates by how far the optimizer's update on them goes along the targets.",
         paper="OPUS: Data Selection in LLM Pre-training in Every Iteration, arXiv 2602.05400",
         cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

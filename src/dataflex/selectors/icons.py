@@ -16,15 +16,15 @@ the votes are a threshold and the ranks decide, so that the rows kept are those 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GradientScores
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["Icons"]
 
@@ -35,18 +35,14 @@ class Icons(ScoringSelector):
     name = "icons"
     lacking = "no supervised token"
     decides = ("aggregate", "rule", "vote_percent", "votes")
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the rows that most targets vote for, each for the rows of largest influence on it.",
         paper="ICONS: Influence Consensus for Vision-Language Data Selection, arXiv 2501.00654",
         cost="1 F + 1 B over the pool and 2 (F + B) over the targets per interval",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of ICONS; the defaults are the original code's, but for the exact influences."""
 
         aggregate: Aggregate | None = param(Aggregate.of("votes"), AGGREGATE)
@@ -59,10 +55,6 @@ class Icons(ScoringSelector):
         precondition: Literal["none", "true_adam", "paper_repo", "sign"] = param(
             "none", "what turns training gradients into directions; none as published"
         )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines",
-            "every target row counts alike as published, or by the length of its gradient, in one pass less",
-        )
 
         def __post_init__(self) -> None:
             moved = [name for name in ("vote_percent", "votes") if getattr(self, name) != default_of(self, name)]
@@ -71,11 +63,19 @@ class Icons(ScoringSelector):
 
     params: Params
 
-    @property
-    def target_passes(self) -> tuple[float, float]:
-        """Unit gradients take a pass for the norms and one for the sum."""
-        times = 2.0 if self.params.target_gradient == "mean_of_cosines" else 1.0
-        return times, times
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        times = (
+            2.0 if self.params.target_gradient == "mean_of_cosines" else 1.0
+        )  # unit gradients take a pass for the norms and one for the sum
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0), targets=(times, times)),
+        )
 
     @property
     def aggregate(self) -> Aggregate:
@@ -87,7 +87,7 @@ class Icons(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return influence on the targets [T, N]."""
-        options = self.params.influence(ctx.seed, mean_of_cosines=self.params.target_gradient == "mean_of_cosines")
+        options = self.params.options(sketch_seed=ctx.seed)
         return ctx.signals(GradientScores(targets=ctx.targets, **options), pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:

@@ -18,14 +18,14 @@ pool makes all ratios small, and on large mixed pools IFD can lose to random row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import ResponseLoss
 
@@ -74,24 +74,19 @@ class Ifd(ScoringSelector):
 
     name = "ifd"
     lacking = "no ratio"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses", "texts"}), stages=("sft",))
     card = Card(
         summary="Keeps the rows whose prompt helps least to predict the answer, of those where it helps.",
         paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
         cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
         note="Cherry LLM scores an answer alone behind its marker, Superfiltering without: prefix_tokens, left out, "
         "does the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
-        forward_per_pool_row=2.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
         """Parameters of IFD; the defaults are those of Cherry LLM."""
 
-        scorer: str | None = param(
-            None, "folder or hub id of a small causal model; null: the model under training", model=True
-        )
+        scorer: str | None = param(None, "folder or hub id of a small causal model; null: the model under training")
         ratio: Ratio = param("loss", "ratio of losses (Cherry LLM) or perplexities")
         threshold: float = param(1.0, "rows at or above this ratio are dropped", above=0.0)
         prefix_tokens: int | None = param(
@@ -106,10 +101,18 @@ class Ifd(ScoringSelector):
     params: Params
     _kept_prefix = 0
 
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """With a scorer, which stays as it is, no row is scored twice."""
-        return cls if params.scorer is None else _ByScorer
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        scorer, passes = self.params.scorer, Passes(pool=(2.0, 0.0))
+        if scorer is not None:  # it does not change, so no row is scored twice
+            passes = Passes(pool_once=2.0, told="2 F of the scorer over each row of the pool, once")
+        return Requires(
+            signals=frozenset({"losses", "texts"}),
+            stages=("sft",),
+            needs_interval=True,
+            models={"scorer": scorer},
+            passes=passes,
+        )
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return ratios [N], NaN where there is none or where the response is too short."""
@@ -158,14 +161,3 @@ class Ifd(ScoringSelector):
             return 0
         places = np.unique(np.linspace(0, len(pool) - 1, min(len(pool), _ROWS_LOOKED_AT)).astype(np.int64))
         return common_ending(ctx.signals.tokens(pool[places], part="prompt"))
-
-
-class _ByScorer(Ifd):
-    """Answers are scored by another model."""
-
-    card = replace(
-        Ifd.card,
-        cost="2 F of the scorer over each row of the pool, once",
-        forward_per_pool_row=0.0,
-        forward_once_per_pool_row=2.0,
-    )

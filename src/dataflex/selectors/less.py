@@ -20,16 +20,15 @@ relevant rows than an interval serves. A run warns of rows that come back too of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
-from dataflex.method import Card, Context, Needs, Rows, State, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GradientScores
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["Less", "lr_weighted"]
 
@@ -49,8 +48,6 @@ class Less(ScoringSelector):
 
     name = "less"
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"gradients"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Keeps the rows whose optimizer step goes furthest along the gradient of the targets.",
         paper="LESS: Selecting Influential Data for Targeted Instruction Tuning, ICML 2024, arXiv 2402.04333",
@@ -58,30 +55,33 @@ class Less(ScoringSelector):
         note="Repeated decisions that serve the same few rows again and again decay: cosines of rows known by heart "
         "lose the target, and held-out loss rises. normalize: false (inner products) wears out least, then "
         "include_momentum: false; dynamic.max_repeats warns.",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
-        include_momentum: bool = param(True, "keep Adam's momentum term")
         normalize: bool = param(
             True, "compare directions (cosines, as published); false: inner products, which wear out less"
-        )
-        target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
-            "mean_of_cosines", "mean over a task as in the code or in the text"
         )
         checkpoints: int = param(1, "intervals whose scores are averaged, weighted by learning rate", minimum=1)
 
     params: Params
 
-    @property
-    def target_passes(self) -> tuple[float, float]:
-        """Unit gradients take a pass for the norms and one for the sum."""
-        times = 2.0 if self.params.normalize and self.params.target_gradient == "mean_of_cosines" else 1.0
-        return times, times
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        p = self.params
+        times = (
+            2.0 if p.normalize and p.target_gradient == "mean_of_cosines" else 1.0
+        )  # unit gradients take a pass for the norms and one for the sum
+        return Requires(
+            signals=frozenset({"gradients"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            preconditions={"precondition": p.precondition},
+            passes=Passes(pool=(1.0, 1.0), targets=(times, times)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -96,16 +96,12 @@ class Less(ScoringSelector):
             ConfigError: ``checkpoints`` above 1 with a pool that changes.
         """
         p = self.params
-        mean_of_cosines = p.target_gradient == "mean_of_cosines"
-        options = p.influence(
-            ctx.seed, include_momentum=p.include_momentum, normalize=p.normalize, mean_of_cosines=mean_of_cosines
-        )
         if p.checkpoints > 1 and len(self._pool) and not np.array_equal(self._pool, pool):
             raise ConfigError(
                 "dynamic.selector.checkpoints: scores of several intervals can only be averaged over the same rows; "
                 "set dynamic.signals.pool_fraction to 1, or checkpoints to 1"
             )
-        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **options), pool))
+        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **p.options(sketch_seed=ctx.seed)), pool))
         self._rates.append(float(ctx.learning_rate))
         self._scores, self._rates = self._scores[-p.checkpoints :], self._rates[-p.checkpoints :]
         self._pool = pool

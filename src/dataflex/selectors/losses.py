@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
@@ -56,13 +56,10 @@ class Tacs(ScoringSelector):
 
     name = "tacs"
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
         summary="Keeps the rows whose loss falls most when a small probe is trained on the target.",
         paper="Let the Target Select for Itself: Data Selection via Target-Aligned Paths, arXiv 2605.09404",
         cost="(1 + number of targets) F over the pool per interval, plus depth_steps (F + B) over each target",
-        forward_per_pool_row=2.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -79,14 +76,17 @@ class Tacs(ScoringSelector):
 
     params: Params
 
-    def pool_passes(self, num_targets: int) -> tuple[float, float]:
-        """One F as the model is, and one with the probe of each target."""
-        return 1.0 + num_targets, 0.0
-
-    @property
-    def target_passes(self) -> tuple[float, float]:
-        """The probe is trained on all rows of its target in every step."""
-        return float(self.params.depth_steps), float(self.params.depth_steps)
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        steps = float(self.params.depth_steps)
+        return Requires(
+            signals=frozenset({"losses"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            whole_parameters=True,
+            passes=Passes(pool=(1.0, 0.0), pool_by_target=(1.0, 0.0), targets=(steps, steps)),
+        )
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return relative gains by target [T, N].
@@ -158,13 +158,10 @@ class LossSelector(ScoringSelector):
 
     name = "loss"
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
         summary="Draws rows at random, preferring those whose current loss is high, medium or low.",
         paper="baseline (no paper)",
         cost="1 F over the pool per interval",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -189,6 +186,15 @@ class LossSelector(ScoringSelector):
                 raise ValueError(f"replacement: has no effect beside the rule {self.rule.name}; remove one of the two")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft", "dpo", "kto"),
+            needs_interval=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     @property
     def rule(self) -> Rule:
@@ -240,13 +246,10 @@ class DeltaLoss(ScoringSelector):
     name = "delta_loss"
     saved = ("decisions", "first")
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft", "dpo", "kto"))
     card = Card(
         summary="Draws rows at random, first preferring those whose loss fell most, later slower ones.",
         paper="baseline (no paper)",
         cost="1 F over the pool per interval",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -261,6 +264,15 @@ class DeltaLoss(ScoringSelector):
         relative: bool = param(False, "divide the fall by the first loss")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft", "dpo", "kto"),
+            needs_interval=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -348,23 +360,30 @@ class RhoLoss(ScoringSelector):
     name = "rho_loss"
     saved = ("known", "irreducible")
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"), zero3=False)
     card = Card(
         summary="Keeps the rows whose loss is farthest above that of a reference model.",
         paper="Prioritized Training on Points that are Learnable, ICML 2022, arXiv 2206.07137 (RHO-LOSS)",
         cost="1 F over the pool per interval, and 1 F of the reference model over each row once",
-        forward_per_pool_row=1.0,
-        forward_once_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
         """Parameters of RHO-LOSS."""
 
-        reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data", model=True)
+        reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            whole_parameters=True,
+            models={"reference": self.params.reference},
+            passes=Passes(pool=(1.0, 0.0), pool_once=1.0),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

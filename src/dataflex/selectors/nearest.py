@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ class RdsPlus(VectorSelector):
     """
 
     name = "rds_plus"
-    adaptive: ClassVar[bool] = True
     targets_take_turns = True
     decides = ("aggregate", "rule", "taken", "shuffle")
     card = Card(
@@ -42,8 +41,6 @@ class RdsPlus(VectorSelector):
         cost="1 F over the pool and the targets per interval, and a product of each row with each target row",
         note="A target row whose nearest row is taken takes the next one, as the text has it, so that target rows that "
         "are much alike get as many rows as others; in the authors' code it loses its turn (taken: lose_turn).",
-        forward_per_pool_row=1.0,
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,13 +90,10 @@ class Near(VectorSelector):
     """
 
     name = "near"
-    adaptive: ClassVar[bool] = True
     card = Card(
         summary="Keeps the nearest neighbours of the targets' rows by embeddings, rank by rank.",
         paper="baseline (no paper)",
         cost="1 F of the encoder over the pool and the targets, and a product of each row with each target row",
-        forward_per_pool_row=1.0,
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -123,14 +117,11 @@ class Embed(VectorSelector):
     """
 
     name = "embed"
-    adaptive: ClassVar[bool] = True
     targets_take_turns = True
     card = Card(
         summary="Keeps the rows whose sentence embeddings have the largest mean cosine with those of a target.",
         paper="Compute-Constrained Data Selection, ICLR 2025, arXiv 2410.16208",
         cost="1 F of the encoder over the pool and the targets",
-        forward_per_pool_row=1.0,
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)

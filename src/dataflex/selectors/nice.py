@@ -22,20 +22,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Needs, Rows, Selection, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import InfluenceParams
 from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
+from dataflex.signals.specs import InfluenceOptions
 
 __all__ = ["GradedResponses", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
 
@@ -193,18 +193,14 @@ class Nice(ScoringSelector):
 
     name = "nice"
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"generate", "gradients", "texts"}), targets=True, stages=("sft",))
     card = Card(
         summary="Keeps the rows whose optimizer step raises the reward of the model's responses to the targets.",
         paper="NICE, ICML 2025 (OpenReview 2wt8m5HUBs), after LESS, arXiv 2402.04333",
         cost="1 F + 1 B over the pool; 20 responses to each target prompt: generated, graded, and 1 F + 1 B each",
-        forward_per_pool_row=1.0,
-        backward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(InfluenceParams, ScoringParams):
+    class Params(InfluenceOptions, ScoringParams):
         """Parameters of NICE."""
 
         reward: str = param(
@@ -239,6 +235,17 @@ class Nice(ScoringSelector):
                 raise ValueError("samples: the baseline leave_one_out needs at least 2 responses to a prompt, found 1")
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"generate", "gradients", "texts"}),
+            targets=True,
+            stages=("sft",),
+            needs_interval=True,
+            preconditions={"precondition": self.params.precondition},
+            passes=Passes(pool=(1.0, 1.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -284,7 +291,7 @@ class Nice(ScoringSelector):
             )
         self._told = f"by influence on the reward (mean reward: {told})"
         self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
-        signal = ResponseGradientScores(responses=tasks, **self.params.influence(ctx.seed))
+        signal = ResponseGradientScores(responses=tasks, **self.params.options(sketch_seed=ctx.seed))
         return ctx.signals(signal, pool).T
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:

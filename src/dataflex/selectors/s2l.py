@@ -14,14 +14,13 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Method, Needs, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
@@ -52,13 +51,10 @@ class S2l(Selector):
 
     name = "s2l"
     saved = ("points",)
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), stages=("pt", "sft"))
     card = Card(
         summary="Draws evenly from clusters of rows whose losses fell alike, within each domain.",
         paper="SmallToLarge (S2L), NeurIPS 2024, arXiv 2403.07384",
         cost="1 F over the pool per interval, or 1 F of each proxy checkpoint once; k-means on the CPU",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ class S2l(Selector):
         """Parameters of S2L; ``clusters`` and ``iterations`` are the paper's."""
 
         proxies: tuple[str, ...] = param(
-            (), "checkpoint folders of a small model, in order; none: the model under training", model=True
+            (), "checkpoint folders of a small model, in order; none: the model under training"
         )
         clusters: int = param(100, "clusters in a domain at most", minimum=1)
         iterations: int = param(20, "rounds of k-means at most", minimum=1)
@@ -74,24 +70,24 @@ class S2l(Selector):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        proxies, passes = self.params.proxies, Passes(pool=(1.0, 0.0))
+        if proxies:  # they do not change: each scores a row once
+            told = f"{len(proxies)} F of the proxies over each row of the pool, once; k-means on the CPU"
+            passes = Passes(pool_once=float(len(proxies)), told=told)
+        return Requires(
+            signals=frozenset({"losses"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={f"proxies[{place}]": name for place, name in enumerate(proxies)},
+            passes=passes,
+        )
+
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_kmeans()
         self.points = np.zeros((0, 0), dtype=np.float32)
-
-    @classmethod
-    def variant(cls, params: Any) -> type[Method]:
-        """Proxies stay as they are: each scores a row once."""
-        if not params.proxies:
-            return cls
-        number = len(params.proxies)
-        card = replace(
-            cls.card,
-            cost=f"{number} F of the proxies over each row of the pool, once; k-means on the CPU",
-            forward_per_pool_row=0.0,
-            forward_once_per_pool_row=float(number),
-        )
-        return type(cls.__name__, (cls,), {"card": card, "__doc__": cls.__doc__})
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Draw up to ``budget`` rows.

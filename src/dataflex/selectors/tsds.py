@@ -22,12 +22,11 @@ filled up with the rows nearest to any target row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Needs, Rows, Selection, Selector
+from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
 from dataflex.rng import uniforms
 from dataflex.select import tsds
 from dataflex.select.neighbours import require_search
@@ -42,14 +41,10 @@ class Tsds(Selector):
     """Draw rows from the distribution nearest to the targets'."""
 
     name = "tsds"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"))
     card = Card(
         summary="Draws rows distributed like the targets' by optimal transport; near-duplicates share one place.",
         paper="TSDS: Data Selection for Task-Specific Model Finetuning, NeurIPS 2024, arXiv 2410.11303",
         cost="1 F of the encoder over the pool and the targets, and exact search of neighbours",
-        forward_per_pool_row=1.0,
-        forward_per_target_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -57,6 +52,17 @@ class Tsds(Selector):
         """Parameters of TSDS; the defaults are the paper's, but for ``replacement``."""
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -14,13 +14,13 @@ depends on the scale of the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import LogitFeatures
 
@@ -42,14 +42,10 @@ class Uds(ScoringSelector):
     name = "uds"
     saved = ("queue",)
     lacking = "no supervised token"
-    adaptive: ClassVar[bool] = True
-    within_batch: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"logits"}), stages=("pt", "sft"))
     card = Card(
         summary="Keeps, in every step, candidates whose logits span most and are unlike those of rows chosen lately.",
         paper="Utility-Diversity Aware Online Batch Selection, ICML 2026, arXiv 2510.16882",
         cost="1 F over the candidates and the eigenvalues of a positions x positions matrix each, per interval",
-        forward_per_pool_row=1.0,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -64,6 +60,16 @@ class Uds(ScoringSelector):
         sketch_columns: int = param(128, "vocabulary's side of a sketch", minimum=1)
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"logits"}),
+            stages=("pt", "sft"),
+            needs_interval=True,
+            within_batch=True,
+            passes=Passes(pool=(1.0, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Needs, Rows, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import PerturbedLoss
 
 __all__ = ["Zeroth", "central_difference"]
 
 logger = logging.getLogger(__name__)
-
-_FORWARD = 512.0  # of the default number of directions
 
 
 def central_difference(above: NDArray[np.floating], below: NDArray[np.floating], epsilon: float) -> NDArray[np.float64]:
@@ -47,13 +45,10 @@ class Zeroth(ScoringSelector):
 
     name = "zeroth"
     lacking = "no finite loss"
-    adaptive: ClassVar[bool] = True
-    needs = Needs(signals=frozenset({"losses"}), targets=True, stages=("pt", "sft"), zero3=False)
     card = Card(
         summary="Experimental and noisy: keeps rows by influence on the targets, estimated without backward passes.",
         paper="baseline (simultaneous perturbation of existing DataFlex; no paper)",
         cost="2 F over the pool and the targets per direction (256) and interval; prefer less, which is exact",
-        forward_per_pool_row=_FORWARD,
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,17 @@ class Zeroth(ScoringSelector):
         )
 
     params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"losses"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            whole_parameters=True,
+            passes=Passes(pool=(2.0 * self.params.directions, 0.0)),
+        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -75,7 +75,7 @@ class Signal:
 
     Attributes:
         name: Names it in progress lines, in the cache and in the store.
-        needs: The member of ``Needs.signals`` that a method states to ask it.
+        needs: The member of ``Requires.signals`` that a method states to ask it.
         forward: Forward passes for each row.
         backward: Backward passes for each row.
         whole_parameters: Whether parameters must not be partitioned over ranks (ZeRO-3, FSDP).

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
@@ -12,7 +12,9 @@ __all__ = [
     "EmbeddingSpec",
     "Generation",
     "GenerationSpec",
+    "GradientOptions",
     "GradientSpec",
+    "InfluenceOptions",
     "LogitSpec",
     "Part",
     "Pooling",
@@ -78,7 +80,60 @@ class LogitSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientSpec:
+class GradientOptions:
+    """Which gradients rows are compared by: the options that methods include among their parameters.
+
+    Attributes:
+        parameters: Regular expression searched for in parameter names; None: all trainable ones.
+        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
+        bf16: Run the passes in bfloat16 autocast.
+    """
+
+    parameters: str | None = field(
+        default=None,
+        metadata={"help": "regular expression of parameter names; null: all trainable ones", "pattern": True},
+    )
+    last_blocks: int | None = field(
+        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
+    )
+    bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Return fields of a gradient signal: what is said here by the names of ``GradientSpec``, and ``more``."""
+        known = {one.name for one in fields(GradientSpec)}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name in known} | more
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceOptions(GradientOptions):
+    """How rows' gradients are compared with those of targets, as in LESS.
+
+    Attributes:
+        precondition: As in ``GradientSpec``.
+        include_momentum: As in ``GradientSpec``.
+        target_gradient: Whether a score is the mean of the cosines with a target's rows, or the cosine with their
+            mean gradient.
+        sketch_size: As in ``GradientSpec``.
+    """
+
+    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
+        default="true_adam", metadata={"help": "what turns training gradients into directions"}
+    )
+    include_momentum: bool = field(default=True, metadata={"help": "keep Adam's momentum term"})
+    target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
+        default="mean_of_cosines",
+        metadata={"help": "every target row counts alike, or by the length of its gradient (in one pass less)"},
+    )
+    sketch_size: int | None = field(
+        default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
+    )
+
+    def options(self, **more: Any) -> dict[str, Any]:  # noqa: D102
+        return super().options(**{"mean_of_cosines": self.target_gradient == "mean_of_cosines", **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpec(GradientOptions):
     """Which gradients of rows are looked at, and how they are compared.
 
     Attributes:
@@ -89,11 +144,8 @@ class GradientSpec:
         normalize: Whether scores are cosines rather than inner products.
         mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
             or the cosine with its mean gradient (the paper's text).
-        parameters: Regular expression searched for in parameter names; None: all trainable ones.
-        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
         sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
         sketch_seed: Seed of the sketch.
-        bf16: Run the passes in bfloat16 autocast.
         forward_mode: Take ``GradientScores`` by forward-mode differentiation along the targets' mean gradients:
             plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
     """
@@ -102,11 +154,8 @@ class GradientSpec:
     include_momentum: bool = True
     normalize: bool = True
     mean_of_cosines: bool = True
-    parameters: str | None = None
-    last_blocks: int | None = None
     sketch_size: int | None = None
     sketch_seed: int = 0
-    bf16: bool = False
     forward_mode: bool = False
 
 

@@ -44,7 +44,7 @@ class Call:
     """One question that a method asked of the signals.
 
     Attributes:
-        signal: Which of ``Needs.signals`` it belongs to.
+        signal: Which of ``Requires.signals`` it belongs to.
         rows: The rows asked about.
         asked: The signal; None for tokens, texts and generations.
         options: Every other argument, the signal's fields among them.
@@ -122,7 +122,7 @@ class FakeSignals:
 
     @property
     def asked(self) -> frozenset[str]:
-        """The signals that were asked for, to be compared with ``Needs.signals``."""
+        """The signals that were asked for, to be compared with ``Requires.signals``."""
         return frozenset(call.signal for call in self.calls)
 
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:

@@ -24,6 +24,7 @@ from dataflex.method import (
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.signals.kinds import GradientProducts, GradientScores
+from dataflex.signals.specs import GradientOptions
 
 if TYPE_CHECKING:
     import torch
@@ -96,16 +97,9 @@ class Meta(Weighter):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(WeighterParams):
+    class Params(GradientOptions, WeighterParams):
         """Parameters of one-step reweighting."""
 
-        parameters: str | None = field(
-            default=None,
-            metadata={
-                "pattern": True,
-                "help": "regular expression of parameter names that gradients are taken of; null: all trainable",
-            },
-        )
         forward_mode: bool = param(
             True, "one pass in forward mode; false: gradients by row (F + B), partitioned parameters too"
         )
@@ -135,14 +129,8 @@ class Meta(Weighter):
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Work out the weights of the step's rows; several targets count alike."""
-        signal = GradientScores(
-            targets=ctx.targets,
-            precondition="none",
-            normalize=False,
-            parameters=self.params.parameters,
-            forward_mode=self.params.forward_mode,
-        )
-        products = ctx.signals(signal, rows).mean(axis=1)
+        options = self.params.options(precondition="none", normalize=False)
+        products = ctx.signals(GradientScores(targets=ctx.targets, **options), rows).mean(axis=1)
         self._step = StepWeights(rows, clipped_shares(products))
 
     def weigh(self, batch: BatchView) -> torch.Tensor:

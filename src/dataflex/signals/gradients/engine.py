@@ -208,14 +208,7 @@ class _Losses(nn.Module):
 
 
 class _Feeder:
-    """Brings per-sample gradients to the consumers: factored or formed, preconditioned, in blocks that fit.
-
-    Args:
-        shapes: Shape of every parameter.
-        consumers: Who is fed.
-        precondition: Turns gradients into directions, or None.
-        block_numbers: A block of formed gradients holds about so many numbers at most.
-    """
+    """Brings per-sample gradients to the consumers: factored or formed, preconditioned, in blocks that fit."""
 
     def __init__(
         self,

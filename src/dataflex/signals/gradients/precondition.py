@@ -118,21 +118,10 @@ def adam_direction(
     bias_correction: bool = True,
     include_momentum: bool = True,
 ) -> torch.Tensor:
-    """Return the direction of Adam's next step for each gradient.
+    """Return the direction of Adam's next step for each gradient, fp32 [b, n].
 
-    Args:
-        gradient: fp32 [b, n].
-        first: First moment m [n] after ``step`` steps.
-        second: Second moment v [n].
-        step: Optimizer steps so far.
-        betas: Adam's.
-        eps: Adam's.
-        eps_mode: Where eps stands.
-        bias_correction: As ``Precondition``.
-        include_momentum: As ``Precondition``.
-
-    Returns:
-        fp32 [b, n].
+    ``gradient`` is fp32 [b, n]; ``first`` and ``second`` are the moments m and v [n] after ``step`` optimizer steps;
+    the rest is as in ``Precondition``.
     """
     beta1, beta2 = betas
     correct1 = 1 - beta1 ** (step + 1) if bias_correction else 1.0
@@ -154,15 +143,7 @@ def adam_scaled(
 ) -> torch.Tensor:
     """Return gradients scaled as Adam's next step would, with its second moment as it is (OPUS, arXiv 2602.05400).
 
-    Args:
-        gradient: fp32 [b, n].
-        second: Second moment v [n].
-        step: Optimizer steps so far.
-        betas: Adam's.
-        eps: Adam's.
-
-    Returns:
-        fp32 [b, n], linear in the gradient.
+    Linear in the gradient; fp32 [b, n] both. ``second`` is the moment v [n] after ``step`` optimizer steps.
     """
     beta1, beta2 = betas
     factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,14 +82,6 @@ def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normaliz
     return builder.finish()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Responses whose gradients are added up: the task they belong to, and batches of them."""
-
-    task: int
-    batches: tuple[tuple[WeightedResponse, ...], ...]
-
-
 def responses_digest(responses: Sequence[WeightedResponse]) -> str:
     """Return a hash of everything that a task's responses say."""
     digest = hashlib.blake2b(digest_size=16)
@@ -116,32 +108,38 @@ def policy_vectors(
     Raises:
         DataError: A task without responses, or a response without tokens.
     """
-    groups = [group for task, responses in enumerate(tasks) for group in _groups(task, responses, access.token_budget)]
+    groups = [
+        (task, batches)
+        for task, responses in enumerate(tasks)
+        for batches in _batches_of_groups(task, responses, access.token_budget)
+    ]
     sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
     world, rank = comm.world(), comm.rank()
     with engine.observing(), progress("gradients of graded responses", len(groups)) as told:
         for first in range(0, len(groups), world):
             turn = groups[first : first + world]
             # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
-            mine = turn[rank] if rank < len(turn) else turn[-1]
+            task, batches = turn[rank] if rank < len(turn) else turn[-1]
             whole = TargetVectors.zeros(1, engine.shapes, engine.device)
             sink = WeightedSums(whole)
-            for number in range(max(len(group.batches) for group in turn)):
-                batch = mine.batches[min(number, len(mine.batches) - 1)]
-                counts = number < len(mine.batches) and rank < len(turn)
+            for number in range(max(len(others) for _, others in turn)):
+                batch = batches[min(number, len(batches) - 1)]
+                counts = number < len(batches) and rank < len(turn)
                 sink.weights = torch.tensor([[one.weight * len(one.response) * counts for one in batch]])
                 engine.run(_collated(batch, access), [sink])
             norm = float(whole.norms())
             scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
             for name, tensor in sums.tensors.items():
-                tensor[mine.task].add_(whole.tensors[name][0], alpha=scale)
+                tensor[task].add_(whole.tensors[name][0], alpha=scale)
             told(min(first + world, len(groups)))
     sums.add_up()
-    sizes = np.bincount([group.task for group in groups], minlength=len(tasks))
+    sizes = np.bincount([task for task, _ in groups], minlength=len(tasks))
     return sums.scale_(torch.from_numpy(1.0 / sizes))
 
 
-def _groups(task: int, responses: Sequence[WeightedResponse], token_budget: int) -> list[_Group]:
+def _batches_of_groups(
+    task: int, responses: Sequence[WeightedResponse], token_budget: int
+) -> Iterator[list[list[WeightedResponse]]]:
     by_group: dict[int, list[WeightedResponse]] = {}
     for one in responses:
         if not len(one.prompt) or not len(one.response):
@@ -149,12 +147,9 @@ def _groups(task: int, responses: Sequence[WeightedResponse], token_budget: int)
         by_group.setdefault(one.group, []).append(one)
     if not by_group:
         raise DataError(f"responses: task {task} has none")
-    found = []
     for members in by_group.values():
         lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
-        batches = tuple(tuple(members[i] for i in batch) for batch in bucketed(lengths, token_budget))
-        found.append(_Group(task=task, batches=batches))
-    return found
+        yield [[members[i] for i in batch] for batch in bucketed(lengths, token_budget)]
 
 
 def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
