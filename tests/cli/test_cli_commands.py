@@ -160,6 +160,7 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -26,6 +26,7 @@ def test_table_names_every_method_under_its_kind() -> None:
             position = text.index(f"\n  {name} ", position)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_page_tells_all(kind: str, name: str) -> None:
     cls = find(kind, name)
@@ -38,6 +39,7 @@ def test_page_tells_all(kind: str, name: str) -> None:
         assert f"\n    {key_of(field)} " in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_example_is_a_valid_block(kind: str, name: str) -> None:
     cls = find(kind, name)

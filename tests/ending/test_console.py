@@ -120,6 +120,7 @@ def test_nothing_is_told_of_a_pass_without_words_or_on_another_rank(shown, monke
     assert lines() == []
 
 
+@pytest.mark.slow
 def test_there_is_one_way_to_stderr():
     """No module but the console's makes handlers or bars, or writes to stderr."""
     found = []

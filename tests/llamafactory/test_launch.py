@@ -73,6 +73,7 @@ def test_when(monkeypatch):
     assert not wants_torchrun()
 
 
+@pytest.mark.slow
 def test_ray_workers_train_with_our_trainer(tiny_model, data_dir, tmp_path, monkeypatch):
     """What a Ray worker does, without a cluster: the driver's environment is all it gets."""
     from llamafactory.train import tuner

@@ -260,6 +260,7 @@ def test_the_model_under_training_makes_the_trajectories():
         selector.select(pool_of(3), 1, example_context({"all": 3}, signals=FakeSignals(np.ones(3)), targets=()))
 
 
+@pytest.mark.slow
 def test_long_runs_keep_a_trajectory_of_bounded_length():
     selector = S2l(S2l.Params(clusters=1))
     for step in range(70):

@@ -44,12 +44,14 @@ def fit(linear):
     )
 
 
+@pytest.mark.slow
 def test_unseen_mixtures_are_ordered(fit, linear):
     _, _, unseen = linear
     assert spearman(fit.predict(unseen)[:, 0], unseen @ BETA) > 0.95
     assert fit.quality["goal"].spearman > 0.95
 
 
+@pytest.mark.slow
 def test_the_proposal_puts_its_mass_on_the_best_domain(fit):
     shares, details = propose(fit, SIZES)
     np.testing.assert_array_equal(shares, propose(fit, SIZES, prior_power=1.0)[0])  # the authors': natural shares
@@ -62,6 +64,7 @@ def test_the_proposal_puts_its_mass_on_the_best_domain(fit):
     np.testing.assert_array_equal(shares, propose(fit, SIZES)[0])
 
 
+@pytest.mark.slow
 def test_the_proposal_keeps_to_caps(fit):
     caps = np.array([1.0, 1.0, 1.0, 0.4, 1.0])
     shares, _ = propose(fit, SIZES, caps_K=caps)

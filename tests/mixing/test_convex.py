@@ -35,6 +35,7 @@ def gradient(slopes, natural, kl, p):
     return losses @ slopes / len(slopes) + (kl * (np.log(p / natural) + 1) if kl else 0.0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),

@@ -134,6 +134,7 @@ def tables(num_runs, noise=0.0, seed=0):
     )
 
 
+@pytest.mark.slow
 def test_a_fit_tells_its_held_out_quality_and_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr("dataflex.mixing.fit.RESTARTS", 3)
     mixtures, losses = tables(14)
@@ -149,6 +150,7 @@ def test_a_fit_tells_its_held_out_quality_and_reads_back(tmp_path, monkeypatch):
     np.testing.assert_array_equal(back.predict(mixtures.values, ["b"])[:, 0], fit.predict(mixtures.values)[:, 1])
 
 
+@pytest.mark.slow
 def test_losses_of_pure_noise_are_not_said_to_be_predictable(monkeypatch):
     monkeypatch.setattr("dataflex.mixing.fit.RESTARTS", 3)
     mixtures, losses = tables(20)

@@ -221,6 +221,7 @@ def test_runs_are_run_once_and_a_failure_stops_until_the_next_time(base, project
 # ---------------------------------------------------------------- fit and propose
 
 
+@pytest.mark.slow
 def test_from_records_to_a_mixture_that_static_takes(base, project, capsys):
     run("swarm", base, "--runs", 9, "--out", "swarm", capsys=capsys)
     recorded(project / "swarm")
@@ -259,6 +260,7 @@ def unlawful(project):
     (project / "m.csv").write_text("\n".join(["run,goal,wild,flat", *lines]) + "\n")
 
 
+@pytest.mark.slow
 def test_a_task_whose_fit_says_nothing_is_told_and_left_out(project, capsys, monkeypatch):
     unlawful(project)
     original = fit_module.out_of_fold
@@ -294,6 +296,7 @@ def test_a_law_is_bounded_where_it_was_not_fitted():
     np.testing.assert_allclose(found, [1 + math.exp(30), 2.0])
 
 
+@pytest.mark.slow
 def test_a_proposal_of_one_domain_alone_is_warned_about(base, project, capsys):
     run("swarm", base, "--runs", 9, "--out", "swarm", capsys=capsys)
     recorded(project / "swarm")
@@ -303,6 +306,7 @@ def test_a_proposal_of_one_domain_alone_is_warned_about(base, project, capsys):
     assert "warning:" not in run("propose", "swarm", "--kl", 0, "--cap", "a=0.6", capsys=capsys)
 
 
+@pytest.mark.slow
 def test_caps_of_a_proposal(base, project, capsys):
     run("swarm", base, "--runs", 9, "--out", "swarm", capsys=capsys)
     recorded(project / "swarm")
@@ -326,6 +330,7 @@ def test_caps_of_a_proposal(base, project, capsys):
         assert message in run("propose", "swarm", *options, code=2, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_losses_of_ones_own_without_a_swarm(project, capsys):
     rng = np.random.default_rng(0)
     mixtures = rng.dirichlet(np.ones(2), size=9)
@@ -373,6 +378,7 @@ def test_bad_mixtures_are_told(project, capsys, text, told):
     assert told in run("fit", "own", "--metrics", "m.csv", code=2, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_unfinished_and_broken_runs(base, project, capsys):
     run("swarm", base, "--runs", 9, "--out", "swarm", capsys=capsys)
     told = run("fit", "swarm", code=2, capsys=capsys)

@@ -40,6 +40,7 @@ def mix(*arguments):
     return main(["mix", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_swarm_from_configuration_to_a_run_with_the_proposal(config, tmp_path, capsys):
     command = ("swarm", "small.yaml", "--runs", 3, "--out", "swarm", "--run")
     assert mix(*command) == 0

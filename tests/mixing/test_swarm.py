@@ -103,6 +103,7 @@ def test_settings_that_cannot_work(changes, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.slow
 def test_too_few_distinct_mixtures_are_told():
     with pytest.raises(ConfigError, match=r"only [0-9]+ of 500 distinct mixtures were found"):
         sample_swarm(np.array([1.0, 1.0]), SwarmSettings(runs=500, step=0.1))

@@ -180,6 +180,7 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_scores_are_told(tmp_path, capsys, seed):
     """50 files a seed: what they say of themselves changed, columns of other types, bytes flipped, cut."""

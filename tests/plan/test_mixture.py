@@ -383,6 +383,7 @@ def test_rows_beyond_32_bits():
     assert sorted(ShuffledEpochs(rows, "d", 0).take(0, 2).tolist()) == rows.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleave", ["shuffled", "even"])
 @pytest.mark.parametrize("unit", [1, 4])
 def test_a_log_of_thousands_of_segments_is_forgotten_but_not_its_stream(interleave, unit):

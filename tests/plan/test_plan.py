@@ -60,6 +60,7 @@ def stock_batches(num_rows, size, world, rank, drop_last):
     return [list(batch) for batch in BatchSamplerShard(sampler, world, rank, even_batches=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.integers(1, 70), st.integers(1, 4), st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.booleans())
 def test_an_epoch_in_file_order_is_that_of_accelerate(num_rows, size, world, num_micro, drop_last):

@@ -89,6 +89,7 @@ def mutate(rng, value):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_mutated_records_have_a_report_or_are_refused(tmp_path, records, monkeypatch, seed):
     """25 folders a seed; the first is drawn in full, of the others the figures are made but not rendered."""

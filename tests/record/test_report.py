@@ -25,6 +25,7 @@ def png_size(path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "extra"), [(SELECTION, {"scores.png"}), (MIXTURE, set()), (WEIGHTING, {"weights.png"})]
 )
@@ -46,6 +47,7 @@ def test_every_kind_of_run_gets_its_pictures(tmp_path, case, extra):
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_has_a_report(tmp_path):
     simulate(tmp_path / "dataflex", **MIXTURE, stop_step=130)
     with (tmp_path / "dataflex" / "events.jsonl").open("ab") as file:
@@ -57,6 +59,7 @@ def test_a_run_that_was_killed_has_a_report(tmp_path):
     assert len(load_plan(tmp_path, 0).rows) == 800
 
 
+@pytest.mark.slow
 def test_a_run_that_has_hardly_begun_gets_text_only_and_old_pictures_go(tmp_path):
     simulate(tmp_path / "dataflex", **SELECTION)
     report(tmp_path)
@@ -79,6 +82,7 @@ def test_losses_that_are_not_finite_leave_gaps_not_errors(tmp_path):
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.txt", "seconds.png"}
 
 
+@pytest.mark.slow
 def test_foreign_folders_and_unwritable_places_are_told(tmp_path):
     with pytest.raises(DataError, match=r"has no dataflex/events\.jsonl; is it the output_dir of a run"):
         report(tmp_path)
@@ -89,6 +93,7 @@ def test_foreign_folders_and_unwritable_places_are_told(tmp_path):
         report(tmp_path, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_drawing_opens_no_pyplot_and_reading_needs_neither_torch_nor_matplotlib(tmp_path):
     simulate(tmp_path / "dataflex", **SELECTION)
     code = (

@@ -21,6 +21,7 @@ def slow_top_k(scores, k):
     return sorted(eligible, key=lambda i: (-scores[i], i))[:k]
 
 
+@pytest.mark.slow
 @given(st.lists(SCORE, max_size=30), st.integers(0, 35), st.sampled_from([np.float32, np.float64]))
 def test_top_k_equals_sorting_a_list(scores, k, dtype):
     found = top_k(np.array(scores, dtype=dtype), k)
@@ -44,6 +45,7 @@ def test_top_k_of_many_with_many_ties():
     assert top_k(scores, 5000).tolist() == np.argsort(-scores, kind="stable")[:5000].tolist()
 
 
+@pytest.mark.slow
 def test_gumbel_inclusion_probabilities():
     # Two of three with p = (.5, .3, .2): closed form of sequential draws without replacement.
     p = np.array([0.5, 0.3, 0.2])
@@ -55,6 +57,7 @@ def test_gumbel_inclusion_probabilities():
     assert included / draws == pytest.approx([0.8393, 0.6750, 0.4857], abs=0.01)
 
 
+@pytest.mark.slow
 def test_gumbel_first_pick_follows_the_weights():
     p = np.array([0.5, 0.3, 0.2])
     noise = uniforms(1, "test", 0, np.arange(60_000)).reshape(-1, 3)

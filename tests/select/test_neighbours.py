@@ -60,6 +60,7 @@ def test_round_robin_toy_of_the_sheet():
     np.testing.assert_allclose(best_similarity(TOY, eye), [0.95, 0.8, 0.3])
 
 
+@pytest.mark.slow
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
 def test_blocks_give_what_the_whole_matrix_gives(problem):

@@ -52,6 +52,7 @@ def slow_token_budget(scores, lengths, tokens, k, skip):
     return chosen
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, 3.0, float("nan")]), st.integers(0, 9)), max_size=30),
     tokens=st.integers(0, 60),
@@ -78,6 +79,7 @@ def test_token_budget_goes_on_past_rows_that_do_not_fit():
 # ---------------------------------------------------------------- draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "expected"), [(2.0, [0.186, 0.307, 0.506]), (1.0, [0.090, 0.245, 0.665])])
 def test_qurating_probabilities(temperature, expected):
     """First draws from scores 0, 1, 2."""
@@ -88,6 +90,7 @@ def test_qurating_probabilities(temperature, expected):
     np.testing.assert_allclose(np.bincount(firsts, minlength=3) / 6000, expected, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Rule.of("gumbel_top_k"), Rule.of("multinomial")])
 def test_inclusion_probabilities_of_two_out_of_three(rule):
     p = np.array([0.5, 0.3, 0.2])

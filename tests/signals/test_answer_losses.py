@@ -144,6 +144,7 @@ def expected(model, rows, **options):
 # ---------------------------------------------------------------- tokens and texts
 
 
+@pytest.mark.slow
 def test_tokens_and_texts(service, tokenizer):
     rows = np.array([1, 3, 1, 2], dtype=np.int64)
     features = [service.access.train.dataset.rows[row] for row in rows]

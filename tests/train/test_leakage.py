@@ -21,6 +21,7 @@ def tokens(rows, name="input_ids"):
     return Dataset.from_dict({name: rows}, features=features)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(train=ROWS, targets=st.dictionaries(st.sampled_from("abc"), ROWS.filter(bool), min_size=1))
 def test_the_same_as_every_pair(train, targets):

@@ -64,6 +64,7 @@ def everything(model, optimizer, seed=0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "lora", "dora", "mixtral-grouped"])
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_state_is_untouched(name, with_gradients):

@@ -82,6 +82,7 @@ def test_planted_pool_is_recovered():
             assert recovered(rows @ Sketch(size=512).of(targets)[0], planted) >= 0.95, (name, preset, "sketched")
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_order_of_the_pool():
     model, optimizer = warmed_up("lora")
     engine = engine_of(model)
