@@ -55,6 +55,8 @@ Configuration
   dynamic:
     selector:
       name: loss
+      aggregate: max
+      rule: {name: gumbel_top_k, temperature: 1.0, standardize: false}
       focus: medium
       focus_weight: 5.0
       quantiles: [0.33, 0.66]

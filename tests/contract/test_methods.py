@@ -13,7 +13,7 @@ import torch
 
 from dataflex.config.methods import half_read, method_block
 from dataflex.errors import DataFlexError
-from dataflex.method import STAGES, DomainWeighter, Mixer, Selector, Weighter
+from dataflex.method import STAGES, DomainWeighter, Mixer, Requires, Selector, Weighter
 from dataflex.registry import KINDS, find, names
 from dataflex.testing import (
     FakeSignals,
@@ -126,7 +126,7 @@ COLUMNS = {"sample_weight": np.linspace(0.0, 2.0, NUM_ROWS)}
 
 def read(kind, name, params):
     problems = []
-    targets = {"targets": ["target"]} if half_read(find(kind, name), params).targets else {}
+    targets = {"targets": ["target"]} if (half_read(find(kind, name), params) or Requires()).targets else {}
     return method_block(kind, {"name": name, **targets, **params}, f"dynamic.{kind}", problems), problems
 
 

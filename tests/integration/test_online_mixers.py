@@ -20,12 +20,12 @@ def test_gate_loads_are_those_of_the_routers(tiny_moe):
     import torch
     from transformers import MixtralForCausalLM
 
-    from dataflex.signals.logits import GateLoads
+    from dataflex.signals.logits import GateReader
 
     model = MixtralForCausalLM.from_pretrained(tiny_moe).eval()
     ids = torch.tensor([[5, 6, 7, 8, 3, 3], [9, 10, 11, 12, 13, 14]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    gates = GateLoads(model)
+    gates = GateReader(model)
     loads = gates({"input_ids": ids, "attention_mask": mask, "labels": ids})
     assert loads.shape == (2, 2, 4) == (2, *gates.shape)
     assert loads.sum(dim=2).tolist() == [[8.0, 8.0], [12.0, 12.0]]  # two experts a token, padding left out

@@ -28,7 +28,6 @@ def stats(losses, reference=None, *, names=None, step=0):
         excess = [loss - ref for loss, ref in zip(of_domain, reference[k] if reference else of_domain, strict=True)]
         sums[:, k] = [
             sum(of_domain),
-            sum(loss * loss for loss in of_domain),
             sum(max(e, 0.0) for e in excess),
             sum(e > 0 for e in excess),
             len(of_domain),

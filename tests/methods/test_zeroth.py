@@ -127,7 +127,7 @@ def test_the_warning_is_honest_and_told_once(caplog):
     ]
     assert all("16 directions, standard error about 0.25" in reason for reason in reasons)
     assert "Experimental" in Zeroth.card.summary
-    assert Zeroth.card.forward_per_pool_row == 2 * Zeroth.Params().directions
+    assert Zeroth(Zeroth.Params()).requires().passes.over_pool(1)[0] == 2 * Zeroth.Params().directions
     assert Zeroth(Zeroth.Params()).requires().whole_parameters
 
 

@@ -29,7 +29,7 @@ def signals():
         begin=lambda step: None,
         end=lambda: None,
         seconds=0.0,
-        handle=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
+        access=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
         state_dict=dict,
         load_state_dict=lambda state: None,
     )

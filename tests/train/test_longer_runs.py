@@ -67,7 +67,7 @@ def built(total, recorder=None, world=1, **block):
             begin=lambda step: None,
             end=lambda: None,
             seconds=0.0,
-            handle=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
+            access=SimpleNamespace(model=torch.nn.Linear(1, 1), learning_rate=lambda: 0.1),
             state_dict=dict,
             load_state_dict=lambda state: None,
         ),

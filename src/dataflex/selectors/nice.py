@@ -20,15 +20,17 @@ uniformly for the interval, with a warning, unless ``without_signal: error``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, param
+from dataflex.method import Card, Context, Passes, Problem, Requires, Rows, RunFacts, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
 from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
 from dataflex.rng import uniforms
@@ -49,7 +51,7 @@ class GradedResponses:
     Attributes:
         prompts: Token ids of each prompt.
         responses: Token ids of the responses to each prompt.
-        rewards: float64 [responses] for each prompt, NaN where an response could not be graded.
+        rewards: float64 [responses] for each prompt, NaN where a response could not be graded.
     """
 
     prompts: tuple[Sequence[int], ...]
@@ -210,13 +212,13 @@ class Nice(ScoringSelector):
         judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
         reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
         on_reward_error: Literal["drop", "raise"] = param(
-            "drop", "leave an response out that cannot be graded, or end the run"
+            "drop", "leave a response out that cannot be graded, or end the run"
         )
         without_signal: Literal["random", "error"] = param(
             "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
         samples: int = param(20, "responses to each prompt", minimum=1)
-        max_new_tokens: int = param(300, "tokens of an response at most", minimum=1)
+        max_new_tokens: int = param(300, "tokens of a response at most", minimum=1)
         temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
         top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
         top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
@@ -225,7 +227,7 @@ class Nice(ScoringSelector):
             "leave_one_out", "subtracted from a reward: mean of the other responses, or nothing"
         )
         standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
-        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over an response's tokens")
+        token_reduction: Literal["sum", "mean"] = param("sum", "of log p over a response's tokens")
 
         def __post_init__(self) -> None:
             problem = reward_problem(self.reward, self.command, self.judge)
@@ -249,7 +251,19 @@ class Nice(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
+        if params.judge is None:
+            assert self._reward is not None  # a function or program that is not there is told when the run begins
+
+    @cached_property
+    def _reward(self) -> Reward:
+        p = self.params
+        return build_reward(p.reward, p.command, p.judge, p.reward_timeout_seconds)
+
+    def check(self, run: RunFacts) -> Iterator[Problem]:
+        """Yield a judge whose key is not in the environment."""
+        name = None if self.params.judge is None else self.params.judge.api_key_env
+        if name is not None and run.total_steps is not None and not os.environ.get(name, "").strip():
+            yield Problem("judge.api_key_env", f"the environment variable {name!r} is not set")
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """As any scoring selector; without any signal rows are drawn uniformly, without scores.
