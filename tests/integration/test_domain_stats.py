@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex import Card, Mix, Mixer, Requires
+from dataflex.method import DomainWeighter
 
 HERE = Path(__file__).parent
 
