@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,8 +172,7 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
         (["plan", "run.json", "dynamic.selector=lose"], 2),
     ],
 )
-def test_answers_within_two_seconds_and_without_torch(arguments: list[str], code: int, run_file: Path) -> None:
-    start = time.perf_counter()
+def test_answers_without_torch(arguments: list[str], code: int, run_file: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), *arguments],
         cwd=run_file.parent,
@@ -182,7 +180,6 @@ def test_answers_within_two_seconds_and_without_torch(arguments: list[str], code
         text=True,
         check=False,
     )
-    assert time.perf_counter() - start < 2.0
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
 
