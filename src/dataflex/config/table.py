@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dataflex.console import tell
+
 __all__ = ["FILE", "Key", "installed", "read_source", "table"]
 
 FILE = Path(__file__).with_name("table.json")
@@ -250,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--check"]:
         current = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
         if current != text:
-            sys.stderr.write(f"{FILE.name} is not of the installed version; run: python -m dataflex.config.table\n")
+            tell(f"{FILE.name} is not of the installed version; run: python -m dataflex.config.table")
         return int(current != text)
     FILE.write_text(text, encoding="utf-8")
     return 0
