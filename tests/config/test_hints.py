@@ -166,6 +166,8 @@ def test_keys_of_parts_of_factors_and_of_other_methods():
     assert told.endswith("(all selector takes no parameters); it is a key of selector/loss, mixer/aioli")
     (told,) = unknown(problems({"selector": "all", "cutoff_len": 8}))
     assert "dynamic.cutoff_len: unknown key; it is LLaMA-Factory's: write it at the top level" in told
+    (told,) = unknown(problems({"mixer": {"name": "staged", "stage": 1}}))
+    assert "unknown key; did you mean 'stages'?; it is LLaMA-Factory's: write it at the top level (" in told
 
 
 @pytest.mark.slow

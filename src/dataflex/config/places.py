@@ -54,7 +54,8 @@ def _placed(match: re.Match[str], line: str, places: Mapping[str, list[str]]) ->
     if key in places:
         return f"{match['path']}: unknown key; it belongs under {_told(places[key])}{match['rest']}"
     if key in table():
-        return f"{match['path']}: unknown key; it is LLaMA-Factory's: write it at the top level{match['rest']}"
+        hint = match["hint"] or ""
+        return f"{match['path']}: unknown key{hint}; it is LLaMA-Factory's: write it at the top level{match['rest']}"
     takers = [f"{kind}/{name}" for kind in KINDS for name in names(kind) if key in _keys_of_method(kind, name)]
     if not takers or match["hint"]:
         return line
