@@ -12,7 +12,8 @@ QUIET := LLAMAFACTORY_VERBOSITY=WARN TRANSFORMERS_VERBOSITY=error
 
 # Tests go by file to one process per core; each takes about 2 GB. WORKERS=0 runs them all in one.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4) if os.cpu_count() > 1 else 0)')
-PYTEST = $(TUNED) $(QUIET) $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+ALONE = $(TUNED) $(QUIET) $(RUN) -m pytest -q
+PYTEST = $(ALONE) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -44,8 +45,10 @@ types: $(VENV)/.installed-dev
 	$(RUN) -m mypy
 
 pytest: $(VENV)/.installed-dev
-	@echo "== pytest"
-	$(PYTEST)
+	@echo "== pytest: two ranks, one launch at a time"
+	$(ALONE) -m gloo
+	@echo "== pytest: one process"
+	$(PYTEST) -m "not gloo"
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 	$(RUN) -m ruff check --fix $(CODE)
