@@ -76,7 +76,8 @@ print('ready', flush=True)
 time.sleep(60)
 """
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 from dataflex.cli import guarded
 from dataflex.ending import run_child
 sys.exit(guarded(lambda: run_child([sys.executable, '-c', sys.argv[1]])))
@@ -95,7 +96,7 @@ def test_a_launcher_hands_signals_on_and_waits(tmp_path, number, code, told):
     process = start([sys.executable, "-c", PARENT, CHILD], log, environment())
     wait_for(lambda: "ready" in log.read_text(), process)
     process.send_signal(number)
-    assert process.wait(timeout=240) == code
+    assert process.wait(timeout=30) == code
     for words in told:
         assert words in log.read_text()
 
