@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.method import Context, Mix, Mixer, param
+from dataflex.method import Context, Mix, Mixer, Passes, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
 from dataflex.signals.kinds import TokenLoss
 
 __all__ = [
+    "HELD_OUT_LOSSES",
     "ExponentiatedMixer",
     "InitialParams",
     "LearningMixer",
@@ -26,6 +27,16 @@ __all__ = [
     "sizes",
     "smoothing_field",
 ]
+
+HELD_OUT_LOSSES = Requires(
+    signals=frozenset({"losses", "texts"}),
+    targets=True,
+    domains=2,
+    stages=("pt", "sft"),
+    needs_interval=True,
+    passes=Passes(targets=(1.0, 0.0)),
+)
+"""What a mixer requires that asks for the loss of one target for each domain (``held_out_losses``)."""
 
 
 def equal(num_domains: int) -> Floats:

@@ -7,7 +7,7 @@ one step it is the paper's; ``updates`` lets a decision count for as many of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,15 @@ class _GradientParams(GradientOptions, InitialParams):
 class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return Requires(
+            signals=frozenset({"gradients"}),
+            domains=2,
+            stages=("pt", "sft"),
+            needs_interval=True,
+        )
+
     def _gradients(self, ctx: Context) -> DomainGradients:
         options = self.params.options(precondition="none", include_momentum=False, normalize=False)
         signal = GradientProducts(targets=ctx.targets, **options)
@@ -138,15 +147,6 @@ class Doge(_GradientMixer):
         average: bool = param(True, "whether to serve the mean of all proportions so far instead of the last")
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-        )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -196,13 +196,7 @@ class Dga(_GradientMixer):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            targets=True,
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-        )
+        return replace(super().requires(), targets=True)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -248,15 +242,6 @@ class Pike(_GradientMixer):
         zeta2: float = param(0.2, "weight of the gradient variance", minimum=0.0)
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-        )
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         found, p = self._gradients(ctx), self.params

@@ -10,6 +10,7 @@ import numpy as np
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, param
 from dataflex.mixers._lib import (
+    HELD_OUT_LOSSES,
     ExponentiatedMixer,
     InitialParams,
     check_targets,
@@ -36,14 +37,7 @@ class _TargetLossParams(InitialParams):
 class _TargetLossMixer(ExponentiatedMixer):
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses", "texts"}),
-            targets=True,
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            passes=Passes(targets=(1.0, 0.0)),
-        )
+        return HELD_OUT_LOSSES
 
     def _losses(self, ctx: Context) -> tuple[Floats, Floats]:
         """Return the held-out losses and those that they should reach [K]."""

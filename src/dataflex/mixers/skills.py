@@ -6,7 +6,7 @@ that Skill-it's own matrix is its transpose in this respect, see ``SkillIt.Param
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Passes, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import LearningMixer, check_targets, eta_field, held_out_losses
+from dataflex.mixers._lib import HELD_OUT_LOSSES, LearningMixer, check_targets, eta_field, held_out_losses
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
@@ -54,14 +54,7 @@ class SkillIt(LearningMixer):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses", "texts"}),
-            targets=True,
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            passes=Passes(targets=(1.0, 0.0)),
-        )
+        return HELD_OUT_LOSSES
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -147,13 +140,7 @@ class Aioli(LearningMixer):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses", "texts"}),
-            targets=True,
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-        )
+        return replace(HELD_OUT_LOSSES, passes=Passes())
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -16,12 +16,22 @@ from dataflex.select.scoring import Found, Gives, ScoringSelector
 from dataflex.signals.kinds import Embedding, Pooling
 
 __all__ = [
+    "ROW_LOSSES",
     "EmbeddingParams",
     "PooledParams",
     "VectorSelector",
     "compared",
     "embeddings",
+    "embeddings_required",
 ]
+
+ROW_LOSSES = Requires(
+    signals=frozenset({"losses"}),
+    stages=("pt", "sft", "dpo", "kto"),
+    needs_interval=True,
+    passes=Passes(pool=(1.0, 0.0)),
+)
+"""What a selector requires that asks for one forward pass over the pool."""
 
 # ---------------------------------------------------------------- vectors
 
@@ -55,6 +65,18 @@ def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams)
     return ctx.signals(signal, rows, target=target)
 
 
+def embeddings_required(p: EmbeddingParams) -> Requires:
+    """Return what a comparison of rows' vectors with those of the targets requires."""
+    return Requires(
+        signals=frozenset({"embeddings"}),
+        targets=True,
+        stages=("pt", "sft"),
+        needs_interval=True,
+        models={"encoder": p.encoder},
+        passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+    )
+
+
 class VectorSelector(ScoringSelector):
     """Compares vectors of rows with those of the targets' rows."""
 
@@ -62,14 +84,7 @@ class VectorSelector(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"embeddings"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={"encoder": self.params.encoder},
-            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
-        )
+        return embeddings_required(self.params)
 
     @property
     def gives(self) -> Gives:

@@ -42,7 +42,7 @@ from dataflex.select.scoring import (
     default_of,
 )
 from dataflex.select.spread import near_duplicates
-from dataflex.selectors._lib import VectorSelector
+from dataflex.selectors._lib import ROW_LOSSES, VectorSelector
 from dataflex.selectors.less import Less
 from dataflex.signals import kinds
 from dataflex.signals.specs import GradientOptions
@@ -70,12 +70,7 @@ class TokenLoss(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft", "dpo", "kto"),
-            needs_interval=True,
-            passes=Passes(pool=(1.0, 0.0)),
-        )
+        return ROW_LOSSES
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import ROW_LOSSES
 from dataflex.signals.kinds import EL2N, GradientNorms
 from dataflex.signals.specs import GradientOptions
 
@@ -92,12 +93,7 @@ class El2n(_Extreme):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft", "dpo", "kto"),
-            needs_interval=True,
-            passes=Passes(pool=(1.0, 0.0)),
-        )
+        return ROW_LOSSES
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return EL2N [N]."""

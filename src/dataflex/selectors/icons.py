@@ -65,16 +65,13 @@ class Icons(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        times = (
-            2.0 if self.params.target_gradient == "mean_of_cosines" else 1.0
-        )  # unit gradients take a pass for the norms and one for the sum
         return Requires(
             signals=frozenset({"gradients"}),
             targets=True,
             stages=("pt", "sft"),
             needs_interval=True,
             preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0), targets=(times, times)),
+            passes=Passes(pool=(1.0, 1.0), targets=self.params.target_passes()),
         )
 
     @property

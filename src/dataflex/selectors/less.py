@@ -71,16 +71,13 @@ class Less(ScoringSelector):
     def requires(self) -> Requires:
         """State what the run must have."""
         p = self.params
-        times = (
-            2.0 if p.normalize and p.target_gradient == "mean_of_cosines" else 1.0
-        )  # unit gradients take a pass for the norms and one for the sum
         return Requires(
             signals=frozenset({"gradients"}),
             targets=True,
             stages=("pt", "sft"),
             needs_interval=True,
             preconditions={"precondition": p.precondition},
-            passes=Passes(pool=(1.0, 1.0), targets=(times, times)),
+            passes=Passes(pool=(1.0, 1.0), targets=p.target_passes(p.normalize)),
         )
 
     def __init__(self, params: Params) -> None:

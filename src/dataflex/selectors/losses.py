@@ -13,6 +13,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.selectors._lib import ROW_LOSSES
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 
 __all__ = [
@@ -189,12 +190,7 @@ class LossSelector(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft", "dpo", "kto"),
-            needs_interval=True,
-            passes=Passes(pool=(1.0, 0.0)),
-        )
+        return ROW_LOSSES
 
     @property
     def rule(self) -> Rule:
@@ -267,12 +263,7 @@ class DeltaLoss(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft", "dpo", "kto"),
-            needs_interval=True,
-            passes=Passes(pool=(1.0, 0.0)),
-        )
+        return ROW_LOSSES
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector
+from dataflex.method import Card, Context, Requires, Rows, Selection, Selector
 from dataflex.rng import uniforms
 from dataflex.select import tsds
 from dataflex.select.neighbours import require_search
 from dataflex.select.rules import KnnKde
 from dataflex.select.scoring import scattered
-from dataflex.selectors._lib import EmbeddingParams, compared, embeddings
+from dataflex.selectors._lib import EmbeddingParams, compared, embeddings, embeddings_required
 
 __all__ = ["Tsds"]
 
@@ -55,14 +55,7 @@ class Tsds(Selector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"embeddings"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={"encoder": self.params.encoder},
-            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
-        )
+        return embeddings_required(self.params)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)

@@ -128,6 +128,11 @@ class InfluenceOptions(GradientOptions):
         default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
     )
 
+    def target_passes(self, normalize: bool = True) -> tuple[float, float]:
+        """Return the passes (F, B) over a target: unit gradients take one for the norms and one for the sum."""
+        times = 2.0 if normalize and self.target_gradient == "mean_of_cosines" else 1.0
+        return times, times
+
     def options(self, **more: Any) -> dict[str, Any]:  # noqa: D102
         return super().options(**{"mean_of_cosines": self.target_gradient == "mean_of_cosines", **more})
 
