@@ -16,13 +16,14 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dataflex.contract import class_problems, is_ours, watched, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.method import Method
 
-__all__ = ["KINDS", "find", "load_plugin", "names", "registered", "same_names"]
+__all__ = ["KINDS", "find", "import_file", "load_plugin", "names", "registered", "same_names"]
 
 KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
@@ -162,6 +163,27 @@ def _loaded(kind: str, name: str, point: Any) -> Any:
         ) from error
 
 
+def import_file(file: Path, what: str) -> ModuleType:
+    """Run a user's Python file as a module whose name holds ``what``.
+
+    Raises:
+        ImportError: Nothing can be imported from a file of this name.
+        BaseException: What its code raises; nothing of the module stays then.
+    """
+    name = f"dataflex_{what}_{file.stem}_{abs(hash(str(file))) % 10**8}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 def load_plugin(path: str | Path) -> list[type[Method]]:
     """Import a user's Python file and register every method class defined in it.
 
@@ -174,23 +196,16 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
         return _plugin_files[file]
     if not file.is_file():
         raise ConfigError(f"dynamic.plugins: no such file: {path}")
-    module_name = f"dataflex_plugin_{file.stem}_{abs(hash(str(file))) % 10**8}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"dynamic.plugins: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        module = import_file(file, "plugin")
     except (Exception, SystemExit) as error:  # the user's own code: told as a configuration problem, with its cause
-        del sys.modules[module_name]
         raise ConfigError(
             f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}{_line_in(file, error)}"
         ) from error
     classes = [
         cls
         for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module_name
+        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__
     ]
     found = [cls for cls in dict.fromkeys(classes) if cls.name and not inspect.isabstract(cls)]
     if not found:

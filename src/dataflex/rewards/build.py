@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import queue
 import re
@@ -11,15 +10,17 @@ import shlex
 import shutil
 import string
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.registry import import_file
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.signals.endpoint import EndpointClient, EndpointConfig, EndpointError
 
@@ -57,6 +58,11 @@ def missing_source(path: str) -> str:
     return "" if found is not None else f"no module named {source!r}; a file is written as file.py:function"
 
 
+@cache
+def _from_file(file: Path) -> ModuleType:
+    return import_file(file, "reward")  # once: a configuration's methods are built more than once
+
+
 def load_function(path: str) -> Callable[..., Any]:
     """Import ``module:function`` or ``file.py:function``.
 
@@ -68,7 +74,8 @@ def load_function(path: str) -> Callable[..., Any]:
         raise ConfigError(f"dynamic.selector.reward: {problem}")
     source, _, name = path.rpartition(":")
     try:
-        module = _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        own_file = Path(source).expanduser().resolve() if source.endswith(".py") else None
+        module = importlib.import_module(source) if own_file is None else _from_file(own_file)
     except Exception as error:  # the user's own code: told as a configuration problem, with its cause
         raise ConfigError(
             f"dynamic.selector.reward: {source} cannot be imported: {type(error).__name__}: {error}"
@@ -78,24 +85,6 @@ def load_function(path: str) -> Callable[..., Any]:
         raise ConfigError(f"dynamic.selector.reward: {source} has no function {name!r}")
     loaded: Callable[..., Any] = function
     return loaded
-
-
-def _from_file(path: Path) -> Any:
-    file = path.expanduser().resolve()
-    name = f"dataflex_reward_{file.stem}_{abs(hash(str(file))) % 10**8}"
-    if name in sys.modules:  # a configuration's methods are built more than once
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,14 +361,16 @@ class Judge:
 
     Args:
         config: Where and how.
-
-    Raises:
-        ConfigError: The environment variable of the key is not set.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
-        self._client = EndpointClient(
+
+    @cached_property
+    def _client(self) -> EndpointClient:
+        """Opened by the first grade, so that a configuration can be read where the key is not at hand."""
+        config = self._config
+        return EndpointClient(
             config=EndpointConfig(
                 url=config.url,
                 model=config.model,
@@ -397,6 +388,9 @@ class Judge:
 
         All are asked at once. If a request fails for good, they are asked one by one, so that only those that
         fail have no grade; three failures in a row end that.
+
+        Raises:
+            ConfigError: The environment variable of the key is not set.
         """
         asked = [self._config.ask(one) for one in candidates]
         try:

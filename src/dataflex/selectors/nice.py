@@ -23,7 +23,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -251,13 +250,7 @@ class Nice(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        if params.judge is None:
-            assert self._reward is not None  # a function or program that is not there is told when the run begins
-
-    @cached_property
-    def _reward(self) -> Reward:
-        p = self.params
-        return build_reward(p.reward, p.command, p.judge, p.reward_timeout_seconds)
+        self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
         """Yield a judge whose key is not in the environment."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
+from dataflex.registry import import_file
 from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
@@ -115,16 +115,11 @@ def _module(where: str) -> Any:
         file = Path(where).expanduser()
         if not file.is_file():
             raise ValueError(f"no such file: {where}")
-        spec = importlib.util.spec_from_file_location(f"dataflex_tokens_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return import_file(file, "tokens")
     except ValueError:
         raise
     except Exception as error:  # the user's own code: told with its cause
         raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
 
 
 def inputs_of(function: Callable[..., Any]) -> frozenset[str]:
