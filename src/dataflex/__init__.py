@@ -1,6 +1,6 @@
 """DataFlex: data-centric dynamic training of large language models on top of LLaMA-Factory."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataflex.method import (
     BatchView,
@@ -19,8 +19,10 @@ from dataflex.method import (
     Weighter,
     WeighterParams,
 )
-from dataflex.select.scoring import ScoringParams, ScoringSelector
 from dataflex.version import __version__
+
+if TYPE_CHECKING:
+    from dataflex.select.scoring import ScoringParams, ScoringSelector
 
 __all__ = [
     "BatchView",
@@ -45,6 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("ScoringParams", "ScoringSelector"):  # the subset rules are imported with them
+        from dataflex.select import scoring
+
+        return getattr(scoring, name)
     if name == "Needs":
         raise ImportError("dataflex.Needs is now dataflex.Requires, which the method's requires(self) returns")
     raise AttributeError(f"module 'dataflex' has no attribute {name!r}")

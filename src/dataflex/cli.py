@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataflex.commands.mix import add_mix_steps
 from dataflex.console import tell
 from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 from dataflex.printable import shown
 from dataflex.storage import storage_problem
+from dataflex.version import version_lines
 
 __all__ = ["guarded", "main"]
 
@@ -105,7 +105,7 @@ def _tell(text: str) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser()
+    parser = _parser(steps_of_mix=arguments[:1] == ["mix"])
     if not arguments or arguments[0] == "help":
         _write(parser.format_help())
         return 0
@@ -198,12 +198,11 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _version(options: argparse.Namespace) -> str:
-    from dataflex.commands.methods import version
-
-    return version()
+    return version_lines()
 
 
-def _parser() -> _Parser:
+def _parser(steps_of_mix: bool = True) -> _Parser:
+    """Return the parser of all commands; the steps of ``mix`` are imported only where they are wanted."""
     parser = _Parser(
         prog="dataflex",
         description="Train with data that is decided during training, on top of LLaMA-Factory.",
@@ -235,7 +234,10 @@ def _parser() -> _Parser:
     _add_select(add("select", "Write the subset of a data set that scores ask for.", _select, _SELECT))
     mix = add("mix", "Find proportions of domains before the large run, step by step.", _mix)
     mix.set_defaults(handler=lambda _: mix.format_help())
-    add_mix_steps(mix, _mix)
+    if steps_of_mix:
+        from dataflex.commands.mix import add_mix_steps
+
+        add_mix_steps(mix, _mix)
     report = add("report", "Summarize a run and plot what happened in it.", _report)
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import textwrap
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from typing import Any
 
 from dataflex.config.collect import field_hints, key_of
@@ -17,9 +14,8 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import STAGES, Method, Requires
 from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
-from dataflex.version import __version__
 
-__all__ = ["example", "methods", "requirements", "version"]
+__all__ = ["example", "methods", "requirements"]
 
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "nice"): {"reward": "rougeL"},
@@ -176,17 +172,3 @@ def example(cls: type[Method]) -> dict[str, Any]:
     if requirements(cls).within_batch:
         head = {"interval_steps": 1, "candidate_batches": 2}
     return {"dynamic": {**head, cls.kind: block if len(block) > 1 else cls.name}}
-
-
-_PACKAGES = ("llamafactory", "transformers", "torch")
-
-
-def version() -> str:
-    """Return one ``name version`` line for dataflex, Python and the packages that it stands on."""
-    lines = [f"dataflex {__version__}", f"python {platform.python_version()}"]
-    for package in _PACKAGES:
-        try:
-            lines.append(f"{package} {installed(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package} is not installed")
-    return "\n".join(lines)

@@ -13,12 +13,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dataflex.config.convert import shown
+from dataflex.config.convert import is_number, shown
 from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
+from dataflex.version import version_of
 
 __all__ = ["LlamaFactoryArgs", "data_set_names", "env_enabled", "env_processes", "path_problem"]
 
@@ -372,7 +372,7 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
-        quoted = isinstance(value, str) and _is_number(value) and {"int", "float"} & set(types)
+        quoted = isinstance(value, str) and is_number(value) and {"int", "float"} & set(types)
         told = f"the text {shown(value)}; write it without quotes" if quoted else shown(value)
         return value, f"{key}: expected {' or '.join(_EXPECTED[name] for name in types)}, found {told}"
     if isinstance(value, str) and entry.choices is not None and value not in entry.choices:
@@ -400,14 +400,6 @@ def _number(key: str, value: float, types: tuple[str, ...]) -> tuple[Any, str]:
     return value, ""
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def path_problem(path: str) -> str:
     """Return why no file can have this path, or an empty text."""
     if "\0" in path:
@@ -422,12 +414,10 @@ def _device_is_possible() -> bool:
     """Whether this machine may have a device that computes in bf16; False only where it surely has none."""
     if sys.platform != "linux" or any(importlib.util.find_spec(name) for name in _OTHER_DEVICES):
         return True
-    try:
-        if version("torch").endswith("+cpu"):
-            return False
-    except PackageNotFoundError:
+    torch = version_of("torch")
+    if torch is None:
         return True
-    return any(glob.glob(pattern) for pattern in _DEVICES)
+    return not torch.endswith("+cpu") and any(glob.glob(pattern) for pattern in _DEVICES)
 
 
 def env_processes() -> tuple[int, list[str]]:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.parts import Part
 
-__all__ = ["BAD", "convert", "describe", "shown"]
+__all__ = ["BAD", "convert", "describe", "is_number", "shown"]
 
 BAD: Final = object()
 """What ``convert`` returns after it has noted a problem."""
@@ -150,7 +150,7 @@ def _same_shape(value: Any, hint: Any) -> bool:
 
 def _refuse(problems: list[str], path: str, hint: Any, value: Any) -> Any:
     expected = describe(hint)
-    if isinstance(value, str) and expected != "text" and _is_number(value):
+    if isinstance(value, str) and expected != "text" and is_number(value):
         problems.append(f"{path}: expected {expected}, found the text {shown(value)}; write it without quotes")
     elif expected == "text" and isinstance(value, int | float):
         problems.append(f"{path}: expected text, found {shown(value)}; write it in quotes")
@@ -159,7 +159,8 @@ def _refuse(problems: list[str], path: str, hint: Any, value: Any) -> Any:
     return BAD
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text could be read as a number."""
     try:
         float(text)
     except ValueError:

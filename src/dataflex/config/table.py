@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dataflex.console import tell
+from dataflex.version import version_of
 
 __all__ = ["FILE", "Key", "installed", "read_source", "table"]
 
@@ -64,13 +64,7 @@ class Key:
 
 def installed() -> dict[str, str]:
     """Return the versions that the keys depend on."""
-    found = {}
-    for package in ("llamafactory", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    return {package: version_of(package) or "missing" for package in ("llamafactory", "transformers")}
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.plan.domains import Floats
 from dataflex.printable import plain, redacted
 from dataflex.state import write_json
+from dataflex.version import version_of
 
 __all__ = [
     "COLLAPSED_ABOVE",
@@ -184,18 +184,11 @@ def provenance(
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("dataflex", "numpy", *packages)},
+        "versions": {name: version_of(name) for name in ("dataflex", "numpy", *packages)},
         "config_digest": config_digest,
         "inputs": {str(path): file_digest(path) if path.is_file() else None for path in inputs},
         "settings": dict(settings or {}),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 Written = tuple[float, ...] | dict[str, float]

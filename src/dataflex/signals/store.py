@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +31,7 @@ from numpy.typing import DTypeLike, NDArray
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
+from dataflex.version import version_of
 
 __all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
 
@@ -55,13 +55,7 @@ _PACKAGES = (
 @lru_cache(maxsize=1)
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that computed numbers depend on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {name: version_of(name) or "absent" for name in _PACKAGES}
 
 
 @dataclass(frozen=True, kw_only=True)
