@@ -116,12 +116,7 @@ def main() -> int:
         info = {"pool": {"file_name": "pool.jsonl", "columns": columns}}
         (folder / "dataset_info.json").write_text(json.dumps(info))
         settings = run_settings(
-            folder,
-            options.steps,
-            dataset="pool",
-            packing=False,
-            per_device_train_batch_size=4,
-            disable_shuffling=True,
+            folder, options.steps, dataset="pool", packing=False, per_device_train_batch_size=4, disable_shuffling=True
         )
         times: dict[str, list[float]] = {"stock": [], **{case: [] for case in CASES}}
         for _ in range(options.rounds):

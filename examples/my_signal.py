@@ -45,10 +45,7 @@ class SeldomGuessed(Selector):
     def requires(self) -> Requires:
         """State what the run must have: checked before a model is loaded."""
         return Requires(
-            signals=frozenset({"logits"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            passes=Passes(pool=(1.0, 0.0)),
+            signals=frozenset({"logits"}), stages=("pt", "sft"), needs_interval=True, passes=Passes(pool=(1.0, 0.0))
         )
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

@@ -23,21 +23,6 @@ import xxhash
 from dataflex.errors import CheckpointError
 from dataflex.state import fsync, replacing
 
-__all__ = [
-    "FOLDER",
-    "TRAINER_STATE",
-    "begin",
-    "begin_run",
-    "broken_reason",
-    "current_run",
-    "find_resumable",
-    "manifest_reason",
-    "new_run",
-    "run_of",
-    "seal",
-    "unmark",
-]
-
 FOLDER = "dataflex"
 """Ours, in a checkpoint and in the output folder."""
 TRAINER_STATE = "trainer_state.json"

@@ -21,8 +21,6 @@ from dataflex.printable import shown
 from dataflex.storage import storage_problem
 from dataflex.version import version_lines
 
-__all__ = ["guarded", "main"]
-
 _FAILED = 1
 _MISTAKE = 2
 _CODES = (0, _MISTAKE, TERMINATED)

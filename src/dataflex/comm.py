@@ -13,18 +13,6 @@ import torch.distributed as dist
 
 from dataflex.errors import AgreementError, ComponentError, DataFlexError
 
-__all__ = [
-    "agree",
-    "barrier",
-    "broadcast_object",
-    "gather_objects",
-    "gather_rows",
-    "gather_sum",
-    "on_one_rank",
-    "rank",
-    "world",
-]
-
 T = TypeVar("T")
 
 

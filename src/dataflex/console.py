@@ -15,8 +15,6 @@ from contextlib import contextmanager
 
 from dataflex.printable import LogFormatter, shown
 
-__all__ = ["progress", "show_log", "tell"]
-
 logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 30.0

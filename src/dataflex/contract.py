@@ -54,15 +54,7 @@ _FORMS = {
     "default_burn_in": "a whole number of steps",
     "burn_in": "a whole number of steps",
 }
-_WATCHED = (
-    *_FORMS,
-    "__init__",
-    "load_state_dict",
-    "observe",
-    "outcome",
-    "prepare",
-    "check",
-)
+_WATCHED = (*_FORMS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
 
 
 def is_ours(cls: type) -> bool:

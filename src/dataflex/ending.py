@@ -20,18 +20,6 @@ from contextlib import contextmanager
 from types import FrameType, FunctionType
 from typing import Any, NoReturn
 
-__all__ = [
-    "TERMINATED",
-    "TermVote",
-    "TermWish",
-    "Terminated",
-    "ends_on_term",
-    "heed_parent_only",
-    "leave",
-    "release_groups",
-    "run_child",
-]
-
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM ended."""
 

@@ -9,17 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "AgreementError",
-    "CheckpointError",
-    "ComponentError",
-    "ConfigError",
-    "DataError",
-    "DataFlexError",
-    "UnsupportedError",
-    "did_you_mean",
-]
-
 
 class DataFlexError(Exception):
     """Base of all errors that are told to the user as plain text."""

@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Self
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import Params
 
-__all__ = ["Part"]
-
 
 @dataclass(frozen=True)
 class Part:

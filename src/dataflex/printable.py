@@ -14,25 +14,6 @@ from typing import Any, TextIO
 
 from dataflex.errors import ConfigError
 
-__all__ = [
-    "HIDDEN",
-    "MOST_BYTES",
-    "PASSED_ON",
-    "LogFormatter",
-    "file_name_problem",
-    "is_secret",
-    "left_out_note",
-    "on_one_line",
-    "passing_on",
-    "plain",
-    "printable",
-    "redacted",
-    "redacted_text",
-    "secret_keys",
-    "shown",
-    "without_secrets",
-]
-
 # C0 and C1 controls and DEL, marks that turn the direction of what follows, line separators, lone surrogates.
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
 _UNSAFE = re.compile(f"[{_CONTROLS}\U000e0000-\U000e007f]")

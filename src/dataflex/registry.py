@@ -23,8 +23,6 @@ from dataflex.contract import class_problems, is_ours, watched, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.method import Method
 
-__all__ = ["KINDS", "find", "import_file", "load_plugin", "names", "registered", "same_names"]
-
 KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
 _BUILTIN: dict[str, dict[str, str]] = {

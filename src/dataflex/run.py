@@ -18,8 +18,6 @@ from dataflex.errors import CheckpointError
 from dataflex.record.clock import PhaseClock, launch_time
 from dataflex.storage import StorageError, storage_problem
 
-__all__ = ["train", "train_here"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sequences"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:

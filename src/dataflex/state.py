@@ -26,26 +26,6 @@ from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError, ComponentError, DataError, DataFlexError
 
-__all__ = [
-    "MANIFEST",
-    "State",
-    "aside",
-    "clear_left",
-    "fsync",
-    "is_left",
-    "is_unfinished",
-    "load_state",
-    "owner",
-    "refuse_state",
-    "replacing",
-    "restored",
-    "save_state",
-    "saved_form",
-    "verify_directory",
-    "write_directory",
-    "write_json",
-]
-
 State = dict[str, Any]
 """JSON values and numpy arrays only; saved without pickle."""
 

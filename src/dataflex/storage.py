@@ -15,8 +15,6 @@ from pathlib import Path
 
 from dataflex.errors import DataFlexError
 
-__all__ = ["StorageError", "storage_problem"]
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (*_FULL, errno.EROFS, errno.EFBIG, errno.EIO)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 
-__all__ = ["__version__", "version_lines", "version_of", "versions"]
-
 __version__ = "0.1.0"
 
 

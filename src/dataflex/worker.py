@@ -8,7 +8,5 @@ from dataflex.cli import guarded
 from dataflex.ending import leave
 from dataflex.run import train_here
 
-__all__: list[str] = []
-
 if __name__ == "__main__":
     leave(lambda: guarded(lambda: train_here(sys.argv[1:])))

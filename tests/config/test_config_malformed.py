@@ -301,10 +301,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dynamic.selector: tacs does not work with partitioned parameters (DeepSpeed ZeRO-3)"],
     ),
     "an optimizer without moments": (
-        {
-            "optim": "adafactor",
-            "dynamic": {"selector": {"name": "less", "targets": ["t"]}, "interval_steps": 5},
-        },
+        {"optim": "adafactor", "dynamic": {"selector": {"name": "less", "targets": ["t"]}, "interval_steps": 5}},
         ["dynamic.selector.precondition: true_adam needs Adam's moments for each element"],
     ),
     "streaming": (

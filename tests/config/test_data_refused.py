@@ -72,10 +72,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a comma too many": ({"dataset": "a,,b"}, "dataset: a name is empty in 'a,,b'"),
     "a comma at the end": ({"dataset": "a,b,"}, "dataset: a name is empty in 'a,b,'"),
     "names of evaluation sets": ({"eval_dataset": ",t"}, "eval_dataset: a name is empty in ',t'"),
-    "a number for a name": (
-        {"dataset": 2024},
-        "dataset: expected text or a list, found 2024",
-    ),
+    "a number for a name": ({"dataset": 2024}, "dataset: expected text or a list, found 2024"),
     "a list as text": ({"max_samples": "9,10"}, "max_samples: expected a whole number, found '9,10'"),
     "a number in quotes": (
         {"max_samples": "10"},

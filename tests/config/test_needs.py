@@ -82,10 +82,7 @@ def test_a_copy_of_several_sets_is_one_domain(block: Any, copy: str, config: Con
             "dynamic.selector.vectors.precondition",
         ),
         (
-            {
-                "selector": {"name": "bm25", "targets": ["t"]},
-                "signals": {"screen_by": "pilot", "screen_fraction": 0.5},
-            },
+            {"selector": {"name": "bm25", "targets": ["t"]}, "signals": {"screen_by": "pilot", "screen_fraction": 0.5}},
             "dynamic.signals.screen_by",
         ),
     ],

@@ -15,13 +15,7 @@ from dataflex.config.methods import half_read, method_block
 from dataflex.errors import DataFlexError
 from dataflex.method import STAGES, DomainWeighter, Mixer, Requires, Selector, Weighter
 from dataflex.registry import KINDS, find, names
-from dataflex.testing import (
-    FakeSignals,
-    example_batch,
-    example_context,
-    example_stats,
-    global_random_state_untouched,
-)
+from dataflex.testing import FakeSignals, example_batch, example_context, example_stats, global_random_state_untouched
 
 # The parameters that cannot be left out, for K domains. A new method gets one line here.
 MINIMAL = {

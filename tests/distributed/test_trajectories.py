@@ -12,14 +12,7 @@ from tests.golden import trajectories
 
 pytestmark = pytest.mark.gloo
 
-NAMES = (
-    "combined.yaml",
-    "mix_odm.yaml",
-    "select_less.yaml",
-    "select_loss.yaml",
-    "weight_loss.yaml",
-    "weight_slm.yaml",
-)
+NAMES = ("combined.yaml", "mix_odm.yaml", "select_less.yaml", "select_loss.yaml", "weight_loss.yaml", "weight_slm.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -215,8 +215,7 @@ def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "exit_code"),
-    [("sys.exit(2)", 2, 2), ("sys.exit(1)", 1, 1), ("os.kill(os.getpid(), 9)", -9, 137)],
+    ("end", "code", "exit_code"), [("sys.exit(2)", 2, 2), ("sys.exit(1)", 1, 1), ("os.kill(os.getpid(), 9)", -9, 137)]
 )
 def test_the_demo_ends_with_the_exit_code_of_a_run_that_fails(demo, monkeypatch, capsys, end, code, exit_code):
     script = f"import os, sys; print('first'); print(os.getcwd(), os.environ['HF_HUB_OFFLINE'], *sys.argv[1:]); {end}"

@@ -102,11 +102,7 @@ class Blind(Watcher):
     settings = {**tuning, "gradient_accumulation_steps": 2, "max_steps": 9}
     blocks = {"interval_steps": 3, "plugins": [str(plugin)]}
     blind = run("blind", **settings, dynamic={**blocks, "selector": "blind"})
-    watching = run(
-        "watching",
-        **settings,
-        dynamic={**blocks, "selector": {"name": "watcher", "targets": ["goal"]}},
-    )
+    watching = run("watching", **settings, dynamic={**blocks, "selector": {"name": "watcher", "targets": ["goal"]}})
     same(blind, watching)
 
 

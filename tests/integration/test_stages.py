@@ -208,11 +208,7 @@ def test_caps_stop_the_run(run):
         "out",
         dataset="alpha,gamma",
         max_steps=50,
-        dynamic={
-            "mixer": {"name": "static", "proportions": [0.5, 0.5]},
-            "max_epochs": 2.0,
-            "at_cap": "stop",
-        },
+        dynamic={"mixer": {"name": "static", "proportions": [0.5, 0.5]}, "max_epochs": 2.0, "at_cap": "stop"},
     )
     assert len(outcome.series()) == 6  # 3 rows of gamma, twice, one of them in each step of 2
 

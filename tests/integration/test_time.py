@@ -44,11 +44,7 @@ def settings(run, tiny_model):
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
-        "dynamic": {
-            "interval_steps": 2,
-            "selector": "loss",
-            "weighter": {"name": "slm", "reference": str(tiny_model)},
-        },
+        "dynamic": {"interval_steps": 2, "selector": "loss", "weighter": {"name": "slm", "reference": str(tiny_model)}},
     }
 
 

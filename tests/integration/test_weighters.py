@@ -42,12 +42,7 @@ NAMES = (
     "loss adapt adapt-words joint slm slm-live rho group balanced dro focal token entropy clip excess product meta "
     "presence"
 ).split()
-SETTINGS = {
-    "dataset": "alpha,beta",
-    "max_steps": 5,
-    "per_device_train_batch_size": 4,
-    "disable_shuffling": False,
-}
+SETTINGS = {"dataset": "alpha,beta", "max_steps": 5, "per_device_train_batch_size": 4, "disable_shuffling": False}
 
 
 @pytest.mark.parametrize("name", NAMES)

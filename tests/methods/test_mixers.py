@@ -68,8 +68,7 @@ def test_numbers_are_refused_before_any_data_is_read(value, message):
 
 def test_a_list_of_the_wrong_length_is_refused_with_the_domains():
     with pytest.raises(
-        ConfigError,
-        match=r"dynamic.mixer.proportions: 2 numbers for 3 domains; give one for each of web, code, math",
+        ConfigError, match=r"dynamic.mixer.proportions: 2 numbers for 3 domains; give one for each of web, code, math"
     ):
         mix(static((0.5, 0.5)))
 
@@ -183,14 +182,7 @@ def at(method, step, sizes=None, stop=None):
 def test_staged_keeps_each_stage_until_the_next():
     method = staged((0, (1, 0)), (10, (0.5, 0.5)), (30, {"a": 1, "b": 3}))
     got = {step: at(method, step).proportions.tolist() for step in (0, 9, 10, 29, 30, 1000)}
-    assert got == {
-        0: [1.0, 0.0],
-        9: [1.0, 0.0],
-        10: [0.5, 0.5],
-        29: [0.5, 0.5],
-        30: [0.25, 0.75],
-        1000: [0.25, 0.75],
-    }
+    assert got == {0: [1.0, 0.0], 9: [1.0, 0.0], 10: [0.5, 0.5], 29: [0.5, 0.5], 30: [0.25, 0.75], 1000: [0.25, 0.75]}
 
 
 def test_staged_linear_goes_straight_from_stage_to_stage():

@@ -13,13 +13,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.selectors.baselines import AllRows, RandomRows
 from dataflex.selectors.losses import LossSelector, Tacs, focused, log_weights, relative_gain
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
-from dataflex.testing import (
-    FakeSignals,
-    example_context,
-    oracle_bucket_weights,
-    oracle_relative_gain,
-    oracle_top_rows,
-)
+from dataflex.testing import FakeSignals, example_context, oracle_bucket_weights, oracle_relative_gain, oracle_top_rows
 
 FOCI = ("high", "medium", "low")
 

@@ -241,12 +241,7 @@ def test_damaged_scores_are_told(tmp_path, capsys, seed):
 def test_twenty_thousand_domains(tmp_path):
     scores(tmp_path)
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"id": at}) + "\n" for at in range(20_000)))
-    source = {
-        "name": "pool",
-        "rows_read": 20_000,
-        "entry": {},
-        "files": [vars(FileRecord.of(tmp_path / "pool.jsonl"))],
-    }
+    source = {"name": "pool", "rows_read": 20_000, "entry": {}, "files": [vars(FileRecord.of(tmp_path / "pool.jsonl"))]}
     every = np.arange(20_000)
     write_scores(
         tmp_path / "scores.parquet",

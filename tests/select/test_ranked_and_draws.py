@@ -164,10 +164,7 @@ def test_equal_scores_can_be_standardized():
 # ---------------------------------------------------------------- turns
 
 
-@given(
-    lists=st.lists(st.permutations(range(12)), min_size=1, max_size=4),
-    k=st.integers(0, 15),
-)
+@given(lists=st.lists(st.permutations(range(12)), min_size=1, max_size=4), k=st.integers(0, 15))
 @settings(max_examples=100, deadline=None)
 def test_taking_turns_is_round_robin_over_given_orders(lists, k):
     found = take_turns([np.array(one[: max(k, 1)]) for one in lists], k).tolist()

@@ -49,12 +49,7 @@ def run(directory, seconds_per_batch=0.0):
         return score(batch)
 
     sweep = Sweep(
-        dataset=Features(),
-        rows=ids,
-        lengths=LENGTHS[ids],
-        collate=collate,
-        token_budget=20,
-        device=torch.device("cpu"),
+        dataset=Features(), rows=ids, lengths=LENGTHS[ids], collate=collate, token_budget=20, device=torch.device("cpu")
     )
     work = ResumablePass(ArrayStore(directory), KEY, shape=(NUM_ROWS, WIDTH), dtype=np.float32)
     collector = Collector(sweep, (), work)

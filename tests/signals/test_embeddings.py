@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.embeddings import (
-    embed_batch,
-    embedding_size,
-    hidden_states,
-    pool,
-    pool_documents,
-)
+from dataflex.signals.embeddings import embed_batch, embedding_size, hidden_states, pool, pool_documents
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids
 from dataflex.signals.model_access import Corpus

@@ -107,10 +107,7 @@ def test_answers_are_kept_and_stored(asked, tmp_path, monkeypatch):
     service, _, _ = asked
 
     def ask(one):
-        return [
-            one(GradientSketches(dim=16), ROWS),
-            *products(one, ROWS, targets=("near",)),
-        ]
+        return [one(GradientSketches(dim=16), ROWS), *products(one, ROWS, targets=("near",))]
 
     def with_store():
         book = SignalCache(store=ArrayStore(tmp_path), model_identity=lambda: "model")

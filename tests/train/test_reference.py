@@ -208,9 +208,7 @@ def test_an_interrupted_pass_goes_on(folder, tmp_path, monkeypatch):
     done = sum(calls[:5])
     again = []
     monkeypatch.setattr(
-        module,
-        "_scored",
-        lambda sweep, turn, *rest: again.append(len(turn.positions)) or original(sweep, turn, *rest),
+        module, "_scored", lambda sweep, turn, *rest: again.append(len(turn.positions)) or original(sweep, turn, *rest)
     )
     resumed = begun(folder, rows, tmp_path / "a")
     assert sum(again) == 40 - done + 40  # what was left, and the comparison of all 40

@@ -212,8 +212,7 @@ def test_means_of_sequences_do_not_depend_on_how_tokens_are_counted(monkeypatch,
     def on_two(over_ranks):
         ranks, items = Ranks(monkeypatch, 2), [sum(counts)] * 2 if over_ranks else counts
         return over(
-            ranks,
-            lambda r: step_of(data, WEIGHTERS[name], sides[r], over_ranks=over_ranks, world=2, items=items[r]),
+            ranks, lambda r: step_of(data, WEIGHTERS[name], sides[r], over_ranks=over_ranks, world=2, items=items[r])
         )
 
     for ours, theirs in zip(on_two(True), on_two(False), strict=True):

@@ -76,15 +76,7 @@ def planned(folder):
 def test_two_ranks_serve_the_same_rows_and_make_the_same_losses(plain_loop, tiny_model, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(script),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     command += [str(ROOT / "examples" / "plain_loop.py"), str(tmp_path / "two"), json.dumps(BLOCKS), str(tiny_model)]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [json.loads(line[7:]) for line in told.stdout.splitlines() if line.startswith("LOSSES ")]

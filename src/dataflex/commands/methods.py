@@ -15,8 +15,6 @@ from dataflex.method import STAGES, Method, Requires
 from dataflex.record.text import columns, rows_of
 from dataflex.registry import KINDS, names
 
-__all__ = ["example", "methods", "requirements"]
-
 _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "nice"): {"reward": "rougeL"},
     ("selector", "delta_loss"): {"updates": 10},
@@ -31,10 +29,7 @@ _EXAMPLE_PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("weighter", "rho"): {"reference": "runs/reference"},
     ("weighter", "product"): {"of": ["column", {"name": "slm", "reference": "runs/reference"}]},
     ("mixer", "staged"): {
-        "stages": [
-            {"start_step": 0, "proportions": [0.9, 0.1]},
-            {"start_step": 500, "proportions": [0.5, 0.5]},
-        ]
+        "stages": [{"start_step": 0, "proportions": [0.9, 0.1]}, {"start_step": 500, "proportions": [0.5, 0.5]}]
     },
 }
 

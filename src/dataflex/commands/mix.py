@@ -38,8 +38,6 @@ from dataflex.record.text import columns
 if TYPE_CHECKING:
     from dataflex.mixing.swarm import Swarm
 
-__all__ = ["MIX_STEPS", "add_mix_steps", "mix"]
-
 
 def mix(options: argparse.Namespace) -> str | int:
     """Run one step and return what to print, or an exit code where runs have printed already.

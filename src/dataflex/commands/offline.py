@@ -19,8 +19,6 @@ from dataflex.offline.table import read_scores
 from dataflex.printable import redacted
 from dataflex.version import __version__
 
-__all__ = ["score", "select"]
-
 
 def score(
     data: str,

@@ -23,9 +23,6 @@ from dataflex.plan.schedule import pilot_rows, wanted_rows
 from dataflex.printable import redacted
 from dataflex.record.text import rows_of
 
-__all__ = ["Cost", "Lines", "cost_lines", "costs", "plan", "schedule_lines", "seconds_per_step"]
-
-
 Lines = list[tuple[str, str]]
 
 

@@ -20,8 +20,6 @@ from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
 from dataflex.version import version_of
 
-__all__ = ["LlamaFactoryArgs", "data_set_names", "env_enabled", "env_processes", "path_problem"]
-
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
     "bool": "true or false",

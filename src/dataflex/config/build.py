@@ -17,8 +17,6 @@ from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method
 from dataflex.registry import KINDS, load_plugin, same_names
 
-__all__ = ["block_keys", "build", "load_plugins", "parse_dynamic", "user_keys"]
-
 T = TypeVar("T")
 
 

@@ -26,16 +26,6 @@ from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
 
-__all__ = [
-    "found_problems",
-    "key_of_problem",
-    "model_problems",
-    "output_problems",
-    "setting_problems",
-    "stage_problems",
-    "told_once",
-]
-
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
     "auto_find_batch_size": "the plan is cut for one batch size, which this changes in the middle; set the batch size",

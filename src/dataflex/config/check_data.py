@@ -8,15 +8,7 @@ from pathlib import Path
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.convert import shown
-from dataflex.config.data import (
-    Source,
-    columns_of,
-    count_rows,
-    empty_names,
-    find_sources,
-    target_data_sets,
-    train_rows,
-)
+from dataflex.config.data import Source, columns_of, count_rows, empty_names, find_sources, target_data_sets, train_rows
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.needs import too_few_domains, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
@@ -25,16 +17,6 @@ from dataflex.method import Mixer, RunFacts
 from dataflex.plan.domains import Domains
 from dataflex.plan.proportions import floors_by_domain
 from dataflex.plan.schedule import Interval
-
-__all__ = [
-    "by_domain_problems",
-    "column_problems",
-    "data_set_problems",
-    "domain_problems",
-    "held_out_problems",
-    "target_problems",
-    "targets_in_training",
-]
 
 
 def held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:

@@ -14,8 +14,6 @@ from dataflex.contract import is_ours, whereabouts
 from dataflex.errors import ComponentError, ConfigError, did_you_mean
 from dataflex.parts import Part
 
-__all__ = ["UNKNOWN_KEY", "collect", "dotted", "field_hints", "key_of", "values"]
-
 T = TypeVar("T")
 
 UNKNOWN_KEY = re.compile(

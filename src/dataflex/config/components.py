@@ -22,8 +22,6 @@ from dataflex.config.methods import half_read, method_class
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = ["Component", "read_component"]
-
 _WITHOUT_EFFECT = ("cache_dir", "save_interval", "score_batch_size", "score_num_workers")
 
 # What existing DataFlex ships in the file that its examples name, for the components that we offer.
@@ -166,12 +164,7 @@ def _file(file: str, base_dir: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _renamed(
-    kind: str,
-    name: str,
-    given: dict[str, Any],
-    burn_in_steps: int,
-    where: str,
-    notes: list[str],
+    kind: str, name: str, given: dict[str, Any], burn_in_steps: int, where: str, notes: list[str]
 ) -> tuple[str, dict[str, Any], Any]:
     """Return our method's name, its parameters in our spelling, and the component's seed."""
     for key in _WITHOUT_EFFECT:
@@ -210,13 +203,7 @@ def _drawn(
 
 
 def _built(
-    kind: str,
-    name: str,
-    given: dict[str, Any],
-    seed: Any,
-    targets: tuple[str, ...],
-    where: str,
-    problems: list[str],
+    kind: str, name: str, given: dict[str, Any], seed: Any, targets: tuple[str, ...], where: str, problems: list[str]
 ) -> Component | None:
     before = len(problems)
     cls = method_class(kind, name, where, problems)

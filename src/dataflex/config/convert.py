@@ -17,8 +17,6 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.parts import Part
 
-__all__ = ["BAD", "convert", "describe", "is_number", "shown"]
-
 BAD: Final = object()
 """What ``convert`` returns after it has noted a problem."""
 

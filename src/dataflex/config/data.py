@@ -24,24 +24,6 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.convert import shown
 from dataflex.errors import did_you_mean
 
-__all__ = [
-    "ENDINGS",
-    "INFO_FILE",
-    "REMOTE_KEYS",
-    "Contents",
-    "Source",
-    "columns_of",
-    "contents_of",
-    "count_bytes",
-    "count_rows",
-    "empty_names",
-    "entry_problems",
-    "file_problems",
-    "find_sources",
-    "target_data_sets",
-    "train_rows",
-]
-
 _MOST_READ_BYTES = 32 << 20
 _MOST_COUNTED_BYTES = 256 << 20
 _SPACE = " \t\n\r"

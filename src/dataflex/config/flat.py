@@ -9,8 +9,6 @@ from typing import Any, Literal
 from dataflex.config.collect import collect
 from dataflex.errors import did_you_mean
 
-__all__ = ["FLAT_KEYS", "KIND_OF", "FlatKeys", "read_flat"]
-
 KIND_OF: dict[str, str] = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
 """Which kind of method a training type runs."""
 

@@ -26,8 +26,6 @@ from dataflex.plan.mixture import expected_epochs
 from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 
-__all__ = ["Batch", "Forecast", "Pool", "batch_of", "forecast", "schedule_of", "total_steps"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -58,9 +56,7 @@ def batch_of(lf: LlamaFactoryArgs) -> Batch:
     else:
         world = 1
     return Batch(
-        per_device=lf.per_device_train_batch_size,
-        accumulation=lf.gradient_accumulation_steps,
-        world=max(1, world),
+        per_device=lf.per_device_train_batch_size, accumulation=lf.gradient_accumulation_steps, world=max(1, world)
     )
 
 

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterator
 from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.registry import KINDS
 
-__all__ = ["idle_keys"]
-
 
 def idle_keys(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
     """Yield one line per key that was given and would change nothing.

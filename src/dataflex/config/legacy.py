@@ -28,8 +28,6 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError
 from dataflex.registry import find
 
-__all__ = ["translate"]
-
 _DEFAULT_EPOCHS = 3.0  # of the Hugging Face Trainer
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["mixer_params"]
-
 # What the components mean where they leave a parameter out.
 _DOREMI_DEFAULTS = {"reweight_eta": 1.0, "reweight_eps": 1e-3}
 _ODM_FLOOR = 0.03

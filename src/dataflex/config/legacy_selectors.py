@@ -14,8 +14,6 @@ from typing import Any
 
 from dataflex.config.convert import shown
 
-__all__ = ["Surroundings", "by_task", "selector_params"]
-
 _PRECONDITION = {"adam": "true_adam", "sgd": "none"}
 _PICK = {
     "random": ("random", "rand"),
@@ -35,11 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _RENAMED: dict[str, dict[str, str]] = {
     "less": {"gradient_type": "precondition"},
     "icons": {"gradient_type": "precondition"},
-    "nice": {
-        "gradient_type": "precondition",
-        "mc_samples": "samples",
-        "generation_temperature": "temperature",
-    },
+    "nice": {"gradient_type": "precondition", "mc_samples": "samples", "generation_temperature": "temperature"},
     "cluster_less": {
         "gradient_type": "precondition",
         "num_clusters": "clusters",

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["weighter_params"]
-
 _RENAMED: dict[str, dict[str, str]] = {
     "adapt": {"refresh_interval": "refresh_steps"},
     "joint_update_aware": {

@@ -23,8 +23,6 @@ from dataflex.registry import KINDS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["ENDINGS", "MOST_LEVELS", "load_mapping", "merged", "without_oddities"]
-
 MOST_LEVELS = 50
 _STILL_TO_GIVE = "'???' stands for a value that is still to be given"
 

@@ -15,8 +15,6 @@ from dataflex.method import Method, Requires, RunFacts
 from dataflex.parts import Part
 from dataflex.registry import find, names
 
-__all__ = ["half_read", "method_block", "method_class", "needs_target", "takes_targets", "target_list"]
-
 
 def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
     """Return what a block such as ``selector: {name: loss, focus: high}`` asks for, or None after noting why not."""

@@ -13,8 +13,6 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import did_you_mean
 from dataflex.method import Requires, RunFacts, Weighter
 
-__all__ = ["optimizer_without_moments", "too_few_domains", "unmet", "wants_moments"]
-
 _NO_MOMENTS: tuple[str, ...] = (
     "adafactor",
     "adagrad",

@@ -10,8 +10,6 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.check_data import targets_in_training
 from dataflex.config.schema import DynamicConfig
 
-__all__ = ["notes"]
-
 _OF_THE_LOADER: tuple[str, ...] = ("data_seed", "dataloader_persistent_workers")
 _OF_ACCELERATE: dict[str, Any] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 

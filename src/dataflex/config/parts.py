@@ -9,8 +9,6 @@ from dataflex.config.convert import describe, shown
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.parts import Part
 
-__all__ = ["read_part"]
-
 P = TypeVar("P", bound=Part)
 
 

@@ -17,8 +17,6 @@ from dataflex.errors import ConfigError
 from dataflex.parts import Part
 from dataflex.registry import KINDS, names
 
-__all__ = ["misplaced_keys", "with_places"]
-
 _MOST_NAMED = 4
 
 

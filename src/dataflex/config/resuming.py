@@ -15,8 +15,6 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.config.show import plain
 from dataflex.printable import redacted
 
-__all__ = ["METHODS", "ON_RESUME", "Change", "Kind", "settings_of"]
-
 Kind = Literal["refused", "told", "free", "rows", "batch"]
 
 

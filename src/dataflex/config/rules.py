@@ -12,8 +12,6 @@ from dataflex.method import DomainWeighter, Mixer, Selector
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
-__all__ = ["rule_problems"]
-
 
 def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Iterator[str]:
     """Yield one line per rule that the configuration breaks.

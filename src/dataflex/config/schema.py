@@ -13,8 +13,6 @@ from typing import Literal
 from dataflex.method import Method, Params, Requires, Selector
 from dataflex.registry import find
 
-__all__ = ["DynamicConfig", "MethodConfig", "SignalsConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
@@ -146,11 +144,7 @@ class DynamicConfig:
     )
     min_proportion: float | dict[str, float] | None = field(
         default=None,
-        metadata={
-            "help": "least proportion that the mixer may give any domain, or each",
-            "above": 0.0,
-            "maximum": 1.0,
-        },
+        metadata={"help": "least proportion that the mixer may give any domain, or each", "above": 0.0, "maximum": 1.0},
     )
     domain_column: str | None = field(
         default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}

@@ -13,8 +13,6 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.parts import Part
 from dataflex.registry import KINDS
 
-__all__ = ["as_mapping", "as_yaml", "plain"]
-
 _LINE = 100
 
 

@@ -19,8 +19,6 @@ from dataflex.config.schema import DynamicConfig
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import KINDS
 
-__all__ = ["Split", "resolve", "split"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Split:

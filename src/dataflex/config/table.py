@@ -22,8 +22,6 @@ from typing import Any
 from dataflex.console import tell
 from dataflex.version import version_of
 
-__all__ = ["FILE", "Key", "installed", "read_source", "table"]
-
 FILE = Path(__file__).with_name("table.json")
 
 _CLASSES = (
@@ -37,11 +35,7 @@ _CLASSES = (
 )
 """Files whose dataclasses LLaMA-Factory parses; a later one's fields replace an earlier one's."""
 
-_CHOICES = (
-    "transformers/trainer_utils.py",
-    "transformers/training_args.py",
-    "llamafactory/extras/constants.py",
-)
+_CHOICES = ("transformers/trainer_utils.py", "transformers/training_args.py", "llamafactory/extras/constants.py")
 _TYPES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "dict": "dict", "list": "list", "Path": "str"}
 
 

@@ -43,18 +43,6 @@ from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import row_pass
 from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, fingerprint, measure
 
-__all__ = [
-    "FILE_COLUMN",
-    "DataLoading",
-    "Origin",
-    "cluster_labels",
-    "file_numbers",
-    "kept_positions",
-    "path_labels",
-    "scoring_collator",
-    "watched_origins",
-]
-
 _CHUNK_ROWS = 20_000
 _ANSWERS: dict[str, Callable[[NDArray[np.int64]], NDArray[np.bool_]]] = {
     "sft": lambda answers: answers == 1,
@@ -394,12 +382,7 @@ class DataLoading:
         return module, sizes
 
     def _held_out(
-        self,
-        module: dict[str, Any],
-        sources: list[str] | None,
-        seen: list[Dataset],
-        data_args: Any,
-        training_args: Any,
+        self, module: dict[str, Any], sources: list[str] | None, seen: list[Dataset], data_args: Any, training_args: Any
     ) -> Any:
         """Return the evaluation rows as one data set per domain, in the order of first appearance.
 

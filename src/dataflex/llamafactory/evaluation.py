@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-__all__ = ["EvaluationMixin", "EvaluationSums", "HeldOut", "perplexity", "totals", "undivided"]
-
 _IGNORE = -100
 
 

@@ -22,8 +22,6 @@ from llamafactory.train import tuner
 from dataflex.ending import run_child
 from dataflex.record.clock import LAUNCHED
 
-__all__ = ["ENVIRONMENT_KEY", "RayWorker", "ray_workers", "torchrun_command", "wants_torchrun", "with_torchrun"]
-
 _WORKER_MODULE = "dataflex.worker"
 _SHUTDOWN_SECONDS = "600"
 

@@ -29,8 +29,6 @@ from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import find_sources, target_data_sets
 from dataflex.errors import ConfigError, DataError, DataFlexError
 
-__all__ = ["Loader", "RawRows", "column", "of_another_set", "raw_columns", "split_rows"]
-
 _HOW_ROWS_ARE_READ = frozenset(
     {
         "data_shared_file_system",

@@ -20,8 +20,6 @@ from dataflex.llamafactory.datasets import scoring_collator
 from dataflex.train.controller import BatchShape
 from dataflex.train.session import Loop, Setup
 
-__all__ = ["StopOnTerm", "loop_of"]
-
 
 def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
     """Return what a session has to know of a Trainer: its arguments, model, data and collator are read."""
@@ -54,11 +52,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         prefetch_factor=args.dataloader_prefetch_factor,
         sharding="fsdp" if trainer.is_fsdp_enabled else "none" if zero is None else "zero3" if zero == 3 else "zero",
         release=lambda: trainer.model_wrapped.empty_partition_cache() if zero == 3 else None,
-        parallel={
-            "tensor": trainer.get_tp_size(),
-            "context": trainer.get_cp_size(),
-            "sequence": trainer.get_sp_size(),
-        },
+        parallel={"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()},
         devices=args.n_gpu,
         writes=args.should_save,
         counts_over_ranks=args.average_tokens_across_devices,

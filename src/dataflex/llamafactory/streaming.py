@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.train.row_space import Measures
 
-__all__ = ["ServedRows", "joined", "tokenized_when_served"]
-
 _IGNORE = -100
 
 

@@ -22,8 +22,6 @@ from dataflex.llamafactory.trainer import TrainerMixin
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.train.session import Setup
 
-__all__ = ["TRAINERS", "least_gain", "run", "swapped"]
-
 TRAINERS: dict[str, tuple[str, str, str]] = {
     "pt": ("llamafactory.train.pt.workflow", "llamafactory.train.pt.workflow", "CustomTrainer"),
     "sft": ("llamafactory.train.sft.workflow", "llamafactory.train.sft.workflow", "CustomSeq2SeqTrainer"),

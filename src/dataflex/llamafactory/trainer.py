@@ -34,8 +34,6 @@ from dataflex.train.loader import ROWS, EpochShell
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session, Setup
 
-__all__ = ["TrainerMixin"]
-
 
 class TrainerMixin(EvaluationMixin):
     """Data decided during training, for any Hugging Face Trainer class that follows it in the MRO."""

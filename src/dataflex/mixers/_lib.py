@@ -15,19 +15,6 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
 from dataflex.signals.kinds import TokenLoss
 
-__all__ = [
-    "HELD_OUT_LOSSES",
-    "ExponentiatedMixer",
-    "InitialParams",
-    "LearningMixer",
-    "check_targets",
-    "equal",
-    "eta_field",
-    "held_out_losses",
-    "sizes",
-    "smoothing_field",
-]
-
 HELD_OUT_LOSSES = Requires(
     signals=frozenset({"losses", "texts"}),
     targets=True,

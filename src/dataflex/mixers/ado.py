@@ -20,8 +20,6 @@ from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats
 from dataflex.plan.proportions import normalized, shares
 
-__all__ = ["Ado", "PowerLaw", "fit_power_law", "preference"]
-
 Floats = NDArray[np.float64]
 
 _HUBER = 1e-3

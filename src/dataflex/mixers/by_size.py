@@ -14,8 +14,6 @@ from dataflex.mixers._lib import sizes
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import normalized, shares
 
-__all__ = ["Size", "Temperature", "UniMax", "allocate", "tempered"]
-
 
 def allocate(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
     """Return how much of ``budget`` each domain gets [K], at most ``max_epochs`` times its size.

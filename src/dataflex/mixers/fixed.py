@@ -15,8 +15,6 @@ from dataflex.mixers._lib import equal, sizes
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, normalized, read_proportions, shares
 
-__all__ = ["RandomShares", "Stage", "Staged", "Static", "Uniform", "blended"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:

@@ -20,8 +20,6 @@ from dataflex.plan.proportions import normalized, running_mean, shares, softmax
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.specs import GradientOptions
 
-__all__ = ["Dga", "Doge", "DomainGradients", "Pike", "doge_scores", "domain_gradients", "pike_scores"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DomainGradients:
@@ -95,12 +93,7 @@ class _GradientMixer(ExponentiatedMixer):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-        )
+        return Requires(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"), needs_interval=True)
 
     def _gradients(self, ctx: Context) -> DomainGradients:
         options = self.params.options(precondition="none", include_momentum=False, normalize=False)

@@ -22,8 +22,6 @@ from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import numbers_by_domain
 from dataflex.signals.kinds import GateLoads
 
-__all__ = ["DynamicMoe", "Sheared", "Velocity", "distances", "velocities"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _TargetLossParams(InitialParams):

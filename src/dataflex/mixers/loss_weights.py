@@ -32,8 +32,6 @@ from dataflex.plan.proportions import (
 from dataflex.signals.other_models import base_model
 from dataflex.state import State
 
-__all__ = ["DoReMi", "GroupDro", "Trajectory", "corrected", "vocabulary_size"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _SamplingParams(BaseParams):

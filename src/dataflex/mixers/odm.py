@@ -22,8 +22,6 @@ from dataflex.mixers._lib import LearningMixer, sizes
 from dataflex.plan.domains import DomainStats, Floats
 from dataflex.plan.proportions import normalized, shares
 
-__all__ = ["Odm", "exploration", "policy"]
-
 
 def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
     """Return epsilon at ``turn`` >= 1: min(1 / K, sqrt(ln K / (K turn))), at least ``floor``."""

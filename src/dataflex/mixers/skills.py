@@ -18,8 +18,6 @@ from dataflex.mixers._lib import HELD_OUT_LOSSES, LearningMixer, check_targets, 
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
 
-__all__ = ["Aioli", "SkillIt", "interactions", "near_one_hot"]
-
 
 class SkillIt(LearningMixer):
     """Serve the domains that help those whose held-out losses are high."""

@@ -41,8 +41,6 @@ from dataflex.printable import redacted, without_secrets
 from dataflex.record.text import table
 from dataflex.state import replacing, write_json
 
-__all__ = ["CHANGE", "DoremiPlan", "Round", "Settings", "Steps", "make_plan", "run_finished", "table_of"]
-
 CHANGE = 1e-3
 """Rounds end when no proportion is further than this from the one that the reference was trained on."""
 

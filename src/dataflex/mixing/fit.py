@@ -17,32 +17,6 @@ from dataflex.printable import plain, redacted
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
 
-__all__ = [
-    "FIT",
-    "LAWS",
-    "LEAST_TREE_RUNS",
-    "METHODS",
-    "RESTARTS",
-    "Fit",
-    "Law",
-    "Method",
-    "Quality",
-    "fit_law",
-    "fit_losses",
-    "fit_trees",
-    "folds_of",
-    "huber",
-    "lightgbm",
-    "load_trees",
-    "out_of_fold",
-    "predict",
-    "quality_notes",
-    "read_fit",
-    "spearman",
-    "warnings_of",
-    "write_fit",
-]
-
 Floats = NDArray[np.float64]
 Law = Literal["log_linear", "mixing_law"]
 

@@ -29,27 +29,6 @@ from dataflex.state import replacing
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "PURPOSES",
-    "Purpose",
-    "Weights",
-    "centred_kernel",
-    "check_matrix",
-    "leverage",
-    "leverage_weights",
-    "log_likelihoods",
-    "mean_states",
-    "objective",
-    "read_embeddings",
-    "read_matrix",
-    "read_texts",
-    "sample_texts",
-    "solve",
-    "split_rows",
-    "write_embeddings",
-    "write_matrix",
-]
-
 Floats = NDArray[np.float64]
 
 

@@ -19,18 +19,6 @@ from dataflex.mixing.fit import Fit
 from dataflex.mixing.swarm import dirichlet, prior_of
 from dataflex.rng import stream
 
-__all__ = [
-    "KL",
-    "Solution",
-    "caps_of_epochs",
-    "check_caps",
-    "kl_projection",
-    "linear_minimum",
-    "minimize",
-    "propose",
-    "search",
-]
-
 Floats = NDArray[np.float64]
 
 

@@ -18,8 +18,6 @@ from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, finished, read_swarm, sample_swarm, save_swarm
 from dataflex.plan.proportions import digest_of, provenance, read_proportions
 
-__all__ = ["Natural", "given_sizes", "natural_of", "numbers_by_name", "run_missing", "write_swarm"]
-
 Natural = tuple[tuple[str, ...], NDArray[np.float64], str]
 """Names of the domains [K], their sizes [K], and the unit of these."""
 

@@ -25,25 +25,6 @@ from dataflex.record.read import read_events
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
 
-__all__ = [
-    "RATIOS",
-    "SWARM",
-    "Swarm",
-    "SwarmSettings",
-    "Table",
-    "dirichlet",
-    "finished",
-    "join",
-    "losses_of_run",
-    "prior_of",
-    "read_swarm",
-    "read_table",
-    "sample_swarm",
-    "save_swarm",
-    "settings_of",
-    "write_table",
-]
-
 RATIOS = "ratios.csv"
 
 _LOSS = re.compile(r"eval_(.+)_loss")

@@ -17,8 +17,6 @@ from typing import Any
 
 from dataflex.errors import DataError, UnsupportedError
 
-__all__ = ["FileRecord", "SourceRows", "file_records"]
-
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

@@ -12,12 +12,7 @@ from typing import Any
 from dataflex.checkpoints import broken_reason
 from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
 from dataflex.config.build import load_plugins
-from dataflex.config.check import (
-    model_problems,
-    setting_problems,
-    stage_problems,
-    told_once,
-)
+from dataflex.config.check import model_problems, setting_problems, stage_problems, told_once
 from dataflex.config.check_data import column_problems, data_set_problems, target_problems
 from dataflex.config.collect import values
 from dataflex.config.data import Source
@@ -31,20 +26,6 @@ from dataflex.errors import ConfigError
 from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
-
-__all__ = [
-    "FIXED",
-    "OfflineConfig",
-    "ScoreRequest",
-    "adam_problems",
-    "checked",
-    "checkpoint_of",
-    "entries_of",
-    "names_of",
-    "out_problems",
-    "score_request",
-    "tidy",
-]
 
 _DROPPED = (
     "auto_find_batch_size",
@@ -314,11 +295,7 @@ def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tupl
 
 
 def _scorers(
-    asked: Sequence[str],
-    given: Mapping[str, Any],
-    config: OfflineConfig,
-    targets: str | None,
-    problems: list[str],
+    asked: Sequence[str], given: Mapping[str, Any], config: OfflineConfig, targets: str | None, problems: list[str]
 ) -> tuple[MethodConfig, ...]:
     """Return the methods: parameters of the configuration's own selector of that name, then those given."""
     if not asked:

@@ -44,8 +44,6 @@ from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
 from dataflex.version import versions
 
-__all__ = ["Column", "ask", "run_score"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -286,11 +284,7 @@ def run_score(request: ScoreRequest) -> str:
 
 
 def _table(
-    request: ScoreRequest,
-    space: RowSpace,
-    origins: list[Origin],
-    records: list[Any],
-    scored: _Scored,
+    request: ScoreRequest, space: RowSpace, origins: list[Origin], records: list[Any], scored: _Scored
 ) -> ScoreTable:
     names = [source.name for source in request.sources]
     sizes = [space.sources[name] for name in names]

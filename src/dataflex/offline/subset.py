@@ -25,8 +25,6 @@ from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, replacing
 
-__all__ = ["Budget", "Place", "Written", "chosen_rows", "rule_of", "score_column", "write_subset"]
-
 _PROVENANCE = "provenance.json"
 
 

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.state import replacing
 
-__all__ = ["FIXED_COLUMNS", "ScoreTable", "is_scores", "provenance_problem", "read_scores", "write_scores"]
-
 _DEPTH = 32
 
 

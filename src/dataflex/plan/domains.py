@@ -17,8 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ComponentError, DataError
 
-__all__ = ["SUMS", "DomainStats", "Domains", "Floats", "Rows", "Unit", "check_proportions", "unusable_labels"]
-
 Unit = Literal["sequences", "tokens", "documents"]
 
 Rows = NDArray[np.int64]
@@ -198,14 +196,7 @@ class Domains:
         return np.bincount(self.domain_of[rows[rows >= 0]], minlength=len(self.names)).astype(np.int64)
 
 
-SUMS: tuple[str, ...] = (
-    "loss_sum",
-    "excess_sum",
-    "excess_tokens",
-    "tokens",
-    "sequences",
-    "micro_batches",
-)
+SUMS: tuple[str, ...] = ("loss_sum", "excess_sum", "excess_tokens", "tokens", "sequences", "micro_batches")
 """The fields that are added up over ranks and micro-batches, in the order of ``DomainStats.of``."""
 
 

@@ -20,21 +20,6 @@ from dataflex.plan.planner import ShuffledEpochs, serve
 from dataflex.rng import keys
 from dataflex.state import State
 
-__all__ = [
-    "AtCap",
-    "Interleave",
-    "MixtureSampler",
-    "Segment",
-    "block_counts",
-    "block_labels",
-    "cap_limits",
-    "evenly",
-    "expected_epochs",
-    "log_from_state",
-    "log_state",
-    "without",
-]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:

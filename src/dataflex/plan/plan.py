@@ -20,8 +20,6 @@ from dataflex.errors import CheckpointError, ConfigError
 from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 
-__all__ = ["DataPlan"]
-
 _FORMAT = 1
 
 

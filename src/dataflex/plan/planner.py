@@ -18,8 +18,6 @@ from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import permutations, stream
 
-__all__ = ["EpochLayout", "ShuffledEpochs", "epoch_fill", "epoch_stream", "serve", "spread", "warmup_rows"]
-
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -25,31 +25,6 @@ from dataflex.printable import plain, redacted
 from dataflex.state import write_json
 from dataflex.version import version_of
 
-__all__ = [
-    "COLLAPSED_ABOVE",
-    "Floors",
-    "ProportionsFile",
-    "Written",
-    "apply_min_proportion",
-    "by_domain",
-    "check_numbers",
-    "collapsed",
-    "digest_of",
-    "exponentiated",
-    "file_digest",
-    "floors_by_domain",
-    "logs",
-    "normalized",
-    "numbers_by_domain",
-    "provenance",
-    "read_proportions",
-    "refuse_strangers",
-    "running_mean",
-    "shares",
-    "softmax",
-    "write_proportions",
-]
-
 FORMAT = 1
 _SUM_TOLERANCE = 1e-6
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 from dataflex.errors import ConfigError
 
-__all__ = ["Interval", "Schedule", "pilot_rows", "pool_sizes", "wanted_rows"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:

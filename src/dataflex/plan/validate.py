@@ -18,17 +18,6 @@ from dataflex.rng import stream
 from dataflex.select.choose import largest_remainder
 from dataflex.state import refuse_state
 
-__all__ = [
-    "caps",
-    "check_loss_weights",
-    "check_mix",
-    "check_selection",
-    "check_state",
-    "check_static_weights",
-    "check_weights",
-    "quota_rows",
-]
-
 
 def caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
     """Turn ``dynamic.max_epochs`` into epochs by domain [K]; domains that are not named have no cap.

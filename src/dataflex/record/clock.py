@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["LAUNCHED", "OTHER", "PHASES", "PhaseClock", "launch_time"]
-
 OTHER = "other"
 
 PHASES = {

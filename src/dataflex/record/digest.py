@@ -13,8 +13,6 @@ from typing import Any
 
 from dataflex.errors import DataError
 
-__all__ = ["Curve", "Event", "Run", "digest", "domain_groups", "domain_shares", "higher_is_better", "running_mean"]
-
 Event = dict[str, Any]
 Curve = list[tuple[int, float]]
 """(optimizer steps done, value), in order."""

@@ -23,26 +23,6 @@ from dataflex.plan.domains import Rows
 from dataflex.plan.proportions import read_proportions
 from dataflex.printable import file_name_problem, on_one_line
 
-__all__ = [
-    "ENDING",
-    "EVENTS",
-    "WEIGHTS",
-    "StoredPlan",
-    "load_plan",
-    "parse_events",
-    "plan_name",
-    "read_ending",
-    "read_events",
-    "read_record",
-    "read_weights",
-    "record_dir",
-    "recorded_run",
-    "sound",
-    "sound_numbers",
-    "sound_weights",
-    "thinned",
-]
-
 _MOST = 1e15
 _LARGEST = 3.5e38
 _LAST_SECOND = 253_402_300_799  # the year 9999

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
     from dataflex.plan.schedule import Interval
 
-__all__ = ["NullRecorder", "RunRecorder", "scores_of", "summarize_scores"]
-
 _QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 

@@ -28,24 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "DARK",
-    "GREY",
-    "PLOTS",
-    "corners",
-    "draw",
-    "headline",
-    "legend",
-    "new_figure",
-    "percent_axis",
-    "png",
-    "report",
-    "short_name",
-    "step_axis",
-    "styled",
-]
-
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 GREY, DARK = "#BBBBBB", "#333333"
 _MARKS = 100

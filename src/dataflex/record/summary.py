@@ -13,8 +13,6 @@ from typing import Any
 from dataflex.record.digest import Curve, Event, Run, higher_is_better
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
 
-__all__ = ["methods", "mixer_of", "summary"]
-
 _METHODS = ("selector", "mixer", "orderer", "weighter")
 _SETTINGS = (
     "model_name_or_path",

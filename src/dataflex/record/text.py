@@ -10,8 +10,6 @@ from typing import Any
 
 from dataflex.printable import printable
 
-__all__ = ["WIDTH", "columns", "cut", "duration", "labelled", "number", "percent", "rows_of", "short", "table", "width"]
-
 WIDTH = 100
 """Columns of a report's text."""
 _MOST_READ = 4096  # characters that are looked at of a text to be cut

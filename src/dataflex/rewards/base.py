@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataFlexError
 
-__all__ = ["Candidate", "Grades", "Reward", "RewardError", "graded"]
-
 _SHOWN = 3
 
 

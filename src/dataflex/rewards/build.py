@@ -24,23 +24,6 @@ from dataflex.registry import import_file
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.signals.endpoint import EndpointClient, EndpointConfig, EndpointError
 
-__all__ = [
-    "METRICS",
-    "CommandReward",
-    "FunctionReward",
-    "Judge",
-    "JudgeConfig",
-    "Metric",
-    "build_reward",
-    "exact_match",
-    "f1",
-    "load_function",
-    "metric",
-    "missing_source",
-    "normalized",
-    "reward_problem",
-]
-
 _MOST_ABANDONED = 8
 
 

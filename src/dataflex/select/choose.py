@@ -18,27 +18,6 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.plan.domains import Rows
 from dataflex.rng import uniforms
 
-__all__ = [
-    "Candidates",
-    "Quota",
-    "Uniforms",
-    "by_quota",
-    "gumbel",
-    "gumbel_top_k",
-    "largest_remainder",
-    "log_weights",
-    "multinomial",
-    "quotas",
-    "ranking",
-    "round_robin",
-    "take_turns",
-    "token_budget",
-    "top_k",
-    "water_filling",
-    "weighted_with_replacement",
-    "weighted_without_replacement",
-]
-
 _WINDOW = 256  # candidates of a query turned into Python numbers at a time
 
 

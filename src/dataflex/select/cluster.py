@@ -17,17 +17,6 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.rng import keys
 
-__all__ = [
-    "Cells",
-    "cells_of",
-    "kmeans",
-    "kmeans_labels",
-    "members",
-    "nearest_centres",
-    "require_kmeans",
-    "spherical_kmeans",
-]
-
 _CELLS = 1 << 24  # similarities of rows and centres held at a time: 64 MiB of float32
 _BLOCK = 1 << 24  # products held at a time: 64 MiB of float32
 _SAMPLE = 32  # rows per centre that improve the centres

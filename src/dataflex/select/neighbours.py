@@ -16,20 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.errors import UnsupportedError
 from dataflex.select.choose import top_k
 
-__all__ = [
-    "Search",
-    "best_similarity",
-    "distances_to",
-    "nearest",
-    "nearest_euclidean",
-    "nearest_lists",
-    "nearest_rows",
-    "require_search",
-    "round_robin_nearest",
-    "similar_rows",
-    "walk_by_rank",
-]
-
 _CELLS = 1 << 25  # similarities held at a time: 128 MiB of float32
 _SHORTEST = 64  # length that lists of nearest rows start with at least
 _WINDOW = 256  # rows of a list looked at together

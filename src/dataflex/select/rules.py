@@ -27,25 +27,6 @@ from dataflex.select.choose import (
 from dataflex.select.cluster import kmeans_labels, require_kmeans
 from dataflex.select.neighbours import Search, require_search, round_robin_nearest, walk_by_rank
 
-__all__ = [
-    "RULES",
-    "ClusterQuota",
-    "Deita",
-    "FacilityLocation",
-    "GumbelTopK",
-    "KCenter",
-    "KnnKde",
-    "KnnUniform",
-    "Multinomial",
-    "RoundRobin",
-    "Rule",
-    "RuleSpec",
-    "TokenBudget",
-    "TopK",
-    "WaterFilling",
-    "choose",
-]
-
 _SEARCH_HELP = "exact, or approximate through faiss (extra: faiss)"
 
 

@@ -22,25 +22,6 @@ from dataflex.select.choose import Candidates, Uniforms, take_turns
 from dataflex.select.neighbours import best_similarity
 from dataflex.select.rules import RULES, Rule, choose
 
-__all__ = [
-    "AGGREGATE",
-    "AGGREGATES",
-    "RULE",
-    "VECTORS",
-    "Aggregate",
-    "Found",
-    "Gives",
-    "ScoringParams",
-    "ScoringSelector",
-    "by_task",
-    "combination_problems",
-    "count_votes",
-    "default_of",
-    "percentile_ranks",
-    "scattered",
-    "together",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Params):

@@ -11,8 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import Search, similar_rows
 
-__all__ = ["apart", "facility_location", "greedy_cover", "k_center", "near_duplicates", "unit"]
-
 _BLOCK = 1024  # rows compared with the kept ones at a time
 _EAGER = 64  # centres after which distances are brought up to date only where it matters
 _CELL_ROWS = 20_000  # rows of a cell within which near-duplicates are looked for

@@ -17,8 +17,6 @@ from dataflex.select.choose import Uniforms, gumbel_top_k, top_k, weighted_with_
 from dataflex.select.cluster import Cells, cells_of
 from dataflex.select.neighbours import Search, nearest
 
-__all__ = ["Densities", "draw", "epanechnikov", "kernel_sums", "probabilities", "spread_mass", "tsds_widened"]
-
 _CELLS = 1 << 23  # products held at a time: 32 MiB of float32, and at worst five times that for their kernel values
 _DENSE = 16  # one pair in so many within the kernel: all kernel values are computed at once
 _FIRST_WIDTH = 64  # neighbours of a query that the walk is first tried with

@@ -16,8 +16,6 @@ from dataflex.errors import DataError
 from dataflex.method import Context, Rows
 from dataflex.signals.kinds import Part
 
-__all__ = ["Okapi", "Remembered", "cut_words", "no_words", "pool_texts", "target_words", "word_punct"]
-
 T = TypeVar("T")
 
 _CHUNK_ROWS = 8192

@@ -15,16 +15,6 @@ from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
 from dataflex.signals.kinds import Embedding, Pooling
 
-__all__ = [
-    "ROW_LOSSES",
-    "EmbeddingParams",
-    "PooledParams",
-    "VectorSelector",
-    "compared",
-    "embeddings",
-    "embeddings_required",
-]
-
 ROW_LOSSES = Requires(
     signals=frozenset({"losses"}),
     stages=("pt", "sft", "dpo", "kto"),

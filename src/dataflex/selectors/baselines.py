@@ -15,8 +15,6 @@ from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringSelector
 
-__all__ = ["AllRows", "Longest", "RandomBalanced", "RandomRows"]
-
 
 class RandomRows(Selector):
     """Draw rows uniformly, anew in every interval.
@@ -82,9 +80,7 @@ class RandomBalanced(Selector):
 
     name = "random_balanced"
     card = Card(
-        summary="Draws rows at random, equally many of every domain as far as they last.",
-        paper="baseline",
-        cost="none",
+        summary="Draws rows at random, equally many of every domain as far as they last.", paper="baseline", cost="none"
     )
 
     def requires(self) -> Requires:

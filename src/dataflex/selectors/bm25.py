@@ -23,8 +23,6 @@ from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
 from dataflex.signals.kinds import Part
 
-__all__ = ["Bm25"]
-
 
 class Bm25(ScoringSelector):
     """Keep the rows that share rare words with the targets' rows."""

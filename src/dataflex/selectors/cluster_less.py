@@ -27,8 +27,6 @@ from dataflex.select.cluster import kmeans, members, require_kmeans
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
 from dataflex.signals.specs import InfluenceOptions
 
-__all__ = ["ClusterLess", "cluster_means", "representatives"]
-
 Pick = Literal["mixed", "nearest", "farthest", "random"]
 
 _LEAST = 1e-6  # length of a mean of unit vectors that cancel out

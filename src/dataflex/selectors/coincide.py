@@ -26,8 +26,6 @@ from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
 from dataflex.signals.kinds import Embedding
 
-__all__ = ["Coincide", "cluster_quotas", "density", "gaussian_kernel", "greedy_mmd", "shares", "transferability"]
-
 _CELLS = 1 << 22  # kernel values held at a time: 32 MiB
 
 

@@ -47,8 +47,6 @@ from dataflex.selectors.less import Less
 from dataflex.signals import kinds
 from dataflex.signals.specs import GradientOptions
 
-__all__ = ["Compose", "Represent"]
-
 _WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
 _ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
 _LOOKS_AT_TARGETS = frozenset({"scores", "queries", "query_vectors"})
@@ -83,11 +81,7 @@ class Gradient(VectorSelector):
 
     name = "gradient"
     lacking = "no gradient"
-    card = Card(
-        summary="Compares sketches of gradients.",
-        paper="LESS, ICML 2024, arXiv 2402.04333",
-        cost="1 F + 1 B",
-    )
+    card = Card(summary="Compares sketches of gradients.", paper="LESS, ICML 2024, arXiv 2402.04333", cost="1 F + 1 B")
 
     @dataclass(frozen=True, kw_only=True)
     class Params(GradientOptions, ScoringParams):

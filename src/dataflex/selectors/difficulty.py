@@ -19,8 +19,6 @@ from dataflex.selectors._lib import ROW_LOSSES
 from dataflex.signals.kinds import EL2N, GradientNorms
 from dataflex.signals.specs import GradientOptions
 
-__all__ = ["El2n", "GradNorm"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Keep(ScoringParams):

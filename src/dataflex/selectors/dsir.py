@@ -41,8 +41,6 @@ from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSe
 from dataflex.select.words import Remembered, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.kinds import Part
 
-__all__ = ["Dsir", "Hasher", "drawn_ratios", "effective_size", "log_ratios"]
-
 _EPSILON = 1e-8
 
 
@@ -134,9 +132,7 @@ class Dsir(ScoringSelector):
     def requires(self) -> Requires:
         """State what the run must have."""
         return Requires(
-            signals=frozenset({"texts"}),
-            targets=True,
-            by_target={"target_proportions": self.params.target_proportions},
+            signals=frozenset({"texts"}), targets=True, by_target={"target_proportions": self.params.target_proportions}
         )
 
     def __init__(self, params: Params) -> None:

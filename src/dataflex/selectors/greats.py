@@ -28,8 +28,6 @@ from dataflex.method import Params as BaseParams
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.specs import GradientOptions
 
-__all__ = ["Greats", "Opus", "pick_best", "pick_drawn", "scaled_strength"]
-
 Precondition = Literal["none", "adam_scale", "true_adam", "sign"]
 
 

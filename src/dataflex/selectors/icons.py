@@ -26,8 +26,6 @@ from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, 
 from dataflex.signals.kinds import GradientScores
 from dataflex.signals.specs import InfluenceOptions
 
-__all__ = ["Icons"]
-
 
 class Icons(ScoringSelector):
     """Keep the rows that most targets vote for."""

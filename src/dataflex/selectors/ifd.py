@@ -29,8 +29,6 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import ResponseLoss
 
-__all__ = ["Ifd", "common_ending", "ifd_ratios"]
-
 Ratio = Literal["loss", "perplexity"]
 
 _LONGEST_MARKER = 16

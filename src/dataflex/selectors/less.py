@@ -30,8 +30,6 @@ from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import GradientScores
 from dataflex.signals.specs import InfluenceOptions
 
-__all__ = ["Less", "lr_weighted"]
-
 
 def lr_weighted(scores: list[NDArray[np.float32]], rates: list[float]) -> NDArray[np.float64]:
     """Average the scores of several checkpoints with their learning rates as weights (section 3.2, equation 2).

@@ -16,19 +16,6 @@ from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector,
 from dataflex.selectors._lib import ROW_LOSSES
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
 
-__all__ = [
-    "DeltaLoss",
-    "Focus",
-    "LossSelector",
-    "RhoLoss",
-    "Tacs",
-    "excess_losses",
-    "focused",
-    "log_weights",
-    "relative_gain",
-    "window",
-]
-
 _EPS = 1e-8  # the paper's guard of the denominator; it matters only when floor is 0
 
 

@@ -14,8 +14,6 @@ from dataflex.select.rules import Rule
 from dataflex.select.scoring import AGGREGATE, RULE, Aggregate, Found, ScoringParams
 from dataflex.selectors._lib import EmbeddingParams, PooledParams, VectorSelector
 
-__all__ = ["Embed", "Near", "RdsPlus"]
-
 
 class RdsPlus(VectorSelector):
     """Keep the rows nearest to the targets' rows.

@@ -38,8 +38,6 @@ from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
 from dataflex.signals.specs import InfluenceOptions
 
-__all__ = ["GradedResponses", "Nice", "advantages", "ask_and_grade", "usable_prompts"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -27,8 +27,6 @@ from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
 from dataflex.signals.kinds import TokenLoss
 
-__all__ = ["S2l", "filled"]
-
 _TINY = 2  # clusters of so few rows are left aside first
 _MOST_POINTS = 64  # of a trajectory; beyond it every second one is forgotten
 

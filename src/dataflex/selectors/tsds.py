@@ -34,8 +34,6 @@ from dataflex.select.rules import KnnKde
 from dataflex.select.scoring import scattered
 from dataflex.selectors._lib import EmbeddingParams, compared, embeddings, embeddings_required
 
-__all__ = ["Tsds"]
-
 
 class Tsds(Selector):
     """Draw rows from the distribution nearest to the targets'."""

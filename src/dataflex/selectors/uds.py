@@ -24,8 +24,6 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import LogitFeatures
 
-__all__ = ["Uds", "mean_distances"]
-
 
 def mean_distances(vectors: NDArray[np.floating], queue: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the mean distance of each vector [n, D] to those of the queue [q, D]: [n], 0 where it is empty."""

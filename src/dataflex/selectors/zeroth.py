@@ -25,8 +25,6 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import PerturbedLoss
 
-__all__ = ["Zeroth", "central_difference"]
-
 logger = logging.getLogger(__name__)
 
 

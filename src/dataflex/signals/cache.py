@@ -16,8 +16,6 @@ from dataflex.plan.domains import Rows
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.state import State
 
-__all__ = ["SignalCache", "SignalValue", "rows_digest"]
-
 _AGELESS = -1  # step of values of models that stay as they are
 
 SignalValue = NDArray[np.float32]

@@ -21,28 +21,11 @@ from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state
 from dataflex.signals.texts import row_texts
 
-__all__ = [
-    "EncoderError",
-    "SentenceEncoder",
-    "TextEncoder",
-    "TransformersEncoder",
-    "embed_batch",
-    "embedding_size",
-    "hidden_states",
-    "load_encoder",
-    "pool",
-    "pool_documents",
-    "text_sweep",
-]
-
 _IGNORE = -100
 
 
 def pool(
-    hidden_BTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    spec: EmbeddingSpec,
+    hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
 ) -> torch.Tensor:
     """Return one vector per row.
 

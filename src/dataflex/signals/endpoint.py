@@ -24,8 +24,6 @@ from typing import Any, Literal
 from dataflex.errors import ConfigError, DataFlexError
 from dataflex.rng import stream
 
-__all__ = ["Completion", "Cost", "EndpointClient", "EndpointConfig", "EndpointError", "Failure", "post_json"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:

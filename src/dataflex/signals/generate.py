@@ -26,8 +26,6 @@ from dataflex.signals.model_parts import is_partitioned, model_parts
 from dataflex.signals.specs import Generation, GenerationSpec
 from dataflex.signals.sweep import bucketed, preserve_state
 
-__all__ = ["Generation", "Generator", "pick_tokens"]
-
 _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
 
 

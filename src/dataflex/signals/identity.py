@@ -23,8 +23,6 @@ import torch.distributed as dist
 from dataflex import comm
 from dataflex.signals.sweep import fetch
 
-__all__ = ["inputs_identity", "model_identity", "precision", "state_identity", "surroundings", "tokenizer_identity"]
-
 _SAMPLED = 64
 _PROBED_ROWS = 16
 _OF_NO_EFFECT = frozenset(

@@ -20,17 +20,6 @@ from dataflex.signals.model_parts import ModelParts, model_parts, narrow_head
 from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
-__all__ = [
-    "BatchTokens",
-    "GateReader",
-    "LogitReader",
-    "LogitScorer",
-    "LogitSketch",
-    "LogitsOf",
-    "TokenScorer",
-    "nuclear_norm",
-]
-
 T = TypeVar("T")
 LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [S], positions [S] of the batch) -> logits [S, V] in the model's type."""
@@ -165,12 +154,7 @@ class TokenScorer:
 
         columns = self._reader(batch, score)
         first = real.long().argmax(dim=1)
-        return BatchTokens(
-            num_rows=len(labels),
-            row=row,
-            position=before + 1 - first[row],
-            **columns,
-        )
+        return BatchTokens(num_rows=len(labels), row=row, position=before + 1 - first[row], **columns)
 
     def _chunks(
         self, logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, vocabulary: int

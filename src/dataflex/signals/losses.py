@@ -19,17 +19,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-__all__ = [
-    "chunk_tokens",
-    "document_ids",
-    "entropies",
-    "model_inputs",
-    "real_tokens",
-    "row_losses",
-    "token_cross_entropy",
-    "token_mean_losses",
-]
-
 _Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
 _KEPT_ELEMENTS = 2**24  # 64 MiB

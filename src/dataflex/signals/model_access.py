@@ -19,8 +19,6 @@ from dataflex.signals.sweep import Sweep
 if TYPE_CHECKING:
     from dataflex.signals.texts import Cut
 
-__all__ = ["Corpus", "ModelAccess"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:

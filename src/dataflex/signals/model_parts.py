@@ -18,8 +18,6 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 
-__all__ = ["ModelParts", "capture_hidden", "is_partitioned", "model_parts", "narrow_head"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:

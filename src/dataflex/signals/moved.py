@@ -20,8 +20,6 @@ from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.sweep import bucketed, fetch
 
-__all__ = ["LowRankProbe", "moved", "perturbed", "trained_probe"]
-
 logger = logging.getLogger(__name__)
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()

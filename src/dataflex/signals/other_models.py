@@ -15,26 +15,6 @@ from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "ADAPTER",
-    "KEY",
-    "LOAD_ERRORS",
-    "Scorer",
-    "ScorerError",
-    "base_model",
-    "check_folder",
-    "check_tokenizer",
-    "differing_tokens",
-    "files_identity",
-    "holds_model",
-    "largest_id",
-    "load_causal",
-    "load_reference",
-    "loading_whole",
-    "shares_tokens",
-    "start_tokens",
-]
-
 ADAPTER = "adapter_config.json"
 """File of a folder that holds a PEFT adapter instead of a whole model."""
 

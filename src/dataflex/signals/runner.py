@@ -31,8 +31,6 @@ from dataflex.signals.sweep import Collector, preserve_state
 from dataflex.signals.texts import row_texts, row_tokens
 from dataflex.state import State
 
-__all__ = ["SignalRunner"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

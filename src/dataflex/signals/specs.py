@@ -8,19 +8,6 @@ from typing import Any, Literal, get_args
 
 from dataflex.errors import ConfigError, did_you_mean
 
-__all__ = [
-    "EmbeddingSpec",
-    "Generation",
-    "GenerationSpec",
-    "GradientOptions",
-    "GradientSpec",
-    "InfluenceOptions",
-    "LogitSpec",
-    "Part",
-    "Pooling",
-    "WeightedResponse",
-]
-
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
 """Of a row's tokens: all, those without a label, or the supervised ones (the response)."""

@@ -33,8 +33,6 @@ from dataflex.errors import CheckpointError, ComponentError
 from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
 from dataflex.version import version_of
 
-__all__ = ["ArrayStore", "CacheKey", "Entry", "ResumablePass", "package_versions"]
-
 _PACKAGES = (
     "accelerate",
     "bitsandbytes",

@@ -21,8 +21,6 @@ from dataflex.console import progress
 from dataflex.plan.domains import Rows
 from dataflex.signals.store import ResumablePass
 
-__all__ = ["Collector", "Sweep", "Turn", "bucketed", "fetch", "preserve_state", "row_pass"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

@@ -16,18 +16,6 @@ from dataflex.plan.domains import Rows
 from dataflex.signals.specs import Part
 from dataflex.signals.sweep import Sweep
 
-__all__ = [
-    "IGNORE",
-    "Cut",
-    "Segments",
-    "TokenRow",
-    "collate_segments",
-    "row_texts",
-    "row_tokens",
-    "segment_sweep",
-    "token_rows",
-]
-
 IGNORE = -100
 _TOKENS, _LABELS, _MASK = "input_ids", "labels", "attention_mask"
 _CHUNK_ROWS = 1000

@@ -18,21 +18,7 @@ from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
 from dataflex.signals import kinds
 from dataflex.signals.kinds import Signal
-from dataflex.signals.specs import (
-    Generation,
-    GenerationSpec,
-    Part,
-    WeightedResponse,
-)
-
-__all__ = [
-    "Call",
-    "FakeSignals",
-    "example_batch",
-    "example_context",
-    "example_stats",
-    "global_random_state_untouched",
-]
+from dataflex.signals.specs import Generation, GenerationSpec, Part, WeightedResponse
 
 T = TypeVar("T")
 

@@ -12,16 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "oracle_bucket_weights",
-    "oracle_loss_weights",
-    "oracle_relative_gain",
-    "oracle_row_gradients",
-    "oracle_temperature",
-    "oracle_top_rows",
-    "oracle_unimax",
-]
-
 
 def oracle_loss_weights(
     losses: Sequence[float], tokens: Sequence[int], strategy: str, delta: float = 1.0, r: float = 1.0

@@ -28,8 +28,6 @@ from dataflex.printable import redacted
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
-__all__ = ["Identity", "decisions", "load", "save", "step_of"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:

@@ -34,8 +34,6 @@ from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
 
-__all__ = ["BatchShape", "Candidates", "Controller", "Repeats", "SeenRows", "ServedCounts"]
-
 
 class Candidates:
     """Gives every interval its pool, a function of (seed, optimizer step) alone.

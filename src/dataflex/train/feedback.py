@@ -18,17 +18,6 @@ from dataflex.method import Rows, State
 from dataflex.plan.domains import SUMS, Domains
 from dataflex.signals.texts import row_texts
 
-__all__ = [
-    "SAMPLES",
-    "DomainSums",
-    "NoiseWatch",
-    "RowWeights",
-    "WeighedRow",
-    "WeightStats",
-    "describe_rows",
-    "outlying",
-]
-
 
 class DomainSums:
     """Sums of one optimizer step.

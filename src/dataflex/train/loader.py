@@ -18,8 +18,6 @@ from dataflex.method import Rows
 from dataflex.plan.plan import DataPlan
 from dataflex.train.controller import BatchShape
 
-__all__ = ["ROWS", "EpochShell", "PlanFeed", "micro_batches"]
-
 ROWS = "dataflex_rows"
 """Where a collated micro-batch holds the ids of its rows, int64 [R]; taken out before the model sees it."""
 

@@ -31,25 +31,6 @@ from dataflex.signals.specs import EmbeddingSpec
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
 from dataflex.train.loader import ROWS
 
-__all__ = [
-    "IGNORE_INDEX",
-    "DomainWeights",
-    "References",
-    "Reweighter",
-    "TokenLosses",
-    "balance_loss",
-    "batch_view",
-    "checked",
-    "counted_tokens",
-    "document_sequences",
-    "embedded",
-    "micro_batch_scale",
-    "row_sequences",
-    "sample_means",
-    "token_losses",
-    "weighted_loss",
-]
-
 IGNORE_INDEX = -100
 
 

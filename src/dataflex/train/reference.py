@@ -30,16 +30,6 @@ from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, lo
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Sweep, Turn, preserve_state
 
-__all__ = [
-    "KEPT_DTYPE",
-    "TOLERANCE",
-    "ReferenceLosses",
-    "ReferencePasses",
-    "largest_difference",
-    "row_offsets",
-    "stored_token_pass",
-]
-
 KEPT_DTYPE = np.float16
 TOLERANCE = 0.02
 """Most by which a row's tokens may differ from a fresh pass on average, in nats."""

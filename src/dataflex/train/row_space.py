@@ -20,8 +20,6 @@ from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.domains import Domains
 
-__all__ = ["TOKEN_COLUMNS", "Leak", "RowSpace", "TargetSpace", "find_leaks", "fingerprint", "flat", "measure"]
-
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
@@ -338,8 +336,5 @@ def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> byte
 def _leak(pairs: list[tuple[int, int]], of: int) -> Leak:
     rows = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return Leak(
-        target_rows=np.unique(rows[:, 0]),
-        pool_rows=np.unique(rows[:, 1]),
-        examples=tuple(pairs[:_EXAMPLES]),
-        of=of,
+        target_rows=np.unique(rows[:, 0]), pool_rows=np.unique(rows[:, 1]), examples=tuple(pairs[:_EXAMPLES]), of=of
     )

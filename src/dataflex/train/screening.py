@@ -14,8 +14,6 @@ from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.signals.kinds import Embedding, GradientScores, Part
 
-__all__ = ["fitted", "gcv_error", "piloted", "screened", "token_counts"]
-
 
 def screened(rows: Rows, fraction: float, signals: Signals, targets: Sequence[str]) -> Rows:
     """Return the share of ``rows`` nearest to any target, ascending.

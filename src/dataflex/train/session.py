@@ -45,8 +45,6 @@ from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
 from dataflex.version import versions
 
-__all__ = ["Collate", "Loop", "Session", "Setup", "Step", "refuse_unsupported", "signal_runner"]
-
 logger = logging.getLogger(__name__)
 
 _PLAN_IDS = 2**20

@@ -11,8 +11,6 @@ from dataflex.sequences import Sequences
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["reference_losses", "sequence_means", "sequences_of"]
-
 
 def sequences_of(batch: BatchView) -> Sequences:
     """Return the sequences of a micro-batch."""

@@ -16,8 +16,6 @@ from dataflex.method import Params as BaseParams
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Column", "NoWeights"]
-
 _WANTED = "weights must be finite numbers, 0 or more"
 
 

@@ -12,8 +12,6 @@ from dataflex.weighters._lib import reference_losses, sequence_means
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rho", "SelectiveLanguageModelling", "largest"]
-
 
 def largest(values: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Tensor:
     """Return which valid values are among the largest ceil(share x number of valid ones), one at least, bool [n].

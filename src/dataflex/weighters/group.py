@@ -29,8 +29,6 @@ from dataflex.plan.proportions import exponentiated
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GroupWeighter", "domain_weights"]
-
 
 def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
     """Return the weight of each domain [K], with a mean of one over the training rows.

@@ -29,8 +29,6 @@ from dataflex.signals.specs import GradientOptions
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Meta", "Presence", "StepWeights", "clipped_shares", "group_weights", "self_influence"]
-
 
 class StepWeights:
     """Numbers by row id.

@@ -29,8 +29,6 @@ from dataflex.signals.kinds import Embedding
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapt", "AdaptByWords", "JointUpdateAware", "fixed_point"]
-
 
 class _AnchoredWeighter(Weighter):
     """Compares sequences with the mean embedding of the targets' rows, all of which count alike.
@@ -277,10 +275,7 @@ class JointUpdateAware(_AnchoredWeighter):
         def spec(self) -> Embedding:
             """How rows in training and anchors are embedded."""
             return Embedding(
-                layer=self.layer,
-                pooling=self.pooling,
-                completion_only=self.completion_only,
-                normalize=self.normalize,
+                layer=self.layer, pooling=self.pooling, completion_only=self.completion_only, normalize=self.normalize
             )
 
     params: Params

@@ -26,8 +26,6 @@ from dataflex.method import Params as BaseParams
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["STRATEGIES", "LossWeighter", "Softness", "Strategy", "loss_weights", "scheduled"]
-
 Strategy = Literal["linupper", "quadratic", "extremes", "upper", "softmax_loss"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

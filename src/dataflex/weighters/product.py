@@ -42,8 +42,6 @@ from dataflex.weighters._lib import sequences_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Factor", "Product", "combination_problems"]
-
 _NO_FACTORS = ("none", "product")
 _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
 

@@ -18,19 +18,6 @@ from dataflex.weighters._lib import reference_losses
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "NAMED",
-    "Focal",
-    "TokenWeighter",
-    "clip_quantile",
-    "dft",
-    "entropy_share",
-    "excess_gate",
-    "focal",
-    "inputs_of",
-    "load_function",
-]
-
 _INPUTS = ("logp", "entropy", "reference")
 
 

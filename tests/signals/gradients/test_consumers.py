@@ -11,16 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.errors import DataError
-from dataflex.signals.gradients import (
-    Block,
-    Dots,
-    Factors,
-    Norms,
-    Segment,
-    TargetBuilder,
-    TargetVectors,
-    WeightedSums,
-)
+from dataflex.signals.gradients import Block, Dots, Factors, Norms, Segment, TargetBuilder, TargetVectors, WeightedSums
 from dataflex.signals.gradients.consumers import Consumer, inner_products, total
 from dataflex.signals.gradients.factors import formed, ghost_dots, ghost_norms, weighted_sum
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
@@ -95,9 +86,7 @@ def test_norms_of_wide_layers_are_never_formed(monkeypatch):
     _, engine, batch, _ = prepared("llama")
     factored = []
     monkeypatch.setattr(
-        engine_module,
-        "formed",
-        lambda uses, a, b: factored.append(isinstance(uses[0], Factors)) or formed(uses, a, b),
+        engine_module, "formed", lambda uses, a, b: factored.append(isinstance(uses[0], Factors)) or formed(uses, a, b)
     )
     short = {key: value[:, :2] for key, value in batch.items()}
     short["labels"] = short["input_ids"]

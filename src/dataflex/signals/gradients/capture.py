@@ -30,8 +30,6 @@ from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.factors import SampleGradients
 from dataflex.signals.gradients.parameters import Unit, Units
 
-__all__ = ["Capture", "Distrusted", "HandUp"]
-
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]

@@ -20,20 +20,6 @@ from dataflex import comm
 from dataflex.errors import ConfigError
 from dataflex.signals.gradients.factors import Factors, FactorShape, ghost_dots, ghost_norms, weighted_sum
 
-__all__ = [
-    "Block",
-    "Columns",
-    "Consumer",
-    "Dots",
-    "Norms",
-    "RowVectors",
-    "Segment",
-    "Sketch",
-    "TargetVectors",
-    "WeightedSums",
-    "inner_products",
-]
-
 # A number moved through memory costs about as much as this many multiply-adds of a matrix product.
 _MEMORY = 8.0
 # A matrix product over more numbers than this loses digits in fp32 (5e-5 at a million).

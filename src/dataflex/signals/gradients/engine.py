@@ -29,8 +29,6 @@ from dataflex.signals.losses import model_inputs, row_losses, token_cross_entrop
 from dataflex.signals.model_parts import model_parts
 from dataflex.signals.sweep import preserve_state
 
-__all__ = ["GradientEngine", "supervised_losses"]
-
 _IGNORE = -100
 _BLOCK_NUMBERS = 2**22
 # Parameters of fewer numbers share a block of at least so many (for each sample): the fixed cost of a block counts.

@@ -14,8 +14,6 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["FactorShape", "Factors", "SampleGradients", "formed", "ghost_dots", "ghost_norms", "weighted_sum"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:

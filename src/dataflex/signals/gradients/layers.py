@@ -30,8 +30,6 @@ from transformers.pytorch_utils import Conv1D
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.factors import Factors, SampleGradients
 
-__all__ = ["LayerKind", "gradient_of", "kind_of"]
-
 Kept: TypeAlias = tuple[torch.Tensor, ...]
 Found: TypeAlias = dict[str, SampleGradients]
 Formula: TypeAlias = Callable[[Any, Kept, torch.Tensor, frozenset[str]], Mapping[str, SampleGradients]]

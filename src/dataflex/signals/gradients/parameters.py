@@ -20,8 +20,6 @@ from torch import nn
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.gradients.layers import LayerKind, kind_of
 
-__all__ = ["Unit", "Units", "choose_parameters", "shape_of"]
-
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -24,17 +24,6 @@ from dataflex.errors import ConfigError, UnsupportedError, did_you_mean
 from dataflex.signals.gradients.consumers import Block, Columns, Segment
 from dataflex.signals.gradients.parameters import shape_of
 
-__all__ = [
-    "PRESETS",
-    "Moments",
-    "Precondition",
-    "Preconditioner",
-    "adam_direction",
-    "adam_scaled",
-    "moments_of",
-    "preconditioner",
-]
-
 Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
 """(what the columns are, fp32 gradients [b, columns]) -> directions; may change the gradients in place."""
 

@@ -24,8 +24,6 @@ from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep
 
-__all__ = ["GradientScorers"]
-
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
 

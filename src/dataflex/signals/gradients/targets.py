@@ -21,8 +21,6 @@ from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import WeightedResponse
 from dataflex.signals.sweep import Sweep, bucketed, row_pass
 
-__all__ = ["TargetBuilder", "policy_vectors", "responses_digest", "row_products", "target_vectors"]
-
 _IGNORE = -100
 _HELD_NUMBERS = 2**28
 """Numbers of all rows' gradients that are held together: 1 GiB in fp32."""
