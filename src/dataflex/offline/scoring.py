@@ -325,7 +325,7 @@ def _table(
                 for name, origin, files in parts
             ],
         },
-        "targets": {name: target.fingerprint for name, target in space.targets.items()},
+        "targets": {name: target.identity for name, target in space.targets.items()},
         "columns": {column.name: column.told for column in scored.columns},
         "versions": versions(),
     }
