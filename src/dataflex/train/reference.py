@@ -200,14 +200,7 @@ class ReferenceLosses:
         sweep = self._access.sweep(rows, None, "reference losses")
         offsets = _offsets(sweep.lengths)
         self._start[rows] = offsets[:-1]
-        work = ResumablePass(
-            ArrayStore(self.store),
-            key,
-            shape=(int(offsets[-1]),),
-            dtype=KEPT_DTYPE,
-            offsets=offsets,
-            device=sweep.device,
-        )
+        work = ResumablePass(ArrayStore(self.store), key, shape=(int(offsets[-1]),), dtype=KEPT_DTYPE, offsets=offsets)
         known = number in self._trusted  # a pass of this very process, which the plan before did not need
         self._trusted.add(number)
         done = int(work.done_at_start.sum())
