@@ -8,7 +8,7 @@ sequences of this rank's micro-batch, ``_M`` sequences of the micro-batch over a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -240,6 +240,9 @@ class RunFacts:
         num_domains: Number of domains.
         num_rows: Number of training rows.
         total_steps: Number of optimizer steps of the whole run.
+        packed: Whether several samples share a row.
+        copied: Whether rows come from a tokenized copy, which keeps neither columns nor names of data sets.
+        columns: Names of the raw columns of each data set, where they are known.
     """
 
     stage: str | None = None
@@ -248,6 +251,9 @@ class RunFacts:
     num_domains: int | None = None
     num_rows: int | None = None
     total_steps: int | None = None
+    packed: bool | None = None
+    copied: bool | None = None
+    columns: Mapping[str, Collection[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
 from dataflex.testing import example_batch
