@@ -117,7 +117,7 @@ class Aioli(LearningMixer):
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
         focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
-        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
+        sweeps: int = param(1, "times that every domain is probed in a round; a probe takes one interval", minimum=1)
         hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
         eta: float = param(0.2, "step size of the proportions", above=0.0)
         ema: float | None = param(

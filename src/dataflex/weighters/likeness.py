@@ -76,6 +76,8 @@ class Adapt(_AnchoredWeighter):
 
     ``similarity: bm25`` compares words instead, once per run: s_i is the mean BM25 score over all anchors. Scores are 0
     or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score.
+
+    The defaults are the paper's.
     """
 
     name = "adapt"
@@ -203,8 +205,9 @@ class JointUpdateAware(_AnchoredWeighter):
 
     where S holds the inner products of the sequences' vectors and s those with the anchors' mean vector, made
     unit. There, five undamped iterations do not reach the fixed point (two equal sequences beside another one get
-    0.259 each instead of 0.293); here the iteration runs until it holds to 1e-7. Vectors of the rows in training
-    come out of the training forward; anchors are all rows of the targets.
+    0.259 each instead of 0.293); here the iteration runs until it holds to 1e-7. The other defaults are those of
+    existing DataFlex. Vectors of the rows in training come out of the training forward; anchors are all rows of the
+    targets.
     """
 
     name = "joint_update_aware"

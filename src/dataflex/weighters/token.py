@@ -212,7 +212,7 @@ class Focal(Weighter):
     """The less likely a token is to the model, the more it counts.
 
     The cross-entropy of each token is multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the
-    opposite of DFT (``token``); tokens that are wrong in the data are unlikely, and gain.
+    opposite of DFT (``token``); tokens that are wrong in the data are unlikely, and gain. The defaults are the paper's.
     """
 
     name = "focal"
