@@ -12,7 +12,6 @@ import functools
 import inspect
 import re
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -219,7 +218,7 @@ def _labels(cls: type[Method]) -> Iterator[str]:
             yield f"{switch!r} must be True or False, found {value!r:.80}"
 
 
-_KINDS: dict[type, tuple[type | types.UnionType, str]] = {
+_KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
     int: (int, "a whole number"),
     tuple: (tuple, "a tuple of names"),
@@ -233,7 +232,7 @@ _CHOICES = {"signals": ("losses", "embeddings", "gradients", "logits", "generate
 def _requirement_problems(needs: Requires) -> Iterator[str]:
     """Yield fields of another type than their defaults, and names that are not known."""
     for name, default in vars(Requires()).items():
-        value: Any = getattr(needs, name)
+        value = getattr(needs, name)
         kind, told = _KINDS.get(type(default), (object, ""))
         if not isinstance(value, kind) or (isinstance(value, bool) and default is not False):
             yield f"gave {name}={value!r:.80}, which must be {told}"
