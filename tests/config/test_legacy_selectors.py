@@ -12,7 +12,7 @@ from dataflex.config.components import SHIPPED, ComponentReader, five_layers
 from dataflex.config.load import load_mapping
 from dataflex.config.schema import MethodConfig
 from dataflex.registry import find
-from dataflex.rewards.build import JudgeConfig
+from dataflex.rewards.judge import JudgeConfig
 
 PRESETS = load_mapping(SHIPPED)
 
