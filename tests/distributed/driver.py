@@ -1,8 +1,8 @@
 """Runs configurations one after another on every rank of one torchrun job (imports are paid once).
 
 Usage: torchrun ... driver.py FOLDER. The ranks wait for ``batch-0.json``, ``batch-1.json``, ... in FOLDER: lists of
-configuration files, or null for the end. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type and
-text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
+configuration files, or null for the end. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
+and text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
 
 Two things that only a machine without accelerators needs are patched here, never in the package:
 accelerate makes FSDP of several ranks on GPU-like devices only, and DeepSpeed would compile a
