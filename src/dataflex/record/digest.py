@@ -174,7 +174,7 @@ def digest(events: Sequence[Event]) -> Run:
         before = kind
     spent: dict[str, float] = {}
     for process in processes:
-        last = next((event["spent"] for event in reversed(process) if event.get("spent")), {})
+        last: dict[str, float] = next((event["spent"] for event in reversed(process) if event.get("spent")), {})
         for phase, seconds in last.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
     return Run(

@@ -37,8 +37,8 @@ Check = Callable[[Any], Any]
 
 def _within(least: float, most: float, kind: type | tuple[type, ...] = (int, float)) -> Check:
     def checked(value: Any) -> Any:
-        good = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-        return value if good else _BAD
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        return value if good and least <= value <= most else _BAD
 
     return checked
 
@@ -303,16 +303,14 @@ def _holds_weights(stored: Any) -> bool:
     checks: dict[str, Check] = {"row": _index, "times": _count, "domain": _text, "text": _text}
     if not isinstance(stored, dict) or any(_count(stored.get(key)) is _BAD for key in ("step", "rows")):
         return False
-    parts = [stored.get("most"), stored.get("least")]
-    if not all(isinstance(part, list) for part in parts):
+    if not isinstance(stored.get("most"), list) or not isinstance(stored.get("least"), list):
         return False
     return all(
         isinstance(entry, dict)
         and all(check(entry.get(key)) is not _BAD for key, check in checks.items())
         and "weight" in entry
         and (entry["weight"] is None or _real(entry["weight"]) is not _BAD)
-        for part in parts
-        for entry in part
+        for entry in (*stored["most"], *stored["least"])
     )
 
 

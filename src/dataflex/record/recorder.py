@@ -267,4 +267,4 @@ class NullRecorder(RunRecorder):
     def _ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    run_started = planned = weighed = ended = _write = _ignore  # type: ignore[assignment]
+    run_started = planned = weighed = ended = _write = _ignore

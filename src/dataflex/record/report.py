@@ -152,8 +152,8 @@ def _loss(run: Run) -> Figure | None:
     if train:
         steps, values = zip(*train, strict=True)
         smooth = len(values) >= _SMOOTH_FROM
-        look = {"linewidth": 0.8, "alpha": 0.3} if smooth else {"linewidth": 1.6}
-        axes.plot(steps, values, color=COLOURS[0], label="train", **look)
+        width, alpha = (0.8, 0.3) if smooth else (1.6, 1.0)
+        axes.plot(steps, values, color=COLOURS[0], linewidth=width, alpha=alpha, label="train")
         if smooth:
             mean = running_mean(values, len(values) // 60)
             axes.plot(steps, mean, color=COLOURS[0], linewidth=1.8, label="train, running mean")
