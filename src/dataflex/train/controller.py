@@ -575,7 +575,6 @@ class Controller:
         served = plan.rows[plan.rows >= 0]
         counts = dict(zip(names, self.space.domains.counts(served).tolist(), strict=True))
         self.recorder.planned(
-            interval=plan.interval,
             seconds=seconds,
             reason=reason,
             domain_counts=counts,
