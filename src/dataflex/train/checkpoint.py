@@ -14,8 +14,7 @@ import numpy as np
 
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.collect import key_of
-from dataflex.config.convert import shown
+from dataflex.config.mappings import key_of, shown
 from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError

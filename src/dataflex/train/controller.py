@@ -505,7 +505,6 @@ class Controller:
         names, reason = self.space.domains.names, plan.trace["reason"]
         counts = dict(zip(names, self.space.domains.counts(plan.rows).tolist(), strict=True))
         self.recorder.planned(
-            interval=plan.interval,
             seconds=seconds,
             reason=reason,
             domain_counts=counts,

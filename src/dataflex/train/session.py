@@ -19,9 +19,9 @@ import torch
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
 from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.show import as_mapping
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.plan.plan import BatchShape
