@@ -22,14 +22,7 @@ from dataflex.state import State
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """One entry of the log.
-
-    Attributes:
-        start: Index of the first sequence with these proportions.
-        proportions: Proportions of sequences, float64 [K].
-        decided_at_step: Optimizer step of the decision.
-        reason: One line for the record.
-    """
+    """One entry of the log: proportions of sequences [K] from sequence ``start`` on, decided at an optimizer step."""
 
     start: int
     proportions: NDArray[np.float64]
@@ -97,18 +90,11 @@ def _carry_vector(
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count the sequences of each domain in consecutive blocks by residual carry.
+    """Count the sequences of each domain in ``num`` consecutive blocks by residual carry.
 
-    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is
-    missing goes to the largest remainders, ties by index; residual = need - count. So the cumulative
-    count of a domain stays within about one sequence of its share, whatever its size.
-
-    Args:
-        proportions: Proportions of sequences [K], sum 1; a domain of proportion 0 must have residual 0
-            and gets nothing.
-        block: Sequences in a block.
-        residual: Residual before the first block [K], sum 0.
-        num: Number of blocks.
+    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is missing goes to the
+    largest remainders, ties by index; residual = need - count. So the cumulative count of a domain stays within about
+    one sequence of its share, whatever its size. A domain of proportion 0 must have residual 0 and gets nothing.
 
     Returns:
         Counts int64 [num, K], and residuals float64 [num + 1, K], row b before block b.
@@ -127,13 +113,10 @@ def block_counts(
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the domains of one block [sum(counts)] as evenly spread as whole sequences allow.
+    """Return the domains of one block as evenly spread as whole sequences allow, given the counts of each [K].
 
     Place n goes to the domain that is furthest behind, argmax of share x max(n, 1) - given so far, the first
-    of equal ones, as Megatron-Core's blending has it.
-
-    Args:
-        counts: Sequences of each domain in the block [K].
+    of equal ones, as in Megatron-Core's blending.
     """
     block = int(counts.sum())
     shares, given = counts / max(block, 1), np.zeros(counts.size)
@@ -181,12 +164,9 @@ _NO_LIMIT = np.iinfo(np.int64).max
 
 
 def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArray[np.int64]:
-    """Return how many sequences each domain may serve in all, int64 [K]; a very large number without a cap.
+    """Return how many sequences each domain may serve in all, int64 [K], given the most epochs of each or of all.
 
-    Args:
-        sizes: Rows of each domain, int64 [K].
-        max_epochs: Largest number of epochs of each domain [K] (or one for all), fractions allowed;
-            NaN and inf mean no limit.
+    Fractions are allowed; NaN and inf mean no cap, and give a very large number.
     """
     limits = np.full(sizes.size, _NO_LIMIT)
     if max_epochs is not None:
@@ -213,18 +193,15 @@ def expected_epochs(
     at_cap: AtCap = "error",
     drawn: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """Return the epochs of each domain after ``total`` more sequences at fixed proportions.
+    """Return the epochs of each domain [K] after ``total`` more sequences at fixed proportions of sequences.
 
     Args:
         sizes: Rows of each domain, int64 [K], > 0.
-        proportions: Proportions of sequences, float64 [K].
+        proportions: float64 [K].
         total: Sequences to be drawn.
         max_epochs: Cap of each domain [K] (or one for all), NaN or inf for none.
         at_cap: With ``error`` the caps are ignored, so that the result shows by how much they would be exceeded.
         drawn: Sequences already drawn by domain, int64 [K].
-
-    Returns:
-        float64 [K].
     """
     served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
@@ -273,14 +250,7 @@ class MixtureSampler:
         at_cap: What happens at a cap.
         unit: Number of consecutive sequences of one domain (a domain-pure micro-batch); divides ``block``.
         interleave: How domains lie within a block.
-        shuffle: Whether the rows of a domain are shuffled in each of its epochs, else they keep their order.
-
-    Attributes:
-        position: Index of the next sequence.
-        drawn: Sequences drawn so far by domain, int64 [K].
-        limits: Sequences that each domain may serve in all, int64 [K].
-        segments: The end of the log, oldest first; the run's record has all of it.
-        stopped_by: Names of the domains at whose caps the last ``draw`` stopped short.
+        shuffle: Whether the rows of a domain are shuffled in each of its epochs.
     """
 
     def __init__(
@@ -319,15 +289,10 @@ class MixtureSampler:
     def append(
         self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
     ) -> None:
-        """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
+        """Start a segment: from sequence ``start``, the next one to be drawn, serve proportions of sequences [K].
 
-        Args:
-            proportions: Proportions of sequences [K], >= 0, sum 1; 0 means never.
-            start: Must equal ``position``; only the first segment may start anywhere.
-            decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
-            reason: One line.
-            go_on: The decision completes one that was cut short: with the same proportions the last segment goes
-                on, so that the stream is that of a run which was never cut.
+        ``decided_at_step`` and ``reason`` are for the record. ``go_on``: the decision completes one that was cut short:
+        with the same proportions the last segment goes on, so that the stream is that of a run which was never cut.
 
         Raises:
             ComponentError: Malformed proportions.
@@ -380,11 +345,7 @@ class MixtureSampler:
         self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
 
     def draw(self, count: int, whole: int = 1) -> Rows:
-        """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
-
-        Args:
-            count: Number of rows.
-            whole: Where a cap stops the draw, the number of rows is a multiple of this, and no other row was drawn.
+        """Return the next ``count`` row ids, fewer only where ``at_cap`` is ``stop``: then a multiple of ``whole``.
 
         Raises:
             DataError: A cap is passed and the policy is ``error``, or no domain is left.

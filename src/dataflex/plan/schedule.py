@@ -115,14 +115,9 @@ def pool_sizes(num_rows: int, pool_fraction: float, screen_fraction: float) -> t
 
 
 def wanted_rows(interval: Interval, global_batch: int, pool_rows: int, keep_ratio: float | None, mixes: bool) -> int:
-    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of its pool.
+    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of ``pool_rows``.
 
-    Args:
-        interval: What is decided for.
-        global_batch: Sequences of an optimizer step.
-        pool_rows: Rows of the pool, drawn and screened.
-        keep_ratio: Share of them, or None.
-        mixes: Whether a mixer sets quotas over what is kept, which may then be more than the interval serves.
+    With ``mixes`` a mixer sets quotas over what is kept, which may then be more than the interval serves.
     """
     sequences = interval.steps * global_batch
     if keep_ratio is None:

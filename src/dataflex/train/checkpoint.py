@@ -33,17 +33,10 @@ _FORMAT = 1
 class Identity:
     """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
 
-    Attributes:
-        space: The row space's description.
-        global_batch: Sequences of an optimizer step.
-        micro_batch_size: Sequences per rank and micro-batch; may change unless ``pure``.
-        world: Ranks; may change as long as the global batch does not.
-        seed: Seed of all decisions.
-        methods: Resolved name, parameters and targets by kind.
-        settings: Value of every other key that is compared (``config.resuming``).
-        pure: Whether the mixer wants micro-batches of one domain each.
-        flat: Whether flat keys of existing DataFlex were written.
-        keys: Keys of the methods' parameters by kind and field.
+    The micro-batch size may change unless the mixer wants micro-batches of one domain each (``pure``), and the number
+    of ranks as long as the global batch does not. ``settings`` are all other keys that are compared
+    (``config.resuming``); ``flat`` says whether flat keys of existing DataFlex were written; ``keys`` are those of the
+    methods' parameters.
     """
 
     space: dict[str, Any]
@@ -213,10 +206,7 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Return what ``save`` wrote into a checkpoint that was found to be whole.
-
-    Returns:
-        The plan in progress, or None if none was made yet, and the state of the methods.
+    """Return the plan in progress, if one was made, and the states that ``save`` wrote into a whole checkpoint.
 
     Raises:
         CheckpointError: No DataFlex state, a broken file, or another run's state.
@@ -243,11 +233,7 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps done at a checkpoint.
-
-    Raises:
-        CheckpointError: It does not tell.
-    """
+    """Return the optimizer steps done at a checkpoint; CheckpointError if it does not tell."""
     try:
         return int(json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

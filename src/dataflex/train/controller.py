@@ -45,14 +45,8 @@ _LOGGED_INTERVALS = 64
 class Candidates:
     """Gives every interval its pool, a function of (seed, optimizer step) alone.
 
-    Every row is a candidate once before any is one again, whether it was chosen or not.
-
-    Args:
-        usable: Rows with a supervised token, the only ones that can be chosen [n].
-        batches: Candidates for each row that is served.
-        global_batch: Rows of one optimizer step.
-        schedule: Intervals of the run; warm-up takes no candidates.
-        seed: Seed of the run.
+    Every row with a supervised token (``usable`` [n]) is a candidate once before any is one again, whether it was
+    chosen or not. There are ``batches`` candidates for each row that is served; warm-up takes none.
 
     Raises:
         ConfigError: An interval would need more candidates than there are rows.
@@ -86,10 +80,8 @@ class Candidates:
 class Repeats:
     """Counts how often every row is served, and warns once when much of an interval goes to rows served very often.
 
-    Args:
-        num_rows: Rows of the training set.
-        most: ``dynamic.max_repeats``, how often a row may be served without a warning; None: always.
-        selector: Name of the selector, for the message.
+    ``most`` is ``dynamic.max_repeats``, how often a row may be served without a warning; None: always. ``selector`` is
+    the name in the message.
     """
 
     def __init__(self, num_rows: int, most: int | None, selector: str) -> None:

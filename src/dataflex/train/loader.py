@@ -60,13 +60,7 @@ def _unchanged(batch: Any) -> Any:
 class PlanFeed:
     """Collated micro-batches of a plan, optimizer step by optimizer step; each holds its row ids under ``ROWS``.
 
-    Args:
-        dataset: Features by row id.
-        collate: The loop's collator; gives a mapping.
-        shape: How a step is divided.
-        num_workers: Worker processes; they live as long as the run, however short its plans are.
-        pin_memory: Passed to the DataLoader.
-        prefetch_factor: Passed to the DataLoader when there are workers.
+    Worker processes live as long as the run, however short its plans are.
     """
 
     def __init__(
@@ -134,10 +128,6 @@ class EpochShell(DataLoader[int]):
 
     The Trainer counts epochs, steps and examples by it and opens it once per epoch, which draws one
     number from the global random stream, as its own loader would.
-
-    Args:
-        num_rows: Rows of the training set.
-        num_micro_batches: Micro-batches of this rank per epoch.
     """
 
     def __init__(self, num_rows: int, num_micro_batches: int) -> None:

@@ -58,12 +58,8 @@ class TokenLosses:
 def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
     """Return the documents with a supervised token as the sequences of a packed micro-batch.
 
-    A position predicts the token after it and belongs to that token's document.
-
-    Args:
-        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
-        mask_BT: Positions whose next token is supervised.
-        rows: Row ids of the micro-batch [R].
+    ``documents_BT`` are those of ``signals.losses.document_ids``. A position predicts the token after it and belongs to
+    that token's document.
     """
     predicted = F.pad(documents_BT[:, 1:], (0, 1), value=0).clamp(min=0)
     width = int(predicted.max()) + 1 if predicted.numel() else 1
@@ -144,8 +140,7 @@ def batch_view(
 def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:
     """Return weights as fp32 [B, 1] by sequence or [R, T] by position, on the device of the losses.
 
-    Raises:
-        ComponentError: Wrong shape. Values are checked by ``WeightStats``.
+    Wrong shapes raise ComponentError; ``WeightStats`` checks the values.
     """
     count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
     check_weights(weighter, weights, [(count,), shape])
@@ -381,13 +376,13 @@ class Reweighter:
         return self._needs.embedding
 
     def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, *, index: int, total: int) -> None:
-        """Begin an optimizer step: find what is known of its weights before its forward passes (collective).
+        """Begin optimizer step ``index`` of ``total``: find what is known of its weights beforehand (collective).
 
         Args:
             batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
             num_items: Supervised tokens of the step, as the loop counts them.
             device: Where collectives work.
-            index: Optimizer step, counted from 0.
+            index: Counted from 0.
             total: Optimizer steps of the run.
         """
         self._index, self._total, self._num_micro = index, total, len(batches)
@@ -422,12 +417,7 @@ class Reweighter:
         return "weight_sum" if by_weight else "num_tokens"
 
     def check_known(self, rows: Rows) -> None:
-        """Check the weights that are known from the rows alone before training, and not only at their row's step.
-
-        Raises:
-            ComponentError: A weight that is negative or not finite.
-            DataError: From the weighter.
-        """
+        """Check the weights known from the rows alone before training; ComponentError if one is no number >= 0."""
         known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
         if self.weighter is None or known is None:
             return
@@ -446,10 +436,7 @@ class Reweighter:
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
-        Args:
-            batch: The collated micro-batch, with ``labels`` [R, T] and ``ROWS`` [R].
-            logits: [R, T, V].
-            hidden: Hidden states [R, T, D] of the layer that ``embedding`` names.
+        ``logits`` are [R, T, V], ``hidden`` the hidden states [R, T, D] of the layer that ``embedding`` names.
         """
         rows = batch[ROWS]
         weighter = self.weighter if self._acts else None
@@ -529,9 +516,7 @@ class Reweighter:
     def end_step(self, proportions: NDArray[np.float64], learning_rate: float) -> None:
         """Give the mixer the losses of the domains in the step (collective).
 
-        Args:
-            proportions: Proportions of sequences under which the step was drawn [K].
-            learning_rate: Of the step.
+        ``proportions`` of sequences [K] are those under which the step was drawn.
         """
         assert self.mixer is not None
         sums = self._sums.take(self._device)
@@ -591,12 +576,7 @@ class Reweighter:
 
 
 def balance_loss(outputs: Any, config: Any) -> torch.Tensor | None:
-    """Return the term for balanced routers that a model adds to its own loss, or None.
-
-    Args:
-        outputs: Output of the model.
-        config: Its configuration, whose language part gives the coefficient.
-    """
+    """Return the term for balanced routers that a model of this configuration adds to its own loss, or None."""
     balance: Any = getattr(outputs, "aux_loss", None)
     if not torch.is_tensor(balance):  # 0 without router logits
         return None
