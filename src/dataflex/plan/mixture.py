@@ -32,61 +32,6 @@ class Segment:
 
 Interleave = Literal["shuffled", "even"]
 
-_SCALAR_DOMAINS = 16  # up to here a plain Python loop beats numpy calls on tiny arrays
-
-
-def _carry_scalar(shares: list[float], rest: list[float], block: int, num: int) -> tuple[list[int], list[float]]:
-    """Run the loop of ``block_counts`` in plain Python; both results are flat lists."""
-    counts: list[int] = []
-    rests: list[float] = list(rest)
-    for _ in range(num):
-        need = [share + left for share, left in zip(shares, rest, strict=True)]
-        base = [int(value) if value > 0.0 else 0 for value in need]
-        rest = [value - whole for value, whole in zip(need, base, strict=True)]
-        _settle(base, rest, block - sum(base))
-        counts += base
-        rests += rest
-    return counts, rests
-
-
-def _settle(base: list[int], rest: list[float], short: int) -> None:
-    """Hand out (or take back) one sequence at a time where the remainder is largest (smallest)."""
-    for _ in range(short):
-        k = rest.index(max(rest))
-        base[k] += 1
-        rest[k] -= 1.0
-    for _ in range(-short):
-        k = min((k for k in range(len(base)) if base[k] > 0), key=rest.__getitem__)
-        base[k] -= 1
-        rest[k] += 1.0
-
-
-def _carry_vector(
-    shares: NDArray[np.float64], rest: NDArray[np.float64], block: int, num: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Run the loop of ``block_counts`` with one numpy pass per block; bit for bit the scalar loop."""
-    counts = np.empty((num, shares.size), dtype=np.int64)
-    rests = np.empty((num + 1, shares.size), dtype=np.float64)
-    rests[0] = rest
-    for b in range(num):
-        need = shares + rests[b]
-        base = np.maximum(np.floor(need), 0.0)
-        left = need - base
-        short = block - int(base.sum())
-        if short < 0:
-            base_list, left_list = base.astype(np.int64).tolist(), left.tolist()
-            _settle(base_list, left_list, short)
-            counts[b], rests[b + 1] = base_list, left_list
-            continue
-        # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
-        # that handing out one at a time would pick none twice.
-        order = np.argsort(-left, kind="stable")[:short]
-        left[order] -= 1.0
-        base[order] += 1.0
-        counts[b], rests[b + 1] = base, left
-    return counts, rests
-
-
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -100,16 +45,29 @@ def block_counts(
         Counts int64 [num, K], and residuals float64 [num + 1, K], row b before block b.
     """
     active = np.flatnonzero(proportions > 0)
-    shares = proportions[active] * block
-    counts = np.zeros((num, proportions.size), dtype=np.int64)
-    residuals = np.zeros((num + 1, proportions.size), dtype=np.float64)
-    if active.size <= _SCALAR_DOMAINS:
-        flat, rests = _carry_scalar(shares.tolist(), residual[active].tolist(), block, num)
-        counts[:, active] = np.array(flat, dtype=np.int64).reshape(num, active.size)
-        residuals[:, active] = np.array(rests).reshape(num + 1, active.size)
-    else:
-        counts[:, active], residuals[:, active] = _carry_vector(shares, residual[active], block, num)
-    return counts, residuals
+    shares, rest = proportions[active] * block, residual[active]
+    counts, rests = np.empty((num, active.size)), np.empty((num + 1, active.size))
+    rests[0] = rest
+    for b in range(num):
+        need = shares + rest
+        base = np.maximum(np.floor(need), 0.0)
+        rest = need - base
+        short = block - int(base.sum())
+        if short > 0:
+            # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
+            # that handing out one at a time would pick none twice.
+            order = np.argsort(-rest, kind="stable")[:short]
+            rest[order] -= 1.0
+            base[order] += 1.0
+        for _ in range(-short):  # clipping has given too many
+            k = np.argmin(np.where(base > 0, rest, np.inf))
+            rest[k] += 1.0
+            base[k] -= 1.0
+        counts[b], rests[b + 1] = base, rest
+    all_counts = np.zeros((num, proportions.size), dtype=np.int64)
+    all_rests = np.zeros((num + 1, proportions.size))
+    all_counts[:, active], all_rests[:, active] = counts, rests
+    return all_counts, all_rests
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -126,36 +84,6 @@ def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
         labels[place] = k = int(np.argmax(behind))
         given[k] += 1
     return labels
-
-
-def block_labels(
-    proportions: NDArray[np.float64],
-    block: int,
-    residual: NDArray[np.float64],
-    seed: int,
-    segment: int,
-    first: int,
-    num: int,
-    interleave: Interleave = "shuffled",
-) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
-    """Return the domain of every sequence of blocks ``first`` to ``first + num - 1`` of a segment.
-
-    The order within a block is a permutation that depends on (seed, segment, block number) only, or ``evenly``.
-
-    Returns:
-        Domain indices [num * block], and the residuals of ``block_counts`` [num + 1, K].
-    """
-    counts, rests = block_counts(proportions, block, residual, num)
-    # 16-bit labels make numpy's stable sort a radix sort, here and for whoever groups by label.
-    small = proportions.size <= 1 << 16
-    numbers: NDArray[np.unsignedinteger] = np.arange(proportions.size, dtype=np.uint16 if small else np.uint64)
-    if interleave == "even":
-        return np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype), rests
-    in_order: NDArray[np.unsignedinteger] = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, block)
-    places = np.arange(first * block, (first + num) * block, dtype=np.int64).reshape(num, block)
-    order = np.argsort(keys(seed, "mixture", segment, places), axis=1)
-    labels: NDArray[np.unsignedinteger] = np.take_along_axis(in_order, order, axis=1).reshape(-1)
-    return labels, rests
 
 
 AtCap = Literal["error", "redistribute", "stop"]
@@ -407,13 +335,19 @@ class MixtureSampler:
         to_cap = (((self.limits - self.drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
-        segment = self._forgotten + len(self.segments) - 1
-        labels, rests = block_labels(
-            shares, block // self.unit, self._residual, self.seed, segment, first, num, self.interleave
-        )
-        if self.unit > 1:
-            labels = np.repeat(labels, self.unit)
-        return labels[offset : offset + count], rests
+        counts, rests = block_counts(shares, block // self.unit, self._residual, num)
+        # 16-bit labels make numpy's stable sort a radix sort, here and in ``serve``.
+        labels: NDArray[np.unsignedinteger]
+        numbers: NDArray[np.unsignedinteger] = np.arange(shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64)
+        if self.interleave == "even":
+            labels = np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype)
+        else:
+            in_order = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, -1)
+            places = np.arange(in_order.size, dtype=np.int64).reshape(in_order.shape) + first * in_order.shape[1]
+            segment = self._forgotten + len(self.segments) - 1
+            order = np.argsort(keys(self.seed, "mixture", segment, places), axis=1)
+            labels = np.take_along_axis(in_order, order, axis=1).reshape(-1)
+        return np.repeat(labels, self.unit)[offset : offset + count], rests
 
     def state_dict(self) -> State:
         """Return everything that a resumed run needs: the log, positions and the residual."""

@@ -91,7 +91,7 @@ def spread(
     return np.concatenate([rows if rng is None else rng.permutation(rows) for _ in range(copies)])[:wanted]
 
 
-def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, earlier: Rows | None = None) -> Rows:
+def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, earlier: Rows) -> Rows:
     """Return uniformly drawn rows for an interval before the first decision, int64 [interval.steps * global_batch].
 
     Without replacement; when the interval is longer than the pool, re-shuffled copies of it. ``earlier`` are the rows
@@ -101,7 +101,7 @@ def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, ea
     wanted = interval.steps * global_batch
     rng = stream(seed, "warmup", interval.index)
     copies = []
-    if earlier is not None and len(earlier):
+    if len(earlier):
         times = np.bincount(earlier, minlength=int(pool.max()) + 1)[pool]
         least = np.flatnonzero(times == times.min())
         copies.append(rng.permutation(least if len(least) < len(pool) else 0)[:wanted])

@@ -115,8 +115,8 @@ def quota_rows(
     *,
     seed: int,
     repeat: bool,
-    shuffle: bool = True,
-    earlier: Rows | None = None,
+    shuffle: bool,
+    earlier: Rows,
 ) -> Rows:
     """Serve each domain's quota of ``total`` rows from the kept rows, without replacement while they last.
 
@@ -155,9 +155,8 @@ def quota_rows(
             )
         order = stream(seed, f"quota/{name}", interval.index)
         copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
-        if earlier is not None:
-            before = np.isin(copies[0], earlier)
-            copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
+        before = np.isin(copies[0], earlier)
+        copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
         parts.append(np.concatenate(copies)[:count])
     served = np.concatenate(parts)
     places = stream(seed, "order", interval.index).permutation(len(served))

@@ -234,6 +234,9 @@ class Controller:
                 interleave=config.interleave,
                 shuffle=self.shape.shuffle,
             )
+        options = config.signals
+        self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
+        """Rows drawn for a pool, and those left once they are screened."""
         self.floors = floors_by_domain(config.min_proportion, domains.names)
         self.planned_rows = PlannedRows(usable) if config.exclude_seen else None
         self.repeats: Repeats | None = None
@@ -368,7 +371,7 @@ class Controller:
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        wanted = self._wanted(ctx.interval, len(pool) if self.planned_rows is None else self._pool_sizes()[1])
+        wanted = self._wanted(ctx.interval, len(pool) if self.planned_rows is None else self._pool_sizes[1])
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
@@ -378,16 +381,11 @@ class Controller:
         ratio, mixes = self.config.keep_ratio, self.mixer is not None
         return wanted_rows(interval, self.shape.global_batch, pool_size, ratio, mixes)
 
-    def _pool_sizes(self) -> tuple[int, int]:
-        """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
-        options = self.config.signals
-        return pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
-
     def _pool(self, ctx: Context) -> Rows:
         """Return the rows that a selector is given, ascending: all, those of no plan, candidates, or a drawn share."""
         if self.candidates is not None:
             return self.candidates.pool(ctx.interval)
-        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
+        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes
         if self.planned_rows is not None:
             rows = self.planned_rows.others(self._wanted(ctx.interval, left))
         elif len(self._earlier):
@@ -403,12 +401,12 @@ class Controller:
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
         """Leave out what a cut interval served already, where whole it would have served no row twice."""
         whole = self.schedule.interval(interval.start_step)
-        sizes = self._pool_sizes()[1]
-        once = self._wanted(whole, sizes) == whole.steps * self.shape.global_batch
+        size = self._pool_sizes[1]
+        once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
         if self.mixer is not None or not once or len(np.unique(self._earlier)) < len(self._earlier):
             return rows
         left = np.setdiff1d(rows, self._earlier)
-        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, sizes)
+        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, size)
         return left if enough else rows
 
     def _lay_out(
@@ -439,7 +437,7 @@ class Controller:
                     seed=self.seed,
                     repeat=self.config.repeat,
                     shuffle=self.shape.shuffle,
-                    earlier=self._earlier if len(self._earlier) else None,
+                    earlier=self._earlier,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:

@@ -23,21 +23,15 @@ ROWS = "dataflex_rows"
 class _Shards(Sampler[list[int]]):
     """The rows of this rank's micro-batches from ``first_step`` to the end of ``plan``; both are set anew."""
 
+    plan: DataPlan
+    first_step = 0
+
     def __init__(self, shape: BatchShape) -> None:
         self._shape = shape
-        self.plan: DataPlan | None = None
-        self.first_step = 0
-        self.num_micro: dict[int, int] = {}
-        """Number of micro-batches of the steps read so far."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan = self.plan
-        assert plan is not None
-        for step in range(self.first_step, plan.interval.stop_step):
-            shards = plan.shard(step, self._shape)
-            self.num_micro[step] = len(shards)
-            for rows in shards:
-                yield rows.tolist()
+        for step in range(self.first_step, self.plan.interval.stop_step):
+            yield from (rows.tolist() for rows in self.plan.shard(step, self._shape))
 
 
 class _MicroBatches(Dataset[Any]):
@@ -73,7 +67,7 @@ class PlanFeed:
         pin_memory: bool,
         prefetch_factor: int | None,
     ) -> None:
-        self._shards = _Shards(shape)
+        self._shape, self._shards = shape, _Shards(shape)
         options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
@@ -94,11 +88,9 @@ class PlanFeed:
         """Return the collated micro-batches of ``step``."""
         if plan is not self._plan or step != self._next_step or self._iterator is None:
             self._shards.plan, self._shards.first_step = plan, step
-            self._shards.num_micro.clear()
             self._iterator = iter(self._loader)
             self._plan = plan
-        batches = [next(self._iterator)]
-        batches += [next(self._iterator) for _ in range(self._shards.num_micro.pop(step) - 1)]
+        batches = [next(self._iterator) for _ in plan.shard(step, self._shape)]
         self._next_step = step + 1
         if self._next_step == plan.interval.stop_step:
             self._iterator = None

@@ -286,7 +286,7 @@ class Session:
             mixer=self.mixer,
             clock=setup.clock,
         )
-        self._identity = Identity.of(config, space, setup.resolved, shape=shape, seed=seed)
+        self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         self.feed = PlanFeed(
             _dataset(setup, loop),
             loop.collate,
@@ -322,12 +322,12 @@ class Session:
         if folder is not None and self.config.resume_plan == "ignore":
             self.controller.decided = saved.decisions(folder)
         elif folder is not None:
-            self._take_back(folder)
+            self._load(folder)
         self._open_record(folder, step)
         self.clock.switch("train")
         return step
 
-    def _take_back(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
         self.controller.plan, state = saved.load(folder, self._identity)
         self.controller.load_state_dict(state["controller"])
         loss = self._loss
