@@ -32,6 +32,7 @@ class Segment:
 
 Interleave = Literal["shuffled", "even"]
 
+
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -123,13 +124,8 @@ def expected_epochs(
 ) -> NDArray[np.float64]:
     """Return the epochs of each domain [K] after ``total`` more sequences at fixed proportions of sequences.
 
-    Args:
-        sizes: Rows of each domain, int64 [K], > 0.
-        proportions: float64 [K].
-        total: Sequences to be drawn.
-        max_epochs: Cap of each domain [K] (or one for all), NaN or inf for none.
-        at_cap: With ``error`` the caps are ignored, so that the result shows by how much they would be exceeded.
-        drawn: Sequences already drawn by domain, int64 [K].
+    ``drawn`` are the sequences drawn before [K]. With ``at_cap: error`` the caps ``max_epochs`` (as in ``cap_limits``)
+    are ignored, so that the result shows by how much they would be exceeded.
     """
     served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
@@ -160,25 +156,16 @@ _FIXED = ("names", "sizes", "seed", "block", "unit", "interleave")  # what a res
 class MixtureSampler:
     """Yields row ids so that domains follow proportions, block by block, without replacement.
 
-    - Counts in a block follow the proportions by residual carry (``block_counts``).
-    - The order within a block is a permutation keyed by (seed, segment, block).
+    - Counts in a block (usually the global batch) follow the proportions by residual carry (``block_counts``).
+    - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
+      consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
     - A segment may end inside a block; then the served share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
 
-    At the first sequence past a domain's cap ``error`` raises and leaves the sampler as it was before the
-    call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
+    At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
+    before the call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
     ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
-
-    Args:
-        domains: The domains of the rows.
-        seed: Seed of the run.
-        block: Sequences in a block, usually the global batch.
-        max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
-        at_cap: What happens at a cap.
-        unit: Number of consecutive sequences of one domain (a domain-pure micro-batch); divides ``block``.
-        interleave: How domains lie within a block.
-        shuffle: Whether the rows of a domain are shuffled in each of its epochs.
     """
 
     def __init__(
@@ -338,7 +325,9 @@ class MixtureSampler:
         counts, rests = block_counts(shares, block // self.unit, self._residual, num)
         # 16-bit labels make numpy's stable sort a radix sort, here and in ``serve``.
         labels: NDArray[np.unsignedinteger]
-        numbers: NDArray[np.unsignedinteger] = np.arange(shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64)
+        numbers: NDArray[np.unsignedinteger] = np.arange(
+            shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64
+        )
         if self.interleave == "even":
             labels = np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype)
         else:

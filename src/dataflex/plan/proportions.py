@@ -29,21 +29,13 @@ _SUM_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionsFile:
-    """What a proportions file holds.
+    """What a proportions file holds."""
 
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of the inputs.
-        details: Numbers of the method, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...]  # domains, each once [K]
+    proportions: tuple[float, ...]  # share of each [K], >= 0, sum 1
+    method: str  # what made them, such as "log_linear"
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # command, date, versions, settings, digests of inputs
+    details: Mapping[str, Any] = field(default_factory=dict)  # numbers of the method, such as predicted losses
 
     @property
     def by_name(self) -> dict[str, float]:

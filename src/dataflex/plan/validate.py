@@ -120,18 +120,9 @@ def quota_rows(
 ) -> Rows:
     """Serve each domain's quota of ``total`` rows from the kept rows, without replacement while they last.
 
-    Domains come in random order, and so do the rows of a domain with ``shuffle``, else in the selector's order.
-
-    Args:
-        kept: Row ids that the selector kept.
-        shares: Proportions of sequences by domain [K].
-        total: Rows to serve.
-        interval: Interval of the decision.
-        domains: Domains of the row space.
-        seed: Seed of the run.
-        repeat: Whether rows may be served again when a quota is larger than what was kept.
-        shuffle: See above.
-        earlier: Rows served before in the interval, where the end of a shorter run cut it: they come last.
+    ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
+    with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
+    what was kept. Rows that the interval served before the end of a shorter run cut it (``earlier``) come last.
 
     Raises:
         DataError: A domain cannot fill its quota.

@@ -32,11 +32,9 @@ _FORMAT = 1
 class Identity:
     """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
 
-    The micro-batch size may change unless the mixer wants micro-batches of one domain each, and the number of ranks
-    as long as the global batch does not. ``lf`` are LLaMA-Factory's keys as they were written.
-
-    Attributes:
-        described: The JSON form that goes into the checkpoint; ``settings`` are the keys of ``config.resuming``.
+    The micro-batch size may change unless the mixer wants micro-batches of one domain each, and the number of ranks as
+    long as the global batch does not. ``lf`` are LLaMA-Factory's keys as they were written; ``described`` is the JSON
+    form that goes into the checkpoint, whose ``settings`` are the keys of ``config.resuming``.
     """
 
     def __init__(

@@ -41,15 +41,10 @@ _COMPARED_ROWS = 64
 class ReferenceLosses:
     """Token losses of a reference model, loaded from the folder of a model or a PEFT adapter (collective).
 
-    Rows that share a pass also share an array in the store; which pass scored a row is the state that a resumed run
-    needs.
-
-    Args:
-        folder: Folder of the model.
-        access: The training rows, and how they are collated and scored.
-        store: Folder of the cached losses.
-        cached: Whether rows are scored once, instead of each batch in every step.
-        whole: Whether the first pass is over all rows, and not only those of the first plan.
+    ``access`` gives the training rows, and how they are collated and scored. With ``cached`` rows are scored once, into
+    the folder ``store``, instead of each batch in every step; the first pass is over the rows of the first plan, or
+    over the ``whole`` pool. Rows that share a pass also share an array in the store; which pass scored a row is the
+    state that a resumed run needs.
 
     Raises:
         ConfigError: No folder or model, another tokenizer, or fewer embeddings than the tokenizer has ids.
