@@ -41,7 +41,7 @@ from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import row_pass
-from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, fingerprint, measure
+from dataflex.train.row_space import Leak, RowSpace, find_leaks, fingerprint, measure, target_corpus
 
 _CHUNK_ROWS = 20_000
 _ANSWERS: dict[str, Callable[[NDArray[np.int64]], NDArray[np.bool_]]] = {
@@ -285,7 +285,7 @@ class DataLoading:
             fingerprint=fingerprint(sizes, labels, measures.fingerprint),
             columns={name: found[name] for name in self._config.columns},
             targets=targets,
-            leaks={name: leak.describe() for name, leak in leaked.items()},
+            leaks=leaked,
         )
         self.space.check_supervised()
         return module
@@ -457,12 +457,8 @@ class DataLoading:
             raise DataError("\n".join(lacking))
         return domains
 
-    def _targets(self, loader: Loader) -> dict[str, TargetSpace]:
-        targets = {}
-        for name in self._config.targets:
-            rows = loader.target(name)
-            targets[name] = TargetSpace.of(name, rows)
-        return targets
+    def _targets(self, loader: Loader) -> dict[str, Corpus]:
+        return {name: target_corpus(name, loader.target(name)) for name in self._config.targets}
 
 
 def _documents_per_row(

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.trainer import TrainerMixin

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.build import method_block
 from dataflex.config.load import load_mapping
-from dataflex.config.methods import method_block
+from dataflex.config.schema import FLAT_KEYS
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.runs import configuration, finished, say, train_unfinished, without_mixer, write_configurations
