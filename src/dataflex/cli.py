@@ -154,33 +154,13 @@ def _methods(options: argparse.Namespace) -> str:
 def _score(options: argparse.Namespace) -> str | int:
     from dataflex.commands.offline import score
 
-    return score(
-        options.data,
-        options.overrides,
-        methods=options.method,
-        out=options.out,
-        targets=options.targets,
-        budget=options.budget,
-        store=options.store,
-        arguments=options.arguments,
-    )
+    return score(options)
 
 
 def _select(options: argparse.Namespace) -> str:
     from dataflex.commands.offline import select
 
-    return select(
-        options.scores,
-        column=options.score,
-        budget=options.budget,
-        rule=options.rule,
-        settings=options.overrides,
-        prefer=options.prefer,
-        order=options.order,
-        seed=options.seed,
-        out=options.out,
-        overwrite=options.overwrite,
-    )
+    return select(options)
 
 
 def _mix(options: argparse.Namespace) -> str | int:
