@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixers.by_size import Size, Temperature, UniMax, allocate, tempered
-from dataflex.mixers.fixed import Stage, Staged, Static, Uniform
+from dataflex.mixers.fixed import Size, Stage, Staged, Static, Temperature, Uniform, UniMax, allocate, tempered
 from dataflex.testing import example_context
 from tests.methods.oracles import oracle_temperature, oracle_unimax
 
