@@ -1,8 +1,8 @@
 """What is made of per-sample gradients: dot products with targets, norms, weighted sums, sketches, rows as they are.
 
 Consumers are fed parameter by parameter, so nothing of size samples x parameters is ever held (but by ``RowVectors``).
-Each says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the
-cheaper one for all consumers together. Sums over parameters are taken at the end, in float64.
+Each says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the cheaper one for
+all consumers together. Sums over parameters are taken at the end, in float64.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from dataflex.signals.gradients.factors import Factors, FactorShape, ghost_dots,
 _MEMORY = 8.0
 # A matrix product over more numbers than this loses digits in fp32 (5e-5 at a million).
 _STRETCH = 2**15
+# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_COST_PER_COORDINATE = 40.0
+# Hashing costs as much as the sketch itself, so this many buckets are remembered for the next batch.
+_REMEMBERED = 2**23
 
 
 class Segment(NamedTuple):
@@ -48,11 +55,8 @@ class Block:
 
     def parts(self) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield every segment with its columns [b, stop - start]."""
-        at = 0
-        for segment in self.segments:
-            width = segment.stop - segment.start
-            yield segment, self.values[:, at : at + width]
-            at += width
+        sizes = [segment.stop - segment.start for segment in self.segments]
+        yield from zip(self.segments, self.values.split(sizes, dim=1), strict=True)
 
 
 class Columns:
@@ -92,8 +96,7 @@ class TargetVectors:
     @classmethod
     def zeros(cls, num: int, shapes: Mapping[str, torch.Size], device: torch.device | str) -> TargetVectors:
         """Return ``num`` zero vectors."""
-        options = {"dtype": torch.float32, "device": device}
-        return cls(tensors={name: torch.zeros(num, *shape, **options) for name, shape in shapes.items()})
+        return cls(tensors={name: torch.zeros(num, *shape, device=device) for name, shape in shapes.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -114,8 +117,8 @@ class TargetVectors:
 
     def scale_(self, factors: torch.Tensor) -> TargetVectors:
         """Multiply vector k by ``factors[k]`` in place and return self."""
-        for tensor in self.tensors.values():
-            tensor.mul_(factors.to(tensor).view(-1, *([1] * (tensor.dim() - 1))))
+        for name, tensor in self.tensors.items():
+            self.flat(name).mul_(factors.to(tensor).unsqueeze(1))
         return self
 
     def add_up(self) -> None:
@@ -152,11 +155,11 @@ class Consumer:
         raise NotImplementedError
 
     def dense_cost(self, shape: FactorShape) -> float:
-        """Return multiply-adds per sample for a formed gradient of this shape."""
-        raise NotImplementedError
+        """Return the number of multiply-adds per sample for a formed gradient of this shape."""
+        return _MEMORY * shape.m * shape.n
 
     def ghost_cost(self, shape: FactorShape) -> float:
-        """Return multiply-adds per sample for the factored form; infinite where it cannot be used."""
+        """Return the number of multiply-adds per sample for the factored form; infinite where it cannot be used."""
         return math.inf
 
     def add(self, block: Block) -> None:
@@ -179,9 +182,6 @@ class Norms(Consumer):
 
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._squares = [torch.zeros(len(finite), device=finite.device)]
-
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
-        return _MEMORY * shape.m * shape.n
 
     def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return shape.tokens**2 * (shape.n + shape.left_width + 2 * _MEMORY)
@@ -240,7 +240,7 @@ class Dots(Consumer):
 
 
 class WeightedSums(Consumer):
-    """Adds sum_i w_ki G_i to ``vectors``, over as many batches as wanted; means by target are made of this.
+    """Adds sum_i w_ki G_i to ``vectors``, over any number of batches; means by target are made of this.
 
     Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights
     that were used come back [b, K].
@@ -284,10 +284,10 @@ class WeightedSums(Consumer):
 
 
 class RowVectors(Consumer):
-    """Writes each sample's gradient into a vector of its own.
+    """Writes each sample's gradient into a vector of its own; there is no result.
 
     Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out. Vectors of samples
-    without a loss stay as they were. There is no result.
+    without a loss stay as they were.
 
     Args:
         vectors: Where gradients go.
@@ -304,9 +304,6 @@ class RowVectors(Consumer):
         self._samples = (finite & places.ge(0)).nonzero().squeeze(1)
         self._places = places[self._samples]
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
-        return _MEMORY * shape.m * shape.n
-
     def add(self, block: Block) -> None:  # noqa: D102
         for (name, start, stop), values in block.parts():
             vectors = self.vectors.flat(name)
@@ -314,32 +311,6 @@ class RowVectors(Consumer):
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return {}
-
-
-# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
-_FIRST = 0xBF58476D1CE4E5B9 - 2**64
-_SECOND = 0x94D049BB133111EB - 2**64
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_COST_PER_COORDINATE = 40.0
-# Hashing costs as much as the sketch itself, so the first so many buckets are remembered for the next batch.
-_REMEMBERED = 2**23
-
-
-def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right without sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(values: torch.Tensor) -> torch.Tensor:
-    values = (values ^ _shift(values, 30)) * _FIRST
-    values = (values ^ _shift(values, 27)) * _SECOND
-    return values ^ _shift(values, 31)
-
-
-def _key(*parts: object) -> int:
-    """Return a signed 64-bit number for some names and numbers."""
-    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 class Sketch(Consumer):
@@ -352,8 +323,8 @@ class Sketch(Consumer):
     (|u|^2 |v|^2 + <u, v>^2) / size. Source: Kane and Nelson 2014 (arXiv 1012.1577).
 
     Args:
-        size: Numbers kept for each sample; a multiple of ``nonzeros``.
-        nonzeros: Buckets for each coordinate.
+        size: Number of buckets, the length of a sketch; a multiple of ``nonzeros``.
+        nonzeros: Number of buckets for each coordinate.
         seed: Of the hash.
 
     Raises:
@@ -401,11 +372,7 @@ class Sketch(Consumer):
         return sums.t() / self.nonzeros**0.5
 
     def buckets_and_signs(self, segment: Segment, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where a stretch of a parameter goes.
-
-        Returns:
-            Buckets int64 [nonzeros, n] in [0, size), signs fp32 [nonzeros, n] of +1 and -1.
-        """
+        """Return buckets int64 [nonzeros, n] in [0, size) and signs fp32 [nonzeros, n] of a stretch of a parameter."""
         index = torch.arange(segment.start, segment.stop, dtype=torch.int64, device=device) * _GOLDEN
         width = self.size // self.nonzeros
         hashes = torch.stack([_mix(index + _key(self.seed, segment.name, k)) for k in range(self.nonzeros)])
@@ -416,3 +383,20 @@ class Sketch(Consumer):
 def _scatter(sums: torch.Tensor, columns: torch.Tensor, buckets: torch.Tensor, signs: torch.Tensor) -> None:
     for where, sign in zip(buckets, signs, strict=True):
         sums.index_add_(0, where, columns * sign.unsqueeze(1))
+
+
+def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right without sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    values = (values ^ _shift(values, 30)) * _FIRST
+    values = (values ^ _shift(values, 27)) * _SECOND
+    return values ^ _shift(values, 31)
+
+
+def _key(*parts: object) -> int:
+    """Return a signed 64-bit number for some names and numbers."""
+    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,8 +1,8 @@
 """Per-sample gradients in the two forms in which layers give them, and exact products of the factored form.
 
-A matrix used on tokens has, for sample i, the gradient G_i = sum_t left_t (outer) right_t. Keeping
-the factors apart ("ghost" form) gives norms, inner products and weighted sums without ever forming
-G_i: <G, G'> = sum_ts (left_t . left'_s)(right_t . right'_s).
+A matrix used on tokens has, for sample i, the gradient G_i = sum_t left_t (outer) right_t. Keeping the factors apart
+("ghost" form) gives norms, inner products and weighted sums without ever forming G_i:
+<G, G'> = sum_ts (left_t . left'_s)(right_t . right'_s).
 
 Legend: b samples, T tokens, m rows and n columns of the parameter, M target vectors.
 """
@@ -61,8 +61,7 @@ class FactorShape:
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 
-    Returns:
-        fp32 [b, (stop - start) * rest], contiguous, fresh (may be changed in place).
+    The result is fp32 [b, (stop - start) * rest], contiguous, and may be changed in place.
     """
     total: torch.Tensor | None = None
     for use in uses:
