@@ -88,9 +88,8 @@ class Signal:
     def kept(self) -> Kept:
         """How long values are given again.
 
-        - ``step``: within a decision, up to ``max_age_steps`` longer, and in the store.
-        - ``run``: row by row for the whole run; for one number per row of a model that stays as it is.
-        - ``never``: they are computed whenever they are asked for.
+        ``step``: in this decision, up to ``max_age_steps`` longer, and from the store; ``run``: row by row for the
+        whole run, for one number per row of a model that does not change; ``never``.
         """
         return "step"
 
@@ -266,9 +265,9 @@ class AdaptedLoss(Signal):
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
-        from dataflex.signals.moved import trained_probe
+        from dataflex.signals.moved import probed
 
-        with trained_probe(access, self).attached(), _token_means(access, "loss") as scorer:
+        with probed(access, self), _token_means(access, "loss") as scorer:
             yield scorer
 
 

@@ -254,16 +254,8 @@ def _filled(leaves: list[Any], places: tuple[int, ...], tensors: Tensors) -> lis
 def _run_again(unit: Unit, run: _Run, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:
     """Return per-sample gradients of a module's parameters for one of its calls, fp32 [b, *parameter.shape] by name.
 
-    Args:
-        unit: The module and its parameters.
-        run: Makes the call again.
-        kept: Its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
-            sample; the others are shared.
-        grads: Gradients of the summed row losses with respect to the outputs.
-        rows: Number of samples b.
-
-    Raises:
-        HandUp: The outputs cannot be taken apart by sample.
+    ``kept`` are its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
+    sample; the others are shared. ``grads`` are those of the outputs.
     """
     module, num_inputs = unit.module, len(kept) - len(grads)
     inputs, outputs = kept[:num_inputs], kept[num_inputs:]

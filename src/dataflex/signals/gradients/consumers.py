@@ -43,12 +43,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Gradients of all samples for a stretch of one parameter, or for several small ones side by side.
-
-    Attributes:
-        segments: What the columns are, in order.
-        values: fp32 [b, columns]; read only.
-    """
+    """Gradients of all samples, fp32 [b, columns], read only, for a stretch of one parameter or several small ones."""
 
     segments: tuple[Segment, ...]
     values: torch.Tensor
@@ -60,12 +55,9 @@ class Block:
 
 
 class Columns:
-    """Constants by parameter, brought into the columns of a block.
+    """Constants by parameter [..., numel], brought into the columns of a block.
 
     Side-by-side layouts are remembered: small parameters meet in the same blocks in every batch.
-
-    Args:
-        flat: Parameter's name to its constants [..., numel].
     """
 
     def __init__(self, flat: Callable[[str], torch.Tensor]) -> None:
@@ -85,11 +77,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetVectors:
-    """M vectors, each as large as all differentiated parameters together.
-
-    Attributes:
-        tensors: By parameter name, fp32 [M, *parameter.shape], contiguous.
-    """
+    """M vectors, each as large as all differentiated parameters together: fp32 [M, *shape] by parameter name."""
 
     tensors: dict[str, torch.Tensor]
 
@@ -139,19 +127,12 @@ def total(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Consumer:
-    """Base of everything that takes per-sample gradients.
-
-    Attributes:
-        name: Key of the result.
-    """
+    """Base of everything that takes per-sample gradients; ``name`` is the key of its result."""
 
     name: str
 
     def begin(self, finite: torch.Tensor) -> None:
-        """Start a batch, forgetting the last one; ``finite`` [b] says which samples have a loss.
-
-        A batch may be started again before it is finished.
-        """
+        """Start a batch, forgetting the last, even an unfinished one; ``finite`` [b]: which samples have a loss."""
         raise NotImplementedError
 
     def dense_cost(self, shape: FactorShape) -> float:
@@ -197,12 +178,10 @@ class Norms(Consumer):
 
 
 class Dots(Consumer):
-    """Exact inner products with target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
+    """Exact inner products with M target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
 
-    Args:
-        targets: M vectors of the size of the parameters.
-        normalize: "none": plain products. "row": divided by the sample's norm; with targets that are
-            means of unit vectors this is LESS's mean of cosines. "both": cosines.
+    ``normalize`` is "none": plain products; "row": divided by the sample's norm, which with targets that are means of
+    unit vectors is LESS's mean of cosines; or "both": cosines.
     """
 
     name = "dots"
@@ -240,13 +219,10 @@ class Dots(Consumer):
 
 
 class WeightedSums(Consumer):
-    """Adds sum_i w_ki G_i to ``vectors``, over any number of batches; means by target are made of this.
+    """Adds sum_i w_ki G_i to K ``vectors``, over any number of batches; means by target are made of this.
 
-    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights
-    that were used come back [b, K].
-
-    Args:
-        vectors: K running sums, changed when a batch is finished.
+    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights used come back [b,
+    K].
     """
 
     name = "sums"
@@ -284,13 +260,10 @@ class WeightedSums(Consumer):
 
 
 class RowVectors(Consumer):
-    """Writes each sample's gradient into a vector of its own; there is no result.
+    """Writes each sample's gradient into one of ``vectors``; there is no result.
 
-    Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out. Vectors of samples
-    without a loss stay as they were.
-
-    Args:
-        vectors: Where gradients go.
+    Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out, as does a loss that is
+    missing.
     """
 
     name = "rows"
@@ -321,11 +294,6 @@ class Sketch(Consumer):
     hash of (seed, parameter's name, flat index): nothing is stored, every rank, device and batch size has the same
     matrix, and a parameter can be sketched in parts. E <Su, Sv> = <u, v>, with variance about
     (|u|^2 |v|^2 + <u, v>^2) / size. Source: Kane and Nelson 2014 (arXiv 1012.1577).
-
-    Args:
-        size: Number of buckets, the length of a sketch; a multiple of ``nonzeros``.
-        nonzeros: Number of buckets for each coordinate.
-        seed: Of the hash.
 
     Raises:
         ConfigError: ``size`` is not a positive multiple of ``nonzeros``.

@@ -1,8 +1,7 @@
 """Per-sample gradients of a model under training: one forward and one backward pass to layer outputs a batch.
 
 Nothing of the model's is changed: gradients are taken with respect to layer outputs, hooks are gone when a pass ends,
-modes and random states are put back. The scalar that is differentiated is the sum of the rows' own losses, so rows do
-not see one another.
+modes and random states are put back. The sum of the rows' own losses is differentiated: rows do not see one another.
 """
 
 from __future__ import annotations
@@ -96,16 +95,16 @@ class GradientEngine:
     def run(
         self, batch: Batch, consumers: Sequence[Consumer], *, precondition: Preconditioner | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run one batch.
+        """Run a collated batch on the device, samples in front.
 
         Args:
-            batch: Collated, on the device, samples in front.
+            batch: The batch.
             consumers: What is made of the gradients; names must differ.
             precondition: From ``preconditioner``: consumers take directions instead of gradients.
 
         Returns:
-            "losses" fp32 [b], and for each consumer its name (and name + suffix) with the samples in
-            front; NaN for samples without a finite loss.
+            "losses" fp32 [b], and each consumer's results [b, ...] by its name and suffix; NaN for samples without a
+            loss.
 
         Raises:
             UnsupportedError: Some parameters' gradients cannot be told apart by sample; names all of them.
@@ -160,12 +159,8 @@ class GradientEngine:
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
 
-        The derivative of row i's loss along a direction v equals <G_i, v>, so ranking by it is ranking by the
-        plain inner product with a target gradient: without a backward pass, norms or preconditioning.
-
-        Args:
-            batch: A collated batch on the device.
-            direction: Tensor of each parameter's shape; parameters that are left out stay.
+        It equals <G_i, v>, the inner product with a target gradient, without a backward pass, norms or preconditioning.
+        Parameters that ``direction`` leaves out stay.
 
         Raises:
             UnsupportedError: Parameters are partitioned over ranks, or an operation has no forward derivative.
@@ -257,13 +252,9 @@ class _Feeder:
 def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
     """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
 
-    A training step computes logits for every position, prompt and padding included. Where the head's own
-    parameters are not differentiated (LoRA, frozen embeddings), its input is narrowed to the positions that have a
-    label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
-
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        parameters: What is differentiated; if the head has a part in it, the head sees every position.
+    A training step computes logits for every position, prompt and padding included. Where the head's own parameters are
+    not among the differentiated ``parameters`` (LoRA, frozen embeddings), its input is narrowed to the positions that
+    have a label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
 
     Raises:
         UnsupportedError: No transformers model inside.

@@ -17,11 +17,9 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """Factored per-sample gradients of one use of a matrix parameter [m, n].
+    """Factored per-sample gradients of one use of a matrix parameter [m, n]: ``right`` is [b, T, n].
 
-    Attributes:
-        left: [b, T, m]; or int64 [b, T], the numbers of the rows of one-hot vectors (a lookup table).
-        right: [b, T, n].
+    ``left`` is [b, T, m], or int64 [b, T], the numbers of the rows of one-hot vectors (a lookup table).
     """
 
     left: torch.Tensor

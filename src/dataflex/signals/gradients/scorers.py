@@ -30,13 +30,10 @@ class GradientScorers:
     A scorer takes a collated batch on the device and gives fp32 [b, ...], NaN for rows without a loss. Many batches
     go inside ``engine.observing()``. Opening one is collective.
 
-    Args:
-        access: The model and its optimizer.
-        spec: Which gradients, and how they are compared.
-
     Raises:
         ConfigError: Unknown preset, or no trainable parameter is left; forward mode with cosines, preconditioning or
             sketches.
+        UnsupportedError: When one is opened: the optimizer has no moments for each element.
     """
 
     def __init__(self, access: ModelAccess, spec: GradientSpec) -> None:
@@ -55,20 +52,12 @@ class GradientScorers:
         """Whether targets' vectors are means of directions."""
 
     def of(self, consumer: Consumer) -> Score:
-        """Return the scorer that gives a consumer's main result.
-
-        Raises:
-            UnsupportedError: The optimizer has no moments for each element.
-        """
+        """Return the scorer that gives a consumer's main result."""
         precondition = self.precondition()
         return lambda batch: self.engine.run(batch, [consumer], precondition=precondition)[consumer.name]
 
     def towards(self, targets: TargetVectors) -> Score:
-        """Return the scorer [b, M] that compares rows with M vectors.
-
-        Raises:
-            UnsupportedError: The optimizer has no moments for each element.
-        """
+        """Return the scorer [b, M] that compares rows with M vectors."""
         spec, engine = self._spec, self.engine
         if spec.forward_mode:
             return lambda batch: torch.stack([engine.jvp(batch, targets.one(i)) for i in range(len(targets))], dim=1)
@@ -88,11 +77,7 @@ class GradientScorers:
         return score
 
     def sketches(self, *, dim: int, seed: int) -> Score:
-        """Return the scorer [b, dim] of sketches of length one.
-
-        Raises:
-            ConfigError: ``dim`` is not a positive even number.
-        """
+        """Return the scorer [b, dim] of sketches of length one; ``dim`` is even."""
         sketched = self.of(Sketch(size=dim, seed=seed))
 
         def score(batch: dict[str, Any]) -> torch.Tensor:

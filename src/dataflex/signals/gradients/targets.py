@@ -29,14 +29,9 @@ _HELD_NUMBERS = 2**28
 class TargetBuilder:
     """Collects the mean of plain (SGD) gradients of each target over batches.
 
-    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector
-    with the result is the mean of the cosines with the target's rows (what LESS's code computes); this
-    takes a second pass over the batch. Without it, it is the target's mean gradient (the paper's text).
-
-    Args:
-        engine: Of the model.
-        num_targets: Number of targets M.
-        normalize_rows: As above.
+    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector with the result is
+    the mean of the cosines with the target's rows (what LESS's code computes); this takes a second pass over the batch.
+    Without it, it is the target's mean gradient (the paper's text).
     """
 
     def __init__(self, engine: GradientEngine, *, num_targets: int, normalize_rows: bool = True) -> None:
@@ -94,14 +89,8 @@ def policy_vectors(
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
     The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
-    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or over
-    their directions. Each group's gradient is held once, so that its length is exact.
-
-    Args:
-        engine: Of the model; its loss is a row's token mean.
-        access: Collates, and says where batches go and how large they may be.
-        tasks: The responses of each task; those of equal ``group`` are added up.
-        normalize_groups: Mean over the groups' directions instead of over their gradients.
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or with
+    ``normalize_groups`` over their directions. Each group's gradient is held once, so that its length is exact.
 
     Raises:
         DataError: A task without responses, or a response without tokens.
@@ -162,19 +151,11 @@ def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dic
 def row_products(
     engine: GradientEngine, sweep: Sweep, aims: TargetVectors | None, precondition: Preconditioner | None = None
 ) -> NDArray[np.float32]:
-    """Return inner products of rows' gradients with some vectors and with one another (collective).
+    """Return inner products of rows' directions with m vectors and with one another (collective).
 
     Rows' own gradients are held, about 1 GiB of them at a time; those that are held together take one pass over
-    themselves and one over the rest.
-
-    Args:
-        engine: Of the model.
-        sweep: The rows [n], few.
-        aims: The vectors [m], or None for none.
-        precondition: Turns the rows' gradients into directions, or None.
-
-    Returns:
-        float32 [n, m + n], equal on every rank; NaN in the rows and columns of rows without a loss.
+    themselves and one over the rest. The result is float32 [n, m + n], equal on every rank; NaN in the rows and columns
+    of rows without a loss.
     """
     at_once = max(1, _HELD_NUMBERS // max(1, sum(shape.numel() for shape in engine.shapes.values())))
     num, num_aims = len(sweep.rows), 0 if aims is None else len(aims)
