@@ -30,7 +30,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, seal_directory
 from dataflex.version import version_of
 
 _PACKAGES = (
@@ -178,10 +178,6 @@ class ArrayStore:
         scratch, ready = self.directory / f"{token}.npy", self.directory / f"{token}.ready"
         header = {"format": _FORMAT, "fingerprint": key.to_json(), "shape": list(shape), "dtype": kind.str}
 
-        def fill(folder: Path) -> None:
-            os.replace(scratch, folder / _ARRAY)
-            (folder / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-
         try:
             with _writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +185,10 @@ class ArrayStore:
             yield array
             with _writing(self.directory):
                 array.flush()
-                write_directory(ready, fill)
+                ready.mkdir()
+                os.replace(scratch, ready / _ARRAY)
+                (ready / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+                seal_directory(ready)
                 self._install(key, ready)
         finally:
             with suppress(OSError):  # moved, or never written
