@@ -39,7 +39,7 @@ def owner() -> str:
 
 
 def aside(path: Path) -> Path:
-    """Return the name under which ``path`` is written before it is renamed; files that a kill left of it are removed."""
+    """Return the name under which ``path`` is written before it is renamed; what a kill left of it is removed."""
     path = Path(path)
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and is_left(name):

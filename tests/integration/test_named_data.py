@@ -53,15 +53,15 @@ def test_a_target_is_cut_where_it_is_written(run, packing):
     from dataflex.llamafactory.datasets import DataLoading
 
     spaces = []
-    original = DataLoading.__call__
+    original = DataLoading.load
 
-    def keep(self, *args, **kwargs):
-        module = original(self, *args, **kwargs)
-        spaces.append(self.space)
-        return module
+    def keep(self):
+        module, space = original(self)
+        spaces.append(space)
+        return module, space
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DataLoading, "__call__", keep)
+        patch.setattr(DataLoading, "load", keep)
         run("out", cutoff_len=8, packing=packing, max_steps=1, dynamic=LESS)
     assert spaces[0].targets["goal"].lengths.max() == 8
 
