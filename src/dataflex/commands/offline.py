@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataflex.config.show import plain
+from dataflex.config.mappings import plain
 from dataflex.console import show_log
 from dataflex.ending import release_groups
 from dataflex.errors import UnsupportedError

@@ -33,7 +33,7 @@ from dataflex.select.cluster import kmeans
 from dataflex.signals.embeddings import load_encoder, text_sweep
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.sweep import row_pass
-from dataflex.train.row_space import Leak, RowSpace, TargetSpace, find_leaks, fingerprint, measure
+from dataflex.train.row_space import Leak, RowSpace, find_leaks, fingerprint, measure, target_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class DataLoading:
             module["eval_dataset"] = self._held_out(module.get("eval_dataset"))
         train = module["train_dataset"]
         columns = self._columns(train)
-        targets = {name: TargetSpace.of(name, loader.target(name)) for name in config.targets}
+        targets = {name: target_corpus(name, loader.target(name)) for name in config.targets}
         with self._clock.phase("leakage"):
             leaks = {} if served else find_leaks(train, {name: target.dataset for name, target in targets.items()})
         kept = self._without_leaks(leaks, len(train))
@@ -144,7 +144,7 @@ class DataLoading:
             fingerprint=fingerprint(sources, self._source_of, measures.fingerprint),
             columns={name: columns[name] for name in config.columns},
             targets=targets,
-            leaks={name: leak.describe() for name, leak in leaks.items()},
+            leaks=leaks,
         )
         space.check_supervised()
         return module, space

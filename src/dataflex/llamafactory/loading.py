@@ -25,8 +25,8 @@ from llamafactory.data import loader as lf_loader
 from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.convert import shown
 from dataflex.config.data import find_sources, target_data_sets
+from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
 from dataflex.llamafactory.streaming import serve
 

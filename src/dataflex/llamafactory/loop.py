@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from dataflex import comm
 from dataflex.ending import TermVote
-from dataflex.train.controller import BatchShape
+from dataflex.plan.plan import BatchShape
 from dataflex.train.session import Loop, Setup
 
 _SCORED_PREFIX = {"rm": "chosen_", "dpo": "chosen_", "kto": ""}

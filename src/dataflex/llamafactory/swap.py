@@ -16,8 +16,8 @@ from typing import Any
 from llamafactory.train import tuner
 
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.show import as_mapping
 from dataflex.errors import UnsupportedError
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader, replaced

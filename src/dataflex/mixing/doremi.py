@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.build import method_block
 from dataflex.config.load import load_mapping
-from dataflex.config.methods import method_block
-from dataflex.config.show import as_yaml
+from dataflex.config.mappings import as_yaml
+from dataflex.config.schema import FLAT_KEYS
 from dataflex.config.split import resolve, split
 from dataflex.errors import ConfigError, DataError
 from dataflex.mixing.swarm import finished as record_finished

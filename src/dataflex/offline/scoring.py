@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import comm
+from dataflex.config.mappings import as_mapping, plain
 from dataflex.config.schema import MethodConfig
-from dataflex.config.show import as_mapping, plain
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError, DataFlexError
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.loop import loop_of
@@ -325,7 +325,7 @@ def _table(
                 for name, origin, files in parts
             ],
         },
-        "targets": {name: target.fingerprint for name, target in space.targets.items()},
+        "targets": {name: target.identity for name, target in space.targets.items()},
         "columns": {column.name: column.told for column in scored.columns},
         "versions": versions(),
     }
