@@ -10,9 +10,9 @@ import numpy as np
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Mix, Mixer, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import sizes
+from dataflex.mixers._lib import mix_of, sizes
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import normalized, shares
+from dataflex.plan.proportions import normalized
 
 
 def allocate(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
@@ -47,8 +47,6 @@ class UniMax(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of UniMax."""
-
         max_epochs: float = param(4.0, "most epochs of any domain over the whole run", above=0.0)
         overflow: Literal["error", "repeat"] = param(
             "error", "when the run is longer than max_epochs of all data: refuse, or repeat all alike"
@@ -66,25 +64,23 @@ class UniMax(Mixer):
         Raises:
             DataError: The budget exceeds ``max_epochs`` times all data and ``overflow`` is ``error``.
         """
-        assert ctx.total_sequences > 0
-        sizes_K = sizes(ctx, self.name)
-        rows = float(ctx.domains.num_rows.sum())
-        budget = ctx.total_sequences * (1.0 if ctx.unit == "sequences" else float(sizes_K.sum()) / rows)
-        most = self.params.max_epochs * float(sizes_K.sum())
-        proportions = normalized(allocate(sizes_K, budget, self.params.max_epochs))
-        reason = f"budget {budget:,.0f} {ctx.unit}: {shares(ctx.domains.names, proportions)}"
-        if budget > most * (1 + 1e-9):
-            told = (
-                f"the run serves {budget:,.0f} {ctx.unit}, but {self.params.max_epochs:g} epochs of all "
-                f"{sizes_K.sum():,.0f} are {most:,.0f}, short by {budget - most:,.0f}"
+        sizes_K, epochs = sizes(ctx, self.name), self.params.max_epochs
+        everything, rows = float(sizes_K.sum()), float(ctx.domains.num_rows.sum())
+        budget = ctx.total_sequences * (1.0 if ctx.unit == "sequences" else everything / rows)
+        most = epochs * everything
+        mix = mix_of(ctx.domains.names, allocate(sizes_K, budget, epochs), f"budget {budget:,.0f} {ctx.unit}")
+        if budget <= most * (1 + 1e-9):
+            return mix
+        told = (
+            f"the run serves {budget:,.0f} {ctx.unit}, but {epochs:g} epochs of all {everything:,.0f} are {most:,.0f}, "
+            f"short by {budget - most:,.0f}"
+        )
+        if self.params.overflow == "error":
+            enough = float(np.ceil(100 * budget / everything) / 100)
+            raise DataError(
+                f"unimax: {told}. Set max_epochs: {enough:.2f} or more, train fewer steps, or set overflow: repeat"
             )
-            if self.params.overflow == "error":
-                enough = float(np.ceil(100 * budget / sizes_K.sum()) / 100)
-                raise DataError(
-                    f"unimax: {told}. Set max_epochs: {enough:.2f} or more, train fewer steps, or set overflow: repeat"
-                )
-            reason += f"; {told}: all domains repeat alike"
-        return Mix(proportions=proportions, reason=reason)
+        return Mix(proportions=mix.proportions, reason=f"{mix.reason}; {told}: all domains repeat alike")
 
 
 class Size(Mixer):
@@ -98,8 +94,7 @@ class Size(Mixer):
 
     def mix(self, ctx: Context) -> Mix:
         """Return size_d / sum of sizes, in tokens, sequences or documents as ``ctx.unit`` says."""
-        proportions = normalized(sizes(ctx, self.name))
-        return Mix(proportions=proportions, reason=f"by {ctx.unit}: {shares(ctx.domains.names, proportions)}")
+        return mix_of(ctx.domains.names, sizes(ctx, self.name), f"by {ctx.unit}")
 
 
 def tempered(sizes_K: Floats, tau: float) -> Floats:
@@ -124,14 +119,11 @@ class Temperature(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the temperature mixer."""
-
         tau: float = param(2.0, "1 is by size, .inf equal shares; mBERT 1.43, XLM 2, XLM-R and mT5 3.33", above=0.0)
 
     params: Params
 
     def mix(self, ctx: Context) -> Mix:
         """Return the tempered shares of the sizes in ``ctx.unit``."""
-        proportions = tempered(sizes(ctx, self.name), self.params.tau)
-        reason = f"tau {self.params.tau:g} by {ctx.unit}: {shares(ctx.domains.names, proportions)}"
-        return Mix(proportions=proportions, reason=reason)
+        tau = self.params.tau
+        return mix_of(ctx.domains.names, tempered(sizes(ctx, self.name), tau), f"tau {tau:g} by {ctx.unit}")

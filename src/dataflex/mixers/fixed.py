@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from dataflex.errors import CheckpointError
 from dataflex.method import Card, Context, Mix, Mixer, Requires, State, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import equal, sizes
+from dataflex.mixers._lib import equal, mix_of, sizes
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import by_domain, check_numbers, normalized, read_proportions, shares
+from dataflex.plan.proportions import by_domain, check_numbers, normalized, read_proportions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the schedule.
-
-    Attributes:
-        start_step: First optimizer step of the stage, counted from 0.
-        proportions: One number per domain, as a list or by name; divided by their sum.
-    """
+    """One stage of the schedule."""
 
     start_step: int = param(help="first optimizer step of the stage, counted from 0", minimum=0)
     proportions: tuple[float, ...] | dict[str, float] = param(
@@ -65,8 +60,6 @@ class Staged(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the staged mixer."""
-
         stages: tuple[Stage, ...] = param(help="[{start_step: 0, proportions: [...]}, ...], steps rising from 0")
         interpolation: Literal["step", "linear"] = param(
             "step", "step: keep a stage's proportions until the next; linear: go straight to the next one's"
@@ -83,7 +76,6 @@ class Staged(Mixer):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
@@ -103,11 +95,11 @@ class Staged(Mixer):
             ]
         )
         proportions = blended(step, starts, stages_SK, self.params.interpolation == "linear")
-        reason = f"step {step}: {shares(ctx.domains.names, proportions)}"
+        mix = mix_of(ctx.domains.names, proportions, f"step {step}")
         late = [start for start in starts if step < start < stop]
         if late and self.params.interpolation == "step":
-            reason += f"; the stage of step {late[-1]} takes effect at step {stop}"
-        return Mix(proportions=proportions, reason=reason)
+            return replace(mix, reason=f"{mix.reason}; the stage of step {late[-1]} takes effect at step {stop}")
+        return mix
 
 
 class Static(Mixer):
@@ -122,8 +114,6 @@ class Static(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the static mixer: one of the two."""
-
         proportions: tuple[float, ...] | dict[str, float] | None = param(
             None,
             "one number per domain, as a list in their order or by name, divided by their sum; "
@@ -141,12 +131,9 @@ class Static(Mixer):
                 check_numbers(self.proportions, "proportions")
 
     params: Params
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.proportions: dict[str, float] | None = None
-        """What was read from the file: a resumed run keeps the proportions that it began with."""
-        self.made_by = ""
+    proportions: dict[str, float] | None = None
+    """What was read from the file: a resumed run keeps the proportions that it began with."""
+    made_by = ""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions as written, divided by their sum; a file is read once.
@@ -156,15 +143,13 @@ class Static(Mixer):
         """
         names = ctx.domains.names
         if self.params.proportions is not None:
-            proportions = by_domain(self.params.proportions, names, "dynamic.mixer.proportions")
-            return Mix(proportions=proportions, reason=f"as written: {shares(names, proportions)}")
+            return mix_of(names, by_domain(self.params.proportions, names, "dynamic.mixer.proportions"), "as written")
         if self.proportions is None:
             assert self.params.from_file is not None
             content = read_proportions(self.params.from_file, "dynamic.mixer.from")
             self.proportions, self.made_by = content.by_name, content.method
         proportions = by_domain(self.proportions, names, f"dynamic.mixer.from ({self.params.from_file})")
-        source = f"from {self.params.from_file} ({self.made_by})"
-        return Mix(proportions=proportions, reason=f"{source}: {shares(names, proportions)}")
+        return mix_of(names, proportions, f"from {self.params.from_file} ({self.made_by})")
 
     def load_state_dict(self, state: State) -> None:
         """Take back what was read from the file; written proportions keep no state."""
@@ -203,8 +188,6 @@ class RandomShares(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of random proportions."""
-
         concentration: float = param(
             1.0, "mean of the Dirichlet parameters: 1 draws widely, large stays near the centre", above=0.0
         )
@@ -213,7 +196,6 @@ class RandomShares(Mixer):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(needs_interval=True)
 
     def mix(self, ctx: Context) -> Mix:
@@ -222,5 +204,4 @@ class RandomShares(Mixer):
         centre = normalized(sizes(ctx, self.name)) if self.params.around == "size" else equal(len(names))
         alpha = np.maximum(len(names) * self.params.concentration * centre, 1e-12)
         drawn = ctx.rng("random mixer").gamma(alpha)
-        proportions = normalized(drawn) if drawn.any() else centre
-        return Mix(proportions=proportions, reason=shares(names, proportions))
+        return mix_of(names, drawn if drawn.any() else centre)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, param
+from dataflex.method import Card, Context, Requires, param
 from dataflex.mixers._lib import (
     HELD_OUT_LOSSES,
+    NOTHING,
     ExponentiatedMixer,
     InitialParams,
     check_targets,
-    eta_field,
     held_out_losses,
-    smoothing_field,
 )
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import numbers_by_domain
@@ -25,8 +24,6 @@ from dataflex.signals.kinds import GateLoads
 
 @dataclass(frozen=True, kw_only=True)
 class _TargetLossParams(InitialParams):
-    """Parameters of both."""
-
     target_losses: tuple[float, ...] | dict[str, float] = param(
         help="held-out loss that each domain should reach, nats per token, as a list or by name", minimum=0.0
     )
@@ -34,7 +31,6 @@ class _TargetLossParams(InitialParams):
 
 class _TargetLossMixer(ExponentiatedMixer):
     def requires(self) -> Requires:
-        """State what the run must have."""
         return HELD_OUT_LOSSES
 
     def _losses(self, ctx: Context) -> tuple[Floats, Floats]:
@@ -59,10 +55,8 @@ class Sheared(_TargetLossMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_TargetLossParams):
-        """Parameters of dynamic batch loading."""
-
-        eta: float = eta_field(1.0)
-        smoothing: float = smoothing_field(1e-4)
+        eta: float = param(1.0, "step size of the proportions", above=0.0)
+        smoothing: float = param(1e-4, "share of equal proportions mixed in each time", minimum=0.0, maximum=1.0)
         clip: bool = param(
             False, "whether a domain below its target counts as at it (the paper; the authors' code: no)"
         )
@@ -71,10 +65,8 @@ class Sheared(_TargetLossMixer):
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         losses, targets = self._losses(ctx)
-        gaps = losses - targets
-        if self.params.clip:
-            gaps = np.maximum(gaps, 0.0)
-        return gaps, self._told(gaps, "gap to target")
+        gaps = np.maximum(losses - targets, 0.0) if self.params.clip else losses - targets
+        return gaps, self._largest(gaps, "gap to target")
 
 
 def velocities(loss: Floats, first: Floats, target: Floats) -> Floats:
@@ -84,7 +76,7 @@ def velocities(loss: Floats, first: Floats, target: Floats) -> Floats:
 
 
 class Velocity(_TargetLossMixer):
-    """Serve a domain more, the less of its way from the first to the target loss it has gone.
+    """Serve a domain more, the less of the way from its first loss to its target loss it has gone.
 
     Velocitune: p ~ p exp(V); the first losses are those of the first decision after warm-up.
     """
@@ -98,23 +90,16 @@ class Velocity(_TargetLossMixer):
         cost="F over the held-out data",
     )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Params(_TargetLossParams):
-        """Parameters of Velocitune."""
-
-    params: Params
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.first: Floats = np.zeros(0)
-        """Held-out losses at the first decision [K]."""
+    Params = _TargetLossParams
+    first = NOTHING
+    """Held-out losses at the first decision [K]."""
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         losses, targets = self._losses(ctx)
         if not self.first.size:
             self.first = losses
         speeds = velocities(losses, self.first, targets)
-        return speeds, self._told(speeds, "way left")
+        return speeds, self._largest(speeds, "way left")
 
 
 def distances(loads_KE: Floats, measure: str) -> Floats:
@@ -150,13 +135,11 @@ class DynamicMoe(ExponentiatedMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(InitialParams):
-        """Parameters of dynamic mixing for mixture-of-experts models."""
-
         initial: tuple[float, ...] | dict[str, float] | str = param(
             "uniform", "proportions at first: size, uniform, or numbers as a list or by name"
         )
-        eta: float = eta_field(10.0)
-        smoothing: float = smoothing_field(0.05)
+        eta: float = param(10.0, "step size of the proportions", above=0.0)
+        smoothing: float = param(0.05, "share of equal proportions mixed in each time", minimum=0.0, maximum=1.0)
         distance: Literal["l2", "cosine"] = param("l2", "how the loads of two domains are compared")
         layers: Literal["last", "all"] = param(
             "last", "the last MoE layer, as in the paper, or the mean over all of them"
@@ -165,15 +148,7 @@ class DynamicMoe(ExponentiatedMixer):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gates"}),
-            targets=True,
-            domains=2,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            passes=Passes(targets=(1.0, 0.0)),
-        )
+        return replace(HELD_OUT_LOSSES, signals=frozenset({"gates"}))
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
         """Return the mean distances D [K].
@@ -193,4 +168,4 @@ class DynamicMoe(ExponentiatedMixer):
         loads_KLE = np.stack(loads)
         layers = [loads_KLE.shape[1] - 1] if self.params.layers == "last" else range(loads_KLE.shape[1])
         scores = np.mean([distances(loads_KLE[:, layer], self.params.distance) for layer in layers], axis=0)
-        return scores, self._told(scores, "distance")
+        return scores, self._largest(scores, "distance")

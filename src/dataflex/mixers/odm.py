@@ -10,7 +10,7 @@ or more whose losses lie within a nat. What moves far is the published bandit, o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,9 +18,9 @@ import numpy as np
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import LearningMixer, sizes
+from dataflex.mixers._lib import NOTHING, ONLINE, LearningMixer, mix_of, sizes
 from dataflex.plan.domains import DomainStats, Floats
-from dataflex.plan.proportions import normalized, shares
+from dataflex.plan.proportions import normalized
 
 
 def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
@@ -62,8 +62,6 @@ class Odm(LearningMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of ODM."""
-
         variant: Literal["full_information", "paper", "official", "exp3"] = param(
             "full_information",
             "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
@@ -73,18 +71,13 @@ class Odm(LearningMixer):
         floor: float = param(0.0, "least proportion of any domain, beside the exploration that fades", minimum=0.0)
 
     params: Params
+    reward = NOTHING
+    turn = updates = 0
+    warming = False
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         bandit = self.params.variant != "full_information"  # pulls one domain per micro-batch
-        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True, pure_micro_batches=bandit)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.reward: Floats = np.zeros(0)
-        self.turn = 0
-        self.updates = 0
-        self.warming = False
+        return replace(ONLINE, pure_micro_batches=bandit)
 
     def mix(self, ctx: Context) -> Mix:
         """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.
@@ -102,13 +95,11 @@ class Odm(LearningMixer):
             self.reward = np.zeros(len(names))
         self.warming = ctx.interval.kind == "warmup"
         if self.warming or (self._iterations and not self.reward.any()):
-            proportions = normalized(sizes(ctx, self.name))
-            return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
+            return mix_of(names, sizes(ctx, self.name), "by size")
         first = self.params.variant == "exp3" and self.updates == 1  # the authors' epsilon was still 1 / K
         before, now = self._epsilon(0 if first else self.turn - 1), self._epsilon(self.turn)
         proportions = policy(self.reward, before, now, self._linear)
-        reason = f"turn {self.turn}, exploration {now:.3g} each: {shares(names, proportions)}"
-        return Mix(proportions=proportions, reason=reason)
+        return mix_of(names, proportions, f"turn {self.turn}, exploration {now:.3g} each")
 
     @property
     def _linear(self) -> bool:
@@ -138,13 +129,13 @@ class Odm(LearningMixer):
             return
         self.turn = stats.step + 1 if self._iterations else self.turn + 1
         self.updates += 1
-        seen, a = stats.seen, self.params.smoothing
-        loss = stats.mean_loss()[seen]
+        present, a = stats.present, self.params.smoothing
+        loss = stats.mean_loss()[present]
         if self.params.variant == "exp3":
-            self.reward[seen] += loss / stats.proportions[seen] / 10.0
+            self.reward[present] += loss / stats.proportions[present] / 10.0
             return
         if self.params.variant == "paper":
-            loss = loss / stats.proportions[seen]
+            loss = loss / stats.proportions[present]
         elif self._linear:
             loss = np.exp(loss)
-        self.reward[seen] = a * self.reward[seen] + (1.0 - a) * loss
+        self.reward[present] = a * self.reward[present] + (1.0 - a) * loss

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Passes, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import HELD_OUT_LOSSES, LearningMixer, check_targets, eta_field, held_out_losses
+from dataflex.mixers._lib import HELD_OUT_LOSSES, NOTHING, LearningMixer, check_targets, held_out_losses, mix_of
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import exponentiated, normalized, shares, softmax
+from dataflex.plan.proportions import exponentiated, softmax
 
 
 class SkillIt(LearningMixer):
@@ -33,17 +33,14 @@ class SkillIt(LearningMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of Skill-it."""
-
         graph: tuple[tuple[float, ...], ...] = param(
             help="K rows of K numbers: in row i, column j, how much training on i helps j"
         )
-        eta: float = eta_field(0.2)
+        eta: float = param(0.2, "step size of the proportions", above=0.0)
         window: int = param(3, "decisions whose losses are added up", minimum=1)
 
         def __post_init__(self) -> None:
-            sizes = {len(row) for row in self.graph}
-            if sizes != {len(self.graph)}:
+            if {len(row) for row in self.graph} != {len(self.graph)}:
                 raise ValueError("graph: must be K rows of K numbers, K the number of domains")
             if not np.isfinite(np.array(self.graph)).all():
                 raise ValueError("graph: every number must be finite")
@@ -51,7 +48,6 @@ class SkillIt(LearningMixer):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return HELD_OUT_LOSSES
 
     def __init__(self, params: Params) -> None:
@@ -80,8 +76,7 @@ class SkillIt(LearningMixer):
             self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
             benefit = graph @ np.sum(self.losses, axis=0)
             told = f"losses of {len(self.losses)} decisions"
-        proportions = normalized(softmax(self.params.eta * benefit))
-        return Mix(proportions=proportions, reason=f"{told}: {shares(self.names, proportions)}")
+        return mix_of(self.names, softmax(self.params.eta * benefit), told)
 
 
 def near_one_hot(num_domains: int, focus: float) -> Floats:
@@ -121,12 +116,10 @@ class Aioli(LearningMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of Aioli. One probe takes one interval."""
-
         focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
-        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
+        sweeps: int = param(1, "times that every domain is probed in a round; a probe takes one interval", minimum=1)
         hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
-        eta: float = eta_field(0.2)
+        eta: float = param(0.2, "step size of the proportions", above=0.0)
         ema: float | None = param(
             None,
             "weight of the past in the average of A, proportions made from equal ones; null: the last move on",
@@ -135,21 +128,18 @@ class Aioli(LearningMixer):
         )
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return replace(HELD_OUT_LOSSES, passes=Passes())
+    turn = 0
+    order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    """Domains in the order in which this round probes them: a permutation for each sweep."""
+    before = log_shares = matrix = NOTHING
+    """Held-out losses at the last decision [K], logarithms of the proportions [K], and the learned A [K, K]."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.turn = 0
-        self.order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        """Domains in the order in which this round probes them: a permutation for each sweep."""
-        self.before: Floats = np.zeros(0)
-        """Held-out losses at the last decision."""
         self.drops: list[Floats] = []
-        self.log_shares: Floats = np.zeros(0)
-        self.matrix: Floats = np.zeros((0, 0))
+
+    def requires(self) -> Requires:
+        return replace(HELD_OUT_LOSSES, passes=Passes())
 
     def mix(self, ctx: Context) -> Mix:
         """Return the next probe's mix, or p ~ p exp(eta sum_i A[i, j]) once a sweep is through."""
@@ -159,8 +149,7 @@ class Aioli(LearningMixer):
         if not self.log_shares.size:
             self.log_shares = np.full(num_domains, -np.log(num_domains))
         if ctx.interval.kind == "warmup":
-            proportions = normalized(softmax(self.log_shares))
-            return Mix(proportions=proportions, reason=f"warm-up: {shares(self.names, proportions)}")
+            return mix_of(self.names, softmax(self.log_shares), "warm-up")
         probes = num_domains * self.params.sweeps
         turn = self.turn % (probes + self.params.hold)
         self.turn += 1
@@ -175,12 +164,11 @@ class Aioli(LearningMixer):
             self.before = losses
         if turn < probes:
             probed = int(self.order[turn])
-            return Mix(proportions=normalized(mixes[probed]), reason=f"probe of {self.names[probed]}")
+            return Mix(proportions=mixes[probed], reason=f"probe of {self.names[probed]}")
         if turn == probes:
             self._learn(mixes[self.order], np.stack(self.drops))
             self.drops = []
-        proportions = normalized(softmax(self.log_shares))
-        return Mix(proportions=proportions, reason=shares(self.names, proportions))
+        return mix_of(self.names, softmax(self.log_shares))
 
     def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
         new, ema = interactions(mixes_MK, drops_MK), self.params.ema

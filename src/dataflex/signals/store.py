@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, seal_directory
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -150,11 +150,6 @@ class ArrayStore:
         token = f".{key.name}.{owner()}.{secrets.token_hex(4)}"
         final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
 
-        def fill(folder: Path) -> None:
-            os.replace(scratch, folder / _ARRAY)
-            header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
-            (folder / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-
         try:
             with _writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -162,7 +157,11 @@ class ArrayStore:
             yield array
             with _writing(self.directory):
                 array.flush()
-                write_directory(ready, fill)
+                ready.mkdir()
+                os.replace(scratch, ready / _ARRAY)
+                header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
+                (ready / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+                seal_directory(ready)
                 if final.exists() and self.get(key) is None:
                     shutil.rmtree(final)
                 try:

@@ -1,26 +1,15 @@
-"""Weights from the losses of the micro-batch itself: LinUpper and its relatives.
-
-The losses of one micro-batch, over all ranks, are mapped to [-delta, delta], shaped by a strategy
-and exponentiated; the weights sum to one. Only the ``microbatch`` scope of the paper's code is
-built: with gradient accumulation each micro-batch is weighed alone, and a micro-batch of one
-sequence (over all ranks) is not reweighted at all. Weighing a whole optimizer step together would
-need a second pass and is not offered.
-
-Rows with wrong answers have large losses, and ``linupper`` does not drop them: it caps what they count at that of
-any row above the middle of the range. Where a tenth of the rows was random tokens (a Markov chain learnt by a
-bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linupper``, 2.0 under ``upper``, 3.4 under
-``softmax_loss``, 1.1 under ``extremes`` and 0.83 under ``quadratic``.
-"""
+"""Weights from the losses of the micro-batch itself: LinUpper and its relatives."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Normalizer, Weighter, param
+from dataflex.method import BatchView, Card, Weighter, param
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -28,7 +17,15 @@ if TYPE_CHECKING:
 
 Strategy = Literal["linupper", "quadratic", "extremes", "upper", "softmax_loss"]
 
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+_SHAPES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "linupper": lambda h, delta: (h + delta).clamp(max=delta),
+    "quadratic": lambda h, delta: 1.0 - (h / delta).square(),
+    "extremes": lambda h, delta: h.abs(),
+    "upper": lambda h, delta: 0.5 * (h + delta),
+    "softmax_loss": lambda h, delta: h,
+}
+
+STRATEGIES: tuple[str, ...] = tuple(_SHAPES)
 
 _LEAST_RANGE = 1e-6  # below it the losses differ by rounding only: weigh them alike
 
@@ -37,7 +34,7 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     """Return fp32 weights [M] that sum to one over the valid sequences and are 0 elsewhere.
 
     With l_min and l_max over the valid sequences, ``h = delta (2 l - l_max - l_min) / (l_max - l_min)``,
-    the strategy's f(h), and ``w = softmax(f / r)`` (Sow et al., ICLR 2025, arXiv 2502.06733):
+    the strategy's f(h), and ``w = softmax(f / r)``:
 
     - ``linupper``: min(h + delta, delta): easy sequences count less, hard ones alike.
     - ``quadratic``: 1 - h^2 / delta^2: the middle counts most.
@@ -53,9 +50,6 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
         strategy: One of ``STRATEGIES``.
         delta: Half-width of the range that losses are mapped to.
         r: Softness; small is sharp, infinite is uniform.
-
-    Raises:
-        ValueError: Unknown strategy.
     """
     if loss_M.numel() == 0:
         return loss_M.float()
@@ -64,18 +58,7 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     most = loss.masked_fill(~valid_M, -math.inf).amax()
     spread = most - least
     h = delta * ((loss - least) - (most - loss)) / spread.clamp(min=_LEAST_RANGE)
-    if strategy == "linupper":
-        f = (h + delta).clamp(max=delta)
-    elif strategy == "quadratic":
-        f = 1.0 - (h / delta).square()
-    elif strategy == "extremes":
-        f = h.abs()
-    elif strategy == "upper":
-        f = 0.5 * (h + delta)
-    elif strategy == "softmax_loss":
-        f = h
-    else:
-        raise ValueError(f"unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}")
+    f = _SHAPES[strategy](h, delta)
     f = f.masked_fill(spread < _LEAST_RANGE, 0.0).masked_fill(~valid_M, -math.inf)
     w = ((f - f.amax()) / r).exp().masked_fill(~valid_M, 0.0)
     return w / w.sum().clamp(min=1.0)  # the largest term is exp(0), so the sum is 0 or at least 1
@@ -102,22 +85,28 @@ def scheduled(step: int, r: float, knots: tuple[tuple[int, float], ...], interpo
 
 @dataclass(frozen=True, kw_only=True)
 class Softness:
-    """One entry of ``r_schedule``.
-
-    Attributes:
-        step: Optimizer step, counted from 0, at which ``r`` is reached.
-        r: Softness of the weights from there on.
-    """
+    """One entry of ``r_schedule``."""
 
     step: int = param(help="optimizer step at which r is reached", minimum=1)
     r: float = param(help="softness of the weights from there on", above=0.0)
 
 
 class LossWeighter(Weighter):
-    """Weigh the sequences of a micro-batch by their own losses."""
+    """Weigh the sequences of a micro-batch by their own losses.
+
+    The losses of one micro-batch, over all ranks, are mapped to [-delta, delta], shaped by a strategy and
+    exponentiated; the weights sum to one. Only the ``microbatch`` scope of the paper's code is built: with gradient
+    accumulation each micro-batch is weighed alone, and a micro-batch of one sequence (over all ranks) is not reweighted
+    at all.
+
+    Rows with wrong answers have large losses, and ``linupper`` does not drop them: it caps what they count at that of
+    any row above the middle of the range. Where a tenth of the rows was random tokens (a Markov chain learnt by a
+    bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linupper``, 2.0 under ``upper``, 3.4
+    under ``softmax_loss``, 1.1 under ``extremes`` and 0.83 under ``quadratic``.
+    """
 
     name = "loss"
-    normalizer: Normalizer = "num_sequences"
+    normalizer = "num_sequences"
     card = Card(
         summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
         paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "
@@ -127,8 +116,6 @@ class LossWeighter(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the loss-based weighter."""
-
         strategy: Strategy = param("linupper", "how the loss becomes a weight")
         delta: float = param(1.0, "half-width of the range that losses are mapped to", above=0.0)
         r: float = param(1.0, "softness of the weights: small is sharp, large is uniform", above=0.0)
@@ -159,9 +146,10 @@ class LossWeighter(Weighter):
 
     params: Params
 
-    def default_burn_in(self, total_steps: int) -> int:
-        """Return 1000 steps, or a twentieth of a long run."""
-        return max(1000, math.ceil(0.05 * total_steps))
+    def burn_in(self, total_steps: int) -> int:
+        """Return ``burn_in_steps``; 1000 steps, or a twentieth of a long run, where it is null."""
+        given = self.params.burn_in_steps
+        return max(1000, math.ceil(0.05 * total_steps)) if given is None else given
 
     def r_at(self, step: int) -> float:
         """Return r at optimizer step ``step``, counted from 0, burn-in included."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
+from dataflex.errors import CheckpointError, ConfigError
 from dataflex.method import (
     BatchView,
     Card,
@@ -37,7 +37,7 @@ from dataflex.method import (
 from dataflex.method import Params as BaseParams
 from dataflex.parts import Part
 from dataflex.registry import find, names
-from dataflex.weighters._lib import sequences_of
+from dataflex.sequences import Sequences
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +54,13 @@ class Factor(Part):
 
     @classmethod
     def known(cls) -> list[str]:
-        """Return the names of the weighters that can be factors."""
         return [name for name in names("weighter") if name not in _NO_FACTORS]
 
     @classmethod
     def listed(cls, name: str) -> type[Params]:
-        """Return a weighter's parameters."""
         return find("weighter", name).Params
 
     def build(self) -> Weighter:
-        """Return a new instance."""
         method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
@@ -108,8 +105,6 @@ class Product(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """The factors."""
-
         of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
@@ -125,20 +120,20 @@ class Product(Weighter):
         given = {factor.normalizer for factor in self.factors}
         self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
+    @property
+    def _by_place(self) -> dict[str, Weighter]:
+        return {f"{place}-{factor.name}": factor for place, factor in enumerate(self.factors)}
+
     def requires(self) -> Requires:
-        """State what the factors require together."""
-        factors = [factor.build() for factor in self.params.of]
-        merged = Requires.merged({f"of[{place}]": each.requires() for place, each in enumerate(factors)})
-        told = "; ".join(f"{each.name}: {each.requires().passes.told or each.card.cost}" for each in factors)
+        needs = [(factor, factor.requires()) for factor in (named.build() for named in self.params.of)]
+        merged = Requires.merged({f"of[{place}]": each for place, (_, each) in enumerate(needs)})
+        told = "; ".join(f"{factor.name}: {each.passes.told or factor.card.cost}" for factor, each in needs)
         return replace(merged, passes=replace(merged.passes, told=told))
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
-        """Yield what a factor finds wrong."""
         for place, factor in enumerate(self.factors):
             for problem in factor.check(run):
                 yield Problem(f"of[{place}].{problem.key}", problem.text)
-
-    # ---- what the factors ask for
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the first factor refuses that refuses anything."""
@@ -146,11 +141,9 @@ class Product(Weighter):
         return next((found for found in asked if found is not None and found[0].any()), None)
 
     def burn_in(self, total_steps: int) -> int:
-        """Return the steps in which no factor acts yet."""
         return min(factor.burn_in(total_steps) for factor in self.factors)
 
     def due(self, step: int) -> bool:
-        """Whether a factor asks the signals for something."""
         return any(factor.due(step) for factor in self.factors)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
@@ -159,8 +152,6 @@ class Product(Weighter):
         for factor in self.factors:
             if factor.due(step) and factor.active(step, total):
                 factor.prepare(ctx, rows)
-
-    # ---- weights
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Return products [len(rows)] where all factors are known from the rows and are of one kind; else None."""
@@ -180,7 +171,8 @@ class Product(Weighter):
         from dataflex import comm
 
         kept = self.normalizer
-        product, sequences = batch.loss_B.new_ones(len(batch.rows_B)), sequences_of(batch)
+        product = batch.loss_B.new_ones(len(batch.rows_B))
+        sequences = Sequences(rows_B=batch.rows_B, index_BT=batch.sequence_BT)
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
@@ -212,23 +204,20 @@ class Product(Weighter):
         check_weights(factor, found, [tuple(batch.loss_B.shape), tuple(batch.loss_BT.shape)])
         return found.detach().to(batch.loss_B)
 
-    # ---- state
-
     def state_dict(self) -> State:
-        """Return the states of the factors by place and name."""
-        states = {f"{place}-{each.name}": each.state_dict() for place, each in enumerate(self.factors)}
+        states = {key: factor.state_dict() for key, factor in self._by_place.items()}
         return {key: state for key, state in states.items() if state}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
+        """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: The state is not one of these factors.
+            CheckpointError: The state is not one of these factors.
         """
-        factors = {f"{place}-{each.name}": each for place, each in enumerate(self.factors)}
+        factors = self._by_place
         strange = sorted(set(state) - set(factors))
         if strange:
-            raise ValueError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
+            raise CheckpointError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
         for key, factor in factors.items():
             factor.load_state_dict(state.get(key, {}))
 
