@@ -7,7 +7,7 @@ Nothing here imports torch. Arrays are numpy, except in ``BatchView``. Shape suf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -162,6 +162,9 @@ class RunFacts:
     num_domains: int | None = None
     num_rows: int | None = None  # training rows
     total_steps: int | None = None  # optimizer steps of the whole run
+    packed: bool | None = None  # whether several samples share a row
+    copied: bool | None = None  # whether rows come from a tokenized copy: without columns or names of data sets
+    columns: Mapping[str, Collection[str]] | None = None  # names of the raw columns of each data set, where known
 
 
 @dataclass(frozen=True)

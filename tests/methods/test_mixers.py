@@ -56,8 +56,8 @@ def test_static_divides_by_the_sum_and_keeps_zero_as_never():
         ((0.5, math.nan, 0.5), "proportions: 1 is nan, must be a finite number"),
         ((math.inf, 1.0, 1.0), "proportions: 0 is inf, must be"),
         ({"web": -1.0}, "proportions: web is -1.0, must be"),
-        (("0.5", 0.5), "proportions: 0 is '0.5', must be a number"),
-        ((True, 0.5), "proportions: 0 is True, must be a number"),
+        (("0.5", 0.5), "proportions: 0 is '0.5', must be a finite number"),
+        ((True, 0.5), "proportions: 0 is True, must be a finite number"),
         ((0.0, 0.0, 0.0), "proportions: all are 0"),
     ],
 )

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex.config.build import parse_dynamic
-from dataflex.config.methods import method_block
-from dataflex.config.show import as_mapping, as_yaml
+from dataflex.config.build import method_block, parse_dynamic
+from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Card, Params, Requires, Selection, Selector
 from dataflex.registry import find

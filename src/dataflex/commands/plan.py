@@ -14,8 +14,8 @@ from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
+from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter

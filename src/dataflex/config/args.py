@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dataflex.config.convert import is_number, shown
+from dataflex.config.mappings import is_number, shown
 from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
 from dataflex.version import version_of

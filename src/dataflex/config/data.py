@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.convert import shown
+from dataflex.config.mappings import shown
 from dataflex.errors import did_you_mean
 
 _MOST_READ_BYTES = 32 << 20

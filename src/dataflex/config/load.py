@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.config.args import path_problem
-from dataflex.config.convert import shown
+from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError
 from dataflex.printable import PASSED_ON
 from dataflex.registry import KINDS

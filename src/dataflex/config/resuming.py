@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.mappings import plain
 from dataflex.config.schema import DynamicConfig
-from dataflex.config.show import plain
 from dataflex.printable import redacted
 
 Kind = Literal["refused", "told", "free", "rows", "batch"]

@@ -163,7 +163,7 @@ class Ado(LearningMixer):
         """
         loss = stats.mean_loss()
         whole = stats.loss_sum.sum() / max(stats.tokens.sum(), 1.0)
-        self.last = np.where(stats.seen, loss, np.where(np.isnan(self.last), whole, self.last))
+        self.last = np.where(stats.present, loss, np.where(np.isnan(self.last), whole, self.last))
         drawn = stats.sequences / max(stats.sequences.sum(), 1.0)
         self.samples.append((self.samples[-1] if self.samples else 0.0) + float(stats.sequences.sum()))
         self.losses.append(self.last.copy())

@@ -217,7 +217,7 @@ class DoReMi(_LossWeighter):
             zeros = np.zeros(len(self.names))
             self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=seen)
             return self.scores
-        scores = np.where(stats.seen, stats.mean_excess(), self.scores)
+        scores = np.where(stats.present, stats.mean_excess(), self.scores)
         unknown = np.isnan(scores) & (self.sampling > 0)
         if unknown.any():
             first = self.params.initial_score
@@ -300,7 +300,7 @@ class GroupDro(_LossWeighter):
         return "domain"
 
     def _scores(self, stats: DomainStats) -> Floats:
-        scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
+        scores = np.where(stats.present, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
         if self.params.adjustment > 0 and self.rows.size:
             scores = scores + self.params.adjustment / np.sqrt(self.rows)
         return scores

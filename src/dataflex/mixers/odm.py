@@ -121,13 +121,13 @@ class Odm(LearningMixer):
             return
         self.turn = stats.step + 1 if self._iterations else self.turn + 1
         self.updates += 1
-        seen, a = stats.seen, self.params.smoothing
-        loss = stats.mean_loss()[seen]
+        present, a = stats.present, self.params.smoothing
+        loss = stats.mean_loss()[present]
         if self.params.variant == "exp3":
-            self.reward[seen] += loss / stats.proportions[seen] / 10.0
+            self.reward[present] += loss / stats.proportions[present] / 10.0
             return
         if self.params.variant == "paper":
-            loss = loss / stats.proportions[seen]
+            loss = loss / stats.proportions[present]
         elif self._linear:
             loss = np.exp(loss)
-        self.reward[seen] = a * self.reward[seen] + (1.0 - a) * loss
+        self.reward[present] = a * self.reward[present] + (1.0 - a) * loss

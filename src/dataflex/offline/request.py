@@ -11,16 +11,21 @@ from typing import Any
 
 from dataflex.checkpoints import broken_reason
 from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
-from dataflex.config.build import load_plugins
-from dataflex.config.check import model_problems, setting_problems, stage_problems, told_once
-from dataflex.config.check_data import column_problems, data_set_problems, target_problems
-from dataflex.config.collect import values
+from dataflex.config.build import load_plugins, method_block, method_class, takes_targets, target_list
+from dataflex.config.check import (
+    data_sets,
+    facts_of,
+    model_problems,
+    setting_problems,
+    stage_problems,
+    target_problems,
+    told_once,
+)
 from dataflex.config.data import Source
 from dataflex.config.load import ENDINGS, load_mapping, merged
-from dataflex.config.methods import method_block, method_class, takes_targets, target_list
+from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.show import plain
 from dataflex.config.split import split
 from dataflex.errors import ConfigError
 from dataflex.method import RunFacts
@@ -124,9 +129,8 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
         alone = DynamicConfig(selector=method)
         found = (*unmet(alone, RunFacts(), models=True), *target_problems(alone, view, base_dir))
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
-    sources: list[Source] = []
-    problems += data_set_problems(view, base_dir, sources)
-    problems += column_problems(config, view, sources)
+    sources, found_data = data_sets(view, base_dir)
+    problems += [*found_data, *unmet(config, facts_of(config, view, sources))]
     for source in sources:
         if source.num_samples is not None:
             problems.append(

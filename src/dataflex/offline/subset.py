@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.config.collect import collect
 from dataflex.config.data import INFO_FILE, REMOTE_KEYS
 from dataflex.config.load import merged
+from dataflex.config.mappings import collect
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Rows
 from dataflex.offline.files import FileRecord, SourceRows
