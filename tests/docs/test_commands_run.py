@@ -164,7 +164,7 @@ def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, 
         request = score_request(
             options.data,
             options.overrides,
-            methods=data_set_names(options.method),
+            methods=data_set_names(options.methods),
             out=options.out,
             targets=options.targets,
             budget=options.budget,

@@ -26,7 +26,7 @@ from dataflex import comm
 from dataflex.config.mappings import plain
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
-from dataflex.llamafactory.datasets import Origin, watched_origins
+from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.loop import loop_of
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Context, Rows, Selection, Selector, Signals
@@ -228,7 +228,7 @@ def run_score(request: ScoreRequest) -> str:
     mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
     tuner = importlib.import_module("llamafactory.train.tuner")
     files = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
-    with watched_origins(stage) as found, swapped(stage, request.config, request.lf, mixin) as setup:
+    with watched_origins(stage) as found, swapped(request.config, request.lf, mixin) as setup:
         try:
             tuner.run_exp(dict(request.lf))
         except _Scored as done:
