@@ -19,11 +19,12 @@ import numpy as np
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import key_of, shown
-from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.resuming import ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
 from dataflex.plan.plan import DataPlan
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
@@ -79,7 +80,7 @@ class Identity:
             world: Ranks.
             seed: Seed of all decisions.
         """
-        methods = {kind: getattr(config, kind) for kind in METHODS}
+        methods = {kind: getattr(config, kind) for kind in KINDS}
         return cls(
             space=space.describe(),
             global_batch=micro * accumulation * world,
@@ -105,7 +106,7 @@ class Identity:
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Say in words how a saved identity differs from this one: what is refused, and what is only told."""
         before = self._settings(saved)
-        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"].get(kind))]
+        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"].get(kind))]
         told, by_kind = [], {"batch": [], "rows": []}  # type: tuple[list[str], dict[str, list[str]]]
         for key, now in self.settings.items():
             change = ON_RESUME[key]
