@@ -163,7 +163,7 @@ def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, 
         request = score_request(
             options.data,
             options.overrides,
-            methods=names_of(options.method),
+            methods=names_of(options.methods),
             out=options.out,
             targets=options.targets,
             budget=options.budget,

@@ -54,7 +54,7 @@ def score(
     except ImportError as error:
         raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
     if wants_torchrun():
-        return with_torchrun(["score", *arguments], module="dataflex")
+        return with_torchrun(["score", *arguments])
     from dataflex.offline.scoring import run_score
 
     show_log()
@@ -69,7 +69,7 @@ def select(
     column: str | None,
     budget: str,
     rule: str,
-    settings: Sequence[str],
+    overrides: Sequence[str],
     prefer: str | None,
     order: str,
     seed: int,
@@ -83,7 +83,7 @@ def select(
         column: Column to select by; None: that of the only method.
         budget: A share, a number of rows or of tokens, as text.
         rule: Name of a subset rule.
-        settings: ``key=value`` texts, its parameters.
+        overrides: ``key=value`` texts, its parameters.
         prefer: "high" or "low" scores; None: high, and low for ranks.
         order: "source" or "preference".
         seed: Of rules that draw.
@@ -97,7 +97,7 @@ def select(
     table = read_scores(scores)
     name = score_column(table, column)
     wanted = Budget.read(budget, table.num_rows)
-    how = rule_of(rule, settings, wanted)
+    how = rule_of(rule, overrides, wanted)
     rows = chosen_rows(table, name, wanted, how, prefer=prefer, seed=seed)
     provenance = {
         "scores": asdict(FileRecord.of(scores)),

@@ -26,10 +26,10 @@ from dataflex import comm
 from dataflex.config.mappings import as_mapping, plain
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError, DataFlexError
-from dataflex.llamafactory.datasets import Origin, watched_origins
+from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.loop import loop_of
 from dataflex.llamafactory.swap import swapped
-from dataflex.method import Context, Rows, Selection, Selector, Signals
+from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
 from dataflex.offline.files import file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
@@ -177,7 +177,7 @@ class _ScoringMixin(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config)
+        refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config, RunFacts())
 
     def train(self, *_args: Any, **_kwargs: Any) -> Any:
         """Score, and leave the workflow."""
@@ -267,7 +267,7 @@ def run_score(request: ScoreRequest) -> str:
     mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
     tuner = importlib.import_module("llamafactory.train.tuner")
     records = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
-    with watched_origins(stage) as found, swapped(stage, request.config, request.lf, mixin) as setup:
+    with watched_origins(stage) as found, swapped(request.config, request.lf, mixin) as setup:
         try:
             tuner.run_exp(dict(request.lf))
         except _Scored as done:
@@ -325,7 +325,7 @@ def _table(
                 for name, origin, files in parts
             ],
         },
-        "targets": {name: target.fingerprint for name, target in space.targets.items()},
+        "targets": {name: target.identity for name, target in space.targets.items()},
         "columns": {column.name: column.told for column in scored.columns},
         "versions": versions(),
     }
