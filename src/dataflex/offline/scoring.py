@@ -29,7 +29,7 @@ from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexErr
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.loop import loop_of
 from dataflex.llamafactory.swap import swapped
-from dataflex.method import Context, Rows, Selection, Selector, Signals
+from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signals
 from dataflex.offline.files import FileRecord, file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
@@ -154,7 +154,7 @@ class _ScoringMixin(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config)
+        refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config, RunFacts())
 
     def train(self, *_args: Any, **_kwargs: Any) -> Any:
         """Score, and leave the workflow."""

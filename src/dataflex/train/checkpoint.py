@@ -15,11 +15,12 @@ import numpy as np
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import key_of, shown
-from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.resuming import ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
@@ -62,7 +63,7 @@ class Identity:
         cls, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
     ) -> Identity:
         """Return the identity of a run; ``lf`` are LLaMA-Factory's keys as they were written."""
-        methods = {kind: getattr(config, kind) for kind in METHODS}
+        methods = {kind: getattr(config, kind) for kind in KINDS}
         return cls(
             space=space.describe(),
             global_batch=shape.global_batch,
@@ -88,7 +89,7 @@ class Identity:
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
         before = saved["settings"]
-        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"][kind])]
+        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
         told: list[str] = []
         by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
         for key, now in self.settings.items():

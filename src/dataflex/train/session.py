@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -250,11 +250,9 @@ class Session:
             ConfigError: The block asks for what these rows and steps do not give.
         """
         setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
-        refuse_unsupported(loop, config)
-        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps)
-        lacking = list(unmet(config, facts))
-        if lacking:
-            raise ConfigError(lacking)
+        columns = {"rows": {*space.columns, config.domain_column or ""}}
+        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
+        refuse_unsupported(loop, config, facts)
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
@@ -623,12 +621,16 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
 
 
-def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
-    """Raise ``UnsupportedError`` for parallelism or ranks that plans or methods cannot serve."""
-    if loop.sharding in ("zero3", "fsdp"):
-        lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
-        if lacking:
-            raise UnsupportedError("\n".join(lacking))
+def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
+    """Refuse parallelism or ranks that plans cannot serve, and what methods require and a run does not have.
+
+    Raises:
+        UnsupportedError: A plan cannot be served.
+        ConfigError: A method requires more than ``facts``, and whole parameters of the loop, give.
+    """
+    partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
+    if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
+        raise ConfigError(lacking)
     for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
