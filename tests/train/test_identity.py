@@ -65,7 +65,7 @@ def saved(one):
 
 
 def test_every_key_of_the_block_says_what_a_change_does_on_resume():
-    """A key that is added needs an entry in config/resuming.py: may a resumed run change it?"""
+    """Every key of the schema is in the table, those about which it says nothing as refused."""
     keys = [f"dynamic.{field.name}" for field in dataclasses.fields(DynamicConfig) if field.name != "signals"]
     keys += [f"dynamic.signals.{field.name}" for field in dataclasses.fields(SignalsConfig)]
     assert sorted(keys) == sorted(key for key in ON_RESUME if key.startswith("dynamic."))

@@ -15,11 +15,12 @@ import numpy as np
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import key_of, shown
-from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.resuming import ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
@@ -40,7 +41,7 @@ class Identity:
     def __init__(
         self, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
     ) -> None:
-        methods: dict[str, MethodConfig | None] = {kind: getattr(config, kind) for kind in METHODS}
+        methods: dict[str, MethodConfig | None] = {kind: getattr(config, kind) for kind in KINDS}
         self.described: dict[str, Any] = {
             "space": space.describe(),
             "global_batch": shape.global_batch,
@@ -59,7 +60,7 @@ class Identity:
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
         mine, before = self.described, saved["settings"]
-        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"][kind])]
+        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
         told: list[str] = []
         by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
         for key, now in mine["settings"].items():

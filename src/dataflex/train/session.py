@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from dataflex.config.forecast import Batch, Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import CheckpointError, ConfigError, DataFlexError, UnsupportedError
+from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
@@ -127,7 +127,8 @@ class Session:
 
     def __init__(self, setup: Setup) -> None:
         config = setup.config
-        _refuse(ConfigError, config, stage=setup.stage)
+        if problems := [*unmet(config, RunFacts(stage=setup.stage))]:
+            raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
         built: list[Any] = [
             None if method is None else method.build() for method in (config.selector, config.mixer, config.weighter)
@@ -206,8 +207,9 @@ class Session:
             ConfigError: The block asks for what these rows and steps do not give.
         """
         setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
-        refuse_unsupported(loop, config)
-        _refuse(ConfigError, config, num_domains=len(space.domains.names), total_steps=loop.total_steps)
+        columns = {"rows": {*space.columns, config.domain_column or ""}}
+        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
+        refuse_unsupported(loop, config, facts)
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
@@ -511,13 +513,6 @@ class Session:
         self.recorder.weighed(step, most=most, least=least, rows=len(weighed))
 
 
-def _refuse(error: type[DataFlexError], config: DynamicConfig, **facts: Any) -> None:
-    """Raise what the methods lack in a run of these facts."""
-    lacking = list(unmet(config, RunFacts(**facts)))
-    if lacking:
-        raise error("\n".join(lacking))
-
-
 def _dataset(setup: Setup, loop: Loop) -> Any:
     return setup.rows.dataset if loop.dataset is None else loop.dataset
 
@@ -583,10 +578,16 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
 
 
-def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
-    """Raise ``UnsupportedError`` for parallelism or ranks that plans or methods cannot serve."""
-    if loop.sharding in ("zero3", "fsdp"):
-        _refuse(UnsupportedError, config, partitioned="DeepSpeed ZeRO-3 or FSDP")
+def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
+    """Refuse parallelism or ranks that plans cannot serve, and what methods require and a run does not have.
+
+    Raises:
+        UnsupportedError: A plan cannot be served.
+        ConfigError: A method requires more than ``facts``, and whole parameters of the loop, give.
+    """
+    partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
+    if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
+        raise ConfigError(lacking)
     for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
