@@ -182,16 +182,11 @@ _PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norm
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Passes of one kind, over the whole run.
-
-    Attributes:
-        text: What is printed.
-        forward: Forward passes of single sequences, of whatever model; None where not known.
-        backward: Backward passes.
-    """
+    """Forward and backward passes of single sequences over the whole run, and the text that tells them."""
 
     text: str
     forward: float | None = None
+    """None where it is not known."""
     backward: float = 0.0
 
     @property

@@ -183,8 +183,8 @@ class Judge:
                 raise JudgeError("cancelled")
             with self._lock:
                 self._used.update({"requests": 1, "retries": int(attempt > 0)})
-            answer = post_json(url, body, key=key, timeout_seconds=config.timeout_seconds)
-            if not isinstance(answer, Failure):
+            answer = _post_json(url, body, key=key, timeout_seconds=config.timeout_seconds)
+            if not isinstance(answer, _Failure):
                 return self._text(url, answer)
             if not answer.again or attempt == config.max_retries:
                 raise JudgeError(self._explain(url, answer, attempt + 1))
@@ -218,7 +218,7 @@ class Judge:
             self._used.update(used)
         return text
 
-    def _explain(self, url: str, failure: Failure, attempts: int) -> str:
+    def _explain(self, url: str, failure: _Failure, attempts: int) -> str:
         told = failure.reason + (f" (after {attempts} tries)" if attempts > 1 else "")
         if failure.status in (401, 403):
             name = self._config.api_key_env
@@ -230,20 +230,13 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a request was not answered.
+class _Failure:
+    """Why a request was not answered."""
 
-    Attributes:
-        reason: For people; holds no key.
-        again: Whether trying again may help.
-        status: HTTP status, or None when there was none.
-        retry_after: Seconds that the server asked to wait, or None.
-    """
-
-    reason: str
-    again: bool
+    reason: str  # holds no key
+    again: bool  # whether trying again may help
     status: int | None = None
-    retry_after: float | None = None
+    retry_after: float | None = None  # seconds
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -251,15 +244,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -> Any:
-    """Send ``body`` and return the JSON value answered, or a ``Failure``.
-
-    Args:
-        url: Complete address.
-        body: JSON value.
-        key: Sent as a bearer token; None sends none.
-        timeout_seconds: Longest time without any byte from the server.
-    """
+def _post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -> Any:
+    """Send ``body`` and return the JSON value answered, or a ``_Failure``."""
 
     def without_key(text: str) -> str:
         return text.replace(key, "***") if key else text  # a server may echo it
@@ -282,7 +268,7 @@ def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -
                 content = b""
         location = error.headers.get("Location")
         moved = f" (redirects to {location}; redirects are not followed)" if location else ""
-        return Failure(
+        return _Failure(
             reason=without_key(f"HTTP {error.code} {error.reason}{moved}: {shown(content)}"),
             again=error.code in _AGAIN,
             status=error.code,
@@ -294,11 +280,11 @@ def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -
         slow = isinstance(reason, TimeoutError)
         told = f"no answer within {timeout_seconds:g} s" if slow else f"cannot be reached: {named}"
         hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
-        return Failure(reason=without_key(told), again=not hopeless)
+        return _Failure(reason=without_key(told), again=not hopeless)
     try:
         return json.loads(content)
     except ValueError:
-        return Failure(reason=f"answered with something that is not JSON: {shown(content)}", again=False)
+        return _Failure(reason=f"answered with something that is not JSON: {shown(content)}", again=False)
 
 
 def _retry_after(value: str | None) -> float | None:
