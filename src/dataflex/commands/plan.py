@@ -20,7 +20,7 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
 from dataflex.plan.schedule import pilot_rows, wanted_rows
 from dataflex.printable import redacted
-from dataflex.record.text import rows_of
+from dataflex.record.text import duration, rows_of
 
 Lines = list[tuple[str, str]]
 
@@ -236,9 +236,9 @@ def _cost_lines(view: Forecast, step_seconds: float | None) -> Lines:
             lines.append(("beside training", f"{extra / total:.2g} x the passes of the training itself"))
     if step_seconds is not None and view.steps is not None:
         seconds = view.steps * step_seconds
-        told = f"training {_duration(seconds)}"
+        told = f"training {duration(seconds)}"
         if total and extra:
-            told = f"{_duration(seconds * (1 + extra / total))}: {told}, methods {_duration(seconds * extra / total)}"
+            told = f"{duration(seconds * (1 + extra / total))}: {told}, methods {duration(seconds * extra / total)}"
         lines.append(("time", f"about {told} ({step_seconds:.3g} s a step in the record of the run before)"))
     return lines
 
@@ -260,14 +260,6 @@ def _seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
         return None
     spent = ((run.finished or {}).get("seconds") or run.spent).get("train")
     return float(spent) / run.steps_done if run.steps_done and spent else None
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    hours, rest = divmod(round(minutes), 60)
-    return f"{hours} h {rest} min" if hours else f"{rest} min"
 
 
 def _screening(view: Forecast) -> Cost | None:

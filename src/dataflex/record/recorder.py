@@ -26,7 +26,7 @@ from dataflex.state import clear_left, replacing
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
 
-_QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
+_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
 def summarize_scores(scores: NDArray[np.floating]) -> dict[str, float | int | None]:
@@ -37,12 +37,15 @@ def summarize_scores(scores: NDArray[np.floating]) -> dict[str, float | int | No
     values = np.asarray(scores, dtype=np.float64).ravel()
     finite = values[np.isfinite(values)]
     known: dict[str, float | int | None] = {"count": int(values.size), "scored": int(finite.size)}
-    names = ("mean", "std", "min", *_QUANTILES, "max")
     if not finite.size:
-        return {**known, **dict.fromkeys(names)}
-    quantiles = np.quantile(finite, list(_QUANTILES.values()))
-    numbers = (finite.mean(), finite.std(), finite.min(), *quantiles, finite.max())
-    return {**known, **{name: float(number) for name, number in zip(names, numbers, strict=True)}}
+        return {**known, **dict.fromkeys(("mean", "std", *_QUANTILES))}
+    quantiles = np.quantile(finite, list(_QUANTILES.values())).tolist()
+    return {
+        **known,
+        "mean": float(finite.mean()),
+        "std": float(finite.std()),
+        **dict(zip(_QUANTILES, quantiles, strict=True)),
+    }
 
 
 def scores_of(rows: Rows, pool: Rows | None, scores: NDArray[np.floating]) -> NDArray[np.floating]:
