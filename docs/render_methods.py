@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.commands.methods import default_of, example, meaning, requirements
-from dataflex.config.collect import field_hints, key_of
-from dataflex.config.convert import describe
 from dataflex.config.load import load_mapping
-from dataflex.config.show import as_yaml
+from dataflex.config.mappings import as_yaml, describe, field_hints, key_of
 from dataflex.config.split import split
 from dataflex.method import STAGES, Method
 from dataflex.registry import KINDS, find, names

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.methods import half_read, method_block
+from dataflex.config.build import half_read, method_block
 from dataflex.errors import DataFlexError
 from dataflex.method import STAGES, DomainWeighter, Mixer, Requires, Selector, Weighter
 from dataflex.registry import KINDS, find, names

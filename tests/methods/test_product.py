@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import CheckpointError, ComponentError, ConfigError
 from dataflex.method import RunFacts
 from dataflex.registry import names

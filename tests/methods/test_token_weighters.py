@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
 from dataflex.weighters.excess import Rho, SelectiveLanguageModelling, largest

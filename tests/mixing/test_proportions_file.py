@@ -9,7 +9,7 @@ import pytest
 
 from dataflex.config.build import parse_dynamic
 from dataflex.config.load import load_mapping
-from dataflex.config.show import as_mapping
+from dataflex.config.mappings import as_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers.fixed import Static

@@ -58,7 +58,7 @@ def test_round_trip(store, shape, dtype):
 
 def test_what_a_kill_left_of_a_write_is_removed_by_the_next_pass(store):
     gone, alive = owner().replace(str(os.getpid()), str(2**30)), owner().replace(str(os.getpid()), str(os.getppid()))
-    left = [f".losses-{'0' * 32}.{gone}.0a0b0c0d.npy", f"..losses-{'0' * 32}.{gone}.0a0b0c0d.ready.new-aside"]
+    left = [f".losses-{'0' * 32}.{gone}.0a0b0c0d.npy", f".losses-{'0' * 32}.{gone}.0a0b0c0d.ready"]
     kept = [f".losses-{'0' * 32}.{alive}.0a0b0c0d.npy", ".gitignore"]
     store.directory.mkdir()
     for name in kept + left:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
+from dataflex.sequences import Sequences
 from dataflex.train.feedback import RowWeights, WeightStats
 from dataflex.train.loss import (
     balance_loss,
     batch_view,
     document_sequences,
     micro_batch_scale,
-    row_sequences,
     sample_means,
     token_losses,
     weighted_loss,
@@ -82,7 +82,7 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
         got = weighted_loss(
             losses,
             torch.ones(len(labels), 1),
-            sequences=row_sequences(np.arange(len(labels))),
+            sequences=Sequences(rows_B=np.arange(len(labels))),
             normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=2,
@@ -108,7 +108,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
         total = total + weighted_loss(
             token_losses(logits, labels),
             w[:, None],
-            sequences=row_sequences(np.arange(len(labels))),
+            sequences=Sequences(rows_B=np.arange(len(labels))),
             normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=len(batches),
@@ -121,7 +121,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
 
 def token_mean(losses, w):
     """The loss of a single micro-batch under ``token`` with weights [B] that nothing is known of beforehand."""
-    sequences = row_sequences(np.arange(len(w)))
+    sequences = Sequences(rows_B=np.arange(len(w)))
     return weighted_loss(
         losses,
         w[:, None],
@@ -164,7 +164,7 @@ def test_rows_without_labels_have_zero_loss():
     assert means[0] == 0
     assert tokens[0] == 0
     seen = batch_view(
-        losses, row_sequences(np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
+        losses, Sequences(rows_B=np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
     )
     assert seen.loss_M.tolist() == means.tolist()
     assert (seen.local, seen.step, seen.total_steps) == (slice(0, 3), 3, 9)
@@ -212,10 +212,10 @@ def test_mean_weight_of_each_row():
     ordered = sorted(wanted, key=lambda row: -np.mean(wanted[row]))
     for one in (table, other):
         most, least = one.extremes(3)
-        assert [item.row for item in most] == ordered[:3]
-        assert [item.row for item in least] == ordered[:-4:-1]
-        assert most[0].weight == pytest.approx(np.mean(wanted[ordered[0]]))
-        assert most[0].times == len(wanted[ordered[0]])
+        assert [item["row"] for item in most] == ordered[:3]
+        assert [item["row"] for item in least] == ordered[:-4:-1]
+        assert most[0]["weight"] == pytest.approx(np.mean(wanted[ordered[0]]))
+        assert most[0]["times"] == len(wanted[ordered[0]])
     few = RowWeights()
     few.add(np.array([7]), torch.tensor([2.0]))
     assert [len(part) for part in few.extremes(5)] == [1, 1]

@@ -6,10 +6,8 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from dataflex.config.collect import field_hints, key_of
-from dataflex.config.convert import describe, shown
-from dataflex.config.methods import half_read, method_class
-from dataflex.config.show import as_yaml, plain
+from dataflex.config.build import half_read, method_class
+from dataflex.config.mappings import as_yaml, describe, field_hints, key_of, plain, shown
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import STAGES, Method, Requires
 from dataflex.record.text import columns, rows_of

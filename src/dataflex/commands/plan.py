@@ -13,8 +13,8 @@ from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
+from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.show import as_mapping, as_yaml
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
@@ -265,7 +265,7 @@ def _seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
 def _screening(view: Forecast) -> Cost | None:
     """Return the passes by which a pool is screened before the selector sees it."""
     options, pool, decisions = view.dynamic.signals, view.pool, view.num_decisions
-    if options.screen_fraction >= 1.0 or not view.narrows or view.dynamic.candidate_batches is not None:
+    if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
     by_embeddings = options.screen_by == "embeddings"
     if pool is None or view.steps is None:
@@ -389,10 +389,10 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     assert view.rows is not None
     assert view.steps is not None
     dynamic, most = view.dynamic, min(view.rows, served)
-    if dynamic.mixer is None and not view.narrows:  # less than an epoch, or ``serves_all_again``
+    if dynamic.mixer is None and not dynamic.narrows:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
-    known = not view.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late
+    known = not dynamic.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late
     if not known or dynamic.mixer is None or dynamic.mixer.requires.needs_interval:
         return most, "at most "
     assert view.domains is not None

@@ -1,7 +1,4 @@
-"""Cuts a run into intervals: warm-up, then stretches after each of which the data is decided anew.
-
-Pure arithmetic on optimizer steps. It refuses to guess: there is no default for the interval.
-"""
+"""Divides a run into intervals: warm-up, then stretches before each of which the data is decided anew."""
 
 from __future__ import annotations
 
@@ -42,8 +39,8 @@ class Schedule:
         warmup_steps: Optimizer steps before the first decision.
         interval_steps: Optimizer steps between decisions.
         total_steps: Optimizer steps of the run.
-        cycle_steps: When given, warm-up and intervals start again every so many steps; the last
-            interval of a cycle is cut at the cycle's end.
+        cycle_steps: Steps after which warm-up and intervals start again; the last interval of a cycle is cut at
+            its end. None: never.
 
     Raises:
         ConfigError: Every number that is out of range, together.
@@ -73,12 +70,7 @@ class Schedule:
         if problems:
             raise ConfigError(problems)
 
-    @property
-    def _period_steps(self) -> int:
-        return self.total_steps if self.cycle_steps is None else self.cycle_steps
-
-    def _index_in_period(self, step: int) -> int:
-        """Index within the period of the interval that holds ``step``, counted from the period's start."""
+    def _index_in_cycle(self, step: int) -> int:
         if step < self.warmup_steps:
             return 0
         return (self.warmup_steps > 0) + (step - self.warmup_steps) // self.interval_steps
@@ -86,11 +78,11 @@ class Schedule:
     def interval(self, step: int) -> Interval:
         """Return the interval that holds optimizer step ``step``, in constant time."""
         assert 0 <= step < self.total_steps, f"step {step} is outside the run of {self.total_steps} steps"
-        period = self._period_steps
+        period = self.total_steps if self.cycle_steps is None else self.cycle_steps
         cycle, local = divmod(step, period)
         start = cycle * period
         stop = min(start + period, self.total_steps)
-        index = cycle * (self._index_in_period(period - 1) + 1) + self._index_in_period(local)
+        index = cycle * (self._index_in_cycle(period - 1) + 1) + self._index_in_cycle(local)
         if local < self.warmup_steps:
             return Interval(
                 index=index, kind="warmup", start_step=start, stop_step=min(start + self.warmup_steps, stop)

@@ -1,4 +1,4 @@
-"""Checks of what methods return; and domain quotas over selected rows turned into a serving order. All pure."""
+"""Checks of what methods return, and the serving order of selected rows under quotas by domain."""
 
 from __future__ import annotations
 
@@ -12,25 +12,11 @@ from dataflex.contract import refuse_answer, whereabouts
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import DomainWeighter, Method, Mix, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
-from dataflex.plan.proportions import normalized, refuse_strangers
+from dataflex.plan.proportions import normalized
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream
 from dataflex.select.choose import largest_remainder
 from dataflex.state import refuse_state
-
-
-def caps(given: float | dict[str, float] | None, names: tuple[str, ...]) -> NDArray[np.float64] | None:
-    """Turn ``dynamic.max_epochs`` into epochs by domain [K]; domains that are not named have no cap.
-
-    Raises:
-        ConfigError: A name that is no domain.
-    """
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        return np.full(len(names), float(given))
-    refuse_strangers(given, names, "dynamic.max_epochs")
-    return np.array([float(given.get(name, np.inf)) for name in names])
 
 
 def check_mix(mixer: Mixer, mix: Mix, names: tuple[str, ...]) -> NDArray[np.float64]:
@@ -111,7 +97,7 @@ def check_static_weights(
 
 
 def check_weights(weighter: Weighter, weights: Any, shapes: Collection[tuple[int, ...]]) -> None:
-    """Make sure that weights are a tensor of one of the shapes. Their values are checked by ``WeightStats``.
+    """Make sure that weights are a tensor of one of the shapes; ``WeightStats`` checks their values.
 
     Raises:
         ComponentError: Anything else.
@@ -155,15 +141,15 @@ def quota_rows(
     """Serve each domain's quota from the kept rows, without replacement while they last, domains in random order.
 
     Args:
-        kept: Row ids that the selector left.
+        kept: Row ids that the selector kept.
         shares: Proportions of sequences by domain [K].
         total: Rows to serve.
-        interval: For messages and random streams.
+        interval: Interval of the decision.
         domains: Domains of the row space.
         seed: Seed of the run.
         repeat: Whether rows may be served again when a quota is larger than what was kept.
-        shuffle: Whether the rows of a domain are served in random order too, else in the selector's.
-        earlier: Rows that were served before, where the end of a shorter run cut the interval: they come last.
+        shuffle: Whether the rows of a domain are served in random order, else in the selector's.
+        earlier: Rows served before in the interval, where the end of a shorter run cut it: they come last.
 
     Raises:
         DataError: A domain cannot fill its quota.

@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
+from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, seal_directory
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -117,11 +117,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 class ArrayStore:
-    """A folder of arrays. Only one rank may write an array; all may read.
-
-    Args:
-        directory: Made when something is first written.
-    """
+    """A folder of arrays, made when something is first written. One rank may write an array; all may read."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -150,18 +146,9 @@ class ArrayStore:
 
     @contextmanager
     def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
-        """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises.
-
-        Raises:
-            CheckpointError: The operating system refused (read-only, full disk), with its reason.
-        """
+        """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises."""
         token = f".{key.name}.{owner()}.{secrets.token_hex(4)}"
         final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
-
-        def fill(folder: Path) -> None:
-            os.replace(scratch, folder / _ARRAY)
-            header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
-            (folder / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
         try:
             with _writing(self.directory):
@@ -170,7 +157,11 @@ class ArrayStore:
             yield array
             with _writing(self.directory):
                 array.flush()
-                write_directory(ready, fill)
+                ready.mkdir()
+                os.replace(scratch, ready / _ARRAY)
+                header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
+                (ready / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+                seal_directory(ready)
                 if final.exists() and self.get(key) is None:
                     shutil.rmtree(final)
                 try:
@@ -209,8 +200,8 @@ class ArrayStore:
     def evict(self, max_bytes: int) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left, and return their names.
 
-        Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote something within the
-        last day are not touched.
+        Arrays that are memory-mapped stay readable on POSIX systems. Passes that wrote within the last day are not
+        touched.
         """
         self.clear_left()
         entries = self.entries()
@@ -273,11 +264,9 @@ class ResumablePass:
         return bool(self.done_at_start.all())
 
     def record(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write finished rows to this rank's part; they survive a kill from here on.
+        """Write the values of finished rows [b, ...] to this rank's part; they survive a kill from here on.
 
-        Args:
-            rows: Row numbers [b].
-            values: [b, ...], or the rows' entries one after the other when ``offsets`` were given.
+        With ``offsets``, values are the rows' entries one after the other.
         """
         ids = np.ascontiguousarray(rows, dtype="<i8")
         data = np.ascontiguousarray(values, dtype=self._dtype)

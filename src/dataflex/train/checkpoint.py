@@ -1,8 +1,4 @@
-"""What DataFlex adds to a checkpoint.
-
-``checkpoint-N/dataflex/`` holds the plan in progress, the state of the methods and a description of the
-run they belong to. ``checkpoints`` tells which checkpoints count.
-"""
+"""The files of ``checkpoint-N/dataflex/``: plan in progress, states of the methods, and the run that they belong to."""
 
 from __future__ import annotations
 
@@ -18,15 +14,20 @@ import numpy as np
 
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.collect import key_of
-from dataflex.config.convert import shown
-from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.mappings import key_of, shown
+from dataflex.config.resuming import ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
-from dataflex.plan.plan import DataPlan
+from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
+
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Identity:
         settings: Value of every other key that is compared (``config.resuming``).
         pure: Whether the mixer wants micro-batches of one domain each.
         flat: Whether flat keys of existing DataFlex were written.
-        keys: Keys of the methods' parameters by kind and field, where they are not the same.
+        keys: Keys of the methods' parameters by kind and field.
     """
 
     space: dict[str, Any]
@@ -53,39 +54,21 @@ class Identity:
     seed: int
     methods: dict[str, Any]
     settings: dict[str, Any]
-    pure: bool = False
-    flat: bool = False
+    pure: bool
+    flat: bool
     keys: Mapping[str, Mapping[str, str]]
 
     @classmethod
     def of(
-        cls,
-        config: DynamicConfig,
-        space: RowSpace,
-        lf: Mapping[str, Any],
-        *,
-        micro: int,
-        accumulation: int,
-        world: int,
-        seed: int,
+        cls, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
     ) -> Identity:
-        """Describe a run.
-
-        Args:
-            config: The dynamic block.
-            space: The rows.
-            lf: LLaMA-Factory's keys as they were written.
-            micro: Sequences per rank and micro-batch.
-            accumulation: Micro-batches of an optimizer step.
-            world: Ranks.
-            seed: Seed of all decisions.
-        """
-        methods = {kind: getattr(config, kind) for kind in METHODS}
+        """Return the identity of a run; ``lf`` are LLaMA-Factory's keys as they were written."""
+        methods = {kind: getattr(config, kind) for kind in KINDS}
         return cls(
             space=space.describe(),
-            global_batch=micro * accumulation * world,
-            micro_batch_size=micro,
-            world=world,
+            global_batch=shape.global_batch,
+            micro_batch_size=shape.micro_batch_size,
+            world=shape.world,
             seed=seed,
             methods={kind: _method(method) for kind, method in methods.items()},
             settings=settings_of(config, LlamaFactoryArgs.read(lf)),
@@ -104,23 +87,24 @@ class Identity:
         return {key: getattr(self, key) for key in kept}
 
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """Say in words how a saved identity differs from this one: what is refused, and what is only told."""
-        before = self._settings(saved)
-        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"].get(kind))]
-        told, by_kind = [], {"batch": [], "rows": []}  # type: tuple[list[str], dict[str, list[str]]]
+        """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
+        before = saved["settings"]
+        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
+        told: list[str] = []
+        by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
         for key, now in self.settings.items():
             change = ON_RESUME[key]
-            if key not in before or before[key] == now or key == "dynamic.seed":
+            if before[key] == now or key == "dynamic.seed":
                 continue
             for path, was, is_now in _leaves(before[key], now, self._named(key)):
                 line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
                 if change.kind == "told":
                     told.append(f"{line}: {change.note}")
                 else:
-                    by_kind.setdefault(change.kind, []).append(line)
-        refused += by_kind.get("refused", [])
+                    by_kind[change.kind].append(line)
+        refused += by_kind["refused"]
         component = self.flat and bool(refused)  # a component brings a seed of its own
-        seed = [] if component else self._seed_line(saved, before)
+        seed = [] if component else self._seed_line(saved)
         refused += seed
         refused += self._batch_line(saved, by_kind["batch"])
         if saved["space"]["fingerprint"] != self.space["fingerprint"]:
@@ -129,19 +113,7 @@ class Identity:
             refused += [f"{line}: {what}" for line in causes] or ([] if seed else [what])
         else:
             told += [f"{line}: the rows are the same" for line in by_kind["rows"] if not line.startswith("seed ")]
-        missing = [self._named(key) for key in self.settings if key not in before]
-        if missing:
-            told.append(f"the checkpoint, of an earlier version, does not note {', '.join(missing)}: not compared")
         return refused, told
-
-    def _settings(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a checkpoint; one of an earlier version has a few of them, as a schedule."""
-        if "settings" in saved:
-            return dict(saved["settings"])
-        found = {f"dynamic.{key}": value for key, value in saved.get("schedule", {}).items()}
-        if self.settings["dynamic.interval_steps"] is None:  # the number there was derived from the batch
-            found.pop("dynamic.interval_steps", None)
-        return {key: value for key, value in found.items() if key in self.settings}
 
     def _named(self, key: str) -> str:
         """Return a key as it was written."""
@@ -155,29 +127,28 @@ class Identity:
         if before is None or now is None or before["name"] != now["name"]:
             yield f"{path} changed ({_said(before)} -> {_said(now)})"
             return
-        if before.get("targets", []) != now["targets"]:
+        if before["targets"] != now["targets"]:
             yield f"{path}.targets changed ({_said(before.get('targets', []))} -> {_said(now['targets'])})"
         for key in now["params"].keys() & before["params"].keys():
             name = self.keys[kind].get(key, key)
             for inner, was, is_now in _leaves(before["params"][key], now["params"][key], f"{path}.{name}"):
                 yield f"{inner} changed ({_said(was)} -> {_said(is_now)})"
 
-    def _seed_line(self, saved: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    def _seed_line(self, saved: dict[str, Any]) -> list[str]:
         if saved["seed"] == self.seed:
             return []
-        for key in ("dynamic.seed", "seed"):
-            if key in before and before[key] != self.settings[key]:
-                return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
-        return [f"seed changed ({saved['seed']} -> {self.seed})"]
+        before = saved["settings"]
+        key = next(key for key in ("dynamic.seed", "seed") if before[key] != self.settings[key])
+        return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
 
     def _batch_line(self, saved: dict[str, Any], changed: list[str]) -> list[str]:
         if saved["global_batch"] != self.global_batch:
             what = f"global batch changed ({saved['global_batch']} -> {self.global_batch} sequences)"
-        elif self.pure and saved.get("micro_batch_size", self.micro_batch_size) != self.micro_batch_size:
+        elif self.pure and saved["micro_batch_size"] != self.micro_batch_size:
             what = f"the mixer's micro-batches of one domain each changed (to {self.micro_batch_size} sequences)"
         else:
             return []
-        world = saved.get("world", self.world)
+        world = saved["world"]
         causes = changed + ([f"ranks changed ({world} -> {self.world})"] if world != self.world else [])
         return [": ".join(filter(None, ("; ".join(causes), what)))]
 
@@ -206,7 +177,7 @@ def _leaves(before: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _said(value: Any) -> str:
-    """Return a value as it was written."""
+    """Return a value as a user writes it."""
     if value is None:
         return "not given"
     if isinstance(value, dict) and "name" in value:
@@ -228,12 +199,6 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(changes) or "same numbers of rows, other content or another tokenizer"
 
 
-logger = logging.getLogger(__name__)
-
-_RUN = "run.json"
-_FORMAT = 1
-
-
 def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dict[str, Any], step: int) -> None:
     """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
     folder = checkpoint / FOLDER
@@ -249,7 +214,7 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Read back what ``save`` wrote into a checkpoint that was found to be whole.
+    """Return what ``save`` wrote into a checkpoint that was found to be whole.
 
     Returns:
         The plan in progress, or None if none was made yet, and the state of the methods.
