@@ -58,9 +58,9 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "mixer": {
         "static": "dataflex.mixers.fixed:Static",
         "uniform": "dataflex.mixers.fixed:Uniform",
-        "size": "dataflex.mixers.by_size:Size",
-        "temperature": "dataflex.mixers.by_size:Temperature",
-        "unimax": "dataflex.mixers.by_size:UniMax",
+        "size": "dataflex.mixers.fixed:Size",
+        "temperature": "dataflex.mixers.fixed:Temperature",
+        "unimax": "dataflex.mixers.fixed:UniMax",
         "staged": "dataflex.mixers.fixed:Staged",
         "random": "dataflex.mixers.fixed:RandomShares",
         "odm": "dataflex.mixers.odm:Odm",

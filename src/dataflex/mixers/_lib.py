@@ -51,11 +51,7 @@ def sizes(ctx: Context, method: str) -> Floats:
 
 
 def check_targets(ctx: Context, method: str) -> None:
-    """Refuse another number of target data sets than one for each domain.
-
-    Raises:
-        ConfigError: With the names of both.
-    """
+    """Refuse another number of target data sets than one for each domain."""
     names, targets = ctx.domains.names, ctx.targets
     if len(names) != len(targets):
         raise ConfigError(

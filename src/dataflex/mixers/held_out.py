@@ -89,7 +89,6 @@ class Velocity(_TargetLossMixer):
         "arXiv 2411.14318",
         cost="F over the held-out data",
     )
-
     Params = _TargetLossParams
     first = NOTHING
     """Held-out losses at the first decision [K]."""
@@ -103,12 +102,7 @@ class Velocity(_TargetLossMixer):
 
 
 def distances(loads_KE: Floats, measure: str) -> Floats:
-    """Return the mean distance of each domain's loads to those of all domains, itself included [K].
-
-    Args:
-        loads_KE: Gate loads by domain and expert; each row is divided by its sum.
-        measure: ``l2`` or ``cosine`` (1 - cosine).
-    """
+    """Return the mean distance of each domain's shares of gate loads to those of all domains, itself included [K]."""
     shares = loads_KE / loads_KE.sum(axis=1, keepdims=True)
     if measure == "cosine":
         unit = shares / np.linalg.norm(shares, axis=1, keepdims=True)
@@ -151,12 +145,6 @@ class DynamicMoe(ExponentiatedMixer):
         return replace(HELD_OUT_LOSSES, signals=frozenset({"gates"}))
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the mean distances D [K].
-
-        Raises:
-            UnsupportedError: The model is no mixture of experts.
-            DataError: A held-out data set has no tokens.
-        """
         check_targets(ctx, self.name)
         loads = []
         for name in ctx.targets:

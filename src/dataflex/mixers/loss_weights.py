@@ -61,11 +61,7 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the sampling proportions, which never change.
-
-        Raises:
-            ConfigError: ``sampling`` has the wrong length, or names that are unknown or missing.
-        """
+        """Return the sampling proportions, which never change."""
         self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
         return mix_of(self.names, self.sampling.copy(), "sampling")
@@ -106,11 +102,7 @@ def corrected(alpha: Floats, sampling: Floats) -> Floats:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Return the vocabulary of the model in a folder; that of its base model for an adapter.
-
-    Raises:
-        ConfigError: The folder does not say.
-    """
+    """Return the vocabulary of the model in a folder; that of its base model for an adapter."""
     try:
         folder = Path(base_model(folder) or folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +183,6 @@ class DoReMi(_LossWeighter):
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """``weight_sum`` for the authors' code, ``domain`` for the others, unless chosen."""
         return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
 
     def loss_weights(self) -> Floats:
@@ -306,7 +297,6 @@ class GroupDro(_LossWeighter):
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """The loss is a sum over domains."""
         return "domain"
 
     def _scores(self, stats: DomainStats) -> Floats:

@@ -47,31 +47,24 @@ class SkillIt(LearningMixer):
 
     params: Params
 
-    def requires(self) -> Requires:
-        return HELD_OUT_LOSSES
-
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.losses: list[Floats] = []
 
+    def requires(self) -> Requires:
+        return HELD_OUT_LOSSES
+
     def mix(self, ctx: Context) -> Mix:
         """Return p ~ exp(eta sum over the window of A L); before losses are known, p ~ exp(eta A 1).
 
-        The proportions are made anew from equal ones each time: the window, not the past, has a memory.
-
-        Raises:
-            ConfigError: The graph is for another number of domains.
+        The proportions are made from equal ones each time: only the window remembers the past.
         """
-        graph = np.array(self.params.graph, dtype=np.float64)
-        if len(graph) != len(ctx.domains.names):
-            raise ConfigError(
-                f"dynamic.mixer.graph: {len(graph)} rows for {len(ctx.domains.names)} domains "
-                f"({', '.join(ctx.domains.names)})"
-            )
-        self.meet(ctx.domains.names)
+        graph, names = np.array(self.params.graph, dtype=np.float64), ctx.domains.names
+        if len(graph) != len(names):
+            raise ConfigError(f"dynamic.mixer.graph: {len(graph)} rows for {len(names)} domains ({', '.join(names)})")
+        self.meet(names)
         check_targets(ctx, self.name)
-        benefit = graph.sum(axis=1)
-        told = "start"
+        benefit, told = graph.sum(axis=1), "start"
         if ctx.interval.kind != "warmup":
             self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
             benefit = graph @ np.sum(self.losses, axis=0)
@@ -87,12 +80,7 @@ def near_one_hot(num_domains: int, focus: float) -> Floats:
 
 
 def interactions(mixes_MK: Floats, drops_MK: Floats) -> Floats:
-    """Return A [K, K] with drop_i = sum_j A[i, j] p_j, by least squares over M probes, made positive, summing to 1.
-
-    Args:
-        mixes_MK: Proportions of the probes.
-        drops_MK: Drop of each held-out loss during the probe.
-    """
+    """Return A [K, K] with drop_i = sum_j A[i, j] p_j, by least squares over M probes, made positive, summing to 1."""
     solved, *_ = np.linalg.lstsq(mixes_MK, drops_MK, rcond=None)
     matrix = solved.T
     if matrix.min() < 0:
@@ -172,9 +160,6 @@ class Aioli(LearningMixer):
 
     def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
         new, ema = interactions(mixes_MK, drops_MK), self.params.ema
-        if ema is None or not self.matrix.size:
-            self.matrix = new
-        else:
-            self.matrix = (1.0 - ema) * new + ema * self.matrix
+        self.matrix = new if ema is None or not self.matrix.size else (1.0 - ema) * new + ema * self.matrix
         start = self.log_shares if ema is None else np.zeros(len(new))
         self.log_shares = exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)

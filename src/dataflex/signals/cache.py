@@ -76,13 +76,8 @@ class SignalCache:
     ) -> ResumablePass:
         """Open the stored array of a pass (collective); only with a store.
 
-        Args:
-            method: What is computed.
-            parameters: How: JSON values.
-            model: Identity of a model that does not change; "" for the model under training.
-            data: Identity of the rows.
-            corpus: Name of the target that they are of, "" for the training set.
-            shape: Of the array.
+        ``method`` and ``parameters`` (JSON values) say what is computed, ``model`` names a model that does not change
+        ("" for the model under training), ``data`` the rows, and ``corpus`` their target ("" for the training set).
         """
         assert self.store is not None
         if not model:

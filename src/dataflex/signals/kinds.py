@@ -88,9 +88,8 @@ class Signal:
     def kept(self) -> Kept:
         """How long values are given again.
 
-        - ``step``: within a decision, up to ``max_age_steps`` longer, and in the store.
-        - ``run``: row by row for the whole run; for one number per row of a model that stays as it is.
-        - ``never``: they are computed whenever they are asked for.
+        ``step``: in this decision, up to ``max_age_steps`` longer, and from the store; ``run``: row by row for the
+        whole run, for one number per row of a model that does not change; ``never``.
         """
         return "step"
 
@@ -266,9 +265,9 @@ class AdaptedLoss(Signal):
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
-        from dataflex.signals.moved import trained_probe
+        from dataflex.signals.moved import probed
 
-        with trained_probe(access, self).attached(), _token_means(access, "loss") as scorer:
+        with probed(access, self), _token_means(access, "loss") as scorer:
             yield scorer
 
 
@@ -502,11 +501,14 @@ class GradientScores(_GradientSignal):
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
+        from dataflex.signals.gradients.targets import target_vectors
+
         aims = [access.data_identity(name) for name in self.targets]
         key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
         vectors = access.for_decision.get(key)
         if vectors is None:
-            vectors = scorers.target_vectors([access.target_sweep(name) for name in self.targets])
+            sweeps = [access.target_sweep(name) for name in self.targets]
+            vectors = target_vectors(scorers.engine, sweeps, normalize_rows=scorers.mean_of_cosines)
             if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
                 access.for_decision[key] = vectors
         return scorers.towards(vectors)
@@ -519,7 +521,9 @@ class GradientNorms(_GradientSignal):
     name = "gradient norms"
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        return scorers.norms()
+        from dataflex.signals.gradients import Norms
+
+        return scorers.of(Norms())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,8 +587,12 @@ class GradientProducts(_GradientSignal):
         return {**own, "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
 
     def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:  # noqa: D102
+        from dataflex.signals.gradients.targets import row_products, target_vectors
+
+        scorers = self._scorers(access)
         sweeps = [access.target_sweep(name, self.target_rows.get(name)) for name in self.targets]
-        return self._scorers(access).products(sweep, sweeps)
+        aims = target_vectors(scorers.engine, sweeps, normalize_rows=False) if sweeps else None
+        return row_products(scorers.engine, sweep, aims, scorers.precondition())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -614,7 +622,10 @@ class ResponseGradientScores(_GradientSignal):
         return {**own, "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        return scorers.towards(scorers.response_vectors(list(self.responses.values())))
+        from dataflex.signals.gradients.targets import policy_vectors
+
+        tasks = list(self.responses.values())
+        return scorers.towards(policy_vectors(scorers.engine, access, tasks, normalize_groups=scorers.mean_of_cosines))
 
 
 @contextmanager

@@ -19,13 +19,7 @@ from dataflex.signals.sweep import Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A tokenized data set that rows can be taken from.
-
-    Attributes:
-        dataset: Features by row id.
-        lengths: Number of tokens of each row.
-        identity: Fingerprint of its content.
-    """
+    """A tokenized data set: features by row id, number of tokens of each row, and a fingerprint of its content."""
 
     dataset: Any
     lengths: NDArray[np.int64]
@@ -71,11 +65,7 @@ class ModelAccess:
     for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)
 
     def corpus(self, target: str | None) -> Corpus:
-        """Return the rows of a target, or the training rows for None.
-
-        Raises:
-            DataError: There is no such target.
-        """
+        """Return the rows of a target, or the training rows for None; DataError for an unknown target."""
         if target is None:
             return self.train
         if target not in self.targets:
@@ -92,11 +82,7 @@ class ModelAccess:
         return int(self.train.lengths.max(initial=1))
 
     def known_tokenizer(self, what: str) -> Any:
-        """Return the tokenizer of the run.
-
-        Raises:
-            UnsupportedError: There is none, and ``what`` needs it.
-        """
+        """Return the tokenizer of the run; UnsupportedError where there is none, and ``what`` needs it."""
         if self.tokenizer is None:
             raise UnsupportedError(f"{what}: the tokenizer of the model is needed, which this run does not have")
         return self.tokenizer

@@ -41,11 +41,7 @@ class ModelParts:
         return self.lm.config.get_text_config()
 
     def layers(self) -> nn.ModuleList:
-        """Return the stack of decoder (or encoder) layers.
-
-        Raises:
-            UnsupportedError: There is not exactly one list of ``num_hidden_layers`` modules.
-        """
+        """Return the stack of decoder (or encoder) layers; UnsupportedError where it cannot be found."""
         depth = self.text_config.num_hidden_layers
         top = self.lm.get_decoder()
         found = [part for part in top.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
@@ -58,11 +54,7 @@ class ModelParts:
 
 
 def model_parts(model: nn.Module) -> ModelParts:
-    """Look inside PEFT and value-head wrappers.
-
-    Raises:
-        UnsupportedError: No transformers model was found inside.
-    """
+    """Look inside PEFT and value-head wrappers; UnsupportedError where there is no transformers model."""
     from transformers import PreTrainedModel
 
     lm: Any = model

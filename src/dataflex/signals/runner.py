@@ -69,10 +69,7 @@ class SignalRunner:
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> SignalValue:
         """Return the signal's value of each row, float32 [len(rows), *tail], equal on every rank.
 
-        Args:
-            signal: What is asked.
-            rows: Row ids of the training set, or of the named target.
-            target: Name of a target data set; None means the training set.
+        Row ids are those of the named target data set, or of the training set for None.
 
         Raises:
             DataError: There is no such target.

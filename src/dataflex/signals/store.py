@@ -117,11 +117,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 class ArrayStore:
-    """A folder of arrays. Only one rank may write an array; all may read.
-
-    Args:
-        directory: Made when something is first written.
-    """
+    """A folder of arrays, made when something is first written. One rank may write an array; all may read."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -150,11 +146,7 @@ class ArrayStore:
 
     @contextmanager
     def create(self, key: CacheKey, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
-        """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises.
-
-        Raises:
-            CheckpointError: The operating system refused (read-only, full disk), with its reason.
-        """
+        """Give a memory-mapped array to fill; it is stored when the block ends, and dropped if the block raises."""
         token = f".{key.name}.{owner()}.{secrets.token_hex(4)}"
         final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
 
@@ -208,8 +200,8 @@ class ArrayStore:
     def evict(self, max_bytes: int) -> list[str]:
         """Remove the least recently used entries until at most ``max_bytes`` are left, and return their names.
 
-        Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote something within the
-        last day are not touched.
+        Arrays that are memory-mapped stay readable on POSIX systems. Passes that wrote within the last day are not
+        touched.
         """
         self.clear_left()
         entries = self.entries()
@@ -272,11 +264,9 @@ class ResumablePass:
         return bool(self.done_at_start.all())
 
     def record(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write finished rows to this rank's part; they survive a kill from here on.
+        """Write the values of finished rows [b, ...] to this rank's part; they survive a kill from here on.
 
-        Args:
-            rows: Row numbers [b].
-            values: [b, ...], or the rows' entries one after the other when ``offsets`` were given.
+        With ``offsets``, values are the rows' entries one after the other.
         """
         ids = np.ascontiguousarray(rows, dtype="<i8")
         data = np.ascontiguousarray(values, dtype=self._dtype)

@@ -97,12 +97,7 @@ class Cut:
 class Segments:
     """The sequences of some rows, made when asked for.
 
-    Attributes:
-        dataset: Tokenized rows.
-        rows: Row ids [n].
-        cut: How they are made.
-        places: Place in ``rows`` of each sequence, ascending [P].
-        lengths: Number of tokens of each sequence, about [P] (before translation).
+    ``places`` are the places in ``rows`` of each sequence, ascending [P]; ``lengths`` their tokens before translation.
     """
 
     dataset: Any
@@ -208,8 +203,8 @@ def _collated(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
     """Return a pass over the segments of the rows of another one.
 
-    Values of the pass are sums of losses and numbers of tokens of segments [P, 2]; they are combined to the means of
-    rows [n], NaN where nothing was scored.
+    Its values are sums of losses and numbers of tokens [P, 2]; they are combined to the rows' means [n], NaN without
+    any.
     """
     segments = Segments(dataset=whole.dataset, rows=whole.rows, cut=cut)
 

@@ -1,7 +1,4 @@
-"""For authors of methods: stand-ins for what a run provides, and slow, obvious oracles.
-
-Nothing here is used while training.
-"""
+"""For authors of methods: stand-ins for what a run provides. Nothing here is used while training."""
 
 from dataflex.testing.fakes import (
     Call,
@@ -11,15 +8,7 @@ from dataflex.testing.fakes import (
     example_stats,
     global_random_state_untouched,
 )
-from dataflex.testing.oracles import (
-    oracle_bucket_weights,
-    oracle_loss_weights,
-    oracle_relative_gain,
-    oracle_row_gradients,
-    oracle_temperature,
-    oracle_top_rows,
-    oracle_unimax,
-)
+from dataflex.testing.oracles import oracle_row_gradients
 
 __all__ = [
     "Call",
@@ -28,11 +17,5 @@ __all__ = [
     "example_context",
     "example_stats",
     "global_random_state_untouched",
-    "oracle_bucket_weights",
-    "oracle_loss_weights",
-    "oracle_relative_gain",
     "oracle_row_gradients",
-    "oracle_temperature",
-    "oracle_top_rows",
-    "oracle_unimax",
 ]

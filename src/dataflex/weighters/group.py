@@ -89,11 +89,7 @@ class GroupWeighter(Weighter):
         return self._sizes is None
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Note the domains.
-
-        Raises:
-            CheckpointError: Saved weights are of other domains.
-        """
+        """Note the domains, and refuse saved weights of other ones."""
         names, p = ctx.domains.names, self.params
         self._sizes = np.asarray(ctx.domains.num_rows)
         if p.strategy != "group_dro":

@@ -34,11 +34,7 @@ class _AnchoredWeighter(Weighter):
         return self.anchors is None or step % self.params.refresh_steps == 0
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed every row of the targets with the model as it is (collective; the ranks share the pass).
-
-        Raises:
-            DataError: A target has no row with an embedding.
-        """
+        """Embed every row of the targets with the model as it is (collective; the ranks share the pass)."""
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
@@ -129,11 +125,7 @@ class Adapt(_AnchoredWeighter):
         return self._scores is None if self._by_words else super().due(step)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed the anchors, or score every training row against their words.
-
-        Raises:
-            DataError: A target has no row with an embedding, or with a word.
-        """
+        """Embed the anchors, or score every training row against their words."""
         if not self._by_words:
             super().prepare(ctx, rows)
             return
@@ -172,14 +164,7 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
     to the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance
     shrinks by at least the factor 1 - share), while undamped iterations oscillate.
 
-    Args:
-        alignment: s [M].
-        gram: S [M, M], symmetric and positive semi-definite.
-        beta: Weight of the likeness among sequences, >= 0.
-        tau: Weight of the entropy, above 0.
-
-    Raises:
-        ComponentError: No convergence, as when values are not finite.
+    s = ``alignment`` [M], S = ``gram`` [M, M] is symmetric and positive semi-definite, beta >= 0 and tau > 0.
     """
     logs = np.zeros(len(alignment))
     share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))

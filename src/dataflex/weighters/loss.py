@@ -42,14 +42,8 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     - ``upper``: (h + delta) / 2: the harder, the more.
     - ``softmax_loss``: h: the same, sharper ("uniform" in the authors' code, which it is not).
 
-    Losses that span less than 1e-6 get equal weights. No valid sequence: all weights are 0.
-
-    Args:
-        loss_M: Token-mean loss of each sequence, nats per token; ignored where not valid.
-        valid_M: Which sequences have supervised tokens, bool.
-        strategy: One of ``STRATEGIES``.
-        delta: Half-width of the range that losses are mapped to.
-        r: Softness; small is sharp, infinite is uniform.
+    ``loss_M`` are token means in nats, ignored where not valid. Losses that span less than 1e-6 get equal weights. No
+    valid sequence: all weights are 0.
     """
     if loss_M.numel() == 0:
         return loss_M.float()
@@ -162,9 +156,6 @@ class LossWeighter(Weighter):
         With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the
         micro-batch's valid sequences and sum to one only when lengths are equal. The mean is taken
         over all ranks (the authors take it on each rank), so that the number of ranks changes nothing.
-
-        Raises:
-            ComponentError: A sequence with supervised tokens has a NaN or infinite loss.
         """
         valid = batch.tokens_M > 0
         _refuse_non_finite(batch, valid)

@@ -161,11 +161,7 @@ class Product(Weighter):
         return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return products [B], or [R, T] with a factor that weighs tokens (collective).
-
-        Raises:
-            ComponentError: A factor gave weights of another shape.
-        """
+        """Return products [B], or [R, T] with a factor that weighs tokens (collective)."""
         import torch
 
         from dataflex import comm
@@ -209,11 +205,6 @@ class Product(Weighter):
         return {key: state for key, state in states.items() if state}
 
     def load_state_dict(self, state: State) -> None:
-        """Restore what ``state_dict`` returned.
-
-        Raises:
-            CheckpointError: The state is not one of these factors.
-        """
         factors = self._by_place
         strange = sorted(set(state) - set(factors))
         if strange:

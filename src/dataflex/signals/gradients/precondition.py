@@ -1,13 +1,9 @@
 """What an optimizer would make of a gradient: Adam's direction with its moments held fixed, or signs.
 
-Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and
-direction = m' / (sqrt(v') + eps). Source: LESS (arXiv 2402.04333), equation in section 3.1. The
-original code puts eps inside the root and leaves out the bias correction; with the tiny moments of
-real LoRA runs that is another ranking, so both are presets.
-
-The moments are the run's own, wherever its optimizer keeps them: matched by parameter identity, never by position in
-the optimizer's groups. An optimizer that has no moments for each element is refused with a reason: another direction
-under Adam's name would be a silent error.
+Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and direction = m' / (sqrt(v')
++ eps). Source: LESS (arXiv 2402.04333), equation in section 3.1; its code puts eps inside the root and leaves out the
+bias correction, which with the tiny moments of real LoRA runs is another ranking: both are presets. An optimizer
+without moments for each element is refused: another direction would be a silent error.
 """
 
 from __future__ import annotations
@@ -54,16 +50,10 @@ class Precondition:
 
     @classmethod
     def preset(cls, name: str) -> Precondition:
-        """Return a preset by name.
-
-        Raises:
-            ConfigError: Unknown name.
-        """
+        """Return a preset by name; ConfigError for an unknown one."""
         if name not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ConfigError(
-                f"gradients: unknown precondition {name!r}{did_you_mean(name, list(PRESETS))} (known: {known})"
-            )
+            meant, known = did_you_mean(name, list(PRESETS)), ", ".join(PRESETS)
+            raise ConfigError(f"gradients: unknown precondition {name!r}{meant} (known: {known})")
         return PRESETS[name]
 
 
@@ -78,15 +68,7 @@ PRESETS: dict[str, Precondition] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Adam's state of one parameter.
-
-    Attributes:
-        first: Running mean of gradients, fp32, the parameter's full shape.
-        second: Running mean of squared gradients, likewise.
-        step: Optimizer steps so far.
-        betas: Adam's betas.
-        eps: Adam's eps.
-    """
+    """Adam's state of one parameter: running means of gradients and of their squares (fp32, full shape)."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -132,7 +114,7 @@ def adam_scaled(
 ) -> torch.Tensor:
     """Return gradients scaled as Adam's next step would, with its second moment as it is (OPUS, arXiv 2602.05400).
 
-    Linear in the gradient; fp32 [b, n] both. ``second`` is the moment v [n] after ``step`` optimizer steps.
+    Linear in the gradient, fp32 [b, n]; ``second`` is v [n] after ``step`` optimizer steps.
     """
     beta1, beta2 = betas
     factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
@@ -140,17 +122,16 @@ def adam_scaled(
 
 
 def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
-    """Return the function that turns blocks of gradients into directions; None where gradients stay as they are.
+    """Return what turns blocks of gradients into directions; None where gradients stay as they are.
 
-    Args:
-        spec: What to do.
-        moments: By parameter name, from ``moments_of``; only Adam needs them.
+    ``moments`` are by parameter name, from ``moments_of``; only Adam needs them.
     """
     if spec.kind == "none":
         return None
     if spec.kind == "sign":
         return lambda _segments, gradient: gradient.sign_()
     assert moments is not None
+    how: dict[str, Any] = {name: getattr(spec, name) for name in ("eps_mode", "bias_correction", "include_momentum")}
     first = Columns(lambda name: moments[name].first.flatten())
     second = Columns(lambda name: moments[name].second.flatten())
 
@@ -167,15 +148,7 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
         squares = second.of(segments, gradient.device)
         if not spec.own_square:
             return adam_scaled(gradient, squares, **options)
-        return adam_direction(
-            gradient,
-            first.of(segments, gradient.device),
-            squares,
-            eps_mode=spec.eps_mode,
-            bias_correction=spec.bias_correction,
-            include_momentum=spec.include_momentum,
-            **options,
-        )
+        return adam_direction(gradient, first.of(segments, gradient.device), squares, **options, **how)
 
     return direction
 
@@ -206,11 +179,11 @@ def moments_of(
 ) -> dict[str, Moments]:
     """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
 
-    Before the optimizer's first step the moments are zero, as Adam itself has them. Where they are whole
-    and fp32, they are the optimizer's own tensors and no copies: use them before its next step.
+    Before the optimizer's first step the moments are zero. Where they are whole and fp32, they are the optimizer's own
+    tensors and no copies: use them before its next step.
 
     Args:
-        optimizer: The Trainer's optimizer; wrappers of accelerate and DeepSpeed are looked through.
+        optimizer: The Trainer's optimizer, also inside wrappers of accelerate and DeepSpeed.
         parameters: The model's parameters by name, the very objects that the optimizer was given.
         backend: "zero" for DeepSpeed ZeRO-1/2/3, else "plain" (also DDP and FSDP2).
 
