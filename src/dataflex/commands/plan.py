@@ -293,12 +293,15 @@ def _shares_targets(view: Forecast) -> bool:
 
     selector = view.dynamic.selector
     assert selector is not None
+    params = selector.params
+
+    def alike(spec: object, *names: str) -> bool:
+        return all(getattr(params, name, None) == getattr(spec, name) for name in names)
+
     if view.dynamic.signals.screen_by == "embeddings":
-        names, spec, same = ("layer", "completion_only"), Embedding(), selector.name == "rds_plus"
-    else:
-        names, spec = ("parameters", "last_blocks", "bf16"), GradientSpec()
-        same = selector.name in ("less", "icons") and selector.requires.passes.targets == (2.0, 2.0)
-    return same and all(getattr(selector.params, name, None) == getattr(spec, name) for name in names)
+        return selector.name == "rds_plus" and alike(Embedding(), "layer", "completion_only")
+    unit_vectors = selector.name in ("less", "icons") and selector.requires.passes.targets == (2.0, 2.0)
+    return unit_vectors and alike(GradientSpec(), "parameters", "last_blocks", "bf16")
 
 
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
