@@ -244,7 +244,7 @@ def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
 def _screening(view: Forecast) -> Cost | None:
     """Return the passes by which a pool is screened before the selector sees it."""
     options, pool = view.dynamic.signals, view.pool
-    if options.screen_fraction >= 1.0 or not view.narrows or view.dynamic.candidate_batches is not None:
+    if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
     if pool is None or view.steps is None:
         each = "1 F of each row of the pool" if options.screen_by == "embeddings" else "1 F + 1 B of a twentieth of it"
@@ -386,7 +386,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     assert view.rows is not None
     assert view.steps is not None
     dynamic, most = view.dynamic, min(view.rows, served)
-    if view.narrows:
+    if view.dynamic.narrows:
         return most, "at most "
     if dynamic.mixer is None:  # less than an epoch, or ``serves_all_again``
         return most, ""
