@@ -31,7 +31,10 @@ Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
 DomainNormalizer = Literal["weight_sum", "domain"]
 
-STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
+STAGES = ("pt", "sft", "rm", "dpo", "kto")
+
+SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts")
+"""What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass."""
 
 
 # ---- what a method states about itself
@@ -39,9 +42,9 @@ STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """Base of the parameters of a method: a frozen, keyword-only dataclass nested in its class.
+    """Base of the parameters of a method: a frozen, keyword-only dataclass in its class, with fields made by ``param``.
 
-    ``param`` makes the fields. ``__post_init__`` may raise ``ValueError("field: ...")`` for rules between fields.
+    ``__post_init__`` may raise ``ValueError("field: ...")`` for rules between fields.
     """
 
     def __post_init__(self) -> None:
@@ -49,13 +52,10 @@ class Params:
 
 
 def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
-    """Return a parameter: a dataclass field with its help and the limits of its values.
+    """Return a parameter: a dataclass field with one line of ``help``, with the unit; without a default it is required.
 
-    Args:
-        default: Default value; a parameter without one must be given.
-        help: One line, with the unit.
-        limits: ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (True: the value is
-            a regular expression), and marks such as ``model``.
+    ``limits`` are ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (True for a regular
+    expression), and marks such as ``model``.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -112,8 +112,7 @@ def _added(passes: tuple[float, float], more: tuple[float, float], times: int = 
 class Requires:
     """What a method requires of a run, given its parameters; checked before a model loads."""
 
-    # "losses", "embeddings", "gradients", "logits", "generate", "gates", or "texts" (tokens and texts; no pass)
-    signals: frozenset[str] = frozenset()
+    signals: frozenset[str] = frozenset()  # some of SIGNALS
     targets: bool = False  # targets: [data set, ...] must be given
     domains: int = 1  # least number of domains
     stages: tuple[str, ...] = STAGES  # LLaMA-Factory's stages in which it works
@@ -129,6 +128,16 @@ class Requires:
     embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
     passes: Passes = Passes()  # what it costs
+
+    def __post_init__(self) -> None:
+        for name, known in (("signals", SIGNALS), ("stages", STAGES)):
+            given = getattr(self, name)
+            if isinstance(given, str) or not set(given) <= set(known):
+                raise ValueError(f"{name}={given!r}: must be some of {', '.join(known)}")
+        if isinstance(self.columns, str):
+            raise ValueError(f"columns={self.columns!r}: must be a tuple of names")
+        if not isinstance(self.reference, Reference | None):
+            raise ValueError(f"reference={self.reference!r}: must be a dataflex.Reference, or None")
 
     @classmethod
     def merged(cls, parts: Mapping[str, Requires]) -> Requires:
@@ -182,36 +191,27 @@ class Problem:
 
 
 class Signals(Protocol):
-    """Values that the model computes from the data. Every call is collective: all ranks, with the same arguments."""
+    """Values that the model computes from rows; calls are collective: same arguments, same values on every rank."""
 
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Return the value of ``signal`` (``signals.kinds``) for each row [len(rows), ...], equal on every rank.
-
-        ``rows`` are row ids of the training set, or of the data set that ``target`` names.
-        """
-        ...
+        """Return the value of ``signal`` for each row [len(rows), ...] of the training set, or of the named target."""
 
     def tokens(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[NDArray[np.int64]]:
-        """Tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
-        ...
+        """Return the tokens of each row, of its prompt (no label) or of its completion (supervised); may be empty."""
 
     def texts(self, rows: Rows, *, target: str | None = None, part: Part = "all") -> list[str]:
-        """Text of each row, of its prompt or of its completion, without special tokens; may be empty."""
-        ...
+        """Return the same as text, without special tokens."""
 
     def num_rows(self, target: str | None = None) -> int:
-        """Return the number of rows of the training set, or of the named target."""
-        ...
+        """Return the number of rows of the training set or target."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
         """Sample responses of the model to prompts, given as token ids, prompt by prompt and sample by sample."""
-        ...
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Run ``compute`` on rank 0 alone and return its value on every rank; ``what`` names it in errors."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,14 +310,9 @@ class Method:
         return iter(())
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
-        """Return which values of its column ``name`` it cannot use; asked once, when the data is loaded.
+        """Return which values of the column ``name`` it refuses [N], and in a few words what they must be.
 
-        Args:
-            name: One of ``Requires.columns``.
-            values: Values over the training rows [N]; a missing one is None.
-
-        Returns:
-            Which are refused [N], and in a few words what they must be; None where every value is accepted.
+        Asked once, when the data is loaded, with the values of all training rows [N], None for a missing one.
         """
         return None
 
@@ -329,11 +324,7 @@ class Method:
         return {name: saved_form(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: State) -> None:
-        """Restore what ``state_dict`` returned.
-
-        Raises:
-            CheckpointError: The state is not one of this method.
-        """
+        """Restore what ``state_dict`` returned; CheckpointError where it is not a state of this method."""
         if state and state.keys() != set(self.saved):
             kept = ", ".join(self.saved) or "no state"
             raise CheckpointError(f"{self.name} keeps {kept}, but was given {', '.join(sorted(state))}")
@@ -362,7 +353,6 @@ class Mixer(Method):
 
     kind = "mixer"
     observes: ClassVar[bool] = False
-    """Whether ``observe`` is to be called."""
 
     def mix(self, ctx: Context) -> Mix:
         """Return proportions in the order of ``ctx.domains.names``."""
@@ -372,19 +362,14 @@ class Mixer(Method):
         """Learn from one optimizer step; deterministic, on the CPU in float64."""
 
     def outcome(self) -> ProportionsFile | None:
-        """Return the proportions that the run has found so far, or None.
-
-        They are written to ``OUTPUT_DIR/dataflex/<name>.json`` at checkpoints and at the end, for
-        ``mixer: {name: static, from: FILE}`` of another run.
-        """
+        """Return the proportions that the run has found so far, for the file ``OUTPUT_DIR/dataflex/<name>.json``."""
         return None
 
 
 class DomainWeighter(Mixer):
     """Weighs the domains in the loss and leaves the sampling as it is: ``mix`` always returns the same proportions.
 
-    A configuration names it as its ``mixer``, since it sets the proportions in which domains are served, and its
-    weights are proportions too.
+    A configuration names it as its ``mixer``.
     """
 
     observes: ClassVar[bool] = True
@@ -463,9 +448,8 @@ class Weighter(Method):
     def prepare(self, ctx: Context, rows: Rows) -> None:
         """Ask the signals for what the coming step needs (collective; ``due`` says when).
 
-        Args:
-            ctx: As for a decision; ``ctx.interval`` is the one step, ``ctx.targets`` the weighter's targets.
-            rows: Row ids of the whole optimizer step, over all ranks and micro-batches, in the plan's order.
+        ``ctx.interval`` is the one step, ``ctx.targets`` are the weighter's targets, and ``rows`` the row ids of the
+        whole step, over all ranks and micro-batches, in the plan's order.
         """
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixers.by_size import Size, Temperature, UniMax, allocate, tempered
-from dataflex.mixers.fixed import Stage, Staged, Static, Uniform
-from dataflex.testing import example_context, oracle_temperature, oracle_unimax
+from dataflex.mixers.fixed import Size, Stage, Staged, Static, Temperature, Uniform, UniMax, allocate, tempered
+from dataflex.testing import example_context
+from tests.methods.oracles import oracle_temperature, oracle_unimax
 
 SIZES = {"web": 40, "code": 20, "math": 4}
 sizes_K = st.lists(st.integers(1, 10**9), min_size=1, max_size=8)

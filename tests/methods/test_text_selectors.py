@@ -21,7 +21,8 @@ from dataflex.select.words import Okapi, cut_words, word_punct
 from dataflex.selectors.bm25 import Bm25
 from dataflex.selectors.dsir import Dsir, Hasher, drawn_ratios, effective_size, log_ratios
 from dataflex.selectors.nearest import Embed
-from dataflex.testing import FakeSignals, example_context, oracle_top_rows
+from dataflex.testing import FakeSignals, example_context
+from tests.methods.oracles import oracle_top_rows
 from tests.methods.test_embedding_selectors import GivenVectors
 
 BY_TEXT = pytest.mark.parametrize("method", [Bm25, Dsir])

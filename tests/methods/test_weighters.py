@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
 from dataflex.method import RunFacts
-from dataflex.testing import example_batch, oracle_loss_weights
+from dataflex.testing import example_batch
 from dataflex.weighters.column import Column, NoWeights
 from dataflex.weighters.loss import STRATEGIES, LossWeighter, Softness, loss_weights, scheduled
+from tests.methods.oracles import oracle_loss_weights
 from tests.rounding import printed
 
 losses_and_tokens = st.lists(st.tuples(st.floats(0, 20, width=32), st.integers(0, 50)), min_size=1, max_size=16).map(

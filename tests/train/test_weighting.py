@@ -160,7 +160,7 @@ def test_rows_without_labels_have_zero_loss():
     """T31."""
     logits, labels = batch(2, empty=(0,))
     losses = token_losses(logits, labels)
-    means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
+    means, tokens = sample_means(losses.loss_BT, losses.mask_BT, Sequences(rows_B=np.arange(3)))
     assert means[0] == 0
     assert tokens[0] == 0
     seen = batch_view(

@@ -1,7 +1,8 @@
 """What a configuration means, once read: frozen dataclasses without any parsing.
 
-The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block, with their ranges in the
-metadata; ``user=False`` marks what only the translation of flat keys sets.
+The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block. Their metadata holds ranges, ``flat`` (the flat
+key that means the same), ``user=False`` (only the translation of flat keys sets it) and ``resume``: what happens when a
+resumed run has another value than its checkpoint (``resuming``; refused where nothing is said).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 
 from dataflex.method import Method, Params, Requires, Selector, param
 from dataflex.registry import find
+
+_NEXT = "holds from the next decision on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,12 @@ class SignalsConfig:
     screen_by: Literal["embeddings", "pilot"] = param(
         "embeddings", "nearness of embeddings, or scores predicted from those of a twentieth of the rows"
     )
-    max_age_steps: int = param(0, "oldest answer, in optimizer steps, that is given again", minimum=0)
-    store: str | None = param(None, "folder that passes write to as they go, to be taken up after a kill")
+    max_age_steps: int = param(0, "oldest answer, in optimizer steps, that is given again", minimum=0, resume=_NEXT)
+    store: str | None = param(
+        None, "folder that passes write to as they go, to be taken up after a kill", resume="free"
+    )
     store_gb: float = param(
-        10.0, "size in GB beyond which the oldest stored answers are dropped", above=0.0, maximum=1e9
+        10.0, "size in GB beyond which the oldest stored answers are dropped", above=0.0, maximum=1e9, resume="free"
     )
 
 
@@ -77,11 +82,11 @@ class SignalsConfig:
 class DynamicConfig:
     """Everything that the ``dynamic`` block (or the flat keys of existing DataFlex) asks for."""
 
-    selector: MethodConfig | None = param(None, "method that chooses rows")
-    mixer: MethodConfig | None = param(None, "method that sets proportions of domains")
-    weighter: MethodConfig | None = param(None, "method that weighs losses")
-    warmup_steps: int = param(0, "optimizer steps before the first decision", minimum=0)
-    interval_steps: int | None = param(None, "optimizer steps between two decisions", minimum=1)
+    selector: MethodConfig | None = param(None, "method that chooses rows", flat="component_name")
+    mixer: MethodConfig | None = param(None, "method that sets proportions of domains", flat="component_name")
+    weighter: MethodConfig | None = param(None, "method that weighs losses", flat="component_name")
+    warmup_steps: int = param(0, "optimizer steps before the first decision", minimum=0, flat="warmup_step")
+    interval_steps: int | None = param(None, "optimizer steps between two decisions", minimum=1, flat="update_step")
     candidate_batches: int | None = param(
         None, "the selector chooses within this many times the rows of an interval, epoch by epoch", minimum=2
     )
@@ -93,22 +98,30 @@ class DynamicConfig:
     )
     exclude_seen: bool = param(False, "whether rows that were served leave the selector's pool until too few are left")
     max_repeats: int | None = param(
-        4, "a run warns when a tenth of a selector's interval was served more often than this; null: never", minimum=1
+        4,
+        "a run warns when a tenth of a selector's interval was served more often than this; null: never",
+        minimum=1,
+        resume="free",
     )
-    repeat: bool = param(False, "whether an interval may serve a row again when too few were selected")
+    repeat: bool = param(False, "whether an interval may serve a row again when too few were selected", resume=_NEXT)
     unit: Literal["sequences", "tokens", "documents"] = param("sequences", "what proportions are shares of")
     interleave: Literal["shuffled", "even"] = param(
         "shuffled", "order of domains within the steps that hold a mixer's proportions: drawn, or spread evenly"
     )
     initial_proportions: tuple[float, ...] | dict[str, float] | None = param(
-        None, "proportions of the domains during warm-up", minimum=0.0
+        None, "proportions of the domains during warm-up", minimum=0.0, flat="init_mixture_proportions"
     )
-    max_epochs: float | dict[str, float] | None = param(None, "most epochs over any domain, or over each", above=0.0)
+    max_epochs: float | dict[str, float] | None = param(
+        None,
+        "most epochs over any domain, or over each",
+        above=0.0,
+        resume="the plan in progress stays as it is, the next decision heeds the new caps",
+    )
     at_cap: Literal["error", "redistribute", "stop"] = param(
-        "redistribute", "what happens to a domain that reached max_epochs"
+        "redistribute", "what happens to a domain that reached max_epochs", resume=_NEXT
     )
     min_proportion: float | dict[str, float] | None = param(
-        None, "least proportion that the mixer may give any domain, or each", above=0.0, maximum=1.0
+        None, "least proportion that the mixer may give any domain, or each", above=0.0, maximum=1.0, resume=_NEXT
     )
     domain_column: str | None = param(None, "data column that names a row's domain; without it, its data set does")
     domain_path: str | None = param(
@@ -118,25 +131,31 @@ class DynamicConfig:
         None, "number of clusters of the rows' embeddings, which are the domains", minimum=2
     )
     domain_encoder: str | None = param(None, "model, by folder or hub id, that embeds rows for domain_clusters")
-    eval_by_domain: bool = param(False, "whether held-out rows are evaluated domain by domain, and over all of them")
+    eval_by_domain: bool = param(
+        False, "whether held-out rows are evaluated domain by domain, and over all of them", resume="free"
+    )
     signals: SignalsConfig = param(SignalsConfig(), "how the model is asked about rows")
-    plugins: tuple[str, ...] = param((), "Python files that define methods")
+    plugins: tuple[str, ...] = param((), "Python files that define methods", resume="free")
     leakage: Literal["warn", "error", "drop"] = param(
-        "warn", "what happens to training rows that are also rows of a target"
+        "warn", "what happens to training rows that are also rows of a target", resume="rows"
     )
     resume_plan: Literal["strict", "ignore"] = param(
-        "strict", "whether a resumed run must find the data of the saved plan"
+        "strict", "whether a resumed run must find the data of the saved plan", resume="free"
     )
     checkpoint_hash: Literal["size", "full"] = param(
-        "size", "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash"
+        "size", "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash", resume="free"
     )
-    seed: int | None = param(None, "seed of all decisions; without it, the run's seed", minimum=0)
-    save_on_term: bool = param(True, "whether SIGTERM ends training after the step, with a checkpoint, or at once")
-    freeze_gate: bool = param(False, "whether the gates of a MoE model are not trained")
-    early_stopping_min_delta: float = param(0.0, "least gain that counts for early_stopping_steps", minimum=0.0)
-    cycle_steps: int | None = field(default=None, metadata={"user": False})
-    total_steps: int | None = field(default=None, metadata={"user": False})
-    flat: bool = field(default=False, compare=False, metadata={"user": False})
+    seed: int | None = param(None, "seed of all decisions; without it, the run's seed", minimum=0, flat="params.seed")
+    save_on_term: bool = param(
+        True, "whether SIGTERM ends training after the step, with a checkpoint, or at once", resume="free"
+    )
+    freeze_gate: bool = param(False, "whether the gates of a MoE model are not trained", flat="freeze_gate")
+    early_stopping_min_delta: float = param(
+        0.0, "least gain that counts for early_stopping_steps", minimum=0.0, resume="free"
+    )
+    cycle_steps: int | None = field(default=None, metadata={"user": False, "flat": "update_times"})
+    total_steps: int | None = field(default=None, metadata={"user": False, "resume": "free"})
+    flat: bool = field(default=False, compare=False, metadata={"user": False, "resume": "free"})
 
     @property
     def domains_are_sources(self) -> bool:

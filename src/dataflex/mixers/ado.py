@@ -46,19 +46,11 @@ class PowerLaw(NamedTuple):
 def fit_power_law(
     samples: Floats, losses: Floats, *, skip: int = 0, least_e: float = 0.5, most_a: float = 6.5
 ) -> PowerLaw | None:
-    """Fit a law to losses that are smoothed (Savitzky-Golay, 101 points, cubic), then cut and thinned to every tenth.
+    """Fit a law to losses L [T] > 0 after n = ``samples`` [T] > 0, by a Huber loss (1e-3) between log losses.
 
-    Huber loss (1e-3) between log losses; 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``.
-
-    Args:
-        samples: n [T], rising, above 0.
-        losses: L [T], above 0.
-        skip: Losses at the beginning that are smoothed with the others and then left out.
-        least_e: Least log of the irreducible loss.
-        most_a: Largest a.
-
-    Returns:
-        The law, or None with fewer than 101 points after those left out, or without a finite fit.
+    Losses are smoothed (Savitzky-Golay, 101 points, cubic), then the first ``skip`` are left out and the others thinned
+    to every tenth. 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``. None with fewer than 101 points, or without a
+    finite fit.
     """
     from scipy.optimize import minimize
     from scipy.signal import savgol_filter

@@ -2,7 +2,7 @@
 
 DoGE's proxy updates its weights in every step. Here an interval has one estimate of the gradients and, by default, one
 update, which moves a logarithm by at most 5 lr / mu: far less than the paper's over as many steps. With an interval of
-one step it is the paper's; ``updates`` lets a decision count for as many of its updates.
+one step it is the paper's; a decision counts for ``updates`` of the paper's updates.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ class DomainGradients:
 
 
 def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
-    """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
-
-    Args:
-        ctx: The decision's context; its targets are compared with too.
-        signal: Which gradients, and the targets that they are compared with.
-        rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
+    """Draw rows of every domain, without replacement, and compare their mean gradients (collective).
 
     Raises:
         DataError: None of the rows drawn of a domain has a finite gradient.
@@ -90,13 +85,7 @@ class _GradientMixer(ExponentiatedMixer):
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
-    """Return lr <g_d, G> / (mean norm + 1e-6), within 0 and 5 lr [K].
-
-    Args:
-        aligned: <g_d, G> [K]; G is the sum of the domains' gradients.
-        norms: ||g_d|| [K].
-        learning_rate: Learning rate of the optimizer.
-    """
+    """Return lr <g_d, G> / (mean ||g_d|| + 1e-6), within 0 and 5 lr [K]; G is the sum of the domains' gradients."""
     return np.clip(learning_rate * aligned / (norms.mean() + 1e-6), 0.0, 5.0 * learning_rate)
 
 
@@ -173,8 +162,7 @@ class Dga(_GradientMixer):
         return replace(super().requires(), targets=True)
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return <g_d, g_target> [K]; several targets count alike."""
-        return self._gradients(ctx).targets.mean(axis=1), ""
+        return self._gradients(ctx).targets.mean(axis=1), ""  # several targets count alike
 
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""

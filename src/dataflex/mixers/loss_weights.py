@@ -43,16 +43,15 @@ class _SamplingParams(BaseParams):
 
 
 class _LossWeighter(DomainWeighter, LearningMixer):
-    """Moves domain weights alpha in the loss by exponentiated scores after every step.
+    """Moves domain weights alpha in the loss by exponentiated scores after every step, for the steps after it.
 
-    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1 on, on
-    every rank alike. A domain with a share of 0 is never served and has weight 0.
+    A domain with a share of 0 is never served and has weight 0.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("names", "sampling", "log_alpha", "rows", "sizes", "steps")
     sampling = log_alpha = NOTHING
     rows = sizes = NOTHING
-    """Number of rows of each domain, and its size in the unit of the run [K]; empty until ``mix`` was called."""
+    """Rows of each domain, and its size in the unit of the run [K]; empty until ``mix`` was called."""
     steps = 0
 
     @property
@@ -61,17 +60,12 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the sampling proportions, which never change.
-
-        Raises:
-            ConfigError: ``sampling`` has the wrong length, or names that are unknown or missing.
-        """
+        """Return the sampling proportions, which never change."""
         self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
         return mix_of(self.names, self.sampling.copy(), "sampling")
 
     def loss_weights(self) -> Floats:
-        """Return alpha [K] for the next step."""
         return self.alpha
 
     def observe(self, stats: DomainStats) -> None:
@@ -90,7 +84,7 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return np.asarray(served / served.sum())
 
     def _begin(self, names: Sequence[str]) -> bool:
-        """Begin the state, unless there is one of these domains; return whether it was begun."""
+        """Begin the state, unless there is one; return whether it was begun."""
         if not self.meet(names):
             return False
         written = self.params.sampling
@@ -106,11 +100,7 @@ def corrected(alpha: Floats, sampling: Floats) -> Floats:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Return the vocabulary of the model in a folder; that of its base model for an adapter.
-
-    Raises:
-        ConfigError: The folder does not say.
-    """
+    """Return the vocabulary of the model in a folder; that of its base model for an adapter."""
     try:
         folder = Path(base_model(folder) or folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +181,6 @@ class DoReMi(_LossWeighter):
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """``weight_sum`` for the authors' code, ``domain`` for the others, unless chosen."""
         return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
 
     def loss_weights(self) -> Floats:
@@ -306,7 +295,6 @@ class GroupDro(_LossWeighter):
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """The loss is a sum over domains."""
         return "domain"
 
     def _scores(self, stats: DomainStats) -> Floats:

@@ -1,6 +1,6 @@
 """Online Data Mixing: a bandit over domains whose reward is the training loss.
 
-Four variants that must not be mixed up, since the authors' paper and code differ (see ``Odm.Params``).
+The authors' paper and code differ, hence four variants (see ``Odm.Params``).
 ``full_information`` needs no bandit: it reads the mean loss of every domain from mixed batches. Its losses differ by
 little and the exploration that scales them fades, so it stays near equal shares: within .02 of them for three domains
 or more whose losses lie within a nat. What moves far is the published bandit, one key away: ``variant: paper``, or
@@ -31,13 +31,9 @@ def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
 
 
 def policy(reward_K: Floats, before: float, now: float, linear: bool) -> Floats:
-    """Return the proportions [K]: (1 - K eps) share + eps, with eps = ``now``.
+    """Return the proportions [K]: (1 - K now) share + now, the share R / sum(R) if linear, else softmax(before x R).
 
-    Args:
-        reward_K: Rewards R of the domains.
-        before: Epsilon of the turn before, by which rewards are scaled in the exponential policy.
-        now: Epsilon of this turn.
-        linear: Whether the share of a domain is R / sum(R) instead of softmax(before x R).
+    ``now`` and ``before`` are epsilon at this turn and at the one before, R the rewards.
     """
     if linear:
         share = reward_K / reward_K.sum()
@@ -80,11 +76,7 @@ class Odm(LearningMixer):
         return replace(ONLINE, pure_micro_batches=bandit)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.
-
-        Raises:
-            ConfigError: ``floor`` leaves nothing to decide.
-        """
+        """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward."""
         names = ctx.domains.names
         if self.params.floor * len(names) >= 1.0:
             raise ConfigError(
@@ -97,21 +89,15 @@ class Odm(LearningMixer):
         if self.warming or (self._iterations and not self.reward.any()):
             return mix_of(names, sizes(ctx, self.name), "by size")
         first = self.params.variant == "exp3" and self.updates == 1  # the authors' epsilon was still 1 / K
-        before, now = self._epsilon(0 if first else self.turn - 1), self._epsilon(self.turn)
-        proportions = policy(self.reward, before, now, self._linear)
+        turns = (0 if first else self.turn - 1, self.turn)
+        before, now = (exploration(max(turn, 1), len(names), self.params.floor) for turn in turns)
+        proportions = policy(self.reward, before, now, linear=self.params.variant == "official")
         return mix_of(names, proportions, f"turn {self.turn}, exploration {now:.3g} each")
-
-    @property
-    def _linear(self) -> bool:
-        return self.params.variant == "official"
 
     @property
     def _iterations(self) -> bool:
         """Whether turns are optimizer steps, warm-up included, and proportions start by size: the authors' code."""
         return self.params.variant in ("official", "exp3")
-
-    def _epsilon(self, turn: int) -> float:
-        return exploration(max(turn, 1), len(self.names), self.params.floor)
 
     def observe(self, stats: DomainStats) -> None:
         """Update the rewards of the domains that the step held; the others keep theirs.
@@ -136,6 +122,6 @@ class Odm(LearningMixer):
             return
         if self.params.variant == "paper":
             loss = loss / stats.proportions[present]
-        elif self._linear:
+        elif self.params.variant == "official":
             loss = np.exp(loss)
         self.reward[present] = a * self.reward[present] + (1.0 - a) * loss

@@ -45,14 +45,8 @@ _LOGGED_INTERVALS = 64
 class Candidates:
     """Gives every interval its pool, a function of (seed, optimizer step) alone.
 
-    Every row is a candidate once before any is one again, whether it was chosen or not.
-
-    Args:
-        usable: Rows with a supervised token, the only ones that can be chosen [n].
-        batches: Candidates for each row that is served.
-        global_batch: Rows of one optimizer step.
-        schedule: Intervals of the run; warm-up takes no candidates.
-        seed: Seed of the run.
+    Every row with a supervised token (``usable`` [n]) is a candidate once before any is one again, whether it was
+    chosen or not. There are ``batches`` candidates for each row that is served; warm-up takes none.
 
     Raises:
         ConfigError: An interval would need more candidates than there are rows.
@@ -86,10 +80,8 @@ class Candidates:
 class Repeats:
     """Counts how often every row is served, and warns once when much of an interval goes to rows served very often.
 
-    Args:
-        num_rows: Rows of the training set.
-        most: ``dynamic.max_repeats``, how often a row may be served without a warning; None: always.
-        selector: Name of the selector, for the message.
+    ``most`` is ``dynamic.max_repeats``, how often a row may be served without a warning; None: always. ``selector`` is
+    the name in the message.
     """
 
     def __init__(self, num_rows: int, most: int | None, selector: str) -> None:
@@ -242,6 +234,9 @@ class Controller:
                 interleave=config.interleave,
                 shuffle=self.shape.shuffle,
             )
+        options = config.signals
+        self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
+        """Rows drawn for a pool, and those left once they are screened."""
         self.floors = floors_by_domain(config.min_proportion, domains.names)
         self.planned_rows = PlannedRows(usable) if config.exclude_seen else None
         self.repeats: Repeats | None = None
@@ -376,7 +371,7 @@ class Controller:
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        wanted = self._wanted(ctx.interval, len(pool) if self.planned_rows is None else self._pool_sizes()[1])
+        wanted = self._wanted(ctx.interval, len(pool) if self.planned_rows is None else self._pool_sizes[1])
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
@@ -386,16 +381,11 @@ class Controller:
         ratio, mixes = self.config.keep_ratio, self.mixer is not None
         return wanted_rows(interval, self.shape.global_batch, pool_size, ratio, mixes)
 
-    def _pool_sizes(self) -> tuple[int, int]:
-        """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
-        options = self.config.signals
-        return pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
-
     def _pool(self, ctx: Context) -> Rows:
         """Return the rows that a selector is given, ascending: all, those of no plan, candidates, or a drawn share."""
         if self.candidates is not None:
             return self.candidates.pool(ctx.interval)
-        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
+        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes
         if self.planned_rows is not None:
             rows = self.planned_rows.others(self._wanted(ctx.interval, left))
         elif len(self._earlier):
@@ -411,12 +401,12 @@ class Controller:
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
         """Leave out what a cut interval served already, where whole it would have served no row twice."""
         whole = self.schedule.interval(interval.start_step)
-        sizes = self._pool_sizes()[1]
-        once = self._wanted(whole, sizes) == whole.steps * self.shape.global_batch
+        size = self._pool_sizes[1]
+        once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
         if self.mixer is not None or not once or len(np.unique(self._earlier)) < len(self._earlier):
             return rows
         left = np.setdiff1d(rows, self._earlier)
-        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, sizes)
+        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, size)
         return left if enough else rows
 
     def _lay_out(
@@ -447,7 +437,7 @@ class Controller:
                     seed=self.seed,
                     repeat=self.config.repeat,
                     shuffle=self.shape.shuffle,
-                    earlier=self._earlier if len(self._earlier) else None,
+                    earlier=self._earlier,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:

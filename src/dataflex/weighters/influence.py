@@ -107,9 +107,7 @@ class Meta(_StepWeighter):
 def self_influence(gram: NDArray[np.floating], groups: NDArray[np.int64]) -> Floats:
     """Return the squared norm of each group's mean gradient [G]; NaN for groups without a known row.
 
-    Args:
-        gram: Inner products of the rows' gradients [n, n]; NaN for rows without supervised tokens.
-        groups: Group of each row [n], 0 .. G - 1.
+    ``gram`` holds the inner products of the rows' gradients [n, n], NaN for rows without supervised tokens.
     """
     known = np.isfinite(np.diagonal(gram))
     clean = np.where(known[:, None] & known[None, :], gram, 0.0).astype(np.float64)

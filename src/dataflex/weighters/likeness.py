@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 class _AnchoredWeighter(Weighter):
     """Compares sequences with the mean embedding of the targets' rows (the anchors), all of which count alike.
 
-    The vectors of rows in training come out of the training forward itself; those of the anchors out of a pass every
-    ``refresh_steps`` steps. A resumed run weighs with the anchors that were saved until the next pass.
+    A resumed run weighs with the anchors that were saved until the next pass.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
@@ -34,11 +33,7 @@ class _AnchoredWeighter(Weighter):
         return self.anchors is None or step % self.params.refresh_steps == 0
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed every row of the targets with the model as it is (collective; the ranks share the pass).
-
-        Raises:
-            DataError: A target has no row with an embedding.
-        """
+        """Embed every row of the targets with the model as it is (collective; the ranks share the pass)."""
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
@@ -66,18 +61,16 @@ class Adapt(_AnchoredWeighter):
 
     A sequence's vector is the mean of the last hidden states over its tokens, weighted by position (w_t = t / sum of t)
     and divided by its norm; s_i is the mean of its cosines with the anchors' vectors, and w_i = sigmoid(s_i / tau).
-    Weights are absolute: they do not sum to anything, and the step's loss is divided by the number of tokens, so a
-    cosine of 0 halves the learning rate. ``rescale: mean1`` divides by their mean over the micro-batch of all ranks
-    instead.
+    Weights are absolute: the step's loss is divided by the number of tokens, so a cosine of 0 halves the learning rate.
+    ``rescale: mean1`` divides them by their mean over the micro-batch of all ranks.
 
     Vectors of the rows in training come out of the training forward itself (with its dropout); those of the anchors,
     which are the rows of the targets, out of a pass every ``refresh_steps`` steps. Targets that share rows with
     the benchmark that is reported make its result worthless.
 
     ``similarity: bm25`` compares words instead, once per run: s_i is the mean BM25 score over all anchors. Scores are 0
-    or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score.
-
-    The defaults are the paper's.
+    or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score. The defaults are
+    the paper's.
     """
 
     name = "adapt"
@@ -129,11 +122,7 @@ class Adapt(_AnchoredWeighter):
         return self._scores is None if self._by_words else super().due(step)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed the anchors, or score every training row against their words.
-
-        Raises:
-            DataError: A target has no row with an embedding, or with a word.
-        """
+        """Embed the anchors, or score every training row against their words."""
         if not self._by_words:
             super().prepare(ctx, rows)
             return
@@ -172,14 +161,7 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
     to the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance
     shrinks by at least the factor 1 - share), while undamped iterations oscillate.
 
-    Args:
-        alignment: s [M].
-        gram: S [M, M], symmetric and positive semi-definite.
-        beta: Weight of the likeness among sequences, >= 0.
-        tau: Weight of the entropy, above 0.
-
-    Raises:
-        ComponentError: No convergence, as when values are not finite.
+    s = ``alignment`` [M], S = ``gram`` [M, M] is symmetric and positive semi-definite, beta >= 0 and tau > 0.
     """
     logs = np.zeros(len(alignment))
     share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))

@@ -72,9 +72,6 @@ def load_function(name: str, **settings: float) -> Callable[..., Any]:
     """Return the function that a name stands for, or ``module:function``, or ``file.py:function`` (a relative path).
 
     A named function takes those ``settings`` (``gamma``, ``power``, ``quantile``) that it knows.
-
-    Raises:
-        ValueError: No such function, or one that takes something else.
     """
     if name in NAMED:
         known = inspect.signature(NAMED[name]).parameters
@@ -99,11 +96,7 @@ def load_function(name: str, **settings: float) -> Callable[..., Any]:
 
 
 def inputs_of(function: Callable[..., Any]) -> frozenset[str]:
-    """Return which of ``logp``, ``entropy`` and ``reference`` a function takes.
-
-    Raises:
-        ValueError: It takes none of them, or cannot do without something else.
-    """
+    """Return which of ``logp``, ``entropy`` and ``reference`` a function takes; one of them at least, and no other."""
     parameters = inspect.signature(function).parameters.values()
     other = [p.name for p in parameters if p.name not in _INPUTS and p.default is inspect.Parameter.empty]
     taken = frozenset(p.name for p in parameters if p.name in _INPUTS)
@@ -175,11 +168,7 @@ class TokenWeighter(Weighter):
         self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
-
-        Raises:
-            ComponentError: The function returned something else than a weight for each token.
-        """
+        """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself)."""
         values, mask = {}, batch.mask_BT
         if "logp" in self._taken:
             values["logp"] = -batch.loss_BT
