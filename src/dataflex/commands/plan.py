@@ -32,9 +32,9 @@ def schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
     processes = f"{batch.world} process" if batch.world == 1 else f"{batch.world} processes"
     if env_enabled("FORCE_TORCHRUN") and "NPROC_PER_NODE" not in os.environ:
         processes += ", as NPROC_PER_NODE is not set"
-    parts = f"{batch.per_device} per device x {batch.accumulation} accumulated x {processes}"
+    parts = f"{batch.micro_batch_size} per device x {batch.accumulation} accumulated x {processes}"
     lines = [
-        ("global batch", f"{batch.size:,} sequences ({parts})"),
+        ("global batch", f"{batch.global_batch:,} sequences ({parts})"),
         ("rows", _rows(view, lf)),
         ("steps", _steps(view, lf)),
     ]
@@ -67,7 +67,7 @@ def _steps(view: Forecast, lf: LlamaFactoryArgs) -> str:
 
 
 def _interval_lines(view: Forecast) -> Lines:
-    dynamic, size, first = view.dynamic, view.batch.size, view.first_decision
+    dynamic, size, first = view.dynamic, view.batch.global_batch, view.first_decision
     lines: Lines = []
     if dynamic.warmup_steps:
         what = "rows drawn uniformly" if dynamic.mixer is None else "at the mixer's proportions of step 0"
@@ -104,8 +104,8 @@ def _pool_lines(view: Forecast) -> Lines:
             by = f"{options.screen_by}, screen_fraction {options.screen_fraction:g}"
             told += f"; screening leaves {pool.left:,} ({by})"
         lines.append(("pool", told))
-    sequences = first.steps * view.batch.size
-    wanted = wanted_rows(first, view.batch.size, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
+    sequences = first.steps * view.batch.global_batch
+    wanted = wanted_rows(first, view.batch.global_batch, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
     kept = min(wanted, pool.left)
     of = f" (keep_ratio {dynamic.keep_ratio:g})" if dynamic.keep_ratio is not None else ""
     told = f"at most {kept:,} of {pool.left:,} rows{of} for {sequences:,} sequences of an interval"
@@ -114,7 +114,7 @@ def _pool_lines(view: Forecast) -> Lines:
     lines.append(("kept", told))
     if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
         steps = sum(each.steps for each in view.decided())
-        again = steps * view.batch.size / kept
+        again = steps * view.batch.global_batch / kept
         lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
     return lines
 
@@ -127,7 +127,8 @@ def _epoch_lines(view: Forecast) -> Lines:
         if view.rows is None:
             return []
         narrowed = ", but the selector decides which rows" if dynamic.selector is not None else ""
-        return [("epochs", f"{view.steps * view.batch.size / view.rows:.3g} over all rows on average{narrowed}")]
+        epochs = view.steps * view.batch.global_batch / view.rows
+        return [("epochs", f"{epochs:.3g} over all rows on average{narrowed}")]
     if view.domains is None:
         return [(label, "known after loading")]
     if dynamic.unit == "tokens":
@@ -137,7 +138,7 @@ def _epoch_lines(view: Forecast) -> Lines:
     except UnsupportedError as error:
         return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
     lines: Lines = []
-    wanted = view.steps * view.batch.size
+    wanted = view.steps * view.batch.global_batch
     for name, sequences, rows, cap in zip(view.domains.names, served, view.domains.num_rows, view.caps(), strict=True):
         epochs = float(sequences) / int(rows)
         over = ", at its cap" if epochs >= cap - 1e-9 else ""
@@ -233,7 +234,7 @@ def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
         if (record_dir(output_dir) / EVENTS).stat().st_size > _MOST_RECORD_BYTES:
             return None
         run = digest(read_events(output_dir))
-        if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
+        if run.started.get("global_batch") != view.batch.global_batch or run.started.get("world") != view.batch.world:
             return None
         spent = ((run.finished or {}).get("seconds") or {}).get("train") or run.phase_seconds().get("training", 0.0)
         return float(spent) / run.steps_done if run.steps_done and spent else None
@@ -304,7 +305,7 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     each = view.rows if pool is None else pool.left
     rows, told = decisions * each, f"{decisions:,} intervals x {each:,} rows"
     if pool is not None and view.dynamic.candidate_batches is not None:
-        batches = view.dynamic.candidate_batches * view.batch.size
+        batches = view.dynamic.candidate_batches * view.batch.global_batch
         rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
         told = told if rows == decisions * each else f"{rows:,} candidates in {decisions:,} intervals"
     most = "at most " if view.dynamic.exclude_seen else ""
@@ -407,7 +408,7 @@ def _acting(method: Method, view: Forecast) -> int:
     assert view.sequences is not None
     if not isinstance(method, Weighter):
         return view.sequences
-    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.size, 0)
+    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.global_batch, 0)
 
 
 def _added(found: Iterable[Cost]) -> float | None:

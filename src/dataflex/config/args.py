@@ -71,7 +71,18 @@ _PACKAGES = {
     "use_swanlab": ("swanlab",),
     "use_unsloth": ("unsloth",),
 }
-_ONLY_LORA = ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")
+_WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("finetuning_type", ("lora",), ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")),
+    ("finetuning_type", ("lora", "oft"), ("quantization_bit",)),
+    ("stage", ("sft",), ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")),
+)
+"""A key, and those of its values under which the keys behind them work."""
+_APART = (
+    ("mask_history", "train_on_prompt"),
+    ("compute_accuracy", "predict_with_generate"),
+    ("max_samples", "streaming"),
+    ("bf16", "fp16"),
+)
 _DEVICES = (
     "/dev/nvidia[0-9]*",
     "/dev/dxg",
@@ -234,6 +245,14 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
     def _together(self) -> Iterator[str]:
         """Yield what LLaMA-Factory or the Trainer refuses of keys that are right each on its own."""
+        for other, allowed, keys in _WORKS_WITH:
+            found = getattr(self, other)
+            if found not in allowed:
+                told = f"works with {other} {' or '.join(allowed)} only, found {found}"
+                yield from (f"{key}: {told}" for key in keys if self.on(key))
+        for key, other in _APART:
+            if self.on(key) and self.on(other):
+                yield f"{key}: does not work together with {other}; remove one of the two"
         yield from self._of_the_method()
         yield from self._of_the_data()
         yield from self._of_the_trainer()
@@ -246,9 +265,6 @@ class LlamaFactoryArgs(Mapping[str, Any]):
 
     def _of_the_method(self) -> Iterator[str]:
         kind = self.finetuning_type
-        for key in _ONLY_LORA:
-            if kind != "lora" and self.on(key):
-                yield f"{key}: works with finetuning_type lora only, found {kind}"
         whole = [key for key in ("use_galore", "use_apollo", "use_badam") if self.on(key)]
         if kind == "lora":
             yield from (f"{key}: does not work with finetuning_type lora" for key in whole)
@@ -258,26 +274,14 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "use_llama_pro: works with finetuning_type freeze or lora only"
         if kind != "lora" and self.adapter_name_or_path is not None:
             yield f"adapter_name_or_path: an adapter is trained on with finetuning_type lora only, found {kind}"
-        if kind not in ("lora", "oft") and self.on("quantization_bit"):
-            yield f"quantization_bit: works with finetuning_type lora or oft only, found {kind}"
         if self.stage == "dpo" and self.value("pref_loss") != "sigmoid" and self.on("dpo_label_smoothing"):
             yield "dpo_label_smoothing: works with pref_loss sigmoid only"
 
     def _of_the_data(self) -> Iterator[str]:
-        if self.streaming and self.max_samples is not None:
-            yield "max_samples: does not work together with streaming; remove one of the two"
         if self.streaming and self.max_steps < 1:
             yield "streaming: the length of the run must be given; set 'max_steps'"
         if self.streaming and 1e-6 < self.val_size < 1:
             yield "val_size: with streaming it must be a whole number of rows"
-        if self.on("mask_history") and self.on("train_on_prompt"):
-            yield "mask_history: does not work together with train_on_prompt"
-        if self.stage != "sft":
-            for key in ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history"):
-                if self.on(key):
-                    yield f"{key}: works with stage sft only, found {self.stage}"
-        if self.predict_with_generate and self.on("compute_accuracy"):
-            yield "compute_accuracy: does not work together with predict_with_generate"
         for key in ("image", "video"):
             if self.value(f"{key}_max_pixels") and self.value(f"{key}_min_pixels"):
                 if self.value(f"{key}_max_pixels") < self.value(f"{key}_min_pixels"):
@@ -291,8 +295,6 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                     yield f"{name}_steps: must be a whole number or a share of the run below 1, found {shown(steps)}"
                 elif steps < 0 or (steps == 0 and name == "logging"):
                     yield f"{name}_steps: must be above 0, found {shown(steps)}"
-        if self.bf16 and self.on("fp16"):
-            yield "bf16: does not work together with fp16; keep one of the two"
         for key in ("bf16", "bf16_full_eval", "pure_bf16"):
             if self.on(key) and (not self.use_cpu or key == "pure_bf16") and not _device_is_possible():
                 way = "train in fp32" if key == "pure_bf16" else "set 'use_cpu: true' to train in bf16 on the CPU"

@@ -387,7 +387,11 @@ def _domain_problems(
             "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
             "sets be the domains, or set 'packing: false'"
         )
-    view = forecast(dynamic, lf, sources)
+    try:
+        view = forecast(dynamic, lf, sources)
+    except DataError as error:
+        yield f"per_device_train_batch_size: {error}"
+        return
     if dynamic.mixer is not None and facts.num_domains is not None:
         if facts.num_domains < max(2, dynamic.requires.domains):
             return  # told already
@@ -442,12 +446,13 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     selector, first = dynamic.selector, view.first_decision
     if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
         return
-    wanted, pool = first.steps * view.batch.size, view.pool
+    size, pool = view.batch.global_batch, view.pool
+    wanted = first.steps * size
     if dynamic.candidate_batches is not None:
         looked_at = dynamic.candidate_batches * wanted
         if looked_at > view.rows:
             yield (
-                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {view.batch.size:,} "
+                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {size:,} "
                 f"rows are {looked_at:,} candidates, and the data sets hold {view.rows:,} rows; lower it, or "
                 "interval_steps"
             )
@@ -455,7 +460,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     replaces = asdict(selector.params).get("replacement") is True
     if dynamic.repeat or dynamic.keep_ratio is not None or replaces or pool is None or wanted <= pool.left:
         return
-    fitting = pool.left // view.batch.size
+    fitting = pool.left // size
     narrowed = "pool_fraction and screen_fraction leave"
     left = f", of which dynamic.signals.{narrowed} {pool.left:,}" if pool.left < pool.rows else ""
     way = "Set" if dynamic.interval_steps is None else "Lower"
@@ -478,7 +483,7 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
         stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), total))
     for steps, shares, most in stretches:
         for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
-            wanted, there = int(steps * view.batch.size * share), min(int(rows), most)
+            wanted, there = int(steps * view.batch.global_batch * share), min(int(rows), most)
             if wanted > there:
                 yield (
                     f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
