@@ -22,12 +22,8 @@ from dataflex.version import version_of
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "list": "a list",
-    "dict": "a mapping",
+    **{"bool": "true or false", "int": "a whole number", "float": "a number"},
+    **{"str": "text", "list": "a list", "dict": "a mapping"},
 }
 _ALSO: dict[str, tuple[str, ...]] = {
     "dataset_dir": ("dict",),
@@ -60,16 +56,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 """Least and greatest value with which a run gets through; LLaMA-Factory itself declares none."""
 _MAY_BE_INFINITE = ("max_grad_norm",)
-_STEPS = ("logging", "eval", "save")
 _PACKAGES = {
     "enable_liger_kernel": ("liger_kernel",),
     "predict_with_generate": ("jieba", "nltk", "rouge_chinese"),
-    "use_adam_mini": ("adam_mini",),
-    "use_apollo": ("apollo_torch",),
-    "use_badam": ("badam",),
-    "use_galore": ("galore_torch",),
-    "use_swanlab": ("swanlab",),
-    "use_unsloth": ("unsloth",),
+    **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
+    **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
 }
 _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("finetuning_type", ("lora",), ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")),
@@ -83,15 +74,7 @@ _APART = (
     ("max_samples", "streaming"),
     ("bf16", "fp16"),
 )
-_DEVICES = (
-    "/dev/nvidia[0-9]*",
-    "/dev/dxg",
-    "/dev/kfd",
-    "/dev/dri/renderD*",
-    "/dev/davinci*",
-    "/dev/accel*",
-    "/dev/neuron*",
-)
+_DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci* /dev/accel* /dev/neuron*").split()
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
 
@@ -108,20 +91,13 @@ def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaFactoryArgs(Mapping[str, Any]):
-    """LLaMA-Factory's keys: as a mapping what was written and is handed on, as attributes what holds in the run.
+    """LLaMA-Factory's keys: as a mapping what was written and is handed on, as attributes what holds in the run."""
 
-    Attributes:
-        given: Keys that were written, converted; also what the mapping's own methods give.
-        problems: Values that a key does not take, one line each; such a key has its default in the attributes.
-        doubts: Unknown keys, and keys that LLaMA-Factory or the Trainer refuses beside others, one line each.
+    given: Mapping[str, Any] = field(default_factory=dict)  # keys that were written, converted
+    problems: tuple[str, ...] = ()  # values that a key does not take; such a key has its default in the attributes
+    doubts: tuple[str, ...] = ()  # unknown keys, and those that LLaMA-Factory or the Trainer refuses beside others
 
-    The other attributes are keys of LLaMA-Factory's with its defaults.
-    """
-
-    given: Mapping[str, Any] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
-
+    # The other attributes are keys of LLaMA-Factory's with its defaults.
     accelerator_config: Any = None
     adapter_name_or_path: str | None = None
     bf16: bool = False
@@ -288,7 +264,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                     yield f"{key}_max_pixels: must be at least {key}_min_pixels"
 
     def _of_the_trainer(self) -> Iterator[str]:
-        for name in _STEPS:
+        for name in ("logging", "eval", "save"):
             steps, strategy = self.value(f"{name}_steps"), self.value(f"{name}_strategy")
             if strategy == "steps" and isinstance(steps, int | float):
                 if steps > 1 and steps != int(steps):

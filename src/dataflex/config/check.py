@@ -40,22 +40,12 @@ _LOSS_OF_ITS_OWN = "it is a loss of its own, and so is the one that the {method}
 _FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
 
 _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
-    "use_dft_loss": _LOSS_OF_ITS_OWN,
-    "use_asft_loss": _LOSS_OF_ITS_OWN,
-    "use_eaft_loss": _LOSS_OF_ITS_OWN,
-    "enable_liger_kernel": _FUSED,
-    "use_liger_kernel": _FUSED,
+    **dict.fromkeys(("use_dft_loss", "use_asft_loss", "use_eaft_loss"), _LOSS_OF_ITS_OWN),
+    **dict.fromkeys(("enable_liger_kernel", "use_liger_kernel"), _FUSED),
     "label_smoothing_factor": "smoothing replaces the loss that the {method} looks at; remove it or the {kind}",
 }
 
-_PARALLEL_KEYS = (
-    "sequence_parallel_size",
-    "context_parallel_size",
-    "cp_size",
-    "sp_size",
-    "ulysses_degree",
-    "ulysses_size",
-)
+_PARALLEL_KEYS = ("sequence_parallel_size context_parallel_size cp_size sp_size ulysses_degree ulysses_size").split()
 _NOT_HELD_OUT = 1e-6
 """Greatest ``val_size`` that sets no rows aside."""
 

@@ -39,35 +39,20 @@ def tables() -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class ComponentReader:
-    """Reads components of one run; notes what is dropped, or means something else here.
+    """Reads a component of a run; notes what is dropped, or means something else here."""
 
-    Attributes:
-        kind: "selector", "mixer" or "weighter".
-        file: The components file as written; looked up from the working directory, then from ``base_dir``.
-        base_dir: Folder of the configuration file.
-        problems: Takes one line per problem.
-        notes: Takes one line per parameter that is dropped or means something else here.
-        targets: Data sets for a method that needs targets; for selectors and weighters they are one target.
-        num_domains: Number of data sets.
-        burn_in_steps: Steps of plain loss before a weighter acts.
-        updates: Decisions of a selector after each warm-up (``update_times``).
-        model: ``model_name_or_path``.
-        seed: The seed that the component carried; None until one was read.
-        place: Path of the component, for messages.
-    """
-
-    kind: str
-    file: str
-    base_dir: Path
+    kind: str  # "selector", "mixer" or "weighter"
+    file: str  # as written; looked up from the working directory, then from base_dir
+    base_dir: Path  # folder of the configuration file
     problems: list[str]
     notes: list[str]
-    targets: tuple[str, ...] = ()
-    num_domains: int = 1
-    burn_in_steps: int = 0
-    updates: int = 1
-    model: str | None = None
-    seed: int | None = None
-    place: str = ""
+    targets: tuple[str, ...] = ()  # data sets; for selectors and weighters they are one target
+    num_domains: int = 1  # number of data sets
+    burn_in_steps: int = 0  # steps of plain loss before a weighter acts
+    updates: int = 1  # decisions of a selector after each warm-up (update_times)
+    model: str | None = None  # model_name_or_path
+    seed: int | None = None  # the seed that the component carried, once it was read
+    place: str = ""  # path of the component, for messages
 
     def read(self, name: str | None) -> MethodConfig | None:
         """Return our method for the component ``name`` of the file, or None after noting why not."""

@@ -24,8 +24,8 @@ from dataflex.registry import KINDS
 
 T = TypeVar("T")
 
-BAD: Final = object()
-"""What ``convert`` returns after it has noted a problem."""
+_BAD: Final = object()
+"""What ``_converted`` returns after it has noted a problem."""
 UNKNOWN_KEY = re.compile(
     r"(?P<path>(?:.*\.)?(?P<key>[^.]+)): unknown key(?P<hint>; did you mean '[^']*'\?)?"
     r"(?P<rest> \(.* (?:accepts: .*|takes no parameters)\))"
@@ -48,10 +48,10 @@ _RENAMED_CHOICES = {"token": "weight_sum", "count": "num_tokens", "sample": "num
 def collect(
     cls: type[T], mapping: Any, path: str, problems: list[str], *, subject: str = "", extra: Collection[str] = ()
 ) -> T | None:
-    """Return ``cls`` built from ``mapping``, or None after noting why not.
+    """Return the dataclass ``cls`` built from ``mapping``, or None after noting why not in ``problems``.
 
     Args:
-        cls: A dataclass; field metadata may hold ``choices``, ``pattern``, ``minimum``, ``maximum``, ``above``.
+        cls: Its metadata of fields may hold ``choices``, ``pattern``, ``minimum``, ``maximum``, ``above``.
         mapping: Keys and values as the file gave them. A null value means the default.
         path: Dotted path of the mapping, for messages.
         problems: Takes one line per problem.
@@ -120,8 +120,8 @@ def values(
                 told = f" ({field.metadata['help']})" if "help" in field.metadata else ""
                 problems.append(f"{dotted(path, name)}: missing; expected {describe(hint)}{told}")
             continue
-        value = convert(value, hint, dotted(path, name), field.metadata, problems)
-        if value is not BAD:
+        value = _converted(value, hint, dotted(path, name), field.metadata, problems)
+        if value is not _BAD:
             result[field.name] = value
     return result
 
@@ -220,25 +220,15 @@ def _keys(hint: Any) -> str:
     return f" ({', '.join(field.name for field in fields(hint))})" if is_dataclass(hint) else ""
 
 
-def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
-    """Return ``value`` as ``hint`` asks, or note in ``problems`` why not and return ``BAD``.
+def _converted(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
+    """Return ``value`` as ``hint`` asks, or note in ``problems`` why not and return ``_BAD``.
 
-    Args:
-        value: What the file said.
-        hint: Type of the field: bool, int, float, str, Literal, tuple, list, dict[str, ...], a
-            dataclass, or a union of these.
-        path: Dotted path of the key, for messages.
-        limits: Field metadata; ``choices``, ``pattern``, ``minimum``, ``maximum`` and ``above`` hold for every
-            number or text inside ``value``.
-        problems: Takes one line per problem.
-
-    Raises:
-        ComponentError: The field's own type is none of the supported ones.
+    ``limits`` is the metadata of the field; they hold for every number or text inside ``value``.
     """
 
     def refused(problem: str) -> Any:
         problems.append(f"{path}: {problem}")
-        return BAD
+        return _BAD
 
     if value is None:
         return None if types.NoneType in get_args(hint) else refused(_expected(hint, value))
@@ -248,7 +238,7 @@ def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problem
         exact = [member for member in fitting if type(value) is member]
         if not fitting:
             return refused(_expected(hint, value))
-        return convert(value, (exact or fitting)[0], path, limits, problems)
+        return _converted(value, (exact or fitting)[0], path, limits, problems)
     (hint,) = members
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -264,18 +254,18 @@ def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problem
             return refused(f"expected {len(args)} values, found {len(value)}")
         hints = [args[0]] * len(value) if open_ended else args
         items = [
-            convert(item, each, f"{path}[{i}]", limits, problems)
+            _converted(item, each, f"{path}[{i}]", limits, problems)
             for i, (item, each) in enumerate(zip(value, hints, strict=True))
         ]
-        return BAD if any(item is BAD for item in items) else origin(items)
+        return _BAD if any(item is _BAD for item in items) else origin(items)
     if origin is dict:
         if not isinstance(value, Mapping):
             return refused(_expected(hint, value))
-        named = {str(key): convert(item, args[1], f"{path}.{key}", limits, problems) for key, item in value.items()}
-        return BAD if any(item is BAD for item in named.values()) else named
+        named = {str(key): _converted(item, args[1], f"{path}.{key}", limits, problems) for key, item in value.items()}
+        return _BAD if any(item is _BAD for item in named.values()) else named
     if isinstance(hint, type) and is_dataclass(hint):
         built = collect(hint, value, path, problems)
-        return BAD if built is None else built
+        return _BAD if built is None else built
     raise ComponentError(f"{path}: fields of type {hint} cannot be read from a configuration")
 
 

@@ -13,21 +13,9 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import did_you_mean
 from dataflex.method import Method, Requires, RunFacts, Weighter
 
-_NO_MOMENTS: tuple[str, ...] = (
-    "adafactor",
-    "adagrad",
-    "ademamix",
-    "apollo",
-    "badam",
-    "galore",
-    "lion",
-    "lomo",
-    "muon",
-    "rmsprop",
-    "schedule_free",
-    "sgd",
-    "stable_adamw",
-)
+_NO_MOMENTS = (
+    "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
+).split()
 _MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 

@@ -25,17 +25,13 @@ Kind = Literal["refused", "told", "free", "rows", "batch"]
 class Change:
     """What happens when a key has another value than in the checkpoint.
 
-    Attributes:
-        kind: ``refused``; ``told`` (it goes on, and says what the change does); ``free`` (nothing depends on it);
-            ``rows`` (refused where the rows are other ones because of it); ``batch`` (refused where the global batch
-            is another).
-        note: For ``told``: what the change does.
-        flat: The flat key of existing DataFlex that means the same.
+    ``refused``; ``told`` (it goes on, and says what the change does); ``free`` (nothing depends on it); ``rows``
+    (refused where the rows are other ones because of it); ``batch`` (refused where the global batch is another).
     """
 
     kind: Kind
-    note: str = ""
-    flat: str | None = None
+    note: str = ""  # for "told": what the change does
+    flat: str | None = None  # the flat key of existing DataFlex that means the same
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Change:

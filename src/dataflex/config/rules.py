@@ -15,7 +15,7 @@ from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
-_OF_SUBSETS = ("keep_ratio", "repeat", "exclude_seen", "max_repeats", "candidate_batches", "signals.pool_fraction")
+_OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 

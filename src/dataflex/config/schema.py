@@ -19,19 +19,12 @@ _NEXT = "holds from the next decision on"
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """One method of a run: which, with what parameters, towards which targets.
+    """One method of a run: which, with what parameters, towards which targets."""
 
-    Attributes:
-        kind: "selector", "mixer" or "weighter".
-        name: Its name in the registry.
-        params: Its built parameters.
-        targets: Names of the target data sets; empty where the method takes none.
-    """
-
-    kind: str
-    name: str
+    kind: str  # "selector", "mixer" or "weighter"
+    name: str  # in the registry
     params: Params
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # names of the target data sets; empty where the method takes none
 
     @property
     def cls(self) -> type[Method]:
