@@ -1,7 +1,7 @@
-"""LLaMA-Factory's keys of a run: read once, converted to their types, every mistake noted.
+"""LLaMA-Factory's keys of a run, converted to their types, with every problem noted.
 
-LLaMA-Factory takes a value as YAML gave it. What it would misread is put right here, and so handed on: YAML's ``no``
-(false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
+LLaMA-Factory takes a value as YAML gave it. Values that it would misread are corrected here and passed on: YAML's
+``no`` (false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "resume_from_checkpoint": ("bool",),
     "logging_dir": ("bool",),
 }
-"""Types that LLaMA-Factory and the Trainer take beside those that are declared."""
+"""Types that LLaMA-Factory and the Trainer accept in addition to the declared ones."""
 _PATHS = (
     "adapter_name_or_path cache_dir dataset_dir logging_dir media_dir model_name_or_path output_dir "
     "resume_from_checkpoint tokenized_path"
@@ -54,7 +54,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     )
     for key in keys.split()
 }
-"""Least and greatest value with which a run gets through; LLaMA-Factory itself declares none."""
+"""Smallest and largest value with which a run works; LLaMA-Factory itself declares none."""
 _MAY_BE_INFINITE = ("max_grad_norm",)
 _PACKAGES = {
     "enable_liger_kernel": ("liger_kernel",),
@@ -67,7 +67,7 @@ _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("finetuning_type", ("lora", "oft"), ("quantization_bit",)),
     ("stage", ("sft",), ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")),
 )
-"""A key, and those of its values under which the keys behind them work."""
+"""A key, its values, and the keys that work with these values only."""
 _APART = (
     ("mask_history", "train_on_prompt"),
     ("compute_accuracy", "predict_with_generate"),
@@ -91,7 +91,7 @@ def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaFactoryArgs(Mapping[str, Any]):
-    """LLaMA-Factory's keys: as a mapping what was written and is handed on, as attributes what holds in the run."""
+    """LLaMA-Factory's keys. The mapping holds what was written; the attributes hold what applies in the run."""
 
     given: Mapping[str, Any] = field(default_factory=dict)  # keys that were written, converted
     problems: tuple[str, ...] = ()  # values that a key does not take; such a key has its default in the attributes
@@ -184,7 +184,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return len(self.given)
 
     def value(self, key: str) -> Any:
-        """Return what holds for any key of LLaMA-Factory's: what was written, else its default."""
+        """Return the value of any of LLaMA-Factory's keys: what was written, else its default."""
         if self.given.get(key) is not None:
             return self.given[key]
         return table()[key].default if key in table() else None
@@ -220,7 +220,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return self.eval_strategy != "no" or self.do_eval or self.eval_on_start
 
     def _together(self) -> Iterator[str]:
-        """Yield what LLaMA-Factory or the Trainer refuses of keys that are right each on its own."""
+        """Yield combinations of valid keys that LLaMA-Factory or the Trainer refuses."""
         for other, allowed, keys in _WORKS_WITH:
             found = getattr(self, other)
             if found not in allowed:
@@ -307,7 +307,7 @@ def _unknown(key: str, known: Mapping[str, Key]) -> str:
 
 
 def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
-    """Return the value as LLaMA-Factory is to get it, and what is wrong with it or an empty text."""
+    """Return the value to pass to LLaMA-Factory, and what is wrong with it or an empty text."""
     types = (*entry.types, *_ALSO.get(key, ()))
     if value is None or not entry.types:
         return value, ""
@@ -365,7 +365,7 @@ def path_problem(path: str) -> str:
 
 
 def _device_is_possible() -> bool:
-    """Whether this machine may have a device that computes in bf16; False only where it surely has none."""
+    """Whether this machine may have a device that computes in bf16; False only where it certainly has none."""
     if sys.platform != "linux" or any(importlib.util.find_spec(name) for name in _OTHER_DEVICES):
         return True
     torch = version_of("torch")
@@ -375,7 +375,7 @@ def _device_is_possible() -> bool:
 
 
 def env_processes() -> tuple[int, list[str]]:
-    """Return the number of processes that the environment asks torchrun for, and what is wrong with that."""
+    """Return the number of processes that the environment requests from torchrun, and problems of these variables."""
     total, problems = 1, []
     for name, words in (("NPROC_PER_NODE", ("auto", "cpu", "gpu", "xpu")), ("NNODES", ())):
         text = os.environ.get(name, "1")

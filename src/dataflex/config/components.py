@@ -1,7 +1,7 @@
 """The components file of existing DataFlex: ``selectors | mixers | weighters: NAME: {name, params}``.
 
-A component becomes one of our methods. ``components.yaml`` and ``_SPECIAL`` say what becomes of its parameters; those
-that they do not name are parameters of our method, or told as unknown. Files of scores that were computed beforehand
+A component becomes one of our methods. ``components.yaml`` and ``_SPECIAL`` translate its parameters; all others must
+be parameters of our method. Files of scores that were computed beforehand
 are not read, since the same is computed here from the targets.
 """
 
@@ -30,7 +30,7 @@ _NO_END = 10**9  # updates that never end: the window stays where it starts
 
 @lru_cache(maxsize=1)
 def tables() -> dict[str, Any]:
-    """Return ``components.yaml``: what existing DataFlex ships, and what becomes of the parameters."""
+    """Return ``components.yaml``: the presets of existing DataFlex, and how parameters are translated."""
     import yaml
 
     content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("components.yaml").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def tables() -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class ComponentReader:
-    """Reads a component of a run; notes what is dropped, or means something else here."""
+    """Reads the component of a run and notes parameters that are dropped or differ in meaning."""
 
     kind: str  # "selector", "mixer" or "weighter"
     file: str  # as written; looked up from the working directory, then from base_dir
@@ -94,7 +94,7 @@ class ComponentReader:
         raise ConfigError(f"{self.file} is {where}")
 
     def translated(self, name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return our method's name and its parameters in our spelling; a null parameter means one that is not given."""
+        """Return the name and the parameters of our method; a null parameter counts as not given."""
         rules: dict[str, Any] = tables()["rules"][self.kind].get(name, {})
         params = {**rules.get("defaults", {}), **{key: value for key, value in given.items() if value is not None}}
         for key, why in {**_WITHOUT_EFFECT, **rules.get("dropped", {})}.items():
@@ -132,11 +132,11 @@ class ComponentReader:
         return name, params
 
     def note(self, text: str, key: str = "") -> None:
-        """Note what is dropped or means something else here, of the component or one of its parameters."""
+        """Note a difference of the component, or of one of its parameters."""
         self.notes.append(f"{self.place}{key and f'.params.{key}'}: {text}")
 
     def refuse(self, text: str, key: str) -> None:
-        """Note a parameter that cannot be followed."""
+        """Report a parameter that cannot be translated."""
         self.problems.append(f"{self.place}.params.{key}: {text}")
 
     def _seed(self, seed: Any, most: float = float("inf")) -> int:
@@ -168,7 +168,7 @@ class ComponentReader:
 
 
 def _drawn(reader: ComponentReader, params: dict[str, Any], given: Mapping[str, Any]) -> str:
-    """Existing DataFlex's random mixer draws shares once from its seed, which then stay."""
+    """Draw the proportions as existing DataFlex's random mixer does: once, from its seed."""
     import numpy as np
 
     raw = np.random.RandomState(reader._seed(params.pop("seed", None), 2**32)).random_sample(max(1, reader.num_domains))
@@ -233,7 +233,7 @@ def _delta_loss(reader: ComponentReader, params: dict[str, Any], given: Mapping[
 
 
 def _precomputed(reader: ComponentReader, params: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a file of rows or probabilities that is there: it would be left aside for others computed here."""
+    """Refuse a file of precomputed rows or probabilities, if it exists: it would be ignored."""
     for key in ("indices_path", "probs_path"):
         file = params.pop(key, None)
         if file is None:
@@ -295,7 +295,7 @@ def _depth(folder: Path) -> int | None:
 
 
 def _nice(reader: ComponentReader, params: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Translate the judge behind a server; a reward model in the process is refused with what to do instead."""
+    """Translate a judge behind a server; refuse a reward model in the process, and say what to use instead."""
     backend, settings = params.pop("reward_model_backend", None), params.pop("reward_backend_params", {})
     model = params.pop("reward_model_path", None)
     if backend not in (None, "api", "local_vllm"):
@@ -339,7 +339,7 @@ _SPECIAL: dict[tuple[str, str], _Special] = {
     ("weighter", "joint_update_aware"): _joint_update_aware,
     ("weighter", "loss"): _loss,
 }
-"""Changes the parameters; gives our name of the method where it is another one.
+"""What a table cannot say: functions of the reader, the parameters that are not null, and those of the file.
 
-It gets the reader, the parameters without those that are null, and all of the file's.
+They change the parameters, and return the name of our method where it differs.
 """

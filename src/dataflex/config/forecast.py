@@ -1,4 +1,4 @@
-"""What a run will do, as far as it follows from the configuration and the files: rows, steps, mixture, cost.
+"""Forecast of a run from its configuration and files: rows, steps, schedule, mixture.
 
 Nothing is tokenized and no model is looked at, so a packed or remote data set leaves the numbers
 open (None) rather than guessed.
@@ -30,7 +30,7 @@ from dataflex.plan.validate import check_mix
 
 
 def batch_of(lf: LlamaFactoryArgs) -> BatchShape:
-    """Return the global batch that the keys and the environment ask for.
+    """Return the batch shape that the keys and the environment give.
 
     Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
     when ``FORCE_TORCHRUN`` is on, or from ``ray_num_workers`` when ``USE_RAY`` is on; else there is one.
@@ -83,7 +83,7 @@ _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is 
 
 
 class _NoSignals:
-    """Stands where the model would be: nothing can be asked before training."""
+    """Signals before training: there is no model to ask."""
 
     def __call__(self, signal: object, *_: object, **__: object) -> NoReturn:
         self.__getattr__(type(signal).__name__)
@@ -127,7 +127,7 @@ class Forecast:
 
     @property
     def pool(self) -> Pool | None:
-        """What the selector is given in the first interval that it decides for; None without one, or not known."""
+        """The selector's pool in the first interval that it decides for; None without a selector, or unknown."""
         first, options, batches = self.first_decision, self.dynamic.signals, self.dynamic.candidate_batches
         if not self.dynamic.narrows or not self.rows or first is None:
             return None
@@ -137,7 +137,7 @@ class Forecast:
         return Pool(rows=self.rows, drawn=drawn, left=left)
 
     def decided(self) -> Iterator[Interval]:
-        """Yield the intervals that something is decided for."""
+        """Yield the intervals that have a decision."""
         assert self.schedule is not None
         return (interval for interval in self.schedule.intervals() if interval.kind == "dynamic")
 
@@ -148,7 +148,7 @@ class Forecast:
 
     @cached_property
     def domains(self) -> Domains | None:
-        """The data sets as domains, ``val_size`` taken from all alike; None where rows are not known."""
+        """The data sets as domains, each reduced by its share of ``val_size``; None where rows are unknown."""
         sizes = [count for count in self.counts.values() if count is not None]
         total = sum(sizes)
         if not self.dynamic.domains_are_sources or self.packs or not self.rows or total > _MOST_ROWS:
@@ -168,7 +168,7 @@ class Forecast:
 
     @property
     def num_decisions(self) -> int:
-        """Number of intervals that something is decided for."""
+        """Number of intervals that have a decision."""
         schedule = self.schedule
         if schedule is None:
             return 0
@@ -177,14 +177,14 @@ class Forecast:
 
     @property
     def first_decision(self) -> Interval | None:
-        """The first interval that something is decided for; none is longer."""
+        """The first interval that has a decision; none is longer."""
         schedule = self.schedule
         if schedule is None or schedule.warmup_steps >= schedule.total_steps:
             return None
         return schedule.interval(schedule.warmup_steps)
 
     def context(self, interval: Interval, domains: Domains) -> Context:
-        """Return what a mixer may look at before training."""
+        """Return the context of a mixer before training."""
         return Context(
             interval=interval,
             seed=self.dynamic.seed or 0,
@@ -221,13 +221,13 @@ class Forecast:
         yield from ((interval.steps, self.mixed(mixer, interval)) for interval in self.decided())
 
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
-        """Return what the mixer says for an interval, floors held, float64 [K]."""
+        """Return the mixer's proportions in an interval, with minimum proportions applied, float64 [K]."""
         assert self.domains is not None
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
         return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
-        """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
+        """Return the proportions of the warm-up: those written, else the mixer's at step 0."""
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
         assert self.schedule is not None
@@ -251,7 +251,7 @@ class Forecast:
 
     @cached_property
     def serves_all_again(self) -> bool:
-        """Whether every row is expected to be served more than once; False where that is not known beforehand."""
+        """Whether every row is expected to be served more than once; False where that is unknown."""
         dynamic = self.dynamic
         if self.rows is None or self.steps is None or dynamic.narrows:
             return False

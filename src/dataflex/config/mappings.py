@@ -1,7 +1,7 @@
 """Dataclasses from the mappings of a configuration file, and back.
 
-Values are read strictly: a number in quotes, a truth value in place of a count or a NaN is a mistake. The one exception
-is a whole number, which may stand for a float. Every problem is noted, none of them ends the reading.
+Types are strict: a number in quotes, a boolean for a count, or a NaN is a problem; only an integer is accepted for a
+float. Every problem is noted, and none of them ends the reading.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNKNOWN_KEY = re.compile(
     r"(?P<path>(?:.*\.)?(?P<key>[^.]+)): unknown key(?P<hint>; did you mean '[^']*'\?)?"
     r"(?P<rest> \(.* (?:accepts: .*|takes no parameters)\))"
 )
-"""The line that is noted for a key that nothing accepts."""
+"""The problem that is noted for an unknown key."""
 
 _MOST_SHOWN = 60
 _LINE = 100
@@ -127,28 +127,36 @@ def values(
 
 
 def _part(cls: type[Any], block: Any, path: str, problems: list[str]) -> Any:
-    """Return the named part that ``knn_kde`` or ``{name: knn_kde, sigma: 0.1}`` asks for, or None."""
+    """Return the named part that ``knn_kde`` or ``{name: knn_kde, sigma: 0.1}`` describes, or None."""
     if isinstance(block, str):
         block = {"name": block}
-    if not isinstance(block, Mapping):
-        problems.append(f"{path}: expected {describe(cls)}, found {shown(block)}")
-        return None
-    name = block.get("name")
-    if not isinstance(name, str):
-        told = "missing" if name is None else f"expected text, found {shown(name)}"
-        problems.append(f"{path}.name: {told}; name one (known: {', '.join(cls.known())})")
+    name = name_in(block, path, problems, describe(cls), "one", cls.known())
+    if name is None:
         return None
     try:
         params_class = cls.params_of(name)
-    except ConfigError as error:
-        problems += [f"{path}: {problem}" for problem in error.problems]
-        return None
-    except ComponentError as error:
-        problems.append(f"{path}: {error}")
+    except (ConfigError, ComponentError) as error:
+        problems += [f"{path}: {problem}" for problem in str(error).splitlines()]
         return None
     rest = {key: value for key, value in block.items() if key != "name"}
     params = collect(params_class, rest, path, problems, subject=f"{cls.what} {name}")
     return None if params is None else cls(name, params)
+
+
+def name_in(block: Any, path: str, problems: list[str], expected: str, what: str, known: Sequence[str]) -> str | None:
+    """Return the name in the block of a method or a part, or None after noting why there is none."""
+    if not isinstance(block, Mapping):
+        problems.append(f"{path}: expected {expected}, found {shown(block)}")
+        return None
+    name = block.get("name")
+    if isinstance(name, str):
+        return name
+    told, near = f"expected text, found {shown(name)}", ""
+    if name is None:
+        told, near = "missing", did_you_mean("name", [str(key) for key in block])
+    near = near.replace("did you mean", "is it spelt")
+    problems.append(f"{path}.name: {told}; name {what} (known: {', '.join(known)}){near}")
+    return None
 
 
 def key_of(field: Field[Any]) -> str:
@@ -192,7 +200,7 @@ def shown(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Return what a field of this type takes, in the user's words."""
+    """Return in words the values that a field of this type accepts."""
     members = _members(hint)
     if len(members) > 1:
         return " or ".join(describe(member) for member in members)
@@ -221,7 +229,7 @@ def _keys(hint: Any) -> str:
 
 
 def _converted(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
-    """Return ``value`` as ``hint`` asks, or note in ``problems`` why not and return ``_BAD``.
+    """Return ``value`` converted to the type ``hint``, or ``_BAD`` after noting why not.
 
     ``limits`` is the metadata of the field; they hold for every number or text inside ``value``.
     """
@@ -369,7 +377,7 @@ def as_mapping(dynamic: DynamicConfig) -> dict[str, Any]:
 
 
 def as_yaml(mapping: Mapping[str, Any], indent: int = 0) -> str:
-    """Return ``mapping`` as YAML in its own order, a value on one line where it fits; a method has a line for each."""
+    """Return ``mapping`` as YAML in its own order; a value is on one line where it fits, a method on its own lines."""
     text = ""
     for key, value in mapping.items():
         head, flow = f"{' ' * indent}{key}:", _flow(value)

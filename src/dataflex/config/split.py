@@ -1,4 +1,4 @@
-"""Splits one configuration into LLaMA-Factory's part and ours; ``resolve`` also checks them, all at once."""
+"""Splits a configuration into LLaMA-Factory's part and ours; ``resolve`` also checks both."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
 
 
 def _misspelt(mapping: Mapping[str, Any]) -> list[str]:
-    """Return a problem per top-level mapping that looks like a misspelt ``dynamic`` block."""
+    """Return a problem for each top-level mapping that looks like a misspelt ``dynamic`` block."""
     return [
         f"{key}: unknown key{did_you_mean(str(key), ['dynamic'])}"
         for key, value in mapping.items()
