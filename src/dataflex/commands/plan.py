@@ -289,7 +289,8 @@ def _screening(view: Forecast) -> Cost | None:
 
 def _shares_targets(view: Forecast) -> bool:
     """Whether the selector compares with the very target vectors that screening has made in this decision."""
-    from dataflex.signals.kinds import Embedding, GradientSpec
+    from dataflex.signals.kinds import Embedding
+    from dataflex.signals.specs import GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None

@@ -73,7 +73,7 @@ def cluster_labels(
 
     Raises:
         ConfigError: No row has a text, or scikit-learn is missing.
-        EncoderError: The encoder cannot be loaded.
+        LoadError: The encoder cannot be loaded.
     """
     rows = np.arange(len(corpus.lengths), dtype=np.int64)
     model = load_encoder(encoder, device=device)

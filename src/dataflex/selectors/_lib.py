@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dataflex.errors import ComponentError, DataError
 from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, ScoringSelector
-from dataflex.signals.kinds import Embedding, Pooling
+from dataflex.signals.kinds import Embedding
+from dataflex.signals.specs import Pooling
 
 ROW_LOSSES = Requires(
     signals=frozenset({"losses"}),

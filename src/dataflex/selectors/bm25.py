@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words
-from dataflex.signals.kinds import Part
+from dataflex.signals.specs import Part
 
 
 class Bm25(ScoringSelector):

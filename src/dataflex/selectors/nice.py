@@ -36,8 +36,8 @@ from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
-from dataflex.signals.specs import InfluenceOptions
+from dataflex.signals.kinds import ResponseGradientScores
+from dataflex.signals.specs import GenerationSpec, InfluenceOptions, WeightedResponse
 
 logger = logging.getLogger(__name__)
 

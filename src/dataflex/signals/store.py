@@ -1,7 +1,7 @@
 """Arrays on disk, named by what they were computed from: whole or absent, memory-mapped, without pickle.
 
-An array is a folder ``<method>-<digest>`` with ``array.npy``, ``header.json`` (the complete fingerprint, shape and
-type) and ``manifest.json``, written aside and renamed. Before an array is used, its header is compared with the
+An array is a folder ``<method>-<digest>`` with ``array.npy``, ``header.json`` (the complete fingerprint) and
+``manifest.json``, written aside and renamed. Before an array is used, its header is compared with the
 fingerprint asked for, field by field; a file that is stale, foreign or broken is never used, it is computed anew.
 """
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,26 +41,15 @@ _MAGIC = b"DFR1"
 _RECORD = struct.Struct("<4sIQ16s")  # magic, number of rows, bytes of values, hash of rows and values
 _SYNC_SECONDS = 10.0
 _PACKAGES = (
-    "accelerate",
-    "bitsandbytes",
-    "dataflex",
-    "flash-attn",
-    "kernels",
-    "liger-kernel",
-    "llamafactory",
-    "numpy",
-    "peft",
-    "sentence-transformers",
-    "tokenizers",
-    "torch",
-    "transformers",
+    "accelerate bitsandbytes dataflex flash-attn kernels liger-kernel llamafactory numpy peft sentence-transformers "
+    "tokenizers torch transformers"
 )
 
 
-@lru_cache(maxsize=1)
+@cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that computed numbers depend on."""
-    return {name: version_of(name) or "absent" for name in _PACKAGES}
+    return {name: version_of(name) or "absent" for name in _PACKAGES.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +117,6 @@ class ArrayStore:
             if (folder / _ARRAY).stat().st_size != manifest["files"][_ARRAY]["size"]:
                 raise ValueError("its size is not what was written")
             array = np.load(folder / _ARRAY, mmap_mode="r", allow_pickle=False)
-            if list(array.shape) != header["shape"] or array.dtype.str != header["dtype"]:
-                raise ValueError("its shape or type is not what was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("stored array %s is not used: %s: %s", folder, type(error).__name__, error)
             return None
@@ -152,7 +139,7 @@ class ArrayStore:
                 array.flush()
                 ready.mkdir()
                 os.replace(scratch, ready / _ARRAY)
-                header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
+                header = {"format": _FORMAT, "fingerprint": asdict(key)}
                 (ready / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
                 seal_directory(ready)
                 if final.exists() and self.get(key) is None:
