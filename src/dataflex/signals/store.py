@@ -1,8 +1,8 @@
 """Arrays on disk, named by what they were computed from: whole or absent, memory-mapped, without pickle.
 
 An array is a folder ``<method>-<digest>`` with ``array.npy`` and ``header.json`` (the complete fingerprint, shape and
-type), written aside and renamed. Before an array is used, its header is compared with the
-fingerprint asked for, field by field; a file that is stale, foreign or broken is never used, it is computed anew.
+type), written aside and renamed. Before an array is used, its header is compared with the fingerprint asked for, field
+by field; a file that is stale, foreign or broken is never used, it is computed anew.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ class ArrayStore:
             files = [path for path in folder.iterdir() if path.is_file()] if _OURS.fullmatch(folder.name) else []
             if files:
                 finished = (folder / _ARRAY).is_file()  # its header is touched when it is read
-                used = max((path.stat().st_mtime for path in files if not finished or path.name == _HEADER), default=0.0)
+                marks = [path for path in files if not finished or path.name == _HEADER]
+                used = max((path.stat().st_mtime for path in marks), default=0.0)
                 found.append(Entry(folder.name, sum(path.stat().st_size for path in files), used, finished))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
 
