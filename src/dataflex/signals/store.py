@@ -67,22 +67,15 @@ def package_versions() -> dict[str, str]:
 class CacheKey:
     """Everything that an array's numbers depend on.
 
-    Attributes:
-        model: Identity of the model (values, architecture, adapters).
-        data: Identity of the rows (row space fingerprint, which rows, tokenizer and template).
-        method: What was computed, as in ``embeddings``.
-        parameters: How: JSON values.
-        versions: Packages that computed it.
-
     Raises:
         ComponentError: Parameters that are not JSON.
     """
 
-    model: str
-    data: str
-    method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=package_versions)
+    model: str  # identity of the model (values, architecture, adapters)
+    data: str  # identity of the rows (row space fingerprint, which rows, tokenizer and template)
+    method: str  # what was computed, as in ``embeddings``
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # how: JSON values
+    versions: Mapping[str, str] = field(default_factory=package_versions)  # packages that computed it
 
     def __post_init__(self) -> None:
         try:
