@@ -171,10 +171,14 @@ def test_rows_without_labels_have_zero_loss():
     assert not seen.loss_BT.requires_grad
 
 
+def add(stats, weights):
+    stats.add(torch.tensor(weights)[:, None], torch.tensor(weights))
+
+
 def test_weight_statistics_and_their_checks():
     stats = WeightStats("mine")
-    stats.add(torch.tensor([[1.0], [1.0]]))
-    stats.add(torch.tensor([[3.0], [0.0]]))
+    add(stats, [1.0, 1.0])
+    add(stats, [3.0, 0.0])
     read = stats.read()
     assert read == {
         "weight_ess": pytest.approx(25 / 11 / 4),
@@ -186,14 +190,14 @@ def test_weight_statistics_and_their_checks():
     assert stats.read() == {}
     for bad in ([-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
         with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
-            stats.add(torch.tensor(bad)[:, None])
+            add(stats, bad)
         stats = WeightStats("mine")
 
 
 def test_many_micro_batches_between_two_logs_are_all_counted():
     stats = WeightStats("mine")
     for i in range(200):
-        stats.add(torch.tensor([[float(i)]]))
+        add(stats, [float(i)])
     assert stats.read()["weight_p50"] == pytest.approx(99.5)
 
 
