@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError
 from dataflex.plan.schedule import Interval, Schedule
-from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
+from dataflex.selectors.greats import Greats, Opus, pick, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
 from dataflex.signals.kinds import GradientProducts, LogitFeatures
 from dataflex.testing import FakeSignals, example_context
@@ -51,9 +51,9 @@ def opus(**params):
 
 def test_worked_example_of_the_published_rule():
     """At a rate of 0.01 the interaction is inert; at 1 it passes the twin over."""
-    assert pick_best(SCORES, GRAM, 2, 0.01).tolist() == [0, 1]
-    assert pick_best(SCORES, GRAM, 2, 1.0).tolist() == [0, 2]
-    assert pick_best(SCORES, GRAM, 3, 1.0).tolist() == [0, 2, 1]
+    assert pick(SCORES, GRAM, 2, 0.01).tolist() == [0, 1]
+    assert pick(SCORES, GRAM, 2, 1.0).tolist() == [0, 2]
+    assert pick(SCORES, GRAM, 3, 1.0).tolist() == [0, 2, 1]
 
 
 def test_the_scaled_rule_does_not_depend_on_the_rate_or_the_scale():
@@ -63,7 +63,7 @@ def test_the_scaled_rule_does_not_depend_on_the_rate_or_the_scale():
         gradients = scale * GRAM
         for strength, wanted in ((1.0, [0, 1]), (2.0, [0, 2])):
             c = scaled_strength(SCORES, gradients, 2, strength)
-            assert pick_best(SCORES, gradients, 2, c).tolist() == wanted
+            assert pick(SCORES, gradients, 2, c).tolist() == wanted
     assert scaled_strength(SCORES, np.zeros((3, 3)), 2, 1.0) == 0.0
 
 
@@ -169,7 +169,7 @@ def test_draws_follow_the_boltzmann_weights_of_what_is_left():
     counts = np.zeros((3, 3))
     rng = np.random.default_rng(0)
     for _ in range(trials):
-        first, second = pick_drawn(SCORES, GRAM, 2, strength, temperature, rng.random(2))
+        first, second = pick(SCORES, GRAM, 2, strength, (temperature, rng.random(2)))
         counts[first, second] += 1
     raised = np.exp(SCORES / temperature)
     for first in range(3):
@@ -182,7 +182,7 @@ def test_draws_follow_the_boltzmann_weights_of_what_is_left():
 def test_a_cold_draw_is_greedy():
     for seed in range(5):
         uniforms = np.random.default_rng(seed).random(3)
-        assert pick_drawn(SCORES, GRAM, 3, 1.0, 1e-6, uniforms).tolist() == pick_best(SCORES, GRAM, 3, 1.0).tolist()
+        assert pick(SCORES, GRAM, 3, 1.0, (1e-6, uniforms)).tolist() == pick(SCORES, GRAM, 3, 1.0).tolist()
 
 
 def frequency_of_first(method, learning_rate, trials=400):

@@ -1,9 +1,9 @@
-"""BM25: rows that share rare words with the target's rows.
+"""Keep the rows that share rare words with the targets' rows.
 
 A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208, where it is among the best per unit
 of compute. Every target row is a query; a row's score for a target is the mean of its BM25 (Okapi) scores over the
 target's rows, and the largest over targets counts. The prompt is compared, lower-cased, without punctuation, cut at
-white space. Words say what a row is about and nothing about whether its answer is right.
+white space. Words say what a row is about and nothing about whether its response is right.
 
 The prompt is what the template made of it, so its role names are words too; they are in every row and weigh next to
 nothing. ``rule: round_robin`` lets the target's rows (with several targets, the targets) take turns instead; with one
@@ -53,7 +53,7 @@ class Bm25(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._remembered = Remembered()
+        self._scores = Remembered(self._mean_and_turns)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return mean scores over the rows of each target [T, N].
@@ -61,15 +61,14 @@ class Bm25(ScoringSelector):
         Raises:
             DataError: The pool, or a target, has no row with a word.
         """
-        return self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))[0]
+        return self._scores(pool, ctx)[0]
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Return the scores by target; with one target its rows take turns, each with scores of its own."""
         found = super().examine(pool, ctx)
-        turns = self._remembered.get(pool, ctx.targets, lambda: self._scores(pool, ctx))[1]
-        return replace(found, turns=turns[:, found.places])
+        return replace(found, turns=self._scores(pool, ctx)[1][:, found.places])
 
-    def _scores(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+    def _mean_and_turns(self, pool: Rows, ctx: Context) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
         """Return mean scores by target [T, N] and scores of those that take turns [Q, N]."""
         p = self.params
         targets = target_words(self.name, ctx, p.part, cut_words)
@@ -81,12 +80,12 @@ class Bm25(ScoringSelector):
             raise no_words(self.name, len(pool), p.part)
         means = np.stack([index.scores(_mean(rows)) for rows in targets])
         means[:, empty] = np.nan
-        turns: NDArray[np.floating] = means
-        if p.rule.name == "round_robin" and len(targets) == 1:
-            turns = np.empty((len(targets[0]), len(pool)), dtype=np.float32)
-            for j, row in enumerate(targets[0]):
-                turns[j] = index.scores(Counter(row))
-            turns[:, empty] = np.nan
+        if p.rule.name != "round_robin" or len(targets) > 1:
+            return means, means
+        turns = np.empty((len(targets[0]), len(pool)), dtype=np.float32)
+        for j, row in enumerate(targets[0]):
+            turns[j] = index.scores(Counter(row))
+        turns[:, empty] = np.nan
         return means, turns
 
 

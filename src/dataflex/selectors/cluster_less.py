@@ -1,8 +1,8 @@
-"""Cluster-LESS: LESS on a few rows of each cluster, whose score all rows of the cluster share.
+"""Keep the clusters whose representatives have the largest influence on the targets.
 
 A method of existing DataFlex without a paper of its own; the influence is that of LESS (Xia et al., ICML 2024,
-arXiv 2402.04333). Rows are clustered by k-means on mean hidden states, one cluster for 64 rows; three rows of each
-cluster are given gradients. Their unit directions are averaged and scaled to length one again, and the cosine of that
+arXiv 2402.04333). Rows are clustered by k-means on mean hidden states, one cluster for 64 rows; gradients are taken of
+three rows of each cluster. Their unit directions are averaged and scaled to length one again, and the cosine of that
 with the targets is the score of the cluster: about a twentieth of LESS's backward passes. With as many clusters
 as rows it is LESS exactly.
 
@@ -14,16 +14,17 @@ the targets are exact; only the length of a cluster's mean direction is taken fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import kmeans, members, require_kmeans
+from dataflex.select.scoring import Found, PoolSelector
+from dataflex.selectors._lib import GRADIENTS, even
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSketches
 from dataflex.signals.specs import InfluenceOptions
 
@@ -35,7 +36,7 @@ _LEAST = 1e-6  # length of a mean of unit vectors that cancel out
 def representatives(
     distances: NDArray[np.floating], count: int, pick: Pick, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Return the members of a cluster that stand for it, as positions [min(count, n)].
+    """Return the members of a cluster that represent it, as positions [min(count, n)].
 
     ``distances`` [n] are those to the centre; ``pick`` takes the ``nearest``, the ``farthest``, ``random`` ones, or
     ``mixed``: these three in turns.
@@ -80,10 +81,11 @@ def cluster_means(
     return means
 
 
-class ClusterLess(Selector):
+class ClusterLess(PoolSelector):
     """Keep the clusters whose representatives have the largest influence on the targets."""
 
     name = "cluster_less"
+    lacking = "no score"
     card = Card(
         summary="Keeps the clusters of which a few rows go furthest along the gradient of the targets.",
         paper="baseline: LESS (arXiv 2402.04333) on representatives of clusters",
@@ -96,26 +98,23 @@ class ClusterLess(Selector):
 
         clusters: int | None = param(None, "number of clusters; null: one for cluster_size rows", minimum=1)
         cluster_size: int = param(64, "rows per cluster on average, where clusters is null", minimum=1)
-        representatives: int = param(3, "rows of each cluster that gradients are taken of", minimum=1)
+        representatives: int = param(3, "number of rows of each cluster that gradients are taken of", minimum=1)
         pick: Pick = param("mixed", "which rows: nearest to the centre, farthest, random, or these in turns")
         renormalize: bool = param(True, "scale the mean direction of a cluster to length one; costs a second pass")
         sketch_size: int = param(4096, "numbers per sketch of a representative; even", minimum=2)
-        aggregate: Literal["max", "mean"] = param("max", "how tasks are brought together, each being a target data set")
+        aggregate: Literal["max", "mean"] = param("max", "how targets come together: the best, or their mean")
         layer: int = param(-1, "layer of the hidden states that are clustered")
 
         def __post_init__(self) -> None:
-            if self.sketch_size % 2:
-                raise ValueError(f"sketch_size: must be even, found {self.sketch_size}")
+            even("sketch_size", self.sketch_size)
 
     params: Params
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
+        return replace(
+            GRADIENTS,
             signals=frozenset({"embeddings", "gradients"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
             preconditions={"precondition": self.params.precondition},
             passes=Passes(pool=(1.0 + 6 / 64, 6 / 64)),
         )
@@ -124,50 +123,39 @@ class ClusterLess(Selector):
         super().__init__(params)
         require_kmeans()
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep the ``budget`` rows of the best clusters; in a cluster by distance to its centre, then pool order.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return the scores of the rows' clusters [N].
 
-        Returns:
-            Rows best first; scores [len(pool)] are those of the rows' clusters, NaN for rows without a
-            supervised token or in a cluster none of whose representatives has a gradient, never kept.
-
-        Raises:
-            DataError: No row of a non-empty pool has an embedding, or no representative a gradient.
-            ComponentError: Signals do not fit the rows asked for.
+        NaN for rows without a supervised token, and in a cluster none of whose representatives has a gradient.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
+        p, scores = self.params, np.full(len(pool), np.nan)
+        self._labels, self._away = np.zeros(len(pool), dtype=np.int64), np.zeros(len(pool))
         found = ctx.signals(Embedding(layer=p.layer, pooling="mean", completion_only=True), pool)
-        if found.ndim != 2 or len(found) != len(pool):
-            raise ComponentError(f"cluster_less: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
         places = np.flatnonzero(np.isfinite(found).all(axis=1))
-        if not len(places):
-            raise DataError(
-                f"cluster_less: none of {len(pool):,} rows has an embedding of its supervised tokens (are their labels "
-                "all masked?). Check that cutoff_len leaves room for the response."
-            )
-        vectors = found[places]
-        wanted = p.clusters if p.clusters is not None else -(-len(places) // p.cluster_size)
-        labels, centres = kmeans(vectors, wanted, ctx.rng("selector.cluster_less.kmeans"))
-        distances = np.linalg.norm(vectors - centres[labels], axis=1)
-        by_cluster = self._influence(pool[places], labels, distances, ctx)
-        together = by_cluster.mean(axis=1) if p.aggregate == "mean" else by_cluster.max(axis=1)
-        scores = np.full(len(pool), np.nan)
-        scores[places] = together[labels]
-        scored = np.flatnonzero(np.isfinite(scores[places]))
-        order = scored[np.lexsort((scored, distances[scored], -scores[places][scored]))][:budget]
-        reason = (
-            f"{len(order)} of {len(pool)} rows in the best {len(np.unique(labels[order]))} of {len(centres)} "
-            f"clusters by influence on {', '.join(ctx.targets)}"
-        )
-        if len(scored) < len(pool):
-            reason += f"; {len(pool) - len(scored)} rows have no score"
-        return Selection(rows=pool[places[order]], scores=scores, reason=reason)
+        if len(places):
+            vectors = found[places]
+            wanted = p.clusters if p.clusters is not None else -(-len(places) // p.cluster_size)
+            labels, centres = kmeans(vectors, wanted, ctx.rng("selector.cluster_less.kmeans"))
+            distances = np.linalg.norm(vectors - centres[labels], axis=1)
+            by_cluster = self._influence(pool[places], labels, distances, ctx)
+            best = by_cluster.mean(axis=1) if p.aggregate == "mean" else by_cluster.max(axis=1)
+            scores[places], self._labels[places], self._away[places] = best[labels], labels, distances
+            self._num_clusters = len(centres)
+        return scores
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the rows of the best clusters; in a cluster by distance to its centre, then pool order."""
+        return np.lexsort((self._away[found.places], -found.scores))[:budget]
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the number of clusters kept."""
+        best = len(np.unique(self._labels[found.places[kept]]))
+        return f"in the best {best} of {self._num_clusters} clusters by influence on {', '.join(ctx.targets)}"
 
     def _influence(
         self, rows: Rows, labels: NDArray[np.int64], distances: NDArray[np.floating], ctx: Context
     ) -> NDArray[np.float64]:
+        """Return the scores of clusters by target [K, T]."""
         p, rng = self.params, ctx.rng("selector.cluster_less.representatives")
         groups = members(labels)
         chosen = [group[representatives(distances[group], p.representatives, p.pick, rng)] for group in groups]
@@ -175,15 +163,8 @@ class ClusterLess(Selector):
         asked = rows[np.concatenate(chosen)]
         options = p.options(sketch_size=None)  # scores are exact; sketch_size is that of the mean directions
         cosines = ctx.signals(GradientScores(targets=ctx.targets, **options), asked)
-        if cosines.shape != (len(asked), len(ctx.targets)):
-            raise ComponentError(f"cluster_less: asked for {len(asked):,} rows' influence, was given {cosines.shape}")
         known = np.isfinite(cosines).all(axis=1)
-        if not known.any():
-            raise DataError(
-                f"cluster_less: none of the {len(asked):,} representatives has a gradient to compare. "
-                "Check that the model's own loss is finite."
-            )
         sketches = None
-        if p.renormalize and np.bincount(of[known]).max() > 1:
+        if p.renormalize and known.any() and np.bincount(of[known]).max() > 1:
             sketches = ctx.signals(GradientSketches(dim=p.sketch_size, **options), asked[known])
         return cluster_means(cosines[known], of[known], len(groups), sketches)

@@ -1,8 +1,8 @@
-"""COINCIDE: clusters of what rows are about; more rows from clusters that transfer well and are not dense.
+"""Keep rows of transferable, sparse clusters, each cluster in miniature.
 
 "Concept-skill Transferability-based Data Selection for Large Vision-Language Models", EMNLP 2024,
 arXiv 2406.10995. A cluster's share is softmax(S / D / temperature): its transferability S is the mean cosine of
-its centre with the other centres, those above 0.9 (itself and near-duplicates) left out; its density D is the mean
+its centre with the other centres, without those above 0.9 (near-duplicates); its density D is the mean
 Gaussian kernel over all pairs of its rows, each with itself included. Clusters are served by descending share, the
 shares of the rest taken anew after each; inside a cluster rows are added one at a time so that the maximum mean
 discrepancy to the whole cluster is least. Clusters are those of spherical k-means.
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.method import Params as BaseParams
 from dataflex.select.cluster import members, spherical_kmeans
+from dataflex.select.scoring import Found, PoolSelector
 from dataflex.signals.kinds import Embedding
 
 _CELLS = 1 << 22  # kernel values held at a time: 32 MiB
@@ -92,13 +92,6 @@ def transferability(centres: NDArray[np.floating]) -> NDArray[np.float64]:
     return result
 
 
-def shares(scores: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
-    """Return softmax(scores / temperature) [K]."""
-    raised = np.asarray(scores, dtype=np.float64) / temperature
-    weights = np.exp(raised - raised.max())
-    return np.asarray(weights / weights.sum())
-
-
 def cluster_quotas(
     scores: NDArray[np.floating], sizes: NDArray[np.integer], budget: int, temperature: float
 ) -> list[tuple[int, int]]:
@@ -125,10 +118,11 @@ def cluster_quotas(
     return list(zip(order.tolist(), quotas, strict=True))
 
 
-class Coincide(Selector):
+class Coincide(PoolSelector):
     """Keep rows of transferable, sparse clusters, each cluster in miniature."""
 
     name = "coincide"
+    lacking = "no embedding"
     card = Card(
         summary="Keeps more rows of clusters that transfer well and are not dense, each cluster in miniature.",
         paper="COINCIDE: Concept-skill Transferability-based Data Selection, EMNLP 2024, arXiv 2406.10995",
@@ -143,7 +137,7 @@ class Coincide(Selector):
         temperature: float = param(0.1, "of the softmax over clusters; large: equal shares", above=0.0)
         gamma: float = param(1.0, "width of the Gaussian kernel", above=0.0)
         layers: tuple[int, ...] = param((-1,), "layers whose hidden states make the features; 1 F each")
-        iterations: int = param(50, "rounds of k-means at most", minimum=1)
+        iterations: int = param(50, "largest number of rounds of k-means", minimum=1)
         encoder: str | None = param(None, "folder or hub id of another (small) model; null: the model under training")
 
         def __post_init__(self) -> None:
@@ -164,51 +158,40 @@ class Coincide(Selector):
             passes=Passes(pool=(float(len(self.params.layers)), 0.0)),
         )
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Keep up to ``budget`` rows.
-
-        Returns:
-            Rows cluster by cluster as they are served, inside a cluster in the order they are added; scores
-            [len(pool)] are S / D of each row's cluster, NaN for rows without features, which are never kept.
-
-        Raises:
-            DataError: No row of a non-empty pool has features.
-            ComponentError: Embeddings do not fit the rows asked for.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return S / D of each row's cluster [N]; NaN for rows without features."""
+        p, scores = self.params, np.full(len(pool), np.nan)
         features = self._features(pool, ctx)
         places = np.flatnonzero(np.isfinite(features).all(axis=1))
-        if not len(places):
-            raise DataError(f"coincide: none of {len(pool):,} rows has an embedding. Check that the rows hold text.")
-        features = features[places]
-        wanted = p.clusters if p.clusters is not None else -(-len(places) // 66)
-        labels, centres = spherical_kmeans(
-            features, wanted, ctx.rng("selector.coincide.kmeans"), iterations=p.iterations
-        )
-        groups = members(labels)
-        densities = np.array([density(features[group], p.gamma) for group in groups])
-        values = transferability(centres) / densities
+        if len(places):
+            self._rows = features[places]
+            wanted = p.clusters if p.clusters is not None else -(-len(places) // 66)
+            rng = ctx.rng("selector.coincide.kmeans")
+            labels, centres = spherical_kmeans(self._rows, wanted, rng, iterations=p.iterations)
+            self._groups = members(labels)
+            densities = np.array([density(self._rows[group], p.gamma) for group in self._groups])
+            self._values = transferability(centres) / densities
+            scores[places] = self._values[labels]
+        return scores
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return rows cluster by cluster as they are served, inside a cluster in the order they are added."""
+        p, groups = self.params, self._groups
+        sizes = np.array([len(group) for group in groups])
         kept = [np.empty(0, dtype=np.int64)]
-        for cluster, count in cluster_quotas(values, np.bincount(labels), budget, p.temperature):
-            group = groups[cluster]
-            kept.append(group[greedy_mmd(features[group], count, p.gamma)])
-        chosen = np.concatenate(kept)
-        scores = np.full(len(pool), np.nan)
-        scores[places] = values[labels]
-        used = sum(len(part) > 0 for part in kept)
-        reason = f"{len(chosen)} of {len(pool)} rows from {used} of {len(groups)} clusters"
-        if len(places) < len(pool):
-            reason += f"; {len(pool) - len(places)} rows have no embedding"
-        return Selection(rows=pool[places[chosen]], scores=scores, reason=reason)
+        for cluster, count in cluster_quotas(self._values, sizes, budget, p.temperature):
+            kept.append(groups[cluster][greedy_mmd(self._rows[groups[cluster]], count, p.gamma)])
+        self._told = f"from {sum(len(part) > 0 for part in kept)} of {len(groups)} clusters"
+        return np.concatenate(kept)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the number of clusters that rows were taken from."""
+        return self._told
 
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
         for layer in self.params.layers:
             signal = Embedding(layer=layer, pooling="mean", normalize=False, encoder=self.params.encoder)
             found = np.tanh(ctx.signals(signal, pool))
-            if found.ndim != 2 or len(found) != len(pool):
-                raise ComponentError(f"coincide: asked for embeddings of {len(pool):,} rows, was given {found.shape}")
             parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30))
         return np.asarray(np.concatenate(parts, axis=1) / np.sqrt(len(parts)), dtype=np.float32)

@@ -1,21 +1,22 @@
-"""Rows by how hard they are for the model: gradient norm (GraNd) and error of the predicted distribution (EL2N).
+"""Keep the rows that are hardest for the model: by gradient norm (GraNd) or error of the prediction (EL2N).
 
 Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075: GraNd is the norm of a sample's
 gradient, EL2N the norm of softmax(z) - onehot(y); the largest are kept. For language models EL2N is averaged
-over a row's supervised tokens. At strong pruning the hardest rows are often noise: ``keep: smallest`` is at hand.
+over a row's supervised tokens. Where few rows are kept, the hardest are often noise; ``keep: smallest`` keeps the
+others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Passes, Requires, Rows, param
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import ROW_LOSSES
+from dataflex.selectors._lib import GRADIENTS, ROW_LOSSES
 from dataflex.signals.kinds import EL2N, GradientNorms
 from dataflex.signals.specs import GradientOptions
 
@@ -35,8 +36,7 @@ class _Extreme(ScoringSelector):
     params: _Keep
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
-        """Return the scores, or what is preferred where the smallest are kept."""
-        assert found.scores is not None
+        """Return the scores, negative where the smallest are kept."""
         return found.scores if self.params.keep == "largest" else -found.scores
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
@@ -66,13 +66,7 @@ class GradNorm(_Extreme):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0)),
-        )
+        return replace(GRADIENTS, targets=False, preconditions={"precondition": self.params.precondition})
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""

@@ -1,4 +1,4 @@
-"""DSIR: rows drawn so that their words look like the target's, by importance weights of hashed n-grams.
+"""Draw rows whose words are distributed like the targets', by importance weights of hashed n-grams.
 
 "Data Selection for Language Models via Importance Resampling", NeurIPS 2023, arXiv 2302.03169. Texts are lower-cased
 and cut into words and punctuation; every word and pair of words falls into a bucket by its hash. With the shares of
@@ -13,15 +13,14 @@ top-k. ``per_ngram`` divides by the number of n-grams, which is not the paper's.
 size (sum w)^2 / sum w^2 of the pool: near 1 it says that one row outweighs all others.
 
 The paper's targets are whole corpora. With a few target rows most buckets are empty, each n-gram that falls into one
-costs up to 18 nats, and the shortest rows win whatever they say; a count added to every bucket of both sides does not
-help, since it is more than the pool has in most of them. ``smoothing`` draws the target's shares towards the pool's:
-every n-gram has a prior of its own (Dirichlet, over it and all others) whose mean is its share in the pool and whose
-strength is ``smoothing`` occurrences of it. With c of the target's n n-grams in a bucket its term is then
+costs up to 18 nats, and the shortest rows win whatever they say. ``smoothing`` draws the target's shares towards the
+pool's: the prior of every n-gram is its share in the pool, with a strength of ``smoothing`` occurrences. With c of the
+target's n n-grams in a bucket its term is then
 
-    log (c + smoothing) / (n p_r + smoothing),
+    log (c + smoothing) / (n p_r + smoothing).
 
-what was found over what the pool lets one expect, with as much added to both. An n-gram that the target lacks counts
-for nothing where it could not be expected there either, and against a row where it could. 0 is as published.
+An n-gram that the target lacks counts for nothing where it could not be expected there either, and against a row where
+it could. 0 is as published.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Card, Context, Requires, Rows, Selection, param
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
@@ -137,26 +136,22 @@ class Dsir(ScoringSelector):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._remembered = Remembered()
+        self._by_task = Remembered(self._log_weights)
 
     @property
     def gives(self) -> Gives:
         """Scores, since targets count together, unless each has its own proportion."""
         return "scores" if self.params.target_proportions is None else "tasks"
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """As any scoring selector; with ``target_proportions`` each target draws its part by the rule.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return log weights [N], or [T, N] with ``target_proportions``; NaN for rows with too few n-grams.
 
         Raises:
-            ConfigError: ``target_proportions`` does not name exactly the targets.
-            DataError: A target has no words, or no row of the pool has enough n-grams.
+            ConfigError: ``target_proportions`` does not name exactly the targets, or no row has ``min_ngrams``.
+            DataError: A target, or the pool, has no words.
         """
         self._shares(ctx.targets)
-        return super().select(pool, budget, ctx)
-
-    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return log weights [N], or [T, N] with ``target_proportions``; NaN for rows with too few n-grams."""
-        by_task = self._remembered.get(pool, ctx.targets, lambda: self._log_weights(pool, ctx))
+        by_task = self._by_task(pool, ctx)
         return by_task[0] if self.params.target_proportions is None else by_task
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""GREATS and OPUS: of a batch of candidates, the rows whose joint step helps the targets most, chosen in every step.
+"""Keep, of a batch of candidates, the rows whose joint step helps the targets most, chosen in every step.
 
 "GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration", NeurIPS 2024 (OpenReview
 232VcN8tSx). Before each step a row i of the candidates scores lr <g_i, g_val>, the first-order fall of the validation
@@ -6,8 +6,8 @@ loss; the best is picked, lr^2 <g_i, g_picked> is taken from all (the Hessian be
 OPUS (arXiv 2602.05400) scores the updates that the optimizer would make of the gradients instead, and draws each pick
 from softmax(score / temperature).
 
-With one lr divided out, a pick costs the others lr <g_i, g_picked>. At the usual 1e-5 that is nothing, so that the
-diversity is inert. ``interaction: scaled`` takes c <g_i, g_picked> with c = strength x mean |score| / (budget x mean
+With one lr divided out, a pick costs the others lr <g_i, g_picked>. At the usual 1e-5 that is too little to change any
+pick. ``interaction: scaled`` takes c <g_i, g_picked> with c = strength x mean |score| / (budget x mean
 <g_i, g_i>), which depends on no scale; ``learning_rate`` is as published.
 
 Products are exact (no ghost approximation, no CountSketch), over all trainable parameters or those named, in eval mode.
@@ -16,15 +16,16 @@ The target gradient is the mean over ``target_rows`` rows drawn anew in every de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.method import Params as BaseParams
+from dataflex.select.scoring import Found, PoolSelector
+from dataflex.selectors._lib import GRADIENTS
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.specs import GradientOptions
 
@@ -41,128 +42,102 @@ def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budg
     return strength * float(np.abs(scores).mean()) / own if own > 0 else 0.0
 
 
-def pick_best(
-    scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float
-) -> NDArray[np.int64]:
-    """Pick the best row ``budget`` <= n times; each pick p takes ``strength`` x gram[p] from all. Ties by position.
-
-    Scores [n] are finite, ``gram`` holds inner products of rows [n, n]. The strength is the learning rate, as
-    published, scores being free of it. Positions come in the order picked.
-    """
-    left = scores.copy()
-    picked = np.empty(budget, dtype=np.int64)
-    for place in range(budget):
-        best = int(np.argmax(left))
-        picked[place] = best
-        left -= strength * gram[best]
-        left[picked[: place + 1]] = -np.inf
-    return picked
-
-
-def pick_drawn(
+def pick(
     scores: NDArray[np.float64],
     gram: NDArray[np.float64],
     budget: int,
     strength: float,
-    temperature: float,
-    uniforms: NDArray[np.float64],
+    draws: tuple[float, NDArray[np.float64]] | None = None,
 ) -> NDArray[np.int64]:
-    """As ``pick_best``, but each pick is drawn with probability proportional to exp(what is left / temperature).
+    """Pick ``budget`` <= n rows one after another; each pick p takes ``strength`` x gram[p] from what is left of all.
 
-    ``temperature`` is above 0, in units of the scores; ``uniforms`` a number in [0, 1) for each pick [budget].
+    Args:
+        scores: Scores, finite [n].
+        gram: Inner products of rows [n, n].
+        budget: Number of picks.
+        strength: The learning rate, as published, scores being free of it.
+        draws: None picks the best, ties by position. A temperature above 0, in units of the scores, and a number in
+            [0, 1) for each pick draw with probability proportional to exp(what is left / temperature).
+
+    Returns:
+        Positions in the order picked.
     """
-    left = scores.copy()
-    remaining = np.ones(len(scores), dtype=np.bool_)
+    left, remaining = scores.copy(), np.ones(len(scores), dtype=np.bool_)
     picked = np.empty(budget, dtype=np.int64)
     for place in range(budget):
         places = np.flatnonzero(remaining)
-        values = left[places] / temperature
-        cumulative = np.cumsum(np.exp(values - values.max()))
-        drawn = int(np.searchsorted(cumulative, uniforms[place] * cumulative[-1], side="right"))
-        picked[place] = places[min(drawn, len(places) - 1)]
+        if draws is None:
+            chosen = int(np.argmax(left[places]))
+        else:
+            values = left[places] / draws[0]
+            cumulative = np.cumsum(np.exp(values - values.max()))
+            drawn = int(np.searchsorted(cumulative, draws[1][place] * cumulative[-1], side="right"))
+            chosen = min(drawn, len(places) - 1)
+        picked[place] = places[chosen]
         remaining[picked[place]] = False
         left -= strength * gram[picked[place]]
     return picked
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shared(GradientOptions, BaseParams):
-    """Parameters of both."""
+class Greats(PoolSelector):
+    """Pick greedily, with plain gradients as published."""
 
-    precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
-    interaction: Literal["scaled", "learning_rate"] = param(
-        "scaled", "what a pick takes from the others: free of scale, or as published"
-    )
-    strength: float = param(1.0, "factor of what a pick takes from the others", minimum=0.0)
-    target_rows: int | None = param(
-        16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
+    name = "greats"
+    lacking = "no supervised token"
+    card = Card(
+        summary="Picks, in every step, the candidates whose gradients together go furthest along the targets'.",
+        paper="GREATS: Online Selection of High-Quality Data, NeurIPS 2024, OpenReview 232VcN8tSx (no arXiv version)",
+        cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
     )
 
+    @dataclass(frozen=True, kw_only=True)
+    class Params(GradientOptions, BaseParams):
+        """Parameters of GREATS; ``interaction: learning_rate`` with ``target_rows: 2`` is as published."""
 
-class _Joint(Selector):
-    """Common ground: scores and interactions of the candidates."""
+        precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
+        interaction: Literal["scaled", "learning_rate"] = param(
+            "scaled", "what a pick takes from the others: free of scale, or as published"
+        )
+        strength: float = param(1.0, "factor of what a pick takes from the others", minimum=0.0)
+        target_rows: int | None = param(
+            16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
+        )
 
-    params: _Shared
+    params: Params
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            within_batch=True,
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0)),
-        )
+        return replace(GRADIENTS, within_batch=True, preconditions={"precondition": self.params.precondition})
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Pick up to ``budget`` of the candidates, one after another.
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return inner products with the targets' gradient before any pick [N]; NaN without a supervised token.
 
-        Returns:
-            Rows in the order picked; scores [len(pool)] are the inner products with the targets' gradient before
-            any pick, without the learning rate, which changes no order; NaN for rows without a supervised token.
-
-        Raises:
-            DataError: No candidate has a gradient.
-            ComponentError: Products do not fit the rows asked for.
+        They are without the learning rate, which changes no order.
         """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
-        options = p.options(include_momentum=False, normalize=False)
+        options = self.params.options(include_momentum=False, normalize=False)
         signal = GradientProducts(targets=ctx.targets, target_rows=self._target_rows(ctx), **options)
-        by_target, gram = signal.split(ctx.signals(signal, pool))
-        if by_target.shape != (len(pool), len(ctx.targets)) or gram.shape != (len(pool), len(pool)):
-            raise ComponentError(
-                f"{self.name}: asked for products of {len(pool):,} rows, was given {by_target.shape} and {gram.shape}"
-            )
+        by_target, self._gram = signal.split(ctx.signals(signal, pool))
         scores = by_target.astype(np.float64).mean(axis=1)
-        known = np.flatnonzero(np.isfinite(scores) & np.isfinite(np.diagonal(gram)))
-        if not len(known):
-            raise DataError(
-                f"{self.name}: none of {len(pool):,} candidates has a gradient (are their labels all masked?). "
-                "Check that cutoff_len leaves room for the response, and that the model's own loss is finite."
-            )
-        count = min(budget, len(known))
-        own, among = scores[known], gram[np.ix_(known, known)].astype(np.float64)
+        return np.where(np.isfinite(np.diagonal(self._gram)), scores, np.nan)
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the candidates in the order picked."""
+        p, scores, count = self.params, np.asarray(found.scores), min(budget, len(rows))
+        gram = self._gram[np.ix_(found.places, found.places)].astype(np.float64)
         strength = p.strength * ctx.learning_rate
         if p.interaction == "scaled":
-            strength = scaled_strength(own, among, max(count, 1), p.strength)
-        picked = known[self._pick(own, among, count, strength, ctx)]
-        found = np.full(len(pool), np.nan)
-        found[known] = own
-        reason = f"{count} of {len(pool)} candidates by joint influence on {', '.join(ctx.targets)}"
-        if count:
-            reason += f", mean score {found[picked].mean():.3g} against {own.mean():.3g}"
-        if len(known) < len(pool):
-            reason += f"; {len(pool) - len(known)} have no supervised token"
-        return Selection(rows=pool[picked], scores=found, reason=reason)
+            strength = scaled_strength(scores, gram, max(count, 1), p.strength)
+        return pick(scores, gram, count, strength, self._draws(scores, count, ctx))
 
-    def _pick(
-        self, scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float, ctx: Context
-    ) -> NDArray[np.int64]:
-        raise NotImplementedError
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the targets, and the mean score of the rows kept and of all."""
+        how = f"by joint influence on {', '.join(ctx.targets)}"
+        scores = found.scores
+        return how + (f", mean score {scores[kept].mean():.3g} against {scores.mean():.3g}" if len(kept) else "")
+
+    def _draws(self, scores: NDArray[np.float64], count: int, ctx: Context) -> tuple[float, NDArray[np.float64]] | None:
+        """Return how picks are drawn; None for the best."""
+        return None
 
     def _target_rows(self, ctx: Context) -> dict[str, Rows]:
         """Draw rows of the targets that have more than are wanted."""
@@ -175,30 +150,8 @@ class _Joint(Selector):
         return drawn
 
 
-class Greats(_Joint):
-    """Pick greedily, with plain gradients as published."""
-
-    name = "greats"
-    card = Card(
-        summary="Picks, in every step, the candidates whose gradients together go furthest along the targets'.",
-        paper="GREATS: Online Selection of High-Quality Data, NeurIPS 2024, OpenReview 232VcN8tSx (no arXiv version)",
-        cost="1 F + 1 B over the candidates and F + B over target_rows rows of each target per interval",
-    )
-
-    @dataclass(frozen=True, kw_only=True)
-    class Params(_Shared):
-        """Parameters of GREATS; ``interaction: learning_rate`` with ``target_rows: 2`` is as published."""
-
-    params: Params
-
-    def _pick(
-        self, scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float, ctx: Context
-    ) -> NDArray[np.int64]:
-        return pick_best(scores, gram, budget, strength)
-
-
-class Opus(_Joint):
-    """Draw from what the optimizer's updates are worth."""
+class Opus(Greats):
+    """Draw by the value of the optimizer's updates."""
 
     name = "opus"
     card = Card(
@@ -208,7 +161,7 @@ class Opus(_Joint):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(_Shared):
+    class Params(Greats.Params):
         """Parameters of OPUS; ``standardize: false`` and ``interaction: learning_rate`` are as published."""
 
         precondition: Precondition = param(
@@ -219,11 +172,8 @@ class Opus(_Joint):
 
     params: Params
 
-    def _pick(
-        self, scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float, ctx: Context
-    ) -> NDArray[np.int64]:
+    def _draws(self, scores: NDArray[np.float64], count: int, ctx: Context) -> tuple[float, NDArray[np.float64]]:
         unit = float(scores.std()) if self.params.standardize else 1.0 / ctx.learning_rate if ctx.learning_rate else 0.0
-        uniforms = ctx.rng("selector.opus.draws").random(budget)
-        if unit <= 0.0 or not np.isfinite(unit):  # all alike, or no step to be taken: nothing to tell rows apart
-            return pick_drawn(np.zeros_like(scores), np.zeros_like(gram), budget, 0.0, 1.0, uniforms)
-        return pick_drawn(scores, gram, budget, strength, self.params.temperature * unit, uniforms)
+        informative = unit > 0.0 and np.isfinite(unit)  # else all are alike, or no step is taken: uniform draws
+        temperature = self.params.temperature * unit if informative else np.inf
+        return temperature, ctx.rng("selector.opus.draws").random(count)

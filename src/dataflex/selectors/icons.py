@@ -1,28 +1,28 @@
-"""ICONS: every target votes for the rows of largest influence on it; the rows of most votes are kept.
+"""Keep the rows that most targets vote for, each for the rows of largest influence on it.
 
 "ICONS: Influence Consensus for Vision-Language Data Selection", arXiv 2501.00654. The influence of row i on
-task t is the mean over the task's rows of the cosine of their gradients with the row's; plain (SGD) gradients on both
-sides. A task votes for the rows whose influence reaches the (100 - p)th percentile, linearly
-interpolated. A task is a target data set.
+task t, a target data set, is the mean over the task's rows of the cosine of their gradients with the row's; plain (SGD)
+gradients on both sides. A task votes for the rows whose influence reaches the (100 - p)th percentile, linearly
+interpolated.
 
 Influences are exact here: the original projects gradients to 5,120 numbers (``sketch_size`` does so with a
 sparse sketch). ``target_gradient: cosine_of_mean`` compares with the mean gradient of the task instead, in which long
 gradients weigh more, as the original does for the subtasks of one benchmark only; it saves a pass over the targets. Few
-tasks give few different numbers of votes, so that ties decide most of
-the cut: they go to the rows of the higher mean percentile rank over the tasks, then by pool order. With one task
-the votes are a threshold and the ranks decide, so that the rows kept are those of largest influence.
+tasks give few different numbers of votes, so that ties decide most of the cut: they go to the rows of the higher mean
+percentile rank over the tasks, then by pool order. With one task the rows of largest influence are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
-from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector, default_of
+from dataflex.select.scoring import AGGREGATE, Aggregate, Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import GRADIENTS
 from dataflex.signals.kinds import GradientScores
 from dataflex.signals.specs import InfluenceOptions
 
@@ -55,22 +55,17 @@ class Icons(ScoringSelector):
         )
 
         def __post_init__(self) -> None:
-            moved = [name for name in ("vote_percent", "votes") if getattr(self, name) != default_of(self, name)]
-            if moved and self.aggregate != default_of(self, "aggregate"):
+            moved = [name for name in ("vote_percent", "votes") if getattr(self, name) != getattr(type(self), name)]
+            if moved and self.aggregate != type(self).aggregate:
                 raise ValueError(f"{moved[0]}: has no effect beside 'aggregate'; write it there, or remove it")
 
     params: Params
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0), targets=self.params.target_passes()),
-        )
+        p = self.params
+        passes = Passes(pool=(1.0, 1.0), targets=p.target_passes())
+        return replace(GRADIENTS, preconditions={"precondition": p.precondition}, passes=passes)
 
     @property
     def aggregate(self) -> Aggregate:

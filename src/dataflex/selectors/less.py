@@ -1,4 +1,4 @@
-"""LESS: keep the rows whose optimizer step goes furthest along the gradient of the target tasks.
+"""Keep the rows whose optimizer step goes furthest along the gradient of the targets.
 
 Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", ICML 2024, arXiv 2402.04333.
 Training gradients go through Adam with the moments of the run itself, target gradients stay plain, both
@@ -8,18 +8,15 @@ warm-up is the run's own; the paper's checkpoints are the last ``checkpoints`` i
 learning rate.
 
 The paper selects once. Where a small relevant part of the pool is chosen and served again and again, it is learnt by
-heart: what is left of its rows' gradients is small, momentum outweighs it, and a direction says nothing of its size,
-so that cosines lose the target. In a planted pool (docs/results.md, two seeds) the relevant share of the rows kept
-fell from 1 to 0.23 and 0.53 by the fifth decision and the held-out loss rose from 1.12 to 1.47 and 1.13 to 1.18. Inner
-products (``normalize: false``), in which a learnt row counts for little, ended with 0.63 and 0.47 and losses of 1.12
-and 1.15, below the cosines' from the second decision on; they favour short rows and large losses. Without the momentum
-(``include_momentum: false``, one seed) it was 0.50 and 1.16. ``exclude_seen`` helps only where the pool holds many more
-relevant rows than an interval serves. A run warns of rows that come back too often (``dynamic.max_repeats``).
+heart, and the cosines of its small gradients lose the target. Inner products (``normalize: false``), in which a learnt
+row counts for little, wear out least, but favour short rows and large losses; then ``include_momentum: false``.
+``exclude_seen`` helps only where the pool holds many more relevant rows than an interval serves. A planted pool in
+docs/results.md shows the effect, and a run warns of rows that come back too often (``dynamic.max_repeats``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Passes, Requires, Rows, State, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import GRADIENTS
 from dataflex.signals.kinds import GradientScores
 from dataflex.signals.specs import InfluenceOptions
 
@@ -69,14 +67,8 @@ class Less(ScoringSelector):
     def requires(self) -> Requires:
         """State what the run must have."""
         p = self.params
-        return Requires(
-            signals=frozenset({"gradients"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            preconditions={"precondition": p.precondition},
-            passes=Passes(pool=(1.0, 1.0), targets=p.target_passes(p.normalize)),
-        )
+        passes = Passes(pool=(1.0, 1.0), targets=p.target_passes(p.normalize))
+        return replace(GRADIENTS, preconditions={"precondition": p.precondition}, passes=passes)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -96,7 +88,8 @@ class Less(ScoringSelector):
                 "dynamic.selector.checkpoints: scores of several intervals can only be averaged over the same rows; "
                 "set dynamic.signals.pool_fraction to 1, or checkpoints to 1"
             )
-        self._scores.append(ctx.signals(GradientScores(targets=ctx.targets, **p.options(sketch_seed=ctx.seed)), pool))
+        signal = GradientScores(targets=ctx.targets, **p.options(sketch_seed=ctx.seed))
+        self._scores.append(ctx.signals(signal, pool))
         self._rates.append(float(ctx.learning_rate))
         self._scores, self._rates = self._scores[-p.checkpoints :], self._rates[-p.checkpoints :]
         self._pool = pool
@@ -116,6 +109,6 @@ class Less(ScoringSelector):
         """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if state and set(state) != {"scores", "rates", "pool"}:
             raise ValueError(f"less keeps scores, rates and pool, but was given {sorted(state)}")
-        self._scores = list(state["scores"]) if state else []
-        self._rates = [float(rate) for rate in state["rates"]] if state else []
-        self._pool = state["pool"] if state else np.zeros(0, dtype=np.int64)
+        self._scores = list(state.get("scores", []))
+        self._rates = [float(rate) for rate in state.get("rates", [])]
+        self._pool = state.get("pool", np.zeros(0, dtype=np.int64))

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, param
 from dataflex.select.choose import Uniforms
-from dataflex.select.rules import Rule
+from dataflex.select.rules import RoundRobin, Rule
 from dataflex.select.scoring import AGGREGATE, RULE, Aggregate, Found, ScoringParams
 from dataflex.selectors._lib import EmbeddingParams, PooledParams, VectorSelector
 
 
 class RdsPlus(VectorSelector):
-    """Keep the rows nearest to the targets' rows.
+    """Keep the rows nearest to the targets' rows, which take turns.
 
-    RDS+: rows whose representation is close to those of the target's rows, each target row served in turn.
-
-    Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807. A row's vector is the
+    RDS+: Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807. A row's vector is the
     mean of the last hidden states over all its tokens, weighted by position (w_t = t / sum of t), divided by its
     norm; similarity is the cosine. With one target its rows take turns, each taking its nearest row that is not
     yet taken; with several targets a row's score for a target is the largest cosine with any of its rows, and
-    the targets take turns. In the authors' code a target row whose next row is taken loses its turn (``taken:
-    lose_turn``); by default it takes the one after that, as the paper describes it, so that target rows that are
-    much alike get as many rows as others. The paper takes the base model; here it is the model under training, or
-    ``encoder``. Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
+    the targets take turns. The paper takes the base model; here it is the model under training, or ``encoder``. Long
+    rows that ``cutoff_len`` cuts lose the tokens that weigh most.
     """
 
     name = "rds_plus"
@@ -42,16 +37,10 @@ class RdsPlus(VectorSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(EmbeddingParams, ScoringParams):
+    class Params(RoundRobin, EmbeddingParams, ScoringParams):
         """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
 
         rule: Rule = param(Rule.of("round_robin"), RULE)
-        taken: Literal["next", "lose_turn"] = param(
-            "next",
-            "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
-            "authors' code",
-        )
-        shuffle: bool = param(False, "turns of target rows in random order instead of the file's")
 
     params: Params
 
@@ -77,13 +66,11 @@ class RdsPlus(VectorSelector):
 
 
 class Near(VectorSelector):
-    """Keep the nearest neighbours of the targets' rows.
+    """Keep the nearest neighbours of every target row by an embedding model, rank by rank.
 
-    NEAR: the nearest neighbours of every target row by an embedding model, walked rank by rank.
-
-    A baseline of existing DataFlex without a paper. First the nearest row of every target row, then the second
-    nearest of every one, and so on; rows met before are passed over, until the budget is full. (Round-robin, as in
-    ``rds_plus``, lets a target row go on to its next free row in the same turn.) The search is exact, so that lists
+    NEAR, a baseline of existing DataFlex without a paper. First the nearest row of every target row, then the second
+    nearest of every one, and so on; rows met before are passed over, until the budget is full. (Under the rule of
+    ``rds_plus`` a target row goes on to its next free row in the same turn.) The search is exact, so that lists
     hold no gaps and never run out before the pool does. ``encoder`` is meant to be a sentence-embedding model.
     """
 
@@ -106,11 +93,8 @@ class Near(VectorSelector):
 class Embed(VectorSelector):
     """Keep the rows whose embeddings are on average nearest to the targets'.
 
-    Sentence embeddings: rows whose mean similarity to the target's rows is largest.
-
     A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208 (there GTR-T5-base on 256 tokens).
     A row's score for a target is the mean of its cosines with the target's rows, and the largest over targets counts.
-    ``near`` takes neighbours one by one instead, ``rds_plus`` lets target rows take turns by the model's own states.
     A mean prefers rows that are a little like everything in the target; ``aggregate: max`` asks for one close row.
     """
 
@@ -134,5 +118,4 @@ class Embed(VectorSelector):
         """Return mean cosines one target at a time, the products of unit vectors with their mean; or the largest."""
         if self.aggregate.name in ("max", "round_robin"):
             return super().by_task(found)
-        assert found.vectors is not None
         return np.stack([found.vectors @ queries.mean(axis=0) for queries in found.queries]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""S2L: rows drawn evenly from clusters of loss trajectories, so that every way of being learnt is there.
+"""Draw evenly from clusters of loss trajectories, so that every way of being learnt is there.
 
 "SmallToLarge (S2L): Scalable Data Selection for Fine-tuning LLMs by Summarizing Training Trajectories of Small
 Models", NeurIPS 2024, arXiv 2403.07384. A row's trajectory is its loss at several checkpoints. The budget is shared
@@ -14,20 +14,20 @@ neighbours in time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Requires, Rows, Selection, Selector, param
+from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.method import Params as BaseParams
-from dataflex.rng import uniforms
 from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, require_kmeans
+from dataflex.select.scoring import Found, PoolSelector
+from dataflex.selectors._lib import TOKEN_LOSSES
 from dataflex.signals.kinds import TokenLoss
 
-_TINY = 2  # clusters of so few rows are left aside first
+_TINY = 2  # clusters of at most this many rows are drawn from last
 _MOST_POINTS = 64  # of a trajectory; beyond it every second one is forgotten
 
 
@@ -44,11 +44,12 @@ def filled(trajectories_NT: NDArray[np.floating]) -> NDArray[np.float32]:
     return out
 
 
-class S2l(Selector):
+class S2l(PoolSelector):
     """Draw evenly from clusters of loss trajectories."""
 
     name = "s2l"
     saved = ("points",)
+    lacking = "no finite loss"
     card = Card(
         summary="Draws evenly from clusters of rows whose losses fell alike, within each domain.",
         paper="SmallToLarge (S2L), NeurIPS 2024, arXiv 2403.07384",
@@ -62,9 +63,9 @@ class S2l(Selector):
         proxies: tuple[str, ...] = param(
             (), "checkpoint folders of a small model, in order; none: the model under training"
         )
-        clusters: int = param(100, "clusters in a domain at most", minimum=1)
-        iterations: int = param(20, "rounds of k-means at most", minimum=1)
-        min_points: int = param(2, "points of the model under training before it clusters", minimum=1)
+        clusters: int = param(100, "largest number of clusters in a domain", minimum=1)
+        iterations: int = param(20, "largest number of rounds of k-means", minimum=1)
+        min_points: int = param(2, "number of points of the model under training before it clusters", minimum=1)
 
     params: Params
 
@@ -74,89 +75,50 @@ class S2l(Selector):
         if proxies:  # they do not change: each scores a row once
             told = f"{len(proxies)} F of the proxies over each row of the pool, once; k-means on the CPU"
             passes = Passes(pool_once=float(len(proxies)), told=told)
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={f"proxies[{place}]": name for place, name in enumerate(proxies)},
-            passes=passes,
-        )
+        models = {f"proxies[{place}]": name for place, name in enumerate(proxies)}
+        return replace(TOKEN_LOSSES, models=models, passes=passes)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_kmeans()
         self.points = np.zeros((0, 0), dtype=np.float32)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw up to ``budget`` rows.
-
-        Returns:
-            Rows in random order; scores [len(pool)] are the last losses, NaN for rows without a finite loss,
-            which are never drawn.
-
-        Raises:
-            ConfigError: scikit-learn is not installed.
-            DataError: No row of a non-empty pool has a finite loss, or the data set is not the one that the
-                losses of before belong to.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0, dtype=np.float32), reason="empty pool")
-        trajectories = self._trajectories(pool, ctx)
-        scores = trajectories[:, -1].copy()
-        usable = np.flatnonzero(np.isfinite(scores))
-        if not len(usable):
-            raise DataError(
-                f"s2l: all {len(pool):,} rows have no finite loss (are their labels all masked?). Check that "
-                "cutoff_len leaves room for the response, and that the model's own loss is finite."
-            )
-        rows, points = pool[usable], trajectories.shape[1]
-        preference = uniforms(ctx.seed, "selector.s2l", ctx.interval.index, rows)
-        domains = ctx.domains.domain_of[rows]
-        quotas = np.zeros(len(ctx.domains.names), dtype=np.int64)
-        there, sizes = np.unique(domains, return_counts=True)
-        quotas[there] = water_filling(sizes, min(budget, len(rows)))
-        clusters, kept = 0, [np.empty(0, dtype=np.int64)]
-        for domain in there.tolist():
-            inside = np.flatnonzero(domains == domain)
-            labels = np.zeros(len(inside), dtype=np.int64)
-            if self.params.proxies or points >= self.params.min_points:
-                rng = ctx.rng(f"selector.s2l.{domain}")
-                vectors = trajectories[usable[inside]]
-                labels, _ = kmeans(vectors, self.params.clusters, rng, iterations=self.params.iterations)
-                clusters += int(labels.max()) + 1
-            kept.append(inside[_even(labels, preference[inside], int(quotas[domain]))])
-        chosen = np.concatenate(kept)
-        chosen = chosen[top_k(preference[chosen], len(chosen))]
-        how = (
-            f"from {clusters} clusters of {points} losses"
-            if clusters
-            else "without clusters until there are more points"
-        )
-        reason = f"{len(chosen)} of {len(pool)} rows {how}, {len(there)} domains"
-        if len(usable) < len(pool):
-            reason += f"; {len(pool) - len(usable)} rows have no finite loss"
-        return Selection(rows=rows[chosen], scores=scores, reason=reason)
-
-    def _trajectories(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
-        """Return the trajectories of the pool's rows [len(pool), T]; NaN rows have no finite last loss."""
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return the last losses [N], and keep the trajectories for the choice."""
         if self.params.proxies:
             seen = np.stack([ctx.signals(TokenLoss(model=name), pool) for name in self.params.proxies], axis=1)
         else:
             seen = self._seen(pool, ctx)
-        last = np.isfinite(seen[:, -1])
-        seen = filled(np.where(np.isfinite(seen), seen, np.nan))
-        seen[~last] = np.nan
-        return seen
+        self._trajectories = filled(np.where(np.isfinite(seen), seen, np.nan))
+        return np.where(np.isfinite(seen[:, -1]), self._trajectories[:, -1], np.float32(np.nan))
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the rows drawn, in random order."""
+        p, trajectories = self.params, self._trajectories[found.places]
+        preference = self.uniforms(ctx)("draws", rows)
+        domains = ctx.domains.domain_of[rows]
+        there, sizes = np.unique(domains, return_counts=True)
+        clusters, parts = 0, [np.empty(0, dtype=np.int64)]
+        for domain, quota in zip(there.tolist(), water_filling(sizes, budget).tolist(), strict=True):
+            inside = np.flatnonzero(domains == domain)
+            labels = np.zeros(len(inside), dtype=np.int64)
+            if p.proxies or trajectories.shape[1] >= p.min_points:
+                rng = ctx.rng(f"selector.s2l.{domain}")
+                labels, _ = kmeans(trajectories[inside], p.clusters, rng, iterations=p.iterations)
+                clusters += int(labels.max()) + 1
+            parts.append(inside[_even(labels, preference[inside], quota)])
+        how = f"from {clusters} clusters of {trajectories.shape[1]} losses"
+        self._told = f"{how if clusters else 'without clusters until there are more points'}, {len(there)} domains"
+        chosen = np.concatenate(parts)
+        return chosen[top_k(preference[chosen], len(chosen))]
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the number of clusters and domains."""
+        return self._told
 
     def _seen(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Add this decision's losses and return all points of the pool's rows [len(pool), T]."""
-        num_rows = ctx.signals.num_rows()
-        if self.points.shape[1] and len(self.points) != num_rows:
-            raise DataError(
-                f"s2l: the trajectories are those of {len(self.points):,} rows, but the training set has "
-                f"{num_rows:,}. Resume with the data set that the run began with."
-            )
-        now = np.full((num_rows, 1), np.nan, dtype=np.float32)
+        now = np.full((ctx.signals.num_rows(), 1), np.nan, dtype=np.float32)
         now[pool, 0] = ctx.signals(TokenLoss(), pool)
         self.points = np.concatenate([self.points, now], axis=1) if self.points.shape[1] else now
         if self.points.shape[1] > _MOST_POINTS:  # every second one, the newest included

@@ -1,4 +1,4 @@
-"""TSDS: rows drawn so that the sample looks like the target, without near-duplicates counting twice.
+"""Draw rows from the distribution nearest to the targets', without near-duplicates counting twice.
 
 "TSDS: Data Selection for Task-Specific Model Finetuning", NeurIPS 2024, arXiv 2410.11303. Every target row
 spreads its mass 1 / M over its nearest rows, each counted as 1 / density, where the density is the number of
@@ -9,10 +9,8 @@ The defaults are the paper's and belong to its encoder: calibrate. ``c`` is on t
 about the median distance between a target row and its neighbours. With unit vectors (distances below 2) and
 c = 5 the walk stops only after some 50 to 100 neighbours. ``sigma`` is the radius within which rows count as
 duplicates: take, say, the 5th percentile of the distance from a row to its nearest one; 0 switches the density
-off ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact
-unless ``search`` says faiss. Densities are computed only for rows that the walk reaches, and compare them with all
-rows found by any target row; beyond two thousand million pairs, with those of at most ten cells of an inverted file,
-as the authors' code does throughout.
+off ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact unless ``search`` says
+faiss.
 
 The paper draws with replacement. The default here draws without: Gumbel top-k on the log probabilities, which
 changes the rows' inclusion probabilities; when the budget exceeds the rows of probability above 0, the rest is
@@ -21,21 +19,20 @@ filled up with the rows nearest to any target row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, Requires, Rows, Selection, Selector
-from dataflex.rng import uniforms
+from dataflex.method import Card, Context, Rows
 from dataflex.select import tsds
 from dataflex.select.neighbours import require_search
 from dataflex.select.rules import KnnKde
-from dataflex.select.scoring import scattered
-from dataflex.selectors._lib import EmbeddingParams, compared, embeddings, embeddings_required
+from dataflex.select.scoring import Found
+from dataflex.selectors._lib import Compares, EmbeddingParams
 
 
-class Tsds(Selector):
+class Tsds(Compares):
     """Draw rows from the distribution nearest to the targets'."""
 
     name = "tsds"
@@ -51,50 +48,23 @@ class Tsds(Selector):
 
     params: Params
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return embeddings_required(self.params)
-
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_search(params.search)
 
-    def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw ``budget`` rows, or all that have an embedding where that is fewer and nothing repeats.
+    def scored(self, found: Found) -> Found:
+        """Return the same with the probability of each row (sum 1) as its score."""
+        probabilities, self._away = self.params.probabilities(np.concatenate(found.queries), found.vectors)
+        return replace(found, scores=probabilities)
 
-        Returns:
-            Rows in the order drawn; scores [len(pool)] are the probabilities (sum 1), NaN for rows without
-            an embedding, which are never drawn.
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the rows in the order drawn; once those of probability above 0 run out, the nearest others."""
+        again = self.params.replacement
+        return tsds.draw(found.scores, self._away, budget, rows, self.uniforms(ctx), replacement=again)
 
-        Raises:
-            DataError: The pool, or a target, has no row with an embedding.
-        """
-        if len(pool) == 0:
-            return Selection(rows=pool, scores=np.empty(0), reason="empty pool")
-        p = self.params
-        space = compared(self.name, pool, ctx, lambda rows, target: embeddings(rows, target, ctx, p))
-        assert space.vectors is not None
-        probabilities, away = tsds.probabilities(
-            np.concatenate(space.queries),
-            space.vectors,
-            max_k=p.max_k,
-            kde_k=p.kde_k,
-            sigma=p.sigma,
-            alpha=p.alpha,
-            c=p.c,
-            search=p.search,
-        )
-
-        def draws(_: str, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-            return uniforms(ctx.seed, "selector.tsds", ctx.interval.index, ids)
-
-        kept = tsds.draw(probabilities, away, budget, pool[space.places], draws, replacement=p.replacement)
-        positive = int(np.count_nonzero(probabilities))
-        reason = f"{len(kept)} of {len(pool)} rows drawn like {', '.join(ctx.targets)} from {positive} rows of "
-        reason += "probability above 0"
-        if not p.replacement and len(kept) > positive:
-            reason += f", and the {len(kept) - positive} nearest of the others"
-        if len(space.places) < len(pool):
-            reason += f"; {len(pool) - len(space.places)} rows have no embedding"
-        scores = scattered(probabilities, space.places, len(pool))
-        return Selection(rows=pool[space.places[kept]], scores=scores, reason=reason)
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the number of rows that were drawn from."""
+        positive = int(np.count_nonzero(found.scores))
+        how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
+        more = 0 if self.params.replacement else len(kept) - positive
+        return how + (f", and the {more} nearest of the others" if more > 0 else "")

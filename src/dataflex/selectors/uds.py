@@ -1,27 +1,27 @@
-"""UDS: of a batch of candidates, the rows whose logits span most and are unlike those of rows chosen lately.
+"""Keep, of a batch of candidates, the rows whose logits span most and are unlike those of rows chosen lately.
 
-"Utility-Diversity Aware Online Batch Selection for LLM Supervised Fine-tuning", ICML 2026, arXiv 2510.16882. A row's
-score is the nuclear norm of its logits (positions x vocabulary), plus alpha times the mean distance of a sketch of them
-to the sketches of the rows chosen last, a queue of 1,024; nothing is added while the queue is empty. The best rows are
-trained on, and their sketches join the queue.
+UDS: "Utility-Diversity Aware Online Batch Selection for LLM Supervised Fine-tuning", ICML 2026, arXiv 2510.16882. A
+row's score is the nuclear norm of its logits (positions x vocabulary), plus alpha times the mean distance of a sketch
+of them to the sketches of the rows chosen last, a queue of 1,024; nothing is added while the queue is empty. The best
+rows are trained on, and their sketches join the queue.
 
 Norms grow with length, so that long rows win. Padding never counts here, and by default only positions that predict
 the response do (``tokens: all`` takes the prompt in, which is as published); ``per_length`` divides norms and sketches
-by the square root of their number. The record's reason tells how long the chosen rows are. Scored in eval mode; alpha
-depends on the scale of the logits.
+by the square root of their number. The record's reason tells the mean length of the chosen rows. Scored in eval mode;
+alpha depends on the scale of the logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError
-from dataflex.method import Card, Context, Passes, Requires, Rows, param
+from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import TOKEN_LOSSES
 from dataflex.signals.kinds import LogitFeatures
 
 
@@ -61,37 +61,21 @@ class Uds(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"logits"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            within_batch=True,
-            passes=Passes(pool=(1.0, 0.0)),
-        )
+        return replace(TOKEN_LOSSES, signals=frozenset({"logits"}), within_batch=True)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.queue: NDArray[np.float32] | None = None
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return nuclear norms plus distances to rows chosen lately [N].
-
-        Raises:
-            ComponentError: Signals do not fit the rows asked for, or the queue holds sketches of another size.
-        """
+        """Return nuclear norms plus distances to rows chosen lately [N]."""
         p = self.params
         signal = LogitFeatures(
             tokens=p.tokens, per_length=p.per_length, rows=p.sketch_rows, columns=p.sketch_columns, seed=ctx.seed
         )
         found = ctx.signals(signal, pool)
-        if found.ndim != 2 or len(found) != len(pool):
-            raise ComponentError(f"uds: asked for logits of {len(pool):,} rows, was given {found.shape}")
         norms, sketches = found[:, 0], found[:, 1:]
         queue = np.zeros((0, sketches.shape[1]), dtype=np.float32) if self.queue is None else self.queue
-        if queue.shape[1] != sketches.shape[1]:
-            raise ComponentError(
-                f"uds: the queue holds sketches of {queue.shape[1]:,} numbers, the rows' have {sketches.shape[1]:,}"
-            )
         finite = np.isfinite(norms)
         scores = np.full(len(pool), np.nan)
         distances = p.alpha * mean_distances(sketches[finite], queue)

@@ -1,4 +1,4 @@
-"""Zeroth-order influence (experimental): directional derivatives of losses by differences, no backward pass.
+"""Keep rows by influence on the targets, estimated by differences of losses, without a backward pass (experimental).
 
 A method of existing DataFlex, without a paper: for random directions x_k, the same for all rows, the derivative of
 row i's loss is g_ik = (l_i(p + e x_k) - l_i(p - e x_k)) / (2 e), the simultaneous perturbation of Spall (1992). The
@@ -14,15 +14,16 @@ all rows by one random projection. Use this only where no gradient can be had.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import TOKEN_LOSSES
 from dataflex.signals.kinds import PerturbedLoss
 
 logger = logging.getLogger(__name__)
@@ -66,27 +67,16 @@ class Zeroth(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            whole_parameters=True,
-            passes=Passes(pool=(2.0 * self.params.directions, 0.0)),
-        )
+        passes = Passes(pool=(2.0 * self.params.directions, 0.0))
+        return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._warned = False
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
-        """Return estimated influence on the targets [T, N].
-
-        Raises:
-            DataError: No row of a target has a finite loss.
-            ComponentError: Losses do not fit the rows asked for.
-        """
-        num = self.params.directions
+        """Return estimated influence on the targets [T, N]; DataError where a target has no finite loss."""
+        num, targets = self.params.directions, ctx.targets
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -96,17 +86,6 @@ class Zeroth(ScoringSelector):
                 num**-0.5,
                 2 * num,
             )
-        return self._influence(pool, ctx).T
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return how good the estimate is."""
-        num = self.params.directions
-        how = f"{num} directions, standard error about {num**-0.5:.2f}"
-        return f"by estimated influence on {', '.join(ctx.targets)} ({how})"
-
-    def _influence(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return cosines or mean products [len(pool), targets], adding up direction by direction."""
-        num, targets = self.params.directions, ctx.targets
         products, squares = np.zeros((len(pool), len(targets))), np.zeros(len(pool))
         target_squares = np.zeros(len(targets))
         for direction in range(num * ctx.interval.index, num * (ctx.interval.index + 1)):
@@ -116,8 +95,14 @@ class Zeroth(ScoringSelector):
             squares += own**2
             target_squares += aims**2
         if self.params.similarity == "product":
-            return products / num
-        return np.asarray(products / np.maximum(np.sqrt(squares[:, None] * target_squares), 1e-30))
+            return products.T / num
+        return np.asarray(products / np.maximum(np.sqrt(squares[:, None] * target_squares), 1e-30)).T
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the standard error of the estimate."""
+        num = self.params.directions
+        how = f"{num} directions, standard error about {num**-0.5:.2f}"
+        return f"by estimated influence on {', '.join(ctx.targets)} ({how})"
 
     def _target_derivative(self, target: str, direction: int, ctx: Context) -> float:
         rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
@@ -136,6 +121,4 @@ class Zeroth(ScoringSelector):
             )
             for step in (p.epsilon, -p.epsilon)
         )
-        if above.shape != (len(rows),) or below.shape != (len(rows),):
-            raise ComponentError(f"zeroth: asked for losses of {len(rows):,} rows, was given shape {above.shape}")
         return central_difference(above, below, p.epsilon)
