@@ -11,7 +11,7 @@ import yaml
 from dataflex.config.components import _SHIPPED, Component, read_component
 from dataflex.config.legacy_selectors import _five_layers
 from dataflex.registry import find
-from dataflex.rewards.build import JudgeConfig
+from dataflex.rewards.judge import JudgeConfig
 
 
 def read(

@@ -134,7 +134,7 @@ def test_what_ifd_asks_for():
     ctx = example_context({"all": 3}, signals=GivenAnswers([1.0] * 3, [2.0] * 3), targets=())
     Ifd(Ifd.Params(scorer="folder", prefix_tokens=4)).select(pool_of(3), 1, ctx)
     asked = [call.options for call in ctx.signals.calls if call.signal == "losses"]
-    expected = {"scorer": "folder", "prefix_tokens": 4, "target": None}
+    expected = {"model": "folder", "prefix_tokens": 4, "target": None}
     assert asked == [{"conditioned": True, **expected}, {"conditioned": False, **expected}]
 
 

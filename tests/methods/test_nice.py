@@ -63,7 +63,7 @@ class Table:
     def __init__(self, values, offset=0.0):
         self.values, self.offset = values, offset
 
-    def grade(self, candidates):
+    def __call__(self, candidates):
         assert all(one.reference for one in candidates)
         return graded([value if isinstance(value, str) else value + self.offset for value in self._of(candidates)])
 
@@ -239,13 +239,9 @@ def test_it_ends_when_nothing_can_be_graded_or_when_asked_to():
 
 
 def test_a_reward_of_the_wrong_length_is_refused():
-    class Short:
-        def grade(self, candidates):
-            return Grades(values=np.ones(1))
-
     ctx = example_context({"all": 3}, signals=Policy([0, 1]))
     with pytest.raises(RewardError, match="graded 1 of 2 responses"):
-        nice(Short(), samples=2).select(np.arange(3), 1, ctx)
+        nice(lambda _: Grades(values=np.ones(1)), samples=2).select(np.arange(3), 1, ctx)
 
 
 # ---------------------------------------------------------------- targets, prompts, sampling

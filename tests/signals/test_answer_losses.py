@@ -252,7 +252,7 @@ def test_losses_by_a_model_with_the_same_tokens(service, tokenizer, tmp_path):
     rows = service.access.train.dataset
     got = service(TokenLoss(model=name, same_tokens=True), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=False, drop_first=False), rtol=2e-5)
-    got = service(ResponseLoss(conditioned=False, scorer=name), EVERY)
+    got = service(ResponseLoss(conditioned=False, model=name), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=True), rtol=2e-5)
     again = service(TokenLoss(model=name), EVERY[:3], target="goal")
     np.testing.assert_allclose(again, service(TokenLoss(model=name), EVERY[:3]), rtol=1e-6)
@@ -273,8 +273,8 @@ def test_another_tokenizer_reads_the_text(service, tokenizer, tmp_path):
 
     for got, options in (
         (service(TokenLoss(model=name), EVERY), {"alone": False}),
-        (service(ResponseLoss(conditioned=True, scorer=name), EVERY), {"alone": False}),
-        (service(ResponseLoss(conditioned=False, scorer=name, prefix_tokens=1), EVERY), {"alone": True, "prefix": 1}),
+        (service(ResponseLoss(conditioned=True, model=name), EVERY), {"alone": False}),
+        (service(ResponseLoss(conditioned=False, model=name, prefix_tokens=1), EVERY), {"alone": True, "prefix": 1}),
     ):
         want = expected(model, service.access.train.dataset, start=(0,), turn=turn, **options)
         np.testing.assert_allclose(got, want, rtol=2e-5)
@@ -286,7 +286,7 @@ def test_what_does_not_fit_into_a_scorer_is_scored_neither_way(service, tokenize
     name = another(tmp_path / "short", tokenizer, max_position_embeddings=8)
     model, rows = AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset
     for alone in (False, True):
-        got = service(ResponseLoss(conditioned=not alone, scorer=name), EVERY)
+        got = service(ResponseLoss(conditioned=not alone, model=name), EVERY)
         np.testing.assert_allclose(got, expected(model, rows, alone=alone, limit=8), rtol=2e-5)
     assert np.isnan(got[6])  # its prompt alone fills it
 
@@ -375,13 +375,13 @@ def test_no_row_is_asked_of_another_model_twice(service, tokenizer, tmp_path, mo
         return original(sweep, *rest)
 
     monkeypatch.setattr(runner, "Collector", counting)
-    whole = [service(ResponseLoss(conditioned=given, scorer=name), EVERY) for given in (False, True)]
+    whole = [service(ResponseLoss(conditioned=given, model=name), EVERY) for given in (False, True)]
     service.cache = SignalCache()
     scored.clear()
     for step, pool in enumerate(([4, 1], [1, 2, 4, 3], [0, 2])):
         service.begin(10 * step)
         for conditioned in (1, 0):
-            found = service(ResponseLoss(conditioned=bool(conditioned), scorer=name), np.array(pool))
+            found = service(ResponseLoss(conditioned=bool(conditioned), model=name), np.array(pool))
             np.testing.assert_allclose(found, whole[conditioned][pool], rtol=1e-5)
     assert scored == [[1, 4], [1, 4], [2], [2], [0], [0]]
 
@@ -393,7 +393,7 @@ def test_the_store_serves_other_steps_and_runs(service, tokenizer, tmp_path, mon
     for _ in range(2):
         service.cache = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: next(states))
         service.begin(0)
-        found = service(ResponseLoss(conditioned=False, scorer=name), EVERY)
+        found = service(ResponseLoss(conditioned=False, model=name), EVERY)
         service(ResponseLoss(conditioned=False), EVERY)
     np.testing.assert_allclose(
         found, expected(AutoModelForCausalLM.from_pretrained(name), service.access.train.dataset, alone=True), rtol=2e-5

@@ -16,7 +16,6 @@ from dataflex.errors import ConfigError
 from dataflex.signals import embeddings
 from dataflex.signals.embeddings import EncoderError, load_encoder, pool
 from dataflex.signals.kinds import Embedding
-from dataflex.signals.specs import EmbeddingSpec
 from tests.conftest import WORDS
 from tests.rounding import layers_apart
 from tests.signals.tiny import snapshot
@@ -64,7 +63,7 @@ def t5(tmp_path_factory, tiny_model):
 def test_texts_equal_one_text_at_a_time(family, pooling, layer, request, monkeypatch):
     monkeypatch.setattr(embeddings, "_TOKEN_BUDGET", 24)
     folder = request.getfixturevalue(family)
-    spec = EmbeddingSpec(pooling=pooling, layer=layer, normalize=pooling != "mean")
+    spec = Embedding(pooling=pooling, layer=layer, normalize=pooling != "mean")
     encoder = load_encoder(str(folder), spec=spec)
     got = encoder.encode(TEXTS)
     assert got.shape == (6, encoder.dimension)
@@ -85,7 +84,7 @@ def test_texts_equal_one_text_at_a_time(family, pooling, layer, request, monkeyp
 
 
 def test_the_encoder_of_an_encoder_decoder_model(t5):
-    encoder = load_encoder(str(t5), spec=EmbeddingSpec(pooling="mean"))
+    encoder = load_encoder(str(t5), spec=Embedding(pooling="mean"))
     vectors = encoder.encode(["the cat sat", "a mat"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-6)
     assert encoder.dimension == 16
@@ -128,10 +127,10 @@ def test_what_cannot_be_loaded(tmp_path, tiny_model):
     with pytest.raises(EncoderError, match="cannot be loaded as a transformers model"):
         load_encoder(str(tmp_path))
     with pytest.raises(ConfigError, match="completion_only needs labels"):
-        load_encoder(str(tiny_model), spec=EmbeddingSpec(completion_only=True))
+        load_encoder(str(tiny_model), spec=Embedding(completion_only=True))
     (tmp_path / "modules.json").write_text("[]")
     with pytest.raises(ConfigError, match="pools by its own rules"):
-        load_encoder(str(tmp_path), spec=EmbeddingSpec(pooling="mean"))
+        load_encoder(str(tmp_path), spec=Embedding(pooling="mean"))
 
 
 def test_rows_of_the_service_are_encoded_as_their_text(tiny_model, bert):

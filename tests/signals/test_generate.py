@@ -14,6 +14,7 @@ from dataflex.errors import ComponentError, ConfigError, DataError, UnsupportedE
 from dataflex.rng import uniforms
 from dataflex.signals.generate import Generator, pick_tokens
 from dataflex.signals.kinds import GenerationSpec
+from dataflex.signals.model_access import Corpus
 from tests.signals import tiny
 
 CPU = torch.device("cpu")
@@ -37,7 +38,8 @@ def models():
 
 
 def generator_of(model, budget=60):
-    return Generator(model, Decoder(), device=CPU, token_budget=budget)
+    rows = Corpus(dataset=[], lengths=np.zeros(0, dtype=np.int64))
+    return Generator(tiny.asking(model, rows, token_budget=budget, tokenizer=Decoder()).access)
 
 
 def oracle(model, prompt, spec, draw):

@@ -165,8 +165,7 @@ def test_a_store_gives_no_other_models_answers(tmp_path, change):
         )
 
     def ask(book, value):
-        device = torch.device("cpu")
-        work = book.work("losses", {}, model="", data="d", corpus="", shape=(2,), device=device)
+        work = book.work("losses", {}, model="", data="d", corpus="", shape=(2,))
         if not work.complete:
             work.record(np.arange(2), np.full(2, value, dtype=np.float32))
         return work.finish().tolist()

@@ -15,7 +15,7 @@ from dataflex.rng import stream
 from dataflex.signals.gradients import adam_direction
 from dataflex.signals.gradients.precondition import adam_scaled
 from dataflex.signals.kinds import GradientSpec, LogitFeatures
-from dataflex.signals.logits import LogitReader, LogitScorer, LogitSketch, nuclear_norm
+from dataflex.signals.logits import LogitScorer, LogitSketch, nuclear_norm
 from dataflex.signals.model_access import Corpus
 from tests.signals import tiny
 from tests.signals.test_gradient_signals import setting, unit  # noqa: F401  a fixture
@@ -44,7 +44,7 @@ def predicting(row):
 
 
 def score(model, spec, side="right", batch_of=4):
-    scorer = LogitScorer(LogitReader(model.eval()), spec, 12)
+    scorer = LogitScorer(model.eval(), spec, 12)
     rows = ROWS.rows
     parts = [scorer(tiny.collate(rows[i : i + batch_of], side=side)) for i in range(0, len(rows), batch_of)]
     return torch.cat(parts)

@@ -1,11 +1,10 @@
-"""What a reward is given and gives back."""
+"""What a reward is given and what it returns."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +38,8 @@ class Grades:
     """Rewards of candidates.
 
     Attributes:
-        values: float64 [n], NaN where there is none.
-        problems: Why there is none, one line each, for as many as there are.
+        values: float64 [n], NaN for a candidate without a reward.
+        problems: The reason for each NaN, one line each.
     """
 
     values: NDArray[np.float64]
@@ -54,45 +53,36 @@ class Grades:
         return told + (f"; and {more} others" if more > 0 else "")
 
 
-class Reward(Protocol):
-    """Grades candidates; one that cannot be graded is a problem, not an error."""
-
-    def grade(self, candidates: Sequence[Candidate]) -> Grades:
-        """Return one reward per candidate, in their order."""
-        ...
+Reward = Callable[[Sequence[Candidate]], Grades]
+"""Grades candidates, in their order. A candidate that cannot be graded is a problem of its grades, not an error."""
 
 
 def graded(found: Sequence[object]) -> Grades:
-    """Turn what a reward said of each candidate into grades.
+    """Turn the result of each candidate into grades.
 
     Args:
-        found: A number, or an exception or a text that says why there is none. Numbers that are not finite
-            are problems too.
+        found: For each candidate a number, or an exception or a text with the reason why there is none. A number
+            that is not finite is a problem too.
     """
     values, problems = np.full(len(found), np.nan), []
     for place, one in enumerate(found):
         if isinstance(one, Exception):
-            problems.append(f"{type(one).__name__}: {_line(one)}")
-        elif isinstance(one, str):
-            problems.append(_line(one))
+            problems.append(f"{type(one).__name__}: {_last_line(one)}")
+            continue
+        if isinstance(one, str):
+            problems.append(_last_line(one))
+            continue
+        try:
+            number = float(one)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            problems.append(f"the reward is {_last_line(repr(one))}, not a number")
+            continue
+        if np.isfinite(number):
+            values[place] = number
         else:
-            number = _number(one)
-            if number is None:
-                problems.append(f"the reward is {_line(repr(one))}, not a number")
-            elif not np.isfinite(number):
-                problems.append(f"the reward is {number}")
-            else:
-                values[place] = number
+            problems.append(f"the reward is {number}")
     return Grades(values=values, problems=tuple(problems))
 
 
-def _number(value: object) -> float | None:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _line(text: object) -> str:
-    lines = str(text).strip().splitlines()
-    return lines[-1][:200] if lines else ""
+def _last_line(text: object) -> str:
+    return (str(text).strip().splitlines() or [""])[-1][:200]

@@ -109,7 +109,7 @@ class Ifd(ScoringSelector):
         """Return ratios [N], NaN where there is none or where the response is too short."""
         p, self._kept_prefix = self.params, self._prefix(pool, ctx)
         given, alone = (
-            ctx.signals(ResponseLoss(conditioned=conditioned, scorer=p.scorer, prefix_tokens=self._kept_prefix), pool)
+            ctx.signals(ResponseLoss(conditioned=conditioned, model=p.scorer, prefix_tokens=self._kept_prefix), pool)
             for conditioned in (True, False)
         )
         scores = ifd_ratios(given, alone, p.ratio)

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Problem, Requires, Rows, RunFacts, Selection, param
 from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
-from dataflex.rewards.build import JudgeConfig, build_reward, reward_problem
+from dataflex.rewards.build import build_reward, reward_problem
+from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
@@ -128,7 +129,7 @@ def ask_and_grade(
     ]
 
     def grade() -> Grades:
-        found = reward.grade(candidates)
+        found = reward(candidates)
         if len(found.values) != len(candidates):
             raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} responses")
         failed = int(np.isnan(found.values).sum())

@@ -1,4 +1,4 @@
-"""Values that were paid for: kept for the step that they belong to, for a while, or on disk as they come."""
+"""Values that were paid for: kept for a decision, for some steps, for the run, or on disk as they come."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dataflex.plan.domains import Rows
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.state import State
 
-_AGELESS = -1  # step of values of models that stay as they are
+_AGELESS = -1  # step of values of models that do not change
 
 SignalValue = NDArray[np.float32]
 
@@ -28,12 +27,10 @@ def rows_digest(rows: Rows) -> str:
 
 @dataclass(kw_only=True)
 class SignalCache:
-    """Gives values again.
-
-    Those of a model that stays as it is are kept row by row: no row is computed twice in a run.
+    """Gives values again; those of a model that does not change are kept row by row, for the whole run.
 
     Attributes:
-        max_age_steps: Oldest values, in optimizer steps, that are given again.
+        max_age_steps: Age of the oldest values that are given again, in optimizer steps.
         store: Where passes write as they go; None keeps values in memory only.
         store_bytes: Oldest stored arrays are dropped beyond this size.
         model_identity: Names the model; asked once a step, and only with a store (collective).
@@ -70,40 +67,30 @@ class SignalCache:
         return values.copy()
 
     def table(self, key: dict[str, Any], num_rows: int) -> SignalValue:
-        """Return the numbers of a model that stays as it is: (number, whether it is known) of every row [N, 2]."""
+        """Return the numbers of a model that does not change: (number, whether it is known) of every row [N, 2]."""
         empty = (_AGELESS, np.zeros((num_rows, 2), dtype=np.float32))
         return self._kept.setdefault(json.dumps(key, sort_keys=True), empty)[1]
 
     def work(
-        self,
-        method: str,
-        parameters: dict[str, Any],
-        *,
-        model: str,
-        data: str,
-        corpus: str,
-        shape: tuple[int, ...],
-        device: torch.device,
-    ) -> ResumablePass | None:
-        """Open the stored array of a pass (collective); None without a store.
+        self, method: str, parameters: dict[str, Any], *, model: str, data: str, corpus: str, shape: tuple[int, ...]
+    ) -> ResumablePass:
+        """Open the stored array of a pass (collective); only with a store.
 
         Args:
             method: What is computed.
             parameters: How: JSON values.
-            model: Identity of a model that stays as it is; "" for the model under training.
+            model: Identity of a model that does not change; "" for the model under training.
             data: Identity of the rows.
             corpus: Name of the target that they are of, "" for the training set.
             shape: Of the array.
-            device: Where ranks exchange tensors.
         """
-        if self.store is None:
-            return None
+        assert self.store is not None
         if not model:
             if self._identity is None or self._identity[0] != self.step:
                 self._identity = (self.step, self.model_identity())
             model = self._identity[1]
         key = CacheKey(model=model, data=data, method=method, parameters={**parameters, **self.surroundings(corpus)})
-        return ResumablePass(self.store, key, shape=shape, dtype=np.float32, device=device)
+        return ResumablePass(self.store, key, shape=shape, dtype=np.float32)
 
     def state_dict(self) -> State:
         """Return values that a later step may be given again, so that a resumed run gives the same ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from torch import nn
 
 from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.losses import model_inputs, real_tokens
+from dataflex.signals.kinds import Embedding
+from dataflex.signals.losses import IGNORE, model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
-from dataflex.signals.specs import EmbeddingSpec
-from dataflex.signals.sweep import Sweep, bucketed, preserve_state
+from dataflex.signals.other_models import LOAD_ERRORS
+from dataflex.signals.sweep import Sweep, bucketed, padded, preserve_state
 from dataflex.signals.texts import row_texts
 
-_IGNORE = -100
+_MAX_TOKENS = 512  # of a text that an encoder reads; the rest is cut off
+_TOKEN_BUDGET = 16384  # largest number of padded tokens in an encoder's batch
+_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
 def pool(
-    hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
+    hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
 ) -> torch.Tensor:
     """Return one vector per row.
 
@@ -34,86 +38,66 @@ def pool(
     Args:
         hidden_BTD: Hidden states [B, T, D] in any floating dtype.
         attention_mask: [B, T], 0 is padding, on whichever side; None means no padding.
-        labels: [B, T]; looked at under ``completion_only`` only.
+        labels: [B, T]; used under ``completion_only`` only.
         spec: How to pool.
 
     Returns:
         fp32 [B, D]; NaN where a row has nothing to pool.
     """
-    kept_BT = _kept(hidden_BTD, attention_mask, labels, spec)
-    weights_BT = _weights(kept_BT, spec)
+    kept_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.bool)
+    if attention_mask is not None:
+        kept_BT = attention_mask.ne(0)
+    if spec.completion_only:
+        assert labels is not None, "completion_only needs labels"
+        kept_BT = kept_BT & labels.ne(IGNORE)
+    place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
+    raw_BT = {
+        "weighted_mean": place_BT,
+        "mean": kept_BT,
+        "last": kept_BT & place_BT.eq(kept_BT.sum(dim=1, keepdim=True)),
+        "first": place_BT.eq(1),
+    }[spec.pooling].long()
+    weights_BT = raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     clean_BTD = hidden_BTD.float().masked_fill(~kept_BT[:, :, None], 0.0)
-    return _finish(torch.bmm(weights_BT[:, None, :], clean_BTD)[:, 0], spec)
+    vectors_BD = torch.bmm(weights_BT[:, None, :], clean_BTD)[:, 0]
+    if not spec.normalize:
+        return vectors_BD
+    norms = vectors_BD.norm(dim=1, keepdim=True)
+    return torch.where(norms.eq(0), vectors_BD, vectors_BD / norms)
 
 
 def pool_documents(
-    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: Embedding
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one vector per packed document.
 
     Args:
         hidden_BTD: Hidden states [B, T, D].
-        documents_BT: Document of each token in its row, -1 for padding; see ``packing.document_ids``.
-        labels: [B, T]; looked at under ``completion_only`` only.
+        documents_BT: Document of each token in its row, -1 for padding; see ``losses.document_ids``.
+        labels: [B, T]; used under ``completion_only`` only.
         spec: How to pool.
 
     Returns:
         Vectors fp32 [m, D] (NaN where a document has nothing to pool) and (row, document) int64 [m, 2].
     """
-    inside = documents_BT.ge(0)
-    row, column = inside.nonzero(as_tuple=True)
+    row, column = documents_BT.ge(0).nonzero(as_tuple=True)
     pairs = torch.stack([row, documents_BT[row, column]], dim=1)
     keys, which = torch.unique(pairs, dim=0, return_inverse=True)
     # Each document becomes a row of its own, so that there is one definition of pooling.
-    starts = torch.zeros(len(keys), dtype=torch.int64, device=row.device)
     sizes = torch.bincount(which, minlength=len(keys))
-    starts[1:] = sizes.cumsum(0)[:-1]
     order = torch.argsort(which, stable=True)
-    offset = torch.arange(len(which), device=row.device) - starts[which[order]]
+    row, column, which = row[order], column[order], which[order]
+    offset = torch.arange(len(which), device=row.device) - (sizes.cumsum(0) - sizes)[which]
     width = int(sizes.max()) if len(sizes) else 0
-    mask = torch.zeros(len(keys), width, dtype=torch.bool, device=row.device)
-    mask[which[order], offset] = True
-    spread = hidden_BTD.new_zeros(len(keys), width, hidden_BTD.shape[-1])
-    spread[which[order], offset] = hidden_BTD[row[order], column[order]]
-    spread_labels = None
-    if labels is not None:
-        spread_labels = labels.new_full((len(keys), width), _IGNORE)
-        spread_labels[which[order], offset] = labels[row[order], column[order]]
-    return pool(spread, mask, spread_labels, spec), keys
 
+    def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
+        out = values.new_full((len(keys), width, *values.shape[2:]), fill)
+        out[which, offset] = values[row, column]
+        return out
 
-def _kept(
-    hidden_BTD: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
-) -> torch.Tensor:
-    batch, width = hidden_BTD.shape[:2]
-    kept = torch.ones(batch, width, dtype=torch.bool, device=hidden_BTD.device) if mask is None else mask.ne(0)
-    if spec.completion_only:
-        if labels is None:
-            raise ValueError("completion_only needs labels")
-        kept = kept & labels.ne(_IGNORE)
-    return kept
-
-
-def _weights(kept_BT: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
-    """Weights fp32 [B, T] that sum to 1 over the kept tokens of a row; NaN in rows without any."""
-    place_BT = kept_BT.long().cumsum(dim=1) * kept_BT  # 1, 2, ... over the kept tokens, 0 elsewhere
-    count_B1 = kept_BT.sum(dim=1, keepdim=True)
-    if spec.pooling == "weighted_mean":
-        raw_BT = place_BT
-    elif spec.pooling == "mean":
-        raw_BT = kept_BT.long()
-    else:
-        wanted = count_B1 if spec.pooling == "last" else torch.ones_like(count_B1)
-        raw_BT = (kept_BT & place_BT.eq(wanted)).long()
-    return raw_BT.float() / raw_BT.sum(dim=1, keepdim=True).float()
-
-
-def _finish(vectors_BD: torch.Tensor, spec: EmbeddingSpec) -> torch.Tensor:
-    if not spec.normalize:
-        return vectors_BD
-    norms = vectors_BD.norm(dim=1, keepdim=True)
-    return torch.where(norms.eq(0), vectors_BD, vectors_BD / norms)
+    mask = spread(torch.ones_like(documents_BT), 0)
+    return pool(spread(hidden_BTD, 0.0), mask, None if labels is None else spread(labels, IGNORE), spec), keys
 
 
 def embedding_size(model: nn.Module) -> int:
@@ -130,7 +114,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
         batch: A collated batch on the device.
-        layer: See ``EmbeddingSpec.layer``.
+        layer: See ``Embedding``.
 
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
@@ -147,17 +131,12 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     return seen[0]
 
 
-def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
+def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
 
     Packed rows are pooled as a whole.
     """
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
-
-
-_MAX_TOKENS = 512  # of a text; the rest is cut off
-_TOKEN_BUDGET = 16384  # padded tokens of a batch at most
-_MISSING = "sentence-transformers models need an optional package: pip install dataflex[encoders]"
 
 
 class EncoderError(DataFlexError):
@@ -179,7 +158,7 @@ class TextEncoder:
         return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
 
 
-def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch.device | None = None) -> TextEncoder:
+def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.device | None = None) -> TextEncoder:
     """Load an encoder in float32; it reads the first 512 tokens of a text.
 
     Args:
@@ -193,10 +172,10 @@ def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch
         ConfigError: A spec that the encoder cannot follow.
         EncoderError: The model cannot be loaded, or an optional package is missing.
     """
-    place, spec = device or torch.device("cpu"), spec or EmbeddingSpec()
+    place, spec = device or torch.device("cpu"), spec or Embedding()
     if not (Path(model) / "modules.json").is_file():
         return TransformersEncoder(model, spec, place)
-    if spec != EmbeddingSpec(normalize=spec.normalize):
+    if replace(spec, encoder=None) != Embedding(normalize=spec.normalize):
         raise ConfigError(
             f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
         )
@@ -206,7 +185,7 @@ def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch
 class TransformersEncoder(TextEncoder):
     """A causal or encoder model read by ``AutoModel``; see ``load_encoder``."""
 
-    def __init__(self, model: str, spec: EmbeddingSpec, device: torch.device) -> None:
+    def __init__(self, model: str, spec: Embedding, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         if spec.completion_only:
@@ -215,7 +194,7 @@ class TransformersEncoder(TextEncoder):
             try:
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
                 body: Any = AutoModel.from_pretrained(model)
-            except (OSError, ValueError, KeyError) as error:
+            except LOAD_ERRORS as error:
                 raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
@@ -230,16 +209,11 @@ class TransformersEncoder(TextEncoder):
         if not len(texts):
             return out
         ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
         parts = model_parts(self._body)
-        for positions in bucketed(lengths, _TOKEN_BUDGET):
-            width = max(int(lengths[positions].max()), 1)
-            tokens = torch.zeros(len(positions), width, dtype=torch.int64)
-            mask = torch.zeros_like(tokens)
-            for row, position in enumerate(positions):
-                tokens[row, : lengths[position]] = torch.tensor(ids[position], dtype=torch.int64)
-                mask[row, : lengths[position]] = 1
-            tokens, mask = tokens.to(self.device), mask.to(self.device)
+        for positions in bucketed(np.array([len(row) for row in ids], dtype=np.int64), _TOKEN_BUDGET):
+            batch = [ids[position] for position in positions]
+            tokens = padded([row or [0] for row in batch], 0).to(self.device)
+            mask = padded([[1] * len(row) or [0] for row in batch], 0).to(self.device)
             with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
                 self._body(input_ids=tokens, attention_mask=mask)
             out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
@@ -257,16 +231,16 @@ class SentenceEncoder(TextEncoder):
         with preserve_state():
             try:
                 self._model: Any = SentenceTransformer(model, device=str(device))
-            except (OSError, ValueError, KeyError) as error:
+            except LOAD_ERRORS as error:
                 raise EncoderError(
                     f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
                 ) from error
-        self._model.to(torch.float32).eval()
-        own = self._model.max_seq_length
-        self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
-        self._normalize, self.device = normalize, device
-        with preserve_state():  # the method that tells the dimension has another name in each major version
+            self._model.to(torch.float32).eval()
+            own = self._model.max_seq_length
+            self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
+            # The method that tells the dimension has another name in each major version.
             self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
+        self._normalize, self.device = normalize, device
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]."""
@@ -285,16 +259,18 @@ class SentenceEncoder(TextEncoder):
         return out
 
 
-def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device) -> Sweep:
-    """Return a pass over the text of rows, for ``score`` of an encoder.
+class _Texts:
+    """Texts by row id."""
 
-    Args:
-        corpus: Where the rows are.
-        rows: Row ids [n].
-        tokenizer: Decodes the rows.
-        token_budget: Padded tokens of a batch at most.
-        device: Where ranks exchange tensors.
-    """
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        self._dataset, self._tokenizer = dataset, tokenizer
+
+    def __getitems__(self, ids: list[int]) -> list[str]:
+        return row_texts(self._dataset, np.array(ids, dtype=np.int64), self._tokenizer)
+
+
+def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int, device: torch.device) -> Sweep:
+    """Return a pass over the text of rows [n], which ``tokenizer`` decodes, for ``score`` of an encoder."""
     return Sweep(
         dataset=_Texts(corpus.dataset, tokenizer),
         rows=rows,
@@ -304,13 +280,3 @@ def text_sweep(corpus: Corpus, rows: Rows, tokenizer: Any, *, token_budget: int,
         device=device,
         what="embeddings by another model",
     )
-
-
-class _Texts:
-    """Texts by row id."""
-
-    def __init__(self, dataset: Any, tokenizer: Any) -> None:
-        self._dataset, self._tokenizer = dataset, tokenizer
-
-    def __getitems__(self, ids: list[int]) -> list[str]:
-        return row_texts(self._dataset, np.array(ids, dtype=np.int64), self._tokenizer)

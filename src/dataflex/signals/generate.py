@@ -1,30 +1,28 @@
 """Batched sampling from the model under training.
 
-The loop is our own rather than ``model.generate``: it calls the outermost module, so that FSDP2 and
-ZeRO-3 gather parameters as in any forward, keeps all ranks in step, leaves nothing behind on the model
-and draws no global random numbers. Each draw is a function of (seed, prompt id, sample, position) only,
-so that the batch and the number of ranks change nothing but the last bits of the logits.
+The loop is our own rather than ``model.generate``: it calls the outermost module, so that FSDP2 and ZeRO-3 gather
+parameters as in any forward, keeps all ranks in step, leaves nothing behind on the model and draws no global random
+numbers. Each draw is a function of (seed, prompt id, sample, position) only, so that the batch and the number of ranks
+change nothing but the last bits of the logits.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dataflex import comm
-from dataflex.console import progress
 from dataflex.errors import ComponentError, DataError, UnsupportedError
 from dataflex.rng import uniforms
+from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import is_partitioned, model_parts
 from dataflex.signals.specs import Generation, GenerationSpec
-from dataflex.signals.sweep import bucketed, preserve_state
+from dataflex.signals.sweep import Sweep, padded, preserve_state
 
 _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
 
@@ -36,7 +34,7 @@ def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: Generat
 
     Args:
         logits_BV: [B, V].
-        uniforms_B: float64 [B] in (0, 1); not looked at when greedy.
+        uniforms_B: float64 [B] in (0, 1); not used when greedy.
         spec: How to sample.
 
     Returns:
@@ -64,35 +62,24 @@ def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: Generat
 
 
 class Generator:
-    """Samples from a causal language model.
+    """Samples from the causal language model of ``access``.
 
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        tokenizer: Decodes; its ``eos_token_id`` ends a sample, besides the model's own.
-        device: Where the model is.
-        token_budget: Padded tokens of a batch at most, prompt and new ones together.
-        autocast: The trainer's mixed-precision context.
+    A sample ends with the tokenizer's ``eos_token_id`` or one of the model's own. Batches stay within the token
+    budget, prompt and new tokens together.
 
     Raises:
-        UnsupportedError: No causal language model inside.
+        UnsupportedError: No causal language model inside, or no tokenizer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        device: torch.device,
-        token_budget: int,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self._parts = model_parts(model)
-        if self._parts.head is None or hasattr(model, "pretrained_model"):
-            raise UnsupportedError(f"generation needs a causal language model, found {type(model).__name__}")
-        self._tokenizer, self._device = tokenizer, device
-        self._token_budget, self._autocast = token_budget, autocast
+    def __init__(self, access: ModelAccess) -> None:
+        self._access, self._tokenizer = access, access.known_tokenizer("generation")
+        self._parts = model_parts(access.model)
+        if self._parts.head is None or hasattr(access.model, "pretrained_model"):
+            raise UnsupportedError(f"generation needs a causal language model, found {type(access.model).__name__}")
         self._accepts = frozenset(inspect.signature(self._parts.lm.forward).parameters)
-        self._ends = _end_tokens(self._parts.lm, tokenizer)
+        own = getattr(getattr(self._parts.lm, "generation_config", None), "eos_token_id", None)
+        ends = [self._tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])]
+        self._ends = frozenset(int(token) for token in ends if token is not None)
 
     @torch.no_grad()
     def sample(
@@ -116,26 +103,27 @@ class Generator:
         if empty:
             raise DataError(f"generation: prompts {empty[:5]} have no tokens")
         names = np.arange(len(prompts), dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
-        count = spec.num_samples
-        which = np.repeat(np.arange(len(prompts)), count).tolist()
+        count, device, root = spec.num_samples, self._access.device, self._parts.root
+        repeated = [prompt for prompt in prompts for _ in range(count)]
         draws = np.repeat(names, count) * _SAMPLES + np.tile(np.arange(count), len(prompts))
-        lengths = np.array([len(prompts[index]) for index in which], dtype=np.int64)
-        batches = bucketed(lengths + spec.max_new_tokens, self._token_budget)
-        world, rank = comm.world(), comm.rank()
-        made = [torch.zeros(0, spec.max_new_tokens, dtype=torch.int64, device=self._device)]
-        places = [torch.zeros(0, dtype=torch.int64, device=self._device)]
-        with preserve_state(self._parts.root):
-            self._parts.root.eval()
-            with progress("responses generated", len(which)) as told:
-                for first in range(0, len(batches), world):
-                    index = first + rank
-                    # A rank without a batch left repeats the last: partitioned parameters need equally many passes.
-                    batch = batches[min(index, len(batches) - 1)]
-                    tokens = self._batch([prompts[which[i]] for i in batch.tolist()], draws[batch], spec)
-                    if index < len(batches):
-                        made.append(tokens)
-                        places.append(torch.from_numpy(batch).to(self._device))
-                    told(sum(len(batch) for batch in batches[: first + world]))
+        sweep = Sweep(
+            dataset=repeated,
+            rows=np.arange(len(repeated), dtype=np.int64),
+            lengths=np.array([len(prompt) for prompt in repeated], dtype=np.int64) + spec.max_new_tokens,
+            collate=_left_padded,
+            token_budget=self._access.token_budget,
+            device=device,
+            what="responses generated",
+        )
+        made = [torch.zeros(0, spec.max_new_tokens, dtype=torch.int64, device=device)]
+        places = [torch.zeros(0, dtype=torch.int64, device=device)]
+        with preserve_state(root):
+            root.eval()
+            for positions, batch, mine in sweep.turns():
+                tokens = self._batch(batch["input_ids"], batch["mask"], draws[positions], spec)
+                if mine:
+                    made.append(tokens)
+                    places.append(torch.from_numpy(positions).to(device))
         tokens_all, _ = comm.gather_rows(torch.cat(made))
         places_all, _ = comm.gather_rows(torch.cat(places))
         by_place = tokens_all[places_all.argsort()].cpu().tolist()
@@ -143,33 +131,24 @@ class Generator:
 
     def _generation(self, prompt: int, sample: int, row: list[int]) -> Generation:
         tokens = tuple(token for token in row if token >= 0)
-        return Generation(
-            prompt=prompt,
-            sample=sample,
-            token_ids=tokens,
-            text=self._tokenizer.decode(list(tokens), skip_special_tokens=True),
-            finished=tokens[-1] in self._ends,
-        )
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return Generation(prompt=prompt, sample=sample, token_ids=tokens, text=text, finished=tokens[-1] in self._ends)
 
-    def _batch(self, prompts: list[Sequence[int]], draws: NDArray[np.int64], spec: GenerationSpec) -> torch.Tensor:
+    def _batch(
+        self, inputs: torch.Tensor, mask: torch.Tensor, draws: NDArray[np.int64], spec: GenerationSpec
+    ) -> torch.Tensor:
         """Return new tokens [B, max_new_tokens], -1 after the end."""
-        width = max(len(prompt) for prompt in prompts)
-        inputs = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros_like(inputs)
-        for row, prompt in enumerate(prompts):
-            inputs[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
-            mask[row, width - len(prompt) :] = 1
-        inputs, mask = inputs.to(self._device), mask.to(self._device)
-        ends = torch.tensor(sorted(self._ends), dtype=torch.int64, device=self._device)
-        new = torch.full((len(prompts), spec.max_new_tokens), -1, dtype=torch.int64, device=self._device)
-        alive = torch.ones(len(prompts), dtype=torch.bool, device=self._device)
+        device = inputs.device
+        ends = torch.tensor(sorted(self._ends), dtype=torch.int64, device=device)
+        new = torch.full((len(inputs), spec.max_new_tokens), -1, dtype=torch.int64, device=device)
+        alive = torch.ones(len(inputs), dtype=torch.bool, device=device)
         in_step = comm.world() > 1 and is_partitioned(self._parts.root)
         fed, past = inputs, None
         for step in range(spec.max_new_tokens):
             logits, past = self._forward(fed, mask, past)
             if not torch.isfinite(logits.max(dim=-1).values).all():
                 raise ComponentError("generation: the model's logits are not finite")
-            u = torch.from_numpy(uniforms(spec.seed, "generate", step, draws)).to(self._device)
+            u = torch.from_numpy(uniforms(spec.seed, "generate", step, draws)).to(device)
             token = pick_tokens(logits, u, spec)
             new[:, step] = torch.where(alive, token, -1)
             alive = alive & ~torch.isin(token, ends)
@@ -191,14 +170,11 @@ class Generator:
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -fed.shape[1] :]
         if "logits_to_keep" in self._accepts:
             options["logits_to_keep"] = 1
-        with self._autocast():
+        with self._access.autocast():
             outputs = self._parts.root(input_ids=fed, **options)
         return outputs.logits[:, -1], getattr(outputs, "past_key_values", None)
 
 
-def _end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a sample: the tokenizer's and those of the model's generation settings."""
-    config = getattr(lm, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
-    return frozenset(int(token) for token in found if token is not None)
+def _left_padded(prompts: list[Any]) -> dict[str, torch.Tensor]:
+    mask = padded([[1] * len(prompt) for prompt in prompts], 0, "left")
+    return {"input_ids": padded(prompts, 0, "left"), "mask": mask}

@@ -1,10 +1,9 @@
 """The identity of a model, for naming stored values: what its numbers are, and how they act.
 
-A full hash of billions of parameters would cost more than some passes; two moments and a sample of
-every tensor tell states of a training run apart, since an optimizer step moves all of a tensor. Equal
-parameters under another configuration (rotary base, attention, scale of an adapter, precision) give other
-values, and so have another name. Noise that acts in training only (NEFTune, dropout) is no part of it:
-values are made in eval mode.
+A full hash of billions of parameters would cost more than some passes. Two moments and a sample of every tensor tell
+states of a training run apart, since an optimizer step changes all of a tensor. Equal parameters under another
+configuration (rotary base, attention, scale of an adapter, precision) give other values, and so have another name.
+Noise that acts in training only (NEFTune, dropout) has no part in it: values are made in eval mode.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dataflex import comm
 from dataflex.signals.sweep import fetch
@@ -42,42 +40,32 @@ _OF_NO_EFFECT = frozenset(
 """Settings that say where a model came from, act at other times, or are told by its modules and parameters."""
 _ADAPTER_SETTINGS = ("scaling", "use_dora", "merged_adapters", "active_adapters", "disable_adapters")
 
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a parameter that this rank holds: all of it unless ZeRO-3 or FSDP partitions it."""
     if hasattr(tensor, "ds_tensor"):
         return tensor.ds_tensor.detach()
-    if hasattr(tensor, "to_local"):
-        return tensor.to_local().detach()
-    return tensor.detach()
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def state_identity(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return 32 hex digits that name the values of tensors (collective).
-
-    Args:
-        named: Names and tensors, in the same order on every rank.
-    """
+    """Return 32 hex digits that name the values of tensors, in the same order on every rank (collective)."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
         local = _local(tensor)
         flat = (torch.view_as_real(local) if local.is_complex() else local).reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not flat.numel():
-            continue
-        wide = flat.double()
-        numbers = [wide.sum(), (wide * wide).sum(), *wide[:: max(1, wide.numel() // _SAMPLED)][:_SAMPLED]]
-        digest.update(torch.stack(numbers).cpu().numpy().tobytes())
-    return _over_ranks(digest.hexdigest())
-
-
-def _over_ranks(mine: str) -> str:
-    if comm.world() == 1:
-        return mine
-    all_ranks: list[str] = [""] * comm.world()
-    dist.all_gather_object(all_ranks, mine)
+        if flat.numel():
+            wide = flat.double()
+            numbers = [wide.sum(), (wide * wide).sum(), *wide[:: max(1, wide.numel() // _SAMPLED)][:_SAMPLED]]
+            digest.update(torch.stack(numbers).cpu().numpy().tobytes())
+    mine = digest.hexdigest()
+    every = comm.gather_objects(mine)
     # Ranks that hold whole parameters agree; parts are named by all of them together.
-    return mine if len(set(all_ranks)) == 1 else _digest("".join(all_ranks))
+    return mine if len(set(every)) == 1 else _digest("".join(every))
 
 
 def model_identity(model: torch.nn.Module) -> str:
@@ -87,24 +75,18 @@ def model_identity(model: torch.nn.Module) -> str:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield everything that values are kept in: parameters, the scales of quantized ones, buffers."""
+    """Yield all tensors of a model: parameters, what bitsandbytes keeps beside quantized ones, buffers."""
     for name, parameter in model.named_parameters():
         yield name, parameter
-        for part, scales in _scales(parameter):
-            yield f"{name} {part}", scales
+        state: Any = getattr(parameter, "quant_state", None)
+        scales = {
+            "absmax": getattr(state, "absmax", None),
+            "offset": getattr(state, "offset", None),
+            "state2": getattr(getattr(state, "state2", None), "absmax", None),
+            "SCB": getattr(parameter, "SCB", None),
+        }
+        yield from ((f"{name} {part}", found) for part, found in scales.items() if torch.is_tensor(found))
     yield from model.named_buffers()
-
-
-def _scales(parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what bitsandbytes keeps beside a quantized parameter."""
-    state: Any = getattr(parameter, "quant_state", None)
-    for part in ("absmax", "offset"):
-        if torch.is_tensor(found := getattr(state, part, None)):
-            yield part, found
-    if torch.is_tensor(found := getattr(getattr(state, "state2", None), "absmax", None)):
-        yield "state2", found
-    if torch.is_tensor(found := getattr(parameter, "SCB", None)):
-        yield "SCB", found
 
 
 def _settings(model: torch.nn.Module) -> Iterator[Any]:
@@ -138,9 +120,7 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
-    if torch.is_tensor(value) or isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return str(value)
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else str(value)
 
 
 def _acting(settings: dict[Any, Any]) -> dict[str, Any]:
@@ -152,7 +132,7 @@ def _acting(settings: dict[Any, Any]) -> dict[str, Any]:
     }
 
 
-def precision(autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> dict[str, str]:
+def precision(autocast: Autocast, device: torch.device) -> dict[str, str]:
     """Return how numbers are worked out around a model's forward: autocast, device, precision of products."""
     with autocast():
         enabled = torch.is_autocast_enabled(device.type)
@@ -166,14 +146,8 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return "" if tokenizer is None else _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
-def inputs_identity(dataset: Any, num_rows: int, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> str:
-    """Return 32 hex digits that name how rows become batches: masks and positions keep packed documents apart.
-
-    Args:
-        dataset: Features by row id; some rows are collated.
-        num_rows: N.
-        collate: Features to a batch.
-    """
+def inputs_identity(dataset: Any, num_rows: int, collate: Collate) -> str:
+    """Return 32 hex digits that name how rows become batches: masks and positions keep packed documents apart."""
     digest = hashlib.blake2b(digest_size=16)
     for row in np.unique(np.linspace(0, num_rows - 1, _PROBED_ROWS).astype(np.int64)) if num_rows else []:
         batch = collate(fetch(dataset, np.array([row])))
@@ -186,12 +160,7 @@ def inputs_identity(dataset: Any, num_rows: int, collate: Callable[[list[dict[st
 
 
 def surroundings(
-    dataset: Any,
-    num_rows: int,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    tokenizer: Any,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    device: torch.device,
+    dataset: Any, num_rows: int, collate: Collate, tokenizer: Any, autocast: Autocast, device: torch.device
 ) -> dict[str, Any]:
     """Return, as JSON values, what values of rows come from besides the model and the tokens."""
     return {
@@ -202,4 +171,4 @@ def surroundings(
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

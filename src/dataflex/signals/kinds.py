@@ -7,24 +7,15 @@ opened, so methods may import these names freely. A plugin adds a signal by a su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.signals.specs import (
-    EmbeddingSpec,
-    Generation,
-    GenerationSpec,
-    GradientSpec,
-    LogitSpec,
-    Part,
-    Pooling,
-    WeightedResponse,
-)
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.signals.specs import Generation, GenerationSpec, GradientSpec, Part, Pooling, WeightedResponse
 
 if TYPE_CHECKING:
     import torch
@@ -62,13 +53,15 @@ __all__ = [
 
 _KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
 
+Kept = Literal["step", "run", "never"]
+
 Scorer = Callable[[dict[str, Any]], "torch.Tensor"]
 """Collated batch on the device -> one value per row [b, *tail], NaN where a row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """Something that a model makes of each row. The fields of a subclass say how it is made.
+    """A value that a model gives each row. The fields of a subclass say how it is computed.
 
     The runner does everything around the scorer: batches by length, ranks, eval mode, no gradients, mixed precision,
     random states, progress, the cache and the store.
@@ -76,8 +69,8 @@ class Signal:
     Attributes:
         name: Names it in progress lines, in the cache and in the store.
         needs: The member of ``Requires.signals`` that a method states to ask it.
-        forward: Forward passes for each row.
-        backward: Backward passes for each row.
+        forward: Number of forward passes for each row.
+        backward: Number of backward passes for each row.
         whole_parameters: Whether parameters must not be partitioned over ranks (ZeRO-3, FSDP).
         autocast: Whether the scorer runs in the Trainer's mixed precision.
         joint: Whether values of rows depend on one another: ``together`` is called instead of ``open``.
@@ -92,7 +85,7 @@ class Signal:
     joint: ClassVar[bool] = False
 
     @property
-    def kept(self) -> Literal["step", "run", "never"]:
+    def kept(self) -> Kept:
         """How long values are given again.
 
         - ``step``: within a decision, up to ``max_age_steps`` longer, and in the store.
@@ -135,7 +128,38 @@ class Signal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenLoss(Signal):
+class _SegmentLoss(Signal):
+    """What mean losses of segments share: sums of losses and numbers of tokens [P, 2] become the rows' means [n]."""
+
+    model: str | None = None
+
+    @property
+    def kept(self) -> Kept:
+        return "step" if self.model is None else "run"
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
+        return (2,)
+
+    def key(self, access: ModelAccess) -> dict[str, Any]:
+        return {"cut": self._cut(access).identity}
+
+    def model_identity(self, access: ModelAccess) -> str:
+        return "" if self.model is None else access.scorer(self.model).identity
+
+    def _cut(self, access: ModelAccess) -> Cut:
+        raise NotImplementedError
+
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
+        from dataflex.signals.texts import segment_sweep
+
+        return segment_sweep(super().sweep(access, rows, target), self._cut(access))
+
+    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:
+        return _segment_sums(access, self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss(_SegmentLoss):
     """Token-mean loss of each row [n]; NaN for rows without supervised tokens.
 
     Attributes:
@@ -148,29 +172,22 @@ class TokenLoss(Signal):
     """
 
     name = "losses"
-    model: str | None = None
     same_tokens: bool = False
 
-    @property
-    def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
-        return "step" if self.model is None else "run"
-
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
-        return () if self.model is None else (2,)
+        return () if self.model is None else super().tail(access)
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
-        return {} if self.model is None else {"cut": self._cut(access, self.model).identity}
+        return {} if self.model is None else super().key(access)
 
-    def model_identity(self, access: ModelAccess) -> str:  # noqa: D102
-        return "" if self.model is None else access.scorer(self.model).identity
-
-    def _cut(self, access: ModelAccess, model: str) -> Cut:
+    def _cut(self, access: ModelAccess) -> Cut:
         from dataflex.signals.texts import Cut
 
-        scorer = access.scorer(model)
+        assert self.model is not None
+        scorer = access.scorer(self.model)
         if self.same_tokens and not scorer.same_tokens:
             raise ConfigError(
-                f"model {model}: its tokenizer is not that of the run, so its losses per token cannot be compared "
+                f"model {self.model}: its tokenizer is not that of the run, so its losses per token cannot be compared "
                 "with those of the model under training; take a model of the same family"
             )
         # Rows of the same tokens are scored as they are trained on; a text begins as the model has learnt it.
@@ -178,16 +195,14 @@ class TokenLoss(Signal):
         return Cut(leave_out_first=False, start=start, limit=scorer.limit, translate=scorer.translation)
 
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
-        if self.model is None:
-            return super().sweep(access, rows, target)
-        return access.segments(rows, target, self._cut(access, self.model), self.name)
+        return Signal.sweep(self, access, rows, target) if self.model is None else super().sweep(access, rows, target)
 
     def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:  # noqa: D102
-        return _token_means(access, "loss") if self.model is None else _segment_means(access, self.model)
+        return _token_means(access, "loss") if self.model is None else super().open(access)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseLoss(Signal):
+class ResponseLoss(_SegmentLoss):
     """Token-mean loss of each row's responses [n], with or without what comes before them.
 
     Both ways score the same tokens. Sequences begin with the token that the tokenizer puts there by itself; where
@@ -197,43 +212,23 @@ class ResponseLoss(Signal):
 
     Attributes:
         conditioned: Whether a response follows what comes before it in its row.
-        scorer: Folder or hub id of another causal model; None means the model under training.
-        prefix_tokens: Tokens directly before a response that it keeps when alone.
+        model: Folder or hub id of another causal model; None means the model under training.
+        prefix_tokens: Number of tokens directly before a response that it keeps when alone.
     """
 
     name = "response losses"
     conditioned: bool
-    scorer: str | None = None
     prefix_tokens: int = 0
-
-    @property
-    def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
-        return "step" if self.scorer is None else "run"
-
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
-        return (2,)
-
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
-        return {"cut": self._cut(access).identity}
-
-    def model_identity(self, access: ModelAccess) -> str:  # noqa: D102
-        return "" if self.scorer is None else access.scorer(self.scorer).identity
 
     def _cut(self, access: ModelAccess) -> Cut:
         from dataflex.signals.other_models import start_tokens
         from dataflex.signals.texts import Cut
 
         cut = Cut(alone=not self.conditioned, prefix_tokens=self.prefix_tokens)
-        if self.scorer is None:
+        if self.model is None:
             return replace(cut, start=start_tokens(access.known_tokenizer("losses of responses")))
-        scorer = access.scorer(self.scorer)
+        scorer = access.scorer(self.model)
         return replace(cut, start=scorer.start, limit=scorer.limit, translate=scorer.translation)
-
-    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
-        return access.segments(rows, target, self._cut(access), self.name)
-
-    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:  # noqa: D102
-        return _segment_means(access, self.scorer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +247,7 @@ class AdaptedLoss(Signal):
 
     Attributes:
         towards: Name of the target.
-        depth_steps: Optimizer steps of the probe, each over the whole target.
+        depth_steps: Number of optimizer steps of the probe, each over the whole target.
         learning_rate: Of the probe's AdamW.
         rank: Rank of the probe's matrices.
         alpha: The probe's output is multiplied by alpha / rank.
@@ -273,15 +268,7 @@ class AdaptedLoss(Signal):
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
         from dataflex.signals.moved import trained_probe
 
-        probe = trained_probe(
-            access,
-            self.towards,
-            steps=self.depth_steps,
-            learning_rate=self.learning_rate,
-            rank=self.rank,
-            alpha=self.alpha,
-        )
-        with probe.attached(), _token_means(access, "loss") as scorer:
+        with trained_probe(access, self).attached(), _token_means(access, "loss") as scorer:
             yield scorer
 
 
@@ -310,34 +297,64 @@ class PerturbedLoss(Signal):
     parameters: str | None = None
 
     @property
-    def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
+    def kept(self) -> Kept:  # noqa: D102
         return "never"
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
         from functools import partial
 
-        from dataflex.signals.losses import row_losses
-        from dataflex.signals.moved import perturbed
+        import torch
 
-        with perturbed(access, self.parameters, seed=self.seed, direction=self.direction, epsilon=self.epsilon):
+        from dataflex.signals.gradients import choose_parameters
+        from dataflex.signals.losses import row_losses
+        from dataflex.signals.moved import moved, warn_of_rounding
+
+        chosen = choose_parameters(access.model, pattern=self.parameters)
+        full = torch.autocast(device_type=access.device.type, enabled=False)
+        with full, moved(chosen, seed=self.seed, direction=self.direction, epsilon=self.epsilon):
+            warn_of_rounding(access.model)
             yield partial(row_losses, access.model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(EmbeddingSpec, Signal):
+class Embedding(Signal):
     """One vector per row [n, D]: pooled hidden states; NaN where there is nothing to pool.
 
     Attributes:
+        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
+            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
+        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
+            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
+            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
+        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
+        normalize: Divide by the L2 norm; a zero vector stays zero.
         encoder: Folder or hub id of another model, which reads the rows' text; None means the model under training.
+
+    Raises:
+        ConfigError: Unknown pooling, or a layer that is not an integer.
     """
 
     name = "embeddings"
     needs = "embeddings"
+    layer: int = -1
+    pooling: Pooling = "weighted_mean"
+    completion_only: bool = False
+    normalize: bool = True
     encoder: str | None = None
 
+    def __post_init__(self) -> None:
+        known = get_args(Pooling)
+        problems = []
+        if self.pooling not in known:
+            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
+            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
+        if problems:
+            raise ConfigError(problems)
+
     @property
-    def kept(self) -> Literal["step", "run", "never"]:  # noqa: D102
+    def kept(self) -> Kept:  # noqa: D102
         return "step" if self.encoder is None else "never"
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
@@ -370,8 +387,7 @@ class Embedding(EmbeddingSpec, Signal):
 
         assert self.encoder is not None
         if self not in access.loaded:
-            spec = EmbeddingSpec(**{name: value for name, value in vars(self).items() if name != "encoder"})
-            access.loaded[self] = load_encoder(self.encoder, spec=spec, device=access.device)
+            access.loaded[self] = load_encoder(self.encoder, spec=self, device=access.device)
         encoder: TextEncoder = access.loaded[self]
         return encoder
 
@@ -400,15 +416,28 @@ class GateLoads(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitFeatures(LogitSpec, Signal):
+class LogitFeatures(Signal):
     """What a training row's logits span, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
 
     The values [n, 1 + rows * columns] are the nuclear norm (sum of the singular values), and a sketch: distances of
     sketches estimate those of the logits, up to a common factor. NaN for rows without supervised tokens.
+
+    Attributes:
+        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
+            padding.
+        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
+        rows: Size of the sketch over positions.
+        columns: Size of the sketch over the vocabulary.
+        seed: Seed of the sketch.
     """
 
     name = "logits"
     needs = "logits"
+    tokens: Literal["completion", "all"] = "completion"
+    per_length: bool = False
+    rows: int = 8
+    columns: int = 128
+    seed: int = 0
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (1 + self.rows * self.columns,)
@@ -418,9 +447,9 @@ class LogitFeatures(LogitSpec, Signal):
 
     @contextmanager
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
-        from dataflex.signals.logits import LogitReader, LogitScorer
+        from dataflex.signals.logits import LogitScorer
 
-        yield LogitScorer(LogitReader(access.model), self, access.longest)
+        yield LogitScorer(access.model, self, access.longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,14 +626,9 @@ def _token_means(access: ModelAccess, value: Literal["loss", "el2n"]) -> Iterato
 
 
 @contextmanager
-def _segment_means(access: ModelAccess, model: str | None) -> Iterator[Scorer]:
-    """Give the scorer of segments' sums of losses and numbers of tokens [b, 2], by this or another model."""
+def _segment_sums(access: ModelAccess, model: str | None) -> Iterator[Scorer]:
     from dataflex.signals.logits import TokenScorer
 
-    if model is None:
-        scorer = TokenScorer(access.model)
+    with nullcontext(access.model) if model is None else access.scorer(model).loaded(access.device) as module:
+        scorer = TokenScorer(module)
         yield lambda batch: scorer(batch).sums()
-    else:
-        with access.scorer(model).loaded(access.device) as other:
-            theirs = TokenScorer(other)
-            yield lambda batch: theirs(batch).sums()

@@ -15,9 +15,9 @@ from torch import nn
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.losses import chunk_tokens, model_inputs, real_tokens
-from dataflex.signals.model_parts import ModelParts, model_parts, narrow_head
-from dataflex.signals.specs import LogitSpec
+from dataflex.signals.kinds import LogitFeatures
+from dataflex.signals.losses import IGNORE, chunk_tokens, model_inputs, real_tokens
+from dataflex.signals.model_parts import attached, model_parts, narrow_head
 from dataflex.signals.sweep import preserve_state
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class LogitReader:
     """Hands the logits of a batch to a function; use it without gradient, in eval mode, in autocast.
 
-    Collective in its first call: all ranks settle on the same way.
+    Collective in its first call: all ranks agree on the same way.
 
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
@@ -38,26 +38,20 @@ class LogitReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts: ModelParts = model_parts(model)
+        self._parts = model_parts(model)
         self.through_head: bool | None = None if self._parts.head is not None else False
         """Whether the head is applied to chosen positions; None until the first batch has been seen."""
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens that the model's configuration knows."""
-        return int(self._parts.text_config.vocab_size)
-
     def __call__(self, batch: dict[str, Any], use: Callable[[LogitsOf, int], T]) -> T:
-        """Run the model on a collated batch and return what ``use`` makes of its logits.
+        """Run the model on a collated batch on the device and return what ``use`` makes of its logits.
 
-        Args:
-            batch: On the device.
-            use: Given how to get logits, and their width V; may be called twice for the first batch.
+        ``use`` is given a function that gives logits, and their width V; it may be called twice for the first batch.
         """
         head = None if self.through_head is False else self._parts.head
         if head is None:
             logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
             return use(lambda rows, positions: logits[rows, positions], logits.shape[-1])
+        vocabulary = int(self._parts.text_config.vocab_size)
         found: list[T] = []
         raw: list[torch.Tensor] = []
 
@@ -67,18 +61,14 @@ class LogitReader:
             last = hidden[:, -1:]
             if self.through_head is None:
                 raw.append(head.forward(last, *rest))
-            found.append(use(lambda rows, positions: head.forward(hidden[rows, positions], *rest), self.vocabulary))
+            found.append(use(lambda rows, positions: head.forward(hidden[rows, positions], *rest), vocabulary))
             return (last, *rest)
 
-        handle = head.register_forward_pre_hook(inside)
-        try:
+        with attached(head.register_forward_pre_hook(inside)):
             outputs = self._parts.root(**model_inputs(batch), use_cache=False)
-        finally:
-            handle.remove()
         if self.through_head is None:
             same = len(raw) == 1 and torch.equal(raw[0].float(), _logits(outputs).float())
-            agreed = comm.gather_sum(torch.tensor(int(same), device=batch["labels"].device))
-            self.through_head = int(agreed) == comm.world()
+            self.through_head = all(comm.gather_objects(same))
         return found[0] if self.through_head else self(batch, use)
 
 
@@ -86,7 +76,13 @@ def _logits(outputs: Any) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs.logits
 
 
-_IGNORE = -100
+def _predicting(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which positions predict a supervised token, bool [B, T - 1], and which hold a token [B, T].
+
+    What follows left padding is predicted from nothing: without padding it would have no loss either.
+    """
+    real = real_tokens(batch)
+    return batch["labels"][:, 1:].ne(IGNORE) & real[:, :-1], real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +118,7 @@ class BatchTokens:
 class TokenScorer:
     """Turns collated batches into ``BatchTokens``; call it without gradient, in eval mode, in autocast.
 
-    Collective in its first call: all ranks settle on the same way.
+    Collective in its first call: all ranks agree on the same way.
 
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
@@ -143,30 +139,24 @@ class TokenScorer:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> BatchTokens:
         """Score the supervised tokens of a batch with ``labels`` [B, T]."""
-        labels, real = batch["labels"], real_tokens(batch)
-        # What follows left padding is predicted from nothing: without padding it would have no loss either.
-        supervised = labels[:, 1:].ne(_IGNORE) & real[:, :-1]
-        row, before = supervised.nonzero(as_tuple=True)
+        labels, (predicts, real) = batch["labels"], _predicting(batch)
+        row, before = predicts.nonzero(as_tuple=True)
         targets = labels[row, before + 1]
 
         def score(logits_of: LogitsOf, width: int) -> dict[str, torch.Tensor]:
-            return self._chunks(lambda part: logits_of(row[part], before[part]), targets, width)
+            size = chunk_tokens(width, targets.device)
+            parts = [
+                self._score(logits_of(rows, places).float(), wanted)
+                for rows, places, wanted in zip(row.split(size), before.split(size), targets.split(size), strict=True)
+                if len(wanted)
+            ]
+            none = [torch.zeros(0, device=targets.device)]
+            names = ("loss", "el2n") if self._el2n else ("loss",)
+            return {name: torch.cat(none + [part[name] for part in parts]) for name in names}
 
         columns = self._reader(batch, score)
         first = real.long().argmax(dim=1)
         return BatchTokens(num_rows=len(labels), row=row, position=before + 1 - first[row], **columns)
-
-    def _chunks(
-        self, logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, vocabulary: int
-    ) -> dict[str, torch.Tensor]:
-        size = chunk_tokens(vocabulary, targets.device)
-        parts: list[dict[str, torch.Tensor]] = []
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            parts.append(self._score(logits_of(part).float(), targets[part]))
-        if not parts:
-            return {name: torch.zeros(0, device=targets.device) for name in ("loss", "el2n")[: 1 + self._el2n]}
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _score(self, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> dict[str, torch.Tensor]:
         loss_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
@@ -196,23 +186,18 @@ class LogitSketch:
     """Two-sided subsampled randomized Fourier transform of matrices of up to ``length`` rows.
 
     Args:
-        length: Most rows of a matrix; the transform over rows has this size.
-        rows: Rows that are drawn.
-        columns: Columns that are drawn.
+        length: Largest number of rows of a matrix; the transform over rows has this size.
+        rows: Number of rows that are drawn.
+        columns: Number of columns that are drawn.
         seed: Seed of signs and draws.
     """
 
     def __init__(self, length: int, rows: int, columns: int, seed: int) -> None:
-        self._shape, self._seed, self._length = (rows, columns), seed, length
+        self._columns, self._seed = columns, seed
         signs, drawn = self._draws("positions", length, rows)
         angles = np.outer(drawn, np.arange(length)) % length * (2.0 * math.pi / length)
         self._over_rows = torch.from_numpy(np.cos(angles) * signs * math.sqrt(length / rows)).float()
         self._signs, self._drawn = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-
-    @property
-    def size(self) -> int:
-        """Numbers of a sketch."""
-        return self._shape[0] * self._shape[1]
 
     def _draws(self, side: str, size: int, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         random = stream(self._seed, f"logit sketch of {side}", size)
@@ -220,7 +205,7 @@ class LogitSketch:
 
     def __call__(self, matrix: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
         """Return the sketch of a matrix [T, V], fp32 [rows * columns], T at most ``length``."""
-        width, columns = matrix.shape[1], self._shape[1]
+        width, columns = matrix.shape[1], self._columns
         if len(self._signs) != width:
             signs, drawn = self._draws("vocabulary", width, columns)
             # The real part of a real vector's transform is the same at k and V - k: half of it is enough.
@@ -240,13 +225,13 @@ class LogitScorer:
     """Turns collated batches into nuclear norms and sketches; call it without gradient, in eval mode, in autocast.
 
     Args:
-        reader: Of the model.
-        spec: Which positions, and what becomes of them.
-        length: Tokens of the longest row.
+        model: The outermost module to call, not the DDP or DeepSpeed engine.
+        spec: Which positions, and what is made of them.
+        length: Number of tokens of the longest row.
     """
 
-    def __init__(self, reader: LogitReader, spec: LogitSpec, length: int) -> None:
-        self._reader, self._spec = reader, spec
+    def __init__(self, model: nn.Module, spec: LogitFeatures, length: int) -> None:
+        self._reader, self._spec = LogitReader(model), spec
         self._sketch = LogitSketch(length, spec.rows, spec.columns, spec.seed)
 
     @torch.no_grad()
@@ -255,15 +240,13 @@ class LogitScorer:
 
         NaN for rows without a supervised token.
         """
-        labels, real = batch["labels"], real_tokens(batch)
-        # As for losses: what follows left padding is predicted from nothing.
-        predicts = torch.zeros_like(real)
-        predicts[:, :-1] = labels[:, 1:].ne(_IGNORE) & real[:, :-1]
+        predicts, real = _predicting(batch)
+        predicts = F.pad(predicts, (0, 1))
         taken = predicts if self._spec.tokens == "completion" else real
-        out = torch.full((len(labels), 1 + self._sketch.size), torch.nan, device=labels.device)
+        out = torch.full((len(real), 1 + self._spec.rows * self._spec.columns), torch.nan, device=real.device)
 
         def use(logits_of: LogitsOf, width: int) -> torch.Tensor:
-            chunk = chunk_tokens(width, labels.device)
+            chunk = chunk_tokens(width, real.device)
             for row in predicts.any(dim=1).nonzero().flatten().tolist():
                 positions = taken[row].nonzero().flatten()
                 logits = torch.cat([logits_of(torch.full_like(part, row), part) for part in positions.split(chunk)])
@@ -282,13 +265,15 @@ class GateReader:
     Args:
         model: The outermost module to call, not the DDP or DeepSpeed engine.
 
+    Attributes:
+        shape: Number of MoE layers and of experts.
+
     Raises:
         UnsupportedError: The model does not say how many experts a token gets, or gives no router logits.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._parts = model, model_parts(model)
-        self._shape: tuple[int, int] | None = None
         config = self._parts.text_config
         self._top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None)
         if not self._top_k:
@@ -296,21 +281,11 @@ class GateReader:
                 f"{type(self._parts.lm).__name__} is no mixture-of-experts model (its configuration has no "
                 "num_experts_per_tok), so there are no gates to look at"
             )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """MoE layers and experts.
-
-        Raises:
-            UnsupportedError: The model gives no router logits.
-        """
-        if self._shape is None:
-            tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(self._model.parameters()).device)
-            with preserve_state(self._model):
-                self._model.eval()
-                loads = self({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
-            self._shape = (int(loads.shape[1]), int(loads.shape[2]))
-        return self._shape
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+        with preserve_state(model):
+            model.eval()
+            _, layers, experts = self({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).shape
+        self.shape = (layers, experts)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:

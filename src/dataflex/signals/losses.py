@@ -1,14 +1,13 @@
 """Batches and their losses: what the model is fed, which document a token is of, cross-entropy in chunks.
 
-LLaMA-Factory packs in several forms. ``neat_packing`` numbers the documents 1, 2, ... in the attention
-mask (0 is padding); its collator turns that into a block-diagonal [B, 1, T, T] mask, or drops it for
-FlashAttention and leaves only ``position_ids``, which restart at each document. Plain ``packing``
-restarts ``position_ids`` and has a mask of ones.
+LLaMA-Factory packs in several forms. ``neat_packing`` numbers the documents 1, 2, ... in the attention mask (0 is
+padding); its collator turns that into a block-diagonal [B, 1, T, T] mask, or drops it for FlashAttention and leaves
+only ``position_ids``, which restart at each document. Plain ``packing`` restarts ``position_ids`` and has a mask of
+ones.
 
-Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same
-kernels see the same positions, and treat them one by one. On a CPU only supervised positions are looked at.
-On an accelerator, picking them out would make the device wait for their number, so chunks are plain slices
-of all positions, as in the stock loss.
+Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same kernels see the
+same positions, and treat them one by one. On a CPU only supervised positions are computed. On an accelerator, picking
+them out would make the device wait for their number, so chunks are plain slices of all positions, as in the stock loss.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+IGNORE = -100
+"""Label of a position that is not supervised."""
+_NOT_FOR_THE_MODEL = frozenset({"labels", "kto_tags"})
 _Where: TypeAlias = slice | torch.Tensor
 _MOSTLY = 0.8  # from this share of supervised positions on, gathering them costs more than it saves
 _KEPT_ELEMENTS = 2**24  # 64 MiB
@@ -28,7 +30,7 @@ _FEWEST_TOKENS = 256  # fewer would read the weights of a large head again and a
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens' logits are looked at together."""
+    """Return the number of tokens whose logits are computed together."""
     elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
     return max(_FEWEST_TOKENS, elements // vocabulary)
 
@@ -41,16 +43,16 @@ def entropies(log_p_NV: torch.Tensor) -> torch.Tensor:
 def token_cross_entropy(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the cross-entropy of each position and, if asked for, the entropy of its prediction.
+    """Return the cross-entropy of each position, and the entropy of its prediction or None.
 
     Args:
         logits_NV: Logits in any floating dtype.
-        targets_N: The class of each position, or ``ignore_index``.
-        ignore_index: Such positions have loss 0, no gradient and entropy 0.
+        targets_N: The class of each position, or ``ignore_index``: loss 0, no gradient and entropy 0.
+        ignore_index: Marks positions that do not count.
         entropy: Whether the entropy is wanted.
 
     Returns:
-        fp32 [N] in nats, with gradient; fp32 [N] in nats, without, or None.
+        fp32 [N] in nats, with gradient; fp32 [N] in nats, without gradient, or None.
     """
     chunks = list(_chunks(targets_N, ignore_index, logits_NV.shape[1]))
     loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, ignore_index, chunks, entropy)
@@ -58,10 +60,7 @@ def token_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits and works out log-probabilities twice.
-
-    Few log-probabilities, of logits in fp32, are kept in the logits' stead, as the stock loss keeps all.
-    """
+    """Keeps the logits and computes log-probabilities twice; of few fp32 logits it keeps log-probabilities instead."""
 
     @staticmethod
     def forward(
@@ -136,10 +135,6 @@ def _chunks(targets_N: torch.Tensor, ignore_index: int, vocabulary: int) -> Iter
     yield from (slice(start, start + size) for start in range(0, len(targets_N), size))
 
 
-_IGNORE = -100
-_NOT_FOR_THE_MODEL = frozenset({"labels", "kto_tags"})
-
-
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a collated batch that the model's forward takes, without labels."""
     return {
@@ -150,18 +145,13 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_mean_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the token-mean loss of each row, NaN where no token is supervised.
+    """Return the token-mean loss of each row, fp32 [B], NaN where no token is supervised.
 
-    Args:
-        logits: [B, T, V] in any floating dtype.
-        labels: [B, T], -100 is ignored.
-
-    Returns:
-        fp32 [B].
+    Logits are [B, T, V] in any floating dtype, labels [B, T].
     """
-    targets = F.pad(labels, (0, 1), value=_IGNORE)[..., 1:].to(logits.device)
-    losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), _IGNORE)
-    return losses.view(targets.shape).sum(dim=1) / targets.ne(_IGNORE).sum(dim=1)
+    targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:].to(logits.device)
+    losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), IGNORE)
+    return losses.view(targets.shape).sum(dim=1) / targets.ne(IGNORE).sum(dim=1)
 
 
 def row_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:

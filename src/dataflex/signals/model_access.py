@@ -1,11 +1,11 @@
-"""What passes are given: the model at hand, the rows, and how they are brought together."""
+"""What passes are given: the model under training, the rows, and how to feed them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from dataflex.plan.domains import Rows
 from dataflex.signals.other_models import Scorer
 from dataflex.signals.sweep import Sweep
 
-if TYPE_CHECKING:
-    from dataflex.signals.texts import Cut
-
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
@@ -26,7 +23,7 @@ class Corpus:
 
     Attributes:
         dataset: Features by row id.
-        lengths: Tokens of each row.
+        lengths: Number of tokens of each row.
         identity: Fingerprint of its content.
     """
 
@@ -44,7 +41,7 @@ class ModelAccess:
         collate: Features to a batch for scoring.
         autocast: The Trainer's mixed-precision context.
         device: Where batches go.
-        token_budget: Padded tokens of a scoring batch at most.
+        token_budget: Largest number of padded tokens in a scoring batch.
         train: Training rows.
         targets: Target data sets by name.
         seed: Seed of everything random in signals.
@@ -68,7 +65,7 @@ class ModelAccess:
     tokenizer: Any = None
     optimizer: Callable[[], Any] = lambda: None
     learning_rate: Callable[[], float] = lambda: 0.0
-    backend: str = "plain"
+    backend: Literal["plain", "zero"] = "plain"
     release: Callable[[], None] | None = None
     loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)
     for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)
@@ -91,7 +88,7 @@ class ModelAccess:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest training row."""
+        """Number of tokens of the longest training row."""
         return int(self.train.lengths.max(initial=1))
 
     def known_tokenizer(self, what: str) -> Any:
@@ -117,13 +114,6 @@ class ModelAccess:
             device=self.device,
             what=f"{what} of {len(rows):,} {whose}",
         )
-
-    def segments(self, rows: Rows, target: str | None, cut: Cut, what: str) -> Sweep:
-        """Return a pass over the segments of rows, whose sums and counts [P, 2] become the rows' means [n]."""
-        from dataflex.signals.texts import segment_sweep
-
-        self.known_tokenizer(what)
-        return segment_sweep(self.sweep(rows, target, what), cut)
 
     def target_sweep(self, target: str, rows: Rows | None = None) -> Sweep:
         """Return a pass over some rows of a target, or over all of them, for gradients."""

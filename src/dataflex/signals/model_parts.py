@@ -1,20 +1,20 @@
 """Finds the parts of a language model inside its wrappers, and listens to them without leaving a trace.
 
-Passes always call the outermost module: under FSDP2 and ZeRO-3 its hooks gather the parameters, so
-calling an inner module would meet shards. What a pass wants from inside it takes through forward
-hooks that are removed afterwards. ``output_hidden_states=True`` is not used: transformers then leaves
-hooks of its own on the model for good.
+Passes always call the outermost module: under FSDP2 and ZeRO-3 its hooks gather the parameters, so calling an inner
+module would meet shards. What a pass wants from inside it takes through forward hooks that are removed afterwards.
+``output_hidden_states=True`` is not used: transformers then leaves hooks of its own on the model for good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dataflex.errors import UnsupportedError
 
@@ -76,7 +76,7 @@ def model_parts(model: nn.Module) -> ModelParts:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP), so that all ranks must call in step."""
+    """Return whether parameters are partitioned over ranks (ZeRO-3, FSDP), so that all ranks must call in step."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
@@ -86,29 +86,27 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 @contextmanager
-def narrow_head(parts: ModelParts) -> Iterator[None]:
-    """While inside, the head sees the last position only: a forward costs next to nothing after the body."""
-    if parts.head is None:
+def attached(*handles: RemovableHandle) -> Iterator[None]:
+    """Remove hooks at the end of a block."""
+    try:
         yield
-        return
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def narrow_head(parts: ModelParts) -> AbstractContextManager[None]:
+    """While inside, the head sees the last position only: a forward costs next to nothing after the body."""
 
     def last_position(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][:, -1:], *inputs[1:])
 
-    handle = parts.head.register_forward_pre_hook(last_position)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return nullcontext() if parts.head is None else attached(parts.head.register_forward_pre_hook(last_position))
 
 
 @contextmanager
 def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]]:
-    """While inside, every forward appends the hidden states [B, T, D] of ``layer`` to the list given.
-
-    Args:
-        parts: The model.
-        layer: Index into the hidden states, see ``Embedding.layer``.
+    """While inside, every forward appends the hidden states [B, T, D] of ``layer``, as in ``Embedding``, to the list.
 
     Raises:
         UnsupportedError: There is no such layer.
@@ -129,7 +127,5 @@ def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]
         handle = parts.base.register_forward_hook(output)
     else:
         handle = parts.layers()[index].register_forward_pre_hook(entered, with_kwargs=True)
-    try:
+    with attached(handle):
         yield seen
-    finally:
-        handle.remove()

@@ -1,4 +1,4 @@
-"""Models that are moved for the length of a pass: along a random direction, or by a low-rank probe."""
+"""Models that are changed for the length of a pass: moved along a random direction, or with a low-rank probe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 from dataflex.rng import rademacher
-from dataflex.signals.gradients import choose_parameters
+from dataflex.signals.kinds import AdaptedLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.sweep import bucketed, fetch
+from dataflex.signals.model_parts import attached
+from dataflex.signals.sweep import bucketed, fetch, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @contextmanager
 def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, epsilon: float) -> Iterator[None]:
-    """Add ``epsilon`` times the direction to the parameters; at the end they are copied back, whatever happened.
+    """Add ``epsilon`` times a random direction to parameters; at the end they are copied back, whatever happened.
 
     Args:
         parameters: By name; the name and the place in the tensor determine the signs.
@@ -36,11 +37,9 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
         epsilon: Step, of either sign.
 
     Raises:
-        UnsupportedError: A parameter is not float32 (a small step would be rounded away), or partitioned.
+        UnsupportedError: A parameter is not float32: a small step would be rounded away.
     """
     for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor"):
-            raise UnsupportedError(f"perturbed losses need whole parameters, but {name} is partitioned over ranks")
         if parameter.dtype != torch.float32:
             raise UnsupportedError(
                 f"perturbed losses need float32 parameters, but {name} is {parameter.dtype}, in which a small step is "
@@ -59,25 +58,8 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
                 parameter.copy_(saved[name])
 
 
-@contextmanager
-def perturbed(access: ModelAccess, pattern: str | None, *, seed: int, direction: int, epsilon: float) -> Iterator[None]:
-    """Move the parameters whose names match ``pattern`` (None: all trainable ones) for the length of a block.
-
-    Mixed precision is off inside, since it would round the step away.
-
-    Raises:
-        UnsupportedError: Parameters that move are not float32, or are partitioned.
-    """
-    chosen = choose_parameters(access.model, pattern=pattern)
-    with (
-        torch.autocast(device_type=access.device.type, enabled=False),
-        moved(chosen, seed=seed, direction=direction, epsilon=epsilon),
-    ):
-        _warn_of_rounding(access.model)
-        yield
-
-
-def _warn_of_rounding(model: nn.Module) -> None:
+def warn_of_rounding(model: nn.Module) -> None:
+    """Tell once of a model that computes in half precision, where small differences of losses are lost."""
     low = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if low is not None and model not in _warned:
         _warned.add(model)
@@ -97,43 +79,31 @@ class LowRankProbe:
         UnsupportedError: The model has no linear layer besides its head.
     """
 
-    def __init__(self, model: torch.nn.Module, *, rank: int, alpha: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, *, rank: int, alpha: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self._layers: list[tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]] = []
+        self._layers: list[tuple[nn.Linear, torch.Tensor, torch.Tensor]] = []
         for name, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear) or module is head or "lora_" in name:
+            if not isinstance(module, nn.Linear) or module is head or "lora_" in name:
                 continue
-            if module.weight.numel() == 0:
-                raise UnsupportedError("a low-rank probe needs whole parameters, but they are partitioned over ranks")
-            device = module.weight.device
-            bound = 1.0 / math.sqrt(module.in_features)
+            device, bound = module.weight.device, 1.0 / math.sqrt(module.in_features)
             a = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator).to(device)
             b = torch.zeros(module.out_features, rank, device=device)
             self._layers.append((module, a.requires_grad_(), b.requires_grad_()))
         if not self._layers:
             raise UnsupportedError("the model has no linear layers that a low-rank probe could be put beside")
         self._scale = alpha / rank
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
+        self.parameters = [tensor for _, a, b in self._layers for tensor in (a, b)]
         """The probe's own leaf tensors."""
-        return [tensor for _, a, b in self._layers for tensor in (a, b)]
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Add the probe's output to every layer while inside."""
-        handles = [module.register_forward_hook(self._hook(a, b)) for module, a, b in self._layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return attached(*(module.register_forward_hook(self._hook(a, b)) for module, a, b in self._layers))
 
     def _hook(self, a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:
         scale = self._scale
 
-        def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0]
             return output + (F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale).to(output.dtype)
 
@@ -147,16 +117,13 @@ class LowRankProbe:
         steps: int,
         learning_rate: float,
     ) -> list[float]:
-        """Train on the mean of all rows' losses; one optimizer step sees every batch.
+        """Train on the mean of all rows' losses, and return that mean before each step.
 
         Args:
-            batches: The whole target, in batches on the device.
+            batches: The whole target, in batches on the device; one optimizer step sees all of them.
             loss: Batch to row losses [b], with gradient.
-            steps: Optimizer steps.
+            steps: Number of optimizer steps.
             learning_rate: Of AdamW without weight decay.
-
-        Returns:
-            Mean loss before each step.
         """
         optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
         history = []
@@ -182,21 +149,19 @@ class LowRankProbe:
         return history
 
 
-def trained_probe(
-    access: ModelAccess, target: str, *, steps: int, learning_rate: float, rank: int, alpha: float
-) -> LowRankProbe:
-    """Return a probe trained on the whole of a target, the same on every rank."""
-    sweep = access.target_sweep(target)
-    batches = []
-    for positions in bucketed(sweep.lengths, sweep.token_budget):
-        batch = sweep.collate(fetch(sweep.dataset, positions))
-        batches.append({key: x.to(sweep.device) if torch.is_tensor(x) else x for key, x in batch.items()})
+def trained_probe(access: ModelAccess, signal: AdaptedLoss) -> LowRankProbe:
+    """Return the probe that a signal asks for, trained on the whole of its target, the same on every rank."""
+    sweep = access.target_sweep(signal.towards)
+    batches = [
+        to_device(sweep.collate(fetch(sweep.dataset, positions)), sweep.device)
+        for positions in bucketed(sweep.lengths, sweep.token_budget)
+    ]
 
     def losses(batch: dict[str, Any]) -> torch.Tensor:
         with access.autocast():
             return row_losses(access.model, batch)
 
-    probe = LowRankProbe(access.model, rank=rank, alpha=alpha, seed=access.seed)
-    history = probe.train(batches, losses, steps=steps, learning_rate=learning_rate)
-    logger.info("probe on target %s: losses before each step %s", target, [round(x, 4) for x in history])
+    probe = LowRankProbe(access.model, rank=signal.rank, alpha=signal.alpha, seed=access.seed)
+    history = probe.train(batches, losses, steps=signal.depth_steps, learning_rate=signal.learning_rate)
+    logger.info("probe on target %s: losses before each step %s", signal.towards, [round(x, 4) for x in history])
     return probe

@@ -17,16 +17,12 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """File of a folder that holds a PEFT adapter instead of a whole model."""
-
-_WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
-
+KEY = "reference"
+"""The parameter that names the folder of a reference model, for messages."""
 LOAD_ERRORS = (OSError, ValueError, KeyError)
-"""What ``from_pretrained`` raises for a folder or hub id that it cannot make sense of."""
-
-
-def holds_model(folder: Path) -> bool:
-    """Return whether a folder looks like that of a model, or of an adapter."""
-    return any((folder / name).is_file() for name in ("config.json", ADAPTER))
+"""What ``from_pretrained`` raises for a folder or hub id that it cannot load."""
+_WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+_FSDP = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def base_model(name: str | Path) -> str | None:
@@ -37,17 +33,8 @@ def base_model(name: str | Path) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
-    """Return a model by folder or hub id, or an adapter on its base model, frozen and in eval mode.
-
-    Args:
-        name: Folder or hub id.
-        dtype: Of the weights; "auto" takes them as they are stored.
-        device: Where the model goes.
-
-    Raises:
-        OSError, ValueError, KeyError: It cannot be loaded as a causal language model (``LOAD_ERRORS``).
-    """
+def _load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
+    """Return a model by folder or hub id, or an adapter on its base model, frozen and in eval mode."""
     if (Path(name) / ADAPTER).is_file():
         from peft import AutoPeftModelForCausalLM as Loader
     else:
@@ -57,20 +44,8 @@ def load_causal(name: str | Path, dtype: torch.dtype | str, device: torch.device
     return loaded
 
 
-def largest_id(tokenizer: Any) -> int:
-    """Return the largest id that a tokenizer gives; 0 without tokens."""
+def _largest_id(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=0)
-
-
-def differing_tokens(ours: Any, theirs: Any) -> list[str]:
-    """Return the tokens that two tokenizers do not both have under the same id, in order."""
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    return sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
-
-
-def shares_tokens(ours: Any, theirs: Any, embeddings: int) -> bool:
-    """Return whether each token of ``ours`` has the same id in ``theirs``, below the number of ``embeddings``."""
-    return largest_id(ours) < embeddings and ours.get_vocab().items() <= theirs.get_vocab().items()
 
 
 class ScorerError(DataFlexError):
@@ -87,6 +62,9 @@ class Scorer:
     Attributes:
         identity: Changes when the model's values may change.
         same_tokens: Whether the rows' tokens mean the same to it.
+        start: Token that its sequences begin with, or none.
+        limit: Largest number of tokens of a sequence, or None.
+        translation: Turns the run's tokens into its own; None where they are the same.
 
     Raises:
         ScorerError: There is no such model, or it has no tokenizer.
@@ -97,33 +75,24 @@ class Scorer:
 
         from dataflex.signals.sweep import preserve_state
 
-        self.name = name
+        self.name, self._theirs = name, tokenizer
         base = base_model(name)
         with preserve_state():
             try:
-                self._config: Any = AutoConfig.from_pretrained(base or name)
+                config: Any = AutoConfig.from_pretrained(base or name)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
             except LOAD_ERRORS as error:
                 raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
-        self._theirs = tokenizer
-        text, commit = self._config.get_text_config(), getattr(self._config, "_commit_hash", None)
-        self.identity = files_identity(name, commit, base and files_identity(base, commit), "causal")
-        self.same_tokens = shares_tokens(tokenizer, self._tokenizer, int(text.vocab_size))
+        text, commit = config.get_text_config(), getattr(config, "_commit_hash", None)
+        self.identity = _files_identity(name, commit, base and _files_identity(base, commit), "causal")
+        vocabularies = tokenizer.get_vocab().items() <= self._tokenizer.get_vocab().items()
+        self.same_tokens = _largest_id(tokenizer) < int(text.vocab_size) and vocabularies
+        self.start = start_tokens(self._tokenizer)
         self.limit: int | None = getattr(text, "max_position_embeddings", None)
-        """Tokens of a sequence at most, or None."""
+        self.translation: Callable[[list[int]], list[int]] | None = None if self.same_tokens else self._translated
 
-    @property
-    def start(self) -> tuple[int, ...]:
-        """Token that its sequences begin with, or none."""
-        return start_tokens(self._tokenizer)
-
-    @property
-    def translation(self) -> Callable[[list[int]], list[int]] | None:
-        """Turns the run's tokens into its own; None where they are the same."""
-        return None if self.same_tokens else self.translate
-
-    def translate(self, ids: list[int]) -> list[int]:
-        """Return its tokens of the text of the run's tokens ``ids``; special tokens are left out."""
+    def _translated(self, ids: list[int]) -> list[int]:
+        """Return its tokens of the text of the run's tokens, without special tokens."""
         text = self._theirs.decode(ids, skip_special_tokens=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -147,7 +116,7 @@ class Scorer:
             )
         with preserve_state():  # a model may draw random numbers while it is built
             try:
-                model = load_causal(self.name, torch.float32, device)
+                model = _load_causal(self.name, torch.float32, device)
             except LOAD_ERRORS as error:
                 raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
         yield model
@@ -160,10 +129,6 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
     return (int(bos),) if bos is not None and first == [bos] else ()
 
 
-KEY = "reference"
-"""The parameter that names the folder, for messages."""
-
-
 def check_folder(folder: str | Path) -> Path:
     """Return the folder of a reference model.
 
@@ -173,7 +138,7 @@ def check_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{KEY}: no such folder: {folder} (the model to compare losses with; train it first)")
-    if not holds_model(path):
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
         raise ConfigError(f"{KEY}: {folder} holds no model (neither config.json nor {ADAPTER})")
     return path
 
@@ -187,18 +152,17 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        other = AutoTokenizer.from_pretrained(folder)
+        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(folder).get_vocab()
     except LOAD_ERRORS as error:
         raise ConfigError(f"{KEY}: {folder} has no tokenizer that can be loaded: {error}") from error
-    differing = differing_tokens(tokenizer, other)
-    if not differing:
-        return
-    token, ours, theirs = differing[0], tokenizer.get_vocab(), other.get_vocab()
-    raise ConfigError(
-        f"{KEY}: the tokenizer of {folder} is not that of the run: {len(theirs):,} tokens against {len(ours):,}, "
-        f"{len(differing):,} differ (such as {token!r}: id {theirs.get(token)} there, {ours.get(token)} here). Losses "
-        "of different tokens cannot be compared; take a reference with the tokenizer of the run"
-    )
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        token = differing[0]
+        raise ConfigError(
+            f"{KEY}: the tokenizer of {folder} is not that of the run: {len(theirs):,} tokens against {len(ours):,}, "
+            f"{len(differing):,} differ (such as {token!r}: id {theirs.get(token)} there, {ours.get(token)} here). "
+            "Losses of different tokens cannot be compared; take a reference with the tokenizer of the run"
+        )
 
 
 def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.nn.Module:
@@ -209,17 +173,17 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     """
     try:
         with loading_whole():
-            model: Any = load_causal(folder, "auto", device)
+            model: Any = _load_causal(folder, "auto", device)
     except LOAD_ERRORS as error:
         raise ConfigError(f"{KEY}: {folder} cannot be loaded as a language model: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = largest_id(tokenizer)
+    largest = _largest_id(tokenizer)
     if largest >= rows:
         raise ConfigError(f"{KEY}: {folder} knows {rows:,} tokens, and the tokenizer has ids up to {largest:,}")
     return model
 
 
-def files_identity(model: str, commit: str | None, *settings: Any) -> str:
+def _files_identity(model: str, commit: str | None, *settings: Any) -> str:
     """Return a hash of what another model's values depend on: its files (or hub commit) and its settings."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8"), digest_size=16)
     folder = Path(model)
@@ -232,9 +196,6 @@ def files_identity(model: str, commit: str | None, *settings: Any) -> str:
     else:
         digest.update(f"{model}@{commit}".encode())
     return digest.hexdigest()
-
-
-_FSDP = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 @contextmanager

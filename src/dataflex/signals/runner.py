@@ -45,7 +45,7 @@ class SignalRunner:
         cache: Values that were paid for.
         seconds: Time spent in here since the decision began.
         forward_rows: Forward passes of single rows since the decision began, as signals count them.
-        backward_rows: Backward passes of the same.
+        backward_rows: Backward passes of single rows, likewise.
     """
 
     access: ModelAccess
@@ -115,7 +115,6 @@ class SignalRunner:
                 data=f"{access.corpus(target).identity} {target or 'training rows'} {rows_digest(rows)}",
                 corpus=target or "",
                 shape=(len(sweep.rows), *tail),
-                device=access.device,
             )
         if work is not None and work.complete:  # stored: nothing that leads up to the pass is needed either
             values = work.finish()
@@ -157,17 +156,8 @@ class SignalRunner:
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: Rows | None = None
     ) -> list[Generation]:
         """Sample from the model under training; draws depend on (seed, prompt id, sample, position) only."""
-        access = self.access
-        tokenizer = access.known_tokenizer("generation")
         with self._timed():
-            generator = Generator(
-                access.model,
-                tokenizer,
-                device=access.device,
-                token_budget=access.token_budget,
-                autocast=access.autocast,
-            )
-            return generator.sample(prompts, spec, ids=ids)
+            return Generator(self.access).sample(prompts, spec, ids=ids)
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
         """Run ``compute`` on rank 0 alone and return its value on every rank; see ``comm.on_one_rank``."""

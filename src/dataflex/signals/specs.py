@@ -4,66 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
 """Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingSpec:
-    """How the hidden states of a row become one vector.
-
-    Attributes:
-        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
-            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
-        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
-            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
-            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
-        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
-        normalize: Divide by the L2 norm; a zero vector stays zero.
-
-    Raises:
-        ConfigError: Unknown pooling, or a layer that is not an integer.
-    """
-
-    layer: int = -1
-    pooling: Pooling = "weighted_mean"
-    completion_only: bool = False
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        known = get_args(Pooling)
-        problems = []
-        if self.pooling not in known:
-            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
-            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitSpec:
-    """What is made of a row's logits, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
-
-    Attributes:
-        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
-            padding.
-        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
-        rows: Positions' side of the sketch.
-        columns: Vocabulary's side of the sketch.
-        seed: Seed of the sketch.
-    """
-
-    tokens: Literal["completion", "all"] = "completion"
-    per_length: bool = False
-    rows: int = 8
-    columns: int = 128
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

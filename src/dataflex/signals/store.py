@@ -1,9 +1,8 @@
 """Arrays on disk, named by what they were computed from: whole or absent, memory-mapped, without pickle.
 
-An array is a folder ``<method>-<digest>`` with ``array.npy``, ``header.json`` (the complete
-fingerprint, shape and type) and ``manifest.json``, written aside and renamed. Before an array is used
-its header is compared with the fingerprint asked for, field by field; a file that is stale, foreign or
-broken is never used, it is computed anew.
+An array is a folder ``<method>-<digest>`` with ``array.npy``, ``header.json`` (the complete fingerprint, shape and
+type) and ``manifest.json``, written aside and renamed. Before an array is used, its header is compared with the
+fingerprint asked for, field by field; a file that is stale, foreign or broken is never used, it is computed anew.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
@@ -33,6 +31,15 @@ from dataflex.errors import CheckpointError, ComponentError
 from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, write_directory
 from dataflex.version import version_of
 
+logger = logging.getLogger(__name__)
+
+_ARRAY, _HEADER = "array.npy", "header.json"
+_FORMAT = 1
+_OURS = re.compile(r"[a-z0-9-]+-[0-9a-f]{32}(\.unfinished)?")
+_ABANDONED_SECONDS = 24 * 3600.0
+_MAGIC = b"DFR1"
+_RECORD = struct.Struct("<4sIQ16s")  # magic, number of rows, bytes of values, hash of rows and values
+_SYNC_SECONDS = 10.0
 _PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -75,46 +82,24 @@ class CacheKey:
     data: str
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
+    versions: Mapping[str, str] = field(default_factory=package_versions)
 
     def __post_init__(self) -> None:
         try:
-            plain = json.loads(json.dumps([dict(self.parameters), dict(self.versions)], allow_nan=False))
+            plain = json.loads(json.dumps(dict(self.parameters), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ComponentError(f"fingerprint of {self.method!r}: parameters must be JSON values: {error}") from error
-        object.__setattr__(self, "parameters", plain[0])
-        object.__setattr__(self, "versions", plain[1])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        return asdict(self)
+        object.__setattr__(self, "parameters", plain)
 
     @property
     def name(self) -> str:
         """Folder name: the method and 32 hex digits."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+        digest = _hash(json.dumps(asdict(self), sort_keys=True).encode()).hex()
         return f"{re.sub(r'[^a-z0-9]+', '-', self.method.lower()).strip('-') or 'array'}-{digest}"
 
 
-logger = logging.getLogger(__name__)
-
-_ARRAY, _HEADER = "array.npy", "header.json"
-_FORMAT = 1
-_OURS = re.compile(r"[a-z0-9-]+-[0-9a-f]{32}(\.unfinished)?")
-_ABANDONED_SECONDS = 24 * 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One stored array, as listed.
-
-    Attributes:
-        name: Folder name.
-        size_bytes: On disk.
-        used: Time of last use, seconds since the epoch.
-        finished: False for the parts of a pass that was interrupted.
-    """
+class Entry(NamedTuple):
+    """A stored array: its folder's name, bytes on disk, time of last use (epoch), and whether its pass was finished."""
 
     name: str
     size_bytes: int
@@ -124,7 +109,7 @@ class Entry:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Tell the operating system's refusals as ours."""
+    """Turn errors of the operating system into ours."""
     try:
         yield
     except OSError as error:
@@ -142,21 +127,21 @@ class ArrayStore:
         self.directory = Path(directory)
 
     def get(self, key: CacheKey) -> NDArray[Any] | None:
-        """Return the array, memory-mapped and read-only, or None if it is not there or not to be trusted."""
+        """Return the array, memory-mapped and read-only, or None if it is not there or cannot be trusted."""
         folder = self.directory / key.name
         if not folder.is_dir():
             return None
         try:
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if header["format"] != _FORMAT or header["fingerprint"] != key.to_json():
+            if header["format"] != _FORMAT or header["fingerprint"] != asdict(key):
                 raise ValueError("it was computed from something else")
             if (folder / _ARRAY).stat().st_size != manifest["files"][_ARRAY]["size"]:
                 raise ValueError("its size is not what was written")
             array = np.load(folder / _ARRAY, mmap_mode="r", allow_pickle=False)
             if list(array.shape) != header["shape"] or array.dtype.str != header["dtype"]:
                 raise ValueError("its shape or type is not what was written")
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("stored array %s is not used: %s: %s", folder, type(error).__name__, error)
             return None
         if os.access(folder / MANIFEST, os.W_OK):  # a shared cache may be read-only
@@ -169,46 +154,37 @@ class ArrayStore:
 
         Raises:
             CheckpointError: The operating system refused (read-only, full disk), with its reason.
-            ComponentError: A type that cannot be stored without pickle.
         """
-        kind = np.dtype(dtype)
-        if kind.hasobject:
-            raise ComponentError(f"stored array {key.name}: type {kind} cannot be stored without pickle")
         token = f".{key.name}.{owner()}.{secrets.token_hex(4)}"
-        scratch, ready = self.directory / f"{token}.npy", self.directory / f"{token}.ready"
-        header = {"format": _FORMAT, "fingerprint": key.to_json(), "shape": list(shape), "dtype": kind.str}
+        final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
 
         def fill(folder: Path) -> None:
             os.replace(scratch, folder / _ARRAY)
+            header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
             (folder / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
         try:
             with _writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                array = np.lib.format.open_memmap(scratch, mode="w+", dtype=kind, shape=tuple(shape))
+                array = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.dtype(dtype), shape=shape)
             yield array
             with _writing(self.directory):
                 array.flush()
                 write_directory(ready, fill)
-                self._install(key, ready)
+                if final.exists() and self.get(key) is None:
+                    shutil.rmtree(final)
+                try:
+                    os.rename(ready, final)
+                except OSError:
+                    if self.get(key) is None:  # not the same array, finished by another process in the meantime
+                        raise
         finally:
             with suppress(OSError):  # moved, or never written
                 scratch.unlink()
             shutil.rmtree(ready, ignore_errors=True)
 
-    def _install(self, key: CacheKey, ready: Path) -> None:
-        """Rename a finished folder to its name; another process may have been there first."""
-        final = self.directory / key.name
-        if final.exists() and self.get(key) is None:
-            shutil.rmtree(final)
-        try:
-            os.rename(ready, final)
-        except OSError:
-            if self.get(key) is None:  # not the same array, finished by another process in the meantime
-                raise
-
     def working_folder(self, key: CacheKey) -> Path:
-        """Where a pass keeps what it has so far."""
+        """Return where a pass keeps its finished rows."""
         return self.directory / f"{key.name}.unfinished"
 
     def entries(self) -> list[Entry]:
@@ -216,16 +192,14 @@ class ArrayStore:
         found = []
         for folder in self.directory.glob("*/"):
             files = [path for path in folder.iterdir() if path.is_file()] if _OURS.fullmatch(folder.name) else []
-            if not files:
-                continue
-            finished = (folder / MANIFEST).is_file()
-            newest = (folder / MANIFEST).stat().st_mtime if finished else max(p.stat().st_mtime for p in files)
-            size = sum(path.stat().st_size for path in files)
-            found.append(Entry(name=folder.name, size_bytes=size, used=newest, finished=finished))
+            if files:
+                manifest = [path for path in files if path.name == MANIFEST]
+                used = max(path.stat().st_mtime for path in manifest or files)
+                found.append(Entry(folder.name, sum(path.stat().st_size for path in files), used, bool(manifest)))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
 
     def clear_left(self) -> None:
-        """Remove what writes left that were killed: by a process that is gone, or so long ago that it must be."""
+        """Remove what killed writes left: those of a process that is gone, or from more than a day ago."""
         for left in self.directory.glob(".*"):
             with suppress(FileNotFoundError):  # another process was first
                 old = is_unfinished(left.name) and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
@@ -233,33 +207,23 @@ class ArrayStore:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Remove the least recently used entries until at most ``max_bytes`` are left.
+        """Remove the least recently used entries until at most ``max_bytes`` are left, and return their names.
 
-        Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote
-        something within the last day are not touched.
-
-        Returns:
-            Names of what was removed.
+        Arrays that are memory-mapped right now stay readable on POSIX systems. Passes that wrote something within the
+        last day are not touched.
         """
         self.clear_left()
-        now = time.time()
         entries = self.entries()
         total = sum(entry.size_bytes for entry in entries)
         removed = []
         for entry in entries:
             if total <= max_bytes:
                 break
-            if not entry.finished and now - entry.used < _ABANDONED_SECONDS:
-                continue
-            shutil.rmtree(self.directory / entry.name)
-            total -= entry.size_bytes
-            removed.append(entry.name)
+            if entry.finished or time.time() - entry.used >= _ABANDONED_SECONDS:
+                shutil.rmtree(self.directory / entry.name)
+                total -= entry.size_bytes
+                removed.append(entry.name)
         return removed
-
-
-_MAGIC = b"DFR1"
-_RECORD = struct.Struct("<4sIQ16s")  # magic, rows, bytes of values, hash of rows and values
-_SYNC_SECONDS = 10.0
 
 
 class ResumablePass:
@@ -272,7 +236,9 @@ class ResumablePass:
         dtype: Its type; values are converted to it when they are recorded.
         offsets: int64 [n + 1] for rows of unequal length in a flat array: row i is
             ``[offsets[i]:offsets[i + 1]]`` along axis 0. None where every row is one entry.
-        device: Where ranks can exchange tensors: the accelerator under NCCL, else the CPU.
+
+    Attributes:
+        done_at_start: Rows that earlier tries finished, bool [n], equal on every rank.
 
     Raises:
         CheckpointError: The operating system refused to write.
@@ -286,22 +252,20 @@ class ResumablePass:
         shape: tuple[int, ...],
         dtype: DTypeLike,
         offsets: NDArray[np.int64] | None = None,
-        device: torch.device | None = None,
     ) -> None:
-        self._store, self._key, self._device = store, key, device
-        self._shape, self._dtype, self._offsets = tuple(shape), np.dtype(dtype), offsets
-        self.num_rows = shape[0] if offsets is None else len(offsets) - 1
-        if offsets is not None and (offsets[0] != 0 or offsets[-1] != shape[0]):
-            raise ValueError(f"offsets run from {offsets[0]} to {offsets[-1]}, the array has {shape[0]} entries")
+        self._store, self._key, self._shape, self._dtype = store, key, tuple(shape), np.dtype(dtype)
+        self._offsets = np.arange(shape[0] + 1, dtype=np.int64) if offsets is None else offsets
+        self.num_rows = len(self._offsets) - 1
+        if self._offsets[0] != 0 or self._offsets[-1] != shape[0]:
+            raise ValueError(
+                f"offsets run from {self._offsets[0]} to {self._offsets[-1]}, the array has {shape[0]} entries"
+            )
         self._folder = store.working_folder(key)
         self._file: IO[bytes] | None = None
         self._synced = 0.0
         opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
-        self._session = opened[0]
-        self.done_at_start: NDArray[np.bool_] = np.unpackbits(
-            np.frombuffer(opened[1], dtype=np.uint8), count=self.num_rows
-        ).astype(bool)
-        """Rows that earlier tries finished [n], equal on every rank."""
+        self._session: str = opened[0]
+        self.done_at_start: NDArray[np.bool_] = opened[1]
 
     @property
     def complete(self) -> bool:
@@ -317,11 +281,11 @@ class ResumablePass:
         """
         ids = np.ascontiguousarray(rows, dtype="<i8")
         data = np.ascontiguousarray(values, dtype=self._dtype)
-        expected = (int(self._sizes(ids).sum()), *self._shape[1:])
+        expected = (len(self._places(ids)), *self._shape[1:])
         if data.shape != expected:
             raise ValueError(f"values of {len(ids)} rows have shape {data.shape}, expected {expected}")
         head = _RECORD.pack(_MAGIC, len(ids), data.nbytes, _hash(ids.tobytes(), data.tobytes()))
-        try:
+        with _writing(self._folder):
             if self._file is None:
                 self._file = open(self._folder / f"part-{self._session}-{comm.rank():05d}.bin", "wb")
             self._file.write(head + ids.tobytes() + data.tobytes())
@@ -329,8 +293,6 @@ class ResumablePass:
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
-        except OSError as error:
-            raise CheckpointError(f"cannot write finished rows into {self._folder}: {error}") from error
 
     def finish(self) -> NDArray[Any]:
         """Merge all parts and return the stored array, memory-mapped, on every rank.
@@ -342,10 +304,10 @@ class ResumablePass:
         comm.barrier()
         comm.on_one_rank(f"stored array {self._key.name}", self._merge, CheckpointError)
         array = self._store.get(self._key)
-        seen = comm.gather_sum(torch.tensor(int(array is not None), device=self._device))
-        if array is None or int(seen) < comm.world():
+        seen = comm.gather_objects(array is not None)
+        if array is None or not all(seen):
             raise CheckpointError(
-                f"{self._store.directory}: {int(seen)} of {comm.world()} ranks see the finished array; "
+                f"{self._store.directory}: {sum(seen)} of {len(seen)} ranks see the finished array; "
                 "the folder must be on a file system that all ranks share"
             )
         return array
@@ -358,21 +320,15 @@ class ResumablePass:
             self._file.close()
             self._file = None
 
-    def _sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.ones(len(ids), dtype=np.int64) if self._offsets is None else np.diff(self._offsets)[ids]
+    def _places(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the entries of rows are in the array, one row after the other."""
+        starts = self._offsets[ids]
+        sizes = self._offsets[ids + 1] - starts
+        before = np.cumsum(sizes) - sizes
+        return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
 
-    def _header(self) -> dict[str, Any]:
-        offsets = "" if self._offsets is None else _hash(self._offsets.astype("<i8").tobytes()).hex()
-        return {
-            "format": _FORMAT,
-            "fingerprint": self._key.to_json(),
-            "shape": list(self._shape),
-            "dtype": self._dtype.str,
-            "offsets": offsets,
-        }
-
-    def _open(self) -> tuple[str, bytes]:
-        """Return a new session's name and the packed bits of finished rows; on rank 0 only."""
+    def _open(self) -> tuple[str, NDArray[np.bool_]]:
+        """Return a new session's name and which rows are finished; on rank 0 only."""
         done = np.zeros(self.num_rows, dtype=bool)
         self._store.clear_left()
         stored = self._store.get(self._key)
@@ -382,45 +338,44 @@ class ResumablePass:
                     f"{self._key.name} holds {stored.dtype} {stored.shape}, asked for {self._dtype} {self._shape}: "
                     "its fingerprint does not tell the two apart"
                 )
-            done[:] = True
-            return "", np.packbits(done).tobytes()
+            return "", ~done
+        header = json.dumps(
+            {
+                "format": _FORMAT,
+                "fingerprint": asdict(self._key),
+                "shape": self._shape,
+                "dtype": self._dtype.str,
+                "offsets": _hash(self._offsets.astype("<i8").tobytes()).hex(),
+            },
+            indent=1,
+        )
         with _writing(self._folder):
-            if self._folder.exists() and not self._ours():
+            file = self._folder / _HEADER
+            if self._folder.exists() and not (file.is_file() and file.read_bytes() == header.encode()):
                 logger.warning("%s belongs to another pass and is removed", self._folder)
                 shutil.rmtree(self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self._folder / _HEADER, None) as file:
-                file.write((json.dumps(self._header(), indent=1) + "\n").encode())
+            with replacing(file, None) as out:
+                out.write(header.encode())
             for ids, _ in self._records():
                 done[ids] = True
         if done.any():
             logger.info("%s: going on after %d of %d rows", self._key.method, done.sum(), self.num_rows)
-        return secrets.token_hex(4), np.packbits(done).tobytes()
-
-    def _ours(self) -> bool:
-        try:
-            return bool(json.loads((self._folder / _HEADER).read_text(encoding="utf-8")) == self._header())
-        except (OSError, ValueError):
-            return False
+        return secrets.token_hex(4), done
 
     def _records(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """Read the whole records of all parts; the torn end of a part is left out."""
+        largest = self._dtype.itemsize * int(np.prod(self._shape))
         for path in sorted(self._folder.glob("part-*.bin")):
             with open(path, "rb") as file:
-                while (record := self._read(file)) is not None:
-                    yield record
-
-    def _read(self, file: IO[bytes]) -> tuple[NDArray[np.int64], NDArray[Any]] | None:
-        head = file.read(_RECORD.size)
-        if len(head) < _RECORD.size:
-            return None
-        magic, count, size, digest = _RECORD.unpack(head)
-        if magic != _MAGIC or size > self._dtype.itemsize * int(np.prod(self._shape)):
-            return None
-        ids_bytes, data = file.read(8 * count), file.read(size)
-        if len(data) < size or _hash(ids_bytes, data) != digest:
-            return None
-        return np.frombuffer(ids_bytes, dtype="<i8"), np.frombuffer(data, self._dtype).reshape(-1, *self._shape[1:])
+                while len(head := file.read(_RECORD.size)) == _RECORD.size:
+                    magic, count, size, digest = _RECORD.unpack(head)
+                    if magic != _MAGIC or size > largest:
+                        break
+                    ids, data = file.read(8 * count), file.read(size)
+                    if len(data) < size or _hash(ids, data) != digest:
+                        break
+                    yield np.frombuffer(ids, "<i8"), np.frombuffer(data, self._dtype).reshape(-1, *self._shape[1:])
 
     def _merge(self) -> None:
         if self._store.get(self._key) is not None:
@@ -428,10 +383,7 @@ class ResumablePass:
         missing = np.ones(self.num_rows, dtype=bool)
         with self._store.create(self._key, shape=self._shape, dtype=self._dtype) as array:
             for ids, values in self._records():
-                if self._offsets is None:
-                    array[ids] = values
-                else:
-                    array[_ranges(self._offsets[ids], self._sizes(ids))] = values
+                array[self._places(ids)] = values
                 missing[ids] = False
             if missing.any():
                 raise CheckpointError(
@@ -446,9 +398,3 @@ def _hash(*parts: bytes) -> bytes:
     for part in parts:
         digest.update(part)
     return digest.digest()
-
-
-def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Concatenate ``range(start, start + size)`` of each pair."""
-    before = np.cumsum(sizes) - sizes
-    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)

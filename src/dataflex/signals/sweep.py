@@ -1,20 +1,21 @@
-"""One pass over rows: batches by length, shared out over ranks, scored, and brought together.
+"""One pass over rows: batches by length, shared out over ranks, scored, and gathered.
 
-Batches are formed from all rows before ranks or earlier interruptions are looked at, so that a row's
-batch, and with it the last bit of its value, depends on neither.
+Batches are formed from all rows before ranks and interrupted passes are considered, so that a row's batch, and with it
+the last bit of its value, depends on neither.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from dataflex import comm
 from dataflex.console import progress
@@ -22,14 +23,10 @@ from dataflex.plan.domains import Rows
 from dataflex.signals.store import ResumablePass
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One batch of this rank.
+class Turn(NamedTuple):
+    """One batch of this rank: positions [b] in the rows of the pass, and the collated batch on the device.
 
-    Attributes:
-        positions: Positions [b] in the rows of the pass.
-        batch: Collated, on the device.
-        mine: False where the rank only keeps step with the others: score it, drop the result.
+    ``mine`` is False where the rank only keeps step with the others: the batch is scored and its values are dropped.
     """
 
     positions: NDArray[np.int64]
@@ -44,11 +41,11 @@ class Sweep:
     Attributes:
         dataset: Anything that gives features by row id.
         rows: Row ids [n]; may repeat.
-        lengths: Tokens of those rows [n].
+        lengths: Number of tokens of those rows [n].
         collate: Features to a batch of CPU tensors.
-        token_budget: Padded tokens of a batch at most.
+        token_budget: Largest number of padded tokens in a batch.
         device: Where batches go.
-        what: What the pass is for, told while it goes; None tells nothing.
+        what: Name of the pass in progress lines; None for no progress lines.
         combine: Turns the pass's values [n, ...] into those of the rows that were asked about; None where they are.
     """
 
@@ -62,13 +59,14 @@ class Sweep:
     combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
     def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
-        """Give this rank its batches; every rank is given equally many.
+        """Give this rank its batches; the number of batches is the same on every rank.
 
         Args:
-            done: Positions that are finished [n], equal on every rank; a batch is left out when all of it is.
+            done: Finished positions [n], equal on every rank; a batch of finished positions only is left out.
         """
-        finished = np.zeros(len(self.rows), dtype=bool) if done is None else done
-        batches = [batch for batch in bucketed(self.lengths, self.token_budget) if not finished[batch].all()]
+        batches = bucketed(self.lengths, self.token_budget)
+        if done is not None:
+            batches = [batch for batch in batches if not done[batch].all()]
         world, rank = comm.world(), comm.rank()
         count = len(self.rows) - sum(len(batch) for batch in batches)
         with progress(self.what, len(self.rows), count) as told:
@@ -76,25 +74,24 @@ class Sweep:
                 index = first + rank
                 # A rank without a batch left repeats the last: partitioned parameters need equal numbers of passes.
                 positions = batches[min(index, len(batches) - 1)]
-                features = self.collate(fetch(self.dataset, self.rows[positions]))
-                batch = {key: x.to(self.device) if torch.is_tensor(x) else x for key, x in features.items()}
-                yield Turn(positions=positions, batch=batch, mine=index < len(batches))
+                batch = self.collate(fetch(self.dataset, self.rows[positions]))
+                yield Turn(positions, to_device(batch, self.device), mine=index < len(batches))
                 count += sum(len(batch) for batch in batches[first : first + world])
                 told(count)
 
 
 class Collector:
-    """Takes the values of a pass batch by batch, and brings them together over ranks at the end.
+    """Takes the values of a pass batch by batch, and gathers them over ranks at the end.
 
     Args:
         sweep: The rows.
         tail: Shape of one row's value.
-        work: Stored array that values are written into as they come, going on where an earlier try stopped; None
-            holds them in memory.
+        work: Stored array that takes the values as they come, after those of an interrupted pass; None keeps them in
+            memory.
     """
 
     def __init__(self, sweep: Sweep, tail: tuple[int, ...], work: ResumablePass | None = None) -> None:
-        self._sweep, self._tail, self._work = sweep, tail, work
+        self._shape, self._device, self._work = (len(sweep.rows), *tail), sweep.device, work
         self._values = [torch.zeros(0, *tail, device=sweep.device)]
         self._places = [np.zeros(0, dtype=np.int64)]
 
@@ -112,8 +109,8 @@ class Collector:
         if self._work is not None:
             return self._work.finish()
         whole, _ = comm.gather_rows(torch.cat(self._values))
-        where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(self._places)).to(self._sweep.device))
-        out = np.full((len(self._sweep.rows), *self._tail), np.nan, dtype=np.float32)
+        where, _ = comm.gather_rows(torch.from_numpy(np.concatenate(self._places)).to(self._device))
+        out = np.full(self._shape, np.nan, dtype=np.float32)
         out[where.cpu().numpy()] = whole.cpu().numpy()
         return out
 
@@ -131,16 +128,25 @@ def row_pass(
 def fetch(dataset: Any, rows: Rows) -> list[dict[str, Any]]:
     """Return the features of rows of anything that gives features by row id."""
     ids = rows.tolist()
-    if hasattr(dataset, "__getitems__"):
-        return list(dataset.__getitems__(ids))
-    return [dataset[row] for row in ids]
+    return list(dataset.__getitems__(ids)) if hasattr(dataset, "__getitems__") else [dataset[row] for row in ids]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on the device."""
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def padded(sequences: Sequence[Sequence[int]], fill: int, side: str = "right") -> torch.Tensor:
+    """Return sequences of integers as the rows of one tensor, int64 [n, longest]."""
+    rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
 
 def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
     """Group positions into batches whose padded size stays within ``token_budget``.
 
     Args:
-        lengths: Tokens of each row [n].
+        lengths: Number of tokens of each row [n].
         token_budget: Largest rows x longest row of a batch; a longer single row is its own batch.
 
     Returns:
@@ -173,6 +179,3 @@ def preserve_state(*modules: torch.nn.Module) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-_INTEGERS = frozenset({"place", "position", "document"})

@@ -13,24 +13,22 @@ from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.plan.domains import Rows
+from dataflex.signals.losses import IGNORE
 from dataflex.signals.specs import Part
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.sweep import Sweep, padded
 
-IGNORE = -100
 _TOKENS, _LABELS, _MASK = "input_ids", "labels", "attention_mask"
+_MEDIA = ("images", "videos", "audios")
 _CHUNK_ROWS = 1000
 
 TokenRow = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]
 """Tokens, whether each is supervised, and the number of its document, without padding."""
+_Stretch = tuple[bool, list[int]]
+"""Consecutive tokens of a document: whether they are supervised, and the tokens."""
 
 
 def token_rows(dataset: Any, rows: Rows) -> Iterator[TokenRow]:
-    """Yield what is known of the tokens of each row, in the order asked for.
-
-    Args:
-        dataset: Tokenized rows (``datasets.Dataset``, or anything with ``__getitems__``).
-        rows: Row ids [n]; may repeat.
-    """
+    """Yield the tokens of each row [n] of a ``datasets.Dataset``, or of anything with ``__getitems__``."""
     names = getattr(dataset, "column_names", None)
     if names is not None:  # images and the like are left where they are
         wanted = [name for name in names if name.removeprefix("chosen_") in (_TOKENS, _LABELS, _MASK)]
@@ -61,7 +59,7 @@ def row_tokens(dataset: Any, rows: Rows, part: Part = "all") -> list[NDArray[np.
 
 
 def row_texts(dataset: Any, rows: Rows, tokenizer: Any, part: Part = "all") -> list[str]:
-    """Return the text of each row or of a part of it: its tokens decoded, special ones left out."""
+    """Return the text of each row or of a part of it: its tokens decoded, without special ones."""
     texts: list[str] = []
     for start in range(0, len(rows), _CHUNK_ROWS):
         tokens = row_tokens(dataset, rows[start : start + _CHUNK_ROWS], part)
@@ -69,19 +67,16 @@ def row_texts(dataset: Any, rows: Rows, tokenizer: Any, part: Part = "all") -> l
     return texts
 
 
-_MEDIA = ("images", "videos", "audios")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How sequences are made.
+    """How rows are cut into sequences.
 
     Attributes:
         alone: One sequence for each response, without what comes before it; else whole documents.
-        prefix_tokens: Tokens directly before a response that it keeps when alone.
+        prefix_tokens: Number of tokens directly before a response that it keeps when alone.
         leave_out_first: Leave out a response's first token where, alone, nothing would come before it.
         start: Token that every sequence begins with, as one that the tokenizer puts there itself; or none.
-        limit: Tokens of a document at most, those beyond are scored neither way; or None.
+        limit: Largest number of tokens of a document, those beyond are scored neither way; or None.
         translate: Turns tokens into those of another model; or None.
     """
 
@@ -95,8 +90,7 @@ class Cut:
     @property
     def identity(self) -> dict[str, Any]:
         """JSON values that sequences depend on, besides the data set and the other model."""
-        settings = {key: value for key, value in vars(self).items() if key != "translate"}
-        return {**settings, "start": list(self.start), "translate": self.translate is not None}
+        return {**vars(self), "start": list(self.start), "translate": self.translate is not None}
 
 
 @dataclass(kw_only=True)
@@ -108,7 +102,7 @@ class Segments:
         rows: Row ids [n].
         cut: How they are made.
         places: Place in ``rows`` of each sequence, ascending [P].
-        lengths: Tokens of each sequence, about [P] (before translation).
+        lengths: Number of tokens of each sequence, about [P] (before translation).
     """
 
     dataset: Any
@@ -122,15 +116,12 @@ class Segments:
         media = [name for name in _MEDIA if name in features and getattr(features[name], "dtype", None) != "null"]
         if media:
             raise UnsupportedError(f"responses are scored as text, but the rows hold {', '.join(media)}")
-        places, numbers, lengths = [], [], []
-        for place, row in enumerate(token_rows(self.dataset, self.rows)):
-            for number, length in enumerate(self._lengths(row)):
-                places.append(place)
-                numbers.append(number)
-                lengths.append(length + len(self.cut.start))
-        self.places, self._numbers, self.lengths = (
-            np.array(values, dtype=np.int64) for values in (places, numbers, lengths)
-        )
+        found = [
+            (place, number, length + len(self.cut.start))
+            for place, row in enumerate(token_rows(self.dataset, self.rows))
+            for number, length in enumerate(self._lengths(row))
+        ]
+        self.places, self._numbers, self.lengths = np.array(found, dtype=np.int64).reshape(-1, 3).T
 
     def __len__(self) -> int:
         return len(self.places)
@@ -158,26 +149,23 @@ class Segments:
                 continue
             if self.cut.translate is not None:
                 stretches = [(supervised, self.cut.translate(ids)) for supervised, ids in stretches]
-            found += self._alone(stretches) if self.cut.alone else [self._given(stretches)]
+            first = next((ids[0] for _, ids in stretches if ids), None)
+            start = [] if (first,) == self.cut.start else list(self.cut.start)
+            found += self._alone(stretches, start) if self.cut.alone else [self._given(stretches, start)]
         return found
 
-    def _start(self, stretches: list[tuple[bool, list[int]]]) -> list[int]:
-        """Return what is put before a document, unless it begins with it already."""
-        first = next((ids[0] for _, ids in stretches if ids), None)
-        return [] if (first,) == self.cut.start else list(self.cut.start)
-
-    def _given(self, stretches: list[tuple[bool, list[int]]]) -> dict[str, Any]:
-        tokens = self._start(stretches)
-        labels = [IGNORE] * len(tokens)
+    def _given(self, stretches: list[_Stretch], start: list[int]) -> dict[str, Any]:
+        tokens, labels = list(start), [IGNORE] * len(start)
+        hides_first = not self.cut.start and self.cut.prefix_tokens == 0 and self.cut.leave_out_first
         for supervised, ids in stretches:
-            hidden = not self.cut.start and self.cut.prefix_tokens == 0 and self.cut.leave_out_first
-            first = [IGNORE if hidden else ids[0]] if ids else []
-            labels += [*first, *ids[1:]] if supervised else [IGNORE] * len(ids)
             tokens += ids
+            labels += ids if supervised else [IGNORE] * len(ids)
+            if supervised and ids and hides_first:
+                labels[-len(ids)] = IGNORE
         return _feature(tokens[: self.cut.limit], labels[: self.cut.limit])
 
-    def _alone(self, stretches: list[tuple[bool, list[int]]]) -> list[dict[str, Any]]:
-        found, before = [], self._start(stretches)
+    def _alone(self, stretches: list[_Stretch], before: list[int]) -> list[dict[str, Any]]:
+        found = []
         for supervised, ids in stretches:
             if supervised:
                 fits = len(ids) if self.cut.limit is None else max(0, self.cut.limit - len(before))
@@ -190,15 +178,14 @@ class Segments:
         return found
 
 
-def _documents(row: TokenRow) -> list[list[tuple[bool, list[int]]]]:
-    """Return the stretches of each document: whether supervised, and the tokens."""
+def _documents(row: TokenRow) -> list[list[_Stretch]]:
+    """Return the stretches of each document."""
     ids, supervised, documents = row
     if not len(ids):
         return []
     new = np.flatnonzero((np.diff(supervised.astype(np.int8)) != 0) | (np.diff(documents) != 0)) + 1
-    bounds = [0, *new.tolist(), len(ids)]
-    found: list[list[tuple[bool, list[int]]]] = []
-    for start, stop in pairwise(bounds):
+    found: list[list[_Stretch]] = []
+    for start, stop in pairwise([0, *new.tolist(), len(ids)]):
         if start == 0 or documents[start] != documents[start - 1]:
             found.append([])
         found[-1].append((bool(supervised[start]), ids[start:stop].tolist()))
@@ -207,20 +194,15 @@ def _documents(row: TokenRow) -> list[list[tuple[bool, list[int]]]]:
 
 def _feature(tokens: list[int], labels: list[int]) -> dict[str, Any]:
     """Return a sequence; one without tokens gets one that is not scored."""
-    return {"input_ids": tokens or [0], "labels": labels or [IGNORE]}
+    return {_TOKENS: tokens or [0], _LABELS: labels or [IGNORE]}
 
 
-def collate_segments(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad sequences on the right: ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T]."""
-    shape = (len(features), max(len(feature["input_ids"]) for feature in features))
-    batch = {"input_ids": torch.zeros(shape), "attention_mask": torch.zeros(shape), "labels": torch.full(shape, IGNORE)}
-    batch = {name: values.long() for name, values in batch.items()}
-    for i, feature in enumerate(features):
-        length = len(feature["input_ids"])
-        batch["input_ids"][i, :length] = torch.tensor(feature["input_ids"])
-        batch["attention_mask"][i, :length] = 1
-        batch["labels"][i, :length] = torch.tensor(feature["labels"])
-    return batch
+def _collated(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        _TOKENS: padded([feature[_TOKENS] for feature in features], 0),
+        _MASK: padded([[1] * len(feature[_TOKENS]) for feature in features], 0),
+        _LABELS: padded([feature[_LABELS] for feature in features], IGNORE),
+    }
 
 
 def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
@@ -242,6 +224,6 @@ def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
         dataset=segments,
         rows=np.arange(len(segments), dtype=np.int64),
         lengths=segments.lengths,
-        collate=collate_segments,
+        collate=_collated,
         combine=means,
     )

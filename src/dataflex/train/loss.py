@@ -26,8 +26,8 @@ from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
 from dataflex.sequences import Sequences
 from dataflex.signals.embeddings import pool, pool_documents
+from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import document_ids, token_cross_entropy
-from dataflex.signals.specs import EmbeddingSpec
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
 from dataflex.train.loader import ROWS
 
@@ -304,7 +304,7 @@ def predicted_tokens(labels: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(
-    hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: EmbeddingSpec
+    hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: Embedding
 ) -> torch.Tensor:
     """Return a vector for each sequence, fp32 [B, D], without gradient; zeros where there is nothing to pool.
 

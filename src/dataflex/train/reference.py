@@ -216,14 +216,7 @@ class ReferencePasses:
             key = replace(key, parameters={**key.parameters, "rows": digest})
         offsets, sweep = row_offsets(self.lengths[rows]), self.sweep(rows)
         self._start[rows] = offsets[:-1]
-        work = ResumablePass(
-            ArrayStore(self.store),
-            key,
-            shape=(int(offsets[-1]),),
-            dtype=KEPT_DTYPE,
-            offsets=offsets,
-            device=sweep.device,
-        )
+        work = ResumablePass(ArrayStore(self.store), key, shape=(int(offsets[-1]),), dtype=KEPT_DTYPE, offsets=offsets)
         known = number in self._trusted  # a pass of this very process, which the plan before did not need
         if not known:
             logger.info("%s: losses of %d of %d rows, %s", KEY, len(rows), len(self.lengths), _progress_words(work))

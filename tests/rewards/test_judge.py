@@ -1,4 +1,4 @@
-"""The endpoint client against a server on this machine that answers, refuses, stalls and breaks off."""
+"""The judge against a server on this machine that answers, refuses, stalls and breaks off."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from dataflex.errors import ConfigError, DataFlexError
-from dataflex.signals.endpoint import EndpointClient, EndpointConfig, EndpointError
+from dataflex.errors import ConfigError
+from dataflex.rewards import judge as module
+from dataflex.rewards.base import Candidate
+from dataflex.rewards.judge import Judge, JudgeConfig, JudgeError
 
 KEY = "sk-very-secret-0815"
+CANDIDATES = [Candidate(prompt="2 + 2?", answer="4", reference="4")]
 
 
 class Server:
@@ -79,16 +83,11 @@ def server(monkeypatch):
 
 
 def good(number, body):
-    """Echo the prompt, once per sample; the choices come in the wrong order."""
-    chat = "messages" in body
-    prompt = body["messages"][-1]["content"] if chat else body["prompt"]
-    choices = []
-    for index in reversed(range(body["n"])):
-        text = f"{prompt}!{index}"
-        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choices.append({"index": index, "finish_reason": "length" if index else "stop", **choice})
-    usage = {"prompt_tokens": 10, "completion_tokens": 3 * body["n"]}
-    return 200, {}, json.dumps({"choices": choices, "usage": usage}).encode()
+    """Echo the prompt."""
+    message = {"role": "assistant", "content": body["messages"][-1]["content"] + "!"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return 200, {}, json.dumps({"choices": [choice], "usage": usage}).encode()
 
 
 def refusal(status, text="busy", **headers):
@@ -96,17 +95,20 @@ def refusal(status, text="busy", **headers):
     return lambda number, body: (status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
 
 
-def client(server, **changes):
-    settings = {
-        "url": server.url,
-        "model": "tiny",
-        "timeout_seconds": 5.0,
-        "max_retries": 2,
-        "backoff_seconds": 0.01,
-        "backoff_max_seconds": 3.0,
-        **changes,
-    }
-    return EndpointClient(config=EndpointConfig(**settings))
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_MOST_WAIT_SECONDS", 3.0)
+
+
+def judge(server, **changes):
+    return Judge(
+        JudgeConfig(**{"url": server.url, "model": "tiny", "timeout_seconds": 5.0, "max_retries": 2, **changes})
+    )
+
+
+def used(one):
+    return [one._used[name] for name in ("requests", "retries", "tokens in", "tokens out")]
 
 
 def first_then(*scripts):
@@ -114,7 +116,7 @@ def first_then(*scripts):
     return lambda number, body: (scripts[number] if number < len(scripts) else good)(number, body)
 
 
-def test_chat_keeps_the_order_and_adds_up_the_cost(server, monkeypatch, caplog):
+def test_replies_keep_the_order_and_the_cost_is_added_up(server, monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", KEY)
     together = threading.Barrier(4, timeout=5)
 
@@ -126,45 +128,21 @@ def test_chat_keeps_the_order_and_adds_up_the_cost(server, monkeypatch, caplog):
 
     server.script = answer
     caplog.set_level(logging.INFO)
-    one = client(
-        server,
-        api_key_env="MY_KEY",
-        num_samples=2,
-        concurrency=4,
-        temperature=0.7,
-        top_p=0.9,
-        max_tokens=33,
-        seed=100,
-        price_in_per_million=2.0,
-        price_out_per_million=10.0,
-    )
-    prompts = [f"q{i}" for i in range(11)]
-    prompts.append([{"role": "system", "content": "be short"}, {"role": "user", "content": "q11"}])
-    answers = one.complete(prompts)
-    assert [[sample.text for sample in samples] for samples in answers] == [[f"q{i}!0", f"q{i}!1"] for i in range(12)]
-    assert [sample.finished for sample in answers[0]] == [True, False]
+    one = judge(server, url=server.url + "/", api_key_env="MY_KEY", concurrency=4, max_tokens=33)
+    assert one.complete([f"q{i}" for i in range(12)]) == [f"q{i}!" for i in range(12)]
     assert server.most_busy == 4
-    path, headers, body, _ = next(request for request in server.requests if len(request[2]["messages"]) == 2)
+    path, headers, body, _ = next(request for request in server.requests if "q11" in str(request[2]))
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == f"Bearer {KEY}"
-    del body["messages"]
-    assert body == {"model": "tiny", "max_tokens": 33, "temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 111}
-    assert (one.cost.requests, one.cost.retries, one.cost.tokens_in, one.cost.tokens_out) == (12, 0, 120, 72)
-    assert one.cost.price == pytest.approx((120 * 2 + 72 * 10) / 1e6)
-    assert 0 < one.cost.seconds < 20
-    assert "12 requests (0 of them retries), 120 tokens in, 72 tokens out" in caplog.text
+    message = {"role": "user", "content": "q11"}
+    settings = {"model": "tiny", "max_tokens": 33, "temperature": 0.0, "top_p": 1.0, "n": 1, "seed": 11}
+    assert body == {**settings, "messages": [message]}
+    assert used(one) == [12, 0, 120, 36]
+    assert "12 requests, 0 retries, 120 tokens in, 36 tokens out in all" in caplog.text
     assert KEY not in caplog.text + repr(one)
     assert one.complete([]) == []
-
-
-def test_plain_completions(server):
-    server.script = good
-    one = client(server, api="completions", url=server.url + "/")
-    assert [samples[0].text for samples in one.complete(["a", "b"])] == ["a!0", "b!0"]
-    assert server.requests[0][0] == "/v1/completions"
-    assert "Authorization" not in server.requests[0][1]
-    with pytest.raises(EndpointError, match="plain completions take text"):
-        one.complete([[{"role": "user", "content": "x"}]])
+    judge(server).complete(["q"])
+    assert "Authorization" not in server.requests[-1][1]
 
 
 def cut_off(number, body):
@@ -177,23 +155,24 @@ def cut_off(number, body):
 )
 def test_what_may_pass_is_tried_again(server, script):
     server.script = first_then(script, script)
-    one = client(server)
-    assert one.complete(["q"])[0][0].text == "q!0"
-    assert (one.cost.requests, one.cost.retries, one.cost.tokens_in) == (3, 2, 10)
+    one = judge(server)
+    assert one.complete(["q"]) == ["q!"]
+    assert used(one) == [3, 2, 10, 3]
     server.requests.clear()
     server.script = script
-    with pytest.raises(EndpointError, match=r"\(after 3 tries\)"):
+    with pytest.raises(JudgeError, match=r"\(after 3 tries\)"):
         one.complete(["q"])
     assert len(server.requests) == 3
 
 
-def test_back_off_grows_and_is_the_same_each_time(server):
+def test_waits_grow_and_are_the_same_each_time(server, monkeypatch):
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 0.05)
     server.script = refusal(503)
     waits = []
     for _ in range(2):
-        one = client(server, max_retries=3, backoff_seconds=0.05)
+        one = judge(server, max_retries=3)
         server.requests.clear()
-        with pytest.raises(EndpointError, match="HTTP 503"):
+        with pytest.raises(JudgeError, match="HTTP 503"):
             one.complete(["q"])
         times = [request[3] for request in server.requests]
         waits.append([later - sooner for sooner, later in pairwise(times)])
@@ -206,23 +185,23 @@ def test_back_off_grows_and_is_the_same_each_time(server):
 def test_retry_after_is_honoured(server, form):
     asked = "0.4" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
     server.script = first_then(refusal(429, Retry_After=asked))
-    assert client(server).complete(["q"])[0][0].text == "q!0"
+    assert judge(server).complete(["q"]) == ["q!"]
     waited = server.requests[1][3] - server.requests[0][3]
     assert 0.4 <= waited < 3.0
     server.script = refusal(429, "quota used up", Retry_After="7200")
     server.requests.clear()
-    with pytest.raises(EndpointError, match=r"asks to wait 7200 s, longer than backoff_max_seconds .*quota used up"):
-        client(server).complete(["q"])
+    with pytest.raises(JudgeError, match=r"asks to wait 7200 s, longer than 3 s: .*quota used up"):
+        judge(server).complete(["q"])
     assert len(server.requests) == 1
-    server.script = first_then(refusal(429, Retry_After="soon"))  # not a time: the usual back-off
-    assert client(server).complete(["q"])[0][0].text == "q!0"
+    server.script = first_then(refusal(429, Retry_After="soon"))  # not a time: the usual wait
+    assert judge(server).complete(["q"]) == ["q!"]
 
 
 def test_a_silent_server_times_out(server):
     done = threading.Event()
     server.script = lambda number, body: (done.wait(3), good(number, body))[1]
-    with pytest.raises(EndpointError, match=r"no answer within 0\.2 s \(after 2 tries\)"):
-        client(server, timeout_seconds=0.2, max_retries=1).complete(["q"])
+    with pytest.raises(JudgeError, match=r"no answer within 0\.2 s \(after 2 tries\)"):
+        judge(server, timeout_seconds=0.2, max_retries=1).complete(["q"])
     done.set()
 
 
@@ -230,8 +209,8 @@ def test_nobody_there(server):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(EndpointError, match=r"cannot be reached: ConnectionRefusedError.*\(after 3 tries\)"):
-        client(server, url=url).complete(["q"])
+    with pytest.raises(JudgeError, match=r"cannot be reached: ConnectionRefusedError.*\(after 3 tries\)"):
+        judge(server, url=url).complete(["q"])
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -239,20 +218,20 @@ def test_a_refused_key_is_named_but_not_shown(server, status, monkeypatch, caplo
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", KEY)
     server.script = refusal(status, f"invalid key {KEY}")
-    with pytest.raises(EndpointError, match="the key in MY_KEY was refused") as error:
-        client(server, api_key_env="MY_KEY").complete(["q"])
+    with pytest.raises(JudgeError, match="the key in MY_KEY was refused") as error:
+        judge(server, api_key_env="MY_KEY").complete(["q"])
     assert len(server.requests) == 1
     assert KEY not in str(error.value) + caplog.text
     assert "***" in str(error.value)
-    with pytest.raises(EndpointError, match="it wants a key: name its variable in api_key_env"):
-        client(server).complete(["q"])
+    with pytest.raises(JudgeError, match="it wants a key: name its variable in api_key_env"):
+        judge(server).complete(["q"])
     monkeypatch.setenv("MY_KEY", f"{KEY}\nX-Other: 1")
     with pytest.raises(ConfigError, match="'MY_KEY' holds characters that cannot be in a key") as problem:
-        client(server, api_key_env="MY_KEY")
+        judge(server, api_key_env="MY_KEY")(CANDIDATES)
     assert KEY not in str(problem.value)
     monkeypatch.delenv("MY_KEY")
-    with pytest.raises(ConfigError, match="the environment variable 'MY_KEY' is not set"):
-        client(server, api_key_env="MY_KEY")
+    with pytest.raises(ConfigError, match=r"judge\.api_key_env: the environment variable 'MY_KEY' is not set"):
+        judge(server, api_key_env="MY_KEY")(CANDIDATES)
 
 
 @pytest.mark.parametrize(
@@ -262,49 +241,91 @@ def test_a_refused_key_is_named_but_not_shown(server, status, monkeypatch, caplo
         (refusal(400, "context too long"), "HTTP 400 .*context too long"),
         (refusal(307, Location="http://127.0.0.1:1/elsewhere"), "redirects are not followed"),
         (lambda number, body: (200, {}, b"<html>hello</html>"), "not JSON: <html>hello</html>"),
-        (lambda number, body: (200, {}, b"{}"), "without completions .*KeyError"),
-        (lambda number, body: (200, {}, b"[1]"), "without completions .*TypeError"),
-        (lambda number, body: (200, {}, b'{"choices": []}'), "answered with 0 completions"),
-        (
-            lambda number, body: (200, {}, b'{"choices": [{"message": {"content": null}}]}'),
-            r"answered with 1 completions \[None\]",
-        ),
-        (lambda number, body: (200, {}, b'{"choices": [{"text": "hm"}]}'), "without completions .*'message'"),
+        (lambda number, body: (200, {}, b"{}"), "without a text .*KeyError"),
+        (lambda number, body: (200, {}, b"[1]"), "without a text .*TypeError"),
+        (lambda number, body: (200, {}, b'{"choices": []}'), "without a text .*IndexError"),
+        (lambda number, body: (200, {}, b'{"choices": [{"message": {"content": null}}]}'), "without a text: .*null"),
+        (lambda number, body: (200, {}, b'{"choices": [{"text": "hm"}]}'), "without a text .*'message'"),
     ],
 )
 def test_what_will_not_get_better_fails_at_once(server, script, message):
     server.script = script
-    with pytest.raises(EndpointError, match=message):
-        client(server).complete(["q"])
+    with pytest.raises(JudgeError, match=message):
+        judge(server).complete(["q"])
     assert len(server.requests) == 1
-    assert issubclass(EndpointError, DataFlexError)
 
 
-def test_one_failure_calls_off_the_rest(server):
+def test_one_failure_cancels_the_rest(server, monkeypatch):
     def answer(number, body):
         if body["messages"][-1]["content"] == "q0":
             return refusal(400)(number, body)
         return refusal(503)(number, body)
 
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 2.0)
     server.script = answer
-    one = client(server, concurrency=3, max_retries=50, backoff_seconds=2.0)
+    one = judge(server, concurrency=3, max_retries=50)
     started = time.monotonic()
-    with pytest.raises(EndpointError, match="HTTP 400"):
+    with pytest.raises(JudgeError, match="HTTP 400"):
         one.complete([f"q{i}" for i in range(200)])
-    assert time.monotonic() - started < 1.5  # nobody waits for a back-off to end
+    assert time.monotonic() - started < 1.5  # nobody goes on waiting
     assert len(server.requests) < 20
 
 
 def test_an_answer_without_usage_costs_nothing_known(server):
     server.script = lambda number, body: (200, {}, b'{"choices": [{"message": {"content": "hi"}}], "usage": null}')
-    one = client(server)
-    assert one.complete(["q"])[0][0].text == "hi"
-    assert (one.cost.tokens_in, one.cost.tokens_out) == (0, 0)
+    one = judge(server)
+    assert one.complete(["q"]) == ["hi"]
+    assert used(one) == [1, 0, 0, 0]
 
 
-def test_all_wrong_settings_are_told_together():
-    with pytest.raises(ConfigError) as error:
-        EndpointConfig(url="localhost:8000", model="", api="responses", temperature=-1, max_retries=-1, concurrency=0)
-    assert [problem.split(":")[0] for problem in error.value.problems] == [
-        f"endpoint.{name}" for name in ("url", "model", "api", "temperature", "max_retries", "concurrency")
-    ]
+# ---------------------------------------------------------------- grades
+
+
+def candidates(*answers):
+    return [Candidate(prompt="2 + 2?", answer=answer, reference="the answer is 4") for answer in answers]
+
+
+def reply(text):
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+def asked(body):
+    return body["messages"][0]["content"]
+
+
+def test_a_judges_first_number_is_the_grade(server):
+    server.script = lambda number, body: reply(
+        {"a": "7", "b": "Grade: 2.5 of 10", "c": "great", "d": "11", "e": "-1"}[asked(body).split("[Answer]\n")[1][0]]
+    )
+    found = judge(server)(candidates("a", "b", "c", "d", "e"))
+    np.testing.assert_allclose(found.values[:2], [0.7, 0.25])
+    assert np.isnan(found.values[2:]).all()
+    assert "'great' without a number" in found.problems[0]
+    assert "11 is not between 0 and 10" in found.problems[1]
+    first = asked(server.requests[0][2])
+    assert "2 + 2?" in first
+    assert "the answer is 4" in first
+    assert "to 10 (" in first
+    assert server.requests[0][2]["temperature"] == 0.0
+
+
+def test_a_request_that_fails_costs_only_its_answer(server):
+    def script(number, body):
+        return (400, {}, b"no") if "poison" in asked(body) else reply("10")
+
+    server.script = script
+    found = judge(server, concurrency=1, max_retries=0)(candidates("a", "poison", "b"))
+    assert np.isnan(found.values).tolist() == [False, True, False]
+    assert "400" in found.problems[0]
+
+
+def test_a_judge_that_is_away_is_given_up(server):
+    server.script = lambda number, body: (500, {}, b"down")
+    found = judge(server, concurrency=1, max_retries=0)(candidates(*["x"] * 30))
+    assert np.isnan(found.values).all()
+    assert len(server.requests) <= 5
+
+
+def test_a_judges_instruction_may_hold_braces_of_its_own():
+    config = JudgeConfig(url="http://x", model="m", instruction='{{"a": "{answer}"}}')
+    assert config.ask(candidates("{prompt}")[0]) == '{"a": "{prompt}"}'

@@ -1,0 +1,315 @@
+"""The judge: a model behind an OpenAI-compatible server (vLLM or any other) that grades answers.
+
+Standard library only. Redirects are not followed: they would carry the key to another host. The key is read from an
+environment variable when the first answer is graded, never from a file, and appears in no message.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import logging
+import os
+import re
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from dataflex.errors import ConfigError, DataFlexError
+from dataflex.rewards.base import Candidate, Grades, graded
+from dataflex.rng import stream
+
+logger = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_MOST_IN_A_ROW = 3
+_WAIT_SECONDS, _MOST_WAIT_SECONDS = 1.0, 60.0
+_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_SHOWN = 300
+_INSTRUCTION = (
+    "Grade the answer to the task below against the reference. Reply with one number from 0 (wrong or useless) to "
+    "{best:g} (as good as the reference), and nothing else.\n\n[Task]\n{prompt}\n\n[Reference]\n{reference}\n\n"
+    "[Answer]\n{answer}\n\n[Grade]\n"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Where the judge is and how it is asked; each field's ``help`` says what it is."""
+
+    url: str = field(metadata={"help": "base address of the server with the version, as http://127.0.0.1:8000/v1"})
+    model: str = field(metadata={"help": "name of the model at the server"})
+    api_key_env: str | None = field(default=None, metadata={"help": "environment variable that holds the key"})
+    instruction: str = field(
+        default=_INSTRUCTION, metadata={"help": "what is asked, with {prompt}, {answer}, {reference} and {best}"}
+    )
+    best: float = field(
+        default=10.0, metadata={"help": "highest grade; rewards are grades divided by it", "above": 0.0}
+    )
+    max_tokens: int = field(default=16, metadata={"help": "tokens of a reply at most", "minimum": 1})
+    timeout_seconds: float = field(default=60.0, metadata={"help": "seconds without any byte", "above": 0.0})
+    max_retries: int = field(default=4, metadata={"help": "further tries of a request", "minimum": 0})
+    concurrency: int = field(default=8, metadata={"help": "requests under way at once", "minimum": 1})
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url: must be an http:// or https:// address, found {self.url!r}")
+        if not self.model:
+            raise ValueError("model: must be the name of a model")
+        try:
+            asked = self.ask(Candidate(prompt="\0", answer="\1", reference="\2"))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"instruction: cannot be filled in ({type(error).__name__}: {error}); write braces as {{{{ and }}}}"
+            ) from error
+        if "\1" not in asked:
+            raise ValueError("instruction: does not hold {answer}, so that all answers would get the same grade")
+
+    def ask(self, candidate: Candidate) -> str:
+        """Return the request for one candidate."""
+        return self.instruction.format(best=self.best, **asdict(candidate))
+
+
+class JudgeError(DataFlexError):
+    """The server could not be reached, refused a request, or answered without a text."""
+
+
+class Judge:
+    """The reward that asks the judge for a grade of each answer, at temperature 0."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._used: Counter[str] = Counter()
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Grades:
+        """Return one reward per candidate: the first number of the reply, divided by the highest grade.
+
+        All are asked at once. If a request fails for good, they are asked one by one, so that only those that
+        fail have no grade; after three failures in a row no further one is asked.
+
+        Raises:
+            ConfigError: The environment variable of the key is not set.
+        """
+        requests = [self._config.ask(one) for one in candidates]
+        try:
+            return graded([self._grade(reply) for reply in self.complete(requests)])
+        except JudgeError:
+            pass  # told below, for the requests that it belongs to
+        found: list[object] = []
+        in_a_row = 0
+        for request in requests:
+            if in_a_row == _MOST_IN_A_ROW:
+                found.append(found[-1])
+                continue
+            try:
+                found.append(self._grade(self.complete([request])[0]))
+                in_a_row = 0
+            except JudgeError as error:
+                found.append(str(error))
+                in_a_row += 1
+        return graded(found)
+
+    def _grade(self, reply: str) -> object:
+        found = _NUMBER.search(reply)
+        if found is None:
+            return f"the judge replied {reply.strip()[:80]!r} without a number"
+        grade = float(found.group())
+        if not 0 <= grade <= self._config.best:
+            return f"the judge's grade {grade:g} is not between 0 and {self._config.best:g}"
+        return grade / self._config.best
+
+    @cached_property
+    def _key(self) -> str | None:
+        """Read by the first request, so that a configuration can be built where the key is not set."""
+        name = self._config.api_key_env
+        if name is None:
+            return None
+        key = os.environ.get(name, "").strip()
+        where = "dynamic.selector.judge.api_key_env"
+        if not key:
+            raise ConfigError(f"{where}: the environment variable {name!r} is not set")
+        if not all("!" <= letter <= "~" for letter in key):  # would be shown in a library's error
+            raise ConfigError(f"{where}: {name!r} holds characters that cannot be in a key")
+        return key
+
+    def complete(self, requests: Sequence[str]) -> list[str]:
+        """Return the reply to each request, in their order.
+
+        Raises:
+            ConfigError: The environment variable of the key is not set.
+            JudgeError: A request failed for good; those not yet sent are cancelled.
+        """
+        key, started = self._key, time.perf_counter()
+        stop = threading.Event()
+        with ThreadPoolExecutor(max_workers=self._config.concurrency, thread_name_prefix="judge") as pool:
+            pending = [pool.submit(self._ask, i, request, key, stop) for i, request in enumerate(requests)]
+            try:
+                for future in as_completed(pending):
+                    future.result()
+            finally:
+                stop.set()
+                for future in pending:
+                    future.cancel()
+        used = ", ".join(f"{count:,} {what}" for what, count in self._used.items())
+        logger.info("judge %s: %s in all; %.1f s", self._config.url, used, time.perf_counter() - started)
+        return [future.result() for future in pending]
+
+    def _ask(self, index: int, request: str, key: str | None, stop: threading.Event) -> str:
+        """Send one request until it is answered, its retries are used up, or the others are cancelled."""
+        config = self._config
+        url = f"{config.url.rstrip('/')}/chat/completions"
+        body = {
+            "model": config.model,
+            "max_tokens": config.max_tokens,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "n": 1,
+            "seed": index,
+            "messages": [{"role": "user", "content": request}],
+        }
+        jitter = stream(0, "endpoint-backoff", index)
+        for attempt in range(config.max_retries + 1):
+            if stop.is_set():
+                raise JudgeError("cancelled")
+            with self._lock:
+                self._used.update({"requests": 1, "retries": int(attempt > 0)})
+            answer = post_json(url, body, key=key, timeout_seconds=config.timeout_seconds)
+            if not isinstance(answer, Failure):
+                return self._text(url, answer)
+            if not answer.again or attempt == config.max_retries:
+                raise JudgeError(self._explain(url, answer, attempt + 1))
+            wait = min(_WAIT_SECONDS * 2.0**attempt * jitter.uniform(0.5, 1.5), _MOST_WAIT_SECONDS)
+            if answer.retry_after is not None:
+                if answer.retry_after > _MOST_WAIT_SECONDS:
+                    raise JudgeError(
+                        f"{url} asks to wait {answer.retry_after:.0f} s, longer than {_MOST_WAIT_SECONDS:g} s: "
+                        f"{answer.reason}"
+                    )
+                wait = max(wait, answer.retry_after)
+            logger.info("judge %s: %s; trying again in %.1f s", url, answer.reason, wait)
+            stop.wait(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _text(self, url: str, answer: Any) -> str:
+        """Return the text of an answer, and add up the tokens used."""
+        try:
+            text = answer["choices"][0]["message"]["content"]
+            usage = answer.get("usage") or {}
+            used = {
+                "tokens in": int(usage.get("prompt_tokens") or 0),
+                "tokens out": int(usage.get("completion_tokens") or 0),
+            }
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise JudgeError(f"{url} answered without a text ({told}): {json.dumps(answer)[:_SHOWN]}") from error
+        if not isinstance(text, str):
+            raise JudgeError(f"{url} answered without a text: {json.dumps(answer)[:_SHOWN]}")
+        with self._lock:
+            self._used.update(used)
+        return text
+
+    def _explain(self, url: str, failure: Failure, attempts: int) -> str:
+        told = failure.reason + (f" (after {attempts} tries)" if attempts > 1 else "")
+        if failure.status in (401, 403):
+            name = self._config.api_key_env
+            hint = f"the key in {name} was refused" if name else "it wants a key: name its variable in api_key_env"
+            return f"{url}: {hint}: {told}"
+        if failure.status == 404:
+            return f"{url}: no such address or model {self._config.model!r}: {told}"
+        return f"{url}: {told}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a request was not answered.
+
+    Attributes:
+        reason: For people; holds no key.
+        again: Whether trying again may help.
+        status: HTTP status, or None when there was none.
+        retry_after: Seconds that the server asked to wait, or None.
+    """
+
+    reason: str
+    again: bool
+    status: int | None = None
+    retry_after: float | None = None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -> Any:
+    """Send ``body`` and return the JSON value answered, or a ``Failure``.
+
+    Args:
+        url: Complete address.
+        body: JSON value.
+        key: Sent as a bearer token; None sends none.
+        timeout_seconds: Longest time without any byte from the server.
+    """
+
+    def without_key(text: str) -> str:
+        return text.replace(key, "***") if key else text  # a server may echo it
+
+    def shown(content: bytes) -> str:
+        return without_key(content.decode("utf-8", errors="replace"))[:_SHOWN] or "(empty)"
+
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode("utf-8"), headers, method="POST")
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout_seconds) as response:
+            content = response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            try:
+                content = error.read()
+            except (OSError, http.client.HTTPException):
+                content = b""
+        location = error.headers.get("Location")
+        moved = f" (redirects to {location}; redirects are not followed)" if location else ""
+        return Failure(
+            reason=without_key(f"HTTP {error.code} {error.reason}{moved}: {shown(content)}"),
+            again=error.code in _AGAIN,
+            status=error.code,
+            retry_after=_retry_after(error.headers.get("Retry-After")),
+        )
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        named = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        slow = isinstance(reason, TimeoutError)
+        told = f"no answer within {timeout_seconds:g} s" if slow else f"cannot be reached: {named}"
+        hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
+        return Failure(reason=without_key(told), again=not hopeless)
+    try:
+        return json.loads(content)
+    except ValueError:
+        return Failure(reason=f"answered with something that is not JSON: {shown(content)}", again=False)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Read seconds or an HTTP date; anything else counts as not given."""
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return None
