@@ -137,7 +137,7 @@ def test_rows_without_labels_or_gradients():
     assert np.isnan(chosen.scores[[3, 5]]).all()
     assert "2 rows have no score" in chosen.reason
     gradients[:] = np.nan
-    with pytest.raises(DataError, match="none of the 11 representatives"):
+    with pytest.raises(DataError, match="all 12 rows have no score"):
         choose(signals, 2, clusters=11)
     signals.vectors[:] = np.nan
     with pytest.raises(DataError, match="labels all masked"):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.plan.schedule import Interval, Schedule
 from dataflex.selectors.greats import Greats, Opus, pick, scaled_strength
 from dataflex.selectors.uds import Uds, mean_distances
-from dataflex.signals.kinds import GradientProducts, LogitFeatures
+from dataflex.signals.kinds import LogitFeatures
 from dataflex.testing import FakeSignals, example_context
 from dataflex.train.controller import Candidates
 
@@ -148,15 +148,9 @@ def test_rows_without_a_gradient_are_never_picked(method):
     chosen = method().select(pool_of(4), 4, ctx)
     assert sorted(chosen.rows.tolist()) == [0, 1, 3]
     assert np.isnan(chosen.scores[2])
-    assert "1 have no supervised token" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 candidates"):
+    assert "1 rows have no supervised token" in chosen.reason
+    with pytest.raises(DataError, match="all 2 rows have no supervised token"):
         method().select(pool_of(2), 1, ctx_of(np.full((2, 2), np.nan), {"target": [1, 1]}))
-
-
-def test_products_that_do_not_fit_are_refused():
-    short = {GradientProducts: lambda _, rows, __: np.ones((len(rows) - 1, len(rows) + 1))}
-    with pytest.raises(ComponentError, match="greats: asked for products of 4 rows"):
-        greats().select(pool_of(4), 1, example_context({"all": 4}, signals=FakeSignals(np.ones(4), values=short)))
 
 
 # ---------------------------------------------------------------- drawn
@@ -276,9 +270,6 @@ def test_the_queue_is_state_and_decides():
     again.load_state_dict(first.state_dict())
     assert again.select(pool_of(3), 1, ctx()).rows.tolist() == [2]  # 4.999 + 0.0025 x 12.7
     assert uds(alpha=0.0).select(pool_of(3), 1, ctx()).rows.tolist() == [0]
-    other = GivenLogits(norms, np.ones((3, 5)))
-    with pytest.raises(ComponentError, match="sketches of 2 numbers, the rows' have 5"):
-        first.select(pool_of(3), 1, example_context({"all": 3}, signals=other))
     with pytest.raises(CheckpointError, match="keeps queue, but was given rows"):
         uds().load_state_dict({"rows": 1})
 

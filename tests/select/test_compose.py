@@ -115,7 +115,7 @@ def test_gradients_as_vectors():
 def test_every_selector_that_scores_is_a_representation(name):
     given = MINIMAL.get(("selector", name), lambda K: {})(3)
     part = Represent.of(name, **given)
-    targeted = part.gives == "vectors" or part.scorer().requires().targets
+    targeted = part.scorer().gives == "vectors" or part.scorer().requires().targets
     composed = read({"represent": {"name": name, **given}, **({"targets": ["target"]} if targeted else {})})
     assert not isinstance(composed, list), composed
     ctx = example_context(targets=composed.targets)
@@ -162,7 +162,7 @@ def test_targets_take_turns_with_any_ranking_rule():
         )
         stream = represent_stream(f"selector.compose.{name}")
         lists.append(draw(p, away, 12, np.arange(60), stream, replacement=False))
-    assert composed.rows.tolist() == take_turns(lists, 12).tolist()
+    assert composed.rows.tolist() == take_turns([one.tolist() for one in lists], 12).tolist()
     assert "round_robin" in composed.reason
 
 

@@ -231,8 +231,7 @@ class PoolSelector(Selector):
                 f"{self.name}: asked for the scores of {len(pool):,} rows, was given shape {scores.shape}; expected "
                 "[rows] or [targets, rows]"
             )
-        finite = np.isfinite(scores)
-        places = self.usable(finite if scores.ndim == 1 else finite.all(axis=0))
+        places = self.usable(np.asarray(np.isfinite(scores).reshape(-1, len(pool)).all(axis=0)))
         scores = scores if len(places) == len(pool) else scores[..., places]
         return Found(places=places, scores=scores) if scores.ndim == 1 else Found(places=places, tasks=scores)
 
@@ -328,7 +327,7 @@ class ScoringSelector(PoolSelector):
             return stay[choose(self.rule, everything, budget)]
         lists = []
         for t, (target, scores) in enumerate(zip(ctx.targets, found.tasks, strict=False)):
-            by_query, queries = (None, found.queries[t]) if found.queries else (scores[None], None)
+            by_query, queries = (None, found.queries[t]) if found.queries else (scores[None], ABSENT)
             draws = self.uniforms(ctx, target)
             own = replace(everything, uniforms=draws, scores=scores, by_query=by_query, queries=queries)
             lists.append(choose(self.rule, own, min(budget, len(rows))).tolist())

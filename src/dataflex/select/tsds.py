@@ -280,7 +280,7 @@ def probabilities(
 
 
 def draw(
-    probability: NDArray[np.float64],
+    probability: NDArray[np.floating],
     away: NDArray[np.float64],
     k: int,
     rows: Rows,

@@ -70,7 +70,7 @@ def _instead(part: Part) -> str:
 
 
 class Remembered(Generic[T]):
-    """A function of the pool and the targets that keeps its last answer; words do not change while a model is trained."""
+    """A function of the pool and the targets that keeps its last answer: words do not change during training."""
 
     def __init__(self, compute: Callable[[Rows, Context], T]) -> None:
         self._compute = compute
