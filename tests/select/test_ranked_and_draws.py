@@ -14,7 +14,6 @@ from dataflex.select.choose import (
     gumbel_top_k,
     log_weights,
     multinomial,
-    quotas,
     take_turns,
     token_budget,
     water_filling,
@@ -178,10 +177,10 @@ def test_water_filling_of_s2l():
 @given(sizes=st.lists(st.integers(0, 50), max_size=10), total=st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
 def test_quotas_add_up_and_fit(sizes, total):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
     for quota in ("water_filling", "proportional"):
-        found = quotas(sizes, total, quota)
-        assert found.sum() == min(total, sum(sizes))
-        assert all(0 <= count <= size for count, size in zip(found.tolist(), sizes, strict=True))
+        found = by_quota(groups, np.zeros(len(groups)), total, quota)
+        assert len(set(found.tolist())) == len(found) == min(total, sum(sizes))
     found = water_filling(sizes, total)
     cut = [count for count, size in zip(found.tolist(), sizes, strict=True) if count < size]
     # Nobody who was cut got less than somebody else, but for the rounding down of one.

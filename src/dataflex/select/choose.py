@@ -47,14 +47,9 @@ def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) 
     replacement (Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them, ICML 2019,
     arXiv 1903.06059, section 2.3).
 
-    Args:
-        log_weights: Logarithms of weights [n], any offset; -inf and NaN are never taken.
-        k: Number of positions.
-        uniforms: One number in (0, 1) per position [n], best drawn by row id, so that the result
-            does not depend on how rows are spread over ranks.
-
-    Returns:
-        int64 [min(k, positions of finite log weight)], in the order of the draw.
+    Log weights [n] have any offset; -inf and NaN are never taken. ``uniforms`` [n] are in (0, 1), best drawn by row id,
+    so that the result does not depend on how rows are spread over ranks. Positions int64 [min(k, weights above 0)]
+    come in the order of the draw.
     """
     clipped = np.clip(np.asarray(uniforms, dtype=np.float64), 1e-20, 1 - 1e-7)
     return top_k(np.asarray(log_weights, dtype=np.float64) - np.log(-np.log(clipped)), k)
@@ -108,27 +103,16 @@ def _best_first(scores: NDArray[np.floating], first: int) -> Iterator[int]:
         done, size = size, 4 * size
 
 
-def round_robin(
-    scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None = None, *, lose_turn: bool = False
-) -> NDArray[np.int64]:
+def round_robin(scores_QN: NDArray[np.floating], k: int, *, lose_turn: bool = False) -> NDArray[np.int64]:
     """Let queries take turns, each taking its best position that is not yet taken.
 
-    The rule of RDS+ (Ivison et al.: Large-Scale Data Selection for Instruction Tuning,
-    arXiv 2503.01807). The result depends on the order of the queries: shuffle it with a seed.
-
-    Args:
-        scores_QN: Scores of n positions for each query [Q, n]; NaN and -inf are never chosen.
-        k: Number of positions.
-        order: Query indices in the order of their turns; default 0..Q-1.
-        lose_turn: A query whose next best position is taken gets nothing in this turn, instead of the one after it.
-
-    Returns:
-        int64 [min(k, positions eligible for some query)], in the order taken.
+    The rule of RDS+ (Ivison et al.: Large-Scale Data Selection for Instruction Tuning, arXiv 2503.01807). ``lose_turn``
+    is that of ``take_turns``. Positions int64 [min(k, positions eligible for some query)] come in the order taken,
+    which depends on the order of the queries.
     """
-    scores = np.asarray(scores_QN) if order is None else np.asarray(scores_QN)[np.asarray(order)]
-    limit = min(k, scores.shape[1])
-    first = 2 * limit // len(scores) + 16
-    return take_turns([_best_first(one, first) for one in scores], limit, lose_turn=lose_turn)
+    limit = min(k, scores_QN.shape[1])
+    first = 2 * limit // len(scores_QN) + 16
+    return take_turns([_best_first(one, first) for one in scores_QN], limit, lose_turn=lose_turn)
 
 
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
@@ -263,25 +247,16 @@ def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
     return result
 
 
-def quotas(sizes: ArrayLike, total: int, quota: Quota) -> NDArray[np.int64]:
-    """Return each group's number of rows [G], none above its size, with sum min(total, sum of sizes)."""
-    counts = np.asarray(sizes, dtype=np.int64)
-    if quota == "water_filling":
-        return water_filling(counts, total)
-    total = min(total, int(counts.sum()))
-    return largest_remainder(total, counts) if total else np.zeros_like(counts)
-
-
 def by_quota(groups: NDArray[np.integer], preference: NDArray[np.floating], k: int, quota: Quota) -> NDArray[np.int64]:
     """Let every group give its quota of rows, those of largest preference: positions in order of preference.
 
     ``groups`` [n] are >= 0; ``preference`` [n] is finite, larger is better, ties by position; ``quota`` says how the
     ``k`` rows are shared out. All rows come back where there are fewer than ``k``.
     """
-    sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
-    there = np.flatnonzero(sizes)
-    wanted = np.zeros(len(sizes), dtype=np.int64)
-    wanted[there] = quotas(sizes[there], k, quota)
+    sizes, k = np.bincount(groups), min(k, len(groups))
+    if k == 0:
+        return np.empty(0, dtype=np.int64)
+    wanted = water_filling(sizes, k) if quota == "water_filling" else largest_remainder(k, sizes)
     order = np.argsort(-np.asarray(preference, dtype=np.float64), kind="stable")
     grouped = order[np.argsort(groups[order], kind="stable")]
     starts = np.cumsum(sizes) - sizes

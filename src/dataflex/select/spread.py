@@ -54,19 +54,11 @@ def apart(unit_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: flo
         chosen += part[taken].tolist()
         if len(chosen) >= k:
             break
-        kept = _grown(kept, count, block[taken])
         count += len(taken)
+        if count > len(kept):
+            kept = np.concatenate([kept, np.empty((max(count, len(kept)), kept.shape[1]), dtype=np.float32)])
+        kept[count - len(taken) : count] = block[taken]
     return np.array(chosen[:k], dtype=np.int64)
-
-
-def _grown(kept: NDArray[np.float32], count: int, new: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return ``kept`` with ``new`` written after its first ``count`` rows, in a larger array where it is too small."""
-    if count + len(new) > len(kept):
-        larger = np.empty((max(count + len(new), 2 * len(kept)), new.shape[1]), dtype=np.float32)
-        larger[:count] = kept[:count]
-        kept = larger
-    kept[count : count + len(new)] = new
-    return kept
 
 
 def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:

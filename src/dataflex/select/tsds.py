@@ -20,6 +20,9 @@ from dataflex.select.neighbours import Search, nearest
 _CELLS = 1 << 23  # products held at a time: 32 MiB of float32, and at worst five times that for their kernel values
 _DENSE = 16  # where at least one pair in 16 is within the kernel, all kernel values are computed at once
 _FIRST_WIDTH = 64  # neighbours of a query that the walk is first tried with
+_EXACT_PAIRS = 1 << 31  # pairs compared before cells are used: about a minute of two cores at 512 dimensions
+_CELL_ROWS = 1000
+_PROBES = 10  # largest number of cells that a row is compared with
 
 
 def epanechnikov(
@@ -50,14 +53,9 @@ def kernel_sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the sum of the k largest kernel values of each line [B], and how many are above 0 [B].
 
-    Args:
-        products_BN: Inner products of some vectors with others.
-        squares_B: Squared norms of the former.
-        squares_N: Squared norms of the latter.
-        sigma: Radius of the kernel, > 0.
-        k: Largest number of values in a sum, >= 1.
-        own_B: Position of each of the former among the latter; -1 where it is not there. The distance to itself
-            is 0 exactly, whatever the rounding of the products.
+    ``products_BN`` are inner products of some vectors with others, ``squares_B`` and ``squares_N`` their squared norms,
+    ``sigma`` > 0 the radius of the kernel. ``own_B`` is the position of each of the former among the latter, -1 where
+    it is not there: the distance to itself is 0 exactly, whatever the rounding of the products.
     """
     # What rounding of the float32 products can hide; a pair that far out counts as 0 anyway.
     slack = 1e-5 * float(squares_N.max(initial=0.0))
@@ -135,62 +133,35 @@ def tsds_widened(
     code stops with an assertion). The walk is first tried on the nearest few neighbours of each query, and again on
     four times as many while some query reaches the end of its list.
 
-    Args:
-        distances_MK: Distance of each query to its neighbours, ascending.
-        neighbours_MK: Their positions, 0 <= position < num_rows.
-        density_of: Gives the densities [M, k] of rows [M, k].
-        num_rows: Number of rows N.
-        alpha: Weight of closeness against diversity, 0 to 1.
-        c: Scale of the distances, > 0.
+    ``distances_MK`` are those of each query to its neighbours, ascending, ``neighbours_MK`` their positions;
+    ``density_of`` gives the densities [M, k] of rows [M, k]. ``alpha`` weighs closeness against diversity, 0 to 1;
+    ``c`` > 0 is the scale of the distances.
     """
-    whole = distances_MK.shape[1]
+    num_queries, whole = distances_MK.shape
+    if whole == 1:  # nothing to widen
+        return np.bincount(neighbours_MK[:, 0], minlength=num_rows) / num_queries
     width = min(whole, _FIRST_WIDTH)
     while True:
-        found, far = neighbours_MK[:, :width], distances_MK[:, :width]
-        probabilities, reached = spread_mass(far, found, 1.0 / density_of(found), num_rows, alpha, c)
-        if width == whole or reached < width - 2:
-            return probabilities
+        found = neighbours_MK[:, :width]
+        places = 1.0 / density_of(found)
+        count, last = _widen(distances_MK[:, :width].tolist(), places.tolist(), alpha, c)
+        if width == whole or max(last) < width - 2:
+            break
         width = min(whole, 4 * width)
-
-
-def spread_mass(
-    far: NDArray[np.float64],
-    found: NDArray[np.int64],
-    places: NDArray[np.float64],
-    num_rows: int,
-    alpha: float,
-    c: float,
-) -> tuple[NDArray[np.float64], int]:
-    """Return the probabilities, and the last neighbour that any query took whole."""
-    num_queries, width = far.shape
-    if width == 1:  # nothing to widen
-        return np.bincount(found[:, 0], minlength=num_rows) / num_queries, 0
-    count, last = _widen(far.tolist(), places.tolist(), alpha, c)
     rank, end = np.arange(width), np.asarray(last)[:, None]
-    whole = np.where(rank <= end, places / (num_queries * count), 0.0)
-    reached = np.minimum(np.cumsum(whole, axis=1), 1.0 / num_queries)
+    reached = np.minimum(np.cumsum(np.where(rank <= end, places / (num_queries * count), 0.0), axis=1), 1 / num_queries)
     reached[rank[None, :] >= end + 1] = 1.0 / num_queries
     mass = np.diff(reached, axis=1, prepend=0.0)
     probabilities = np.bincount(found.ravel(), weights=mass.ravel(), minlength=num_rows)
-    return probabilities / probabilities.sum(), max(last)
-
-
-_EXACT_PAIRS = 1 << 31  # pairs compared before cells are used: about a minute of two cores at 512 dimensions
-_CELL_ROWS = 1000
-_PROBES = 10  # largest number of cells that a row is compared with
+    return probabilities / probabilities.sum()
 
 
 class Densities:
     """The kernel density of rows among others, computed when first asked for.
 
     Up to 2**31 pairs are all compared. Beyond, a row is compared with the rows of at most 10 cells of an inverted
-    file, as in the authors' code: the nearest ones of those that can hold a row within sigma.
-
-    Args:
-        vectors_ND: Vectors of all rows, finite.
-        among: Distinct positions of the rows that count [n], ascending.
-        sigma: Radius of the kernel; 0: every density is 1.
-        k: Largest number of rows counted in a density.
+    file, as in the authors' code: the nearest ones of those that can hold a row within sigma. ``among`` are the
+    distinct positions of the rows that count [n], ascending. With ``sigma`` 0 every density is 1.
     """
 
     def __init__(self, vectors_ND: NDArray[np.float32], among: NDArray[np.int64], sigma: float, k: int) -> None:

@@ -26,13 +26,14 @@ it could. 0 is as published.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Requires, Rows, param
 from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
@@ -43,31 +44,21 @@ from dataflex.signals.kinds import Part
 _EPSILON = 1e-8
 
 
-class Hasher:
-    """Gives every n-gram, of up to ``ngrams`` words joined by single spaces, its bucket: SHA-256 modulo ``buckets``."""
+def hasher(buckets: int, ngrams: int) -> Callable[[list[str]], NDArray[np.int64]]:
+    """Return a function that gives the bucket of every n-gram of a text's words, by length of n-gram.
 
-    def __init__(self, buckets: int, ngrams: int) -> None:
-        self._buckets, self._ngrams = buckets, ngrams
-        self._known: dict[str, int] = {}
+    An n-gram is up to ``ngrams`` words joined by single spaces; its bucket is its SHA-256 modulo ``buckets``.
+    """
 
-    def __call__(self, words: list[str]) -> NDArray[np.int64]:
-        """Return the bucket of every n-gram of a text, by length of n-gram."""
-        grams = [" ".join(words[i : i + n]) for n in range(1, self._ngrams + 1) for i in range(len(words) - n + 1)]
-        return np.array([self._bucket(gram) for gram in grams], dtype=np.int64)
+    @lru_cache(maxsize=2_000_000)
+    def bucket(gram: str) -> int:
+        return int.from_bytes(hashlib.sha256(gram.encode("utf-8")).digest(), "big") % buckets
 
-    def _bucket(self, gram: str) -> int:
-        found = self._known.get(gram)
-        if found is None:
-            found = int.from_bytes(hashlib.sha256(gram.encode("utf-8")).digest(), "big") % self._buckets
-            if len(self._known) < 2_000_000:  # rare n-grams of a large pool are not worth holding
-                self._known[gram] = found
-        return found
+    def hashed(words: list[str]) -> NDArray[np.int64]:
+        grams = [" ".join(words[i : i + n]) for n in range(1, ngrams + 1) for i in range(len(words) - n + 1)]
+        return np.array([bucket(gram) for gram in grams], dtype=np.int64)
 
-
-def log_ratios(p_target: ArrayLike, p_pool: ArrayLike) -> NDArray[np.float64]:
-    """Return log(p_t + 1e-8) - log(p_r + 1e-8) of each bucket."""
-    target, pool = np.asarray(p_target, dtype=np.float64), np.asarray(p_pool, dtype=np.float64)
-    return np.asarray(np.log(target + _EPSILON) - np.log(pool + _EPSILON))
+    return hashed
 
 
 def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
@@ -76,7 +67,7 @@ def drawn_ratios(counts: NDArray[np.int64], p_pool: NDArray[np.float64], smoothi
     ``counts`` are c, n-grams of the target by bucket, n in all; ``p_pool`` the shares of the buckets in the pool.
     """
     if smoothing == 0:
-        return log_ratios(_share(counts), p_pool)
+        return np.asarray(np.log(counts / counts.sum() + _EPSILON) - np.log(p_pool + _EPSILON))
     return np.asarray(np.log((counts + smoothing) / (counts.sum() * p_pool + smoothing)))
 
 
@@ -147,19 +138,19 @@ class Dsir(ScoringSelector):
         """Return log weights [N], or [T, N] with ``target_proportions``; NaN for rows with too few n-grams.
 
         Raises:
-            ConfigError: ``target_proportions`` does not name exactly the targets, or no row has ``min_ngrams``.
+            ConfigError: No row has ``min_ngrams``.
             DataError: A target, or the pool, has no words.
         """
-        self._shares(ctx.targets)
         by_task = self._by_task(pool, ctx)
         return by_task[0] if self.params.target_proportions is None else by_task
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
         """Return the positions kept, targets one after another, none twice."""
-        if found.tasks is None:
+        given = self.params.target_proportions
+        if given is None or found.tasks is None:
             return super().kept(found, rows, budget, ctx)
         left, kept = np.arange(len(rows)), [np.empty(0, dtype=np.int64)]
-        quotas = largest_remainder(min(budget, len(rows)), self._shares(ctx.targets)).tolist()
+        quotas = largest_remainder(min(budget, len(rows)), [given[target] for target in ctx.targets]).tolist()
         for task, (target, quota) in enumerate(zip(ctx.targets, quotas, strict=True)):
             own = replace(found.at(left), scores=found.tasks[task, left], tasks=None)
             name = None if len(ctx.targets) == 1 else target
@@ -174,30 +165,15 @@ class Dsir(ScoringSelector):
         size = ", ".join(f"{effective_size(np.asarray(one)):.3g}" for one in tasks)
         return f"by n-grams of {', '.join(ctx.targets)} ({self.rule.name}); effective sample size {size}"
 
-    def _shares(self, targets: tuple[str, ...]) -> NDArray[np.float64]:
-        given = self.params.target_proportions
-        if given is None:
-            return np.ones(1)
-        for name in given:
-            if name not in targets:
-                raise ConfigError(
-                    f"dynamic.selector.target_proportions.{name}: no such target{did_you_mean(name, targets)} "
-                    f"(targets: {', '.join(targets)})"
-                )
-        missing = [name for name in targets if name not in given]
-        if missing:
-            raise ConfigError(f"dynamic.selector.target_proportions: {', '.join(missing)} missing; name every target")
-        return np.array([given[name] for name in targets], dtype=np.float64)
-
     def _log_weights(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return log weights of rows by group of targets [T, N], NaN for rows with too few n-grams."""
-        p, hasher = self.params, Hasher(self.params.buckets, self.params.ngrams)
+        p, hashed = self.params, hasher(self.params.buckets, self.params.ngrams)
         targets = target_words(self.name, ctx, p.part, word_punct)
         if p.target_proportions is None:
             targets = [[row for rows in targets for row in rows]]
-        wanted = [_counts((hasher(row) for row in rows), p.buckets) for rows in targets]
+        wanted = [_counts((hashed(row) for row in rows), p.buckets) for rows in targets]
         smallest = np.min_scalar_type(p.buckets - 1)
-        rows = [hasher(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
+        rows = [hashed(word_punct(text)).astype(smallest) for text in pool_texts(pool, ctx, p.part)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         usable = lengths >= p.min_ngrams
         if not usable.any():
@@ -206,8 +182,8 @@ class Dsir(ScoringSelector):
             raise ConfigError(
                 f"dynamic.selector.min_ngrams: {p.min_ngrams:,} is more than any row has (at most {lengths.max():,})"
             )
-        raw = _share(_counts(rows, p.buckets))
-        ratios = np.stack([drawn_ratios(counts, raw, p.smoothing) for counts in wanted])
+        of_pool = _counts(rows, p.buckets)
+        ratios = np.stack([drawn_ratios(counts, of_pool / of_pool.sum(), p.smoothing) for counts in wanted])
         found = np.full((len(wanted), len(pool)), np.nan)
         for place in np.flatnonzero(usable):
             found[:, place] = ratios[:, rows[place]].sum(axis=1)
@@ -219,7 +195,3 @@ def _counts(rows: Iterable[NDArray[np.integer]], buckets: int) -> NDArray[np.int
     for row in rows:
         np.add.at(total, row, 1)
     return total
-
-
-def _share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.asarray(counts / counts.sum())
