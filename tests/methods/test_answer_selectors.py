@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
+from dataflex.selectors.clusters import S2l, filled
 from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
 from dataflex.selectors.losses import RhoLoss, excess_losses
-from dataflex.selectors.s2l import S2l, filled
 from dataflex.signals.kinds import ResponseLoss
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 

@@ -8,8 +8,7 @@ import pytest
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
 from dataflex.select.scoring import Aggregate
-from dataflex.selectors.cluster_less import ClusterLess, cluster_means, representatives
-from dataflex.selectors.less import Less
+from dataflex.selectors.influence import ClusterLess, Less, cluster_means, representatives
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 

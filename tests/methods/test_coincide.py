@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.config.methods import method_block
 from dataflex.errors import DataError
-from dataflex.selectors.coincide import Coincide, cluster_quotas, density, gaussian_kernel, greedy_mmd, transferability
+from dataflex.selectors.clusters import Coincide, cluster_quotas, density, gaussian_kernel, greedy_mmd, transferability
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 

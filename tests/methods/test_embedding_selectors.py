@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from dataflex.errors import DataError
 from dataflex.select.choose import round_robin
 from dataflex.select.rules import Rule
-from dataflex.selectors.nearest import Near, RdsPlus
-from dataflex.selectors.tsds import Tsds
+from dataflex.selectors.nearest import Near, RdsPlus, Tsds
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 

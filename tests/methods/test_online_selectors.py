@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.plan.schedule import Interval, Schedule
-from dataflex.selectors.greats import Greats, Opus, pick, scaled_strength
-from dataflex.selectors.uds import Uds, mean_distances
+from dataflex.selectors.candidates import Greats, Opus, Uds, mean_distances, pick, scaled_strength
 from dataflex.signals.kinds import LogitFeatures
 from dataflex.testing import FakeSignals, example_context
 from dataflex.train.controller import Candidates

@@ -18,9 +18,8 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import Aggregate
 from dataflex.select.words import Okapi, cut_words, word_punct
-from dataflex.selectors.bm25 import Bm25
-from dataflex.selectors.dsir import Dsir, drawn_ratios, effective_size, hasher
 from dataflex.selectors.nearest import Embed
+from dataflex.selectors.texts import Bm25, Dsir, drawn_ratios, effective_size, hasher
 from dataflex.testing import FakeSignals, example_context, oracle_top_rows
 from tests.methods.test_embedding_selectors import GivenVectors
 

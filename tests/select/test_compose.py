@@ -19,7 +19,7 @@ from dataflex.select.scoring import Aggregate, count_votes, together
 from dataflex.select.tsds import draw, probabilities
 from dataflex.selectors import compose
 from dataflex.selectors.compose import Compose, Represent
-from dataflex.selectors.less import Less
+from dataflex.selectors.influence import Less
 from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
 from dataflex.testing import FakeSignals, example_context

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, PoolSelector, ScoringSelector
-from dataflex.signals.kinds import Embedding, Pooling
+from dataflex.signals.kinds import Embedding, Pooling, TokenLoss
 
 ROW_LOSSES = Requires(
     signals=frozenset({"losses"}),
@@ -30,6 +30,20 @@ def even(name: str, number: int) -> None:
     """Raise ValueError unless the parameter is even."""
     if number % 2:
         raise ValueError(f"{name}: must be even, found {number}")
+
+
+class RowLosses(ScoringSelector):
+    """Scores rows by their token-mean losses."""
+
+    lacking = "no finite loss"
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return ROW_LOSSES
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return losses [N]."""
+        return ctx.signals(TokenLoss(), pool)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -39,8 +40,8 @@ from dataflex.select.scoring import (
     combination_problems,
 )
 from dataflex.select.spread import near_duplicates
-from dataflex.selectors._lib import GRADIENTS, ROW_LOSSES, VectorSelector, even
-from dataflex.selectors.less import Less
+from dataflex.selectors._lib import GRADIENTS, RowLosses, VectorSelector, even
+from dataflex.selectors.influence import Less
 from dataflex.signals import kinds
 from dataflex.signals.specs import GradientOptions
 
@@ -49,11 +50,10 @@ _ALONE = ("icons", "dsir")  # targets count together there; composed, each is as
 _QUERIES = frozenset({"queries", "query_vectors"})
 
 
-class TokenLoss(ScoringSelector):
+class TokenLoss(RowLosses):
     """Token-mean loss."""
 
     name = "loss"
-    lacking = "no finite loss"
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
@@ -61,13 +61,9 @@ class TokenLoss(ScoringSelector):
 
         prefer: Literal["high", "low"] = param("high", "which losses are preferred")
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
-
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
-        found = ctx.signals(kinds.TokenLoss(), pool)
+        found = super().score(pool, ctx)
         return found if self.params.prefer == "high" else -found
 
 
@@ -219,10 +215,13 @@ class Compose(ScoringSelector):
 
     params: Params
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self._scorer = params.represent.scorer()
-        self._apart = None if params.vectors is None else params.vectors.scorer()
+    @cached_property
+    def _scorer(self) -> ScoringSelector:
+        return self.params.represent.scorer()
+
+    @cached_property
+    def _apart(self) -> ScoringSelector | None:
+        return None if self.params.vectors is None else self.params.vectors.scorer()
 
     def requires(self) -> Requires:
         """State what the parts require together."""

@@ -1,4 +1,4 @@
-"""Rows by their losses: a third of the range, how far they fell, how far above a reference model's, or by a probe."""
+"""Rows by their losses, and by how hard they are for the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dataflex.errors import ComponentError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import REPLACEMENT, Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
-from dataflex.selectors._lib import ROW_LOSSES, TOKEN_LOSSES
-from dataflex.signals.kinds import AdaptedLoss, TokenLoss
+from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
+from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, TokenLoss
+from dataflex.signals.specs import GradientOptions
 
 _EPS = 1e-8  # the paper's guard of the denominator; it matters only when floor is 0
 
@@ -120,7 +121,7 @@ def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: f
     return np.where(in_focus, math.log(focus_weight + _WEIGHT_FLOOR), math.log1p(_WEIGHT_FLOOR)) / temperature
 
 
-class LossSelector(ScoringSelector):
+class LossSelector(RowLosses):
     """Draw rows with a preference for high, medium or low loss.
 
     A baseline without a paper: rows fall into three buckets by quantiles of their current loss, and the
@@ -129,7 +130,6 @@ class LossSelector(ScoringSelector):
     """
 
     name = "loss"
-    lacking = "no finite loss"
     card = Card(
         summary="Draws rows at random, preferring those whose current loss is high, medium or low.",
         paper="baseline (no paper)",
@@ -159,19 +159,11 @@ class LossSelector(ScoringSelector):
 
     params: Params
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
-
     @property
     def rule(self) -> Rule:
         """Draws are repeated where ``replacement`` says so."""
         again = self.params.replacement
         return Rule.of("multinomial", weights="softmax", replacement=True) if again else super().rule
-
-    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
-        """Return losses [N]."""
-        return ctx.signals(TokenLoss(), pool)
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by bucket."""
@@ -197,7 +189,7 @@ def window(num_rows: int, progress: float, size: float, steepness: float) -> tup
     return start, start + int(size * num_rows)
 
 
-class DeltaLoss(ScoringSelector):
+class DeltaLoss(RowLosses):
     """Draw rows, preferring those whose loss fell most since the first decision, later those whose loss fell less.
 
     A method of existing DataFlex without a paper. The first decision records the losses and draws uniformly. Later
@@ -208,7 +200,6 @@ class DeltaLoss(ScoringSelector):
 
     name = "delta_loss"
     saved = ("decisions", "first")
-    lacking = "no finite loss"
     card = Card(
         summary="Draws rows at random, first preferring those whose loss fell most, later slower ones.",
         paper="baseline (no paper)",
@@ -228,10 +219,6 @@ class DeltaLoss(ScoringSelector):
 
     params: Params
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
-
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.decisions = 0
@@ -239,7 +226,7 @@ class DeltaLoss(ScoringSelector):
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the fall of each loss since the first decision [N]; a row that joins later counts from its first."""
-        losses = ctx.signals(TokenLoss(), pool)
+        losses = super().score(pool, ctx)
         losses = np.where(np.isfinite(losses), losses, np.float32(np.nan))
         if not len(self.first):
             self.first = np.full(ctx.signals.num_rows(), np.nan, dtype=np.float32)
@@ -337,3 +324,79 @@ class RhoLoss(ScoringSelector):
         if len(kept):
             how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
         return how
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keep(ScoringParams):
+    """Which end is kept."""
+
+    keep: Literal["largest", "smallest"] = param("largest", "which rows are kept")
+
+
+class _Extreme(RowLosses):
+    """Prefers one end; scores are recorded as they are."""
+
+    lacking = "no supervised token"
+    Params = _Keep
+    params: _Keep
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return the scores, negative where the smallest are kept."""
+        return found.scores if self.params.keep == "largest" else -found.scores
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return which end was kept."""
+        return f"with the {self.params.keep} {self.name}"
+
+
+class GradNorm(_Extreme):
+    """Keep the rows with the largest gradients.
+
+    GraNd of "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075; scores are the norms. Where few rows are
+    kept, the hardest are often noise; ``keep: smallest`` keeps the others.
+    """
+
+    name = "grad_norm"
+    card = Card(
+        summary="Keeps the rows whose loss has the largest gradient.",
+        paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
+        cost="1 F + 1 B over the pool per interval",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(GradientOptions, _Keep):
+        """Parameters of GraNd."""
+
+        precondition: Literal["none", "true_adam", "sign"] = param(
+            "none", "measure the optimizer's direction instead of the plain gradient"
+        )
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return replace(GRADIENTS, targets=False, preconditions={"precondition": self.params.precondition})
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return gradient norms [N]."""
+        return ctx.signals(GradientNorms(**self.params.options()), pool)
+
+
+class El2n(_Extreme):
+    """Keep the rows whose tokens the model predicts worst.
+
+    EL2N of "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075: the norm of softmax(z) - onehot(y), for
+    language models averaged over a row's supervised tokens. Where few rows are kept, the hardest are often noise;
+    ``keep: smallest`` keeps the others.
+    """
+
+    name = "el2n"
+    card = Card(
+        summary="Keeps the rows whose predicted distributions are furthest from the tokens that follow.",
+        paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
+        cost="1 F over the pool per interval",
+    )
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return EL2N [N]."""
+        return ctx.signals(EL2N(), pool)
