@@ -20,8 +20,8 @@ import numpy as np
 
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import MixtureSampler
-from dataflex.plan.plan import DataPlan
-from dataflex.plan.planner import EpochLayout, epoch_stream, spread
+from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.plan.planner import epoch_stream, spread
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream, uniforms
 from dataflex.select.choose import gumbel_top_k, round_robin, top_k
@@ -45,11 +45,23 @@ def split(num_rows: int, shares: np.ndarray) -> list[int]:
     return sizes.tolist()
 
 
+def shape_of(world: int, rank: int = 0) -> BatchShape:
+    """Global batches in micro-batches of 8 rows."""
+    return BatchShape(
+        micro_batch_size=8,
+        accumulation=GLOBAL_BATCH // 8 // world,
+        world=world,
+        rank=rank,
+        drop_last=False,
+        shuffle=True,
+    )
+
+
 def whole_epoch_plan(num_rows: int) -> int:
     """One interval over a whole shuffled epoch, with its digest."""
-    layout = EpochLayout(num_rows=num_rows, global_batch=GLOBAL_BATCH, micro_batch_size=8, world=1)
-    interval = Interval(index=0, kind="dynamic", start_step=0, stop_step=layout.steps_per_epoch)
-    rows = epoch_stream(np.arange(num_rows), interval, layout, time.perf_counter_ns(), True)
+    shape = shape_of(world=1)
+    interval = Interval(index=0, kind="dynamic", start_step=0, stop_step=shape.steps_per_epoch(num_rows))
+    rows = epoch_stream(np.arange(num_rows), interval, shape, time.perf_counter_ns())
     plan = DataPlan(interval=interval, rows=rows, global_batch=GLOBAL_BATCH, row_space="bench")
     plan.digest()
     return num_rows
@@ -71,7 +83,7 @@ def shards(num_steps: int) -> int:
     plan = DataPlan(interval=interval, rows=rows, global_batch=GLOBAL_BATCH, row_space="bench")
     for step in range(num_steps):
         for rank in range(4):
-            plan.shard(step, rank, 4, 8, 8)
+            plan.shard(step, shape_of(world=4, rank=rank))
     return rows.size
 
 

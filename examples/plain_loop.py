@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataflex.train.controller import BatchShape
+from dataflex.plan.plan import BatchShape
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Loop, Session
 

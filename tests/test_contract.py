@@ -72,18 +72,6 @@ SELECT = "    def select(self, pool, budget, ctx): return Selection(rows=pool[:b
         ),
         ("class A(Mixer):\n    name, card, mix = 'a', CARD, 3", "mix must be a method: def mix(self, ctx)"),
         (
-            f"class A(Selector):\n    name, card, needs = 'a', CARD, {{}}\n{SELECT}",
-            "'needs' is not read any more: write 'def requires(self): return dataflex.Requires(signals=",
-        ),
-        (
-            f"class A(Selector):\n    name, card, adaptive = 'a', CARD, True\n{SELECT}",
-            "write 'def requires(self): return dataflex.Requires(needs_interval=...)'",
-        ),
-        (
-            f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n    def columns(self): return ('w',)",
-            "'columns' is not read any more: write 'def requires(self): return dataflex.Requires(columns=(...))'",
-        ),
-        (
             f"class A(Selector):\n    name, card = 'a', CARD\n{SELECT}\n"
             "    @dataclass(frozen=True, kw_only=True)\n    class Params(BaseParams):\n        rate: float = 1.0",
             "parameter 'rate' has no help; write rate: ... = field(",
@@ -134,8 +122,8 @@ def test_classes_that_lack_something(tmp_path, body, expected):
 
 
 def test_everything_that_lacks_is_told_at_once(tmp_path):
-    text = told(tmp_path, "class A(Selector):\n    name = 'a'\n    needs = 3\nclass B(Mixer):\n    name = 'b'")
-    assert [word for word in ("'card'", "'needs'", "select(", "mix(") if word not in text] == []
+    text = told(tmp_path, "class A(Selector):\n    name = 'a'\n    Params = 3\nclass B(Mixer):\n    name = 'b'")
+    assert [word for word in ("'card'", "'Params'", "select(", "mix(") if word not in text] == []
     assert {line.partition(":")[0] for line in text.splitlines()} == {"dynamic.plugins"}
 
 
@@ -169,7 +157,7 @@ def test_what_selectors_give(tmp_path, gives, expected):
 @pytest.mark.parametrize(
     ("gives", "expected"),
     [
-        ("np.array([0.5, 0.5])", "mix gave a value of type ndarray; it must give dataflex.Mix(proportions="),
+        ("np.array([0.5, 0.5])", "mix gave an array of float64 and shape (2,); it must give dataflex.Mix(proportions="),
         ("[0.5, 0.5]", "a value of type list"),
         ("Mix(proportions=np.array([1.0]))", "returned [1.0] for the domains a, b"),
         ("Mix(proportions=np.array([np.nan, 1.0]))", "one finite number >= 0 each"),
@@ -191,7 +179,7 @@ def test_what_mixers_give(tmp_path, gives, expected):
 @pytest.mark.parametrize(
     ("gives", "expected"),
     [
-        ("np.ones(3)", "weigh gave a value of type ndarray; it must give a torch tensor"),
+        ("np.ones(3)", "weigh gave an array of float64 and shape (3,); it must give a torch tensor"),
         ("None", "weigh gave a value of type NoneType"),
         ("torch.ones(3, dtype=torch.int64)", "a tensor of torch.int64"),
         ("torch.ones(4)", "weights of shape (4,); expected (3,) or (3, 5)"),
@@ -224,7 +212,9 @@ def test_other_answers_of_weighters_and_states(tmp_path):
     )
     with pytest.raises(ComponentError, match=r"weights of shape \(4,\) for 3 rows: class A"):
         check_static_weights(weighter, np.arange(3), {})
-    with pytest.raises(ComponentError, match=r"requires gave columns='weight', which must be a tuple of names"):
+    with pytest.raises(
+        ComponentError, match="requires raised ValueError: columns='weight': must be a tuple of names: class A"
+    ):
         weighter.requires()
     with pytest.raises(ComponentError, match=r"state of weighter 'a'\.seen\.rows: a set cannot be saved; .*: class A"):
         check_state(weighter)

@@ -51,6 +51,4 @@ def __getattr__(name: str) -> Any:
         from dataflex.select import scoring
 
         return getattr(scoring, name)
-    if name == "Needs":
-        raise ImportError("dataflex.Needs is now dataflex.Requires, which the method's requires(self) returns")
     raise AttributeError(f"module 'dataflex' has no attribute {name!r}")

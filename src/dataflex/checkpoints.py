@@ -1,11 +1,9 @@
-"""Checkpoints that count: every file of one is named, with size and hash, in a manifest that is written last.
+"""Complete checkpoints: every file of one is named, with size and hash, in a manifest that is written last.
 
-A checkpoint is begun by taking away the manifest and ``trainer_state.json`` of what lay in its place, on the
-disk, and then the rest; it is sealed by the manifest when everything else is there, the Trainer's state and
-what callbacks change included. Killed in between, it has no manifest, and an older one counts.
-
-The manifest also names the run. ``<output_dir>/dataflex/run.json`` says which run the folder belongs to now:
-checkpoints of an older run that lie there are not gone on from unless they are named.
+``begin`` removes the manifest and ``trainer_state.json`` of what lies in a checkpoint's place before anything else;
+``seal`` writes the manifest when all other files are there. A run that is killed in between leaves no manifest.
+The manifest also names the run. ``<output_dir>/dataflex/run.json`` names the run that the folder belongs to now:
+its checkpoints of an older run are resumed from only if they are named in the configuration.
 """
 
 from __future__ import annotations
@@ -14,25 +12,24 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from dataflex.errors import CheckpointError
-from dataflex.state import fsync, replacing
+from dataflex.state import fsync, refusals, remove, replacing
 
 FOLDER = "dataflex"
-"""Ours, in a checkpoint and in the output folder."""
+"""Our folder, in a checkpoint and in the output folder."""
 TRAINER_STATE = "trainer_state.json"
 HASHED_BYTES = 2**30
-"""Larger files are compared by size alone unless a hash of them was asked for."""
+"""Larger files are compared by size alone unless their hashes were asked for."""
 
 _MANIFEST = f"{FOLDER}/manifest.json"
-_RUN = "run.json"
+_RUN = f"{FOLDER}/run.json"
 _FORMAT = 2
 _HASH = "xxh3_128"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def _hash(path: Path) -> str:
@@ -41,49 +38,42 @@ def _hash(path: Path) -> str:
 
 
 def unmark(folder: Path) -> None:
-    """Take away what makes a folder count as complete, on the disk."""
+    """Remove what makes a folder count as a complete checkpoint, on the disk."""
     for name in (_MANIFEST, TRAINER_STATE):
-        path = Path(folder) / name
+        path = folder / name
         if path.exists():
             path.unlink()
             fsync(path.parent)
 
 
 def begin(checkpoint: Path) -> None:
-    """Make an empty checkpoint in the place of what lies there, its marks first.
+    """Make an empty checkpoint in the place of what lies there, which stops counting first.
 
     Raises:
-        CheckpointError: The operating system refused, with its reason.
+        CheckpointError: The operating system refused.
     """
-    checkpoint = Path(checkpoint)
-    try:
+    with refusals(checkpoint):
         if checkpoint.is_dir():
             unmark(checkpoint)
             for path in checkpoint.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-        (checkpoint / FOLDER).mkdir(parents=True)  # tells that it is ours, whenever it is looked at
+                remove(path)
+        (checkpoint / FOLDER).mkdir(parents=True)  # marks it as ours from the beginning
         fsync(checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {checkpoint}: {error.strerror or error}") from error
 
 
 def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
-    """Name every file in the manifest, which makes the checkpoint count.
+    """Write the manifest of all files in a checkpoint, which makes it count.
 
     Args:
-        checkpoint: The folder, with everything that belongs there.
+        checkpoint: The folder.
         run: The run's id.
         every_hash: Whether files above ``HASHED_BYTES`` are hashed too.
 
     Raises:
-        CheckpointError: The operating system refused, with its reason.
+        CheckpointError: The operating system refused.
     """
-    checkpoint = Path(checkpoint)
     files: dict[str, dict[str, Any]] = {}
-    try:
+    with refusals(checkpoint):
         for path in sorted(checkpoint.rglob("*")):
             if path.is_file():
                 entry: dict[str, Any] = {"size": path.stat().st_size}
@@ -94,38 +84,61 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
         (checkpoint / FOLDER).mkdir(exist_ok=True)
         with replacing(checkpoint / _MANIFEST, None) as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
-    except OSError as error:
-        raise CheckpointError(f"cannot write {checkpoint}: {error.strerror or error}") from error
 
 
-def run_of(checkpoint: Path) -> str | None:
-    """Return the id of the run that a checkpoint belongs to, or None if it tells none."""
+def _run_in(file: Path) -> str | None:
     try:
-        run = json.loads((Path(checkpoint) / _MANIFEST).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        run = json.loads(file.read_text(encoding="utf-8"))["run"]
+    except _UNREADABLE:
         return None
     return run if isinstance(run, str) else None
 
 
+def run_of(checkpoint: Path) -> str | None:
+    """Return the id of the run that a checkpoint belongs to, or None if it names none."""
+    return _run_in(checkpoint / _MANIFEST)
+
+
+def current_run(output_dir: Path) -> str | None:
+    """Return the id of the run that an output folder belongs to, or None if it names none."""
+    return _run_in(output_dir / _RUN)
+
+
+def new_run() -> str:
+    """Return the id of a new run."""
+    return secrets.token_hex(8)
+
+
+def begin_run(output_dir: Path, run: str) -> None:
+    """Write down which run an output folder belongs to from now on.
+
+    Raises:
+        CheckpointError: The operating system refused.
+    """
+    with refusals(output_dir / FOLDER, key="output_dir"):
+        (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        if current_run(output_dir) != run:
+            with replacing(output_dir / _RUN, None) as file:
+                file.write((json.dumps({"run": run}) + "\n").encode())
+
+
 def broken_reason(checkpoint: Path) -> str | None:
-    """Say why a checkpoint cannot be gone on from, or None if it can.
+    """Return why a checkpoint cannot be resumed from, or None if it can.
 
     One without our folder, as LLaMA-Factory alone writes it, has no manifest: its trainer state must be readable.
     """
-    checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
         int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
-    except FileNotFoundError:
-        return f"{TRAINER_STATE} is missing: it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{TRAINER_STATE} cannot be read: it was not written to the end"
+    except _UNREADABLE as error:
+        how = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return f"{TRAINER_STATE} {how}: it was not written to the end"
     return manifest_reason(checkpoint) if (checkpoint / FOLDER).exists() else None
 
 
 def manifest_reason(checkpoint: Path) -> str | None:
-    """Say in what a checkpoint's files differ from its manifest, or None."""
+    """Return how a checkpoint's files differ from its manifest, or None if they do not."""
     name = _MANIFEST
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
@@ -141,53 +154,21 @@ def manifest_reason(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         why = "it was not written to the end" if name == _MANIFEST else "it was removed"
         return f"{name} is missing: {why}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         return f"{name} cannot be read: {type(error).__name__}: {error}"
     return None
-
-
-def new_run() -> str:
-    """Return the id of a run that begins."""
-    return secrets.token_hex(8)
-
-
-def begin_run(output_dir: Path, run: str) -> None:
-    """Note which run an output folder belongs to from now on.
-
-    Raises:
-        CheckpointError: The operating system refused, with its reason.
-    """
-    folder = Path(output_dir) / FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if current_run(output_dir) != run:
-            with replacing(folder / _RUN, None) as file:
-                file.write((json.dumps({"run": run}) + "\n").encode())
-    except OSError as error:
-        raise CheckpointError(f"output_dir: cannot write {folder}: {error.strerror or error}") from error
-
-
-def current_run(output_dir: Path) -> str | None:
-    """Return the id of the run that an output folder belongs to, or None if it does not tell."""
-    try:
-        run = json.loads((Path(output_dir) / FOLDER / _RUN).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return run if isinstance(run, str) else None
 
 
 def find_resumable(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest complete checkpoint of the run in a folder, and why newer ones were passed over.
 
-    A folder that does not tell its run, as one that checkpoints were copied into, is searched for any.
+    In a folder that names no run, as one into which checkpoints were copied, those of any run count.
     """
-    output_dir = Path(output_dir)
     found = []
-    if output_dir.is_dir():
-        for entry in output_dir.iterdir():
-            match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
-            if match and entry.is_dir():
-                found.append((int(match[1]), entry))
+    for entry in output_dir.iterdir() if output_dir.is_dir() else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if match and entry.is_dir():
+            found.append((int(match[1]), entry))
     run = current_run(output_dir)
     passed_over: list[str] = []
     for _, checkpoint in sorted(found, reverse=True):

@@ -1,13 +1,14 @@
 """The command line: ``dataflex train | plan | methods | score | select | mix | report | version``.
 
-Imports nothing heavy until a command needs it. A user's mistake, and a disk that takes no more, is told in plain
-lines on stderr and ends with 2; a run that fails for another reason, or is interrupted (SIGINT), ends with 1 (an
-error of ours keeps its trace); SIGTERM ends with 143.
+Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
+told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
+or is interrupted (SIGINT).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +20,12 @@ from dataflex.ending import TERMINATED, Terminated, ends_on_term
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
 from dataflex.printable import shown
 from dataflex.storage import storage_problem
-from dataflex.version import version_lines
 
 _FAILED = 1
 _MISTAKE = 2
 _CODES = (0, _MISTAKE, TERMINATED)
+
+_Handler = Callable[[argparse.Namespace], str | int]
 
 _EXAMPLES = {
     "train": "dataflex train run.yaml dynamic.interval_steps=20 output_dir=saves/run2",
@@ -38,7 +40,7 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises mistakes instead of printing usage and exiting, and takes options in full only."""
+    """Raises mistakes instead of printing usage and exiting, and accepts no abbreviated options."""
 
     def __init__(self, **settings: object) -> None:
         settings.setdefault("allow_abbrev", False)
@@ -46,12 +48,12 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**settings)  # type: ignore[arg-type]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse, taking ``key=value`` overrides also where they come after options."""
+        """Parse; ``key=value`` overrides may also come after options."""
         options, left = self.parse_known_args(args, namespace)
-        if any(text.startswith("-") or "=" not in text for text in left) or not hasattr(options, "overrides"):
-            if left:
-                self.error(f"unrecognized arguments: {' '.join(left)}")
-        elif left:
+        overrides = hasattr(options, "overrides") and all("=" in text and not text.startswith("-") for text in left)
+        if left and not overrides:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        if left:
             options.overrides = [*options.overrides, *left]
         return options
 
@@ -87,7 +89,7 @@ def guarded(action: Callable[[], int]) -> int:
         _tell(str(ended))
         return TERMINATED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; keep Python from complaining while it flushes.
+        # The reader of our output has closed it; keep Python from failing when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -109,19 +111,26 @@ def _run(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command in ("-v", "--version"):
-        command, arguments = "version", ["version", *rest]
+        command = "version"
     if command not in _EXAMPLES and not command.startswith("-"):
         known = list(_EXAMPLES)
         raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
-    if command == "train" and not (rest and rest[0] in ("-h", "--help")):
-        return _train(rest)
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit:  # argparse has printed the help
-        return 0
-    options.arguments = rest
-    handler: Callable[[argparse.Namespace], str | int] = options.handler
-    told = handler(options)
+    told: str | int
+    if command == "train" and rest[:1] not in (["-h"], ["--help"]):
+        # Everything is handed on untouched, so that LLaMA-Factory's own flags pass through.
+        if not rest:
+            raise ConfigError(f"train: name a configuration file, as in '{_EXAMPLES['train']}'")
+        from dataflex.run import train
+
+        told = train(rest)
+    else:
+        try:
+            options = parser.parse_args([command, *rest])
+        except SystemExit:  # argparse has printed the help
+            return 0
+        if command == "score":
+            options.arguments = rest
+        told = options.handler(options)
     if isinstance(told, int):
         return told if told in _CODES else _FAILED
     if told:
@@ -129,74 +138,16 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _train(rest: list[str]) -> int:
-    """Hand everything after ``train`` on untouched, so that LLaMA-Factory's own flags pass through."""
-    if not rest:
-        raise ConfigError(f"train: name a configuration file, as in '{_EXAMPLES['train']}'")
-    from dataflex.run import train
+def _calls(module: str, function: str) -> _Handler:
+    """Return a handler that imports a command's function and calls it with the options of its parser."""
 
-    code = train(rest)
-    return code if code in _CODES else _FAILED
+    def handle(options: argparse.Namespace) -> str | int:
+        of_parser = ("command", "handler", "version")
+        given = {key: value for key, value in vars(options).items() if key not in of_parser}
+        told: str | int = getattr(importlib.import_module(module), function)(**given)
+        return told
 
-
-def _plan(options: argparse.Namespace) -> str:
-    from dataflex.commands.plan import plan
-
-    return plan(options.config, options.overrides)
-
-
-def _methods(options: argparse.Namespace) -> str:
-    from dataflex.commands.methods import methods
-
-    return methods(options.name)
-
-
-def _score(options: argparse.Namespace) -> str | int:
-    from dataflex.commands.offline import score
-
-    return score(
-        options.data,
-        options.overrides,
-        methods=options.method,
-        out=options.out,
-        targets=options.targets,
-        budget=options.budget,
-        store=options.store,
-        arguments=options.arguments,
-    )
-
-
-def _select(options: argparse.Namespace) -> str:
-    from dataflex.commands.offline import select
-
-    return select(
-        options.scores,
-        column=options.score,
-        budget=options.budget,
-        rule=options.rule,
-        settings=options.overrides,
-        prefer=options.prefer,
-        order=options.order,
-        seed=options.seed,
-        out=options.out,
-        overwrite=options.overwrite,
-    )
-
-
-def _mix(options: argparse.Namespace) -> str | int:
-    from dataflex.commands.mix import mix
-
-    return mix(options)
-
-
-def _report(options: argparse.Namespace) -> str:
-    from dataflex.record.report import report
-
-    return report(options.run_dir, options.out)
-
-
-def _version(options: argparse.Namespace) -> str:
-    return version_lines()
+    return handle
 
 
 def _parser(steps_of_mix: bool = True) -> _Parser:
@@ -209,40 +160,39 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     parser.add_argument("-v", "--version", action="store_true", help="print the versions, as 'dataflex version' does")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    def add(name: str, told: str, handler: Callable[[argparse.Namespace], str | int], more: str = "") -> _Parser:
-        command: _Parser = commands.add_parser(
-            name, help=told, description=f"{told}{more}", epilog=f"example:\n  {_EXAMPLES[name]}"
-        )
+    def add(name: str, told: str, handler: _Handler, more: str = "") -> _Parser:
+        epilog = f"example:\n  {_EXAMPLES[name]}"
+        command: _Parser = commands.add_parser(name, help=told, description=f"{told}{more}", epilog=epilog)
         command.set_defaults(handler=handler)
         return command
 
-    train = add(
-        "train",
-        "Train as a configuration says.",
-        _version,
-        "\n\nAny LLaMA-Factory configuration works unchanged; a 'dynamic' block turns methods on.\n"
-        "LLaMA-Factory's own flags (--stage sft ...) are accepted instead of a file.\n"
-        "FORCE_TORCHRUN=1, NPROC_PER_NODE, NNODES, NODE_RANK and USE_RAY=1 work as there.",
-    )
-    _add_config(train)
-    _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", _plan))
-    methods = add("methods", "List the methods, or tell all about one.", _methods)
+    version = _calls("dataflex.version", "version_lines")
+    _add_config(add("train", "Train as a configuration says.", version, _TRAIN))  # 'train' itself is not parsed
+    plan = _calls("dataflex.commands.plan", "plan")
+    _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", plan))
+    methods = add("methods", "List the methods, or tell all about one.", _calls("dataflex.commands.methods", "methods"))
     methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
-    _add_score(add("score", "Score every row of a data set with selectors, without training.", _score, _SCORE))
-    _add_select(add("select", "Write the subset of a data set that scores ask for.", _select, _SELECT))
-    mix = add("mix", "Find proportions of domains before the large run, step by step.", _mix)
-    mix.set_defaults(handler=lambda _: mix.format_help())
+    score, select = _calls("dataflex.offline.request", "score"), _calls("dataflex.offline.subset", "select")
+    _add_score(add("score", "Score every row of a data set with selectors, without training.", score, _SCORE))
+    _add_select(add("select", "Write the subset of a data set that scores ask for.", select, _SELECT))
+    mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
         from dataflex.commands.mix import add_mix_steps
+        from dataflex.commands.mix import mix as run_mix
 
-        add_mix_steps(mix, _mix)
-    report = add("report", "Summarize a run and plot what happened in it.", _report)
+        add_mix_steps(mix, run_mix)
+    report = add("report", "Summarize a run and plot what happened in it.", _calls("dataflex.record.report", "report"))
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.add_argument("--out", type=Path, default=None, help="folder for the plots (default: inside run_dir)")
-    add("version", "Print the versions of dataflex and what it stands on.", _version)
+    add("version", "Print the versions of dataflex and what it stands on.", version)
     return parser
 
 
+_TRAIN = (
+    "\n\nAny LLaMA-Factory configuration works unchanged; a 'dynamic' block turns methods on.\n"
+    "LLaMA-Factory's own flags (--stage sft ...) are accepted instead of a file.\n"
+    "FORCE_TORCHRUN=1, NPROC_PER_NODE, NNODES, NODE_RANK and USE_RAY=1 work as there."
+)
 _SCORE = (
     "\n\nDATA is a LLaMA-Factory configuration, with or without a 'dynamic' block, or the names of data sets.\n"
     "METHOD.key=value sets a method's parameter. A run that was killed goes on where it stopped.\n"
@@ -255,49 +205,38 @@ _SELECT = (
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="a .yaml, .yml or .json configuration, or names of data sets")
-    command.add_argument("--method", required=True, metavar="NAME[,NAME]", help="selectors (see 'dataflex methods')")
-    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
-    command.add_argument("--targets", metavar="NAME[,NAME]", help="data sets for the methods that need targets")
-    command.add_argument("--budget", type=int, metavar="ROWS", help="rows that a method is asked for (default: all)")
-    command.add_argument("--store", metavar="DIR", help="keep finished passes here (default: beside FILE, removed)")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides")
+    add = command.add_argument
+    add("data", metavar="DATA", help="a .yaml, .yml or .json configuration, or names of data sets")
+    add("--method", dest="methods", required=True, metavar="NAME[,NAME]", help="selectors (see 'dataflex methods')")
+    add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
+    add("--targets", metavar="NAME[,NAME]", help="data sets for the methods that need targets")
+    add("--budget", type=int, metavar="ROWS", help="rows that a method is asked for (default: all)")
+    add("--store", metavar="DIR", help="keep finished passes here (default: beside FILE, removed)")
+    _add_overrides(command, "overrides")
 
 
 def _add_select(command: argparse.ArgumentParser) -> None:
-    command.add_argument("scores", type=Path, metavar="SCORES", help="a file that 'dataflex score' wrote")
-    command.add_argument("--score", metavar="COLUMN", help="column to select by (default: the only method's)")
-    command.add_argument(
-        "--budget", required=True, metavar="AMOUNT", help="a share (0.1), rows (500) or tokens (200000tokens)"
-    )
-    command.add_argument("--rule", default="top_k", metavar="NAME", help="subset rule (default: top_k)")
-    command.add_argument(
-        "--prefer", choices=("high", "low"), default=None, help="which scores are good (default: high, ranks: low)"
-    )
-    command.add_argument(
-        "--order", choices=("source", "preference"), default="source", help="order of the rows written"
-    )
-    command.add_argument("--seed", type=int, default=0, help="seed of rules that draw (default: 0)")
-    command.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="file to write; without an ending, a folder with a file for each data set",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace what no earlier subset wrote")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="parameters of the rule")
+    add = command.add_argument
+    add("scores", type=Path, metavar="SCORES", help="a file that 'dataflex score' wrote")
+    add("--score", dest="column", metavar="COLUMN", help="column to select by (default: the only method's)")
+    add("--budget", required=True, metavar="AMOUNT", help="a share (0.1), rows (500) or tokens (200000tokens)")
+    add("--rule", default="top_k", metavar="NAME", help="subset rule (default: top_k)")
+    add("--prefer", choices=("high", "low"), help="which scores are good (default: high, ranks: low)")
+    add("--order", choices=("source", "preference"), default="source", help="order of the rows written")
+    add("--seed", type=int, default=0, help="seed of rules that draw (default: 0)")
+    told = "file to write; without an ending, a folder with a file for each data set"
+    add("--out", required=True, type=Path, metavar="FILE", help=told)
+    add("--overwrite", action="store_true", help="replace what no earlier subset wrote")
+    _add_overrides(command, "parameters of the rule")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG", help="a .yaml, .yml or .json file")
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="overrides, nested keys with dots: dynamic.interval_steps=20",
-    )
+    _add_overrides(command, "overrides, nested keys with dots: dynamic.interval_steps=20")
+
+
+def _add_overrides(command: argparse.ArgumentParser, told: str) -> None:
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=told)
 
 
 def _write(text: str) -> None:

@@ -21,40 +21,59 @@ import numpy as np
 
 from dataflex.errors import ComponentError, DataFlexError
 from dataflex.method import (
-    STAGES,
     Card,
+    DomainNormalizer,
     DomainWeighter,
     Method,
     Mix,
     Mixer,
+    Normalizer,
     Params,
-    Passes,
-    Reference,
     Requires,
     Selection,
     Selector,
     Weighter,
 )
 
-__all__ = ["BASES", "class_problems", "is_ours", "refuse_answer", "watched", "whereabouts"]
-
 _MARK = "_dataflex_watched"
-_FORMS = {
-    "select": "dataflex.Selection(rows=<int64 array>, scores=<array or None>, reason=<text>)",
-    "mix": "dataflex.Mix(proportions=<float64 array, one number per domain>, reason=<text>)",
-    "weigh": "a torch tensor of floating point, [B] by sequence or [R, T] by token",
-    "static_weights": "an array of one number per row, or None",
-    "loss_weights": "an array of one number per domain",
-    "state_dict": "a dict of JSON values and numpy arrays",
-    "requires": "dataflex.Requires(...)",
-    "normalizer": "'weight_sum', 'num_tokens' or 'num_sequences'",
-    "loss_normalizer": "'weight_sum' or 'domain'",
-    "active": "True or False",
-    "due": "True or False",
-    "default_burn_in": "a whole number of steps",
-    "burn_in": "a whole number of steps",
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "fiu"
+
+
+def _switch(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+# Call -> the form of its answer, and whether a value has that type.
+_ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "select": (
+        "dataflex.Selection(rows=<int64 array>, scores=<array or None>, reason=<text>)",
+        lambda value: isinstance(value, Selection),
+    ),
+    "mix": (
+        "dataflex.Mix(proportions=<float64 array, one number per domain>, reason=<text>)",
+        lambda value: isinstance(value, Mix),
+    ),
+    "weigh": (
+        "a torch tensor of floating point, [B] by sequence or [R, T] by token",
+        lambda value: all(hasattr(value, name) for name in ("detach", "dtype", "device")),
+    ),
+    "static_weights": ("an array of one number per row, or None", lambda value: value is None or _numeric(value)),
+    "loss_weights": ("an array of one number per domain", lambda value: _numeric(np.asarray(value))),
+    "state_dict": ("a dict of JSON values and numpy arrays", lambda value: isinstance(value, dict)),
+    "requires": ("dataflex.Requires(...)", lambda value: isinstance(value, Requires)),
+    "normalizer": ("'weight_sum', 'num_tokens' or 'num_sequences'", lambda value: value in typing.get_args(Normalizer)),
+    "loss_normalizer": ("'weight_sum' or 'domain'", lambda value: value in typing.get_args(DomainNormalizer)),
+    "active": ("True or False", _switch),
+    "due": ("True or False", _switch),
+    "burn_in": (
+        "a whole number of steps",
+        lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool),
+    ),
 }
-_WATCHED = (*_FORMS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
+_WATCHED = (*_ANSWERS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
 
 
 def is_ours(cls: type) -> bool:
@@ -84,60 +103,34 @@ def refuse_answer(method: Method, call: str, value: Any) -> None:
     Raises:
         ComponentError: With the form that is wanted, and where the class is.
     """
-    problem = _answer_problem(call, value)
+    form, possible = _ANSWERS[call]
+    problem = _part_problem(call, value) if possible(value) else f"gave {_described(value)}"
     if problem:
-        raise ComponentError(
-            f"{method.kind} {method.name!r}: {call} {problem}; it must give {_FORMS[call]}: "
-            f"{whereabouts(type(method), call)}"
-        )
+        where = whereabouts(type(method), call)
+        raise ComponentError(f"{method.kind} {method.name!r}: {call} {problem}; it must give {form}: {where}")
 
 
-def _answer_problem(call: str, value: Any) -> str:
-    gave = f"gave a value of type {type(value).__name__}"
-    if call == "select":
-        if not isinstance(value, Selection):
-            return gave
-        if not isinstance(value.rows, np.ndarray) or value.rows.ndim != 1 or value.rows.dtype != np.int64:
-            return f"gave rows as {_described(value.rows)}; expected int64 [n]"
-        if value.scores is not None and not _numeric(value.scores, 1):
-            return f"gave scores as {_described(value.scores)}"
-        return "" if isinstance(value.reason, str) else f"gave a reason of type {type(value.reason).__name__}"
-    if call == "mix":
-        if not isinstance(value, Mix):
-            return gave
-        if not _numeric(np.asarray(value.proportions), 1):
-            return f"gave proportions as {_described(value.proportions)}"
-        return "" if isinstance(value.reason, str) else f"gave a reason of type {type(value.reason).__name__}"
+def _part_problem(call: str, value: Any) -> str:
+    """Return what is wrong with the type of a part of an answer, or an empty text."""
     if call == "weigh":
-        tensor = all(hasattr(value, name) for name in ("detach", "dtype", "device"))
-        if not tensor:
-            return gave
         return "" if value.dtype.is_floating_point else f"gave a tensor of {value.dtype}"
-    if call == "static_weights":
-        return "" if value is None or _numeric(value, 1) else f"gave {_described(value)}"
-    if call == "loss_weights":
-        return "" if value is None or _numeric(np.asarray(value), 1) else f"gave {_described(value)}"
-    if call == "state_dict":
-        return "" if isinstance(value, dict) else gave
-    if call == "requires":
-        return "; ".join(_requirement_problems(value)) if isinstance(value, Requires) else gave
-    if call in ("normalizer", "loss_normalizer"):
-        return "" if isinstance(value, str) and f"'{value}'" in _FORMS[call] else f"gave {value!r:.80}"
-    if call in ("active", "due"):
-        return "" if isinstance(value, bool | np.bool_) else gave
-    if call in ("burn_in", "default_burn_in"):
-        return "" if isinstance(value, int | np.integer) and not isinstance(value, bool) else gave
+    if call == "select":
+        rows, scores = value.rows, value.scores
+        if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype != np.int64:
+            return f"gave rows as {_described(rows)}; expected int64 [n]"
+        if scores is not None and not _numeric(scores):
+            return f"gave scores as {_described(scores)}"
+    elif call == "mix" and not _numeric(np.asarray(value.proportions)):
+        return f"gave proportions as {_described(value.proportions)}"
+    if call in ("select", "mix") and not isinstance(value.reason, str):
+        return f"gave a reason of type {type(value.reason).__name__}"
     return ""
-
-
-def _numeric(value: Any, dimensions: int) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == dimensions and value.dtype.kind in "fiu"
 
 
 def _described(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} and shape {value.shape}"
-    return f"a value of type {type(value).__name__}"
+    return f"{value!r:.80}" if isinstance(value, str) else f"a value of type {type(value).__name__}"
 
 
 def watched(cls: type[Method]) -> type[Method]:
@@ -169,7 +162,7 @@ def _watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             if isinstance(error, DataFlexError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
             raise _told(cls, name, error) from error
-        if name in _FORMS:
+        if name in _ANSWERS:
             refuse_answer(self, name, value)
         return value
 
@@ -186,46 +179,9 @@ def _told(cls: type[Method], name: str, error: Exception) -> ComponentError:
 
 BASES: Mapping[str, type[Method]] = {"selector": Selector, "mixer": Mixer, "weighter": Weighter}
 
-
-_SIGNALS = frozenset({"losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"})
 _NAME = re.compile(r"\w+(-\w+)*")
-# Call -> arguments that it is given.
-_CALLS: dict[str, tuple[str, ...]] = {
-    "__init__": ("params",),
-    "select": ("pool", "budget", "ctx"),
-    "mix": ("ctx",),
-    "observe": ("stats",),
-    "loss_weights": (),
-    "outcome": (),
-    "weigh": ("batch",),
-    "static_weights": ("rows", "columns"),
-    "prepare": ("ctx", "rows"),
-    "due": ("step",),
-    "active": ("step", "total_steps"),
-    "requires": (),
-    "check": ("run",),
-    "state_dict": (),
-    "load_state_dict": ("state",),
-}
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
-_PROPERTIES = ("normalizer", "loss_normalizer")
 _SWITCHES = ("selects_subset", "observes", "neutral", "by_token")
-# What earlier plugins stated elsewhere -> the argument of Requires that states it now.
-_NOW_REQUIRED: dict[str, str] = {
-    "needs": "signals=..., targets=..., domains=..., stages=..., whole_parameters=...",
-    "adaptive": "needs_interval=...",
-    "online": "within_batch=...",
-    "within_batch": "within_batch=...",
-    "columns": "columns=(...)",
-    "reference": "reference=Reference(folder)",
-    "reference_cached": "reference=Reference(folder, cached=...)",
-    "embedding": "embedding=...",
-    "entropy": "entropy=...",
-    "pure_micro_batches": "pure_micro_batches=...",
-    "variant": "..., made from self.params",
-    "pool_passes": "passes=Passes(pool=(F, B))",
-    "target_passes": "passes=Passes(targets=(F, B))",
-}
 
 
 def class_problems(kind: str, cls: Any) -> list[str]:
@@ -234,7 +190,7 @@ def class_problems(kind: str, cls: Any) -> list[str]:
         what = whereabouts(cls) if isinstance(cls, type) else repr(cls)[:80]
         return [f"{what} is not a subclass of dataflex.{kind.capitalize()}"]
     where = whereabouts(cls)
-    found = [*_labels(cls), *_former(cls), *_calls(kind, cls), *_parameters(cls)]
+    found = [*_labels(cls), *_calls(kind, cls), *_parameters(cls)]
     return [f"{kind} {str(cls.name)[:80]!r}: {problem}: {where}" for problem in found]
 
 
@@ -256,59 +212,27 @@ def _labels(cls: type[Method]) -> Iterator[str]:
             yield f"{switch!r} must be True or False, found {value!r:.80}"
 
 
-def _former(cls: type[Method]) -> Iterator[str]:
-    """Yield what is stated in a way that nothing reads any more."""
-    for name, now in _NOW_REQUIRED.items():
-        if hasattr(cls, name):
-            yield f"{name!r} is not read any more: write 'def requires(self): return dataflex.Requires({now})'"
-
-
-def _requirement_problems(needs: Requires) -> Iterator[str]:
-    """Yield what a statement holds that it cannot."""
-    for switch in (field.name for field in dataclasses.fields(Requires) if field.default is False):
-        if not isinstance(getattr(needs, switch), bool):
-            yield f"gave {switch}={getattr(needs, switch)!r:.80}, which must be True or False"
-    if not isinstance(needs.signals, frozenset | set) or not needs.signals <= _SIGNALS:
-        yield f"gave signals={needs.signals!r:.80}, which must be a frozenset of {', '.join(sorted(_SIGNALS))}"
-    if not isinstance(needs.stages, tuple) or not needs.stages or not set(needs.stages) <= set(STAGES):
-        yield f"gave stages={needs.stages!r:.80}, which must be a tuple of {', '.join(STAGES)}"
-    if isinstance(needs.domains, bool) or not isinstance(needs.domains, int) or needs.domains < 1:
-        yield f"gave domains={needs.domains!r:.80}, which must be a whole number of at least 1"
-    if not isinstance(needs.columns, tuple) or not all(isinstance(name, str) and name for name in needs.columns):
-        yield f"gave columns={needs.columns!r:.80}, which must be a tuple of names of columns"
-    if needs.reference is not None and not isinstance(needs.reference, Reference):
-        yield f"gave reference={needs.reference!r:.80}, which must be a dataflex.Reference, or None"
-    for name in ("models", "preconditions", "by_target"):
-        if not isinstance(getattr(needs, name), Mapping):
-            yield f"gave {name}={getattr(needs, name)!r:.80}, which must be a mapping by parameter"
-    if not isinstance(needs.passes, Passes) or any(number < 0 for number in _numbers(needs.passes)):
-        yield f"gave passes={needs.passes!r:.80}, which must be a dataflex.Passes of numbers of at least 0"
-
-
-def _numbers(passes: Passes) -> list[float]:
-    pairs = (passes.pool, passes.pool_by_target, passes.targets, passes.served)
-    return [passes.pool_once, *(number for pair in pairs for number in pair)]
-
-
 def _calls(kind: str, cls: type[Method]) -> Iterator[str]:
-    base = BASES[kind]
+    base = DomainWeighter if issubclass(cls, DomainWeighter) else BASES[kind]
+    calls = {
+        name: ", ".join(inspect.signature(thing).parameters)
+        for name, thing in inspect.getmembers_static(base, inspect.isfunction)
+        if name == "__init__" or not name.startswith("_")
+    }
     if all(getattr(cls, call) is getattr(base, call) for call in _MUST[kind]):
-        yield " or ".join(f"{call}({', '.join(_CALLS[call])})" for call in _MUST[kind]) + " is missing"
-    for call, given in _CALLS.items():
-        thing = inspect.getattr_static(cls, call, None)
-        if thing is None or thing is inspect.getattr_static(base, call, None):
-            continue
+        yield " or ".join(f"{call}({calls[call].removeprefix('self, ')})" for call in _MUST[kind]) + " is missing"
+    for call, given in calls.items():
+        thing = inspect.getattr_static(cls, call)
         if not inspect.isfunction(thing):
-            yield f"{call} must be a method: def {call}({', '.join(('self', *given))})"
+            yield f"{call} must be a method: def {call}({given})"
             continue
         try:
-            inspect.signature(thing).bind("self", *given)
+            inspect.signature(thing).bind(*given.split(", "))
         except TypeError:
             found = inspect.signature(thing)
-            yield f"{call}{found} cannot be called as {call}({', '.join(('self', *given))})"
-    for name in _PROPERTIES:
-        thing = inspect.getattr_static(cls, name, None)
-        if inspect.isfunction(thing):
+            yield f"{call}{found} cannot be called as {call}({given})"
+    for name in ("normalizer", "loss_normalizer"):
+        if inspect.isfunction(inspect.getattr_static(cls, name, None)):
             yield f"{name} must be a property: write @property above it"
     if (cls.state_dict is Method.state_dict) != (cls.load_state_dict is Method.load_state_dict):
         yield "state_dict and load_state_dict go together, and it has only one of them"

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,25 @@ def _is_config(args: list[str]) -> bool:
 
 
 def train(args: list[str]) -> int:
-    """Train as the arguments say and return the exit code.
+    """Train as the arguments say, on as many ranks as the environment asks for, and return the exit code.
 
     Args:
         args: A YAML or JSON file and ``key=value`` overrides; or LLaMA-Factory's own ``--key value`` flags,
             which always mean a stock run.
     """
     began = time.time()
-    config = _read(args) if _is_config(args) else None  # tells mistakes before LLaMA-Factory is imported
+    config = _read(args) if _is_config(args) else None  # reports mistakes before LLaMA-Factory is imported
     from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
 
     if wants_torchrun():
-        return with_torchrun(args, began=began)
+        return with_torchrun(["train", *args], began)
     return train_here(args, began, config)
 
 
 def _read(args: list[str]) -> tuple[dict[str, Any], Split]:
     """Return the mapping of a file and overrides, and its two parts, checked."""
     mapping = load_mapping(args[0], args[1:])
-    return mapping, resolve(mapping, _folder(args))
-
-
-def _folder(args: list[str]) -> Path:
-    return Path(args[0]).resolve().parent
+    return mapping, resolve(mapping, Path(args[0]).resolve().parent)
 
 
 def train_here(args: list[str], began: float | None = None, read: tuple[dict[str, Any], Split] | None = None) -> int:
@@ -56,32 +53,30 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
 
     Args:
         args: As for ``train``.
-        began: Unix seconds at which the command began; by default when the launcher did, or now.
+        began: Unix seconds at which this process began, where no launcher tells when the command did; None: now.
         read: The configuration, where it was read before.
     """
-    clock = PhaseClock(launch_time() if began is None else began)
+    clock = PhaseClock(launch_time() or began)
     if not _is_config(args):
         from llamafactory.train.tuner import run_exp
 
-        run_exp(_flags(args))
+        sys.argv[1:] = args  # LLaMA-Factory reads them itself when it is asked for help
+        run_exp(args)
         release_groups()
         return 0
-    mapping, parts = _read(args) if read is None else read
+    mapping, parts = read or _read(args)
     lf, config = dict(parts.lf), parts.dynamic
     show_log()
     for note in parts.notes:
         logger.info("%s", note)
     if config is not None:
         resume(lf)
+    from dataflex.llamafactory.launch import ray_workers
     from dataflex.llamafactory.swap import run
 
+    ray = config is not None and env_enabled("USE_RAY")
     try:
-        if config is not None and env_enabled("USE_RAY"):
-            from dataflex.llamafactory.launch import ray_workers
-
-            with ray_workers(mapping, _folder(args), lf.get("stage", "sft")):
-                run(lf, config, parts.early_stopping_min_delta)
-        else:
+        with ray_workers(mapping, Path(args[0]).resolve().parent) if ray else nullcontext():
             run(lf, config, parts.early_stopping_min_delta, clock)
     except Exception as error:
         told = storage_problem(error, Path(str(lf["output_dir"])))
@@ -92,33 +87,27 @@ def train_here(args: list[str], began: float | None = None, read: tuple[dict[str
     return 0
 
 
-def _flags(args: list[str]) -> list[str]:
-    # LLaMA-Factory reads sys.argv itself when asked for help; give it what the user typed.
-    sys.argv = [sys.argv[0], *args]
-    return args
-
-
 def resume(lf: dict[str, Any]) -> None:
-    """Settle which checkpoint a dynamic run goes on from, so that an incomplete one is never loaded.
+    """Set the checkpoint that a dynamic run resumes from, so that an incomplete one is never loaded.
 
-    A path must be whole; ``true``, or nothing with an output folder that holds checkpoints (where
-    LLaMA-Factory would resume by itself), means the newest whole one of the run that the folder belongs to.
-    A fresh start takes the folder over at once, so that no later start goes on from an older run's.
+    A path must hold a complete checkpoint. ``true``, or nothing where the output folder holds checkpoints (from which
+    LLaMA-Factory would resume by itself), means the newest complete one of the run that the folder belongs to.
+    A fresh start marks the folder as its own at once, so that no later start resumes from an older run.
 
     Raises:
-        CheckpointError: The named checkpoint is not whole, or there is none to go on from.
+        CheckpointError: The named checkpoint is not complete, or there is none to resume from.
     """
     from dataflex import checkpoints
 
     asked = lf.get("resume_from_checkpoint")
     if isinstance(asked, str):
         asked = {"true": True, "false": False, "none": None, "": None}.get(asked.lower(), asked)
-    output_dir = Path(str(lf["output_dir"]))
     if isinstance(asked, str):
         reason = checkpoints.broken_reason(Path(asked))
         if reason is not None:
             raise CheckpointError(f"resume_from_checkpoint: {asked} cannot be resumed from: {reason}")
         return
+    output_dir = Path(str(lf["output_dir"]))
     passed_over: list[str] = []
     if asked or (asked is None and not lf.get("overwrite_output_dir")):
         newest, passed_over = checkpoints.find_resumable(output_dir)

@@ -1,7 +1,7 @@
-"""What a write that the operating system refused is told as: the disk, the reason, and what is intact.
+"""Messages for writes that the operating system refused: the disk, the reason, and the checkpoint that is complete.
 
-torch, safetensors and Arrow wrap the system's error into their own, some without its number, so the chain of an
-exception is looked through, texts included.
+torch, safetensors and Arrow wrap the system's error into their own, some without its number, so all exceptions of
+a chain are examined, texts included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REFUSED = (*_FULL, errno.EROFS, errno.EFBIG, errno.EIO)
 
 _NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|errno: (\d+)")
 _WITHOUT_NUMBER = ("PytorchStreamWriter failed", "iostream error", "No space left", "Disk quota exceeded")
-"""Of torch's writer, which keeps the reason to itself; of C++ streams; of the system, wherever it is quoted."""
+"""Texts of torch's writer, which does not give the reason; of C++ streams; of the system, wherever it is quoted."""
 
 
 class StorageError(DataFlexError):
@@ -28,17 +28,17 @@ class StorageError(DataFlexError):
 
 
 def storage_problem(error: BaseException, output_dir: Path | None = None) -> str | None:
-    """Say in words which disk refused a write, or None where the error has another reason.
+    """Return a message about the refused write that led to an error, or None where the error has another reason.
 
     Args:
-        error: What was raised; what it was raised from or during counts too.
+        error: The exception; those that it was raised from, or during, are examined too.
         output_dir: The run's folder, whose newest complete checkpoint is named.
     """
     for one in _chain(error):
         number, path = _reason(one)
         if number is None:
             continue
-        # A file that may not be read is told as such where it is opened; a mistake of the user's has its text.
+        # A file that may not be read is reported where it is opened; a mistake of the user's has its own text.
         if number == errno.EACCES and (path is None or isinstance(error, DataFlexError)):
             continue
         place = Path(path) if path is not None else output_dir
@@ -63,7 +63,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> tuple[int | None, str | None]:
-    """Return the system's number of a refused write, 0 where it is not known, and the path if it is known."""
+    """Return the system's number of a refused write (0: unknown; None: no refused write) and the path if known."""
     if isinstance(error, OSError) and error.errno in (*_REFUSED, errno.EACCES):
         path = error.filename if error.filename2 is None else error.filename2
         return error.errno, os.fspath(path) if isinstance(path, str | os.PathLike) else None
@@ -79,8 +79,7 @@ def _reason(error: BaseException) -> tuple[int | None, str | None]:
 
 
 def _told(number: int, place: Path | None) -> str:
-    free = None if place is None else _free(place)
-    where = "a file" if place is None else str(place)
+    free, where = (None, "a file") if place is None else (_free(place), str(place))
     left = "" if free is None else f"; {free / 1e6:,.1f} MB are free on its disk"
     if number in _FULL or (number == 0 and free is not None and free < 2**20):
         return f"the disk is full: {where} cannot be written ({os.strerror(number or errno.ENOSPC)}{left})"

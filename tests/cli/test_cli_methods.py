@@ -10,8 +10,7 @@ import yaml
 
 from dataflex.commands.methods import example, methods
 from dataflex.config.build import parse_dynamic
-from dataflex.config.collect import key_of
-from dataflex.config.show import as_yaml
+from dataflex.config.mappings import as_yaml, key_of
 from dataflex.registry import KINDS, find, names
 
 ALL = [(kind, name) for kind in KINDS for name in names(kind)]

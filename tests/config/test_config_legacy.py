@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.config.flat import FLAT_KEYS
 from dataflex.config.forecast import schedule_of
-from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, MethodConfig
 from dataflex.config.split import Split, resolve, split
 from dataflex.errors import ConfigError
 from dataflex.registry import find

@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 
 from dataflex.commands.methods import requirements
-from dataflex.config.build import user_keys
-from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.schema import FLAT_KEYS
 from dataflex.registry import KINDS, find, names
+from tests.config.keys import user_keys
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "config_keys.txt"
 

@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dataflex.commands.methods import requirements
-from dataflex.config.build import block_keys, parse_dynamic
-from dataflex.config.collect import key_of
+from dataflex.config.build import parse_dynamic
 from dataflex.config.load import load_mapping
-from dataflex.config.schema import SignalsConfig
+from dataflex.config.mappings import key_of
+from dataflex.config.schema import SignalsConfig, block_keys
 from dataflex.config.split import split
 from dataflex.errors import ConfigError
 from dataflex.registry import KINDS, find, names

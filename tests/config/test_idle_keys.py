@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dataflex.config.build import user_keys
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
+from tests.config.keys import user_keys
 
 Config = Callable[..., dict[str, Any]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.config.legacy_mixers import mixer_params
+from dataflex.config.components import ComponentReader
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
 from dataflex.mixers.loss_weights import DoReMi, GroupDro
@@ -90,7 +90,10 @@ def test_doremi_with_a_null_reference_is_group_dro(flat: Any, project: Path) -> 
 def test_mixer_params(name: str, given: dict[str, Any], domains: int, ours: dict[str, Any], noted: list[str]) -> None:
     problems: list[str] = []
     notes: list[str] = []
-    assert mixer_params(name, given, domains, "here", problems, notes) == (name, ours)
+    reader = ComponentReader(
+        kind="mixer", file="", base_dir=Path(), problems=problems, notes=notes, num_domains=domains
+    )
+    assert reader.translated(name, given) == (name, ours)
     assert not problems
     for part in noted:
         assert any(part in note for note in notes)

@@ -8,35 +8,35 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex.config.components import _SHIPPED, Component, read_component
-from dataflex.config.legacy_selectors import _five_layers
+from dataflex.config.components import SHIPPED, ComponentReader, five_layers
+from dataflex.config.load import load_mapping
+from dataflex.config.schema import MethodConfig
 from dataflex.registry import find
 from dataflex.rewards.judge import JudgeConfig
+
+PRESETS = load_mapping(SHIPPED)
 
 
 def read(
     tmp_path: Path, name: str, params: dict[str, Any], updates: int = 4, targets: tuple[str, ...] = ("t",)
-) -> tuple[Component | None, list[str], str]:
+) -> tuple[MethodConfig | None, list[str], str]:
     content = {"selectors": {"mine": {"name": name, "params": params}}}
     (tmp_path / "components.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text('{"num_hidden_layers": 16}')
     problems: list[str] = []
     notes: list[str] = []
-    component = read_component(
+    reader = ComponentReader(
         kind="selector",
-        name="mine",
         file="components.yaml",
         base_dir=tmp_path,
         targets=targets,
-        num_domains=1,
-        burn_in_steps=0,
         updates=updates,
         model=str(tmp_path / "model"),
         problems=problems,
         notes=notes,
     )
-    return component, problems, "\n".join(notes)
+    return reader.read("mine"), problems, "\n".join(notes)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_parameters(tmp_path: Path, name: str, given: dict[str, Any], ours: dict
     component, problems, notes = read(tmp_path, name, given)
     assert problems == []
     assert component is not None
-    assert component.method.params == find("selector", name).Params(**ours)
+    assert component.params == find("selector", name).Params(**ours)
     assert all(note in notes for note in noted)
 
 
@@ -162,23 +162,23 @@ def test_a_window_without_a_number_of_updates_stays_where_it_starts(tmp_path: Pa
     assert component is not None
     from dataflex.selectors.losses import window
 
-    size = component.method.params.updates
+    size = component.params.updates
     assert window(1000, 500 / (size - 1), 0.2, 10.0) == window(1000, 0.0, 0.2, 10.0)
 
 
 def test_the_preset_of_nice_says_what_it_lacks(tmp_path: Path) -> None:
-    component, problems, _ = read(tmp_path, "nice", _SHIPPED["selectors"]["nice"]["params"])
+    component, problems, _ = read(tmp_path, "nice", PRESETS["selectors"]["nice"]["params"])
     assert component is None
     assert "ask it through an OpenAI-compatible server" in problems[0]
 
 
-@pytest.mark.parametrize("name", sorted(set(_SHIPPED["selectors"]) - {"nice"}))
+@pytest.mark.parametrize("name", sorted(set(PRESETS["selectors"]) - {"nice"}))
 def test_every_preset_can_be_built(tmp_path: Path, name: str) -> None:
-    entry = _SHIPPED["selectors"][name]
+    entry = PRESETS["selectors"][name]
     component, problems, _ = read(tmp_path, entry["name"], entry["params"])
     assert problems == []
     assert component is not None
-    component.method.build()
+    component.build()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_several_evaluation_sets_are_one_target_as_there(
     component, problems, notes = read(tmp_path, name, params, targets=("a", "b"))
     assert problems == []
     assert component is not None
-    assert component.method.targets == targets
+    assert component.targets == targets
     assert ("are one target, as there: 'a + b'" in notes) == (len(targets) == 1)
 
 
@@ -205,4 +205,4 @@ def test_several_evaluation_sets_are_one_target_as_there(
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (7, [1, 2, 4, 6, 7]), (32, [1, 9, 16, 24, 32])],
 )
 def test_five_layers_from_the_first_to_the_last(depth: int, layers: list[int]) -> None:
-    assert _five_layers(depth) == layers
+    assert five_layers(depth) == layers

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dataflex.commands.methods import requirements
+from dataflex.config.needs import unmet
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import resolve
 from dataflex.errors import ConfigError
+from dataflex.method import Params, Reference, Requires, RunFacts
 from dataflex.registry import KINDS, find, names
 
 Config = Callable[..., dict[str, Any]]
@@ -108,3 +113,66 @@ def test_parts_say_what_stages_and_parameters_they_need(config: Config, project:
         config(dynamic={"weighter": {"name": "product", "of": ["group", "meta"], "targets": ["t"]}}, **zero3), project
     )
     assert any("does not work with partitioned parameters" in line for line in found), found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(MethodConfig):
+    """A method that requires what a test says."""
+
+    needs: Requires
+
+    @property
+    def requires(self) -> Requires:  # type: ignore[override]
+        return self.needs
+
+
+NAMES = {"selector": "random", "mixer": "uniform", "weighter": "none"}
+# Field of Requires: a kind of method, what it states, what is known of a run that does not have it, and what is told.
+UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
+    "signals": [("selector", frozenset({"gates"}), RunFacts(stage="dpo"), "asks for gates")],
+    "targets": [("weighter", True, None, "none needs a target")],
+    "domains": [
+        ("selector", 3, RunFacts(num_domains=2), "needs at least 3 domains, found 2"),
+        ("weighter", 2, RunFacts(num_domains=1, copied=True), "tokenized_path: a tokenized copy does not say"),
+    ],
+    "stages": [("mixer", ("pt",), RunFacts(stage="sft"), "uniform does not work under stage sft (works under: pt)")],
+    "whole_parameters": [("selector", True, RunFacts(partitioned="fsdp"), "with partitioned parameters (fsdp)")],
+    "needs_interval": [("mixer", True, None, "dynamic.interval_steps: missing")],
+    "within_batch": [("selector", True, None, "dynamic.candidate_batches: missing")],
+    "columns": [
+        ("selector", ("w",), RunFacts(columns={"a": {"v"}}), "the data set 'a' has no column 'w' (columns found: v)"),
+        ("weighter", ("w",), RunFacts(packed=True), "packing: rows hold several samples"),
+        ("mixer", ("w",), RunFacts(copied=True), "tokenized_path: a tokenized copy does not keep the column 'w'"),
+    ],
+    "reference": [
+        ("mixer", Reference("nowhere"), RunFacts(), "dynamic.mixer.reference: no such folder: nowhere"),
+        ("selector", Reference("nowhere"), None, "requires reference, which only a mixer or a weighter is given"),
+    ],
+    "models": [("weighter", {"encoder": "./nowhere"}, RunFacts(), "dynamic.weighter.encoder: no such folder")],
+    "preconditions": [
+        ("mixer", {"precondition": "true_adam"}, RunFacts(optimizer="optim: lion"), "needs Adam's moments")
+    ],
+    "by_target": [("mixer", {"losses": {"u": 1.0}}, RunFacts(), "dynamic.mixer.losses.u: no such target")],
+    "pure_micro_batches": [("mixer", True, None, "uniform wants micro-batches of one domain each")],
+    "embedding": [("selector", object(), None, "requires embedding, which only a weighter is given")],
+    "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
+}
+NOT_REQUIRED = {"passes": "what a method costs, told by 'dataflex plan'"}
+
+
+def test_every_field_of_requires_has_a_case() -> None:
+    assert [*UNMET, *NOT_REQUIRED] == [field.name for field in dataclasses.fields(Requires)]
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "stated", "run", "told"), [(field, *case) for field, cases in UNMET.items() for case in cases]
+)
+def test_what_a_run_does_not_have_is_told(field: str, kind: str, stated: Any, run: Any, told: str) -> None:
+    def found(needs: Requires) -> list[str]:
+        asking = {kind: Asking(kind=kind, name=NAMES[kind], params=Params(), needs=needs)}
+        beside = {"selector": MethodConfig(kind="selector", name="random", params=find("selector", "random").Params())}
+        return [*unmet(DynamicConfig(**{**beside, **asking}), run, models=True)]
+
+    assert found(Requires()) == []
+    lines = found(Requires(**{field: stated}))
+    assert any(told in line for line in lines), lines

@@ -1,4 +1,4 @@
-"""Starts two gloo ranks."""
+"""Two gloo ranks that run configuration files, started once for all tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,27 +22,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def two_ranks():
-    """Return a function that runs configuration files on two ranks, in one torchrun job."""
+class TwoRanks:
+    """One torchrun job, whose ranks import once and then wait for files that name configurations."""
 
-    def start(configs: list[Path], folder: Path, timeout: int = 600) -> str:
-        jobs = folder / "jobs.json"
-        jobs.write_text(json.dumps([str(config) for config in configs]))
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.batches = folder, folder / "output.txt", 0
         env = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(DRIVER), str(jobs)]
-        log = folder / "output.txt"
-        with log.open("w") as output:
-            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            process.wait(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            family = psutil.Process(process.pid)
-            for member in [*family.children(recursive=True), family]:
-                member.kill()
-            pytest.fail(f"two ranks did not end within {timeout} s:\n{log.read_text()[-4000:]}")
-        assert process.returncode == 0, log.read_text()[-4000:]
-        return log.read_text()
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(DRIVER), str(folder)]
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
 
-    return start
+    def say(self, configs: list[str] | None) -> list[Path]:
+        """Give the ranks their next batch (None: end) and return the files that say that each is through."""
+        batch = self.folder / f"batch-{self.batches}.json"
+        self.batches += 1
+        batch.with_suffix(".aside").write_text(json.dumps(configs))
+        batch.with_suffix(".aside").rename(batch)
+        return [batch.with_suffix(f".done{rank}") for rank in range(2)]
+
+    def kill(self) -> None:
+        family = psutil.Process(self.process.pid)
+        for member in [*family.children(recursive=True), family]:
+            member.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """Return a function that runs configuration files on two ranks and returns what they print."""
+    ranks: list[TwoRanks] = []
+
+    def run(configs: list[Path], timeout: int = 600) -> str:
+        if not ranks or ranks[-1].process.poll() is not None:
+            ranks.append(TwoRanks(tmp_path_factory.mktemp("two-ranks")))
+        job, until = ranks[-1], time.monotonic() + timeout
+        start = job.log.stat().st_size
+        done = job.say([str(config) for config in configs])
+        while not all(file.exists() for file in done):
+            printed = job.log.read_text(errors="replace")[-4000:]
+            assert job.process.poll() is None, f"two ranks ended:\n{printed}"
+            if time.monotonic() > until:
+                job.kill()
+                pytest.fail(f"two ranks did not end within {timeout} s:\n{printed}")
+            time.sleep(0.05)
+        return job.log.read_bytes()[start:].decode(errors="replace")
+
+    yield run
+    for job in ranks:
+        if job.process.poll() is None:
+            job.say(None)
+            try:
+                job.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                job.kill()

@@ -1,7 +1,8 @@
-"""Runs several configurations one after another on every rank of one torchrun job (imports are paid once).
+"""Runs configurations one after another on every rank of one torchrun job (imports are paid once).
 
-Usage: torchrun ... driver.py JOBS.json, where JOBS is a list of configuration files. A job that fails
-is noted in ``<file>.rank<r>.error`` with the error's type and text, and the next one goes on.
+Usage: torchrun ... driver.py FOLDER. The ranks wait for ``batch-0.json``, ``batch-1.json``, ... in FOLDER: lists of
+configuration files, or null for the end. A job that fails is noted in ``<file>.rank<r>.error`` with the error's type
+and text, and the next one goes on; ``batch-<n>.done<r>`` says that rank r is through.
 
 Two things that only a machine without accelerators needs are patched here, never in the package:
 accelerate makes FSDP of several ranks on GPU-like devices only, and DeepSpeed would compile a
@@ -11,6 +12,7 @@ shared-memory operator for a minute.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import socket
@@ -61,6 +63,7 @@ def meeting_port(file: Path) -> str:
 
 
 def main() -> None:
+    import torch
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -70,25 +73,34 @@ def main() -> None:
     deepspeed_without_compiling()
     # Every job meets at a port of its own, hosted by rank 0: torchrun's own store still holds the last job's keys.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    environment = dict(os.environ)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    for config in jobs:
-        gc.collect()
-        gc.freeze()  # each job collects, which would take as long as its steps
-        os.environ.clear()
-        os.environ.update(environment)
-        os.environ["MASTER_PORT"] = meeting_port(Path(f"{config}.port"))
-        try:
-            train_here([config])
-        except Exception as error:  # noqa: BLE001 (the test reads what happened)
-            Path(f"{config}.rank{os.environ['RANK']}.error").write_text(f"{type(error).__name__}: {error}")
-            traceback.print_exc()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        forget_engines()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        GradientState._reset_state()
+    environment, rank, linear = dict(os.environ), os.environ["RANK"], torch.nn.functional.linear
+    for number in itertools.count():
+        batch = Path(sys.argv[1], f"batch-{number}.json")
+        while not batch.exists():
+            time.sleep(0.05)
+        configs = json.loads(batch.read_text())
+        if configs is None:
+            return
+        for config in configs:
+            gc.collect()
+            gc.freeze()  # each job collects, which would take as long as its steps
+            os.environ.clear()
+            os.environ.update(environment)
+            os.environ["MASTER_PORT"] = meeting_port(Path(f"{config}.port"))
+            try:
+                train_here([config])
+            except Exception as error:  # noqa: BLE001 (the test reads what happened)
+                Path(f"{config}.rank{rank}.error").write_text(f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            forget_engines()
+            torch.nn.functional.linear = linear  # ZeRO-3 puts a function of its own there, for good
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState._reset_state()
+            GradientState._reset_state()
+        sys.stdout.flush()
+        batch.with_suffix(f".done{rank}").touch()
 
 
 def forget_engines() -> None:

@@ -42,7 +42,7 @@ def folder(tmp_path_factory, tiny_model, data_dir, two_ranks):
         mapping = settings(params, per_device_train_batch_size=1, **engine_settings(engine, folder))
         configs.append(folder / f"{case}.json")
         configs[-1].write_text(json.dumps(run.mapping(case, **mapping)))
-    two_ranks(configs, folder)
+    two_ranks(configs)
     for case, (engine, params) in CASES.items():
         if engine == "ddp":
             run(f"one-{case}", **settings(params, per_device_train_batch_size=2))

@@ -75,7 +75,7 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
                 path = folder / f"{name}.json"
                 path.write_text(json.dumps(runner.mapping(name, **settings)))
                 configs.append(path)
-    log = two_ranks(configs, folder)
+    log = two_ranks(configs)
     (folder / "log.txt").write_text(log)
     for tuning in TUNING:
         runner(f"one-{tuning}", **mapping(f"one-{tuning}", True, tuning, per_device_train_batch_size=2))

@@ -55,7 +55,7 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     for case in CASES:
         configs.append(folder / f"two-{case}.json")
         configs[-1].write_text(json.dumps(runner.mapping(f"two-{case}", **settings(case, 2))))
-    two_ranks(configs, folder, timeout=300)
+    two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
     graded = reward.with_suffix(".log").read_text().splitlines()

@@ -52,7 +52,7 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
         settings = {**COMMON, "per_device_train_batch_size": 2, "ddp_find_unused_parameters": False, "dynamic": dynamic}
         configs.append(folder / f"two-{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(f"two-{name}", **settings)))
-    two_ranks(configs, folder, timeout=400)
+    two_ranks(configs)
     for name, selector in selectors.items():
         dynamic = {"selector": selector, "interval_steps": 2}
         runner(f"one-{name}", **COMMON, per_device_train_batch_size=4, dynamic=dynamic)

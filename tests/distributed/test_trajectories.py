@@ -24,7 +24,7 @@ def folder(tmp_path_factory, tiny_model, two_ranks):
         mapping = load_mapping(EXAMPLES / name, [*tiny(tiny_model, folder / name.removesuffix(".yaml")), *own])
         configs.append(folder / f"{name}.json")
         configs[-1].write_text(json.dumps(mapping))
-    two_ranks(configs, folder)
+    two_ranks(configs)
     return folder
 
 

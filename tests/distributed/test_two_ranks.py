@@ -73,7 +73,7 @@ def results(tmp_path_factory, tiny_model, data_dir, two_ranks):
     }.items():
         configs.append(folder / f"{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(name, **rarely, **given)))
-    two_ranks(configs, folder)
+    two_ranks(configs)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert not errors, errors
     double = {path.stem: Outcome(folder / path.stem) for path in map(Path, configs)}

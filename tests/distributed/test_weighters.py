@@ -70,7 +70,7 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
         settings = {**COMMON, **engine, "per_device_train_batch_size": 2, "dynamic": {"weighter": weighters[name]}}
         configs.append(folder / f"{job}.json")
         configs[-1].write_text(json.dumps(runner.mapping(job, **settings)))
-    two_ranks(configs, folder, timeout=400)
+    two_ranks(configs)
     for name in NAMES:
         runner(f"one-{name}", **COMMON, per_device_train_batch_size=4, dynamic={"weighter": weighters[name]})
     return folder

@@ -10,8 +10,8 @@ import pytest
 from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
 from dataflex.commands.mix import MIX_STEPS
-from dataflex.config.build import user_keys
 from dataflex.record.report import PLOTS
+from tests.config.keys import user_keys
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose
 
 

@@ -12,11 +12,8 @@ import yaml
 
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
-from dataflex.config.collect import field_hints
-from dataflex.config.convert import describe, shown
-from dataflex.config.flat import FLAT_KEYS, FlatKeys
-from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.config.show import plain
+from dataflex.config.mappings import describe, field_hints, plain, shown
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, SignalsConfig
 from dataflex.config.split import split
 from dataflex.method import Signals
 from dataflex.registry import KINDS, find, names

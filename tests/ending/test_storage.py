@@ -136,7 +136,7 @@ def test_real_writers_that_may_not_write_more(configure, tiny_model, dynamic, ki
 def test_any_command_tells_it(monkeypatch, capsys, tmp_path):
     import dataflex.record.report
 
-    def report(*_):
+    def report(**_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "plot.png"))
 
     monkeypatch.setattr(dataflex.record.report, "report", report)

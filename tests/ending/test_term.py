@@ -202,7 +202,7 @@ def test_two_ranks_stop_at_the_same_step(configure, slow_block, tmp_path, whom):
     wait_for(lambda: steps_done(config) >= 2, process)
     family = psutil.Process(process.pid).children(recursive=True)
     agent = family[0]
-    ranks = [member for member in agent.children() if "dataflex.worker" in member.cmdline()]
+    ranks = [member for member in agent.children() if "dataflex" in member.cmdline()]
     assert len(ranks) == 2
     if whom == "the whole group":
         os.killpg(process.pid, signal.SIGTERM)

@@ -11,11 +11,10 @@ import pytest
 import yaml
 
 from dataflex import cli
-from dataflex.commands import mix as command
 from dataflex.config.load import load_mapping
 from dataflex.errors import ConfigError
 from dataflex.mixers.loss_weights import DoReMi
-from dataflex.mixing import doremi
+from dataflex.mixing import doremi, runs
 from dataflex.plan import proportions
 from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
@@ -41,7 +40,7 @@ class Bench:
         self.config.write_text(yaml.safe_dump(run.mapping("unused", **BASE)), encoding="utf-8")
         (self.folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
         self.trained: list[str] = []
-        monkeypatch.setattr(command, "_train", self.train)
+        monkeypatch.setattr(runs, "train", self.train)
 
     def train(self, config: Path) -> int:
         from dataflex.run import train_here
@@ -248,8 +247,8 @@ def test_a_folder_of_another_configuration_is_refused(bench, capsys):
 
 def test_training_happens_in_a_process_of_its_own(monkeypatch):
     started = []
-    monkeypatch.setattr("dataflex.commands.mix.run_child", lambda args: started.append(args) or 3)
-    assert command._train(Path("x.yaml")) == 3
+    monkeypatch.setattr("dataflex.mixing.runs.run_child", lambda args: started.append(args) or 3)
+    assert runs.train(Path("x.yaml")) == 3
     assert started == [[sys.executable, "-m", "dataflex", "train", "x.yaml"]]
 
 

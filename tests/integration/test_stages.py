@@ -137,21 +137,20 @@ def test_evaluation_best_model_and_save_limit(run):
 
 def test_validation_split_of_one_source_matches_its_columns(run):
     """The split moves rows; the weights must move with them."""
-    from dataflex.llamafactory import datasets as bridge
+    from dataflex.llamafactory.datasets import DataLoading
 
     seen = {}
-    original = bridge.DataLoading.__call__
+    original = DataLoading.load
 
-    def remember(self, *args, **kwargs):
-        module = original(self, *args, **kwargs)
-        seen["space"] = self.space
-        return module
+    def remember(self):
+        module, seen["space"] = original(self)
+        return module, seen["space"]
 
-    bridge.DataLoading.__call__ = remember
+    DataLoading.load = remember
     try:
         run("out", dataset="alpha", val_size=0.25, max_steps=2, dynamic={"weighter": {"name": "column"}})
     finally:
-        bridge.DataLoading.__call__ = original
+        DataLoading.load = original
     space = seen["space"]
     from pathlib import Path
 

@@ -61,7 +61,7 @@ def test_every_second_of_a_run_is_accounted_for(run, settings, monkeypatch):
         "data": (datasets, "measure"),
         "leakage": (datasets, "find_leaks"),
         "model": (workflow, "load_model"),
-        "reference": (ReferenceLosses, "begin"),
+        "reference": (ReferenceLosses, "__init__"),
         "prepare": (trainer, "loop_of"),
         "signals": (SignalRunner, "_compute"),
         "evaluation": (trainer.TrainerMixin, "evaluation_loop"),
@@ -96,7 +96,7 @@ def test_a_resumed_run_counts_its_processes(run, settings, monkeypatch):
     from dataflex.train import checkpoint
     from dataflex.train.reference import ReferenceLosses
 
-    slowed(monkeypatch, ReferenceLosses, "begin")
+    slowed(monkeypatch, ReferenceLosses, "__init__")
     slowed(monkeypatch, checkpoint, "load")
     first = run("long", **{**settings, "max_steps": 2})
     _, before = account(first.folder)

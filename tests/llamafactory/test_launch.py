@@ -13,10 +13,10 @@ from dataflex.llamafactory.launch import torchrun_command, wants_torchrun
 
 
 def options(env, devices=2):
-    command = torchrun_command(["run.yaml", "seed=3"], env, devices=devices, free_port=4242)
+    command = torchrun_command(["train", "run.yaml", "seed=3"], env, devices=devices, free_port=4242)
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert command[-4:] == ["-m", "dataflex.worker", "run.yaml", "seed=3"]
-    middle = command[3:-4]
+    assert command[-5:] == ["-m", "dataflex", "train", "run.yaml", "seed=3"]
+    middle = command[3:-5]
     return dict(zip(middle[::2], middle[1::2], strict=True))
 
 
@@ -84,10 +84,10 @@ def test_ray_workers_train_with_our_trainer(tiny_model, data_dir, tmp_path, monk
     lf = {**base_settings(tiny_model, data_dir), "output_dir": str(tmp_path / "out"), "max_steps": 3}
     mapping = {**lf, "dynamic": {"interval_steps": 2, "selector": "random"}}
     stock = tuner.Worker
-    with launch.ray_workers(mapping, tmp_path, "sft"):
+    with launch.ray_workers(mapping, tmp_path):
         assert tuner.Worker is launch.RayWorker
         environment = dict(os.environ)
-        assert json.loads(environment[launch.ENVIRONMENT_KEY])["stage"] == "sft"
+        assert json.loads(environment[launch.ENVIRONMENT_KEY])["mapping"] == mapping
         worker = tuner.Worker.__new__(tuner.Worker)  # its constructor picks a device, which Ray assigns
         worker._training_function({"args": lf, "callbacks": []})
     assert tuner.Worker is stock

@@ -7,7 +7,29 @@ from dataclasses import fields
 import pytest
 from llamafactory.hparams import DataArguments
 
-from dataflex.llamafactory.loading import _HOW_ROWS_ARE_READ, _OF_TRAINING, _reason, of_another_set
+from dataflex.llamafactory.loading import _OF_TRAINING, _reason, of_another_set
+
+_HOW_ROWS_ARE_READ = frozenset(
+    {
+        "data_shared_file_system",
+        "dataset_dir",
+        "default_system",
+        "enable_thinking",
+        "eval_num_beams",
+        "eval_on_each_dataset",
+        "ignore_pad_token_for_loss",
+        "mask_history",
+        "media_dir",
+        "overwrite_cache",
+        "preprocessing_batch_size",
+        "preprocessing_num_workers",
+        "preserve_thinking",
+        "template",
+        "tool_format",
+        "train_on_prompt",
+    }
+)
+"""Settings that hold for every data set: a new one of LLaMA-Factory's has to be put here or there."""
 
 
 def test_every_setting_of_the_data_is_decided_upon():

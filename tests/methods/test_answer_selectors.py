@@ -13,8 +13,9 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.selectors.clusters import S2l, filled
 from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
 from dataflex.selectors.losses import RhoLoss, excess_losses
-from dataflex.signals.kinds import ResponseLoss
-from dataflex.testing import FakeSignals, example_context, oracle_top_rows
+from dataflex.signals.kinds import ResponseLoss, TokenLoss
+from dataflex.testing import FakeSignals, example_context
+from tests.methods.oracles import oracle_top_rows
 
 
 def pool_of(count):
@@ -141,8 +142,13 @@ def test_what_ifd_asks_for():
 # ---------------------------------------------------------------- RHO-LOSS
 
 
+def of_models(losses, models):
+    """Token losses of the model in training, and of others by folder."""
+    return lambda signal, rows, target: np.asarray(losses if signal.model is None else models[signal.model])[rows]
+
+
 def rho(losses, reference, num_rows=None):
-    signals = FakeSignals(losses, models={"folder": reference})
+    signals = FakeSignals(losses, values={TokenLoss: of_models(losses, {"folder": reference})})
     return example_context({"all": num_rows or len(losses)}, signals=signals, targets=())
 
 
@@ -190,7 +196,7 @@ def s2l(trajectories, sizes, budget, seed=0, **params):
     """Decide from the checkpoints of proxies p0, p1, ..."""
     trajectories = np.asarray(trajectories, dtype=float)
     models = {f"p{t}": trajectories[:, t] for t in range(trajectories.shape[1])}
-    signals = FakeSignals(np.ones(len(trajectories)), models=models)
+    signals = FakeSignals(np.ones(len(trajectories)), values={TokenLoss: of_models(None, models)})
     ctx = example_context(sizes, signals=signals, seed=seed, targets=())
     return S2l(S2l.Params(proxies=tuple(models), **params)).select(pool_of(len(trajectories)), budget, ctx)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import DataError
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.influence import ClusterLess, Less, cluster_means, representatives

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import DataError
 from dataflex.selectors.clusters import Coincide, cluster_quotas, density, gaussian_kernel, greedy_mmd, transferability
 from dataflex.signals.kinds import Embedding

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.mixers.loss_weights import DoReMi, GroupDro, Trajectory, corrected
+from dataflex.mixers import loss_weights
+from dataflex.mixers.loss_weights import DoReMi, GroupDro, corrected
 from dataflex.plan.domains import SUMS, DomainStats
 from dataflex.plan.proportions import exponentiated, logs, read_proportions, softmax, write_proportions
 from dataflex.state import load_state, save_state
@@ -314,18 +315,19 @@ def test_an_empty_reference_is_refused():
 # ---------------------------------------------------------------- the shared arithmetic
 
 
-def test_a_trajectory_of_any_length_is_thinned_evenly_and_resumes():
-    whole, part = Trajectory(), Trajectory()
-    for step in range(5000):
-        whole.add(step, np.array([float(step)]))
-        if step == 2500:
+def test_a_trajectory_of_any_length_is_thinned_evenly_and_resumes(monkeypatch):
+    monkeypatch.setattr(loss_weights, "_MOST_VECTORS", 16)
+    whole, part, alphas = doremi(initial_score=2.0), doremi(initial_score=2.0), []
+    for step in range(100):
+        for method in (whole, part) if step > 50 else (whole,):
+            method.observe(scored(math.cos(step), 0.0))
+        alphas.append(whole.alpha.tolist())
+        if step == 50:
             part.load_state_dict(whole.state_dict())
-        elif step > 2500:
-            part.add(step, np.array([float(step)]))
-    assert len(whole.steps) <= 1024
-    assert set(np.diff(whole.steps)) == {whole.stride}
-    assert [float(v[0]) for v in whole.vectors] == [float(s) for s in whole.steps]
-    assert part.to_json(["x"]) == whole.to_json(["x"])
+    told = whole.outcome().details["trajectory"]
+    assert told["steps"] == list(range(0, 101, 8))
+    assert told["weights"]["a"] == [0.5, *(alphas[step - 1][0] for step in told["steps"][1:])]
+    assert part.outcome().details == whole.outcome().details
 
 
 def test_exponentiated_gradient_with_smoothing_and_with_a_zero():

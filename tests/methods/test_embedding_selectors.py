@@ -12,7 +12,8 @@ from dataflex.select.choose import round_robin
 from dataflex.select.rules import Rule
 from dataflex.selectors.nearest import Near, RdsPlus, Tsds
 from dataflex.signals.kinds import Embedding
-from dataflex.testing import FakeSignals, example_context, oracle_top_rows
+from dataflex.testing import FakeSignals, example_context
+from tests.methods.oracles import oracle_top_rows
 
 TOY = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]])  # similarities of the sheet: two queries, three rows
 EACH = pytest.mark.parametrize("method", [RdsPlus, Near, Tsds])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.scoring import count_votes, percentile_ranks
 from dataflex.selectors.influence import Icons

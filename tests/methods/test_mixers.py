@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
-from dataflex.mixers.by_size import Size, Temperature, UniMax, allocate, tempered
-from dataflex.mixers.fixed import Stage, Staged, Static, Uniform
-from dataflex.testing import example_context, oracle_temperature, oracle_unimax
+from dataflex.mixers.fixed import Size, Stage, Staged, Static, Temperature, Uniform, UniMax, allocate, tempered
+from dataflex.testing import example_context
+from tests.methods.oracles import oracle_temperature, oracle_unimax
 
 SIZES = {"web": 40, "code": 20, "math": 4}
 sizes_K = st.lists(st.integers(1, 10**9), min_size=1, max_size=8)
@@ -56,8 +56,8 @@ def test_static_divides_by_the_sum_and_keeps_zero_as_never():
         ((0.5, math.nan, 0.5), "proportions: 1 is nan, must be a finite number"),
         ((math.inf, 1.0, 1.0), "proportions: 0 is inf, must be"),
         ({"web": -1.0}, "proportions: web is -1.0, must be"),
-        (("0.5", 0.5), "proportions: 0 is '0.5', must be a number"),
-        ((True, 0.5), "proportions: 0 is True, must be a number"),
+        (("0.5", 0.5), "proportions: 0 is '0.5', must be a finite number"),
+        ((True, 0.5), "proportions: 0 is True, must be a finite number"),
         ((0.0, 0.0, 0.0), "proportions: all are 0"),
     ],
 )

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import RewardError, graded
 from dataflex.select.scoring import Aggregate

@@ -15,9 +15,18 @@ from dataflex.mixers._lib import held_out_losses
 from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
 from dataflex.mixers.fixed import RandomShares
 from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
-from dataflex.mixers.held_out import DynamicMoe, Sheared, Velocity, distances, velocities
+from dataflex.mixers.held_out import (
+    Aioli,
+    DynamicMoe,
+    Sheared,
+    SkillIt,
+    Velocity,
+    distances,
+    interactions,
+    near_one_hot,
+    velocities,
+)
 from dataflex.mixers.odm import Odm, exploration, policy
-from dataflex.mixers.skills import Aioli, SkillIt, interactions, near_one_hot
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.methods import method_block
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.config.build import method_block
+from dataflex.errors import CheckpointError, ComponentError, ConfigError
 from dataflex.method import RunFacts
 from dataflex.registry import names
 from dataflex.testing import example_batch, example_context
@@ -122,7 +122,7 @@ def test_states_go_to_their_factors():
     other.load_state_dict(state)
     batch = batch_with()
     assert torch.equal(other.weigh(batch), weighter.weigh(batch))
-    with pytest.raises(ValueError, match="was given 2-adapt"):
+    with pytest.raises(CheckpointError, match="was given 2-adapt"):
         other.load_state_dict({"2-adapt": {}})
 
 

@@ -13,7 +13,8 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.selectors.baselines import AllRows, RandomRows
 from dataflex.selectors.losses import LossSelector, Tacs, focused, log_weights, relative_gain
 from dataflex.signals.kinds import AdaptedLoss, TokenLoss
-from dataflex.testing import FakeSignals, example_context, oracle_bucket_weights, oracle_relative_gain, oracle_top_rows
+from dataflex.testing import FakeSignals, example_context
+from tests.methods.oracles import oracle_bucket_weights, oracle_relative_gain, oracle_top_rows
 
 FOCI = ("high", "medium", "low")
 
@@ -192,7 +193,8 @@ def test_quantiles_must_rise_from_0_to_1(quantiles):
 
 def tacs(losses, adapted, budget, targets=None, **params):
     names = targets or tuple(adapted)
-    ctx = context(losses, targets=names, signals={"adapted": adapted})
+    given = {AdaptedLoss: lambda signal, rows, target: np.asarray(adapted[signal.towards])[rows]}
+    ctx = context(losses, targets=names, signals={"values": given})
     return Tacs(Tacs.Params(**params)).select(pool_of(len(losses)), budget, ctx), ctx
 
 

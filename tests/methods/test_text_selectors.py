@@ -20,7 +20,8 @@ from dataflex.select.scoring import Aggregate
 from dataflex.select.words import Okapi, cut_words, word_punct
 from dataflex.selectors.nearest import Embed
 from dataflex.selectors.texts import Bm25, Dsir, drawn_ratios, effective_size, hasher
-from dataflex.testing import FakeSignals, example_context, oracle_top_rows
+from dataflex.testing import FakeSignals, example_context
+from tests.methods.oracles import oracle_top_rows
 from tests.methods.test_embedding_selectors import GivenVectors
 
 BY_TEXT = pytest.mark.parametrize("method", [Bm25, Dsir])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.sequences import Sequences
 from dataflex.train import loss
 from dataflex.weighters.excess import SelectiveLanguageModelling
 from dataflex.weighters.loss import LossWeighter
@@ -63,7 +64,7 @@ def train(tokens, steps, seed, rate=0.5):
 def batches(table, tokens, size):
     for rows in np.arange(len(tokens)).reshape(-1, size):
         found = losses_of(table, tokens[torch.from_numpy(rows)])
-        sequences = loss.row_sequences(rows)
+        sequences = Sequences(rows_B=rows)
         yield loss.batch_view(found, sequences, domains_B=np.zeros(size, dtype=np.int64), step=0, total_steps=1)
 
 

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import ComponentError
 from dataflex.method import RunFacts
-from dataflex.testing import example_batch, oracle_loss_weights
+from dataflex.testing import example_batch
 from dataflex.weighters.column import Column, NoWeights
 from dataflex.weighters.loss import STRATEGIES, LossWeighter, Softness, loss_weights, scheduled
+from tests.methods.oracles import oracle_loss_weights
 from tests.rounding import printed
 
 losses_and_tokens = st.lists(st.tuples(st.floats(0, 20, width=32), st.integers(0, 50)), min_size=1, max_size=16).map(
@@ -38,7 +39,6 @@ def loss_weighter(**params):
 def test_none_is_ones():
     weighter = NoWeights(NoWeights.Params())
     assert weighter.neutral
-    assert weighter.weigh(example_batch([1.0, 2.0])).tolist() == [1.0, 1.0]
     assert weighter.static_weights(np.arange(3), {}).tolist() == [1.0, 1.0, 1.0]
 
 
@@ -64,35 +64,22 @@ def test_column_asks_for_its_column_to_ride_along():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "bad"),
     [
-        ([1.0, -0.25, 1.0], "row 1 has sample_weight = -0.25; weights must be finite numbers, 0 or more"),
-        ([1.0, 1.0, math.nan], "row 2 has sample_weight = nan; weights"),
-        ([math.inf, 1.0, -1.0], r"row 0 has sample_weight = inf \(and 1 more rows\); weights"),
-        ([1e300, 1.0, 1.0], r"row 0 has sample_weight = 1e\+300; weights"),
-        (np.array([1.0, None, 1.0], dtype=object), "row 1 has sample_weight = nan; weights"),
-        (np.array([1.0, 2.0, "heavy"], dtype=object), "row 2 has sample_weight = 'heavy'; weights"),
-        (["1.0", "2.0", "3.0"], r"row 0 has sample_weight = '1.0' \(and 2 more rows\); weights"),
+        ([1.0, 0.0, 2.5], [False, False, False]),
+        ([1.0, -0.25, 1.0], [False, True, False]),
+        ([1.0, 1.0, math.nan], [False, False, True]),
+        ([math.inf, 1.0, -1.0], [True, False, True]),
+        ([1e300, 1.0, 1.0], [True, False, False]),
+        (np.array([1.0, None, 1.0], dtype=object), [False, True, False]),
+        (np.array([1.0, 2.0, "heavy"], dtype=object), [False, False, True]),
+        (["1.0", "2.0", "3.0"], [True, True, True]),
     ],
 )
-def test_column_names_the_row_and_the_value_of_a_bad_weight(values, message):
-    with pytest.raises(DataError, match=f"dynamic.weighter.column: {message}"):
-        column(values, [0, 1, 2])
-
-
-def test_column_names_the_nearest_column_when_it_is_missing():
-    with pytest.raises(
-        DataError,
-        match=r"no column 'sample_weight'; did you mean 'sample_wieght'\? \(columns carried along: sample_wie",
-    ):
-        column([1.0], [0], name="sample_wieght")
-    with pytest.raises(DataError, match=r"no column 'sample_weight' \(columns carried along: none\)"):
-        Column(Column.Params()).static_weights(np.arange(1), {})
-
-
-def test_column_refuses_to_weigh_a_batch():
-    with pytest.raises(ComponentError, match="before the forward pass"):
-        Column(Column.Params()).weigh(example_batch([1.0]))
+def test_column_refuses_what_is_no_weight(values, bad):
+    refused, wanted = Column(Column.Params()).refused_values("sample_weight", np.array(values))
+    assert refused.tolist() == bad
+    assert wanted == "weights must be finite numbers, 0 or more"
 
 
 # ---------------------------------------------------------------- loss: the formula
@@ -182,11 +169,6 @@ def test_losses_in_bf16_are_weighed_in_fp32_in_the_same_order():
 def test_no_gradient_flows_through_the_weights():
     losses = torch.tensor([1.0, 2.0], requires_grad=True)
     assert not loss_weights(losses, torch.ones(2, dtype=torch.bool), "linupper", 1.0, 1.0).requires_grad
-
-
-def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="unknown strategy 'lin'; use one of linupper, quadratic"):
-        weights([1.0, 2.0], strategy="lin")
 
 
 # ---------------------------------------------------------------- loss: the weighter

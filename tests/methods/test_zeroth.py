@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from dataflex.config.methods import method_block
+from dataflex.config.build import method_block
 from dataflex.errors import DataError
 from dataflex.rng import rademacher
 from dataflex.select.scoring import Aggregate

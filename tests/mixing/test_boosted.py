@@ -11,7 +11,8 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.mixing import fit as fitting
 from dataflex.mixing.fit import fit_losses, read_fit, spearman, write_fit
 from dataflex.mixing.propose import propose
-from dataflex.mixing.swarm import Table, sample_swarm, settings_of
+from dataflex.mixing.runs import Table
+from dataflex.mixing.swarm import sample_swarm, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +55,6 @@ def test_unseen_mixtures_are_ordered(fit, linear):
 @pytest.mark.slow
 def test_the_proposal_puts_its_mass_on_the_best_domain(fit):
     shares, details = propose(fit, SIZES)
-    np.testing.assert_array_equal(shares, propose(fit, SIZES, prior_power=1.0)[0])  # the authors': natural shares
-    assert (shares != propose(fit, SIZES, prior_power=0.5)[0]).any()
     assert shares.argmax() == BETA.argmin()
     assert shares[BETA.argmin()] > 0.8
     assert shares.sum() == pytest.approx(1, abs=1e-12)

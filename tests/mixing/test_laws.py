@@ -24,7 +24,8 @@ from dataflex.mixing.fit import (
     warnings_of,
     write_fit,
 )
-from dataflex.mixing.swarm import SwarmSettings, Table, sample_swarm
+from dataflex.mixing.runs import Table
+from dataflex.mixing.swarm import SwarmSettings, sample_swarm
 
 
 def slow_law(c, k, t, r):

@@ -18,7 +18,8 @@ from dataflex.config.load import load_mapping
 from dataflex.config.split import resolve
 from dataflex.mixing import fit as fit_module
 from dataflex.mixing.fit import predict
-from dataflex.mixing.swarm import losses_of_run, read_swarm, read_table
+from dataflex.mixing.runs import losses_of_run, read_table
+from dataflex.mixing.swarm import read_swarm
 from dataflex.plan.proportions import read_proportions
 from tests.config.conftest import _plain_environment, add_column, config, project
 from tests.docs.pages import EXAMPLES
@@ -206,7 +207,7 @@ def test_runs_are_run_once_and_a_failure_stops_until_the_next_time(base, project
         record(project / "swarm/runs" / name, {"a": 1.0, "b": 2.0})
         return 0
 
-    monkeypatch.setattr("dataflex.commands.mix.run_child", train)
+    monkeypatch.setattr("dataflex.mixing.runs.run_child", train)
     command = ["mix", "swarm", str(base), "--runs", "3", "--out", "swarm", "--run"]
     assert main(command) == 1
     assert "run-0002: ended with exit code -9" in capsys.readouterr().out

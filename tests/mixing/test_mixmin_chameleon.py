@@ -9,7 +9,6 @@ import pytest
 
 from dataflex.errors import DataError
 from dataflex.mixing.models import (
-    PURPOSES,
     centred_kernel,
     check_matrix,
     leverage,
@@ -38,7 +37,7 @@ def test_mixmin_golden_values():
     assert objective(np.array([0.5, 0.5]), TWO, ONES)[0] == pytest.approx(1.203973, abs=1e-6)
     assert objective(np.array([1.0, 0.0]), TWO, ONES)[0] == pytest.approx(1.497866, abs=1e-6)
     found = solve(TWO, ONES)
-    assert found.weights == pytest.approx([0.5, 0.5], abs=1e-12)
+    assert found.proportions == pytest.approx([0.5, 0.5], abs=1e-12)
     assert found.value == pytest.approx(1.203973, abs=1e-6)
 
 
@@ -49,7 +48,7 @@ def test_mixmin_finds_the_minimum_of_a_grid():
     found = solve(loglik, lengths, most_steps=5000, tolerance=1e-9)
     grid = np.linspace(0, 1, 2001)
     values = [slow_objective((x, 1 - x), loglik, lengths) for x in grid]
-    assert found.weights[0] == pytest.approx(grid[int(np.argmin(values))], abs=1e-3)
+    assert found.proportions[0] == pytest.approx(grid[int(np.argmin(values))], abs=1e-3)
     assert found.value <= min(values) + 1e-8
     assert found.gap <= 1e-9
 
@@ -74,7 +73,7 @@ def test_mixmin_stands_long_texts_whose_likelihoods_underflow():
     loglik = np.array([[-5000.0, -5010.0], [-4000.0, -3990.0]])
     found = solve(loglik, np.full(2, 1000.0))
     assert np.isfinite(found.value)
-    assert found.weights.sum() == pytest.approx(1)
+    assert found.proportions.sum() == pytest.approx(1)
 
 
 def test_mixmin_split_is_disjoint_and_of_the_size_asked_for():
@@ -107,8 +106,8 @@ def test_chameleon_golden_values():
     assert raw == pytest.approx([0.047619, 0.130435], abs=1e-6)
     scores = leverage(kernel)
     assert scores == pytest.approx([0.267442, 0.732558], abs=1e-6)
-    assert leverage_weights(scores, "pretraining") == pytest.approx([0.616522, 0.383478], abs=1e-6)
-    assert leverage_weights(scores, "finetuning") == pytest.approx([0.089026, 0.910974], abs=1e-6)
+    assert leverage_weights(scores, "pretraining", ("a", "b")) == pytest.approx([0.616522, 0.383478], abs=1e-6)
+    assert leverage_weights(scores, "finetuning", ("a", "b")) == pytest.approx([0.089026, 0.910974], abs=1e-6)
 
 
 def test_chameleon_scores_are_the_ridge_formula_written_out():
@@ -124,12 +123,12 @@ def test_chameleon_scores_are_the_ridge_formula_written_out():
 
 def test_chameleon_weighs_the_odd_one_up_for_finetuning_and_down_for_pretraining():
     means = np.array([[1.0, 0.0, 0.2], [0.9, 0.1, 0.0], [1.1, -0.1, 0.1], [0.0, 9.0, 0.0]])
-    scores = leverage(centred_kernel(means))
+    scores, names = leverage(centred_kernel(means)), tuple("abcd")
     assert scores.argmax() == 3
-    assert leverage_weights(scores, "finetuning").argmax() == 3
-    assert leverage_weights(scores, "pretraining").argmin() == 3
-    for purpose in PURPOSES:
-        assert leverage_weights(scores, purpose).sum() == pytest.approx(1)
+    assert leverage_weights(scores, "finetuning", names).argmax() == 3
+    assert leverage_weights(scores, "pretraining", names).argmin() == 3
+    for purpose in ("pretraining", "finetuning"):
+        assert leverage_weights(scores, purpose, names).sum() == pytest.approx(1)
 
 
 def test_chameleon_refuses_domains_that_nothing_tells_apart():
@@ -139,7 +138,7 @@ def test_chameleon_refuses_domains_that_nothing_tells_apart():
     scores = leverage(centred_kernel(means))
     with pytest.raises(DataError, match="domain noise is the mean of all domains"):
         leverage_weights(scores, "pretraining", ("a", "b", "noise"))
-    assert np.isfinite(leverage_weights(scores, "finetuning")).all()
+    assert np.isfinite(leverage_weights(scores, "finetuning", ("a", "b", "noise"))).all()
     with pytest.raises(DataError, match="finite and square"):
         leverage(np.array([[np.nan, 0.0], [0.0, 1.0]]))
 

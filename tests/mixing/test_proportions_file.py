@@ -9,7 +9,7 @@ import pytest
 
 from dataflex.config.build import parse_dynamic
 from dataflex.config.load import load_mapping
-from dataflex.config.show import as_mapping
+from dataflex.config.mappings import as_mapping
 from dataflex.config.split import resolve
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.mixers.fixed import Static
@@ -56,7 +56,7 @@ def test_provenance_holds_digests_of_files(tmp_path):
 
 
 def test_what_are_no_proportions_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"sum to 1\.1"):
+    with pytest.raises(AssertionError, match=r"sum to 1\.1"):
         write(tmp_path / "m.json", shares=(0.7, 0.4))
     assert list(tmp_path.iterdir()) == []
 

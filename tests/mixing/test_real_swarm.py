@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from dataflex.cli import main
-from dataflex.mixing.swarm import losses_of_run, read_swarm
+from dataflex.mixing.runs import losses_of_run
+from dataflex.mixing.swarm import read_swarm
 from dataflex.plan.proportions import read_proportions
 from dataflex.record.read import read_events
 from tests.integration.conftest import base_settings
@@ -27,7 +28,7 @@ def config(tiny_model, data_dir, tmp_path, monkeypatch):
         trained.append(path.stem)
         return train_here([str(path)])
 
-    monkeypatch.setattr("dataflex.commands.mix._train", train)
+    monkeypatch.setattr("dataflex.mixing.runs.train", train)
     monkeypatch.setattr("dataflex.mixing.fit.RESTARTS", 2)
     mapping = base_settings(tiny_model, data_dir)
     mapping |= {"dataset": "alpha,beta", "eval_dataset": "goal,held", "max_steps": 4, "output_dir": "unused"}

@@ -161,8 +161,8 @@ def test_a_fresh_sampler_has_a_state_too():
 
 def test_the_stream_does_not_depend_on_other_domains():
     # A domain is known by its name: its own order stays when the list of domains grows.
-    alone = MixtureSampler([np.arange(10)], 3, 4, names=["math"])
-    more = MixtureSampler([np.arange(10, 15), np.arange(10)], 3, 4, names=["code", "math"])
+    alone = MixtureSampler(Domains.from_sizes(["math"], [10]), 3, 4)
+    more = MixtureSampler(Domains(names=("code", "math"), domain_of=np.repeat([1, 0], [10, 5])), 3, 4)
     alone.append([1.0], 0, 0)
     more.append([0.5, 0.5], 0, 0)
     mixed = more.draw(40)
@@ -175,8 +175,8 @@ def test_the_stream_does_not_depend_on_other_domains():
         (lambda: build([7, 31], 8), "sizes of the mixture's domains changed"),
         (lambda: build([7, 30, 1], 8), "names of the mixture's domains changed"),
         (lambda: build([7, 30], 9), "block of the mixture's domains changed"),
-        (lambda: MixtureSampler([np.arange(7), np.arange(30)], 11, 8, names=["d1", "d0"]), "names of the mixture"),
-        (lambda: MixtureSampler([np.arange(7), np.arange(30)], 12, 8, names=["d0", "d1"]), r"seed .* \(11 -> 12\)"),
+        (lambda: MixtureSampler(Domains.from_sizes(["d1", "d0"], [7, 30]), 11, 8), "names of the mixture"),
+        (lambda: MixtureSampler(Domains.from_sizes(["d0", "d1"], [7, 30]), 12, 8), r"seed .* \(11 -> 12\)"),
     ],
 )
 def test_a_foreign_state_is_refused(change, told):
@@ -184,13 +184,6 @@ def test_a_foreign_state_is_refused(change, told):
     one.append([0.5, 0.5], 0, 0)
     with pytest.raises(CheckpointError, match=told):
         change().load_state_dict(one.state_dict())
-
-
-def test_a_malformed_state_is_refused():
-    state = build([7, 30], 8).state_dict()
-    for broken in ({**state, "segments": {}}, {**state, "position": "x"}, {k: state[k] for k in state if k != "drawn"}):
-        with pytest.raises(CheckpointError, match="malformed"):
-            build([7, 30], 8).load_state_dict(broken)
 
 
 def test_caps_may_be_raised_on_resume():
@@ -216,7 +209,6 @@ def test_error_at_a_cap_tells_numbers_and_changes_nothing():
     fresh = build([4, 30], 4)
     fresh.append([0.5, 0.5], 0, 0)
     assert one.draw(12).tolist() == fresh.draw(12).tolist()
-    assert one.exhausted == ("d0",)
 
 
 @given(runs(), st.lists(st.integers(0, 9), min_size=1, max_size=8))
@@ -232,7 +224,7 @@ def test_stop_serves_exactly_up_to_the_cap(run, cuts):
     assert len(set(served)) == len(served)
     if len(served) < sum(cuts):
         assert expected[len(served)] in served, "the next one would have been a repetition"
-        assert one.exhausted
+        assert one.stopped_by
         assert one.draw(5).size == 0
 
 
@@ -289,7 +281,7 @@ def test_plan_equals_what_is_realized(run, max_epochs, total):
     weights, _ = segments[0]
     total = min(total, max_epochs * sum(size for size, w in zip(sizes, weights, strict=True) if w))
     one = build(sizes, block, max_epochs=max_epochs, at_cap="redistribute")
-    expected = one.expected(proportions_of(weights), total)
+    expected = expected_epochs(one.sizes, proportions_of(weights), total, max_epochs, "redistribute")
     one.append(proportions_of(weights), 0, 0)
     one.draw(total)
     realized = one.drawn / one.sizes
@@ -335,17 +327,13 @@ def test_whole_blocks_over_segments_stay_close_to_the_sum_of_shares():
 
 
 def test_bad_segments():
-    one = MixtureSampler([np.arange(5), np.empty(0, dtype=np.int64)], 0, 4, names=["a", "b"])
-    with pytest.raises(DataError, match=r"domain 'b' has no rows, but a proportion of 0\.5"):
-        one.append([0.5, 0.5], 0, 0)
+    one = build([5, 2], 4)
     with pytest.raises(ComponentError):
         one.append([0.5, 0.6], 0, 0)
     one.append([1.0, 0.0], 0, 0)
     one.draw(3)
     with pytest.raises(AssertionError, match="segment starts at 2, but the next sequence is 3"):
         one.append([1.0, 0.0], 2, 0)
-    with pytest.raises(ValueError, match="read-only"):
-        one.segments[0].proportions[0] = 0.5
 
 
 def test_the_first_segment_may_start_anywhere():

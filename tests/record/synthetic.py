@@ -19,10 +19,25 @@ BATCH = 16
 class Plan:
     """What the recorder looks at of a plan."""
 
+    interval: Interval
     rows: np.ndarray
 
     def digest(self) -> str:
         return hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]
+
+
+class Spent:
+    """A clock that a test sets."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def add(self, **seconds: float) -> None:
+        for phase, more in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+
+    def spent(self) -> dict[str, float]:
+        return dict(self.seconds)
 
 
 def tick(monkeypatch, seconds: float = 1.0, begin: float = 1.7e9) -> None:
@@ -86,7 +101,8 @@ def simulate(
 
     What is recorded of a step depends on the step alone, as in a run that resumes exactly.
     """
-    recorder = RunRecorder(directory, resume_step)
+    clock = Spent(startup=4.0)
+    recorder = RunRecorder(directory, resume_step, clock=clock)
     if resume_step is None:
         schedule = {"warmup_steps": warmup_steps, "interval_steps": interval_steps, "total_steps": total_steps}
         started(recorder, dynamic=dynamic or {}, sources=sources, schedule=schedule)
@@ -96,6 +112,7 @@ def simulate(
     plans = {interval.start_step: interval for interval in intervals(total_steps, warmup_steps, interval_steps)}
     for step in range(done + 1, total_steps + 1):
         if step - 1 in plans:
+            clock.add(decide=0.25, **({"signals": 3.2} if scored else {}))
             record_plan(recorder, plans[step - 1], sources, scored=scored, mixed=mixed, total_steps=total_steps)
         if stop_step is not None and step > stop_step:
             return
@@ -106,12 +123,14 @@ def simulate(
                 logs |= {"dataflex/weight_ess": rng.uniform(0.6, 0.9), "dataflex/weight_max": 2 + rng.uniform()}
                 logs |= {"dataflex/weight_p05": 0.3, "dataflex/weight_p50": 0.9, "dataflex/weight_p95": 1.8}
                 logs |= {"dataflex/plain_loss": logs["loss"] + 0.1}
-            recorder.stepped(step, logs, seconds=0.8 * logging_steps)
+            clock.add(train=0.8 * logging_steps)
+            recorder.stepped(step, logs)
         if step % save_steps == 0:
             loss = 1.3 + np.exp(-step / total_steps * 3) + 0.003 * max(step - 0.7 * total_steps, 0)
+            clock.add(evaluate=1.5, checkpoint=0.5)
             recorder.evaluated(step, {"eval_loss": loss, "eval_runtime": 1.5, "eval_samples_per_second": 50.0})
             recorder.checkpointed(step, f"out/checkpoint-{step}", 0.5)
-    recorder.finished(total_steps, {"train_loss": 1.6, "train_runtime": 100.0}, {"train": 80.0, "load": 4.0})
+    recorder.finished(total_steps, {"train_loss": 1.6, "train_runtime": 100.0}, {"train": 80.0, "startup": 4.0})
 
 
 def record_plan(
@@ -135,10 +154,9 @@ def record_plan(
     rows = rng.choice(pool, size=count, replace=count > pool // 2, p=weight / weight.sum())
     domain = np.searchsorted(np.cumsum(sizes), rows, side="right")
     recorder.planned(
-        interval=interval,
-        plan=Plan(rows=rows),
+        plan=Plan(interval=interval, rows=rows),
         domain_counts={name: int((domain == at).sum()) for at, name in enumerate(names)},
-        seconds={"signals": 3.2, "select": 0.2, "plan": 0.05} if scores is not None else {"plan": 0.05},
+        seconds={"signals": 3.2, "decide": 0.25} if scores is not None else {"signals": 0.0, "decide": 0.25},
         reason="synthetic",
         proportions=dict(zip(names, proportions.tolist(), strict=True)) if mixed else None,
         scores=scores,

@@ -28,7 +28,7 @@ def planned(interval: int, start: int, stop: int, counts: dict, **more) -> dict:
         "start_step": start,
         "stop_step": stop,
         "domain_counts": counts,
-        "seconds": {},
+        "rows": sum(counts.values()),
         **more,
     }
 
@@ -48,73 +48,38 @@ def test_served_rows_count_an_interval_in_progress_by_the_steps_done():
     assert run.steps_done == 6
     assert run.total_steps == 20
     assert run.pool == {"a": 30, "b": 10}
-    assert run.served() == {"a": 8 + 1, "b": 3}
+    assert run.served == {"a": 8 + 1, "b": 3}
     # A domain that only a plan names is still a domain.
-    assert digest([START, planned(0, 0, 2, {"c": 4}), stepped(2)]).served() == {"a": 0, "b": 0, "c": 4}
+    assert digest([START, planned(0, 0, 2, {"c": 4}), stepped(2)]).served == {"a": 0, "b": 0, "c": 4}
     assert digest([{**START, "row_space": {"sources": {"s": 40}}}]).pool == {"s": 40}
 
 
 def test_an_interval_planned_twice_counts_once():
     run = digest([START, planned(0, 0, 4, {"a": 8}), planned(0, 0, 4, {"b": 8}), stepped(4)])
-    assert run.served() == {"a": 0, "b": 8}
+    assert run.served == {"a": 0, "b": 8}
 
 
 def test_wall_time_leaves_out_the_pause_before_a_resume():
-    resumed = {"event": "resumed", "step": 5, "time": 900.0, "checkpoint": "c"}
-    events = [START, {**stepped(5), "time": 130.0}, resumed, {**stepped(6), "time": 907.0}]
+    first = {**START, "spent": {"startup": 1.0}}
+    resumed = {"event": "resumed", "step": 5, "time": 900.0, "checkpoint": "c", "spent": {"startup": 2.0}}
+    events = [first, stepped(5, spent={"startup": 1.0, "train": 29.0}), resumed]
+    events.append({**stepped(6, spent={"startup": 2.0, "train": 7.0}), "time": 907.0})
     run = digest(events)
-    assert run.wall_seconds == 30.0 + 7.0
-    assert run.started_times == [100.0, 900.0]
+    assert run.wall_seconds == 30.0 + 9.0
+    assert run.started_times == [99.0, 898.0]
     # A start and a resume right after it are one process.
-    run = digest([START, {**resumed, "time": 101.0}, {**stepped(6), "time": 107.0}])
-    assert run.wall_seconds == 7.0
-    assert run.started_times == [100.0]
-    assert digest([resumed, {**stepped(6), "time": 907.0}]).started == {}
+    run = digest([first, resumed, events[-1]])
+    assert run.wall_seconds == 9.0
+    assert run.started_times == [99.0]
+    assert digest([resumed, events[-1]]).started == {}
 
 
-def test_time_goes_where_the_events_say():
-    events = [
-        START,
-        planned(0, 0, 4, {"a": 8}, seconds={"plan": 0.5}),
-        stepped(2, seconds=3.0),
-        planned(1, 4, 8, {"a": 8}, seconds={"plan": 0.25, "signals": 2.0, "own": None}),
-        stepped(4, seconds=4.0),
-        {
-            "event": "evaluated",
-            "step": 4,
-            "time": 118.0,
-            "metrics": {"eval_runtime": 1.5, "eval_b_runtime": 0.5, "eval_loss": 9.0},
-        },
-        {"event": "checkpointed", "step": 4, "time": 119.0, "path": "c", "seconds": 1.25},
-        {"event": "finished", "step": 4, "time": 120.0, "metrics": {}, "seconds": {"load": 2.0, "signals": 50.0}},
-    ]
-    run = digest(events)
+def test_phases_have_an_order():
+    spent = {"startup": 2.0, "train": 7.0, "signals": 2.0, "decide": 0.0, "evaluate": 2.0, "checkpoint": 1.25}
+    run = digest([START, stepped(1, spent={**spent, "other": 5.0, "save": 3.0})])
     phases = run.phase_seconds()
-    assert phases == {
-        "training": 7.0,
-        "signals": 2.0,
-        "plan": 0.75,
-        "evaluation": 2.0,
-        "checkpoint": 1.25,
-        "load": 2.0,
-        "other": 5.0,
-    }
-    assert list(phases) == ["training", "signals", "plan", "evaluation", "checkpoint", "load", "other"]
-    assert sum(phases.values()) == run.wall_seconds == 20.0
-    assert run.deciding_phases() == ["signals", "plan", "own"]
-    # Without seconds in the logs, what is left of the wall time is training.
-    bare = [
-        {key: value for key, value in event.items() if event["event"] != "stepped" or key != "seconds"}
-        for event in events
-    ]
-    assert digest(bare).phase_seconds() == {
-        "training": 12.0,
-        "signals": 2.0,
-        "plan": 0.75,
-        "evaluation": 2.0,
-        "checkpoint": 1.25,
-        "load": 2.0,
-    }
+    assert list(phases) == ["training", "signals", "evaluation", "checkpoint", "startup", "save", "other"]
+    assert sum(phases.values()) == run.wall_seconds == 22.25
 
 
 def test_curves_take_numbers_only():
@@ -128,7 +93,7 @@ def test_curves_take_numbers_only():
             {"event": "evaluated", "step": 3, "time": 105.0, "metrics": {"eval_loss": 1.4, "epoch": 1.0, "x": True}},
         ]
     )
-    assert run.train_loss() == [(1, 2.0), (3, 1.0)]
+    assert run.logged("loss") == [(1, 2.0), (3, 1.0)]
     assert run.weight_curve("ess") == [(3, 0.5)]
     assert run.weight_curve("max") == [(3, 3.0)]
     assert run.metrics() == {"eval_loss": [(3, 1.4)]}

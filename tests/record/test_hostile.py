@@ -150,10 +150,10 @@ def test_what_cannot_be_read_is_named_by_line_and_key(tmp_path):
         lines_of(
             tmp_path,
             line("run_started", world="two", global_batch=8),
-            line("stepped", loss="low", seconds=1.0),
+            line("stepped", loss="low"),
             b"[" * 100_000,
             line("planned", interval=0, kind="dynamic", start_step=0, rows=3),
-            line("stepped", loss=2.0, seconds=1.0),
+            line("stepped", loss=2.0),
             b'{"event": "stepp',
         )
     )

@@ -21,7 +21,7 @@ from dataflex.printable import plain
 from dataflex.record.read import load_plan, read_events
 from dataflex.record.recorder import NullRecorder, RunRecorder, scores_of, summarize_scores
 from dataflex.state import replacing
-from tests.record.synthetic import MIXTURE, SELECTION, Plan, simulate, started, tick
+from tests.record.synthetic import MIXTURE, SELECTION, Plan, Spent, simulate, started, tick
 
 FIRST = Interval(index=0, kind="dynamic", start_step=0, stop_step=4)
 SECOND = Interval(index=1, kind="dynamic", start_step=4, stop_step=8)
@@ -29,33 +29,34 @@ SECOND = Interval(index=1, kind="dynamic", start_step=4, stop_step=8)
 
 def plan(recorder: RunRecorder, interval: Interval, rows=(3, 1, 2, -1), **more) -> None:
     recorder.planned(
-        interval=interval, plan=Plan(rows=np.array(rows)), domain_counts={"a": 3}, seconds={"plan": 0.1}, **more
+        plan=Plan(interval=interval, rows=np.array(rows)), domain_counts={"a": 3}, seconds={"decide": 0.1}, **more
     )
 
 
 def without_times(events: list[dict]) -> list[dict]:
-    return [{key: value for key, value in event.items() if key != "time"} for event in events]
+    return [{key: value for key, value in event.items() if key not in ("time", "spent")} for event in events]
 
 
 def test_events_are_one_json_object_a_line_readable_at_once(tmp_path, monkeypatch):
     tick(monkeypatch)
-    recorder = RunRecorder(tmp_path / "dataflex")
-    recorder.stepped(1, {"loss": 2.5, "epoch": 0.1, "step": 99, "dataflex/interval": 0.0}, seconds=0.25)
+    recorder = RunRecorder(tmp_path / "dataflex", clock=Spent(train=0.25))
+    recorder.stepped(1, {"loss": 2.5, "epoch": 0.1, "step": 99, "dataflex/interval": 0.0})
     recorder.evaluated(1, {"eval_loss": 2.0})
     recorder.checkpointed(1, Path("out/checkpoint-1"), 0.5)
     lines = (tmp_path / "dataflex" / "events.jsonl").read_text().splitlines()
+    spent = {"spent": {"train": 0.25}}
     assert [json.loads(line) for line in lines] == [
         {
             "event": "stepped",
             "step": 1,
             "time": 1.7e9,
+            "spent": {"train": 0.25},
             "loss": 2.5,
             "epoch": 0.1,
             "dataflex/interval": 0.0,
-            "seconds": 0.25,
         },
-        {"event": "evaluated", "step": 1, "time": 1.7e9 + 1, "metrics": {"eval_loss": 2.0}},
-        {"event": "checkpointed", "step": 1, "time": 1.7e9 + 2, "path": "out/checkpoint-1", "seconds": 0.5},
+        {"event": "evaluated", "step": 1, "time": 1.7e9 + 1, **spent, "metrics": {"eval_loss": 2.0}},
+        {"event": "checkpointed", "step": 1, "time": 1.7e9 + 2, **spent, "path": "out/checkpoint-1", "seconds": 0.5},
     ]
     recorder.finished(1, {"train_loss": 2.5})
     recorder.evaluated(1, {"eval_loss": 1.9})  # LLaMA-Factory evaluates once more after training
@@ -152,10 +153,9 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
     recorder = RunRecorder(tmp_path)
     pool, scores = np.array([9, 3, 1, 2]), np.array([0.5, 4.0, np.nan, 1.0])
     recorder.planned(
-        interval=SECOND,
-        plan=Plan(rows=np.array([3, 2, 1, -1])),
+        plan=Plan(interval=SECOND, rows=np.array([3, 2, 1, -1])),
         domain_counts={"a": np.int64(2), "b": 1},
-        seconds={"signals": 1.5, "select": 0.25},
+        seconds={"signals": 1.5, "decide": 0.25},
         reason="top 3 of 4",
         proportions={"a": 0.5, "b": 0.5},
         pool=pool,
@@ -184,10 +184,10 @@ def test_a_plan_is_stored_whole_and_summed_up(tmp_path):
         "stop_step": 8,
         "decided_at_step": 4,
         "rows": 3,
-        "digest": Plan(rows=np.array([3, 2, 1, -1])).digest(),
+        "digest": Plan(interval=SECOND, rows=np.array([3, 2, 1, -1])).digest(),
         "domain_counts": {"a": 2, "b": 1},
         "proportions": {"a": 0.5, "b": 0.5},
-        "seconds": {"signals": 1.5, "select": 0.25},
+        "seconds": {"signals": 1.5, "decide": 0.25},
         "reason": "top 3 of 4",
         "plan": "plans/plan-00001.npz",
     }
@@ -351,7 +351,7 @@ def test_other_ranks_record_nothing(tmp_path):
     recorder = NullRecorder()
     started(recorder, dynamic={}, sources={"a": 5}, schedule={})
     plan(recorder, FIRST, scores=np.zeros(4))
-    recorder.stepped(1, {"loss": 1.0}, seconds=0.1)
+    recorder.stepped(1, {"loss": 1.0})
     recorder.evaluated(1, {})
     recorder.checkpointed(1, "c", 0.1)
     recorder.resumed(1, "c")

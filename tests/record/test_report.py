@@ -13,7 +13,7 @@ from dataflex.errors import DataError
 from dataflex.record.read import load_plan
 from dataflex.record.recorder import RunRecorder
 from dataflex.record.report import report
-from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, simulate, started
+from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Spent, simulate, started
 
 BASE = {"summary.txt", "loss.png", "mixture.png", "composition.png", "seconds.png"}
 
@@ -64,7 +64,7 @@ def test_a_run_that_has_hardly_begun_gets_text_only_and_old_pictures_go(tmp_path
     simulate(tmp_path / "dataflex", **SELECTION)
     report(tmp_path)
     (tmp_path / "dataflex" / "report" / "mine.txt").write_text("kept")
-    recorder = RunRecorder(tmp_path / "dataflex")
+    recorder = RunRecorder(tmp_path / "dataflex", clock=Spent())
     with pytest.raises(DataError, match="no event yet"):
         report(tmp_path)
     started(recorder, dynamic={"selector": "all"}, sources={"a": 3}, schedule={"total_steps": 8})
@@ -73,10 +73,10 @@ def test_a_run_that_has_hardly_begun_gets_text_only_and_old_pictures_go(tmp_path
 
 
 def test_losses_that_are_not_finite_leave_gaps_not_errors(tmp_path):
-    recorder = RunRecorder(tmp_path)
-    started(recorder, dynamic={"selector": "all"}, sources={"a": 3}, schedule={"total_steps": 8})
+    recorder = RunRecorder(tmp_path, clock=Spent(train=3.0))
+    started(recorder, dynamic={"selector": {"name": "all"}}, sources={"a": 3}, schedule={"total_steps": 8})
     for step in range(1, 4):
-        recorder.stepped(step, {"loss": float("nan"), "grad_norm": float("inf")}, seconds=1.0)
+        recorder.stepped(step, {"loss": float("nan"), "grad_norm": float("inf")})
     text = report(tmp_path)
     assert "train loss was not finite in 3 of 3 logs, first at step 1" in text
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.txt", "seconds.png"}

@@ -11,9 +11,9 @@ from dataflex.plan.schedule import Interval
 from dataflex.record.digest import digest
 from dataflex.record.read import read_events
 from dataflex.record.recorder import RunRecorder
-from dataflex.record.summary import methods, summary
+from dataflex.record.summary import summary
 from dataflex.record.text import WIDTH, cut, duration, number, short, width
-from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Plan, simulate, started, tick
+from tests.record.synthetic import MIXTURE, SELECTION, WEIGHTING, Plan, Spent, simulate, started, tick
 
 EXPECTED = """\
 DataFlex run out/small
@@ -42,7 +42,7 @@ Loss and evaluation
 Time: 1 min 40 s
   training    50.0 s  50.0 %  ###############
   signals     20.0 s  20.0 %  ######
-  plan         4.0 s   4.0 %  #
+  decide       4.0 s   4.0 %  #
   evaluation   6.0 s   6.0 %  ##
   checkpoint   2.5 s   2.5 %  #
   other       17.5 s  17.5 %  #####
@@ -67,35 +67,36 @@ Weights
 def small(folder) -> None:
     """Three intervals of two steps, 10 seconds an event; stopped after step 2 and resumed."""
     dynamic = {
-        "selector": {"name": "loss", "params": {"band": 0.5, "boost": None}, "targets": ["gsm8k", "math"]},
-        "mixer": "uniform",
+        "selector": {"name": "loss", "targets": ["gsm8k", "math"], "band": 0.5, "boost": None},
+        "mixer": {"name": "uniform"},
         "weighter": None,
     }
 
-    def plan(index: int, kind: str, counts: dict, seconds: dict, scores=None) -> None:
+    def plan(index: int, kind: str, counts: dict, scores=None) -> None:
+        interval = Interval(index=index, kind=kind, start_step=2 * index, stop_step=2 * index + 2)
         recorder.planned(
-            interval=Interval(index=index, kind=kind, start_step=2 * index, stop_step=2 * index + 2),
-            plan=Plan(rows=np.array([1] * 32)),
-            domain_counts=counts,
-            seconds=seconds,
-            scores=scores,
+            plan=Plan(interval=interval, rows=np.array([1] * 32)), domain_counts=counts, seconds={}, scores=scores
         )
 
-    recorder = RunRecorder(folder)
+    clock = Spent()
+    recorder = RunRecorder(folder, clock=clock)
     schedule = {"warmup_steps": 2, "interval_steps": 2, "total_steps": 6, "cycle_steps": None}
     started(recorder, dynamic=dynamic, sources={"alpaca": 10, "code": 30}, schedule=schedule)
-    plan(0, "warmup", {"alpaca": 8, "code": 24}, {"plan": 1.0})
-    recorder.stepped(2, {"loss": 3.0, "dataflex/weight_ess": 1.0, "dataflex/weight_max": 1.0}, seconds=10.0)
+    plan(0, "warmup", {"alpaca": 8, "code": 24})
+    clock.add(train=10.0, decide=1.0, checkpoint=2.5)
+    recorder.stepped(2, {"loss": 3.0, "dataflex/weight_ess": 1.0, "dataflex/weight_max": 1.0})
     recorder.checkpointed(2, "out/checkpoint-2", 2.5)
     recorder.stepped(4, {"loss": 99.0})
-    recorder = RunRecorder(folder, 2)
+    clock = Spent()
+    recorder = RunRecorder(folder, 2, clock=clock)
     recorder.resumed(2, "out/checkpoint-2")
-    plan(1, "dynamic", {"alpaca": 32, "code": 0}, {"signals": 12.0, "plan": 1.5}, np.array([0.0, 3.0, np.nan]))
-    recorder.stepped(4, {"loss": np.nan, "dataflex/weight_ess": 0.75, "dataflex/weight_max": 4.0}, seconds=25.0)
+    plan(1, "dynamic", {"alpaca": 32, "code": 0}, np.array([0.0, 3.0, np.nan]))
+    recorder.stepped(4, {"loss": np.nan, "dataflex/weight_ess": 0.75, "dataflex/weight_max": 4.0})
     recorder.evaluated(4, {"eval_loss": 2.5, "eval_accuracy": 0.25, "eval_length": 12.0, "eval_runtime": 2.0})
-    plan(2, "dynamic", {"code": 16, "alpaca": 16}, {"signals": 8.0, "plan": 1.5}, np.array([0.0, 1.0, np.nan]))
-    recorder.stepped(6, {"loss": 2.0, "dataflex/weight_ess": 0.5, "dataflex/weight_max": 3.0}, seconds=15.0)
+    plan(2, "dynamic", {"code": 16, "alpaca": 16}, np.array([0.0, 1.0, np.nan]))
+    recorder.stepped(6, {"loss": 2.0, "dataflex/weight_ess": 0.5, "dataflex/weight_max": 3.0})
     recorder.evaluated(6, {"eval_loss": 2.75, "eval_accuracy": 0.5, "eval_length": 9.0, "eval_runtime": 4.0})
+    clock.add(train=40.0, signals=20.0, decide=3.0, evaluate=6.0, save=0.0, other=17.5)
     recorder.finished(6, {"train_loss": 2.5})
 
 
@@ -106,12 +107,12 @@ def test_the_text_of_a_small_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_has_hardly_begun(tmp_path):
-    recorder = RunRecorder(tmp_path)
+    recorder = RunRecorder(tmp_path, clock=Spent())
     started(recorder, dynamic={"selector": "all"}, sources={"a": 3}, schedule={"total_steps": 8})
     text = summary(digest(read_events(tmp_path)), "x")
     assert "state       still running, or stopped, at step 0 of 8\n" in text
     assert text.endswith("Loss and evaluation\n  nothing logged yet\n\nIntervals\n  none decided yet\n")
-    recorder = RunRecorder(tmp_path, 0)
+    recorder = RunRecorder(tmp_path, 0, clock=Spent())
     recorder.resumed(4, "elsewhere/checkpoint-4")
     (tmp_path / "events.jsonl").write_text((tmp_path / "events.jsonl").read_text().splitlines(keepends=True)[-1])
     assert "resumed     at step 4 from elsewhere/checkpoint-4\n" in summary(digest(read_events(tmp_path)), "x")
@@ -147,14 +148,15 @@ names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, ma
 )
 def test_no_name_or_number_makes_it_wider(tmp_path_factory, sources, setting, value, loss):
     folder = tmp_path_factory.mktemp("run")
-    recorder = RunRecorder(folder)
+    recorder = RunRecorder(folder, clock=Spent(**{setting: 1.0}))
     dynamic = {"selector": {"name": setting, "key": value}}
     started(recorder, dynamic=dynamic, sources=sources, schedule={"total_steps": 10**7})
     recorder.planned(
-        interval=Interval(index=12345, kind="dynamic", start_step=10**6, stop_step=10**6 + 5000),
-        plan=Plan(rows=np.arange(10)),
+        plan=Plan(
+            interval=Interval(index=12345, kind="dynamic", start_step=10**6, stop_step=10**6 + 5000), rows=np.arange(10)
+        ),
         domain_counts=dict.fromkeys(sources, 7),
-        seconds={setting: 1.0},
+        seconds={},
         scores=np.full(10, loss),
     )
     recorder.stepped(10**6 + 100, {"loss": loss})
@@ -163,17 +165,17 @@ def test_no_name_or_number_makes_it_wider(tmp_path_factory, sources, setting, va
     assert max(map(width, text.split("\n"))) <= WIDTH
 
 
-def test_methods_are_found_in_every_form():
+def test_methods_are_found_in_the_configuration():
     block = {
-        "selector": "all",
-        "mixer": {"name": "odm", "params": {"eta": 0.1, "floor": None}, "targets": ["x"]},
+        "selector": {"name": "all"},
+        "mixer": {"name": "odm", "eta": 0.1, "floor": None, "targets": ["x"]},
         "weighter": None,
         "interval_steps": 5,
     }
-    expected = [("selector", "all", {}), ("mixer", "odm", {"targets": ["x"], "eta": 0.1})]
-    assert methods({"stage": "sft", "dynamic": block}) == expected
-    assert methods(block) == expected
-    assert methods({}) == []
+    event = {"event": "run_started", "step": 0, "time": 1.0}
+    expected = {"selector": ("all", {}), "mixer": ("odm", {"eta": 0.1, "targets": ["x"]})}
+    assert digest([{**event, "config": {"stage": "sft", "dynamic": block}}]).methods == expected
+    assert digest([event]).methods == {}
 
 
 def test_numbers_and_times_as_people_read_them():

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex.config.build import parse_dynamic
-from dataflex.config.methods import method_block
-from dataflex.config.show import as_mapping, as_yaml
+from dataflex.config.build import method_block, parse_dynamic
+from dataflex.config.mappings import as_mapping, as_yaml
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.method import Card, Params, Requires, Selection, Selector
 from dataflex.registry import find
@@ -22,6 +21,7 @@ from dataflex.selectors.compose import Compose, Represent
 from dataflex.selectors.influence import Less
 from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
+from dataflex.signals.kinds import AdaptedLoss
 from dataflex.testing import FakeSignals, example_context
 from tests.contract.test_methods import MINIMAL
 from tests.methods.test_embedding_selectors import GivenVectors
@@ -81,9 +81,10 @@ def test_target_rows_take_turns_whatever_their_target():
 
 
 def test_less_and_tacs_are_representations():
+    adapted = {name: 0.5 + RNG.random(60) for name in TASKS}
     signals = FakeSignals(
         1.0 + RNG.random(60),
-        adapted={name: 0.5 + RNG.random(60) for name in TASKS},
+        values={AdaptedLoss: lambda signal, rows, target: adapted[signal.towards][rows]},
         gradients=ROWS,
         target_gradients={name: one.mean(axis=0) for name, one in TASKS.items()},
     )

@@ -125,7 +125,7 @@ def test_answers_are_kept_and_stored(asked, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GradientScorers, "sketches", no_pass)
     np.testing.assert_array_equal(ask(with_store())[0], first[0])
-    monkeypatch.setattr(GradientScorers, "products", no_pass)
+    monkeypatch.setattr(targets_module, "row_products", no_pass)
     for a, b in zip(ask(service), first, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -133,8 +133,8 @@ def test_answers_are_kept_and_stored(asked, tmp_path, monkeypatch):
 def test_target_gradients_are_made_once_in_a_decision(asked, monkeypatch):
     service, _, _ = asked
     made = []
-    original = GradientScorers.target_vectors
-    monkeypatch.setattr(GradientScorers, "target_vectors", lambda *args: made.append(1) or original(*args))
+    original = targets_module.target_vectors
+    monkeypatch.setattr(targets_module, "target_vectors", lambda *args, **how: made.append(1) or original(*args, **how))
     service.begin(1)
     one = service(GradientScores(targets=("near", "far")), ROWS[:3])
     two = service(GradientScores(targets=("near", "far")), ROWS[2:])

@@ -13,11 +13,10 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import ConfigError
 from dataflex.mixers.fixed import Stage
 from dataflex.plan.domains import Domains
-from dataflex.plan.plan import DataPlan
+from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.plan.schedule import Schedule
 from dataflex.registry import find
-from dataflex.train.controller import BatchShape, Controller
-from dataflex.train.loader import micro_batches
+from dataflex.train.controller import Controller
 from dataflex.train.row_space import RowSpace
 
 SIZES = {"web": 90, "code": 31, "papers": 7}
@@ -83,7 +82,7 @@ class Ranks:
         """Return the ids of steps ``first`` to ``stop - 1``, as the ranks together serve them."""
         ids = []
         for step in range(first, stop):
-            shards = [micro_batches(one.plan_for(step), one.shape, step) for one in self.ranks]
+            shards = [one.plan_for(step).shard(step, one.shape) for one in self.ranks]
             ids += [rows for micro in zip(*shards, strict=True) for rows in micro]
         return np.concatenate(ids)
 

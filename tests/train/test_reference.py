@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.store import ArrayStore
 from dataflex.train import reference as module
 from dataflex.train.loss import token_losses
@@ -51,31 +52,26 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def opened(folder, rows, store, **changes):
-    settings = {
-        "dataset": rows,
-        "lengths": rows.lengths,
-        "fingerprint": "rows",
-        "collate": tiny.collate,
-        "tokenizer": changes.get("tokenizer") or tokenizer(folder),
-        "device": CPU,
-        "token_budget": 40,
-        "autocast": nullcontext,
-        "store": store,
-        "cache": True,
-    }
-    return ReferenceLosses.open(folder, **{**settings, **changes})
+def opened(folder, rows, store, *, fingerprint="rows", cached=True, whole=False, **changes):
+    access = ModelAccess(
+        model=torch.nn.Identity(),
+        autocast=nullcontext,
+        device=CPU,
+        token_budget=40,
+        train=Corpus(dataset=rows, lengths=rows.lengths, identity=fingerprint),
+        **{"collate": tiny.collate, "tokenizer": changes.get("tokenizer") or tokenizer(folder), **changes},
+    )
+    return ReferenceLosses(folder, access, store=store, cached=cached, whole=whole)
 
 
 def begun(folder, rows, store, covered=None, **changes):
     losses = opened(folder, rows, store, **changes)
-    losses.begin()
     losses.cover(np.arange(len(rows)) if covered is None else covered)
     return losses
 
 
 def kept(losses, ids):
-    return np.concatenate([losses.passes.kept(row) for row in ids])
+    return np.concatenate([losses.kept(row) for row in ids])
 
 
 def counted(monkeypatch):
@@ -108,7 +104,7 @@ IDS = np.array([4, 0, 13, 6, 2, 4], dtype=np.int64)
 @pytest.mark.parametrize("cache", [True, False])
 def test_losses_are_aligned_with_the_training_loss(model, folder, tmp_path, cache):
     rows = tiny.make_rows(21)
-    losses = begun(folder, rows, tmp_path, cache=cache)
+    losses = begun(folder, rows, tmp_path, cached=cache)
     batch = batch_of(rows, IDS.tolist())
     want = wanted(model, batch)
     got = losses.of(batch, IDS, want.mask_BT)
@@ -231,9 +227,8 @@ def test_stored_losses_that_are_not_the_models_are_refused(folder, tmp_path):
 def test_rounding_to_half_precision_is_within_the_tolerance(folder, tmp_path):
     rows = tiny.make_rows(30)
     losses = begun(folder, rows, tmp_path)
-    sweep = losses._sweep(np.arange(30))
-    scorer = module.TokenScorer(module.load_reference(folder, losses.tokenizer, CPU))
-    worst, _ = module.largest_difference(sweep, scorer, losses.passes.kept)
+    sweep = losses._access.sweep(np.arange(30), None, "comparison")
+    worst, _ = losses._largest_difference(sweep, losses._arrays[0])
     assert 0 < worst < module.TOLERANCE / 4
 
 
@@ -307,16 +302,15 @@ def test_a_position_without_a_reference_loss_is_told(folder, tmp_path):
 def test_a_reference_with_fewer_tokens_than_the_tokenizer_is_refused(tmp_path):
     tiny.llama(vocab_size=20).save_pretrained(tmp_path / "small")
     Words(tmp_path / "small")
-    losses = opened(tmp_path / "small", tiny.make_rows(5), tmp_path / "store")
     with pytest.raises(ConfigError, match="knows 20 tokens, and the tokenizer has ids up to 30"):
-        losses.begin()
+        opened(tmp_path / "small", tiny.make_rows(5), tmp_path / "store")
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_random_states_are_left_alone(folder, tmp_path, cache):
     rows = tiny.make_rows(9)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    losses = begun(folder, rows, tmp_path, cache=cache)
+    losses = begun(folder, rows, tmp_path, cached=cache)
     batch = batch_of(rows, [0, 1])
     mask = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].ne(-100)
     losses.of(batch, np.array([0, 1]), mask)
@@ -342,10 +336,10 @@ def test_each_row_is_scored_once_when_it_is_first_asked_for(model, folder, tmp_p
         batch = batch_of(rows, ids.tolist())
         want = wanted(model, batch)
         torch.testing.assert_close(losses.of(batch, ids, want.mask_BT), want.loss_BT, atol=0.005, rtol=0)
-    assert losses._model is not None
+    assert losses.model is not None
     losses.cover(PLANS[0], last=True)  # stored by this very run: taken without a look at the model
     assert not scored
-    assert losses._model is None
+    assert losses.model is None
 
 
 def test_a_row_that_was_not_asked_for_is_told(folder, tmp_path):
@@ -361,7 +355,7 @@ def test_the_whole_pool_is_scored_where_it_is_asked_for(folder, tmp_path, monkey
     rows, scored = tiny.make_rows(40), counted(monkeypatch)
     losses = begun(folder, rows, tmp_path, covered=PLANS[0], whole=True)
     assert sorted(scored) == list(range(40))
-    assert losses._model is None
+    assert losses.model is None
     losses.cover(PLANS[1])
     assert len(scored) == 40
 
@@ -380,7 +374,6 @@ def test_a_resumed_run_is_given_the_same_numbers(folder, tmp_path, monkeypatch, 
         begun(folder, rows, at)  # all rows in one pass
         begun(folder, rows, at, covered=np.array([2, 3, 9, 17, 8, 39]))
     resumed = opened(folder, rows, at)
-    resumed.begin()
     resumed.load_state_dict(states[1])  # taken while the second plan was served
     scored = counted(monkeypatch)
     for number, (plan, new) in enumerate(zip(PLANS[1:], ([2, 3, 9, 17, 30, 31], [], [8, 39]), strict=True)):
@@ -389,7 +382,7 @@ def test_a_resumed_run_is_given_the_same_numbers(folder, tmp_path, monkeypatch, 
         scored.clear()
     ids = PLANS[3].tolist()
     assert np.array_equal(kept(resumed, ids), kept(straight, ids), equal_nan=True)
-    assert np.array_equal(resumed.passes.pass_of, straight.passes.pass_of)
+    assert np.array_equal(resumed.pass_of, straight.pass_of)
 
 
 def test_a_pass_that_was_killed_goes_on_with_the_same_batches(folder, tmp_path, monkeypatch):

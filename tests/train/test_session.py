@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
+from dataflex.plan.plan import BatchShape
 from dataflex.record.read import load_plan, read_events
-from dataflex.train.controller import BatchShape
+from dataflex.train.loader import ROWS
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Loop, Session
 
@@ -143,7 +144,7 @@ def test_rows_of_a_step_without_their_batches(rows, tmp_path):
     session = Session.open({"selector": "all"}, rows, loop(tmp_path))
     assert session.start() == 0
     ids = session.rows(1)
-    assert [batch.tolist() for batch in ids] == [batch.tolist() for batch in session.step(1).rows]
+    assert [batch.tolist() for batch in ids] == [batch[ROWS].tolist() for batch in session.step(1).batches]
     assert session.rows(4) is None
     assert session.step(4) is None
 

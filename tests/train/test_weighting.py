@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.errors import ComponentError
+from dataflex.sequences import Sequences
 from dataflex.train.feedback import RowWeights, WeightStats
 from dataflex.train.loss import (
     balance_loss,
     batch_view,
     document_sequences,
     micro_batch_scale,
-    row_sequences,
     sample_means,
     token_losses,
     weighted_loss,
@@ -82,7 +82,7 @@ def test_unit_weights_give_the_stock_loss_and_gradient_to_the_bit(seed, empty):
         got = weighted_loss(
             losses,
             torch.ones(len(labels), 1),
-            sequences=row_sequences(np.arange(len(labels))),
+            sequences=Sequences(rows_B=np.arange(len(labels))),
             normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=2,
@@ -108,7 +108,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
         total = total + weighted_loss(
             token_losses(logits, labels),
             w[:, None],
-            sequences=row_sequences(np.arange(len(labels))),
+            sequences=Sequences(rows_B=np.arange(len(labels))),
             normalizer=normalizer,
             num_items=num_items,
             num_micro_batches=len(batches),
@@ -121,7 +121,7 @@ def test_weighted_losses_of_a_step_against_loops(seed, normalizer):
 
 def token_mean(losses, w):
     """The loss of a single micro-batch under ``token`` with weights [B] that nothing is known of beforehand."""
-    sequences = row_sequences(np.arange(len(w)))
+    sequences = Sequences(rows_B=np.arange(len(w)))
     return weighted_loss(
         losses,
         w[:, None],
@@ -160,21 +160,25 @@ def test_rows_without_labels_have_zero_loss():
     """T31."""
     logits, labels = batch(2, empty=(0,))
     losses = token_losses(logits, labels)
-    means, tokens = sample_means(losses.loss_BT, losses.mask_BT)
+    means, tokens = sample_means(losses.loss_BT, losses.mask_BT, Sequences(rows_B=np.arange(3)))
     assert means[0] == 0
     assert tokens[0] == 0
     seen = batch_view(
-        losses, row_sequences(np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
+        losses, Sequences(rows_B=np.array([5, 6, 7])), domains_B=np.zeros(3, dtype=np.int64), step=3, total_steps=9
     )
     assert seen.loss_M.tolist() == means.tolist()
     assert (seen.local, seen.step, seen.total_steps) == (slice(0, 3), 3, 9)
     assert not seen.loss_BT.requires_grad
 
 
+def add(stats, weights):
+    stats.add(torch.tensor(weights)[:, None], torch.tensor(weights))
+
+
 def test_weight_statistics_and_their_checks():
     stats = WeightStats("mine")
-    stats.add(torch.tensor([[1.0], [1.0]]))
-    stats.add(torch.tensor([[3.0], [0.0]]))
+    add(stats, [1.0, 1.0])
+    add(stats, [3.0, 0.0])
     read = stats.read()
     assert read == {
         "weight_ess": pytest.approx(25 / 11 / 4),
@@ -186,14 +190,14 @@ def test_weight_statistics_and_their_checks():
     assert stats.read() == {}
     for bad in ([-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
         with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
-            stats.add(torch.tensor(bad)[:, None])
+            add(stats, bad)
         stats = WeightStats("mine")
 
 
 def test_many_micro_batches_between_two_logs_are_all_counted():
     stats = WeightStats("mine")
     for i in range(200):
-        stats.add(torch.tensor([[float(i)]]))
+        add(stats, [float(i)])
     assert stats.read()["weight_p50"] == pytest.approx(99.5)
 
 
@@ -212,10 +216,10 @@ def test_mean_weight_of_each_row():
     ordered = sorted(wanted, key=lambda row: -np.mean(wanted[row]))
     for one in (table, other):
         most, least = one.extremes(3)
-        assert [item.row for item in most] == ordered[:3]
-        assert [item.row for item in least] == ordered[:-4:-1]
-        assert most[0].weight == pytest.approx(np.mean(wanted[ordered[0]]))
-        assert most[0].times == len(wanted[ordered[0]])
+        assert [item["row"] for item in most] == ordered[:3]
+        assert [item["row"] for item in least] == ordered[:-4:-1]
+        assert most[0]["weight"] == pytest.approx(np.mean(wanted[ordered[0]]))
+        assert most[0]["times"] == len(wanted[ordered[0]])
     few = RowWeights()
     few.add(np.array([7]), torch.tensor([2.0]))
     assert [len(part) for part in few.extremes(5)] == [1, 1]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dataflex.config.convert import is_number, shown
+from dataflex.config.mappings import is_number, shown
 from dataflex.config.table import Key, table
 from dataflex.errors import did_you_mean
 from dataflex.version import version_of
@@ -37,48 +37,26 @@ _ALSO: dict[str, tuple[str, ...]] = {
 }
 """Types that LLaMA-Factory and the Trainer take beside those that are declared."""
 _PATHS = (
-    "adapter_name_or_path",
-    "cache_dir",
-    "dataset_dir",
-    "logging_dir",
-    "media_dir",
-    "model_name_or_path",
-    "output_dir",
-    "resume_from_checkpoint",
-    "tokenized_path",
-)
+    "adapter_name_or_path cache_dir dataset_dir logging_dir media_dir model_name_or_path output_dir "
+    "resume_from_checkpoint tokenized_path"
+).split()
 _MOST = 2**63 - 1
 _MOST_STEPS = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "adam_epsilon": (0, math.inf),
-    "buffer_size": (1, _MOST),
-    "cutoff_len": (1, _MOST),
-    "dataloader_num_workers": (0, 2**15),
-    "dataloader_prefetch_factor": (1, _MOST),
-    "early_stopping_steps": (1, _MOST),
-    "eval_accumulation_steps": (1, _MOST),
-    "eval_num_beams": (1, _MOST),
-    "gradient_accumulation_steps": (1, _MOST_STEPS),
-    "label_smoothing_factor": (0, 1),
-    "learning_rate": (0, math.inf),
-    "lora_dropout": (0, 1),
-    "lora_rank": (1, _MOST),
-    "max_grad_norm": (0, math.inf),
-    "max_samples": (1, _MOST),
-    "max_steps": (-1, _MOST_STEPS),
-    "num_train_epochs": (0, _MOST_STEPS),
-    "per_device_eval_batch_size": (1, _MOST_STEPS),
-    "per_device_train_batch_size": (1, _MOST_STEPS),
-    "preprocessing_batch_size": (1, _MOST),
-    "preprocessing_num_workers": (1, 2**15),
-    "ray_num_workers": (1, 2**15),
-    "seed": (0, 2**32 - 1),
-    "torch_empty_cache_steps": (1, _MOST),
-    "warmup_ratio": (0, 1),
-    "warmup_steps": (0, math.inf),
-    "weight_decay": (0, math.inf),
+    key: (least, most)
+    for least, most, keys in (
+        (0, 1, "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout warmup_ratio"),
+        (0, math.inf, "adam_epsilon learning_rate max_grad_norm warmup_steps weight_decay"),
+        (0, 2**15, "dataloader_num_workers"),
+        (0, 2**32 - 1, "seed"),
+        (0, _MOST_STEPS, "num_train_epochs"),
+        (-1, _MOST_STEPS, "max_steps"),
+        (1, _MOST_STEPS, "gradient_accumulation_steps per_device_eval_batch_size per_device_train_batch_size"),
+        (1, 2**15, "preprocessing_num_workers ray_num_workers"),
+        (1, _MOST, "buffer_size cutoff_len dataloader_prefetch_factor early_stopping_steps eval_accumulation_steps"),
+        (1, _MOST, "eval_num_beams lora_rank max_samples preprocessing_batch_size torch_empty_cache_steps"),
+    )
+    for key in keys.split()
 }
 """Least and greatest value with which a run gets through; LLaMA-Factory itself declares none."""
 _MAY_BE_INFINITE = ("max_grad_norm",)

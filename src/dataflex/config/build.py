@@ -1,47 +1,27 @@
-"""From mappings to the configuration's dataclasses, all problems of the whole told at once."""
+"""The ``dynamic`` block becomes a ``DynamicConfig``; all problems of the block are told at once.
+
+A method's block is a bare name, or a mapping of its name, its targets and its parameters. A key in the wrong place is
+told the place where it belongs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from dataflex.config.collect import collect, values
-from dataflex.config.convert import shown
-from dataflex.config.methods import method_block
-from dataflex.config.places import with_places
+from dataflex.config.mappings import UNKNOWN_KEY, collect, dotted, field_hints, key_of, parts_in, shown, values
+from dataflex.config.needs import without_targets
 from dataflex.config.rules import rule_problems
-from dataflex.config.schema import DynamicConfig, SignalsConfig
-from dataflex.errors import ComponentError, ConfigError
-from dataflex.method import Method
-from dataflex.registry import KINDS, load_plugin, same_names
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.config.table import table
+from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.method import Method, Requires, RunFacts
+from dataflex.registry import KINDS, find, load_plugin, names, same_names
 
-T = TypeVar("T")
-
-
-def build(cls: type[T], mapping: Any, path: str, *, subject: str = "") -> T:
-    """Return the dataclass ``cls`` built from ``mapping``; see ``collect`` for the arguments.
-
-    Raises:
-        ConfigError: All problems of the mapping.
-        ComponentError: A field of ``cls`` has a type that cannot come from a configuration.
-    """
-    problems: list[str] = []
-    built = collect(cls, mapping, path, problems, subject=subject)
-    if built is None:
-        raise ConfigError(problems)
-    return built
-
-
-def block_keys() -> list[str]:
-    """Return the keys of the ``dynamic`` block, in the order of the schema."""
-    return [field.name for field in fields(DynamicConfig) if field.metadata.get("user", True)]
-
-
-def user_keys() -> list[str]:
-    """Return the keys of the ``dynamic`` block and those one level below, as dotted paths."""
-    return block_keys() + [f"signals.{field.name}" for field in fields(SignalsConfig)]
+_MOST_NAMED = 4
 
 
 def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
@@ -70,7 +50,7 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     unread = [key for key, value in mapping.items() if value is not None and given.get(key) is None]
     problems += rule_problems(dynamic, unread)
     if problems:
-        raise ConfigError(with_places(problems, mapping))
+        raise ConfigError(_with_places(problems, mapping))
     return dynamic
 
 
@@ -91,3 +71,204 @@ def load_plugins(paths: tuple[str, ...], base_dir: Path, problems: list[str]) ->
             loaded.append(str(file.resolve()))
     problems += [f"dynamic.plugins: {problem}" for problem in same_names(list(dict.fromkeys(classes)))]
     return tuple(loaded)
+
+
+def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
+    """Return what a block such as ``selector: {name: loss, focus: high}`` asks for, or None after noting why not."""
+    before = len(problems)
+    block = _spelt_out(kind, block, path, problems)
+    if not isinstance(block, Mapping):
+        problems.append(f"{path}: expected the name of a {kind} or a mapping with 'name', found {shown(block)}")
+        return None
+    name = block.get("name")
+    if name is None:
+        near = did_you_mean("name", [str(key) for key in block]).replace("did you mean", "is it spelt")
+        problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))}){near}")
+        return None
+    if not isinstance(name, str):
+        problems.append(f"{path}.name: expected text, found {shown(name)}")
+        return None
+    cls = method_class(kind, name, path, problems)
+    if cls is None:
+        return None
+    rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
+    needs = half_read(cls, block)
+    also = ("targets",) if needs is None or needs.targets else ()
+    found: list[str] = []
+    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
+    method: MethodConfig | None = None
+    if params is not None:
+        method = MethodConfig(kind=kind, name=name, params=params)
+        try:
+            needs = method.requires
+            found += [f"{path}.{problem.key}: {problem.text}" for problem in method.build().check(RunFacts())]
+        except ConfigError as error:
+            found += [f"{path}: {problem}" for problem in error.problems]
+        except ComponentError as error:
+            found += [f"{path}: {line}" for line in str(error).splitlines()]
+    targets: tuple[str, ...] = ()
+    if needs is not None and needs.targets:
+        if block.get("targets") in (None, [], (), ""):
+            problems.append(f"{path}: {without_targets(cls)}")
+        else:
+            targets = target_list(block["targets"], f"{path}.targets", problems)
+    elif needs is not None and "targets" in block:
+        problems.append(f"{path}.targets: the {cls.name} {kind} takes no targets; remove the key")
+    problems += found
+    return None if method is None or len(problems) > before else replace(method, targets=targets)
+
+
+def _spelt_out(kind: str, block: Any, path: str, problems: list[str]) -> Any:
+    """Return a method's block as a mapping with its name, if it is one of the shorter forms."""
+    if isinstance(block, str):
+        return {"name": block}
+    if isinstance(block, list | tuple) and kind == "weighter":
+        # Targets of the factors become those of the whole product.
+        given = [each["targets"] for each in block if isinstance(each, Mapping) and "targets" in each]
+        if len({target_list(each, f"{path}.targets", problems) for each in given}) > 1:
+            problems.append(f"{path}: the weighters of a product share their targets, but name different ones")
+        factors = [
+            {key: value for key, value in each.items() if key != "targets"} if isinstance(each, Mapping) else each
+            for each in block
+        ]
+        return {"name": "product", "of": factors, **({"targets": given[0]} if given else {})}
+    if isinstance(block, Mapping) and block.get("name") is None and kind == "selector" and "represent" in block:
+        return {**block, "name": "compose"}
+    return block
+
+
+def takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
+    """Whether a method takes targets under those of its parameters that can be read."""
+    needs = half_read(cls, block)
+    return needs is not None and needs.targets
+
+
+def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
+    """Return what a method requires under those of its parameters that can be read; None where that cannot be told.
+
+    Parameters that are missing or wrong have their defaults, or None; neither Params nor the method is checked.
+    """
+    known = {key: block[key] for each in fields(cls.Params) if (key := key_of(each)) in block}
+    given, hints = values(cls.Params, known, "", []), field_hints(cls.Params)
+    params = object.__new__(cls.Params)
+    for each in fields(cls.Params):
+        if each.name not in given and key_of(each) in known and any(parts_in(hints[each.name])):
+            return None  # what it requires is what its parts require
+        default = None if each.default is MISSING else each.default
+        if each.default_factory is not MISSING:
+            default = each.default_factory()
+        object.__setattr__(params, each.name, given.get(each.name, default))
+    try:
+        method = object.__new__(cls)
+        method.params = params
+        return method.requires()
+    except Exception:  # noqa: BLE001 (the author's code, with parameters that may be None)
+        return None
+
+
+def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:
+    """Return the class of a method, or None after noting why there is none."""
+    try:
+        return find(kind, name)
+    except ConfigError as error:
+        problems += [problem.replace(f"dynamic.{kind}:", f"{path}:", 1) for problem in error.problems]
+    except ComponentError as error:
+        problems += [f"{path}: {line}" for line in str(error).splitlines()]
+    except ImportError as error:
+        problems.append(f"{path}: the package that offers {kind} {name!r} cannot be imported: {error}")
+    return None
+
+
+def target_list(value: Any, path: str, problems: list[str]) -> tuple[str, ...]:
+    """Return data set names given as a list, or as text with commas as LLaMA-Factory's ``dataset`` is."""
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",")]
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
+        problems.append(f"{path}: expected the names of data sets, found {shown(value)}")
+        return ()
+    if len(set(value)) < len(value):
+        problems.append(f"{path}: names a data set twice: {', '.join(value)}")
+    return tuple(value)
+
+
+def misplaced_keys(mapping: Mapping[str, Any]) -> list[str]:
+    """Return a problem per top-level key that belongs into the ``dynamic`` block.
+
+    Keys of methods are looked for only where the block names the method, and it is one of ours.
+    """
+    block = mapping.get("dynamic")
+    places = _places(block if isinstance(block, Mapping) else {}, ours=True)
+    keys = [key for key in mapping if key in places and key not in table() and key not in FLAT_KEYS]
+    return [f"{key}: unknown key; it belongs under {_told(places[key])}" for key in keys]
+
+
+def _with_places(problems: Sequence[str], block: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a ``dynamic`` block, unknown keys with the place where they would be known."""
+    found = [UNKNOWN_KEY.fullmatch(line) for line in problems]
+    places = _places(block) if any(found) else {}
+    return [
+        line if match is None else _placed(match, line, places) for line, match in zip(problems, found, strict=True)
+    ]
+
+
+def _placed(match: re.Match[str], line: str, places: Mapping[str, list[str]]) -> str:
+    key = match["key"]
+    if key in places:
+        return f"{match['path']}: unknown key; it belongs under {_told(places[key])}{match['rest']}"
+    if key in table():
+        hint = match["hint"] or ""
+        return f"{match['path']}: unknown key{hint}; it is LLaMA-Factory's: write it at the top level{match['rest']}"
+    takers = [
+        f"{kind}/{name}"
+        for kind in KINDS
+        for name in names(kind)
+        if (cls := method_class(kind, name, "", [])) is not None and key in map(key_of, fields(cls.Params))
+    ]
+    if not takers or match["hint"]:
+        return line
+    more = f" and {len(takers) - _MOST_NAMED} more" if len(takers) > _MOST_NAMED else ""
+    return f"{line}; it is a key of {', '.join(takers[:_MOST_NAMED])}{more}"
+
+
+def _told(places: Sequence[str]) -> str:
+    above = [place.rpartition(".")[0].removeprefix("dynamic.") for place in places]
+    return " or ".join(f"'{parent}': {place}" for parent, place in zip(above, places, strict=True))
+
+
+def _places(block: Mapping[str, Any], ours: bool = False) -> dict[str, list[str]]:
+    """Return, for each key that may stand in this block, the dotted paths at which it may."""
+    found: dict[str, list[str]] = {}
+    for path in dict.fromkeys(_paths(block, ours)):
+        found.setdefault(path.rpartition(".")[2], []).append(path)
+    return found
+
+
+def _paths(block: Mapping[str, Any], ours: bool) -> Iterator[str]:
+    yield from (f"dynamic.{key}" for key in block_keys())
+    yield from (f"dynamic.signals.{field.name}" for field in fields(SignalsConfig))
+    for kind in KINDS:
+        given = _spelt_out(kind, block.get(kind), "", [])
+        name = given.get("name") if isinstance(given, Mapping) else None
+        cls = method_class(kind, name, "", []) if isinstance(name, str) else None
+        if cls is not None and (not ours or cls.__module__.startswith("dataflex.")):
+            path = f"dynamic.{kind}"
+            yield from [f"{path}.targets"] if takes_targets(cls, given) else []
+            yield from _paths_below(cls.Params, given, path)
+
+
+def _paths_below(cls: type, given: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yield the paths of a dataclass's keys, and those of the parts that ``given`` names."""
+    hints = field_hints(cls)
+    for field in fields(cls):
+        place = dotted(path, key_of(field))
+        yield place
+        value = given.get(key_of(field))
+        several = isinstance(value, list | tuple)
+        for number, item in enumerate(value if isinstance(value, list | tuple) else [value]):
+            part = item if isinstance(item, Mapping) else {"name": item}
+            for kind in parts_in(hints[field.name]) if isinstance(part.get("name"), str) else ():
+                try:
+                    params = kind.params_of(part["name"])
+                except ConfigError:
+                    continue
+                yield from _paths_below(params, part, f"{place}[{number}]" if several else place)

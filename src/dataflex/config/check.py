@@ -1,6 +1,7 @@
-"""Everything that can be found wrong with a configuration without loading LLaMA-Factory or a model.
+"""Everything that can be found wrong with a configuration and its data without loading LLaMA-Factory or a model.
 
-The checks never stop at the first problem: a user mends a configuration once.
+The checks never stop at the first problem: a user mends a configuration once. What a run does otherwise than its keys
+may be read is no problem, but is told by ``notes``.
 """
 
 from __future__ import annotations
@@ -8,23 +9,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled, env_processes
-from dataflex.config.check_data import (
-    by_domain_problems,
-    column_problems,
-    data_set_problems,
-    domain_problems,
-    target_problems,
-)
-from dataflex.config.data import Source
+from dataflex.config.data import Source, columns_of, count_rows, find_sources, target_data_sets, train_rows
+from dataflex.config.forecast import Forecast, forecast
+from dataflex.config.mappings import shown
 from dataflex.config.needs import optimizer_without_moments, unmet
 from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.errors import ConfigError, DataError, UnsupportedError
 from dataflex.method import STAGES, DomainWeighter, Mixer, RunFacts, Weighter
+from dataflex.plan.domains import Domains
+from dataflex.plan.proportions import by_domain, floors_by_domain, read_proportions, refuse_strangers
+from dataflex.plan.schedule import Interval
+from dataflex.plan.validate import check_mix
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
@@ -44,6 +45,7 @@ _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
     "use_eaft_loss": _LOSS_OF_ITS_OWN,
     "enable_liger_kernel": _FUSED,
     "use_liger_kernel": _FUSED,
+    "label_smoothing_factor": "smoothing replaces the loss that the {method} looks at; remove it or the {kind}",
 }
 
 _PARALLEL_KEYS = (
@@ -54,22 +56,73 @@ _PARALLEL_KEYS = (
     "ulysses_degree",
     "ulysses_size",
 )
+_NOT_HELD_OUT = 1e-6
+"""Greatest ``val_size`` that sets no rows aside."""
+
+
+def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir: Path) -> list[str]:
+    """Return all that is wrong with a configuration, its data and its surroundings, one line each.
+
+    Args:
+        dynamic: What is decided during training; None for a stock run, of which only LLaMA-Factory's keys, the model
+            and the data sets are looked at.
+        lf: LLaMA-Factory's keys.
+        base_dir: Folder of the configuration file.
+    """
+    if dynamic is None:
+        if not lf.do_train:
+            return []  # evaluation and prediction are LLaMA-Factory's own business
+        return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
+    of_stage = [*stage_problems(dynamic, lf)]
+    # One mistake is told once: with a wrong stage it does not matter whether the data sets are meant for it.
+    staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
+    sources, of_data = data_sets(staged, base_dir)
+    found = [
+        *of_stage,
+        *setting_problems(dynamic, lf),
+        *model_problems(lf),
+        *unmet(dynamic, RunFacts(), models=True),
+        *_output_problems(lf),
+        *of_data,
+        *target_problems(dynamic, staged, base_dir),
+        *_by_domain_problems(dynamic, lf),
+        *_domain_problems(dynamic, lf, sources, replace(facts_of(dynamic, lf, sources), stage=staged.stage or None)),
+    ]
+    return told_once(lf, found)
+
+
+def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
+    """Return the problems of LLaMA-Factory's keys and those ``found``, of each key what tells most."""
+    told = [*lf.problems]
+    if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
+        told += env_processes()[1]
+    return first_told(first_told(told, found), lf.doubts)
+
+
+def first_told(told: Iterable[str], more: Iterable[str]) -> list[str]:
+    """Return the lines ``told``, and those of ``more`` that are about other keys."""
+    told = [*told]
+    keys = {key_of_problem(line) for line in told}
+    return [*told, *(line for line in more if key_of_problem(line) not in keys)]
+
+
+def key_of_problem(line: str) -> str:
+    """Return the key that a problem is about."""
+    return line.partition(":")[0]
+
+
+# -- LLaMA-Factory's keys beside the block --------------------------------------------------------
 
 
 def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield what speaks against the stage, the back end, and methods under them."""
-    stage = lf.stage
-    if stage == "ppo":
+    if lf.stage == "ppo":
         yield (
             "stage: ppo is not supported: the policy writes its own training batches, so there are no fixed rows to "
             f"decide about; use one of {', '.join(STAGES)}"
         )
         return
-    yield from unmet(dynamic, RunFacts(stage=stage, partitioned=_partitioned(lf)))
-
-
-def _weighs(cls: type[Any]) -> bool:
-    return issubclass(cls, Weighter) and not cls.neutral
+    yield from unmet(dynamic, RunFacts(stage=lf.stage, partitioned=_partitioned(lf)))
 
 
 def _partitioned(lf: LlamaFactoryArgs) -> str:
@@ -93,10 +146,10 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     for key, reason in _REFUSED.items():
         if lf.on(key):
             yield f"{key}: {reason}"
-    yield from _streaming_problems(dynamic, lf)
-    yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     if env_enabled("USE_MCA"):
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
+    yield from _streaming_problems(dynamic, lf)
+    yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
     order = lf.train_sampling_strategy
     if order == "group_by_length":
         yield f"train_sampling_strategy: {_REFUSED['group_by_length']}"
@@ -112,28 +165,28 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
             "interleave_probs: data sets are kept apart as domains; remove it and give proportions to a mixer (such as "
             "'mixer: static')"
         )
-    yield from _parallel(lf)
+    spread = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
+    config = lf.parallelism_config
+    yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(lf.value(key)))
+    if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
+        yield f"parallelism_config: {spread}"
     taker = _takes_token_losses(dynamic)
-    if taker is not None:
-        method = f"{taker.name} {taker.kind}"
-        for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items():
-            if lf.on(key):
-                yield f"{key}: {reason.format(method=method, kind=taker.kind)}"
-        if lf.label_smoothing_factor > 0:
-            yield (
-                f"label_smoothing_factor: smoothing replaces the loss that the {method} looks at; remove it or the "
-                f"{taker.kind}"
-            )
+    for key, reason in _REFUSED_WITH_TOKEN_LOSSES.items() if taker is not None else ():
+        if taker is not None and lf.on(key):
+            yield f"{key}: {reason.format(method=f'{taker.name} {taker.kind}', kind=taker.kind)}"
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 1
 
 
 def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield what cannot be done with rows that are tokenized when they are served."""
     if not lf.streaming:
         return
-    stage = lf.stage
-    if stage not in ("pt", "sft"):
-        yield f"streaming: rows of stage {stage} are not tokenized one by one; remove it"
-    if stage == "sft" and lf.packed:
+    if lf.stage not in ("pt", "sft"):
+        yield f"streaming: rows of stage {lf.stage} are not tokenized one by one; remove it"
+    if lf.stage == "sft" and lf.packed:
         yield "packing: samples are packed after all of them were tokenized, which streaming does not do; remove one"
     if lf.tokenized_path:
         yield "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one"
@@ -144,25 +197,11 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
     """Return the method that makes the training loss itself: a weighter, or a mixer that observes or weighs it."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
-    if weighter is not None and _weighs(weighter.cls):
+    if weighter is not None and issubclass(weighter.cls, Weighter) and not weighter.cls.neutral:
         return weighter
-    if (
-        mixer is not None
-        and issubclass(mixer.cls, Mixer)
-        and (mixer.cls.observes or issubclass(mixer.cls, DomainWeighter))
-    ):
-        return mixer
-    return None
-
-
-def _parallel(lf: LlamaFactoryArgs) -> Iterator[str]:
-    reason = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
-    for key in _PARALLEL_KEYS:
-        if _above_one(lf.value(key)):
-            yield f"{key}: {reason}"
-    config = lf.parallelism_config
-    if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
-        yield f"parallelism_config: {reason}"
+    if mixer is None or not issubclass(mixer.cls, Mixer):
+        return None
+    return mixer if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter) else None
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
@@ -177,83 +216,335 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
         yield f"deepspeed: no such file: {deepspeed}"
 
 
-def output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
+def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
     """Yield what speaks against the output folder and the checkpoint to resume from."""
-    output = lf.output_dir
-    if not output:
+    if not lf.output_dir:
         yield "output_dir: missing; checkpoints, plans and the record of the run go there"
         return
-    folder = Path(str(output))
+    folder = Path(str(lf.output_dir))
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         yield f"output_dir: {above} is a file, not a folder"
     elif not os.access(above, os.W_OK | os.X_OK):
         yield f"output_dir: {above} cannot be written to; choose another folder or change its permissions"
     resume = lf.resume_from_checkpoint
+    inside = folder.iterdir() if folder.is_dir() else ()
     if isinstance(resume, str) and resume.lower() not in ("true", "false", "none", ""):
         if not Path(resume).is_dir():
             yield f"resume_from_checkpoint: no such folder: {resume}"
-    elif resume in (True, "true", "True") and not _checkpoints(folder):
+    elif resume in (True, "true", "True"):
+        if not any(path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name) for path in inside):
+            yield (
+                f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start "
+                "afresh (later starts go on from the newest complete checkpoint by themselves, unless "
+                "'overwrite_output_dir' is on)"
+            )
+
+
+# -- data sets ------------------------------------------------------------------------------------
+
+
+def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[str]]:
+    """Return the data sets to train on, none if one of them is not there, and what is wrong with all that are named."""
+    problems = [f"{key}: {told}" for key in ("dataset", "eval_dataset") if (told := _empty_name(getattr(lf, key)))]
+    problems += _held_out_problems(lf, base_dir)
+    names = lf.train_sets
+    if lf.tokenized:
+        return [Source(name=name) for name in names], problems
+    if not names:
+        told = "dataset: missing; name one or more data sets of dataset_info.json, with commas between them"
+        return [], [*problems, told]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
+    sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
+    problems += [*missing, *_without_rows(sources, lf, "dataset")]
+    for source in sources if lf.streaming else ():
+        if source.path is None:
+            problems.append(
+                f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
+            )
+    if missing:
+        return [], problems
+    counts = [count_rows(source, lf) for source in sources]
+    if any(counts) and train_rows(counts, lf) == 0:
+        problems.append(f"val_size: {shown(lf.val_size)} sets aside all {sum(filter(None, counts)):,} rows; lower it")
+    return sources, problems
+
+
+def _empty_name(value: Any) -> str:
+    """Return why a value cannot be read as names of data sets, or an empty text."""
+    given = value.split(",") if isinstance(value, str) else value
+    if given is None:
+        return ""
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        return f"expected the names of data sets, with commas between them, found {shown(value)}"
+    if all(name.strip() for name in given):
+        return ""
+    return f"a name is empty in {shown(value)}; write one comma between two names"
+
+
+def _without_rows(sources: Sequence[Source], lf: LlamaFactoryArgs, key: str) -> Iterator[str]:
+    for source in sources:
+        if source.path is not None and count_rows(source, lf) == 0:
+            yield f"{key}: {source.name!r} has no rows ({source.path})"
+
+
+def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
+    named, share = lf.eval_sets, lf.val_size
+    if named and share > _NOT_HELD_OUT:
+        yield "val_size: cannot be given together with eval_dataset; remove one of the two"
+    if share < 0 or (share >= 1 and share != int(share)):
+        yield f"val_size: expected a share below 1 or a whole number of rows, found {shown(lf.val_size)}"
+    sources, problems = find_sources(named, lf, "eval_dataset", base_dir)
+    yield from (problem for problem in problems if not problem.startswith("dataset_dir:") or lf.tokenized)
+    yield from _without_rows(sources, lf, "eval_dataset")
+    if lf.eval_dataset or share > _NOT_HELD_OUT or lf.tokenized:
+        return
+    for key in ("eval_strategy", "do_eval", "do_predict", "eval_on_start"):
+        if getattr(lf, key) not in ("no", False):
+            yield f"{key}: no rows are held out; name an 'eval_dataset', set 'val_size', or remove the key"
+
+
+def _by_domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    """Yield why held-out rows cannot be told apart by domain, or split from several data sets."""
+    several, share = len(lf.train_sets) > 1, lf.val_size
+    if lf.tokenized:
+        return
+    if several and share > _NOT_HELD_OUT:
+        for key in ("predict_with_generate", "streaming"):
+            if lf.on(key):
+                yield f"val_size: with {key} over several data sets there is no split; name an 'eval_dataset' instead"
+    if not dynamic.eval_by_domain or lf.eval_dataset:
+        return
+    if share <= _NOT_HELD_OUT:
+        yield "dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'"
+    elif dynamic.domain_column is None and not several:
         yield (
-            f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder; remove the key to start "
-            "afresh (later starts go on from the newest complete checkpoint by themselves, unless "
-            "'overwrite_output_dir' is on)"
+            "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several data "
+            "sets"
         )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
+def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    """Yield the targets that are not defined, whose files are missing, or that have no rows."""
+    for method in dynamic.methods:
+        key = f"dynamic.{method.kind}.targets"
+        sources, problems = find_sources(_data_sets_of(method), lf, key, base_dir)
+        # That there is no dataset_dir is told once, for the training data.
+        yield from (problem for problem in problems if not problem.startswith("dataset_dir:"))
+        yield from _without_rows(sources, LlamaFactoryArgs(), key)
+    if dynamic.leakage == "error":
+        for key, name, other in _targets_in_training(dynamic, lf, base_dir):
+            same = "is also trained on" if name == other else f"has the file of {other!r}, which is trained on"
+            yield f"{key}: {name!r} {same}, and dynamic.leakage is 'error'; remove it from one of the two"
 
 
-def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir: Path) -> list[str]:
-    """Return all that is wrong with a configuration, its data and its surroundings, one line each.
-
-    Args:
-        dynamic: What is decided during training; None for a stock run, of which only LLaMA-Factory's keys, the model
-            and the data sets are looked at.
-        lf: LLaMA-Factory's keys.
-        base_dir: Folder of the configuration file.
-    """
-    sources: list[Source] = []
-    if dynamic is None:
-        if not lf.do_train:
-            return []  # evaluation and prediction are LLaMA-Factory's own business
-        return told_once(lf, [*model_problems(lf), *data_set_problems(lf, base_dir, sources)])
-    of_stage = [*stage_problems(dynamic, lf)]
-    # One mistake is told once: with a wrong stage it does not matter whether the data sets are meant for it.
-    staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
-    found = [
-        *of_stage,
-        *setting_problems(dynamic, lf),
-        *model_problems(lf),
-        *unmet(dynamic, RunFacts(), models=True),
-        *output_problems(lf),
-        *data_set_problems(staged, base_dir, sources),
-        *target_problems(dynamic, staged, base_dir),
-        *column_problems(dynamic, lf, sources),
-        *by_domain_problems(dynamic, lf),
-        *domain_problems(dynamic, lf, sources),
-    ]
-    return told_once(lf, found)
+def _data_sets_of(method: MethodConfig) -> list[str]:
+    return [name for target in method.targets for name in target_data_sets(target)]
 
 
-def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
-    """Return the problems of LLaMA-Factory's keys and those ``found``, of each key what tells most."""
-    told = [*lf.problems]
-    if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
-        told += env_processes()[1]
-    for more in (found, lf.doubts):
-        keys = {key_of_problem(line) for line in told}
-        told += [line for line in more if key_of_problem(line) not in keys]
-    return told
+def _targets_in_training(
+    dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path
+) -> Iterator[tuple[str, str, str]]:
+    """Yield key and name of each target that is a training data set too, and the name of that data set."""
+    trained, _ = find_sources(lf.train_sets, lf, "dataset", base_dir)
+    names = {source.name: source.name for source in trained}
+    files = {source.path.resolve(): source.name for source in trained if source.path is not None}
+    for method in dynamic.methods:
+        for source in find_sources(_data_sets_of(method), lf, "", base_dir)[0]:
+            same_file = None if source.path is None else files.get(source.path.resolve())
+            other = names.get(source.name, same_file)
+            if other is not None:
+                yield f"dynamic.{method.kind}.targets", source.name, other
 
 
-def key_of_problem(line: str) -> str:
-    """Return the key that a problem is about."""
-    return line.partition(":")[0]
+# -- domains and rows -----------------------------------------------------------------------------
 
 
-def _above_one(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 1
+def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> RunFacts:
+    """Return what is known of the rows of a run before they are loaded."""
+    copied = bool(lf.tokenized_path)
+    columns = {source.name: columns_of(source.path) for source in sources if source.path is not None}
+    return RunFacts(
+        packed=lf.packed,
+        copied=copied,
+        columns={name: known for name, known in columns.items() if known is not None},
+        num_domains=(1 if copied else len(sources)) if sources and dynamic.domains_are_sources else None,
+    )
+
+
+def _domain_problems(
+    dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], facts: RunFacts
+) -> Iterator[str]:
+    """Yield what is wrong with the columns, the domains, their proportions, and the number of rows."""
+    yield from unmet(dynamic, facts)
+    if not sources:
+        return
+    if dynamic.unit == "documents" and lf.packed and not dynamic.domains_are_sources:
+        yield (
+            "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
+            "sets be the domains, or set 'packing: false'"
+        )
+    view = forecast(dynamic, lf, sources)
+    if dynamic.mixer is not None and facts.num_domains is not None:
+        if facts.num_domains < max(2, dynamic.requires.domains):
+            return  # told already
+        yield from _mixture_problems(dynamic, view, [source.name for source in sources])
+    elif dynamic.mixer is not None and dynamic.domain_column is not None:
+        file = getattr(dynamic.mixer.params, "from_file", None)
+        yield from () if file is None else _raised(lambda: read_proportions(file, "dynamic.mixer.from"))
+    yield from _too_few_rows(dynamic, view)
+    yield from unmet(dynamic, RunFacts(total_steps=view.steps, num_rows=view.rows))
+
+
+def _raised(check: Callable[[], object]) -> list[str]:
+    """Return the problems that a function raises."""
+    try:
+        check()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
+    """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
+    domains = view.domains or Domains.from_sizes(names, [1] * len(names))
+    written, caps, least = dynamic.initial_proportions, dynamic.max_epochs, dynamic.min_proportion
+    if written is not None:
+        yield from _raised(lambda: by_domain(written, domains.names, "dynamic.initial_proportions"))
+    if isinstance(caps, Mapping):
+        yield from _raised(lambda: refuse_strangers(caps, names, "dynamic.max_epochs"))
+    of_floors = _raised(lambda: floors_by_domain(least, names))
+    if of_floors:
+        if not isinstance(least, Mapping) or not any("sum to" in line for line in of_floors):  # told by the rules
+            yield from of_floors
+        return
+    assert dynamic.mixer is not None
+    mixer = dynamic.mixer.build()
+    assert isinstance(mixer, Mixer)
+    interval = view.first_decision or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
+    try:
+        check_mix(mixer, mixer.mix(view.context(interval, domains)), domains.names)
+        yield from _too_small_domains(dynamic, view, mixer)
+    except ConfigError as error:
+        yield from error.problems
+    except DataError as error:
+        if view.domains is not None and view.steps is not None and dynamic.unit != "tokens":
+            yield f"dynamic.mixer: {error}"
+    except UnsupportedError:
+        return  # it looks at the model: what it will say is not known yet
+
+
+def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
+    """Yield that a selector, alone, cannot fill an interval."""
+    selector, first = dynamic.selector, view.first_decision
+    if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
+        return
+    wanted, pool = first.steps * view.batch.size, view.pool
+    if dynamic.candidate_batches is not None:
+        looked_at = dynamic.candidate_batches * wanted
+        if looked_at > view.rows:
+            yield (
+                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {view.batch.size:,} "
+                f"rows are {looked_at:,} candidates, and the data sets hold {view.rows:,} rows; lower it, or "
+                "interval_steps"
+            )
+        return
+    replaces = asdict(selector.params).get("replacement") is True
+    if dynamic.repeat or dynamic.keep_ratio is not None or replaces or pool is None or wanted <= pool.left:
+        return
+    fitting = pool.left // view.batch.size
+    narrowed = "pool_fraction and screen_fraction leave"
+    left = f", of which dynamic.signals.{narrowed} {pool.left:,}" if pool.left < pool.rows else ""
+    way = "Set" if dynamic.interval_steps is None else "Lower"
+    advice = f"{way} interval_steps to {fitting:,} or less, or set" if fitting else "Use smaller batches, or set"
+    yield (
+        f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets "
+        f"hold {view.rows:,}{left}. {advice} 'repeat: true'."
+    )
+
+
+def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
+    """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
+    first, domains, pool = view.first_decision, view.domains, view.pool
+    if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
+        return
+    total = len(domains.domain_of)
+    kept = max(1, round((dynamic.keep_ratio or 1.0) * (total if pool is None else pool.left)))
+    stretches = [(first.steps, view.mixed(mixer, first), kept)]
+    if dynamic.warmup_steps:
+        stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), total))
+    for steps, shares, most in stretches:
+        for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
+            wanted, there = int(steps * view.batch.size * share), min(int(rows), most)
+            if wanted > there:
+                yield (
+                    f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
+                    "it are left by the selector. Lower interval_steps (or warmup_steps) or set 'repeat: true'."
+                )
+
+
+# -- what is no problem, but to be known ----------------------------------------------------------
+
+
+def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    """Yield one line per thing that ``plan``, and ``train`` at its start, tell of a run that nothing speaks against."""
+    yield from _notes_on_data(dynamic, lf, base_dir)
+    yield from _notes_on_the_block(dynamic, lf)
+    beside = "no effect beside 'dynamic'"
+    for key in ("data_seed", "dataloader_persistent_workers"):
+        if lf.on(key):
+            yield f"{key}: {beside}, which serves the rows itself ('seed' draws them)"
+    config = lf.accelerator_config if isinstance(lf.accelerator_config, Mapping) else {}
+    for key, usual in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):
+        if config.get(key, usual) != usual:
+            yield f"accelerator_config.{key}: {beside}, which deals out the rows itself"
+    if "buffer_size" in lf and lf.streaming:
+        yield f"buffer_size: {beside}: streamed rows are read at any place, so all can be shuffled"
+    if lf.dataloader_drop_last and (dynamic.mixer is not None or dynamic.narrows):
+        yield "dataloader_drop_last: no effect here: every step is full"
+
+
+def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
+    mixer, signals = dynamic.mixer, dynamic.signals
+    if not dynamic.narrows and not (mixer is not None and mixer.requires.needs_interval):
+        if dynamic.interval_steps is not None:
+            alone = mixer is None and dynamic.selector is None
+            told = "a weighter alone" if alone else "methods that decide once for all"
+            yield f"dynamic.interval_steps: no effect with {told}"
+        if dynamic.warmup_steps and mixer is not None and dynamic.initial_proportions is None:
+            yield f"dynamic.warmup_steps: no effect, since the {mixer.name} mixer has the same proportions throughout"
+    asks = dynamic.requires.signals - {"texts"} or signals.screen_fraction < 1.0
+    for key, given in (("max_age_steps", signals.max_age_steps > 0), ("store", signals.store is not None)):
+        if given and not asks:
+            yield f"dynamic.signals.{key}: no effect, since no method says that it asks the model about rows"
+    if dynamic.unit == "documents" and not lf.packed:
+        yield "dynamic.unit: no effect without packing, where every row is one document"
+    if dynamic.leakage != "warn" and lf.packed and not lf.tokenized:
+        yield "dynamic.leakage: no effect under packing, where no row is equal to a target row"
+    if dynamic.early_stopping_min_delta > 0 and not lf.early_stopping_steps:
+        yield "dynamic.early_stopping_min_delta: no effect without LLaMA-Factory's 'early_stopping_steps'"
+    if dynamic.eval_by_domain and not lf.evaluates:
+        yield "dynamic.eval_by_domain: no effect, since nothing is evaluated; set 'eval_strategy' or 'do_eval'"
+
+
+def _notes_on_data(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
+    then = {
+        "warn": "what is selected towards it is, in part, the target itself",
+        "error": "the run would end",
+        "drop": "all its rows leave the training set ('leakage: drop')",
+    }[dynamic.leakage]
+    for key, name, other in _targets_in_training(dynamic, lf, base_dir):
+        same = "" if name == other else f" (its file is that of {other!r})"
+        yield f"{key}: {name!r} is also trained on{same}; {then}"
+    names = lf.train_sets
+    for name in lf.eval_sets:
+        if name in names:
+            yield f"eval_dataset: {name!r} is also trained on; its loss is not one of held-out rows"
+    if lf.tokenized_path and len(names) > 1 and dynamic.domains_are_sources:
+        listed = ", ".join(names)
+        yield f"tokenized_path: a copy does not say which of {listed} a row is from: all are one domain, 'all'"
+    if lf.max_samples is not None and dynamic.targets:
+        yield f"max_samples: cuts training and evaluation sets; targets ({', '.join(dynamic.targets)}) are taken whole"

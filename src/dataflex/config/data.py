@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.convert import shown
 from dataflex.errors import did_you_mean
 
 _MOST_READ_BYTES = 32 << 20
@@ -31,13 +30,7 @@ _SPACE = " \t\n\r"
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What was found in a file.
-
-    Attributes:
-        rows: Number of rows; None where that is not quick to know.
-        columns: Names of the columns; None where they are not known.
-        problem: Why it cannot be read, or an empty string.
-    """
+    """What was found in a file: rows and names of columns, None where not quick to know; why it cannot be read."""
 
     rows: int | None = None
     columns: frozenset[str] | None = None
@@ -51,56 +44,48 @@ def contents_of(path: Path) -> dict[Path, Contents]:
     are of moderate size.
     """
     found: dict[Path, Contents] = {}
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
     try:
-        states = [file.stat() for file in files]
-        through = sum(state.st_size for state in states) <= _MOST_READ_BYTES
-        for file, state in zip(files, states, strict=True):
+        states = {file: file.stat() for file in _files(path)}
+        through = sum(state.st_size for state in states.values()) <= _MOST_READ_BYTES
+        for file, state in states.items():
             found[file] = _contents(file, state.st_size, state.st_mtime_ns, through)
     except OSError as error:
         found[Path(str(error.filename or path))] = Contents(problem=f"cannot be read: {error.strerror}")
     return found
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
 @lru_cache(maxsize=256)
 def _contents(file: Path, size: int, changed: int, through: bool) -> Contents:
-    ending = file.suffix
+    ending, countable = file.suffix, size <= _MOST_COUNTED_BYTES
     if size == 0:
         return Contents(rows=0, columns=frozenset())
-    if ending == ".parquet":
-        return _parquet(file)
     try:
+        if ending == ".parquet":
+            return _parquet(file)
         if ending == ".csv":
             return _csv(file)
         if ending == ".txt":
-            rows = sum(1 for _ in _lines(file)) if size <= _MOST_COUNTED_BYTES else None
-            return Contents(rows=rows, columns=frozenset({"text"}))
-        if ending not in (".json", ".jsonl"):
-            return Contents()
-        return _json(file.read_bytes().decode("utf-8-sig")) if through else _large_json(file, size)
+            return Contents(rows=sum(1 for _ in _lines(file)) if countable else None, columns=frozenset({"text"}))
+        if ending in (".json", ".jsonl") and through:
+            return _json(file.read_bytes().decode("utf-8-sig"))
+        if ending in (".json", ".jsonl") and countable:
+            first = next((line for line in _lines(file) if line.strip()), b"")
+            if isinstance(json.loads(first), dict):
+                return Contents(rows=sum(1 for line in _lines(file) if line.strip()))
     except UnicodeDecodeError as error:
         return Contents(problem=f"is not UTF-8 text (byte {error.start:,})")
     except (RecursionError, ValueError):
-        return Contents()  # deeper, or of longer numbers, than Python reads: the loader may do better
+        pass  # deeper, or of longer numbers, than Python reads: the loader may do better
+    return Contents()
 
 
 def _lines(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         yield from stream
-
-
-def _large_json(file: Path, size: int) -> Contents:
-    first = next((line for line in _lines(file) if line.strip()), b"")
-    if size > _MOST_COUNTED_BYTES or not _is_object(first):
-        return Contents()
-    return Contents(rows=sum(1 for line in _lines(file) if line.strip()))
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _json(text: str) -> Contents:
@@ -192,38 +177,32 @@ _LENIENT = ("system", "tools")
 """Columns that the openai format does without."""
 
 
-def file_problems(path: Path) -> Iterator[str]:
-    """Yield why the file or the folder of a data set cannot be read; the first reason only, as what it does or is."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+def _file_problem(path: Path) -> str:
+    """Return the first reason why the file or the folder of a data set cannot be read, as what it does or is."""
+    files = _files(path)
     if path.is_dir() and any((path / mark).is_file() for mark in _MARKS_OF_SAVED):
-        yield (
+        return (
             f"lies in {path}, which 'save_to_disk' wrote and LLaMA-Factory does not read as a data set; write its rows "
             "to a .jsonl or .parquet file"
         )
-        return
     for file in files:
         if file.is_dir():
-            yield f"lies in {path}, which holds a folder, {file.name}; name the folder of the files itself"
-            return
+            return f"lies in {path}, which holds a folder, {file.name}; name the folder of the files itself"
         if file.suffix not in ENDINGS:
             low = " (in small letters)" if file.suffix.lower() in ENDINGS else ""
-            yield f"cannot be read from {file}: its name must end in {', '.join(ENDINGS)}{low}"
-            return
+            return f"cannot be read from {file}: its name must end in {', '.join(ENDINGS)}{low}"
     kinds = {_KINDS.get(file.suffix, file.suffix): file.name for file in files}
     if len(kinds) > 1:
-        yield f"lies in {path}, which holds files of several types ({', '.join(sorted(kinds.values()))}); keep one"
-        return
-    for file, found in contents_of(path).items():
-        if found.problem:
-            yield f"cannot be read: {file} {found.problem}"
-            return
+        return f"lies in {path}, which holds files of several types ({', '.join(sorted(kinds.values()))}); keep one"
+    wrong = ((file, found.problem) for file, found in contents_of(path).items() if found.problem)
+    return next((f"cannot be read: {file} {problem}" for file, problem in wrong), "")
 
 
-def entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | None) -> Iterator[str]:
-    """Yield what is wrong with an entry, as what it does or is: format, stage, columns that its rows do not have.
+def _entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | None) -> Iterator[str]:
+    """Yield what is wrong with an entry of ``dataset_info.json``, as what it does or is.
 
     Args:
-        entry: What ``dataset_info.json`` says of the data set.
+        entry: The entry.
         path: Its file or folder; None for one that is not in local files.
         stage: LLaMA-Factory's stage; None where something else is wrong with it.
     """
@@ -251,51 +230,34 @@ def entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | Non
     known = columns_of(path)
     if known is None:
         return
+    names = sorted(known)
+    found = f"(columns found: {', '.join(names) or 'none'})"
     for key, column in _needed(entry, formatting, ranking is True):
         if column is None:
-            yield f"does not say in 'columns' which one holds the {key} (columns found: {_listed(known)})"
-        elif column not in known:
-            near = did_you_mean(str(column), sorted(known))
-            yield f"has no column {column!r} for the {key}{near} (columns found: {_listed(known)})"
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+            yield f"does not say in 'columns' which one holds the {key} {found}"
+        elif column not in names:
+            yield f"has no column {column!r} for the {key}{did_you_mean(str(column), names)} {found}"
 
 
 def columns_of(path: Path) -> frozenset[str] | None:
     """Return the columns of a data set's files together; None where they, or whether it has rows, are not known."""
-    found = contents_of(path).values()
-    if not any(each.columns for each in found):
+    columns = [found.columns for found in contents_of(path).values()]
+    if not any(columns) or None in columns:
         return None
-    columns: frozenset[str] = frozenset()
-    for each in found:
-        if each.columns is None:
-            return None
-        columns |= each.columns
-    return columns
+    return frozenset().union(*(each for each in columns if each is not None))
 
 
 def _needed(entry: Mapping[str, Any], formatting: str, ranking: bool) -> Iterator[tuple[str, Any]]:
     """Yield key and column of everything that is looked up in each row."""
     given = entry.get("columns")
     names: Mapping[str, Any] = given if given is not None else {**_ALPACA, **_CHAT}
-    if formatting == "alpaca":
-        keys = ["prompt", "query", "history"]
-    else:
-        keys = ["messages"]
-        if names.get("messages") is None:
-            yield "messages", None
-    if names.get("kto_tag"):
-        keys.append("kto_tag")
-    if ranking:
-        keys += ["chosen", "rejected"]
-    elif formatting == "alpaca":
-        keys.append("response")
+    alpaca = formatting == "alpaca"
+    if not alpaca and names.get("messages") is None:
+        yield "messages", None
+    keys = [*(("prompt", "query", "history") if alpaca else ("messages",)), "kto_tag"]
+    keys += ["chosen", "rejected"] if ranking else ["response"] if alpaca else []
     keys += [key for key in _ANY if not (formatting == "openai" and key in _LENIENT)]
-    for key in keys:
-        if names.get(key):
-            yield key, names[key]
+    yield from ((key, names[key]) for key in keys if names.get(key))
 
 
 INFO_FILE = "dataset_info.json"
@@ -306,36 +268,17 @@ _SPLIT = re.compile(r"train\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set of the run.
-
-    Attributes:
-        name: Its name in ``dataset_info.json``.
-        path: Its local file or folder; None for one from a hub, a script or the cloud.
-        num_samples: Number of rows that ``dataset_info.json`` asks to be drawn from it.
-        split: Part of it that ``dataset_info.json`` names, such as "train" or "train[:10%]".
-    """
+    """One data set of the run."""
 
     name: str
-    path: Path | None = None
-    num_samples: int | None = None
-    split: str = "train"
+    path: Path | None = None  # its local file or folder; None for one from a hub, a script or the cloud
+    num_samples: int | None = None  # rows that dataset_info.json asks to be drawn from it
+    split: str = "train"  # part of it that dataset_info.json names, such as "train[:10%]"
 
 
 def target_data_sets(target: str) -> tuple[str, ...]:
     """Return the data sets of one target: ``"a"`` is one, ``"a + b"`` the rows of both as one target."""
     return tuple(name.strip() for name in target.split(" + "))
-
-
-def empty_names(value: Any) -> str:
-    """Return why a value of ``dataset`` or ``eval_dataset`` cannot be read as names of data sets, or an empty text."""
-    given = value.split(",") if isinstance(value, str) else value
-    if given is None:
-        return ""
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        return f"expected the names of data sets, with commas between them, found {shown(value)}"
-    if all(name.strip() for name in given):
-        return ""
-    return f"a name is empty in {shown(value)}; write one comma between two names"
 
 
 def find_sources(
@@ -359,17 +302,16 @@ def find_sources(
         info, problem = _info(Path(str(folder)), base_dir)
         if problem:
             return [], [problem]
+    file = Path(str(folder)) / INFO_FILE
     sources, problems = [], []
     for name in names:
-        if name not in info:
-            problems.append(
-                f"{key}: {name!r} is not defined in {Path(str(folder)) / INFO_FILE}{did_you_mean(name, list(info))}"
-            )
-            continue
-        source, found = _source(name, info[name], Path(str(folder)), key, lf.stage or None)
-        problems += found
-        if not found:
-            sources.append(source)
+        found: Source | list[str] = [f"{name!r} is not defined in {file}{did_you_mean(name, list(info))}"]
+        if name in info:
+            found = _source(name, info[name], file, lf.stage or None)
+        if isinstance(found, Source):
+            sources.append(found)
+        else:
+            problems += [f"{key}: {problem}" for problem in found]
     return sources, problems
 
 
@@ -390,31 +332,26 @@ def _info(folder: Path, base_dir: Path) -> tuple[Any, str]:
     return info, ""
 
 
-def _source(name: str, entry: Any, folder: Path, key: str, stage: str | None) -> tuple[Source, list[str]]:
-    source = Source(name=name)
+def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | list[str]:
+    """Return the data set that an entry of ``file`` describes, or what is wrong with it."""
     if not isinstance(entry, Mapping):
-        return source, [
-            f"{key}: {name!r} in {folder / INFO_FILE} must be a mapping with 'file_name' or a hub's address"
-        ]
+        return [f"{name!r} in {file} must be a mapping with 'file_name' or a hub's address"]
     asked = entry.get("num_samples")
     samples = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
     if any(entry.get(remote) for remote in REMOTE_KEYS):
-        problems = [f"{key}: {name!r} {problem}" for problem in entry_problems(entry, None, stage)]
-        return Source(name=name, num_samples=samples), problems
-    if not isinstance(entry.get("file_name"), str):
-        return source, [f"{key}: {name!r} in {folder / INFO_FILE} has neither 'file_name' nor a hub's address"]
-    path = folder / entry["file_name"]
-    if not path.exists():
-        return source, [f"{key}: the file of {name!r} is missing: {path}"]
-    if path.is_dir() and not any(path.iterdir()):
-        return source, [f"{key}: the folder of {name!r} is empty: {path}"]
-    problems = [*file_problems(path)] or [*entry_problems(entry, path, stage)]
-    found = Source(name=name, path=path, num_samples=samples, split=str(entry.get("split") or "train"))
-    return found, [f"{key}: {name!r} {problem}" for problem in problems]
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+        found, problems = Source(name=name, num_samples=samples), [*_entry_problems(entry, None, stage)]
+    elif not isinstance(entry.get("file_name"), str):
+        return [f"{name!r} in {file} has neither 'file_name' nor a hub's address"]
+    else:
+        path = file.parent / entry["file_name"]
+        if not path.exists():
+            return [f"the file of {name!r} is missing: {path}"]
+        if not _files(path):
+            return [f"the folder of {name!r} is empty: {path}"]
+        split, unreadable = str(entry.get("split") or "train"), _file_problem(path)
+        found = Source(name=name, path=path, num_samples=samples, split=split)
+        problems = [unreadable] if unreadable else [*_entry_problems(entry, path, stage)]
+    return [f"{name!r} {problem}" for problem in problems] or found
 
 
 def count_rows(source: Source, lf: LlamaFactoryArgs) -> int | None:
@@ -456,8 +393,12 @@ def count_bytes(source: Source, lf: LlamaFactoryArgs) -> int | None:
 def _rows_of_files(source: Source) -> int | None:
     if source.path is None:
         return None
-    counts = [found.rows for found in contents_of(source.path).values()]
-    return None if any(count is None for count in counts) else sum(count for count in counts if count is not None)
+    return _total([found.rows for found in contents_of(source.path).values()])
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _kept(split: str, rows: int) -> int | None:
@@ -493,9 +434,9 @@ def _head_bytes(file: Path, rows: int) -> int | None:
 
 def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None:
     """Return the rows left to train on once ``val_size`` is set aside, or None when a count is unknown."""
-    if not counts or any(count is None for count in counts):
+    rows = _total(counts) if counts else None
+    if rows is None:
         return None
-    rows = sum(count for count in counts if count is not None)
     held = lf.val_size
     if held <= 1e-6:
         return rows

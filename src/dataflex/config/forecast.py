@@ -23,8 +23,9 @@ from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
-from dataflex.plan.proportions import apply_min_proportion, floors_by_domain
+from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
+from dataflex.plan.validate import check_mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +48,14 @@ def batch_of(lf: LlamaFactoryArgs) -> Batch:
     Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
     when ``FORCE_TORCHRUN`` is on, or from ``ray_num_workers`` when ``USE_RAY`` is on; else there is one.
     """
+    world = 1
     if os.getenv("WORLD_SIZE", "").isdigit():
-        world = int(os.environ["WORLD_SIZE"])
+        world = max(1, int(os.environ["WORLD_SIZE"]))
     elif env_enabled("USE_RAY"):
         world = lf.ray_num_workers
     elif env_enabled("FORCE_TORCHRUN"):
         world = env_processes()[0]
-    else:
-        world = 1
-    return Batch(
-        per_device=lf.per_device_train_batch_size, accumulation=lf.gradient_accumulation_steps, world=max(1, world)
-    )
+    return Batch(per_device=lf.per_device_train_batch_size, accumulation=lf.gradient_accumulation_steps, world=world)
 
 
 def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
@@ -67,10 +65,8 @@ def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
     if not rows:
         return None
     batch = batch_of(lf)
-    if lf.dataloader_drop_last:
-        micro_batches = rows // batch.per_device // batch.world
-    else:
-        micro_batches = math.ceil(rows / (batch.per_device * batch.world))
+    whole = rows // batch.per_device // batch.world
+    micro_batches = whole if lf.dataloader_drop_last else math.ceil(rows / (batch.per_device * batch.world))
     steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
     return math.ceil(lf.num_train_epochs * steps_per_epoch)
 
@@ -97,73 +93,55 @@ class _NoSignals:
     """Stands where the model would be: nothing can be asked before training."""
 
     def __call__(self, signal: object, *_: object, **__: object) -> NoReturn:
-        asked = type(signal).__name__
-        raise UnsupportedError(f"this method looks at the model ({asked}), which is not known before training")
+        self.__getattr__(type(signal).__name__)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise UnsupportedError(f"this method looks at the model ({name}), which is not known before training")
+    def __getattr__(self, asked: str) -> NoReturn:
+        raise UnsupportedError(f"this method looks at the model ({asked}), which is not known before training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """What a selector is given in one interval, in rows: of how many, drawn from them, and left once screened."""
+    """Rows that a selector is given in one interval."""
 
-    rows: int
-    drawn: int
-    left: int
+    rows: int  # of how many
+    drawn: int  # drawn from them
+    left: int  # of those, left once screened
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is known of a run before it is loaded.
-
-    Attributes:
-        dynamic: What is decided during training.
-        batch: The global batch.
-        counts: Rows that each data set gives at most; None where that is not known.
-        packs: Whether several samples share a row, so that rows are not known.
-        rows: Rows to train on, ``val_size`` set aside; None where not known.
-        steps: Optimizer steps of the run; None where not known.
-        targets: Rows that each target data set gives at most; None where that is not known.
-        drop_last: ``dataloader_drop_last``.
-    """
+    """What is known of a run before it is loaded; None for numbers that are not known."""
 
     dynamic: DynamicConfig
     batch: Batch
-    counts: Mapping[str, int | None]
-    packs: bool
-    rows: int | None
-    steps: int | None
-    targets: Mapping[str, int | None] = field(default_factory=dict)
-    drop_last: bool = False
+    counts: Mapping[str, int | None]  # rows that each data set gives at most
+    packs: bool  # whether several samples share a row, so that rows are not known
+    rows: int | None  # rows to train on, val_size set aside
+    steps: int | None  # optimizer steps of the run
+    targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target data set gives at most
+    drop_last: bool = False  # dataloader_drop_last
 
     @property
     def sequences(self) -> int | None:
         """Sequences that are trained on; the last step of a whole epoch may be short."""
         if self.steps is None:
             return None
-        if self.rows is None or not self.rows or self.dynamic.mixer is not None or self.narrows or self.batch.world > 1:
-            return self.steps * self.batch.size
         per_device, size = self.batch.per_device, self.batch.size
+        if not self.rows or self.dynamic.mixer is not None or self.dynamic.narrows or self.batch.world > 1:
+            return self.steps * size
         epoch = self.rows // per_device * per_device if self.drop_last else self.rows
         epochs, rest = divmod(self.steps, max(1, math.ceil(epoch / size)))
         return epochs * epoch + min(rest * size, epoch)
 
     @property
-    def narrows(self) -> bool:
-        """Whether a selector leaves rows out."""
-        return self.dynamic.narrows
-
-    @property
     def pool(self) -> Pool | None:
         """What the selector is given in the first interval that it decides for; None without one, or not known."""
         first, options, batches = self.first_decision, self.dynamic.signals, self.dynamic.candidate_batches
-        if not self.narrows or self.rows is None or not self.rows or first is None:
+        if not self.dynamic.narrows or not self.rows or first is None:
             return None
-        if batches is not None:
-            candidates = min(self.rows, batches * first.steps * self.batch.size)
-            return Pool(rows=self.rows, drawn=candidates, left=candidates)
         drawn, left = pool_sizes(self.rows, options.pool_fraction, options.screen_fraction)
+        if batches is not None:
+            drawn = left = min(self.rows, batches * first.steps * self.batch.size)
         return Pool(rows=self.rows, drawn=drawn, left=left)
 
     def decided(self) -> Iterator[Interval]:
@@ -181,13 +159,7 @@ class Forecast:
         """The data sets as domains, ``val_size`` taken from all alike; None where rows are not known."""
         sizes = [count for count in self.counts.values() if count is not None]
         total = sum(sizes)
-        if (
-            not self.dynamic.domains_are_sources
-            or self.packs
-            or self.rows is None
-            or not self.rows
-            or total > _MOST_ROWS
-        ):
+        if not self.dynamic.domains_are_sources or self.packs or not self.rows or total > _MOST_ROWS:
             return None
         left = [max(1, round(size * self.rows / total)) for size in sizes]
         return Domains.from_sizes(list(self.counts), left)
@@ -221,12 +193,11 @@ class Forecast:
 
     def context(self, interval: Interval, domains: Domains) -> Context:
         """Return what a mixer may look at before training."""
-        signals = cast(Signals, _NoSignals())
         return Context(
             interval=interval,
             seed=self.dynamic.seed or 0,
             domains=domains,
-            signals=signals,
+            signals=cast(Signals, _NoSignals()),
             targets=self.dynamic.mixer.targets if self.dynamic.mixer else (),
             total_sequences=(self.steps or 1) * self.batch.size,
             global_batch=self.batch.size,
@@ -255,22 +226,16 @@ class Forecast:
             return
         if self.num_decisions > _MOST_DECISIONS:
             raise UnsupportedError("it decides too often to add it up")
-        for interval in schedule.intervals():
-            if interval.kind == "dynamic":
-                yield interval.steps, self.mixed(mixer, interval)
+        yield from ((interval.steps, self.mixed(mixer, interval)) for interval in self.decided())
 
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return what the mixer says for an interval, floors held, float64 [K]."""
         assert self.domains is not None
-        from dataflex.plan.validate import check_mix
-
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
         return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
         """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
-        from dataflex.plan.proportions import by_domain
-
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
         assert self.schedule is not None
@@ -296,7 +261,7 @@ class Forecast:
     def serves_all_again(self) -> bool:
         """Whether every row is expected to be served more than once; False where that is not known beforehand."""
         dynamic = self.dynamic
-        if self.rows is None or self.steps is None or self.narrows:
+        if self.rows is None or self.steps is None or dynamic.narrows:
             return False
         if dynamic.mixer is None:
             return self.steps * self.batch.size > self.rows

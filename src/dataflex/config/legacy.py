@@ -1,15 +1,7 @@
 """Flat keys of configurations written for existing DataFlex, translated to the same ``DynamicConfig``.
 
-Three training types came with it, each with one component from a components file:
-
-- ``dynamic_select``: stages of ``warmup_step`` uniform steps and ``update_times`` selections of
-  ``update_step`` steps each, over and over; ``num_train_epochs`` counts stages.
-- ``dynamic_mix``: ``init_mixture_proportions`` during ``warmup_step`` steps, then the component's,
-  asked again every ``update_step`` steps; the rules ``stratified`` and ``uniform`` and ``static_mix``
-  leave the component without a say.
-- ``dynamic_weight``: the plain loss for ``warmup_step`` steps, then weights.
-
-The number of steps becomes LLaMA-Factory's ``max_steps`` wherever the flat keys fix it.
+Three training types came with it, each with one component from a components file (``components``). The number of steps
+becomes LLaMA-Factory's ``max_steps`` wherever the flat keys fix it.
 """
 
 from __future__ import annotations
@@ -19,16 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.components import Component, read_component
-from dataflex.config.convert import shown
-from dataflex.config.flat import FLAT_KEYS, KIND_OF, FlatKeys, read_flat
-from dataflex.config.methods import target_list
+from dataflex.config.build import target_list
+from dataflex.config.components import ComponentReader
+from dataflex.config.mappings import collect, shown
 from dataflex.config.rules import rule_problems
-from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import ConfigError
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, MethodConfig
+from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import find
 
 _DEFAULT_EPOCHS = 3.0  # of the Hugging Face Trainer
+_KIND_OF = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
+_TRAIN_TYPES = ("static", *_KIND_OF)
 
 
 def translate(
@@ -45,79 +38,88 @@ def translate(
     """
     lf = {key: value for key, value in mapping.items() if key not in FLAT_KEYS}
     flat = {key: value for key, value in mapping.items() if key in FLAT_KEYS}
-    notes: list[str] = []
+    if flat.get("train_type") == "dynamic_weighting":
+        flat["train_type"] = "dynamic_weight"
     problems: list[str] = []
-    keys = read_flat(flat, problems)
-    if keys is None:
+    kind = flat.get("train_type", "static")
+    if isinstance(kind, str) and kind not in _TRAIN_TYPES:
+        near = did_you_mean(kind, _TRAIN_TYPES)
+        problems.append(f"train_type: {kind!r} is not available{near} (known: {', '.join(_TRAIN_TYPES)})")
+    keys = collect(FlatKeys, flat, "", problems)
+    if keys is None or problems:
         raise ConfigError(problems)
     if keys.train_type == "static":
-        idle = [key for key in flat if key not in ("train_type", "early_stopping_min_delta")]
-        if idle:
-            notes.append(f"{', '.join(idle)}: no effect with train_type static; the run is LLaMA-Factory's own")
-        return lf, None, keys.early_stopping_min_delta, notes
-    dynamic = _Translation(keys, lf, base_dir, problems, notes).result()
-    if dynamic is None or problems:
-        raise ConfigError(problems)
-    return lf, dynamic, keys.early_stopping_min_delta, notes
+        idle = ", ".join(key for key in flat if key not in ("train_type", "early_stopping_min_delta"))
+        told = f"{idle}: no effect with train_type static; the run is LLaMA-Factory's own"
+        return lf, None, keys.early_stopping_min_delta, [told] if idle else []
+    translation = _Translation(keys, lf, base_dir)
+    dynamic = translation.result()
+    return translation.lf, dynamic, keys.early_stopping_min_delta, translation.notes
 
 
 class _Translation:
     """One translation under way: reads ``keys``, writes ``max_steps`` into ``lf``, notes what has no effect."""
 
-    def __init__(
-        self, keys: FlatKeys, lf: dict[str, Any], base_dir: Path, problems: list[str], notes: list[str]
-    ) -> None:
-        self.keys, self.lf, self.base_dir, self.problems, self.notes = keys, lf, base_dir, problems, notes
+    def __init__(self, keys: FlatKeys, lf: dict[str, Any], base_dir: Path) -> None:
+        self.keys, self.lf, self.base_dir = keys, lf, base_dir
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.data_sets = self._names("dataset", [])
 
-    def result(self) -> DynamicConfig | None:
+    def result(self) -> DynamicConfig:
+        keys = self.keys
         ways = {"dynamic_select": self._select, "dynamic_mix": self._mix, "dynamic_weight": self._weigh}
-        given = ways[self.keys.train_type]()
-        if self.keys.freeze_gate and self.keys.train_type != "dynamic_mix":
-            self.notes.append(f"freeze_gate: no effect with train_type {self.keys.train_type}")
+        given = ways[keys.train_type]()
+        if keys.freeze_gate and keys.train_type != "dynamic_mix":
+            self.notes.append(f"freeze_gate: no effect with train_type {keys.train_type}")
+        if not self.problems:
+            dynamic = DynamicConfig(flat=True, early_stopping_min_delta=keys.early_stopping_min_delta, **given)
+            self.problems += rule_problems(dynamic)
         if self.problems:
-            return None
-        dynamic = DynamicConfig(flat=True, early_stopping_min_delta=self.keys.early_stopping_min_delta, **given)
-        self.problems += rule_problems(dynamic)
+            raise ConfigError(self.problems)
         return dynamic
 
-    def _component(self, targets: tuple[str, ...] = ()) -> Component | None:
-        keys = self.keys
-        return read_component(
-            kind=KIND_OF[keys.train_type],
-            name=keys.component_name,
+    def _names(self, key: str, problems: list[str]) -> tuple[str, ...]:
+        value = self.lf.get(key)
+        return () if value is None else target_list(value, key, problems)
+
+    def _component(self, targets: tuple[str, ...]) -> dict[str, Any]:
+        """Return the method of the run and the seed that came with it."""
+        keys, kind = self.keys, _KIND_OF[self.keys.train_type]
+        reader = ComponentReader(
+            kind=kind,
             file=keys.components_cfg_file,
             base_dir=self.base_dir,
+            problems=self.problems,
+            notes=self.notes,
             targets=targets,
-            num_domains=len(self._data_sets()),
+            num_domains=len(self.data_sets),
             burn_in_steps=keys.warmup_step,
             updates=keys.update_times,
             model=str(self.lf["model_name_or_path"]) if self.lf.get("model_name_or_path") else None,
-            problems=self.problems,
-            notes=self.notes,
         )
+        method = reader.read(keys.component_name)
+        return {} if method is None else {kind: method, "seed": reader.seed}
 
-    def _data_sets(self) -> tuple[str, ...]:
-        value = self.lf.get("dataset")
-        return target_list(value, "dataset", []) if value is not None else ()
-
-    def _interval(self) -> int | None:
+    def _interval(self) -> int:
+        """Return the steps between two decisions, at least 1."""
         if self.keys.update_step < 1:
             self.problems.append(
                 f"update_step: must be at least 1 with train_type {self.keys.train_type}, found "
                 f"{self.keys.update_step} (optimizer steps between two decisions)"
             )
-            return None
-        return self.keys.update_step
+        return max(1, self.keys.update_step)
 
-    def _fix_steps(self, total_steps: int | None, reason: str) -> int | None:
-        """Set the run's length; None leaves it to the epochs, as existing DataFlex does."""
+    def _fix_steps(self, total: int | None, reason: str) -> int | None:
+        """Set the run's length: ``train_step``, else ``total``; None leaves it to the epochs, as there."""
+        if self.keys.train_step > 0:
+            total, reason = self.keys.train_step, f"train_step asks for {self.keys.train_step} steps"
         given = self.lf.pop("max_steps", None)
-        if given is not None and given != total_steps and given != -1:
+        if given not in (None, total, -1):
             self.notes.append(f"max_steps: {shown(given)} is not looked at; {reason}")
-        if total_steps is None:
-            return None
-        self.lf["max_steps"] = total_steps
-        return total_steps
+        if total is not None:
+            self.lf["max_steps"] = total
+        return total
 
     def _epochs(self) -> float:
         value = self.lf.get("num_train_epochs")
@@ -129,76 +131,67 @@ class _Translation:
         return float(value)
 
     def _select(self) -> dict[str, Any]:
-        keys = self.keys
-        interval = self._interval()
-        component = self._component(self._evaluated())
-        cycle = keys.warmup_step + (interval or 0) * keys.update_times if keys.update_times > 0 else None
-        if keys.train_step > 0:
-            total = self._fix_steps(keys.train_step, f"train_step asks for {keys.train_step} steps")
-        elif cycle is not None:
-            epochs = self._epochs()
+        """Run stages of ``warmup_step`` uniform steps and ``update_times`` selections for ``update_step`` steps each.
+
+        They are repeated over and over; ``num_train_epochs`` counts them.
+        """
+        keys, interval = self.keys, self._interval()
+        component = self._component(self._names("eval_dataset", self.problems))
+        cycle, steps = None, None
+        told = "with update_times <= 0 the run lasts for num_train_epochs"
+        if keys.update_times > 0:
+            cycle = keys.warmup_step + interval * keys.update_times
+            epochs = self._epochs() if keys.train_step <= 0 else 1.0
             steps = math.ceil(epochs * cycle)
             told = f"num_train_epochs x (warmup_step + update_step x update_times) = {epochs:g} x {cycle} = {steps}"
-            total = self._fix_steps(steps, told)
             if epochs != 1:
                 self.notes.append(f"steps: {told}; here an epoch is one such stage, not a pass over the data")
-        else:
-            total = self._fix_steps(None, "with update_times <= 0 the run lasts for num_train_epochs")
         return {
-            **_method(component, "selector"),
+            **component,
             "warmup_steps": keys.warmup_step,
             "interval_steps": interval,
             "cycle_steps": cycle,
-            "total_steps": total,
+            "total_steps": self._fix_steps(steps, told),
         }
 
-    def _evaluated(self) -> tuple[str, ...]:
-        """Return the data sets that existing DataFlex takes for a component's targets."""
-        evaluated = self.lf.get("eval_dataset")
-        return target_list(evaluated, "eval_dataset", self.problems) if evaluated is not None else ()
-
     def _mix(self) -> dict[str, Any]:
+        """Serve ``init_mixture_proportions`` for ``warmup_step`` steps, then what the component says.
+
+        The rules ``stratified`` and ``uniform`` and ``static_mix`` leave the component without a say.
+        """
         keys = self.keys
         fixed = self._fixed_mixture()
-        interval = None if keys.static_mix else self._interval()
-        if keys.train_step > 0:
-            total = self._fix_steps(keys.train_step, f"train_step asks for {keys.train_step} steps")
-        elif keys.static_mix or keys.update_times < 0:
-            total = self._fix_steps(None, "the run lasts for num_train_epochs over the data sets")
-        else:
-            steps = keys.warmup_step + (interval or 0) * keys.update_times
-            if steps == 0:
+        interval = 1 if keys.static_mix else self._interval()
+        steps, told = None, "the run lasts for num_train_epochs over the data sets"
+        if not keys.static_mix and keys.update_times >= 0:
+            steps = keys.warmup_step + interval * keys.update_times
+            told = f"warmup_step + update_step x update_times = {steps} steps"
+            if steps == 0 and keys.train_step <= 0:
                 self.problems.append("update_times: 0 with warmup_step 0 asks for a run of no steps")
-            total = self._fix_steps(steps, f"warmup_step + update_step x update_times = {steps} steps")
-        result: dict[str, Any] = {"freeze_gate": keys.freeze_gate, "total_steps": total}
+        result = {"freeze_gate": keys.freeze_gate, "total_steps": self._fix_steps(steps, told)}
         if fixed is not None:
             if keys.component_name is not None:
                 self.notes.append(f"component_name: {keys.component_name!r} has no say, the mixture is fixed")
             return {**result, "mixer": fixed}
-        targets = keys.mixer_eval_dataset
+        targets, initial = keys.mixer_eval_dataset, keys.init_mixture_proportions
         component = self._component(target_list(targets, "mixer_eval_dataset", self.problems) if targets else ())
+        if keys.warmup_step > 0:
+            initial = initial or (1.0,) * max(1, len(self.data_sets))
+        elif initial is not None:
+            self.notes.append("init_mixture_proportions: no effect, as there is no warm-up (warmup_step 0)")
+            initial = None
         return {
             **result,
-            **_method(component, "mixer"),
+            **component,
             "warmup_steps": keys.warmup_step,
             "interval_steps": interval,
-            "initial_proportions": self._initial(),
+            "initial_proportions": initial,
         }
-
-    def _initial(self) -> tuple[float, ...] | None:
-        """Proportions of the warm-up; without any, the domains are served alike."""
-        written = self.keys.init_mixture_proportions
-        if self.keys.warmup_step == 0:
-            if written is not None:
-                self.notes.append("init_mixture_proportions: no effect, as there is no warm-up (warmup_step 0)")
-            return None
-        return written or (1.0,) * max(1, len(self._data_sets()))
 
     def _fixed_mixture(self) -> MethodConfig | None:
         """Return the mixer of a run whose proportions never change, or None when the component sets them."""
-        keys = self.keys
-        written, data_sets = keys.init_mixture_proportions, self._data_sets()
-        if written is not None and keys.mixture_sample_rule == "mixture":
+        rule, written, data_sets = self.keys.mixture_sample_rule, self.keys.init_mixture_proportions, self.data_sets
+        if written is not None and rule == "mixture":
             if data_sets and len(written) != len(data_sets):
                 self.problems.append(
                     f"init_mixture_proportions: {len(written)} numbers for {len(data_sets)} data sets "
@@ -206,27 +199,19 @@ class _Translation:
                 )
             if sum(written) <= 0:
                 self.problems.append("init_mixture_proportions: all are 0; at least one must be above 0")
-        if keys.mixture_sample_rule != "mixture":
-            if written is not None:
-                self.notes.append(f"init_mixture_proportions: no effect with the rule {keys.mixture_sample_rule}")
-            return _plain("size" if keys.mixture_sample_rule == "stratified" else "uniform")
-        if not keys.static_mix:
+        if rule != "mixture" and written is not None:
+            self.notes.append(f"init_mixture_proportions: no effect with the rule {rule}")
+        if rule == "mixture" and not self.keys.static_mix:
             return None
-        if self.problems or written is None:
-            return _plain("uniform")
-        return _plain("static", proportions=written)
+        if rule == "mixture" and written is not None and not self.problems:
+            return _mixer("static", proportions=written)
+        return _mixer("size" if rule == "stratified" else "uniform")
 
     def _weigh(self) -> dict[str, Any]:
-        keys = self.keys
-        total = None
-        if keys.train_step > 0:
-            total = self._fix_steps(keys.train_step, f"train_step asks for {keys.train_step} steps")
-        return {**_method(self._component(self._evaluated()), "weighter"), "total_steps": total}
+        """Use the plain loss for ``warmup_step`` steps, then weights."""
+        component = self._component(self._names("eval_dataset", self.problems))
+        return {**component, "total_steps": self._fix_steps(None, "") if self.keys.train_step > 0 else None}
 
 
-def _plain(name: str, **given: Any) -> MethodConfig:
+def _mixer(name: str, **given: Any) -> MethodConfig:
     return MethodConfig(kind="mixer", name=name, params=find("mixer", name).Params(**given))
-
-
-def _method(component: Component | None, kind: str) -> dict[str, Any]:
-    return {} if component is None else {kind: component.method, "seed": component.seed}

@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.config.args import path_problem
-from dataflex.config.convert import shown
-from dataflex.errors import ConfigError
+from dataflex.config.mappings import shown
+from dataflex.errors import ConfigError, did_you_mean
 from dataflex.printable import PASSED_ON
 from dataflex.registry import KINDS
 
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 MOST_LEVELS = 50
-_STILL_TO_GIVE = "'???' stands for a value that is still to be given"
-
-
 ENDINGS: tuple[str, ...] = (".yaml", ".yml", ".json")
+_STILL_TO_GIVE = "'???' stands for a value that is still to be given"
 
 
 def load_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,6 +56,8 @@ def merged(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 
 def _with_overrides(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
     problems: list[str] = []
     for text in overrides:
         try:
@@ -65,8 +66,6 @@ def _with_overrides(config: DictConfig, overrides: Sequence[str]) -> dict[str, A
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    from omegaconf import OmegaConf
-
     container = OmegaConf.to_container(config)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
@@ -108,20 +107,27 @@ def _oddity(value: Any, path: str, levels: int) -> str:
 
 
 def _read(path: Path) -> DictConfig:
+    from omegaconf import DictConfig
+
     if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{path}: a configuration ends in {', '.join(ENDINGS)}")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name the configuration file inside it")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file{_nearest_file(path)}")
+        near = f" (nor a folder {path.parent})"
+        if path.parent.is_dir():
+            near = did_you_mean(path.name, [file.name for file in path.parent.iterdir() if file.suffix in ENDINGS])
+        raise ConfigError(f"{path}: no such file{near}")
     try:
-        config = _read_json(path) if path.suffix.lower() == ".json" else _read_yaml(path)
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    from omegaconf import DictConfig
-
+    try:
+        config = _parsed_json(text) if path.suffix.lower() == ".json" else _parsed_yaml(text)
+    except Exception as error:
+        raise ConfigError(f"{path}: {_reason(error, text)}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping (key: value), found a list or a single value")
     if not config:
@@ -129,69 +135,37 @@ def _read(path: Path) -> DictConfig:
     return config
 
 
-def _read_yaml(path: Path) -> Any:
+def _parsed_yaml(text: str) -> Any:
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.load(path)
-        # OmegaConf takes a document that is a single text for a key without a value.
-        single = isinstance(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), yaml.ScalarNode)
-        return None if single else config
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: malformed YAML{_yaml_place(error)}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_of_key(error)}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise ConfigError(f"{path}: {_too_large(error, path.read_text(encoding='utf-8'))}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # OmegaConf says so without an errno when the document is a single value.
-        raise ConfigError(
-            f"{path}: the top level must be a mapping (key: value), found a list or a single value"
-        ) from error
+        config = OmegaConf.load(StringIO(text))
+    except OSError:  # what OmegaConf raises for a document that is a single value
+        return None
+    # It takes a document that is a single text for a key without a value.
+    single = isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.ScalarNode)
+    return None if single else config
 
 
-def _read_json(path: Path) -> Any:
+def _parsed_json(text: str) -> Any:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConfigError(f"{path}: malformed JSON: found duplicate key {twice}")
+            raise ValueError(f"malformed JSON: found duplicate key {twice}")
         return mapping
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise ConfigError(f"{path}: {_too_large(error, text)}") from error
-    if not isinstance(content, dict):
-        return None
-    try:
-        return OmegaConf.create(content)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_of_key(error)}") from error
+    content = json.loads(text, object_pairs_hook=unique)
+    return OmegaConf.create(content) if isinstance(content, dict) else None
 
 
 def _merged(config: DictConfig, text: str) -> DictConfig:
     """Return ``config`` with one ``key=value`` merged into it."""
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -203,12 +177,8 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
     _lift_name(config, key.split("."))
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
-    except yaml.YAMLError as error:
-        what = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(f"override {text!r}: malformed value: {what}") from error
-    except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        told = _first_line(error) if isinstance(error, OmegaConfBaseException) else _too_large(error, text)
-        raise ConfigError(f"override {shown(text)}: {told}") from error
+    except Exception as error:
+        raise ConfigError(f"override {shown(text)}: {_reason(error, text, place=False)}") from error
     assert not isinstance(merged, list)
     return merged  # type: ignore[return-value]
 
@@ -228,34 +198,27 @@ def _lift_name(config: DictConfig, keys: Sequence[str]) -> None:
         block = block.get(key)
 
 
-def _yaml_place(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or _first_line(error)
-    return f": {what}" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}: {what}"
+def _reason(error: Exception, text: str, *, place: bool = True) -> str:
+    """Return in one line why a text could not be read, with its place or key; any other error is a defect."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
 
-
-def _first_line(error: Exception) -> str:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"'${{' begins an interpolation that cannot be read: {first}" if "Grammar" in type(error).__name__ else first
-
-
-def _of_key(error: Exception) -> str:
-    key = getattr(error, "full_key", None)
-    return f"{key}: {_first_line(error)}" if key else _first_line(error)
-
-
-def _too_large(error: Exception, text: str) -> str:
-    """Return what is wrong with a text that Python itself refuses to read, with the key where it can be told."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, yaml.YAMLError):
+        mark, told = getattr(error, "problem_mark", None), getattr(error, "problem", None) or first
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None and place else ""
+        return f"malformed {'YAML' if place else 'value'}{where}: {told}"
+    if isinstance(error, OmegaConfBaseException):
+        if "Grammar" in type(error).__name__:
+            first = f"'${{' begins an interpolation that cannot be read: {first}"
+        key = getattr(error, "full_key", None)
+        return f"{key}: {first}" if key and place else first
     if isinstance(error, RecursionError):
         deep = re.search(rf"^[\s{{]*\"?([\w.-]+)\"?\s*[:=][^\n]*?(?:[\[{{][^\[\]{{}}\n]*){{{MOST_LEVELS}}}", text, re.M)
         return f"{deep[1] + ': ' if deep else ''}lists or mappings are nested more than {MOST_LEVELS} levels deep"
-    number = re.search(r"""([\w.-]+)["']?\s*[:=]\s*[+-]?[\d_]{4000}""", text)
-    return f"{number[1]}: the number has too many digits" if number else _first_line(error)
-
-
-def _nearest_file(path: Path) -> str:
-    from dataflex.errors import did_you_mean
-
-    if not path.parent.is_dir():
-        return f" (nor a folder {path.parent})"
-    return did_you_mean(path.name, [file.name for file in path.parent.iterdir() if file.suffix in ENDINGS])
+    if isinstance(error, ValueError):  # such as a number of more digits than Python reads
+        number = re.search(r"""([\w.-]+)["']?\s*[:=]\s*[+-]?[\d_]{4000}""", text)
+        return f"{number[1]}: the number has too many digits" if number else first
+    raise error

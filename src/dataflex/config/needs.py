@@ -1,4 +1,4 @@
-"""What methods require, against what a run has: the one place that enforces ``Requires``, for every kind of method."""
+"""What methods require, against what a run has: ``unmet`` alone enforces ``Requires``, for every kind of method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import did_you_mean
-from dataflex.method import Requires, RunFacts, Weighter
+from dataflex.method import Method, Requires, RunFacts, Weighter
 
 _NO_MOMENTS: tuple[str, ...] = (
     "adafactor",
@@ -34,10 +34,7 @@ _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 _CAUSAL = ("pt", "sft")
 _STAGES_OF_SIGNALS: dict[str, tuple[str, ...]] = {
     "losses": ("pt", "sft", "dpo", "kto"),
-    "gradients": _CAUSAL,
-    "logits": _CAUSAL,
-    "generate": _CAUSAL,
-    "gates": _CAUSAL,
+    **dict.fromkeys(("gradients", "logits", "generate", "gates"), _CAUSAL),
 }
 _TAKERS: dict[str, tuple[str, ...]] = {
     "needs_interval": ("selector", "mixer"),
@@ -50,7 +47,8 @@ _TAKERS: dict[str, tuple[str, ...]] = {
 """Fields of ``Requires`` that only methods of these kinds are given."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DESCRIPTIONS = ("config.json", "adapter_config.json", "modules.json")
+_REFERENCE_FILES = ("config.json", "adapter_config.json")
+_MODEL_FILES = (*_REFERENCE_FILES, "modules.json")
 
 
 def unmet(
@@ -60,12 +58,12 @@ def unmet(
 
     Args:
         dynamic: The methods, and the block that they stand in.
-        run: What is known of the run beside the block, and is to be held against it; None for the block itself.
+        run: What is known of the run beside the block; None for the block itself.
         unread: Keys of the block that could not be read; no line says that they are missing.
-        models: Whether other models must be there already.
+        models: Whether other models are looked for, and numbers by target compared with the targets.
     """
     for method in dynamic.methods:
-        needs = method.requires
+        needs, place = method.requires, f"dynamic.{method.kind}"
         if run is None:
             yield from _kind(method, needs)
             yield from _block(dynamic, method, needs, unread)
@@ -74,28 +72,48 @@ def unmet(
             yield from _stage(method, needs, run.stage)
         if run.partitioned and needs.whole_parameters:
             yield (
-                f"dynamic.{method.kind}: {method.name} does not work with partitioned parameters ({run.partitioned}); "
-                "use DeepSpeed ZeRO-2 or less, or plain data parallelism"
+                f"{place}: {method.name} does not work with partitioned parameters ({run.partitioned}); use DeepSpeed "
+                "ZeRO-2 or less, or plain data parallelism"
             )
-        if run.optimizer:
-            yield from _moments(method, needs, run.optimizer)
-        if run.num_domains is not None:
-            yield from too_few_domains(dynamic, method, run.num_domains)
+        for key, value in wants_moments(needs) if run.optimizer else ():
+            yield (
+                f"{place}.{key}: {value} {_without_moments(run.optimizer)}; write 'precondition: none' or 'sign', or "
+                "use an AdamW optimizer"
+            )
+        yield from _domains(dynamic, method, needs, run)
         if models:
+            yield from _reference(method, needs)
             yield from _models(method, needs)
             yield from _by_target(method, needs)
         for problem in method.build().check(run):
-            yield f"dynamic.{method.kind}{'.' if problem.key else ''}{problem.key}: {problem.text}"
+            yield f"{place}{'.' if problem.key else ''}{problem.key}: {problem.text}"
     if run is None:
-        yield from _references(dynamic)
-    elif dynamic.signals.screen_by == "pilot":
-        if run.stage is not None and run.stage not in _CAUSAL:
-            yield (
-                f"dynamic.signals.screen_by: a pilot looks at gradients, which there are none of under stage "
-                f"{run.stage}; use embeddings, or stage pt or sft"
-            )
-        if run.optimizer:
-            yield f"dynamic.signals.screen_by: a pilot {_without(run.optimizer)}; use embeddings, or an AdamW optimizer"
+        yield from _one_reference(dynamic)
+    else:
+        yield from _columns(dynamic, run)
+        yield from _pilot(dynamic, run)
+
+
+def without_targets(cls: type[Method]) -> str:
+    """Return what to tell someone who named no target for a method that requires one."""
+    summary = cls.card.summary.rstrip(".")
+    return f"{cls.name} needs a target: add 'targets: [<data set>]' (it {summary[:1].lower()}{summary[1:]})"
+
+
+def optimizer_without_moments(lf: LlamaFactoryArgs) -> str:
+    """Return the key and value that name an optimizer without Adam's moments, or an empty text."""
+    name = lf.optim or "adamw_torch"
+    flag = next((flag for flag in _MOMENT_FLAGS if lf.on(flag)), "")
+    return flag or (f"optim: {name}" if any(word in name for word in _NO_MOMENTS) else "")
+
+
+def wants_moments(needs: Requires) -> Iterator[tuple[str, str]]:
+    """Yield parameter and value of each precondition that is made from the moments of the run's optimizer."""
+    return ((key, value) for key, value in needs.preconditions.items() if value in _PRECONDITIONS)
+
+
+def _without_moments(optimizer: str | None) -> str:
+    return f"needs Adam's moments for each element, which the run's optimizer ({optimizer}) does not keep"
 
 
 def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
@@ -111,6 +129,8 @@ def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
 
 def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread: Collection[str]) -> Iterator[str]:
     """Yield keys of the block that are missing or contradict what is required."""
+    if needs.targets and not method.targets:
+        yield f"dynamic.{method.kind}: {without_targets(method.cls)}"
     if needs.needs_interval and dynamic.interval_steps is None and "interval_steps" not in unread:
         yield (
             f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
@@ -131,8 +151,7 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
         )
 
 
-def _references(dynamic: DynamicConfig) -> Iterator[str]:
-    """Yield that two methods name different reference models, since a run loads one."""
+def _one_reference(dynamic: DynamicConfig) -> Iterator[str]:
     named = {
         f"dynamic.{method.kind}.reference": method.requires.reference.folder
         for method in dynamic.methods
@@ -154,62 +173,68 @@ def _stage(method: MethodConfig, needs: Requires, stage: str) -> Iterator[str]:
         yield f"{where}{method.name} does not work under stage {stage} (works under: {', '.join(needs.stages)})"
     else:
         for signal in sorted(needs.signals):
-            known = _STAGES_OF_SIGNALS.get(signal)
-            if known is not None and stage not in known:
+            known = _STAGES_OF_SIGNALS.get(signal, (stage,))
+            if stage not in known:
                 yield (
-                    f"{where}{method.name} asks for {signal}, which there are none of under stage {stage} "
-                    f"(there are under: {', '.join(known)})"
+                    f"{where}{method.name} asks for {signal}, which a model under stage {stage} does not give "
+                    f"(given under: {', '.join(known)})"
                 )
 
 
-def too_few_domains(dynamic: DynamicConfig, method: MethodConfig, found: int, *, copied: bool = False) -> Iterator[str]:
-    """Yield that a method needs more domains than there are.
-
-    Args:
-        dynamic: What the domains are.
-        method: The method.
-        found: Number of domains.
-        copied: Whether the data sets are one because they come from a tokenized copy.
-    """
-    least = max(method.requires.domains, 2 if method.kind == "mixer" else 1)
-    if least <= found:
+def _domains(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, run: RunFacts) -> Iterator[str]:
+    """Yield that a method needs more domains than there are."""
+    least = max(needs.domains, 2 if method.kind == "mixer" else 1)
+    if run.num_domains is None or least <= run.num_domains:
         return
-    needs = f"{method.name} needs at least {'two' if least == 2 else least} domains"
-    if copied:
-        yield (
-            "tokenized_path: a tokenized copy does not say which data set a row is from, so that all rows are one "
-            f"domain, and dynamic.{method.kind}: {needs}; remove it"
-        )
-        return
+    lacks = f"dynamic.{method.kind}: {method.name} needs at least {'two' if least == 2 else least} domains"
     way = "list several data sets in 'dataset', or name a 'domain_column'"
     if not dynamic.domains_are_sources:
         keys = ("domain_column", "domain_path", "domain_clusters")
         way = f"every row has the same one by {next(key for key in keys if getattr(dynamic, key) is not None)}"
-    yield f"dynamic.{method.kind}: {needs}, found {found}; {way}"
-
-
-def optimizer_without_moments(lf: LlamaFactoryArgs) -> str:
-    """Return the key and value that name an optimizer without Adam's moments, or an empty text."""
-    name = lf.optim or "adamw_torch"
-    flag = next((flag for flag in _MOMENT_FLAGS if lf.on(flag)), "")
-    return flag or (f"optim: {name}" if any(word in name for word in _NO_MOMENTS) else "")
-
-
-def wants_moments(needs: Requires) -> Iterator[tuple[str, str]]:
-    """Yield parameter and value of each precondition that is made from the moments of the run's optimizer."""
-    return ((key, value) for key, value in needs.preconditions.items() if value in _PRECONDITIONS)
-
-
-def _without(optimizer: str) -> str:
-    return f"needs Adam's moments for each element, which the run's optimizer ({optimizer}) does not keep"
-
-
-def _moments(method: MethodConfig, needs: Requires, optimizer: str) -> Iterator[str]:
-    for key, value in wants_moments(needs):
+    elif run.copied:
         yield (
-            f"dynamic.{method.kind}.{key}: {value} {_without(optimizer)}; write 'precondition: none' or 'sign', or use "
-            "an AdamW optimizer"
+            "tokenized_path: a tokenized copy does not say which data set a row is from, so that all rows are one "
+            f"domain, and {lacks}; remove it"
         )
+        return
+    yield f"{lacks}, found {run.num_domains}; {way}"
+
+
+def _columns(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
+    """Yield why data columns, or the paths of files, cannot ride along with the rows."""
+    columns = (*dynamic.columns, *(["domain_path"] if dynamic.domain_path else []))
+    if not columns:
+        return
+    asked = f"'{', '.join(columns)}'"
+    if run.packed:
+        told = " (pre-training packs unless told otherwise)" if run.stage == "pt" else ""
+        yield (
+            f"packing: rows hold several samples{told}, so the column {asked} has no single value in a row; "
+            "set 'packing: false', or do without the column"
+        )
+    if run.copied:
+        yield f"tokenized_path: a tokenized copy does not keep the column {asked}; remove it"
+    if run.packed or run.copied or run.columns is None:
+        return
+    for key, name in dynamic.columns_by_key:
+        for data_set, known in run.columns.items():
+            if name not in known:
+                near, found = did_you_mean(name, sorted(known)), ", ".join(sorted(known)) or "none"
+                yield f"{key}: the data set {data_set!r} has no column {name!r}{near} (columns found: {found})"
+
+
+def _pilot(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
+    """Yield what the pilot that screens rows lacks: it requires what a method of gradients does."""
+    if dynamic.signals.screen_by != "pilot":
+        return
+    if run.stage is not None and run.stage not in _CAUSAL:
+        yield (
+            f"dynamic.signals.screen_by: a pilot looks at gradients, which a model under stage {run.stage} does not "
+            "give; use embeddings, or stage pt or sft"
+        )
+    if run.optimizer:
+        lacks = _without_moments(run.optimizer)
+        yield f"dynamic.signals.screen_by: a pilot {lacks}; use embeddings, or an AdamW optimizer"
 
 
 def _by_target(method: MethodConfig, needs: Requires) -> Iterator[str]:
@@ -230,26 +255,29 @@ def _by_target(method: MethodConfig, needs: Requires) -> Iterator[str]:
             yield f"{path}: {', '.join(missing)} missing; name every target"
 
 
+def _reference(method: MethodConfig, needs: Requires) -> Iterator[str]:
+    if needs.reference is None:
+        return
+    folder, key = Path(needs.reference.folder).expanduser(), f"dynamic.{method.kind}.reference"
+    if not folder.is_dir():
+        yield f"{key}: {_no_folder(needs.reference.folder)} (the reference model is trained before this run)"
+    elif not any((folder / name).is_file() for name in _REFERENCE_FILES):
+        yield f"{key}: {needs.reference.folder} holds no model (neither config.json nor adapter_config.json)"
+
+
 def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:
     """Yield the models that are neither a folder nor, perhaps, on a hub; and encoders whose package is missing."""
-    if needs.reference is not None:
-        folder = needs.reference.folder
-        key, path = f"dynamic.{method.kind}.reference", Path(folder).expanduser()
-        if not path.is_dir():
-            near = did_you_mean(path.name, _folders_beside(path))
-            yield f"{key}: no such folder: {folder}{near} (the reference model is trained before this run)"
-        elif not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            yield f"{key}: {folder} holds no model (neither config.json nor adapter_config.json)"
     for key, name in needs.models.items():
-        if name is None:
-            continue
-        problem = _model_problem(name) or (_package_problem(name) if key.rpartition(".")[2] == "encoder" else "")
+        problem = "" if name is None else _model_problem(name)
+        if name is not None and not problem and key.rpartition(".")[2] == "encoder":
+            described = (Path(name).expanduser() / "modules.json").is_file()
+            if described and importlib.util.find_spec("sentence_transformers") is None:
+                problem = (
+                    f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
+                    "pip install 'dataflex[encoders]'"
+                )
         if problem:
             yield f"dynamic.{method.kind}.{key}: {problem}"
-
-
-def _folders_beside(path: Path) -> list[str]:
-    return [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
 
 
 def _model_problem(name: str) -> str:
@@ -257,26 +285,20 @@ def _model_problem(name: str) -> str:
         return "is empty; give a model's folder or its name on a hub"
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if any((folder / file).is_file() for file in _DESCRIPTIONS):
+        if any((folder / file).is_file() for file in _MODEL_FILES):
             return ""
-        return f"{name} holds no model (none of {', '.join(_DESCRIPTIONS)})"
-    near = did_you_mean(folder.name, _folders_beside(folder))
+        return f"{name} holds no model (none of {', '.join(_MODEL_FILES)})"
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        return f"no such folder: {name}{near}"
+        return _no_folder(name)
     if (env_enabled("HF_HUB_OFFLINE") or env_enabled("TRANSFORMERS_OFFLINE")) and not _cached(name):
-        return f"no such folder: {name}{near}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
+        return f"{_no_folder(name)}; nor is it in the local cache of the hub, and HF_HUB_OFFLINE is set"
     return ""
 
 
-def _package_problem(name: str) -> str:
-    if not (Path(name).expanduser() / "modules.json").is_file():
-        return ""
-    if importlib.util.find_spec("sentence_transformers") is not None:
-        return ""
-    return (
-        f"{name} is a model of sentence-transformers, which is not installed; install the extra: "
-        "pip install 'dataflex[encoders]'"
-    )
+def _no_folder(name: str) -> str:
+    folder = Path(name).expanduser()
+    beside = [each.name for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
+    return f"no such folder: {name}{did_you_mean(folder.name, beside)}"
 
 
 def _cached(name: str) -> bool:

@@ -1,19 +1,22 @@
-"""Every key that a resumed run may find changed, once: whether that is refused, told, or of no consequence.
+"""Every key that a resumed run may find changed: whether that is refused, told, or of no consequence.
 
 A checkpoint's plan names rows by number and its methods' states belong to what decided them, so most keys must stay as
-they were. The identity in a checkpoint (``train.checkpoint``) is made of this table.
+they were. The fields of the schema say so of our keys, ``_LLAMAFACTORY`` of the others. The identity in a checkpoint
+(``train.checkpoint``) is made of both.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.schema import DynamicConfig
-from dataflex.config.show import plain
+from dataflex.config.mappings import plain
+from dataflex.config.schema import DynamicConfig, SignalsConfig
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 
 Kind = Literal["refused", "told", "free", "rows", "batch"]
 
@@ -34,92 +37,35 @@ class Change:
     note: str = ""
     flat: str | None = None
 
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Change:
+        """Return what the metadata of a field says."""
+        resume, flat = metadata.get("resume", "refused"), metadata.get("flat")
+        return cls(kind=resume, flat=flat) if resume in get_args(Kind) else cls(kind="told", note=resume, flat=flat)
 
-_REFUSED, _FREE, _ROWS, _BATCH = Change(kind="refused"), Change(kind="free"), Change(kind="rows"), Change(kind="batch")
 
-METHODS: tuple[str, ...] = ("selector", "mixer", "weighter")
-"""Compared by name, parameters and targets."""
-
-_BLOCK: dict[str, Change] = {
-    **{kind: Change(kind="refused", flat="component_name") for kind in METHODS},
-    "warmup_steps": Change(kind="refused", flat="warmup_step"),
-    "interval_steps": Change(kind="refused", flat="update_step"),
-    "candidate_batches": _REFUSED,
-    "keep_ratio": _REFUSED,
-    "exclude_seen": _REFUSED,
-    "repeat": Change(kind="told", note="holds from the next decision on"),
-    "unit": _REFUSED,
-    "interleave": _REFUSED,
-    "initial_proportions": Change(kind="refused", flat="init_mixture_proportions"),
-    "max_epochs": Change(kind="told", note="the plan in progress stays as it is, the next decision heeds the new caps"),
-    "at_cap": Change(kind="told", note="holds from the next decision on"),
-    "min_proportion": Change(kind="told", note="holds from the next decision on"),
-    "domain_column": _REFUSED,
-    "domain_path": _REFUSED,
-    "domain_clusters": _REFUSED,
-    "domain_encoder": _REFUSED,
-    "eval_by_domain": _FREE,
-    "signals.pool_fraction": _REFUSED,
-    "signals.screen_fraction": _REFUSED,
-    "signals.screen_by": _REFUSED,
-    "signals.max_age_steps": Change(kind="told", note="holds from the next decision on"),
-    "signals.store": _FREE,
-    "signals.store_gb": _FREE,
-    "max_repeats": _FREE,
-    "save_on_term": _FREE,
-    "checkpoint_hash": _FREE,
-    "plugins": _FREE,
-    "leakage": _ROWS,
-    "resume_plan": _FREE,
-    "seed": Change(kind="refused", flat="params.seed"),
-    "freeze_gate": Change(kind="refused", flat="freeze_gate"),
-    "early_stopping_min_delta": _FREE,
-    "cycle_steps": Change(kind="refused", flat="update_times"),
-    "total_steps": _FREE,
-    "flat": _FREE,
+_LLAMAFACTORY: dict[Kind, str] = {
+    "refused": "stage disable_shuffling dataloader_drop_last",
+    "batch": "per_device_train_batch_size gradient_accumulation_steps",
+    "rows": "seed dataset dataset_dir tokenized_path model_name_or_path template cutoff_len packing neat_packing "
+    "train_on_prompt mask_history ignore_pad_token_for_loss default_system enable_thinking tool_format max_samples "
+    "val_size streaming",
+    "free": "max_steps num_train_epochs",
 }
-
-_LLAMAFACTORY: dict[str, Change] = {
-    "stage": _REFUSED,
-    "seed": _ROWS,
-    "disable_shuffling": _REFUSED,
-    "dataloader_drop_last": _REFUSED,
-    "per_device_train_batch_size": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    **dict.fromkeys(
-        (
-            "dataset",
-            "dataset_dir",
-            "tokenized_path",
-            "model_name_or_path",
-            "template",
-            "cutoff_len",
-            "packing",
-            "neat_packing",
-            "train_on_prompt",
-            "mask_history",
-            "ignore_pad_token_for_loss",
-            "default_system",
-            "enable_thinking",
-            "tool_format",
-            "max_samples",
-            "val_size",
-            "streaming",
-        ),
-        _ROWS,
-    ),
-    "max_steps": _FREE,
-    "num_train_epochs": _FREE,
+ON_RESUME: dict[str, Change] = {
+    **{f"dynamic.{each.name}": Change.of(each.metadata) for each in fields(DynamicConfig) if each.name != "signals"},
+    **{f"dynamic.signals.{each.name}": Change.of(each.metadata) for each in fields(SignalsConfig)},
+    **{key: Change(kind=kind) for kind, keys in _LLAMAFACTORY.items() for key in keys.split()},
 }
-
-ON_RESUME: dict[str, Change] = {**{f"dynamic.{key}": change for key, change in _BLOCK.items()}, **_LLAMAFACTORY}
 """Keys as they are written in a configuration; those without a dot are LLaMA-Factory's."""
 
 _TRUTH = ("disable_shuffling", "dataloader_drop_last")
 
 
 def settings_of(config: DynamicConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
-    """Return the value of every key that a resumed run is compared by, methods left out, as JSON values.
+    """Return the value of every key that a resumed run is compared by, as JSON values.
+
+    Methods are left out: they are compared by name, parameters and targets.
 
     Args:
         config: The dynamic block.
@@ -128,7 +74,7 @@ def settings_of(config: DynamicConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, change in ON_RESUME.items():
         block, _, name = key.rpartition(".")
-        if change.kind == "free" or name in METHODS:
+        if change.kind == "free" or name in KINDS:
             continue
         if block:
             found[key] = plain(getattr(config.signals if block.endswith("signals") else config, name))

@@ -1,16 +1,23 @@
-"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and what would have no effect."""
+"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and which keys would have no effect.
+
+Keys whose effect depends on LLaMA-Factory's are told by ``check.notes``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 
-from dataflex.config.idle import idle_keys
 from dataflex.config.needs import unmet
-from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.method import DomainWeighter, Mixer, Selector
+from dataflex.config.schema import DynamicConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
+
+_OF_SUBSETS = ("keep_ratio", "repeat", "exclude_seen", "max_repeats", "candidate_batches", "signals.pool_fraction")
+"""Keys that have no effect without a selector that leaves rows out."""
+_OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
 
 def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Iterator[str]:
@@ -20,17 +27,48 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         dynamic: The configuration, without the keys that could not be read.
         unread: Those keys; no rule complains that they are missing.
     """
-    if not dynamic.methods and not any(kind in unread for kind in KINDS):
+    methods_unread = any(kind in unread for kind in KINDS)
+    if not dynamic.methods and not methods_unread:
         yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
         return
+    given = _given(dynamic)
     yield from unmet(dynamic, unread=unread)
     yield from _domain_rules(dynamic)
     if "selector" not in unread:
-        yield from _selector_rules(dynamic, unread)
+        yield from _selector_rules(dynamic, given, unread)
     if "mixer" not in unread:
-        yield from _mixer_rules(dynamic, unread)
-    yield from idle_keys(dynamic, unread)
-    if dynamic.leakage != "warn" and not dynamic.targets and not any(kind in unread for kind in KINDS):
+        yield from _mixer_rules(dynamic, given, unread)
+    if not methods_unread:
+        yield from _idle_keys(dynamic, given)
+
+
+def _given(dynamic: DynamicConfig) -> set[str]:
+    """Return the keys that do not have their defaults."""
+    signals, usual = dynamic.signals, DynamicConfig()
+    return {
+        *(key for key in block_keys() if getattr(dynamic, key) != getattr(usual, key)),
+        *(f"signals.{f.name}" for f in fields(SignalsConfig) if getattr(signals, f.name) != f.default),
+    }
+
+
+def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
+    """Yield the keys that the methods named leave without a purpose."""
+    if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
+        burn_in = "; 'burn_in_steps' of the weighter are steps of plain loss" if dynamic.weighter is not None else ""
+        yield (
+            "dynamic.warmup_steps: has no effect without a mixer, or a selector that leaves rows out; "
+            f"remove the key{burn_in}"
+        )
+    if "interleave" in given and dynamic.mixer is not None and dynamic.selector is not None and dynamic.narrows:
+        yield (
+            f"dynamic.interleave: has no effect beside the {dynamic.selector.name} selector, whose rows fill each "
+            f"interval's quotas in random order; remove the key"
+        )
+    if "at_cap" in given and (dynamic.mixer is None or dynamic.max_epochs is None):
+        yield "dynamic.at_cap: has no effect without a mixer and max_epochs; add what is missing, or remove the key"
+    if "signals.store_gb" in given and dynamic.signals.store is None:
+        yield "dynamic.signals.store_gb: has no effect without a store; add 'store', or remove the key"
+    if "leakage" in given and not dynamic.targets:
         yield f"dynamic.leakage: '{dynamic.leakage}' has no effect without targets; remove the key"
 
 
@@ -46,143 +84,107 @@ def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
         yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
 
 
-def _selector_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
+def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
     selector, mixer = dynamic.selector, dynamic.mixer
-    if dynamic.signals.screen_by != "embeddings" and dynamic.signals.screen_fraction == 1.0:
+    screened = "signals.screen_fraction" in given
+    if "signals.screen_by" in given and not screened:
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if selector is None:
-        if dynamic.keep_ratio is not None:
-            yield "dynamic.keep_ratio: has no effect without a selector; add one, or remove the key"
-        if dynamic.signals.screen_fraction < 1.0:
-            yield "dynamic.signals.screen_fraction: has no effect without a selector; add one, or remove the key"
-        if dynamic.repeat:
-            yield "dynamic.repeat: has no effect without a selector; add one, or remove the key"
-        if dynamic.exclude_seen:
-            yield "dynamic.exclude_seen: has no effect without a selector; add one, or remove the key"
-        if dynamic.max_repeats != DynamicConfig().max_repeats:
-            yield "dynamic.max_repeats: has no effect without a selector; add one, or remove the key"
-        if dynamic.candidate_batches is not None:
-            yield "dynamic.candidate_batches: has no effect without a selector; add one, or remove the key"
+        for key in (*_OF_SUBSETS, "signals.screen_fraction"):
+            if key in given:
+                yield f"dynamic.{key}: has no effect without a selector; add one, or remove the key"
         return
-    cls = selector.cls
-    assert issubclass(cls, Selector)
-    if dynamic.signals.screen_fraction < 1.0 and not selector.targets:
+    if screened and not selector.targets:
         yield (
             f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
-            "selector has none; remove the key, or use a selector with targets"
+            f"selector has none; remove the key, or use a selector with targets"
         )
-    if dynamic.max_repeats != DynamicConfig().max_repeats and not cls.selects_subset:
+    if not dynamic.narrows:
+        for key in _OF_SUBSETS:
+            if key in given:
+                told = f"has no effect with the {selector.name} selector, which keeps every row"
+                yield f"dynamic.{key}: {told}; remove the key"
+        return
+    if dynamic.exclude_seen and mixer is not None:
         yield (
-            f"dynamic.max_repeats: has no effect with the {selector.name} selector, which keeps every row; "
-            "remove the key"
+            "dynamic.exclude_seen: works without a mixer, whose quotas a domain without unseen rows could not fill; "
+            "remove one of the two (a mixer alone serves every row of a domain once before any twice)"
         )
-    if dynamic.exclude_seen:
-        yield from _unseen_rules(dynamic, cls)
-    if "candidate_batches" not in unread:
-        yield from _candidate_rules(dynamic, cls)
-    if mixer is not None and cls.selects_subset and dynamic.keep_ratio is None and "keep_ratio" not in unread:
+    if dynamic.candidate_batches is not None:
+        yield from _candidate_rules(dynamic, selector, given)
+    for key in ("exclude_seen", "candidate_batches"):
+        if key in given and getattr(selector.params, "checkpoints", 1) > 1:
+            yield (
+                f"dynamic.{key}: the {selector.name} selector averages scores of several intervals over the same rows; "
+                f"set checkpoints to 1, or remove {key}"
+            )
+    if mixer is not None and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
             f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
         )
 
 
-def _candidate_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
-    assert dynamic.selector is not None
-    name, key = dynamic.selector.name, "dynamic.candidate_batches"
-    if dynamic.candidate_batches is None:
-        return
-    if not cls.selects_subset:
-        yield f"{key}: has no effect with the {name} selector, which keeps every row; remove the key"
-        return
-    if dynamic.interval_steps is None and not dynamic.selector.requires.needs_interval:  # else it is told already
+def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Collection[str]) -> Iterator[str]:
+    key = "dynamic.candidate_batches"
+    if dynamic.interval_steps is None and not selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
         yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
-    others = {
-        "exclude_seen": dynamic.exclude_seen,
-        "signals.pool_fraction": dynamic.signals.pool_fraction < 1.0,
-        "signals.screen_fraction": dynamic.signals.screen_fraction < 1.0,
-    }
-    for other in (other for other, given in others.items() if given):
-        yield f"{key}: says which rows the {name} selector chooses from, and so does {other}; remove one of the two"
-    if getattr(dynamic.selector.params, "checkpoints", 1) > 1:
-        yield (
-            f"{key}: the {name} selector averages scores of several intervals over the same rows; set checkpoints to "
-            "1, or remove candidate_batches"
-        )
+    for other in ("exclude_seen", "signals.pool_fraction", "signals.screen_fraction"):
+        if other in given:
+            yield (
+                f"{key}: says which rows the {selector.name} selector chooses from, and so does {other}; remove one "
+                "of the two"
+            )
 
 
-def _unseen_rules(dynamic: DynamicConfig, cls: type[Selector]) -> Iterator[str]:
-    assert dynamic.selector is not None
-    name = dynamic.selector.name
-    if not cls.selects_subset:
-        yield f"dynamic.exclude_seen: has no effect with the {name} selector, which keeps every row; remove the key"
-    if dynamic.mixer is not None:
-        yield (
-            "dynamic.exclude_seen: works without a mixer, whose quotas a domain without unseen rows could not fill; "
-            "remove one of the two (a mixer alone serves every row of a domain once before any twice)"
-        )
-    if getattr(dynamic.selector.params, "checkpoints", 1) > 1:
-        yield (
-            f"dynamic.exclude_seen: the {name} selector averages scores of several intervals over the same rows; "
-            "set checkpoints to 1, or remove exclude_seen"
-        )
-
-
-def _mixer_rules(dynamic: DynamicConfig, unread: Collection[str]) -> Iterator[str]:
-    if dynamic.mixer is None:
-        given = {
-            "initial_proportions": dynamic.initial_proportions is not None,
-            "max_epochs": dynamic.max_epochs is not None,
-            "min_proportion": dynamic.min_proportion is not None,
-            "unit": dynamic.unit != "sequences",
-            "interleave": dynamic.interleave != "shuffled",
-        }
-        for key in (key for key, there in given.items() if there):
-            yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
+def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
+    mixer, weighter, selector = dynamic.mixer, dynamic.weighter, dynamic.selector
+    if mixer is None:
+        for key in _OF_MIXERS:
+            if key in given:
+                yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
         return
     if dynamic.min_proportion is not None:
-        yield from _floor_rules(dynamic.min_proportion, dynamic.mixer)
-    mixer = dynamic.mixer.cls
-    assert issubclass(mixer, Mixer)
-    weighter = dynamic.weighter
-    if weighter is not None and not getattr(weighter.cls, "neutral", False) and issubclass(mixer, DomainWeighter):
-        if mixer(dynamic.mixer.params).loss_normalizer == "domain":
-            way = "set its 'normalizer: weight_sum', or use" if hasattr(dynamic.mixer.params, "normalizer") else "use"
+        yield from _floor_rules(dynamic.min_proportion, mixer)
+    method = mixer.build()
+    assert isinstance(method, Mixer)
+    if isinstance(method, DomainWeighter):
+        if weighter is not None and not getattr(weighter.cls, "neutral", False) and method.loss_normalizer == "domain":
+            way = "set its 'normalizer: weight_sum', or use" if hasattr(mixer.params, "normalizer") else "use"
             yield (
-                f"dynamic.weighter: the {dynamic.mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
+                f"dynamic.weighter: the {mixer.name} mixer's loss is a weighted sum of domains' mean losses, "
                 f"which leaves no place for the {weighter.name} weighter; {way} one of the two methods"
             )
-    if issubclass(mixer, DomainWeighter) and dynamic.max_epochs is not None:
-        yield (
-            f"dynamic.max_epochs: the {dynamic.mixer.name} mixer corrects its weights by the proportions that it "
-            "samples in, which a cap would change; remove it"
-        )
-    if dynamic.max_epochs is not None and dynamic.selector is not None:
-        if dynamic.narrows:
+        if dynamic.max_epochs is not None:
             yield (
-                f"dynamic.max_epochs: has no effect beside the {dynamic.selector.name} selector, which decides anew in "
-                "every interval what is served; remove one of the two"
+                f"dynamic.max_epochs: the {mixer.name} mixer corrects its weights by the proportions that it "
+                "samples in, which a cap would change; remove it"
             )
+    if dynamic.max_epochs is not None and selector is not None and dynamic.narrows:
+        yield (
+            f"dynamic.max_epochs: has no effect beside the {selector.name} selector, which decides anew in "
+            "every interval what is served; remove one of the two"
+        )
     if dynamic.initial_proportions is not None:
         try:
             check_numbers(dynamic.initial_proportions, "dynamic.initial_proportions")
         except ValueError as error:
             yield str(error)
-    if dynamic.initial_proportions is not None and dynamic.warmup_steps == 0 and "warmup_steps" not in unread:
-        yield (
-            "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; "
-            "set warmup_steps, or remove the key"
-        )
+        if dynamic.warmup_steps == 0 and "warmup_steps" not in unread:
+            yield (
+                "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; set warmup_steps, or "
+                "remove the key"
+            )
 
 
 def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
-    cls, key = mixer.cls, "dynamic.min_proportion"
-    if issubclass(cls, DomainWeighter):
+    key = "dynamic.min_proportion"
+    if issubclass(mixer.cls, DomainWeighter):
         yield (
             f"{key}: the {mixer.name} mixer serves the domains as its 'sampling' says and moves their weights in the "
-            "loss, whose floor is 'smoothing' / number of domains; set these, or remove the key"
+            f"loss, whose floor is 'smoothing' / number of domains; set these, or remove the key"
         )
         return
     if isinstance(floors, Mapping):

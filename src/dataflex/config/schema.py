@@ -1,17 +1,20 @@
 """What a configuration means, once read: frozen dataclasses without any parsing.
 
-The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block, with their ranges in the
-metadata; ``user=False`` marks what only the translation of flat keys sets.
+The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block. Their metadata holds ranges, ``flat`` (the flat
+key that means the same), ``user=False`` (only the translation of flat keys sets it) and ``resume``: what happens when a
+resumed run has another value than its checkpoint (``resuming``; refused where nothing is said).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
-from dataflex.method import Method, Params, Requires, Selector
+from dataflex.method import Method, Params, Requires, Selector, param
 from dataflex.registry import find
+
+_NEXT = "holds from the next decision on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +57,24 @@ class MethodConfig:
 class SignalsConfig:
     """How the passes are made that methods ask for."""
 
-    pool_fraction: float = field(
-        default=1.0,
-        metadata={"help": "share of the rows, drawn anew each interval, that is scored", "above": 0.0, "maximum": 1.0},
+    pool_fraction: float = param(
+        1.0, "share of the rows, drawn anew each interval, that is scored", above=0.0, maximum=1.0
     )
-    screen_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "share of those rows, the most promising for the targets, that the selector is given",
-            "above": 0.0,
-            "maximum": 1.0,
-        },
+    screen_fraction: float = param(
+        1.0,
+        "share of those rows, the most promising for the targets, that the selector is given",
+        above=0.0,
+        maximum=1.0,
     )
-    screen_by: Literal["embeddings", "pilot"] = field(
-        default="embeddings",
-        metadata={"help": "nearness of embeddings, or scores predicted from those of a twentieth of the rows"},
+    screen_by: Literal["embeddings", "pilot"] = param(
+        "embeddings", "nearness of embeddings, or scores predicted from those of a twentieth of the rows"
     )
-    max_age_steps: int = field(
-        default=0, metadata={"help": "oldest answer, in optimizer steps, that is given again", "minimum": 0}
+    max_age_steps: int = param(0, "oldest answer, in optimizer steps, that is given again", minimum=0, resume=_NEXT)
+    store: str | None = param(
+        None, "folder that passes write to as they go, to be taken up after a kill", resume="free"
     )
-    store: str | None = field(
-        default=None, metadata={"help": "folder that passes write to as they go, to be taken up after a kill"}
-    )
-    store_gb: float = field(
-        default=10.0,
-        metadata={
-            "help": "size in GB beyond which the oldest stored answers are dropped",
-            "above": 0.0,
-            "maximum": 1e9,
-        },
+    store_gb: float = param(
+        10.0, "size in GB beyond which the oldest stored answers are dropped", above=0.0, maximum=1e9, resume="free"
     )
 
 
@@ -90,103 +82,80 @@ class SignalsConfig:
 class DynamicConfig:
     """Everything that the ``dynamic`` block (or the flat keys of existing DataFlex) asks for."""
 
-    selector: MethodConfig | None = field(default=None, metadata={"help": "method that chooses rows"})
-    mixer: MethodConfig | None = field(default=None, metadata={"help": "method that sets proportions of domains"})
-    weighter: MethodConfig | None = field(default=None, metadata={"help": "method that weighs losses"})
-    warmup_steps: int = field(default=0, metadata={"help": "optimizer steps before the first decision", "minimum": 0})
-    interval_steps: int | None = field(
-        default=None, metadata={"help": "optimizer steps between two decisions", "minimum": 1}
+    selector: MethodConfig | None = param(None, "method that chooses rows", flat="component_name")
+    mixer: MethodConfig | None = param(None, "method that sets proportions of domains", flat="component_name")
+    weighter: MethodConfig | None = param(None, "method that weighs losses", flat="component_name")
+    warmup_steps: int = param(0, "optimizer steps before the first decision", minimum=0, flat="warmup_step")
+    interval_steps: int | None = param(None, "optimizer steps between two decisions", minimum=1, flat="update_step")
+    candidate_batches: int | None = param(
+        None, "the selector chooses within this many times the rows of an interval, epoch by epoch", minimum=2
     )
-    candidate_batches: int | None = field(
-        default=None,
-        metadata={
-            "help": "the selector chooses within the next so many times the rows of an interval, epoch by epoch",
-            "minimum": 2,
-        },
+    keep_ratio: float | None = param(
+        None,
+        "share of the pool (what pool_fraction and screening leave) that the selector keeps",
+        above=0.0,
+        maximum=1.0,
     )
-    keep_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "share of the pool (what pool_fraction and screening leave) that the selector keeps",
-            "above": 0.0,
-            "maximum": 1.0,
-        },
+    exclude_seen: bool = param(False, "whether rows that were served leave the selector's pool until too few are left")
+    max_repeats: int | None = param(
+        4,
+        "a run warns when a tenth of a selector's interval was served more often than this; null: never",
+        minimum=1,
+        resume="free",
     )
-    exclude_seen: bool = field(
-        default=False,
-        metadata={"help": "whether rows that were served leave the selector's pool until too few are left"},
+    repeat: bool = param(False, "whether an interval may serve a row again when too few were selected", resume=_NEXT)
+    unit: Literal["sequences", "tokens", "documents"] = param("sequences", "what proportions are shares of")
+    interleave: Literal["shuffled", "even"] = param(
+        "shuffled", "order of domains within the steps that hold a mixer's proportions: drawn, or spread evenly"
     )
-    max_repeats: int | None = field(
-        default=4,
-        metadata={
-            "help": "a run warns when a tenth of a selector's interval was served more often than this; null: never",
-            "minimum": 1,
-        },
+    initial_proportions: tuple[float, ...] | dict[str, float] | None = param(
+        None, "proportions of the domains during warm-up", minimum=0.0, flat="init_mixture_proportions"
     )
-    repeat: bool = field(
-        default=False, metadata={"help": "whether an interval may serve a row again when too few were selected"}
+    max_epochs: float | dict[str, float] | None = param(
+        None,
+        "most epochs over any domain, or over each",
+        above=0.0,
+        resume="the plan in progress stays as it is, the next decision heeds the new caps",
     )
-    unit: Literal["sequences", "tokens", "documents"] = field(
-        default="sequences", metadata={"help": "what proportions are proportions of"}
+    at_cap: Literal["error", "redistribute", "stop"] = param(
+        "redistribute", "what happens to a domain that reached max_epochs", resume=_NEXT
     )
-    interleave: Literal["shuffled", "even"] = field(
-        default="shuffled",
-        metadata={"help": "order of domains within the steps that hold a mixer's proportions: drawn, or spread evenly"},
+    min_proportion: float | dict[str, float] | None = param(
+        None, "least proportion that the mixer may give any domain, or each", above=0.0, maximum=1.0, resume=_NEXT
     )
-    initial_proportions: tuple[float, ...] | dict[str, float] | None = field(
-        default=None, metadata={"help": "proportions of the domains during warm-up", "minimum": 0.0}
+    domain_column: str | None = param(None, "data column that names a row's domain; without it, its data set does")
+    domain_path: str | None = param(
+        None, "end of the path of a row's file, as web/*.jsonl: what the first * stands for is its domain"
     )
-    max_epochs: float | dict[str, float] | None = field(
-        default=None, metadata={"help": "most epochs over any domain, or over each", "above": 0.0}
+    domain_clusters: int | None = param(
+        None, "number of clusters of the rows' embeddings, which are the domains", minimum=2
     )
-    at_cap: Literal["error", "redistribute", "stop"] = field(
-        default="redistribute", metadata={"help": "what happens to a domain that reached max_epochs"}
+    domain_encoder: str | None = param(None, "model, by folder or hub id, that embeds rows for domain_clusters")
+    eval_by_domain: bool = param(
+        False, "whether held-out rows are evaluated domain by domain, and over all of them", resume="free"
     )
-    min_proportion: float | dict[str, float] | None = field(
-        default=None,
-        metadata={"help": "least proportion that the mixer may give any domain, or each", "above": 0.0, "maximum": 1.0},
+    signals: SignalsConfig = param(SignalsConfig(), "how the model is asked about rows")
+    plugins: tuple[str, ...] = param((), "Python files that define methods", resume="free")
+    leakage: Literal["warn", "error", "drop"] = param(
+        "warn", "what happens to training rows that are also rows of a target", resume="rows"
     )
-    domain_column: str | None = field(
-        default=None, metadata={"help": "data column that names a row's domain; without it, its data set does"}
+    resume_plan: Literal["strict", "ignore"] = param(
+        "strict", "whether a resumed run must find the data of the saved plan", resume="free"
     )
-    domain_path: str | None = field(
-        default=None,
-        metadata={"help": "end of the path of a row's file, as web/*.jsonl: what the first * stands for is its domain"},
+    checkpoint_hash: Literal["size", "full"] = param(
+        "size", "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash", resume="free"
     )
-    domain_clusters: int | None = field(
-        default=None, metadata={"help": "domains are so many clusters of the rows' embeddings", "minimum": 2}
+    seed: int | None = param(None, "seed of all decisions; without it, the run's seed", minimum=0, flat="params.seed")
+    save_on_term: bool = param(
+        True, "whether SIGTERM ends training after the step, with a checkpoint, or at once", resume="free"
     )
-    domain_encoder: str | None = field(
-        default=None, metadata={"help": "model, by folder or hub id, that embeds rows for domain_clusters"}
+    freeze_gate: bool = param(False, "whether the gates of a MoE model are not trained", flat="freeze_gate")
+    early_stopping_min_delta: float = param(
+        0.0, "least gain that counts for early_stopping_steps", minimum=0.0, resume="free"
     )
-    eval_by_domain: bool = field(
-        default=False, metadata={"help": "whether held-out rows are evaluated domain by domain, and over all of them"}
-    )
-    signals: SignalsConfig = field(default=SignalsConfig(), metadata={"help": "how the model is asked about rows"})
-    plugins: tuple[str, ...] = field(default=(), metadata={"help": "Python files that define methods"})
-    leakage: Literal["warn", "error", "drop"] = field(
-        default="warn", metadata={"help": "what happens to training rows that are also rows of a target"}
-    )
-    resume_plan: Literal["strict", "ignore"] = field(
-        default="strict", metadata={"help": "whether a resumed run must find the data of the saved plan"}
-    )
-    checkpoint_hash: Literal["size", "full"] = field(
-        default="size",
-        metadata={"help": "how files of a checkpoint above 1 GiB are compared before it is loaded; smaller by hash"},
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "seed of all decisions; without it, the run's seed", "minimum": 0}
-    )
-    save_on_term: bool = field(
-        default=True, metadata={"help": "whether SIGTERM ends training after the step, with a checkpoint, or at once"}
-    )
-    freeze_gate: bool = field(default=False, metadata={"help": "whether the gates of a MoE model are not trained"})
-    early_stopping_min_delta: float = field(
-        default=0.0, metadata={"help": "least gain that counts for early_stopping_steps", "minimum": 0.0}
-    )
-    cycle_steps: int | None = field(default=None, metadata={"user": False})
-    total_steps: int | None = field(default=None, metadata={"user": False})
-    flat: bool = field(default=False, compare=False, metadata={"user": False})
+    cycle_steps: int | None = field(default=None, metadata={"user": False, "flat": "update_times"})
+    total_steps: int | None = field(default=None, metadata={"user": False, "resume": "free"})
+    flat: bool = field(default=False, compare=False, metadata={"user": False, "resume": "free"})
 
     @property
     def domains_are_sources(self) -> bool:
@@ -224,3 +193,30 @@ class DynamicConfig:
     def columns(self) -> tuple[str, ...]:
         """Names of the raw data columns that must ride along with the rows, each once."""
         return tuple(dict.fromkeys(name for _, name in self.columns_by_key))
+
+
+def block_keys() -> list[str]:
+    """Return the keys of the ``dynamic`` block, in the order of the schema."""
+    return [each.name for each in fields(DynamicConfig) if each.metadata.get("user", True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatKeys:
+    """The flat keys of existing DataFlex, with the defaults that they have there."""
+
+    train_type: str = "static"
+    components_cfg_file: str = "configs/components.yaml"
+    component_name: str | None = None
+    warmup_step: int = param(0, minimum=0)
+    update_step: int = param(0, minimum=0)
+    update_times: int = 1
+    train_step: int = param(0, minimum=0)
+    static_mix: bool = False
+    mixture_sample_rule: Literal["mixture", "stratified", "uniform"] = "mixture"
+    init_mixture_proportions: tuple[float, ...] | None = param(None, minimum=0.0)
+    mixer_eval_dataset: str | tuple[str, ...] | None = None
+    freeze_gate: bool = False
+    early_stopping_min_delta: float = param(0.0, minimum=0.0)
+
+
+FLAT_KEYS: tuple[str, ...] = tuple(each.name for each in fields(FlatKeys))

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.build import block_keys, parse_dynamic
-from dataflex.config.check import found_problems, key_of_problem
-from dataflex.config.flat import FLAT_KEYS
+from dataflex.config.build import misplaced_keys, parse_dynamic
+from dataflex.config.check import first_told, found_problems, notes
 from dataflex.config.legacy import translate
 from dataflex.config.load import without_oddities
-from dataflex.config.notes import notes
-from dataflex.config.places import misplaced_keys
-from dataflex.config.schema import DynamicConfig
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, block_keys
 from dataflex.errors import ConfigError, did_you_mean
 from dataflex.registry import KINDS
 
@@ -49,22 +46,23 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
     Raises:
         ConfigError: All problems of the ``dynamic`` block or of the flat keys.
     """
-    flat = [key for key in mapping if key in FLAT_KEYS]
+    block, flat = mapping.get("dynamic"), [key for key in mapping if key in FLAT_KEYS]
     problems = [*_misspelt(mapping), *misplaced_keys(mapping)]
-    if mapping.get("dynamic") is not None and flat:
+    if block is not None and flat:
         problems.append(
             f"dynamic: given together with flat keys of existing DataFlex ({', '.join(flat)}); write one or the other"
         )
     if problems:
         raise ConfigError(problems)
-    rest = {key: value for key, value in mapping.items() if key != "dynamic"}
-    if mapping.get("dynamic") is None:
-        lf, dynamic, delta, notes = translate(rest, base_dir)
-        return Split(lf=LlamaFactoryArgs.read(lf), dynamic=dynamic, notes=tuple(notes), early_stopping_min_delta=delta)
-    dynamic = parse_dynamic(mapping["dynamic"], base_dir)
-    return Split(
-        lf=LlamaFactoryArgs.read(rest), dynamic=dynamic, early_stopping_min_delta=dynamic.early_stopping_min_delta
-    )
+    lf = {key: value for key, value in mapping.items() if key != "dynamic"}
+    dynamic: DynamicConfig | None
+    told: list[str] = []
+    if block is None:
+        lf, dynamic, delta, told = translate(lf, base_dir)
+    else:
+        dynamic = parse_dynamic(block, base_dir)
+        delta = dynamic.early_stopping_min_delta
+    return Split(lf=LlamaFactoryArgs.read(lf), dynamic=dynamic, notes=tuple(told), early_stopping_min_delta=delta)
 
 
 def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = False) -> Split:
@@ -79,22 +77,16 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
     Raises:
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
     """
-    mapping, odd = without_oddities(mapping)
-    problems: list[str] = []
-    found: list[str] = []
+    mapping, told = without_oddities(mapping)
     try:
         parts = split(mapping, base_dir)
     except ConfigError as error:
-        problems = error.problems
+        told = first_told(told, error.problems)
         # What can be said about the rest does not depend on the part that is broken.
         lf = {key: value for key, value in mapping.items() if key != "dynamic" and key not in FLAT_KEYS}
         parts = Split(lf=LlamaFactoryArgs.read(lf), dynamic=DynamicConfig())
     if parts.dynamic is not None or check_stock:
-        found = found_problems(parts.dynamic, parts.lf, base_dir)
-    told = [*odd]
-    for more in (problems, found):
-        keys = {key_of_problem(line) for line in told}
-        told += [line for line in more if key_of_problem(line) not in keys]
+        told = first_told(told, found_problems(parts.dynamic, parts.lf, base_dir))
     if told:
         raise ConfigError(dict.fromkeys(told))
     if parts.dynamic is None:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,12 @@ _TYPES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "dict": 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What LLaMA-Factory's parser and Trainer take for one key.
+    """What LLaMA-Factory's parser and Trainer take for one key."""
 
-    Attributes:
-        types: Some of "bool", "int", "float", "str", "list", "dict"; empty where anything may be given.
-        nullable: Whether null may be given.
-        default: Value without the key; None also where it is not a constant.
-        choices: Texts that may be given; None where any may.
-    """
-
-    types: tuple[str, ...]
-    nullable: bool = False
-    default: Any = None
-    choices: tuple[str, ...] | None = None
+    types: tuple[str, ...]  # some of "bool", "int", "float", "str", "list", "dict"; empty where anything may be given
+    nullable: bool = False  # whether null may be given
+    default: Any = None  # value without the key; None also where it is not a constant
+    choices: tuple[str, ...] | None = None  # texts that may be given; None where any may
 
 
 def installed() -> dict[str, str]:
@@ -66,17 +59,14 @@ def table() -> Mapping[str, Key]:
     """Return all keys of the installed version; none of them where its source cannot be read."""
     stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     if stored.get("versions") == installed():
-        return {name: Key(**_tuples(entry)) for name, entry in stored["keys"].items()}
+        return {
+            name: Key(**{**entry, **{key: tuple(entry[key]) for key in ("types", "choices") if key in entry}})
+            for name, entry in stored["keys"].items()
+        }
     try:
         return read_source()
     except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
         return {}
-
-
-def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(value) if isinstance(value, list) and name != "default" else value for name, value in entry.items()
-    }
 
 
 def read_source() -> dict[str, Key]:
@@ -93,21 +83,19 @@ def read_source() -> dict[str, Key]:
     also_lists: set[str] = set()
     for file in _CLASSES:
         tree = _parsed(file)
-        also_lists.update(_split_texts(tree))
+        # Texts that split_arg cuts at commas may be lists as they are.
+        cut = (call.args[0] for call in _calls(tree, "split_arg"))
+        also_lists.update(node.attr for node in cut if isinstance(node, ast.Attribute))
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and any(_name(each) == "dataclass" for each in node.decorator_list):
                 found.update(_fields(node, choices))
     for name in also_lists & set(found):
-        found[name] = _with(found[name], types=(*found[name].types, "list"))
-    named = {"template": _templates(), "tool_format": _keys_of("llamafactory/data/tool_utils.py", "TOOLS")}
+        found[name] = replace(found[name], types=(*found[name].types, "list"))
+    named = {"template": _templates(), "tool_format": _tool_formats()}
     for name, known in named.items():
         if known and name in found:
-            found[name] = _with(found[name], choices=known)
+            found[name] = replace(found[name], choices=known)
     return dict(sorted(found.items()))
-
-
-def _with(key: Key, **changes: Any) -> Key:
-    return Key(**{**{name: getattr(key, name) for name in ("types", "nullable", "default", "choices")}, **changes})
 
 
 def _parsed(file: str) -> ast.Module:
@@ -203,33 +191,29 @@ def _members(hint: ast.expr) -> Iterator[ast.expr]:
         yield hint
 
 
-def _split_texts(tree: ast.Module) -> Iterator[str]:
-    """Yield the keys of text that ``split_arg`` cuts at commas, and that may be lists as they are."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _name(node) == "split_arg" and isinstance(node.args[0], ast.Attribute):
-            yield node.args[0].attr
+def _calls(tree: ast.Module, name: str) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node) == name)
 
 
 def _templates() -> tuple[str, ...]:
-    calls = [node for node in ast.walk(_parsed("llamafactory/data/template.py")) if isinstance(node, ast.Call)]
-    named = [word.value for call in calls if _name(call) == "register_template" for word in call.keywords[:1]]
+    calls = _calls(_parsed("llamafactory/data/template.py"), "register_template")
+    named = [word.value for call in calls for word in call.keywords[:1]]
     return tuple(sorted({str(node.value) for node in named if isinstance(node, ast.Constant)}))
 
 
-def _keys_of(file: str, name: str) -> tuple[str, ...]:
-    for node in _parsed(file).body:
-        if isinstance(node, ast.Assign) and _name(node.targets[0]) == name and isinstance(node.value, ast.Dict):
+def _tool_formats() -> tuple[str, ...]:
+    for node in _parsed("llamafactory/data/tool_utils.py").body:
+        if isinstance(node, ast.Assign) and _name(node.targets[0]) == "TOOLS" and isinstance(node.value, ast.Dict):
             return tuple(str(_constant(key)) for key in node.value.keys)
     return ()
 
 
-def _entry(key: Key) -> dict[str, Any]:
-    usual = asdict(Key(types=()))
-    return {name: value for name, value in asdict(key).items() if name == "types" or value != usual[name]}
-
-
 def _text() -> str:
-    keys = {name: _entry(key) for name, key in read_source().items()}
+    usual = asdict(Key(types=()))
+    keys = {
+        name: {each: value for each, value in asdict(key).items() if each == "types" or value != usual[each]}
+        for name, key in read_source().items()
+    }
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in keys.items())
     return f'{{\n "versions": {json.dumps(installed())},\n "keys": {{\n{lines}\n }}\n}}\n'
 

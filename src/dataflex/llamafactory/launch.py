@@ -1,10 +1,9 @@
-"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher.
+"""Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher, and Ray's workers.
 
-Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
-``MASTER_PORT``, and for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``;
-``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``. Upstream names relied upon, of
-``llamafactory.extras.misc``: ``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``,
-``use_ray``.
+Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
+``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``,
+``MAX_RESTARTS``. Upstream names relied upon: ``llamafactory.train.tuner.Worker``, and of ``llamafactory.extras.misc``
+``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
 """
 
 from __future__ import annotations
@@ -17,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llamafactory.extras import misc
 from llamafactory.train import tuner
 
 from dataflex.ending import run_child
+from dataflex.llamafactory.loading import replaced
 from dataflex.record.clock import LAUNCHED
 
-_WORKER_MODULE = "dataflex.worker"
+ENVIRONMENT_KEY = "DATAFLEX_RUN"
+"""Environment variable that gives Ray's workers the configuration."""
 _SHUTDOWN_SECONDS = "600"
 
 
@@ -30,66 +32,56 @@ def wants_torchrun() -> bool:
     """Whether this run is to be started under torchrun, and is not already inside it."""
     if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
         return False
-    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
-
-    if is_env_enabled("FORCE_TORCHRUN"):
+    if misc.is_env_enabled("FORCE_TORCHRUN"):
         return True
-    return get_device_count() > 1 and not use_ray() and not use_kt()
+    return misc.get_device_count() > 1 and not misc.use_ray() and not misc.use_kt()
 
 
-def torchrun_command(
-    args: list[str], env: Mapping[str, str], *, devices: int, free_port: int, module: str = _WORKER_MODULE
-) -> list[str]:
+def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
     """Return the torchrun command line for the given environment.
 
     Args:
-        args: Arguments of ``dataflex train``.
+        args: Command and arguments of ``dataflex``, which every rank runs.
         env: Environment variables.
         devices: Visible devices, the default of NPROC_PER_NODE.
         free_port: Default of MASTER_PORT.
-        module: What each rank runs.
     """
     nnodes = env.get("NNODES", "1")
     per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
-    address = env.get("MASTER_ADDR", "127.0.0.1")
-    port = env.get("MASTER_PORT", str(free_port))
+    address, port = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", str(free_port))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", per_node]
     rendezvous = env.get("RDZV_ID")
     if rendezvous is not None:
-        if env.get("MIN_NNODES") is not None and env.get("MAX_NNODES") is not None:
+        if "MIN_NNODES" in env and "MAX_NNODES" in env:
             nnodes = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}"
         command += ["--nnodes", nnodes, "--rdzv-id", rendezvous, "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", f"{address}:{port}", "--max-restarts", env.get("MAX_RESTARTS", "0")]
     else:
         command += ["--nnodes", nnodes, "--node-rank", env.get("NODE_RANK", "0")]
         command += ["--master-addr", address, "--master-port", port]
-    return [*command, "-m", module, *args]
+    return [*command, "-m", "dataflex", *args]
 
 
-def with_torchrun(args: list[str], module: str = _WORKER_MODULE, began: float | None = None) -> int:
-    """Run a module with ``args`` in one process per device and return the exit code; by default ``dataflex train``.
+def with_torchrun(args: list[str], began: float | None = None) -> int:
+    """Run ``dataflex`` with ``args`` in one process per device and return the exit code.
 
-    ``began`` is when the command did, in Unix seconds: the run's time is counted from there.
+    Args:
+        args: Command and arguments.
+        began: Unix seconds at which the command began: the run's time is counted from there.
     """
-    from llamafactory.extras.misc import find_available_port, get_device_count, is_env_enabled
-
     env = dict(os.environ)
     if began is not None:
         env[LAUNCHED] = repr(began)
-    if is_env_enabled("OPTIM_TORCH", "1"):
+    if misc.is_env_enabled("OPTIM_TORCH", "1"):
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         env["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
-    if get_device_count() == 0:
+    devices = misc.get_device_count()
+    if devices == 0:
         # Without it a rank maps checkpoints to the device 'cpu:1', which torch cannot restore to.
         env.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    port = find_available_port()
-    command = torchrun_command(args, env, devices=get_device_count(), free_port=port, module=module)
-    # Sent SIGTERM, torchrun kills ranks that have not ended by then; one that saves needs its step and its disk.
+    # On SIGTERM torchrun kills ranks that have not ended by then; one that saves needs time for its step and its disk.
     env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
-    return run_child(command, env)
-
-
-ENVIRONMENT_KEY = "DATAFLEX_RUN"
+    return run_child(torchrun_command(args, env, devices=devices, free_port=misc.find_available_port()), env)
 
 
 class RayWorker(tuner.Worker):
@@ -102,18 +94,16 @@ class RayWorker(tuner.Worker):
         given = json.loads(os.environ[ENVIRONMENT_KEY])
         parts = split(given["mapping"], Path(given["base_dir"]))
         assert parts.dynamic is not None
-        with least_gain(parts.early_stopping_min_delta), swapped(given["stage"], parts.dynamic, dict(parts.lf)):
+        with least_gain(parts.early_stopping_min_delta), swapped(parts.dynamic, dict(parts.lf)):
             super()._training_function(config)
 
 
 @contextmanager
-def ray_workers(mapping: dict[str, Any], base_dir: Path, stage: str) -> Iterator[None]:
+def ray_workers(mapping: dict[str, Any], base_dir: Path) -> Iterator[None]:
     """Make LLaMA-Factory start ``RayWorker``s while inside."""
-    before = tuner.Worker
-    os.environ[ENVIRONMENT_KEY] = json.dumps({"mapping": mapping, "base_dir": str(base_dir), "stage": stage})
-    tuner.Worker = RayWorker
+    os.environ[ENVIRONMENT_KEY] = json.dumps({"mapping": mapping, "base_dir": str(base_dir)})
     try:
-        yield
+        with replaced((tuner, "Worker", RayWorker)):
+            yield
     finally:
-        tuner.Worker = before
         del os.environ[ENVIRONMENT_KEY]

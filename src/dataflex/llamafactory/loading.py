@@ -1,12 +1,9 @@
-"""LLaMA-Factory's ``get_dataset``, asked for the training data, the evaluation sets or a target.
+"""Calls LLaMA-Factory's ``get_dataset`` for the training data, the evaluation sets and targets, and keeps the raw rows.
 
-What is written about the training data alone stays with it. ``_HOW_ROWS_ARE_READ`` names the settings that hold for
-every data set; all others are listed with what they are for another set, so that a new one has to be decided upon.
-Whatever the loader refuses becomes a ``DataError`` that names the key and the data set.
-
-Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.get_dataset`` (public),
-``llamafactory.data.loader._load_single_dataset`` (wrapped while loading, to say which data set failed), the fields of
-``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from ``cutoff_len`` where packing is asked.
+Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.get_dataset`` (public); of
+``llamafactory.data.loader`` ``align_dataset``, ``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced
+while loading; the fields of ``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from
+``cutoff_len`` for packing.
 """
 
 from __future__ import annotations
@@ -15,41 +12,23 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
 from llamafactory.data import get_dataset as lf_get_dataset
 from llamafactory.data import loader as lf_loader
 from numpy.typing import NDArray
 
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.data import find_sources, target_data_sets
+from dataflex.config.mappings import shown
 from dataflex.errors import ConfigError, DataError, DataFlexError
-
-_HOW_ROWS_ARE_READ = frozenset(
-    {
-        "data_shared_file_system",
-        "dataset_dir",
-        "default_system",
-        "enable_thinking",
-        "eval_num_beams",
-        "eval_on_each_dataset",
-        "ignore_pad_token_for_loss",
-        "mask_history",
-        "media_dir",
-        "overwrite_cache",
-        "preprocessing_batch_size",
-        "preprocessing_num_workers",
-        "preserve_thinking",
-        "template",
-        "tool_format",
-        "train_on_prompt",
-    }
-)
-"""Settings that hold for every data set alike."""
+from dataflex.llamafactory.streaming import serve
 
 _OF_TRAINING: dict[str, Any] = {
     "buffer_size": 16384,
@@ -62,31 +41,105 @@ _OF_TRAINING: dict[str, Any] = {
     "tokenized_path": None,
     "val_size": 0.0,
 }
-"""Settings of the training data alone, with what they are for another data set."""
+"""Settings of the training data alone, with their values for another data set."""
+FILE_COLUMN = "dataflex_file"
+"""Raw column that holds the number of the file of a row, where domains are named by paths."""
+_CHUNK_ROWS = 20_000
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of modules, given as (module, name, value), while inside."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The rows that were read of one data set.
+
+    Attributes:
+        raw: Rows as they were read from its files, from the first on.
+        aligned: The same rows with LLaMA-Factory's columns ``_prompt`` and ``_response``, lists of messages.
+        stage: LLaMA-Factory's stage.
+    """
+
+    raw: Dataset
+    aligned: Any
+    stage: str
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that were read."""
+        return len(self.aligned)
+
+    @cached_property
+    def kept(self) -> NDArray[np.int64]:
+        """Positions of the rows that tokenizing keeps, ascending: those with an answer, for preferences with two."""
+        if self.stage == "pt":
+            return np.arange(len(self.aligned), dtype=np.int64)
+        kept = [np.zeros(0, dtype=np.bool_)]
+        messages = self.aligned.select_columns(["_prompt", "_response"]).with_format("arrow")
+        for table in messages.iter(batch_size=_CHUNK_ROWS):
+            turns, answers = (
+                pc.fill_null(pc.list_value_length(table.column(name)), 0).to_numpy().astype(np.int64)
+                for name in ("_prompt", "_response")
+            )
+            kept.append((turns % 2 == 1) & (answers == 1 if self.stage == "sft" else answers >= 2))
+        return np.flatnonzero(np.concatenate(kept)).astype(np.int64)
+
+
+@contextmanager
+def watched_origins(stage: str, found: list[Origin] | None = None) -> Iterator[list[Origin]]:
+    """Return a list, ``found`` if given, to which every data set that LLaMA-Factory loads while inside is added."""
+    origins = [] if found is None else found
+    align = lf_loader.align_dataset
+
+    def watch(dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        aligned = align(dataset, *args, **kwargs)
+        origins.append(Origin(raw=dataset, aligned=aligned, stage=stage))
+        return aligned
+
+    with replaced((lf_loader, "align_dataset", watch)):
+        yield origins
 
 
 def of_another_set(data_args: Any, names: Sequence[str], *, cutoff_shortened: bool) -> Any:
-    """Return LLaMA-Factory's data arguments for data sets that are not trained on, all their rows one by one.
+    """Return LLaMA-Factory's data arguments for data sets that are not trained on: all their rows, not packed.
 
     Args:
         data_args: Those of the run.
         names: The data sets, whose rows follow one another.
-        cutoff_shortened: Whether LLaMA-Factory took one token from ``cutoff_len`` for the sake of packing.
+        cutoff_shortened: Whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
     """
+    cutoff = data_args.cutoff_len + cutoff_shortened
+    return _changed(data_args, **_OF_TRAINING, dataset=list(names), eval_dataset=None, cutoff_len=cutoff)
+
+
+def _changed(data_args: Any, **changes: Any) -> Any:
     args = copy.copy(data_args)
-    for key, value in {**_OF_TRAINING, "dataset": list(names), "eval_dataset": None}.items():
+    for key, value in {"streaming": False, **changes}.items():
         setattr(args, key, value)
-    args.cutoff_len = data_args.cutoff_len + cutoff_shortened
     return args
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Calls ``get_dataset`` as the workflow did, for one part of the data after the other.
+    """Calls ``get_dataset`` as the workflow did, for one part of the data at a time.
 
     Attributes:
-        template: As the workflow gave them, like the four that follow.
+        template: As the workflow gave it, like the five that follow.
         written: LLaMA-Factory's keys as the user wrote them.
+        by_file: Whether training rows carry the number of their file, see ``files``.
+        origins: Training sets that were read, and evaluation sets that were read with them.
+        held_out: Evaluation sets that were read by themselves.
+        files: Paths of the files that were numbered.
     """
 
     template: Any
@@ -96,71 +149,103 @@ class Loader:
     stage: Any
     tokenizer_module: Mapping[str, Any]
     written: LlamaFactoryArgs
+    by_file: bool = False
+    origins: list[Origin] = field(default_factory=list)
+    held_out: list[Origin] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def test_size(self) -> int | float:
+        """Rows that ``val_size`` holds out: a number, a share of all, or 0."""
+        size = self.data_args.val_size
+        return 0 if size <= 1e-6 else int(size) if size > 1 else size
 
     def stock(self) -> dict[str, Any]:
-        """Return what the workflow asked for; served rows stay random-access."""
-        args = self._changed()
+        """Return what the workflow asked for."""
+        args = self.data_args
         if self.written.tokenized:
-            return self._load(args, tokenized_path=[args.tokenized_path])
-        return self._load(args, dataset=args.dataset, eval_dataset=args.eval_dataset)
+            return self._load_training(_changed(args), tokenized_path=[args.tokenized_path])
+        return self._load_training(_changed(args), dataset=args.dataset, eval_dataset=args.eval_dataset)
 
     def training(self, name: str) -> Any:
         """Return the rows of one of several training sets."""
-        args = self._changed(dataset=[name], eval_dataset=None, val_size=0.0)
-        return self._load(args, dataset=[name])["train_dataset"]
+        args = _changed(self.data_args, dataset=[name], eval_dataset=None, val_size=0.0)
+        return self._load_training(args, dataset=[name])["train_dataset"]
 
     def evaluation(self) -> Any:
-        """Return what ``eval_dataset`` names, as it is named there, beside any tokenized copy of the training data."""
-        args = self._changed(dataset=None, val_size=0.0, tokenized_path=None)
-        return self._load(args, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
+        """Return what ``eval_dataset`` names, as it is named there, also beside a tokenized copy of training data."""
+        args = _changed(self.data_args, dataset=None, val_size=0.0, tokenized_path=None)
+        return self._load(args, self.held_out, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
 
     def target(self, name: str) -> Any:
         """Return the rows of a target."""
-        shortened = bool(self.written.packing) or self.written.neat_packing
         names = target_data_sets(name)
+        shortened = bool(self.written.packing) or self.written.neat_packing
         args = of_another_set(self.data_args, names, cutoff_shortened=shortened)
-        return self._load(args, targets=names)["train_dataset"]
+        return self._load(args, [], targets=names)["train_dataset"]
 
-    def _changed(self, **changes: Any) -> Any:
-        args = copy.copy(self.data_args)
-        for key, value in {"streaming": False, **changes}.items():
-            setattr(args, key, value)
-        return args
+    def _load_training(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
+        changes: list[tuple[Any, str, Any]] = []
+        if self.by_file:
+            changes.append((lf_loader, "load_dataset", self._load_numbered))
+        if self.data_args.streaming:
+            changes.append((lf_loader, "_get_preprocessed_dataset", serve))
+        with replaced(*changes):
+            return self._load(args, self.origins, **named)
 
-    def _load(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
-        """Call ``get_dataset``; ``named`` are the data sets by the key that names them, in the order of loading."""
-        with _told([f"{key}: {name!r}" for key, names in named.items() for name in names or ()]):
-            module: dict[str, Any] = lf_get_dataset(
-                self.template, self.model_args, args, self.training_args, self.stage, **self.tokenizer_module
-            )
+    def _load_numbered(self, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
+        """Load files one by one, as ``datasets.load_dataset`` does, and add the number of the file to every row."""
+        if not isinstance(data_files, list) or kwargs.get("streaming"):
+            return _load_dataset(*args, data_files=data_files, **kwargs)
+        parts = []
+        for file in data_files:
+            part = _load_dataset(*args, data_files=[file], **kwargs)
+            parts.append(part.add_column(FILE_COLUMN, np.full(len(part), len(self.files), dtype=np.int32)))
+            self.files.append(str(file))
+        return concatenate_datasets(parts)
+
+    def _load(self, args: Any, found: list[Origin], **named: Sequence[str] | None) -> dict[str, Any]:
+        """Call ``get_dataset``; whatever it refuses becomes an error that names the key and the data set.
+
+        Args:
+            args: Data arguments.
+            found: Takes the data sets that are read.
+            named: The data sets by the key that names them, in the order of loading.
+        """
+        places = [f"{key}: {name!r}" for key, names in named.items() for name in names or ()]
+        before = len(found)
+        try:
+            with watched_origins(self.stage, found):
+                module: dict[str, Any] = lf_get_dataset(
+                    self.template, self.model_args, args, self.training_args, self.stage, **self.tokenizer_module
+                )
+        except DataFlexError:
+            raise
+        except Exception as error:
+            at = len(found) - before  # the data set that failed
+            where = places[at] if at < len(places) else ", ".join(places) or "dataset"
+            raise DataError(f"{where} cannot be loaded: {_reason(error)}") from error
         return module
 
+    def raw_rows(self, *, held_out: bool = False) -> RawRows:
+        """Return the raw rows that are trained on, or those that are held out, in the order of the tokenized rows."""
+        names, size = self.data_args.dataset, self.test_size
+        found = self.origins[: len(names)]
+        if held_out and not size:
+            found = self.origins[len(names) :] or self.held_out
+            names = self.data_args.eval_dataset
+        parts = [origin.raw for origin in found]
+        rows = np.arange(sum(map(len, parts)), dtype=np.int64)
+        if size:
+            rows = split_rows(len(rows), size, self.training_args.seed)["test" if held_out else "train"]
+        return RawRows(names=names, parts=parts, rows=rows, written=self.written)
 
-@contextmanager
-def _told(places: Sequence[str]) -> Iterator[None]:
-    """Tell whatever loading refuses by key and data set; ``places`` in the order of loading."""
-    original = lf_loader._load_single_dataset
-    loaded: list[str] = []
 
-    def load(*args: Any, **kwargs: Any) -> Any:
-        dataset = original(*args, **kwargs)
-        loaded.append("")
-        return dataset
-
-    lf_loader._load_single_dataset = load
-    try:
-        yield
-    except DataFlexError:
-        raise
-    except Exception as error:
-        where = places[len(loaded)] if len(loaded) < len(places) else ", ".join(places)
-        raise DataError(f"{where or 'dataset'} cannot be loaded: {_reason(error)}") from error
-    finally:
-        lf_loader._load_single_dataset = original
+_load_dataset = lf_loader.load_dataset
 
 
 def _reason(error: BaseException) -> str:
-    """Return in one line what lies at the bottom of an error."""
+    """Return the error at the bottom of a chain in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):
@@ -171,30 +256,11 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-@contextmanager
-def raw_columns(wanted: bool, seen: list[Dataset]) -> Iterator[None]:
-    """Keep a reference to every raw data set that LLaMA-Factory aligns while inside, if columns are wanted."""
-    if not wanted:
-        yield
-        return
-    original = lf_loader.align_dataset
-
-    def keep(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(dataset)
-        return original(dataset, *args, **kwargs)
-
-    lf_loader.align_dataset = keep
-    try:
-        yield
-    finally:
-        lf_loader.align_dataset = original
-
-
-def split_rows(total: int, size: int | float, seed: int, part: str = "train") -> NDArray[np.int64]:
-    """Return the rows of one part of ``Dataset.train_test_split``, in its order, by letting it split positions."""
+def split_rows(total: int, size: int | float, seed: int) -> dict[str, NDArray[np.int64]]:
+    """Return the positions that ``Dataset.train_test_split`` puts into ``train`` and ``test``, in its order."""
     positions = Dataset.from_dict({"row": np.arange(total, dtype=np.int64)})
     split = positions.train_test_split(test_size=size, seed=seed)
-    return _values(split[part], "row").astype(np.int64)
+    return {part: _values(rows, "row").astype(np.int64) for part, rows in split.items()}
 
 
 def _values(dataset: Dataset, name: str) -> NDArray[Any]:
@@ -209,13 +275,13 @@ def _values(dataset: Dataset, name: str) -> NDArray[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RawRows:
-    """Rows as they were read from the files of several data sets, and which of them are meant, in order.
+    """Rows as they were read from the files of several data sets, in the order of tokenized rows.
 
     Attributes:
         names: Names of the data sets.
         parts: Their raw rows.
-        rows: Positions in the parts, one after the other [N].
-        written: LLaMA-Factory's keys as the user wrote them, for telling places.
+        rows: Positions in the concatenated parts [N].
+        written: LLaMA-Factory's keys as the user wrote them, to find the files.
     """
 
     names: Sequence[str]
@@ -223,12 +289,31 @@ class RawRows:
     rows: NDArray[np.int64]
     written: LlamaFactoryArgs
 
-    def place(self, row: int) -> str:
-        """Say where row ``row`` of those meant stands: data set, and the line of its file where that can be known."""
+    def column(self, name: str, num_rows: int) -> NDArray[Any]:
+        """Return a raw column in the order of ``num_rows`` tokenized rows [num_rows].
+
+        Raises:
+            ConfigError: A data set lacks the column.
+            DataError: Raw rows and tokenized rows do not match one to one.
+        """
+        if not self.parts:
+            raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenized (tokenized_path)")
+        for source, part in zip(self.names, self.parts, strict=False):
+            if name not in part.column_names:
+                known = ", ".join(part.column_names)
+                raise ConfigError(f"column {name!r} is not in the data set {source!r} (columns found: {known})")
+        if len(self.rows) != num_rows:
+            raise DataError(
+                f"column {name!r}: {len(self.rows):,} raw rows became {num_rows:,} training rows, so that its values "
+                "cannot be matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
+            )
+        return np.concatenate([_values(part, name) for part in self.parts])[self.rows]
+
+    def _place(self, row: int) -> str:
+        """Return the data set of a row, and the line of its file where that can be known."""
         ends = np.cumsum([len(part) for part in self.parts])
-        raw = int(self.rows[row])
-        which = int(np.searchsorted(ends, raw, side="right"))
-        position = raw - (int(ends[which - 1]) if which else 0)
+        which = int(np.searchsorted(ends, self.rows[row], side="right"))
+        position = int(self.rows[row]) - (int(ends[which - 1]) if which else 0)
         name = self.names[which]
         sources, _ = find_sources([name], self.written, "dataset", Path())
         file = sources[0].path if sources else None
@@ -240,7 +325,7 @@ class RawRows:
         return f"data set {name!r}, row {position + 1:,} of {len(self.parts[which]):,}{told}"
 
     def check(self, key: str, name: str, values: NDArray[Any], refused: tuple[NDArray[np.bool_], str] | None) -> None:
-        """Refuse values that cannot be used, by the place of the first.
+        """Refuse unusable values of a column.
 
         Args:
             key: Path of the key that asks for the column.
@@ -249,19 +334,15 @@ class RawRows:
             refused: Which of them cannot be used [N], and what they must be; None where all can.
 
         Raises:
-            DataError: There are such values.
+            DataError: There are such values, with the place of the first.
         """
         if refused is None or not refused[0].any():
             return
         bad, wanted = refused
         row = int(np.flatnonzero(bad)[0])
+        value = values[row].item() if isinstance(values[row], np.generic) else values[row]
         others = f" (and {int(bad.sum()) - 1:,} more rows)" if bad.sum() > 1 else ""
-        raise DataError(f"{key}: {self.place(row)}, has {name} = {_shown(values[row])}{others}; {wanted}")
-
-
-def _shown(value: Any) -> str:
-    plain = value.item() if isinstance(value, np.generic) else value
-    return "null" if plain is None else repr(plain) if not isinstance(plain, bool) else str(plain).lower()
+        raise DataError(f"{key}: {self._place(row)}, has {name} = {shown(value)}{others}; {wanted}")
 
 
 def _line_of(file: Path, position: int) -> int | None:
@@ -280,24 +361,3 @@ def _line_of(file: Path, position: int) -> int | None:
             except ValueError:
                 return None
     return None
-
-
-def column(name: str, raw: RawRows, num_rows: int) -> NDArray[Any]:
-    """Return a raw column in the order of the rows meant [num_rows].
-
-    Raises:
-        ConfigError: A source lacks the column.
-        DataError: Raw rows and tokenized rows do not match one to one.
-    """
-    if not raw.parts:
-        raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenized (tokenized_path)")
-    for source, part in zip(raw.names, raw.parts, strict=False):
-        if name not in part.column_names:
-            known = ", ".join(part.column_names)
-            raise ConfigError(f"column {name!r} is not in the data set {source!r} (columns found: {known})")
-    if len(raw.rows) != num_rows:
-        raise DataError(
-            f"column {name!r}: {len(raw.rows):,} raw rows became {num_rows:,} training rows, so that its values cannot "
-            "be matched. Turn packing off, and remove rows that LLaMA-Factory drops as invalid."
-        )
-    return np.concatenate([_values(part, name) for part in raw.parts])[raw.rows]

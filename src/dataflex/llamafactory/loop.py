@@ -1,8 +1,8 @@
-"""What a session has to know of a Hugging Face Trainer, and how SIGTERM ends one.
+"""What a session needs to know of a Hugging Face Trainer, and how SIGTERM ends one.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_items_in_batch``,
 ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``, ``transformers.TrainerCallback`` and its ``on_train_begin``,
-``on_step_end`` and ``on_epoch_end``.
+``on_step_end`` and ``on_epoch_end``; the collators' base class ``MultiModalDataCollatorForSeq2Seq``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from transformers import TrainerCallback
 
 from dataflex import comm
 from dataflex.ending import TermVote
-from dataflex.llamafactory.datasets import scoring_collator
-from dataflex.train.controller import BatchShape
+from dataflex.plan.plan import BatchShape
 from dataflex.train.session import Loop, Setup
+
+_SCORED_PREFIX = {"rm": "chosen_", "dpo": "chosen_", "kto": ""}
+"""What the columns of the answer that a scoring pass scores begin with; other stages have one answer."""
+
+
+def scoring_collator(stage: str, collator: Any) -> Any:
+    """Return a collator for scoring passes, which reduces preference rows to one answer."""
+    if stage not in _SCORED_PREFIX:
+        return collator
+    columns = {name: _SCORED_PREFIX[stage] + name for name in ("input_ids", "attention_mask", "labels")}
+    columns.update({name: name for name in ("images", "videos", "audios")})
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{ours: feature[theirs] for ours, theirs in columns.items()} for feature in features]
+        return MultiModalDataCollatorForSeq2Seq.__call__(collator, plain)
+
+    return collate
 
 
 def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
-    """Return what a session has to know of a Trainer: its arguments, model, data and collator are read."""
+    """Return what a session needs to know of a Trainer, from its arguments, model, data and collator."""
     args = trainer.args
     zero = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     return Loop(
@@ -43,7 +60,7 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         device=args.device,
         output_dir=Path(args.output_dir),
         dataset=trainer.train_dataset,
-        score_collate=scoring_collator(setup.stage)(trainer.data_collator),
+        score_collate=scoring_collator(setup.stage, trainer.data_collator),
         tokenizer=trainer.processing_class,
         autocast=trainer.compute_loss_context_manager,
         score_rows=args.per_device_eval_batch_size,
@@ -68,12 +85,12 @@ class StopOnTerm(TrainerCallback):
         self.vote, self._noted = TermVote(device), ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here on there is something to save."""
+        """Note SIGTERM from here on, where there is something to save."""
         told = "[dataflex] SIGTERM: ending after the step in progress, with a checkpoint"
         self._noted.enter_context(self.vote.noted(told if comm.rank() == 0 else ""))
 
     def over(self) -> None:
-        """Leave SIGTERM to whoever had it before."""
+        """Give SIGTERM back to its earlier handler."""
         self._noted.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,6 +99,6 @@ class StopOnTerm(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Do nothing that is due at the end of an epoch, which this is not."""
+        """Skip what is due at the end of an epoch: the run stops in the middle of one."""
         if self.vote.agreed:
             control.should_log = control.should_evaluate = control.should_save = False

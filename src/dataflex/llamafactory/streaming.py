@@ -1,20 +1,16 @@
 """Rows that are tokenized when they are served, for corpora whose tokens should not lie on disk or in memory.
 
-Under ``streaming: true`` LLaMA-Factory loads local files as memory-mapped tables and maps them on the fly.
-Here the tables stay random-access, so that plans, mixtures, caps and exact resume work as for any data: one
-pass over the corpus counts the tokens of each row (kept by the ``datasets`` cache), and the rows themselves
-are the ones that LLaMA-Factory would have made beforehand, in the same order.
-
-Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.loader._get_preprocessed_dataset``
-(replaced while training data is loaded), ``_get_dataset_processor``, the processors' ``preprocess_dataset``, and how
-``PretrainDatasetProcessor`` builds texts and blocks.
+Under ``streaming: true`` LLaMA-Factory maps local files on the fly. Here the tables stay random-access, so that plans,
+mixtures, caps and exact resume work as for any data: one pass counts the tokens of each row (kept by the ``datasets``
+cache), and the rows are those that LLaMA-Factory would have made beforehand, in the same order. Upstream names relied
+upon, each asserted by ``tests/upstream``: ``llamafactory.data.loader._get_preprocessed_dataset``,
+``_get_dataset_processor``, the processors' ``preprocess_dataset``, how ``PretrainDatasetProcessor`` builds blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,11 +24,6 @@ from dataflex.train.row_space import Measures
 _IGNORE = -100
 
 
-def _tokens(features: dict[str, list[Any]], place: int) -> tuple[list[int], list[int] | None]:
-    labels = features.get("labels")
-    return features["input_ids"][place], None if labels is None else labels[place]
-
-
 class _Counter:
     """Counts tokens of raw rows; an object of a class, so that the ``datasets`` cache can name its work."""
 
@@ -40,21 +31,21 @@ class _Counter:
         self.processor, self.whole = processor, whole
 
     def __call__(self, examples: dict[str, list[Any]]) -> dict[str, list[int]]:
-        lengths, supervised, digests = [], [], []
+        counted: dict[str, list[int]] = {"length": [], "supervised": [], "digest": []}
         for place in range(len(next(iter(examples.values())))):
             single = {key: [values[place]] for key, values in examples.items()}
-            made = _texts(self.processor, single) if self.whole else self.processor.preprocess_dataset(single)
-            if not made.get("input_ids"):
-                lengths.append(-1)
-                supervised.append(0)
-                digests.append(0)
-                continue
-            ids, labels = _tokens(made, 0)
-            lengths.append(len(ids))
-            supervised.append(len(ids) if labels is None else sum(label != _IGNORE for label in labels))
-            content = np.asarray([*ids, _IGNORE, *(labels or ())], dtype=np.int64).tobytes()
-            digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big"))
-        return {"length": lengths, "supervised": supervised, "digest": digests}
+            for name, value in zip(counted, self._of_row(single), strict=True):
+                counted[name].append(value)
+        return counted
+
+    def _of_row(self, single: dict[str, list[Any]]) -> tuple[int, int, int]:
+        made = _texts(self.processor, single) if self.whole else self.processor.preprocess_dataset(single)
+        if not made.get("input_ids"):  # a row that LLaMA-Factory drops
+            return -1, 0, 0
+        ids, labels = made["input_ids"][0], made["labels"][0] if "labels" in made else None
+        supervised = len(ids) if labels is None else sum(label != _IGNORE for label in labels)
+        content = np.asarray([*ids, _IGNORE, *(labels or ())], dtype=np.int64).tobytes()
+        return len(ids), supervised, int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
 
 
 def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -65,25 +56,7 @@ def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any
     return tokenized
 
 
-class _ByRow:
-    """Rows one by one, for classes that give several at once."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return self.__getitems__([row])[0]
-
-
-class ServedRows(_ByRow):
+class ServedRows:
     """A data set of rows that are tokenized on access; row r is what stock preprocessing gives as row r.
 
     Args:
@@ -94,10 +67,13 @@ class ServedRows(_ByRow):
         num_proc: Processes that count tokens.
     """
 
+    raw_rows: NDArray[np.int64]
+    """Raw row of each row; empty for blocks, which have none of their own."""
+
     def __init__(
         self, raw: Dataset, processor: Any, *, block: int | None, group: int, num_proc: int | None = None
     ) -> None:
-        self._raw, self._processor, self._block, self._group = raw, processor, block, group
+        self.raw, self._processor, self._block = raw, processor, block
         counted = raw.map(
             _Counter(processor, block is not None),
             batched=True,
@@ -109,51 +85,57 @@ class ServedRows(_ByRow):
         lengths, supervised, digests = (
             counted.column(name).to_numpy().astype(np.int64) for name in ("length", "supervised", "digest")
         )
-        self.raw_rows: NDArray[np.int64] = np.flatnonzero(lengths >= 0)
-        """Raw row of each row; empty for blocks, which have none of their own."""
-        self._lengths, self._supervised = lengths[self.raw_rows], supervised[self.raw_rows]
-        self._digest = hashlib.blake2b(digests.tobytes() + lengths.tobytes(), digest_size=8)
-        if block is not None:
-            self._ends = np.cumsum(np.maximum(lengths, 0))
-            self._find_blocks(len(raw), block, group)
+        self._fingerprint = hashlib.blake2b(digests.tobytes() + lengths.tobytes(), digest_size=8).hexdigest()
+        if block is None:
+            self.raw_rows = np.flatnonzero(lengths >= 0)
+            self._lengths, self._supervised = lengths[self.raw_rows], supervised[self.raw_rows]
+        else:
             self.raw_rows = np.zeros(0, dtype=np.int64)
+            self._ends = np.cumsum(np.maximum(lengths, 0))
+            self._starts = self._block_starts(block, group)
+            self._lengths = self._supervised = np.full(len(self._starts), block, dtype=np.int64)
 
-    def _find_blocks(self, num_raw: int, block: int, group: int) -> None:
-        starts = np.arange(0, num_raw, group)
-        stops = np.minimum(starts + group, num_raw)
+    def _block_starts(self, block: int, group: int) -> NDArray[np.int64]:
+        """Return the first token of each block in the concatenated text of all raw rows."""
+        starts = np.arange(0, len(self._ends), group)
+        stops = np.minimum(starts + group, len(self._ends))
         first = np.where(starts > 0, self._ends[starts - 1], 0)
         counts = (self._ends[stops - 1] - first) // block
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        self._starts = np.repeat(first, counts) + number * block
-        """First token of each block in the text of all raw rows."""
-        self._lengths = np.full(len(self._starts), block, dtype=np.int64)
-        self._supervised = self._lengths
+        return np.asarray(np.repeat(first, counts) + number * block)
 
     def __len__(self) -> int:
         return len(self._lengths)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         if not len(rows):
             return []
         if self._block is not None:
-            return [self._cut(int(row)) for row in rows]
-        made = self._processor.preprocess_dataset(self._raw[self.raw_rows[np.asarray(rows)].tolist()])
+            return [self._cut(int(row), self._block) for row in rows]
+        made = self._processor.preprocess_dataset(self.raw[self.raw_rows[np.asarray(rows)].tolist()])
         if len(made["input_ids"]) != len(rows):
             raise DataError("a row that had tokens when they were counted has none now; the files have changed")
         return [{key: values[place] for key, values in made.items()} for place in range(len(rows))]
 
-    def _cut(self, row: int) -> dict[str, Any]:
-        assert self._block is not None
+    def _cut(self, row: int, block: int) -> dict[str, Any]:
         start = int(self._starts[row])
         first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, start + self._block, side="left"))
-        made = _texts(self._processor, self._raw[list(range(first, last + 1))])
+        last = int(np.searchsorted(self._ends, start + block, side="left"))
+        made = _texts(self._processor, self.raw[list(range(first, last + 1))])
         offset = start - (int(self._ends[first - 1]) if first else 0)
         features = {}
         for key, values in made.items():
             whole = [value for part in values for value in part]
-            features[key] = whole[offset : offset + self._block]
-        if len(features["input_ids"]) != self._block:
+            features[key] = whole[offset : offset + block]
+        if len(features["input_ids"]) != block:
             raise DataError("a document has other tokens than when they were counted; the files have changed")
         if getattr(self._processor.tokenizer, "add_bos_token", False):
             features["input_ids"][0] = self._processor.tokenizer.bos_token_id
@@ -161,30 +143,29 @@ class ServedRows(_ByRow):
 
     def measures(self) -> Measures:
         """Return lengths, supervised tokens and the fingerprint, as ``measure`` does for tokenized rows."""
-        return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._digest.hexdigest())
+        return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._fingerprint)
 
 
-class JoinedRows(_ByRow):
+class JoinedRows(ServedRows):
     """Several data sets of served rows, one after the other."""
 
     def __init__(self, parts: Sequence[ServedRows]) -> None:
         self._parts = list(parts)
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        offsets = np.cumsum([0, *(len(part._raw) for part in parts)])
+        self._ends = np.cumsum([0, *(len(part) for part in parts)])
+        offsets = np.cumsum([0, *(len(part.raw) for part in parts)])
         self.raw_rows = np.concatenate([part.raw_rows + at for part, at in zip(parts, offsets[:-1], strict=True)])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._ends[-1])
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         ids = np.asarray(rows, dtype=np.int64)
-        of = np.searchsorted(self._starts, ids, side="right") - 1
+        part_of = np.searchsorted(self._ends, ids, side="right") - 1
         found: list[dict[str, Any]] = [{}] * len(ids)
-        for part in np.unique(of):
-            places = np.flatnonzero(of == part)
-            for place, row in zip(
-                places, self._parts[part].__getitems__((ids[places] - self._starts[part]).tolist()), strict=True
-            ):
+        for part in np.unique(part_of):
+            places = np.flatnonzero(part_of == part)
+            served = self._parts[part].__getitems__((ids[places] - self._ends[part]).tolist())
+            for place, row in zip(places, served, strict=True):
                 found[place] = row
         return found
 
@@ -199,42 +180,26 @@ class JoinedRows(_ByRow):
         )
 
 
-def joined(parts: Sequence[ServedRows]) -> JoinedRows:
-    """Return data sets of served rows as one."""
-    return JoinedRows(parts)
+_preprocessed = lf_loader._get_preprocessed_dataset
 
 
-@contextmanager
-def tokenized_when_served(active: bool) -> Iterator[None]:
-    """While inside, LLaMA-Factory's loader leaves training rows raw and hands out ``ServedRows``."""
-    if not active:
-        yield
-        return
-    original = lf_loader._get_preprocessed_dataset
-
-    def serve(
-        dataset: Any,
-        data_args: Any,
-        training_args: Any,
-        stage: Any,
-        template: Any,
-        tokenizer: Any,
-        processor: Any = None,
-        is_eval: bool = False,
-    ) -> Any:
-        if dataset is None or is_eval:
-            return original(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
-        maker = lf_loader._get_dataset_processor(data_args, stage, template, tokenizer, processor)
-        return ServedRows(
-            dataset,
-            maker,
-            block=data_args.cutoff_len if stage == "pt" and data_args.packing else None,
-            group=data_args.preprocessing_batch_size,
-            num_proc=data_args.preprocessing_num_workers,
-        )
-
-    lf_loader._get_preprocessed_dataset = serve
-    try:
-        yield
-    finally:
-        lf_loader._get_preprocessed_dataset = original
+def serve(
+    dataset: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: Any,
+    template: Any,
+    tokenizer: Any,
+    processor: Any = None,
+    is_eval: bool = False,
+) -> Any:
+    """Stand in for ``_get_preprocessed_dataset``: training rows stay raw and are tokenized when they are served."""
+    if dataset is None or is_eval:
+        return _preprocessed(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+    return ServedRows(
+        dataset,
+        lf_loader._get_dataset_processor(data_args, stage, template, tokenizer, processor),
+        block=data_args.cutoff_len if stage == "pt" and data_args.packing else None,
+        group=data_args.preprocessing_batch_size,
+        num_proc=data_args.preprocessing_num_workers,
+    )

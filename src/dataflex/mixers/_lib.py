@@ -1,29 +1,36 @@
-"""What mixers share: domains, their sizes and held-out losses, proportions moved by exponentiated scores."""
+"""What mixers share: sizes and held-out losses of the domains, proportions moved by exponentiated scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
-from dataflex.method import Context, Mix, Mixer, Passes, Requires, param
-from dataflex.method import Params as BaseParams
+from dataflex.method import Context, Mix, Mixer, Params, Passes, Requires, param
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import by_domain, check_numbers, exponentiated, logs, normalized, shares, softmax
 from dataflex.signals.kinds import TokenLoss
 
-HELD_OUT_LOSSES = Requires(
-    signals=frozenset({"losses", "texts"}),
-    targets=True,
-    domains=2,
-    stages=("pt", "sft"),
-    needs_interval=True,
-    passes=Passes(targets=(1.0, 0.0)),
+ONLINE = Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
+"""What every mixer requires that learns from the model."""
+
+HELD_OUT_LOSSES = replace(
+    ONLINE, signals=frozenset({"losses", "texts"}), targets=True, passes=Passes(targets=(1.0, 0.0))
 )
 """What a mixer requires that asks for the loss of one target for each domain (``held_out_losses``)."""
+
+NOTHING: Floats = np.zeros(0)
+"""Numbers of the domains before the first decision."""
+
+
+def mix_of(names: Sequence[str], weights: Floats, why: str = "") -> Mix:
+    """Return ``weights`` [K] divided by their sum, with the reason ``why: web 0.6, code 0.4``."""
+    proportions = normalized(weights)
+    told = shares(names, proportions)
+    return Mix(proportions=proportions, reason=f"{why}: {told}" if why else told)
 
 
 def equal(num_domains: int) -> Floats:
@@ -32,11 +39,7 @@ def equal(num_domains: int) -> Floats:
 
 
 def sizes(ctx: Context, method: str) -> Floats:
-    """Return the size of each domain in ``ctx.unit``, float64 [K], at least one of them above 0.
-
-    Raises:
-        DataError: No domain has a token (or, unit ``tokens``, tokens were not counted).
-    """
+    """Return the size of each domain in ``ctx.unit``, float64 [K]; DataError where all are 0."""
     sizes_K = ctx.domains.sizes(ctx.unit)
     if not sizes_K.any():
         raise DataError(f"{method}: none of the domains {', '.join(ctx.domains.names)} has any {ctx.unit}")
@@ -44,11 +47,7 @@ def sizes(ctx: Context, method: str) -> Floats:
 
 
 def check_targets(ctx: Context, method: str) -> None:
-    """Make sure that there is one target data set for each domain.
-
-    Raises:
-        ConfigError: Too few or too many, with the pairs as they would be.
-    """
+    """Refuse another number of target data sets than one for each domain."""
     names, targets = ctx.domains.names, ctx.targets
     if len(names) != len(targets):
         raise ConfigError(
@@ -58,11 +57,7 @@ def check_targets(ctx: Context, method: str) -> None:
 
 
 def held_out_losses(ctx: Context) -> Floats:
-    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
-
-    Raises:
-        DataError: A target has no supervised token.
-    """
+    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective)."""
     losses = []
     for name in ctx.targets:
         rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
@@ -75,32 +70,15 @@ def held_out_losses(ctx: Context) -> Floats:
     return np.array(losses)
 
 
-def eta_field(default: float, what: str = "proportions") -> Any:
-    """Return the parameter ``eta`` of an exponentiated update."""
-    return param(default, f"step size of the {what}", above=0.0)
-
-
-def smoothing_field(default: float, when: str = "proportions mixed in each time") -> Any:
-    """Return the parameter ``smoothing`` of an exponentiated update."""
-    return param(default, f"share of equal {when}", minimum=0.0, maximum=1.0)
-
-
 class LearningMixer(Mixer):
-    """Keeps what it learned of the run's domains."""
+    """A mixer whose state is of the run's domains."""
 
     saved: ClassVar[tuple[str, ...]] = ("names",)
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.names: tuple[str, ...] = ()
-        """Domains that it learned of; empty before the first decision."""
+    names: tuple[str, ...] = ()
+    """Domains of the state; empty before the first decision."""
 
     def meet(self, names: Sequence[str]) -> bool:
-        """Note the domains of the run and return whether they are new: nothing is known of them yet.
-
-        Raises:
-            CheckpointError: What was saved is of other domains, or of another order of them.
-        """
+        """Note the domains of the run and return whether the state must be begun; refuse a state of other domains."""
         new = not self.names
         if not new and self.names != tuple(names):
             raise CheckpointError(
@@ -112,7 +90,7 @@ class LearningMixer(Mixer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitialParams(BaseParams):
+class InitialParams(Params):
     """Parameters that every mixer of exponentiated scores has."""
 
     initial: tuple[float, ...] | dict[str, float] | str = param(
@@ -129,45 +107,39 @@ class InitialParams(BaseParams):
 class ExponentiatedMixer(LearningMixer):
     """Moves proportions once per interval: p <- (1 - c) softmax(log p + eta s) + c / K; a subclass makes the scores s.
 
-    ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
+    Its parameters have ``initial``, and where needed ``eta`` (else 1) and the smoothing c (else 0).
     """
 
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.log_shares: Floats = np.zeros(0)
-        self.updates = 0
+    log_shares = NOTHING
+    updates = 0
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after one more update; as they are during warm-up."""
         if self.meet(ctx.domains.names):
             self.log_shares = logs(self._initial(ctx))
-        told = ""
+        why = ""
         if ctx.interval.kind != "warmup":
-            scores, told = self._scores(ctx)
-            self.log_shares = exponentiated(
-                self.log_shares, scores, eta=self._eta, smoothing=getattr(self.params, "smoothing", 0.0)
-            )
+            scores, why = self._scores(ctx)
+            smoothing = getattr(self.params, "smoothing", 0.0)
+            self.log_shares = exponentiated(self.log_shares, scores, eta=self._eta, smoothing=smoothing)
             self.updates += 1
-        proportions = normalized(softmax(self.log_shares))
-        reason = shares(self.names, proportions)
-        return Mix(proportions=proportions, reason=f"{told}: {reason}" if told else reason)
+        return mix_of(self.names, softmax(self.log_shares), why)
 
     @property
     def _eta(self) -> float:
         return float(getattr(self.params, "eta", 1.0))
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the scores s [K] and a word on why."""
+        """Return the scores s [K] and what the reason says of them."""
         raise NotImplementedError
 
-    def _told(self, values: Floats, what: str) -> str:
+    def _largest(self, values: Floats, what: str) -> str:
         worst = int(np.argmax(values))
         return f"largest {what} {values[worst]:.3g} ({self.names[worst]})"
 
     def _initial(self, ctx: Context) -> Floats:
-        written = self.params.initial
+        written: Any = self.params.initial
         if written == "size":
             return normalized(sizes(ctx, self.name))
         if written == "uniform":

@@ -12,22 +12,19 @@ from itertools import product
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import LearningMixer, sizes
-from dataflex.plan.domains import DomainStats
-from dataflex.plan.proportions import normalized, shares
-
-Floats = NDArray[np.float64]
+from dataflex.mixers._lib import NOTHING, ONLINE, LearningMixer, mix_of, sizes
+from dataflex.plan.domains import DomainStats, Floats
+from dataflex.plan.proportions import normalized
 
 _HUBER = 1e-3
 _WINDOW, _ORDER = 101, 3
 _EVERY = 10
 _GRID = 8
 _REFINED = 8
-"""How many of the grid's best points are followed down; the authors follow all 512 to the same optimum."""
+"""Number of the grid's best points that are refined; the authors refine all 512, to the same optimum."""
 
 
 class PowerLaw(NamedTuple):
@@ -49,19 +46,11 @@ class PowerLaw(NamedTuple):
 def fit_power_law(
     samples: Floats, losses: Floats, *, skip: int = 0, least_e: float = 0.5, most_a: float = 6.5
 ) -> PowerLaw | None:
-    """Fit a law to losses that were smoothed (Savitzky-Golay, 101 points, cubic), then cut and thinned to every tenth.
+    """Fit a law to losses L [T] > 0 after n = ``samples`` [T] > 0, by a Huber loss (1e-3) between log losses.
 
-    Huber loss (1e-3) between log losses; 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``.
-
-    Args:
-        samples: n [T], rising, above 0.
-        losses: L [T], above 0.
-        skip: Losses at the beginning that are smoothed with the others and then left out.
-        least_e: Least log of the irreducible loss.
-        most_a: Largest a.
-
-    Returns:
-        The law, or None with fewer than 101 points after those left out, or without a finite fit.
+    Losses are smoothed (Savitzky-Golay, 101 points, cubic), then the first ``skip`` are left out and the others thinned
+    to every tenth. 0 < alpha <= 0.8, e >= ``least_e``, a <= ``most_a``. None with fewer than 101 points, or without a
+    finite fit.
     """
     from scipy.optimize import minimize
     from scipy.signal import savgol_filter
@@ -86,10 +75,9 @@ def fit_power_law(
     top_e = max(float(log_loss.min()), least_e)
     grid = product(np.linspace(least_e, top_e, _GRID), np.linspace(-1.0, most_a, _GRID), np.linspace(0.1, 0.8, _GRID))
     starts = sorted((np.array(point) for point in grid), key=lambda point: objective(point)[0])[:_REFINED]
-    best: tuple[float, Floats] | None = None
-    for start in starts:
-        # The objective is of the order of 1e-6, below the optimizer's own idea of convergence.
-        found = minimize(
+    fits = [
+        minimize(
+            # The objective is of the order of 1e-6, below the optimizer's own idea of convergence.
             lambda theta: tuple(1e6 * np.asarray(part) for part in objective(theta)),
             start,
             jac=True,
@@ -97,11 +85,12 @@ def fit_power_law(
             bounds=bounds,
             options={"maxiter": 200},
         )
-        if np.isfinite(found.fun) and np.isfinite(found.x).all() and (best is None or found.fun < best[0]):
-            best = (float(found.fun), np.asarray(found.x))
-    if best is None:
+        for start in starts
+    ]
+    finite = [fit for fit in fits if np.isfinite(fit.fun) and np.isfinite(fit.x).all()]
+    if not finite:
         return None
-    return PowerLaw(*(float(value) for value in best[1]))
+    return PowerLaw(*min(finite, key=lambda fit: float(fit.fun)).x.tolist())
 
 
 def preference(slopes: Floats, prior: Floats, credit: Floats, exponent: float, floor: float) -> Floats:
@@ -128,8 +117,6 @@ class Ado(LearningMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of ADO."""
-
         start_step: int = param(
             1000, "optimizer step of the first fit (the authors' 500, with 1000 ignored, fits one point)", minimum=101
         )
@@ -141,29 +128,24 @@ class Ado(LearningMixer):
         least_e: float = param(0.5, "least log of a domain's irreducible loss, in log nats")
 
         def __post_init__(self) -> None:
-            if self.start_step < self.ignore_steps + 101:
+            least = self.ignore_steps + _WINDOW
+            if self.start_step < least:
                 raise ValueError(
-                    f"start_step: a fit needs 101 steps, so it must be at least ignore_steps + 101 = "
-                    f"{self.ignore_steps + 101}"
+                    f"start_step: a fit needs 101 steps, so it must be at least ignore_steps + 101 = {least}"
                 )
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True)
+    prior = average = credit = served = last = NOTHING
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.prior: Floats = np.zeros(0)
-        self.average: Floats = np.zeros(0)
-        self.credit: Floats = np.zeros(0)
-        self.served: Floats = np.zeros(0)
-        self.last: Floats = np.zeros(0)
         self.samples: list[float] = []
         self.losses: list[Floats] = []
         self.laws: list[PowerLaw] = []
         """Law of each domain, as e, a and alpha; empty until all are fitted."""
+
+    def requires(self) -> Requires:
+        return ONLINE
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after the last step; those by size until laws are fitted."""
@@ -171,8 +153,7 @@ class Ado(LearningMixer):
             self.prior = normalized(sizes(ctx, self.name))
             self.average, self.credit, self.served = self.prior.copy(), self.prior.copy(), self.prior.copy()
             self.last = np.full(len(self.names), np.nan)
-        told = "laws fitted" if self.laws else "by size, no laws yet"
-        return Mix(proportions=normalized(self.served), reason=f"{told}: {shares(self.names, self.served)}")
+        return mix_of(self.names, self.served, "laws fitted" if self.laws else "by size, no laws yet")
 
     def observe(self, stats: DomainStats) -> None:
         """Note the losses, fit when it is time, and move the proportions.
@@ -182,7 +163,7 @@ class Ado(LearningMixer):
         """
         loss = stats.mean_loss()
         whole = stats.loss_sum.sum() / max(stats.tokens.sum(), 1.0)
-        self.last = np.where(stats.seen, loss, np.where(np.isnan(self.last), whole, self.last))
+        self.last = np.where(stats.present, loss, np.where(np.isnan(self.last), whole, self.last))
         drawn = stats.sequences / max(stats.sequences.sum(), 1.0)
         self.samples.append((self.samples[-1] if self.samples else 0.0) + float(stats.sequences.sum()))
         self.losses.append(self.last.copy())
@@ -199,11 +180,10 @@ class Ado(LearningMixer):
         self.average = (1.0 - 1.0 / step) * self.average + wanted / step
 
     def _fit(self) -> None:
-        skip = self.params.ignore_steps
-        samples, losses = np.array(self.samples), np.stack(self.losses)
-        found = [fit_power_law(samples, column, skip=skip, least_e=self.params.least_e) for column in losses.T]
-        if self.laws:  # a domain whose losses cannot be fitted keeps its law
-            self.laws = [new or old for new, old in zip(found, self.laws, strict=True)]
-            return
-        laws = [law for law in found if law is not None]
-        self.laws = laws if len(laws) == len(found) else []
+        samples, losses, p = np.array(self.samples), np.stack(self.losses), self.params
+        found = [fit_power_law(samples, column, skip=p.ignore_steps, least_e=p.least_e) for column in losses.T]
+        # A domain whose losses cannot be fitted keeps its law; without laws all must be fitted.
+        before: list[PowerLaw | None] = [*self.laws] or [None] * len(found)
+        laws = [new or old for new, old in zip(found, before, strict=True)]
+        known = [law for law in laws if law is not None]
+        self.laws = known if len(known) == len(laws) else []

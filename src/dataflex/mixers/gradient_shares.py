@@ -2,7 +2,7 @@
 
 DoGE's proxy updates its weights in every step. Here an interval has one estimate of the gradients and, by default, one
 update, which moves a logarithm by at most 5 lr / mu: far less than the paper's over as many steps. With an interval of
-one step it is the paper's; ``updates`` lets a decision count for as many of its updates.
+one step it is the paper's; a decision counts for ``updates`` of the paper's updates.
 """
 
 from __future__ import annotations
@@ -14,29 +14,21 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Mix, Requires, param
-from dataflex.mixers._lib import ExponentiatedMixer, InitialParams, eta_field, smoothing_field
+from dataflex.mixers._lib import NOTHING, ONLINE, ExponentiatedMixer, InitialParams, mix_of
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import normalized, running_mean, shares, softmax
+from dataflex.plan.proportions import running_mean, softmax
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.specs import GradientOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainGradients:
-    """Inner products of the mean gradients g_d of the domains.
+    """Inner products of the mean gradients g_d of the domains."""
 
-    Attributes:
-        products: <g_d, g_e> [K, K]; the diagonal is the squared norm of the mean over the rows drawn.
-        variance: Unbiased variance of a row's gradient within its domain, E ||g_i - g_d||^2 [K]; 0 for a domain of
-            one row, which is always the same.
-        rows: Rows that each domain's mean is over [K].
-        targets: <g_d, g_t> with the mean gradient of each target [K, T].
-    """
-
-    products: Floats
-    variance: Floats
-    rows: NDArray[np.int64]
-    targets: Floats
+    products: Floats  # <g_d, g_e> [K, K]; the diagonal is the squared norm of the mean over the rows drawn
+    variance: Floats  # unbiased variance of a row's gradient in its domain, E ||g_i - g_d||^2 [K]; 0 for a single row
+    rows: NDArray[np.int64]  # number of rows that each domain's mean is over [K]
+    targets: Floats  # <g_d, g_t> with the mean gradient of each target [K, T]
 
     @property
     def squared_norms(self) -> Floats:
@@ -46,21 +38,16 @@ class DomainGradients:
 
 
 def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
-    """Draw rows of every domain and compare their gradients (collective; F + B over the rows and targets).
-
-    Args:
-        ctx: The decision's context; its targets are compared with too.
-        signal: Which gradients, and the targets that they are compared with.
-        rows_per_domain: Rows drawn of each domain, without replacement; all of a smaller one.
+    """Draw rows of every domain, without replacement, and compare their mean gradients (collective).
 
     Raises:
         DataError: None of the rows drawn of a domain has a finite gradient.
     """
     names, rng = ctx.domains.names, ctx.rng("domain gradients")
-    drawn = []
-    for k in range(len(names)):
-        rows = ctx.domains.rows(k)
-        drawn.append(np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False)))
+    drawn = [
+        np.sort(rng.choice(rows, size=min(rows_per_domain, len(rows)), replace=False))
+        for rows in map(ctx.domains.rows, range(len(names)))
+    ]
     everything = np.concatenate(drawn)
     scores, gram = signal.split(ctx.signals(signal, everything))
     scores, gram = np.asarray(scores, dtype=np.float64), np.asarray(gram, dtype=np.float64)
@@ -75,16 +62,13 @@ def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain:
     gram, scores = np.where(np.isfinite(gram), gram, 0.0), np.where(np.isfinite(scores), scores, 0.0)
     products = mean_KN @ gram @ mean_KN.T
     squares = mean_KN @ gram.diagonal()
-    many = counts > 1
     spread = np.maximum(squares - products.diagonal(), 0.0)
-    variance = np.where(many, spread * counts / np.maximum(counts - 1, 1), 0.0)
+    variance = np.where(counts > 1, spread * counts / np.maximum(counts - 1, 1), 0.0)
     return DomainGradients(products=products, variance=variance, rows=counts, targets=mean_KN @ scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _GradientParams(GradientOptions, InitialParams):
-    """Parameters of the family."""
-
     rows_per_domain: int = param(8, "rows drawn of each domain to estimate its gradient", minimum=2)
 
 
@@ -92,8 +76,7 @@ class _GradientMixer(ExponentiatedMixer):
     params: _GradientParams
 
     def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(signals=frozenset({"gradients"}), domains=2, stages=("pt", "sft"), needs_interval=True)
+        return replace(ONLINE, signals=frozenset({"gradients"}))
 
     def _gradients(self, ctx: Context) -> DomainGradients:
         options = self.params.options(precondition="none", include_momentum=False, normalize=False)
@@ -102,13 +85,7 @@ class _GradientMixer(ExponentiatedMixer):
 
 
 def doge_scores(aligned: Floats, norms: Floats, learning_rate: float) -> Floats:
-    """Return lr <g_d, G> / (mean norm + 1e-6), within 0 and 5 lr [K].
-
-    Args:
-        aligned: <g_d, G> [K]; G is the sum of the domains' gradients.
-        norms: ||g_d|| [K].
-        learning_rate: Learning rate of the optimizer.
-    """
+    """Return lr <g_d, G> / (mean ||g_d|| + 1e-6), within 0 and 5 lr [K]; G is the sum of the domains' gradients."""
     return np.clip(learning_rate * aligned / (norms.mean() + 1e-6), 0.0, 5.0 * learning_rate)
 
 
@@ -127,8 +104,6 @@ class Doge(_GradientMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_GradientParams):
-        """Parameters of DoGE."""
-
         initial: tuple[float, ...] | dict[str, float] | str = param(
             "uniform", "proportions at first: uniform as published, size, or numbers as a list or by name"
         )
@@ -136,15 +111,12 @@ class Doge(_GradientMixer):
             1, "updates of the paper, which makes one in every step, that a decision counts for", minimum=1
         )
         mu: float = param(0.05, "softness of the update: small is nearly one-hot after few steps", above=0.0)
-        smoothing: float = smoothing_field(0.0)
+        smoothing: float = param(0.0, "share of equal proportions mixed in each time", minimum=0.0, maximum=1.0)
         average: bool = param(True, "whether to serve the mean of all proportions so far instead of the last")
 
     params: Params
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.mean: Floats = np.zeros(0)
-        self.mean_count = 0
+    mean = NOTHING
+    mean_count = 0
 
     @property
     def _eta(self) -> float:
@@ -163,8 +135,7 @@ class Doge(_GradientMixer):
             self.mean_count += 1
         if not self.params.average or self.mean_count == 0:
             return mix
-        proportions = normalized(self.mean)
-        return Mix(proportions=proportions, reason=f"mean of {self.mean_count}: {shares(self.names, proportions)}")
+        return mix_of(self.names, self.mean, f"mean of {self.mean_count}")
 
 
 class Dga(_GradientMixer):
@@ -180,25 +151,18 @@ class Dga(_GradientMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_GradientParams):
-        """Parameters of DGA."""
-
-        eta: float = eta_field(1.0)
+        eta: float = param(1.0, "step size of the proportions", above=0.0)
         memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
+    served = NOTHING
+    """Moving average of the weights [K]."""
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(super().requires(), targets=True)
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.served: Floats = np.zeros(0)
-        """Moving average of the weights [K]."""
-
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return <g_d, g_target> [K]; several targets count alike."""
-        return self._gradients(ctx).targets.mean(axis=1), ""
+        return self._gradients(ctx).targets.mean(axis=1), ""  # several targets count alike
 
     def mix(self, ctx: Context) -> Mix:
         """Return the moving average of the weights."""
@@ -207,8 +171,8 @@ class Dga(_GradientMixer):
             self.served = self._initial(ctx)
         if ctx.interval.kind != "warmup":
             self.served = self.params.memory * self.served + (1.0 - self.params.memory) * mix.proportions
-        proportions = normalized(self.served)
-        return Mix(proportions=proportions, reason=f"{shares(self.names, proportions)}; last {mix.reason}")
+        served = mix_of(self.names, self.served)
+        return replace(served, reason=f"{served.reason}; last {mix.reason}")
 
 
 def pike_scores(squared_norms: Floats, variance: Floats, zeta1: float, zeta2: float, batch: float) -> Floats:
@@ -229,8 +193,6 @@ class Pike(_GradientMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_GradientParams):
-        """Parameters of PiKE."""
-
         zeta1: float = param(0.1, "weight of the squared gradient norm", minimum=0.0)
         zeta2: float = param(0.2, "weight of the gradient variance", minimum=0.0)
 

@@ -14,7 +14,7 @@ import numpy as np
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, DomainNormalizer, DomainWeighter, Mix, ReferenceParams, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import LearningMixer, equal, eta_field, smoothing_field
+from dataflex.mixers._lib import NOTHING, LearningMixer, equal, mix_of
 from dataflex.plan.domains import DomainStats, Floats
 from dataflex.plan.proportions import (
     ProportionsFile,
@@ -23,20 +23,15 @@ from dataflex.plan.proportions import (
     collapsed,
     exponentiated,
     logs,
-    normalized,
     provenance,
     running_mean,
-    shares,
     softmax,
 )
 from dataflex.signals.other_models import base_model
-from dataflex.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
 class _SamplingParams(BaseParams):
-    """Parameters of both."""
-
     sampling: tuple[float, ...] | dict[str, float] | None = param(
         None, "proportions in which domains are served; null: equal shares", minimum=0.0
     )
@@ -48,23 +43,16 @@ class _SamplingParams(BaseParams):
 
 
 class _LossWeighter(DomainWeighter, LearningMixer):
-    """Moves domain weights alpha in the loss by exponentiated scores after every step.
+    """Moves domain weights alpha in the loss by exponentiated scores after every step, for the steps after it.
 
-    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1 on, on
-    every rank alike. A domain with a share of 0 is never served and has weight 0.
+    A domain with a share of 0 is never served and has weight 0.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("names", "sampling", "log_alpha", "rows", "sizes", "steps")
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.sampling: Floats = np.zeros(0)
-        self.log_alpha: Floats = np.zeros(0)
-        self.rows: Floats = np.zeros(0)
-        """Rows of each domain [K]; empty until proportions were asked for."""
-        self.sizes: Floats = np.zeros(0)
-        """Size of each domain in the unit of the run [K]; empty until proportions were asked for."""
-        self.steps = 0
+    sampling = log_alpha = NOTHING
+    rows = sizes = NOTHING
+    """Rows of each domain, and its size in the unit of the run [K]; empty until ``mix`` was called."""
+    steps = 0
 
     @property
     def alpha(self) -> Floats:
@@ -72,17 +60,12 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the sampling proportions, which never change.
-
-        Raises:
-            ConfigError: ``sampling`` has the wrong length, or names that are unknown or missing.
-        """
+        """Return the sampling proportions, which never change."""
         self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
-        return Mix(proportions=self.sampling.copy(), reason=f"sampling: {shares(self.names, self.sampling)}")
+        return mix_of(self.names, self.sampling.copy(), "sampling")
 
     def loss_weights(self) -> Floats:
-        """Return alpha [K] for the next step."""
         return self.alpha
 
     def observe(self, stats: DomainStats) -> None:
@@ -101,56 +84,13 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return np.asarray(served / served.sum())
 
     def _begin(self, names: Sequence[str]) -> bool:
-        """Start on the domains of the run, or make sure that they are those of the state; return whether it started."""
+        """Begin the state, unless there is one; return whether it was begun."""
         if not self.meet(names):
             return False
         written = self.params.sampling
-        self.sampling = (
-            equal(len(names)) if written is None else normalized(by_domain(written, names, "dynamic.mixer.sampling"))
-        )
+        self.sampling = equal(len(names)) if written is None else by_domain(written, names, "dynamic.mixer.sampling")
         self.log_alpha = logs(self._first())
         return True
-
-
-_MOST_POINTS = 1024
-_WHEN = "weights mixed in after every step"
-
-
-class Trajectory:
-    """Vectors at multiples of a stride of steps; the stride doubles when there are too many."""
-
-    def __init__(self) -> None:
-        self.stride = 1
-        self.steps: list[int] = []
-        self.vectors: list[Floats] = []
-
-    def add(self, step: int, vector: Floats) -> None:
-        """Keep the vector in force from ``step`` on, if the stride asks for that step."""
-        if step % self.stride:
-            return
-        self.steps.append(step)
-        self.vectors.append(np.array(vector, dtype=np.float64))
-        if len(self.steps) > _MOST_POINTS:
-            self.stride *= 2
-            kept = [i for i, at in enumerate(self.steps) if at % self.stride == 0]
-            self.steps = [self.steps[i] for i in kept]
-            self.vectors = [self.vectors[i] for i in kept]
-
-    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return ``{"steps": [...], "weights": {name: [...]}}``."""
-        columns = np.stack(self.vectors, axis=1).tolist() if self.vectors else [[] for _ in names]
-        return {"steps": list(self.steps), "weights": dict(zip(names, columns, strict=True))}
-
-    def state_dict(self) -> State:
-        """Return all that is kept."""
-        vectors = np.stack(self.vectors) if self.vectors else np.zeros((0, 0))
-        return {"stride": self.stride, "steps": np.array(self.steps, dtype=np.int64), "vectors": vectors}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self.stride = int(state["stride"])
-        self.steps = [int(step) for step in state["steps"]]
-        self.vectors = [np.asarray(vector, dtype=np.float64) for vector in state["vectors"]]
 
 
 def corrected(alpha: Floats, sampling: Floats) -> Floats:
@@ -160,11 +100,7 @@ def corrected(alpha: Floats, sampling: Floats) -> Floats:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Return the vocabulary of the model in a folder; that of its base model for an adapter.
-
-    Raises:
-        ConfigError: The folder does not say.
-    """
+    """Return the vocabulary of the model in a folder; that of its base model for an adapter."""
     try:
         folder = Path(base_model(folder) or folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -176,22 +112,23 @@ def vocabulary_size(folder: Path) -> int:
         ) from error
 
 
+_MOST_VECTORS = 1024
+
+
 class DoReMi(_LossWeighter):
     """Weigh the domains in the loss towards those where the reference does better.
 
-    The proxy run of DoReMi: Group DRO over domains with the excess loss over a reference model.
-
-    Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023,
-    arXiv 2305.10429, algorithm 1. The proxy samples in fixed proportions (equal ones in the paper); after each
-    step, with e = loss - reference loss per token,
+    The proxy run of DoReMi (algorithm 1): Group DRO over domains with the excess loss over a reference model. The
+    proxy samples in fixed proportions (equal ones in the paper); after each step, with e = loss - reference loss per
+    token,
 
         s_d = mean over the tokens of domain d of max(e, 0)        (clipped token by token)
         alpha_d is multiplied by exp(eta s_d), normalized, and smoothed: (1 - c) alpha + c / K
 
-    and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run, in
-    which the main model samples; alpha itself jumps from one domain to the next (bang-bang), so that a single value of
-    it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants differ
-    in details:
+    and alpha weighs the domains in the loss of the next step. The result is the mean of alpha over the run: the
+    proportions in which the main model samples. Alpha itself jumps from one domain to the next, so that a single value
+    of it says nothing. A mean that gives one domain more than .8 has collapsed, and is warned about. Three variants
+    differ in details:
 
     - ``repo``: the authors' code. Alpha starts at the sampling proportions. Weighted token mean as the loss, corrected
       for the sampling (alpha / pi); an absent domain keeps its score, ln(vocabulary) before its first; the mean counts
@@ -203,7 +140,7 @@ class DoReMi(_LossWeighter):
     """
 
     name = "doremi"
-    saved = (*_LossWeighter.saved, "scores", "mean", "mean_count", "trajectory")
+    saved = (*_LossWeighter.saved, "scores", "mean", "mean_count", "stride", "trajectory")
     card = Card(
         summary="Weighs the domains in the loss towards the largest excess loss over a reference; the mean of the "
         "weights is the result.",
@@ -215,37 +152,35 @@ class DoReMi(_LossWeighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_SamplingParams, ReferenceParams):
-        """Parameters of the proxy run."""
-
         variant: Literal["repo", "paper", "levanter"] = param(
             "repo", "the authors' code, the paper's text, or Levanter's implementation"
         )
         normalizer: Literal["weight_sum", "domain"] | None = param(
             None, "loss: weighted token mean, or weighted sum of domains' means; null: the variant's"
         )
-        eta: float = eta_field(1.0, "weights")
-        smoothing: float = smoothing_field(1e-3, _WHEN)
+        eta: float = param(1.0, "step size of the weights", above=0.0)
+        smoothing: float = param(1e-3, "share of equal weights mixed in after every step", minimum=0.0, maximum=1.0)
         initial_score: float | None = param(
             None, "score of a domain not yet seen, nats; null: ln(vocabulary)", minimum=0.0
         )
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
+    scores = mean = NOTHING
+    """Scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]."""
+    mean_count = 0
+    stride = 1
+    """Number of steps between two vectors of the trajectory; doubles when there are more than 1,024."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.scores: Floats = np.zeros(0)
-        """Scores of the domains [K]; NaN where not yet seen."""
-        self.mean: Floats = np.zeros(0)
-        self.mean_count = 0
-        self.trajectory = Trajectory()
+        self.trajectory: list[Floats] = []
+        """Alpha at steps 0, stride, 2 stride, ..."""
+
+    def requires(self) -> Requires:
+        return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """``weight_sum`` for the authors' code, ``domain`` for the others, unless chosen."""
         return self.params.normalizer or ("weight_sum" if self.params.variant == "repo" else "domain")
 
     def loss_weights(self) -> Floats:
@@ -261,7 +196,7 @@ class DoReMi(_LossWeighter):
             self.scores = np.full(len(self.names), np.nan)
             if self.params.variant == "repo":
                 self.mean, self.mean_count = self.alpha, 1
-            self.trajectory.add(0, self.alpha)
+            self.trajectory = [self.alpha]
         return new
 
     def observe(self, stats: DomainStats) -> None:
@@ -269,7 +204,10 @@ class DoReMi(_LossWeighter):
         super().observe(stats)
         self.mean = running_mean(self.mean, self.mean_count, self.alpha)
         self.mean_count += 1
-        self.trajectory.add(self.steps, self.alpha)
+        if self.steps % self.stride == 0:
+            self.trajectory.append(self.alpha)
+        if len(self.trajectory) > _MOST_VECTORS:
+            self.trajectory, self.stride = self.trajectory[::2], 2 * self.stride
 
     def _scores(self, stats: DomainStats) -> Floats:
         if self.params.variant == "levanter":
@@ -277,7 +215,7 @@ class DoReMi(_LossWeighter):
             zeros = np.zeros(len(self.names))
             self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=seen)
             return self.scores
-        scores = np.where(stats.seen, stats.mean_excess(), self.scores)
+        scores = np.where(stats.present, stats.mean_excess(), self.scores)
         unknown = np.isnan(scores) & (self.sampling > 0)
         if unknown.any():
             first = self.params.initial_score
@@ -285,53 +223,54 @@ class DoReMi(_LossWeighter):
         self.scores = scores
         return scores
 
-    def outcome(self) -> ProportionsFile | None:
-        """Return the mean of alpha so far as proportions for a static mixer, with its trajectory."""
-        if self.mean_alpha is None:
-            return None
-        return ProportionsFile(
-            names=self.names,
-            proportions=tuple(self.mean_alpha.tolist()),
-            method="doremi",
-            provenance=provenance("dataflex train", settings=asdict(self.params)),
-            details={
-                "steps": self.steps,
-                "vectors_in_mean": self.mean_count,
-                "last": dict(zip(self.names, self.alpha.tolist(), strict=True)),
-                "scores": dict(zip(self.names, self.scores.tolist(), strict=True)),
-                "sampling": dict(zip(self.names, self.sampling.tolist(), strict=True)),
-                "sizes": dict(zip(self.names, self.sizes.tolist(), strict=bool(self.sizes.size))),
-                "trajectory": self.trajectory.to_json(self.names),
-                **self._warning(),
-            },
-        )
-
-    def _warning(self) -> dict[str, str]:
-        """Return under ``warning`` that the mean has collapsed onto one domain, and what helps; else nothing."""
-        assert self.mean_alpha is not None
-        found = collapsed(dict(zip(self.names, self.mean_alpha.tolist(), strict=True)))
-        if found is None:
-            return {}
-        name, share = found
-        p = self.params
-        return {
-            "warning": f"the mean of the weights has collapsed: {name} has {share:.1%} of it. Lower eta (now "
-            f"{p.eta:g}, try {p.eta / 10:g}), raise smoothing (now {p.smoothing:g}), use batches that hold every "
-            "domain, or train the reference longer: where it is far better than the proxy in one domain, that domain "
-            "takes all. A final run can hold the others up with min_proportion, or this one down with max_epochs"
-        }
-
     @property
     def mean_alpha(self) -> Floats | None:
         """Mean of the weights [K] over the run so far, None before the first step."""
         return self.mean / self.mean.sum() if self.steps else None
 
+    def outcome(self) -> ProportionsFile | None:
+        """Return the mean of alpha so far as proportions for a static mixer, with its trajectory."""
+        if self.mean_alpha is None:
+            return None
+        p = self.params
+
+        def by_name(values: Floats) -> dict[str, Any]:
+            return dict(zip(self.names, values.tolist(), strict=False))  # sizes may be unknown, hence empty
+
+        details: dict[str, Any] = {
+            "steps": self.steps,
+            "vectors_in_mean": self.mean_count,
+            "last": by_name(self.alpha),
+            "scores": by_name(self.scores),
+            "sampling": by_name(self.sampling),
+            "sizes": by_name(self.sizes),
+            "trajectory": {
+                "steps": [self.stride * place for place in range(len(self.trajectory))],
+                "weights": by_name(np.stack(self.trajectory, axis=1)),
+            },
+        }
+        found = collapsed(by_name(self.mean_alpha))
+        if found is not None:
+            details["warning"] = (
+                f"the mean of the weights has collapsed: {found[0]} has {found[1]:.1%} of it. Lower eta (now "
+                f"{p.eta:g}, try {p.eta / 10:g}), raise smoothing (now {p.smoothing:g}), use batches that hold every "
+                "domain, or train the reference longer: where it is far better than the proxy in one domain, that "
+                "domain takes all. A final run can hold the others up with min_proportion, or this one down with "
+                "max_epochs"
+            )
+        return ProportionsFile(
+            names=self.names,
+            proportions=tuple(self.mean_alpha.tolist()),
+            method="doremi",
+            provenance=provenance("dataflex train", settings=asdict(p)),
+            details=details,
+        )
+
 
 class GroupDro(_LossWeighter):
     """Minimize the worst domain's loss: q_g is multiplied by exp(eta (L_g + C / sqrt(n_g))) every step.
 
-    Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, arXiv 1911.08731,
-    algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses; the loss is the sum
+    Algorithm 1 with the generalization adjustment of section 3.3. Losses are mean token losses; the loss is the sum
     over domains of q_g times the domain's mean loss. Without a reference the weights follow the domain of the highest
     entropy, so regularize, or use ``doremi``.
     """
@@ -345,25 +284,21 @@ class GroupDro(_LossWeighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(_SamplingParams):
-        """Parameters of Group DRO."""
-
-        eta: float = eta_field(0.01, "weights")
+        eta: float = param(0.01, "step size of the weights", above=0.0)
         adjustment: float = param(0.0, "C of the adjustment C / sqrt(rows of the domain), in nats", minimum=0.0)
-        smoothing: float = smoothing_field(0.0, _WHEN)
+        smoothing: float = param(0.0, "share of equal weights mixed in after every step", minimum=0.0, maximum=1.0)
 
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(domains=2, stages=("pt", "sft"))
 
     @property
     def loss_normalizer(self) -> DomainNormalizer:
-        """The loss is a sum over domains."""
         return "domain"
 
     def _scores(self, stats: DomainStats) -> Floats:
-        scores = np.where(stats.seen, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
+        scores = np.where(stats.present, stats.mean_loss(), 0.0)  # an absent domain has loss 0, as in the original code
         if self.params.adjustment > 0 and self.rows.size:
             scores = scores + self.params.adjustment / np.sqrt(self.rows)
         return scores

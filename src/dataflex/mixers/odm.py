@@ -1,6 +1,6 @@
 """Online Data Mixing: a bandit over domains whose reward is the training loss.
 
-Four variants that must not be mixed up, since the authors' paper and code differ (see ``Odm.Params``).
+The authors' paper and code differ, hence four variants (see ``Odm.Params``).
 ``full_information`` needs no bandit: it reads the mean loss of every domain from mixed batches. Its losses differ by
 little and the exploration that scales them fades, so it stays near equal shares: within .02 of them for three domains
 or more whose losses lie within a nat. What moves far is the published bandit, one key away: ``variant: paper``, or
@@ -10,7 +10,7 @@ or more whose losses lie within a nat. What moves far is the published bandit, o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,9 +18,9 @@ import numpy as np
 from dataflex.errors import ConfigError
 from dataflex.method import Card, Context, Mix, Requires, param
 from dataflex.method import Params as BaseParams
-from dataflex.mixers._lib import LearningMixer, sizes
+from dataflex.mixers._lib import NOTHING, ONLINE, LearningMixer, mix_of, sizes
 from dataflex.plan.domains import DomainStats, Floats
-from dataflex.plan.proportions import normalized, shares
+from dataflex.plan.proportions import normalized
 
 
 def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
@@ -31,13 +31,9 @@ def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
 
 
 def policy(reward_K: Floats, before: float, now: float, linear: bool) -> Floats:
-    """Return the proportions [K]: (1 - K eps) share + eps, with eps = ``now``.
+    """Return the proportions [K]: (1 - K now) share + now, the share R / sum(R) if linear, else softmax(before x R).
 
-    Args:
-        reward_K: Rewards R of the domains.
-        before: Epsilon of the turn before, by which rewards are scaled in the exponential policy.
-        now: Epsilon of this turn.
-        linear: Whether the share of a domain is R / sum(R) instead of softmax(before x R).
+    ``now`` and ``before`` are epsilon at this turn and at the one before, R the rewards.
     """
     if linear:
         share = reward_K / reward_K.sum()
@@ -62,8 +58,6 @@ class Odm(LearningMixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of ODM."""
-
         variant: Literal["full_information", "paper", "official", "exp3"] = param(
             "full_information",
             "full_information: mixed batches, near equal shares; bandits with one domain per micro-batch: "
@@ -73,25 +67,16 @@ class Odm(LearningMixer):
         floor: float = param(0.0, "least proportion of any domain, beside the exploration that fades", minimum=0.0)
 
     params: Params
+    reward = NOTHING
+    turn = updates = 0
+    warming = False
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         bandit = self.params.variant != "full_information"  # pulls one domain per micro-batch
-        return Requires(domains=2, stages=("pt", "sft"), needs_interval=True, pure_micro_batches=bandit)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.reward: Floats = np.zeros(0)
-        self.turn = 0
-        self.updates = 0
-        self.warming = False
+        return replace(ONLINE, pure_micro_batches=bandit)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward.
-
-        Raises:
-            ConfigError: ``floor`` leaves nothing to decide.
-        """
+        """Return the policy after the last update; sizes during warm-up, and before the authors' code has a reward."""
         names = ctx.domains.names
         if self.params.floor * len(names) >= 1.0:
             raise ConfigError(
@@ -102,25 +87,17 @@ class Odm(LearningMixer):
             self.reward = np.zeros(len(names))
         self.warming = ctx.interval.kind == "warmup"
         if self.warming or (self._iterations and not self.reward.any()):
-            proportions = normalized(sizes(ctx, self.name))
-            return Mix(proportions=proportions, reason=f"by size: {shares(names, proportions)}")
+            return mix_of(names, sizes(ctx, self.name), "by size")
         first = self.params.variant == "exp3" and self.updates == 1  # the authors' epsilon was still 1 / K
-        before, now = self._epsilon(0 if first else self.turn - 1), self._epsilon(self.turn)
-        proportions = policy(self.reward, before, now, self._linear)
-        reason = f"turn {self.turn}, exploration {now:.3g} each: {shares(names, proportions)}"
-        return Mix(proportions=proportions, reason=reason)
-
-    @property
-    def _linear(self) -> bool:
-        return self.params.variant == "official"
+        turns = (0 if first else self.turn - 1, self.turn)
+        before, now = (exploration(max(turn, 1), len(names), self.params.floor) for turn in turns)
+        proportions = policy(self.reward, before, now, linear=self.params.variant == "official")
+        return mix_of(names, proportions, f"turn {self.turn}, exploration {now:.3g} each")
 
     @property
     def _iterations(self) -> bool:
         """Whether turns are optimizer steps, warm-up included, and proportions start by size: the authors' code."""
         return self.params.variant in ("official", "exp3")
-
-    def _epsilon(self, turn: int) -> float:
-        return exploration(max(turn, 1), len(self.names), self.params.floor)
 
     def observe(self, stats: DomainStats) -> None:
         """Update the rewards of the domains that the step held; the others keep theirs.
@@ -138,13 +115,13 @@ class Odm(LearningMixer):
             return
         self.turn = stats.step + 1 if self._iterations else self.turn + 1
         self.updates += 1
-        seen, a = stats.seen, self.params.smoothing
-        loss = stats.mean_loss()[seen]
+        present, a = stats.present, self.params.smoothing
+        loss = stats.mean_loss()[present]
         if self.params.variant == "exp3":
-            self.reward[seen] += loss / stats.proportions[seen] / 10.0
+            self.reward[present] += loss / stats.proportions[present] / 10.0
             return
         if self.params.variant == "paper":
-            loss = loss / stats.proportions[seen]
-        elif self._linear:
+            loss = loss / stats.proportions[present]
+        elif self.params.variant == "official":
             loss = np.exp(loss)
-        self.reward[seen] = a * self.reward[seen] + (1.0 - a) * loss
+        self.reward[present] = a * self.reward[present] + (1.0 - a) * loss

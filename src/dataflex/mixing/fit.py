@@ -1,8 +1,11 @@
-"""Fits held-out losses to mixtures, says how well that orders unseen mixtures, and keeps the result as ``fit.json``."""
+"""``dataflex mix fit``: fits held-out losses to mixtures and measures how well the fit orders unseen mixtures."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,32 +14,45 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, DataError
-from dataflex.mixing.swarm import Table
+from dataflex.config.args import data_set_names
+from dataflex.errors import ConfigError, DataError, did_you_mean
+from dataflex.mixing.options import given
+from dataflex.mixing.runs import RATIOS, Table, losses_of_run, read_table
+from dataflex.mixing.swarm import SWARM, Swarm, few_runs_note, read_swarm
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import provenance
 from dataflex.printable import plain, redacted
+from dataflex.record.text import columns
 from dataflex.rng import stream
 from dataflex.state import replacing, write_json
 
-Floats = NDArray[np.float64]
 Law = Literal["log_linear", "mixing_law"]
+Method = Literal["log_linear", "mixing_law", "lightgbm"]
+Predictor = Callable[[Floats], Floats]
+"""Takes mixtures [R, K], gives losses [R]."""
 
-LAWS: tuple[Law, ...] = ("log_linear", "mixing_law")
+LAWS: tuple[Law, ...] = get_args(Law)
+METHODS: tuple[Method, ...] = get_args(Method)
+FIT = "fit.json"
 RESTARTS = 30
+LEAST_RUNS = 3
+LEAST_TREE_RUNS = 50
+"""A leaf holds at least 20 runs, and four fifths of the runs must be able to fill two of them."""
 
+_FORMAT = 1
 _DELTA = 0.02
 _OFFSETS = np.linspace(-2.0, 1.5, 10)
 _SEARCH = {"maxiter": 300, "maxfun": 600, "ftol": 1e-9, "gtol": 1e-6}
 _POLISH = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-10}  # of the best start only
 _MOST_EXPONENT = 30.0
+_WORST = 5.0  # spreads: an error of about one spread is what the mean of the runs makes
+_NOISE = 0.01  # nats, where the runs hardly differ
+_FOLD_RESTARTS = 3  # of 30: folds only measure quality
+_TREES_ENOUGH = 118
 
 
 def predict(theta: Floats, mixtures_RK: Floats) -> Floats:
-    """Return the losses [R] of a law.
-
-    Args:
-        theta: c, b, A_1 .. A_K [K + 2].
-        mixtures_RK: Mixtures [R, K].
-    """
+    """Return the losses [R] of a law with theta = c, b, A_1 .. A_K: exp(c) + exp(b + A . p)."""
     exponents = theta[1] + np.asarray(mixtures_RK, dtype=np.float64) @ theta[2:]
     return np.exp(theta[0]) + np.exp(np.minimum(exponents, _MOST_EXPONENT))  # bounded as in the fit
 
@@ -48,10 +64,11 @@ def huber(residuals: Floats, delta: float = _DELTA) -> Floats:
 
 
 def fit_law(law: Law, mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0, restarts: int = RESTARTS) -> Floats:
-    """Fit the law of one task.
+    """Fit the law of one task by the Huber loss, with L-BFGS from ``restarts`` random slopes per start value of c.
 
     Args:
-        law: Which one; ``log_linear`` keeps b at 0.
+        law: Which one; ``log_linear`` (Olmix, arXiv 2602.12237) keeps b at 0, ``mixing_law`` (Data Mixing Laws,
+            arXiv 2403.16952) does not.
         mixtures_RK: Mixtures of the runs [R, K].
         losses_R: Held-out losses of the runs [R], finite.
         seed: Seed of the random starts.
@@ -77,9 +94,7 @@ def fit_law(law: Law, mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0, r
     best, best_value = None, np.inf
     for offset in _OFFSETS:
         for slopes in rng.standard_normal((restarts, design.shape[1])):
-            start = np.concatenate([[offset], slopes])
-            start[~free] = 0.0
-            found = descend(start[free], _SEARCH)
+            found = descend(np.concatenate([[offset], slopes])[free], _SEARCH)
             if np.isfinite(found.fun) and np.isfinite(found.x).all() and found.fun < best_value:
                 best, best_value = found.x, found.fun
     if best is None:
@@ -103,57 +118,8 @@ def _objective(free_theta: Floats, design: Floats, losses_R: Floats) -> tuple[fl
     return float(huber(residuals).mean() / _DELTA**2), gradient
 
 
-Predictor = Callable[[Floats], Floats]
-
-
-def spearman(first_R: Floats, second_R: Floats) -> float:
-    """Return Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
-    from scipy.stats import rankdata
-
-    a, b = rankdata(first_R), rankdata(second_R)
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else float("nan")
-
-
-def folds_of(num_runs: int, num_folds: int, seed: int) -> list[NDArray[np.int64]]:
-    """Return disjoint sets of runs that make up all of them, of sizes that differ by at most one."""
-    order = stream(seed, "mixing.folds").permutation(num_runs)
-    return [np.sort(part) for part in np.array_split(order, min(num_folds, num_runs))]
-
-
-def out_of_fold(
-    fit: Callable[[Floats, Floats], Predictor], mixtures_RK: Floats, losses_R: Floats, folds: list[NDArray[np.int64]]
-) -> Floats:
-    """Return the loss of each run [R] as predicted by a fit to the other folds.
-
-    Args:
-        fit: Takes mixtures and losses of the runs to fit, gives a predictor.
-        mixtures_RK: Mixtures of all runs [R, K].
-        losses_R: Their losses [R].
-        folds: Run numbers of each fold.
-    """
-    predicted = np.empty(len(losses_R))
-    for held in folds:
-        rest = np.setdiff1d(np.arange(len(losses_R)), held)
-        predicted[held] = fit(mixtures_RK[rest], losses_R[rest])(mixtures_RK[held])
-    return predicted
-
-
-LEAST_TREE_RUNS = 50
-"""A leaf holds at least 20 runs, and four fifths of the runs must be able to fill two of them."""
-
-_ROUNDS = 1000
-_PATIENCE = 3
-_FOLDS = 5
-
-
 def lightgbm() -> Any:
-    """Return the package.
-
-    Raises:
-        ConfigError: It is not installed, with how to install it.
-    """
+    """Return the package; ``ConfigError`` if it is not installed."""
     try:
         import lightgbm as package
     except ImportError as error:
@@ -164,16 +130,9 @@ def lightgbm() -> Any:
 
 
 def fit_trees(mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0) -> Any:
-    """Fit the trees of one task and return LightGBM's booster; ``predict`` takes mixtures [R, K].
+    """Fit boosted trees to the losses [R] of one task and return LightGBM's booster (RegMix, arXiv 2407.01492).
 
-    Args:
-        mixtures_RK: Mixtures of the runs [R, K].
-        losses_R: Held-out losses of the runs [R], finite.
-        seed: Seed of folds and trees.
-
-    Raises:
-        ConfigError: LightGBM is missing.
-        DataError: Fewer than ``LEAST_TREE_RUNS`` runs.
+    The number of rounds comes from a cross-validation within the fitted runs.
     """
     package = lightgbm()
     if len(mixtures_RK) < LEAST_TREE_RUNS:
@@ -193,46 +152,49 @@ def fit_trees(mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0) -> Any:
         "verbosity": -1,
     }
     data = package.Dataset(np.asarray(mixtures_RK), label=np.asarray(losses_R), free_raw_data=False)
+    stopping = package.early_stopping(3, verbose=False)
     errors = package.cv(
-        settings,
-        data,
-        num_boost_round=_ROUNDS,
-        nfold=_FOLDS,
-        stratified=False,
-        seed=seed,
-        callbacks=[package.early_stopping(_PATIENCE, verbose=False)],
+        settings, data, num_boost_round=1000, nfold=5, stratified=False, seed=seed, callbacks=[stopping]
     )
-    rounds = len(errors["valid l2-mean"])
     whole = package.Dataset(np.asarray(mixtures_RK), label=np.asarray(losses_R))
-    return package.train(settings, whole, num_boost_round=rounds)
+    return package.train(settings, whole, num_boost_round=len(errors["valid l2-mean"]))
 
 
-def load_trees(text: str) -> Any:
-    """Return the booster that ``model_to_string`` wrote."""
-    return lightgbm().Booster(model_str=text)
+# ---- quality: how well runs are predicted by fits that have not seen them
 
 
-Method = Literal["log_linear", "mixing_law", "lightgbm"]
+def spearman(first_R: Floats, second_R: Floats) -> float:
+    """Return Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
+    from scipy.stats import rankdata
 
-FIT = "fit.json"
-METHODS: tuple[Method, ...] = get_args(Method)
-LEAST_RUNS = 3
+    a, b = rankdata(first_R), rankdata(second_R)
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale > 0 else math.nan
 
-_WORST = 5.0  # spreads: an error of about one spread is what the mean of the runs makes
-_NOISE = 0.01  # nats, where the runs hardly differ
-_FOLD_RESTARTS = 3  # of 30: folds only measure quality
-_TREES_ENOUGH = 118
-_FORMAT = 1
+
+def folds_of(num_runs: int, num_folds: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return disjoint sets of runs that make up all of them, of sizes that differ by at most one."""
+    order = stream(seed, "mixing.folds").permutation(num_runs)
+    return [np.sort(part) for part in np.array_split(order, min(num_folds, num_runs))]
+
+
+def out_of_fold(
+    fit: Callable[[Floats, Floats], Predictor], mixtures_RK: Floats, losses_R: Floats, folds: list[NDArray[np.int64]]
+) -> Floats:
+    """Return the loss of each run [R] as predicted by a fit to the other folds."""
+    predicted = np.empty(len(losses_R))
+    for held in folds:
+        rest = np.setdiff1d(np.arange(len(losses_R)), held)
+        predicted[held] = fit(mixtures_RK[rest], losses_R[rest])(mixtures_RK[held])
+    return predicted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How well runs are predicted by fits that have not seen them.
+    """Quality of the fit of one task, out of fold: rank correlation of predicted and measured losses, and their error.
 
-    Attributes:
-        spearman: Rank correlation of predicted and measured losses; NaN when one of them is constant.
-        error: Mean absolute difference in nats.
-        spread: Standard deviation of the measured losses, to compare the error with.
+    ``error`` is the mean absolute difference in nats, to compare with ``spread``, the losses' standard deviation.
     """
 
     spearman: float
@@ -241,23 +203,16 @@ class Quality:
 
     @property
     def usable(self) -> bool:
-        """Whether unseen runs are predicted at all: not much worse than all of them by their mean."""
+        """Whether the error is not much larger than that of predicting every run by the mean of all."""
         return bool(self.error <= max(_WORST * self.spread, _NOISE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One model per task.
+    """One model per task (held-out set) [T] over domains [K].
 
-    Attributes:
-        method: "log_linear", "mixing_law" or "lightgbm".
-        names: Domains [K].
-        tasks: What losses are of [T].
-        theta: Parameters of the laws [T, K + 2]; None for trees.
-        trees: Text of each task's trees; empty for laws.
-        quality: Task -> quality out of fold.
-        runs: Runs that were fitted.
-        provenance: Where it is from.
+    ``theta`` [T, K + 2] are the parameters of the laws, ``trees`` [T] the texts of boosted trees; the other is empty.
+    ``runs`` are those that were fitted.
     """
 
     method: Method
@@ -273,21 +228,164 @@ class Fit:
         """Return predicted losses [R, T] of mixtures [R, K], of all tasks or of those named."""
         places = [self.tasks.index(task) for task in tasks or self.tasks]
         if self.theta is not None:
-            columns = [predict(self.theta[place], mixtures_RK) for place in places]
+            return np.stack([predict(self.theta[place], mixtures_RK) for place in places], axis=1)
+        boosters = [lightgbm().Booster(model_str=self.trees[place]) for place in places]
+        return np.stack([booster.predict(np.asarray(mixtures_RK)) for booster in boosters], axis=1)
+
+
+def fit_losses(
+    method: Method, mixtures: Table, losses: Table, *, folds: int, seed: int = 0, provenance: Mapping[str, Any]
+) -> Fit:
+    """Fit one model per task to mixtures [R, K] and held-out losses [R, T] of runs, and measure its quality.
+
+    Quality is measured with ``folds`` folds; R folds or more mean leave-one-out.
+    """
+    num_runs = len(mixtures.runs)
+    if num_runs < LEAST_RUNS:
+        raise DataError(
+            f"{num_runs} finished runs with held-out losses; a fit needs at least {LEAST_RUNS}, and Olmix advises "
+            f"3 (domains + 1) = {3 * (len(mixtures.columns) + 1)}"
+        )
+
+    def trees(fitted_RK: Floats, fitted_R: Floats) -> Predictor:
+        booster = fit_trees(fitted_RK, fitted_R, seed=seed)
+        return lambda unseen: np.asarray(booster.predict(unseen))
+
+    def law(fitted_RK: Floats, fitted_R: Floats) -> Predictor:
+        assert method != "lightgbm"
+        found = fit_law(method, fitted_RK, fitted_R, seed=seed, restarts=min(_FOLD_RESTARTS, RESTARTS))
+        return lambda unseen: predict(found, unseen)
+
+    parts = folds_of(num_runs, folds, seed)
+    theta, texts, quality = [], [], {}
+    for task, losses_R in zip(losses.columns, losses.values.T, strict=True):
+        if method == "lightgbm":
+            texts.append(fit_trees(mixtures.values, losses_R, seed=seed).model_to_string())
         else:
-            columns = [load_trees(self.trees[place]).predict(np.asarray(mixtures_RK)) for place in places]
-        return np.stack(columns, axis=1)
+            theta.append(fit_law(method, mixtures.values, losses_R, seed=seed, restarts=RESTARTS))
+        predicted = out_of_fold(trees if method == "lightgbm" else law, mixtures.values, losses_R, parts)
+        quality[task] = Quality(
+            spearman=spearman(predicted, losses_R),
+            error=float(np.abs(predicted - losses_R).mean()),
+            spread=float(losses_R.std()),
+        )
+    return Fit(
+        method=method,
+        names=mixtures.columns,
+        tasks=losses.columns,
+        theta=np.stack(theta) if theta else None,
+        trees=tuple(texts),
+        quality=quality,
+        runs=mixtures.runs,
+        provenance=provenance,
+    )
+
+
+def write_fit(folder: Path, fit: Fit) -> Path:
+    """Write ``fit.json`` and, for trees, ``trees/task-000.txt`` and so on; return the path of the former."""
+    for number, text in enumerate(fit.trees):
+        path = _tree_file(folder, number)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
+    body = {key: value for key, value in dataclasses.asdict(fit).items() if key != "trees"}
+    write_json(folder / FIT, redacted(plain({"format": _FORMAT, **body})))
+    return folder / FIT
+
+
+def read_fit(folder: Path) -> Fit:
+    """Read what ``write_fit`` wrote; ``DataError`` if there is no fit yet, or its files are damaged."""
+    path = folder / FIT
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {FIT}; run 'dataflex mix fit {folder}' first")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        method = body["method"]
+        theta = None if body["theta"] is None else np.asarray(body["theta"], dtype=np.float64)
+        if method not in METHODS or (method in LAWS) != (theta is not None):
+            raise ValueError(f"method {method!r} and its parameters do not fit together")
+        if theta is not None and theta.shape != (len(body["tasks"]), len(body["names"]) + 2):
+            raise ValueError(f"parameters of shape {theta.shape}")
+        num_trees = len(body["tasks"]) if theta is None else 0
+        quality = {
+            task: Quality(**{key: math.nan if value is None else float(value) for key, value in values.items()})
+            for task, values in body["quality"].items()
+        }
+        return Fit(
+            method=method,
+            names=tuple(body["names"]),
+            tasks=tuple(body["tasks"]),
+            theta=theta,
+            trees=tuple(_tree_file(folder, number).read_text() for number in range(num_trees)),
+            quality=quality,
+            runs=tuple(body["runs"]),
+            provenance=body["provenance"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}; run 'dataflex mix fit {folder}' again") from error
+
+
+def _tree_file(folder: Path, number: int) -> Path:
+    return folder / "trees" / f"task-{number:03d}.txt"
+
+
+# ---- the step
+
+
+def _losses(
+    options: argparse.Namespace, swarm: Swarm | None, without: Sequence[str], notes: list[str]
+) -> dict[str, dict[str, float]]:
+    """Return the held-out losses of each run that is to be fitted."""
+    if options.metrics:
+        table = read_table(options.metrics, skip=without)
+        rows = zip(table.runs, table.values.tolist(), strict=True)
+        return {run: dict(zip(table.columns, row, strict=True)) for run, row in rows}
+    if swarm is None:
+        raise ConfigError(f"--metrics: missing; {options.folder} holds no {SWARM} whose runs could be read")
+    unfinished = [run for run in swarm.unfinished() if run not in without]
+    if unfinished:
+        told = ", ".join(unfinished[:4]) + (", ..." if len(unfinished) > 4 else "")
+        notes.append(f"{len(unfinished)} of {len(swarm.runs)} runs are not finished and were left out ({told})")
+    done = [run for run in swarm.runs if run not in unfinished and run not in without]
+    losses = {run: losses_of_run(swarm.output_dir(run)) for run in done}
+    return {run: found for run, found in losses.items() if found}
+
+
+def _joined(ratios: Table, losses: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> tuple[Table, Table]:
+    """Return mixtures and losses of the runs that have both, in the order of ``ratios``; no ``tasks`` means all."""
+    runs = [run for run in ratios.runs if run in losses]
+    strangers = [run for run in losses if run not in ratios.runs]
+    problems = [f"run {run}: has losses, but no mixture{did_you_mean(run, ratios.runs)}" for run in strangers]
+    known = list(dict.fromkeys(task for run in runs for task in losses[run]))
+    problems += [
+        f"--tasks: {task}: no run has a held-out loss of it{did_you_mean(task, known)} (known: {', '.join(known)})"
+        for task in tasks
+        if task not in known
+    ]
+    wanted = [task for task in known if not tasks or task in tasks]
+    for run, task in ((run, task) for run in runs for task in wanted):
+        if task not in losses[run]:
+            problems.append(f"run {run}: has no held-out loss of {task}, which other runs have")
+        elif not math.isfinite(losses[run][task]):
+            problems.append(f"run {run}: the held-out loss of {task} is not finite; leave it out with --without {run}")
+    if problems:
+        raise DataError("\n".join(problems[:20]))
+    if not runs or not wanted:
+        raise DataError(
+            "no run has a held-out loss yet; let the runs finish with an 'eval_dataset' in their configuration, or "
+            "give --metrics"
+        )
+    mixtures = ratios.values[[ratios.runs.index(run) for run in runs]]
+    values = np.asarray([[losses[run][task] for task in wanted] for run in runs], dtype=np.float64)
+    return (
+        Table(runs=tuple(runs), columns=ratios.columns, values=mixtures),
+        Table(runs=tuple(runs), columns=tuple(wanted), values=values),
+    )
 
 
 def warnings_of(method: Method, num_runs: int, num_domains: int) -> list[str]:
     """Return what makes a fit doubtful, one line each."""
-    lines = []
-    wanted = 3 * (num_domains + 1)
-    if num_runs < wanted:
-        lines.append(
-            f"{num_runs} runs for {num_domains} domains; Olmix advises at least 3 (domains + 1) = {wanted}, so "
-            "trust the held-out correlation before the proposal"
-        )
+    lines = few_runs_note(num_runs, num_domains)
     if method == "lightgbm" and num_runs <= _TREES_ENOUGH:
         lines.append(
             f"{num_runs} runs: trees were found to need more than {_TREES_ENOUGH} runs to match the log-linear law"
@@ -295,8 +393,7 @@ def warnings_of(method: Method, num_runs: int, num_domains: int) -> list[str]:
     return lines
 
 
-def quality_notes(fit: Fit) -> list[str]:
-    """Return what is wrong with the fits of single tasks, one line each."""
+def _quality_notes(fit: Fit) -> list[str]:
     lines = []
     for task, quality in fit.quality.items():
         if not quality.usable:
@@ -310,124 +407,44 @@ def quality_notes(fit: Fit) -> list[str]:
     return lines
 
 
-def fit_losses(
-    method: Method, mixtures: Table, losses: Table, *, folds: int, seed: int = 0, provenance: Mapping[str, Any]
-) -> Fit:
-    """Fit one model per task to the runs of a swarm.
-
-    Args:
-        method: Which model.
-        mixtures: Mixtures of the runs [R, K].
-        losses: Their held-out losses [R, T].
-        folds: Folds that quality is measured with; at least R means leave-one-out.
-        seed: Seed of starts, trees and folds.
-        provenance: Where the numbers are from, to be kept.
-
-    Raises:
-        DataError: Too few runs.
-        ConfigError: LightGBM is missing.
-    """
-    num_runs = len(mixtures.runs)
-    if num_runs < LEAST_RUNS:
-        raise DataError(
-            f"{num_runs} finished runs with held-out losses; a fit needs at least {LEAST_RUNS}, and Olmix advises "
-            f"3 (domains + 1) = {3 * (len(mixtures.columns) + 1)}"
-        )
-    parts = folds_of(num_runs, folds, seed)
-    theta, trees, quality = [], [], {}
-    for task, losses_R in zip(losses.columns, losses.values.T, strict=True):
-        if method == "lightgbm":
-            trees.append(fit_trees(mixtures.values, losses_R, seed=seed).model_to_string())
-        else:
-            theta.append(fit_law(method, mixtures.values, losses_R, seed=seed, restarts=RESTARTS))
-        quality[task] = _quality(method, mixtures.values, losses_R, parts, seed)
-    return Fit(
-        method=method,
-        names=mixtures.columns,
-        tasks=losses.columns,
-        theta=np.stack(theta) if theta else None,
-        trees=tuple(trees),
-        quality=quality,
-        runs=mixtures.runs,
-        provenance=provenance,
+def fit_step(options: argparse.Namespace) -> str:
+    """Fit losses to mixtures, write ``fit.json`` and return what to print."""
+    if options.folds < 0 or options.folds == 1:
+        raise ConfigError(f"--folds: must be 0 (leave one out) or at least 2, found {options.folds}")
+    if options.method == "lightgbm":
+        lightgbm()
+    ratios = read_table(options.folder / RATIOS, shares=True)
+    swarm = read_swarm(options.folder) if (options.folder / SWARM).is_file() else None
+    without = data_set_names(options.without)
+    strangers = [run for run in without if run not in ratios.runs]
+    if strangers:
+        raise ConfigError([f"--without: {run}: no such run{did_you_mean(run, ratios.runs)}" for run in strangers])
+    notes: list[str] = []
+    mixtures, losses = _joined(ratios, _losses(options, swarm, without, notes), data_set_names(options.tasks))
+    unseen = [name for name, column in zip(mixtures.columns, mixtures.values.T, strict=True) if column.max() == 0]
+    if unseen:
+        raise DataError(f"no run has any of {', '.join(unseen)}, so nothing is known about it; leave the column out")
+    source = provenance(
+        "dataflex mix fit",
+        inputs=[options.folder / RATIOS, *([options.metrics] if options.metrics else [])],
+        settings=given(options, "method", "tasks", "without", "folds", "seed"),
+        packages=("scipy", "lightgbm") if options.method == "lightgbm" else ("scipy",),
+        config_digest=swarm.config_digest if swarm else None,
     )
-
-
-def _quality(
-    method: Method, mixtures_RK: Floats, losses_R: Floats, parts: list[NDArray[np.int64]], seed: int
-) -> Quality:
-    def fit(fitted_RK: Floats, fitted_R: Floats) -> Predictor:
-        if method == "lightgbm":
-            booster = fit_trees(fitted_RK, fitted_R, seed=seed)
-            return lambda unseen: np.asarray(booster.predict(unseen))
-        theta = fit_law(method, fitted_RK, fitted_R, seed=seed, restarts=min(_FOLD_RESTARTS, RESTARTS))
-        return lambda unseen: predict(theta, unseen)
-
-    predicted = out_of_fold(fit, mixtures_RK, losses_R, parts)
-    return Quality(
-        spearman=spearman(predicted, losses_R),
-        error=float(np.abs(predicted - losses_R).mean()),
-        spread=float(losses_R.std()),
+    folds = options.folds or len(mixtures.runs)
+    found = fit_losses(options.method, mixtures, losses, folds=folds, seed=options.seed, provenance=source)
+    path = write_fit(options.folder, found)
+    how = "leave-one-out" if folds >= len(found.runs) else f"{folds}-fold cross-validation"
+    table = [["held-out set", "Spearman", "error (nats)", "spread (nats)"]]
+    for task, quality in found.quality.items():
+        error = f"{quality.error:.4f}" if quality.error < 1e4 else f"{quality.error:.3g}"
+        table.append([task, f"{quality.spearman:.3f}", error, f"{quality.spread:.4f}"])
+    notes += [*_quality_notes(found), *warnings_of(found.method, len(found.runs), len(found.names))]
+    return "\n".join(
+        [
+            f"{found.method} on {len(found.runs)} runs; quality by {how}, on runs that the fit has not seen",
+            *columns(table),
+            *(f"note: {note}" for note in notes),
+            f"written: {path}; next: dataflex mix propose {options.folder}",
+        ]
     )
-
-
-def write_fit(folder: Path, fit: Fit) -> Path:
-    """Write ``fit.json`` and, for trees, ``trees/task-000.txt`` and so on; return the path of the former."""
-    for number, text in enumerate(fit.trees):
-        path = _tree_file(folder, number)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            file.write(text.encode())
-    body = {
-        "format": _FORMAT,
-        "method": fit.method,
-        "names": list(fit.names),
-        "tasks": list(fit.tasks),
-        "theta": None if fit.theta is None else fit.theta.tolist(),
-        "quality": {task: vars(quality) for task, quality in fit.quality.items()},
-        "runs": list(fit.runs),
-        "provenance": fit.provenance,
-    }
-    write_json(folder / FIT, redacted(plain(body)))
-    return folder / FIT
-
-
-def read_fit(folder: Path) -> Fit:
-    """Read what ``write_fit`` wrote.
-
-    Raises:
-        DataError: There is no fit yet, or its files are damaged.
-    """
-    path = folder / FIT
-    if not path.is_file():
-        raise DataError(f"{folder} holds no {FIT}; run 'dataflex mix fit {folder}' first")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        method = body["method"]
-        theta = None if body["theta"] is None else np.asarray(body["theta"], dtype=np.float64)
-        if method not in METHODS or (method in LAWS) != (theta is not None):
-            raise ValueError(f"method {method!r} and its parameters do not fit together")
-        if theta is not None and theta.shape != (len(body["tasks"]), len(body["names"]) + 2):
-            raise ValueError(f"parameters of shape {theta.shape}")
-        num_trees = len(body["tasks"]) if theta is None else 0
-        trees = [_tree_file(folder, number).read_text() for number in range(num_trees)]
-        return Fit(
-            method=method,
-            names=tuple(body["names"]),
-            tasks=tuple(body["tasks"]),
-            theta=theta,
-            trees=tuple(trees),
-            quality={task: Quality(**_numbers(values)) for task, values in body["quality"].items()},
-            runs=tuple(body["runs"]),
-            provenance=body["provenance"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error}; run 'dataflex mix fit {folder}' again") from error
-
-
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {key: float("nan") if value is None else float(value) for key, value in values.items()}
-
-
-def _tree_file(folder: Path, number: int) -> Path:
-    return folder / "trees" / f"task-{number:03d}.txt"

@@ -1,4 +1,4 @@
-"""From a fit to the proportions to train with.
+"""``dataflex mix propose``: from a fit to the proportions to train with.
 
 Laws: the exact convex minimum near the natural mix and under caps (Olmix, arXiv 2602.12237; KL 0.05).
 Trees: the mean of the 128 mixtures of 100,000 Dirichlet draws with the lowest predicted loss (RegMix,
@@ -7,40 +7,45 @@ arXiv 2407.01492).
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.mixing.fit import Fit
-from dataflex.mixing.swarm import dirichlet, prior_of
+from dataflex.mixing.fit import FIT, Fit, read_fit
+from dataflex.mixing.options import Solution, check_names, given, numbers_by_name, write_result
+from dataflex.mixing.swarm import SWARM, dirichlet, given_sizes, prior_of, read_swarm
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import provenance
+from dataflex.record.text import columns
 from dataflex.rng import stream
 
-Floats = NDArray[np.float64]
+KL = 0.05
+
+_BARRIERS = np.geomspace(1.0, 1e-11, 23)
+_MOST_NEWTON = 60
+_NEVER = 1e-9  # shares below it become 0: the barrier keeps every share above it
+_GAP = 1e-6
+_DRAWS = 100_000
+_BEST = 128
+_AT_ONCE = 10_000
+_MAX_EPOCHS = 4.0
 
 
 def caps_of_epochs(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
-    """Return the largest share of each domain [K], so that none is seen more than ``max_epochs`` times.
+    """Return the largest shares [K] with at most ``max_epochs`` epochs: min(k N_j / R, 1) (Olmix).
 
-    Olmix: p_j <= k N_j / R.
-
-    Args:
-        sizes_K: What there is of each domain [K].
-        budget: What the large run will use, in the same unit.
-        max_epochs: Most epochs over any domain.
+    ``sizes_K`` N [K] and ``budget`` R, the size of the large run, have one unit.
     """
     return np.minimum(max_epochs * np.asarray(sizes_K, dtype=np.float64) / budget, 1.0)
 
 
 def check_caps(caps_K: Floats, names: Sequence[str]) -> None:
-    """Raise unless some mixture keeps to the caps.
-
-    Raises:
-        ConfigError: They sum to less than 1, with the largest ones.
-    """
+    """Raise ``ConfigError`` unless some mixture keeps to the caps [K]."""
     total = float(caps_K.sum())
     if total < 1 - 1e-12:
         order = np.argsort(-caps_K, kind="stable")[:4]
@@ -54,17 +59,13 @@ def check_caps(caps_K: Floats, names: Sequence[str]) -> None:
 def kl_projection(q_K: Floats, caps_K: Floats) -> Floats:
     """Return argmin_p KL(p || q) over the simplex with p <= caps: p = min(caps, s q) with the s that sums to 1.
 
-    Args:
-        q_K: Weights >= 0 [K], any scale; the caps of those above 0 must sum to at least 1.
-        caps_K: Upper bounds [K].
+    The caps of those with q above 0 must sum to at least 1; q may have any scale.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(q_K > 0, caps_K / q_K, np.inf)
-    order = np.argsort(ratio, kind="stable")  # the scale at which each one reaches its cap
-    caps, q = caps_K[order], q_K[order]
-    capped = np.concatenate([[0.0], np.cumsum(caps)[:-1]])
-    free = np.cumsum(q[::-1])[::-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
+        order = np.argsort(ratio, kind="stable")  # the scale at which each one reaches its cap
+        capped = np.concatenate([[0.0], np.cumsum(caps_K[order])[:-1]])
+        free = np.cumsum(q_K[order][::-1])[::-1]
         scales = (1.0 - capped) / free  # with the first n capped, the others at scale x q
     fits = (scales <= ratio[order]) & (free > 0)
     if not fits.any():  # the caps sum to 1 up to rounding
@@ -84,28 +85,6 @@ def linear_minimum(gradient_K: Floats, caps_K: Floats) -> Floats:
         if left <= 0:
             break
     return p
-
-
-_BARRIERS = np.geomspace(1.0, 1e-11, 23)
-_MOST_NEWTON = 60
-_NEVER = 1e-9  # shares below it become 0: the barrier keeps every share above it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """What ``minimize`` found.
-
-    Attributes:
-        proportions: float64 [K] on the simplex, within the caps.
-        value: The objective there.
-        gap: Most by which the value exceeds the best one.
-        steps: Newton steps taken.
-    """
-
-    proportions: Floats
-    value: float
-    gap: float
-    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,38 +172,47 @@ def _along_the_barrier(goal: _Objective, p_K: Floats, bounds_K: Floats) -> tuple
     return p_K, steps
 
 
-KL = 0.05
-_DRAWS = 100_000
-_BEST = 128
-_AT_ONCE = 10_000
-_GAP = 1e-6
-
-
 def propose(
-    fit: Fit,
-    sizes_K: Floats,
-    *,
-    tasks: Sequence[str] = (),
-    kl: float = KL,
-    caps_K: Floats | None = None,
-    prior_power: float = 1.0,
-    seed: int = 0,
+    fit: Fit, sizes_K: Floats, *, tasks: Sequence[str] = (), kl: float = KL, caps_K: Floats | None = None, seed: int = 0
 ) -> tuple[Floats, dict[str, Any]]:
     """Return proportions [K] for the lowest mean predicted loss, and details.
 
     Args:
         fit: The fitted models.
         sizes_K: Natural sizes in the order of ``fit.names`` [K], any unit.
-        tasks: Tasks to lower the mean of; none means all whose unseen runs are predicted at all.
+        tasks: Tasks whose mean is lowered; none means all with a usable fit.
         kl: Weight of the divergence from the natural mix; laws only.
         caps_K: Largest share of each domain [K].
-        prior_power: Power of the natural shares that trees are searched around.
-        seed: Seed of that search.
+        seed: Seed of the search among mixtures; trees only.
 
     Raises:
-        ConfigError: An unknown task, or one of whose fit nothing is to be had, a negative weight, or caps that
-            cannot be met.
+        ConfigError: An unknown task, one without a usable fit, a negative weight, or caps that cannot be met.
     """
+    tasks, useless = _tasks(fit, tasks, kl)
+    natural = sizes_K / sizes_K.sum()
+    caps = np.ones_like(natural) if caps_K is None else np.minimum(caps_K, 1.0)
+    if fit.theta is not None:
+        check_caps(np.where((natural > 0) | (kl == 0), caps, 0.0), fit.names)
+        chosen = fit.theta[[fit.tasks.index(task) for task in tasks]]
+        slopes = chosen[:, 2:] + chosen[:, 1:2]  # proportions sum to 1, so an offset may be added to every slope
+        found = minimize(slopes, natural, kl=kl, caps_K=caps)
+        proportions = found.proportions
+        details: dict[str, Any] = {"kl": kl, "gap": found.gap, "steps": found.steps}
+        if found.gap > _GAP * (1 + abs(found.value)):
+            details["warning"] = f"stopped {found.gap:.2g} above the best value at most"
+    else:
+        check_caps(np.where(natural > 0, caps, 0.0), fit.names)
+        proportions, details = _search(fit, prior_of(sizes_K, 1.0), caps, tasks, seed)
+    before, after = fit.predict(np.stack([natural, proportions]), tasks)
+    details["predicted"] = dict(zip(tasks, after.tolist(), strict=True))
+    details["predicted_natural"] = dict(zip(tasks, before.tolist(), strict=True))
+    details["left_out"] = [] if len(tasks) == len(fit.tasks) else [task for task in useless if task not in tasks]
+    details["natural"] = dict(zip(fit.names, natural.tolist(), strict=True))
+    return proportions, details
+
+
+def _tasks(fit: Fit, tasks: Sequence[str], kl: float) -> tuple[list[str], list[str]]:
+    """Return the tasks to lower the mean of, and those without a usable fit."""
     problems = [
         f"--tasks: {task}: was not fitted{did_you_mean(task, fit.tasks)} (fitted: {', '.join(fit.tasks)})"
         for task in tasks
@@ -238,50 +226,23 @@ def propose(
         for task in tasks
         if task in useless
     ]
-    if not tasks:
-        tasks = [task for task in fit.tasks if task not in useless]
-        if not tasks:
-            problems.append(
-                f"no fit predicts a run that it has not seen ({', '.join(useless)}), so nothing can be proposed; fit "
-                "again with more runs, or with --method lightgbm"
-            )
+    chosen = list(tasks) or [task for task in fit.tasks if task not in useless]
+    if not chosen:
+        problems.append(
+            f"no fit predicts a run that it has not seen ({', '.join(useless)}), so nothing can be proposed; fit "
+            "again with more runs, or with --method lightgbm"
+        )
     if not (np.isfinite(kl) and kl >= 0):
         problems.append(f"--kl: must be a number of at least 0, found {kl:g}")
     if problems:
         raise ConfigError(problems)
-    natural = sizes_K / sizes_K.sum()
-    caps = np.ones_like(natural) if caps_K is None else np.minimum(caps_K, 1.0)
-    names = fit.names
-    if fit.theta is not None:
-        usable = (natural > 0) | (kl == 0)
-        check_caps(np.where(usable, caps, 0.0), names)
-        chosen = fit.theta[[fit.tasks.index(task) for task in tasks]]
-        slopes = chosen[:, 2:] + chosen[:, 1:2]  # proportions sum to 1, so an offset may be added to every slope
-        found = minimize(slopes, natural, kl=kl, caps_K=caps)
-        proportions = found.proportions
-        details: dict[str, Any] = {"kl": kl, "gap": found.gap, "steps": found.steps}
-        if found.gap > _GAP * (1 + abs(found.value)):
-            details["warning"] = f"stopped {found.gap:.2g} above the best value at most"
-    else:
-        check_caps(np.where(natural > 0, caps, 0.0), names)
-        proportions, details = search(fit, prior_of(sizes_K, prior_power), caps, tasks=tasks, seed=seed)
-    told = list(tasks)
-    before, after = fit.predict(np.stack([natural, proportions]), told)
-    details["predicted"] = dict(zip(told, after.tolist(), strict=True))
-    details["predicted_natural"] = dict(zip(told, before.tolist(), strict=True))
-    details["left_out"] = [] if len(told) == len(fit.tasks) else [task for task in useless if task not in told]
-    details["natural"] = dict(zip(names, natural.tolist(), strict=True))
-    return proportions, details
+    return chosen, useless
 
 
-def search(
-    fit: Fit, prior_K: Floats, caps_K: Floats, *, tasks: Sequence[str] = (), seed: int = 0
+def _search(
+    fit: Fit, prior_K: Floats, caps_K: Floats, tasks: Sequence[str], seed: int
 ) -> tuple[Floats, dict[str, Any]]:
-    """Return the mean [K] of the best draws from Dirichlet(prior) that keep to the caps, and details.
-
-    Raises:
-        ConfigError: Too few draws keep to the caps.
-    """
+    """Return the mean [K] of the best draws from Dirichlet(prior) that keep to the caps, and details."""
     kept, predicted = [], []
     for batch in range(_DRAWS // _AT_ONCE):
         drawn = dirichlet(stream(seed, "mixing.search", batch), np.broadcast_to(prior_K, (_AT_ONCE, len(prior_K))))
@@ -295,7 +256,80 @@ def search(
             f"caps: only {num_kept} of {_DRAWS:,} drawn mixtures keep to them, and {_BEST} are averaged; raise "
             "--max-epochs or --cap, or fit with --method log_linear, whose minimum is exact under caps"
         )
-    mixtures, losses = np.concatenate(kept), np.concatenate(predicted)
-    best = np.argsort(losses, kind="stable")[:_BEST]
-    mean = mixtures[best].mean(axis=0)
+    best = np.argsort(np.concatenate(predicted), kind="stable")[:_BEST]
+    mean = np.concatenate(kept)[best].mean(axis=0)
     return mean / mean.sum(), {"draws": _DRAWS, "within_caps": num_kept, "averaged": _BEST}
+
+
+def _sizes(options: argparse.Namespace, names: Sequence[str]) -> tuple[Floats, str]:
+    """Return the natural sizes [K] in the order of ``names``, and their unit."""
+    if options.natural is not None:
+        found, sizes, unit = given_sizes(options.natural)
+    elif (options.folder / SWARM).is_file():
+        swarm = read_swarm(options.folder)
+        found, sizes, unit = swarm.names, swarm.sizes, swarm.unit
+    else:
+        raise ConfigError(f"--natural: missing; {options.folder} holds no {SWARM} with the sizes of the domains")
+    check_names("--natural", found, names, every=True)
+    if not sizes.sum() > 0:
+        raise ConfigError("--natural: all sizes are 0")
+    return sizes[[found.index(name) for name in names]], unit
+
+
+def _caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence[str]) -> tuple[Floats, list[str]]:
+    """Return the largest share of each domain [K], and notes."""
+    caps, notes = np.ones(len(names)), []
+    epochs = _MAX_EPOCHS if options.max_epochs is None else options.max_epochs
+    if options.budget is not None:
+        if not options.budget > 0 or not epochs > 0:
+            raise ConfigError("--budget and --max-epochs: must be above 0")
+        if unit == "shares":
+            raise ConfigError("--budget: sizes are known as shares only; give --natural with sizes in a unit")
+        caps = caps_of_epochs(sizes, options.budget, epochs)
+    elif options.max_epochs is not None:
+        raise ConfigError("--max-epochs: has no effect without --budget, what the large run uses in the unit of sizes")
+    else:
+        notes.append(f"no --budget (in {unit}), so no domain is kept from being repeated too often")
+    if options.cap:
+        single = numbers_by_name(options.cap, "--cap")
+        check_names("--cap", single, names, every=False)
+        caps = np.minimum(caps, [single.get(name, 1.0) for name in names])
+    return caps, notes
+
+
+def propose_step(options: argparse.Namespace) -> str:
+    """Write the proportions file of a fit and return what to print."""
+    fit = read_fit(options.folder)
+    if fit.method == "lightgbm" and options.kl is not None:
+        raise ConfigError("--kl: has no effect with lightgbm, whose search stays near the natural mix by its draws")
+    sizes, unit = _sizes(options, fit.names)
+    caps, notes = _caps(options, sizes, unit, fit.names)
+    kl = KL if options.kl is None else options.kl
+    tasks = data_set_names(options.tasks)
+    shares, details = propose(fit, sizes, tasks=tasks, kl=kl, caps_K=caps, seed=options.seed)
+    source = provenance(
+        "dataflex mix propose",
+        inputs=[options.folder / FIT],
+        settings={**given(options, "budget", "max_epochs", "cap", "tasks", "natural", "seed"), "kl": kl},
+        packages=("scipy",),
+        config_digest=fit.provenance.get("config_digest"),
+    )
+    lines = write_result(
+        options.out or options.folder / "proportions.json",
+        fit.names,
+        shares,
+        method=fit.method,
+        source={**source, "fit": fit.provenance},
+        details={**details, "caps": dict(zip(fit.names, caps.tolist(), strict=True))},
+        natural=sizes / sizes.sum(),
+        caps=caps,
+    )
+    table = [["held-out set", "natural mix", "proposed"]]
+    for task, after in details["predicted"].items():
+        table.append([task, f"{details['predicted_natural'][task]:.4f}", f"{after:.4f}"])
+    notes += [details["warning"]] if "warning" in details else []
+    if details["left_out"]:
+        notes.append(
+            f"left out, as unseen runs are not predicted at all (see 'mix fit'): {', '.join(details['left_out'])}"
+        )
+    return "\n".join([*lines, "predicted losses", *columns(table), *(f"note: {note}" for note in notes)])

@@ -1,273 +1,208 @@
-"""From one configuration to the runs of a swarm: sizes of domains, configurations, running those that are missing."""
+"""Small runs: their configurations, training, mixtures and held-out losses."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import csv
 import math
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.config.data import count_bytes, count_rows, find_sources
-from dataflex.config.split import Split, resolve, split
-from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.mixing.swarm import SWARM, Swarm, SwarmSettings, finished, read_swarm, sample_swarm, save_swarm
-from dataflex.plan.proportions import digest_of, provenance, read_proportions
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.split import split
+from dataflex.ending import run_child
+from dataflex.errors import ConfigError, DataError
+from dataflex.plan.domains import Floats
+from dataflex.printable import shown, without_secrets
+from dataflex.record.read import read_events
+from dataflex.state import replacing
 
-Natural = tuple[tuple[str, ...], NDArray[np.float64], str]
-"""Names of the domains [K], their sizes [K], and the unit of these."""
+RATIOS = "ratios.csv"
 
-KEY = "--natural"
-
-
-def natural_of(asked: str | None, parts: Split, base_dir: Path) -> Natural:
-    """Return the domains of a configuration and their sizes.
-
-    Args:
-        asked: "rows" (that the run loads), "bytes" (of these rows, which tokens are roughly proportional to), or
-            what ``given_sizes`` reads. None: rows, or bytes where rows are not what proportions are of (packed
-            rows, ``unit: tokens``).
-        parts: The configuration.
-        base_dir: Its folder.
-
-    Raises:
-        ConfigError: Sizes cannot be found out, or are of other domains.
-    """
-    dynamic = parts.dynamic
-    by_column = dynamic is not None and not dynamic.domains_are_sources
-    names = parts.lf.train_sets
-    if asked not in (None, "rows", "bytes"):
-        assert asked is not None
-        given = given_sizes(asked)
-        if not by_column:
-            _same_names(given[0], names)
-            order = [given[0].index(name) for name in names]
-            given = (names, given[1][order], given[2])
-        return given
-    if by_column:
-        raise ConfigError(
-            f"{KEY}: domains come from the rows, so their sizes are not known from the files; give the output_dir of "
-            "a run with the same data, or sizes by name such as 'web=900,code=100'"
-        )
-    sources, problems = find_sources(names, parts.lf, "dataset", base_dir)
-    if problems:
-        raise ConfigError(problems)
-    counted = "sequences" if dynamic is None else dynamic.unit
-    tokens = counted == "tokens" or (parts.lf.packed and counted == "sequences")
-    unit = asked or ("bytes" if tokens else "rows")
-    count = count_rows if unit == "rows" else count_bytes
-    sizes = [None if parts.lf.tokenized else count(source, parts.lf) for source in sources]
-    unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]
-    if unknown:
-        raise ConfigError(
-            f"{KEY}: the {unit} of {', '.join(unknown)} are not quick to count; give sizes by name such as "
-            "'web=900,code=100', or the output_dir of a run with the same data"
-        )
-    return names, np.asarray(sizes, dtype=np.float64), unit
+_LOSS = re.compile(r"eval_(.+)_loss")
+_UNNAMED = "eval"
+_SUM_TOLERANCE = 1e-6
 
 
-def _same_names(given: tuple[str, ...], names: tuple[str, ...]) -> None:
-    problems = [f"{KEY}: {name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
-    problems += [f"{KEY}: {name}: its size is missing" for name in names if name not in given]
-    if problems:
-        raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
-
-
-def given_sizes(asked: str) -> Natural:
-    """Return sizes from the output_dir of a run (its rows), a proportions file, or text such as ``web=9,code=1``.
-
-    Raises:
-        ConfigError: It is none of these, or a number is not a size.
-    """
-    path = Path(asked).expanduser()
-    if path.is_dir():
-        return _of_run(path)
-    if path.suffix == ".json":
-        content = read_proportions(path, KEY)
-        return content.names, np.asarray(content.proportions), "shares"
-    if "=" not in asked:
-        raise ConfigError(
-            f"{KEY}: {asked!r} is neither 'rows' nor 'bytes', nor a folder, a .json file or sizes by name such as "
-            "'web=900,code=100'"
-        )
-    sizes = numbers_by_name(asked, KEY)
-    return tuple(sizes), np.asarray(list(sizes.values())), "given"
-
-
-def numbers_by_name(text: str, key: str) -> dict[str, float]:
-    """Return ``web=9,code=1`` as a mapping.
-
-    Raises:
-        ConfigError: An entry is not ``name=number`` with a finite number of at least 0, or a name is there twice.
-    """
-    numbers: dict[str, float] = {}
-    for entry in text.split(","):
-        name, equals, number = (part.strip() for part in entry.rpartition("="))
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if not equals or not name or not math.isfinite(value) or value < 0:
-            raise ConfigError(f"{key}: {entry.strip()!r} is not name=number with a number of at least 0")
-        if name in numbers:
-            raise ConfigError(f"{key}: {name} is there twice")
-        numbers[name] = value
-    return numbers
-
-
-def _of_run(folder: Path) -> Natural:
-    from dataflex.record.read import read_events
-
-    try:
-        events = read_events(folder)
-    except DataError as error:
-        raise ConfigError(f"{KEY}: {error}") from error
-    spaces = [event["row_space"] for event in events if event["event"] == "run_started"]
-    domains = spaces[-1].get("domains") if spaces else None
-    if not domains:
-        raise ConfigError(f"{KEY}: the record in {folder} does not say how many rows each domain has")
-    return tuple(domains), np.asarray(list(domains.values()), dtype=np.float64), "rows"
-
-
-def write_swarm(
-    mapping: Mapping[str, Any], base_dir: Path, folder: Path, settings: SwarmSettings, natural: str | None
-) -> Swarm:
-    """Draw the mixtures, check the first run's configuration, and write everything.
-
-    A swarm that is there already is taken up when it was made from the same configuration and
-    settings; more runs may be asked for, which leaves the first ones as they are.
-
-    Args:
-        mapping: The user's configuration; its mixer is replaced, everything else is kept.
-        base_dir: Folder of the configuration file.
-        folder: Where to write.
-        settings: How to draw mixtures.
-        natural: Where natural sizes come from, see ``natural_of``.
-
-    Raises:
-        ConfigError: Anything wrong with the configuration or the settings, or another swarm is there.
-    """
-    parts = _parts(mapping, base_dir)
-    names, sizes, unit = natural_of(natural, parts, base_dir)
-    mixtures = sample_swarm(sizes, settings)
-    _every_domain_seen(names, sizes, mixtures)
-    runs = tuple(f"run-{number:04d}" for number in range(1, settings.runs + 1))
-    swarm = Swarm(
-        folder=folder,
-        names=names,
-        sizes=sizes,
-        unit=unit,
-        settings=settings,
-        runs=runs,
-        mixtures=mixtures,
-        held_out=_held_out(parts),
-        config_digest=digest_of({key: value for key, value in mapping.items() if key != "output_dir"}),
-        provenance=provenance("dataflex mix swarm", settings={"natural": natural, **dataclasses.asdict(settings)}),
-    )
-    _same_as_before(swarm)
-    configs = [_configuration(mapping, parts, swarm, run, mixture) for run, mixture in zip(runs, mixtures, strict=True)]
-    resolve(configs[0], base_dir)
-    save_swarm(swarm, configs)
-    return swarm
-
-
-def _parts(mapping: Mapping[str, Any], base_dir: Path) -> Split:
-    """Split the configuration with a mixer in it that asks for nothing."""
+def without_mixer(mapping: Mapping[str, Any], base_dir: Path) -> tuple[LlamaFactoryArgs, DynamicConfig]:
+    """Return the two parts of a configuration whose mixer is replaced."""
     block = mapping.get("dynamic")
     if block is not None and not isinstance(block, Mapping):
         raise ConfigError("dynamic: expected a mapping")
-    dynamic = {**(block or {}), "mixer": "size"}
-    if dynamic.pop("initial_proportions", None) is not None:
-        raise ConfigError("dynamic.initial_proportions: a run of a swarm keeps one mixture throughout; remove the key")
-    if dynamic.pop("min_proportion", None) is not None:
-        raise ConfigError("dynamic.min_proportion: a run of a swarm keeps the mixture drawn for it; remove the key")
-    return split({**mapping, "dynamic": dynamic}, base_dir)
+    parts = split({**mapping, "dynamic": {**(block or {}), "mixer": "size"}}, base_dir)
+    assert parts.dynamic is not None
+    return parts.lf, parts.dynamic
 
 
-def _held_out(parts: Split) -> tuple[str, ...]:
-    """Return the names of the held-out sets that a run evaluates."""
-    return parts.lf.eval_sets or (("eval",) if parts.lf.val_size > 0 else ())
-
-
-def _every_domain_seen(names: tuple[str, ...], sizes: NDArray[np.float64], mixtures: NDArray[np.float64]) -> None:
-    unseen = np.flatnonzero((mixtures.max(axis=0) == 0) & (sizes > 0))
-    if len(unseen):
-        shares = sizes / sizes.sum()
-        told = ", ".join(f"{names[k]} (natural share {shares[k]:.2g})" for k in unseen)
-        raise ConfigError(
-            f"--runs: in none of the {len(mixtures)} mixtures is there any of {told}, so that nothing could be learned "
-            "about it; ask for more runs, set --prior-power 0.5 (smaller domains get more), lower --min-weight, or "
-            "merge small domains"
-        )
-
-
-def _configuration(
-    mapping: Mapping[str, Any], parts: Split, swarm: Swarm, run: str, mixture: NDArray[np.float64]
+def configuration(
+    mapping: Mapping[str, Any], output_dir: Path, name: str, block: Mapping[str, Any], plugins: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the configuration of one run."""
-    result: dict[str, Any] = copy.deepcopy(dict(mapping))
-    for key in ("overwrite_output_dir", "resume_from_checkpoint"):  # a run that was killed must go on
-        result.pop(key, None)
-    result["output_dir"] = str(swarm.output_dir(run))
-    if parts.lf.eval_sets:
-        result.update({"do_eval": True, "eval_on_each_dataset": True})
-    elif swarm.held_out:
-        result["do_eval"] = True
+    """Return the configuration of one run, without the keys that keep it from going on after a kill.
+
+    It is the user's with another ``output_dir`` and ``dynamic`` block, absolute paths of plugins in it, and ``name``
+    appended to its ``run_name``.
+    """
+    left_out = ("dynamic", "overwrite_output_dir", "resume_from_checkpoint")
+    result = {key: value for key, value in mapping.items() if key not in left_out}
     if result.get("run_name"):
-        result["run_name"] = f"{result['run_name']}-{run}"
-    proportions = dict(zip(swarm.names, mixture.tolist(), strict=True))
-    dynamic = {**(result.pop("dynamic", None) or {}), "mixer": {"name": "static", "proportions": proportions}}
-    if parts.dynamic is not None and parts.dynamic.plugins:
-        dynamic["plugins"] = list(parts.dynamic.plugins)  # absolute by now
-    return {**result, "dynamic": dynamic}
+        result["run_name"] = f"{result['run_name']}-{name}"
+    block = {**block, "plugins": list(plugins)} if plugins else block
+    return {**result, "output_dir": str(output_dir), "dynamic": block}
 
 
-def _same_as_before(swarm: Swarm) -> None:
-    if not (swarm.folder / SWARM).is_file():
-        return
-    old = read_swarm(swarm.folder)
-    problems = []
-    if old.config_digest != swarm.config_digest:
-        problems.append("another configuration (or other overrides)")
-    if old.names != swarm.names or not np.array_equal(old.sizes, swarm.sizes):
-        problems.append("other natural sizes")
-    if dataclasses.replace(old.settings, runs=swarm.settings.runs) != swarm.settings:
-        problems.append("other settings of the draws")
-    if len(old.runs) > len(swarm.runs):
-        problems.append(f"{len(old.runs)} runs, more than the {len(swarm.runs)} asked for")
-    common = min(len(old.runs), len(swarm.runs))
-    if not problems and not np.array_equal(old.mixtures[:common], swarm.mixtures[:common]):
-        problems.append("other mixtures (another version drew them)")
-    if problems:
-        raise ConfigError(
-            f"--out: {swarm.folder} holds a swarm with {', '.join(problems)}; name another folder, or move that away"
-        )
+def write_configurations(folder: Path, configs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Write configurations, given by the path of their file, without secrets."""
+    import yaml
+
+    try:
+        for path, config in configs.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, None) as file:
+                file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
+    except OSError as error:
+        raise ConfigError(f"--out: {folder} cannot be written: {error.strerror or error}") from error
 
 
-def run_missing(swarm: Swarm, train: Callable[[Path], int], tell: Callable[[str], None]) -> int:
-    """Run what has not come to its end, one after another, and return the first exit code that is not 0, else 0.
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(shown(line, sys.stdout) + "\n")
+    sys.stdout.flush()
+
+
+def train(config: Path) -> int:
+    """Train one configuration in a process of its own, so that no run inherits anything from another."""
+    return run_child([sys.executable, "-m", "dataflex", "train", str(config)])
+
+
+def train_unfinished(what: str, config: Path, output_dir: Path, is_finished: Callable[[], bool]) -> int:
+    """Train one configuration unless its run has finished, and return the exit code.
 
     A run that was killed goes on from its newest complete checkpoint, or starts anew without one.
-
-    Args:
-        swarm: The swarm.
-        train: Trains one configuration and returns an exit code.
-        tell: Takes one line per run.
     """
-    missing = swarm.unfinished()
-    for run in swarm.runs:
-        if run not in missing:
-            tell(f"{run}: finished before")
+    if is_finished():
+        say(f"{what}: finished before ({output_dir})")
+        return 0
+    say(f"{what}: training ({config})")
+    code = train(config)
+    if code != 0:
+        say(f"{what}: ended with exit code {code}; its messages are above. The same command goes on from here.")
+    elif not is_finished():
+        raise DataError(f"{what}: ended with exit code 0, but {output_dir} holds no record of a finished run")
+    return code
+
+
+def finished(run_dir: Path, held_out: Sequence[str] = (), *, evaluates: bool = False) -> bool:
+    """Whether a run has finished, with a last evaluation of every set in ``held_out``, or of any (``evaluates``)."""
+    try:
+        events = read_events(run_dir)
+    except DataError:
+        return False
+    ends = [place for place, event in enumerate(events) if event["event"] == "finished"]
+    found = _losses(events[ends[-1] :]) if ends else {}
+    return bool(ends) and set(held_out) <= found.keys() and (bool(found) or not evaluates)
+
+
+def losses_of_run(run_dir: Path) -> dict[str, float]:
+    """Return the last held-out losses that a run recorded, by name; NaN where they were not finite.
+
+    ``eval_<name>_token_loss``, the mean over tokens, is preferred to ``eval_<name>_loss``, the mean over
+    batches. A run with one unnamed held-out set gives ``{"eval": its loss}``.
+    """
+    found = _losses(read_events(run_dir))
+    return {name: loss for name, loss in found.items() if name != _UNNAMED} or found
+
+
+def _losses(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float | None] = {}
+    for event in events:
+        if event["event"] != "evaluated":
             continue
-        tell(f"{run}: training ({swarm.output_dir(run)})")
-        code = train(swarm.config(run))
-        if code != 0:
-            tell(f"{run}: ended with exit code {code}; its messages are above. The same command goes on from here.")
-            return code
-        if not finished(swarm.output_dir(run), swarm.held_out):
-            raise DataError(f"{run}: ended well, but {swarm.output_dir(run)} holds no record of a finished run")
-    return 0
+        metrics = event["metrics"]
+        if "eval_loss" in metrics:  # one set without a name, or the averages over all sets
+            found[_UNNAMED] = metrics.get("eval_token_loss", metrics["eval_loss"])
+            continue
+        names = [match.group(1) for match in map(_LOSS.fullmatch, metrics) if match]
+        for name in names:
+            if not (name.endswith("_token") and name.removesuffix("_token") in names):
+                found[name] = metrics.get(f"eval_{name}_token_loss", metrics[f"eval_{name}_loss"])
+    return {name: math.nan if loss is None else float(loss) for name, loss in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One row of numbers per run: float64 [R, C], with the names of the runs [R] and of the columns [C]."""
+
+    runs: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Floats
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table as CSV with a column ``run``; numbers are written so that they read back exactly."""
+    lines = [["run", *table.columns]]
+    lines += [[run, *map(repr, row)] for run, row in zip(table.runs, table.values.tolist(), strict=True)]
+    with replacing(path) as file:
+        file.write("".join(",".join(map(_quoted, line)) + "\n" for line in lines).encode())
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"' if re.search(r'[",\r\n]', cell) else cell
+
+
+def read_table(path: Path, *, shares: bool = False, skip: Collection[str] = ()) -> Table:
+    """Read a CSV file with a column ``run`` and one column of numbers per domain or task; not the runs in ``skip``.
+
+    Raises:
+        DataError: The file is missing or malformed, holds NaN, or rows are not proportions (``shares``); all at once.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    head = [cell.strip() for cell in lines[0]] if lines else []
+    if head[:1] != ["run"] or len(head) < 2:
+        raise DataError(f"{path}: the first line must be 'run' and the names of domains or tasks, found {head[:4]}")
+    if len(set(head)) < len(head):
+        raise DataError(f"{path}: names a column twice: {', '.join(head)}")
+    problems: list[str] = []
+    rows: dict[str, list[float]] = {}
+    for line in lines[1:]:
+        run = line[0].strip()
+        if run in skip:
+            continue
+        if run in rows:
+            problems.append(f"run {run} is there twice")
+        rows[run] = _numbers(line, head, problems)
+    for run, row in rows.items() if shares and not problems else ():
+        if min(row) < 0 or abs(math.fsum(row) - 1) > _SUM_TOLERANCE:
+            problems.append(f"run {run}: proportions must be at least 0 and sum to 1, the sum is {sum(row):.6g}")
+    if problems:
+        raise DataError("\n".join(f"{path}: {problem}" for problem in problems[:20]))
+    if not rows:
+        raise DataError(f"{path}: holds no run")
+    return Table(runs=tuple(rows), columns=tuple(head[1:]), values=np.asarray(list(rows.values()), dtype=np.float64))
+
+
+def _numbers(line: Sequence[str], head: Sequence[str], problems: list[str]) -> list[float]:
+    if len(line) != len(head):
+        problems.append(f"run {line[0]}: {len(line) - 1} numbers for {len(head) - 1} columns")
+        return []
+    row = []
+    for name, cell in zip(head[1:], line[1:], strict=True):
+        try:
+            row.append(float(cell))
+        except ValueError:
+            row.append(math.nan)
+        if not math.isfinite(row[-1]):
+            problems.append(
+                f"run {line[0]}, {name}: {cell.strip() or 'nothing'} is not a finite number; correct it, or leave the "
+                f"run out with '--without {line[0]}' or by removing its line"
+            )
+    return row

@@ -1,4 +1,4 @@
-"""Draws a swarm of mixtures around the natural one, for one small run each.
+"""``dataflex mix swarm``: draws a swarm of mixtures around the natural one, for one small run each.
 
 Sources: RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), data sampling; Olmix (Chen et al., arXiv
 2602.12237), which found the untempered natural prior better, and caps better left to the proposal.
@@ -6,210 +6,46 @@ Sources: RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), data sampling; Olmix 
 
 from __future__ import annotations
 
-import csv
+import argparse
 import dataclasses
 import json
-import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, DataError, did_you_mean
-from dataflex.printable import file_name_problem, plain, redacted, without_secrets
+from dataflex.config.args import LlamaFactoryArgs
+from dataflex.config.data import count_bytes, count_rows, find_sources
+from dataflex.config.load import load_mapping
+from dataflex.config.schema import DynamicConfig
+from dataflex.config.split import resolve
+from dataflex.errors import ConfigError, DataError
+from dataflex.mixing.options import check_names, numbers_by_name
+from dataflex.mixing.runs import (
+    RATIOS,
+    Table,
+    configuration,
+    finished,
+    say,
+    train_unfinished,
+    without_mixer,
+    write_configurations,
+    write_table,
+)
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import digest_of, provenance, read_proportions
+from dataflex.printable import file_name_problem, left_out_note, passing_on, plain, redacted
 from dataflex.record.read import read_events
+from dataflex.record.text import columns
 from dataflex.rng import stream
-from dataflex.state import replacing, write_json
+from dataflex.state import write_json
 
-RATIOS = "ratios.csv"
+SWARM = "swarm.json"
 
-_LOSS = re.compile(r"eval_(.+)_loss")
-_UNNAMED = "eval"
-_SUM_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """One row of numbers per run.
-
-    Attributes:
-        runs: Names of the runs [R].
-        columns: Names of the columns [C].
-        values: float64 [R, C].
-    """
-
-    runs: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: NDArray[np.float64]
-
-
-def write_table(path: Path, table: Table) -> None:
-    """Write a table as CSV with a column ``run``; numbers are written so that they read back exactly."""
-    lines = [["run", *table.columns]]
-    lines += [[run, *map(repr, row)] for run, row in zip(table.runs, table.values.tolist(), strict=True)]
-    with replacing(path) as file:
-        file.write("".join(",".join(_quoted(cell) for cell in line) + "\n" for line in lines).encode())
-
-
-def _quoted(cell: str) -> str:
-    return '"' + cell.replace('"', '""') + '"' if re.search(r'[",\r\n]', cell) else cell
-
-
-def read_table(path: Path, *, shares: bool = False, skip: Collection[str] = ()) -> Table:
-    """Read a CSV file with a column ``run`` and one column of numbers per domain or task.
-
-    Args:
-        path: The file.
-        shares: Whether each row must be proportions: >= 0 and summing to 1.
-        skip: Runs whose lines are not read.
-
-    Raises:
-        DataError: The file is missing or malformed, or holds NaN; all such cells are told.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    head = [cell.strip() for cell in lines[0]] if lines else []
-    if head[:1] != ["run"] or len(head) < 2:
-        raise DataError(f"{path}: the first line must be 'run' and the names of domains or tasks, found {head[:4]}")
-    if len(set(head)) < len(head):
-        raise DataError(f"{path}: names a column twice: {', '.join(head)}")
-    problems: list[str] = []
-    kept = [line for line in lines[1:] if line[0].strip() not in skip]
-    runs = [line[0].strip() for line in kept]
-    rows = [_numbers(line, head, problems) for line in kept]
-    problems += [f"run {run} is there twice" for run in dict.fromkeys(runs) if runs.count(run) > 1]
-    if shares and not problems:
-        for run, row in zip(runs, rows, strict=True):
-            if min(row) < 0 or abs(math.fsum(row) - 1) > _SUM_TOLERANCE:
-                problems.append(f"run {run}: proportions must be at least 0 and sum to 1, the sum is {sum(row):.6g}")
-    if problems:
-        raise DataError("\n".join(f"{path}: {problem}" for problem in problems[:20]))
-    if not runs:
-        raise DataError(f"{path}: holds no run")
-    return Table(runs=tuple(runs), columns=tuple(head[1:]), values=np.asarray(rows, dtype=np.float64))
-
-
-def _numbers(line: Sequence[str], head: Sequence[str], problems: list[str]) -> list[float]:
-    if len(line) != len(head):
-        problems.append(f"run {line[0]}: {len(line) - 1} numbers for {len(head) - 1} columns")
-        return [0.0] * (len(head) - 1)
-    row = []
-    for name, cell in zip(head[1:], line[1:], strict=True):
-        try:
-            number = float(cell)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            problems.append(f"run {line[0]}, {name}: {cell.strip() or 'nothing'} is not a finite number; mend it, or")
-            problems[-1] += f" leave the run out with '--without {line[0]}' or by removing its line"
-        row.append(number)
-    return row
-
-
-def finished(run_dir: Path, held_out: Sequence[str] = (), *, evaluates: bool = False) -> bool:
-    """Whether a run has come to its end, its last evaluation of every held-out set included.
-
-    Args:
-        run_dir: The run's output_dir.
-        held_out: Names of the held-out sets that it must have evaluated; ``eval`` is the unnamed one.
-        evaluates: Whether it must have evaluated anything.
-    """
-    try:
-        events = read_events(run_dir)
-    except DataError:
-        return False
-    ends = [place for place, event in enumerate(events) if event["event"] == "finished"]
-    if not ends:
-        return False
-    found = _losses(events[ends[-1] :])
-    return set(held_out) <= found.keys() and (bool(found) or not evaluates)
-
-
-def losses_of_run(run_dir: Path) -> dict[str, float]:
-    """Return the last held-out losses that a run recorded, by name; NaN where they were not finite.
-
-    ``eval_<name>_token_loss``, the mean over tokens, is preferred to ``eval_<name>_loss``, the mean over
-    batches. A run with one unnamed held-out set gives ``{"eval": its loss}``.
-
-    Raises:
-        DataError: The folder has no record, or the record is damaged.
-    """
-    found = _losses(read_events(run_dir))
-    named = {name: loss for name, loss in found.items() if name != _UNNAMED}
-    return named or found
-
-
-def _losses(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for event in events:
-        if event["event"] != "evaluated":
-            continue
-        metrics = event["metrics"]
-        if "eval_loss" in metrics:  # one set without a name, or the averages over all sets
-            found[_UNNAMED] = _number(metrics.get("eval_token_loss", metrics["eval_loss"]))
-            continue
-        names = [match.group(1) for match in map(_LOSS.fullmatch, metrics) if match]
-        for name in names:
-            if not (name.endswith("_token") and name.removesuffix("_token") in names):
-                found[name] = _number(metrics.get(f"eval_{name}_token_loss", metrics[f"eval_{name}_loss"]))
-    return found
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def join(ratios: Table, losses: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> tuple[Table, Table]:
-    """Return mixtures and losses of the runs that have both, in the order of ``ratios``.
-
-    Args:
-        ratios: Mixtures of all runs.
-        losses: Task -> loss by run.
-        tasks: Tasks to keep; none means all.
-
-    Raises:
-        DataError: A task is unknown, a run lacks one that others have, a loss is not finite, or no run is left.
-    """
-    runs = [run for run in ratios.runs if run in losses]
-    strangers = [run for run in losses if run not in ratios.runs]
-    problems = [f"run {run}: has losses, but no mixture{did_you_mean(run, ratios.runs)}" for run in strangers]
-    known = list(dict.fromkeys(task for run in runs for task in losses[run]))
-    problems += [
-        f"--tasks: {task}: no run has a held-out loss of it{did_you_mean(task, known)} (known: {', '.join(known)})"
-        for task in tasks
-        if task not in known
-    ]
-    wanted = [task for task in known if not tasks or task in tasks]
-    for run in runs:
-        for task in wanted:
-            if task not in losses[run]:
-                problems.append(f"run {run}: has no held-out loss of {task}, which other runs have")
-            elif not math.isfinite(losses[run][task]):
-                problems.append(
-                    f"run {run}: the held-out loss of {task} is not finite; leave it out with --without {run}"
-                )
-    if problems:
-        raise DataError("\n".join(problems[:20]))
-    if not runs or not wanted:
-        raise DataError(
-            "no run has a held-out loss yet; let the runs finish with an 'eval_dataset' in their configuration, or "
-            "give --metrics"
-        )
-    places: dict[str, Any] = {run: row for run, row in zip(ratios.runs, ratios.values, strict=True)}
-    mixtures = Table(runs=tuple(runs), columns=ratios.columns, values=np.stack([places[run] for run in runs]))
-    values = np.asarray([[losses[run][task] for task in wanted] for run in runs], dtype=np.float64)
-    return mixtures, Table(runs=tuple(runs), columns=tuple(wanted), values=values)
-
-
-Floats = NDArray[np.float64]
-
+_FORMAT = 1
 _BATCH = 1024
 _MOST_BATCHES = 2000
 
@@ -225,11 +61,11 @@ class SwarmSettings:
         most_strength: Largest one.
         strengths: Number of concentrations, evenly spaced in logarithm.
         prior_power: Power of the natural shares that the prior is proportional to.
-        max_ratio: Most times its natural share that a domain may get, at least 1; None for no cap.
+        max_ratio: Largest multiple of its natural share that a domain may get, at least 1; None for no cap.
         min_weight: Shares below it become 0.
         step: Shares are rounded to multiples of it.
         distance: Mixtures at most this far apart (L1) count as one.
-        oversample: Candidates drawn per mixture wanted, at most.
+        oversample: Maximum number of candidates drawn per mixture.
     """
 
     runs: int
@@ -245,66 +81,45 @@ class SwarmSettings:
     oversample: int = 100
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.runs < 1:
-            problems.append(f"--runs: must be at least 1, found {self.runs}")
-        if not 0 < self.least_strength <= self.most_strength:
-            problems.append(
-                f"--strengths: must be 0 < least <= most, found {self.least_strength:g} and {self.most_strength:g}"
-            )
-        if self.strengths < 1:
-            problems.append(f"--strengths: their number must be at least 1, found {self.strengths}")
-        if self.prior_power < 0:
-            problems.append(f"--prior-power: must be at least 0, found {self.prior_power:g}")
-        if self.max_ratio is not None and not self.max_ratio >= 1:
-            problems.append(
-                f"--max-ratio: a cap of {self.max_ratio:g} times the natural share cannot be met, since the caps then "
-                "sum to less than 1; give at least 1"
-            )
-        if not 0 <= self.min_weight < 1:
-            problems.append(f"--min-weight: must be at least 0 and below 1, found {self.min_weight:g}")
-        if not 0 <= self.step <= 0.5:
-            problems.append(f"--round: must be from 0 (no rounding) to 0.5, found {self.step:g}")
+        low, high, ratio = self.least_strength, self.most_strength, self.max_ratio
+        rules = (
+            (self.runs >= 1, f"--runs: must be at least 1, found {self.runs}"),
+            (0 < low <= high, f"--strengths: must be 0 < least <= most, found {low:g} and {high:g}"),
+            (self.strengths >= 1, f"--strengths: their number must be at least 1, found {self.strengths}"),
+            (self.prior_power >= 0, f"--prior-power: must be at least 0, found {self.prior_power:g}"),
+            (
+                ratio is None or ratio >= 1,
+                f"--max-ratio: a cap of {ratio or 0:g} times the natural share cannot be met, since the caps then sum "
+                "to less than 1; give at least 1",
+            ),
+            (0 <= self.min_weight < 1, f"--min-weight: must be at least 0 and below 1, found {self.min_weight:g}"),
+            (0 <= self.step <= 0.5, f"--round: must be from 0 (no rounding) to 0.5, found {self.step:g}"),
+        )
+        problems = [told for kept, told in rules if not kept]
         if problems:
             raise ConfigError(problems)
 
 
 def settings_of(style: Literal["regmix", "olmix"], runs: int, seed: int, **changes: object) -> SwarmSettings:
-    """Return the settings of a paper, with those ``changes`` that are not None.
+    """Return the settings of a paper with those ``changes`` that are not None.
 
-    Args:
-        style: "regmix": prior ~ share^0.5, at most 15 times the natural share; "olmix": the natural prior, no cap.
-        runs: Number of mixtures.
-        seed: Seed of the draws.
-        changes: Fields of ``SwarmSettings``.
-
-    Raises:
-        ConfigError: Settings that cannot work.
+    ``regmix``: prior ~ share^0.5, at most 15 times the natural share. ``olmix``: the natural prior, no cap.
     """
     paper = {"prior_power": 0.5, "max_ratio": 15.0} if style == "regmix" else {}
-    given = {key: value for key, value in changes.items() if value is not None}
-    return replace(SwarmSettings(runs=runs, seed=seed), **{**paper, **given})  # type: ignore[arg-type]
+    changed = {key: value for key, value in changes.items() if value is not None}
+    return replace(SwarmSettings(runs=runs, seed=seed), **{**paper, **changed})  # type: ignore[arg-type]
 
 
 def prior_of(sizes_K: Floats, power: float) -> Floats:
-    """Return the prior [K]: natural shares to ``power``, renormalized; a domain of size 0 stays at 0.
-
-    Args:
-        sizes_K: Sizes in any unit [K], >= 0, not all 0.
-        power: 1 for the natural shares, 0 for equal ones.
-    """
+    """Return the prior [K]: natural shares to ``power``, renormalized; a domain of size 0 stays at 0."""
     prior = np.where(sizes_K > 0, np.power(np.maximum(sizes_K, 1e-300) / sizes_K.max(), power), 0.0)
     return prior / prior.sum()
 
 
 def dirichlet(rng: np.random.Generator, alpha_BK: Floats) -> Floats:
-    """Draw one mixture per row of concentrations; exact also where concentrations are far below 1.
+    """Draw one mixture per row of concentrations [B, K] >= 0; exact also where these are far below 1.
 
     A Gamma(a) variable is a Gamma(a + 1) variable times U^(1/a); in logarithms nothing underflows.
-
-    Args:
-        rng: Source of randomness.
-        alpha_BK: Concentrations [B, K], >= 0; a 0 gives a share of 0.
     """
     with np.errstate(divide="ignore"):
         logs = np.log(rng.standard_gamma(alpha_BK + 1.0)) + np.log1p(-rng.random(alpha_BK.shape)) / alpha_BK
@@ -316,9 +131,9 @@ def dirichlet(rng: np.random.Generator, alpha_BK: Floats) -> Floats:
 def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
     """Draw the mixtures of a swarm.
 
-    Per candidate: one of the strengths at random, one Dirichlet(strength x prior) draw; refused above
-    the caps; small shares become 0; renormalized, rounded, renormalized; dropped when it repeats an
-    earlier one.
+    Each candidate is a draw from Dirichlet(strength x prior) with one of the strengths at random. A candidate
+    above the caps is dropped. Small shares become 0; the others are renormalized, rounded and renormalized again.
+    A candidate that repeats an earlier mixture is dropped.
 
     Args:
         sizes_K: Natural sizes in any unit [K], >= 0.
@@ -350,17 +165,15 @@ def sample_swarm(sizes_K: Floats, settings: SwarmSettings) -> Floats:
             kept[num_kept] = mixture
             num_kept += 1
             if num_kept == settings.runs:
-                break
-    if num_kept < settings.runs:
-        raise ConfigError(
-            f"--runs: only {num_kept} of {settings.runs} distinct mixtures were found in {batch * _BATCH:,} draws; "
-            "ask for fewer runs, raise --max-ratio, or lower --min-weight and --round"
-        )
-    return kept
+                return kept
+    raise ConfigError(
+        f"--runs: only {num_kept} of {settings.runs} distinct mixtures were found in {batch * _BATCH:,} draws; "
+        "ask for fewer runs, raise --max-ratio, or lower --min-weight and --round"
+    )
 
 
 def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats:
-    """Zero small shares, renormalize, round, renormalize; leave out what is empty or above its cap by then."""
+    """Zero small shares, renormalize, round, renormalize; drop mixtures that are then empty or above a cap."""
     weights = np.where(drawn_BK < settings.min_weight, 0.0, drawn_BK)
     weights = weights[weights.sum(axis=1) > 0]
     weights /= weights.sum(axis=1, keepdims=True)
@@ -371,34 +184,21 @@ def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats
     return weights[(weights <= caps_K).all(axis=1)]
 
 
-SWARM = "swarm.json"
-_FORMAT = 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Swarm:
-    """A swarm of runs.
+    """A swarm of runs: domains [K] with natural sizes [K], runs [R] with mixtures [R, K].
 
-    Attributes:
-        folder: Where it lies.
-        names: Domains [K].
-        sizes: Their natural sizes [K].
-        unit: What sizes count: "rows", "bytes", "shares" or "given".
-        settings: How mixtures were drawn.
-        runs: Names of the runs [R].
-        mixtures: float64 [R, K].
-        held_out: Names of the held-out sets that the runs evaluate; ``eval`` is an unnamed one.
-        config_digest: Digest of the configuration that they are made from.
-        provenance: Where it is from.
+    ``unit`` is what the sizes count ("rows", "bytes", "shares" or "given"), ``held_out`` the names of the held-out
+    sets that the runs evaluate (``eval`` is an unnamed one), ``config_digest`` that of the user's configuration.
     """
 
     folder: Path
     names: tuple[str, ...]
-    sizes: NDArray[np.float64]
+    sizes: Floats
     unit: str
     settings: SwarmSettings
     runs: tuple[str, ...]
-    mixtures: NDArray[np.float64]
+    mixtures: Floats
     held_out: tuple[str, ...]
     config_digest: str
     provenance: Mapping[str, Any]
@@ -411,48 +211,17 @@ class Swarm:
         """Folder that a run writes to."""
         return self.folder / "runs" / run
 
+    def finished(self, run: str) -> bool:
+        """Whether a run has finished and evaluated every held-out set."""
+        return finished(self.output_dir(run), self.held_out)
+
     def unfinished(self) -> list[str]:
-        """Names of the runs that have not come to their end."""
-        return [run for run in self.runs if not finished(self.output_dir(run), self.held_out)]
-
-
-def save_swarm(swarm: Swarm, configs: Sequence[Mapping[str, Any]]) -> None:
-    """Write a swarm and the configurations of its runs; ``swarm.json`` comes last.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
-    import yaml
-
-    try:
-        (swarm.folder / "configs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: {swarm.folder} cannot be written: {error.strerror or error}") from error
-    for run, config in zip(swarm.runs, configs, strict=True):
-        with replacing(swarm.config(run)) as file:
-            file.write(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True).encode())
-    write_table(swarm.folder / RATIOS, Table(runs=swarm.runs, columns=swarm.names, values=swarm.mixtures))
-    body = {
-        "format": _FORMAT,
-        "names": list(swarm.names),
-        "sizes": swarm.sizes.tolist(),
-        "unit": swarm.unit,
-        "settings": dataclasses.asdict(swarm.settings),
-        "runs": list(swarm.runs),
-        "mixtures": swarm.mixtures.tolist(),
-        "held_out": list(swarm.held_out),
-        "config_digest": swarm.config_digest,
-        "provenance": swarm.provenance,
-    }
-    write_json(swarm.folder / SWARM, redacted(plain(body)))
+        """Names of the runs that have not finished."""
+        return [run for run in self.runs if not self.finished(run)]
 
 
 def read_swarm(folder: Path) -> Swarm:
-    """Read the swarm in a folder.
-
-    Raises:
-        DataError: There is none, or its file is damaged.
-    """
+    """Read the swarm in a folder; ``DataError`` if there is none, or its file is damaged."""
     path = folder / SWARM
     if not path.is_file():
         raise DataError(f"{folder} holds no {SWARM}; make a swarm with 'dataflex mix swarm CONFIG --out {folder}'")
@@ -475,3 +244,203 @@ def read_swarm(folder: Path) -> Swarm:
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+
+
+# ---- natural sizes of the domains
+
+Natural = tuple[tuple[str, ...], Floats, str]
+"""Names of the domains [K], their sizes [K], and the unit of these."""
+
+_OR_GIVE = "give sizes by name such as 'web=900,code=100', or the output_dir of a run with the same data"
+
+
+def given_sizes(asked: str) -> Natural:
+    """Return sizes from the output_dir of a run (its rows), a proportions file, or text such as ``web=9,code=1``."""
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        try:
+            events = read_events(path)
+        except DataError as error:
+            raise ConfigError(f"--natural: {error}") from error
+        spaces = [event["row_space"] for event in events if event["event"] == "run_started"]
+        domains = spaces[-1].get("domains") if spaces else None
+        if not domains:
+            raise ConfigError(f"--natural: the record in {path} does not say how many rows each domain has")
+        return tuple(domains), np.asarray(list(domains.values()), dtype=np.float64), "rows"
+    if path.suffix == ".json":
+        content = read_proportions(path, "--natural")
+        return content.names, np.asarray(content.proportions), "shares"
+    if "=" not in asked:
+        raise ConfigError(
+            f"--natural: {asked!r} is neither 'rows' nor 'bytes', nor a folder, a .json file or sizes by name such as "
+            "'web=900,code=100'"
+        )
+    sizes = numbers_by_name(asked, "--natural")
+    return tuple(sizes), np.asarray(list(sizes.values())), "given"
+
+
+def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig, base_dir: Path) -> Natural:
+    """Return the domains of a configuration and their sizes.
+
+    ``asked`` is "rows" (that the run loads), "bytes" (of these rows, to which tokens are roughly proportional), or
+    what ``given_sizes`` reads. None means rows, or bytes for packed rows and ``unit: tokens``.
+    """
+    names = lf.train_sets
+    if asked not in (None, "rows", "bytes"):
+        assert asked is not None
+        given, sizes, unit = given_sizes(asked)
+        if not dynamic.domains_are_sources:
+            return given, sizes, unit
+        check_names("--natural", given, names, every=True)
+        return names, sizes[[given.index(name) for name in names]], unit
+    if not dynamic.domains_are_sources:
+        raise ConfigError(
+            f"--natural: domains come from the rows, so their sizes are not known from the files; {_OR_GIVE}"
+        )
+    sources, problems = find_sources(names, lf, "dataset", base_dir)
+    if problems:
+        raise ConfigError(problems)
+    tokens = dynamic.unit == "tokens" or (lf.packed and dynamic.unit == "sequences")
+    unit = asked or ("bytes" if tokens else "rows")
+    count = count_rows if unit == "rows" else count_bytes
+    counts = [None if lf.tokenized else count(source, lf) for source in sources]
+    unknown = [source.name for source, size in zip(sources, counts, strict=True) if size is None]
+    if unknown:
+        raise ConfigError(f"--natural: the {unit} of {', '.join(unknown)} are not quick to count; {_OR_GIVE}")
+    return names, np.asarray(counts, dtype=np.float64), unit
+
+
+# ---- the swarm on disk
+
+
+def write_swarm(
+    mapping: Mapping[str, Any], base_dir: Path, folder: Path, settings: SwarmSettings, natural: str | None
+) -> Swarm:
+    """Draw the mixtures, check the first run's configuration, and write everything; ``swarm.json`` comes last.
+
+    Runs keep the user's configuration except its mixer. A swarm that is there already is extended when it was made
+    from the same configuration and settings; its runs stay as they are. Another one is refused.
+    """
+    written = mapping.get("dynamic") or {}
+    for key in ("initial_proportions", "min_proportion"):
+        if isinstance(written, Mapping) and written.get(key) is not None:
+            raise ConfigError(f"dynamic.{key}: a run of a swarm keeps one mixture throughout; remove the key")
+    lf, dynamic = without_mixer(mapping, base_dir)
+    names, sizes, unit = _natural_of(natural, lf, dynamic, base_dir)
+    mixtures = sample_swarm(sizes, settings)
+    unseen = np.flatnonzero((mixtures.max(axis=0) == 0) & (sizes > 0))
+    if len(unseen):
+        told = ", ".join(f"{names[k]} (natural share {sizes[k] / sizes.sum():.2g})" for k in unseen)
+        raise ConfigError(
+            f"--runs: in none of the {len(mixtures)} mixtures is there any of {told}, so that nothing could be learned "
+            "about it; ask for more runs, set --prior-power 0.5 (smaller domains get more), lower --min-weight, or "
+            "merge small domains"
+        )
+    swarm = Swarm(
+        folder=folder,
+        names=names,
+        sizes=sizes,
+        unit=unit,
+        settings=settings,
+        runs=tuple(f"run-{number:04d}" for number in range(1, settings.runs + 1)),
+        mixtures=mixtures,
+        held_out=lf.eval_sets or (("eval",) if lf.val_size > 0 else ()),
+        config_digest=digest_of({key: value for key, value in mapping.items() if key != "output_dir"}),
+        provenance=provenance("dataflex mix swarm", settings={"natural": natural, **dataclasses.asdict(settings)}),
+    )
+    _check_earlier(swarm)
+    evaluation = {"do_eval": True, "eval_on_each_dataset": True} if lf.eval_sets else {"do_eval": True}
+    base, configs = {**mapping, **(evaluation if swarm.held_out else {})}, {}
+    for run, mixture in zip(swarm.runs, mixtures, strict=True):
+        mixer = {"name": "static", "proportions": dict(zip(names, mixture.tolist(), strict=True))}
+        block = {**written, "mixer": mixer}
+        configs[swarm.config(run)] = configuration(base, swarm.output_dir(run), run, block, dynamic.plugins)
+    resolve(configs[swarm.config(swarm.runs[0])], base_dir)
+    write_configurations(folder, configs)
+    write_table(folder / RATIOS, Table(runs=swarm.runs, columns=names, values=mixtures))
+    body = {key: value for key, value in dataclasses.asdict(swarm).items() if key != "folder"}
+    write_json(folder / SWARM, redacted(plain({"format": _FORMAT, **body})))
+    return swarm
+
+
+def _check_earlier(swarm: Swarm) -> None:
+    """Raise if the folder holds another swarm than a beginning of this one."""
+    if not (swarm.folder / SWARM).is_file():
+        return
+    old = read_swarm(swarm.folder)
+    other_sizes = old.names != swarm.names or not np.array_equal(old.sizes, swarm.sizes)
+    differences = (
+        (old.config_digest != swarm.config_digest, "another configuration (or other overrides)"),
+        (other_sizes, "other natural sizes"),
+        (replace(old.settings, runs=swarm.settings.runs) != swarm.settings, "other settings of the draws"),
+        (len(old.runs) > len(swarm.runs), f"{len(old.runs)} runs, more than the {len(swarm.runs)} asked for"),
+    )
+    problems = [told for differs, told in differences if differs]
+    if not problems and not np.array_equal(old.mixtures, swarm.mixtures[: len(old.runs)]):
+        problems.append("other mixtures (another version drew them)")
+    if problems:
+        raise ConfigError(
+            f"--out: {swarm.folder} holds a swarm with {', '.join(problems)}; name another folder, or move that away"
+        )
+
+
+def few_runs_note(num_runs: int, num_domains: int) -> list[str]:
+    """Return a note if there are fewer runs than Olmix advises."""
+    wanted = 3 * (num_domains + 1)
+    note = (
+        f"{num_runs} runs for {num_domains} domains; Olmix advises at least 3 (domains + 1) = {wanted}, so trust the "
+    )
+    return [f"{note}held-out correlation before the proposal"] if num_runs < wanted else []
+
+
+def _strengths(text: str | None) -> dict[str, float]:
+    if text is None:
+        return {}
+    try:
+        low, high, count = text.split(",")
+        return {"least_strength": float(low), "most_strength": float(high), "strengths": int(count)}
+    except ValueError as error:
+        raise ConfigError(f"--strengths: expected LEAST,MOST,COUNT such as 0.1,5,15, found {text!r}") from error
+
+
+def swarm_step(options: argparse.Namespace) -> str | int:
+    """Write a swarm, run it if asked to, and return what to print or an exit code."""
+    mapping = load_mapping(options.config, options.overrides)
+    settings = settings_of(
+        options.style,
+        options.runs,
+        options.seed,
+        **_strengths(options.strengths),
+        prior_power=options.prior_power,
+        max_ratio=options.max_ratio,
+        min_weight=options.min_weight,
+        step=options.round,
+    )
+    swarm = write_swarm(mapping, options.config.absolute().parent, options.out, settings, options.natural)
+    natural = swarm.sizes / swarm.sizes.sum()
+    table = [["domain", f"natural ({swarm.unit})", "least", "mean", "most"]]
+    for k in np.argsort(-natural, kind="stable")[:32]:
+        drawn = swarm.mixtures[:, k]
+        table.append([swarm.names[k], *(f"{x:.4f}" for x in (natural[k], drawn.min(), drawn.mean(), drawn.max()))])
+    lines = [f"{len(swarm.runs)} mixtures of {len(swarm.names)} domains in {swarm.folder}", *columns(table)]
+    lines += [f"note: {note}" for note in few_runs_note(len(swarm.runs), len(swarm.names))]
+    lines += left_out_note(mapping)
+    if not swarm.held_out:
+        lines.append(
+            "note: the configuration has no 'eval_dataset', so the runs measure no held-out losses; add one data set "
+            "per domain, or give 'mix fit' your own --metrics"
+        )
+    if not options.run:
+        lines += [
+            f"{len(swarm.unfinished())} of them are not run yet: dataflex train {swarm.config(swarm.runs[0])} and so "
+            "on, on any machine, or the same command with --run",
+            f"then: dataflex mix fit {swarm.folder}",
+        ]
+        return "\n".join(lines)
+    say("\n".join(lines))
+    with passing_on(mapping):
+        for run in swarm.runs:
+            code = train_unfinished(run, swarm.config(run), swarm.output_dir(run), partial(swarm.finished, run))
+            if code:
+                return code
+    return f"all runs are finished; next: dataflex mix fit {swarm.folder}"

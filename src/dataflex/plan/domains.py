@@ -1,7 +1,7 @@
 """Which domain each row belongs to, and proportions of tokens against proportions of sequences.
 
-A domain is a named part of the training rows. Arrays only: nothing here holds a Python object per
-row. A domain without rows is refused, because every proportion given to it would be a lie.
+A domain is a named part of the training rows, and has at least one. Arrays only: nothing here holds a Python object
+per row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_proportions(proportions: ArrayLike, names: Sequence[str]) -> NDArray[n
 
 
 def unusable_labels(labels: Iterable[Any]) -> NDArray[np.bool_]:
-    """Return which labels name no domain, because they are empty or not text [N]."""
+    """Return which labels are empty or not text [N]."""
     return np.fromiter((not isinstance(label, str) or not label.strip() for label in labels), dtype=np.bool_)
 
 
@@ -59,21 +59,14 @@ def _read_only(values: NDArray[Any]) -> NDArray[Any]:
 class Domains:
     """The domain of every training row.
 
-    Attributes:
-        names: Names [K], distinct.
-        domain_of: Domain index of each row, int32 [N].
-        lengths: Tokens of each row, int64 [N], or None when not counted.
-        documents_per_row: Mean number of documents (samples) in a row of each domain, float64 [K]; None where every
-            row is one, as without packing.
-
     Raises:
         DataError: A domain without rows, a name given twice, or arrays that do not fit together.
     """
 
-    names: tuple[str, ...]
-    domain_of: NDArray[np.int32]
-    lengths: NDArray[np.int64] | None = None
-    documents_per_row: NDArray[np.float64] | None = None
+    names: tuple[str, ...]  # names [K], distinct
+    domain_of: NDArray[np.int32]  # domain index of each row, int32 [N]
+    lengths: NDArray[np.int64] | None = None  # tokens of each row, int64 [N], or None when not counted
+    documents_per_row: NDArray[np.float64] | None = None  # mean number of samples in a packed row of each domain [K]
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
@@ -98,13 +91,7 @@ class Domains:
 
     @classmethod
     def from_sizes(cls, names: Sequence[str], sizes: Sequence[int], lengths: ArrayLike | None = None) -> Domains:
-        """Build domains that are consecutive ranges of rows.
-
-        Args:
-            names: Names [K] in row order.
-            sizes: Number of rows of each domain [K].
-            lengths: Tokens of each row [sum(sizes)].
-        """
+        """Return domains that are consecutive ranges of ``sizes`` [K] rows; ``lengths`` are tokens of each row."""
         if len(names) != len(sizes):
             raise DataError(f"{len(names)} domain names for {len(sizes)} sizes")
         domain_of = np.repeat(np.arange(len(names), dtype=np.int32), np.asarray(sizes, dtype=np.int64))
@@ -112,7 +99,7 @@ class Domains:
 
     @classmethod
     def from_labels(cls, labels: Iterable[str], lengths: ArrayLike | None = None) -> Domains:
-        """Build domains from one label per row; names in order of first appearance.
+        """Return domains of one label per row; names in order of first appearance.
 
         Raises:
             DataError: A row without a label, or with one that is not text.
@@ -126,8 +113,7 @@ class Domains:
                 yield known.setdefault(label, len(known))
 
         domain_of = np.fromiter(numbered(), dtype=np.int32)
-        names = tuple(str(name) for name in known)
-        return cls(names=names, domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
+        return cls(names=tuple(known), domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
 
     @cached_property
     def num_rows(self) -> NDArray[np.int64]:
@@ -155,7 +141,7 @@ class Domains:
         return np.split(order, np.cumsum(self.num_rows)[:-1])
 
     def rows(self, k: int) -> Rows:
-        """Return the rows of domain ``k``, ascending; a read-only view, computed once."""
+        """Return the rows of domain ``k``, ascending; a read-only view."""
         return self._grouped[k]
 
     def sizes(self, unit: Unit) -> NDArray[np.float64]:
@@ -165,14 +151,10 @@ class Domains:
         return (self.num_tokens if unit == "tokens" else self.num_rows).astype(np.float64)
 
     def sequence_proportions(self, proportions: ArrayLike, unit: Unit) -> NDArray[np.float64]:
-        """Convert proportions of ``unit`` to proportions of sequences.
+        """Convert proportions [K] of tokens or documents to proportions of sequences.
 
         For tokens q_k is proportional to p_k / (mean tokens of a row of domain k), so that the
         expected tokens served follow p; for documents the same with their mean number in a row.
-
-        Args:
-            proportions: float64 [K], >= 0, sum 1.
-            unit: What ``proportions`` are proportions of.
 
         Raises:
             ComponentError: Malformed proportions.
@@ -181,68 +163,52 @@ class Domains:
         values = check_proportions(proportions, self.names)
         if unit == "documents" and self.documents_per_row is not None:
             weighted = values / self.documents_per_row
-            return np.asarray(weighted / weighted.sum(), dtype=np.float64)
-        if unit != "tokens":
+        elif unit == "tokens":
+            for k in np.flatnonzero((self.num_tokens == 0) & (values > 0)):
+                raise DataError(f"domain {self.names[k]!r} has no tokens, so it cannot have a proportion of tokens")
+            weighted = values * (self.num_rows / np.maximum(self.num_tokens, 1))
+        else:
             return values
-        for k in np.flatnonzero((self.num_tokens == 0) & (values > 0)):
-            raise DataError(f"domain {self.names[k]!r} has no tokens, so it cannot have a proportion of tokens")
-        rows_per_token = self.num_rows / np.maximum(self.num_tokens, 1)
-        weighted = values * rows_per_token
         return np.asarray(weighted / weighted.sum(), dtype=np.float64)
 
     def counts(self, rows: Rows) -> NDArray[np.int64]:
         """Count ``rows`` by domain, int64 [K]; -1 ("no row" in a plan) is not counted."""
-        rows = np.asarray(rows)
         return np.bincount(self.domain_of[rows[rows >= 0]], minlength=len(self.names)).astype(np.int64)
 
 
 SUMS: tuple[str, ...] = ("loss_sum", "excess_sum", "excess_tokens", "tokens", "sequences", "micro_batches")
-"""The fields that are added up over ranks and micro-batches, in the order of ``DomainStats.of``."""
+"""The fields of ``DomainStats`` that are summed over ranks and micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DomainStats:
-    """Sums of one optimizer step by domain; every array is float64 [K], in the order of ``names``.
+    """Sums of one optimizer step by domain; every array is float64 [K], in the order of ``names``."""
 
-    Attributes:
-        names: Names of the domains.
-        step: Optimizer step, counted from 0.
-        total_steps: Optimizer steps of the run.
-        loss_sum: Sum of token losses, nats.
-        excess_sum: Sum of max(loss - reference loss, 0) over tokens; 0 without a reference.
-        excess_tokens: Tokens whose loss is above the reference's.
-        tokens: Supervised tokens.
-        sequences: Sequences with a supervised token; packed rows count once.
-        micro_batches: Micro-batches (of all ranks) that held a supervised token of the domain.
-        proportions: Sampling proportions of sequences under which the step was drawn.
-        learning_rate: Learning rate of the step.
-    """
-
-    names: tuple[str, ...]
-    step: int
-    total_steps: int
-    loss_sum: NDArray[np.float64]
-    excess_sum: NDArray[np.float64]
-    excess_tokens: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    sequences: NDArray[np.float64]
-    micro_batches: NDArray[np.float64]
-    proportions: NDArray[np.float64]
-    learning_rate: float = 0.0
+    names: tuple[str, ...]  # names of the domains
+    step: int  # optimizer step, counted from 0
+    total_steps: int  # optimizer steps of the run
+    loss_sum: NDArray[np.float64]  # sum of token losses, nats
+    excess_sum: NDArray[np.float64]  # sum of max(loss - reference loss, 0) over tokens; 0 without a reference
+    excess_tokens: NDArray[np.float64]  # tokens whose loss is above the reference's
+    tokens: NDArray[np.float64]  # supervised tokens
+    sequences: NDArray[np.float64]  # sequences with a supervised token; packed rows count once
+    micro_batches: NDArray[np.float64]  # micro-batches (of all ranks) that held a supervised token of the domain
+    proportions: NDArray[np.float64]  # sampling proportions of sequences under which the step was drawn
+    learning_rate: float = 0.0  # learning rate of the step
 
     @classmethod
     def of(cls, sums: NDArray[np.float64], *, names: Sequence[str], **rest: Any) -> DomainStats:
-        """Build the statistics from rows of sums [len(SUMS), K]."""
+        """Return the statistics of ``sums`` [len(SUMS), K]."""
         assert sums.shape == (len(SUMS), len(names)), f"{sums.shape} sums for {len(names)} domains"
         return cls(names=tuple(names), **dict(zip(SUMS, sums, strict=True)), **rest)
 
     @property
-    def seen(self) -> NDArray[np.bool_]:
+    def present(self) -> NDArray[np.bool_]:
         """Which domains had a supervised token in the step [K]."""
         return self.tokens > 0
 
     def mean_loss(self) -> NDArray[np.float64]:
-        """Return the mean token loss of each domain [K]; NaN where the domain was absent."""
+        """Return the mean token loss of each domain [K]; NaN where it was absent."""
         return self._over_tokens(self.loss_sum)
 
     def mean_excess(self) -> NDArray[np.float64]:
@@ -250,4 +216,4 @@ class DomainStats:
         return self._over_tokens(self.excess_sum)
 
     def _over_tokens(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.divide(sums, self.tokens, out=np.full(len(self.names), np.nan), where=self.seen)
+        return np.divide(sums, self.tokens, out=np.full(len(self.names), np.nan), where=self.present)

@@ -1,13 +1,12 @@
 """The mixture stream: which row comes next when domains are served in proportions that may change.
 
-No data set is rebuilt. All that changes is an append-only log of segments and how far each domain was
-read; the rest is a function of (seed, segment, block) and (seed, domain name, epoch). So the stream is
-the same however it is cut into calls, and a resumed run goes on at any sequence. Knows no ranks.
+The state is an append-only log of segments and the number of rows read of each domain; the rest is a function of
+(seed, segment, block) and (seed, domain name, epoch). So the stream is the same however it is cut into calls, and a
+resumed run goes on at any sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,154 +15,67 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
 from dataflex.plan.domains import Domains, Rows, check_proportions
-from dataflex.plan.planner import ShuffledEpochs, serve
+from dataflex.plan.planner import ShuffledEpochs
 from dataflex.rng import keys
 from dataflex.state import State
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """One entry of the log.
-
-    Attributes:
-        start: Sequence index from which the proportions hold.
-        proportions: Proportions of sequences, float64 [K].
-        decided_at_step: Optimizer step of the decision.
-        reason: One line for the record.
-    """
+    """One entry of the log: proportions of sequences [K] from sequence ``start`` on, decided at an optimizer step."""
 
     start: int
     proportions: NDArray[np.float64]
     decided_at_step: int
     reason: str = ""
 
-    def __post_init__(self) -> None:
-        proportions = self.proportions.copy()
-        proportions.flags.writeable = False
-        object.__setattr__(self, "proportions", proportions)
-
-
-def log_state(segments: Sequence[Segment], num_domains: int) -> State:
-    """Return a log as JSON values and one array [segments, K]."""
-    return {
-        "start": [segment.start for segment in segments],
-        "proportions": np.array([segment.proportions for segment in segments]).reshape(-1, num_domains),
-        "decided_at_step": [segment.decided_at_step for segment in segments],
-        "reason": [segment.reason for segment in segments],
-    }
-
-
-def log_from_state(state: State) -> list[Segment]:
-    """Take back what ``log_state`` gave; ``KeyError``, ``TypeError`` or ``ValueError`` if it is malformed."""
-    columns = (state["start"], state["proportions"], state["decided_at_step"], state["reason"])
-    return [
-        Segment(
-            start=int(start),
-            proportions=np.array(shares, dtype=np.float64),
-            decided_at_step=int(step),
-            reason=str(reason),
-        )
-        for start, shares, step, reason in zip(*columns, strict=True)
-    ]
-
 
 Interleave = Literal["shuffled", "even"]
-
-_SCALAR_DOMAINS = 16  # up to here a plain Python loop beats numpy calls on tiny arrays
-
-
-def _carry_scalar(shares: list[float], rest: list[float], block: int, num: int) -> tuple[list[int], list[float]]:
-    """Run the loop of ``block_counts`` in plain Python; both outputs flat."""
-    counts: list[int] = []
-    rests: list[float] = list(rest)
-    for _ in range(num):
-        need = [share + left for share, left in zip(shares, rest, strict=True)]
-        base = [int(value) if value > 0.0 else 0 for value in need]
-        rest = [value - whole for value, whole in zip(need, base, strict=True)]
-        _settle(base, rest, block - sum(base))
-        counts += base
-        rests += rest
-    return counts, rests
-
-
-def _settle(base: list[int], rest: list[float], short: int) -> None:
-    """Hand out (or take back) one sequence at a time where the remainder is largest (smallest)."""
-    for _ in range(short):
-        k = rest.index(max(rest))
-        base[k] += 1
-        rest[k] -= 1.0
-    for _ in range(-short):
-        k = min((k for k in range(len(base)) if base[k] > 0), key=rest.__getitem__)
-        base[k] -= 1
-        rest[k] += 1.0
-
-
-def _carry_vector(
-    shares: NDArray[np.float64], rest: NDArray[np.float64], block: int, num: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Run the loop of ``block_counts`` with one numpy pass per block; bit for bit the scalar loop."""
-    counts = np.empty((num, shares.size), dtype=np.int64)
-    rests = np.empty((num + 1, shares.size), dtype=np.float64)
-    rests[0] = rest
-    for b in range(num):
-        need = shares + rests[b]
-        base = np.maximum(np.floor(need), 0.0)
-        left = need - base
-        short = block - int(base.sum())
-        if short < 0:
-            base_list, left_list = base.astype(np.int64).tolist(), left.tolist()
-            _settle(base_list, left_list, short)
-            counts[b], rests[b + 1] = base_list, left_list
-            continue
-        # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
-        # that handing out one at a time would pick none twice.
-        order = np.argsort(-left, kind="stable")[:short]
-        left[order] -= 1.0
-        base[order] += 1.0
-        counts[b], rests[b + 1] = base, left
-    return counts, rests
 
 
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count the sequences of each domain in consecutive blocks by residual carry.
+    """Count the sequences of each domain in ``num`` consecutive blocks by residual carry.
 
-    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is
-    missing goes to the largest remainders, ties by index; residual = need - count. The cumulative
-    count of a domain so stays within about one sequence of its share, whatever its size.
-
-    Args:
-        proportions: Proportions of sequences [K], sum 1; a domain of proportion 0 must have residual 0
-            and gets nothing.
-        block: Sequences in a block.
-        residual: Residual before the first block [K], sum 0.
-        num: Number of blocks.
+    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is missing goes to the
+    largest remainders, ties by index; residual = need - count. So the cumulative count of a domain stays within about
+    one sequence of its share, whatever its size. A domain of proportion 0 must have residual 0 and gets nothing.
 
     Returns:
         Counts int64 [num, K], and residuals float64 [num + 1, K], row b before block b.
     """
     active = np.flatnonzero(proportions > 0)
-    shares = proportions[active] * block
-    counts = np.zeros((num, proportions.size), dtype=np.int64)
-    residuals = np.zeros((num + 1, proportions.size), dtype=np.float64)
-    if active.size <= _SCALAR_DOMAINS:
-        flat, rests = _carry_scalar(shares.tolist(), residual[active].tolist(), block, num)
-        counts[:, active] = np.array(flat, dtype=np.int64).reshape(num, active.size)
-        residuals[:, active] = np.array(rests).reshape(num + 1, active.size)
-    else:
-        counts[:, active], residuals[:, active] = _carry_vector(shares, residual[active], block, num)
-    return counts, residuals
+    shares, rest = proportions[active] * block, residual[active]
+    counts, rests = np.empty((num, active.size)), np.empty((num + 1, active.size))
+    rests[0] = rest
+    for b in range(num):
+        need = shares + rest
+        base = np.maximum(np.floor(need), 0.0)
+        rest = need - base
+        short = block - int(base.sum())
+        if short > 0:
+            # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
+            # that handing out one at a time would pick none twice.
+            order = np.argsort(-rest, kind="stable")[:short]
+            rest[order] -= 1.0
+            base[order] += 1.0
+        for _ in range(-short):  # clipping has given too many
+            k = np.argmin(np.where(base > 0, rest, np.inf))
+            rest[k] += 1.0
+            base[k] -= 1.0
+        counts[b], rests[b + 1] = base, rest
+    all_counts = np.zeros((num, proportions.size), dtype=np.int64)
+    all_rests = np.zeros((num + 1, proportions.size))
+    all_counts[:, active], all_rests[:, active] = counts, rests
+    return all_counts, all_rests
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the domains of one block [sum(counts)] as evenly spread as whole sequences allow.
+    """Return the domains of one block as evenly spread as whole sequences allow, given the counts of each [K].
 
     Place n goes to the domain that is furthest behind, argmax of share x max(n, 1) - given so far, the first
-    of equal ones, as Megatron-Core's blending has it.
-
-    Args:
-        counts: Sequences of each domain in the block [K].
+    of equal ones, as in Megatron-Core's blending.
     """
     block = int(counts.sum())
     shares, given = counts / max(block, 1), np.zeros(counts.size)
@@ -175,61 +87,15 @@ def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return labels
 
 
-def block_labels(
-    proportions: NDArray[np.float64],
-    block: int,
-    residual: NDArray[np.float64],
-    seed: int,
-    segment: int,
-    first: int,
-    num: int,
-    interleave: Interleave = "shuffled",
-) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
-    """Return the domain of every sequence of consecutive blocks.
-
-    The order within a block is a permutation that depends on (seed, segment, block number) only, or ``evenly``.
-
-    Args:
-        proportions: Proportions of sequences [K], sum 1.
-        block: Sequences in a block.
-        residual: Residual before the first of these blocks [K].
-        seed: Seed of the run.
-        segment: Number of the segment in the log.
-        first: Number of the first block within the segment.
-        num: Number of blocks.
-        interleave: How sequences lie within a block.
-
-    Returns:
-        Domain indices [num * block], and the residuals of ``block_counts`` [num + 1, K].
-    """
-    counts, rests = block_counts(proportions, block, residual, num)
-    # 16-bit labels make numpy's stable sort a radix sort, here and for whoever groups by label.
-    small = proportions.size <= 1 << 16
-    numbers: NDArray[np.unsignedinteger] = np.arange(proportions.size, dtype=np.uint16 if small else np.uint64)
-    if interleave == "even":
-        return np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype), rests
-    in_order: NDArray[np.unsignedinteger] = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, block)
-    places = np.arange(first * block, (first + num) * block, dtype=np.int64).reshape(num, block)
-    order = np.argsort(keys(seed, "mixture", segment, places), axis=1)
-    labels: NDArray[np.unsignedinteger] = np.take_along_axis(in_order, order, axis=1).reshape(-1)
-    return labels, rests
-
-
 AtCap = Literal["error", "redistribute", "stop"]
 
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
 def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArray[np.int64]:
-    """Return how many sequences each domain may serve in all.
+    """Return how many sequences each domain may serve in all, int64 [K], given the most epochs of each or of all.
 
-    Args:
-        sizes: Rows of each domain, int64 [K].
-        max_epochs: Largest number of epochs of each domain [K] (or one for all), fractions allowed;
-            NaN and inf mean no limit.
-
-    Returns:
-        int64 [K].
+    Fractions are allowed; NaN and inf mean no cap, and give a very large number.
     """
     limits = np.full(sizes.size, _NO_LIMIT)
     if max_epochs is not None:
@@ -242,7 +108,7 @@ def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArra
 
 
 def without(proportions: NDArray[np.float64], closed: NDArray[np.bool_]) -> NDArray[np.float64] | None:
-    """Give the share of closed domains to the others in proportion; None when no other has a share."""
+    """Return proportions in which the others have taken over the share of closed domains; None if there is no other."""
     left = np.where(closed, 0.0, proportions)
     total = float(left.sum())
     return left / total if total > 0 else None
@@ -256,19 +122,10 @@ def expected_epochs(
     at_cap: AtCap = "error",
     drawn: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """Return the epochs of each domain after ``total`` more sequences at fixed proportions.
+    """Return the epochs of each domain [K] after ``total`` more sequences at fixed proportions of sequences.
 
-    Args:
-        sizes: Rows of each domain, int64 [K], > 0.
-        proportions: Proportions of sequences, float64 [K].
-        total: Sequences to be drawn.
-        max_epochs: Cap of each domain [K] (or one for all), NaN or inf for none.
-        at_cap: ``redistribute`` and ``stop`` are followed; for ``error`` the caps are left aside, so
-            that the result shows by how much they would be passed.
-        drawn: Sequences already drawn by domain, int64 [K].
-
-    Returns:
-        float64 [K].
+    ``drawn`` are the sequences drawn before [K]. With ``at_cap: error`` the caps ``max_epochs`` (as in ``cap_limits``)
+    are ignored, so that the result shows by how much they would be exceeded.
     """
     served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
@@ -293,42 +150,32 @@ def expected_epochs(
 _CHUNK_IDS = 1 << 19  # ids made at a time
 _KEPT_SEGMENTS = 64  # the stream needs the last one only
 _CHUNK_CELLS = 1 << 21  # block x domain cells made at a time
+_FIXED = ("names", "sizes", "seed", "block", "unit", "interleave")  # what a resumed stream must have in common
 
 
 class MixtureSampler:
     """Yields row ids so that domains follow proportions, block by block, without replacement.
 
-    - Counts in a block follow the proportions by residual carry (``block_counts``).
-    - The order within a block is a permutation keyed by (seed, segment, block).
+    - Counts in a block (usually the global batch) follow the proportions by residual carry (``block_counts``).
+    - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
+      consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
-    - A segment may end inside a block; carried on is then the served share of the block's change of
-      residual, so that small domains are not forgotten by short segments.
+    - A segment may end inside a block; then the served share of the block's change of residual is carried on,
+      so that short segments do not starve small domains.
 
-    At the first sequence past a domain's cap ``error`` raises and leaves the sampler as it was before the
-    call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
+    At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
+    before the call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
     ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
-
-    Args:
-        domains_rows: The domains, or the rows of each domain (as after a selection).
-        seed: Seed of the run.
-        block: Sequences in a block, usually the global batch.
-        max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
-        at_cap: What happens at a cap.
-        names: Names of the domains where ``domains_rows`` is a list.
-        unit: Sequences that are of one domain together (a domain-pure micro-batch); divides ``block``.
-        interleave: How domains lie within a block.
-        shuffle: Whether the rows of a domain are shuffled in each of its epochs, else they keep their order.
     """
 
     def __init__(
         self,
-        domains_rows: Domains | Sequence[Rows],
+        domains: Domains,
         seed: int,
         block: int,
         max_epochs: ArrayLike | None = None,
         at_cap: AtCap = "error",
         *,
-        names: Sequence[str] | None = None,
         unit: int = 1,
         interleave: Interleave = "shuffled",
         shuffle: bool = True,
@@ -336,136 +183,90 @@ class MixtureSampler:
         assert block >= 1, f"block {block}"
         assert block % unit == 0, f"block {block}, unit {unit}"
         assert at_cap in get_args(AtCap), f"at_cap {at_cap!r}"
-        if isinstance(domains_rows, Domains):
-            names = domains_rows.names
-            domains_rows = [domains_rows.rows(k) for k in range(len(names))]
-        self.names: tuple[str, ...] = tuple(names or map(str, range(len(domains_rows))))
-        assert len(self.names) == len(domains_rows), f"{len(self.names)} names, {len(domains_rows)} domains"
-        self.sizes: NDArray[np.int64] = np.array([len(rows) for rows in domains_rows], dtype=np.int64)
+        self.names = domains.names
+        self.sizes = domains.num_rows
         self.seed = int(seed)
         self.block = int(block)
         self.unit = int(unit)
-        self._units = self.block // self.unit
         self.interleave: Interleave = interleave
         self.at_cap: AtCap = at_cap
-        self._max_epochs = None if max_epochs is None else np.asarray(max_epochs, dtype=np.float64)
-        self._limits = cap_limits(self.sizes, max_epochs)
-        self._segments: list[Segment] = []
-        self._forgotten = 0  # segments before those in the list
-        self._position = 0
-        self._drawn = np.zeros(len(self.names), dtype=np.int64)
-        self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self.limits = cap_limits(self.sizes, max_epochs)
+        self.segments: list[Segment] = []
+        self.position = 0
+        self.drawn = np.zeros(len(self.names), dtype=np.int64)
         self.stopped_by: tuple[str, ...] = ()
-        """Names of the domains at whose caps the last ``draw`` stopped short."""
-        pairs = zip(domains_rows, self.names, strict=True)
-        self._streams = [ShuffledEpochs(rows, name, self.seed, shuffle=shuffle) for rows, name in pairs]
-
-    @property
-    def position(self) -> int:
-        """Index of the next sequence."""
-        return self._position
-
-    @property
-    def drawn(self) -> NDArray[np.int64]:
-        """Sequences drawn so far by domain, int64 [K]."""
-        return self._drawn.copy()
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The end of the log, oldest first; what is long past is in the run's record."""
-        return tuple(self._segments)
-
-    @property
-    def limits(self) -> NDArray[np.int64]:
-        """Sequences that each domain may serve in all, int64 [K]; a very large number without a cap."""
-        return self._limits.copy()
-
-    @property
-    def exhausted(self) -> tuple[str, ...]:
-        """Names of the domains at their cap."""
-        return tuple(self.names[k] for k in np.flatnonzero(self._drawn >= self._limits))
-
-    def expected(self, proportions: ArrayLike, total: int) -> NDArray[np.float64]:
-        """Return the epochs of each domain [K] once ``total`` more sequences were drawn."""
-        shares = check_proportions(proportions, self.names)
-        sizes = np.maximum(self.sizes, 1)
-        return expected_epochs(sizes, shares, total, self._max_epochs, self.at_cap, self._drawn)
+        self._forgotten = 0  # segments before those in the list
+        self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
+        self._streams = [
+            ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle) for k, name in enumerate(self.names)
+        ]
 
     def append(
         self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
     ) -> None:
-        """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
+        """Start a segment: from sequence ``start``, the next one to be drawn, serve proportions of sequences [K].
 
-        Args:
-            proportions: Proportions of sequences [K], >= 0, sum 1; 0 means never.
-            start: Must equal ``position``; only the first segment may start anywhere.
-            decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
-            reason: One line.
-            go_on: The decision completes one that was cut short: where it says the same, the last segment goes
-                on, so that the stream is that of a run which was never cut.
+        ``decided_at_step`` and ``reason`` are for the record. ``go_on``: the decision completes one that was cut short:
+        with the same proportions the last segment goes on, so that the stream is that of a run which was never cut.
 
         Raises:
             ComponentError: Malformed proportions.
-            DataError: A domain without rows has a share, or all domains with a share are at their caps.
+            DataError: All domains with a share are at their caps.
         """
         shares = check_proportions(proportions, self.names)
-        for k in np.flatnonzero((shares > 0) & (self.sizes == 0)):
-            raise DataError(f"domain {self.names[k]!r} has no rows, but a proportion of {shares[k]:.4g}")
-        if not self._segments:
-            self._position = int(start)
-        assert start == self._position, f"segment starts at {start}, but the next sequence is {self._position}"
-        if go_on and self._segments and self._says_the_same(shares):
-            return
-        if len(self._segments) >= 2 * _KEPT_SEGMENTS:
-            self._forgotten += len(self._segments) - _KEPT_SEGMENTS
-            del self._segments[:-_KEPT_SEGMENTS]
+        if not self.segments:
+            self.position = int(start)
+        assert start == self.position, f"segment starts at {start}, but the next sequence is {self.position}"
+        closed = self._closed(shares) if self.at_cap == "redistribute" else np.zeros(shares.size, dtype=np.bool_)
+        if go_on and self.segments:
+            left = without(shares, closed)
+            if left is not None and np.allclose(left, self.segments[-1].proportions, rtol=0.0, atol=1e-12):
+                return
+        if len(self.segments) >= 2 * _KEPT_SEGMENTS:
+            self._forgotten += len(self.segments) - _KEPT_SEGMENTS
+            del self.segments[:-_KEPT_SEGMENTS]
         self._open(shares, decided_at_step, reason)
-        if self.at_cap == "redistribute" and ((self._drawn >= self._limits) & (shares > 0)).any():
+        if closed.any():
             self._redistribute()
 
-    def _says_the_same(self, shares: NDArray[np.float64]) -> bool:
-        closed = (self._drawn >= self._limits) & (shares > 0)
-        left = without(shares, closed) if self.at_cap == "redistribute" else shares
-        return left is not None and np.allclose(left, self._segments[-1].proportions, rtol=0.0, atol=1e-12)
+    def _closed(self, shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which domains with a share are at their caps [K]."""
+        return (self.drawn >= self.limits) & (shares > 0)
 
     def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
-        if self._segments:
-            last = self._segments[-1]
-            served = (self._position - last.start) % self.block
+        if self.segments:
+            last = self.segments[-1]
+            served = (self.position - last.start) % self.block
             if served:
-                _, rests = block_counts(last.proportions, self._units, self._residual, 1)
+                _, rests = block_counts(last.proportions, self.block // self.unit, self._residual, 1)
                 self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
         # A domain that is left out has no claims; the others' still have to sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
         self._residual = residual - residual.sum() * shares
-        self._segments.append(
-            Segment(start=self._position, proportions=shares, decided_at_step=int(decided_at_step), reason=reason)
+        self.segments.append(
+            Segment(start=self.position, proportions=shares, decided_at_step=int(decided_at_step), reason=reason)
         )
 
     def _redistribute(self) -> None:
-        last = self._segments[-1]
-        closed = (self._drawn >= self._limits) & (last.proportions > 0)
+        last = self.segments[-1]
+        closed = self._closed(last.proportions)
         shares = without(last.proportions, closed)
-        told = ", ".join(f"{self.names[k]!r} at {self._drawn[k]:,} rows" for k in np.flatnonzero(closed))
+        told = ", ".join(f"{self.names[k]!r} at {self.drawn[k]:,} rows" for k in np.flatnonzero(closed))
         if shares is None:
             raise DataError(
-                f"after {self._position:,} sequences every domain with a share is at its max_epochs ({told}). "
+                f"after {self.position:,} sequences every domain with a share is at its max_epochs ({told}). "
                 "Raise max_epochs or train for fewer steps."
             )
         self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
 
     def draw(self, count: int, whole: int = 1) -> Rows:
-        """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
-
-        Args:
-            count: How many.
-            whole: Where a cap stops the draw, what is left is a multiple of this, and nothing else was drawn.
+        """Return the next ``count`` row ids, fewer only where ``at_cap`` is ``stop``: then a multiple of ``whole``.
 
         Raises:
             DataError: A cap is passed and the policy is ``error``, or no domain is left.
         """
-        assert self._segments, "append proportions before drawing"
-        before, num_segments = (self._position, self._residual, self._drawn), len(self._segments)
+        assert self.segments, "append proportions before drawing"
+        before, num_segments = (self.position, self._residual, self.drawn), len(self.segments)
         out, done = np.empty(count, dtype=np.int64), 0
         try:
             while done < count:
@@ -475,30 +276,30 @@ class MixtureSampler:
                 if blocked is None:
                     continue
                 if self.at_cap == "stop":
-                    self.stopped_by = self.exhausted
+                    self.stopped_by = tuple(self.names[k] for k in np.flatnonzero(self.drawn >= self.limits))
                     if done % whole:
-                        self._position, self._residual, self._drawn = before
+                        self.position, self._residual, self.drawn = before
                         return self.draw(done - done % whole)
                     break
                 if self.at_cap == "error":
                     raise DataError(
-                        f"domain {self.names[blocked]!r} is used up after {self._position:,} sequences: max_epochs "
-                        f"allows {self._limits[blocked]:,} draws of its {self.sizes[blocked]:,} rows. Raise "
+                        f"domain {self.names[blocked]!r} is used up after {self.position:,} sequences: max_epochs "
+                        f"allows {self.limits[blocked]:,} draws of its {self.sizes[blocked]:,} rows. Raise "
                         "max_epochs, lower its proportion, or set 'at_cap: redistribute'."
                     )
                 self._redistribute()
         except DataError:
-            self._position, self._residual, self._drawn = before
-            del self._segments[num_segments:]
+            self.position, self._residual, self.drawn = before
+            del self.segments[num_segments:]
             raise
         return out[:done]
 
     def _serve(self, count: int) -> tuple[Rows, int | None]:
         """Draw at most ``count`` rows of the current segment; the domain whose cap is next, if it cut them."""
-        first, offset = divmod(self._position - self._segments[-1].start, self.block)
+        first, offset = divmod(self.position - self.segments[-1].start, self.block)
         labels, rests = self._labels(first, offset, count)
         used = np.bincount(labels, minlength=len(self.names))
-        left = np.maximum(self._limits - self._drawn, 0)  # a cap may be lower now than when the rows were drawn
+        left = np.maximum(self.limits - self.drawn, 0)  # a cap may be lower now than when the rows were drawn
         over = np.flatnonzero(used > left)
         blocked: int | None = None
         if over.size:
@@ -507,63 +308,75 @@ class MixtureSampler:
             blocked = int(over[np.argmin(cuts)])
             labels = labels[: min(cuts)]
             used = np.bincount(labels, minlength=len(self.names))
-        rows = serve(labels, used, self._drawn, self._streams)
-        self._drawn = self._drawn + used
-        self._position += labels.size
+        by_domain = [self._streams[k].take(int(self.drawn[k]), int(used[k])) for k in np.flatnonzero(used).tolist()]
+        rows = np.empty(labels.size, dtype=np.int64)
+        rows[np.argsort(labels, kind="stable")] = np.concatenate([rows[:0], *by_domain])
+        self.drawn = self.drawn + used
+        self.position += labels.size
         self._residual = rests[(offset + labels.size) // self.block]
         return rows, blocked
 
     def _labels(self, first: int, offset: int, count: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
-        """Domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
-        shares, block, num_domains = self._segments[-1].proportions, self.block, len(self.names)
+        """Return domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
+        shares, block = self.segments[-1].proportions, self.block
         active = shares > 0
         # Blocks far beyond the nearest cap would be made in vain.
-        to_cap = (((self._limits - self._drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
-        most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // num_domains, int(min(to_cap, 1e9))))
+        to_cap = (((self.limits - self.drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
+        most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
-        segment = self._forgotten + len(self._segments) - 1
-        labels, rests = block_labels(
-            shares, self._units, self._residual, self.seed, segment, first, num, self.interleave
+        counts, rests = block_counts(shares, block // self.unit, self._residual, num)
+        # 16-bit labels make numpy's stable sort a radix sort, here and in ``_serve``.
+        labels: NDArray[np.unsignedinteger]
+        numbers: NDArray[np.unsignedinteger] = np.arange(
+            shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64
         )
-        if self.unit > 1:
-            labels = np.repeat(labels, self.unit)
-        return labels[offset : offset + count], rests
+        if self.interleave == "even":
+            labels = np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype)
+        else:
+            in_order = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, -1)
+            places = np.arange(in_order.size, dtype=np.int64).reshape(in_order.shape) + first * in_order.shape[1]
+            segment = self._forgotten + len(self.segments) - 1
+            order = np.argsort(keys(self.seed, "mixture", segment, places), axis=1)
+            labels = np.take_along_axis(in_order, order, axis=1).reshape(-1)
+        return np.repeat(labels, self.unit)[offset : offset + count], rests
 
     def state_dict(self) -> State:
         """Return everything that a resumed run needs: the log, positions and the residual."""
+        log = self.segments
         return {
+            **{key: getattr(self, key) for key in _FIXED},
             "names": list(self.names),
-            "sizes": self.sizes.copy(),
-            "seed": self.seed,
-            "block": self.block,
-            "unit": self.unit,
-            "interleave": self.interleave,
             "forgotten": self._forgotten,
-            "position": self._position,
+            "position": self.position,
             "drawn": self.drawn,
-            "residual": self._residual.copy(),
-            "segments": log_state(self._segments, len(self.names)),
+            "residual": self._residual,
+            "segments": {
+                "start": [segment.start for segment in log],
+                "proportions": np.array([segment.proportions for segment in log]).reshape(-1, len(self.names)),
+                "decided_at_step": [segment.decided_at_step for segment in log],
+                "reason": [segment.reason for segment in log],
+            },
         }
 
     def load_state_dict(self, state: State) -> None:
         """Go on where ``state_dict`` was taken; caps and their policy may have changed.
 
         Raises:
-            CheckpointError: Other domains, sizes, seed or block, or a malformed state.
+            CheckpointError: Other domains, sizes, seed or block.
         """
-        state = {"unit": 1, "interleave": "shuffled", "forgotten": 0, **state}
-        for key in ("names", "sizes", "seed", "block", "unit", "interleave"):
-            found, mine = state.get(key), getattr(self, key)
+        for key in _FIXED:
+            found, mine = state[key], getattr(self, key)
             if not np.array_equal(np.asarray(found), np.asarray(mine)):
                 raise CheckpointError(
                     f"resume: {key} of the mixture's domains changed ({found} -> {mine}); the stream would go on "
                     "with other samples. Restore the data and settings, or start fresh with 'resume_plan: ignore'."
                 )
-        try:
-            segments = log_from_state(state["segments"])
-            position, forgotten = int(state["position"]), int(state["forgotten"])
-            drawn, residual = np.array(state["drawn"], np.int64), np.array(state["residual"], np.float64)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"resume: the state of the mixture is malformed ({error!r})") from error
-        self._forgotten = forgotten
-        self._segments, self._position, self._drawn, self._residual = segments, position, drawn, residual
+        log = state["segments"]
+        self.segments = [
+            Segment(start=start, proportions=shares, decided_at_step=step, reason=reason)
+            for start, shares, step, reason in zip(
+                log["start"], log["proportions"], log["decided_at_step"], log["reason"], strict=True
+            )
+        ]
+        self.position, self._forgotten = int(state["position"]), int(state["forgotten"])
+        self.drawn, self._residual = state["drawn"], state["residual"]

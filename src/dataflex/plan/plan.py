@@ -1,8 +1,7 @@
-"""A plan: the rows of one interval in the order in which they are served, and who serves which.
+"""A plan: the rows of one interval in serving order, and how ranks share them.
 
-One global array, equal on every rank. A rank's rows are arithmetic on (plan, step, micro-batch, rank,
-world), so nothing is communicated, and a resumed run may have another number of ranks. A plan does
-not say why its rows were chosen beyond a short trace for the record.
+A plan is one global array, equal on every rank. The rows of a rank follow from (plan, step, batch shape), so that ranks
+communicate nothing, and a resumed run may have another number of ranks.
 """
 
 from __future__ import annotations
@@ -16,37 +15,77 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ConfigError
+from dataflex.errors import CheckpointError, DataError
 from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
 
 _FORMAT = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """How an optimizer step is divided into micro-batches over ranks, and an epoch into steps.
+
+    Epochs are those of transformers' Trainer with accelerate's even batches.
+    """
+
+    micro_batch_size: int  # sequences per rank and micro-batch
+    accumulation: int  # micro-batches per optimizer step
+    world: int  # number of data-parallel ranks
+    rank: int  # this rank
+    drop_last: bool  # ``dataloader_drop_last``: micro-batches that would not be full on every rank are dropped
+    shuffle: bool  # rows of whole epochs, of a mixture's domains, and of a selection (``disable_shuffling: false``)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.micro_batch_size * self.accumulation * self.world
+
+    def micro_batches_per_epoch(self, num_rows: int) -> int:
+        """Return the micro-batches of each rank in an epoch: the length of its data loader.
+
+        Raises:
+            DataError: An epoch would be empty.
+        """
+        if num_rows < 1:
+            raise DataError("the training set has no rows")
+        size = self.world * self.micro_batch_size
+        if not self.drop_last:
+            return -(-num_rows // size)
+        if num_rows < size:
+            raise DataError(
+                f"dataloader_drop_last leaves nothing of {num_rows:,} rows: {self.world} ranks x "
+                f"{self.micro_batch_size} sequences need {size:,}. Use smaller batches."
+            )
+        return num_rows // size
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return the optimizer steps of an epoch; the last one may be short."""
+        return -(-self.micro_batches_per_epoch(num_rows) // self.accumulation)
+
+    def rows_per_epoch(self, num_rows: int) -> int:
+        """Return the rows served in an epoch, without those that only even out the ranks."""
+        served = self.micro_batches_per_epoch(num_rows) * self.world * self.micro_batch_size
+        return min(served, num_rows)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataPlan:
     """Rows of one interval in serving order.
 
-    Attributes:
-        interval: The optimizer steps that the plan covers.
-        rows: Row ids, int64 [steps * global_batch]; -1 ("no row") only at the end of a step, for the
-            short last step of an epoch. Every step has at least one row.
-        fill: Rows that even out a short step over several ranks, used from the front and cycled; may be
-            empty where no step is short.
-        global_batch: Sequences of an optimizer step, over all ranks and micro-batches.
-        row_space: Fingerprint of the row space that the ids point into.
-        trace: JSON values for the record; no part of the digest.
+    A short last step of an epoch ends in -1 ("no row"), but every step has at least one row. ``fill`` are row ids that
+    even out a short step over several ranks, used from the front and cycled; it may be empty where no step is short.
 
     Raises:
         ValueError: Arrays that do not fit together.
     """
 
-    interval: Interval
-    rows: Rows
+    interval: Interval  # the optimizer steps that the plan covers
+    rows: Rows  # ids, int64 [steps * global_batch]
     fill: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    global_batch: int
-    row_space: str
-    trace: dict[str, Any] = field(default_factory=dict)
+    global_batch: int  # sequences of an optimizer step, over all ranks and micro-batches
+    row_space: str  # fingerprint of the row space that the ids point into
+    trace: dict[str, Any] = field(default_factory=dict)  # JSON values for the record; not part of the digest
 
     def __post_init__(self) -> None:
         for name in ("rows", "fill"):
@@ -58,7 +97,7 @@ class DataPlan:
             raise ValueError(problem)
 
     def _problem(self) -> str | None:
-        """Say what is wrong with the arrays, or None."""
+        """Return what is wrong with the arrays, or None."""
         steps, batch = self.interval.steps, self.global_batch
         if steps < 1 or batch < 1 or self.rows.shape != (steps * batch,):
             return f"{self.rows.size} rows for {steps} steps of {batch} sequences"
@@ -71,58 +110,28 @@ class DataPlan:
             return "fill must be a list of row ids"
         return None
 
-    def positions(
-        self, step: int, rank: int, world: int, micro_batch_size: int, num_micro: int
-    ) -> list[NDArray[np.int64]]:
-        """Return where the micro-batches of a rank lie in the plan.
+    def shard(self, step: int, shape: BatchShape) -> list[Rows]:
+        """Return the row ids of each micro-batch of ``shape.rank`` in optimizer step ``step`` of the run.
 
         The step's rows are consecutive batches of ``micro_batch_size``; batch j is micro-batch
         j // world of rank j % world. That is the layout of accelerate's ``BatchSamplerShard`` over a
         sequential sampler. A short step has fewer micro-batches: on one rank the last may be short; on
         several, rows of ``fill`` make all micro-batches full and equal in number.
-
-        Args:
-            step: Optimizer step of the run, within the interval.
-            rank: Data-parallel rank.
-            world: Number of ranks.
-            micro_batch_size: Sequences per rank and micro-batch.
-            num_micro: Micro-batches per optimizer step (gradient accumulation).
-
-        Returns:
-            For each micro-batch positions int64 [<= micro_batch_size]: p >= 0 means ``rows[p]``, p < 0
-            means ``fill[-1 - p]``.
-
-        Raises:
-            ConfigError: The global batch cannot be laid out so.
         """
-        assert 0 <= rank < world, f"rank {rank} of {world}"
+        size, world = shape.micro_batch_size, shape.world
+        assert 0 <= shape.rank < world, f"rank {shape.rank} of {world}"
         assert self.interval.start_step <= step < self.interval.stop_step, f"step {step} is not in {self.interval}"
-        if num_micro * world * micro_batch_size != self.global_batch:
-            raise ConfigError(
-                f"the plan has global batches of {self.global_batch} sequences; {num_micro} accumulation steps x "
-                f"{world} ranks x {micro_batch_size} sequences per device are {num_micro * world * micro_batch_size}. "
-                "Change gradient_accumulation_steps or per_device_train_batch_size so that the product stays the same."
-            )
+        assert shape.global_batch == self.global_batch, f"{shape} for global batches of {self.global_batch} sequences"
         start = (step - self.interval.start_step) * self.global_batch
-        num = int(np.count_nonzero(self.rows[start : start + self.global_batch] >= 0))
-        places = np.arange(start, start + num, dtype=np.int64)
+        rows = self.rows[start : start + self.global_batch]
+        rows = rows[rows >= 0]
         if world == 1:
-            return [places[i : i + micro_batch_size] for i in range(0, num, micro_batch_size)]
-        missing = -num % (world * micro_batch_size)
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        missing = -len(rows) % (world * size)
         assert not missing or self.fill.size, f"step {step} is short, but the plan has no rows to fill it up with"
         if missing:
-            places = np.concatenate([places, -1 - np.arange(missing, dtype=np.int64) % self.fill.size])
-        return list(places.reshape(-1, world, micro_batch_size)[:, rank])
-
-    def shard(self, step: int, rank: int, world: int, micro_batch_size: int, num_micro: int) -> list[Rows]:
-        """Return the row ids of this rank's micro-batches of one optimizer step; see ``positions``."""
-        batches = []
-        for places in self.positions(step, rank, world, micro_batch_size, num_micro):
-            rows = self.rows[places]
-            filled = places < 0
-            rows[filled] = self.fill[-1 - places[filled]]
-            batches.append(rows)
-        return batches
+            rows = np.concatenate([rows, np.resize(self.fill, missing)])
+        return list(rows.reshape(-1, world, size)[:, shape.rank])
 
     def digest(self) -> str:
         """Return a hash (blake2b, 32 hex digits) of everything that ranks must agree on."""
@@ -140,7 +149,7 @@ class DataPlan:
             "row_space": self.row_space,
             "num_rows": self.rows.size,
             "num_fill": self.fill.size,
-            "weighted": False,  # plans once held weights; the digest stays what it was
+            "weighted": False,  # part of every digest
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
@@ -150,11 +159,7 @@ class DataPlan:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> DataPlan:
-        """Take back what ``to_arrays`` gave.
-
-        Raises:
-            CheckpointError: Something is missing or does not fit together.
-        """
+        """Return the plan that ``to_arrays`` was called on; CheckpointError if something is missing or does not fit."""
         try:
             meta = json.loads(np.asarray(arrays["meta"], dtype=np.uint8).tobytes().decode())
             if meta["format"] != _FORMAT:
@@ -163,9 +168,7 @@ class DataPlan:
                 interval=Interval(**meta["interval"]),
                 rows=arrays["rows"],
                 fill=arrays["fill"],
-                global_batch=meta["global_batch"],
-                row_space=meta["row_space"],
-                trace=meta["trace"],
+                **{key: meta[key] for key in ("global_batch", "row_space", "trace")},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"plan cannot be read: {type(error).__name__}: {error}") from error

@@ -1,9 +1,7 @@
-"""Proportions of domains: as a user writes them, with floors, and the file that holds what was found.
+"""Proportions of domains: as a user writes them, with floors, and the JSON file that ``mixer: {from: FILE}`` takes.
 
-What a user writes is a list in the order of the domains, or a mapping by name. The numbers are checked at once, the
-names when the domains are known. Numbers need not sum to one (7, 2, 1 is fine); they are divided by their sum.
-The file is JSON, so that a person can read and a version control system can compare it; ``mixer: {name: static,
-from: FILE}`` takes it.
+A user writes a list in the order of the domains, or a mapping by name. The numbers are checked at once, the names when
+the domains are known. Numbers need not sum to one (7, 2, 1 is fine); they are divided by their sum.
 """
 
 from __future__ import annotations
@@ -31,21 +29,13 @@ _SUM_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionsFile:
-    """What a proportions file holds.
+    """What a proportions file holds."""
 
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of what was read.
-        details: Numbers of the method worth keeping, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...]  # domains, each once [K]
+    proportions: tuple[float, ...]  # share of each [K], >= 0, sum 1
+    method: str  # what made them, such as "log_linear"
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # command, date, versions, settings, digests of inputs
+    details: Mapping[str, Any] = field(default_factory=dict)  # numbers of the method, such as predicted losses
 
     @property
     def by_name(self) -> dict[str, float]:
@@ -54,16 +44,10 @@ class ProportionsFile:
 
 
 def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
-    """Write a proportions file, whole or not at all, and return its path.
-
-    Raises:
-        DataError: The place cannot be written.
-        ValueError: The proportions are none (a defect of the caller).
-    """
+    """Write a proportions file, whole or not at all, and return its path; DataError if that is impossible."""
     path = Path(path)
     problem = _numbers_problem(content.names, content.proportions)
-    if problem:
-        raise ValueError(problem)
+    assert not problem, problem
     body = {
         "format": FORMAT,
         "method": content.method,
@@ -78,11 +62,7 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
 
 
 def read_proportions(path: Path | str, key: str = "from") -> ProportionsFile:
-    """Read a proportions file.
-
-    Args:
-        path: The file, from the working directory.
-        key: What names the file, for messages.
+    """Read a proportions file, which the key or option ``key`` names.
 
     Raises:
         ConfigError: No such file, not JSON, a key is missing, or the numbers are not proportions.
@@ -122,14 +102,18 @@ def _numbers_problem(names: Sequence[Any], shares: Sequence[Any]) -> str:
     if len(names) != len(shares):
         return f"{len(shares)} proportions for {len(names)} names"
     for name, share in zip(names, shares, strict=True):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share) or share < 0:
+        if not _is_weight(share):
             return f"the proportion of {name!r} is {share!r}, must be a finite number, 0 or more"
     total = math.fsum(shares)
     return "" if abs(total - 1) < _SUM_TOLERANCE else f"proportions sum to {total:.6g}, must sum to 1"
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, the same for every order of its keys and whatever its secrets are."""
+    """Return the SHA-256 of a JSON value, independent of the order of its keys and of its secrets."""
     return hashlib.sha256(json.dumps(redacted(value), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -147,14 +131,10 @@ def provenance(
     packages: Sequence[str] = (),
     config_digest: str | None = None,
 ) -> dict[str, Any]:
-    """Return where a result is from.
+    """Return how a result was made: command, date, versions (of ``packages`` too), settings and digests.
 
-    Args:
-        command: The command that made it.
-        inputs: Files that were read (digested) and folders (named only).
-        settings: The method's settings.
-        packages: Packages beside dataflex and numpy whose versions matter.
-        config_digest: Digest of the configuration that the small runs were made from.
+    ``inputs`` are files that were read (digested) and folders (named only); ``config_digest`` is of the configuration
+    of the small runs.
     """
     return {
         "command": command,
@@ -175,36 +155,21 @@ def check_numbers(value: Written, key: str) -> None:
     if not items:
         raise ValueError(f"{key}: is empty; give one number per domain")
     for place, number in items:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"{key}: {place} is {number!r}, must be a number")
-        if not math.isfinite(number) or number < 0:
-            raise ValueError(f"{key}: {place} is {number}, must be a finite number, 0 or more")
+        if not _is_weight(number):
+            raise ValueError(f"{key}: {place} is {number!r}, must be a finite number, 0 or more")
     if not any(number > 0 for _, number in items):
         raise ValueError(f"{key}: all are 0; at least one domain needs a proportion above 0")
 
 
 def by_domain(value: Written, names: Sequence[str], key: str) -> Floats:
-    """Return proportions float64 [K], summing to one, in the order of ``names``.
-
-    Args:
-        value: Numbers that passed ``check_numbers``.
-        names: Names of the run's domains.
-        key: Path of the key in the configuration, for messages.
-
-    Raises:
-        ConfigError: Wrong length, or names that are not exactly those of the domains.
-    """
+    """Return numbers that passed ``check_numbers`` as proportions float64 [K]; otherwise as ``numbers_by_domain``."""
     return normalized(numbers_by_domain(value, names, key, zero=", 0 means never"))
 
 
 def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: str = "") -> Floats:
-    """Return numbers float64 [K] in the order of ``names``, as written.
+    """Return numbers float64 [K] in the order of ``names``, as written in a list or by name.
 
-    Args:
-        value: A list in the order of ``names``, or a mapping by name.
-        names: Names of the run's domains.
-        key: Path of the key in the configuration, for messages.
-        zero: What messages add about a number that is missing.
+    ``zero`` is what messages add about a number that is missing.
 
     Raises:
         ConfigError: Wrong length, or names that are not exactly those of the domains.
@@ -225,17 +190,7 @@ def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: s
 
 
 def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, also: Sequence[str] = ()) -> None:
-    """Make sure that every name given is a domain's.
-
-    Args:
-        given: Names as a user wrote them.
-        names: Names of the run's domains.
-        key: Path of the key in the configuration, for messages.
-        also: Further problems, told with the rest.
-
-    Raises:
-        ConfigError: Some are not, or there are further problems.
-    """
+    """Raise ConfigError for names that are no domain's, together with the problems in ``also``."""
     problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
     problems += also
     if problems:
@@ -253,10 +208,21 @@ def normalized(weights: Floats) -> Floats:
 
 
 def shares(names: Sequence[str], proportions: Floats) -> str:
-    """Return ``"web 0.6, code 0.4"`` for the record; of many domains the eight largest."""
+    """Return ``"web 0.6, code 0.4"`` for the record; of many domains only the eight largest."""
     order = np.argsort(-proportions, kind="stable")[:8]
     text = ", ".join(f"{names[k]} {proportions[k]:.3g}" for k in order)
     return text if len(names) <= 8 else f"{text}, {len(names) - 8} more"
+
+
+def per_domain(given: float | Mapping[str, float], names: Sequence[str], key: str, *, missing: float) -> Floats:
+    """Return one number for each domain [K]: the same for all, or by name with ``missing`` for the others.
+
+    ConfigError names what is no domain.
+    """
+    if not isinstance(given, Mapping):
+        return np.full(len(names), float(given))
+    refuse_strangers(given, names, key)
+    return np.array([float(given.get(name, missing)) for name in names])
 
 
 Floors = float | dict[str, float]
@@ -266,22 +232,14 @@ _SLACK = 1e-9
 
 
 def floors_by_domain(given: Floors | None, names: Sequence[str]) -> Floats | None:
-    """Return the least proportion of each domain [K]; domains that are not named have none.
-
-    Args:
-        given: One number for every domain, or numbers by name; None for no floors.
-        names: Names of the run's domains.
+    """Return the least proportion of each domain [K], ``dynamic.min_proportion``; domains that are not named have 0.
 
     Raises:
         ConfigError: A name that is no domain, or floors that sum to more than 1.
     """
     if given is None:
         return None
-    if isinstance(given, Mapping):
-        refuse_strangers(given, names, _KEY)
-        floors = np.array([float(given.get(name, 0.0)) for name in names])
-    else:
-        floors = np.full(len(names), float(given))
+    floors = per_domain(given, names, _KEY, missing=0.0)
     total = math.fsum(floors)
     if total > 1.0 + _SLACK:
         each = "" if isinstance(given, Mapping) else f" ({given:g} for each of {len(names)} domains)"
@@ -290,21 +248,17 @@ def floors_by_domain(given: Floors | None, names: Sequence[str]) -> Floats | Non
 
 
 def apply_min_proportion(proportions: Floats, floors: Floats | None) -> Floats:
-    """Return max(floor, s p) [K], with the one s for which the sum is 1.
+    """Return max(floor, s p) [K], with the one s for which the sum is 1; None for no floors.
 
-    So domains below their floors are raised to them, and what that takes comes from the others in proportion.
-    Proportions that keep to the floors are returned as they are, bit for bit.
-
-    Args:
-        proportions: p [K], >= 0, sum 1.
-        floors: Least proportions [K], >= 0, sum at most 1; None for none.
+    Domains below their floors are raised to them at the expense of the others, in proportion.
+    Proportions that are not below the floors are returned as they are, bit for bit.
     """
     if floors is None or not (proportions < floors).any():
         return proportions
     if floors.sum() >= 1.0 - _SLACK:
         return np.asarray(floors / floors.sum())
     held, scale = np.zeros(len(floors), dtype=np.bool_), 1.0
-    while True:  # s only falls and every turn holds one more domain: at most K turns
+    while True:  # s only falls and every iteration holds one more domain: at most K iterations
         low = ~held & (scale * proportions < floors)
         if not low.any():
             break
@@ -319,14 +273,12 @@ COLLAPSED_ABOVE = 0.8
 
 
 def collapsed(shares: Mapping[str, float]) -> tuple[str, float] | None:
-    """Return the domain whose share is above ``COLLAPSED_ABOVE``, and its share; None where none is."""
-    if len(shares) < 2:
-        return None
+    """Return the one of several domains whose share is above ``COLLAPSED_ABOVE``, and its share, if there is one."""
     name, share = max(shares.items(), key=lambda item: item[1])
-    return (name, share) if share > COLLAPSED_ABOVE else None
+    return (name, share) if len(shares) > 1 and share > COLLAPSED_ABOVE else None
 
 
-# ---- exponentiated updates. Weights are held as logarithms; a weight of zero is minus infinity and stays zero.
+# ---- exponentiated updates: weights as logarithms; a weight of zero is minus infinity and stays zero
 
 
 def logs(proportions: Floats) -> Floats:
@@ -344,11 +296,8 @@ def softmax(values: Floats) -> Floats:
 def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing: float = 0.0) -> Floats:
     """Return the logarithms of (1 - c) p' + c u with p' ~ p exp(eta s) and u equal over the domains of weight above 0.
 
-    Args:
-        log_weights: Logarithms of the weights p [K]; at least one is finite.
-        scores: s [K], finite where the weight is above 0.
-        eta: Step size.
-        smoothing: c, 0 to 1.
+    ``log_weights`` are the logarithms of p [K], at least one of them finite; ``scores`` s [K] are finite where p > 0;
+    ``smoothing`` is c.
     """
     inside = np.isfinite(log_weights)
     moved = np.where(inside, log_weights + eta * np.where(inside, scores, 0.0), -np.inf)
@@ -357,11 +306,11 @@ def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing:
     moved = np.asarray(moved - (top + np.log(np.exp(moved - top).sum())))
     if smoothing == 0.0:
         return moved
-    equal = inside / inside.sum()  # a weight that underflowed is within: smoothing brings it back
+    equal = inside / inside.sum()  # includes weights that underflowed: smoothing raises them again
     return logs((1.0 - smoothing) * softmax(moved) + smoothing * equal)
 
 
 def running_mean(mean: Floats, count: int, vector: Floats) -> Floats:
-    """Return the mean of ``count`` vectors with mean ``mean`` and of one more; ``mean`` may be empty where it is 0."""
+    """Return the mean of ``vector`` and ``count`` others of mean ``mean``, which may be empty if there are none."""
     before = mean if count else np.zeros_like(vector)
     return np.asarray((before * count + vector) / (count + 1))

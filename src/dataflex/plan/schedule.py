@@ -1,7 +1,4 @@
-"""Cuts a run into intervals: warm-up, then stretches after each of which the data is decided anew.
-
-Pure arithmetic on optimizer steps. It refuses to guess: there is no default for the interval.
-"""
+"""Divides a run into intervals: warm-up, then stretches before each of which the data is decided anew."""
 
 from __future__ import annotations
 
@@ -14,19 +11,12 @@ from dataflex.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A stretch of optimizer steps served from one decision.
+    """A stretch of optimizer steps served from one decision."""
 
-    Attributes:
-        index: Position among the intervals of the whole run, from 0.
-        kind: ``warmup`` (uniform data, nothing decided) or ``dynamic``.
-        start_step: First optimizer step, counted from 0.
-        stop_step: One past the last.
-    """
-
-    index: int
-    kind: Literal["warmup", "dynamic"]
-    start_step: int
-    stop_step: int
+    index: int  # position among the intervals of the whole run, from 0
+    kind: Literal["warmup", "dynamic"]  # ``warmup`` (uniform data, nothing decided) or ``dynamic``
+    start_step: int  # first optimizer step, counted from 0
+    stop_step: int  # one past the last
 
     @property
     def steps(self) -> int:
@@ -38,21 +28,14 @@ class Interval:
 class Schedule:
     """Warm-up, then intervals of equal length; the last one is cut at the end.
 
-    Attributes:
-        warmup_steps: Optimizer steps before the first decision.
-        interval_steps: Optimizer steps between decisions.
-        total_steps: Optimizer steps of the run.
-        cycle_steps: When given, warm-up and intervals start again every so many steps; the last
-            interval of a cycle is cut at the cycle's end.
-
     Raises:
         ConfigError: Every number that is out of range, together.
     """
 
-    warmup_steps: int = 0
-    interval_steps: int
-    total_steps: int
-    cycle_steps: int | None = None
+    warmup_steps: int = 0  # optimizer steps before the first decision
+    interval_steps: int  # optimizer steps between decisions
+    total_steps: int  # optimizer steps of the run
+    cycle_steps: int | None = None  # steps after which warm-up and intervals start again; None: never
 
     def __post_init__(self) -> None:
         problems = [
@@ -73,12 +56,7 @@ class Schedule:
         if problems:
             raise ConfigError(problems)
 
-    @property
-    def _period_steps(self) -> int:
-        return self.total_steps if self.cycle_steps is None else self.cycle_steps
-
-    def _index_in_period(self, step: int) -> int:
-        """Index within the period of the interval that holds ``step``, counted from the period's start."""
+    def _index_in_cycle(self, step: int) -> int:
         if step < self.warmup_steps:
             return 0
         return (self.warmup_steps > 0) + (step - self.warmup_steps) // self.interval_steps
@@ -86,11 +64,11 @@ class Schedule:
     def interval(self, step: int) -> Interval:
         """Return the interval that holds optimizer step ``step``, in constant time."""
         assert 0 <= step < self.total_steps, f"step {step} is outside the run of {self.total_steps} steps"
-        period = self._period_steps
+        period = self.total_steps if self.cycle_steps is None else self.cycle_steps
         cycle, local = divmod(step, period)
         start = cycle * period
         stop = min(start + period, self.total_steps)
-        index = cycle * (self._index_in_period(period - 1) + 1) + self._index_in_period(local)
+        index = cycle * (self._index_in_cycle(period - 1) + 1) + self._index_in_cycle(local)
         if local < self.warmup_steps:
             return Interval(
                 index=index, kind="warmup", start_step=start, stop_step=min(start + self.warmup_steps, stop)
@@ -123,14 +101,9 @@ def pool_sizes(num_rows: int, pool_fraction: float, screen_fraction: float) -> t
 
 
 def wanted_rows(interval: Interval, global_batch: int, pool_rows: int, keep_ratio: float | None, mixes: bool) -> int:
-    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of its pool.
+    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of ``pool_rows``.
 
-    Args:
-        interval: What is decided for.
-        global_batch: Sequences of an optimizer step.
-        pool_rows: Rows of the pool, drawn and screened.
-        keep_ratio: Share of them, or None.
-        mixes: Whether a mixer sets quotas over what is kept, which may then be more than the interval serves.
+    With ``mixes`` a mixer sets quotas over what is kept, which may then be more than the interval serves.
     """
     sequences = interval.steps * global_batch
     if keep_ratio is None:

@@ -1,7 +1,7 @@
 """Where the seconds of a run go: one clock that is always in some phase, so that none is left out or counted twice.
 
-``spent`` adds up to the time since the clock began, whatever was timed; what no phase claims is ``other``.
-Nothing is read but the clock, so timing changes nothing of a run.
+``spent`` adds up to the time since the clock began; what no phase claims is ``other``. Only the time is read, so
+timing changes nothing of a run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ LAUNCHED = "DATAFLEX_LAUNCHED"
 
 
 def launch_time() -> float | None:
-    """Return the Unix seconds at which the launcher began, once: what this process starts is not its work.
+    """Return the Unix seconds at which the launcher began, once: processes started by this one get none.
 
-    A rank that torchrun started again has none, since the time before belongs to another process of the run.
+    Nor does a rank that torchrun started again, since the time before belongs to another process of the run.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return None
@@ -86,12 +86,12 @@ class PhaseClock:
             del self._inside[depth:]
 
     def switch(self, name: str) -> None:
-        """Count as ``name`` from here on, up to the end of the phase that this moment is in."""
+        """Count as ``name`` from here on, up to the end of the present phase."""
         self._count()
         self._inside[-1] = name
 
     def move(self, seconds: float, name: str) -> None:
-        """Count ``seconds`` of those that the present phase has had as ``name`` instead."""
+        """Count ``seconds`` of those of the present phase as ``name`` instead."""
         self._count()
         seconds = min(max(seconds, 0.0), self._own[self.now])
         self._own[self.now] -= seconds
@@ -103,7 +103,7 @@ class PhaseClock:
         return _ordered(self._own)
 
     def totals(self) -> dict[str, float]:
-        """Return the seconds by phase of this process and of those that it goes on from."""
+        """Return the seconds by phase of this process and of those before it."""
         own = self.spent()
         return _ordered({name: own.get(name, 0.0) + self.before.get(name, 0.0) for name in {**self.before, **own}})
 

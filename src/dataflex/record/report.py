@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dataflex.errors import DataError
 from dataflex.printable import printable
-from dataflex.record.digest import Event, Run, digest, domain_groups, domain_shares, running_mean
+from dataflex.record.digest import DECIDING, Curve, Event, Run, digest, domain_groups, domain_shares, running_mean
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
-from dataflex.record.summary import methods, mixer_of, summary
+from dataflex.record.summary import summary
 from dataflex.record.text import cut, duration, number, percent
 from dataflex.state import replacing
 
@@ -46,8 +46,14 @@ _STYLE = {
 }
 
 
+_MIXTURE_DOMAINS, _COMPOSITION_DOMAINS, _EVALS = 12, 24, 6
+_SMOOTH_FROM = 120
+_PHASES = {"training": COLOURS[0], "evaluation": COLOURS[3], "checkpoint": COLOURS[2], "other": GREY}
+_OTHER_PHASES = (COLOURS[5], COLOURS[1], COLOURS[6], COLOURS[4])
+
+
 @contextmanager
-def styled() -> Iterator[None]:
+def _styled() -> Iterator[None]:
     """Draw with our style inside the block; matplotlib's own settings are as before after it."""
     import matplotlib
     from matplotlib import font_manager
@@ -59,6 +65,13 @@ def styled() -> Iterator[None]:
         yield
 
 
+def draw(run: Run) -> dict[str, bytes]:
+    """Draw every picture that the record has data for; file name -> PNG."""
+    with _styled():
+        figures = {name: plot(run) for name, plot in PLOTS.items()}
+        return {name: png(figure) for name, figure in figures.items() if figure is not None}
+
+
 def png(figure: Figure) -> bytes:
     """Render a figure."""
     buffer = io.BytesIO()
@@ -66,7 +79,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(height: float = 4.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def _new_figure(height: float = 4.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """Make a figure 9 inches wide with ``rows`` axes, one above the other."""
     from matplotlib.figure import Figure
 
@@ -75,31 +88,30 @@ def new_figure(height: float = 4.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[:, 0])
 
 
-def headline(figure: Figure, text: str) -> None:
+def _headline(figure: Figure, text: str) -> Figure:
     """Set the title over the whole figure, broken where the figure ends."""
     figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
 
 
-def percent_axis(axis: Axis) -> None:
-    """Write the shares of an axis as percentages."""
+def _percent_axis(axis: Axis) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def short_name(name: str, columns: int = 22) -> str:
-    """Shorten a name for a legend or an axis."""
+def _short_name(name: str, columns: int = 22) -> str:
     # matplotlib leaves labels that begin with an underscore out of legends.
     return " " * name.startswith("_") + cut(name, columns)
 
 
-def legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
+def _legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
     """Put the legend beside the plot, where it hides nothing."""
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
     axes.legend(handles=list(handles), loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
 
 
-def step_axis(axes: Axes, run: Run, last: int) -> None:
+def _step_axis(axes: Axes, run: Run, last: int) -> None:
     """Make x the optimizer steps from 0 to ``last``, resumes marked."""
     from matplotlib.ticker import MaxNLocator
 
@@ -110,7 +122,11 @@ def step_axis(axes: Axes, run: Run, last: int) -> None:
         axes.axvline(event["step"], color=DARK, linewidth=1, linestyle=":", label=None if at else "resumed")
 
 
-def corners(planned: Sequence[Event], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+def _plot(axes: Axes, curve: Curve, **look: Any) -> None:
+    axes.plot(*zip(*curve, strict=True), **look)
+
+
+def _corners(planned: Sequence[Event], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
     """Corners of a step curve that is flat over each interval and broken where there is no value."""
     xs: list[float] = []
     ys: list[float] = []
@@ -123,67 +139,39 @@ def corners(planned: Sequence[Event], values: Sequence[float | None]) -> tuple[l
     return xs, ys
 
 
-_MIXTURE_DOMAINS, _COMPOSITION_DOMAINS, _EVALS = 12, 24, 6
-_SMOOTH_FROM = 120
-_PHASES = {"training": COLOURS[0], "evaluation": COLOURS[3], "checkpoint": COLOURS[2], "other": GREY}
-_DECIDING = (COLOURS[5], COLOURS[1], COLOURS[6], COLOURS[4])
-
-
-def draw(run: Run) -> dict[str, bytes]:
-    """Draw every picture that the record has data for; file name -> PNG."""
-    drawn = {}
-    with styled():
-        for name, plot in PLOTS.items():
-            figure = plot(run)
-            if figure is not None:
-                drawn[name] = png(figure)
-    return drawn
-
-
-def _train_curve(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
-    if len(values) < _SMOOTH_FROM:
-        axes.plot(steps, values, color=COLOURS[0], linewidth=1.6, label="train")
-        return
-    axes.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.3, label="train")
-    axes.plot(
-        steps, running_mean(values, len(values) // 60), color=COLOURS[0], linewidth=1.8, label="train, running mean"
-    )
-
-
 def _loss(run: Run) -> Figure | None:
-    train = run.train_loss()
+    train, plain = run.logged("loss"), run.logged("dataflex/plain_loss")
     evals = [(key, curve) for key, curve in run.metrics().items() if key.endswith("loss")][:_EVALS]
     if not train and not evals:
         return None
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _new_figure()
     told = []
     for at, event in enumerate(event for event in run.planned if event["kind"] == "warmup"):
         span = (event["start_step"], event["stop_step"])
         axes.axvspan(*span, color="#EFEFEF", label=None if at else "warm-up", zorder=0)
     if train:
         steps, values = zip(*train, strict=True)
-        _train_curve(axes, steps, values)
+        smooth = len(values) >= _SMOOTH_FROM
+        width, alpha = (0.8, 0.3) if smooth else (1.6, 1.0)
+        axes.plot(steps, values, color=COLOURS[0], linewidth=width, alpha=alpha, label="train")
+        if smooth:
+            mean = running_mean(values, len(values) // 60)
+            axes.plot(steps, mean, color=COLOURS[0], linewidth=1.8, label="train, running mean")
         told.append(f"Training loss {number(values[0], 3)} -> {number(values[-1], 3)}")
-    if run.plain_loss():
-        steps, values = zip(*run.plain_loss(), strict=True)
-        axes.plot(steps, values, color=COLOURS[0], linewidth=1.0, linestyle=(0, (2, 2)), label="train, unweighted")
+    if plain:
+        _plot(axes, plain, color=COLOURS[0], linewidth=1.0, linestyle=(0, (2, 2)), label="train, unweighted")
     for at, (key, curve) in enumerate(evals):
-        steps, values = zip(*curve, strict=True)
-        name = short_name(key, 28)
-        axes.plot(
-            steps, values, color=COLOURS[(1 + at) % len(COLOURS)], marker="o", markersize=4, clip_on=False, label=name
-        )
+        colour, name = COLOURS[(1 + at) % len(COLOURS)], _short_name(key, 28)
+        _plot(axes, curve, color=colour, marker="o", markersize=4, clip_on=False, label=name)
     if evals:
         key, curve = evals[0]
         best_step, best = min(curve, key=lambda point: point[1])
         told.append(f"{cut(key, 28)} {number(curve[0][1], 3)} -> {number(curve[-1][1], 3)}")
         told[-1] += f" (best {number(best, 3)} at step {best_step})" if best_step != curve[-1][0] else ""
-    step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
-    stage = (run.started.get("config") or {}).get("stage")
-    axes.set_ylabel("loss (nats per token)" if stage in ("sft", "pt") else "loss")
-    headline(figure, "; ".join(told))
-    legend(axes)
-    return figure
+    _step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+    axes.set_ylabel("loss (nats per token)" if run.config.get("stage") in ("sft", "pt") else "loss")
+    _legend(axes)
+    return _headline(figure, "; ".join(told))
 
 
 def _mixture(run: Run) -> Figure | None:
@@ -194,8 +182,8 @@ def _mixture(run: Run) -> Figure | None:
     if not planned:
         return None
     groups = domain_groups(run, _MIXTURE_DOMAINS)
-    figure, (axes,) = new_figure()
-    xs, below = corners(planned, [0.0] * len(planned))
+    figure, (axes,) = _new_figure()
+    xs, below = _corners(planned, [0.0] * len(planned))
     nominal_below = below
     nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
     handles: list[Any] = []
@@ -203,114 +191,106 @@ def _mixture(run: Run) -> Figure | None:
         rest = at == _MIXTURE_DOMAINS
         look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
         look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
-        heights = corners(planned, domain_shares(planned, "domain_counts", members))[1]
+        heights = _corners(planned, domain_shares(planned, "domain_counts", members))[1]
         top = [low + height for low, height in zip(below, heights, strict=True)]
         axes.fill_between(xs, below, top, **look)
-        handles.append(Patch(label=short_name(name), **look))
+        handles.append(Patch(label=_short_name(name), **look))
         below = top
-        nominal = corners(planned, domain_shares(planned, "proportions", members))[1]
+        nominal = _corners(planned, domain_shares(planned, "proportions", members))[1]
         nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
         if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
             axes.plot(xs, nominal_below, **nominal_look)
     handles.reverse()  # the legend reads from top to bottom, as the areas lie
     if any(event.get("proportions") for event in planned):
         handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
-    step_axis(axes, run, planned[-1]["stop_step"])
-    handles += axes.get_legend_handles_labels()[0]
+    _step_axis(axes, run, planned[-1]["stop_step"])
     axes.set_ylim(0, 1)
-    percent_axis(axes.yaxis)
+    _percent_axis(axes.yaxis)
     axes.set_ylabel("share of served rows")
-    headline(figure, _mixture_headline(run, planned))
-    legend(axes, handles)
-    return figure
+    _legend(axes, handles + axes.get_legend_handles_labels()[0])
+    return _headline(figure, f"Served mixture{_mixture_change(run, planned)}")
 
 
-def _mixture_headline(run: Run, planned: Sequence[Event]) -> str:
+def _mixture_change(run: Run, planned: Sequence[Event]) -> str:
     if len(planned) == 1:
-        return "Served mixture of the one interval so far"
+        return " of the one interval so far"
     counts = [planned[place]["domain_counts"] for place in (0, -1)]
     totals = [sum(rows.values()) for rows in counts]
     ends = [
-        (name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.domains
+        (name, *(rows.get(name, 0) / all_ for rows, all_ in zip(counts, totals, strict=True))) for name in run.served
     ]
     name, first, last = max(ends, key=lambda end: abs(end[2] - end[1]))
     if abs(last - first) < 0.01:
-        return f"Served mixture: the same in the first and the last of {len(planned)} intervals"
-    told = f"{'rose' if last > first else 'fell'} from {percent(first, 0)} to {percent(last, 0)}"
-    return f"Served mixture: {cut(name, 28)} {told}"
+        return f": the same in the first and the last of {len(planned)} intervals"
+    return f": {cut(name, 28)} {'rose' if last > first else 'fell'} from {percent(first, 0)} to {percent(last, 0)}"
 
 
 def _scores(run: Run) -> Figure | None:
     scored = [event for event in run.planned if (event.get("scores") or {}).get("p50") is not None]
     if not scored:
         return None
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _new_figure()
     for low, high, colour in (("p05", "p95", "#D6E6F2"), ("p25", "p75", "#9CC4E0")):
-        xs, lows = corners(scored, [event["scores"].get(low) for event in scored])
-        highs = corners(scored, [event["scores"].get(high) for event in scored])[1]
+        xs, lows = _corners(scored, [event["scores"].get(low) for event in scored])
+        highs = _corners(scored, [event["scores"].get(high) for event in scored])[1]
         name = f"pool, {int(low[1:])} % to {int(high[1:])} %"
         axes.fill_between(xs, lows, highs, color=colour, linewidth=0.0, label=name)
     medians = [event["scores"]["p50"] for event in scored]
-    axes.plot(*corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
+    axes.plot(*_corners(scored, medians), color=COLOURS[0], linewidth=1.8, label="pool, median")
     told = f"Median score of the pool {number(medians[0], 3)} -> {number(medians[-1], 3)}"
     served = [(event.get("served_scores") or {}).get("p50") for event in scored]
     known = [value for value in served if value is not None]
     if known:
-        axes.plot(*corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
+        axes.plot(*_corners(scored, served), color=COLOURS[5], linewidth=1.8, label="served rows, median")
         told += f", of the rows served {number(known[0], 3)} -> {number(known[-1], 3)}"
-    step_axis(axes, run, scored[-1]["stop_step"])
-    selector = [name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "selector"]
+    _step_axis(axes, run, scored[-1]["stop_step"])
+    selector = run.methods.get("selector")
     axes.set_ylabel(f"score (selector {cut(selector[0], 40)})" if selector else "score")
-    headline(figure, told)
-    legend(axes)
-    return figure
+    _legend(axes)
+    return _headline(figure, told)
 
 
 def _composition(run: Run) -> Figure | None:
-    served, pool = run.served(), run.pool
+    served, pool = run.served, run.pool
     all_served, all_pool = sum(served.values()), sum(pool.values())
     if not all_served or not all_pool:
         return None
     groups = domain_groups(run, _COMPOSITION_DOMAINS)
     shares = [sum(served[name] for name in members) / all_served for _, members in groups]
     fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
-    figure, (axes,) = new_figure(1.4 + 0.45 * len(groups))
+    figure, (axes,) = _new_figure(1.4 + 0.45 * len(groups))
     places = list(range(len(groups)))
     axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
     axes.barh([place + 0.19 for place in places], fair, 0.36, color=GREY, label="pool")
     for place, share, base in zip(places, shares, fair, strict=True):
         text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
         axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [short_name(name, 28) for name, _ in groups])
+    axes.set_yticks(places, [_short_name(name, 28) for name, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.22 * max(*shares, *fair))
-    percent_axis(axes.xaxis)
+    _percent_axis(axes.xaxis)
     axes.set_xlabel("share of rows")
+    _legend(axes)
     ratios = [
         (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
     ]
     (most, most_name), (least, least_name) = max(ratios), min(ratios)
     if most < 1.02 and least > 0.98:
-        headline(figure, "Domains are served in the proportions of the pool")
-    else:
-        headline(
-            figure, f"{most_name} is served {most:.2f} times its share of the pool, {least_name} {least:.2f} times"
-        )
-    legend(axes)
-    return figure
+        return _headline(figure, "Domains are served in the proportions of the pool")
+    told = f"{most_name} is served {most:.2f} times its share of the pool, {least_name} {least:.2f} times"
+    return _headline(figure, told)
 
 
 def _seconds(run: Run) -> Figure | None:
-    phases = run.phase_seconds()
-    total = sum(phases.values())
-    if not total:
+    phases, total = run.phase_seconds(), run.wall_seconds
+    if not phases:
         return None
-    figure, (axes,) = new_figure(2.6)
-    spare = iter(_DECIDING * len(phases))
+    figure, (axes,) = _new_figure(2.6)
+    spare = iter(_OTHER_PHASES * len(phases))
     left = 0.0
     for phase, seconds in phases.items():
-        name = f"{short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
+        name = f"{_short_name(phase)}  {duration(seconds)}, {percent(seconds / total)}"
         colour = _PHASES.get(phase) or next(spare)
         axes.barh([0], [seconds], 0.6, left=left, color=colour, edgecolor="white", linewidth=0.8, label=name)
         if seconds / total >= 0.08:
@@ -320,10 +300,9 @@ def _seconds(run: Run) -> Figure | None:
     axes.set_yticks([])
     axes.set_xlim(0, total)
     axes.set_xlabel("seconds")
-    spent = sum(seconds for phase, seconds in phases.items() if phase in run.deciding_phases())
-    headline(figure, f"Deciding took {percent(spent / total)} of {duration(total)}")
-    legend(axes)
-    return figure
+    _legend(axes)
+    deciding = sum(phases.get(phase, 0.0) for phase in DECIDING)
+    return _headline(figure, f"Deciding took {percent(deciding / total)} of {duration(total)}")
 
 
 def _weights(run: Run) -> Figure | None:
@@ -331,40 +310,35 @@ def _weights(run: Run) -> Figure | None:
     panels = [name for name in ("ess", "p95", "max") if curves[name]]
     if not panels:
         return None
-    figure, every = new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
+    figure, every = _new_figure(1.4 + 1.9 * len(panels), rows=len(panels))
     for axes, name in zip(every, panels, strict=True):
         if name == "p95":
             _spread(axes, curves)
+        elif name == "ess":
+            _plot(axes, curves[name], color=COLOURS[0], linewidth=1.4)
+            axes.set_ylabel("effective sample size\n(share of sequences)")
+            _percent_axis(axes.yaxis)
         else:
-            axes.plot(*zip(*curves[name], strict=True), color=COLOURS[0 if name == "ess" else 5], linewidth=1.4)
-            axes.set_ylabel("effective sample size\n(share of sequences)" if name == "ess" else "largest weight")
-        if name == "ess":
-            percent_axis(axes.yaxis)
-        step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
+            _plot(axes, curves[name], color=COLOURS[5], linewidth=1.4)
+            axes.set_ylabel("largest weight")
+        _step_axis(axes, run, max(run.steps_done, run.total_steps or 0))
         axes.label_outer()
     means = {name: sum(value for _, value in curves[name]) / len(curves[name]) for name in panels}
     said = [f"effective sample size {percent(means['ess'])}"] if "ess" in means else []
     said += [f"largest weight {number(means['max'], 2)}"] if "max" in means else []
-    headline(figure, "Weights, on average: " + ", ".join(said))
-    return figure
+    return _headline(figure, "Weights, on average: " + ", ".join(said))
 
 
-def _spread(axes: Axes, curves: dict[str, list[tuple[int, float]]]) -> None:
+def _spread(axes: Axes, curves: dict[str, Curve]) -> None:
     """Draw quantiles of the weights of sequences; equal weights are 1."""
     low, high = dict(curves["p05"]), dict(curves["p95"])
     steps = [step for step in low if step in high]
-    axes.fill_between(
-        steps,
-        [low[step] for step in steps],
-        [high[step] for step in steps],
-        color="#9CC4E0",
-        linewidth=0.0,
-        label="5 % to 95 %",
-    )
+    lows, highs = [low[step] for step in steps], [high[step] for step in steps]
+    axes.fill_between(steps, lows, highs, color="#9CC4E0", linewidth=0.0, label="5 % to 95 %")
     if curves["p50"]:
-        axes.plot(*zip(*curves["p50"], strict=True), color=COLOURS[0], linewidth=1.4, label="median")
+        _plot(axes, curves["p50"], color=COLOURS[0], linewidth=1.4, label="median")
     axes.set_ylabel("weights of sequences\n(1 is equal)")
-    legend(axes)
+    _legend(axes)
 
 
 PLOTS: dict[str, Callable[[Run], Figure | None]] = {
@@ -376,9 +350,6 @@ PLOTS: dict[str, Callable[[Run], Figure | None]] = {
     "weights.png": _weights,
 }
 """File name -> what draws it, in the order of the report."""
-
-
-T = TypeVar("T")
 
 
 def report(run_dir: Path, out: Path | None = None) -> str:
@@ -398,17 +369,16 @@ def report(run_dir: Path, out: Path | None = None) -> str:
     if left_out and not events:
         raise DataError(f"{folder / EVENTS} is damaged: none of its lines is an event, such as {left_out[0]}")
 
-    def readable(read: Callable[[], T], otherwise: T) -> T:
+    def readable(read: Callable[..., Any], *arguments: str) -> Any:
         try:
-            return read()
+            return read(folder, *arguments)
         except DataError as error:
             left_out.append(str(error).removeprefix(f"{folder}/"))
-            return otherwise
+            return None
 
-    nothing: list[Event] = []
-    run = digest([*events, *readable(lambda: read_ending(folder), nothing)])
-    weighed = readable(lambda: read_weights(folder), None)
-    found = readable(lambda: read_found(folder, mixer_of(run)), None)
+    run = digest([*events, *(readable(read_ending) or [])])
+    weighed = readable(read_weights)
+    found = readable(read_found, run.methods["mixer"][0]) if "mixer" in run.methods else None
     out = _inside(folder, Path(run_dir)) if out is None else Path(out)
     title = str(folder.parent if folder.name == "dataflex" else folder)
     pictures = draw(run)

@@ -1,4 +1,4 @@
-"""A run in at most a hundred columns of text: what ran, where it got, where time and data went.
+"""A run in at most a hundred columns of text: what ran, how far it got, where time and data went.
 
 Deterministic: the same record gives the same text, whatever the locale, the clock or the terminal.
 """
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from dataflex.record.digest import Curve, Event, Run, higher_is_better
+from dataflex.plan.proportions import ProportionsFile
+from dataflex.record.digest import Curve, Event, Run, domain_groups, higher_is_better
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
 
-_METHODS = ("selector", "mixer", "orderer", "weighter")
 _SETTINGS = (
     "model_name_or_path",
     "stage",
@@ -36,18 +36,10 @@ def summary(
     run: Run,
     title: str,
     weighed: Mapping[str, Any] | None = None,
-    found: Mapping[str, Any] | None = None,
+    found: ProportionsFile | None = None,
     left_out: Sequence[str] = (),
 ) -> str:
-    """Render the summary of a run.
-
-    Args:
-        run: The digested record.
-        title: Name of the run, usually its folder.
-        weighed: The rows that weighed most and least, from ``read_weights``.
-        found: The proportions that a mixer looked for, from ``read_found``.
-        left_out: What of the record could not be read.
-    """
+    """Render the summary of a run; ``left_out`` says what of the record could not be read, one line each."""
     sections = (
         _head(run, title),
         _losses(run),
@@ -62,51 +54,17 @@ def summary(
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
-def _left_out(problems: Sequence[str]) -> list[str]:
-    more = [f"  ... {len(problems) - _PROBLEMS:,} more"] if len(problems) > _PROBLEMS else []
-    told = [f"  {cut(problem, WIDTH - 2)}" for problem in problems[:_PROBLEMS]]
-    return ["Left out, since it cannot be read", *told, *more] if problems else []
-
-
-def methods(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """List the methods of a configuration: kind, name and the settings that are not null.
-
-    Args:
-        config: The resolved configuration; methods lie under its key ``dynamic``, or at its top.
-    """
-    block = config.get("dynamic")
-    block = block if isinstance(block, Mapping) else config
-    found = []
-    for kind in _METHODS:
-        entry = block.get(kind)
-        if isinstance(entry, str):
-            entry = {"name": entry}
-        if isinstance(entry, Mapping) and entry.get("name"):
-            settings = {key: value for key, value in entry.items() if key not in ("name", "params")}
-            params = entry.get("params")
-            settings |= params if isinstance(params, Mapping) else {}
-            told = {key: value for key, value in settings.items() if value is not None}
-            found.append((kind, str(entry["name"]), told))
-    return found
-
-
-def mixer_of(run: Run) -> str | None:
-    """Return the name of the run's mixer, or None."""
-    return next((name for kind, name, _ in methods(run.started.get("config") or {}) if kind == "mixer"), None)
-
-
 def _head(run: Run, title: str) -> list[str]:
     started = run.started
-    config = started.get("config") or {}
-    space = started.get("row_space") or {}
-    lines = [cut(f"DataFlex run {title}", WIDTH), "=" * min(width(f"DataFlex run {title}"), WIDTH)]
-    for kind, name, told in methods(config):
+    headline = cut(f"DataFlex run {title}", WIDTH)
+    lines = [headline, "=" * width(headline)]
+    for kind, (name, told) in run.methods.items():
         lines += labelled(kind, [name, *(f"{key} {short(value)}" for key, value in told.items())])
-    settings = [f"{key} {short(config[key])}" for key in _SETTINGS if config.get(key) is not None]
-    lines += labelled("settings", settings)
-    schedule = started.get("schedule") or {}
-    lines += labelled("schedule", [f"{key} {short(value)}" for key, value in schedule.items() if value is not None])
+    settings = {key: run.config.get(key) for key in _SETTINGS}
+    for label, values in (("settings", settings), ("schedule", started.get("schedule") or {})):
+        lines += labelled(label, [f"{key} {short(value)}" for key, value in values.items() if value is not None])
     data = [f"{sum(run.pool.values()):,} rows in {len(run.pool)} domains"]
+    space = started.get("row_space") or {}
     tokens = space.get("tokens")
     tokens = sum(tokens.values()) if isinstance(tokens, Mapping) else tokens
     data += [f"{tokens:,} tokens"] if tokens else []
@@ -121,7 +79,7 @@ def _head(run: Run, title: str) -> list[str]:
     state = "finished" if run.finished else "still running, or stopped,"
     lines += labelled("state", [f"{state} at step {run.steps_done}{of}"])
     resumes = [f"at step {event['step']} from {event['checkpoint']}" for event in run.resumed]
-    many = [f"{len(resumes)} times, of late"] if len(resumes) > _LAST else []
+    many = [f"{len(resumes)} times, most recently"] if len(resumes) > _LAST else []
     return lines + labelled("resumed", many + resumes[-_LAST:])
 
 
@@ -138,39 +96,46 @@ def _curve(name: str, curve: Curve, higher: bool | None) -> list[str]:
 
 
 def _losses(run: Run) -> list[str]:
-    curves = {"train loss": run.train_loss(), "unweighted train loss": run.plain_loss(), **run.metrics()}
+    train = {"train loss": run.logged("loss"), "unweighted train loss": run.logged("dataflex/plain_loss")}
     rows = [["", "first", "at step", "last", "at step", "best", "at step"]]
-    rows += [
-        _curve(name, curve, False if name.endswith("train loss") else higher_is_better(name))
-        for name, curve in curves.items()
-        if curve
-    ]
-    lines = ["Loss and evaluation", *table(rows, "<>>>>>>")] if len(rows) > 1 else []
+    rows += [_curve(name, curve, False) for name, curve in train.items() if curve]
+    rows += [_curve(name, curve, higher_is_better(name)) for name, curve in run.metrics().items()]
+    lines = table(rows, "<>>>>>>") if len(rows) > 1 else []
     broken = [event for event in run.stepped if "loss" in event.get("nonfinite", ())]
     if broken:
         first = broken[0]["step"]
         lines.append(f"  train loss was not finite in {len(broken)} of {len(run.stepped)} logs, first at step {first}")
-    return lines if lines else ["Loss and evaluation", "  nothing logged yet"]
+    return ["Loss and evaluation", *(lines or ["  nothing logged yet"])]
 
 
 def _time(run: Run) -> list[str]:
-    phases = run.phase_seconds()
-    total = sum(phases.values())
-    if not total:
-        return []
-    rows = [
-        [cut(name, 30), duration(seconds), percent(seconds / total), "#" * round(_BAR * seconds / total)]
-        for name, seconds in phases.items()
-    ]
-    return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")]
+    rows = []
+    for name, seconds in run.phase_seconds().items():
+        share = seconds / run.wall_seconds
+        rows.append([cut(name, 30), duration(seconds), percent(share), "#" * round(_BAR * share)])
+    return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")] if rows else []
 
 
-def _interval_cells(event: Event, scored: bool) -> list[str]:
-    # Steps are shown as the Trainer logs them: counted from 1, both ends included.
-    steps = f"{event['start_step'] + 1}-{event['stop_step']}"
-    cells = [str(event["interval"]), cut(str(event["kind"]), 10), steps, f"{event['rows']:,}"]
-    scores = [number((event.get(key) or {}).get("p50"), 3) for key in ("scores", "served_scores")]
-    return cells + scores if scored else cells
+def _intervals(run: Run) -> list[str]:
+    planned = run.planned
+    if not planned:
+        return ["Intervals", "  none decided yet"]
+    shown = planned if len(planned) <= _FIRST + _LAST + 1 else [*planned[:_FIRST], *planned[-_LAST:]]
+    scored = any(event.get("scores") for event in planned)
+    rows = [["#", "kind", "steps", "rows", *(["score p50", "served p50"] if scored else [])]]
+    for event in shown:
+        # Steps are shown as the Trainer logs them: counted from 1, both ends included.
+        steps = f"{event['start_step'] + 1}-{event['stop_step']}"
+        scores = [number((event.get(key) or {}).get("p50"), 3) for key in ("scores", "served_scores")]
+        cells = [str(event["interval"]), cut(str(event["kind"]), 10), steps, f"{event['rows']:,}"]
+        rows.append(cells + scores if scored else cells)
+    lines = table(rows, "><>>>>"[: len(rows[0])])
+    column = max(width(line) for line in lines) + 2
+    tails = ["most served domains", *(_most_served(event, WIDTH - column) for event in shown)]
+    lines = [(line + " " * (column - width(line)) + tail).rstrip() for line, tail in zip(lines, tails, strict=True)]
+    if len(shown) < len(planned):
+        lines.insert(1 + _FIRST, f"  ... {len(planned) - len(shown)} more")
+    return [f"Intervals: {len(planned)}", *lines]
 
 
 def _most_served(event: Event, room: int) -> str:
@@ -185,61 +150,34 @@ def _most_served(event: Event, room: int) -> str:
     return told
 
 
-def _intervals(run: Run) -> list[str]:
-    planned = run.planned
-    if not planned:
-        return ["Intervals", "  none decided yet"]
-    shown = planned if len(planned) <= _FIRST + _LAST + 1 else [*planned[:_FIRST], *planned[-_LAST:]]
-    scored = any(event.get("scores") for event in planned)
-    header = ["#", "kind", "steps", "rows", *(["score p50", "served p50"] if scored else [])]
-    lines = table([header, *(_interval_cells(event, scored) for event in shown)], "><>>>>"[: len(header)])
-    column = max(width(line) for line in lines) + 2
-    tails = ["most served domains", *(_most_served(event, WIDTH - column) for event in shown)]
-    lines = [(line + " " * (column - width(line)) + tail).rstrip() for line, tail in zip(lines, tails, strict=True)]
-    if len(shown) < len(planned):
-        lines.insert(1 + _FIRST, f"  ... {len(planned) - len(shown)} more")
-    return [f"Intervals: {len(planned)}", *lines]
-
-
 def _composition(run: Run) -> list[str]:
-    served, pool = run.served(), run.pool
-    all_served, all_pool = sum(served.values()), sum(pool.values())
+    all_served, all_pool = sum(run.served.values()), sum(run.pool.values())
     if not all_served:
         return []
-    names = run.domains
-    if len(names) > _DOMAINS:
-        kept = set(sorted(names, key=lambda name: -served[name])[:_DOMAINS])
-        names = [name for name in names if name in kept]
-    entries = [(cut(name, 28), served[name], pool.get(name, 0)) for name in names]
-    if len(names) < len(run.domains):
-        rest = [name for name in run.domains if name not in names]
-        others = (sum(served[name] for name in rest), sum(pool.get(name, 0) for name in rest))
-        entries.append((f"{len(rest)} others", *others))
     rows = [["domain", "rows served", "share", "pool rows", "share", "times", "epochs"]]
-    for name, count, size in entries:
+    for name, members in domain_groups(run, _DOMAINS):
+        count, size = sum(run.served[each] for each in members), sum(run.pool.get(each, 0) for each in members)
         share, fair = count / all_served, size / all_pool if all_pool else 0.0
         times = f"{share / fair:.2f} x" if fair else "-"
         epochs = f"{count / size:.2f}" if size else "-"
-        rows.append([name, f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
+        rows.append([cut(name, 28), f"{round(count):,}", percent(share), f"{size:,}", percent(fair), times, epochs])
     return ["Composition of the served rows", *table(rows, "<>>>>>>")]
 
 
-def _found(found: Mapping[str, Any] | None) -> list[str]:
-    """Show the result of a mixer that looks for proportions: a mean over the run, which its last weights are not."""
+def _found(found: ProportionsFile | None) -> list[str]:
+    """Show the result of a mixer that looks for proportions: their mean over the run, not those of its last step."""
     if found is None:
         return []
-    last = found["details"].get("last") or {}
-    shares = sorted(zip(found["names"], found["proportions"], strict=True), key=lambda item: -item[1])
+    last, warning = found.details["last"], found.details["warning"]
     rows = [["domain", "mean over the run", "last step"]]
-    rows += [[cut(name, 28), percent(share), percent(last[name]) if name in last else "-"] for name, share in shares]
-    warning = str(found["details"].get("warning") or "")
+    for name, share in sorted(found.by_name.items(), key=lambda item: -item[1])[:_DOMAINS]:
+        rows.append([cut(name, 28), percent(share), percent(last[name]) if name in last else "-"])
     told = textwrap.wrap(f"Warning: {warning}", WIDTH - 2) if warning else []
-    lines = [f"Proportions found by {cut(found['method'], 28)}", *table(rows[: _DOMAINS + 1], "<>>")]
-    return [*lines, *(f"  {line}" for line in told)]
+    return [f"Proportions found by {cut(found.method, 28)}", *table(rows, "<>>"), *(f"  {line}" for line in told)]
 
 
 def _weights(run: Run) -> list[str]:
-    """Say how uneven the weights were; equal weights are 1."""
+    """Show the spread of the weights; equal weights are 1."""
     lines = []
     ess, largest = run.weight_curve("ess"), run.weight_curve("max")
     if ess:
@@ -263,10 +201,15 @@ def _weighed(weighed: Mapping[str, Any] | None) -> list[str]:
     if not weighed or not weighed["most"]:
         return []
     lines = [f"Rows that weighed most and least, of {weighed['rows']:,} on the first rank up to step {weighed['step']}"]
-    for part in ("most", "least"):
-        for entry in weighed[part][:_SAMPLES]:
-            times = "once" if entry["times"] == 1 else f"{entry['times']} times"
-            lines.append(f"  {number(entry['weight'], 3)}  row {entry['row']} of {cut(entry['domain'], 40)}, {times}")
-            prompt, arrow, answer = str(entry["text"]).partition(" => ")
-            lines += [f"    {cut(prompt, WIDTH - 4)}", *([f"    => {cut(answer, WIDTH - 7)}"] if arrow else [])]
+    for entry in (*weighed["most"][:_SAMPLES], *weighed["least"][:_SAMPLES]):
+        times = "once" if entry["times"] == 1 else f"{entry['times']} times"
+        lines.append(f"  {number(entry['weight'], 3)}  row {entry['row']} of {cut(entry['domain'], 40)}, {times}")
+        prompt, arrow, answer = str(entry["text"]).partition(" => ")
+        lines += [f"    {cut(prompt, WIDTH - 4)}", *([f"    => {cut(answer, WIDTH - 7)}"] if arrow else [])]
     return lines
+
+
+def _left_out(problems: Sequence[str]) -> list[str]:
+    more = [f"  ... {len(problems) - _PROBLEMS:,} more"] if len(problems) > _PROBLEMS else []
+    told = [f"  {cut(problem, WIDTH - 2)}" for problem in problems[:_PROBLEMS]]
+    return ["Left out, since it cannot be read", *told, *more] if problems else []

@@ -23,7 +23,7 @@ def width(text: str) -> int:
 
 
 def cut(text: str, columns: int) -> str:
-    """Shorten ``text`` to at most ``columns`` columns, ``..`` where something was cut; controls are written out."""
+    """Shorten ``text`` to at most ``columns`` columns, ``..`` where it was cut; control characters are escaped."""
     text = printable(" ".join(text[:_MOST_READ].split()))
     if len(text) <= _MOST_READ and width(text) <= columns:
         return text
@@ -51,7 +51,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: ``12.3 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Write seconds as ``12.3 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -62,18 +62,18 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
-    """Write a setting's value on one line: lists by commas, mappings as ``key: value`` in braces."""
+    """Write a setting's value on one line: ``[item, item]``, ``{key: value}``, ``true``, ``null``."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {short(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(short(item) for item in value) + "]"
     if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
+        return "null" if value is None else str(value).lower()
     return str(value)
 
 
 def labelled(label: str, items: Sequence[str], indent: int = 12) -> list[str]:
-    """``label`` and its items, by commas, broken between items so that no line is wider than ``WIDTH``."""
+    """Return ``label`` and its items, separated by commas, broken between items at ``WIDTH``."""
     room = WIDTH - indent
     lines: list[str] = []
     for item in items:
@@ -81,43 +81,28 @@ def labelled(label: str, items: Sequence[str], indent: int = 12) -> list[str]:
         if lines and width(lines[-1]) + width(piece) + 3 <= room:
             lines[-1] += f", {piece}"
         else:
-            if lines:
-                lines[-1] += ","
-            lines.append(piece)
+            lines = [*lines[:-1], *(f"{line}," for line in lines[-1:]), piece]
     return [f"{label if not at else '':<{indent}}{line}" for at, line in enumerate(lines)]
 
 
 def table(rows: Sequence[Sequence[str]], align: str, indent: int = 2) -> list[str]:
-    """Rows of cells as aligned lines.
-
-    Args:
-        rows: The first is the header; all have as many cells as ``align`` has letters.
-        align: One letter a column: ``<`` left, ``>`` right.
-        indent: Spaces before each line.
-    """
-    columns = [max(width(row[at]) for row in rows) for at in range(len(align))]
+    """Return rows of cells as aligned lines; ``align`` has one letter a column: ``<`` left, ``>`` right."""
+    columns = [max(map(width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = []
-        for cell, side, column in zip(row, align, columns, strict=True):
-            blank = " " * (column - width(cell))
-            cells.append(cell + blank if side == "<" else blank + cell)
+        blanks = [" " * (column - width(cell)) for cell, column in zip(row, columns, strict=True)]
+        cells = [
+            cell + blank if side == "<" else blank + cell for cell, blank, side in zip(row, blanks, align, strict=True)
+        ]
         lines.append((" " * indent + "  ".join(cells)).rstrip())
     return lines
 
 
-def columns(table: Sequence[Sequence[str]], indent: int = 2, most: int = 48) -> list[str]:
-    """Return the lines of ``table``; cells are wrapped at ``most`` characters and padded to their column."""
-    if not table:
-        return []
-    wrapped = [[textwrap.wrap(cell, most) or [""] for cell in row] for row in table]
-    widths = [max(len(line) for cell in column for line in cell) for column in zip(*wrapped, strict=True)]
-    lines = []
-    for row in wrapped:
-        for cells in itertools.zip_longest(*row, fillvalue=""):
-            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-            lines.append((" " * indent + "  ".join(padded)).rstrip())
-    return lines
+def columns(rows: Sequence[Sequence[str]], indent: int = 2, most: int = 48) -> list[str]:
+    """Return rows of cells as lines aligned to the left; cells are wrapped at ``most`` characters."""
+    wrapped = [[textwrap.wrap(cell, most) or [""] for cell in row] for row in rows]
+    lines = [cells for row in wrapped for cells in itertools.zip_longest(*row, fillvalue="")]
+    return table(lines, "<" * len(lines[0]), indent) if lines else []
 
 
 def rows_of(pairs: Sequence[tuple[str, str]], width: int = 20) -> list[str]:

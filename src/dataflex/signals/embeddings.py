@@ -31,7 +31,7 @@ _MISSING = "sentence-transformers models need an optional package: pip install d
 def pool(
     hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
 ) -> torch.Tensor:
-    """Return one vector per row.
+    """Return one vector per row, fp32 [B, D]; NaN where a row has nothing to pool.
 
     RDS+ (arXiv 2503.01807) and ADAPT (arXiv 2605.05227): e = sum_t w_t h_t with w_t = t / sum(t).
 
@@ -40,9 +40,6 @@ def pool(
         attention_mask: [B, T], 0 is padding, on whichever side; None means no padding.
         labels: [B, T]; used under ``completion_only`` only.
         spec: How to pool.
-
-    Returns:
-        fp32 [B, D]; NaN where a row has nothing to pool.
     """
     kept_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.bool)
     if attention_mask is not None:
@@ -70,16 +67,9 @@ def pool(
 def pool_documents(
     hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: Embedding
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return one vector per packed document.
+    """Return one vector per packed document, as in ``pool``, fp32 [m, D], and (row, document) int64 [m, 2].
 
-    Args:
-        hidden_BTD: Hidden states [B, T, D].
-        documents_BT: Document of each token in its row, -1 for padding; see ``losses.document_ids``.
-        labels: [B, T]; used under ``completion_only`` only.
-        spec: How to pool.
-
-    Returns:
-        Vectors fp32 [m, D] (NaN where a document has nothing to pool) and (row, document) int64 [m, 2].
+    ``documents_BT`` is the document of each token in its row, -1 for padding; see ``losses.document_ids``.
     """
     row, column = documents_BT.ge(0).nonzero(as_tuple=True)
     pairs = torch.stack([row, documents_BT[row, column]], dim=1)
@@ -111,11 +101,6 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
 
     The outermost module runs, as partitioned parameters need it; its head sees one position per row.
 
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        batch: A collated batch on the device.
-        layer: See ``Embedding``.
-
     Raises:
         UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
     """
@@ -132,10 +117,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
 
 
 def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> torch.Tensor:
-    """Return one vector per row of a collated batch, fp32 [B, D]; NaN where there is nothing to pool.
-
-    Packed rows are pooled as a whole.
-    """
+    """Return one vector per row of a collated batch, fp32 [B, D], as in ``pool``; packed rows are pooled as a whole."""
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
 
@@ -159,14 +141,11 @@ class TextEncoder:
 
 
 def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.device | None = None) -> TextEncoder:
-    """Load an encoder in float32; it reads the first 512 tokens of a text.
+    """Load an encoder by folder or hub id, in float32; it reads the first 512 tokens of a text.
 
-    Args:
-        model: Folder or hub id; a folder with ``modules.json`` is a sentence-transformers model.
-        spec: How a transformers model's hidden states are pooled (default: RDS+, ``weighted_mean`` of the
-            last layer, normalized). A sentence-transformers model pools by its own rules: only
-            ``normalize`` may be chosen.
-        device: Where the model runs; the CPU if left out.
+    A transformers model's hidden states are pooled by ``spec`` (default: RDS+, ``weighted_mean`` of the last layer,
+    normalized). A folder with ``modules.json`` is a sentence-transformers model, which pools by its own rules: only
+    ``normalize`` may be chosen. The device is the CPU if left out.
 
     Raises:
         ConfigError: A spec that the encoder cannot follow.

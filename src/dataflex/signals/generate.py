@@ -2,8 +2,8 @@
 
 The loop is our own rather than ``model.generate``: it calls the outermost module, so that FSDP2 and ZeRO-3 gather
 parameters as in any forward, keeps all ranks in step, leaves nothing behind on the model and draws no global random
-numbers. Each draw is a function of (seed, prompt id, sample, position) only, so that the batch and the number of ranks
-change nothing but the last bits of the logits.
+numbers. A draw is a function of (seed, prompt id, sample, position) only: batches and ranks change nothing but the last
+bits of the logits.
 """
 
 from __future__ import annotations
@@ -28,17 +28,10 @@ _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
 
 
 def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: GenerationSpec) -> torch.Tensor:
-    """Choose one token per row by inverting the cumulative distribution.
+    """Choose one token per row, int64 [B], by inverting the cumulative distribution of logits [B, V].
 
-    Order of operations as in transformers: temperature, then ``top_k``, then ``top_p``.
-
-    Args:
-        logits_BV: [B, V].
-        uniforms_B: float64 [B] in (0, 1); not used when greedy.
-        spec: How to sample.
-
-    Returns:
-        int64 [B].
+    ``uniforms_B`` are float64 in (0, 1), not used when greedy. Order of operations as in transformers: temperature,
+    then ``top_k``, then ``top_p``.
     """
     logits_BV = logits_BV.float()
     if spec.temperature == 0.0:
@@ -62,10 +55,7 @@ def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: Generat
 
 
 class Generator:
-    """Samples from the causal language model of ``access``.
-
-    A sample ends with the tokenizer's ``eos_token_id`` or one of the model's own. Batches stay within the token
-    budget, prompt and new tokens together.
+    """Samples from the causal language model of ``access``; a sample ends with an end token of tokenizer or model.
 
     Raises:
         UnsupportedError: No causal language model inside, or no tokenizer.
@@ -87,13 +77,8 @@ class Generator:
     ) -> list[Generation]:
         """Sample ``spec.num_samples`` continuations of every prompt (collective).
 
-        Args:
-            prompts: Token ids of each prompt; at least one token each.
-            spec: How to sample.
-            ids: An id per prompt [n] that its draws depend on, as a row id; positions if left out.
-
-        Returns:
-            Prompt by prompt, sample by sample, equal on every rank.
+        ``ids`` are an id per prompt [n] that its draws depend on, as a row id; positions if left out. The result is in
+        order of prompt and sample, equal on every rank.
 
         Raises:
             DataError: An empty prompt.

@@ -28,13 +28,8 @@ LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class LogitReader:
     """Hands the logits of a batch to a function; use it without gradient, in eval mode, in autocast.
 
-    Collective in its first call: all ranks agree on the same way.
-
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-
-    Raises:
-        UnsupportedError: No transformers model inside.
+    Collective in its first call: all ranks agree on the same way. The model is the outermost module to call, not the
+    DDP or DeepSpeed engine; UnsupportedError where there is no transformers model inside.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,21 +82,13 @@ def _predicting(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTokens:
-    """Supervised tokens of one batch, on the device, row by row [S].
+    """Supervised tokens of one batch, on the device, row by row [S]."""
 
-    Attributes:
-        num_rows: Rows of the batch B.
-        row: Row of each token in the batch, ascending.
-        position: Position of the predicted token in its row, padding not counted.
-        loss: Cross-entropy, fp32.
-        el2n: ||softmax(z) - onehot(y)||_2, or None if not asked for.
-    """
-
-    num_rows: int
-    row: torch.Tensor
-    position: torch.Tensor
-    loss: torch.Tensor
-    el2n: torch.Tensor | None = None
+    num_rows: int  # rows of the batch B
+    row: torch.Tensor  # row of each token in the batch, ascending
+    position: torch.Tensor  # position of the predicted token in its row, padding not counted
+    loss: torch.Tensor  # cross-entropy, fp32
+    el2n: torch.Tensor | None = None  # ||softmax(z) - onehot(y)||_2 (arXiv 2107.07075), if asked for
 
     def means(self, what: str = "loss") -> torch.Tensor:
         """Return the mean of ``loss`` or ``el2n`` over each row's tokens [B]; NaN without any."""
@@ -116,17 +103,7 @@ class BatchTokens:
 
 
 class TokenScorer:
-    """Turns collated batches into ``BatchTokens``; call it without gradient, in eval mode, in autocast.
-
-    Collective in its first call: all ranks agree on the same way.
-
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        el2n: Also compute EL2N (Deep Learning on a Data Diet, arXiv 2107.07075) per token.
-
-    Raises:
-        UnsupportedError: No transformers model inside.
-    """
+    """Turns collated batches into ``BatchTokens``, with or without ``el2n``; used like ``LogitReader``."""
 
     def __init__(self, model: nn.Module, *, el2n: bool = False) -> None:
         self._reader, self._el2n = LogitReader(model), el2n
@@ -170,9 +147,7 @@ class TokenScorer:
 def nuclear_norm(matrix: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
     """Return the sum of the singular values of a matrix [T, V], float64 scalar; 0 for an empty one.
 
-    Args:
-        matrix: Any floating type.
-        chunk: Elements of the longer side that are looked at together.
+    ``chunk`` elements of the longer side are multiplied together.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=matrix.device)
@@ -185,11 +160,7 @@ def nuclear_norm(matrix: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
 class LogitSketch:
     """Two-sided subsampled randomized Fourier transform of matrices of up to ``length`` rows.
 
-    Args:
-        length: Largest number of rows of a matrix; the transform over rows has this size.
-        rows: Number of rows that are drawn.
-        columns: Number of columns that are drawn.
-        seed: Seed of signs and draws.
+    ``rows`` rows and ``columns`` columns of the transform are drawn; ``seed`` is that of signs and draws.
     """
 
     def __init__(self, length: int, rows: int, columns: int, seed: int) -> None:
@@ -222,12 +193,9 @@ class LogitSketch:
 
 
 class LogitScorer:
-    """Turns collated batches into nuclear norms and sketches; call it without gradient, in eval mode, in autocast.
+    """Turns collated batches into nuclear norms and sketches; used like ``LogitReader``.
 
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        spec: Which positions, and what is made of them.
-        length: Number of tokens of the longest row.
+    ``length`` is the number of tokens of the longest row.
     """
 
     def __init__(self, model: nn.Module, spec: LogitFeatures, length: int) -> None:
@@ -236,10 +204,7 @@ class LogitScorer:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the norm and the sketch of each row of a batch with ``labels``, fp32 [B, 1 + rows * columns].
-
-        NaN for rows without a supervised token.
-        """
+        """Return norm and sketch of each row, fp32 [B, 1 + rows * columns]; NaN without a supervised token."""
         predicts, real = _predicting(batch)
         predicts = F.pad(predicts, (0, 1))
         taken = predicts if self._spec.tokens == "completion" else real
@@ -260,13 +225,7 @@ class LogitScorer:
 
 
 class GateReader:
-    """Reads the routers of a model.
-
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-
-    Attributes:
-        shape: Number of MoE layers and of experts.
+    """Reads the routers of a model, ``shape`` being the number of MoE layers and of experts.
 
     Raises:
         UnsupportedError: The model does not say how many experts a token gets, or gives no router logits.

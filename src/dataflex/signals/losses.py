@@ -2,12 +2,11 @@
 
 LLaMA-Factory packs in several forms. ``neat_packing`` numbers the documents 1, 2, ... in the attention mask (0 is
 padding); its collator turns that into a block-diagonal [B, 1, T, T] mask, or drops it for FlashAttention and leaves
-only ``position_ids``, which restart at each document. Plain ``packing`` restarts ``position_ids`` and has a mask of
-ones.
+only ``position_ids``, which restart at each document. Plain ``packing`` restarts them and has a mask of ones.
 
-Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit: the same kernels see the
-same positions, and treat them one by one. On a CPU only supervised positions are computed. On an accelerator, picking
-them out would make the device wait for their number, so chunks are plain slices of all positions, as in the stock loss.
+Values and gradients are those of ``log_softmax`` and ``nll_loss`` over the whole, bit for bit. On a CPU only supervised
+positions are computed. On an accelerator, picking them out would make the device wait for their number, so chunks are
+slices of all positions.
 """
 
 from __future__ import annotations
@@ -43,16 +42,10 @@ def entropies(log_p_NV: torch.Tensor) -> torch.Tensor:
 def token_cross_entropy(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the cross-entropy of each position, and the entropy of its prediction or None.
+    """Return the cross-entropy of each position, fp32 [N] in nats, and the entropy of its prediction or None.
 
-    Args:
-        logits_NV: Logits in any floating dtype.
-        targets_N: The class of each position, or ``ignore_index``: loss 0, no gradient and entropy 0.
-        ignore_index: Marks positions that do not count.
-        entropy: Whether the entropy is wanted.
-
-    Returns:
-        fp32 [N] in nats, with gradient; fp32 [N] in nats, without gradient, or None.
+    Logits [N, V] may have any floating dtype. Positions whose target is ``ignore_index`` have loss 0, no gradient and
+    entropy 0; entropies have no gradient.
     """
     chunks = list(_chunks(targets_N, ignore_index, logits_NV.shape[1]))
     loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, ignore_index, chunks, entropy)
@@ -174,8 +167,8 @@ def real_tokens(batch: dict[str, Any]) -> torch.Tensor:
 def document_ids(batch: dict[str, Any]) -> torch.Tensor:
     """Return int64 [B, T]: the document of each token, counted from 0 in its row; -1 for padding.
 
-    A row that is not packed is one document. Padding that plain packing marks as real (position 0
-    again and again at the end of a row) comes out as documents of one token each.
+    Padding that plain packing marks as real (position 0 again and again at the end of a row) comes out as documents of
+    one token each.
     """
     real = real_tokens(batch)
     mask = batch.get("attention_mask")

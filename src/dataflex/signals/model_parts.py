@@ -21,19 +21,12 @@ from dataflex.errors import UnsupportedError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Parts of a model.
+    """Parts of a model."""
 
-    Attributes:
-        root: What is called: the outermost module that was given.
-        lm: The transformers model inside (no adapters' or value head's wrapper).
-        base: The body of ``lm``, whose output is the last hidden state; ``lm`` itself if it has no head.
-        head: The output embeddings, or None.
-    """
-
-    root: nn.Module
-    lm: nn.Module
-    base: nn.Module
-    head: nn.Module | None
+    root: nn.Module  # what is called: the outermost module that was given
+    lm: nn.Module  # the transformers model inside (no adapters' or value head's wrapper)
+    base: nn.Module  # the body of ``lm``, whose output is the last hidden state; ``lm`` itself if it has no head
+    head: nn.Module | None  # the output embeddings, or None
 
     @property
     def text_config(self) -> Any:
@@ -41,11 +34,7 @@ class ModelParts:
         return self.lm.config.get_text_config()
 
     def layers(self) -> nn.ModuleList:
-        """Return the stack of decoder (or encoder) layers.
-
-        Raises:
-            UnsupportedError: There is not exactly one list of ``num_hidden_layers`` modules.
-        """
+        """Return the stack of decoder (or encoder) layers; UnsupportedError where it cannot be found."""
         depth = self.text_config.num_hidden_layers
         top = self.lm.get_decoder()
         found = [part for part in top.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
@@ -58,11 +47,7 @@ class ModelParts:
 
 
 def model_parts(model: nn.Module) -> ModelParts:
-    """Look inside PEFT and value-head wrappers.
-
-    Raises:
-        UnsupportedError: No transformers model was found inside.
-    """
+    """Look inside PEFT and value-head wrappers; UnsupportedError where there is no transformers model."""
     from transformers import PreTrainedModel
 
     lm: Any = model

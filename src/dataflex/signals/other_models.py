@@ -55,13 +55,9 @@ class ScorerError(DataFlexError):
 class Scorer:
     """A causal language model by folder (an adapter's too) or hub id, its weights not loaded yet.
 
-    Args:
-        name: Folder or hub id.
-        tokenizer: The tokenizer of the run, which made the rows.
-
     Attributes:
         identity: Changes when the model's values may change.
-        same_tokens: Whether the rows' tokens mean the same to it.
+        same_tokens: Whether the run's tokens mean the same to it.
         start: Token that its sequences begin with, or none.
         limit: Largest number of tokens of a sequence, or None.
         translation: Turns the run's tokens into its own; None where they are the same.
@@ -130,11 +126,7 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder of a reference model.
-
-    Raises:
-        ConfigError: It is not there, or holds no model.
-    """
+    """Return the folder of a reference model; ConfigError where it is not there, or holds no model."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{KEY}: no such folder: {folder} (the model to compare losses with; train it first)")
@@ -144,11 +136,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Refuse a reference whose tokens are not those of the run.
-
-    Raises:
-        ConfigError: The folder has no tokenizer, or one with another vocabulary.
-    """
+    """Refuse a reference without a tokenizer, or whose tokens are not those of the run, by a ConfigError."""
     from transformers import AutoTokenizer
 
     try:

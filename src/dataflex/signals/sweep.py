@@ -36,34 +36,21 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The rows of a pass and how to feed them.
+    """The rows of a pass and how to feed them."""
 
-    Attributes:
-        dataset: Anything that gives features by row id.
-        rows: Row ids [n]; may repeat.
-        lengths: Number of tokens of those rows [n].
-        collate: Features to a batch of CPU tensors.
-        token_budget: Largest number of padded tokens in a batch.
-        device: Where batches go.
-        what: Name of the pass in progress lines; None for no progress lines.
-        combine: Turns the pass's values [n, ...] into those of the rows that were asked about; None where they are.
-    """
-
-    dataset: Any
-    rows: Rows
-    lengths: NDArray[np.int64]
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    token_budget: int
-    device: torch.device
-    what: str | None = None
-    combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    dataset: Any  # anything that gives features by row id
+    rows: Rows  # row ids [n]; may repeat
+    lengths: NDArray[np.int64]  # number of tokens of those rows [n]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]  # features to a batch of CPU tensors
+    token_budget: int  # largest number of padded tokens in a batch
+    device: torch.device  # where batches go
+    what: str | None = None  # name of the pass in progress lines; None for no progress lines
+    combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = (
+        None  # values [n, ...] to those of the rows asked about
+    )
 
     def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
-        """Give this rank its batches; the number of batches is the same on every rank.
-
-        Args:
-            done: Finished positions [n], equal on every rank; a batch of finished positions only is left out.
-        """
+        """Give this rank its batches, the same number on every rank; ``done`` [n] marks positions that are finished."""
         batches = bucketed(self.lengths, self.token_budget)
         if done is not None:
             batches = [batch for batch in batches if not done[batch].all()]
@@ -81,13 +68,9 @@ class Sweep:
 
 
 class Collector:
-    """Takes the values of a pass batch by batch, and gathers them over ranks at the end.
+    """Takes the values [b, *tail] of a pass batch by batch, and gathers them over ranks at the end.
 
-    Args:
-        sweep: The rows.
-        tail: Shape of one row's value.
-        work: Stored array that takes the values as they come, after those of an interrupted pass; None keeps them in
-            memory.
+    ``work`` is the stored array that takes them as they come; None keeps them in memory.
     """
 
     def __init__(self, sweep: Sweep, tail: tuple[int, ...], work: ResumablePass | None = None) -> None:
@@ -143,14 +126,9 @@ def padded(sequences: Sequence[Sequence[int]], fill: int, side: str = "right") -
 
 
 def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
-    """Group positions into batches whose padded size stays within ``token_budget``.
+    """Group positions into batches whose padded size, rows x longest row, stays within ``token_budget``.
 
-    Args:
-        lengths: Number of tokens of each row [n].
-        token_budget: Largest rows x longest row of a batch; a longer single row is its own batch.
-
-    Returns:
-        Positions by batch, longest rows first, so that memory runs out at once or never.
+    A longer row is its own batch. Longest rows come first, so that memory runs out at once or never.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []

@@ -1,8 +1,4 @@
-"""What DataFlex adds to a checkpoint.
-
-``checkpoint-N/dataflex/`` holds the plan in progress, the state of the methods and a description of the
-run they belong to. ``checkpoints`` tells which checkpoints count.
-"""
+"""The files of ``checkpoint-N/dataflex/``: plan in progress, states of the methods, and the run that they belong to."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,167 +14,113 @@ import numpy as np
 
 from dataflex.checkpoints import FOLDER
 from dataflex.config.args import LlamaFactoryArgs
-from dataflex.config.collect import key_of
-from dataflex.config.convert import shown
-from dataflex.config.resuming import METHODS, ON_RESUME, settings_of
+from dataflex.config.mappings import key_of, shown
+from dataflex.config.resuming import ON_RESUME, settings_of
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, DataFlexError
-from dataflex.plan.plan import DataPlan
+from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
+from dataflex.registry import KINDS
 from dataflex.state import load_state, save_state
 from dataflex.train.row_space import RowSpace
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
+_RUN = "run.json"
+_FORMAT = 1
+
+
 class Identity:
     """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
 
-    Attributes:
-        space: The row space's description.
-        global_batch: Sequences of an optimizer step.
-        micro_batch_size: Sequences per rank and micro-batch; may change unless ``pure``.
-        world: Ranks; may change as long as the global batch does not.
-        seed: Seed of all decisions.
-        methods: Resolved name, parameters and targets by kind.
-        settings: Value of every other key that is compared (``config.resuming``).
-        pure: Whether the mixer wants micro-batches of one domain each.
-        flat: Whether flat keys of existing DataFlex were written.
-        keys: Keys of the methods' parameters by kind and field, where they are not the same.
+    The micro-batch size may change unless the mixer wants micro-batches of one domain each, and the number of ranks as
+    long as the global batch does not. ``lf`` are LLaMA-Factory's keys as they were written; ``described`` is the JSON
+    form that goes into the checkpoint, whose ``settings`` are the keys of ``config.resuming``.
     """
 
-    space: dict[str, Any]
-    global_batch: int
-    micro_batch_size: int
-    world: int
-    seed: int
-    methods: dict[str, Any]
-    settings: dict[str, Any]
-    pure: bool = False
-    flat: bool = False
-    keys: Mapping[str, Mapping[str, str]]
-
-    @classmethod
-    def of(
-        cls,
-        config: DynamicConfig,
-        space: RowSpace,
-        lf: Mapping[str, Any],
-        *,
-        micro: int,
-        accumulation: int,
-        world: int,
-        seed: int,
-    ) -> Identity:
-        """Describe a run.
-
-        Args:
-            config: The dynamic block.
-            space: The rows.
-            lf: LLaMA-Factory's keys as they were written.
-            micro: Sequences per rank and micro-batch.
-            accumulation: Micro-batches of an optimizer step.
-            world: Ranks.
-            seed: Seed of all decisions.
-        """
-        methods = {kind: getattr(config, kind) for kind in METHODS}
-        return cls(
-            space=space.describe(),
-            global_batch=micro * accumulation * world,
-            micro_batch_size=micro,
-            world=world,
-            seed=seed,
-            methods={kind: _method(method) for kind, method in methods.items()},
-            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
-            pure=config.requires.pure_micro_batches,
-            flat=config.flat,
-            keys={
-                kind: {field.name: key_of(field) for field in fields(method.params)}
-                for kind, method in methods.items()
-                if method is not None
-            },
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return the JSON form that goes into the checkpoint."""
-        kept = ("space", "global_batch", "micro_batch_size", "world", "seed", "methods", "settings")
-        return {key: getattr(self, key) for key in kept}
+    def __init__(
+        self, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
+    ) -> None:
+        methods: dict[str, MethodConfig | None] = {kind: getattr(config, kind) for kind in KINDS}
+        self.described: dict[str, Any] = {
+            "space": space.describe(),
+            "global_batch": shape.global_batch,
+            "micro_batch_size": shape.micro_batch_size,
+            "world": shape.world,
+            "seed": seed,
+            "methods": {kind: _method(method) for kind, method in methods.items()},
+            "settings": settings_of(config, LlamaFactoryArgs.read(lf)),
+        }
+        self._pure, self._flat = config.requires.pure_micro_batches, config.flat
+        self._keys = {
+            kind: {} if method is None else {field.name: key_of(field) for field in fields(method.params)}
+            for kind, method in methods.items()
+        }
 
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """Say in words how a saved identity differs from this one: what is refused, and what is only told."""
-        before = self._settings(saved)
-        refused = [line for kind in METHODS for line in self._method_lines(kind, saved["methods"].get(kind))]
-        told, by_kind = [], {"batch": [], "rows": []}  # type: tuple[list[str], dict[str, list[str]]]
-        for key, now in self.settings.items():
+        """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
+        mine, before = self.described, saved["settings"]
+        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
+        told: list[str] = []
+        by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
+        for key, now in mine["settings"].items():
             change = ON_RESUME[key]
-            if key not in before or before[key] == now or key == "dynamic.seed":
+            if before[key] == now or key == "dynamic.seed":
                 continue
             for path, was, is_now in _leaves(before[key], now, self._named(key)):
                 line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
                 if change.kind == "told":
                     told.append(f"{line}: {change.note}")
                 else:
-                    by_kind.setdefault(change.kind, []).append(line)
-        refused += by_kind.get("refused", [])
-        component = self.flat and bool(refused)  # a component brings a seed of its own
-        seed = [] if component else self._seed_line(saved, before)
+                    by_kind[change.kind].append(line)
+        refused += by_kind["refused"]
+        component = self._flat and bool(refused)  # a component brings a seed of its own
+        seed = [] if component else self._seed_line(saved)
         refused += seed
         refused += self._batch_line(saved, by_kind["batch"])
-        if saved["space"]["fingerprint"] != self.space["fingerprint"]:
-            what = f"row space changed ({_changed_rows(saved['space'], self.space)})"
+        if saved["space"]["fingerprint"] != mine["space"]["fingerprint"]:
+            what = f"row space changed ({_changed_rows(saved['space'], mine['space'])})"
             causes = [line for line in by_kind["rows"] if not (seed and line.startswith("seed "))]
             refused += [f"{line}: {what}" for line in causes] or ([] if seed else [what])
         else:
             told += [f"{line}: the rows are the same" for line in by_kind["rows"] if not line.startswith("seed ")]
-        missing = [self._named(key) for key in self.settings if key not in before]
-        if missing:
-            told.append(f"the checkpoint, of an earlier version, does not note {', '.join(missing)}: not compared")
         return refused, told
-
-    def _settings(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a checkpoint; one of an earlier version has a few of them, as a schedule."""
-        if "settings" in saved:
-            return dict(saved["settings"])
-        found = {f"dynamic.{key}": value for key, value in saved.get("schedule", {}).items()}
-        if self.settings["dynamic.interval_steps"] is None:  # the number there was derived from the batch
-            found.pop("dynamic.interval_steps", None)
-        return {key: value for key, value in found.items() if key in self.settings}
 
     def _named(self, key: str) -> str:
         """Return a key as it was written."""
-        flat = ON_RESUME[key].flat if self.flat else None
+        flat = ON_RESUME[key].flat if self._flat else None
         return flat or key
 
     def _method_lines(self, kind: str, before: dict[str, Any] | None) -> Iterator[str]:
-        now, path = self.methods[kind], self._named(f"dynamic.{kind}")
+        now, path = self.described["methods"][kind], self._named(f"dynamic.{kind}")
         if before == now:
             return
         if before is None or now is None or before["name"] != now["name"]:
             yield f"{path} changed ({_said(before)} -> {_said(now)})"
             return
-        if before.get("targets", []) != now["targets"]:
-            yield f"{path}.targets changed ({_said(before.get('targets', []))} -> {_said(now['targets'])})"
+        if before["targets"] != now["targets"]:
+            yield f"{path}.targets changed ({_said(before['targets'])} -> {_said(now['targets'])})"
         for key in now["params"].keys() & before["params"].keys():
-            name = self.keys[kind].get(key, key)
-            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], f"{path}.{name}"):
+            name = f"{path}.{self._keys[kind][key]}"
+            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], name):
                 yield f"{inner} changed ({_said(was)} -> {_said(is_now)})"
 
-    def _seed_line(self, saved: dict[str, Any], before: dict[str, Any]) -> list[str]:
-        if saved["seed"] == self.seed:
+    def _seed_line(self, saved: dict[str, Any]) -> list[str]:
+        if saved["seed"] == self.described["seed"]:
             return []
-        for key in ("dynamic.seed", "seed"):
-            if key in before and before[key] != self.settings[key]:
-                return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
-        return [f"seed changed ({saved['seed']} -> {self.seed})"]
+        before, now = saved["settings"], self.described["settings"]
+        key = next(key for key in ("dynamic.seed", "seed") if before[key] != now[key])
+        return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(now[key])})"]
 
     def _batch_line(self, saved: dict[str, Any], changed: list[str]) -> list[str]:
-        if saved["global_batch"] != self.global_batch:
-            what = f"global batch changed ({saved['global_batch']} -> {self.global_batch} sequences)"
-        elif self.pure and saved.get("micro_batch_size", self.micro_batch_size) != self.micro_batch_size:
-            what = f"the mixer's micro-batches of one domain each changed (to {self.micro_batch_size} sequences)"
+        mine, world = self.described, saved["world"]
+        if saved["global_batch"] != mine["global_batch"]:
+            what = f"global batch changed ({saved['global_batch']} -> {mine['global_batch']} sequences)"
+        elif self._pure and saved["micro_batch_size"] != mine["micro_batch_size"]:
+            what = f"the mixer's micro-batches of one domain each changed (to {mine['micro_batch_size']} sequences)"
         else:
             return []
-        world = saved.get("world", self.world)
-        causes = changed + ([f"ranks changed ({world} -> {self.world})"] if world != self.world else [])
+        causes = changed + ([f"ranks changed ({world} -> {mine['world']})"] if world != mine["world"] else [])
         return [": ".join(filter(None, ("; ".join(causes), what)))]
 
 
@@ -206,7 +148,7 @@ def _leaves(before: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _said(value: Any) -> str:
-    """Return a value as it was written."""
+    """Return a value as a user writes it."""
     if value is None:
         return "not given"
     if isinstance(value, dict) and "name" in value:
@@ -228,16 +170,10 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(changes) or "same numbers of rows, other content or another tokenizer"
 
 
-logger = logging.getLogger(__name__)
-
-_RUN = "run.json"
-_FORMAT = 1
-
-
 def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dict[str, Any], step: int) -> None:
     """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
     folder = checkpoint / FOLDER
-    meta = {"format": _FORMAT, "step": step, **identity.describe()}
+    meta = {"format": _FORMAT, "step": step, **identity.described}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RUN).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -249,10 +185,7 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Read back what ``save`` wrote into a checkpoint that was found to be whole.
-
-    Returns:
-        The plan in progress, or None if none was made yet, and the state of the methods.
+    """Return the plan in progress, if one was made, and the states that ``save`` wrote into a whole checkpoint.
 
     Raises:
         CheckpointError: No DataFlex state, a broken file, or another run's state.
@@ -279,11 +212,7 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps done at a checkpoint.
-
-    Raises:
-        CheckpointError: It does not tell.
-    """
+    """Return the optimizer steps done at a checkpoint; CheckpointError if it does not tell."""
     try:
         return int(json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,8 +1,7 @@
 """Decides the next stretch of the id stream: runs the methods of an interval and lays out the plan.
 
-The order of decisions is fixed: pool, selector narrows, mixer sets quotas over what is left. The
-controller knows nothing of the Hugging Face Trainer; ``llamafactory.trainer`` drives it. Everything it decides is
-a function of (seed, interval, state of the methods, signals), equal on every rank.
+The order of decisions is fixed: pool, selector, then the mixer's quotas over what the selector kept. Everything that
+is decided is a function of (seed, interval, state of the methods, signals), equal on every rank.
 """
 
 from __future__ import annotations
@@ -10,21 +9,22 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.errors import ConfigError, DataError
 from dataflex.method import Context, Mixer, Rows, Selection, Selector, State, Weighter
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import MixtureSampler
-from dataflex.plan.plan import DataPlan
-from dataflex.plan.planner import EpochLayout, ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
-from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
+from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.plan.planner import ShuffledEpochs, epoch_fill, epoch_stream, spread, warmup_rows
+from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain, per_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes, wanted_rows
-from dataflex.plan.validate import caps, check_mix, check_selection, check_state, quota_rows
+from dataflex.plan.validate import check_mix, check_selection, check_state, quota_rows
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
@@ -34,23 +34,22 @@ from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
 
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.1  # share of an interval's places from which on repeats are reported
+_LOGGED_DOMAINS = 32
+_LOGGED_INTERVALS = 64
+
 
 class Candidates:
     """Gives every interval its pool, a function of (seed, optimizer step) alone.
 
-    Every row is a candidate once before any is one again, whether it was chosen or not. Nothing is remembered: a
-    resumed run, or one on other ranks, is given the same.
-
-    Args:
-        usable: Rows with a supervised token, the only ones that can be chosen [n].
-        batches: Candidates for each row that is served.
-        global_batch: Rows of one optimizer step.
-        schedule: Intervals of the run; warm-up takes no candidates.
-        seed: Seed of the run.
+    Every row with a supervised token (``usable`` [n]) is a candidate once before any is one again, whether it was
+    chosen or not. There are ``batches`` candidates for each row that is served; warm-up takes none.
 
     Raises:
-        ConfigError: An interval would look at more rows than there are.
-        DataError: No row has a supervised token.
+        ConfigError: An interval would need more candidates than there are rows.
+        DataError: There is no usable row.
     """
 
     def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
@@ -70,45 +69,36 @@ class Candidates:
     def pool(self, interval: Interval) -> Rows:
         """Return the candidates of an interval, ascending and distinct.
 
-        Where one epoch ends and the next begins, a row that is in both parts is one candidate, so that there may be
-        fewer than usual; with two batches or more they are enough.
+        A row at the end of one epoch and the beginning of the next is one candidate, so that there may be fewer than
+        usual.
         """
         first = (interval.start_step - self._first_step) * self._per_step
         return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)
 
 
-logger = logging.getLogger(__name__)
-
-_SHARE = 0.1
-"""Share of an interval's places from which on repeats are worth a word."""
-
-
 class Repeats:
     """Counts how often every row is served, and warns once when much of an interval goes to rows served very often.
 
-    Args:
-        num_rows: Rows of the training set.
-        most: ``dynamic.max_repeats``, how often a row may be served without a word; None: always.
-        selector: Name of the selector, for the message.
+    ``most`` is ``dynamic.max_repeats``, how often a row may be served without a warning; None: always. ``selector`` is
+    the name in the message.
     """
 
     def __init__(self, num_rows: int, most: int | None, selector: str) -> None:
         self._most, self._selector = most, selector
-        self._served = np.zeros(num_rows, dtype=np.uint16)
+        self._times = np.zeros(num_rows, dtype=np.uint16)
         self._told = False
 
     def take(self, rows: Rows) -> str:
-        """Count the rows of a plan; return a word for the record where a tenth of them repeat more than they may.
+        """Count the rows of a plan; return a note for the record where a tenth of them repeat more than they may.
 
-        Args:
-            rows: Rows of an interval in serving order; negative ids are none.
+        Negative ids are no rows.
         """
         rows = rows[rows >= 0]
         each, added = np.unique(rows, return_counts=True)
-        self._served[each] = np.minimum(self._served[each] + added, np.iinfo(np.uint16).max)
+        self._times[each] = np.minimum(self._times[each] + added, np.iinfo(np.uint16).max)
         if self._most is None or not len(rows):
             return ""
-        times: NDArray[np.uint16] = self._served[rows]
+        times: NDArray[np.uint16] = self._times[rows]
         share = float((times > self._most).mean())
         if share < _SHARE:
             return ""
@@ -116,9 +106,9 @@ class Repeats:
         if not self._told:
             self._told = True
             logger.warning(
-                "%s of an interval (dynamic.max_repeats: %d). What the %s selector says of rows that are known by "
-                "heart wears out, and so does what they teach: keep more rows, train fewer steps, set exclude_seen "
-                "where the pool has many rows of the kind, or see its note (dataflex methods selector/%s)",
+                "%s of an interval (dynamic.max_repeats: %d). The model knows such rows by heart: they teach little, "
+                "and the %s selector's scores of them mean little. Keep more rows, train fewer steps, set "
+                "exclude_seen where the pool has many rows of the kind, or see its note (dataflex methods selector/%s)",
                 told,
                 self._most,
                 self._selector,
@@ -128,60 +118,15 @@ class Repeats:
 
     def state_dict(self) -> State:
         """Return the counts."""
-        return {"served": self._served.copy(), "told": self._told}
+        return {"times": self._times.copy(), "told": self._told}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self._served = np.array(state["served"], dtype=np.uint16)
-        self._told = bool(state["told"])
+        self._times, self._told = np.array(state["times"]), bool(state["told"])
 
 
-class SeenRows:
-    """Notes the rows of every plan, warm-up included.
-
-    Args:
-        usable_N: Whether a row can be chosen at all: it has a supervised token.
-    """
-
-    def __init__(self, usable_N: NDArray[np.bool_]) -> None:
-        self._usable = usable_N
-        self._seen = np.zeros(len(usable_N), dtype=np.bool_)
-        self.note = ""
-        """What happened at the last decision, for the record."""
-
-    def unseen(self, wanted: int) -> Rows:
-        """Return the rows that were not served yet, ascending; all of them again where fewer than ``wanted`` are left.
-
-        Args:
-            wanted: Rows that the interval asks the selector for.
-        """
-        left = int((self._usable & ~self._seen).sum())
-        self.note = ""
-        if left < wanted and self._seen.any():
-            self.note = f"{left:,} rows are unseen and {wanted:,} are wanted: every row is in the pool again"
-            logger.info("exclude_seen: %s", self.note)
-            self._seen[:] = False
-        return np.flatnonzero(~self._seen).astype(np.int64)
-
-    def mark(self, rows: Rows) -> None:
-        """Note the rows of a plan; negative ids are none."""
-        self._seen[rows[rows >= 0]] = True
-
-    def state_dict(self) -> State:
-        """Return one bit a row."""
-        return {"seen": np.packbits(self._seen)}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._seen = np.unpackbits(state["seen"], count=len(self._usable)).astype(np.bool_)
-
-
-class ServedCounts:
-    """Counts by domain, up to a step.
-
-    Args:
-        domains: Domains of the training rows, with their lengths.
-    """
+class DomainTotals:
+    """Rows and tokens [K] that were trained on, by domain, up to a step."""
 
     def __init__(self, domains: Domains) -> None:
         self._domains = domains
@@ -190,7 +135,7 @@ class ServedCounts:
         self._step = 0
 
     def count(self, plan: DataPlan, step: int) -> None:
-        """Take in what ``plan`` served before ``step`` and was not counted yet."""
+        """Add the rows of ``plan`` before ``step`` that were not counted yet."""
         first = plan.interval.start_step
         start, stop = ((at - first) * plan.global_batch for at in (max(self._step, first), step))
         rows = plan.rows[start : max(stop, start)]
@@ -207,50 +152,7 @@ class ServedCounts:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self.rows = np.asarray(state["rows"], dtype=np.int64)
-        self.tokens = np.asarray(state["tokens"], dtype=np.int64)
-        self._step = int(state["step"])
-
-
-_LOGGED_DOMAINS = 32
-_LOGGED_INTERVALS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchShape:
-    """How one optimizer step is cut up.
-
-    Attributes:
-        micro_batch_size: Sequences per rank and micro-batch.
-        accumulation: Micro-batches per optimizer step.
-        world: Data-parallel ranks.
-        rank: This rank.
-        drop_last: ``dataloader_drop_last``.
-        shuffle: Whether rows are shuffled (``disable_shuffling: false``): those of whole epochs, of a mixture's
-            domains, and of a selection, which else is served in the selector's order.
-    """
-
-    micro_batch_size: int
-    accumulation: int
-    world: int
-    rank: int
-    drop_last: bool
-    shuffle: bool
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences of one optimizer step."""
-        return self.micro_batch_size * self.accumulation * self.world
-
-    def layout(self, num_rows: int) -> EpochLayout:
-        """Return how whole epochs over ``num_rows`` rows fall into steps, as in the stock Trainer."""
-        return EpochLayout(
-            num_rows=num_rows,
-            global_batch=self.global_batch,
-            micro_batch_size=self.micro_batch_size,
-            world=self.world,
-            drop_last=self.drop_last,
-        )
+        self.rows, self.tokens, self._step = state["rows"], state["tokens"], int(state["step"])
 
 
 @dataclass(kw_only=True)
@@ -267,62 +169,59 @@ class Controller:
     mixer: Mixer | None
     recorder: RunRecorder = field(default_factory=NullRecorder)
     plan: DataPlan | None = None
-    ends_at: int | None = None
-    """Step at which the data run out under ``at_cap: stop``."""
-    decided: int = 0
-    """Decisions made before, where no plan is taken up that tells."""
+    ends_at: int | None = None  # step at which the data run out under ``at_cap: stop``
+    decided: int = 0  # number of decisions before this run, unless the plan in progress tells it
     clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
-        domains = self.space.domains
-        self.layout = self.shape.layout(self.space.num_rows)
-        self.sampler: MixtureSampler | None = None
-        pure = self.mixer is not None and self.mixer.requires().pure_micro_batches
-        self.served = ServedCounts(domains)
+        config, domains, batch = self.config, self.space.domains, self.shape.global_batch
+        usable = self.space.supervised > 0
+        self.totals = DomainTotals(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
+        # Rows of the interval in progress from before a longer run took it up where a shorter one had cut it.
         self._earlier: Rows = np.empty(0, dtype=np.int64)
-        """What the interval in progress served before a longer run took it up where a shorter one had cut it."""
+        # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
-        """Sampling proportions of sequences in the plan in progress."""
-        if self.mixer is not None and not self.narrows:
+        self.sampler: MixtureSampler | None = None
+        if self.mixer is not None and not self.selects_subset:
+            caps, key = config.max_epochs, "dynamic.max_epochs"
             self.sampler = MixtureSampler(
                 domains,
                 seed=self.seed,
                 # A step that has fewer sequences than there are domains shows little of the proportions.
-                block=self.shape.global_batch * -(-len(domains.names) // self.shape.global_batch),
-                max_epochs=caps(self.config.max_epochs, domains.names),
-                at_cap=self.config.at_cap,
-                unit=self.shape.micro_batch_size if pure else 1,
-                interleave=self.config.interleave,
+                block=batch * -(-len(domains.names) // batch),
+                max_epochs=None if caps is None else per_domain(caps, domains.names, key, missing=np.inf),
+                at_cap=config.at_cap,
+                unit=self.shape.micro_batch_size if self.mixer.requires().pure_micro_batches else 1,
+                interleave=config.interleave,
                 shuffle=self.shape.shuffle,
             )
-        self.floors = floors_by_domain(self.config.min_proportion, domains.names)
-        self.seen = SeenRows(self.space.supervised > 0) if self.config.exclude_seen else None
+        options = config.signals
+        self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
+        """Rows drawn for a pool, and those left once they are screened."""
+        self.floors = floors_by_domain(config.min_proportion, domains.names)
+        self._unplanned = np.ones(len(usable), dtype=np.bool_) if config.exclude_seen else None
+        """Rows of no plan yet, warm-up included [N]."""
         self.repeats: Repeats | None = None
-        if self.selector is not None and self.narrows:
-            self.repeats = Repeats(self.space.num_rows, self.config.max_repeats, self.selector.name)
+        if self.selector is not None and self.selects_subset:
+            self.repeats = Repeats(self.space.num_rows, config.max_repeats, self.selector.name)
         self.candidates: Candidates | None = None
-        if self.config.candidate_batches is not None:
+        if config.candidate_batches is not None:
             self.candidates = Candidates(
-                np.flatnonzero(self.space.supervised > 0),
-                batches=self.config.candidate_batches,
-                global_batch=self.shape.global_batch,
+                np.flatnonzero(usable),
+                batches=config.candidate_batches,
+                global_batch=batch,
                 schedule=self.schedule,
                 seed=self.seed,
             )
         self.initial: NDArray[np.float64] | None = None
-        if self.config.initial_proportions is not None:
-            self.initial = by_domain(self.config.initial_proportions, domains.names, "dynamic.initial_proportions")
+        if config.initial_proportions is not None:
+            self.initial = by_domain(config.initial_proportions, domains.names, "dynamic.initial_proportions")
 
     @property
-    def narrows(self) -> bool:
+    def selects_subset(self) -> bool:
         """Whether a selector leaves rows out."""
         return self.selector is not None and self.selector.selects_subset
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows flow as whole epochs, whose last step may be short, as in the stock Trainer."""
-        return self.mixer is None and not self.narrows
 
     def plan_for(self, step: int) -> DataPlan:
         """Return the plan that covers ``step``, deciding it first if need be (collective).
@@ -334,7 +233,7 @@ class Controller:
             return self.plan
         if self.plan is None or not self.plan.interval.start_step <= step < self.plan.interval.stop_step:
             if self.plan is not None:
-                self.served.count(self.plan, step)
+                self.totals.count(self.plan, step)
             self.plan = self._decide(self._next(step)) or self.plan
             if self.plan is None:
                 raise DataError(
@@ -353,17 +252,13 @@ class Controller:
         whole = self.schedule.interval(step)
         if self.plan is None or step == whole.start_step:
             self._earlier = self._earlier[:0]
-        elif self.narrows:
+        elif self.selects_subset:
             self._earlier = np.concatenate([self._earlier, self.plan.rows])
         index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
         return replace(whole, index=index, start_step=step)
 
-    def _cut(self, interval: Interval) -> bool:
-        """Whether an interval is the rest of one of the schedule."""
-        return interval.start_step != self.schedule.interval(interval.start_step).start_step
-
     def _decide(self, interval: Interval) -> DataPlan | None:
-        # Methods may be anyone's: what they draw or switch stays here.
+        # A method may be a user's: its draws and switches must not affect the training.
         with self.clock.phase("decide"), preserve_state(self.signals.access.model):
             return self._decided(interval)
 
@@ -374,11 +269,11 @@ class Controller:
         ctx = self._context(interval, self.config.selector)
         pool = self.space.all_rows()
         selection = None
-        if self.narrows and interval.kind == "dynamic":
-            pool = self._pool(ctx)
+        if self.selects_subset and interval.kind == "dynamic":
+            pool, note = self._pool(ctx)
             selection = self._select(pool, ctx)
-            if self.seen is not None and self.seen.note:
-                selection = replace(selection, reason=f"{selection.reason}; {self.seen.note}")
+            if note:
+                selection = replace(selection, reason=f"{selection.reason}; {note}")
         rows, proportions, reason = self._lay_out(ctx, pool, selection)
         self.signals.end()
         whole_steps = len(rows) // self.shape.global_batch
@@ -402,12 +297,12 @@ class Controller:
             trace={"reason": reason},
         )
         comm.agree(f"plan of interval {interval.index}", plan.digest())
-        if self.seen is not None:
-            self.seen.mark(plan.rows)
+        if self._unplanned is not None:
+            self._unplanned[rows[rows >= 0]] = False
         total = time.perf_counter() - started
         self.clock.move(self.signals.seconds, "signals")
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
-        self._record(plan, pool, selection, proportions, reason, phases)
+        self._record(plan, pool, selection, proportions, phases)
         return plan
 
     def _context(self, interval: Interval, method: MethodConfig | None) -> Context:
@@ -439,7 +334,7 @@ class Controller:
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        wanted = self._wanted(ctx.interval, len(pool) if self.seen is None else self._pool_sizes()[1])
+        wanted = self._wanted(ctx.interval, len(pool) if self._unplanned is None else self._pool_sizes[1])
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
@@ -449,37 +344,42 @@ class Controller:
         ratio, mixes = self.config.keep_ratio, self.mixer is not None
         return wanted_rows(interval, self.shape.global_batch, pool_size, ratio, mixes)
 
-    def _pool_sizes(self) -> tuple[int, int]:
-        """Return the rows drawn for a pool, and those left once they are screened; shares are of all rows."""
-        options = self.config.signals
-        return pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
+    def _pool(self, ctx: Context) -> tuple[Rows, str]:
+        """Return the rows that a selector is given, ascending, and a note for the record.
 
-    def _pool(self, ctx: Context) -> Rows:
-        """Return the rows that a selector is given, ascending: all, the unseen, candidates, or a drawn share."""
+        They are all rows, those of no plan yet, candidates, or a drawn share.
+        """
         if self.candidates is not None:
-            return self.candidates.pool(ctx.interval)
-        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes()
-        if self.seen is not None:
-            rows = self.seen.unseen(self._wanted(ctx.interval, left))
+            return self.candidates.pool(ctx.interval), ""
+        rows, (drawn, left), note = self.space.all_rows(), self._pool_sizes, ""
+        if self._unplanned is not None:
+            wanted = self._wanted(ctx.interval, left)
+            usable = int((self._unplanned & (self.space.supervised > 0)).sum())
+            if usable < wanted and not self._unplanned.all():
+                note = f"{usable:,} rows are unseen and {wanted:,} are wanted: every row is in the pool again"
+                logger.info("exclude_seen: %s", note)
+                self._unplanned[:] = True
+            rows = np.flatnonzero(self._unplanned).astype(np.int64)
         elif len(self._earlier):
             rows = self._unserved(rows, ctx.interval)
         if drawn < len(rows):
             rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=drawn, replace=False))
         if left < len(rows):
             if self.config.signals.screen_by == "pilot":
-                return piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
-            rows = screened(rows, left / len(rows), self.signals, ctx.targets)
-        return rows
+                rows = piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
+            else:
+                rows = screened(rows, left / len(rows), self.signals, ctx.targets)
+        return rows, note
 
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
         """Leave out what a cut interval served already, where whole it would have served no row twice."""
         whole = self.schedule.interval(interval.start_step)
-        sizes = self._pool_sizes()[1]
-        once = self._wanted(whole, sizes) == whole.steps * self.shape.global_batch
+        size = self._pool_sizes[1]
+        once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
         if self.mixer is not None or not once or len(np.unique(self._earlier)) < len(self._earlier):
             return rows
         left = np.setdiff1d(rows, self._earlier)
-        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, sizes)
+        enough = int((self.space.supervised[left] > 0).sum()) >= self._wanted(interval, size)
         return left if enough else rows
 
     def _lay_out(
@@ -495,9 +395,9 @@ class Controller:
             shares = self.space.domains.sequence_proportions(proportions, self.config.unit)
             self.proportions = shares
             if self.sampler is not None:
-                start = interval.start_step * batch
-                step, go_on = interval.start_step, self._cut(interval)
-                self.sampler.append(shares, start=start, decided_at_step=step, reason=why, go_on=go_on)
+                step = interval.start_step
+                rest = step != self.schedule.interval(step).start_step
+                self.sampler.append(shares, start=step * batch, decided_at_step=step, reason=why, go_on=rest)
                 rows = self.sampler.draw(total, whole=batch)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
@@ -510,24 +410,23 @@ class Controller:
                     seed=self.seed,
                     repeat=self.config.repeat,
                     shuffle=self.shape.shuffle,
-                    earlier=self._earlier if len(self._earlier) else None,
+                    earlier=self._earlier,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
             order = stream(self.seed, "order", interval.index) if self.shape.shuffle else None
-            rows = spread(selection.rows, interval.steps, batch, order, self._repeats(), pool_rows=len(pool))
+            # With keep_ratio copies are meant: it says how much of the pool is served, however long the interval is.
+            repeat = self.config.repeat or self.config.keep_ratio is not None
+            rows = spread(selection.rows, interval.steps, batch, order, repeat, pool_rows=len(pool))
             return rows, None, "; ".join(reasons)
-        if self.narrows:
+        if self.selects_subset:
             rows = warmup_rows(self.space.all_rows(), interval, batch, self.seed, self._earlier)
             return rows, None, "warm-up: uniform"
-        rows = epoch_stream(self.space.all_rows(), interval, self.layout, self.seed, self.shape.shuffle)
+        rows = epoch_stream(self.space.all_rows(), interval, self.shape, self.seed)
         return rows, None, "every row, epoch by epoch"
 
     def proportions_at(self, step: int) -> NDArray[np.float64]:
-        """Return the proportions of sequences under which a step of the plan in progress was drawn [K].
-
-        Those that the mixer set, or what domains at their caps have left of them.
-        """
+        """Return the proportions of sequences under which a step of the plan in progress was drawn, caps heeded [K]."""
         if self.sampler is not None:
             first = step * self.shape.global_batch
             for segment in reversed(self.sampler.segments):
@@ -535,32 +434,28 @@ class Controller:
                     return segment.proportions
         return self.proportions
 
-    def _repeats(self) -> bool:
-        # keep_ratio says how much of the pool is served, however long the interval is: copies are meant.
-        return self.config.repeat or self.config.keep_ratio is not None
-
     def _mix(self, ctx: Context) -> tuple[NDArray[np.float64], str]:
         assert self.mixer is not None
         asked = replace(ctx, targets=self.config.mixer.targets if self.config.mixer else ())
         if ctx.interval.kind == "warmup" and self.initial is not None:
-            if self.mixer.observes:  # it learns already, and has to know the domains for that
+            if self.mixer.observes:  # it learns from the first step on, and must know the domains
                 self.mixer.mix(asked)
             return self.initial, "warm-up: initial proportions"
         mix = self.mixer.mix(asked)
         proportions = check_mix(self.mixer, mix, self.space.domains.names)
-        served = apply_min_proportion(proportions, self.floors)
-        if served is proportions:
+        raised = apply_min_proportion(proportions, self.floors)
+        if raised is proportions:
             return proportions, mix.reason
-        low = [self.space.domains.names[k] for k in np.flatnonzero(served > proportions)]
+        low = [self.space.domains.names[k] for k in np.flatnonzero(raised > proportions)]
         told = ", ".join(low[:8]) + (f", {len(low) - 8} more" if len(low) > 8 else "")
-        return served, f"{mix.reason}; raised to min_proportion: {told}"
+        return raised, f"{mix.reason}; raised to min_proportion: {told}"
 
     def _fill(self, interval: Interval) -> Rows:
         """Return the rows that even out short steps over ranks; only whole epochs have short steps."""
-        if not self.ragged:
+        if self.mixer is not None or self.selects_subset:
             return np.zeros(0, dtype=np.int64)
         whole = self.schedule.interval(interval.start_step)  # the rest of a cut one is filled as it would have been
-        return epoch_fill(self.space.all_rows(), whole, self.layout, self.seed, self.shape.shuffle)
+        return epoch_fill(self.space.all_rows(), whole, self.shape, self.seed)
 
     def _record(
         self,
@@ -568,14 +463,11 @@ class Controller:
         pool: Rows,
         selection: Selection | None,
         proportions: NDArray[np.float64] | None,
-        reason: str,
         seconds: dict[str, float],
     ) -> None:
-        names = self.space.domains.names
-        served = plan.rows[plan.rows >= 0]
-        counts = dict(zip(names, self.space.domains.counts(served).tolist(), strict=True))
+        names, reason = self.space.domains.names, plan.trace["reason"]
+        counts = dict(zip(names, self.space.domains.counts(plan.rows).tolist(), strict=True))
         self.recorder.planned(
-            interval=plan.interval,
             seconds=seconds,
             reason=reason,
             domain_counts=counts,
@@ -586,14 +478,14 @@ class Controller:
         )
         told = plan.interval.kind == "dynamic" or plan.interval.index == 0
         if told and thinned(plan.interval.index, _LOGGED_INTERVALS):
-            top = sorted(counts.items(), key=lambda item: -item[1])[:4]
+            top, total = sorted(counts.items(), key=lambda item: -item[1])[:4], sum(counts.values())
             logger.info(
                 "interval %d (steps %d to %d): %d rows; %s%s",
                 plan.interval.index,
                 plan.interval.start_step,
                 plan.interval.stop_step,
-                len(served),
-                ", ".join(f"{name} {count / max(len(served), 1):.1%}" for name, count in top),
+                total,
+                ", ".join(f"{name} {count / total:.1%}" for name, count in top),
                 f"; {reason}" if reason else "",
             )
 
@@ -609,16 +501,16 @@ class Controller:
         deciding = spent.get("signals", 0.0) + spent.get("decide", 0.0)
         told = {"interval": float(self.plan.interval.index), "decide_seconds": deciding}
         names = self.space.domains.names
-        if len(names) > _LOGGED_DOMAINS:  # hundreds of curves help nobody; the record holds them all
+        if len(names) > _LOGGED_DOMAINS:  # the record holds them all
             return told
-        self.served.count(self.plan, step)
+        self.totals.count(self.plan, step)
         if self._shares is None or self._shares[0] is not self.plan:
             counts = self.space.domains.counts(self.plan.rows)
             self._shares = self.plan, counts / max(counts.sum(), 1)
         columns = {
             "mix": self._shares[1],
-            "tokens": self.served.tokens,
-            "epochs": self.served.rows / self.space.domains.num_rows,
+            "tokens": self.totals.tokens,
+            "epochs": self.totals.rows / self.space.domains.num_rows,
         }
         if self.mixer is not None:
             columns["nominal"] = self.proportions
@@ -631,43 +523,28 @@ class Controller:
         return {
             "selector": check_state(self.selector) if self.selector else {},
             "mixer": check_state(self.mixer) if self.mixer else {},
-            "sampler": self.sampler.state_dict() if self.sampler else {},
-            "signals": self.signals.state_dict(),
-            "seen": self.seen.state_dict() if self.seen else {},
-            "repeats": self.repeats.state_dict() if self.repeats else {},
+            **{key: part.state_dict() for key, part in self._parts().items()},
             "ends_at": self.ends_at,
             "limits": self.sampler.limits if self.sampler else None,
+            "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
             "proportions": self.proportions,
-            "served": self.served.state_dict(),
         }
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what else has a state, by its key in the checkpoint."""
+        parts = {"sampler": self.sampler, "signals": self.signals, "repeats": self.repeats, "totals": self.totals}
+        return {key: part for key, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        if self.selector:
-            self.selector.load_state_dict(state["selector"])
-        if self.mixer:
-            self.mixer.load_state_dict(state["mixer"])
-        if self.sampler:
-            self.sampler.load_state_dict(state["sampler"])
-        self.signals.load_state_dict(state["signals"])
-        if self.seen and state.get("seen"):
-            self.seen.load_state_dict(state["seen"])
-        if self.repeats and state.get("repeats"):
-            self.repeats.load_state_dict(state["repeats"])
-        # Where the data end follows from the caps: with others, the next decision finds it anew.
+        for key, part in {"selector": self.selector, "mixer": self.mixer, **self._parts()}.items():
+            if part is not None:
+                part.load_state_dict(state[key])
+        # Where the data end follows from the caps: with others, the next decision finds it again.
         capped = self.sampler is not None and self.config.at_cap == "stop"
-        same = capped and np.array_equal(state.get("limits", ()), self.sampler.limits if self.sampler else ())
-        self.ends_at = state["ends_at"] if same else None
-        self._earlier = np.asarray(state.get("earlier", ()), dtype=np.int64)
-        if (
-            self.sampler
-            and self.plan
-            and self.sampler.position != self.plan.interval.stop_step * self.plan.global_batch
-        ):
-            raise CheckpointError(
-                "resume: the checkpoint was written by an earlier version of DataFlex after the data had run out "
-                "(at_cap: stop), and no step can follow it. Resume from an earlier checkpoint of the run."
-            )
-        self.proportions = np.asarray(state["proportions"], dtype=np.float64)
-        self.served.load_state_dict(state["served"])
+        same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
+        self.ends_at = state["ends_at"] if capped and same else None
+        self._earlier, self.proportions = state["earlier"], state["proportions"]
+        if self._unplanned is not None:
+            self._unplanned = np.unpackbits(state["unplanned"], count=self.space.num_rows).astype(np.bool_)

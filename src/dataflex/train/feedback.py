@@ -1,11 +1,9 @@
-"""What a step tells: losses by domain for mixers and the log, warnings about noise, and weights as they were given."""
+"""Statistics of steps: losses by domain for mixers and the log, warnings about noise, and weights of sequences."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,21 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.errors import ComponentError
 from dataflex.method import Rows, State
-from dataflex.plan.domains import SUMS, Domains
+from dataflex.plan.domains import SUMS, Domains, Floats
 from dataflex.signals.texts import row_texts
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 10  # rows of largest and of smallest weight in the record
+_CHARACTERS = 400
+_UPDATES = 5
+_DEVIATIONS = 3.0
+_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+_PENDING = 64
 
 
 class DomainSums:
-    """Sums of one optimizer step.
-
-    Args:
-        num_domains: K.
-    """
+    """Sums over the micro-batches of one optimizer step for each of ``num_domains`` domains."""
 
     def __init__(self, num_domains: int) -> None:
         self._num_domains = num_domains
@@ -37,15 +40,8 @@ class DomainSums:
         domains_R: NDArray[np.int64],
         reference_RT: torch.Tensor | None = None,
     ) -> None:
-        """Take in one micro-batch of this rank.
-
-        Args:
-            loss_RT: Plain token losses, detached, 0 where ``mask_RT`` is False.
-            mask_RT: Supervised positions.
-            domains_R: Domain of each row.
-            reference_RT: Token losses of the reference model, 0 where ``mask_RT`` is False.
-        """
-        loss = loss_RT.detach().double()
+        """Add one micro-batch of this rank: token losses and those of the reference, 0 where ``mask_RT`` is False."""
+        loss = loss_RT.double()
         tokens = mask_RT.sum(dim=1).double()
         columns = [loss.sum(dim=1)]
         if reference_RT is None:
@@ -61,20 +57,11 @@ class DomainSums:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, device: torch.device) -> NDArray[np.float64]:
-        """Return the sums over all ranks [len(SUMS), K] and start anew (collective)."""
-        sums = self._sums
+        """Return the sums over all ranks [len(SUMS), K] and start again at 0 (collective)."""
+        sums, self._sums = self._sums, None
         if sums is None:
             sums = torch.zeros(len(SUMS), self._num_domains, dtype=torch.float64, device=device)
-        self._sums = None
         return comm.gather_sum(sums).cpu().numpy()
-
-
-logger = logging.getLogger(__name__)
-
-Floats = NDArray[np.float64]
-
-_UPDATES = 5
-_DEVIATIONS = 3.0
 
 
 def outlying(loss_K: Floats) -> NDArray[np.bool_]:
@@ -88,12 +75,9 @@ def outlying(loss_K: Floats) -> NDArray[np.bool_]:
 
 
 class NoiseWatch:
-    """Warns once of each domain that is outlying at five updates in a row that raise its weight.
+    """Warns once of each domain [K] that is outlying at five updates in a row that raise its weight.
 
-    Kept in memory only: a resumed run counts anew.
-
-    Args:
-        names: Names of the domains [K].
+    Kept in memory only: a resumed run counts from 0.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -104,12 +88,10 @@ class NoiseWatch:
         self._loss, self._tokens = np.zeros(len(names)), np.zeros(len(names))
 
     def step(self, loss_sum: Floats, tokens: Floats, weights: Floats) -> list[str]:
-        """Take in one optimizer step and return the domains to be told about, which are logged too.
+        """Add one optimizer step and return the domains for which a warning was logged.
 
-        Args:
-            loss_sum: Sum of plain token losses by domain [K].
-            tokens: Supervised tokens by domain [K].
-            weights: The domains' proportions, or their weights in the loss, of this step [K].
+        ``loss_sum`` and ``tokens`` are sums by domain [K]; ``weights`` the domains' proportions, or weights in the loss
+        [K].
         """
         before, self._weights = self._weights, weights.copy()
         found: list[str] = []
@@ -123,7 +105,7 @@ class NoiseWatch:
                 logger.warning(
                     "domain %r: its loss of %.3g nats per token is far above the other domains' (more than the median "
                     "and %g median absolute deviations) and its weight rose %d times in a row, to %.3g. If it is noise "
-                    "(logs, encoded data), the mixer runs after it: leave it out, cap it (max_epochs), or use a "
+                    "(logs, encoded data), the mixer should not follow it: leave it out, cap it (max_epochs), or use a "
                     "mixer with a reference or target losses",
                     self._names[k],
                     mean[k],
@@ -136,17 +118,10 @@ class NoiseWatch:
         return found
 
 
-_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
-_PENDING = 64
-
-
 class WeightStats:
     """Effective sample size, quantiles and the largest weight since the last ``read``, over all ranks.
 
-    ESS = (sum w)^2 / sum w^2 over the sequences.
-
-    Args:
-        name: Name of the weighter, for messages.
+    ESS = (sum w)^2 / sum w^2 over the sequences. ``name`` is the weighter's, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -154,23 +129,16 @@ class WeightStats:
         self._sequences: list[torch.Tensor] = []
         self._range: torch.Tensor | None = None
 
-    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor | None = None) -> None:
-        """Take in the weights of one micro-batch.
+    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor) -> None:
+        """Add the weights of one micro-batch: [B, 1] by sequence, or [R, T] by position.
 
-        They are checked here at once on a CPU, and at the next ``read`` on an accelerator, where
-        looking at a value would make the device wait.
-
-        Args:
-            weights: [B, 1] by sequence, or [R, T] by position.
-            by_sequence: Mean weight of each sequence [B]; the mean of each row of ``weights`` if left out.
-
-        Raises:
-            ComponentError: A weight is negative or not finite.
+        ``by_sequence`` is the mean weight of each sequence [B]. A negative or infinite weight raises ComponentError
+        here on a CPU, and at the next ``read`` on an accelerator, where looking at a value would make the device wait.
         """
         w = weights.detach()
         span = torch.stack([w.min(), -w.max()]) if w.numel() else w.new_zeros(2)
         self._range = span if self._range is None else torch.minimum(self._range, span)
-        self._sequences.append((w.mean(dim=1) if by_sequence is None else by_sequence.detach()).float())
+        self._sequences.append(by_sequence.detach().float())
         if len(self._sequences) > _PENDING:
             self._sequences = [torch.cat(self._sequences)]
         if w.device.type == "cpu":
@@ -183,16 +151,22 @@ class WeightStats:
             raise ComponentError(f"weighter {self._name!r} returned negative or non-finite weights")
         return largest
 
+    def _gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return range and weights of the sequences over all ranks (collective)."""
+        assert self._range is not None
+        span = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
+        return span, comm.gather_rows(torch.cat(self._sequences))[0]
+
     def read(self) -> dict[str, float]:
-        """Return ``weight_ess`` (share of the sequences, 0 to 1), quantiles and ``weight_max``, and start anew.
+        """Return ``weight_ess`` (share of the sequences, 0 to 1), quantiles and ``weight_max``, and start again.
 
         Collective. Raises ComponentError as ``add`` does.
         """
         if self._range is None:
             return {}
-        self._range = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
+        self._range, sequences = self._gathered()
         largest = self._check()
-        w = comm.gather_rows(torch.cat(self._sequences))[0].double().cpu().numpy()
+        w = sequences.double().cpu().numpy()
         self._sequences, self._range = [], None
         if not len(w):
             return {}
@@ -202,33 +176,22 @@ class WeightStats:
         return {**told, "weight_max": largest}
 
     def since_read(self) -> State:
-        """Return what was added on all ranks since the last ``read`` (collective); nothing where nothing was."""
+        """Return what was added on all ranks since the last ``read`` (collective); empty if nothing was."""
         if self._range is None:
             return {}
-        spans = comm.gather_rows(self._range[None], equal=True)[0].amin(dim=0)
-        weights = comm.gather_rows(torch.cat(self._sequences))[0]
-        return {"range": spans.double().cpu().numpy(), "weights": weights.cpu().numpy()}
+        span, weights = self._gathered()
+        return {"range": span.double().cpu().numpy(), "weights": weights.cpu().numpy()}
 
     def restore(self, state: State, device: torch.device) -> None:
         """Take back what ``since_read`` gave: rank 0 holds all of it."""
-        if not state:
-            return
-        weights = state["weights"] if comm.rank() == 0 else state["weights"][:0]
-        self._range = torch.tensor(state["range"], device=device, dtype=torch.float64)
-        self._sequences = [torch.tensor(weights, device=device)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeighedRow:
-    """A row with its mean weight, and how many of its sequences were weighed."""
-
-    row: int
-    weight: float
-    times: int
+        if state:
+            weights = state["weights"] if comm.rank() == 0 else state["weights"][:0]
+            self._range = torch.tensor(state["range"], device=device, dtype=torch.float64)
+            self._sequences = [torch.tensor(weights, device=device)]
 
 
 class RowWeights:
-    """Mean weight of each row that was weighed, as the runs goes on; one rank's rows are a sample of all."""
+    """Mean weight of each row that was weighed so far; one rank's rows are a sample of all."""
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, dtype=np.int64)
@@ -237,7 +200,7 @@ class RowWeights:
         self._pending: list[tuple[Rows, torch.Tensor]] = []
 
     def add(self, rows_B: Rows, weights_B: torch.Tensor) -> None:
-        """Take in the weights of one micro-batch's sequences."""
+        """Add the weights of one micro-batch's sequences."""
         self._pending.append((rows_B, weights_B.detach()))
         if len(self._pending) >= _PENDING:
             self._settle()
@@ -255,19 +218,22 @@ class RowWeights:
         self._sums = np.asarray(np.bincount(place, weights=sums, minlength=len(self._rows)), dtype=np.float64)
         self._counts = np.bincount(place, weights=counts, minlength=len(self._rows)).astype(np.int64)
 
-    def extremes(self, most: int) -> tuple[list[WeighedRow], list[WeighedRow]]:
-        """Return up to ``most`` rows of the largest mean weight, and as many of the smallest, ties by row id."""
+    def extremes(self, most: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return up to ``most`` rows of the largest mean weight, and as many of the smallest, ties by row id.
+
+        Each as ``row``, ``weight`` (its mean) and ``times`` (the number of its sequences that were weighed).
+        """
         self._settle()
         means = self._sums / np.maximum(self._counts, 1)
-        order = np.argsort(-means, kind="stable")
-        most = min(most, len(order) // 2) if len(order) > 1 else len(order)
+        most = min(most, len(means) // 2) if len(means) > 1 else len(means)
 
-        def told(places: NDArray[np.int64]) -> list[WeighedRow]:
+        def first(keys: Floats) -> list[dict[str, Any]]:
+            places = np.argsort(keys, kind="stable")[:most]
             return [
-                WeighedRow(row=int(self._rows[i]), weight=float(means[i]), times=int(self._counts[i])) for i in places
+                {"row": int(self._rows[i]), "weight": float(means[i]), "times": int(self._counts[i])} for i in places
             ]
 
-        return told(order[:most]), told(np.argsort(means, kind="stable")[:most])
+        return first(-means), first(means)
 
     def __len__(self) -> int:
         self._settle()
@@ -279,40 +245,24 @@ class RowWeights:
         return {"rows": self._rows, "sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave; nothing where the checkpoint has none."""
+        """Take back what ``state_dict`` gave, on rank 0 of the run that wrote it."""
         self._pending = []
         if state:
-            self._rows = np.asarray(state["rows"], dtype=np.int64)
-            self._sums = np.asarray(state["sums"], dtype=np.float64)
-            self._counts = np.asarray(state["counts"], dtype=np.int64)
-
-
-SAMPLES = 10
-"""How many rows the record holds of each kind."""
-
-_CHARACTERS = 400
+            self._rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
 
 
 def describe_rows(
-    weighed: Sequence[WeighedRow], dataset: Any, tokenizer: Any, domains: Domains
+    weighed: list[dict[str, Any]], dataset: Any, tokenizer: Any, domains: Domains
 ) -> list[dict[str, Any]]:
-    """Return ``row``, ``weight``, ``times``, ``domain`` and ``text`` of each row.
-
-    Args:
-        weighed: Rows and their mean weights.
-        dataset: The tokenized training set.
-        tokenizer: Turns tokens into text.
-        domains: Domains of the training rows.
-    """
-    rows = np.array([item.row for item in weighed], dtype=np.int64)
+    """Return rows of ``RowWeights.extremes`` with the ``domain`` and the shortened ``text`` of each."""
+    rows = np.array([item["row"] for item in weighed], dtype=np.int64)
     prompts = row_texts(dataset, rows, tokenizer, "prompt") if len(rows) else []
     answers = row_texts(dataset, rows, tokenizer, "completion") if len(rows) else []
     described = []
     for item, prompt, answer in zip(weighed, prompts, answers, strict=True):
         half = _CHARACTERS // 2 if prompt else 0  # a long prompt must not hide the answer, which is weighed
         text = f"{_cut(prompt, half)} => {_cut(answer, half)}" if prompt else _cut(answer, _CHARACTERS)
-        name = domains.names[int(domains.domain_of[item.row])]
-        described.append({"row": item.row, "weight": item.weight, "times": item.times, "domain": name, "text": text})
+        described.append({**item, "domain": domains.names[int(domains.domain_of[item["row"]])], "text": text})
     return described
 
 

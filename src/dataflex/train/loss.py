@@ -1,17 +1,17 @@
 """The training loss: token losses, weights of sequences, tokens and domains, and an explicit denominator.
 
-Every reweighting passes through ``weighted_loss``; no other module multiplies losses. Definitions
-follow Z = weight_sum | num_tokens | num_sequences of ``method.Weighter``. With unit weights under ``weight_sum``
-and ``num_tokens`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
+Every reweighting passes through ``weighted_loss``; no other module multiplies losses. The denominators
+``weight_sum``, ``num_tokens`` and ``num_sequences`` are those of ``method.Weighter``. With unit weights under
+``weight_sum`` and ``num_tokens`` the value and the gradient are the stock Trainer's, bit for bit: the gradient of a sum
 of unit-weighted token losses is that of ``cross_entropy(reduction="sum")``, and the reported value
-is corrected for the order of summation. What mixers observe are the plain losses.
+is corrected for the order of summation. Mixers observe the plain losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dataflex import comm
 from dataflex.errors import ComponentError, UnsupportedError
 from dataflex.method import BatchView, DomainWeighter, Mixer, Normalizer, Requires, Rows, State, Weighter
-from dataflex.plan.domains import SUMS, Domains, DomainStats
+from dataflex.plan.domains import SUMS, Domains, DomainStats, Floats
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.validate import check_loss_weights, check_static_weights, check_weights
 from dataflex.sequences import Sequences
@@ -31,40 +31,28 @@ from dataflex.signals.losses import document_ids, token_cross_entropy
 from dataflex.train.feedback import DomainSums, NoiseWatch, RowWeights, WeightStats
 from dataflex.train.loader import ROWS
 
+if TYPE_CHECKING:
+    from dataflex.train.reference import ReferenceLosses
+
 IGNORE_INDEX = -100
+_LOGGED_DOMAINS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """Token losses of one micro-batch of R rows.
+    """Token losses of one micro-batch of R rows."""
 
-    Attributes:
-        loss_BT: Cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False.
-        mask_BT: Positions whose next token is supervised.
-        plain_sum: Detached sum, added up in the order of ``cross_entropy(reduction="sum")``.
-        entropy_BT: Entropy of each prediction in nats, 0 where ``mask_BT`` is False; None if not asked for.
-    """
-
-    loss_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    plain_sum: torch.Tensor
-    entropy_BT: torch.Tensor | None = None
-
-
-def row_sequences(rows: Rows) -> Sequences:
-    """Return the rows of a micro-batch as its sequences."""
-    return Sequences(rows_B=rows)
+    loss_BT: torch.Tensor  # cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False
+    mask_BT: torch.Tensor  # positions whose next token is supervised
+    plain_sum: torch.Tensor  # detached sum, added up in the order of ``cross_entropy(reduction="sum")``
+    entropy_BT: torch.Tensor | None = None  # entropy of each prediction in nats; None if not asked for
 
 
 def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
     """Return the documents with a supervised token as the sequences of a packed micro-batch.
 
-    A position predicts the token after it and belongs to that token's document.
-
-    Args:
-        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
-        mask_BT: Positions whose next token is supervised.
-        rows: Row ids of the micro-batch [R].
+    ``documents_BT`` are those of ``signals.losses.document_ids``. A position predicts the token after it and belongs to
+    that token's document.
     """
     predicted = F.pad(documents_BT[:, 1:], (0, 1), value=0).clamp(min=0)
     width = int(predicted.max()) + 1 if predicted.numel() else 1
@@ -93,29 +81,18 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = 
 
 
 def sample_means(
-    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences | None = None
+    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token-mean losses [B] (0 without supervised tokens) and supervised tokens [B]."""
-    if sequences is None or sequences.index_BT is None:
-        tokens_B = mask_BT.sum(dim=1)
-        return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
     tokens_B = sequences.sums(mask_BT.long())
     return sequences.sums(loss_BT) / tokens_B.clamp(min=1), tokens_B
 
 
-def batch_view(
-    losses: TokenLosses,
-    sequences: Sequences,
-    *,
-    domains_B: NDArray[np.int64],
-    step: int,
-    total_steps: int,
-    num_micro_batches: int = 1,
-    reference_BT: torch.Tensor | None = None,
-    embeddings_BH: torch.Tensor | None = None,
-    columns: Mapping[str, NDArray[Any]] | None = None,
-) -> BatchView:
-    """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
+def batch_view(losses: TokenLosses, sequences: Sequences, **rest: Any) -> BatchView:
+    """Return what a weighter sees of a micro-batch; gathers losses of sequences over the ranks (collective).
+
+    ``rest`` are the fields of ``BatchView`` that do not follow from the losses.
+    """
     loss_BT = losses.loss_BT.detach()
     loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT, sequences)
     # Plans give every rank as many rows in a micro-batch, but packed rows hold any number of documents.
@@ -123,7 +100,6 @@ def batch_view(
     both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1), equal=equal)
     return BatchView(
         rows_B=sequences.rows_B,
-        domains_B=domains_B,
         loss_B=loss_B,
         tokens_B=tokens_B,
         loss_BT=loss_BT,
@@ -131,22 +107,16 @@ def batch_view(
         loss_M=both[:, 0],
         tokens_M=both[:, 1].to(torch.int64),
         local=local,
-        step=step,
-        total_steps=total_steps,
-        num_micro_batches=num_micro_batches,
         sequence_BT=sequences.index_BT,
-        reference_BT=reference_BT,
         entropy_BT=losses.entropy_BT,
-        embeddings_BH=embeddings_BH,
-        columns=columns or {},
+        **rest,
     )
 
 
 def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:
     """Return weights as fp32 [B, 1] by sequence or [R, T] by position, on the device of the losses.
 
-    Raises:
-        ComponentError: Wrong shape. Values are checked by ``WeightStats``.
+    Wrong shapes raise ComponentError; ``WeightStats`` checks the values.
     """
     count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
     check_weights(weighter, weights, [(count,), shape])
@@ -155,15 +125,9 @@ def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequ
 
 
 def micro_batch_scale(losses: TokenLosses, weights: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """Return what makes the weights of the micro-batch of all ranks 1 in the mean over its tokens (collective).
+    """Return the float64 factor by which the weights ``checked`` have mean 1 over the tokens of the micro-batch.
 
-    Args:
-        losses: Token losses of this rank's part.
-        weights: [B, 1] or [R, T], from ``checked``.
-        sequences: Which sequence each position belongs to.
-
-    Returns:
-        float64 scalar; 0 where all weights are.
+    Of all ranks (collective); 0 where all weights are 0.
     """
     if weights.shape[1] == 1:
         weights = sequences.spread(weights[:, 0])
@@ -188,13 +152,13 @@ def weighted_loss(
     Args:
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
-        sequences: Which sequence each position belongs to.
+        sequences: Sequence of each position.
         normalizer: ``weight_sum``, ``num_tokens`` or ``num_sequences``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
-        step_scale: For ``weight_sum``: what makes the weights 1 in the mean, num_items / sum(w * tokens) over
+        step_scale: For ``weight_sum``: factor by which the weights have mean 1, num_items / sum(w * tokens) over
             the step where they are known beforehand, else ``micro_batch_scale``.
-        replicas: Factor that the caller does not apply itself (1 when it multiplies by the ranks).
+        replicas: Number of ranks, unless the caller multiplies by it.
     """
     loss_BT, mask_BT = losses.loss_BT, losses.mask_BT
     if normalizer == "num_sequences":
@@ -215,16 +179,10 @@ def weighted_loss(
     return weighted / torch.as_tensor(num_items, device=weighted.device).clamp(min=1)
 
 
-Floats = NDArray[np.float64]
-
-
 class DomainWeights:
-    """How much the domains count in the loss.
+    """How much the domains count in the loss, according to a mixer that weighs it.
 
-    Args:
-        mixer: A mixer that weighs the loss.
-        domains: Domains of the training rows.
-        over_ranks: Whether the step's denominator counts tokens over all ranks.
+    ``over_ranks``: whether the step's denominator counts tokens over all ranks.
     """
 
     def __init__(self, mixer: DomainWeighter, domains: Domains, *, over_ranks: bool) -> None:
@@ -232,11 +190,7 @@ class DomainWeights:
         self._by_domain: Floats | None = None
 
     def given(self) -> Floats:
-        """Return the mixer's weights as they are now [K].
-
-        Raises:
-            ComponentError: They are no numbers >= 0 by domain.
-        """
+        """Return the mixer's present weights [K]."""
         return check_loss_weights(self._mixer, len(self._domains.names))
 
     @property
@@ -245,17 +199,10 @@ class DomainWeights:
         return self._mixer.loss_normalizer == "domain"
 
     def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, normalizer: Normalizer) -> None:
-        """Take the weights of the coming step from the mixer (collective).
-
-        Args:
-            batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
-            num_items: Supervised tokens of the step, as the loop counts them.
-            device: Where collectives work.
-            normalizer: The denominator of the step.
-        """
+        """Take the weights of the coming step from the mixer (collective); see ``Reweighter.begin_step``."""
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
-            tokens_K = self._tokens(batches, device, predicted_tokens)
+            tokens_K = self._tokens(batches, device, lambda labels: counted_tokens(labels[:, 1:]))
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
         elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, device, counted_tokens))
@@ -272,8 +219,7 @@ class DomainWeights:
             counts.index_add_(0, which, count(batch["labels"]).cpu())
         if self._over_ranks:
             counts = comm.gather_sum(counts.to(device)).cpu()
-        found: Floats = counts.numpy()
-        return found
+        return np.asarray(counts.numpy())
 
     def of(self, rows: Rows) -> Floats:
         """Return the weights of rows in this step [len(rows)]."""
@@ -298,23 +244,10 @@ def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
     return labels.ne(IGNORE_INDEX).sum(dim=1).double()
 
 
-def predicted_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Return tokens per row [R] that have a loss (the first place has none)."""
-    return labels[:, 1:].ne(IGNORE_INDEX).sum(dim=1).double()
-
-
 def embedded(
     hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: Embedding
 ) -> torch.Tensor:
-    """Return a vector for each sequence, fp32 [B, D], without gradient; zeros where there is nothing to pool.
-
-    Args:
-        hidden_RTD: Hidden states of the micro-batch.
-        batch: The collated micro-batch, with ``labels``.
-        mask_RT: Positions whose next token is supervised.
-        sequences: Rows, or the documents of packed rows that have a supervised token.
-        spec: How to pool.
-    """
+    """Return a pooled vector for each sequence, fp32 [B, D], without gradient; zeros where there is nothing to pool."""
     hidden = hidden_RTD.detach()
     if sequences.index_BT is None:
         return pool(hidden, batch.get("attention_mask"), batch["labels"], spec).nan_to_num()
@@ -331,53 +264,12 @@ def embedded(
     return out.nan_to_num()
 
 
-_LOGGED_DOMAINS = 32
-
-
-class References(Protocol):
-    """Token losses of a reference model for the rows in training."""
-
-    def cover(self, rows: Rows, *, last: bool = False) -> None:
-        """Get ready for these rows, the last ones or not (collective)."""
-        ...
-
-    def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Return fp32 [R, T], 0 where ``mask_BT`` is False."""
-        ...
-
-    def state_dict(self) -> State:
-        """Everything that a resumed run needs."""
-        ...
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """The optimizer step begun: its place in the run, and what its losses are divided by."""
-
-    index: int
-    total: int
-    num_items: Any
-    num_micro: int
-    device: torch.device
-
-
 class Reweighter:
-    """Turns token losses of micro-batches into the weighted loss and adds them up by domain.
+    """Turns token losses of micro-batches into the weighted loss and sums them by domain.
 
-    Args:
-        weighter: The method, or None for equal weights.
-        mixer: A mixer that observes or weighs domains in the loss, or None.
-        columns: Raw columns by name, each [N].
-        domains: Domains of the training rows.
-        over_ranks: Whether the Trainer counts tokens over all ranks and multiplies by their number
-            (``average_tokens_across_devices``).
-        world: Number of ranks.
-        packed: Whether rows hold several documents, which are then the sequences.
-        reference: Losses of the reference model, where a method needs them.
+    Without a weighter weights are equal; a mixer is given that observes or weighs domains in the loss. ``columns`` are
+    [N] each. ``over_ranks``: the loop counts tokens over all ranks and multiplies by their number
+    (``average_tokens_across_devices``). ``packed``: rows hold several documents, which are then the sequences.
     """
 
     def __init__(
@@ -390,50 +282,52 @@ class Reweighter:
         over_ranks: bool,
         world: int,
         packed: bool = False,
-        reference: References | None = None,
+        reference: ReferenceLosses | None = None,
     ) -> None:
-        if weighter is not None and isinstance(mixer, DomainWeighter) and mixer.loss_normalizer == "domain":
+        domain_weighter = mixer if isinstance(mixer, DomainWeighter) else None
+        if weighter is not None and domain_weighter is not None and domain_weighter.loss_normalizer == "domain":
             raise UnsupportedError(
-                f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
+                f"the {domain_weighter.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
             )
-        self.weighter, self.mixer = weighter, mixer
-        self._needs = Requires() if weighter is None else weighter.requires()
-        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
-        self.stats = None if weighter is None else WeightStats(weighter.name)
-        self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
-        self._plain: torch.Tensor | None = None
-        self.reference = reference
-        self._covered: DataPlan | None = None
+        self.weighter, self.mixer, self.reference = weighter, mixer, reference
         self._columns, self._domains = columns, domains
         self._over_ranks, self._world, self._packed = over_ranks, world, packed
+        self._needs = Requires() if weighter is None else weighter.requires()
+        self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self._domain_weights = (
-            DomainWeights(mixer, domains, over_ranks=over_ranks) if isinstance(mixer, DomainWeighter) else None
+            None if domain_weighter is None else DomainWeights(domain_weighter, domains, over_ranks=over_ranks)
         )
-        self._step: _Step
+        self.stats = None if weighter is None else WeightStats(weighter.name)
+        self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
+        self._covered: DataPlan | None = None
+        # of the step begun
+        self._index, self._total, self._num_micro = 0, 0, 0
+        self._num_items: Any = None
+        self._device = torch.device("cpu")
         self._acts = False
         self._scale: torch.Tensor | None = None
         self._sums = DomainSums(len(domains.names))
+        # since the last log
+        self._plain: torch.Tensor | None = None
         self._logged = np.zeros((len(SUMS), len(domains.names)))
-        # A mixer with a reference looks at what can be learned: the weights of noise do not rise.
-        blind = mixer is not None and mixer.observes and not self._mixer_compares and comm.rank() == 0
+        # Mixers without a reference may follow noise: with one, what cannot be learned has no excess loss.
+        blind = self.observes and not self._mixer_compares and comm.rank() == 0
         self._noise = NoiseWatch(domains.names) if blind else None
 
     @property
     def observes(self) -> bool:
-        """Whether a mixer wants to know what each step made of the domains."""
+        """Whether a mixer is given the losses of the domains after each step."""
         return self.mixer is not None and self.mixer.observes
 
-    def compares_from(self, total_steps: int) -> int:
+    def _compares_from(self, total_steps: int) -> int:
         """Return the first optimizer step whose losses are compared with the reference's."""
-        if self._mixer_compares:
-            return 0
-        return 0 if self.weighter is None else self.weighter.burn_in(total_steps)
+        return 0 if self._mixer_compares or self.weighter is None else self.weighter.burn_in(total_steps)
 
     def cover(self, plan: DataPlan, total_steps: int) -> None:
         """Tell the reference the rows of a new plan that are compared with it (collective)."""
         if self.reference is None or plan is self._covered:
             return
-        first = max(self.compares_from(total_steps) - plan.interval.start_step, 0)
+        first = max(self._compares_from(total_steps) - plan.interval.start_step, 0)
         rows = plan.rows[first * plan.global_batch :]
         # A short step of several ranks is evened out by rows from elsewhere.
         filled = plan.fill[: plan.global_batch if self._world > 1 and (rows < 0).any() else 0]
@@ -446,16 +340,13 @@ class Reweighter:
         return self._needs.embedding
 
     def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, *, index: int, total: int) -> None:
-        """Find what is known of the step's weights before its forward passes (collective).
+        """Begin optimizer step ``index`` of ``total``: find what is known of its weights beforehand (collective).
 
-        Args:
-            batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
-            num_items: Supervised tokens of the step, as the loop counts them.
-            device: Where collectives work.
-            index: Optimizer step, counted from 0.
-            total: Optimizer steps of the run.
+        ``batches`` are the collated micro-batches of this rank, with ``labels`` and ``ROWS``; ``num_items`` the
+        supervised tokens of the step, as the loop counts them.
         """
-        self._step = _Step(index=index, total=total, num_items=num_items, num_micro=len(batches), device=device)
+        self._index, self._total, self._num_micro = index, total, len(batches)
+        self._num_items, self._device = num_items, device
         self._acts = self.weighter is not None and self.weighter.active(index, total)
         self._scale = None
         domain_weights = self._domain_weights
@@ -486,12 +377,7 @@ class Reweighter:
         return "weight_sum" if by_weight else "num_tokens"
 
     def check_known(self, rows: Rows) -> None:
-        """Look at the weights that are known from the rows alone, so that a bad one does not wait for its row's step.
-
-        Raises:
-            ComponentError: A weight that is negative or not finite.
-            DataError: As the weighter tells it.
-        """
+        """Check the weights known from the rows alone before training; ComponentError if one is no number >= 0."""
         known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
         if self.weighter is None or known is None:
             return
@@ -510,15 +396,12 @@ class Reweighter:
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
-        Args:
-            batch: The collated micro-batch, with ``labels`` [R, T] and ``ROWS`` [R].
-            logits: [R, T, V].
-            hidden: Hidden states [R, T, D] of the layer that ``embedding`` names.
+        ``logits`` are [R, T, V], ``hidden`` the hidden states [R, T, D] of the layer that ``embedding`` names.
         """
-        step, rows = self._step, batch[ROWS]
+        rows = batch[ROWS]
         weighter = self.weighter if self._acts else None
         losses = token_losses(logits, batch["labels"], entropy=weighter is not None and self._needs.entropy)
-        compares = step.index >= self.compares_from(step.total)
+        compares = self._index >= self._compares_from(self._total)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:
             domains_R = self._domains.domain_of[rows].astype(np.int64)
@@ -539,8 +422,8 @@ class Reweighter:
             weights,
             sequences=sequences,
             normalizer=self._normalizer,
-            num_items=step.num_items,
-            num_micro_batches=step.num_micro,
+            num_items=self._num_items,
+            num_micro_batches=self._num_micro,
             step_scale=scale,
             replicas=1 if self._over_ranks else self._world,
         )
@@ -553,33 +436,34 @@ class Reweighter:
         hidden: torch.Tensor | None,
         reference: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Sequences, float]:
-        """Return the weighter's weights, whose sequences they are of, and what an equal weight is among them."""
+        """Return the weighter's weights, the sequences that they are of, and the value of an equal weight."""
         rows = batch[ROWS]
-        sequences = row_sequences(rows)
+        sequences = Sequences(rows_B=rows)
         if weighter is None:
             return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
         if (known := self._known(rows)) is not None:
             return checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
         if self._packed:
             sequences = document_sequences(document_ids(batch), losses.mask_BT, rows)
-        seen = batch_view(
+        embeddings = None
+        if hidden is not None:
+            embeddings = embedded(hidden, batch, losses.mask_BT, sequences, self.embedding)
+        view = batch_view(
             losses,
             sequences,
             domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
-            step=self._step.index,
-            total_steps=self._step.total,
-            num_micro_batches=self._step.num_micro,
+            step=self._index,
+            total_steps=self._total,
+            num_micro_batches=self._num_micro,
             reference_BT=reference,
-            embeddings_BH=None
-            if hidden is None
-            else embedded(hidden, batch, losses.mask_BT, sequences, self.embedding),
+            embeddings_BH=embeddings,
             columns=self._columns,
         )
-        equal = 1.0 / max(len(seen.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
-        return checked(weighter.weigh(seen), weighter, losses, sequences), sequences, equal
+        equal = 1.0 / max(len(view.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
+        return checked(weighter.weigh(view), weighter, losses, sequences), sequences, equal
 
     def _note(self, relative: torch.Tensor, losses: TokenLosses, sequences: Sequences) -> None:
-        """Keep weights for the log and the report, relative to equal ones."""
+        """Add weights to those of the log and the report, relative to equal ones."""
         by_sequence = relative[:, 0]
         if relative.shape[1] > 1 or len(relative) != len(sequences.rows_B):
             tokens_B = sequences.sums(losses.mask_BT.to(relative.dtype))
@@ -590,16 +474,12 @@ class Reweighter:
             self.row_weights.add(sequences.rows_B, by_sequence)
 
     def end_step(self, proportions: NDArray[np.float64], learning_rate: float) -> None:
-        """Tell the mixer what the step made of the domains (collective).
+        """Give the mixer the losses of the domains in the step (collective).
 
-        Args:
-            proportions: Proportions of sequences under which the step was drawn [K].
-            learning_rate: Of the step.
+        ``proportions`` of sequences [K] are those under which the step was drawn.
         """
-        if not self.observes:
-            return
         assert self.mixer is not None
-        sums = self._sums.take(self._step.device)
+        sums = self._sums.take(self._device)
         self._logged += sums
         if self._noise is not None:
             weights = proportions if self._domain_weights is None else self._domain_weights.given()
@@ -608,15 +488,15 @@ class Reweighter:
             DomainStats.of(
                 sums,
                 names=self._domains.names,
-                step=self._step.index,
-                total_steps=self._step.total,
+                step=self._index,
+                total_steps=self._total,
                 proportions=proportions,
                 learning_rate=learning_rate,
             )
         )
 
     def since_log(self) -> State:
-        """Return what ``scalars`` has yet to tell, over all ranks (collective)."""
+        """Return what was summed up since the last ``scalars``, over all ranks (collective)."""
         return {
             "weights": {} if self.stats is None else self.stats.since_read(),
             "plain": [] if self._plain is None else comm.gather_sum(self._plain).tolist(),
@@ -655,20 +535,12 @@ class Reweighter:
         return scalars
 
 
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-
-
 def balance_loss(outputs: Any, config: Any) -> torch.Tensor | None:
-    """Return what a model adds to its loss for balanced routers, as it would; None where it adds nothing.
-
-    Args:
-        outputs: Output of the model.
-        config: Its configuration; for a model of several modes, that of its language part is looked at.
-    """
+    """Return the term for balanced routers that a model of this configuration adds to its own loss, or None."""
     balance: Any = getattr(outputs, "aux_loss", None)
-    if not torch.is_tensor(balance):  # 0 where the routers are not looked at
+    if not torch.is_tensor(balance):  # 0 without router logits
         return None
     text = config.get_text_config()
-    coefficient: float = next((getattr(text, name) for name in _COEFFICIENTS if hasattr(text, name)), 0.0)
-    found: torch.Tensor = coefficient * balance
-    return found
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    coefficient: float = next((getattr(text, name) for name in names if hasattr(text, name)), 0.0)
+    return balance * coefficient

@@ -1,7 +1,7 @@
-"""The training row space: which rows there are, which domain each belongs to, and a fingerprint of all that.
+"""The training row space: the rows, their domains, and a fingerprint of every token and label.
 
-Row ids are positions in the tokenized training set. A saved plan is only meaningful together with the
-row space that it was made for, hence the fingerprint: a hash of every token and label, by source.
+Row ids are positions in the tokenized training set. A saved plan is valid only for the row space that it was made for,
+which the fingerprint identifies.
 """
 
 from __future__ import annotations
@@ -19,45 +19,38 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.domains import Domains
+from dataflex.signals.model_access import Corpus
 
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("input_ids", "chosen_input_ids")
 _LABEL_COLUMNS = ("labels", "chosen_labels")
-_HASHED = (
-    "input_ids",
-    "labels",
-    "chosen_input_ids",
-    "chosen_labels",
-    "rejected_input_ids",
-    "rejected_labels",
-    "kl_input_ids",
-    "kto_tags",
-)
+_HASHED = (*TOKEN_COLUMNS, *_LABEL_COLUMNS, "rejected_input_ids", "rejected_labels", "kl_input_ids", "kto_tags")
 _CHUNK_ROWS = 20_000
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What one pass over a tokenized data set tells.
-
-    Attributes:
-        lengths: Tokens of each row [N].
-        supervised: Supervised tokens of each row [N].
-        fingerprint: Hash of all tokens and labels, 16 hex digits.
-    """
+    """Lengths and supervised tokens of each row [N], and a hash of all tokens and labels (16 hex digits)."""
 
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
     fingerprint: str
 
 
-def flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def _flat(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return row offsets [n + 1] and flattened values of a list column."""
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     values = array.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(zero_copy_only=False)
     return offsets - offsets[0], values
+
+
+def _sums(offsets: NDArray[np.int64], values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the sum of each row's values [n]."""
+    running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return running[offsets[1:]] - running[offsets[:-1]]
 
 
 def measure(dataset: Any) -> Measures:
@@ -77,7 +70,7 @@ def measure(dataset: Any) -> Measures:
             if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
                 digest.update(np.asarray(column.to_pylist(), dtype=np.int64).tobytes())
                 continue
-            offsets, values = flat(column)
+            offsets, values = _flat(column)
             digest.update(np.ascontiguousarray(offsets).tobytes())
             digest.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
             if name == tokens:
@@ -85,8 +78,7 @@ def measure(dataset: Any) -> Measures:
                 if labels is None:
                     supervised.append(np.diff(offsets))
             elif name == labels:
-                running = np.concatenate([[0], np.cumsum(values != -100)])
-                supervised.append(running[offsets[1:]] - running[offsets[:-1]])
+                supervised.append(_sums(offsets, values != -100))
     empty = np.zeros(0, dtype=np.int64)
     return Measures(
         lengths=np.concatenate([empty, *lengths]),
@@ -96,7 +88,7 @@ def measure(dataset: Any) -> Measures:
 
 
 def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: str) -> str:
-    """Return the identity of rows: sizes of the sources, the source of each row [N], and the hash of their tokens."""
+    """Return a hash of the sizes of the sources, the source of each row [N], and the hash of their tokens."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr(sorted(sizes.items())).encode())
     digest.update(labels.tobytes())
@@ -104,58 +96,55 @@ def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: st
     return digest.hexdigest()
 
 
+def target_corpus(name: str, dataset: Any) -> Corpus:
+    """Measure a tokenized target data set, whose rows are never trained on; DataError if none is supervised."""
+    measures = measure(dataset)
+    if not (measures.supervised > 0).any():
+        raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")
+    return Corpus(dataset=dataset, lengths=measures.lengths, identity=measures.fingerprint)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TargetSpace:
-    """A tokenized target data set (rows that selection aims at), never trained on.
+class Leak:
+    """Rows that one target shares with the training pool."""
 
-    Attributes:
-        name: Data set name.
-        dataset: ``datasets.Dataset``.
-        lengths: Tokens of each row.
-        fingerprint: Hash of all tokens and labels.
-    """
+    target_rows: Rows  # rows of the target that lie in the pool, ascending
+    pool_rows: Rows  # training rows that are one of them, ascending
+    examples: tuple[tuple[int, int], ...]  # the first pairs of target row and training row
+    of: int  # number of rows of the target
 
-    name: str
-    dataset: Any
-    lengths: NDArray[np.int64]
-    fingerprint: str
+    @property
+    def num_rows(self) -> int:
+        """Rows of the target that lie in the pool."""
+        return len(self.target_rows)
 
-    @classmethod
-    def of(cls, name: str, dataset: Any) -> TargetSpace:
-        """Measure a tokenized target data set.
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form that goes into the record."""
+        return {
+            "target_rows": self.num_rows,
+            "of": self.of,
+            "training_rows": len(self.pool_rows),
+            "examples": [{"target_row": row, "training_row": pool_row} for row, pool_row in self.examples],
+        }
 
-        Raises:
-            DataError: None of its rows has a supervised token.
-        """
-        measures = measure(dataset)
-        if not (measures.supervised > 0).any():
-            raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")
-        return cls(name=name, dataset=dataset, lengths=measures.lengths, fingerprint=measures.fingerprint)
+    def tell(self) -> str:
+        """Return it as one line."""
+        pairs = ", ".join(f"row {row} = training row {pool_row}" for row, pool_row in self.examples)
+        return f"{self.num_rows:,} of its {self.of:,} rows also lie in the training pool ({pairs})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpace:
-    """The training rows as decisions see them.
+    """The training rows as decisions see them."""
 
-    Attributes:
-        dataset: Tokenized ``datasets.Dataset``, N rows.
-        sources: Rows of each data set, by name, before domains are formed.
-        domains: Domain of each row; by data set, or by ``domain_column``.
-        supervised: Supervised tokens of each row [N].
-        fingerprint: Identity of the whole.
-        columns: Raw columns that methods asked for, each [N].
-        targets: Target data sets by name.
-        leaks: Target rows that also lie in the training pool, by target, as ``Leak.describe`` gives them.
-    """
-
-    dataset: Any
-    sources: Mapping[str, int]
-    domains: Domains
-    supervised: NDArray[np.int64]
-    fingerprint: str
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    targets: Mapping[str, TargetSpace] = field(default_factory=dict)
-    leaks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    dataset: Any  # tokenized ``datasets.Dataset``, N rows
+    sources: Mapping[str, int]  # rows of each data set, by name, before domains are formed
+    domains: Domains  # domain of each row; by data set, or by ``domain_column``
+    supervised: NDArray[np.int64]  # supervised tokens of each row [N]
+    fingerprint: str  # identity of the whole
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # raw columns that methods asked for, each [N]
+    targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
+    leaks: Mapping[str, Leak] = field(default_factory=dict)  # target rows that also lie in the training pool, by target
 
     @classmethod
     def of(
@@ -166,13 +155,13 @@ class RowSpace:
         columns: Mapping[str, NDArray[Any]] | None = None,
         targets: Mapping[str, Any] | None = None,
     ) -> RowSpace:
-        """Measure tokenized rows, for a loop of one's own.
+        """Return the row space of tokenized rows, for a loop of one's own.
 
         Args:
             dataset: ``datasets.Dataset`` of N rows with ``input_ids`` and ``labels``.
             domains: Domain of each row [N]; None: all rows are of one.
             columns: Columns that methods ask for, each [N].
-            targets: Tokenized target data sets by name. Rows that also lie in the training set are warned about.
+            targets: Tokenized target data sets by name. A warning names their rows that also lie in the training set.
 
         Raises:
             DataError: No row has a supervised token.
@@ -191,18 +180,14 @@ class RowSpace:
             supervised=measures.supervised,
             fingerprint=fingerprint(sources, found.domain_of, measures.fingerprint),
             columns=columns or {},
-            targets={name: TargetSpace.of(name, rows) for name, rows in (targets or {}).items()},
-            leaks={name: leak.describe() for name, leak in leaks.items()},
+            targets={name: target_corpus(name, rows) for name, rows in (targets or {}).items()},
+            leaks=leaks,
         )
         space.check_supervised()
         return space
 
     def check_supervised(self) -> None:
-        """Warn about rows whose labels are fully masked.
-
-        Raises:
-            DataError: All are.
-        """
+        """Warn about rows whose labels are fully masked; DataError if all are."""
         masked = int((self.supervised == 0).sum())
         if masked == self.num_rows:
             raise DataError(
@@ -241,84 +226,40 @@ class RowSpace:
             "domains": dict(zip(self.domains.names, self.domains.num_rows.tolist(), strict=True)),
             "tokens": int(self.lengths.sum()),
             "rows_without_labels": int((self.supervised == 0).sum()),
-            **({"leaks": {name: dict(leak) for name, leak in self.leaks.items()}} if self.leaks else {}),
+            **({"leaks": {name: leak.describe() for name, leak in self.leaks.items()}} if self.leaks else {}),
         }
-
-
-_CHUNK_ROWS = 20_000
-_EXAMPLES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leak:
-    """What one target shares with the training pool.
-
-    Attributes:
-        target_rows: Rows of the target that lie in the pool, ascending.
-        pool_rows: Training rows that are one of them, ascending.
-        examples: The first pairs of target row and training row.
-        of: Rows of the target.
-    """
-
-    target_rows: Rows
-    pool_rows: Rows
-    examples: tuple[tuple[int, int], ...]
-    of: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the target that lie in the pool."""
-        return len(self.target_rows)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the JSON form that goes into the record."""
-        return {
-            "target_rows": self.num_rows,
-            "of": self.of,
-            "training_rows": len(self.pool_rows),
-            "examples": [{"target_row": row, "training_row": pool_row} for row, pool_row in self.examples],
-        }
-
-    def tell(self) -> str:
-        """Say it in one line."""
-        pairs = ", ".join(f"row {row} = training row {pool_row}" for row, pool_row in self.examples)
-        return f"{self.num_rows:,} of its {self.of:,} rows also lie in the training pool ({pairs})"
 
 
 def _chunks(dataset: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
     """Yield row offsets [n + 1] and token ids of a tokenized data set, in order."""
     name = next(name for name in TOKEN_COLUMNS if name in dataset.column_names)
     for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
-        yield flat(table.column(name))
+        yield _flat(table.column(name))
 
 
 def _keys(offsets: NDArray[np.int64], tokens: NDArray[Any]) -> NDArray[np.uint64]:
     """Return a number for each row that equal rows share: of its length and the sum of its token ids."""
-    running = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-    sums = (running[offsets[1:]] - running[offsets[:-1]]).astype(np.uint64)
-    return (np.diff(offsets).astype(np.uint64) << np.uint64(40)) ^ sums
+    return (np.diff(offsets).astype(np.uint64) << np.uint64(40)) ^ _sums(offsets, tokens).astype(np.uint64)
+
+
+def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> bytes:
+    return np.ascontiguousarray(tokens[offsets[row] : offsets[row + 1]], dtype=np.int64).tobytes()
 
 
 def find_leaks(train: Any, targets: Mapping[str, Any]) -> dict[str, Leak]:
-    """Return, for every target, which of its rows are training rows too.
-
-    Args:
-        train: Tokenized training set (``datasets.Dataset``).
-        targets: Tokenized targets by name.
-    """
+    """Return, for every target, which of its rows are training rows too; all data sets are tokenized."""
     if not targets:
         return {}
     held: dict[bytes, list[tuple[str, int]]] = {}
-    keys: list[NDArray[np.uint64]] = []
+    keys = [np.zeros(0, dtype=np.uint64)]
     sizes = dict.fromkeys(targets, 0)
     for name, dataset in targets.items():
         for offsets, tokens in _chunks(dataset):
             keys.append(_keys(offsets, tokens))
             for row in range(len(offsets) - 1):
-                content = _content(offsets, tokens, row)
-                held.setdefault(content, []).append((name, sizes[name] + row))
+                held.setdefault(_content(offsets, tokens, row), []).append((name, sizes[name] + row))
             sizes[name] += len(offsets) - 1
-    wanted = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.uint64)
+    wanted = np.unique(np.concatenate(keys))
     pairs: dict[str, list[tuple[int, int]]] = {name: [] for name in targets}
     start = 0
     for offsets, tokens in _chunks(train):
@@ -326,15 +267,13 @@ def find_leaks(train: Any, targets: Mapping[str, Any]) -> dict[str, Leak]:
             for name, target_row in held.get(_content(offsets, tokens, row), ()):
                 pairs[name].append((target_row, start + row))
         start += len(offsets) - 1
-    return {name: _leak(found, sizes[name]) for name, found in pairs.items()}
-
-
-def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> bytes:
-    return np.ascontiguousarray(tokens[offsets[row] : offsets[row + 1]], dtype=np.int64).tobytes()
-
-
-def _leak(pairs: list[tuple[int, int]], of: int) -> Leak:
-    rows = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return Leak(
-        target_rows=np.unique(rows[:, 0]), pool_rows=np.unique(rows[:, 1]), examples=tuple(pairs[:_EXAMPLES]), of=of
-    )
+    leaks = {}
+    for name, found in pairs.items():
+        rows = np.array(found, dtype=np.int64).reshape(-1, 2)
+        leaks[name] = Leak(
+            target_rows=np.unique(rows[:, 0]),
+            pool_rows=np.unique(rows[:, 1]),
+            examples=tuple(found[:_EXAMPLES]),
+            of=sizes[name],
+        )
+    return leaks

@@ -1,6 +1,6 @@
 """What a training loop talks to: it opens a session, asks for the batches and losses of each step, and ends it.
 
-A session knows no Trainer: ``Loop`` says what it has to know of the loop. ``llamafactory.trainer`` is the adapter
+A session imports no Trainer: ``Loop`` tells it about the loop. ``llamafactory.trainer`` is the adapter
 for the Hugging Face Trainer, ``examples/plain_loop.py`` a loop of one's own. All ranks make the same calls.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,12 @@ import torch
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
 from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
-from dataflex.config.schema import DynamicConfig, MethodConfig
-from dataflex.config.show import as_mapping
+from dataflex.config.schema import DynamicConfig
 from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
+from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
 from dataflex.plan.schedule import Schedule
 from dataflex.plan.validate import check_state
@@ -38,46 +39,34 @@ from dataflex.signals.runner import SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
-from dataflex.train.controller import BatchShape, Controller
+from dataflex.train.controller import Controller
 from dataflex.train.feedback import SAMPLES, describe_rows
-from dataflex.train.loader import ROWS, PlanFeed, micro_batches
+from dataflex.train.loader import PlanFeed
 from dataflex.train.loss import Reweighter, counted_tokens
 from dataflex.train.row_space import RowSpace
 from dataflex.version import versions
 
 logger = logging.getLogger(__name__)
 
-_PLAN_IDS = 2**20
-"""Ids planned at once when nothing adaptive asks for shorter intervals."""
-_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
-"""Phases that the closing event always names."""
+_PLAN_IDS = 2**20  # planned at once when no method asks for shorter intervals
+_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")  # phases that the closing event always names
+
 
 Collate = Callable[[list[dict[str, Any]]], Any]
 
 
 @dataclass(kw_only=True)
 class Setup:
-    """What a run is, filled in as it is built up.
+    """Description of a run, completed while it is built up."""
 
-    Attributes:
-        config: The dynamic block.
-        resolved: JSON form of the whole configuration, for the record.
-        stage: What is trained on: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``.
-        packed: Whether several samples share a row.
-        shuffle: Whether rows are shuffled, for adapters that make the batch shape.
-        space: The row space, once the data is loaded.
-        clock: Where the seconds of the run go.
-        recorder: The record, once it is open; on rank 0 only.
-    """
-
-    config: DynamicConfig
-    resolved: dict[str, Any]
-    stage: str
-    packed: bool = False
-    shuffle: bool = True
-    space: RowSpace | None = None
-    clock: PhaseClock = field(default_factory=PhaseClock)
-    recorder: RunRecorder = field(default_factory=NullRecorder)
+    config: DynamicConfig  # the dynamic block
+    resolved: dict[str, Any]  # JSON form of the whole configuration, for the record
+    stage: str  # stage of training: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``
+    packed: bool = False  # whether several samples share a row
+    shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
+    space: RowSpace | None = None  # the row space, once the data is loaded
+    clock: PhaseClock = field(default_factory=PhaseClock)  # seconds of the run by phase
+    recorder: RunRecorder = field(default_factory=NullRecorder)  # the record, once it is open; on rank 0 only
 
     @property
     def rows(self) -> RowSpace:
@@ -88,89 +77,47 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What a session has to know of the loop that it serves.
+    """What a session has to know of the loop that it serves."""
 
-    Attributes:
-        model: The model without wrappers (DDP, an engine).
-        optimizer: Gives the optimizer, which may be made later than the session.
-        learning_rate: Gives the learning rate of the step in progress.
-        collate: Turns features into a training batch, a mapping with ``labels``.
-        shape: How one optimizer step is cut up, and which rank this is.
-        total_steps: Optimizer steps of the run.
-        seed: Seed of all decisions unless the block has one.
-        device: Where the model is.
-        output_dir: Folder of the record and of what belongs to the run.
-        dataset: Features by row id; None: those of the row space.
-        score_collate: As ``collate`` for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``.
-        tokenizer: Turns tokens into text, for methods that read text.
-        autocast: Mixed-precision context of a forward pass.
-        score_rows: Rows of a scoring batch, if they are as long as the longest.
-        num_workers: Processes that collate.
-        pin_memory: Whether batches are put into pinned memory.
-        prefetch_factor: Batches that each process makes ahead.
-        sharding: What the parameters are partitioned by: DeepSpeed below ZeRO-3 is ``zero``.
-        release: Lets go of parameters that a scoring pass left gathered.
-        parallel: Sizes of other kinds of parallelism than over data, by name.
-        devices: Devices that this process trains on.
-        writes: Whether this rank writes checkpoints; None: rank 0 does.
-        counts_over_ranks: Whether a step's loss is divided by the tokens of all ranks, else by those of each rank.
-        averages: Whether gradients are averaged over ranks by the loop, as by DDP, and nothing makes up for that:
-            losses are multiplied by the number of ranks.
-        count_items: Counts the supervised tokens of a step's micro-batches; None: labels other than -100.
-    """
-
-    model: torch.nn.Module
-    optimizer: Callable[[], Any]
-    learning_rate: Callable[[], float]
-    collate: Collate
-    shape: BatchShape
-    total_steps: int
-    seed: int
-    device: torch.device
-    output_dir: Path
-    dataset: Any = None
-    score_collate: Collate | None = None
-    tokenizer: Any = None
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    score_rows: int = 8
-    num_workers: int = 0
-    pin_memory: bool = False
-    prefetch_factor: int | None = None
-    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"
-    release: Callable[[], None] = lambda: None
-    parallel: Mapping[str, int] = field(default_factory=dict)
-    devices: int = 1
-    writes: bool | None = None
-    counts_over_ranks: bool = True
+    model: torch.nn.Module  # the model without wrappers (DDP, an engine)
+    optimizer: Callable[[], Any]  # gives the optimizer, which may be made later than the session
+    learning_rate: Callable[[], float]  # gives the learning rate of the step in progress
+    collate: Collate  # turns features into a training batch, a mapping with ``labels``
+    shape: BatchShape  # micro-batches, accumulation and ranks of one optimizer step
+    total_steps: int  # optimizer steps of the run
+    seed: int  # seed of all decisions unless the block has one
+    device: torch.device  # device of the model
+    output_dir: Path  # folder of the record and of the run's files
+    dataset: Any = None  # features by row id; None: those of the row space
+    score_collate: Collate | None = None  # for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``
+    tokenizer: Any = None  # turns tokens into text, for methods that read text
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # mixed-precision context of a forward pass
+    score_rows: int = 8  # rows of a scoring batch, if they are as long as the longest
+    num_workers: int = 0  # processes that collate
+    pin_memory: bool = False  # whether batches are put into pinned memory
+    prefetch_factor: int | None = None  # batches that each process makes ahead
+    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"  # of the parameters; ``zero`` is below ZeRO-3
+    release: Callable[[], None] = lambda: None  # frees parameters that a scoring pass left gathered
+    parallel: Mapping[str, int] = field(default_factory=dict)  # sizes of other parallelism than over data, by name
+    devices: int = 1  # devices that this process trains on
+    writes: bool | None = None  # whether this rank writes checkpoints; None: rank 0 does
+    counts_over_ranks: bool = True  # whether a step's loss is divided by the tokens of all ranks, else of each rank
     averages: bool = True
-    count_items: Callable[[list[Any]], Any] | None = None
+    """Whether the loop averages gradients over ranks, as DDP does: the session then multiplies losses by the ranks."""
+    count_items: Callable[[list[Any]], Any] | None = None  # counts a step's tokens; None: labels other than -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The micro-batches of this rank for one optimizer step.
+    """The micro-batches of this rank for one optimizer step."""
 
-    Attributes:
-        index: Optimizer step, counted from 0.
-        batches: Collated micro-batches; each holds its row ids under ``loader.ROWS``.
-        num_items: Supervised tokens of the step.
-    """
-
-    index: int
-    batches: list[Any]
-    num_items: Any
-
-    @property
-    def rows(self) -> list[Rows]:
-        """Row ids of each micro-batch."""
-        return [batch[ROWS] for batch in self.batches]
+    index: int  # optimizer step, counted from 0
+    batches: list[Any]  # collated micro-batches; each holds its row ids under ``loader.ROWS``
+    num_items: Any  # supervised tokens of the step
 
 
 class Session:
     """One training run, as its loop sees it: ``prepare`` and ``start`` once, then step by step, ``finish`` at the end.
-
-    Args:
-        setup: What the run is.
 
     Raises:
         ConfigError: A method does not work under the stage.
@@ -178,16 +125,22 @@ class Session:
 
     def __init__(self, setup: Setup) -> None:
         config = setup.config
-        problems = list(unmet(config, RunFacts(stage=setup.stage)))
-        if problems:
+        if problems := [*unmet(config, RunFacts(stage=setup.stage))]:
             raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
-        self.selector, self.mixer, weighter = _build(config.selector), _build(config.mixer), _build(config.weighter)
+        built: list[Any] = [
+            None if method is None else method.build() for method in (config.selector, config.mixer, config.weighter)
+        ]
+        self.selector, self.mixer, weighter = built
         self.weighter = None if weighter is None or weighter.neutral else weighter
+        told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
+        self._told_mixer: Mixer | None = self.mixer if told else None
+        self.weighs = self.weighter is not None or told
+        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
         self.since_log: dict[str, Any] | None = None
-        """What a resumed checkpoint tells of the steps since the last log."""
+        """Sums since the last log, from the checkpoint that the run resumed."""
         self.loop: Loop
         self.controller: Controller
         self.feed: PlanFeed | None = None
@@ -213,8 +166,8 @@ class Session:
         Args:
             block: The ``dynamic`` block: a selector, mixer or weighter, and when they decide.
             rows: The training rows, see ``RowSpace.of``.
-            loop: What the session has to know of the loop.
-            stage: What is trained on; its language-model losses must be those of ``pt`` or ``sft`` for weighters.
+            loop: The loop.
+            stage: Stage of training; weighters need the language-model losses of ``pt`` or ``sft``.
             packed: Whether several samples share a row.
             base_dir: Folder in which the plugins of the block are looked up.
 
@@ -230,40 +183,28 @@ class Session:
 
     # -- before training ------------------------------------------------------------------------
 
-    @property
-    def weighs(self) -> bool:
-        """Whether the training loss must come from ``loss``: it is weighed, or a mixer looks at it."""
-        return self.weighter is not None or self._told_mixer is not None
-
-    @property
-    def _told_mixer(self) -> Mixer | None:
-        """The mixer, if it is told what each step makes of the domains, or weighs them in the loss."""
-        mixer = self.mixer
-        return mixer if mixer is not None and (mixer.observes or isinstance(mixer, DomainWeighter)) else None
-
     def micro_batches_per_epoch(self, shape: BatchShape) -> int:
         """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
-        layout = shape.layout(self.setup.rows.num_rows)
-        full_steps = self.mixer is not None or (self.selector is not None and self.selector.selects_subset)
-        micro = layout.steps_per_epoch * shape.accumulation if full_steps else layout.micro_batches_per_epoch
-        return max(micro, 1)
+        num_rows = self.setup.rows.num_rows
+        if self.mixer is not None or (self.selector is not None and self.selector.selects_subset):
+            return shape.steps_per_epoch(num_rows) * shape.accumulation
+        return shape.micro_batches_per_epoch(num_rows)
 
     def prepare(self, loop: Loop) -> None:
-        """Check what the loop is, and build what decides, serves and weighs (collective).
+        """Check the loop and build controller, loader and loss (collective).
 
         Raises:
             UnsupportedError: A kind of parallelism or a batch shape that cannot be served.
             ConfigError: The block asks for what these rows and steps do not give.
         """
         setup, config, shape, space = self.setup, self.config, loop.shape, self.setup.rows
-        refuse_unsupported(loop, config)
-        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps)
-        lacking = list(unmet(config, facts))
-        if lacking:
-            raise ConfigError(lacking)
+        columns = {"rows": {*space.columns, config.domain_column or ""}}
+        facts = RunFacts(num_domains=len(space.domains.names), total_steps=loop.total_steps, columns=columns)
+        refuse_unsupported(loop, config, facts)
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
+        self._writes = comm.rank() == 0 if loop.writes is None else loop.writes
         self._loss = Reweighter(
             self.weighter,
             self._told_mixer,
@@ -292,15 +233,7 @@ class Session:
             mixer=self.mixer,
             clock=setup.clock,
         )
-        self._identity = Identity.of(
-            config,
-            space,
-            setup.resolved,
-            micro=shape.micro_batch_size,
-            accumulation=shape.accumulation,
-            world=shape.world,
-            seed=seed,
-        )
+        self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         self.feed = PlanFeed(
             _dataset(setup, loop),
             loop.collate,
@@ -313,11 +246,11 @@ class Session:
             self._loss.reference = _open_reference(setup, loop, self.controller.signals.access)
 
     def start(self, checkpoint: Path | str | None = None, step: int | None = None) -> int:
-        """Begin, or take back the plan and the states of a checkpoint; open the record (collective).
+        """Begin, or load the plan and the states of a checkpoint; open the record (collective).
 
         Args:
             checkpoint: Folder that ``checkpoint`` wrote, or None.
-            step: Optimizer steps done, where the loop knows; None: as the checkpoint tells.
+            step: Optimizer steps done; None: those of the checkpoint.
 
         Returns:
             The optimizer step to go on with.
@@ -336,26 +269,26 @@ class Session:
         if folder is not None and self.config.resume_plan == "ignore":
             self.controller.decided = saved.decisions(folder)
         elif folder is not None:
-            self._take_back(folder)
+            self._load(folder)
         self._open_record(folder, step)
         self.clock.switch("train")
         return step
 
-    def _take_back(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
         self.controller.plan, state = saved.load(folder, self._identity)
         self.controller.load_state_dict(state["controller"])
         loss = self._loss
         if loss.weighter is not None:
             loss.weighter.load_state_dict(state["weighter"])
             if loss.row_weights is not None:
-                loss.row_weights.load_state_dict(state.get("row_weights") or {})
+                loss.row_weights.load_state_dict(state["row_weights"])
         if loss.reference is not None:
-            loss.reference.load_state_dict(state.get("reference") or {})
+            loss.reference.load_state_dict(state["reference"])
         self.clock.before = {key: float(value) for key, value in state["seconds"].items()}
-        self.since_log = state.get("since_log")
+        self.since_log = state["since_log"]
 
     def _open_record(self, resumed: Path | None, step: int) -> None:
-        """Take the run's id from the checkpoint or make one, the same on all ranks, and open the record."""
+        """Open the record under the run's id, which is that of the checkpoint or new, and equal on all ranks."""
         output_dir, controller = self.loop.output_dir, self.controller
         found = ("", False)
         if comm.rank() == 0:
@@ -401,7 +334,12 @@ class Session:
             with self.clock.phase("reference"):
                 loss.cover(plan, self.total_steps)
         batches = self.feed.step(plan, index)
-        num_items = self._count(batches) if loop.count_items is None else loop.count_items(batches)
+        if loop.count_items is not None:
+            num_items = loop.count_items(batches)
+        else:
+            num_items = torch.stack([counted_tokens(batch["labels"]).sum() for batch in batches]).sum()
+            if loop.counts_over_ranks:
+                num_items = comm.gather_sum(num_items.to(loop.device))
         if loss.weighter is not None and loss.weighter.active(index, self.total_steps):
             self.controller.prepare(loss.weighter, index)
         if self.weighs or loop.count_items is None:
@@ -412,7 +350,7 @@ class Session:
     def rows(self, index: int) -> list[Rows] | None:
         """Return the row ids of this rank's micro-batches of a step, for loops that make batches by themselves."""
         plan = self._plan(index)
-        return None if plan is None else micro_batches(plan, self.loop.shape, index)
+        return None if plan is None else plan.shard(index, self.loop.shape)
 
     def _plan(self, index: int) -> Any:
         controller = self.controller
@@ -422,13 +360,9 @@ class Session:
                 self.total_steps = min(self.total_steps, controller.ends_at)
         return plan if index < self.total_steps else None
 
-    def _count(self, batches: list[Any]) -> torch.Tensor:
-        items = torch.stack([counted_tokens(batch["labels"]).sum() for batch in batches]).sum()
-        return comm.gather_sum(items.to(self.loop.device)) if self.loop.counts_over_ranks else items
-
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Be entered around the forward pass of a micro-batch: hidden states that a weighter asks for are kept."""
+        """Enter this around the forward pass of a micro-batch; it keeps hidden states that a weighter asks for."""
         spec = self._loss.embedding
         if spec is None:
             yield
@@ -450,7 +384,7 @@ class Session:
         return loss * self.loop.shape.world if self.loop.averages else loss
 
     def end_step(self) -> None:
-        """Tell the mixer what the step made of the domains, before the learning rate changes (collective)."""
+        """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
         if self._loss.observes:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)
@@ -481,24 +415,17 @@ class Session:
             self.save(Path(folder), step)
         self.seal_checkpoint(step)
 
-    @property
-    def _writes(self) -> bool:
-        return comm.rank() == 0 if self.loop.writes is None else self.loop.writes
-
     def begin_checkpoint(self, folder: Path) -> None:
-        """Make an empty folder before any rank writes into it (collective)."""
+        """Empty the folder before any rank writes into it (collective)."""
         self._unsealed = (folder, self.clock.spent().get("checkpoint", 0.0))
         if self._writes:
             checkpoints.begin(folder)
         comm.barrier()
 
     def save(self, folder: Path, step: int, since_log: Mapping[str, Any] | None = None) -> None:
-        """Write plan and states into a checkpoint's folder (collective).
+        """Write plan and states after ``step`` optimizer steps into a checkpoint's folder (collective).
 
-        Args:
-            folder: The checkpoint.
-            step: Optimizer steps done.
-            since_log: What the loop summed up since its last log.
+        ``since_log`` is what the loop summed up since its last log.
         """
         loss = self._loss
         summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
@@ -557,7 +484,7 @@ class Session:
             self.feed.close()
 
     def _write_outcome(self, *, ended: bool = False) -> None:
-        """Write the proportions that a mixer has found so far, if it looks for any; at the end tell what is wrong."""
+        """Write the proportions that a mixer has found so far, if it gives any; at the end log its warning."""
         found = None if self.mixer is None else self.mixer.outcome()
         if found is not None:
             write_proportions(self.loop.output_dir / checkpoints.FOLDER / f"{self.mixer.name}.json", found)
@@ -565,7 +492,7 @@ class Session:
                 logger.warning("%s: %s", self.mixer.name, found.details["warning"])
 
     def _write_weights(self, step: int) -> None:
-        """Write the rows that weighed most and least so far, with their text, if any were weighed."""
+        """Write the rows of largest and smallest weight so far, with their text, if any were weighed."""
         weighed = self._loss.row_weights
         if weighed is None or not len(weighed):
             return
@@ -578,16 +505,11 @@ def _dataset(setup: Setup, loop: Loop) -> Any:
     return setup.rows.dataset if loop.dataset is None else loop.dataset
 
 
-def _build(config: MethodConfig | None) -> Any:
-    """Return the method that a configuration names, or None."""
-    return None if config is None else config.build()
-
-
 def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
     """Return the runner of signals about the loop's model and the set-up's rows."""
     space, options = setup.rows, setup.config.signals
     longest = max(
-        int(space.lengths.max(initial=1)), *(int(target.lengths.max()) for target in space.targets.values()), 1
+        int(corpus.max(initial=1)) for corpus in (space.lengths, *(t.lengths for t in space.targets.values()))
     )
     access = ModelAccess(
         model=loop.model,
@@ -597,10 +519,7 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         # Never more than a batch of the longest rows, which training must bear too.
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
         train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
-        targets={
-            name: Corpus(dataset=target.dataset, lengths=target.lengths, identity=target.fingerprint)
-            for name, target in space.targets.items()
-        },
+        targets=space.targets,
         seed=seed,
         tokenizer=loop.tokenizer,
         optimizer=loop.optimizer,
@@ -642,35 +561,19 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         rows=space.num_rows,
         steps=loop.total_steps,
     )
-    losses = ReferenceLosses.open(
-        reference.folder,
-        dataset=access.train.dataset,
-        lengths=space.lengths,
-        fingerprint=space.fingerprint,
-        collate=access.collate,
-        tokenizer=access.tokenizer,
-        device=access.device,
-        token_budget=access.token_budget,
-        autocast=access.autocast,
-        store=loop.output_dir / checkpoints.FOLDER / "reference",
-        cache=reference.cached,
-        whole=forecast.serves_all_again,
-    )
+    store, whole = loop.output_dir / checkpoints.FOLDER / "reference", forecast.serves_all_again
     with setup.clock.phase("reference"):
-        losses.begin()
-    return losses
+        return ReferenceLosses(reference.folder, access, store=store, cached=reference.cached, whole=whole)
 
 
-def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
-    """Refuse kinds of parallelism that plans or methods cannot serve, and ranks that nobody can gather over.
+def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
+    """Raise UnsupportedError for parallelism or ranks that plans cannot serve, and ConfigError for lacks of methods.
 
-    Raises:
-        UnsupportedError: With the reason.
+    A method may require more than ``facts``, and whole parameters of the loop, give.
     """
-    if loop.sharding in ("zero3", "fsdp"):
-        lacking = list(unmet(config, RunFacts(partitioned="DeepSpeed ZeRO-3 or FSDP")))
-        if lacking:
-            raise UnsupportedError("\n".join(lacking))
+    partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
+    if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
+        raise ConfigError(lacking)
     for what, size in loop.parallel.items():
         if size > 1:
             raise UnsupportedError(f"{what} parallelism of size {size}: only data-parallel ranks are supported")
@@ -683,17 +586,10 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig) -> None:
         )
 
 
-def freeze_gates(model: torch.nn.Module) -> int:
-    """Freeze the routers of a mixture-of-experts model and return how many parameters that were.
-
-    Raises:
-        UnsupportedError: The model has no router.
-    """
-    frozen = 0
-    for name, parameter in model.named_parameters():
-        if {"gate", "router"} & set(name.split(".")):
-            parameter.requires_grad = False
-            frozen += 1
-    if not frozen:
+def freeze_gates(model: torch.nn.Module) -> None:
+    """Freeze the routers of a mixture-of-experts model; UnsupportedError if it has none."""
+    routers = [p for name, p in model.named_parameters() if {"gate", "router"} & set(name.split("."))]
+    if not routers:
         raise UnsupportedError("freeze_gate: the model has no router (a module named 'gate' or 'router')")
-    return frozen
+    for parameter in routers:
+        parameter.requires_grad = False

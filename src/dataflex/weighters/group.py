@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import CheckpointError, ComponentError
-from dataflex.method import BatchView, Card, Context, Normalizer, Requires, Rows, Weighter, WeighterParams, param
+from dataflex.errors import CheckpointError
+from dataflex.method import BatchView, Card, Context, Requires, Rows, Weighter, WeighterParams, param
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated
 
@@ -31,14 +31,7 @@ if TYPE_CHECKING:
 
 
 def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
-    """Return the weight of each domain [K], with a mean of one over the training rows.
-
-    Args:
-        rows: Training rows of each domain, at least 1 [K].
-        strategy: ``inverse_frequency`` or ``class_balanced``.
-        power: Exponent of the inverse frequency; 0 is equal weights.
-        beta: 0 is equal weights, towards 1 it becomes the inverse frequency.
-    """
+    """Return the weight of each domain [K], with a mean of one over the training rows; ``rows`` of each, 1 or more."""
     sizes = np.asarray(rows, dtype=np.float64)
     if strategy == "inverse_frequency":
         raw = sizes**-power
@@ -60,8 +53,6 @@ class GroupWeighter(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        """Parameters of the group weighter."""
-
         strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = param(
             "inverse_frequency", "what a domain's weight follows from"
         )
@@ -75,35 +66,33 @@ class GroupWeighter(Weighter):
                 raise ValueError("beta: must be below 1")
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return Requires(domains=2, stages=("pt", "sft"))
+    domains: tuple[str, ...] = ()
+    log_weights: Floats = np.zeros(0)
+    """Logarithms of q [K], under ``group_dro``."""
+    _sizes: NDArray[np.integer] | None = None
+    """Number of training rows of each domain [K]; None before ``prepare``."""
+    _known: NDArray[np.float32] | None = None
+    """Weight of every training row [N]; None under ``group_dro``, and before ``prepare``."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.normalizer: Normalizer = "num_sequences" if params.strategy == "group_dro" else "weight_sum"
-        self.domains: tuple[str, ...] = ()
-        self.log_weights: Floats = np.zeros(0)
-        """Logarithms of q [K], under ``group_dro``."""
-        self._sizes = np.zeros(0, dtype=np.int64)
-        self._domain_of: NDArray[np.integer] | None = None
+        if params.strategy == "group_dro":
+            self.normalizer = "num_sequences"
+
+    def requires(self) -> Requires:
+        return Requires(domains=2, stages=("pt", "sft"))
 
     def due(self, step: int) -> bool:
-        """Whether the domains are not known yet."""
-        return self._domain_of is None
+        return self._sizes is None
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Note the domains.
-
-        Raises:
-            CheckpointError: Saved weights are of other domains.
-        """
-        names = ctx.domains.names
-        self._sizes, self._domain_of = np.asarray(ctx.domains.num_rows), ctx.domains.domain_of
-        if self.params.strategy != "group_dro":
-            return
-        if not self.domains:
+        """Note the domains, and refuse saved weights of other ones."""
+        names, p = ctx.domains.names, self.params
+        self._sizes = np.asarray(ctx.domains.num_rows)
+        if p.strategy != "group_dro":
+            by_domain = domain_weights(self._sizes, p.strategy, power=p.power, beta=p.beta)
+            self._known = by_domain[ctx.domains.domain_of].astype(np.float32)
+        elif not self.domains:
             self.domains, self.log_weights = names, np.full(len(names), -np.log(len(names)))
         elif self.domains != names:
             raise CheckpointError(
@@ -112,29 +101,15 @@ class GroupWeighter(Weighter):
             )
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
-        """Return the weights of ``rows`` [len(rows)]; None under ``group_dro``, or before ``prepare``."""
-        if self._domain_of is None or self.params.strategy == "group_dro":
-            return None
-        by_domain = domain_weights(self._sizes, self.params.strategy, power=self.params.power, beta=self.params.beta)
-        return by_domain[self._domain_of[rows]].astype(np.float32)
-
-    @property
-    def domain_shares(self) -> dict[str, float]:
-        """Weights q of ``group_dro`` by domain, which sum to one; empty before ``prepare``."""
-        return dict(zip(self.domains, np.exp(self.log_weights).tolist(), strict=True))
+        return None if self._known is None else self._known[rows]
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Update q and return q_d n_i / n_d [B], n_i tokens of the sequence, n_d of its domain (collective).
-
-        Raises:
-            ComponentError: ``prepare`` was not called, or the strategy has weights known from the rows alone.
-        """
-        if not self.domains:
-            raise ComponentError(f"{self.name}: weights of the domains were not prepared")
+        """Update q and return q_d n_i / n_d [B], n_i tokens of the sequence, n_d of its domain (collective)."""
         import torch
 
         from dataflex import comm
 
+        assert self._sizes is not None, "the domains were not prepared"
         tokens = batch.tokens_B.cpu().double()
         which = torch.from_numpy(batch.domains_B.astype(np.int64))
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, DataError
-from dataflex.method import (
-    BatchView,
-    Card,
-    Context,
-    Normalizer,
-    Passes,
-    Requires,
-    Rows,
-    Weighter,
-    WeighterParams,
-    param,
-)
+from dataflex.method import BatchView, Card, Context, Passes, Requires, Rows, Weighter, WeighterParams, param
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import softmax
 from dataflex.signals.kinds import Embedding
@@ -31,29 +20,20 @@ if TYPE_CHECKING:
 
 
 class _AnchoredWeighter(Weighter):
-    """Compares sequences with the mean embedding of the targets' rows, all of which count alike.
+    """Compares sequences with the mean embedding of the targets' rows (the anchors), all of which count alike.
 
-    The vectors of rows in training come out of the training forward itself; those of the anchors out of a pass every
-    ``refresh_steps`` steps. A resumed run weighs with the anchors at hand until the next pass.
+    A resumed run weighs with the anchors that were saved until the next pass.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.anchors: NDArray[np.float32] | None = None
-        """Mean vector of the anchors."""
+    anchors: NDArray[np.float32] | None = None
+    """Mean vector of the anchors."""
 
     def due(self, step: int) -> bool:
-        """Whether the anchors are to be embedded anew."""
         return self.anchors is None or step % self.params.refresh_steps == 0
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Embed every row of the targets with the model as it is (collective; the ranks share the pass).
-
-        Raises:
-            DataError: A target has no row with an embedding.
-        """
+        """Embed every row of the targets with the model as it is (collective; the ranks share the pass)."""
         total, count = np.zeros(0), 0
         for target in ctx.targets:
             anchors = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
@@ -69,36 +49,32 @@ class _AnchoredWeighter(Weighter):
         self.anchors = (total / count).astype(np.float32)
 
     def _products(self, batch: BatchView, *, unit: bool = False) -> torch.Tensor:
-        """Return each sequence's inner product with the anchors' mean vector (divided by its norm: ``unit``) [B].
-
-        Raises:
-            ComponentError: There are no embeddings, or ``prepare`` was not called.
-        """
-        if batch.embeddings_BH is None or self.anchors is None:
-            what = "no embeddings" if batch.embeddings_BH is None else "anchors that were never embedded"
-            raise ComponentError(f"{self.name}: the micro-batch comes with {what}")
+        """Return each sequence's inner product with the anchors' mean vector (divided by its norm: ``unit``) [B]."""
+        assert batch.embeddings_BH is not None
+        assert self.anchors is not None, "the anchors were not embedded"
         mean = self.anchors / max(float(np.linalg.norm(self.anchors)), 1e-30) if unit else self.anchors
-        direction: torch.Tensor = batch.embeddings_BH.new_tensor(mean)
-        return batch.embeddings_BH @ direction
+        return batch.embeddings_BH @ batch.embeddings_BH.new_tensor(mean)
 
 
 class Adapt(_AnchoredWeighter):
-    """Weigh sequences by their likeness to the targets, with weights that stand for themselves.
+    """Weigh sequences by their likeness to the targets, with absolute weights.
 
-    "Rethinking Data Curation in LLM Training: Online Reweighting Offers Better Generalization", ICLR 2026,
-    arXiv 2605.05227. A sequence's vector is the mean of the last hidden states over its tokens, weighted by
-    position (w_t = t / sum of t) and divided by its norm; s_i is the mean of its cosines with the anchors' vectors,
-    and w_i = sigmoid(s_i / tau). Weights are absolute: they do not sum to anything, and the step's loss is divided
-    by the number of tokens, so a cosine of 0 halves the learning rate. ``rescale: mean1`` divides by their mean
-    over the micro-batch of all ranks instead.
+    A sequence's vector is the mean of the last hidden states over its tokens, weighted by position (w_t = t / sum of t)
+    and divided by its norm; s_i is the mean of its cosines with the anchors' vectors, and w_i = sigmoid(s_i / tau).
+    Weights are absolute: the step's loss is divided by the number of tokens, so a cosine of 0 halves the learning rate.
+    ``rescale: mean1`` divides them by their mean over the micro-batch of all ranks.
 
     Vectors of the rows in training come out of the training forward itself (with its dropout); those of the anchors,
     which are the rows of the targets, out of a pass every ``refresh_steps`` steps. Targets that share rows with
-    the benchmark that is reported make its result worthless. ``similarity: bm25`` compares words instead, once.
+    the benchmark that is reported make its result worthless.
+
+    ``similarity: bm25`` compares words instead, once per run: s_i is the mean BM25 score over all anchors. Scores are 0
+    or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score. The defaults are
+    the paper's.
     """
 
     name = "adapt"
-    normalizer: Normalizer = "num_tokens"  # weights are absolute
+    normalizer = "num_tokens"  # weights are absolute
     card = Card(
         summary="Weighs each sequence by how much it is like the targets' rows, with a weight between 0 and 1.",
         paper="Rethinking Data Curation in LLM Training (ADAPT), ICLR 2026, arXiv 2605.05227",
@@ -107,8 +83,6 @@ class Adapt(_AnchoredWeighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        """Parameters of ADAPT; the defaults are the paper's."""
-
         tau: float = param(1.0, "temperature of the sigmoid; small is sharp", above=0.0)
         rescale: Literal["none", "mean1"] = param(
             "none", "none: weights below 1 lower the learning rate; mean1: their mean is made 1"
@@ -127,14 +101,15 @@ class Adapt(_AnchoredWeighter):
             return Embedding(layer=self.layer, completion_only=self.completion_only)
 
     params: Params
+    _scores: NDArray[np.float32] | None = None
+    """BM25 score of every training row [N]."""
 
-    def __new__(cls, params: Params) -> Adapt:
-        """Return a weighter that compares words where they are asked for."""
-        return super().__new__(AdaptByWords if params.similarity == "bm25" else cls)
+    @property
+    def _by_words(self) -> bool:
+        return self.params.similarity == "bm25"
 
     def requires(self) -> Requires:
-        """State what the run must have."""
-        words = self.params.similarity == "bm25"
+        words = self._by_words
         return Requires(
             signals=frozenset({"texts" if words else "embeddings"}),
             targets=True,
@@ -143,45 +118,14 @@ class Adapt(_AnchoredWeighter):
             passes=Passes(told="none on the device: words are counted once" if words else ""),
         )
 
-    def _similarities(self, batch: BatchView) -> torch.Tensor:
-        return self._products(batch)
-
-    def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return sigmoid(s / tau) [B], 0 without supervised tokens (collective under ``rescale: mean1``)."""
-        valid = batch.tokens_B > 0
-        weights = (self._similarities(batch).float() / self.params.tau).sigmoid()
-        if self.params.clip is not None:
-            weights = weights.clamp(max=self.params.clip)
-        weights = weights.masked_fill(~valid, 0.0)
-        if self.params.rescale == "none":
-            return weights
-        from dataflex import comm
-
-        return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
-
-
-class AdaptByWords(Adapt):
-    """Weigh rows by the words that they share with the targets' rows: s_i is the mean BM25 score over all anchors.
-
-    Scores are 0 or more, so weights begin at 0.5; ``tau`` is in units of the score. A packed row has one score.
-    """
-
-    saved = ()
-
-    def __init__(self, params: Adapt.Params) -> None:
-        super().__init__(params)
-        self._scores: NDArray[np.float32] | None = None
-
     def due(self, step: int) -> bool:
-        """Words are counted once, also by a resumed run."""
-        return self._scores is None
+        return self._scores is None if self._by_words else super().due(step)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Score every training row against all anchors.
-
-        Raises:
-            DataError: A target has no row with a word.
-        """
+        """Embed the anchors, or score every training row against their words."""
+        if not self._by_words:
+            super().prepare(ctx, rows)
+            return
         from dataflex.select.words import Okapi, cut_words, pool_texts, target_words
 
         anchors = [words for rows in target_words(self.name, ctx, "all", cut_words) for words in rows]
@@ -191,15 +135,23 @@ class AdaptByWords(Adapt):
         query = {word: count / len(anchors) for word, count in counts.items()}
         self._scores = index.scores(query).astype(np.float32)
 
-    def _similarities(self, batch: BatchView) -> torch.Tensor:
-        if self._scores is None:
-            raise ComponentError(f"{self.name}: the words of the rows were never counted")
-        scores: torch.Tensor = batch.loss_B.new_tensor(self._scores[batch.rows_B])
-        return scores
+    def weigh(self, batch: BatchView) -> torch.Tensor:
+        """Return sigmoid(s / tau) [B], 0 without supervised tokens (collective under ``rescale: mean1``)."""
+        s = self._products(batch) if self._scores is None else batch.loss_B.new_tensor(self._scores[batch.rows_B])
+        weights = (s.float() / self.params.tau).sigmoid()
+        if self.params.clip is not None:
+            weights = weights.clamp(max=self.params.clip)
+        valid = batch.tokens_B > 0
+        weights = weights.masked_fill(~valid, 0.0)
+        if self.params.rescale == "none":
+            return weights
+        from dataflex import comm
+
+        return weights * comm.ratio_of_sums(valid.sum(), weights.double().sum()).to(weights.dtype)
 
 
 _RESIDUAL = 1e-7
-_MOST = 100_000
+_MOST_ITERATIONS = 100_000
 
 
 def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> Floats:
@@ -209,18 +161,11 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
     to the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance
     shrinks by at least the factor 1 - share), while undamped iterations oscillate.
 
-    Args:
-        alignment: s [M].
-        gram: S [M, M], symmetric and positive semi-definite.
-        beta: How much likeness among sequences counts, >= 0.
-        tau: Weight of the entropy, above 0.
-
-    Raises:
-        ComponentError: No convergence, as when values are not finite.
+    s = ``alignment`` [M], S = ``gram`` [M, M] is symmetric and positive semi-definite, beta >= 0 and tau > 0.
     """
     logs = np.zeros(len(alignment))
     share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))
-    for _ in range(_MOST):
+    for _ in range(_MOST_ITERATIONS):
         weights = softmax(logs)
         aim = (alignment - beta * (gram @ weights)) / tau
         if np.abs(softmax(aim) - weights).max(initial=0.0) < _RESIDUAL:
@@ -242,12 +187,13 @@ class JointUpdateAware(_AnchoredWeighter):
 
     where S holds the inner products of the sequences' vectors and s those with the anchors' mean vector, made
     unit. There, five undamped iterations do not reach the fixed point (two equal sequences beside another one get
-    0.259 each instead of 0.293); here the iteration runs until it holds to 1e-7. Vectors of the rows in training
-    come out of the training forward; anchors are all rows of the targets.
+    0.259 each instead of 0.293); here the iteration runs until it holds to 1e-7. The other defaults are those of
+    existing DataFlex. Vectors of the rows in training come out of the training forward; anchors are all rows of the
+    targets.
     """
 
     name = "joint_update_aware"
-    normalizer: Normalizer = "num_sequences"  # weights of the micro-batch sum to one
+    normalizer = "num_sequences"  # weights of the micro-batch sum to one
     card = Card(
         summary="Weighs the sequences of a micro-batch towards the targets and away from one another.",
         paper="baseline (existing DataFlex; no paper)",
@@ -256,8 +202,6 @@ class JointUpdateAware(_AnchoredWeighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        """Parameters; the defaults are those of existing DataFlex, except that the iteration converges."""
-
         beta: float = param(0.1, "how much likeness among the sequences counts", minimum=0.0)
         tau: float = param(0.05, "weight of the entropy; small is sharp", above=0.0)
         mode: Literal["full", "align_only", "diverse_only", "uniform"] = param(
@@ -281,7 +225,6 @@ class JointUpdateAware(_AnchoredWeighter):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(
             signals=frozenset({"embeddings"}), targets=True, stages=("pt", "sft"), embedding=self.params.spec
         )
@@ -295,15 +238,15 @@ class JointUpdateAware(_AnchoredWeighter):
 
         from dataflex import comm
 
-        mode, p = self.params.mode, self.params
+        p = self.params
         alignment_B = self._products(batch, unit=True)
         assert batch.embeddings_BH is not None
         both, _ = comm.gather_rows(torch.cat([batch.embeddings_BH, alignment_B[:, None]], dim=1).float())
         vectors_MH, alignment_M = both[:, :-1], both[:, -1]
         gram = (vectors_MH @ vectors_MH.T).cpu().double().numpy()
         valid = (batch.tokens_M > 0).cpu().numpy()
-        s = alignment_M.cpu().double().numpy() if mode in ("full", "align_only") else np.zeros(len(valid))
-        beta = p.beta if mode in ("full", "diverse_only") else 0.0
+        s = alignment_M.cpu().double().numpy() if p.mode in ("full", "align_only") else np.zeros(len(valid))
+        beta = p.beta if p.mode in ("full", "diverse_only") else 0.0
         weights = np.zeros(len(valid), dtype=np.float32)
         if valid.any():
             weights[valid] = fixed_point(s[valid], gram[np.ix_(valid, valid)], beta=beta, tau=p.tau)

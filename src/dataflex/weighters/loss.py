@@ -1,26 +1,15 @@
-"""Weights from the losses of the micro-batch itself: LinUpper and its relatives.
-
-The losses of one micro-batch, over all ranks, are mapped to [-delta, delta], shaped by a strategy
-and exponentiated; the weights sum to one. Only the ``microbatch`` scope of the paper's code is
-built: with gradient accumulation each micro-batch is weighed alone, and a micro-batch of one
-sequence (over all ranks) is not reweighted at all. Weighing a whole optimizer step together would
-need a second pass and is not offered.
-
-Rows with wrong answers have large losses, and ``linupper`` does not drop them: it caps what they count at that of
-any row above the middle of the range. Where a tenth of the rows was random tokens (a Markov chain learnt by a
-bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linupper``, 2.0 under ``upper``, 3.4 under
-``softmax_loss``, 1.1 under ``extremes`` and 0.83 under ``quadratic``.
-"""
+"""Weights from the losses of the micro-batch itself: LinUpper and its relatives."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from dataflex.errors import ComponentError
-from dataflex.method import BatchView, Card, Normalizer, Weighter, param
+from dataflex.method import BatchView, Card, Weighter, param
 from dataflex.method import Params as BaseParams
 
 if TYPE_CHECKING:
@@ -28,7 +17,15 @@ if TYPE_CHECKING:
 
 Strategy = Literal["linupper", "quadratic", "extremes", "upper", "softmax_loss"]
 
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+_SHAPES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "linupper": lambda h, delta: (h + delta).clamp(max=delta),
+    "quadratic": lambda h, delta: 1.0 - (h / delta).square(),
+    "extremes": lambda h, delta: h.abs(),
+    "upper": lambda h, delta: 0.5 * (h + delta),
+    "softmax_loss": lambda h, delta: h,
+}
+
+STRATEGIES: tuple[str, ...] = tuple(_SHAPES)
 
 _LEAST_RANGE = 1e-6  # below it the losses differ by rounding only: weigh them alike
 
@@ -37,7 +34,7 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     """Return fp32 weights [M] that sum to one over the valid sequences and are 0 elsewhere.
 
     With l_min and l_max over the valid sequences, ``h = delta (2 l - l_max - l_min) / (l_max - l_min)``,
-    the strategy's f(h), and ``w = softmax(f / r)`` (Sow et al., ICLR 2025, arXiv 2502.06733):
+    the strategy's f(h), and ``w = softmax(f / r)``:
 
     - ``linupper``: min(h + delta, delta): easy sequences count less, hard ones alike.
     - ``quadratic``: 1 - h^2 / delta^2: the middle counts most.
@@ -45,17 +42,8 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     - ``upper``: (h + delta) / 2: the harder, the more.
     - ``softmax_loss``: h: the same, sharper ("uniform" in the authors' code, which it is not).
 
-    Losses that span less than 1e-6 get equal weights. No valid sequence: all weights are 0.
-
-    Args:
-        loss_M: Token-mean loss of each sequence, nats per token; ignored where not valid.
-        valid_M: Which sequences have supervised tokens, bool.
-        strategy: One of ``STRATEGIES``.
-        delta: Half-width of the range that losses are mapped to.
-        r: Softness; small is sharp, infinite is uniform.
-
-    Raises:
-        ValueError: Unknown strategy.
+    ``loss_M`` are token means in nats, ignored where not valid. Losses that span less than 1e-6 get equal weights. No
+    valid sequence: all weights are 0.
     """
     if loss_M.numel() == 0:
         return loss_M.float()
@@ -64,18 +52,7 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
     most = loss.masked_fill(~valid_M, -math.inf).amax()
     spread = most - least
     h = delta * ((loss - least) - (most - loss)) / spread.clamp(min=_LEAST_RANGE)
-    if strategy == "linupper":
-        f = (h + delta).clamp(max=delta)
-    elif strategy == "quadratic":
-        f = 1.0 - (h / delta).square()
-    elif strategy == "extremes":
-        f = h.abs()
-    elif strategy == "upper":
-        f = 0.5 * (h + delta)
-    elif strategy == "softmax_loss":
-        f = h
-    else:
-        raise ValueError(f"unknown strategy {strategy!r}; use one of {', '.join(STRATEGIES)}")
+    f = _SHAPES[strategy](h, delta)
     f = f.masked_fill(spread < _LEAST_RANGE, 0.0).masked_fill(~valid_M, -math.inf)
     w = ((f - f.amax()) / r).exp().masked_fill(~valid_M, 0.0)
     return w / w.sum().clamp(min=1.0)  # the largest term is exp(0), so the sum is 0 or at least 1
@@ -84,13 +61,11 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
 def scheduled(step: int, r: float, knots: tuple[tuple[int, float], ...], interpolation: str) -> float:
     """Return r at ``step``: ``r`` at step 0, then through ``knots`` (step, r), constant after the last.
 
-    ``step`` keeps each value until the next knot; ``linear`` and ``exponential`` interpolate r and
-    log r between knots.
+    ``step`` keeps each value until the next knot, ``linear`` and ``exponential`` interpolate r and log r.
     """
     points = ((0, r), *knots)
-    before = [point for point in points if point[0] <= step]
+    start, value = [point for point in points if point[0] <= step][-1]
     after = [point for point in points if point[0] > step]
-    start, value = before[-1]
     if interpolation == "step" or not after:
         return value
     stop, goal = after[0]
@@ -102,22 +77,28 @@ def scheduled(step: int, r: float, knots: tuple[tuple[int, float], ...], interpo
 
 @dataclass(frozen=True, kw_only=True)
 class Softness:
-    """One entry of ``r_schedule``.
-
-    Attributes:
-        step: Optimizer step, counted from 0, at which ``r`` is reached.
-        r: Softness of the weights from there on.
-    """
+    """One entry of ``r_schedule``."""
 
     step: int = param(help="optimizer step at which r is reached", minimum=1)
     r: float = param(help="softness of the weights from there on", above=0.0)
 
 
 class LossWeighter(Weighter):
-    """Weigh the sequences of a micro-batch by their own losses."""
+    """Weigh the sequences of a micro-batch by their own losses.
+
+    The losses of one micro-batch, over all ranks, are mapped to [-delta, delta], shaped by a strategy and
+    exponentiated; the weights sum to one. Only the ``microbatch`` scope of the paper's code is built: with gradient
+    accumulation each micro-batch is weighed alone, and a micro-batch of one sequence (over all ranks) is not reweighted
+    at all.
+
+    Rows with wrong answers have large losses, and ``linupper`` does not drop them: it caps what they count at that of
+    any row above the middle of the range. Where a tenth of the rows was random tokens (a Markov chain learnt by a
+    bigram table, micro-batches of 10), they weighed 1.9 times the mean under ``linupper``, 2.0 under ``upper``, 3.4
+    under ``softmax_loss``, 1.1 under ``extremes`` and 0.83 under ``quadratic``.
+    """
 
     name = "loss"
-    normalizer: Normalizer = "num_sequences"
+    normalizer = "num_sequences"
     card = Card(
         summary="Weighs the sequences of each micro-batch by their own losses; linupper plays down the easy ones.",
         paper="Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining (Sow et al.), ICLR 2025, "
@@ -127,8 +108,6 @@ class LossWeighter(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the loss-based weighter."""
-
         strategy: Strategy = param("linupper", "how the loss becomes a weight")
         delta: float = param(1.0, "half-width of the range that losses are mapped to", above=0.0)
         r: float = param(1.0, "softness of the weights: small is sharp, large is uniform", above=0.0)
@@ -159,29 +138,22 @@ class LossWeighter(Weighter):
 
     params: Params
 
-    def default_burn_in(self, total_steps: int) -> int:
-        """Return 1000 steps, or a twentieth of a long run."""
-        return max(1000, math.ceil(0.05 * total_steps))
-
-    def r_at(self, step: int) -> float:
-        """Return r at optimizer step ``step``, counted from 0, burn-in included."""
-        knots = tuple((knot.step, knot.r) for knot in self.params.r_schedule)
-        return scheduled(step, self.params.r, knots, self.params.r_interpolation)
+    def burn_in(self, total_steps: int) -> int:
+        """Return ``burn_in_steps``; 1000 steps, or a twentieth of a long run, where it is null."""
+        given = self.params.burn_in_steps
+        return max(1000, math.ceil(0.05 * total_steps)) if given is None else given
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B] of this rank's sequences; over all ranks they sum to one.
 
-        With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the
-        micro-batch's valid sequences and sum to one only when lengths are equal. The mean is taken
-        over all ranks (the authors take it on each rank), so that the number of ranks changes nothing.
-
-        Raises:
-            ComponentError: A sequence with supervised tokens has a NaN or infinite loss.
+        With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the micro-batch's valid
+        sequences. The mean is taken over all ranks (the authors take it on each rank).
         """
-        valid = batch.tokens_M > 0
+        p, valid = self.params, batch.tokens_M > 0
         _refuse_non_finite(batch, valid)
-        w = loss_weights(batch.loss_M, valid, self.params.strategy, self.params.delta, self.r_at(batch.step))
-        if self.params.length_norm == "paper_hf":
+        r = scheduled(batch.step, p.r, tuple((knot.step, knot.r) for knot in p.r_schedule), p.r_interpolation)
+        w = loss_weights(batch.loss_M, valid, p.strategy, p.delta, r)
+        if p.length_norm == "paper_hf":
             tokens = batch.tokens_M.float()
             w = w * tokens * valid.sum() / tokens.sum().clamp(min=1.0)
         return w[batch.local]
@@ -193,11 +165,8 @@ def _refuse_non_finite(batch: BatchView, valid_M: torch.Tensor) -> None:
     bad = valid_M & ~batch.loss_M.isfinite()
     if not bool(bad.any()):
         return
-    mine = bad[batch.local].nonzero().flatten().tolist()
-    if mine:
-        which = "rows " + ", ".join(str(int(batch.rows_B[i])) for i in mine[:8])
-    else:
-        which = f"{int(bad.sum())} sequences of other ranks"
+    mine = batch.rows_B[bad[batch.local].numpy()].tolist()
+    which = f"rows {', '.join(map(str, mine[:8]))}" if mine else f"{int(bad.sum())} sequences of other ranks"
     raise ComponentError(
         f"loss weighter: the loss of {which} at step {batch.step} is not finite. "
         "The model has diverged or these rows are broken; lower the learning rate or look at the rows."

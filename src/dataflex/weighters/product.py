@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
+from dataflex.errors import CheckpointError, ConfigError
 from dataflex.method import (
     BatchView,
     Card,
     Context,
     Normalizer,
-    Params,
     Problem,
     Requires,
     Rows,
@@ -37,12 +36,11 @@ from dataflex.method import (
 from dataflex.method import Params as BaseParams
 from dataflex.parts import Part
 from dataflex.registry import find, names
-from dataflex.weighters._lib import sequences_of
+from dataflex.sequences import Sequences
 
 if TYPE_CHECKING:
     import torch
 
-_NO_FACTORS = ("none", "product")
 _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
 
 
@@ -54,46 +52,16 @@ class Factor(Part):
 
     @classmethod
     def known(cls) -> list[str]:
-        """Return the names of the weighters that can be factors."""
-        return [name for name in names("weighter") if name not in _NO_FACTORS]
+        return [name for name in names("weighter") if name not in ("none", "product")]
 
     @classmethod
-    def listed(cls, name: str) -> type[Params]:
-        """Return a weighter's parameters."""
+    def listed(cls, name: str) -> type[BaseParams]:
         return find("weighter", name).Params
 
     def build(self) -> Weighter:
-        """Return a new instance."""
         method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
-
-
-def combination_problems(factors: list[Weighter]) -> list[str]:
-    """Return why these weighters cannot be multiplied."""
-    if len(factors) < 2:
-        return ["of: takes at least two weighters; write a single one without 'product'"]
-    problems = []
-    by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
-    by_token = [each.name for each in factors if each.by_token]
-    if by_sequences and by_token:
-        problems.append(
-            f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
-            f"that {by_token[0]} gives"
-        )
-    needs = [(each.name, each.requires()) for each in factors]
-    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
-    if len(references) > 1:
-        problems.append(
-            f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
-        )
-    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
-    for name, spec in specs[1:]:
-        if spec != specs[0][1]:
-            problems.append(
-                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
-            )
-    return problems
 
 
 class Product(Weighter):
@@ -108,12 +76,31 @@ class Product(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """The factors."""
-
         of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
-            problems = combination_problems([factor.build() for factor in self.of])
+            if len(self.of) < 2:
+                raise ConfigError("of: takes at least two weighters; write a single one without 'product'")
+            factors, problems = [factor.build() for factor in self.of], []
+            by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
+            by_token = [each.name for each in factors if each.by_token]
+            if by_sequences and by_token:
+                problems.append(
+                    f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of "
+                    f"tokens that {by_token[0]} gives"
+                )
+            needs = [(each.name, each.requires()) for each in factors]
+            references = {each.reference.folder: name for name, each in needs if each.reference is not None}
+            if len(references) > 1:
+                problems.append(
+                    f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
+                )
+            specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
+            problems += [
+                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
+                for name, spec in specs[1:]
+                if spec != specs[0][1]
+            ]
             if problems:
                 raise ConfigError(problems)
 
@@ -125,20 +112,20 @@ class Product(Weighter):
         given = {factor.normalizer for factor in self.factors}
         self.normalizer = next(kind for kind in _PRECEDENCE if kind in given)
 
+    @property
+    def _by_place(self) -> dict[str, Weighter]:
+        return {f"{place}-{factor.name}": factor for place, factor in enumerate(self.factors)}
+
     def requires(self) -> Requires:
-        """State what the factors require together."""
-        factors = [factor.build() for factor in self.params.of]
-        merged = Requires.merged({f"of[{place}]": each.requires() for place, each in enumerate(factors)})
-        told = "; ".join(f"{each.name}: {each.requires().passes.told or each.card.cost}" for each in factors)
+        needs = [(factor, factor.requires()) for factor in (named.build() for named in self.params.of)]
+        merged = Requires.merged({f"of[{place}]": each for place, (_, each) in enumerate(needs)})
+        told = "; ".join(f"{factor.name}: {each.passes.told or factor.card.cost}" for factor, each in needs)
         return replace(merged, passes=replace(merged.passes, told=told))
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
-        """Yield what a factor finds wrong."""
         for place, factor in enumerate(self.factors):
             for problem in factor.check(run):
                 yield Problem(f"of[{place}].{problem.key}", problem.text)
-
-    # ---- what the factors ask for
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the first factor refuses that refuses anything."""
@@ -146,11 +133,9 @@ class Product(Weighter):
         return next((found for found in asked if found is not None and found[0].any()), None)
 
     def burn_in(self, total_steps: int) -> int:
-        """Return the steps in which no factor acts yet."""
         return min(factor.burn_in(total_steps) for factor in self.factors)
 
     def due(self, step: int) -> bool:
-        """Whether a factor asks the signals for something."""
         return any(factor.due(step) for factor in self.factors)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
@@ -160,8 +145,6 @@ class Product(Weighter):
             if factor.due(step) and factor.active(step, total):
                 factor.prepare(ctx, rows)
 
-    # ---- weights
-
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Return products [len(rows)] where all factors are known from the rows and are of one kind; else None."""
         alike = {(factor.normalizer, factor.burn_in(0)) for factor in self.factors}
@@ -170,17 +153,14 @@ class Product(Weighter):
         return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return products [B], or [R, T] with a factor that weighs tokens (collective).
-
-        Raises:
-            ComponentError: A factor gave weights of another shape.
-        """
+        """Return products [B], or [R, T] with a factor that weighs tokens (collective)."""
         import torch
 
         from dataflex import comm
 
         kept = self.normalizer
-        product, sequences = batch.loss_B.new_ones(len(batch.rows_B)), sequences_of(batch)
+        product = batch.loss_B.new_ones(len(batch.rows_B))
+        sequences = Sequences(rows_B=batch.rows_B, index_BT=batch.sequence_BT)
         sums: list[torch.Tensor] = []
         for factor in self.factors:
             weights = self._weights(factor, batch)
@@ -212,23 +192,15 @@ class Product(Weighter):
         check_weights(factor, found, [tuple(batch.loss_B.shape), tuple(batch.loss_BT.shape)])
         return found.detach().to(batch.loss_B)
 
-    # ---- state
-
     def state_dict(self) -> State:
-        """Return the states of the factors by place and name."""
-        states = {f"{place}-{each.name}": each.state_dict() for place, each in enumerate(self.factors)}
+        states = {key: factor.state_dict() for key, factor in self._by_place.items()}
         return {key: state for key, state in states.items() if state}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: The state is not one of these factors.
-        """
-        factors = {f"{place}-{each.name}": each for place, each in enumerate(self.factors)}
+        factors = self._by_place
         strange = sorted(set(state) - set(factors))
         if strange:
-            raise ValueError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
+            raise CheckpointError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
         for key, factor in factors.items():
             factor.load_state_dict(state.get(key, {}))
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
 from dataflex.registry import import_file
-from dataflex.weighters._lib import reference_losses
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +69,9 @@ BY_TOKEN = frozenset({"dft", "focal", "entropy", "excess"})
 
 
 def load_function(name: str, **settings: float) -> Callable[..., Any]:
-    """Return the function that a name stands for, or ``module:function``, or ``file.py:function``.
+    """Return the function that a name stands for, or ``module:function``, or ``file.py:function`` (a relative path).
 
-    Args:
-        name: As above; a file is looked for from the working directory.
-        settings: ``gamma``, ``power``, ``quantile``; a named function takes those that it knows.
-
-    Raises:
-        ValueError: No such function, or one that takes something else.
+    A named function takes those ``settings`` (``gamma``, ``power``, ``quantile``) that it knows.
     """
     if name in NAMED:
         known = inspect.signature(NAMED[name]).parameters
@@ -87,34 +81,22 @@ def load_function(name: str, **settings: float) -> Callable[..., Any]:
         raise ValueError(
             f"unknown {name!r}{did_you_mean(name, list(NAMED))} (known: {', '.join(NAMED)}; or 'module:function')"
         )
-    function = getattr(_module(where), attribute, None)
+    file = Path(where).expanduser() if where.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise ValueError(f"no such file: {where}")
+    try:
+        module = importlib.import_module(where) if file is None else import_file(file, "tokens")
+    except Exception as error:  # the user's own code: told with its cause
+        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{where} has no function {attribute!r}")
     inputs_of(function)
-    loaded: Callable[..., Any] = function
-    return loaded
-
-
-def _module(where: str) -> Any:
-    try:
-        if not where.endswith(".py"):
-            return importlib.import_module(where)
-        file = Path(where).expanduser()
-        if not file.is_file():
-            raise ValueError(f"no such file: {where}")
-        return import_file(file, "tokens")
-    except ValueError:
-        raise
-    except Exception as error:  # the user's own code: told with its cause
-        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    return function
 
 
 def inputs_of(function: Callable[..., Any]) -> frozenset[str]:
-    """Return which of ``logp``, ``entropy`` and ``reference`` a function takes.
-
-    Raises:
-        ValueError: It takes none of them, or cannot do without something else.
-    """
+    """Return which of ``logp``, ``entropy`` and ``reference`` a function takes; one of them at least, and no other."""
     parameters = inspect.signature(function).parameters.values()
     other = [p.name for p in parameters if p.name not in _INPUTS and p.default is inspect.Parameter.empty]
     taken = frozenset(p.name for p in parameters if p.name in _INPUTS)
@@ -144,8 +126,6 @@ class TokenWeighter(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        """Parameters of the token weighter."""
-
         function: str = param(
             "dft", "dft, focal, entropy, clip_quantile, excess, or module:function (file.py:function)"
         )
@@ -173,7 +153,6 @@ class TokenWeighter(Weighter):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         p = self.params
         reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
         return Requires(
@@ -189,50 +168,40 @@ class TokenWeighter(Weighter):
         self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
-        """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself).
-
-        Raises:
-            ComponentError: The function returned something else than a weight for each token.
-        """
-        values = {"logp": -batch.loss_BT}
+        """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself)."""
+        values, mask = {}, batch.mask_BT
+        if "logp" in self._taken:
+            values["logp"] = -batch.loss_BT
         if "reference" in self._taken:
-            values["reference"] = -reference_losses(self.name, batch)
+            assert batch.reference_BT is not None
+            values["reference"] = -batch.reference_BT
         if "entropy" in self._taken:
-            if batch.entropy_BT is None:
-                raise ComponentError(f"{self.name}: the micro-batch carries no entropies")
+            assert batch.entropy_BT is not None
             values["entropy"] = batch.entropy_BT
-        values = {key: value for key, value in values.items() if key in self._taken}
-        mask = batch.mask_BT
         if self.params.function in BY_TOKEN:
             weights: torch.Tensor = self._function(**values)
             return weights.masked_fill(~mask, 0.0)
-        out = batch.loss_BT.new_zeros(mask.shape)
-        out[mask] = self._over_ranks({key: value[mask] for key, value in values.items()}).to(out)
-        return out
-
-    def _over_ranks(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weights of this rank's tokens, by the function over the tokens of all ranks (collective)."""
         import torch
 
         from dataflex import comm
 
-        tokens, local = comm.gather_rows(torch.stack(list(values.values()), dim=1))
+        tokens, local = comm.gather_rows(torch.stack([value[mask] for value in values.values()], dim=1))
         found = self._function(**dict(zip(values, tokens.unbind(dim=1), strict=True)))
         if getattr(found, "shape", None) != tokens.shape[:1]:
             raise ComponentError(
                 f"{self.name}: {self.params.function} returned {getattr(found, 'shape', type(found).__name__)}, "
                 f"expected a tensor of shape ({len(tokens)},)"
             )
-        weights: torch.Tensor = found.detach()[local]
-        return weights
+        out = batch.loss_BT.new_zeros(mask.shape)
+        out[mask] = found.detach()[local].to(out)
+        return out
 
 
 class Focal(Weighter):
     """The less likely a token is to the model, the more it counts.
 
-    Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002: the cross-entropy of each token is
-    multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the opposite of DFT (``token``); tokens
-    that are wrong in the data are unlikely, and gain.
+    The cross-entropy of each token is multiplied by (1 - p) ^ gamma and divided by the number of tokens. It is the
+    opposite of DFT (``token``); tokens that are wrong in the data are unlikely, and gain. The defaults are the paper's.
     """
 
     name = "focal"
@@ -245,8 +214,6 @@ class Focal(Weighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        """Parameters of the focal loss; the defaults are the paper's."""
-
         gamma: float = param(2.0, "exponent; 0 is the plain loss", minimum=0.0)
         normalizer: Literal["num_tokens", "weight_sum"] = param(
             "num_tokens", "num_tokens: divided by the tokens, as the paper's; weight_sum: weighted mean"

@@ -1,16 +1,16 @@
 """Takes the gradients of layer outputs out of one backward pass, and nothing else.
 
-Each unit's output goes through ``_Tap``, an identity that also depends on an "anchor". Asking
-autograd for the anchor's gradient alone then runs the backward pass through every tap and never
-computes a gradient of a parameter; ``.grad`` is not touched, and nothing upstream of the lowest tap
-is visited. A tap hands the gradient on the moment it arrives, together with what it kept of the
-call, so that no output gradients pile up. What is kept goes through ``save_for_backward``: autograd
-watches it for changes in place, and activation checkpointing (not reentrant) recomputes it.
+Each unit's output goes through ``_Tap``, an identity that also depends on an "anchor". Asking autograd for the anchor's
+gradient alone then runs the backward pass through every tap and never computes a gradient of a parameter; ``.grad`` is
+not touched, and nothing upstream of the lowest tap is visited. A tap hands the gradient on the moment it arrives,
+together with what it kept of the call, so that no output gradients pile up. What is kept goes through
+``save_for_backward``: autograd watches it for changes in place, and activation checkpointing (not reentrant) recomputes
+it. ``Capture.attached`` and ``Capture.finish`` serve a backward pass that somebody else runs as well.
 
 A module without a formula is run again, sample by sample: ``torch.func`` (``vmap`` over ``grad`` of
-``functional_call``) does it for all samples at once; where the module cannot be vectorized (its control flow looks
-at values), a loop over the samples does. The outputs of the second run are compared with the first: a module that
-mixes samples is found out.
+``functional_call``) does it for all samples at once; where the module cannot be vectorized (its control flow looks at
+values), a loop over the samples does. The outputs of the second run are compared with the first: a module that mixes
+samples is found out.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from torch.utils import _pytree as pytree
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.factors import SampleGradients
 from dataflex.signals.gradients.parameters import Unit, Units
+from dataflex.signals.model_parts import attached
 
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
+_Run = Callable[[dict[str, torch.Tensor], Tensors], Tensors]
+"""(parameters by name, input tensors) -> floating tensors of the output: a module's call, made again."""
+_Again = tuple[dict[str, torch.Tensor], Tensors]
+"""Per-sample gradients by name, and the outputs of the second run."""
 
 _said: set[str] = set()
 
@@ -50,47 +55,15 @@ class Distrusted(HandUp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Signature:
-    """A module's arguments and output, taken apart into tensors and the rest.
-
-    Attributes:
-        leaves: Leaves of (args, kwargs), None at the places of tensors.
-        tensor_at: Places of the tensors.
-        out_at: Places of the floating tensors of the output.
-    """
-
-    leaves: tuple[Any, ...]
-    spec: Any
-    tensor_at: tuple[int, ...]
-    out_at: tuple[int, ...]
-
-    def arguments(self, inputs: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return (args, kwargs) with ``inputs`` in the places of the tensors."""
-        return pytree.tree_unflatten(_filled(self.leaves, self.tensor_at, inputs), self.spec)
-
-    def outputs_of(self, output: Any) -> Tensors:
-        """Return the floating tensors of a second run's output."""
-        leaves = pytree.tree_leaves(output)
-        return tuple(leaves[i] for i in self.out_at)
-
-
-def _filled(leaves: Any, places: tuple[int, ...], tensors: Tensors) -> list[Any]:
-    filled = list(leaves)
-    for place, tensor in zip(places, tensors, strict=True):
-        filled[place] = tensor
-    return filled
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Call:
-    """One call of a unit: who called, how samples lie in it, and how to hand its gradient on."""
+    """One call of a unit: how samples lie in it, and how to make the call again where the unit has no formula."""
 
     capture: Capture
     unit: Unit
     num_outputs: int
     flat: bool = False
     misfit: str = ""
-    signature: _Signature | None = None
+    run: _Run | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -113,23 +86,14 @@ class _Tap(torch.autograd.Function):
 
 @dataclass(eq=False, kw_only=True)
 class Capture:
-    """Hooks on a model's units during one forward and backward pass.
+    """Hooks on a model's units during one forward and backward pass."""
 
-    Attributes:
-        units: Who answers for which parameter.
-        rows: Samples in the batch.
-        tokens: Positions of a sample, for layers that are called with samples and positions flattened.
-        take: Called with a parameter's name and its per-sample gradients by use, once all of its uses are there.
-        autocast: The context in which modules are run again.
-    """
-
-    units: Units
-    rows: int
-    tokens: int
-    take: Callable[[str, list[SampleGradients]], None]
-    autocast: Callable[[], Any]
-    finite: torch.Tensor | None = None
-    """Set before the backward pass: samples [b] whose gradients count; the others are zeroed. None: all."""
+    units: Units  # who answers for which parameter
+    rows: int  # number of samples in the batch
+    tokens: int  # number of positions of a sample, for layers that are called with samples and positions flattened
+    take: Callable[[str, list[SampleGradients]], None]  # a parameter's name, its gradients by use
+    autocast: Callable[[], Any]  # the context in which modules are run again
+    finite: torch.Tensor | None = None  # samples [b] whose gradients count, set before the backward pass; None: all
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _recording: bool = True
     _muted: bool = False
@@ -141,15 +105,17 @@ class Capture:
     @contextmanager
     def attached(self) -> Iterator[Capture]:
         """Keep the hooks on the model while inside."""
-        handles = [unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.units]
-        try:
+        hooks = [unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.units]
+        with attached(*hooks):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def backward(self, total: torch.Tensor) -> None:
-        """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends."""
+        """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends.
+
+        Raises:
+            HandUp: A unit cannot keep samples apart.
+            UnsupportedError: The model keeps reentrant activation checkpointing.
+        """
         self._recording = False
         # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
         behind = [
@@ -171,11 +137,15 @@ class Capture:
         for (unit, _), gradient in zip(behind, found[1:], strict=True):
             if gradient is not None:
                 raise HandUp(unit, "its parameters are used without calling it")
+        self.finish()
+
+    def finish(self) -> None:
+        """Hand on the parameters of which some uses took no part in the loss, after a backward pass."""
         for unit in self._blind.values():
             if not any(name in self._expected for name in unit.parameters.values()):
                 raise HandUp(unit, "it ran without recording gradients")
         for name, uses in list(self._pending.items()):
-            self.take(name, uses)  # some of its uses did not take part in the loss
+            self.take(name, uses)
         self._pending.clear()
 
     def _hook(self, unit: Unit) -> Callable[..., Any]:
@@ -212,16 +182,17 @@ class Capture:
         out_leaves, out_spec = pytree.tree_flatten(output)
         tensor_at = tuple(i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf))
         out_at = tuple(i for i, leaf in enumerate(out_leaves) if torch.is_tensor(leaf) and leaf.is_floating_point())
-        signature = _Signature(
-            leaves=tuple(None if i in tensor_at else leaf for i, leaf in enumerate(leaves)),
-            spec=spec,
-            tensor_at=tensor_at,
-            out_at=out_at,
-        )
         outputs = tuple(out_leaves[i] for i in out_at)
         kept = (*(leaves[i].detach() for i in tensor_at), *(tensor.detach() for tensor in outputs))
-        call = _Call(capture=self, unit=unit, num_outputs=len(outputs), signature=signature)
-        tapped = self._tap(call, outputs, kept)
+        rest = [None if i in tensor_at else leaf for i, leaf in enumerate(leaves)]
+
+        def run(weights: dict[str, torch.Tensor], inputs: Tensors) -> Tensors:
+            again_args, again_kwargs = pytree.tree_unflatten(_filled(rest, tensor_at, inputs), spec)
+            again = functional_call(unit.module, weights, again_args, again_kwargs, tie_weights=False)
+            found = pytree.tree_leaves(again)
+            return tuple(found[i] for i in out_at)
+
+        tapped = self._tap(_Call(capture=self, unit=unit, num_outputs=len(outputs), run=run), outputs, kept)
         tapped = tapped if isinstance(tapped, tuple) else (tapped,)
         return pytree.tree_unflatten(_filled(out_leaves, out_at, tapped), out_spec)
 
@@ -240,14 +211,14 @@ class Capture:
             grads = tuple(grad.reshape(self.rows, -1, *grad.shape[1:]) for grad in grads)
             kept = tuple(tensor.reshape(self.rows, len(tensor) // self.rows, *tensor.shape[1:]) for tensor in kept)
         found: dict[str, SampleGradients]
-        if call.signature is not None:
+        if call.run is not None:
             self._muted = True
             try:
                 with self.autocast():
-                    run_again = _run_again(unit, call.signature, kept, grads, self.rows)
+                    again = _run_again(unit, call.run, kept, grads, self.rows)
             finally:
                 self._muted = False
-            found = {name: self._zeroed(gradient) for name, gradient in run_again.items()}
+            found = {name: self._zeroed(gradient) for name, gradient in again.items()}
         else:
             assert unit.kind is not None
             found = dict(unit.kind.sample(unit.module, kept, self._zeroed(grads[0]), frozenset(unit.parameters)))
@@ -264,21 +235,20 @@ class Capture:
         return tensor.masked_fill(~self.finite.view(-1, *([1] * (tensor.dim() - 1))), 0.0)
 
 
-def _run_again(unit: Unit, signature: _Signature, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:
+def _filled(leaves: list[Any], places: tuple[int, ...], tensors: Tensors) -> list[Any]:
+    filled = list(leaves)
+    for place, tensor in zip(places, tensors, strict=True):
+        filled[place] = tensor
+    return filled
+
+
+def _run_again(unit: Unit, run: _Run, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:
     """Return per-sample gradients of a module's parameters for one of its calls, fp32 [b, *parameter.shape] by name.
 
-    Args:
-        unit: The module and its parameters.
-        signature: Of the call.
-        kept: Its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
-            sample; the others are shared.
-        grads: Gradients of the summed row losses with respect to the outputs.
-        rows: Samples b.
-
-    Raises:
-        HandUp: The outputs cannot be taken apart by sample.
+    ``kept`` are its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
+    sample; the others are shared. ``grads`` are those of the outputs.
     """
-    module, num_inputs = unit.module, len(signature.tensor_at)
+    module, num_inputs = unit.module, len(kept) - len(grads)
     inputs, outputs = kept[:num_inputs], kept[num_inputs:]
     if any(tensor.dim() == 0 or tensor.shape[0] != rows for tensor in outputs):
         raise HandUp(unit, "its outputs do not have the samples in front")
@@ -286,11 +256,6 @@ def _run_again(unit: Unit, signature: _Signature, kept: Tensors, grads: Tensors,
     parameters = {name: module.get_parameter(name).detach() for name in sorted(unit.parameters)}
     if any(type(p) not in (torch.Tensor, nn.Parameter) or hasattr(p, "ds_id") for p in parameters.values()):
         raise HandUp(unit, "its parameters are partitioned over ranks, and it has no formula")
-
-    def run(weights: dict[str, torch.Tensor], one: Tensors) -> Tensors:
-        args, kwargs = signature.arguments(one)
-        return signature.outputs_of(functional_call(module, weights, args, kwargs, tie_weights=False))
-
     try:
         found, again = _vectorized(run, parameters, inputs, split, grads)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -307,11 +272,6 @@ def _run_again(unit: Unit, signature: _Signature, kept: Tensors, grads: Tensors,
         if not torch.allclose(first.float(), second.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
             raise HandUp(unit, "run again sample by sample, it gave other outputs: it mixes samples or keeps a state")
     return {name: gradient.float() for name, gradient in found.items()}
-
-
-_Run = Callable[[dict[str, torch.Tensor], Tensors], Tensors]
-_Again = tuple[dict[str, torch.Tensor], Tensors]
-"""Per-sample gradients by name, and the outputs of the second run."""
 
 
 def _vectorized(
@@ -341,7 +301,5 @@ def _looped(
         again.append(tuple(out.detach() for out in outs))
         for (name, parameter), gradient in zip(weights.items(), one, strict=True):
             found[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
-    return (
-        {name: torch.stack(gradients) for name, gradients in found.items()},
-        tuple(torch.cat([one[k] for one in again]) for k in range(len(again[0]))),
-    )
+    by_name = {name: torch.stack(gradients) for name, gradients in found.items()}
+    return by_name, tuple(torch.cat(outs) for outs in zip(*again, strict=True))

@@ -1,8 +1,8 @@
 """What is made of per-sample gradients: dot products with targets, norms, weighted sums, sketches, rows as they are.
 
 Consumers are fed parameter by parameter, so nothing of size samples x parameters is ever held (but by ``RowVectors``).
-Each says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the
-cheaper one for all consumers together. Sums over parameters are taken at the end, in float64.
+Each says what the factored ("ghost") form and the formed gradients would cost it; the engine takes the cheaper one for
+all consumers together. Sums over parameters are taken at the end, in float64.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from dataflex.signals.gradients.factors import Factors, FactorShape, ghost_dots,
 _MEMORY = 8.0
 # A matrix product over more numbers than this loses digits in fp32 (5e-5 at a million).
 _STRETCH = 2**15
+# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_COST_PER_COORDINATE = 40.0
+# Hashing costs as much as the sketch itself, so this many buckets are remembered for the next batch.
+_REMEMBERED = 2**23
 
 
 class Segment(NamedTuple):
@@ -36,32 +43,21 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Gradients of all samples for a stretch of one parameter, or for several small ones side by side.
-
-    Attributes:
-        segments: What the columns are, in order.
-        values: fp32 [b, columns]; read only.
-    """
+    """Gradients of all samples, fp32 [b, columns], read only, for a stretch of one parameter or several small ones."""
 
     segments: tuple[Segment, ...]
     values: torch.Tensor
 
     def parts(self) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield every segment with its columns [b, stop - start]."""
-        at = 0
-        for segment in self.segments:
-            width = segment.stop - segment.start
-            yield segment, self.values[:, at : at + width]
-            at += width
+        sizes = [segment.stop - segment.start for segment in self.segments]
+        yield from zip(self.segments, self.values.split(sizes, dim=1), strict=True)
 
 
 class Columns:
-    """Constants by parameter, brought into the columns of a block.
+    """Constants by parameter [..., numel], brought into the columns of a block.
 
     Side-by-side layouts are remembered: small parameters meet in the same blocks in every batch.
-
-    Args:
-        flat: Parameter's name to its constants [..., numel].
     """
 
     def __init__(self, flat: Callable[[str], torch.Tensor]) -> None:
@@ -81,19 +77,14 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetVectors:
-    """M vectors, each as large as all differentiated parameters together.
-
-    Attributes:
-        tensors: By parameter name, fp32 [M, *parameter.shape], contiguous.
-    """
+    """M vectors, each as large as all differentiated parameters together: fp32 [M, *shape] by parameter name."""
 
     tensors: dict[str, torch.Tensor]
 
     @classmethod
     def zeros(cls, num: int, shapes: Mapping[str, torch.Size], device: torch.device | str) -> TargetVectors:
         """Return ``num`` zero vectors."""
-        options = {"dtype": torch.float32, "device": device}
-        return cls(tensors={name: torch.zeros(num, *shape, **options) for name, shape in shapes.items()})
+        return cls(tensors={name: torch.zeros(num, *shape, device=device) for name, shape in shapes.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -114,8 +105,8 @@ class TargetVectors:
 
     def scale_(self, factors: torch.Tensor) -> TargetVectors:
         """Multiply vector k by ``factors[k]`` in place and return self."""
-        for tensor in self.tensors.values():
-            tensor.mul_(factors.to(tensor).view(-1, *([1] * (tensor.dim() - 1))))
+        for name, tensor in self.tensors.items():
+            self.flat(name).mul_(factors.to(tensor).unsqueeze(1))
         return self
 
     def add_up(self) -> None:
@@ -136,27 +127,20 @@ def total(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Consumer:
-    """Base of everything that takes per-sample gradients.
-
-    Attributes:
-        name: Key of the result.
-    """
+    """Base of everything that takes per-sample gradients; ``name`` is the key of its result."""
 
     name: str
 
     def begin(self, finite: torch.Tensor) -> None:
-        """Start a batch, forgetting the last one; ``finite`` [b] says which samples have a loss.
-
-        A batch may be started again before it is finished.
-        """
+        """Start a batch, forgetting the last, even an unfinished one; ``finite`` [b]: which samples have a loss."""
         raise NotImplementedError
 
     def dense_cost(self, shape: FactorShape) -> float:
-        """Return multiply-adds per sample for a formed gradient of this shape."""
-        raise NotImplementedError
+        """Return the number of multiply-adds per sample for a formed gradient of this shape."""
+        return _MEMORY * shape.m * shape.n
 
     def ghost_cost(self, shape: FactorShape) -> float:
-        """Return multiply-adds per sample for the factored form; infinite where it cannot be used."""
+        """Return the number of multiply-adds per sample for the factored form; infinite where it cannot be used."""
         return math.inf
 
     def add(self, block: Block) -> None:
@@ -180,9 +164,6 @@ class Norms(Consumer):
     def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
         self._squares = [torch.zeros(len(finite), device=finite.device)]
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
-        return _MEMORY * shape.m * shape.n
-
     def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
         return shape.tokens**2 * (shape.n + shape.left_width + 2 * _MEMORY)
 
@@ -197,12 +178,10 @@ class Norms(Consumer):
 
 
 class Dots(Consumer):
-    """Exact inner products with target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
+    """Exact inner products with M target vectors, fp32 [b, M]; ".norms" holds the samples' norms [b].
 
-    Args:
-        targets: M vectors of the size of the parameters.
-        normalize: "none": plain products. "row": divided by the sample's norm; with targets that are
-            means of unit vectors this is LESS's mean of cosines. "both": cosines.
+    ``normalize`` is "none": plain products; "row": divided by the sample's norm, which with targets that are means of
+    unit vectors is LESS's mean of cosines; or "both": cosines.
     """
 
     name = "dots"
@@ -240,13 +219,10 @@ class Dots(Consumer):
 
 
 class WeightedSums(Consumer):
-    """Adds sum_i w_ki G_i to ``vectors``, over as many batches as wanted; means by target are made of this.
+    """Adds sum_i w_ki G_i to K ``vectors``, over any number of batches; means by target are made of this.
 
-    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights
-    that were used come back [b, K].
-
-    Args:
-        vectors: K running sums, changed when a batch is finished.
+    Set ``weights`` [K, b] before every batch. Samples without a loss count as weight 0; the weights used come back [b,
+    K].
     """
 
     name = "sums"
@@ -284,13 +260,10 @@ class WeightedSums(Consumer):
 
 
 class RowVectors(Consumer):
-    """Writes each sample's gradient into a vector of its own.
+    """Writes each sample's gradient into one of ``vectors``; there is no result.
 
-    Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out. Vectors of samples
-    without a loss stay as they were. There is no result.
-
-    Args:
-        vectors: Where gradients go.
+    Set ``places`` [b], the vectors' indices, before every batch; -1 leaves a sample out, as does a loss that is
+    missing.
     """
 
     name = "rows"
@@ -304,9 +277,6 @@ class RowVectors(Consumer):
         self._samples = (finite & places.ge(0)).nonzero().squeeze(1)
         self._places = places[self._samples]
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
-        return _MEMORY * shape.m * shape.n
-
     def add(self, block: Block) -> None:  # noqa: D102
         for (name, start, stop), values in block.parts():
             vectors = self.vectors.flat(name)
@@ -314,32 +284,6 @@ class RowVectors(Consumer):
 
     def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return {}
-
-
-# Multipliers of the splitmix64 finalizer, as signed 64-bit numbers.
-_FIRST = 0xBF58476D1CE4E5B9 - 2**64
-_SECOND = 0x94D049BB133111EB - 2**64
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_COST_PER_COORDINATE = 40.0
-# Hashing costs as much as the sketch itself, so the first so many buckets are remembered for the next batch.
-_REMEMBERED = 2**23
-
-
-def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right without sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(values: torch.Tensor) -> torch.Tensor:
-    values = (values ^ _shift(values, 30)) * _FIRST
-    values = (values ^ _shift(values, 27)) * _SECOND
-    return values ^ _shift(values, 31)
-
-
-def _key(*parts: object) -> int:
-    """Return a signed 64-bit number for some names and numbers."""
-    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 class Sketch(Consumer):
@@ -350,11 +294,6 @@ class Sketch(Consumer):
     hash of (seed, parameter's name, flat index): nothing is stored, every rank, device and batch size has the same
     matrix, and a parameter can be sketched in parts. E <Su, Sv> = <u, v>, with variance about
     (|u|^2 |v|^2 + <u, v>^2) / size. Source: Kane and Nelson 2014 (arXiv 1012.1577).
-
-    Args:
-        size: Numbers kept for each sample; a multiple of ``nonzeros``.
-        nonzeros: Buckets for each coordinate.
-        seed: Of the hash.
 
     Raises:
         ConfigError: ``size`` is not a positive multiple of ``nonzeros``.
@@ -401,11 +340,7 @@ class Sketch(Consumer):
         return sums.t() / self.nonzeros**0.5
 
     def buckets_and_signs(self, segment: Segment, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where a stretch of a parameter goes.
-
-        Returns:
-            Buckets int64 [nonzeros, n] in [0, size), signs fp32 [nonzeros, n] of +1 and -1.
-        """
+        """Return buckets int64 [nonzeros, n] in [0, size) and signs fp32 [nonzeros, n] of a stretch of a parameter."""
         index = torch.arange(segment.start, segment.stop, dtype=torch.int64, device=device) * _GOLDEN
         width = self.size // self.nonzeros
         hashes = torch.stack([_mix(index + _key(self.seed, segment.name, k)) for k in range(self.nonzeros)])
@@ -416,3 +351,20 @@ class Sketch(Consumer):
 def _scatter(sums: torch.Tensor, columns: torch.Tensor, buckets: torch.Tensor, signs: torch.Tensor) -> None:
     for where, sign in zip(buckets, signs, strict=True):
         sums.index_add_(0, where, columns * sign.unsqueeze(1))
+
+
+def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right without sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    values = (values ^ _shift(values, 30)) * _FIRST
+    values = (values ^ _shift(values, 27)) * _SECOND
+    return values ^ _shift(values, 31)
+
+
+def _key(*parts: object) -> int:
+    """Return a signed 64-bit number for some names and numbers."""
+    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,8 +1,7 @@
 """Per-sample gradients of a model under training: one forward and one backward pass to layer outputs a batch.
 
-Nothing of the model's is changed: gradients are taken with respect to layer outputs, hooks are gone
-when a pass ends, modes and random states are put back. The scalar that is differentiated is the sum
-of the rows' own losses, so rows do not see one another.
+Nothing of the model's is changed: gradients are taken with respect to layer outputs, hooks are gone when a pass ends,
+modes and random states are put back. The sum of the rows' own losses is differentiated: rows do not see one another.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from dataflex.signals.gradients.consumers import Block, Consumer, Segment
 from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, formed
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
-from dataflex.signals.losses import model_inputs, row_losses, token_cross_entropy
-from dataflex.signals.model_parts import model_parts
+from dataflex.signals.losses import IGNORE, model_inputs, row_losses, token_cross_entropy
+from dataflex.signals.model_parts import attached, model_parts
 from dataflex.signals.sweep import preserve_state
 
-_IGNORE = -100
 _BLOCK_NUMBERS = 2**22
-# Parameters of fewer numbers share a block of at least so many (for each sample): the fixed cost of a block counts.
+# Smaller parameters share a block of at least this many numbers (for each sample): the fixed cost of a block counts.
 _SMALL = 2**15
 
 Batch = dict[str, Any]
@@ -48,7 +46,7 @@ class GradientEngine:
         autocast: The Trainer's mixed-precision context.
         parameters: What is differentiated, by name; all trainable parameters if None (see ``choose_parameters``).
         release: Lets go of what a pass left gathered; under ZeRO-3 the DeepSpeed engine's ``empty_partition_cache``.
-        block_numbers: Formed gradients are handled in blocks of about so many numbers (all samples together).
+        block_numbers: Formed gradients are handled in blocks of about this many numbers (all samples together).
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class GradientEngine:
         self._loss = supervised_losses(model, self.parameters.values()) if loss is None else loss
         self._autocast, self._release, self._block_numbers = autocast, release, block_numbers
         self._units = Units(model, self.parameters)
-        self._depth = 0
+        self._observing = False
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -81,32 +79,32 @@ class GradientEngine:
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Hold the model in eval mode for several runs; modes and random states are put back at the end."""
-        if self._depth:
+        if self._observing:
             yield
             return
         with preserve_state(self.model):
             self.model.eval()
-            self._depth += 1
+            self._observing = True
             try:
                 yield
             finally:
-                self._depth -= 1
+                self._observing = False
                 if self._release is not None:
                     self._release()
 
     def run(
         self, batch: Batch, consumers: Sequence[Consumer], *, precondition: Preconditioner | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run one batch.
+        """Run a collated batch on the device, samples in front.
 
         Args:
-            batch: Collated, on the device, samples in front.
+            batch: The batch.
             consumers: What is made of the gradients; names must differ.
             precondition: From ``preconditioner``: consumers take directions instead of gradients.
 
         Returns:
-            "losses" fp32 [b], and for each consumer its name (and name + suffix) with the samples in
-            front; NaN for samples without a finite loss.
+            "losses" fp32 [b], and each consumer's results [b, ...] by its name and suffix; NaN for samples without a
+            loss.
 
         Raises:
             UnsupportedError: Some parameters' gradients cannot be told apart by sample; names all of them.
@@ -150,8 +148,7 @@ class GradientEngine:
         self._units.require_all()
         results = {"losses": losses.detach().float()}
         for consumer in consumers:
-            for suffix, values in consumer.finish().items():
-                results[consumer.name + suffix] = values
+            results.update({consumer.name + suffix: values for suffix, values in consumer.finish().items()})
         if capture.finite is None:
             return results
         return {
@@ -162,12 +159,8 @@ class GradientEngine:
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
 
-        The derivative of row i's loss along a direction v equals <G_i, v>, so ranking by it is ranking by the
-        plain inner product with a target gradient: without a backward pass, norms or preconditioning.
-
-        Args:
-            batch: A collated batch on the device.
-            direction: Tensor of each parameter's shape; parameters that are left out stay.
+        It equals <G_i, v>, the inner product with a target gradient, without a backward pass, norms or preconditioning.
+        Parameters that ``direction`` leaves out stay.
 
         Raises:
             UnsupportedError: Parameters are partitioned over ranks, or an operation has no forward derivative.
@@ -198,11 +191,7 @@ class _Losses(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
-        self.model, self._loss = model, loss
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return row losses."""
-        return self._loss(batch)
+        self.model, self.forward = model, loss
 
 
 class _Feeder:
@@ -263,13 +252,9 @@ class _Feeder:
 def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
     """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
 
-    A training step computes logits for every position, prompt and padding included. Where the head's own
-    parameters are not differentiated (LoRA, frozen embeddings), its input is narrowed to the positions that have a
-    label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
-
-    Args:
-        model: The outermost module to call, not the DDP or DeepSpeed engine.
-        parameters: What is differentiated; if the head has a part in it, the head sees every position.
+    A training step computes logits for every position, prompt and padding included. Where the head's own parameters are
+    not among the differentiated ``parameters`` (LoRA, frozen embeddings), its input is narrowed to the positions that
+    have a label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
 
     Raises:
         UnsupportedError: No transformers model inside.
@@ -279,8 +264,8 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
         return lambda batch: row_losses(model, batch)
 
     def losses(batch: Batch) -> torch.Tensor:
-        targets = F.pad(batch["labels"], (0, 1), value=_IGNORE)[..., 1:]
-        row, position = targets.ne(_IGNORE).nonzero(as_tuple=True)
+        targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[..., 1:]
+        row, position = targets.ne(IGNORE).nonzero(as_tuple=True)
         narrowed: list[bool] = []
 
         def narrow(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -288,14 +273,11 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
             narrowed.append(whole)
             return (inputs[0][row, position].unsqueeze(0), *inputs[1:]) if whole else None
 
-        handle = head.register_forward_pre_hook(narrow)
-        try:
+        with attached(head.register_forward_pre_hook(narrow)):
             outputs = model(**model_inputs(batch), use_cache=False)
-        finally:
-            handle.remove()
         logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
         picked = logits[0] if narrowed == [True] else logits[row, position]
-        values, _ = token_cross_entropy(picked, targets[row, position], _IGNORE)
+        values, _ = token_cross_entropy(picked, targets[row, position], IGNORE)
         sums = torch.zeros(len(targets), dtype=torch.float32, device=values.device)
         return sums.index_add(0, row, values) / torch.bincount(row, minlength=len(targets))
 
@@ -303,8 +285,8 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
 
 
 def _with_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
-    """Give a batch without any label some, so that all ranks run the same passes; its rows count for nothing."""
-    if "labels" not in batch or batch["labels"][:, 1:].ne(_IGNORE).any():
+    """Give a batch without any label some, so that all ranks run the same passes; its rows do not count."""
+    if "labels" not in batch or batch["labels"][:, 1:].ne(IGNORE).any():
         return batch, torch.ones((), dtype=torch.bool)
     labels = batch["labels"]
     return {**batch, "labels": batch["input_ids"]}, torch.zeros(len(labels), dtype=torch.bool, device=labels.device)

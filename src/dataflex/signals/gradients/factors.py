@@ -1,8 +1,8 @@
 """Per-sample gradients in the two forms in which layers give them, and exact products of the factored form.
 
-A matrix used on tokens has, for sample i, the gradient G_i = sum_t left_t (outer) right_t. Keeping
-the factors apart ("ghost" form) gives norms, inner products and weighted sums without ever forming
-G_i: <G, G'> = sum_ts (left_t . left'_s)(right_t . right'_s).
+A matrix used on tokens has, for sample i, the gradient G_i = sum_t left_t (outer) right_t. Keeping the factors apart
+("ghost" form) gives norms, inner products and weighted sums without ever forming G_i:
+<G, G'> = sum_ts (left_t . left'_s)(right_t . right'_s).
 
 Legend: b samples, T tokens, m rows and n columns of the parameter, M target vectors.
 """
@@ -17,11 +17,9 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """Factored per-sample gradients of one use of a matrix parameter [m, n].
+    """Factored per-sample gradients of one use of a matrix parameter [m, n]: ``right`` is [b, T, n].
 
-    Attributes:
-        left: [b, T, m]; or int64 [b, T], the numbers of the rows of one-hot vectors (a lookup table).
-        right: [b, T, n].
+    ``left`` is [b, T, m], or int64 [b, T], the numbers of the rows of one-hot vectors (a lookup table).
     """
 
     left: torch.Tensor
@@ -61,8 +59,7 @@ class FactorShape:
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 
-    Returns:
-        fp32 [b, (stop - start) * rest], contiguous, fresh (may be changed in place).
+    The result is fp32 [b, (stop - start) * rest], contiguous, and may be changed in place.
     """
     total: torch.Tensor | None = None
     for use in uses:

@@ -7,13 +7,11 @@ the layer's output, a formula returns the per-sample gradients of the layer's ow
     def _scale(module, kept, grad, wanted):
         return {"weight": (grad * kept[0]).sum(dim=1)}
 
-Kinds are asked in reverse order of registration, so that a user's kind goes before the built-in ones. A module is
-matched by the very ``forward`` it runs: a subclass that overrides it computes something else. A module that no kind
-matches is differentiated by ``torch.func`` (see ``capture``). LoRA's A and B are plain linear layers inside peft's
-wrapper and need nothing of their own.
+The latest kind that matches is taken, so that a user's kind goes before the built-in ones. A module is matched by the
+very ``forward`` it runs: a subclass that overrides it computes something else. A module that no kind matches is
+differentiated by ``torch.func``. LoRA's A and B are plain linear layers inside peft's wrapper.
 
-Sources: methods of per-sample gradients by layer inputs and output gradients, Goodfellow 2015 (arXiv 1510.01799);
-magnitude of DoRA: arXiv 2402.09353, section 4.3 (the norm is held constant).
+Sources: Goodfellow 2015 (arXiv 1510.01799); magnitude of DoRA: arXiv 2402.09353, section 4.3 (norm held constant).
 """
 
 from __future__ import annotations
@@ -44,21 +42,14 @@ def _first_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 class LayerKind:
     """A layer kind.
 
-    Attributes:
-        name: For messages.
-        matches: Whether a module is of this kind; must be exact, since a subclass may compute something else.
-        parameters: Names of the parameters that the formula covers.
-        sample: The formula.
-        keep: What to keep of a call (module, args, kwargs, output); tensors with first dimension b. Left out: the
-            first input.
-        check: Optional look at the first call (module, kept, output): the reason why the formula does
-            not hold there, or None.
+    ``keep`` is what to keep of a call (module, args, kwargs, output), tensors [b, ...]; the first input if left out.
+    ``check`` looks at the first call (module, kept, output): the reason why the formula does not hold there, or None.
     """
 
-    name: str
-    matches: Callable[[nn.Module], bool]
-    parameters: tuple[str, ...]
-    sample: Formula
+    name: str  # for messages
+    matches: Callable[[nn.Module], bool]  # exact, since a subclass may compute something else
+    parameters: tuple[str, ...]  # names of the parameters that the formula covers
+    sample: Formula  # the formula
     keep: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], Kept] = _first_input
     check: Callable[[nn.Module, Kept, torch.Tensor], str | None] | None = None
 

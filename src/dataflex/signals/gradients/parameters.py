@@ -1,9 +1,9 @@
 """Which parameters are differentiated, and which module answers for each of them.
 
-A unit is a module together with those of its parameters that count. It is either of a registered
-layer kind, or "local": its parameters' gradients come from running just that module again under
-``torch.func``. A unit that cannot answer (its calls do not keep samples apart, or its parameters are
-used behind its back) hands its parameters to the module around it, in the end to the whole model.
+A unit is a module together with those of its parameters that count. It is either of a registered layer kind, or
+"local": its parameters' gradients come from running just that module again under ``torch.func``. A unit that cannot
+answer (its calls do not keep samples apart, or its parameters are used without calling it) hands its parameters to the
+module around it, in the end to the whole model.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def shape_of(parameter: Any) -> torch.Size:
 def choose_parameters(
     model: nn.Module, *, pattern: str | None = None, last_blocks: int | None = None
 ) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, or a stated part of them.
+    """Return the trainable parameters by name, or a part of them.
 
     Args:
         model: The inner module, not the engine around it.
         pattern: Regular expression searched for in the names.
-        last_blocks: Only parameters inside the last so many of the model's blocks.
+        last_blocks: Number of blocks at the model's end that parameters must lie in.
 
     Raises:
         ConfigError: Nothing is left, or the model has no blocks.
@@ -70,14 +70,9 @@ def _last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
 
 @dataclass(eq=False, kw_only=True)
 class Unit:
-    """A module that answers for parameters.
+    """A module that answers for parameters, {name relative to the module: name in the model}.
 
-    Attributes:
-        name: Path of the module in the model.
-        module: The module.
-        kind: Its layer kind; None where ``torch.func`` is used.
-        parameters: Name relative to the module -> name of the parameter in the model.
-        checked: Whether the kind's formula was compared with a call.
+    ``kind`` is None where ``torch.func`` is used; ``checked`` says whether the kind's formula was compared with a call.
     """
 
     name: str
@@ -92,12 +87,7 @@ class Unit:
 
 @dataclass(eq=False)
 class Units:
-    """All units of a model.
-
-    Args:
-        model: The inner module.
-        chosen: Parameters that count, by name.
-    """
+    """All units of a model, for the ``chosen`` parameters by name."""
 
     model: nn.Module
     chosen: Mapping[str, nn.Parameter]
@@ -142,11 +132,7 @@ class Units:
         self._make_local(parent, {f"{last}.{local}": name for local, name in unit.parameters.items()}, reason)
 
     def require_all(self) -> None:
-        """Make sure that every parameter has a unit.
-
-        Raises:
-            UnsupportedError: Names every parameter that has none, and what was tried.
-        """
+        """Raise UnsupportedError with every parameter that has no unit, and what was tried."""
         if self._failed:
             lines = [f"  {name}: {reason}" for name, reason in self._failed.items()]
             raise UnsupportedError("\n".join(["no per-sample gradients for:", *lines]))

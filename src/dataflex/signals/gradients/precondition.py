@@ -1,13 +1,9 @@
 """What an optimizer would make of a gradient: Adam's direction with its moments held fixed, or signs.
 
-Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and
-direction = m' / (sqrt(v') + eps). Source: LESS (arXiv 2402.04333), equation in section 3.1. The
-original code puts eps inside the root and leaves out the bias correction; with the tiny moments of
-real LoRA runs that is another ranking, so both are presets.
-
-The moments are the run's own, wherever its optimizer keeps them: matched by parameter identity, never by position in
-the optimizer's groups. An optimizer that has no moments for each element is refused with a reason: another direction
-under Adam's name would be a silent error.
+Adam, for all samples alike: m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2 and direction = m' / (sqrt(v')
++ eps). Source: LESS (arXiv 2402.04333), equation in section 3.1; its code puts eps inside the root and leaves out the
+bias correction, which with the tiny moments of real LoRA runs is another ranking: both are presets. An optimizer
+without moments for each element is refused: another direction would be a silent error.
 """
 
 from __future__ import annotations
@@ -32,38 +28,24 @@ Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
 class Precondition:
     """How gradients are preconditioned.
 
-    Attributes:
-        kind: "none", "adam" or "sign".
-        eps_mode: "outside": sqrt(v) + eps; "inside": sqrt(v + eps).
-        bias_correction: Divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far.
-        include_momentum: Keep the term beta1 m, which all samples share.
-        own_square: Add the sample's own g^2 to v. Without, all samples are scaled alike and there is no momentum term:
-            (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) g / (sqrt(v) + eps), t the coming step (OPUS,
-            arXiv 2602.05400).
-        betas: Instead of the optimizer's own.
-        eps: Instead of the optimizer's own.
+    Without ``own_square`` all samples are scaled alike, in a linear way and without a momentum term, by
+    (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) / (sqrt(v) + eps), t the coming step (OPUS, arXiv 2602.05400).
     """
 
     kind: Literal["none", "adam", "sign"] = "none"
-    eps_mode: Literal["outside", "inside"] = "outside"
-    bias_correction: bool = True
-    include_momentum: bool = True
-    own_square: bool = True
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
+    eps_mode: Literal["outside", "inside"] = "outside"  # sqrt(v) + eps, or sqrt(v + eps)
+    bias_correction: bool = True  # divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far
+    include_momentum: bool = True  # keep the term beta1 m, which all samples share
+    own_square: bool = True  # add the sample's own g^2 to v
+    betas: tuple[float, float] | None = None  # instead of the optimizer's own
+    eps: float | None = None  # instead of the optimizer's own
 
     @classmethod
     def preset(cls, name: str) -> Precondition:
-        """Return a preset by name.
-
-        Raises:
-            ConfigError: Unknown name.
-        """
+        """Return a preset by name; ConfigError for an unknown one."""
         if name not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ConfigError(
-                f"gradients: unknown precondition {name!r}{did_you_mean(name, list(PRESETS))} (known: {known})"
-            )
+            meant, known = did_you_mean(name, list(PRESETS)), ", ".join(PRESETS)
+            raise ConfigError(f"gradients: unknown precondition {name!r}{meant} (known: {known})")
         return PRESETS[name]
 
 
@@ -78,73 +60,51 @@ PRESETS: dict[str, Precondition] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Adam's state of one parameter.
+    """Adam's state of one parameter."""
 
-    Attributes:
-        first: Running mean of gradients, fp32, the parameter's full shape.
-        second: Running mean of squared gradients, likewise.
-        step: Optimizer steps so far.
-        betas: Adam's betas.
-        eps: Adam's eps.
-    """
-
-    first: torch.Tensor
-    second: torch.Tensor
-    step: int
-    betas: tuple[float, float]
-    eps: float
+    first: torch.Tensor  # running mean of gradients, fp32, the parameter's full shape
+    second: torch.Tensor  # running mean of squared gradients, likewise
+    step: int  # number of optimizer steps so far
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
 
 def adam_direction(
     gradient: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
+    spec: Precondition,
     *,
     step: int,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    eps_mode: Literal["outside", "inside"] = "outside",
-    bias_correction: bool = True,
-    include_momentum: bool = True,
 ) -> torch.Tensor:
-    """Return the direction of Adam's next step for each gradient, fp32 [b, n].
+    """Return the direction of Adam's next step for each gradient [b, n], fp32.
 
-    ``gradient`` is fp32 [b, n]; ``first`` and ``second`` are the moments m and v [n] after ``step`` optimizer steps;
-    the rest is as in ``Precondition``.
+    ``first`` and ``second`` are the moments m and v [n] after ``step`` optimizer steps.
     """
     beta1, beta2 = betas
-    correct1 = 1 - beta1 ** (step + 1) if bias_correction else 1.0
-    correct2 = 1 - beta2 ** (step + 1) if bias_correction else 1.0
+    if not spec.own_square:
+        factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
+        return gradient * (factor / (second.sqrt() + eps))
+    correct1 = 1 - beta1 ** (step + 1) if spec.bias_correction else 1.0
+    correct2 = 1 - beta2 ** (step + 1) if spec.bias_correction else 1.0
     # Corrections are moved into the scalars and the moments, so that the large tensor is read fewer times:
     # (m' / c1) / (sqrt(v' / c2) + eps) = (m' sqrt(c2) / c1) / (sqrt(v') + eps sqrt(c2)).
     scale = correct2**0.5 / correct1
-    if eps_mode == "inside":
+    if spec.eps_mode == "inside":
         root = torch.addcmul(second * beta2 + eps * correct2, gradient, gradient, value=1 - beta2).sqrt_()
     else:
         root = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2).sqrt_().add_(eps * correct2**0.5)
-    if include_momentum:
+    if spec.include_momentum:
         return torch.add(first * (beta1 * scale), gradient, alpha=(1 - beta1) * scale).div_(root)
     return (gradient * ((1 - beta1) * scale)).div_(root)
 
 
-def adam_scaled(
-    gradient: torch.Tensor, second: torch.Tensor, *, step: int, betas: tuple[float, float], eps: float
-) -> torch.Tensor:
-    """Return gradients scaled as Adam's next step would, with its second moment as it is (OPUS, arXiv 2602.05400).
-
-    Linear in the gradient; fp32 [b, n] both. ``second`` is the moment v [n] after ``step`` optimizer steps.
-    """
-    beta1, beta2 = betas
-    factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
-    return gradient * (factor / (second.sqrt() + eps))
-
-
 def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
-    """Return the function that turns blocks of gradients into directions; None where gradients stay as they are.
+    """Return what turns blocks of gradients into directions; None where gradients stay as they are.
 
-    Args:
-        spec: What to do.
-        moments: By parameter name, from ``moments_of``; only Adam needs them.
+    ``moments`` are by parameter name, from ``moments_of``; only Adam needs them.
     """
     if spec.kind == "none":
         return None
@@ -164,18 +124,8 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
         if any(settings(one.name) != options for one in segments[1:]):
             parts = Block(segments=segments, values=gradient).parts()
             return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
-        squares = second.of(segments, gradient.device)
-        if not spec.own_square:
-            return adam_scaled(gradient, squares, **options)
-        return adam_direction(
-            gradient,
-            first.of(segments, gradient.device),
-            squares,
-            eps_mode=spec.eps_mode,
-            bias_correction=spec.bias_correction,
-            include_momentum=spec.include_momentum,
-            **options,
-        )
+        m, v = (moment.of(segments, gradient.device) for moment in (first, second))
+        return adam_direction(gradient, m, v, spec, **options)
 
     return direction
 
@@ -206,11 +156,11 @@ def moments_of(
 ) -> dict[str, Moments]:
     """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
 
-    Before the optimizer's first step the moments are zero, as Adam itself has them. Where they are whole
-    and fp32, they are the optimizer's own tensors and no copies: use them before its next step.
+    Before the optimizer's first step the moments are zero. Where they are whole and fp32, they are the optimizer's own
+    tensors and no copies: use them before its next step.
 
     Args:
-        optimizer: The Trainer's optimizer; wrappers of accelerate and DeepSpeed are looked through.
+        optimizer: The Trainer's optimizer, also inside wrappers of accelerate and DeepSpeed.
         parameters: The model's parameters by name, the very objects that the optimizer was given.
         backend: "zero" for DeepSpeed ZeRO-1/2/3, else "plain" (also DDP and FSDP2).
 
@@ -261,9 +211,8 @@ def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str
             what += "" if value is None else f", {ours} of shape {list(value.shape)} for {list(shape)}"
             raise _refusal(name, what)
         found.append(value.detach().float())
-    beta1, beta2 = group["betas"]
-    step, betas = int(state.get("step", 0)), (float(beta1), float(beta2))
-    return Moments(first=found[0], second=found[1], step=step, betas=betas, eps=float(group["eps"]))
+    (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
+    return Moments(first=found[0], second=found[1], step=int(state.get("step", 0)), betas=(beta1, beta2), eps=eps)
 
 
 def _dequantized(state: Mapping[str, Any], value: torch.Tensor, which: str, name: str) -> torch.Tensor:

@@ -1,28 +1,25 @@
 """Scorers of rows by their gradients: what is opened once, and then turns a batch into an array for each row.
 
-Nothing of size rows x parameters is kept: a batch's per-sample gradients are compared with one mean
-gradient per target as they come (LESS, arXiv 2402.04333, without its projection).
+Nothing of size rows x parameters is kept: a batch's per-sample gradients are compared with one mean gradient per target
+as they come (LESS, arXiv 2402.04333, without its projection).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.cache import SignalValue
-from dataflex.signals.gradients.consumers import Dots, Norms, Sketch, TargetVectors
+from dataflex.signals.gradients.consumers import Consumer, Dots, Norms, Sketch, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
-from dataflex.signals.gradients.targets import policy_vectors, row_products, target_vectors
 from dataflex.signals.identity import state_identity
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import GradientSpec, WeightedResponse
-from dataflex.signals.sweep import Sweep
+from dataflex.signals.specs import GradientSpec
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
@@ -31,15 +28,12 @@ class GradientScorers:
     """Opens scorers on the model under training, as one ``GradientSpec`` asks for them.
 
     A scorer takes a collated batch on the device and gives fp32 [b, ...], NaN for rows without a loss. Many batches
-    go inside ``engine.observing()``.
-
-    Args:
-        access: The model and its optimizer.
-        spec: Which gradients, and how they are compared.
+    go inside ``engine.observing()``. Opening one is collective.
 
     Raises:
         ConfigError: Unknown preset, or no trainable parameter is left; forward mode with cosines, preconditioning or
             sketches.
+        UnsupportedError: When one is opened: the optimizer has no moments for each element.
     """
 
     def __init__(self, access: ModelAccess, spec: GradientSpec) -> None:
@@ -47,46 +41,30 @@ class GradientScorers:
         self._kind = replace(Precondition.preset(spec.precondition), include_momentum=spec.include_momentum)
         if spec.forward_mode and (spec.normalize or self._kind.kind != "none" or spec.sketch_size is not None):
             raise ConfigError("gradients: forward mode knows plain inner products only, no cosines or preconditioning")
-        device = next(access.model.parameters()).device.type
+        device = access.device.type
         self.engine = GradientEngine(
             access.model,
             autocast=(lambda: torch.autocast(device, dtype=torch.bfloat16)) if spec.bf16 else access.autocast,
             parameters=choose_parameters(access.model, pattern=spec.parameters, last_blocks=spec.last_blocks),
             release=access.release,
         )
-
-    @property
-    def mean_of_cosines(self) -> bool:
+        self.mean_of_cosines = spec.normalize and spec.mean_of_cosines
         """Whether targets' vectors are means of directions."""
-        return self._spec.normalize and self._spec.mean_of_cosines
 
-    def target_vectors(self, targets: Sequence[Sweep]) -> TargetVectors:
-        """Return one vector per target (collective).
-
-        Raises:
-            DataError: A target without a supervised token.
-        """
-        return target_vectors(self.engine, targets, normalize_rows=self.mean_of_cosines)
-
-    def response_vectors(self, tasks: Sequence[Sequence[WeightedResponse]]) -> TargetVectors:
-        """Return one vector per task, of its weighted responses (collective); see ``policy_vectors``."""
-        return policy_vectors(self.engine, self._access, tasks, normalize_groups=self.mean_of_cosines)
+    def of(self, consumer: Consumer) -> Score:
+        """Return the scorer that gives a consumer's main result."""
+        precondition = self.precondition()
+        return lambda batch: self.engine.run(batch, [consumer], precondition=precondition)[consumer.name]
 
     def towards(self, targets: TargetVectors) -> Score:
-        """Return the scorer [b, M] that compares rows with M vectors (collective).
-
-        Raises:
-            UnsupportedError: The optimizer has no moments for each element.
-        """
+        """Return the scorer [b, M] that compares rows with M vectors."""
         spec, engine = self._spec, self.engine
         if spec.forward_mode:
             return lambda batch: torch.stack([engine.jvp(batch, targets.one(i)) for i in range(len(targets))], dim=1)
-        precondition = self._precondition()
         if spec.sketch_size is None:
             how: Literal["none", "row", "both"] = "row" if spec.mean_of_cosines else "both"
-            dots = Dots(targets, normalize=how if spec.normalize else "none")
-            return lambda batch: engine.run(batch, [dots], precondition=precondition)["dots"]
-        sketch = Sketch(size=spec.sketch_size, seed=spec.sketch_seed)
+            return self.of(Dots(targets, normalize=how if spec.normalize else "none"))
+        sketch, precondition = Sketch(size=spec.sketch_size, seed=spec.sketch_seed), self.precondition()
         wanted = sketch.of(targets)
         if spec.normalize and not spec.mean_of_cosines:
             wanted = wanted / targets.norms().to(wanted.device).clamp_min(1e-30).unsqueeze(1)
@@ -99,29 +77,18 @@ class GradientScorers:
         return score
 
     def norms(self) -> Score:
-        """Return the scorer [b] of gradients' norms (GraNd, arXiv 2107.07075; collective)."""
-        precondition = self._precondition()
-        return lambda batch: self.engine.run(batch, [Norms()], precondition=precondition)["norms"]
+        """Return the scorer [b] of gradients' norms."""
+        return self.of(Norms())
 
     def sketches(self, *, dim: int, seed: int) -> Score:
-        """Return the scorer [b, dim] of sketches of length one (collective).
-
-        Raises:
-            ConfigError: ``dim`` is not a positive even number.
-        """
-        sketch = Sketch(size=dim, seed=seed)
-        precondition = self._precondition()
+        """Return the scorer [b, dim] of sketches of length one; ``dim`` is even."""
+        sketched = self.of(Sketch(size=dim, seed=seed))
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
-            found = self.engine.run(batch, [sketch], precondition=precondition)["sketch"]
+            found = sketched(batch)
             return found / found.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
         return score
-
-    def products(self, sweep: Sweep, targets: Sequence[Sweep]) -> SignalValue:
-        """Return inner products of rows with the targets' mean gradients and with every row [n, targets + n]."""
-        aims = target_vectors(self.engine, targets, normalize_rows=False) if targets else None
-        return row_products(self.engine, sweep, aims, self._precondition())
 
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
@@ -133,9 +100,9 @@ class GradientScorers:
             for which, tensor in (("first", kept.first), ("second", kept.second))
         )
 
-    def _moments(self) -> dict[str, Moments]:
-        backend: Literal["plain", "zero"] = "zero" if self._access.backend == "zero" else "plain"
-        return moments_of(self._access.optimizer(), self.engine.parameters, backend)
-
-    def _precondition(self) -> Preconditioner | None:
+    def precondition(self) -> Preconditioner | None:
+        """Return what turns gradients into directions, with the optimizer's moments of now (collective)."""
         return preconditioner(self._kind, self._moments() if self._kind.kind == "adam" else None)
+
+    def _moments(self) -> dict[str, Moments]:
+        return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)

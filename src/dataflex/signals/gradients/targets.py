@@ -17,26 +17,21 @@ from dataflex.errors import DataError
 from dataflex.signals.gradients.consumers import Dots, Norms, RowVectors, TargetVectors, WeightedSums, inner_products
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import Preconditioner
+from dataflex.signals.losses import IGNORE
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import WeightedResponse
-from dataflex.signals.sweep import Sweep, bucketed, row_pass
+from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
 
-_IGNORE = -100
 _HELD_NUMBERS = 2**28
-"""Numbers of all rows' gradients that are held together: 1 GiB in fp32."""
+"""Largest number of numbers of rows' gradients that are held together: 1 GiB in fp32."""
 
 
 class TargetBuilder:
     """Collects the mean of plain (SGD) gradients of each target over batches.
 
-    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector
-    with the result is the mean of the cosines with the target's rows (what LESS's code computes); this
-    takes a second pass over the batch. Without it, it is the target's mean gradient (the paper's text).
-
-    Args:
-        engine: Of the model.
-        num_targets: Targets M.
-        normalize_rows: As above.
+    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector with the result is
+    the mean of the cosines with the target's rows (what LESS's code computes); this takes a second pass over the batch.
+    Without it, it is the target's mean gradient (the paper's text).
     """
 
     def __init__(self, engine: GradientEngine, *, num_targets: int, normalize_rows: bool = True) -> None:
@@ -94,14 +89,8 @@ def policy_vectors(
     """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
 
     The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
-    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or over
-    their directions. Each group's gradient is held once, so that its length is exact.
-
-    Args:
-        engine: Of the model; its loss is a row's token mean.
-        access: Collates, and says where batches go and how large they may be.
-        tasks: The responses of each task; those of equal ``group`` are added up.
-        normalize_groups: Mean over the groups' directions instead of over their gradients.
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or with
+    ``normalize_groups`` over their directions. Each group's gradient is held once, so that its length is exact.
 
     Raises:
         DataError: A task without responses, or a response without tokens.
@@ -154,50 +143,40 @@ def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dic
     features = []
     for one in responses:
         prompt, response = [int(token) for token in one.prompt], [int(token) for token in one.response]
-        ids = prompt + response
-        labels = [_IGNORE] * len(prompt) + response
+        ids, labels = prompt + response, [IGNORE] * len(prompt) + response
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    batch = access.collate(features)
-    return {key: value.to(access.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    return to_device(access.collate(features), access.device)
 
 
 def row_products(
     engine: GradientEngine, sweep: Sweep, aims: TargetVectors | None, precondition: Preconditioner | None = None
 ) -> NDArray[np.float32]:
-    """Return inner products of rows' gradients with some vectors and with one another (collective).
+    """Return inner products of rows' directions with m vectors and with one another (collective).
 
-    Rows' own gradients are held, about 1 GiB of them at a time; so many rows take one pass over themselves and one
-    over the rest.
-
-    Args:
-        engine: Of the model.
-        sweep: The rows [n], few.
-        aims: The vectors [m], or None for none.
-        precondition: Turns the rows' gradients into directions, or None.
-
-    Returns:
-        float32 [n, m + n], equal on every rank; NaN in the rows and columns of rows without a loss.
+    Rows' own gradients are held, about 1 GiB of them at a time; those that are held together take one pass over
+    themselves and one over the rest. The result is float32 [n, m + n], equal on every rank; NaN in the rows and columns
+    of rows without a loss.
     """
     at_once = max(1, _HELD_NUMBERS // max(1, sum(shape.numel() for shape in engine.shapes.values())))
     num, num_aims = len(sweep.rows), 0 if aims is None else len(aims)
     out, known = np.full((num, num_aims + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
     gram = out[:, num_aims:]
-    for start in range(0, num, at_once):
-        block, rest = slice(start, min(start + at_once, num)), slice(start + at_once, num)
-        vectors, finite = _held_rows(engine, _part(sweep, block), precondition)
-        known[block] = finite.cpu().numpy()
-        if aims is not None:
-            out[block, :num_aims] = _products(vectors, aims).cpu().numpy()
-        gram[block, block] = _products(vectors, vectors).cpu().numpy()
-        if rest.start < num:
-            dots = Dots(vectors, normalize="none")
+    with engine.observing():
+        for start in range(0, num, at_once):
+            block, rest = slice(start, min(start + at_once, num)), slice(start + at_once, num)
+            vectors, finite = _held_rows(engine, _part(sweep, block), precondition)
+            known[block] = finite.cpu().numpy()
+            if aims is not None:
+                out[block, :num_aims] = _products(vectors, aims).cpu().numpy()
+            gram[block, block] = _products(vectors, vectors).cpu().numpy()
+            if rest.start < num:
+                dots = Dots(vectors, normalize="none")
 
-            def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
-                return engine.run(batch, [dots], precondition=precondition)["dots"]
+                def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
+                    return engine.run(batch, [dots], precondition=precondition)["dots"]
 
-            with engine.observing():
                 gram[rest, block] = row_pass(_part(sweep, rest), score, (len(vectors),))
-            gram[block, rest] = gram[rest, block].T
+                gram[block, rest] = gram[rest, block].T
     out[~known] = np.nan
     gram[:, ~known] = np.nan
     return out
@@ -207,19 +186,17 @@ def _held_rows(
     engine: GradientEngine, sweep: Sweep, precondition: Preconditioner | None
 ) -> tuple[TargetVectors, torch.Tensor]:
     """Return every row's gradient, zero for rows without a loss, and which rows have one, bool [n] (collective)."""
-    vectors = TargetVectors.zeros(len(sweep.rows), engine.shapes, engine.device)
-    consumer = RowVectors(vectors)
+    consumer = RowVectors(TargetVectors.zeros(len(sweep.rows), engine.shapes, engine.device))
     known = torch.zeros(len(sweep.rows), dtype=torch.int64, device=engine.device)
-    with engine.observing():
-        for turn in sweep.turns():
-            places = torch.from_numpy(turn.positions)
-            # A rank that only keeps step with the others keeps nothing.
-            consumer.places = places if turn.mine else torch.full_like(places, -1)
-            losses = engine.run(turn.batch, [consumer], precondition=precondition)["losses"]
-            if turn.mine:
-                known[places.to(engine.device)] = torch.isfinite(losses).to(engine.device, torch.int64)
-    vectors.add_up()  # each row is zero on all ranks but one
-    return vectors, comm.gather_sum(known).bool()
+    for turn in sweep.turns():
+        places = torch.from_numpy(turn.positions)
+        # A rank that only keeps step with the others keeps nothing.
+        consumer.places = places if turn.mine else torch.full_like(places, -1)
+        losses = engine.run(turn.batch, [consumer], precondition=precondition)["losses"]
+        if turn.mine:
+            known[places.to(engine.device)] = torch.isfinite(losses).to(engine.device, torch.int64)
+    consumer.vectors.add_up()  # each row is zero on all ranks but one
+    return consumer.vectors, comm.gather_sum(known).bool()
 
 
 def _products(a: TargetVectors, b: TargetVectors) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rows and tokens served by domain, however often and wherever they are counted."""
+"""Rows and tokens trained on by domain, however often and wherever they are counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from dataflex.plan.domains import Domains
 from dataflex.plan.plan import DataPlan
 from dataflex.plan.schedule import Interval
-from dataflex.train.controller import ServedCounts
+from dataflex.train.controller import DomainTotals
 
 
 def plans():
@@ -25,7 +25,7 @@ def plans():
 @pytest.mark.parametrize("looks", [(), (2,), (1, 1, 2, 4, 7), (3, 8)])
 def test_counts_do_not_depend_on_when_they_are_looked_at(looks):
     domains = Domains.from_sizes(["a", "b"], [6, 4], np.arange(10) + 1)
-    counts = ServedCounts(domains)
+    counts = DomainTotals(domains)
     for plan in plans():
         interval = plan.interval
         for step in (
@@ -33,7 +33,7 @@ def test_counts_do_not_depend_on_when_they_are_looked_at(looks):
             interval.stop_step,
         ):
             counts.count(plan, step)
-            again = ServedCounts(domains)
+            again = DomainTotals(domains)
             again.load_state_dict(counts.state_dict())
             counts = again
     rows = np.concatenate([plan.rows for plan in plans()])

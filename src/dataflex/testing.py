@@ -1,4 +1,4 @@
-"""Stand-ins for what a run provides: signals, a context, a micro-batch."""
+"""For authors of methods: stand-ins for what a run provides. Nothing here is used while training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,9 @@ from dataflex.signals import kinds
 from dataflex.signals.kinds import Signal
 from dataflex.signals.specs import Generation, GenerationSpec, Part, WeightedResponse
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
 
 _TARGET = np.array([1.0, 1.25, 1.5], dtype=np.float32)  # losses of a target that was left out
@@ -27,19 +30,12 @@ _TARGET = np.array([1.0, 1.25, 1.5], dtype=np.float32)  # losses of a target tha
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One question that a method asked of the signals.
+    """One question that a method asked of the signals."""
 
-    Attributes:
-        signal: Which of ``Requires.signals`` it belongs to.
-        rows: The rows asked about.
-        asked: The signal; None for tokens, texts and generations.
-        options: Every other argument, the signal's fields among them.
-    """
-
-    signal: str
-    rows: Rows
-    asked: Signal | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    signal: str  # which of Requires.signals it belongs to
+    rows: Rows  # rows asked about
+    asked: Signal | None = None  # the signal; None for tokens, texts and generations
+    options: Mapping[str, Any] = field(default_factory=dict)  # every other argument, the signal's fields among them
 
 
 Given = ArrayLike | Callable[[Any, Rows, str | None], ArrayLike]
@@ -47,23 +43,18 @@ Given = ArrayLike | Callable[[Any, Rows, str | None], ArrayLike]
 
 
 class FakeSignals:
-    """Signals read from arrays, which remember what was asked.
+    """Signals made from arrays, which remember what was asked.
 
     Args:
         losses: Loss of every training row [N].
-        targets: Losses of every row of each target data set, by name; a target that is left out has
-            the three losses 1, 1.25 and 1.5.
-        adapted: Loss of every training row [N] under the probe of each target, by name; where it
-            is left out, a tenth less than ``losses``.
-        models: Loss of every training row [N] under other models, by folder or hub id; half of ``losses``
-            where it is left out.
-        gradients: Gradient of every training row [N, P]; where it is left out, made of the losses.
-        target_gradients: Mean gradient of each target [P], by name; where it is left out, the mean of its
-            ``target_rows``, or else ones.
-        target_rows: Gradient of every row of each target [m, P], by name; where it is left out, the mean
+        targets: Losses of every row of each target data set, by name; 1, 1.25 and 1.5 for a target that is left out.
+        gradients: Gradient of every training row [N, P]; made of the losses if left out.
+        target_gradients: Mean gradient of each target [P], by name; of a target that is left out the mean of its
+            ``target_rows``, else ones.
+        target_rows: Gradient of every row of each target [m, P], by name; of a target that is left out its mean
             gradient, each row leaning a little to another coordinate.
-        values: What is given for a type of signal instead, by the type: values of every training row, or a function of
-            (signal, rows, target). Types that are not known here need an entry.
+        values: What is returned for a type of signal instead, by the type: values of every training row, or a function
+            of (signal, rows, target). Types that are not known here need an entry.
     """
 
     def __init__(
@@ -71,8 +62,6 @@ class FakeSignals:
         losses: ArrayLike,
         *,
         targets: Mapping[str, ArrayLike] | None = None,
-        adapted: Mapping[str, ArrayLike] | None = None,
-        models: Mapping[str, ArrayLike] | None = None,
         gradients: ArrayLike | None = None,
         target_gradients: Mapping[str, ArrayLike] | None = None,
         target_rows: Mapping[str, ArrayLike] | None = None,
@@ -80,8 +69,6 @@ class FakeSignals:
     ) -> None:
         self._losses = np.asarray(losses, dtype=np.float32)
         self._targets = {name: np.asarray(values, dtype=np.float32) for name, values in (targets or {}).items()}
-        self._adapted = {name: np.asarray(values, dtype=np.float32) for name, values in (adapted or {}).items()}
-        self._models = {name: np.asarray(values, dtype=np.float32) for name, values in (models or {}).items()}
         known = np.where(np.isfinite(self._losses), self._losses, np.nan)
         made = np.stack([known, np.cos(7 * known)], axis=1)
         self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
@@ -91,7 +78,7 @@ class FakeSignals:
         self._given: dict[type[Signal], Given] = {
             kinds.TokenLoss: self._token_loss,
             kinds.ResponseLoss: self._response_loss,
-            kinds.AdaptedLoss: self._adapted_loss,
+            kinds.AdaptedLoss: self._losses * np.float32(0.9),
             kinds.PerturbedLoss: self._perturbed_loss,
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
             kinds.Embedding: lambda _, rows, target: _circle(self._finite(rows, target)),
@@ -112,7 +99,7 @@ class FakeSignals:
         return frozenset(call.signal for call in self.calls)
 
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> NDArray[np.float32]:
-        """Return what was given for the type of ``signal``, float32 [len(rows), ...]."""
+        """Return the values for the type of ``signal``, float32 [len(rows), ...]."""
         options = {**vars(signal), "target": target}
         self.calls.append(Call(signal=signal.needs, rows=rows, asked=signal, options=options))
         given = self._given[type(signal)]
@@ -150,7 +137,7 @@ class FakeSignals:
         return made
 
     def on_one_rank(self, what: str, compute: Callable[[], T]) -> T:
-        """Return what ``compute`` gives."""
+        """Return what ``compute`` returns."""
         return compute()
 
     def response_gradient(self, response: WeightedResponse) -> NDArray[np.float64]:
@@ -159,21 +146,16 @@ class FakeSignals:
         return np.asarray(np.sin(np.outer(np.asarray(response.response, dtype=np.float64), places)).sum(axis=0))
 
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
-        losses = self._of(target)
-        if signal.model is not None:
-            losses = self._models.get(signal.model, losses / np.float32(2))
-        return losses[rows]
+        """Return the losses, half of them under another model."""
+        return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
 
     def _response_loss(self, signal: kinds.ResponseLoss, rows: Rows, target: str | None) -> ArrayLike:
         losses = self._of(target)[rows]
         return losses if signal.conditioned else 1.25 * losses + 0.1
 
-    def _adapted_loss(self, signal: kinds.AdaptedLoss, rows: Rows, target: str | None) -> ArrayLike:
-        return self._adapted.get(signal.towards, self._losses * np.float32(0.9))[rows]
-
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""
-        gradients = (self._gradients if target is None else self._target_rows(target))[rows]
+        gradients = self._gradients_of(target)[rows]
         signs = rademacher(signal.seed, "fake", signal.direction, gradients.shape[1])
         base = self._losses[rows] if target is None else 1.0
         return np.asarray(base + signal.epsilon * (gradients @ signs))
@@ -188,7 +170,7 @@ class FakeSignals:
         return np.stack([share, 1.0 - share], axis=1)[:, None, :]
 
     def _gradient_scores(self, signal: kinds.GradientScores, rows: Rows, target: str | None) -> ArrayLike:
-        aims = self._means(signal.targets)
+        aims = np.stack([self._mean(name) for name in signal.targets])
         products = self._gradients[rows] @ aims.T
         if signal.normalize:
             lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
@@ -197,7 +179,7 @@ class FakeSignals:
 
     def _gradient_sketches(self, signal: kinds.GradientSketches, rows: Rows, target: str | None) -> ArrayLike:
         """Fill up with zeros, or project where ``dim`` is too small."""
-        whole = (self._gradients if target is None else self._target_rows(target))[rows]
+        whole = self._gradients_of(target)[rows]
         width = whole.shape[1]
         matrix = np.eye(width, signal.dim)
         if signal.dim < width:
@@ -207,7 +189,7 @@ class FakeSignals:
     def _gradient_products(self, signal: kinds.GradientProducts, rows: Rows, target: str | None) -> ArrayLike:
         own, drawn = self._gradients[rows], signal.target_rows
         aims = [
-            self._target_rows(name)[drawn[name]].mean(axis=0) if name in drawn else self._means([name])[0]
+            self._gradients_of(name)[drawn[name]].mean(axis=0) if name in drawn else self._mean(name)
             for name in signal.targets
         ]
         scores = own @ np.stack(aims).T if aims else np.zeros((len(rows), 0))
@@ -222,13 +204,15 @@ class FakeSignals:
         ours = self._gradients[rows]
         return _unit(ours) @ _unit(aims).T if signal.normalize else ours @ aims.T
 
-    def _means(self, targets: Sequence[str]) -> NDArray[np.float64]:
-        return np.stack([self._directions.get(name, np.ones(self._gradients.shape[1])) for name in targets])
+    def _mean(self, target: str) -> NDArray[np.float64]:
+        return self._directions.get(target, np.ones(self._gradients.shape[1]))
 
-    def _target_rows(self, target: str) -> NDArray[np.float64]:
+    def _gradients_of(self, target: str | None) -> NDArray[np.float64]:
+        if target is None:
+            return self._gradients
         if target in self._rows:
             return self._rows[target]
-        mean = self._means([target])[0]
+        mean = self._mean(target)
         leaning = 0.1 * np.linalg.norm(mean) * np.eye(len(mean))[np.arange(self.num_rows(target)) % len(mean)]
         return np.asarray(mean + leaning - leaning.mean(axis=0))
 
@@ -273,21 +257,11 @@ def example_context(
     unit: Literal["sequences", "tokens", "documents"] = "sequences",
     learning_rate: float = 1e-3,
 ) -> Context:
-    """Return a context as a method meets it at an interval.
+    """Return a context as a method meets it at an interval; the global batch is 4.
 
-    Args:
-        sizes: Rows of each domain, by name; web 40, code 20 and math 4 if left out.
-        lengths: Tokens of each row [N]; 10 each if left out.
-        signals: What the model makes of the rows; distinct losses 1, 1.01, ... if left out.
-        seed: Seed of the run.
-        index: Index of the interval.
-        start_step: First optimizer step of the interval.
-        stop_step: The step after its last one.
-        targets: Names of the target data sets.
-        columns: Raw columns that ride along with the rows.
-        total_sequences: Sequences of the whole run.
-        unit: Unit of the proportions.
-        learning_rate: Learning rate of the optimizer.
+    ``sizes`` is the number of rows of each domain (web 40, code 20 and math 4 if left out), ``lengths`` the number of
+    tokens of each row [N] (10 each). The losses of ``signals`` are 1, 1.01, ... if it is left out. The other arguments
+    are those of ``Context`` and of its interval.
     """
     sizes = {"web": 40, "code": 20, "math": 4} if sizes is None else sizes
     num_rows = sum(sizes.values())
@@ -313,35 +287,26 @@ def example_stats(
     losses: Sequence[float],
     tokens: Sequence[float] | None = None,
     *,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = ("web", "code", "math"),
     excess: Sequence[float] | None = None,
     proportions: Sequence[float] | None = None,
     step: int = 0,
-    total_steps: int = 100,
-    learning_rate: float = 1e-3,
 ) -> DomainStats:
-    """Return what a step made of K domains.
+    """Return the numbers of step ``step`` of 100 for K domains.
 
-    Args:
-        losses: Mean token loss of each domain.
-        tokens: Supervised tokens of each; 10 each if left out, 0 for an absent domain.
-        names: Names; web, code, math, then d3, d4, ... if left out.
-        excess: Mean clipped excess over the reference of each domain's tokens; 0 if left out.
-        proportions: Sampling proportions; equal ones if left out.
-        step: Optimizer step.
-        total_steps: Optimizer steps of the run.
-        learning_rate: Learning rate of the step.
+    ``losses`` is the mean token loss of each, ``tokens`` its number of supervised tokens (10 each if left out, 0 for an
+    absent domain), ``excess`` the mean clipped excess of its tokens over the reference (0), ``proportions`` its
+    sampling proportion (equal ones).
     """
     num_domains = len(losses)
-    known = ("web", "code", "math", *(f"d{i}" for i in range(3, num_domains)))
     tokens_K = np.full(num_domains, 10.0) if tokens is None else np.array(tokens, dtype=np.float64)
     losses_K = np.array(losses, dtype=np.float64)
     excess_K = np.zeros(num_domains) if excess is None else np.array(excess, dtype=np.float64)
     even = np.full(num_domains, 1.0 / num_domains)
     return DomainStats(
-        names=known[:num_domains] if names is None else tuple(names),
+        names=tuple(names),
         step=step,
-        total_steps=total_steps,
+        total_steps=100,
         loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
         excess_sum=excess_K * tokens_K,
         excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
@@ -349,33 +314,19 @@ def example_stats(
         sequences=np.ceil(tokens_K / 10.0),
         micro_batches=(tokens_K > 0).astype(np.float64),
         proportions=even if proportions is None else np.array(proportions, dtype=np.float64),
-        learning_rate=learning_rate,
+        learning_rate=1e-3,
     )
 
 
 def example_batch(
-    losses: Sequence[float],
-    tokens: Sequence[int] | None = None,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    step: int = 0,
-    total_steps: int = 100,
-    num_domains: int = 3,
+    losses: Sequence[float], tokens: Sequence[int] | None = None, *, rank: int = 0, world: int = 1, step: int = 0
 ) -> BatchView:
-    """Return the micro-batch that ``rank`` of ``world`` sees; every token has its sequence's loss.
+    """Return the micro-batch of step ``step`` of 100 that ``rank`` of ``world`` sees.
 
+    ``losses`` is the token-mean loss of every sequence of all ranks [M], in rank order, ``tokens`` its number of
+    supervised tokens [M] (4 each if left out). Every token has its sequence's loss; sequence i is of domain i modulo 3.
     The reference's losses are half of the losses, entropies are equal to the losses, and embeddings are those of
     ``FakeSignals``.
-
-    Args:
-        losses: Token-mean loss of every sequence of all ranks [M], in rank order; M a multiple of ``world``.
-        tokens: Supervised tokens of each [M]; 4 each if left out.
-        rank: Which rank is looking.
-        world: Number of ranks.
-        step: Optimizer step.
-        total_steps: Optimizer steps of the run.
-        num_domains: Sequence i is of domain i modulo this.
     """
     import torch
 
@@ -386,9 +337,10 @@ def example_batch(
     tokens_M = torch.tensor(counts, dtype=torch.int64)
     mask_BT = torch.arange(max(counts)) < tokens_M[local, None]
     loss_BT = torch.where(mask_BT, loss_M[local, None], 0.0)
+    rows_B = np.arange(len(losses), dtype=np.int64)[local]
     return BatchView(
-        rows_B=np.arange(len(losses), dtype=np.int64)[local],
-        domains_B=np.arange(len(losses), dtype=np.int64)[local] % num_domains,
+        rows_B=rows_B,
+        domains_B=rows_B % 3,
         loss_B=loss_M[local],
         tokens_B=tokens_M[local],
         loss_BT=loss_BT,
@@ -397,7 +349,7 @@ def example_batch(
         tokens_M=tokens_M,
         local=local,
         step=step,
-        total_steps=total_steps,
+        total_steps=100,
         reference_BT=loss_BT / 2,
         entropy_BT=loss_BT.clone(),
         embeddings_BH=torch.stack([loss_M[local].sin(), loss_M[local].cos()], dim=1),
@@ -418,3 +370,32 @@ def global_random_state_untouched() -> Iterator[None]:
     for stream, was, now in zip(("Python's", "numpy's", "torch's"), before, snapshot(), strict=True):
         if was is not None and was != now:
             raise AssertionError(f"{stream} global random state was moved; draw from ctx.rng(name) instead")
+
+
+def oracle_row_gradients(
+    loss: Callable[[dict[str, Any]], torch.Tensor],
+    batch: Mapping[str, Any],
+    row: int,
+    parameters: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the gradient of one row's loss by autograd, fp32; zeros for parameters that it does not use.
+
+    ``loss`` gives the losses of the rows of a collated batch [b]; ``parameters`` must require gradients. Use it in eval
+    mode, on a model whose parameters are whole; ``.grad`` is not touched.
+    """
+    import torch
+
+    rows = len(batch["input_ids"])
+    one = {
+        key: value[row : row + 1] if torch.is_tensor(value) and value.dim() and len(value) == rows else value
+        for key, value in batch.items()
+    }
+    with torch.enable_grad():
+        total = loss(one).sum()
+    gradients: tuple[torch.Tensor | None, ...] = (None,) * len(parameters)
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros(parameter.shape) if gradient is None else gradient.float()
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }

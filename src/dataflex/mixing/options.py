@@ -1,0 +1,111 @@
+"""What the steps of ``dataflex mix`` share: names, numbers and paths in options, and the file that they write."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.plan.domains import Floats
+from dataflex.plan.proportions import ProportionsFile, collapsed, read_proportions, write_proportions
+from dataflex.record.text import columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Minimum of a convex objective over the simplex.
+
+    Attributes:
+        proportions: float64 [K] on the simplex.
+        value: The objective there.
+        gap: Upper bound of the difference to the minimum.
+        steps: Number of steps taken.
+    """
+
+    proportions: Floats
+    value: float
+    gap: float
+    steps: int
+
+
+def given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
+    """Return some options by name."""
+    return {key: getattr(options, key) for key in keys}
+
+
+def by_name(text: str, key: str, expected: str, *, last: bool = False) -> dict[str, str]:
+    """Return the value ``web=A,code=B`` of an option as a mapping; ``last``: the last ``=`` divides an entry."""
+    found: dict[str, str] = {}
+    for entry in text.split(","):
+        name, _, value = (part.strip() for part in (entry.rpartition("=") if last else entry.partition("=")))
+        if not name or not value:
+            raise ConfigError(f"{key}: {entry.strip()!r} is not {expected}")
+        if name in found:
+            raise ConfigError(f"{key}: {name} is there twice")
+        found[name] = value
+    return found
+
+
+def numbers_by_name(text: str, key: str) -> dict[str, float]:
+    """Return ``web=9,code=1`` as a mapping to finite numbers of at least 0; ``ConfigError`` for anything else."""
+    expected = "name=number with a number of at least 0"
+    numbers: dict[str, float] = {}
+    for name, text_of_number in by_name(text, key, expected, last=True).items():
+        try:
+            numbers[name] = float(text_of_number)
+        except ValueError:
+            numbers[name] = math.nan
+        if not 0 <= numbers[name] < math.inf:
+            raise ConfigError(f"{key}: {f'{name}={text_of_number}'!r} is not {expected}")
+    return numbers
+
+
+def check_names(key: str, found: Collection[str], names: Sequence[str], *, every: bool) -> None:
+    """Raise ``ConfigError`` unless all of ``found`` are domains and, with ``every``, no domain is missing."""
+    problems = [f"{key}: {name}: no such domain{did_you_mean(name, names)}" for name in found if name not in names]
+    problems += [f"{key}: {name}: missing" for name in names if every and name not in found]
+    if problems:
+        raise ConfigError([f"{problem} (domains: {', '.join(names)})" for problem in problems])
+
+
+def write_result(
+    path: Path,
+    names: Sequence[str],
+    shares: Floats,
+    *,
+    method: str,
+    source: dict[str, Any],
+    details: dict[str, Any],
+    natural: Floats | None = None,
+    caps: Floats | None = None,
+) -> list[str]:
+    """Write proportions [K] of domains [K] and return the lines to print, with natural shares [K] and caps [K].
+
+    Raises:
+        ConfigError: There is a file that is no proportions file.
+    """
+    if os.path.lexists(path):
+        try:
+            read_proportions(path, "--out")
+        except ConfigError as error:
+            raise ConfigError(f"--out: {path} is there and holds no proportions; name another file") from error
+    content = ProportionsFile(
+        names=tuple(names), proportions=tuple(shares.tolist()), method=method, provenance=source, details=details
+    )
+    write_proportions(path, content)
+    table = [["domain", "proportion", *(["natural"] if natural is not None else []), ""]]
+    for k in np.argsort(-shares, kind="stable"):
+        at_cap = "at its cap" if caps is not None and caps[k] < 1 and shares[k] >= caps[k] - 1e-9 else ""
+        table.append([names[k], f"{shares[k]:.4f}", *([f"{natural[k]:.4f}"] if natural is not None else []), at_cap])
+    lines = [f"{method}: written: {path}", f"  use it with 'mixer: {{name: static, from: {path}}}'", *columns(table)]
+    most = collapsed(content.by_name)
+    if most is not None:
+        lines.append(f"warning: {most[0]} has {most[1]:.1%} of the proportions, and the others are hardly served")
+    return lines
