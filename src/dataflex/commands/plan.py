@@ -81,7 +81,7 @@ def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
         rows = f"known after loading ({listed})"
     else:
         held = sum(count or 0 for count in view.counts.values()) - view.rows
-        rows = f"{view.rows:,} ({listed}{f'; val_size sets {held} aside' if lf.val_size > 1e-6 else ''})"
+        rows = f"{view.rows:,} ({listed}{f'; val_size sets {held:,} aside' if lf.val_size > 1e-6 else ''})"
     if view.steps is None:
         steps = f"known after loading ({epochs})"
     else:
