@@ -101,7 +101,7 @@ class TrainerMixin(EvaluationMixin):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """After SIGTERM, end with a checkpoint instead of what follows a finished training."""
         stop, step = self._dataflex_stop, self.state.global_step
-        if stop is None or not stop.vote.settle():
+        if stop is None or not stop.settle():
             return super()._finalize_training(*args, **kwargs)
         if self._dataflex_saved_at != step:
             with replaced((self, "_dataflex_sealed_later", True)):
