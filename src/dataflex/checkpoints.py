@@ -81,7 +81,6 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
                     entry[_HASH] = _hash(path)
                 files[path.relative_to(checkpoint).as_posix()] = entry
         manifest = {"format": _FORMAT, "run": run, "files": files}
-        (checkpoint / FOLDER).mkdir(exist_ok=True)
         with replacing(checkpoint / _MANIFEST, None) as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
