@@ -81,7 +81,7 @@ def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
         rows = f"known after loading ({listed})"
     else:
         held = sum(count or 0 for count in view.counts.values()) - view.rows
-        rows = f"{view.rows:,} ({listed}{f'; val_size sets {held} aside' if lf.val_size > 1e-6 else ''})"
+        rows = f"{view.rows:,} ({listed}{f'; val_size sets {held:,} aside' if lf.val_size > 1e-6 else ''})"
     if view.steps is None:
         steps = f"known after loading ({epochs})"
     else:
@@ -214,7 +214,7 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     found = {"training": [training], **({} if screening is None else {"screening": [screening]})}
     for method in view.dynamic.methods:
         parts = (_pool, _once, _targets, _served, _reference)
-        told = [cost for part in parts if (cost := part(method, view)) is not None]
+        told = [cost for part in parts if view.steps is not None and (cost := part(method, view)) is not None]
         found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
     return found
 
@@ -268,7 +268,7 @@ def _screening(view: Forecast) -> Cost | None:
     if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
     by_embeddings = options.screen_by == "embeddings"
-    if pool is None or view.steps is None:
+    if pool is None:
         each = "1 F of each row of the pool" if by_embeddings else "1 F + 1 B of a twentieth of it"
         return Cost(text=f"{each} and interval ({options.screen_by})")
     if pool.left >= pool.drawn:
@@ -309,7 +309,7 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     each = method.requires.passes.over_pool(len(method.targets))
     if not any(each):
         return None
-    if view.rows is None or view.schedule is None:
+    if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
     pool, decisions = view.pool, view.num_decisions
     size = view.rows if pool is None else pool.left
@@ -327,7 +327,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
     each, pool = method.requires.passes.pool_once, view.pool
     if not each:
         return None
-    if pool is None or view.steps is None:
+    if pool is None:
         return Cost(text=f"{each:g} F of another model of each row of the pool, once")
     decisions = view.num_decisions
     bound, rows = "", float(min(pool.rows, decisions * pool.left))
@@ -341,7 +341,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
     each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
-    if not rows or view.steps is None or not any(each):
+    if not rows or not any(each):
         return None
     told = f"{view.num_decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
     return _cost(view.num_decisions * rows, each, told)
@@ -362,8 +362,6 @@ def _served(method: MethodConfig, view: Forecast) -> Cost | None:
     each = method.requires.passes.served
     if not any(each):
         return None
-    if view.steps is None:
-        return Cost(text=f"{_passes(*each)} per row trained on ({method.cost})")
     rows = _acting(method.build(), view)
     return _cost(rows, each, f"{rows:,} rows x {_passes(*each)}; {method.cost}")
 
@@ -373,7 +371,7 @@ def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
     reference, built = method.requires.reference, method.build()
     if reference is None:
         return None
-    if view.steps is None or (reference.cached and view.rows is None):
+    if reference.cached and view.rows is None:
         return Cost(text=method.cost)
     rows, bound = _acting(built, view), ""
     if not reference.cached:
