@@ -295,8 +295,7 @@ class Session:
             run = None if resumed is None else checkpoints.run_of(resumed)
             recorded = recorded_run(output_dir / checkpoints.FOLDER)
             same = resumed is not None and recorded is not None and recorded in ("", run)
-            found = (run or checkpoints.new_run(), same)
-            checkpoints.begin_run(output_dir, found[0])
+            found = (checkpoints.begin_run(output_dir, run), same)
         self._run, continues = comm.broadcast_object(found)
         if comm.rank() == 0:
             self.recorder = self.setup.recorder = RunRecorder(
