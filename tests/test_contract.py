@@ -212,7 +212,9 @@ def test_other_answers_of_weighters_and_states(tmp_path):
     )
     with pytest.raises(ComponentError, match=r"weights of shape \(4,\) for 3 rows: class A"):
         check_static_weights(weighter, np.arange(3), {})
-    with pytest.raises(ComponentError, match=r"requires gave columns='weight', which must be a tuple of names"):
+    with pytest.raises(
+        ComponentError, match="requires raised ValueError: columns='weight': must be a tuple of names: class A"
+    ):
         weighter.requires()
     with pytest.raises(ComponentError, match=r"state of weighter 'a'\.seen\.rows: a set cannot be saved; .*: class A"):
         check_state(weighter)

@@ -1,7 +1,4 @@
-"""The few collectives that DataFlex needs; all of them work un-initialized, as rank 0 of 1.
-
-Every function is collective: all ranks call it, in the same order.
-"""
+"""The collectives that DataFlex needs: all ranks call them, in the same order. Un-initialized, there is one rank."""
 
 from __future__ import annotations
 
@@ -41,26 +38,21 @@ def gather_rows(local: torch.Tensor, *, equal: bool = False) -> tuple[torch.Tens
 
     Args:
         local: [n, ...]; n may differ between ranks, the rest may not.
-        equal: Whether n is known to be the same on every rank. Lengths are not exchanged then, and nothing is
-            read from the device.
+        equal: Whether n is known to be the same on every rank; nothing is read from the device then.
 
     Returns:
         The tensors of all ranks in rank order [sum n, ...] and the slice that is this rank's.
     """
     if world() == 1:
         return local, slice(0, len(local))
-    if equal:
-        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts), slice(rank() * len(local), (rank() + 1) * len(local))
-    counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(world())]
-    dist.all_gather(counts, torch.tensor([len(local)], dtype=torch.int64, device=local.device))
-    sizes = [int(count) for count in counts]
-    longest = max(sizes)
-    padded = local.new_zeros((longest, *local.shape[1:]))
-    padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded.contiguous())
+    sizes = [len(local)] * world()
+    if not equal:
+        counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in sizes]
+        dist.all_gather(counts, torch.tensor([len(local)], dtype=torch.int64, device=local.device))
+        sizes = [int(count) for count in counts]
+    padded = torch.cat([local, local.new_zeros((max(sizes) - len(local), *local.shape[1:]))])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
     start = sum(sizes[: rank()])
     whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     return whole, slice(start, start + sizes[rank()])
@@ -106,34 +98,33 @@ def agree(what: str, value: str) -> None:
         AgreementError: On every rank, naming the ranks that differ from rank 0.
     """
     seen = gather_objects(value)
-    if any(other != seen[0] for other in seen):
-        odd = [index for index, other in enumerate(seen) if other != seen[0]]
+    odd = [index for index, other in enumerate(seen) if other != seen[0]]
+    if odd:
         raise AgreementError(f"{what}: ranks {odd} differ from rank 0 ({seen}); the ranks would train on other data")
 
 
 def on_one_rank(what: str, compute: Callable[[], T], told: type[DataFlexError] = ComponentError) -> T:
-    """Run ``compute`` on rank 0 alone and return its value on every rank, for what must not be done twice.
+    """Run ``compute`` on rank 0 alone and return its value on every rank.
 
     Args:
-        what: Names it in errors.
+        what: What is computed, for errors.
         compute: Called without arguments.
         told: Error that the other ranks raise.
 
     Raises:
-        DataFlexError: ``told`` on the other ranks, if it fails on rank 0, where its own error is raised.
+        DataFlexError: ``told`` on the other ranks where ``compute`` fails; on rank 0 its own error.
     """
+    outcome: tuple[str, T] = (f"{what} failed on rank 0", cast(T, None))
     if rank() != 0:
-        failed, value = broadcast_object(("", cast(T, None)))
+        failed, value = broadcast_object(outcome)
         if failed:
             raise told(failed)
         return value
-    outcome: tuple[str, T | None] = (f"{what} failed on rank 0", None)
     try:
-        value = compute()
-        outcome = ("", value)
-        return value
+        outcome = ("", compute())
+        return outcome[1]
     except DataFlexError as error:
-        outcome = (str(error), None)
+        outcome = (str(error), cast(T, None))
         raise
     finally:
         broadcast_object(outcome)

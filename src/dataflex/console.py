@@ -1,7 +1,7 @@
-"""What a run writes to stderr: lines that go beside progress bars, and how far a pass over rows is.
+"""Lines and progress bars on stderr.
 
-The Trainer's bars are tqdm's, so lines are written through it and passes are told by its bars; where stderr is no
-terminal, by a line now and then.
+The Trainer's bars are tqdm's, so lines are written through it, and passes over rows are shown by its bars; where
+stderr is no terminal, by a line now and then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dataflex.printable import LogFormatter, shown
+from dataflex.printable import shown
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _BAR_AFTER_SECONDS = 1.0
 
 
 def tell(text: str) -> None:
-    """Write lines to stderr, above progress bars if there are any, as ``shown`` has them."""
+    """Write lines to stderr, above progress bars if there are any, without secrets and control characters."""
     text = shown(text, sys.stderr)
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
@@ -45,7 +45,7 @@ def show_log() -> None:
     ours = logging.getLogger("dataflex")
     if not any(isinstance(handler, _Lines) for handler in ours.handlers):
         handler = _Lines()
-        handler.setFormatter(LogFormatter("[dataflex] %(message)s"))
+        handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
         ours.addHandler(handler)
         ours.propagate = False
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
@@ -53,11 +53,11 @@ def show_log() -> None:
 
 @contextmanager
 def progress(what: str | None, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Tell how far a pass is, if the log is shown; takes the number of rows done so far.
+    """Show the progress of a pass, if the log is shown; return a function that takes the number of finished rows.
 
     Args:
-        what: What the pass is for; None tells nothing.
-        total: Rows in all.
+        what: Purpose of the pass; None shows nothing.
+        total: Number of rows.
         done: Rows that an earlier try has finished.
     """
     if what is None or not logger.isEnabledFor(logging.INFO):
@@ -74,19 +74,19 @@ def progress(what: str | None, total: int, done: int = 0) -> Iterator[Callable[[
 
             yield draw
     else:
-        yield _told_in_lines(what, total, done)
+        yield _in_lines(what, total, done)
 
 
-def _told_in_lines(what: str, total: int, first: int) -> Callable[[int], None]:
-    started = told = time.perf_counter()
+def _in_lines(what: str, total: int, first: int) -> Callable[[int], None]:
+    started = last = time.perf_counter()
     several = False
 
     def report(done: int) -> None:
-        nonlocal told, several
+        nonlocal last, several
         now = time.perf_counter()
-        if now - told < _LINE_SECONDS and not (done >= total and several):
+        if now - last < _LINE_SECONDS and not (done >= total and several):
             return
-        told, several = now, True
+        last, several = now, True
         left = (now - started) / max(done - first, 1) * (total - done)
         logger.info("%s: %d of %d rows, %.0f s so far, %.0f s left", what, done, total, now - started, left)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from dataflex.errors import ComponentError, DataFlexError
 from dataflex.method import (
-    STAGES,
     Card,
     DomainNormalizer,
     DomainWeighter,
@@ -30,8 +29,6 @@ from dataflex.method import (
     Mixer,
     Normalizer,
     Params,
-    Passes,
-    Reference,
     Requires,
     Selection,
     Selector,
@@ -39,21 +36,44 @@ from dataflex.method import (
 )
 
 _MARK = "_dataflex_watched"
-_FORMS = {
-    "select": "dataflex.Selection(rows=<int64 array>, scores=<array or None>, reason=<text>)",
-    "mix": "dataflex.Mix(proportions=<float64 array, one number per domain>, reason=<text>)",
-    "weigh": "a torch tensor of floating point, [B] by sequence or [R, T] by token",
-    "static_weights": "an array of one number per row, or None",
-    "loss_weights": "an array of one number per domain",
-    "state_dict": "a dict of JSON values and numpy arrays",
-    "requires": "dataflex.Requires(...)",
-    "normalizer": "'weight_sum', 'num_tokens' or 'num_sequences'",
-    "loss_normalizer": "'weight_sum' or 'domain'",
-    "active": "True or False",
-    "due": "True or False",
-    "burn_in": "a whole number of steps",
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "fiu"
+
+
+def _switch(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+# Call -> the form of its answer, and whether a value has that type.
+_ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "select": (
+        "dataflex.Selection(rows=<int64 array>, scores=<array or None>, reason=<text>)",
+        lambda value: isinstance(value, Selection),
+    ),
+    "mix": (
+        "dataflex.Mix(proportions=<float64 array, one number per domain>, reason=<text>)",
+        lambda value: isinstance(value, Mix),
+    ),
+    "weigh": (
+        "a torch tensor of floating point, [B] by sequence or [R, T] by token",
+        lambda value: all(hasattr(value, name) for name in ("detach", "dtype", "device")),
+    ),
+    "static_weights": ("an array of one number per row, or None", lambda value: value is None or _numeric(value)),
+    "loss_weights": ("an array of one number per domain", lambda value: _numeric(np.asarray(value))),
+    "state_dict": ("a dict of JSON values and numpy arrays", lambda value: isinstance(value, dict)),
+    "requires": ("dataflex.Requires(...)", lambda value: isinstance(value, Requires)),
+    "normalizer": ("'weight_sum', 'num_tokens' or 'num_sequences'", lambda value: value in typing.get_args(Normalizer)),
+    "loss_normalizer": ("'weight_sum' or 'domain'", lambda value: value in typing.get_args(DomainNormalizer)),
+    "active": ("True or False", _switch),
+    "due": ("True or False", _switch),
+    "burn_in": (
+        "a whole number of steps",
+        lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool),
+    ),
 }
-_WATCHED = (*_FORMS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
+_WATCHED = (*_ANSWERS, "__init__", "load_state_dict", "observe", "outcome", "prepare", "check")
 
 
 def is_ours(cls: type) -> bool:
@@ -83,53 +103,28 @@ def refuse_answer(method: Method, call: str, value: Any) -> None:
     Raises:
         ComponentError: With the form that is wanted, and where the class is.
     """
-    problem = _answer_problem(call, value)
+    form, possible = _ANSWERS[call]
+    problem = _part_problem(call, value) if possible(value) else f"gave {_described(value)}"
     if problem:
-        raise ComponentError(
-            f"{method.kind} {method.name!r}: {call} {problem}; it must give {_FORMS[call]}: "
-            f"{whereabouts(type(method), call)}"
-        )
+        where = whereabouts(type(method), call)
+        raise ComponentError(f"{method.kind} {method.name!r}: {call} {problem}; it must give {form}: {where}")
 
 
-def _answer_problem(call: str, value: Any) -> str:
-    """Return what is wrong with the type of an answer, or an empty text."""
-    if call == "select" and isinstance(value, Selection):
+def _part_problem(call: str, value: Any) -> str:
+    """Return what is wrong with the type of a part of an answer, or an empty text."""
+    if call == "weigh":
+        return "" if value.dtype.is_floating_point else f"gave a tensor of {value.dtype}"
+    if call == "select":
         rows, scores = value.rows, value.scores
         if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype != np.int64:
             return f"gave rows as {_described(rows)}; expected int64 [n]"
         if scores is not None and not _numeric(scores):
             return f"gave scores as {_described(scores)}"
-    elif call == "mix" and isinstance(value, Mix):
-        if not _numeric(np.asarray(value.proportions)):
-            return f"gave proportions as {_described(value.proportions)}"
-    elif call == "requires" and isinstance(value, Requires):
-        return "; ".join(_requirement_problems(value))
-    elif call == "weigh" and all(hasattr(value, name) for name in ("detach", "dtype", "device")):
-        return "" if value.dtype.is_floating_point else f"gave a tensor of {value.dtype}"
-    else:
-        return "" if call in _PLAIN and _PLAIN[call](value) else f"gave {_described(value)}"
-    return "" if isinstance(value.reason, str) else f"gave a reason of type {type(value.reason).__name__}"
-
-
-def _numeric(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "fiu"
-
-
-def _switch(value: Any) -> bool:
-    return isinstance(value, bool | np.bool_)
-
-
-# Call -> whether an answer of it has the right type; the others are looked at more closely.
-_PLAIN: dict[str, Callable[[Any], bool]] = {
-    "static_weights": lambda value: value is None or _numeric(value),
-    "loss_weights": lambda value: value is None or _numeric(np.asarray(value)),
-    "state_dict": lambda value: isinstance(value, dict),
-    "normalizer": lambda value: value in typing.get_args(Normalizer),
-    "loss_normalizer": lambda value: value in typing.get_args(DomainNormalizer),
-    "active": _switch,
-    "due": _switch,
-    "burn_in": lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool),
-}
+    elif call == "mix" and not _numeric(np.asarray(value.proportions)):
+        return f"gave proportions as {_described(value.proportions)}"
+    if call in ("select", "mix") and not isinstance(value.reason, str):
+        return f"gave a reason of type {type(value.reason).__name__}"
+    return ""
 
 
 def _described(value: Any) -> str:
@@ -167,7 +162,7 @@ def _watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             if isinstance(error, DataFlexError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
             raise _told(cls, name, error) from error
-        if name in _FORMS:
+        if name in _ANSWERS:
             refuse_answer(self, name, value)
         return value
 
@@ -183,7 +178,6 @@ def _told(cls: type[Method], name: str, error: Exception) -> ComponentError:
 
 
 BASES: Mapping[str, type[Method]] = {"selector": Selector, "mixer": Mixer, "weighter": Weighter}
-
 
 _NAME = re.compile(r"\w+(-\w+)*")
 _MUST = {"selector": ("select",), "mixer": ("mix",), "weighter": ("weigh", "static_weights")}
@@ -216,30 +210,6 @@ def _labels(cls: type[Method]) -> Iterator[str]:
         value = getattr(cls, switch, False)
         if not isinstance(value, bool | property):
             yield f"{switch!r} must be True or False, found {value!r:.80}"
-
-
-_KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "True or False"),
-    int: (int, "a whole number"),
-    tuple: (tuple, "a tuple of names"),
-    frozenset: (frozenset | set, "a frozenset of names"),
-    dict: (Mapping, "a mapping by parameter"),
-    Passes: (Passes, "a dataflex.Passes"),
-}
-_CHOICES = {"signals": ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts"), "stages": STAGES}
-
-
-def _requirement_problems(needs: Requires) -> Iterator[str]:
-    """Yield fields of another type than their defaults, and names that are not known."""
-    for name, default in vars(Requires()).items():
-        value = getattr(needs, name)
-        kind, told = _KINDS.get(type(default), (object, ""))
-        if not isinstance(value, kind) or (isinstance(value, bool) and default is not False):
-            yield f"gave {name}={value!r:.80}, which must be {told}"
-        elif name in _CHOICES and not set(value) <= set(_CHOICES[name]):
-            yield f"gave {name}={value!r:.80}; known are {', '.join(_CHOICES[name])}"
-    if not isinstance(needs.reference, Reference | None):
-        yield f"gave reference={needs.reference!r:.80}, which must be a dataflex.Reference, or None"
 
 
 def _calls(kind: str, cls: type[Method]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""How a process ends: by SIGTERM, by a signal that its parent hands on, and without threads that outlive Python.
+"""How a process ends: by SIGTERM, by a signal that its parent passes on, and without threads that outlive Python.
 
-A command ends at once on SIGTERM, with a message and exit code 143. A training run that can save what it has
-takes SIGTERM as a wish (``TermWish``) and ends after the step. Nothing here imports torch unless it is there.
+A command ends at once on SIGTERM, with a message and exit code 143. A training run notes it (``TermWish``) and ends
+after the step, with a checkpoint. Nothing here imports torch unless it is imported already.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ from typing import Any, NoReturn
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM ended."""
 
-_HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP")
-
 _Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """SIGTERM ended the command; the text says what is left of it. No ``Exception``: nothing may go on after it."""
+    """SIGTERM ended the command; the text says what remains of it. No ``Exception``, so that nothing handles it."""
 
 
 @contextmanager
 def _handled(handler: _Handler, *names: str) -> Iterator[None]:
-    """Have signals handled while inside; nothing happens off the main thread, where Python cannot."""
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
+    """Handle signals while inside; off the main thread, where Python cannot, nothing is changed."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         if before[number] is not signal.SIG_IGN:  # as under nohup
@@ -50,7 +47,7 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
 
 
 def _own(pid: int) -> bool:
-    """Whether this is the process ``pid``, or else a child of it, which ends as if nothing were handled."""
+    """Return whether this is the process ``pid``; a child of it ends instead, as without a handler."""
     if os.getpid() == pid:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -59,10 +56,10 @@ def _own(pid: int) -> bool:
 
 
 def heed_parent_only(_: int = 0) -> None:
-    """Make a DataLoader's worker (this is its ``worker_init_fn``) end on SIGTERM from its own process only.
+    """Make a DataLoader's worker (as its ``worker_init_fn``) end on SIGTERM from its parent process only.
 
-    torchrun and others signal whole process groups: a worker that ended there would take away what the step in
-    progress reads from, and its process would fail instead of ending as it was asked to.
+    torchrun and others signal whole process groups. The step in progress still reads from the worker: if it ended too,
+    its parent would fail instead of ending in order.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
@@ -79,11 +76,7 @@ def heed_parent_only(_: int = 0) -> None:
 
 @contextmanager
 def ends_on_term(what: str) -> Iterator[None]:
-    """Turn SIGTERM into ``Terminated`` while inside.
-
-    Args:
-        what: Told to the user.
-    """
+    """Turn SIGTERM into ``Terminated``, with the text ``what``, while inside."""
     pid = os.getpid()
 
     def end(*_: Any) -> None:
@@ -95,14 +88,14 @@ def ends_on_term(what: str) -> Iterator[None]:
 
 
 class TermWish:
-    """Notes SIGTERM instead of ending, while ``noted`` is entered."""
+    """Notes SIGTERM in ``asked``, instead of ending, while ``noted`` is entered."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def noted(self, tell: str = "") -> Iterator[None]:
-        """Note SIGTERM while inside, and write ``tell`` to stderr when it comes for the first time."""
+        """Note SIGTERM while inside, and write ``tell`` to stderr the first time."""
         pid = os.getpid()
 
         def note(*_: Any) -> None:
@@ -116,96 +109,41 @@ class TermWish:
             yield
 
 
-class TermVote(TermWish):
-    """Notes SIGTERM, and lets the ranks agree on the step after which they end.
-
-    Ranks tell each other after every step and read what was told after the step before: nobody waits for the
-    answer, all have the same one, and one that got the signal late or not at all stops with the others.
-
-    Args:
-        device: Where ranks exchange.
-    """
-
-    def __init__(self, device: Any) -> None:
-        super().__init__()
-        self.agreed = False
-        self._device = device
-        self._told: Any = None
-
-    def after_step(self) -> bool:
-        """Tell the other ranks and return whether all are to end after this step (collective)."""
-        before, self._told = self._told, self._tell()
-        self.agreed = self.agreed or self._read(before)
-        return self.agreed
-
-    def settle(self) -> bool:
-        """Return whether the run is to end here, as every rank sees it (collective)."""
-        self.agreed = self._read(self._told) or self._read(self._tell()) or self.agreed
-        self._told = None
-        return self.agreed
-
-    def _tell(self) -> Any:
-        import torch
-        import torch.distributed as dist
-
-        flag = torch.tensor(int(self.asked), device=self._device)
-        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if _several_ranks() else None
-
-    def _read(self, told: Any) -> bool:
-        if not _several_ranks():
-            return self.asked
-        if told is None:
-            return False
-        flag, work = told
-        work.wait()
-        return bool(flag)
-
-
-def _several_ranks() -> bool:
-    from dataflex import comm
-
-    return comm.world() > 1
-
-
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end and return its exit code; signals that end this process are handed on to it.
+    """Run a command to its end and return its exit code; signals that end this process are passed on to it.
 
     Raises:
-        Terminated: SIGTERM or SIGHUP came, and the command did not end well.
+        Terminated: SIGTERM or SIGHUP came, and the command failed.
         KeyboardInterrupt: SIGINT came.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def pass_on(number: int, _: FrameType | None) -> None:
         if number not in received:  # a group may be sent what its members are sent too
             received.append(number)
             if child is not None:
                 child.send_signal(number)
 
-    with _handled(hand_on, *_HANDED_ON):
+    with _handled(pass_on, "SIGINT", "SIGTERM", "SIGHUP"):
         child = subprocess.Popen(command, env=env)
-        for number in list(received):  # came while it was started
+        for number in list(received):  # while it was started
             child.send_signal(number)
         code = child.wait()
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received and code != 0:
-        raise Terminated(f"ended by {signal.Signals(received[0]).name}, which was handed on to {_name(command)}")
+        name = command[2] if command[1:2] == ["-m"] else os.path.basename(command[0])  # of 'python -m NAME'
+        raise Terminated(f"ended by {signal.Signals(received[0]).name}, which was handed on to {name}")
     return code
 
 
-def _name(command: Sequence[str]) -> str:
-    """Return the words of a command that say what it is: ``python -m NAME`` is NAME."""
-    return command[2] if len(command) > 2 and command[1] == "-m" else os.path.basename(command[0])
-
-
 def release_groups() -> None:
-    """End the process groups of torch.distributed, and the threads that serve them (no pending collective).
+    """End the process groups of torch.distributed and their threads; no collective may be pending.
 
-    A thread of gloo that lets go of a tensor while the interpreter is being torn down ends the process with
-    SIGABRT. Destroying a group does not end its threads while something holds it: modules that are imported when
-    a group is there (``torch.distributed.nn``, ``deepspeed.comm``) keep it as the default of their arguments.
+    A thread of gloo that frees a tensor while the interpreter is being torn down ends the process with SIGABRT.
+    Destroying a group does not end its threads while it is referenced: modules that are imported when a group exists
+    (``torch.distributed.nn``, ``deepspeed.comm``) keep it as the default of their arguments.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or "RANK" not in os.environ:  # only torchrun's ranks have any
@@ -225,18 +163,18 @@ def release_groups() -> None:
 def leave(action: Callable[[], int]) -> NoReturn:
     """Run ``action`` and end this process, one rank of several, with the exit code that it returns, or 1.
 
-    After a failure a collective may be pending that the other ranks never join, and destroying its group would
-    wait for it. Threads and exit functions of Python are then ended as usual, but the interpreter is not torn
-    down: the other ranks learn of the failure at once.
+    After a failure, a collective may be pending that the other ranks never join; destroying its group would wait for
+    it. Threads and exit functions of Python are then run as usual, but the interpreter is not torn down, so that the
+    other ranks learn of the failure at once.
     """
     global _last_code
     code = 1
     try:
         code = action()
-    except Exception:  # noqa: BLE001 (told as Python tells it, but here, so that it is over before the end)
+    except Exception:  # noqa: BLE001 (printed as Python does, but before the end)
         traceback.print_exc()
     with contextlib.suppress(ValueError):  # off the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         _last_code = code
@@ -255,4 +193,4 @@ def _end_here() -> None:
     os._exit(_last_code)
 
 
-atexit.register(_end_here)  # the first that is registered is called last: nothing heavy is imported by now
+atexit.register(_end_here)  # called last, since it is registered first: nothing heavy is imported by now

@@ -23,7 +23,8 @@ from dataflex.state import State, restored, saved_form
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.kinds import Embedding, Generation, GenerationSpec, Part, Signal
+    from dataflex.signals.kinds import Embedding, Signal
+    from dataflex.signals.specs import Generation, GenerationSpec, Part
 
 T = TypeVar("T")
 
@@ -31,7 +32,10 @@ Normalizer = Literal["weight_sum", "num_tokens", "num_sequences"]
 
 DomainNormalizer = Literal["weight_sum", "domain"]
 
-STAGES: tuple[str, ...] = ("pt", "sft", "rm", "dpo", "kto")
+STAGES = ("pt", "sft", "rm", "dpo", "kto")
+
+SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts")
+"""What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass."""
 
 
 # ---- what a method states about itself
@@ -109,8 +113,7 @@ def _added(passes: tuple[float, float], more: tuple[float, float], times: int = 
 class Requires:
     """What a method requires of a run, given its parameters; checked before a model loads."""
 
-    # "losses", "embeddings", "gradients", "logits", "generate", "gates", or "texts" (tokens and texts; no pass)
-    signals: frozenset[str] = frozenset()
+    signals: frozenset[str] = frozenset()  # some of SIGNALS
     targets: bool = False  # targets: [data set, ...] must be given
     domains: int = 1  # least number of domains
     stages: tuple[str, ...] = STAGES  # LLaMA-Factory's stages in which it works
@@ -126,6 +129,16 @@ class Requires:
     embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
     passes: Passes = Passes()  # what it costs
+
+    def __post_init__(self) -> None:
+        for name, known in (("signals", SIGNALS), ("stages", STAGES)):
+            given = getattr(self, name)
+            if isinstance(given, str) or not set(given) <= set(known):
+                raise ValueError(f"{name}={given!r}: must be some of {', '.join(known)}")
+        if isinstance(self.columns, str):
+            raise ValueError(f"columns={self.columns!r}: must be a tuple of names")
+        if not isinstance(self.reference, Reference | None):
+            raise ValueError(f"reference={self.reference!r}: must be a dataflex.Reference, or None")
 
     @classmethod
     def merged(cls, parts: Mapping[str, Requires]) -> Requires:

@@ -11,21 +11,21 @@ from dataflex.method import Params
 
 @dataclass(frozen=True)
 class Part:
-    """One choice out of a table, with the choice's parameters.
+    """One choice out of a table, with the parameters of the choice.
 
-    A subclass names what it is a choice of and says which choices there are; the configuration then reads a
-    bare name or a mapping with ``name`` and the parameters beside it.
+    A subclass says which choices there are; the configuration reads a bare name, or a mapping with ``name`` and the
+    parameters beside it.
 
     Attributes:
         name: Name in the table.
-        params: Built parameters of that choice.
+        params: Parameters of that choice.
+        what: What the table holds, in the singular, for messages.
     """
 
     name: str
     params: Params = field(default_factory=Params)
 
     what: ClassVar[str] = "part"
-    """What the table holds, in the singular, for messages."""
 
     @classmethod
     def known(cls) -> list[str]:
@@ -34,7 +34,7 @@ class Part:
 
     @classmethod
     def listed(cls, name: str) -> type[Params]:
-        """Return the parameter dataclass of a known name; ComponentError where what it names cannot be used."""
+        """Return the parameter dataclass of a known name; ComponentError where its choice cannot be used."""
         raise NotImplementedError
 
     @classmethod
@@ -43,7 +43,7 @@ class Part:
 
         Raises:
             ConfigError: ``name`` is not in the table.
-            ComponentError: What the table names cannot be used.
+            ComponentError: The choice cannot be used.
         """
         known = cls.known()
         if name not in known:

@@ -1,9 +1,8 @@
-"""What may be printed and written: secrets struck out, control characters escaped, names fit for files."""
+"""Text that may be printed and written: without secrets, control characters escaped, names fit for files."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -20,27 +19,27 @@ _UNSAFE = re.compile(f"[{_CONTROLS}\U000e0000-\U000e007f]")
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with control characters as escapes of Python's; line ends and tabs stay."""
+    """Return ``text`` with control characters as Python's escapes; line ends and tabs stay."""
     return _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def on_one_line(text: str) -> str:
-    """Return ``text`` as ``printable`` does, line ends and tabs written out too: for data inside a message."""
+    """Return ``text`` as ``printable`` does, with line ends and tabs as escapes too, for data inside a message."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 HIDDEN = "***"
 PASSED_ON = "DATAFLEX_PASSED_ON"
-"""Environment variable that hands secrets, as a JSON mapping, to the process of a run whose file leaves them out."""
+"""Environment variable with the secrets, as a JSON mapping, for the process of a run whose file leaves them out."""
 
 _SECRET_WORDS = frozenset(
     "apikey apitoken auth authorization bearer cookie cookies credential credentials headers header passphrase "
     "passwd password passwords pat pwd secret secrets".split()
 )
 _KEYS = frozenset({"access", "account", "api", "auth", "encryption", "master", "private", "secret", "signing", "ssh"})
-# What ends so names where a secret lies, not the secret.
+# A key that ends in one of these names the place of a secret, not the secret.
 _PLACES = frozenset({"env", "environment", "file", "files", "path", "var", "variable"})
-# Tokens of a text, not of an account.
+# Before "token": tokens of a text, not of an account.
 _OF_TEXT = frozenset(
     "add assistant audio begin bos by class cls decoder end eos eot extra first generated image last mask max mean "
     "media min new next num object of pad per placeholder prefix prompt previous sep single special start stop suffix "
@@ -51,15 +50,15 @@ _ASSIGNED = re.compile(r"""(?P<quote>["']?)(?P<name>\b\w[\w.-]{0,80})(?P=quote)\
 _VALUE = re.compile(
     r"""(?P<told>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\[[^\]\n]*\]|\{[^}\n]*\}|(?:Bearer|Basic)\s+\S+|[^\s,;&"'()\]}]+)"""
 )
-_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#@]*)@", re.IGNORECASE)
+_LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#@:]*:)?[^\s/?#@]*@", re.IGNORECASE)
 _BEARER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/=-]{6,}")
 
 
 def plain(value: Any, path: str = "", nonfinite: list[str] | None = None) -> Any:
-    """Turn a value into what JSON can hold; the dotted keys of NaN and infinities go to ``nonfinite``.
+    """Return a value as JSON can hold it; the dotted keys of NaN and infinities are added to ``nonfinite``.
 
-    Numpy and torch scalars and arrays become numbers and lists, sets become sorted lists, and
-    whatever JSON has no word for (paths, dtypes, objects of a configuration) becomes its text.
+    Numpy and torch scalars and arrays become numbers and lists, sets become sorted lists, and objects of other types
+    (paths, dtypes, parts of a configuration) become their text.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -93,18 +92,19 @@ def is_secret(key: str) -> bool:
     return words[-1] == "token" and not (len(words) > 1 and words[-2] in _OF_TEXT)
 
 
-def redacted(value: Any) -> Any:
-    """Return a configuration with every secret in it replaced by ``***``, all the way down; addresses lose their login.
+def redacted(value: Any, *, secret: bool = False) -> Any:
+    """Return a configuration with every secret in it replaced by ``***``, at any depth; addresses lose their login.
 
-    A switch, a null or a share of a domain of that name says nothing and stays.
+    Switches, nulls and shares of a domain are no secrets, whatever their key is. ``secret``: all of ``value`` is one.
     """
     if isinstance(value, Mapping):
-        return {key: _hidden(item) if is_secret(str(key)) else redacted(item) for key, item in value.items()}
+        return {key: redacted(item, secret=secret or is_secret(str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else [redacted(item) for item in value]
-    if isinstance(value, str):
-        return redacted_text(value)
-    return value
+        items = [redacted(item, secret=secret) for item in value]
+        return tuple(items) if type(value) is tuple else items
+    if secret:
+        return value if value is None or isinstance(value, bool | float) or value == "" else HIDDEN
+    return redacted_text(value) if isinstance(value, str) else value
 
 
 def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +122,11 @@ def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def secret_keys(mapping: Mapping[str, Any]) -> list[str]:
+    """Return the keys that ``without_secrets`` leaves out."""
+    return [key for key, value in mapping.items() if is_secret(key) and redacted(value, secret=True) != value]
+
+
 @contextmanager
 def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
     """Give the processes started inside the block the secrets that ``without_secrets`` left out of their files."""
@@ -137,30 +142,17 @@ def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
             os.environ.update({} if before is None else {PASSED_ON: before})
 
 
-def secret_keys(mapping: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values ``without_secrets`` leaves out."""
-    return [key for key, value in mapping.items() if is_secret(key) and _hidden(value) != value]
-
-
 def left_out_note(mapping: Mapping[str, Any]) -> list[str]:
-    """Return a note on them for those who run the files by hand, or nothing."""
+    """Return a note about keys that were left out, for users who run the files themselves, or nothing."""
     keys = secret_keys(mapping)
     told = f"note: {', '.join(keys)} left out of the runs' files; runs started by this command are given it, others"
     return [f"{told} need it again: dataflex train FILE {keys[0]}=..."] if keys else []
 
 
-def _hidden(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _hidden(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hidden(item) for item in value]
-    return value if value is None or isinstance(value, bool | float) or value == "" else HIDDEN
-
-
 def redacted_text(text: str) -> str:
     """Return a message or a command line without the values of secret keys, logins in addresses, and bearer tokens."""
     if "://" in text:
-        text = _USER.sub(_without_login, text)
+        text = _LOGIN.sub(lambda found: f"{found['scheme']}{found['user'] or ''}{HIDDEN}@", text)
     parts, last = [], 0
     for found in _ASSIGNED.finditer(text) if "=" in text or ":" in text else ():
         value = _in_quotes(text, found) or _VALUE.match(text, found.end())
@@ -171,13 +163,8 @@ def redacted_text(text: str) -> str:
     return _BEARER.sub(lambda bearer: f"{bearer['kind']} {HIDDEN}", "".join([*parts, text[last:]]))
 
 
-def _without_login(found: re.Match[str]) -> str:
-    user, colon, _ = found["user"].partition(":")
-    return f"{found['scheme']}{f'{user}:{HIDDEN}' if colon else HIDDEN}@"
-
-
 def _in_quotes(text: str, found: re.Match[str]) -> re.Match[str] | None:
-    """Return the value of an assignment that stands in quotes as a whole, as messages quote overrides."""
+    """Return the value of an assignment that is quoted as a whole, as messages quote overrides."""
     opening = text[found.start() - 1 : found.start()]
     if opening not in ("'", '"') or found["sign"] != "=":
         return None
@@ -185,7 +172,7 @@ def _in_quotes(text: str, found: re.Match[str]) -> re.Match[str] | None:
 
 
 def _assigns(found: re.Match[str], value: re.Match[str]) -> bool:
-    """Whether a colon assigns a value, as in YAML and JSON; in a message it may only begin what is said about a key."""
+    """Whether a sign assigns a value: in a message, a colon may also come before what is said about a key."""
     if found["sign"] == "=" or found["quote"] or value["told"][0] in "\"'[{":
         return True
     return "." not in found["name"] and not value.string[value.end() :].partition("\n")[0].strip()
@@ -198,29 +185,19 @@ def _blotted(told: str) -> str:
 
 
 def shown(text: str, stream: TextIO | None = None) -> str:
-    """Return ``text`` without secrets, control characters written out, and what ``stream`` cannot encode as well."""
+    """Return ``text`` without secrets; control characters, and what ``stream`` cannot encode, become escapes."""
     text = printable(redacted_text(text))
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-class LogFormatter(logging.Formatter):
-    """Writes a record as ``shown`` has it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        return shown(super().format(record))
-
-
-MOST_BYTES = 200
-"""Bytes of a name: most file systems take 255, with an ending and what is written aside."""
-
+_MOST_BYTES = 200  # of a name: most file systems take 255, with an ending and that of a temporary file
 _FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def file_name_problem(name: object) -> str:
-    """Return why a text that was read from a file cannot be the name of a file on every system, or an empty text."""
+    """Return why a name that was read from a file cannot be a file's name on every system, or an empty text."""
     if not isinstance(name, str):
         return f"is not text but {type(name).__name__}"
     if not name.strip(". "):
@@ -233,6 +210,6 @@ def file_name_problem(name: object) -> str:
         return f"begins or ends with {name[0] if name[0] in '.~- ' else name[-1]!r}"
     if _DEVICES.fullmatch(name):
         return "is the name of a device"
-    if len(name.encode()) > MOST_BYTES:
-        return f"has {len(name.encode())} bytes, more than {MOST_BYTES}"
+    if len(name.encode()) > _MOST_BYTES:
+        return f"has {len(name.encode())} bytes, more than {_MOST_BYTES}"
     return ""

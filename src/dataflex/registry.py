@@ -1,9 +1,8 @@
 """Finds methods by kind and name: built in, from other packages' entry points, or from a user's file.
 
-Built-in methods are named by module path and imported when asked for, so that ``dataflex --help``
-stays quick. Other packages add methods through the entry point groups ``dataflex.selectors``,
-``dataflex.mixers`` and ``dataflex.weighters``; a file of the user's own is named in
-``dynamic.plugins`` and every method class defined in it is taken.
+Built-in methods are imported when they are asked for, so that ``dataflex --help`` stays quick. Other packages add
+methods through the entry point groups ``dataflex.selectors``, ``dataflex.mixers`` and ``dataflex.weighters``; of a
+user's own file, named in ``dynamic.plugins``, every method class is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,30 +30,30 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "random": "dataflex.selectors.baselines:RandomRows",
         "loss": "dataflex.selectors.losses:LossSelector",
         "tacs": "dataflex.selectors.losses:Tacs",
-        "less": "dataflex.selectors.less:Less",
-        "grad_norm": "dataflex.selectors.difficulty:GradNorm",
-        "el2n": "dataflex.selectors.difficulty:El2n",
+        "less": "dataflex.selectors.influence:Less",
+        "grad_norm": "dataflex.selectors.losses:GradNorm",
+        "el2n": "dataflex.selectors.losses:El2n",
         "rds_plus": "dataflex.selectors.nearest:RdsPlus",
         "near": "dataflex.selectors.nearest:Near",
-        "tsds": "dataflex.selectors.tsds:Tsds",
+        "tsds": "dataflex.selectors.nearest:Tsds",
         "delta_loss": "dataflex.selectors.losses:DeltaLoss",
         "longest": "dataflex.selectors.baselines:Longest",
         "random_balanced": "dataflex.selectors.baselines:RandomBalanced",
         "compose": "dataflex.selectors.compose:Compose",
-        "bm25": "dataflex.selectors.bm25:Bm25",
-        "dsir": "dataflex.selectors.dsir:Dsir",
+        "bm25": "dataflex.selectors.texts:Bm25",
+        "dsir": "dataflex.selectors.texts:Dsir",
         "embed": "dataflex.selectors.nearest:Embed",
         "ifd": "dataflex.selectors.ifd:Ifd",
-        "s2l": "dataflex.selectors.s2l:S2l",
+        "s2l": "dataflex.selectors.clusters:S2l",
         "rho_loss": "dataflex.selectors.losses:RhoLoss",
-        "icons": "dataflex.selectors.icons:Icons",
-        "cluster_less": "dataflex.selectors.cluster_less:ClusterLess",
-        "coincide": "dataflex.selectors.coincide:Coincide",
-        "zeroth": "dataflex.selectors.zeroth:Zeroth",
+        "icons": "dataflex.selectors.influence:Icons",
+        "cluster_less": "dataflex.selectors.influence:ClusterLess",
+        "coincide": "dataflex.selectors.clusters:Coincide",
+        "zeroth": "dataflex.selectors.influence:Zeroth",
         "nice": "dataflex.selectors.nice:Nice",
-        "greats": "dataflex.selectors.greats:Greats",
-        "opus": "dataflex.selectors.greats:Opus",
-        "uds": "dataflex.selectors.uds:Uds",
+        "greats": "dataflex.selectors.candidates:Greats",
+        "opus": "dataflex.selectors.candidates:Opus",
+        "uds": "dataflex.selectors.candidates:Uds",
     },
     "mixer": {
         "static": "dataflex.mixers.fixed:Static",
@@ -72,8 +71,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "doge": "dataflex.mixers.gradient_shares:Doge",
         "dga": "dataflex.mixers.gradient_shares:Dga",
         "pike": "dataflex.mixers.gradient_shares:Pike",
-        "skill_it": "dataflex.mixers.skills:SkillIt",
-        "aioli": "dataflex.mixers.skills:Aioli",
+        "skill_it": "dataflex.mixers.held_out:SkillIt",
+        "aioli": "dataflex.mixers.held_out:Aioli",
         "doremi": "dataflex.mixers.loss_weights:DoReMi",
         "group_dro": "dataflex.mixers.loss_weights:GroupDro",
     },
@@ -96,19 +95,16 @@ _BUILTIN: dict[str, dict[str, str]] = {
 
 _plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
 _plugin_files: dict[Path, list[type[Method]]] = {}
-_checked: dict[str, list[type[Method]]] = {kind: [] for kind in KINDS}
+_checked: list[tuple[str, type[Method]]] = []
 
 
-def _entry_point_names(kind: str) -> dict[str, object]:
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=f"dataflex.{kind}s")}
 
 
 def names(kind: str) -> list[str]:
-    """Return every known name of ``kind``, built-in ones first, each group in its own order."""
-    known = dict.fromkeys(_BUILTIN[kind])
-    known.update(dict.fromkeys(sorted(_entry_point_names(kind))))
-    known.update(dict.fromkeys(_plugins[kind]))
-    return list(known)
+    """Return every known name of ``kind``: built-in ones, those of other packages, those of plugins."""
+    return list(dict.fromkeys([*_BUILTIN[kind], *sorted(_entry_points(kind)), *_plugins[kind]]))
 
 
 def find(kind: str, name: str) -> type[Method]:
@@ -122,43 +118,36 @@ def find(kind: str, name: str) -> type[Method]:
         return _plugins[kind][name]
     if name in _BUILTIN[kind]:
         module, _, attribute = _BUILTIN[kind][name].partition(":")
-        cls = getattr(importlib.import_module(module), attribute)
-    else:
-        points = _entry_point_names(kind)
-        if name not in points:
-            known, others = names(kind), [other for other in KINDS if name in names(other)]
-            near = f"; it is a {others[0]}: write '{others[0]}: {name}'" if others else did_you_mean(name, known)
-            raise ConfigError(f"dynamic.{kind}: unknown {kind} {name!r}{near} (known: {', '.join(known)})")
-        cls = _loaded(kind, name, points[name])
+        builtin: type[Method] = getattr(importlib.import_module(module), attribute)
+        return builtin
+    point = _entry_points(kind).get(name)
+    if point is None:
+        known, others = names(kind), [other for other in KINDS if name in names(other)]
+        near = f"; it is a {others[0]}: write '{others[0]}: {name}'" if others else did_you_mean(name, known)
+        raise ConfigError(f"dynamic.{kind}: unknown {kind} {name!r}{near} (known: {', '.join(known)})")
+    try:
+        cls = point.load()
+    except ImportError:
+        raise
+    except Exception as error:  # the package's own code
+        told = f"{point.value} cannot be imported: {type(error).__name__}: {error}"
+        raise ComponentError(f"{kind} {name!r}: {told}") from error
     return registered(kind, cls)
 
 
 def registered(kind: str, cls: Any) -> type[Method]:
-    """Check a class against the contract, and return it with every call watched; ours are checked by tests.
+    """Check a class against the contract, and return it with every call watched; our own are checked by tests.
 
     Raises:
-        ComponentError: Everything that it lacks.
+        ComponentError: All problems of the class.
     """
-    if isinstance(cls, type) and is_ours(cls):
-        return cls
-    if cls not in _checked[kind]:
+    if not (isinstance(cls, type) and is_ours(cls)) and (kind, cls) not in _checked:
         problems = class_problems(kind, cls)
         if problems:
             raise ComponentError("\n".join(problems))
-        _checked[kind].append(watched(cls))
+        _checked.append((kind, watched(cls)))
     found: type[Method] = cls
     return found
-
-
-def _loaded(kind: str, name: str, point: Any) -> Any:
-    try:
-        return point.load()
-    except ImportError:
-        raise
-    except Exception as error:  # the package's own code
-        raise ComponentError(
-            f"{kind} {name!r}: {point.value} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
 
 
 def import_file(file: Path, what: str) -> ModuleType:
@@ -166,7 +155,7 @@ def import_file(file: Path, what: str) -> ModuleType:
 
     Raises:
         ImportError: Nothing can be imported from a file of this name.
-        BaseException: What its code raises; nothing of the module stays then.
+        BaseException: Anything that its code raises; the module is removed again.
     """
     name = f"dataflex_{what}_{file.stem}_{abs(hash(str(file))) % 10**8}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -187,7 +176,7 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
 
     Raises:
         ConfigError: The file is missing, cannot be imported, or defines no method.
-        ComponentError: A class does not keep the contract, or takes a name that is taken.
+        ComponentError: A class does not keep the contract, or its name is taken.
     """
     file = Path(path).expanduser().resolve()
     if file in _plugin_files:
@@ -196,24 +185,21 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
         raise ConfigError(f"dynamic.plugins: no such file: {path}")
     try:
         module = import_file(file, "plugin")
-    except (Exception, SystemExit) as error:  # the user's own code: told as a configuration problem, with its cause
-        raise ConfigError(
-            f"dynamic.plugins: {path} cannot be imported: {type(error).__name__}: {error}{_line_in(file, error)}"
-        ) from error
-    classes = [
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__
-    ]
-    found = [cls for cls in dict.fromkeys(classes) if cls.name and not inspect.isabstract(cls)]
+    except (Exception, SystemExit) as error:  # the user's own code
+        # The text of a SyntaxError names the line.
+        frames = () if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        told = f"{type(error).__name__}: {error}{f' (line {lines[-1]})' if lines else ''}"
+        raise ConfigError(f"dynamic.plugins: {path} cannot be imported: {told}") from error
+    methods = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Method)]
+    classes = [cls for cls in dict.fromkeys(methods) if cls.__module__ == module.__name__]
+    found = [cls for cls in classes if cls.name and not inspect.isabstract(cls)]
     if not found:
         nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
         raise ConfigError(
             f"dynamic.plugins: {path} defines no method (a Selector, Mixer or Weighter with a name){nameless}"
         )
-    problems: list[str] = []
-    for place, cls in enumerate(found):
-        problems += _registering_problems(cls, found[:place])
+    problems = [line for cls in found for line in _problems(cls)] + same_names(found)
     if problems:
         raise ComponentError("\n".join(problems))
     for cls in found:
@@ -222,8 +208,20 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
     return found
 
 
+def _problems(cls: type[Method]) -> list[str]:
+    if cls.kind not in KINDS:
+        return [f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer or Weighter, not of Method itself"]
+    try:
+        registered(cls.kind, cls)
+    except ComponentError as error:
+        return str(error).splitlines()
+    if cls.name in _BUILTIN[cls.kind]:
+        return [f"{cls.kind} {cls.name!r} is the name of a built-in method; rename yours: {whereabouts(cls)}"]
+    return []
+
+
 def same_names(classes: Sequence[type[Method]]) -> list[str]:
-    """Return which of the classes of one configuration's plugins take a name that another has."""
+    """Return a problem for each class whose kind and name an earlier one has."""
     problems: list[str] = []
     known: dict[tuple[str, str], type[Method]] = {}
     for cls in classes:
@@ -232,25 +230,3 @@ def same_names(classes: Sequence[type[Method]]) -> list[str]:
             places = f"{whereabouts(before)} and {whereabouts(cls)}"
             problems.append(f"{cls.kind} {cls.name!r} is there twice: {places}; rename one")
     return problems
-
-
-def _registering_problems(cls: type[Method], beside: Sequence[type[Method]]) -> list[str]:
-    if cls.kind not in KINDS:
-        return [f"{whereabouts(cls)} must be a subclass of dataflex.Selector, Mixer or Weighter, not of Method itself"]
-    try:
-        registered(cls.kind, cls)
-    except ComponentError as error:
-        return str(error).splitlines()
-    if twice := same_names([*beside, cls]):
-        return twice
-    if cls.name in _BUILTIN[cls.kind]:
-        return [f"{cls.kind} {cls.name!r} is the name of a built-in method; rename yours: {whereabouts(cls)}"]
-    return []
-
-
-def _line_in(file: Path, error: BaseException) -> str:
-    """Return the line of the user's file at which an import failed."""
-    if isinstance(error, SyntaxError):
-        return ""  # its text says the line
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return f" (line {lines[-1]})" if lines else ""

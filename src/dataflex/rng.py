@@ -1,9 +1,8 @@
 """Named random streams and counter-based numbers.
 
-Every draw of the project names its stream, so that adding one never shifts another, and every rank
-that asks for the same (seed, name, index) gets the same numbers. Two tools: ``stream`` for draws
-that run one after another, and the counter-based functions for numbers that must depend on nothing
-but a row id, so that the world size cannot change them. The global generators are never touched.
+Every draw names its stream, so that adding one never shifts another, and every rank gets the same numbers for the same
+(seed, name, index): from ``stream`` one after another, from the counter-based functions by row id, whatever the number
+of ranks. The global generators are never touched.
 """
 
 from __future__ import annotations
@@ -21,18 +20,12 @@ _SLICE = 1 << 15  # elements mixed at a time: temporaries stay in the cache
 
 
 def _digest(seed: int, name: str, index: int) -> bytes:
-    """Hash the stream's identity to 16 bytes; the name comes last, so the text is unambiguous."""
+    """Hash a stream's identity to 16 bytes; the name comes last, so that the text is unambiguous."""
     return hashlib.blake2b(f"{int(seed)}:{int(index)}:{name}".encode(), digest_size=16).digest()
 
 
 def stream(seed: int, name: str, index: int = 0) -> np.random.Generator:
-    """Return the generator (Philox) of one named stream.
-
-    Args:
-        seed: Seed of the run.
-        name: What the numbers are for, as in ``"warmup"``.
-        index: Usually the interval or epoch.
-    """
+    """Return the generator (Philox) of the stream ``name`` under the run's seed; ``index``: the interval or epoch."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(seed, name, index), "little")))
 
 
@@ -48,17 +41,16 @@ def _mix(values: NDArray[np.uint64]) -> None:
 def keys(seed: int, name: str, index: int, counters: NDArray[np.integer]) -> NDArray[np.uint64]:
     """Return one 64-bit number per counter, a function of (seed, name, index, counter) only.
 
-    Distinct counters give distinct keys, so sorting them has no ties and every sort algorithm
-    yields the same permutation.
+    Distinct counters give distinct keys, so that every algorithm sorts them into the same permutation.
 
     Args:
         seed: Seed of the run.
         name: Name of the stream.
         index: Index of the stream.
-        counters: Integers [n]; any shape.
+        counters: Integers of any shape.
 
     Returns:
-        Keys of the shape of ``counters``.
+        uint64 in the shape of ``counters``.
     """
     digest = _digest(seed, name, index)
     first, second = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
@@ -76,19 +68,9 @@ def keys(seed: int, name: str, index: int, counters: NDArray[np.integer]) -> NDA
 
 
 def uniforms(seed: int, name: str, index: int, ids: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return a uniform number in the open interval (0, 1) for each id.
+    """Return a uniform number of 52 random bits in (0, 1) for each of the row ids [n]; arguments as for ``keys``.
 
-    A number depends on (seed, name, index, id) only: it is the same whichever rank draws it and
-    whatever other ids it is drawn with.
-
-    Args:
-        seed: Seed of the run.
-        name: Name of the stream.
-        index: Index of the stream.
-        ids: Row ids [n].
-
-    Returns:
-        float64 [n] with 52 random bits.
+    A number does not depend on the rank that draws it, nor on the other ids.
     """
     bits = keys(seed, name, index, ids)
     bits >>= np.uint64(12)
@@ -99,14 +81,7 @@ def uniforms(seed: int, name: str, index: int, ids: NDArray[np.integer]) -> NDAr
 
 
 def permutations(seed: int, name: str, first: int, num: int, size: int) -> NDArray[np.int64]:
-    """Return permutations number ``first`` to ``first + num - 1`` of ``range(size)``.
-
-    Args:
-        seed: Seed of the run.
-        name: Name of the stream.
-        first: Number of the first permutation, as an epoch.
-        num: How many.
-        size: Length of each.
+    """Return permutations number ``first`` to ``first + num - 1`` (as of epochs) of ``range(size)``.
 
     Returns:
         int64 [num, size], row e the permutation ``first + e``.
@@ -122,7 +97,7 @@ def rademacher(seed: int, name: str, index: int, size: int) -> NDArray[np.float3
         seed: Seed of the run.
         name: Name of the tensor.
         index: Number of the direction.
-        size: How many; a longer answer begins with a shorter one.
+        size: Number of signs; a longer answer begins with a shorter one.
     """
     words = keys(seed, f"rademacher {name}", index, np.arange(-(-size // 64), dtype=np.int64))
     bits = np.unpackbits(words.astype("<u8", copy=False).view(np.uint8), bitorder="little", count=size)

@@ -16,10 +16,11 @@ import yaml
 
 from dataflex.cli import _parser, main
 from dataflex.commands.plan import plan
+from dataflex.config.args import data_set_names
 from dataflex.config.mappings import key_of
 from dataflex.llamafactory.launch import torchrun_command
 from dataflex.offline.files import FileRecord
-from dataflex.offline.request import names_of, score_request
+from dataflex.offline.request import score_request
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.registry import KINDS, find, names
 from tests.config.keys import user_keys
@@ -163,7 +164,7 @@ def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, 
         request = score_request(
             options.data,
             options.overrides,
-            methods=names_of(options.methods),
+            methods=data_set_names(options.methods),
             out=options.out,
             targets=options.targets,
             budget=options.budget,

@@ -109,6 +109,11 @@ def test_a_long_pass_is_told_by_few_lines(shown):
     ]
 
 
+def test_lines_of_the_log_hold_no_secrets(shown):
+    logging.getLogger("dataflex.x").info("kept \x1b[31m%s", "hub_token=s3cr3t")
+    assert shown[1]() == [r"[dataflex] kept \x1b[31mhub_token=***"]
+
+
 def test_nothing_is_told_of_a_pass_without_words_or_on_another_rank(shown, monkeypatch):
     clock, lines = shown
     for what, rank in ((None, "0"), ("losses", "1")):

@@ -7,10 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.plan import mixture
-from dataflex.plan.mixture import block_counts, block_labels, evenly
+from dataflex.plan.domains import Domains
+from dataflex.plan.mixture import MixtureSampler, block_counts, evenly
 
 from .slow_mixture import slow_block
+
+
+def labels(proportions, block, seed, count, earlier=0):
+    """The domains of sequences after ``earlier`` segments of one block."""
+    domains = Domains.from_sizes([f"d{k}" for k in range(len(proportions))], [999] * len(proportions))
+    sampler = MixtureSampler(domains, seed, block)
+    for n in range(earlier):
+        sampler.append(proportions, n * block, 0)
+        sampler.draw(block)
+    sampler.append(proportions, earlier * block, 0)
+    return domains.domain_of[sampler.draw(count)].tolist()
 
 
 def test_counts_of_the_sheet():
@@ -21,9 +32,8 @@ def test_counts_of_the_sheet():
 
 
 def test_blocks_of_one_are_smooth():
-    # T26, the order of Megatron-Core's blended data set.
-    labels, _ = block_labels(np.array([0.5, 0.25, 0.25]), 1, np.zeros(3), 0, 0, 0, 8)
-    assert labels.tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    # The order of Megatron-Core's blended data set.
+    assert labels([0.5, 0.25, 0.25], 1, 0, 8) == [0, 1, 2, 0, 0, 1, 2, 0]
 
 
 @st.composite
@@ -43,17 +53,17 @@ def test_counts_equal_the_slow_loop(proportions, block, num):
 
 
 @given(mixtures(), st.integers(1, 40), st.integers(0, 12), st.data())
-def test_both_loops_agree_bit_for_bit(proportions, block, num, data):
-    # Residuals beyond what the loop itself leaves behind, so that blocks are over- and undersubscribed.
-    size = int((proportions > 0).sum())
-    shares = proportions[proportions > 0] * block
-    raw = np.array(data.draw(st.lists(st.integers(-30, 30), min_size=size, max_size=size))) / 8
-    residual = raw - raw.sum() / size
-    flat, rests = mixture._carry_scalar(shares.tolist(), residual.tolist(), block, num)
-    counts, residuals = mixture._carry_vector(shares, residual, block, num)
-    assert counts.ravel().tolist() == flat
-    assert residuals.ravel().tolist() == rests
-    assert (counts >= 0).all()
+def test_over_and_undersubscribed_blocks(proportions, block, num, data):
+    # Residuals beyond what the loop itself leaves behind.
+    active = proportions > 0
+    raw = np.array(data.draw(st.lists(st.integers(-30, 30), min_size=len(active), max_size=len(active)))) / 8
+    residual = np.where(active, raw - raw[active].sum() / active.sum(), 0.0)
+    counts, residuals = block_counts(proportions, block, residual, num)
+    left = residual.tolist()
+    for b in range(num):
+        expected, left = slow_block(proportions.tolist(), block, left)
+        assert counts[b].tolist() == expected
+        assert residuals[b + 1].tolist() == left
     assert (counts.sum(axis=1) == block).all()
 
 
@@ -87,17 +97,14 @@ def test_a_domain_of_no_share_never_comes():
 
 
 def test_order_depends_on_seed_segment_and_block_alone():
-    args = np.array([0.5, 0.5]), 64, np.zeros(2)
-    whole, rests = block_labels(*args, 3, 2, 0, 6)
-    part, _ = block_labels(args[0], 64, rests[4], 3, 2, 4, 2)
-    assert part.tolist() == whole[4 * 64 :].tolist()
-    assert whole[:64].tolist() != whole[64:128].tolist()
-    assert block_labels(*args, 4, 2, 0, 1)[0].tolist() != whole[:64].tolist()
-    assert block_labels(*args, 3, 1, 0, 1)[0].tolist() != whole[:64].tolist()
+    whole = labels([0.5, 0.5], 64, 3, 128)
+    assert whole[:64] != whole[64:]
+    assert labels([0.5, 0.5], 64, 4, 64) != whole[:64]
+    assert labels([0.5, 0.5], 64, 3, 64, earlier=1) not in (whole[:64], whole[64:])
+    assert labels([0.5, 0.5], 64, 3, 64) == whole[:64]
 
 
 def test_even_order_is_that_of_error_diffusion():
-    """T26."""
     assert evenly(np.array([4, 2, 2])).tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
     assert evenly(np.array([7, 2, 1])).tolist() == [0, 1, 0, 2, 0, 0, 1, 0, 0, 0]
 

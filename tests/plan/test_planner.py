@@ -22,6 +22,9 @@ def interval(start, stop, index=0):
     return Interval(index=index, kind="dynamic", start_step=start, stop_step=stop)
 
 
+NONE = np.empty(0, dtype=np.int64)
+
+
 def shape_of(size=2, num_micro=2, world=1, *, drop_last=False, shuffle=False):
     return BatchShape(
         micro_batch_size=size, accumulation=num_micro, world=world, rank=0, drop_last=drop_last, shuffle=shuffle
@@ -138,22 +141,25 @@ def test_spread_tells_what_is_missing():
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 12))
 def test_warmup_rows(num_rows, steps, batch):
     pool = np.arange(num_rows) + 1000
-    found = warmup_rows(pool, interval(0, steps), batch, 3)
+    found = warmup_rows(pool, interval(0, steps), batch, 3, NONE)
     wanted = steps * batch
     assert found.shape == (wanted,)
     assert found.dtype == np.int64
     counts = np.bincount(found - 1000, minlength=num_rows)
     assert counts.max() <= -(-wanted // num_rows)
     assert counts.min() >= wanted // num_rows
-    assert found.tolist() == warmup_rows(pool, interval(0, steps), batch, 3).tolist()
+    assert found.tolist() == warmup_rows(pool, interval(0, steps), batch, 3, NONE).tolist()
 
 
 def test_warmup_rows_are_uniform_and_differ_by_seed_and_interval():
     pool = np.arange(10)
-    draws = [warmup_rows(pool, interval(0, 1, index), 3, 0) for index in range(5000)]
+    draws = [warmup_rows(pool, interval(0, 1, index), 3, 0, NONE) for index in range(5000)]
     counts = np.bincount(np.concatenate(draws), minlength=10)
     assert float(((counts - 1500) ** 2 / 1500).sum()) < 30
     first = np.bincount([d[0] for d in draws], minlength=10)
     assert float(((first - 500) ** 2 / 500).sum()) < 30
     large = np.arange(10**6)
-    assert warmup_rows(large, interval(0, 1), 8, 0).tolist() != warmup_rows(large, interval(0, 1), 8, 1).tolist()
+    assert (
+        warmup_rows(large, interval(0, 1), 8, 0, NONE).tolist()
+        != warmup_rows(large, interval(0, 1), 8, 1, NONE).tolist()
+    )

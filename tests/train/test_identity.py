@@ -57,11 +57,11 @@ def of(mapping, sources, content="", world=1):
     shape = BatchShape(
         micro_batch_size=micro, accumulation=accumulation, world=world, rank=0, drop_last=False, shuffle=True
     )
-    return Identity.of(parts.dynamic, space, parts.lf, shape=shape, seed=seed)
+    return Identity(parts.dynamic, space, parts.lf, shape=shape, seed=seed)
 
 
 def saved(one):
-    return json.loads(json.dumps(one.describe()))
+    return json.loads(json.dumps(one.described))
 
 
 def test_every_key_of_the_block_says_what_a_change_does_on_resume():
@@ -230,7 +230,7 @@ def test_ranks_and_micro_batches_may_change_as_long_as_the_batch_does_not():
     assert refused == ["ranks changed (1 -> 2): global batch changed (4 -> 8 sequences)"]
     odm = {"selector": None, "keep_ratio": None, "weighter": None, "mixer": {"name": "odm", "variant": "official"}}
     pure = identity(block=odm)
-    if pure.pure:
+    if pure._pure:
         other = identity("gradient_accumulation_steps=1", "per_device_train_batch_size=4", block=odm)
         (line,) = other.differences(saved(pure))[0]
         assert "per_device_train_batch_size changed (2 -> 4)" in line

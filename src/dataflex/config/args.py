@@ -1,7 +1,7 @@
 """LLaMA-Factory's keys of a run, converted to their types, with every problem noted.
 
 LLaMA-Factory takes a value as YAML gave it. Values that it would misread are corrected here and passed on: YAML's
-``no`` (false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
+``no`` (false) for a text, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
 """
 
 from __future__ import annotations

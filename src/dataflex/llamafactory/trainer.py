@@ -1,23 +1,15 @@
-"""The adapter between the Hugging Face Trainer and a session.
+"""The adapter between the Hugging Face Trainer and a session: a mixin that goes in front of any Trainer class.
 
-``TrainerMixin`` goes in front of any Trainer class. Upstream names relied upon (transformers 5.x), each
-asserted by ``tests/upstream``: ``get_train_dataloader``, ``get_eval_dataloader``, ``set_initial_training_values``,
-``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
-``compute_loss``, ``compute_loss_func``, ``_finalize_training``, ``train``, ``add_callback``, ``callback_handler``,
-``log``; of saving ``_save_checkpoint``, ``_save_rng_state``, ``save_model``, ``_maybe_log_save_evaluate``,
-``_get_output_dir``, ``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``rotate_checkpoints``.
-
-The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the
-previous step's update; there the session serves them. Each batch holds its row ids, which ``compute_loss`` takes out
-before the model sees it. Counting tokens, accumulation and clipping stay the Trainer's. A checkpoint is begun before
-anything of it is written and sealed after everything, callbacks included, which LLaMA-Factory lets rewrite the
-weights (stage rm); older checkpoints are removed only then.
+All micro-batches of an optimizer step are asked for right after the previous step's update; there the session serves
+them. A checkpoint is begun before anything of it is written, and sealed after everything, callbacks included, which may
+rewrite the weights (stage rm). Upstream names relied upon (transformers 5.x), each asserted by ``tests/upstream``: the
+methods overridden here, ``compute_loss_func``, ``add_callback``, ``callback_handler``, ``_get_output_dir``,
+``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``rotate_checkpoints``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +21,7 @@ from dataflex import checkpoints, comm
 from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.llamafactory.evaluation import EvaluationMixin
+from dataflex.llamafactory.loading import replaced
 from dataflex.llamafactory.loop import StopOnTerm, loop_of
 from dataflex.train.loader import ROWS, EpochShell
 from dataflex.train.loss import balance_loss
@@ -47,9 +40,9 @@ class TrainerMixin(EvaluationMixin):
             self.compute_loss_func = self._dataflex_loss
         self._dataflex_left = 0  # micro-batches of the step
         self._dataflex_batch: dict[str, Any] = {}
-        self._dataflex_taken_up: tuple[Path, int] | None = None
+        self._dataflex_resumed: tuple[Path, int] | None = None  # checkpoint and step
         self._dataflex_saved_at: int | None = None
-        self._dataflex_in_turn = False
+        self._dataflex_sealed_later = False  # while callbacks may still change a checkpoint's files
         self._dataflex_stop: StopOnTerm | None = None
         if self.dataflex_setup.config.save_on_term:
             self._dataflex_stop = StopOnTerm(self.args.device)
@@ -58,7 +51,7 @@ class TrainerMixin(EvaluationMixin):
     # -- before training ------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochShell:
-        """Return a loader that has the right lengths and no batches; see ``EpochShell``."""
+        """Return a loader that has the right lengths and no batches."""
         setup = self.dataflex_setup
         if setup.config.total_steps is not None:
             self.args.max_steps = setup.config.total_steps
@@ -81,17 +74,17 @@ class TrainerMixin(EvaluationMixin):
     def _init_training_state(
         self, max_steps: Any, num_update_steps_per_epoch: Any, num_train_epochs: Any, resume: Any, trial: Any
     ) -> Any:
-        """On a resumed run, take back plan and states; open the record."""
+        """Open the record; on a resumed run, restore plan and states first."""
         values = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         self.dataflex.start(resume, self.state.global_step)
         if resume is not None:
-            self._dataflex_taken_up = (Path(resume).resolve(), self.state.global_step)
+            self._dataflex_resumed = (Path(resume).resolve(), self.state.global_step)
         return values
 
     # -- the end of training ---------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, noting where the time goes, and take SIGTERM as ``StopOnTerm`` says meanwhile."""
+        """Train; SIGTERM is handled by ``StopOnTerm`` meanwhile."""
         with ExitStack() as over:
             over.enter_context(self.dataflex_setup.clock.phase("prepare"))
             if self._dataflex_stop is not None:
@@ -100,14 +93,15 @@ class TrainerMixin(EvaluationMixin):
             return super().train(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """End a run that SIGTERM ended, with a checkpoint and nothing of what follows a finished training."""
+        """After SIGTERM, end with a checkpoint instead of what follows a finished training."""
         stop, step = self._dataflex_stop, self.state.global_step
-        if stop is None or not stop.vote.settle():
+        if stop is None or not stop.settle():
             return super()._finalize_training(*args, **kwargs)
         if self._dataflex_saved_at != step:
-            with self._dataflex_sealed_after():
+            with replaced((self, "_dataflex_sealed_later", True)):
                 self._save_checkpoint(self.model_wrapped, None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
+            self._dataflex_seal()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
         raise Terminated(
             f"ended by SIGTERM after step {step} of {self.state.max_steps}; go on from here with "
@@ -131,7 +125,7 @@ class TrainerMixin(EvaluationMixin):
         return step.batches, step.num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Train on a micro-batch; after the last one of a step, mixers are told."""
+        """Train on a micro-batch; after the last one of a step, the mixer observes it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._dataflex_batch = {}
         self._dataflex_left -= 1
@@ -140,7 +134,7 @@ class TrainerMixin(EvaluationMixin):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Weights act on training losses only; evaluation computes the stock loss, which is added up by token."""
+        """Return the training loss, which weights act on, or the stock loss of a batch that is evaluated."""
         if ROWS not in inputs:
             return self.held_out_loss(model, inputs, *args, **kwargs)
         self._dataflex_batch = dict(inputs)
@@ -157,7 +151,7 @@ class TrainerMixin(EvaluationMixin):
     # -- log and saving ---------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Put our scalars beside the loss and into the record."""
+        """Log our scalars beside the loss, and record both."""
         session, step, began = self.dataflex, self.state.global_step, self.dataflex.feed is not None
         if "loss" in logs and began:
             logs.update(session.scalars(step))
@@ -170,7 +164,7 @@ class TrainerMixin(EvaluationMixin):
             session.finish(step, logs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, noting the time; once training is over, SIGTERM waits until that is done."""
+        """Write the model; after training, SIGTERM takes effect when that is done."""
         clock = self.dataflex_setup.clock
         if _internal_call:  # part of a checkpoint
             with clock.phase(clock.now if clock.now == "checkpoint" else "save"):
@@ -178,7 +172,7 @@ class TrainerMixin(EvaluationMixin):
             return
         wish, folder = TermWish(), output_dir or self.args.output_dir
         with wish.noted(), clock.phase("save"):
-            if self.args.should_save:  # no trainer state of an earlier save is left beside new weights
+            if self.args.should_save:  # no trainer state of an earlier save stays beside new weights
                 checkpoints.unmark(Path(folder))
             super().save_model(output_dir, _internal_call)
         if wish.asked:
@@ -186,31 +180,19 @@ class TrainerMixin(EvaluationMixin):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self._dataflex_taken_up == (folder.resolve(), self.state.global_step):
-            return  # it is there, and nothing was trained since
+        if self._dataflex_resumed == (folder.resolve(), self.state.global_step):
+            return  # it is the one that was resumed from, and nothing was trained since
         with self.dataflex_setup.clock.phase("checkpoint"):
             self.dataflex.begin_checkpoint(folder)
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
+            with replaced((self.args, "save_total_limit", None)):
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-        if not self._dataflex_in_turn:
+        if not self._dataflex_sealed_later:
             self._dataflex_seal()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save as stock; what was saved counts when the callbacks have had it too."""
-        with self._dataflex_sealed_after():
+        """Log, evaluate and save as stock; a checkpoint counts once the callbacks have seen it."""
+        with replaced((self, "_dataflex_sealed_later", True)):
             super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    @contextmanager
-    def _dataflex_sealed_after(self) -> Iterator[None]:
-        """Seal what is saved inside at the end of it, since callbacks may still change its files."""
-        self._dataflex_in_turn = True
-        try:
-            yield
-        finally:
-            self._dataflex_in_turn = False
         self._dataflex_seal()
 
     def _dataflex_seal(self) -> None:
@@ -237,7 +219,7 @@ class TrainerMixin(EvaluationMixin):
         self.dataflex.save(Path(output_dir), self.state.global_step, sums)
 
     def _dataflex_restore_sums(self) -> None:
-        """Take back what was summed up since the last log; once, when the Trainer has set its own sums to zero."""
+        """Restore the loss sums since the last log; once, after the Trainer has set its own to zero."""
         sums = self.dataflex.restore_since_log()
         if sums is None:
             return

@@ -39,11 +39,7 @@ def equal(num_domains: int) -> Floats:
 
 
 def sizes(ctx: Context, method: str) -> Floats:
-    """Return the size of each domain in ``ctx.unit``, float64 [K], at least one of them above 0.
-
-    Raises:
-        DataError: No domain has a token (or, unit ``tokens``, tokens were not counted).
-    """
+    """Return the size of each domain in ``ctx.unit``, float64 [K]; DataError where all are 0."""
     sizes_K = ctx.domains.sizes(ctx.unit)
     if not sizes_K.any():
         raise DataError(f"{method}: none of the domains {', '.join(ctx.domains.names)} has any {ctx.unit}")
@@ -61,11 +57,7 @@ def check_targets(ctx: Context, method: str) -> None:
 
 
 def held_out_losses(ctx: Context) -> Floats:
-    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective).
-
-    Raises:
-        DataError: A target has no supervised token.
-    """
+    """Return the mean token loss of each domain's target data set, in the order of the domains [K] (collective)."""
     losses = []
     for name in ctx.targets:
         rows = np.arange(ctx.signals.num_rows(name), dtype=np.int64)
@@ -86,11 +78,7 @@ class LearningMixer(Mixer):
     """Domains of the state; empty before the first decision."""
 
     def meet(self, names: Sequence[str]) -> bool:
-        """Note the domains of the run and return whether they are new, so that the state must be begun.
-
-        Raises:
-            CheckpointError: The state is of other domains, or of another order of them.
-        """
+        """Note the domains of the run and return whether the state must be begun; refuse a state of other domains."""
         new = not self.names
         if not new and self.names != tuple(names):
             raise CheckpointError(
@@ -119,7 +107,7 @@ class InitialParams(Params):
 class ExponentiatedMixer(LearningMixer):
     """Moves proportions once per interval: p <- (1 - c) softmax(log p + eta s) + c / K; a subclass makes the scores s.
 
-    ``params`` has ``initial``, and ``eta`` (else 1) and ``smoothing`` c (else 0) where the method has them.
+    Its parameters have ``initial``, and where needed ``eta`` (else 1) and the smoothing c (else 0).
     """
 
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
@@ -143,7 +131,7 @@ class ExponentiatedMixer(LearningMixer):
         return float(getattr(self.params, "eta", 1.0))
 
     def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the scores s [K] and what the reason says about them."""
+        """Return the scores s [K] and what the reason says of them."""
         raise NotImplementedError
 
     def _largest(self, values: Floats, what: str) -> str:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from dataflex.errors import CheckpointError, DataError
-from dataflex.method import Card, Context, Mix, Mixer, Requires, State, param
+from dataflex.errors import DataError
+from dataflex.method import Card, Context, Mix, Mixer, Requires, param
 from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import equal, mix_of, sizes
 from dataflex.plan.domains import Floats
@@ -185,12 +185,6 @@ class Static(Mixer):
             self.proportions, self.made_by = content.by_name, content.method
         proportions = by_domain(self.proportions, names, f"dynamic.mixer.from ({file})")
         return mix_of(names, proportions, f"from {file} ({self.made_by})")
-
-    def load_state_dict(self, state: State) -> None:
-        """Restore what was read from the file; written proportions keep no state."""
-        if state and self.params.from_file is None:
-            raise CheckpointError(f"static keeps no state without 'from', but was given {', '.join(sorted(state))}")
-        super().load_state_dict(state)
 
 
 @dataclass(frozen=True, kw_only=True)

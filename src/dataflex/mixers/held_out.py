@@ -1,4 +1,8 @@
-"""Mixers that look at held-out data of each domain: Sheared and Velocitune at losses, dynamic MoE at expert loads."""
+"""Mixers that look at held-out data of each domain: at losses, or dynamic MoE at expert loads.
+
+Sheared and Velocitune compare the losses with targets; Skill-it and Aioli weigh them by how much training on one domain
+helps another.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dataflex.errors import DataError
-from dataflex.method import Card, Context, Requires, param
+from dataflex.errors import ConfigError, DataError
+from dataflex.method import Card, Context, Mix, Passes, Requires, param
+from dataflex.method import Params as BaseParams
 from dataflex.mixers._lib import (
     HELD_OUT_LOSSES,
     NOTHING,
     ExponentiatedMixer,
     InitialParams,
+    LearningMixer,
     check_targets,
     held_out_losses,
+    mix_of,
 )
 from dataflex.plan.domains import Floats
-from dataflex.plan.proportions import numbers_by_domain
+from dataflex.plan.proportions import exponentiated, numbers_by_domain, softmax
 from dataflex.signals.kinds import GateLoads
 
 
@@ -157,3 +165,156 @@ class DynamicMoe(ExponentiatedMixer):
         layers = [loads_KLE.shape[1] - 1] if self.params.layers == "last" else range(loads_KLE.shape[1])
         scores = np.mean([distances(loads_KLE[:, layer], self.params.distance) for layer in layers], axis=0)
         return scores, self._largest(scores, "distance")
+
+
+class SkillIt(LearningMixer):
+    """Serve the domains that help those whose held-out losses are high.
+
+    The graph says in row i, column j how much training on domain i helps domain j.
+    """
+
+    name = "skill_it"
+    saved = ("losses", "names")
+    card = Card(
+        summary="Serves domains more, the more they help those of high held-out loss, by a graph that is given.",
+        paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models (Chen et al.), "
+        "NeurIPS 2023, arXiv 2307.14430",
+        cost="F over the held-out data",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        graph: tuple[tuple[float, ...], ...] = param(
+            help="K rows of K numbers: in row i, column j, how much training on i helps j"
+        )
+        eta: float = param(0.2, "step size of the proportions", above=0.0)
+        window: int = param(3, "decisions whose losses are added up", minimum=1)
+
+        def __post_init__(self) -> None:
+            if {len(row) for row in self.graph} != {len(self.graph)}:
+                raise ValueError("graph: must be K rows of K numbers, K the number of domains")
+            if not np.isfinite(np.array(self.graph)).all():
+                raise ValueError("graph: every number must be finite")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.losses: list[Floats] = []
+
+    def requires(self) -> Requires:
+        return HELD_OUT_LOSSES
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return p ~ exp(eta sum over the window of A L); before losses are known, p ~ exp(eta A 1).
+
+        The proportions are made from equal ones each time: only the window remembers the past.
+        """
+        graph, names = np.array(self.params.graph, dtype=np.float64), ctx.domains.names
+        if len(graph) != len(names):
+            raise ConfigError(f"dynamic.mixer.graph: {len(graph)} rows for {len(names)} domains ({', '.join(names)})")
+        self.meet(names)
+        check_targets(ctx, self.name)
+        benefit, told = graph.sum(axis=1), "start"
+        if ctx.interval.kind != "warmup":
+            self.losses = [*self.losses, held_out_losses(ctx)][-self.params.window :]
+            benefit = graph @ np.sum(self.losses, axis=0)
+            told = f"losses of {len(self.losses)} decisions"
+        return mix_of(self.names, softmax(self.params.eta * benefit), told)
+
+
+def near_one_hot(num_domains: int, focus: float) -> Floats:
+    """Return K mixes [K, K]: mix k has ``focus`` on domain k, the others share the rest."""
+    mixes = np.full((num_domains, num_domains), (1.0 - focus) / max(num_domains - 1, 1))
+    np.fill_diagonal(mixes, focus if num_domains > 1 else 1.0)
+    return mixes
+
+
+def interactions(mixes_MK: Floats, drops_MK: Floats) -> Floats:
+    """Return A [K, K] with drop_i = sum_j A[i, j] p_j, by least squares over M probes, made positive, summing to 1."""
+    solved, *_ = np.linalg.lstsq(mixes_MK, drops_MK, rcond=None)
+    matrix = solved.T
+    if matrix.min() < 0:
+        matrix = matrix - matrix.min()
+    total = matrix.sum()
+    return matrix / total if total > 0 else np.full_like(matrix, 1.0 / matrix.size)
+
+
+class Aioli(LearningMixer):
+    """Probe one domain after another, learn what helps whom, and serve accordingly.
+
+    What is learned is a matrix A: A[i, j] is what the held-out loss of domain i gains from training on domain j. (The
+    graph of ``skill_it`` is its transpose.) A probe takes one interval.
+    """
+
+    name = "aioli"
+    saved = ("names", "turn", "before", "drops", "log_shares", "matrix", "order")
+    card = Card(
+        summary="Probes domains one after another for what they gain each other, then serves what helps most.",
+        paper="Aioli: A Unified Optimization Framework for Language Model Data Mixing (Chen et al.), ICLR 2025, "
+        "arXiv 2411.05735",
+        cost="F over the held-out data",
+        note="As in the authors' code each sweep probes in a new random order, and ema is the weight of the past.",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(BaseParams):
+        focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
+        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
+        hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
+        eta: float = param(0.2, "step size of the proportions", above=0.0)
+        ema: float | None = param(
+            None,
+            "weight of the past in the average of A, proportions made from equal ones; null: the last move on",
+            minimum=0.0,
+            maximum=1.0,
+        )
+
+    params: Params
+    turn = 0
+    order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    """Domains in the order in which this round probes them: a permutation for each sweep."""
+    before = log_shares = matrix = NOTHING
+    """Held-out losses at the last decision [K], logarithms of the proportions [K], and the learned A [K, K]."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.drops: list[Floats] = []
+
+    def requires(self) -> Requires:
+        return replace(HELD_OUT_LOSSES, passes=Passes())
+
+    def mix(self, ctx: Context) -> Mix:
+        """Return the next probe's mix, or p ~ p exp(eta sum_i A[i, j]) once a sweep is through."""
+        self.meet(ctx.domains.names)
+        check_targets(ctx, self.name)
+        num_domains = len(self.names)
+        if not self.log_shares.size:
+            self.log_shares = np.full(num_domains, -np.log(num_domains))
+        if ctx.interval.kind == "warmup":
+            return mix_of(self.names, softmax(self.log_shares), "warm-up")
+        probes = num_domains * self.params.sweeps
+        turn = self.turn % (probes + self.params.hold)
+        self.turn += 1
+        mixes = near_one_hot(num_domains, self.params.focus)
+        if turn == 0:
+            rng = ctx.rng("aioli order")
+            self.order = np.concatenate([rng.permutation(num_domains) for _ in range(self.params.sweeps)])
+        if turn <= probes:
+            losses = held_out_losses(ctx)
+            if turn > 0:
+                self.drops.append(self.before - losses)
+            self.before = losses
+        if turn < probes:
+            probed = int(self.order[turn])
+            return Mix(proportions=mixes[probed], reason=f"probe of {self.names[probed]}")
+        if turn == probes:
+            self._learn(mixes[self.order], np.stack(self.drops))
+            self.drops = []
+        return mix_of(self.names, softmax(self.log_shares))
+
+    def _learn(self, mixes_MK: Floats, drops_MK: Floats) -> None:
+        new, ema = interactions(mixes_MK, drops_MK), self.params.ema
+        self.matrix = new if ema is None or not self.matrix.size else (1.0 - ema) * new + ema * self.matrix
+        start = self.log_shares if ema is None else np.zeros(len(new))
+        self.log_shares = exponentiated(start, self.matrix.sum(axis=0), eta=self.params.eta)

@@ -43,16 +43,15 @@ class _SamplingParams(BaseParams):
 
 
 class _LossWeighter(DomainWeighter, LearningMixer):
-    """Moves domain weights alpha in the loss by exponentiated scores after every step.
+    """Moves domain weights alpha in the loss by exponentiated scores after every step, for the steps after it.
 
-    The weights in force at step t were made from the steps before it: what step t shows acts from step t + 1 on, on
-    every rank alike. A domain with a share of 0 is never served and has weight 0.
+    A domain with a share of 0 is never served and has weight 0.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("names", "sampling", "log_alpha", "rows", "sizes", "steps")
     sampling = log_alpha = NOTHING
     rows = sizes = NOTHING
-    """Number of rows of each domain, and its size in the unit of the run [K]; empty until ``mix`` was called."""
+    """Rows of each domain, and its size in the unit of the run [K]; empty until ``mix`` was called."""
     steps = 0
 
     @property
@@ -67,7 +66,6 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return mix_of(self.names, self.sampling.copy(), "sampling")
 
     def loss_weights(self) -> Floats:
-        """Return alpha [K] for the next step."""
         return self.alpha
 
     def observe(self, stats: DomainStats) -> None:
@@ -86,7 +84,7 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return np.asarray(served / served.sum())
 
     def _begin(self, names: Sequence[str]) -> bool:
-        """Begin the state, unless there is one of these domains; return whether it was begun."""
+        """Begin the state, unless there is one; return whether it was begun."""
         if not self.meet(names):
             return False
         written = self.params.sampling

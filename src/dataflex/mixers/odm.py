@@ -89,21 +89,15 @@ class Odm(LearningMixer):
         if self.warming or (self._iterations and not self.reward.any()):
             return mix_of(names, sizes(ctx, self.name), "by size")
         first = self.params.variant == "exp3" and self.updates == 1  # the authors' epsilon was still 1 / K
-        before, now = self._epsilon(0 if first else self.turn - 1), self._epsilon(self.turn)
-        proportions = policy(self.reward, before, now, self._linear)
+        turns = (0 if first else self.turn - 1, self.turn)
+        before, now = (exploration(max(turn, 1), len(names), self.params.floor) for turn in turns)
+        proportions = policy(self.reward, before, now, linear=self.params.variant == "official")
         return mix_of(names, proportions, f"turn {self.turn}, exploration {now:.3g} each")
-
-    @property
-    def _linear(self) -> bool:
-        return self.params.variant == "official"
 
     @property
     def _iterations(self) -> bool:
         """Whether turns are optimizer steps, warm-up included, and proportions start by size: the authors' code."""
         return self.params.variant in ("official", "exp3")
-
-    def _epsilon(self, turn: int) -> float:
-        return exploration(max(turn, 1), len(self.names), self.params.floor)
 
     def observe(self, stats: DomainStats) -> None:
         """Update the rewards of the domains that the step held; the others keep theirs.
@@ -128,6 +122,6 @@ class Odm(LearningMixer):
             return
         if self.params.variant == "paper":
             loss = loss / stats.proportions[present]
-        elif self._linear:
+        elif self.params.variant == "official":
             loss = np.exp(loss)
         self.reward[present] = a * self.reward[present] + (1.0 - a) * loss

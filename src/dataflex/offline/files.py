@@ -74,23 +74,22 @@ class SourceRows:
                 raise DataError(f"{paths[0]}: cannot be read as parquet: {str(error)[:300]}") from error
             return
         for path in paths:
-            self._read(path, path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+            content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+            if self.ending == ".txt":
+                self._rows += content.splitlines()
+            elif self.ending == ".csv":
+                records = _csv_records(content)
+                self._heads.update(records[:1])
+                self._rows += records[1:]
+            elif self.ending not in (".json", ".jsonl"):
+                raise UnsupportedError(f"{path}: rows of {self.ending or 'such'} files cannot be written back")
+            elif content.lstrip().startswith(b"["):
+                self._array = True
+                self._rows += _array_items(content, path)
+            else:
+                self._rows += [line.rstrip(b"\r") for line in content.split(b"\n") if line.strip()]
         if len(self._heads) > 1:
             raise UnsupportedError(f"{paths[0].parent}: its files have different header lines")
-
-    def _read(self, path: Path, content: bytes) -> None:
-        if self.ending == ".txt":
-            self._rows += content.splitlines()
-        elif self.ending == ".csv":
-            records = _csv_records(content)
-            self._heads.update(records[:1])
-            self._rows += records[1:]
-        elif self.ending in (".json", ".jsonl"):
-            is_array = content.lstrip().startswith(b"[")
-            self._array = self._array or is_array
-            self._rows += _array_items(content, path) if is_array else _lines(content)
-        else:
-            raise UnsupportedError(f"{path}: rows of {self.ending or 'such'} files cannot be written back")
 
     @property
     def num_rows(self) -> int:
@@ -107,12 +106,8 @@ class SourceRows:
         chosen = [self._rows[position] for position in positions]
         if self._array:
             target.write_bytes(b"[\n  " + b",\n  ".join(chosen) + b"\n]\n")
-            return
-        target.write_bytes(b"".join(line + b"\n" for line in [*self._heads, *chosen]))
-
-
-def _lines(content: bytes) -> list[bytes]:
-    return [line.rstrip(b"\r") for line in content.split(b"\n") if line.strip()]
+        else:
+            target.write_bytes(b"".join(line + b"\n" for line in [*self._heads, *chosen]))
 
 
 def _array_items(content: bytes, path: Path) -> list[bytes]:
@@ -150,8 +145,6 @@ def _csv_records(content: bytes) -> list[bytes]:
         pending.append(line)
         quotes += line.count(b'"')
         if quotes % 2 == 0:
-            record = b"\n".join(pending).rstrip(b"\r")
-            if record.strip():
-                records.append(record)
+            records.append(b"\n".join(pending).rstrip(b"\r"))
             pending, quotes = [], 0
-    return records
+    return [record for record in records if record.strip()]

@@ -1,4 +1,4 @@
-"""What ``dataflex score`` is asked for, read and checked before anything heavy is imported."""
+"""``dataflex score``: the request, read and checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -27,35 +27,21 @@ from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import split
-from dataflex.errors import ConfigError
+from dataflex.console import show_log
+from dataflex.ending import release_groups
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
 
 _DROPPED = (
-    "auto_find_batch_size",
-    "do_eval",
-    "do_predict",
-    "early_stopping_steps",
-    "eval_dataset",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "evaluation_strategy",
-    "group_by_length",
-    "ignore_data_skip",
-    "load_best_model_at_end",
-    "mix_strategy",
-    "plot_loss",
-    "predict_with_generate",
-    "push_to_hub",
-    "save_steps",
-    "streaming",
-    "train_sampling_strategy",
-    "val_size",
-)
+    "auto_find_batch_size do_eval do_predict early_stopping_steps eval_dataset eval_on_start eval_steps eval_strategy "
+    "evaluation_strategy group_by_length ignore_data_skip load_best_model_at_end mix_strategy plot_loss "
+    "predict_with_generate push_to_hub save_steps streaming train_sampling_strategy val_size"
+).split()
 """Keys that only training and evaluation look at."""
-FIXED: dict[str, Any] = {
+_STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
+_FIXED: dict[str, Any] = {
     "do_train": True,
     "neat_packing": False,
     "overwrite_output_dir": True,
@@ -65,7 +51,7 @@ FIXED: dict[str, Any] = {
 }
 
 
-def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
+def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     """Take out what only training needs; return notes on what is done otherwise."""
     notes: list[str] = []
     args = LlamaFactoryArgs.read(lf)
@@ -76,16 +62,12 @@ def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     if args.streaming:
         notes.append("streaming is off: all rows are tokenized first")
     config = lf.pop("deepspeed", None)
-    if config is not None:
-        if isinstance(config, str) and Path(config).is_file():
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, Mapping) else 0
-        if stage == 3:
-            problems.append(
-                "deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it"
-            )
-        else:
-            notes.append("deepspeed is left out: nothing is trained")
+    if isinstance(config, str) and Path(config).is_file():
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    if isinstance(config, Mapping) and config.get("zero_optimization", {}).get("stage") == 3:
+        problems.append("deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it")
+    elif config is not None:
+        notes.append("deepspeed is left out: nothing is trained")
     if args.fsdp:
         problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
     if env_enabled("USE_RAY"):
@@ -98,7 +80,7 @@ def tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     return notes
 
 
-def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
+def _checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
     """Take out the checkpoint whose weights and optimizer state are to be used, or None."""
     asked = lf.pop("resume_from_checkpoint", None)
     if asked in (None, False, "false", "False"):
@@ -116,9 +98,14 @@ def checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
     return folder
 
 
-def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems: list[str]) -> list[Source]:
-    """Note what is wrong with stage, settings, model, data and targets; return the data sets."""
-    view = LlamaFactoryArgs.read({**lf, **FIXED})
+def _checked(
+    lf: dict[str, Any], config: DynamicConfig, base_dir: Path, moments: bool, problems: list[str]
+) -> tuple[Source, ...]:
+    """Note what is wrong with stage, settings, model, data and targets; return the data sets.
+
+    ``moments``: whether a checkpoint gives the moments of a run's Adam; without training there are no others.
+    """
+    view = LlamaFactoryArgs.read({**lf, **_FIXED})
     problems += told_once(view, ())
     problems += [
         problem.replace("dynamic.selector: ", "--method: ", 1)
@@ -129,6 +116,12 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
         alone = DynamicConfig(selector=method)
         found = (*unmet(alone, RunFacts(), models=True), *target_problems(alone, view, base_dir))
         problems += [problem.replace("dynamic.selector.", f"{method.name}.", 1) for problem in found]
+        for place, kind in () if moments else wants_moments(method.requires):
+            key = f"{method.name}.{place}"
+            problems.append(
+                f"{key}: {kind} needs the moments of a run's Adam, and without training there are none; write "
+                f"'{key}=none', or name a checkpoint of the run: 'resume_from_checkpoint=saves/run/checkpoint-100'"
+            )
     sources, found_data = data_sets(view, base_dir)
     problems += [*found_data, *unmet(config, facts_of(config, view, sources))]
     for source in sources:
@@ -137,10 +130,10 @@ def checked(lf: dict[str, Any], config: DynamicConfig, base_dir: Path, problems:
                 f"dataset: {source.name!r} has num_samples in dataset_info.json, which draws rows anew in every load; "
                 "remove it, and draw with 'dataflex select --budget'"
             )
-    return sources
+    return tuple(sources)
 
 
-def entries_of(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
+def _entries_of(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
     """Return what ``dataset_info.json`` says about data sets, by name."""
     folder = lf.get("dataset_dir", "data")
     if isinstance(folder, Mapping):
@@ -151,7 +144,7 @@ def entries_of(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]
     return {name: dict(info[name]) for name in datasets if name in info}
 
 
-def out_problems(out: Path) -> list[str]:
+def _out_problems(out: Path) -> list[str]:
     """Return why the scores could not be written there."""
     if out.suffix != ".parquet":
         return [f"--out: {out} must end in .parquet"]
@@ -161,20 +154,6 @@ def out_problems(out: Path) -> list[str]:
         return [f"--out: {out} is there, and 'dataflex score' did not write it; name another file, or move it away"]
     above = next(path for path in out.absolute().parents if path.exists())
     return [] if above.is_dir() else [f"--out: {above} is a file, not a folder"]
-
-
-def adam_problems(scorers: Sequence[MethodConfig]) -> list[str]:
-    """Return which methods want moments: without training there is no optimizer that has any."""
-    return [
-        f"{key}: {kind} needs the moments of a run's Adam, and without training there are none; "
-        f"write '{key}=none', or name a checkpoint of the run: 'resume_from_checkpoint=saves/run/checkpoint-100'"
-        for method in scorers
-        for place, kind in wants_moments(method.requires)
-        if (key := f"{method.name}.{place}")
-    ]
-
-
-_STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +176,12 @@ class ScoreRequest:
         lf: LLaMA-Factory's keys, those of training left out.
         config: Methods, plugins, seed, domains and signals.
         out: The file to write.
-        work: Folder for what is not finished yet, removed at the end.
+        work: Folder of unfinished passes, removed at the end.
         checkpoint: Checkpoint whose weights and optimizer state are taken, or None.
-        budget: Rows that every method is asked for; None: all.
-        sources: The data sets, with their files where these are local.
-        entries: What ``dataset_info.json`` says about each data set.
-        notes: What is done differently from a training run, one line each.
+        budget: Number of rows that every method is asked for; None: all.
+        sources: The data sets.
+        entries: Their entries in ``dataset_info.json``.
+        notes: Differences from a training run, one line each.
     """
 
     lf: dict[str, Any]
@@ -234,7 +213,7 @@ def score_request(
         methods: Names of selectors.
         out: The parquet file to write.
         targets: Data sets for the methods that need targets and have none of their own.
-        budget: Rows that every method is asked for; None: all.
+        budget: Number of rows that every method is asked for; None: all.
         store: Folder for finished passes, kept; None: one beside ``out``, removed at the end.
 
     Raises:
@@ -253,20 +232,18 @@ def score_request(
     given = merged({}, ours)
     lf, config = _parts(mapping, base_dir, problems)
     scorers = _scorers(methods, given, config, targets, problems)
-    notes = tidy(lf, problems)
-    checkpoint = checkpoint_of(lf, problems)
+    notes = _tidy(lf, problems)
+    checkpoint = _checkpoint_of(lf, problems)
     work = out.with_name(f"{out.name}.work")
     signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
     config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
-    sources = checked(lf, config, base_dir, problems)
-    problems += out_problems(out)
+    sources = _checked(lf, config, base_dir, checkpoint is not None, problems)
+    problems += _out_problems(out)
     if budget is not None and budget < 1:
         problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
-    if checkpoint is None:
-        problems += adam_problems(scorers)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    lf.update(FIXED, output_dir=str(work / "run"))
+    lf.update(_FIXED, output_dir=str(work / "run"))
     return ScoreRequest(
         lf=lf,
         config=config,
@@ -274,17 +251,17 @@ def score_request(
         work=work,
         checkpoint=checkpoint,
         budget=budget,
-        sources=tuple(sources),
-        entries=entries_of(lf, [source.name for source in sources]),
+        sources=sources,
+        entries=_entries_of(lf, [source.name for source in sources]),
         notes=tuple(notes),
     )
 
 
 def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tuple[dict[str, Any], OfflineConfig]:
     """Return LLaMA-Factory's keys and ours; the rules between keys of a training run do not apply."""
-    block = mapping.get("dynamic")
+    block, rest = mapping.get("dynamic"), {key: value for key, value in mapping.items() if key != "dynamic"}
     if block is None:
-        parts = split({key: value for key, value in mapping.items() if key != "dynamic"}, base_dir)
+        parts = split(rest, base_dir)
         dynamic = parts.dynamic or DynamicConfig()
         return dict(parts.lf), OfflineConfig(selector=dynamic.selector, seed=dynamic.seed, signals=dynamic.signals)
     if not isinstance(block, Mapping):
@@ -295,7 +272,7 @@ def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tupl
     kept["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
     if block.get("selector") is not None:
         kept["selector"] = method_block("selector", block["selector"], "dynamic.selector", problems)
-    return {key: value for key, value in mapping.items() if key != "dynamic"}, OfflineConfig(**kept)
+    return rest, OfflineConfig(**kept)
 
 
 def _scorers(
@@ -330,6 +307,21 @@ def _scorers(
     return tuple(built)
 
 
-def names_of(text: str) -> tuple[str, ...]:
-    """Return names given with commas between them."""
-    return data_set_names(text)
+def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
+    """Score on as many ranks as the environment asks for; return what to print, or an exit code.
+
+    ``methods`` are names with commas, ``arguments`` all options as typed, the others go to ``score_request``.
+    """
+    request = score_request(methods=data_set_names(methods), **options)
+    try:
+        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
+    except ImportError as error:
+        raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
+    if wants_torchrun():
+        return with_torchrun(["score", *arguments])
+    from dataflex.offline.scoring import run_score
+
+    show_log()
+    told = run_score(request)
+    release_groups()
+    return told

@@ -20,62 +20,10 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.state import replacing
 
-_DEPTH = 32
-
-
-def provenance_problem(provenance: Mapping[str, Any], datasets: Sequence[str]) -> str:
-    """Return what is wrong with it, or an empty text.
-
-    Args:
-        provenance: The JSON object in the file.
-        datasets: Data sets that rows are of.
-    """
-    if _deep(provenance):
-        return "what it says of the scores is nested without end"
-    methods, config = provenance.get("methods"), provenance.get("config")
-    if not _list_of(methods, name=str) or not methods:
-        return "it does not name the methods that gave the scores"
-    if not isinstance(config, Mapping):
-        return "it does not hold the configuration that was scored with"
-    data = provenance.get("data")
-    sources = data.get("sources") if isinstance(data, Mapping) else None
-    if not _list_of(sources, name=str, rows_read=int):
-        return "it does not say which data sets the rows are of"
-    assert isinstance(sources, list)
-    names = [source["name"] for source in sources]
-    if len(set(names)) < len(names) or not set(datasets) <= set(names):
-        return "rows are of data sets that it does not describe, or describes twice"
-    for source in sources:
-        entry = source.get("entry")
-        if not (entry is None or isinstance(entry, Mapping)):
-            return "the entry of a data set is no mapping"
-        if not _list_of(source.get("files"), path=str, size=int, blake2b=str):
-            return "it does not say which files the rows are from"
-    return ""
-
-
-def _list_of(value: Any, **keys: type) -> bool:
-    """Whether a value is a list of objects with such keys."""
-    return isinstance(value, list) and all(
-        isinstance(item, Mapping) and all(type(item.get(key)) is kind for key, kind in keys.items()) for item in value
-    )
-
-
-def _deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_DEPTH):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, Mapping | list)
-            for inner in (item.values() if isinstance(item, Mapping) else item)
-        ]
-    return bool(level)
-
-
-FIXED_COLUMNS = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
+_FIXED = ("row", "dataset", "domain", "position", "tokens", "supervised_tokens")
 _KEY = b"dataflex"
 _FORMAT = 1
+_DEPTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +36,8 @@ class ScoreTable:
         domains: Names of the domains.
         domain_of: Index into ``domains`` of each row [N].
         position: Place of each row in its data set's files [N].
-        tokens: Tokens of each row [N].
-        supervised_tokens: Those that a loss is taken of [N].
+        tokens: Number of tokens of each row [N].
+        supervised_tokens: Number of tokens with a loss [N].
         columns: The methods' columns by name, each [N]; NaN where there is no value.
         provenance: What the scores were computed from; JSON values.
     """
@@ -119,20 +67,25 @@ def is_scores(path: Path) -> bool:
 
 
 def write_scores(path: Path, table: ScoreTable) -> None:
-    """Write the file aside and rename it, so that it is whole or absent.
+    """Write the file, whole or not at all; ranks of -1 (not chosen) become null.
 
     Raises:
         DataError: The operating system refused, with its reason.
     """
+
+    def named(names: Sequence[str], index: NDArray[np.int64]) -> Any:
+        return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(names)))
+
     arrays: dict[str, Any] = {
         "row": np.arange(table.num_rows, dtype=np.int64),
-        "dataset": _named(table.datasets, table.dataset_of),
-        "domain": _named(table.domains, table.domain_of),
+        "dataset": named(table.datasets, table.dataset_of),
+        "domain": named(table.domains, table.domain_of),
         "position": table.position,
         "tokens": table.tokens,
         "supervised_tokens": table.supervised_tokens,
-        **{name: _nullable(values) for name, values in table.columns.items()},
     }
+    for name, values in table.columns.items():
+        arrays[name] = pa.array(values, mask=values < 0 if np.issubdtype(values.dtype, np.integer) else None)
     content = pa.table(arrays).replace_schema_metadata(
         {_KEY: json.dumps({"format": _FORMAT, **table.provenance}, sort_keys=True)}
     )
@@ -142,30 +95,6 @@ def write_scores(path: Path, table: ScoreTable) -> None:
             pq.write_table(content, file)
     except OSError as error:
         raise DataError(f"--out: cannot write {path}: {error.strerror or error}") from error
-
-
-def _named(names: tuple[str, ...], index: NDArray[np.int64]) -> Any:
-    return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(names)))
-
-
-def _names(column: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the names in a text column and the index of each row's."""
-    if column.null_count:
-        raise ValueError("a row without a data set or a domain")
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    encoded = encoded.unify_dictionaries().combine_chunks()
-    array = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
-    names = tuple(array.dictionary.to_pylist())
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("names of data sets and domains must be text")
-    return names, array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _nullable(values: NDArray[Any]) -> Any:
-    """Return an arrow array in which ranks of -1 (not chosen) are null."""
-    if np.issubdtype(values.dtype, np.integer):
-        return pa.array(values, mask=values < 0)
-    return pa.array(values)
 
 
 def read_scores(path: Path) -> ScoreTable:
@@ -182,50 +111,84 @@ def read_scores(path: Path) -> ScoreTable:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{path}: cannot be read as parquet: {first[:300]}") from error
     told = (content.schema.metadata or {}).get(_KEY)
-    missing = [name for name in FIXED_COLUMNS if name not in content.column_names]
-    if told is None or missing:
+    if told is None or not set(_FIXED) <= set(content.column_names):
         raise DataError(f"{path}: is not a file of scores that 'dataflex score' wrote")
     try:
         provenance = json.loads(told)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is damaged: what it says of the scores cannot be read: {error}") from error
-    if not isinstance(provenance, dict) or provenance.get("format") != _FORMAT:
-        found = provenance.get("format") if isinstance(provenance, dict) else type(provenance).__name__
-        raise DataError(f"{path}: has format {found!r}; this version reads {_FORMAT}")
-    try:
-        table = _table(content, provenance)
-        problem = provenance_problem(provenance, table.datasets)
+        datasets, dataset_of = _names(content.column("dataset"))
+        _check(provenance, datasets)
+        domains, domain_of = _names(content.column("domain"))
+        return ScoreTable(
+            datasets=datasets,
+            dataset_of=dataset_of,
+            domains=domains,
+            domain_of=domain_of,
+            position=_whole(content, "position"),
+            tokens=_whole(content, "tokens"),
+            supervised_tokens=_whole(content, "supervised_tokens"),
+            columns={name: _floats(content.column(name)) for name in content.column_names if name not in _FIXED},
+            provenance=provenance,
+        )
     except Exception as error:  # a column of another type, in one of the many ways in which arrow says so
-        raise DataError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:300]}") from error
-    if problem:
-        raise DataError(f"{path}: is damaged: {problem}")
-    return table
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise DataError(f"{path}: is damaged, or of another version: {kind}{str(error)[:300]}") from error
 
 
-def _table(content: Any, provenance: Mapping[str, Any]) -> ScoreTable:
-    datasets, dataset_of = _names(content.column("dataset"))
-    domains, domain_of = _names(content.column("domain"))
+def _check(provenance: Any, datasets: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless the JSON object in the file holds what 'dataflex select' reads of it."""
+    if not isinstance(provenance, dict) or provenance.get("format") != _FORMAT:
+        raise ValueError(f"its metadata have not format {_FORMAT}, which this version reads")
+    level: list[Any] = [provenance]
+    for _ in range(_DEPTH):
+        inner = [item.values() if isinstance(item, Mapping) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, Mapping | list)]
+    data = provenance.get("data")
+    sources: Any = data.get("sources") if isinstance(data, Mapping) else None
+    if level:
+        raise ValueError("its metadata are nested without end")
+    if not _is_list(provenance.get("methods"), name=str) or not provenance["methods"]:
+        raise ValueError("it does not name the methods that gave the scores")
+    if not isinstance(provenance.get("config"), Mapping):
+        raise ValueError("it does not hold the configuration that was scored with")
+    if not _is_list(sources, name=str, rows_read=int):
+        raise ValueError("it does not say which data sets the rows are of")
+    names = [source["name"] for source in sources]
+    if len(set(names)) < len(names) or not set(datasets) <= set(names):
+        raise ValueError("rows are of data sets that it does not describe, or describes twice")
+    if not all(isinstance(source.get("entry"), Mapping | None) for source in sources):
+        raise ValueError("the entry of a data set is no mapping")
+    if not all(_is_list(source.get("files"), path=str, size=int, blake2b=str) for source in sources):
+        raise ValueError("it does not say which files the rows are from")
 
-    def whole(name: str) -> NDArray[np.int64]:
-        column = content.column(name)
-        if not pa.types.is_integer(column.type) or column.null_count:
-            raise ValueError(f"column {name} is not of whole numbers")
-        values: NDArray[np.int64] = column.to_numpy().astype(np.int64)
-        if len(values) and values.min() < 0:
-            raise ValueError(f"column {name} holds {values.min()}")
-        return values
 
-    return ScoreTable(
-        datasets=datasets,
-        dataset_of=dataset_of,
-        domains=domains,
-        domain_of=domain_of,
-        position=whole("position"),
-        tokens=whole("tokens"),
-        supervised_tokens=whole("supervised_tokens"),
-        columns={name: _floats(content.column(name)) for name in content.column_names if name not in FIXED_COLUMNS},
-        provenance=provenance,
+def _is_list(value: Any, **keys: type) -> bool:
+    """Whether a value is a list of objects with such keys."""
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and all(type(item.get(key)) is kind for key, kind in keys.items()) for item in value
     )
+
+
+def _names(column: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return the names in a text column and the index of each row's."""
+    if column.null_count:
+        raise ValueError("a row without a data set or a domain")
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    encoded = encoded.unify_dictionaries().combine_chunks()
+    array = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+    names = tuple(array.dictionary.to_pylist())
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("names of data sets and domains must be text")
+    return names, array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _whole(content: Any, name: str) -> NDArray[np.int64]:
+    column = content.column(name)
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise ValueError(f"column {name} is not of whole numbers")
+    values: NDArray[np.int64] = column.to_numpy().astype(np.int64)
+    if len(values) and values.min() < 0:
+        raise ValueError(f"column {name} holds {values.min()}")
+    return values
 
 
 def _floats(column: Any) -> NDArray[Any]:

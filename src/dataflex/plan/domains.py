@@ -59,21 +59,14 @@ def _read_only(values: NDArray[Any]) -> NDArray[Any]:
 class Domains:
     """The domain of every training row.
 
-    Attributes:
-        names: Names [K], distinct.
-        domain_of: Domain index of each row, int32 [N].
-        lengths: Tokens of each row, int64 [N], or None when not counted.
-        documents_per_row: Mean number of documents (samples) in a row of each domain, float64 [K]; None without
-            packing, where every row is one document.
-
     Raises:
         DataError: A domain without rows, a name given twice, or arrays that do not fit together.
     """
 
-    names: tuple[str, ...]
-    domain_of: NDArray[np.int32]
-    lengths: NDArray[np.int64] | None = None
-    documents_per_row: NDArray[np.float64] | None = None
+    names: tuple[str, ...]  # names [K], distinct
+    domain_of: NDArray[np.int32]  # domain index of each row, int32 [N]
+    lengths: NDArray[np.int64] | None = None  # tokens of each row, int64 [N], or None when not counted
+    documents_per_row: NDArray[np.float64] | None = None  # mean number of samples in a packed row of each domain [K]
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
@@ -189,33 +182,19 @@ SUMS: tuple[str, ...] = ("loss_sum", "excess_sum", "excess_tokens", "tokens", "s
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DomainStats:
-    """Sums of one optimizer step by domain; every array is float64 [K], in the order of ``names``.
+    """Sums of one optimizer step by domain; every array is float64 [K], in the order of ``names``."""
 
-    Attributes:
-        names: Names of the domains.
-        step: Optimizer step, counted from 0.
-        total_steps: Optimizer steps of the run.
-        loss_sum: Sum of token losses, nats.
-        excess_sum: Sum of max(loss - reference loss, 0) over tokens; 0 without a reference.
-        excess_tokens: Tokens whose loss is above the reference's.
-        tokens: Supervised tokens.
-        sequences: Sequences with a supervised token; packed rows count once.
-        micro_batches: Micro-batches (of all ranks) that held a supervised token of the domain.
-        proportions: Sampling proportions of sequences under which the step was drawn.
-        learning_rate: Learning rate of the step.
-    """
-
-    names: tuple[str, ...]
-    step: int
-    total_steps: int
-    loss_sum: NDArray[np.float64]
-    excess_sum: NDArray[np.float64]
-    excess_tokens: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    sequences: NDArray[np.float64]
-    micro_batches: NDArray[np.float64]
-    proportions: NDArray[np.float64]
-    learning_rate: float = 0.0
+    names: tuple[str, ...]  # names of the domains
+    step: int  # optimizer step, counted from 0
+    total_steps: int  # optimizer steps of the run
+    loss_sum: NDArray[np.float64]  # sum of token losses, nats
+    excess_sum: NDArray[np.float64]  # sum of max(loss - reference loss, 0) over tokens; 0 without a reference
+    excess_tokens: NDArray[np.float64]  # tokens whose loss is above the reference's
+    tokens: NDArray[np.float64]  # supervised tokens
+    sequences: NDArray[np.float64]  # sequences with a supervised token; packed rows count once
+    micro_batches: NDArray[np.float64]  # micro-batches (of all ranks) that held a supervised token of the domain
+    proportions: NDArray[np.float64]  # sampling proportions of sequences under which the step was drawn
+    learning_rate: float = 0.0  # learning rate of the step
 
     @classmethod
     def of(cls, sums: NDArray[np.float64], *, names: Sequence[str], **rest: Any) -> DomainStats:

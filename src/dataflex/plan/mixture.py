@@ -15,21 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
 from dataflex.plan.domains import Domains, Rows, check_proportions
-from dataflex.plan.planner import ShuffledEpochs, serve
+from dataflex.plan.planner import ShuffledEpochs
 from dataflex.rng import keys
 from dataflex.state import State
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """One entry of the log.
-
-    Attributes:
-        start: Index of the first sequence with these proportions.
-        proportions: Proportions of sequences, float64 [K].
-        decided_at_step: Optimizer step of the decision.
-        reason: One line for the record.
-    """
+    """One entry of the log: proportions of sequences [K] from sequence ``start`` on, decided at an optimizer step."""
 
     start: int
     proportions: NDArray[np.float64]
@@ -39,101 +32,50 @@ class Segment:
 
 Interleave = Literal["shuffled", "even"]
 
-_SCALAR_DOMAINS = 16  # up to here a plain Python loop beats numpy calls on tiny arrays
-
-
-def _carry_scalar(shares: list[float], rest: list[float], block: int, num: int) -> tuple[list[int], list[float]]:
-    """Run the loop of ``block_counts`` in plain Python; both results are flat lists."""
-    counts: list[int] = []
-    rests: list[float] = list(rest)
-    for _ in range(num):
-        need = [share + left for share, left in zip(shares, rest, strict=True)]
-        base = [int(value) if value > 0.0 else 0 for value in need]
-        rest = [value - whole for value, whole in zip(need, base, strict=True)]
-        _settle(base, rest, block - sum(base))
-        counts += base
-        rests += rest
-    return counts, rests
-
-
-def _settle(base: list[int], rest: list[float], short: int) -> None:
-    """Hand out (or take back) one sequence at a time where the remainder is largest (smallest)."""
-    for _ in range(short):
-        k = rest.index(max(rest))
-        base[k] += 1
-        rest[k] -= 1.0
-    for _ in range(-short):
-        k = min((k for k in range(len(base)) if base[k] > 0), key=rest.__getitem__)
-        base[k] -= 1
-        rest[k] += 1.0
-
-
-def _carry_vector(
-    shares: NDArray[np.float64], rest: NDArray[np.float64], block: int, num: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Run the loop of ``block_counts`` with one numpy pass per block; bit for bit the scalar loop."""
-    counts = np.empty((num, shares.size), dtype=np.int64)
-    rests = np.empty((num + 1, shares.size), dtype=np.float64)
-    rests[0] = rest
-    for b in range(num):
-        need = shares + rests[b]
-        base = np.maximum(np.floor(need), 0.0)
-        left = need - base
-        short = block - int(base.sum())
-        if short < 0:
-            base_list, left_list = base.astype(np.int64).tolist(), left.tolist()
-            _settle(base_list, left_list, short)
-            counts[b], rests[b + 1] = base_list, left_list
-            continue
-        # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
-        # that handing out one at a time would pick none twice.
-        order = np.argsort(-left, kind="stable")[:short]
-        left[order] -= 1.0
-        base[order] += 1.0
-        counts[b], rests[b + 1] = base, left
-    return counts, rests
-
 
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count the sequences of each domain in consecutive blocks by residual carry.
+    """Count the sequences of each domain in ``num`` consecutive blocks by residual carry.
 
-    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is
-    missing goes to the largest remainders, ties by index; residual = need - count. So the cumulative
-    count of a domain stays within about one sequence of its share, whatever its size.
-
-    Args:
-        proportions: Proportions of sequences [K], sum 1; a domain of proportion 0 must have residual 0
-            and gets nothing.
-        block: Sequences in a block.
-        residual: Residual before the first block [K], sum 0.
-        num: Number of blocks.
+    need = proportions * block + residual; every domain gets floor(need), clipped at 0; what is missing goes to the
+    largest remainders, ties by index; residual = need - count. So the cumulative count of a domain stays within about
+    one sequence of its share, whatever its size. A domain of proportion 0 must have residual 0 and gets nothing.
 
     Returns:
         Counts int64 [num, K], and residuals float64 [num + 1, K], row b before block b.
     """
     active = np.flatnonzero(proportions > 0)
-    shares = proportions[active] * block
-    counts = np.zeros((num, proportions.size), dtype=np.int64)
-    residuals = np.zeros((num + 1, proportions.size), dtype=np.float64)
-    if active.size <= _SCALAR_DOMAINS:
-        flat, rests = _carry_scalar(shares.tolist(), residual[active].tolist(), block, num)
-        counts[:, active] = np.array(flat, dtype=np.int64).reshape(num, active.size)
-        residuals[:, active] = np.array(rests).reshape(num + 1, active.size)
-    else:
-        counts[:, active], residuals[:, active] = _carry_vector(shares, residual[active], block, num)
-    return counts, residuals
+    shares, rest = proportions[active] * block, residual[active]
+    counts, rests = np.empty((num, active.size)), np.empty((num + 1, active.size))
+    rests[0] = rest
+    for b in range(num):
+        need = shares + rest
+        base = np.maximum(np.floor(need), 0.0)
+        rest = need - base
+        short = block - int(base.sum())
+        if short > 0:
+            # The remainders sum to `short` and each is below 1: at least `short` of them are positive, so
+            # that handing out one at a time would pick none twice.
+            order = np.argsort(-rest, kind="stable")[:short]
+            rest[order] -= 1.0
+            base[order] += 1.0
+        for _ in range(-short):  # clipping has given too many
+            k = np.argmin(np.where(base > 0, rest, np.inf))
+            rest[k] += 1.0
+            base[k] -= 1.0
+        counts[b], rests[b + 1] = base, rest
+    all_counts = np.zeros((num, proportions.size), dtype=np.int64)
+    all_rests = np.zeros((num + 1, proportions.size))
+    all_counts[:, active], all_rests[:, active] = counts, rests
+    return all_counts, all_rests
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the domains of one block [sum(counts)] as evenly spread as whole sequences allow.
+    """Return the domains of one block as evenly spread as whole sequences allow, given the counts of each [K].
 
     Place n goes to the domain that is furthest behind, argmax of share x max(n, 1) - given so far, the first
-    of equal ones, as Megatron-Core's blending has it.
-
-    Args:
-        counts: Sequences of each domain in the block [K].
+    of equal ones, as in Megatron-Core's blending.
     """
     block = int(counts.sum())
     shares, given = counts / max(block, 1), np.zeros(counts.size)
@@ -145,48 +87,15 @@ def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return labels
 
 
-def block_labels(
-    proportions: NDArray[np.float64],
-    block: int,
-    residual: NDArray[np.float64],
-    seed: int,
-    segment: int,
-    first: int,
-    num: int,
-    interleave: Interleave = "shuffled",
-) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float64]]:
-    """Return the domain of every sequence of blocks ``first`` to ``first + num - 1`` of a segment.
-
-    The order within a block is a permutation that depends on (seed, segment, block number) only, or ``evenly``.
-
-    Returns:
-        Domain indices [num * block], and the residuals of ``block_counts`` [num + 1, K].
-    """
-    counts, rests = block_counts(proportions, block, residual, num)
-    # 16-bit labels make numpy's stable sort a radix sort, here and for whoever groups by label.
-    small = proportions.size <= 1 << 16
-    numbers: NDArray[np.unsignedinteger] = np.arange(proportions.size, dtype=np.uint16 if small else np.uint64)
-    if interleave == "even":
-        return np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype), rests
-    in_order: NDArray[np.unsignedinteger] = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, block)
-    places = np.arange(first * block, (first + num) * block, dtype=np.int64).reshape(num, block)
-    order = np.argsort(keys(seed, "mixture", segment, places), axis=1)
-    labels: NDArray[np.unsignedinteger] = np.take_along_axis(in_order, order, axis=1).reshape(-1)
-    return labels, rests
-
-
 AtCap = Literal["error", "redistribute", "stop"]
 
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
 def cap_limits(sizes: NDArray[np.int64], max_epochs: ArrayLike | None) -> NDArray[np.int64]:
-    """Return how many sequences each domain may serve in all, int64 [K]; a very large number without a cap.
+    """Return how many sequences each domain may serve in all, int64 [K], given the most epochs of each or of all.
 
-    Args:
-        sizes: Rows of each domain, int64 [K].
-        max_epochs: Largest number of epochs of each domain [K] (or one for all), fractions allowed;
-            NaN and inf mean no limit.
+    Fractions are allowed; NaN and inf mean no cap, and give a very large number.
     """
     limits = np.full(sizes.size, _NO_LIMIT)
     if max_epochs is not None:
@@ -213,18 +122,10 @@ def expected_epochs(
     at_cap: AtCap = "error",
     drawn: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """Return the epochs of each domain after ``total`` more sequences at fixed proportions.
+    """Return the epochs of each domain [K] after ``total`` more sequences at fixed proportions of sequences.
 
-    Args:
-        sizes: Rows of each domain, int64 [K], > 0.
-        proportions: Proportions of sequences, float64 [K].
-        total: Sequences to be drawn.
-        max_epochs: Cap of each domain [K] (or one for all), NaN or inf for none.
-        at_cap: With ``error`` the caps are ignored, so that the result shows by how much they would be exceeded.
-        drawn: Sequences already drawn by domain, int64 [K].
-
-    Returns:
-        float64 [K].
+    ``drawn`` are the sequences drawn before [K]. With ``at_cap: error`` the caps ``max_epochs`` (as in ``cap_limits``)
+    are ignored, so that the result shows by how much they would be exceeded.
     """
     served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
@@ -255,32 +156,16 @@ _FIXED = ("names", "sizes", "seed", "block", "unit", "interleave")  # what a res
 class MixtureSampler:
     """Yields row ids so that domains follow proportions, block by block, without replacement.
 
-    - Counts in a block follow the proportions by residual carry (``block_counts``).
-    - The order within a block is a permutation keyed by (seed, segment, block).
+    - Counts in a block (usually the global batch) follow the proportions by residual carry (``block_counts``).
+    - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
+      consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
     - A segment may end inside a block; then the served share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
 
-    At the first sequence past a domain's cap ``error`` raises and leaves the sampler as it was before the
-    call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
+    At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
+    before the call; ``redistribute`` ends the segment and appends one in which the others share its proportion;
     ``stop`` returns fewer rows than asked, and none until a segment without that domain is appended.
-
-    Args:
-        domains: The domains of the rows.
-        seed: Seed of the run.
-        block: Sequences in a block, usually the global batch.
-        max_epochs: Largest number of epochs of each domain [K], fractions allowed; NaN or inf: no cap.
-        at_cap: What happens at a cap.
-        unit: Number of consecutive sequences of one domain (a domain-pure micro-batch); divides ``block``.
-        interleave: How domains lie within a block.
-        shuffle: Whether the rows of a domain are shuffled in each of its epochs, else they keep their order.
-
-    Attributes:
-        position: Index of the next sequence.
-        drawn: Sequences drawn so far by domain, int64 [K].
-        limits: Sequences that each domain may serve in all, int64 [K].
-        segments: The end of the log, oldest first; the run's record has all of it.
-        stopped_by: Names of the domains at whose caps the last ``draw`` stopped short.
     """
 
     def __init__(
@@ -319,15 +204,10 @@ class MixtureSampler:
     def append(
         self, proportions: ArrayLike, start: int, decided_at_step: int, reason: str = "", *, go_on: bool = False
     ) -> None:
-        """Start a segment: from sequence ``start``, the next one to be drawn, serve ``proportions``.
+        """Start a segment: from sequence ``start``, the next one to be drawn, serve proportions of sequences [K].
 
-        Args:
-            proportions: Proportions of sequences [K], >= 0, sum 1; 0 means never.
-            start: Must equal ``position``; only the first segment may start anywhere.
-            decided_at_step: Optimizer step of the decision; like ``reason`` for the record only.
-            reason: One line.
-            go_on: The decision completes one that was cut short: with the same proportions the last segment goes
-                on, so that the stream is that of a run which was never cut.
+        ``decided_at_step`` and ``reason`` are for the record. ``go_on``: the decision completes one that was cut short:
+        with the same proportions the last segment goes on, so that the stream is that of a run which was never cut.
 
         Raises:
             ComponentError: Malformed proportions.
@@ -380,11 +260,7 @@ class MixtureSampler:
         self._open(shares, last.decided_at_step, f"share of domains at their cap redistributed: {told}")
 
     def draw(self, count: int, whole: int = 1) -> Rows:
-        """Return the next ``count`` row ids, int64 [count] (fewer only where ``at_cap`` is ``stop``).
-
-        Args:
-            count: Number of rows.
-            whole: Where a cap stops the draw, the number of rows is a multiple of this, and no other row was drawn.
+        """Return the next ``count`` row ids, fewer only where ``at_cap`` is ``stop``: then a multiple of ``whole``.
 
         Raises:
             DataError: A cap is passed and the policy is ``error``, or no domain is left.
@@ -432,7 +308,9 @@ class MixtureSampler:
             blocked = int(over[np.argmin(cuts)])
             labels = labels[: min(cuts)]
             used = np.bincount(labels, minlength=len(self.names))
-        rows = serve(labels, used, self.drawn, self._streams)
+        by_domain = [self._streams[k].take(int(self.drawn[k]), int(used[k])) for k in np.flatnonzero(used).tolist()]
+        rows = np.empty(labels.size, dtype=np.int64)
+        rows[np.argsort(labels, kind="stable")] = np.concatenate([rows[:0], *by_domain])
         self.drawn = self.drawn + used
         self.position += labels.size
         self._residual = rests[(offset + labels.size) // self.block]
@@ -446,13 +324,21 @@ class MixtureSampler:
         to_cap = (((self.limits - self.drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
-        segment = self._forgotten + len(self.segments) - 1
-        labels, rests = block_labels(
-            shares, block // self.unit, self._residual, self.seed, segment, first, num, self.interleave
+        counts, rests = block_counts(shares, block // self.unit, self._residual, num)
+        # 16-bit labels make numpy's stable sort a radix sort, here and in ``_serve``.
+        labels: NDArray[np.unsignedinteger]
+        numbers: NDArray[np.unsignedinteger] = np.arange(
+            shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64
         )
-        if self.unit > 1:
-            labels = np.repeat(labels, self.unit)
-        return labels[offset : offset + count], rests
+        if self.interleave == "even":
+            labels = np.concatenate([evenly(row) for row in counts]).astype(numbers.dtype)
+        else:
+            in_order = np.repeat(np.tile(numbers, num), counts.ravel()).reshape(num, -1)
+            places = np.arange(in_order.size, dtype=np.int64).reshape(in_order.shape) + first * in_order.shape[1]
+            segment = self._forgotten + len(self.segments) - 1
+            order = np.argsort(keys(self.seed, "mixture", segment, places), axis=1)
+            labels = np.take_along_axis(in_order, order, axis=1).reshape(-1)
+        return np.repeat(labels, self.unit)[offset : offset + count], rests
 
     def state_dict(self) -> State:
         """Return everything that a resumed run needs: the log, positions and the residual."""

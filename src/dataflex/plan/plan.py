@@ -27,23 +27,14 @@ class BatchShape:
     """How an optimizer step is divided into micro-batches over ranks, and an epoch into steps.
 
     Epochs are those of transformers' Trainer with accelerate's even batches.
-
-    Attributes:
-        micro_batch_size: Sequences per rank and micro-batch.
-        accumulation: Micro-batches per optimizer step.
-        world: Number of data-parallel ranks.
-        rank: This rank.
-        drop_last: ``dataloader_drop_last``: micro-batches that would not be full on every rank are dropped.
-        shuffle: Whether rows are shuffled (``disable_shuffling: false``): those of whole epochs, of a mixture's
-            domains, and of a selection, which is otherwise served in the selector's order.
     """
 
-    micro_batch_size: int
-    accumulation: int
-    world: int
-    rank: int
-    drop_last: bool
-    shuffle: bool
+    micro_batch_size: int  # sequences per rank and micro-batch
+    accumulation: int  # micro-batches per optimizer step
+    world: int  # number of data-parallel ranks
+    rank: int  # this rank
+    drop_last: bool  # ``dataloader_drop_last``: micro-batches that would not be full on every rank are dropped
+    shuffle: bool  # rows of whole epochs, of a mixture's domains, and of a selection (``disable_shuffling: false``)
 
     @property
     def global_batch(self) -> int:
@@ -82,26 +73,19 @@ class BatchShape:
 class DataPlan:
     """Rows of one interval in serving order.
 
-    Attributes:
-        interval: The optimizer steps that the plan covers.
-        rows: Row ids, int64 [steps * global_batch]; -1 ("no row") only at the end of a step, for the
-            short last step of an epoch. Every step has at least one row.
-        fill: Rows that even out a short step over several ranks, used from the front and cycled; may be
-            empty where no step is short.
-        global_batch: Sequences of an optimizer step, over all ranks and micro-batches.
-        row_space: Fingerprint of the row space that the ids point into.
-        trace: JSON values for the record; not part of the digest.
+    A short last step of an epoch ends in -1 ("no row"), but every step has at least one row. ``fill`` are row ids that
+    even out a short step over several ranks, used from the front and cycled; it may be empty where no step is short.
 
     Raises:
         ValueError: Arrays that do not fit together.
     """
 
-    interval: Interval
-    rows: Rows
+    interval: Interval  # the optimizer steps that the plan covers
+    rows: Rows  # ids, int64 [steps * global_batch]
     fill: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    global_batch: int
-    row_space: str
-    trace: dict[str, Any] = field(default_factory=dict)
+    global_batch: int  # sequences of an optimizer step, over all ranks and micro-batches
+    row_space: str  # fingerprint of the row space that the ids point into
+    trace: dict[str, Any] = field(default_factory=dict)  # JSON values for the record; not part of the digest
 
     def __post_init__(self) -> None:
         for name in ("rows", "fill"):
@@ -175,11 +159,7 @@ class DataPlan:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> DataPlan:
-        """Return the plan that ``to_arrays`` was called on.
-
-        Raises:
-            CheckpointError: Something is missing or does not fit together.
-        """
+        """Return the plan that ``to_arrays`` was called on; CheckpointError if something is missing or does not fit."""
         try:
             meta = json.loads(np.asarray(arrays["meta"], dtype=np.uint8).tobytes().decode())
             if meta["format"] != _FORMAT:

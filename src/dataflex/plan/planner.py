@@ -5,7 +5,6 @@ Pure functions of (pool, interval, seed). Every row in file order gives the stoc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -27,18 +26,9 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Rows:
 
 
 def epoch_stream(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -> Rows:
-    """Return an interval of the stream of whole epochs over the pool.
+    """Return an interval of the stream of whole epochs over the pool, int64 [interval.steps * global_batch].
 
-    Step s of the run lies in epoch s // steps_per_epoch. No other epoch is generated.
-
-    Args:
-        pool: Row ids; with ``shape.shuffle`` each epoch permutes them anew.
-        interval: Steps of the run.
-        shape: How epochs fall into steps.
-        seed: Seed of the run.
-
-    Returns:
-        int64 [interval.steps * global_batch], short steps filled up with -1.
+    With ``shape.shuffle`` each epoch permutes the pool anew. Short steps are filled up with -1.
     """
     batch, num = shape.global_batch, len(pool)
     epoch_steps, epoch_rows = shape.steps_per_epoch(num), shape.rows_per_epoch(num)
@@ -57,13 +47,10 @@ def epoch_stream(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -
 
 
 def epoch_fill(pool: Rows, interval: Interval, shape: BatchShape, seed: int) -> Rows:
-    """Return the rows that even out the short last step of an epoch over ranks.
+    """Return the rows that even out the short last step of an epoch over any number of ranks; empty without one.
 
-    As in accelerate they are the first rows of the epoch. They serve any number of ranks. Where an interval
-    ends several shuffled epochs, the first of these gives them.
-
-    Returns:
-        int64 [min(pool, global_batch)], or empty when no step of the interval is short.
+    As in accelerate they are the first rows of the epoch, int64 [min(pool, global_batch)]. Where an interval ends
+    several shuffled epochs, the first of these gives them.
     """
     epoch_steps, batch = shape.steps_per_epoch(len(pool)), shape.global_batch
     epoch = interval.start_step // epoch_steps
@@ -81,19 +68,13 @@ def spread(
     *,
     pool_rows: int | None = None,
 ) -> Rows:
-    """Lay a selector's rows out over the steps of an interval.
+    """Lay a selector's rows [n], in order of preference, out over the steps of an interval.
 
-    Args:
-        rows: Chosen row ids in order of preference [n].
-        steps: Optimizer steps of the interval.
-        global_batch: Sequences per step.
-        rng: Shuffles what is served; None keeps the order.
-        repeat: Whether rows may be served several times when there are too few: then in copies, each shuffled
-            anew, the last of them cut.
-        pool_rows: Size of the pool that was chosen from, for the message.
+    ``rng`` shuffles them, None keeps the order. Where they are too few, ``repeat`` serves them in copies, each shuffled
+    anew, the last one cut. ``pool_rows`` is the size of the pool, for the message.
 
     Returns:
-        int64 [steps * global_batch]; of more rows the first ones are taken.
+        int64 [steps * global_batch].
 
     Raises:
         DataError: Too few rows and ``repeat`` is off, or none at all.
@@ -109,26 +90,17 @@ def spread(
     return np.concatenate([rows if rng is None else rng.permutation(rows) for _ in range(copies)])[:wanted]
 
 
-def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, earlier: Rows | None = None) -> Rows:
-    """Return uniformly drawn rows for an interval before the first decision.
+def warmup_rows(pool: Rows, interval: Interval, global_batch: int, seed: int, earlier: Rows) -> Rows:
+    """Return uniformly drawn rows for an interval before the first decision, int64 [interval.steps * global_batch].
 
-    Without replacement; when the interval is longer than the pool, re-shuffled copies of it.
-
-    Args:
-        pool: Row ids [n].
-        interval: Steps to serve.
-        global_batch: Sequences per step.
-        seed: Seed of the run.
-        earlier: Rows of the warm-up before this interval, where the end of a shorter run cut it. The rows
-            served least come first, so that none is served twice before all were served once.
-
-    Returns:
-        int64 [interval.steps * global_batch].
+    Without replacement; when the interval is longer than the pool, re-shuffled copies of it. ``earlier`` are the rows
+    of the warm-up before this interval, where the end of a shorter run cut it: the rows served least come first, so
+    that none is served twice before all were served once.
     """
     wanted = interval.steps * global_batch
     rng = stream(seed, "warmup", interval.index)
     copies = []
-    if earlier is not None and len(earlier):
+    if len(earlier):
         times = np.bincount(earlier, minlength=int(pool.max()) + 1)[pool]
         least = np.flatnonzero(times == times.min())
         copies.append(rng.permutation(least if len(least) < len(pool) else 0)[:wanted])
@@ -182,30 +154,3 @@ class ShuffledEpochs:
             return self._rows[permutations(self._seed, self._name, first, num, self._rows.size)].reshape(-1)
         epochs = [stream(self._seed, self._name, e).permutation(self._rows) for e in range(first, first + num)]
         return epochs[0] if num == 1 else np.concatenate(epochs)
-
-
-def serve(
-    labels: NDArray[np.unsignedinteger],
-    used: NDArray[np.int64],
-    drawn: NDArray[np.int64],
-    streams: Sequence[ShuffledEpochs],
-) -> Rows:
-    """Give every label the next row of its domain.
-
-    Args:
-        labels: Domain of each sequence [n].
-        used: Occurrences of each domain in ``labels`` [K].
-        drawn: Rows of each domain read before [K].
-        streams: The domains' rows [K].
-
-    Returns:
-        Row ids int64 [n].
-    """
-    by_domain = np.empty(labels.size, dtype=np.int64)
-    stop = 0
-    for k in np.flatnonzero(used).tolist():
-        start, stop = stop, stop + int(used[k])
-        by_domain[start:stop] = streams[k].take(int(drawn[k]), int(used[k]))
-    rows = np.empty_like(by_domain)
-    rows[np.argsort(labels, kind="stable")] = by_domain
-    return rows

@@ -29,21 +29,13 @@ _SUM_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionsFile:
-    """What a proportions file holds.
+    """What a proportions file holds."""
 
-    Attributes:
-        names: Domains, each once [K].
-        proportions: Share of each [K], >= 0, sum 1.
-        method: What made them, such as "log_linear".
-        provenance: Command, date, versions, settings, and digests of the inputs.
-        details: Numbers of the method, such as predicted losses.
-    """
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    method: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...]  # domains, each once [K]
+    proportions: tuple[float, ...]  # share of each [K], >= 0, sum 1
+    method: str  # what made them, such as "log_linear"
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # command, date, versions, settings, digests of inputs
+    details: Mapping[str, Any] = field(default_factory=dict)  # numbers of the method, such as predicted losses
 
     @property
     def by_name(self) -> dict[str, float]:
@@ -52,16 +44,10 @@ class ProportionsFile:
 
 
 def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
-    """Write a proportions file, whole or not at all, and return its path.
-
-    Raises:
-        DataError: The place cannot be written.
-        ValueError: The numbers are not proportions (a defect of the caller).
-    """
+    """Write a proportions file, whole or not at all, and return its path; DataError if that is impossible."""
     path = Path(path)
     problem = _numbers_problem(content.names, content.proportions)
-    if problem:
-        raise ValueError(problem)
+    assert not problem, problem
     body = {
         "format": FORMAT,
         "method": content.method,
@@ -76,11 +62,7 @@ def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
 
 
 def read_proportions(path: Path | str, key: str = "from") -> ProportionsFile:
-    """Read a proportions file.
-
-    Args:
-        path: The file, from the working directory.
-        key: The key or option that names the file, for messages.
+    """Read a proportions file, which the key or option ``key`` names.
 
     Raises:
         ConfigError: No such file, not JSON, a key is missing, or the numbers are not proportions.
@@ -149,14 +131,10 @@ def provenance(
     packages: Sequence[str] = (),
     config_digest: str | None = None,
 ) -> dict[str, Any]:
-    """Return how a result was made.
+    """Return how a result was made: command, date, versions (of ``packages`` too), settings and digests.
 
-    Args:
-        command: The command that made it.
-        inputs: Files that were read (digested) and folders (named only).
-        settings: The method's settings.
-        packages: Packages beside dataflex and numpy whose versions matter.
-        config_digest: Digest of the configuration of the small runs.
+    ``inputs`` are files that were read (digested) and folders (named only); ``config_digest`` is of the configuration
+    of the small runs.
     """
     return {
         "command": command,
@@ -189,13 +167,9 @@ def by_domain(value: Written, names: Sequence[str], key: str) -> Floats:
 
 
 def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: str = "") -> Floats:
-    """Return numbers float64 [K] in the order of ``names``, as written.
+    """Return numbers float64 [K] in the order of ``names``, as written in a list or by name.
 
-    Args:
-        value: A list in the order of ``names``, or a mapping by name.
-        names: Names of the run's domains.
-        key: Path of the key in the configuration, for messages.
-        zero: What messages add about a number that is missing.
+    ``zero`` is what messages add about a number that is missing.
 
     Raises:
         ConfigError: Wrong length, or names that are not exactly those of the domains.
@@ -216,11 +190,7 @@ def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: s
 
 
 def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, also: Sequence[str] = ()) -> None:
-    """Make sure that every name given is a domain's.
-
-    Raises:
-        ConfigError: Some are not; or ``also`` names further problems, which are told with the rest.
-    """
+    """Raise ConfigError for names that are no domain's, together with the problems in ``also``."""
     problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
     problems += also
     if problems:
@@ -247,8 +217,7 @@ def shares(names: Sequence[str], proportions: Floats) -> str:
 def per_domain(given: float | Mapping[str, float], names: Sequence[str], key: str, *, missing: float) -> Floats:
     """Return one number for each domain [K]: the same for all, or by name with ``missing`` for the others.
 
-    Raises:
-        ConfigError: A name that is no domain.
+    ConfigError names what is no domain.
     """
     if not isinstance(given, Mapping):
         return np.full(len(names), float(given))
@@ -279,14 +248,10 @@ def floors_by_domain(given: Floors | None, names: Sequence[str]) -> Floats | Non
 
 
 def apply_min_proportion(proportions: Floats, floors: Floats | None) -> Floats:
-    """Return max(floor, s p) [K], with the one s for which the sum is 1.
+    """Return max(floor, s p) [K], with the one s for which the sum is 1; None for no floors.
 
     Domains below their floors are raised to them at the expense of the others, in proportion.
     Proportions that are not below the floors are returned as they are, bit for bit.
-
-    Args:
-        proportions: p [K], >= 0, sum 1.
-        floors: Least proportions [K], >= 0, sum at most 1; None for none.
     """
     if floors is None or not (proportions < floors).any():
         return proportions
@@ -331,11 +296,8 @@ def softmax(values: Floats) -> Floats:
 def exponentiated(log_weights: Floats, scores: Floats, *, eta: float, smoothing: float = 0.0) -> Floats:
     """Return the logarithms of (1 - c) p' + c u with p' ~ p exp(eta s) and u equal over the domains of weight above 0.
 
-    Args:
-        log_weights: Logarithms of the weights p [K]; at least one is finite.
-        scores: s [K], finite where the weight is above 0.
-        eta: Step size.
-        smoothing: c, 0 to 1.
+    ``log_weights`` are the logarithms of p [K], at least one of them finite; ``scores`` s [K] are finite where p > 0;
+    ``smoothing`` is c.
     """
     inside = np.isfinite(log_weights)
     moved = np.where(inside, log_weights + eta * np.where(inside, scores, 0.0), -np.inf)

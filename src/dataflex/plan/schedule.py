@@ -11,19 +11,12 @@ from dataflex.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A stretch of optimizer steps served from one decision.
+    """A stretch of optimizer steps served from one decision."""
 
-    Attributes:
-        index: Position among the intervals of the whole run, from 0.
-        kind: ``warmup`` (uniform data, nothing decided) or ``dynamic``.
-        start_step: First optimizer step, counted from 0.
-        stop_step: One past the last.
-    """
-
-    index: int
-    kind: Literal["warmup", "dynamic"]
-    start_step: int
-    stop_step: int
+    index: int  # position among the intervals of the whole run, from 0
+    kind: Literal["warmup", "dynamic"]  # ``warmup`` (uniform data, nothing decided) or ``dynamic``
+    start_step: int  # first optimizer step, counted from 0
+    stop_step: int  # one past the last
 
     @property
     def steps(self) -> int:
@@ -35,21 +28,14 @@ class Interval:
 class Schedule:
     """Warm-up, then intervals of equal length; the last one is cut at the end.
 
-    Attributes:
-        warmup_steps: Optimizer steps before the first decision.
-        interval_steps: Optimizer steps between decisions.
-        total_steps: Optimizer steps of the run.
-        cycle_steps: Steps after which warm-up and intervals start again; the last interval of a cycle is cut at
-            its end. None: never.
-
     Raises:
         ConfigError: Every number that is out of range, together.
     """
 
-    warmup_steps: int = 0
-    interval_steps: int
-    total_steps: int
-    cycle_steps: int | None = None
+    warmup_steps: int = 0  # optimizer steps before the first decision
+    interval_steps: int  # optimizer steps between decisions
+    total_steps: int  # optimizer steps of the run
+    cycle_steps: int | None = None  # steps after which warm-up and intervals start again; None: never
 
     def __post_init__(self) -> None:
         problems = [
@@ -115,14 +101,9 @@ def pool_sizes(num_rows: int, pool_fraction: float, screen_fraction: float) -> t
 
 
 def wanted_rows(interval: Interval, global_batch: int, pool_rows: int, keep_ratio: float | None, mixes: bool) -> int:
-    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of its pool.
+    """Return how many rows a selector is asked for: those of the interval, or ``keep_ratio`` of ``pool_rows``.
 
-    Args:
-        interval: What is decided for.
-        global_batch: Sequences of an optimizer step.
-        pool_rows: Rows of the pool, drawn and screened.
-        keep_ratio: Share of them, or None.
-        mixes: Whether a mixer sets quotas over what is kept, which may then be more than the interval serves.
+    With ``mixes`` a mixer sets quotas over what is kept, which may then be more than the interval serves.
     """
     sequences = interval.steps * global_batch
     if keep_ratio is None:

@@ -20,11 +20,7 @@ from dataflex.state import refuse_state
 
 
 def check_mix(mixer: Mixer, mix: Mix, names: tuple[str, ...]) -> NDArray[np.float64]:
-    """Return a mixer's proportions [K], summing to one.
-
-    Raises:
-        ComponentError: Not one finite number >= 0 per domain, or all of them zero.
-    """
+    """Return a mixer's proportions [K], summing to one; ComponentError unless they are finite, >= 0 and not all 0."""
     refuse_answer(mixer, "mix", mix)
     given = np.asarray(mix.proportions, dtype=np.float64)
     if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
@@ -40,7 +36,7 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
 
     Raises:
         ComponentError: The selector broke its contract.
-        DataError: It kept no row at all.
+        DataError: It kept no row.
     """
     refuse_answer(selector, "select", selection)
     rows = selection.rows
@@ -62,11 +58,7 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
 
 
 def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float64]:
-    """Return the weights of the domains in the loss [K].
-
-    Raises:
-        ComponentError: Not one finite number >= 0 per domain.
-    """
+    """Return the weights of the domains in the loss [K]; ComponentError unless they are numbers >= 0."""
     found = mixer.loss_weights()
     refuse_answer(mixer, "loss_weights", found)
     given = np.asarray(found, dtype=np.float64)
@@ -81,11 +73,7 @@ def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float6
 def check_static_weights(
     weighter: Weighter, rows: Rows, columns: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.float64] | None:
-    """Return the weights of rows that are known beforehand, or None.
-
-    Raises:
-        ComponentError: Not one number per row.
-    """
+    """Return the weights of rows that are known beforehand, or None; ComponentError unless it is one per row."""
     found = weighter.static_weights(rows, columns)
     refuse_answer(weighter, "static_weights", found)
     if found is not None and found.shape != rows.shape:
@@ -97,11 +85,7 @@ def check_static_weights(
 
 
 def check_weights(weighter: Weighter, weights: Any, shapes: Collection[tuple[int, ...]]) -> None:
-    """Make sure that weights are a tensor of one of the shapes; ``WeightStats`` checks their values.
-
-    Raises:
-        ComponentError: Anything else.
-    """
+    """Raise ComponentError unless weights are a tensor of one of the shapes; ``WeightStats`` checks their values."""
     refuse_answer(weighter, "weigh", weights)
     if tuple(weights.shape) not in shapes:
         told = " or ".join(map(str, dict.fromkeys(shapes)))
@@ -112,11 +96,7 @@ def check_weights(weighter: Weighter, weights: Any, shapes: Collection[tuple[int
 
 
 def check_state(method: Method) -> State:
-    """Return the state of a method, which must be one that can be saved.
-
-    Raises:
-        ComponentError: What in it cannot be saved, with its path.
-    """
+    """Return the state of a method; ComponentError with the path of what in it cannot be saved."""
     state = method.state_dict()
     refuse_answer(method, "state_dict", state)
     try:
@@ -135,21 +115,14 @@ def quota_rows(
     *,
     seed: int,
     repeat: bool,
-    shuffle: bool = True,
-    earlier: Rows | None = None,
+    shuffle: bool,
+    earlier: Rows,
 ) -> Rows:
-    """Serve each domain's quota from the kept rows, without replacement while they last, domains in random order.
+    """Serve each domain's quota of ``total`` rows from the kept rows, without replacement while they last.
 
-    Args:
-        kept: Row ids that the selector kept.
-        shares: Proportions of sequences by domain [K].
-        total: Rows to serve.
-        interval: Interval of the decision.
-        domains: Domains of the row space.
-        seed: Seed of the run.
-        repeat: Whether rows may be served again when a quota is larger than what was kept.
-        shuffle: Whether the rows of a domain are served in random order, else in the selector's.
-        earlier: Rows served before in the interval, where the end of a shorter run cut it: they come last.
+    ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
+    with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
+    what was kept. Rows that the interval served before the end of a shorter run cut it (``earlier``) come last.
 
     Raises:
         DataError: A domain cannot fill its quota.
@@ -173,9 +146,8 @@ def quota_rows(
             )
         order = stream(seed, f"quota/{name}", interval.index)
         copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
-        if earlier is not None:
-            before = np.isin(copies[0], earlier)
-            copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
+        before = np.isin(copies[0], earlier)
+        copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
         parts.append(np.concatenate(copies)[:count])
     served = np.concatenate(parts)
     places = stream(seed, "order", interval.index).permutation(len(served))

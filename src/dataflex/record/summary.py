@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dataflex.plan.proportions import ProportionsFile
-from dataflex.record.digest import Curve, Event, Run, domain_groups, higher_is_better
+from dataflex.record.digest import Curve, Event, Run, domain_rows, higher_is_better
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
 
 _SETTINGS = (
@@ -39,15 +39,7 @@ def summary(
     found: ProportionsFile | None = None,
     left_out: Sequence[str] = (),
 ) -> str:
-    """Render the summary of a run.
-
-    Args:
-        run: The digested record.
-        title: Name of the run, usually its folder.
-        weighed: The rows with the largest and the smallest weights, from ``read_weights``.
-        found: The proportions that a mixer looked for, from ``read_found``.
-        left_out: What of the record could not be read, one line each.
-    """
+    """Render the summary of a run; ``left_out`` says what of the record could not be read, one line each."""
     sections = (
         _head(run, title),
         _losses(run),
@@ -163,8 +155,7 @@ def _composition(run: Run) -> list[str]:
     if not all_served:
         return []
     rows = [["domain", "rows served", "share", "pool rows", "share", "times", "epochs"]]
-    for name, members in domain_groups(run, _DOMAINS):
-        count, size = sum(run.served[each] for each in members), sum(run.pool.get(each, 0) for each in members)
+    for name, count, size in domain_rows(run, _DOMAINS):
         share, fair = count / all_served, size / all_pool if all_pool else 0.0
         times = f"{share / fair:.2f} x" if fair else "-"
         epochs = f"{count / size:.2f}" if size else "-"
@@ -179,7 +170,7 @@ def _found(found: ProportionsFile | None) -> list[str]:
     last, warning = found.details["last"], found.details["warning"]
     rows = [["domain", "mean over the run", "last step"]]
     for name, share in sorted(found.by_name.items(), key=lambda item: -item[1])[:_DOMAINS]:
-        rows.append([cut(name, 28), percent(share), "-" if last.get(name) is None else percent(last[name])])
+        rows.append([cut(name, 28), percent(share), percent(last[name]) if name in last else "-"])
     told = textwrap.wrap(f"Warning: {warning}", WIDTH - 2) if warning else []
     return [f"Proportions found by {cut(found.method, 28)}", *table(rows, "<>>"), *(f"  {line}" for line in told)]
 

@@ -82,21 +82,13 @@ def _predicting(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTokens:
-    """Supervised tokens of one batch, on the device, row by row [S].
+    """Supervised tokens of one batch, on the device, row by row [S]."""
 
-    Attributes:
-        num_rows: Rows of the batch B.
-        row: Row of each token in the batch, ascending.
-        position: Position of the predicted token in its row, padding not counted.
-        loss: Cross-entropy, fp32.
-        el2n: ||softmax(z) - onehot(y)||_2, or None if not asked for (Deep Learning on a Data Diet, arXiv 2107.07075).
-    """
-
-    num_rows: int
-    row: torch.Tensor
-    position: torch.Tensor
-    loss: torch.Tensor
-    el2n: torch.Tensor | None = None
+    num_rows: int  # rows of the batch B
+    row: torch.Tensor  # row of each token in the batch, ascending
+    position: torch.Tensor  # position of the predicted token in its row, padding not counted
+    loss: torch.Tensor  # cross-entropy, fp32
+    el2n: torch.Tensor | None = None  # ||softmax(z) - onehot(y)||_2 (arXiv 2107.07075), if asked for
 
     def means(self, what: str = "loss") -> torch.Tensor:
         """Return the mean of ``loss`` or ``el2n`` over each row's tokens [B]; NaN without any."""
@@ -114,12 +106,7 @@ class TokenScorer:
     """Turns collated batches into ``BatchTokens``, with or without ``el2n``; used like ``LogitReader``."""
 
     def __init__(self, model: nn.Module, *, el2n: bool = False) -> None:
-        self._reader, self._el2n = LogitReader(model), el2n
-
-    @property
-    def through_head(self) -> bool | None:
-        """Whether the head is applied in chunks; None until the first batch has been seen."""
-        return self._reader.through_head
+        self.reader, self._el2n = LogitReader(model), el2n
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> BatchTokens:
@@ -139,7 +126,7 @@ class TokenScorer:
             names = ("loss", "el2n") if self._el2n else ("loss",)
             return {name: torch.cat(none + [part[name] for part in parts]) for name in names}
 
-        columns = self._reader(batch, score)
+        columns = self.reader(batch, score)
         first = real.long().argmax(dim=1)
         return BatchTokens(num_rows=len(labels), row=row, position=before + 1 - first[row], **columns)
 

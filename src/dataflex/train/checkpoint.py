@@ -6,7 +6,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +30,40 @@ _RUN = "run.json"
 _FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True)
 class Identity:
     """What must be the same for a saved plan to mean the same rows, and for saved states to mean the same decisions.
 
-    Attributes:
-        space: The row space's description.
-        global_batch: Sequences of an optimizer step.
-        micro_batch_size: Sequences per rank and micro-batch; may change unless ``pure``.
-        world: Ranks; may change as long as the global batch does not.
-        seed: Seed of all decisions.
-        methods: Resolved name, parameters and targets by kind.
-        settings: Value of every other key that is compared (``config.resuming``).
-        pure: Whether the mixer wants micro-batches of one domain each.
-        flat: Whether flat keys of existing DataFlex were written.
-        keys: Keys of the methods' parameters by kind and field.
+    The micro-batch size may change unless the mixer wants micro-batches of one domain each, and the number of ranks as
+    long as the global batch does not. ``lf`` are LLaMA-Factory's keys as they were written; ``described`` is the JSON
+    form that goes into the checkpoint, whose ``settings`` are the keys of ``config.resuming``.
     """
 
-    space: dict[str, Any]
-    global_batch: int
-    micro_batch_size: int
-    world: int
-    seed: int
-    methods: dict[str, Any]
-    settings: dict[str, Any]
-    pure: bool
-    flat: bool
-    keys: Mapping[str, Mapping[str, str]]
-
-    @classmethod
-    def of(
-        cls, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
-    ) -> Identity:
-        """Return the identity of a run; ``lf`` are LLaMA-Factory's keys as they were written."""
-        methods = {kind: getattr(config, kind) for kind in KINDS}
-        return cls(
-            space=space.describe(),
-            global_batch=shape.global_batch,
-            micro_batch_size=shape.micro_batch_size,
-            world=shape.world,
-            seed=seed,
-            methods={kind: _method(method) for kind, method in methods.items()},
-            settings=settings_of(config, LlamaFactoryArgs.read(lf)),
-            pure=config.requires.pure_micro_batches,
-            flat=config.flat,
-            keys={
-                kind: {field.name: key_of(field) for field in fields(method.params)}
-                for kind, method in methods.items()
-                if method is not None
-            },
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return the JSON form that goes into the checkpoint."""
-        kept = ("space", "global_batch", "micro_batch_size", "world", "seed", "methods", "settings")
-        return {key: getattr(self, key) for key in kept}
+    def __init__(
+        self, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
+    ) -> None:
+        methods: dict[str, MethodConfig | None] = {kind: getattr(config, kind) for kind in KINDS}
+        self.described: dict[str, Any] = {
+            "space": space.describe(),
+            "global_batch": shape.global_batch,
+            "micro_batch_size": shape.micro_batch_size,
+            "world": shape.world,
+            "seed": seed,
+            "methods": {kind: _method(method) for kind, method in methods.items()},
+            "settings": settings_of(config, LlamaFactoryArgs.read(lf)),
+        }
+        self._pure, self._flat = config.requires.pure_micro_batches, config.flat
+        self._keys = {
+            kind: {} if method is None else {field.name: key_of(field) for field in fields(method.params)}
+            for kind, method in methods.items()
+        }
 
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
-        before = saved["settings"]
+        mine, before = self.described, saved["settings"]
         refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
         told: list[str] = []
         by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
-        for key, now in self.settings.items():
+        for key, now in mine["settings"].items():
             change = ON_RESUME[key]
             if before[key] == now or key == "dynamic.seed":
                 continue
@@ -103,12 +74,12 @@ class Identity:
                 else:
                     by_kind[change.kind].append(line)
         refused += by_kind["refused"]
-        component = self.flat and bool(refused)  # a component brings a seed of its own
+        component = self._flat and bool(refused)  # a component brings a seed of its own
         seed = [] if component else self._seed_line(saved)
         refused += seed
         refused += self._batch_line(saved, by_kind["batch"])
-        if saved["space"]["fingerprint"] != self.space["fingerprint"]:
-            what = f"row space changed ({_changed_rows(saved['space'], self.space)})"
+        if saved["space"]["fingerprint"] != mine["space"]["fingerprint"]:
+            what = f"row space changed ({_changed_rows(saved['space'], mine['space'])})"
             causes = [line for line in by_kind["rows"] if not (seed and line.startswith("seed "))]
             refused += [f"{line}: {what}" for line in causes] or ([] if seed else [what])
         else:
@@ -117,39 +88,39 @@ class Identity:
 
     def _named(self, key: str) -> str:
         """Return a key as it was written."""
-        flat = ON_RESUME[key].flat if self.flat else None
+        flat = ON_RESUME[key].flat if self._flat else None
         return flat or key
 
     def _method_lines(self, kind: str, before: dict[str, Any] | None) -> Iterator[str]:
-        now, path = self.methods[kind], self._named(f"dynamic.{kind}")
+        now, path = self.described["methods"][kind], self._named(f"dynamic.{kind}")
         if before == now:
             return
         if before is None or now is None or before["name"] != now["name"]:
             yield f"{path} changed ({_said(before)} -> {_said(now)})"
             return
         if before["targets"] != now["targets"]:
-            yield f"{path}.targets changed ({_said(before.get('targets', []))} -> {_said(now['targets'])})"
+            yield f"{path}.targets changed ({_said(before['targets'])} -> {_said(now['targets'])})"
         for key in now["params"].keys() & before["params"].keys():
-            name = self.keys[kind].get(key, key)
-            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], f"{path}.{name}"):
+            name = f"{path}.{self._keys[kind][key]}"
+            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], name):
                 yield f"{inner} changed ({_said(was)} -> {_said(is_now)})"
 
     def _seed_line(self, saved: dict[str, Any]) -> list[str]:
-        if saved["seed"] == self.seed:
+        if saved["seed"] == self.described["seed"]:
             return []
-        before = saved["settings"]
-        key = next(key for key in ("dynamic.seed", "seed") if before[key] != self.settings[key])
-        return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(self.settings[key])})"]
+        before, now = saved["settings"], self.described["settings"]
+        key = next(key for key in ("dynamic.seed", "seed") if before[key] != now[key])
+        return [f"{self._named(key)} changed ({_said(before[key])} -> {_said(now[key])})"]
 
     def _batch_line(self, saved: dict[str, Any], changed: list[str]) -> list[str]:
-        if saved["global_batch"] != self.global_batch:
-            what = f"global batch changed ({saved['global_batch']} -> {self.global_batch} sequences)"
-        elif self.pure and saved["micro_batch_size"] != self.micro_batch_size:
-            what = f"the mixer's micro-batches of one domain each changed (to {self.micro_batch_size} sequences)"
+        mine, world = self.described, saved["world"]
+        if saved["global_batch"] != mine["global_batch"]:
+            what = f"global batch changed ({saved['global_batch']} -> {mine['global_batch']} sequences)"
+        elif self._pure and saved["micro_batch_size"] != mine["micro_batch_size"]:
+            what = f"the mixer's micro-batches of one domain each changed (to {mine['micro_batch_size']} sequences)"
         else:
             return []
-        world = saved["world"]
-        causes = changed + ([f"ranks changed ({world} -> {self.world})"] if world != self.world else [])
+        causes = changed + ([f"ranks changed ({world} -> {mine['world']})"] if world != mine["world"] else [])
         return [": ".join(filter(None, ("; ".join(causes), what)))]
 
 
@@ -202,7 +173,7 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
 def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dict[str, Any], step: int) -> None:
     """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
     folder = checkpoint / FOLDER
-    meta = {"format": _FORMAT, "step": step, **identity.describe()}
+    meta = {"format": _FORMAT, "step": step, **identity.described}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RUN).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -214,10 +185,7 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:
-    """Return what ``save`` wrote into a checkpoint that was found to be whole.
-
-    Returns:
-        The plan in progress, or None if none was made yet, and the state of the methods.
+    """Return the plan in progress, if one was made, and the states that ``save`` wrote into a whole checkpoint.
 
     Raises:
         CheckpointError: No DataFlex state, a broken file, or another run's state.
@@ -244,11 +212,7 @@ def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[st
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps done at a checkpoint.
-
-    Raises:
-        CheckpointError: It does not tell.
-    """
+    """Return the optimizer steps done at a checkpoint; CheckpointError if it does not tell."""
     try:
         return int(json.loads((checkpoint / FOLDER / _RUN).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

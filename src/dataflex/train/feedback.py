@@ -18,8 +18,7 @@ from dataflex.signals.texts import row_texts
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 10
-"""Number of rows of each kind in the record."""
+SAMPLES = 10  # rows of largest and of smallest weight in the record
 _CHARACTERS = 400
 _UPDATES = 5
 _DEVIATIONS = 3.0
@@ -41,14 +40,7 @@ class DomainSums:
         domains_R: NDArray[np.int64],
         reference_RT: torch.Tensor | None = None,
     ) -> None:
-        """Add one micro-batch of this rank.
-
-        Args:
-            loss_RT: Plain token losses, detached, 0 where ``mask_RT`` is False.
-            mask_RT: Supervised positions.
-            domains_R: Domain of each row.
-            reference_RT: Token losses of the reference model, 0 where ``mask_RT`` is False.
-        """
+        """Add one micro-batch of this rank: token losses and those of the reference, 0 where ``mask_RT`` is False."""
         loss = loss_RT.double()
         tokens = mask_RT.sum(dim=1).double()
         columns = [loss.sum(dim=1)]
@@ -98,10 +90,8 @@ class NoiseWatch:
     def step(self, loss_sum: Floats, tokens: Floats, weights: Floats) -> list[str]:
         """Add one optimizer step and return the domains for which a warning was logged.
 
-        Args:
-            loss_sum: Sum of plain token losses by domain [K].
-            tokens: Supervised tokens by domain [K].
-            weights: The domains' proportions, or their weights in the loss, of this step [K].
+        ``loss_sum`` and ``tokens`` are sums by domain [K]; ``weights`` the domains' proportions, or weights in the loss
+        [K].
         """
         before, self._weights = self._weights, weights.copy()
         found: list[str] = []
@@ -139,23 +129,16 @@ class WeightStats:
         self._sequences: list[torch.Tensor] = []
         self._range: torch.Tensor | None = None
 
-    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor | None = None) -> None:
-        """Add the weights of one micro-batch.
+    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor) -> None:
+        """Add the weights of one micro-batch: [B, 1] by sequence, or [R, T] by position.
 
-        They are checked here on a CPU, and at the next ``read`` on an accelerator, where looking at a value would
-        make the device wait.
-
-        Args:
-            weights: [B, 1] by sequence, or [R, T] by position.
-            by_sequence: Mean weight of each sequence [B]; None: the mean of each row of ``weights``.
-
-        Raises:
-            ComponentError: A weight is negative or not finite.
+        ``by_sequence`` is the mean weight of each sequence [B]. A negative or infinite weight raises ComponentError
+        here on a CPU, and at the next ``read`` on an accelerator, where looking at a value would make the device wait.
         """
         w = weights.detach()
         span = torch.stack([w.min(), -w.max()]) if w.numel() else w.new_zeros(2)
         self._range = span if self._range is None else torch.minimum(self._range, span)
-        self._sequences.append((w.mean(dim=1) if by_sequence is None else by_sequence.detach()).float())
+        self._sequences.append(by_sequence.detach().float())
         if len(self._sequences) > _PENDING:
             self._sequences = [torch.cat(self._sequences)]
         if w.device.type == "cpu":

@@ -23,21 +23,15 @@ ROWS = "dataflex_rows"
 class _Shards(Sampler[list[int]]):
     """The rows of this rank's micro-batches from ``first_step`` to the end of ``plan``; both are set anew."""
 
+    plan: DataPlan
+    first_step = 0
+
     def __init__(self, shape: BatchShape) -> None:
         self._shape = shape
-        self.plan: DataPlan | None = None
-        self.first_step = 0
-        self.num_micro: dict[int, int] = {}
-        """Number of micro-batches of the steps read so far."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan = self.plan
-        assert plan is not None
-        for step in range(self.first_step, plan.interval.stop_step):
-            shards = plan.shard(step, self._shape)
-            self.num_micro[step] = len(shards)
-            for rows in shards:
-                yield rows.tolist()
+        for step in range(self.first_step, self.plan.interval.stop_step):
+            yield from (rows.tolist() for rows in self.plan.shard(step, self._shape))
 
 
 class _MicroBatches(Dataset[Any]):
@@ -60,13 +54,7 @@ def _unchanged(batch: Any) -> Any:
 class PlanFeed:
     """Collated micro-batches of a plan, optimizer step by optimizer step; each holds its row ids under ``ROWS``.
 
-    Args:
-        dataset: Features by row id.
-        collate: The loop's collator; gives a mapping.
-        shape: How a step is divided.
-        num_workers: Worker processes; they live as long as the run, however short its plans are.
-        pin_memory: Passed to the DataLoader.
-        prefetch_factor: Passed to the DataLoader when there are workers.
+    Worker processes live as long as the run, however short its plans are.
     """
 
     def __init__(
@@ -79,7 +67,7 @@ class PlanFeed:
         pin_memory: bool,
         prefetch_factor: int | None,
     ) -> None:
-        self._shards = _Shards(shape)
+        self._shape, self._shards = shape, _Shards(shape)
         options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
@@ -100,11 +88,9 @@ class PlanFeed:
         """Return the collated micro-batches of ``step``."""
         if plan is not self._plan or step != self._next_step or self._iterator is None:
             self._shards.plan, self._shards.first_step = plan, step
-            self._shards.num_micro.clear()
             self._iterator = iter(self._loader)
             self._plan = plan
-        batches = [next(self._iterator)]
-        batches += [next(self._iterator) for _ in range(self._shards.num_micro.pop(step) - 1)]
+        batches = [next(self._iterator) for _ in plan.shard(step, self._shape)]
         self._next_step = step + 1
         if self._next_step == plan.interval.stop_step:
             self._iterator = None
@@ -134,10 +120,6 @@ class EpochShell(DataLoader[int]):
 
     The Trainer counts epochs, steps and examples by it and opens it once per epoch, which draws one
     number from the global random stream, as its own loader would.
-
-    Args:
-        num_rows: Rows of the training set.
-        num_micro_batches: Micro-batches of this rank per epoch.
     """
 
     def __init__(self, num_rows: int, num_micro_batches: int) -> None:

@@ -40,30 +40,19 @@ _LOGGED_DOMAINS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """Token losses of one micro-batch of R rows.
+    """Token losses of one micro-batch of R rows."""
 
-    Attributes:
-        loss_BT: Cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False.
-        mask_BT: Positions whose next token is supervised.
-        plain_sum: Detached sum, added up in the order of ``cross_entropy(reduction="sum")``.
-        entropy_BT: Entropy of each prediction in nats, 0 where ``mask_BT`` is False; None if not asked for.
-    """
-
-    loss_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    plain_sum: torch.Tensor
-    entropy_BT: torch.Tensor | None = None
+    loss_BT: torch.Tensor  # cross-entropy per position [R, T] in fp32, with gradient; 0 where ``mask_BT`` is False
+    mask_BT: torch.Tensor  # positions whose next token is supervised
+    plain_sum: torch.Tensor  # detached sum, added up in the order of ``cross_entropy(reduction="sum")``
+    entropy_BT: torch.Tensor | None = None  # entropy of each prediction in nats; None if not asked for
 
 
 def document_sequences(documents_BT: torch.Tensor, mask_BT: torch.Tensor, rows: Rows) -> Sequences:
     """Return the documents with a supervised token as the sequences of a packed micro-batch.
 
-    A position predicts the token after it and belongs to that token's document.
-
-    Args:
-        documents_BT: Document of each token in its row, see ``signals.losses.document_ids``.
-        mask_BT: Positions whose next token is supervised.
-        rows: Row ids of the micro-batch [R].
+    ``documents_BT`` are those of ``signals.losses.document_ids``. A position predicts the token after it and belongs to
+    that token's document.
     """
     predicted = F.pad(documents_BT[:, 1:], (0, 1), value=0).clamp(min=0)
     width = int(predicted.max()) + 1 if predicted.numel() else 1
@@ -92,29 +81,18 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = 
 
 
 def sample_means(
-    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences | None = None
+    loss_BT: torch.Tensor, mask_BT: torch.Tensor, sequences: Sequences
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token-mean losses [B] (0 without supervised tokens) and supervised tokens [B]."""
-    if sequences is None or sequences.index_BT is None:
-        tokens_B = mask_BT.sum(dim=1)
-        return loss_BT.sum(dim=1) / tokens_B.clamp(min=1), tokens_B
     tokens_B = sequences.sums(mask_BT.long())
     return sequences.sums(loss_BT) / tokens_B.clamp(min=1), tokens_B
 
 
-def batch_view(
-    losses: TokenLosses,
-    sequences: Sequences,
-    *,
-    domains_B: NDArray[np.int64],
-    step: int,
-    total_steps: int,
-    num_micro_batches: int = 1,
-    reference_BT: torch.Tensor | None = None,
-    embeddings_BH: torch.Tensor | None = None,
-    columns: Mapping[str, NDArray[Any]] | None = None,
-) -> BatchView:
-    """Build what a weighter sees of a micro-batch; gathers sample losses over the ranks (collective)."""
+def batch_view(losses: TokenLosses, sequences: Sequences, **rest: Any) -> BatchView:
+    """Return what a weighter sees of a micro-batch; gathers losses of sequences over the ranks (collective).
+
+    ``rest`` are the fields of ``BatchView`` that do not follow from the losses.
+    """
     loss_BT = losses.loss_BT.detach()
     loss_B, tokens_B = sample_means(loss_BT, losses.mask_BT, sequences)
     # Plans give every rank as many rows in a micro-batch, but packed rows hold any number of documents.
@@ -122,7 +100,6 @@ def batch_view(
     both, local = comm.gather_rows(torch.stack([loss_B, tokens_B.to(loss_B.dtype)], dim=1), equal=equal)
     return BatchView(
         rows_B=sequences.rows_B,
-        domains_B=domains_B,
         loss_B=loss_B,
         tokens_B=tokens_B,
         loss_BT=loss_BT,
@@ -130,22 +107,16 @@ def batch_view(
         loss_M=both[:, 0],
         tokens_M=both[:, 1].to(torch.int64),
         local=local,
-        step=step,
-        total_steps=total_steps,
-        num_micro_batches=num_micro_batches,
         sequence_BT=sequences.index_BT,
-        reference_BT=reference_BT,
         entropy_BT=losses.entropy_BT,
-        embeddings_BH=embeddings_BH,
-        columns=columns or {},
+        **rest,
     )
 
 
 def checked(weights: torch.Tensor, weighter: Weighter, losses: TokenLosses, sequences: Sequences) -> torch.Tensor:
     """Return weights as fp32 [B, 1] by sequence or [R, T] by position, on the device of the losses.
 
-    Raises:
-        ComponentError: Wrong shape. Values are checked by ``WeightStats``.
+    Wrong shapes raise ComponentError; ``WeightStats`` checks the values.
     """
     count, shape = len(sequences.rows_B), tuple(losses.loss_BT.shape)
     check_weights(weighter, weights, [(count,), shape])
@@ -181,7 +152,7 @@ def weighted_loss(
     Args:
         losses: Token losses of this rank's micro-batch.
         weights: [B, 1] or [R, T], from ``checked``.
-        sequences: Which sequence each position belongs to.
+        sequences: Sequence of each position.
         normalizer: ``weight_sum``, ``num_tokens`` or ``num_sequences``.
         num_items: Supervised tokens of the whole optimizer step (all ranks and micro-batches).
         num_micro_batches: Micro-batches of this optimizer step.
@@ -231,7 +202,7 @@ class DomainWeights:
         """Take the weights of the coming step from the mixer (collective); see ``Reweighter.begin_step``."""
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
-            tokens_K = self._tokens(batches, device, predicted_tokens)
+            tokens_K = self._tokens(batches, device, lambda labels: counted_tokens(labels[:, 1:]))
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
         elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, device, counted_tokens))
@@ -273,11 +244,6 @@ def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
     return labels.ne(IGNORE_INDEX).sum(dim=1).double()
 
 
-def predicted_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Return tokens per row [R] that have a loss (the first place has none)."""
-    return labels[:, 1:].ne(IGNORE_INDEX).sum(dim=1).double()
-
-
 def embedded(
     hidden_RTD: torch.Tensor, batch: dict[str, Any], mask_RT: torch.Tensor, sequences: Sequences, spec: Embedding
 ) -> torch.Tensor:
@@ -301,16 +267,9 @@ def embedded(
 class Reweighter:
     """Turns token losses of micro-batches into the weighted loss and sums them by domain.
 
-    Args:
-        weighter: The method, or None for equal weights.
-        mixer: A mixer that observes or weighs domains in the loss, or None.
-        columns: Raw columns by name, each [N].
-        domains: Domains of the training rows.
-        over_ranks: Whether the Trainer counts tokens over all ranks and multiplies by their number
-            (``average_tokens_across_devices``).
-        world: Number of ranks.
-        packed: Whether rows hold several documents, which are then the sequences.
-        reference: Losses of the reference model, where a method needs them.
+    Without a weighter weights are equal; a mixer is given that observes or weighs domains in the loss. ``columns`` are
+    [N] each. ``over_ranks``: the loop counts tokens over all ranks and multiplies by their number
+    (``average_tokens_across_devices``). ``packed``: rows hold several documents, which are then the sequences.
     """
 
     def __init__(
@@ -381,14 +340,10 @@ class Reweighter:
         return self._needs.embedding
 
     def begin_step(self, batches: list[Any], num_items: Any, device: torch.device, *, index: int, total: int) -> None:
-        """Begin an optimizer step: find what is known of its weights before its forward passes (collective).
+        """Begin optimizer step ``index`` of ``total``: find what is known of its weights beforehand (collective).
 
-        Args:
-            batches: Collated micro-batches of this rank, with ``labels`` and ``ROWS``.
-            num_items: Supervised tokens of the step, as the loop counts them.
-            device: Where collectives work.
-            index: Optimizer step, counted from 0.
-            total: Optimizer steps of the run.
+        ``batches`` are the collated micro-batches of this rank, with ``labels`` and ``ROWS``; ``num_items`` the
+        supervised tokens of the step, as the loop counts them.
         """
         self._index, self._total, self._num_micro = index, total, len(batches)
         self._num_items, self._device = num_items, device
@@ -422,12 +377,7 @@ class Reweighter:
         return "weight_sum" if by_weight else "num_tokens"
 
     def check_known(self, rows: Rows) -> None:
-        """Check the weights that are known from the rows alone before training, and not only at their row's step.
-
-        Raises:
-            ComponentError: A weight that is negative or not finite.
-            DataError: From the weighter.
-        """
+        """Check the weights known from the rows alone before training; ComponentError if one is no number >= 0."""
         known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
         if self.weighter is None or known is None:
             return
@@ -446,10 +396,7 @@ class Reweighter:
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
 
-        Args:
-            batch: The collated micro-batch, with ``labels`` [R, T] and ``ROWS`` [R].
-            logits: [R, T, V].
-            hidden: Hidden states [R, T, D] of the layer that ``embedding`` names.
+        ``logits`` are [R, T, V], ``hidden`` the hidden states [R, T, D] of the layer that ``embedding`` names.
         """
         rows = batch[ROWS]
         weighter = self.weighter if self._acts else None
@@ -529,9 +476,7 @@ class Reweighter:
     def end_step(self, proportions: NDArray[np.float64], learning_rate: float) -> None:
         """Give the mixer the losses of the domains in the step (collective).
 
-        Args:
-            proportions: Proportions of sequences under which the step was drawn [K].
-            learning_rate: Of the step.
+        ``proportions`` of sequences [K] are those under which the step was drawn.
         """
         assert self.mixer is not None
         sums = self._sums.take(self._device)
@@ -591,12 +536,7 @@ class Reweighter:
 
 
 def balance_loss(outputs: Any, config: Any) -> torch.Tensor | None:
-    """Return the term for balanced routers that a model adds to its own loss, or None.
-
-    Args:
-        outputs: Output of the model.
-        config: Its configuration, whose language part gives the coefficient.
-    """
+    """Return the term for balanced routers that a model of this configuration adds to its own loss, or None."""
     balance: Any = getattr(outputs, "aux_loss", None)
     if not torch.is_tensor(balance):  # 0 without router logits
         return None

@@ -33,27 +33,20 @@ from dataflex.signals.sweep import Sweep, Turn, preserve_state
 logger = logging.getLogger(__name__)
 
 KEPT_DTYPE = np.float16
-TOLERANCE = 0.02
-"""Largest mean difference of a row's tokens from a fresh pass, in nats."""
+TOLERANCE = 0.02  # largest mean difference of a row's tokens from a fresh pass, in nats
 _COMPARED_ROWS = 64
 
 
 class ReferenceLosses:
-    """Token losses of a reference model, which is loaded (collective).
+    """Token losses of a reference model, loaded from the folder of a model or a PEFT adapter (collective).
 
-    Rows that share a pass also share an array in the store; which pass scored a row is the state that a resumed run
-    needs.
-
-    Args:
-        folder: Folder of the model, or of a PEFT adapter.
-        access: The training rows, and how they are collated and scored.
-        store: Folder of the cached losses.
-        cached: Whether rows are scored once, instead of each batch in every step.
-        whole: Whether the first pass is over all rows, and not only those of the first plan.
+    ``access`` gives the training rows, and how they are collated and scored. With ``cached`` rows are scored once, into
+    the folder ``store``, instead of each batch in every step; the first pass is over the rows of the first plan, or
+    over the ``whole`` pool. Rows that share a pass also share an array in the store; which pass scored a row is the
+    state that a resumed run needs.
 
     Raises:
-        ConfigError: No such folder, no model in it, one that has fewer tokens than the tokenizer, or another
-            tokenizer.
+        ConfigError: No folder or model, another tokenizer, or fewer embeddings than the tokenizer has ids.
     """
 
     def __init__(self, folder: str | Path, access: ModelAccess, *, store: Path, cached: bool, whole: bool) -> None:
@@ -92,11 +85,8 @@ class ReferenceLosses:
     def cover(self, rows: Rows, *, last: bool = False) -> None:
         """With the cache, score those of ``rows`` that were not, and keep the losses of all at hand (collective).
 
-        Between two passes the model waits in the host's memory.
-
-        Args:
-            rows: Row ids; may repeat, negative ones are none.
-            last: Whether no other rows will be asked for; the model is freed.
+        Rows may repeat, negative ids are none. Between two passes the model waits in the host's memory; after the
+        ``last`` rows it is freed.
 
         Raises:
             CheckpointError: Stored losses are not those that the model gives now.
@@ -136,10 +126,7 @@ class ReferenceLosses:
     def of(self, batch: dict[str, Any], rows: Rows, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return the reference's loss at every supervised position of a training batch.
 
-        Args:
-            batch: Collated; ``input_ids`` [B, T], and ``labels`` [B, T] where there is no cache.
-            rows: Row ids [B].
-            mask_BT: Positions t whose next token is supervised.
+        ``mask_BT`` says at which positions t the next token is supervised.
 
         Returns:
             fp32 [B, T], on the device of the mask: at t the loss of token t + 1; 0 where the mask is False.
@@ -230,11 +217,9 @@ class ReferenceLosses:
         return losses
 
     def _largest_difference(self, sweep: Sweep, losses: NDArray[Any]) -> tuple[float, int]:
-        """Score rows again and compare with the array of their pass (collective).
+        """Return the largest mean difference of a row's tokens from a new pass over the rows, and its id (collective).
 
-        Returns:
-            The largest mean absolute difference of a row's tokens, and that row's id; infinite where other tokens are
-            supervised than were then.
+        It is infinite where other tokens are supervised than were then.
         """
         scorer, worst, where = self._ready(), 0.0, -1
         for turn in sweep.turns():

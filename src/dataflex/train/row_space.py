@@ -97,11 +97,7 @@ def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: st
 
 
 def target_corpus(name: str, dataset: Any) -> Corpus:
-    """Measure a tokenized target data set: rows that selection aims at, never trained on.
-
-    Raises:
-        DataError: None of its rows has a supervised token.
-    """
+    """Measure a tokenized target data set, whose rows are never trained on; DataError if none is supervised."""
     measures = measure(dataset)
     if not (measures.supervised > 0).any():
         raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")
@@ -110,19 +106,12 @@ def target_corpus(name: str, dataset: Any) -> Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Leak:
-    """Rows that one target shares with the training pool.
+    """Rows that one target shares with the training pool."""
 
-    Attributes:
-        target_rows: Rows of the target that lie in the pool, ascending.
-        pool_rows: Training rows that are one of them, ascending.
-        examples: The first pairs of target row and training row.
-        of: Number of rows of the target.
-    """
-
-    target_rows: Rows
-    pool_rows: Rows
-    examples: tuple[tuple[int, int], ...]
-    of: int
+    target_rows: Rows  # rows of the target that lie in the pool, ascending
+    pool_rows: Rows  # training rows that are one of them, ascending
+    examples: tuple[tuple[int, int], ...]  # the first pairs of target row and training row
+    of: int  # number of rows of the target
 
     @property
     def num_rows(self) -> int:
@@ -146,27 +135,16 @@ class Leak:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpace:
-    """The training rows as decisions see them.
+    """The training rows as decisions see them."""
 
-    Attributes:
-        dataset: Tokenized ``datasets.Dataset``, N rows.
-        sources: Rows of each data set, by name, before domains are formed.
-        domains: Domain of each row; by data set, or by ``domain_column``.
-        supervised: Supervised tokens of each row [N].
-        fingerprint: Identity of the whole.
-        columns: Raw columns that methods asked for, each [N].
-        targets: Target data sets by name.
-        leaks: Target rows that also lie in the training pool, by target.
-    """
-
-    dataset: Any
-    sources: Mapping[str, int]
-    domains: Domains
-    supervised: NDArray[np.int64]
-    fingerprint: str
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    targets: Mapping[str, Corpus] = field(default_factory=dict)
-    leaks: Mapping[str, Leak] = field(default_factory=dict)
+    dataset: Any  # tokenized ``datasets.Dataset``, N rows
+    sources: Mapping[str, int]  # rows of each data set, by name, before domains are formed
+    domains: Domains  # domain of each row; by data set, or by ``domain_column``
+    supervised: NDArray[np.int64]  # supervised tokens of each row [N]
+    fingerprint: str  # identity of the whole
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # raw columns that methods asked for, each [N]
+    targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
+    leaks: Mapping[str, Leak] = field(default_factory=dict)  # target rows that also lie in the training pool, by target
 
     @classmethod
     def of(
@@ -209,11 +187,7 @@ class RowSpace:
         return space
 
     def check_supervised(self) -> None:
-        """Warn about rows whose labels are fully masked.
-
-        Raises:
-            DataError: All are.
-        """
+        """Warn about rows whose labels are fully masked; DataError if all are."""
         masked = int((self.supervised == 0).sum())
         if masked == self.num_rows:
             raise DataError(

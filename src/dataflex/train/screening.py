@@ -12,20 +12,15 @@ from dataflex.method import Rows, Signals
 from dataflex.plan.schedule import pilot_rows
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.signals.kinds import Embedding, GradientScores, Part
+from dataflex.signals.kinds import Embedding, GradientScores
+from dataflex.signals.specs import Part
 
 
 def screened(rows: Rows, fraction: float, signals: Signals, targets: Sequence[str]) -> Rows:
-    """Return the share of ``rows`` nearest to any target, ascending.
+    """Return the share ``fraction`` of ``rows`` nearest to any target, ascending; at least one row.
 
     Nearness is the cosine between a row's embedding (position-weighted mean of the last hidden states, as in
     RDS+, arXiv 2503.01807) and the mean embedding of a target's rows; the best target counts.
-
-    Args:
-        rows: Row ids [n], ascending.
-        fraction: Share to keep, 0 < fraction <= 1; at least one row is kept.
-        signals: Of the model under training.
-        targets: Names of target data sets.
 
     Raises:
         DataError: No row of the pool, or of a target, has an embedding.
@@ -49,15 +44,10 @@ _STRENGTHS = np.logspace(-4, 3, 29)
 
 
 def piloted(rows: Rows, count: int, signals: Signals, targets: Sequence[str], *, seed: int, interval: int) -> Rows:
-    """Return ``count`` of ``rows`` that promise the best LESS scores towards any target, ascending.
+    """Return ``count`` of ``rows`` with the best predicted LESS scores towards any target, ascending.
 
-    Args:
-        rows: Row ids [n], ascending.
-        count: Rows to keep.
-        signals: Of the model under training; a twentieth of the rows (at least 32, at most 4096) is scored exactly.
-        targets: Names of target data sets; the best target of a row counts.
-        seed: Seed of the run.
-        interval: Index of the interval, for the draw.
+    A twentieth of the rows (at least 32, at most 4096) is scored exactly; ridge regression on token counts predicts the
+    others.
 
     Raises:
         DataError: No row of the pilot has a score.
@@ -79,12 +69,9 @@ def piloted(rows: Rows, count: int, signals: Signals, targets: Sequence[str], *,
 
 
 def token_counts(signals: Signals, rows: Rows) -> NDArray[np.float64]:
-    """Return what rows are made of: log counts of prompt and of completion tokens, each of length one, and log lengths.
+    """Return log counts of prompt and of completion tokens, each of length one, and log lengths [n, 2 * 4096 + 2].
 
     Tokens beyond the 4096th share a number with others (token modulo 4096).
-
-    Returns:
-        float64 [len(rows), 2 * 4096 + 2].
     """
     out = np.zeros((len(rows), 2 * _BUCKETS + 2))
     parts: tuple[Part, ...] = ("prompt", "completion")
@@ -97,12 +84,7 @@ def token_counts(signals: Signals, rows: Rows) -> NDArray[np.float64]:
 
 
 def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Return weights [d] and offset of the ridge regression of least generalized cross-validation error.
-
-    Args:
-        features: [n, d]; n may be smaller than d.
-        values: [n].
-    """
+    """Return weights [d] and offset of the ridge regression of ``features`` [n, d] of least cross-validation error."""
     centre, offset = features.mean(axis=0), float(values.mean())
     centred, wanted = features - centre, values - offset
     squares, basis = np.linalg.eigh(centred @ centred.T)
@@ -116,10 +98,8 @@ def fitted(features: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[
 def gcv_error(squares: NDArray[np.float64], turned: NDArray[np.float64], strength: float) -> float:
     """Return the generalized cross-validation error of a ridge regression with an intercept.
 
-    Args:
-        squares: Eigenvalues [n], ascending, of X X' with centred columns; the first is 0, the intercept's direction.
-        turned: The centred values [n] along its eigenvectors.
-        strength: Of the ridge, above 0.
+    ``squares`` are the eigenvalues [n], ascending, of X X' with centred columns, of which the first is 0, the
+    intercept's direction; ``turned`` are the centred values [n] along its eigenvectors; ``strength`` is above 0.
     """
     left = strength / (squares + strength)  # share of each direction that is not fitted
     free = left[1:].sum() / len(squares)  # the intercept's direction is fitted, whatever the strength

@@ -48,35 +48,25 @@ from dataflex.version import versions
 
 logger = logging.getLogger(__name__)
 
-_PLAN_IDS = 2**20
-"""Ids planned at once when no method asks for shorter intervals."""
-_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
-"""Phases that the closing event always names."""
+_PLAN_IDS = 2**20  # planned at once when no method asks for shorter intervals
+_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")  # phases that the closing event always names
+
+
+Collate = Callable[[list[dict[str, Any]]], Any]
 
 
 @dataclass(kw_only=True)
 class Setup:
-    """Description of a run, completed while it is built up.
+    """Description of a run, completed while it is built up."""
 
-    Attributes:
-        config: The dynamic block.
-        resolved: JSON form of the whole configuration, for the record.
-        stage: Stage of training: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``.
-        packed: Whether several samples share a row.
-        shuffle: Whether rows are shuffled, for adapters that make the batch shape.
-        space: The row space, once the data is loaded.
-        clock: Seconds of the run by phase.
-        recorder: The record, once it is open; on rank 0 only.
-    """
-
-    config: DynamicConfig
-    resolved: dict[str, Any]
-    stage: str
-    packed: bool = False
-    shuffle: bool = True
-    space: RowSpace | None = None
-    clock: PhaseClock = field(default_factory=PhaseClock)
-    recorder: RunRecorder = field(default_factory=NullRecorder)
+    config: DynamicConfig  # the dynamic block
+    resolved: dict[str, Any]  # JSON form of the whole configuration, for the record
+    stage: str  # stage of training: ``pt``, ``sft``, ``rm``, ``dpo`` or ``kto``
+    packed: bool = False  # whether several samples share a row
+    shuffle: bool = True  # whether rows are shuffled, for adapters that make the batch shape
+    space: RowSpace | None = None  # the row space, once the data is loaded
+    clock: PhaseClock = field(default_factory=PhaseClock)  # seconds of the run by phase
+    recorder: RunRecorder = field(default_factory=NullRecorder)  # the record, once it is open; on rank 0 only
 
     @property
     def rows(self) -> RowSpace:
@@ -87,77 +77,43 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What a session has to know of the loop that it serves.
+    """What a session has to know of the loop that it serves."""
 
-    Attributes:
-        model: The model without wrappers (DDP, an engine).
-        optimizer: Gives the optimizer, which may be made later than the session.
-        learning_rate: Gives the learning rate of the step in progress.
-        collate: Turns features into a training batch, a mapping with ``labels``.
-        shape: Micro-batches, accumulation and ranks of one optimizer step.
-        total_steps: Optimizer steps of the run.
-        seed: Seed of all decisions unless the block has one.
-        device: Device of the model.
-        output_dir: Folder of the record and of the run's files.
-        dataset: Features by row id; None: those of the row space.
-        score_collate: As ``collate`` for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``.
-        tokenizer: Turns tokens into text, for methods that read text.
-        autocast: Mixed-precision context of a forward pass.
-        score_rows: Rows of a scoring batch, if they are as long as the longest.
-        num_workers: Processes that collate.
-        pin_memory: Whether batches are put into pinned memory.
-        prefetch_factor: Batches that each process makes ahead.
-        sharding: How the parameters are partitioned; ``zero`` is DeepSpeed below ZeRO-3.
-        release: Frees parameters that a scoring pass left gathered.
-        parallel: Sizes of kinds of parallelism other than over data, by name.
-        devices: Devices that this process trains on.
-        writes: Whether this rank writes checkpoints; None: rank 0 does.
-        counts_over_ranks: Whether a step's loss is divided by the tokens of all ranks, else by those of each rank.
-        averages: Whether the loop averages gradients over ranks, as DDP does, without multiplying losses by the
-            number of ranks: the session multiplies them.
-        count_items: Counts the supervised tokens of a step's micro-batches; None: labels other than -100.
-    """
-
-    model: torch.nn.Module
-    optimizer: Callable[[], Any]
-    learning_rate: Callable[[], float]
-    collate: Callable[[list[dict[str, Any]]], Any]
-    shape: BatchShape
-    total_steps: int
-    seed: int
-    device: torch.device
-    output_dir: Path
-    dataset: Any = None
-    score_collate: Callable[[list[dict[str, Any]]], Any] | None = None
-    tokenizer: Any = None
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    score_rows: int = 8
-    num_workers: int = 0
-    pin_memory: bool = False
-    prefetch_factor: int | None = None
-    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"
-    release: Callable[[], None] = lambda: None
-    parallel: Mapping[str, int] = field(default_factory=dict)
-    devices: int = 1
-    writes: bool | None = None
-    counts_over_ranks: bool = True
+    model: torch.nn.Module  # the model without wrappers (DDP, an engine)
+    optimizer: Callable[[], Any]  # gives the optimizer, which may be made later than the session
+    learning_rate: Callable[[], float]  # gives the learning rate of the step in progress
+    collate: Collate  # turns features into a training batch, a mapping with ``labels``
+    shape: BatchShape  # micro-batches, accumulation and ranks of one optimizer step
+    total_steps: int  # optimizer steps of the run
+    seed: int  # seed of all decisions unless the block has one
+    device: torch.device  # device of the model
+    output_dir: Path  # folder of the record and of the run's files
+    dataset: Any = None  # features by row id; None: those of the row space
+    score_collate: Collate | None = None  # for scoring passes: ``input_ids``, ``attention_mask`` and ``labels``
+    tokenizer: Any = None  # turns tokens into text, for methods that read text
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # mixed-precision context of a forward pass
+    score_rows: int = 8  # rows of a scoring batch, if they are as long as the longest
+    num_workers: int = 0  # processes that collate
+    pin_memory: bool = False  # whether batches are put into pinned memory
+    prefetch_factor: int | None = None  # batches that each process makes ahead
+    sharding: Literal["none", "zero", "zero3", "fsdp"] = "none"  # of the parameters; ``zero`` is below ZeRO-3
+    release: Callable[[], None] = lambda: None  # frees parameters that a scoring pass left gathered
+    parallel: Mapping[str, int] = field(default_factory=dict)  # sizes of other parallelism than over data, by name
+    devices: int = 1  # devices that this process trains on
+    writes: bool | None = None  # whether this rank writes checkpoints; None: rank 0 does
+    counts_over_ranks: bool = True  # whether a step's loss is divided by the tokens of all ranks, else of each rank
     averages: bool = True
-    count_items: Callable[[list[Any]], Any] | None = None
+    """Whether the loop averages gradients over ranks, as DDP does: the session then multiplies losses by the ranks."""
+    count_items: Callable[[list[Any]], Any] | None = None  # counts a step's tokens; None: labels other than -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The micro-batches of this rank for one optimizer step.
+    """The micro-batches of this rank for one optimizer step."""
 
-    Attributes:
-        index: Optimizer step, counted from 0.
-        batches: Collated micro-batches; each holds its row ids under ``loader.ROWS``.
-        num_items: Supervised tokens of the step.
-    """
-
-    index: int
-    batches: list[Any]
-    num_items: Any
+    index: int  # optimizer step, counted from 0
+    batches: list[Any]  # collated micro-batches; each holds its row ids under ``loader.ROWS``
+    num_items: Any  # supervised tokens of the step
 
 
 class Session:
@@ -169,8 +125,7 @@ class Session:
 
     def __init__(self, setup: Setup) -> None:
         config = setup.config
-        problems = list(unmet(config, RunFacts(stage=setup.stage)))
-        if problems:
+        if problems := [*unmet(config, RunFacts(stage=setup.stage))]:
             raise ConfigError(problems)
         self.setup, self.config, self.clock = setup, config, setup.clock
         built: list[Any] = [
@@ -178,6 +133,10 @@ class Session:
         ]
         self.selector, self.mixer, weighter = built
         self.weighter = None if weighter is None or weighter.neutral else weighter
+        told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
+        self._told_mixer: Mixer | None = self.mixer if told else None
+        self.weighs = self.weighter is not None or told
+        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
         self.since_log: dict[str, Any] | None = None
@@ -224,17 +183,6 @@ class Session:
 
     # -- before training ------------------------------------------------------------------------
 
-    @property
-    def weighs(self) -> bool:
-        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
-        return self.weighter is not None or self._told_mixer is not None
-
-    @property
-    def _told_mixer(self) -> Mixer | None:
-        """The mixer, if it is told what each step makes of the domains, or weighs them in the loss."""
-        mixer = self.mixer
-        return mixer if mixer is not None and (mixer.observes or isinstance(mixer, DomainWeighter)) else None
-
     def micro_batches_per_epoch(self, shape: BatchShape) -> int:
         """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
         num_rows = self.setup.rows.num_rows
@@ -256,6 +204,7 @@ class Session:
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
+        self._writes = comm.rank() == 0 if loop.writes is None else loop.writes
         self._loss = Reweighter(
             self.weighter,
             self._told_mixer,
@@ -284,7 +233,7 @@ class Session:
             mixer=self.mixer,
             clock=setup.clock,
         )
-        self._identity = Identity.of(config, space, setup.resolved, shape=shape, seed=seed)
+        self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         self.feed = PlanFeed(
             _dataset(setup, loop),
             loop.collate,
@@ -320,12 +269,12 @@ class Session:
         if folder is not None and self.config.resume_plan == "ignore":
             self.controller.decided = saved.decisions(folder)
         elif folder is not None:
-            self._take_back(folder)
+            self._load(folder)
         self._open_record(folder, step)
         self.clock.switch("train")
         return step
 
-    def _take_back(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
         self.controller.plan, state = saved.load(folder, self._identity)
         self.controller.load_state_dict(state["controller"])
         loss = self._loss
@@ -346,8 +295,7 @@ class Session:
             run = None if resumed is None else checkpoints.run_of(resumed)
             recorded = recorded_run(output_dir / checkpoints.FOLDER)
             same = resumed is not None and recorded is not None and recorded in ("", run)
-            found = (run or checkpoints.new_run(), same)
-            checkpoints.begin_run(output_dir, found[0])
+            found = (checkpoints.begin_run(output_dir, run), same)
         self._run, continues = comm.broadcast_object(found)
         if comm.rank() == 0:
             self.recorder = self.setup.recorder = RunRecorder(
@@ -465,10 +413,6 @@ class Session:
             yield
             self.save(Path(folder), step)
         self.seal_checkpoint(step)
-
-    @property
-    def _writes(self) -> bool:
-        return comm.rank() == 0 if self.loop.writes is None else self.loop.writes
 
     def begin_checkpoint(self, folder: Path) -> None:
         """Empty the folder before any rank writes into it (collective)."""
@@ -622,11 +566,9 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
 
 
 def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
-    """Refuse parallelism or ranks that plans cannot serve, and what methods require and a run does not have.
+    """Raise UnsupportedError for parallelism or ranks that plans cannot serve, and ConfigError for lacks of methods.
 
-    Raises:
-        UnsupportedError: A plan cannot be served.
-        ConfigError: A method requires more than ``facts``, and whole parameters of the loop, give.
+    A method may require more than ``facts``, and whole parameters of the loop, give.
     """
     partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
@@ -644,11 +586,7 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
 
 
 def freeze_gates(model: torch.nn.Module) -> None:
-    """Freeze the routers of a mixture-of-experts model.
-
-    Raises:
-        UnsupportedError: The model has no router.
-    """
+    """Freeze the routers of a mixture-of-experts model; UnsupportedError if it has none."""
     routers = [p for name, p in model.named_parameters() if {"gate", "router"} & set(name.split("."))]
     if not routers:
         raise UnsupportedError("freeze_gate: the model has no router (a module named 'gate' or 'router')")

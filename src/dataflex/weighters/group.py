@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 
 def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
-    """Return the weight of each domain [K], with a mean of one over the training rows.
-
-    ``rows`` is the number of training rows of each domain, at least 1 [K]; equal weights under ``power`` or ``beta`` 0.
-    """
+    """Return the weight of each domain [K], with a mean of one over the training rows; ``rows`` of each, 1 or more."""
     sizes = np.asarray(rows, dtype=np.float64)
     if strategy == "inverse_frequency":
         raw = sizes**-power

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 class _AnchoredWeighter(Weighter):
     """Compares sequences with the mean embedding of the targets' rows (the anchors), all of which count alike.
 
-    The vectors of rows in training come out of the training forward itself; those of the anchors out of a pass every
-    ``refresh_steps`` steps. A resumed run weighs with the anchors that were saved until the next pass.
+    A resumed run weighs with the anchors that were saved until the next pass.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
@@ -62,18 +61,16 @@ class Adapt(_AnchoredWeighter):
 
     A sequence's vector is the mean of the last hidden states over its tokens, weighted by position (w_t = t / sum of t)
     and divided by its norm; s_i is the mean of its cosines with the anchors' vectors, and w_i = sigmoid(s_i / tau).
-    Weights are absolute: they do not sum to anything, and the step's loss is divided by the number of tokens, so a
-    cosine of 0 halves the learning rate. ``rescale: mean1`` divides by their mean over the micro-batch of all ranks
-    instead.
+    Weights are absolute: the step's loss is divided by the number of tokens, so a cosine of 0 halves the learning rate.
+    ``rescale: mean1`` divides them by their mean over the micro-batch of all ranks.
 
     Vectors of the rows in training come out of the training forward itself (with its dropout); those of the anchors,
     which are the rows of the targets, out of a pass every ``refresh_steps`` steps. Targets that share rows with
     the benchmark that is reported make its result worthless.
 
     ``similarity: bm25`` compares words instead, once per run: s_i is the mean BM25 score over all anchors. Scores are 0
-    or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score.
-
-    The defaults are the paper's.
+    or more, so weights begin at 0.5, and ``tau`` is in units of the score. A packed row has one score. The defaults are
+    the paper's.
     """
 
     name = "adapt"

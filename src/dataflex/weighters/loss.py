@@ -61,13 +61,11 @@ def loss_weights(loss_M: torch.Tensor, valid_M: torch.Tensor, strategy: str, del
 def scheduled(step: int, r: float, knots: tuple[tuple[int, float], ...], interpolation: str) -> float:
     """Return r at ``step``: ``r`` at step 0, then through ``knots`` (step, r), constant after the last.
 
-    ``step`` keeps each value until the next knot; ``linear`` and ``exponential`` interpolate r and
-    log r between knots.
+    ``step`` keeps each value until the next knot, ``linear`` and ``exponential`` interpolate r and log r.
     """
     points = ((0, r), *knots)
-    before = [point for point in points if point[0] <= step]
+    start, value = [point for point in points if point[0] <= step][-1]
     after = [point for point in points if point[0] > step]
-    start, value = before[-1]
     if interpolation == "step" or not after:
         return value
     stop, goal = after[0]
@@ -145,22 +143,17 @@ class LossWeighter(Weighter):
         given = self.params.burn_in_steps
         return max(1000, math.ceil(0.05 * total_steps)) if given is None else given
 
-    def r_at(self, step: int) -> float:
-        """Return r at optimizer step ``step``, counted from 0, burn-in included."""
-        knots = tuple((knot.step, knot.r) for knot in self.params.r_schedule)
-        return scheduled(step, self.params.r, knots, self.params.r_interpolation)
-
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [B] of this rank's sequences; over all ranks they sum to one.
 
-        With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the
-        micro-batch's valid sequences and sum to one only when lengths are equal. The mean is taken
-        over all ranks (the authors take it on each rank), so that the number of ranks changes nothing.
+        With ``length_norm: paper_hf`` they are multiplied by tokens over the mean tokens of the micro-batch's valid
+        sequences. The mean is taken over all ranks (the authors take it on each rank).
         """
-        valid = batch.tokens_M > 0
+        p, valid = self.params, batch.tokens_M > 0
         _refuse_non_finite(batch, valid)
-        w = loss_weights(batch.loss_M, valid, self.params.strategy, self.params.delta, self.r_at(batch.step))
-        if self.params.length_norm == "paper_hf":
+        r = scheduled(batch.step, p.r, tuple((knot.step, knot.r) for knot in p.r_schedule), p.r_interpolation)
+        w = loss_weights(batch.loss_M, valid, p.strategy, p.delta, r)
+        if p.length_norm == "paper_hf":
             tokens = batch.tokens_M.float()
             w = w * tokens * valid.sum() / tokens.sum().clamp(min=1.0)
         return w[batch.local]
@@ -172,11 +165,8 @@ def _refuse_non_finite(batch: BatchView, valid_M: torch.Tensor) -> None:
     bad = valid_M & ~batch.loss_M.isfinite()
     if not bool(bad.any()):
         return
-    mine = bad[batch.local].nonzero().flatten().tolist()
-    if mine:
-        which = "rows " + ", ".join(str(int(batch.rows_B[i])) for i in mine[:8])
-    else:
-        which = f"{int(bad.sum())} sequences of other ranks"
+    mine = batch.rows_B[bad[batch.local].numpy()].tolist()
+    which = f"rows {', '.join(map(str, mine[:8]))}" if mine else f"{int(bad.sum())} sequences of other ranks"
     raise ComponentError(
         f"loss weighter: the loss of {which} at step {batch.step} is not finite. "
         "The model has diverged or these rows are broken; lower the learning rate or look at the rows."

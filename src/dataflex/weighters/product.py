@@ -25,7 +25,6 @@ from dataflex.method import (
     Card,
     Context,
     Normalizer,
-    Params,
     Problem,
     Requires,
     Rows,
@@ -42,7 +41,6 @@ from dataflex.sequences import Sequences
 if TYPE_CHECKING:
     import torch
 
-_NO_FACTORS = ("none", "product")
 _PRECEDENCE: tuple[Normalizer, ...] = ("num_sequences", "num_tokens", "weight_sum")
 
 
@@ -54,43 +52,16 @@ class Factor(Part):
 
     @classmethod
     def known(cls) -> list[str]:
-        return [name for name in names("weighter") if name not in _NO_FACTORS]
+        return [name for name in names("weighter") if name not in ("none", "product")]
 
     @classmethod
-    def listed(cls, name: str) -> type[Params]:
+    def listed(cls, name: str) -> type[BaseParams]:
         return find("weighter", name).Params
 
     def build(self) -> Weighter:
         method = find("weighter", self.name)(self.params)
         assert isinstance(method, Weighter)
         return method
-
-
-def combination_problems(factors: list[Weighter]) -> list[str]:
-    """Return why these weighters cannot be multiplied."""
-    if len(factors) < 2:
-        return ["of: takes at least two weighters; write a single one without 'product'"]
-    problems = []
-    by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
-    by_token = [each.name for each in factors if each.by_token]
-    if by_sequences and by_token:
-        problems.append(
-            f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of tokens "
-            f"that {by_token[0]} gives"
-        )
-    needs = [(each.name, each.requires()) for each in factors]
-    references = {each.reference.folder: name for name, each in needs if each.reference is not None}
-    if len(references) > 1:
-        problems.append(
-            f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
-        )
-    specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
-    for name, spec in specs[1:]:
-        if spec != specs[0][1]:
-            problems.append(
-                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
-            )
-    return problems
 
 
 class Product(Weighter):
@@ -108,7 +79,28 @@ class Product(Weighter):
         of: tuple[Factor, ...] = param(help="the weighters, by name or as mappings with their parameters")
 
         def __post_init__(self) -> None:
-            problems = combination_problems([factor.build() for factor in self.of])
+            if len(self.of) < 2:
+                raise ConfigError("of: takes at least two weighters; write a single one without 'product'")
+            factors, problems = [factor.build() for factor in self.of], []
+            by_sequences = [each.name for each in factors if each.normalizer == "num_sequences"]
+            by_token = [each.name for each in factors if each.by_token]
+            if by_sequences and by_token:
+                problems.append(
+                    f"of: {by_sequences[0]} divides the loss by sequences, which leaves no place for the weights of "
+                    f"tokens that {by_token[0]} gives"
+                )
+            needs = [(each.name, each.requires()) for each in factors]
+            references = {each.reference.folder: name for name, each in needs if each.reference is not None}
+            if len(references) > 1:
+                problems.append(
+                    f"of: one run has one reference model, but {' and '.join(references.values())} name different ones"
+                )
+            specs = [(name, each.embedding) for name, each in needs if each.embedding is not None]
+            problems += [
+                f"of: {specs[0][0]} and {name} embed sequences differently; give both the same layer and pooling"
+                for name, spec in specs[1:]
+                if spec != specs[0][1]
+            ]
             if problems:
                 raise ConfigError(problems)
 

@@ -1,4 +1,4 @@
-"""Stand-ins for what a run provides: signals, a context, a micro-batch."""
+"""For authors of methods: stand-ins for what a run provides. Nothing here is used while training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,9 @@ from dataflex.rng import rademacher, uniforms
 from dataflex.signals import kinds
 from dataflex.signals.kinds import Signal
 from dataflex.signals.specs import Generation, GenerationSpec, Part, WeightedResponse
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -367,3 +370,32 @@ def global_random_state_untouched() -> Iterator[None]:
     for stream, was, now in zip(("Python's", "numpy's", "torch's"), before, snapshot(), strict=True):
         if was is not None and was != now:
             raise AssertionError(f"{stream} global random state was moved; draw from ctx.rng(name) instead")
+
+
+def oracle_row_gradients(
+    loss: Callable[[dict[str, Any]], torch.Tensor],
+    batch: Mapping[str, Any],
+    row: int,
+    parameters: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the gradient of one row's loss by autograd, fp32; zeros for parameters that it does not use.
+
+    ``loss`` gives the losses of the rows of a collated batch [b]; ``parameters`` must require gradients. Use it in eval
+    mode, on a model whose parameters are whole; ``.grad`` is not touched.
+    """
+    import torch
+
+    rows = len(batch["input_ids"])
+    one = {
+        key: value[row : row + 1] if torch.is_tensor(value) and value.dim() and len(value) == rows else value
+        for key, value in batch.items()
+    }
+    with torch.enable_grad():
+        total = loss(one).sum()
+    gradients: tuple[torch.Tensor | None, ...] = (None,) * len(parameters)
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros(parameter.shape) if gradient is None else gradient.float()
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
