@@ -32,7 +32,9 @@ import numpy as np
 import torch
 
 from dataflex.select.choose import top_k
-from dataflex.signals.gradients import GradientEngine, TargetBuilder, moments_of
+from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.precondition import moments_of
+from dataflex.signals.gradients.targets import TargetBuilder
 from dataflex.signals.kinds import Embedding, GradientScores, GradientSpec, TokenLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess

@@ -41,7 +41,7 @@ class Planted:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from dataflex.signals.gradients import GradientEngine
+        from dataflex.signals.gradients.engine import GradientEngine
         from dataflex.signals.logits import TokenScorer
 
         self.torch = torch
@@ -88,7 +88,9 @@ class Planted:
 
     def influences(self, momentum: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return inner products of all rows' steps with the target's mean unit gradient, and the steps' norms."""
-        from dataflex.signals.gradients import PRESETS, Dots, TargetBuilder, moments_of, preconditioner
+        from dataflex.signals.gradients.consumers import Dots
+        from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
+        from dataflex.signals.gradients.targets import TargetBuilder
         from dataflex.signals.sweep import bucketed
 
         torch = self.torch

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dataflex.commands.methods import example, requirements
+from dataflex.commands.methods import default_of, example, meaning, requirements
 from dataflex.config.load import load_mapping
-from dataflex.config.mappings import as_yaml, describe, field_hints, key_of, plain, shown
+from dataflex.config.mappings import as_yaml, describe, field_hints, key_of
 from dataflex.config.split import split
 from dataflex.method import STAGES, Method
 from dataflex.registry import KINDS, find, names
@@ -123,7 +123,7 @@ def _decides(cls: type[Method]) -> str:
 def _parameters(cls: type[Method]) -> list[str]:
     hints = field_hints(cls.Params)
     rows = [
-        (f"`{key_of(field)}`", describe(hints[field.name]), _default(field), _meaning(field.metadata))
+        (f"`{key_of(field)}`", describe(hints[field.name]), _default(field), meaning(field))
         for field in dataclasses.fields(cls.Params)
     ]
     if requirements(cls).targets:
@@ -132,17 +132,8 @@ def _parameters(cls: type[Method]) -> list[str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f"`{shown(plain(field.default))}`".replace("'", "")
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{shown(plain(field.default_factory()))}`"
-    return "required"
-
-
-def _meaning(metadata: Mapping[str, Any]) -> str:
-    words = {"minimum": "at least", "above": "above", "maximum": "at most"}
-    limits = [f"{word} {metadata[key]:g}" for key, word in words.items() if key in metadata]
-    return str(metadata["help"]) + (f" ({', '.join(limits)})" if limits else "")
+    default = default_of(field)
+    return f"`{default}`".replace("'", "") if default else "required"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

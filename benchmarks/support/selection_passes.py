@@ -19,7 +19,7 @@ class Bench:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from dataflex.signals.embeddings import embed_batch
-        from dataflex.signals.gradients import GradientEngine
+        from dataflex.signals.gradients.engine import GradientEngine
         from dataflex.signals.kinds import Embedding
         from dataflex.signals.logits import TokenScorer
         from dataflex.signals.losses import row_losses
@@ -55,7 +55,9 @@ class Bench:
 
     def prepare(self) -> None:
         """Make the 8 target vectors and take the optimizer's moments."""
-        from dataflex.signals.gradients import PRESETS, Dots, Sketch, TargetBuilder, moments_of, preconditioner
+        from dataflex.signals.gradients.consumers import Dots, Sketch
+        from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
+        from dataflex.signals.gradients.targets import TargetBuilder
 
         torch = self.torch
         moments = moments_of(self.optimizer, self.engine.parameters)
@@ -110,13 +112,13 @@ class Bench:
         return self.engine.run(batch, [self.sketch], precondition=self.direction)["sketch"]
 
     def norms(self, batch: Any) -> Any:
-        from dataflex.signals.gradients import Norms
+        from dataflex.signals.gradients.consumers import Norms
 
         return self.engine.run(batch, [Norms()])["norms"]
 
     def loop(self, batch: Any) -> Any:
         """One row at a time, without padding: gradients by autograd, Adam, dot products."""
-        from dataflex.signals.gradients import Segment
+        from dataflex.signals.gradients.consumers import Segment
         from dataflex.testing import oracle_row_gradients
 
         scores = []
@@ -133,7 +135,7 @@ class Bench:
 
     def dense(self, batch: Any) -> Any:
         """Project the preconditioned gradients by a +-1 matrix to 4096 numbers, made anew in blocks."""
-        from dataflex.signals.gradients import Consumer
+        from dataflex.signals.gradients.consumers import Consumer
 
         torch = self.torch
 

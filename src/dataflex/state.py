@@ -7,7 +7,6 @@ A file is written under another name and renamed, so that a kill leaves the old 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import platform
@@ -54,15 +53,13 @@ def is_left(name: str) -> bool:
         return False
     try:
         os.kill(int(owned[2]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a name is one that we give to an unfinished file or folder, of whichever process."""
+    """Whether a name is that of an unfinished file or folder of any process."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
@@ -231,22 +228,6 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; DataError where the operating system refuses."""
+    """Write a JSON file as a whole; DataError where the operating system refuses."""
     with replacing(path) as file:
         file.write(json.dumps(body, indent=1).encode() + b"\n")
-
-
-MANIFEST = "manifest.json"
-
-
-def seal_directory(folder: Path) -> None:
-    """Write a manifest with size and hash of every file in a folder, and bring all of it to the disk."""
-    entries = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": digest}
-    text = json.dumps({"format": _FORMAT, "files": entries}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for path in (*folder.rglob("*"), folder):
-        fsync(path)

@@ -272,7 +272,8 @@ def test_passes_in_time(plan: Plan, project: Path) -> None:
 
     record()
     assert section(plan(max_steps=40, dynamic=block), "Cost")[-1] == (
-        "  time                 about 5 min: training 3 min, methods 100 s (5 s a step in the record of the run before)"
+        "  time                 about 5 min 00 s: training 3 min 20 s, methods 1 min 40 s (5 s a step in the record of "
+        "the run before)"
     )
     record(global_batch=4)  # steps of another size say nothing
     assert "a step in the record" not in plan(max_steps=40, dynamic=block)

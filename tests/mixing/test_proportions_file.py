@@ -56,7 +56,7 @@ def test_provenance_holds_digests_of_files(tmp_path):
 
 
 def test_what_are_no_proportions_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"sum to 1\.1"):
+    with pytest.raises(AssertionError, match=r"sum to 1\.1"):
         write(tmp_path / "m.json", shares=(0.7, 0.4))
     assert list(tmp_path.iterdir()) == []
 

@@ -190,7 +190,7 @@ def test_retry_after_is_honoured(server, form):
     assert 0.4 <= waited < 3.0
     server.script = refusal(429, "quota used up", Retry_After="7200")
     server.requests.clear()
-    with pytest.raises(JudgeError, match=r"asks to wait 7200 s, longer than 3 s: .*quota used up"):
+    with pytest.raises(JudgeError, match=r"quota used up.*asks to wait 7200 s, longer than 3 s"):
         judge(server).complete(["q"])
     assert len(server.requests) == 1
     server.script = first_then(refusal(429, Retry_After="soon"))  # not a time: the usual wait
@@ -244,7 +244,7 @@ def test_a_refused_key_is_named_but_not_shown(server, status, monkeypatch, caplo
         (lambda number, body: (200, {}, b"{}"), "without a text .*KeyError"),
         (lambda number, body: (200, {}, b"[1]"), "without a text .*TypeError"),
         (lambda number, body: (200, {}, b'{"choices": []}'), "without a text .*IndexError"),
-        (lambda number, body: (200, {}, b'{"choices": [{"message": {"content": null}}]}'), "without a text: .*null"),
+        (lambda number, body: (200, {}, b'{"choices": [{"message": {"content": null}}]}'), "without a text .*null"),
         (lambda number, body: (200, {}, b'{"choices": [{"text": "hm"}]}'), "without a text .*'message'"),
     ],
 )

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.rng import stream
-from dataflex.signals.gradients import adam_direction
-from dataflex.signals.gradients.precondition import adam_scaled
+from dataflex.signals.gradients.precondition import PRESETS, Precondition, adam_direction
 from dataflex.signals.kinds import GradientSpec, LogitFeatures
 from dataflex.signals.logits import LogitScorer, LogitSketch, nuclear_norm
 from dataflex.signals.model_access import Corpus
@@ -183,12 +182,13 @@ def test_batches_change_nothing():
 def test_adam_scaled_is_the_published_factor():
     """lr-free: (1 - b1) sqrt(1 - b2^t) / (1 - b1^t) g / (sqrt(v) + eps), linear in g."""
     g, v = torch.tensor([[1.0, -2.0]]), torch.tensor([4.0, 0.25])
-    found = adam_scaled(g, v, step=3, betas=(0.9, 0.999), eps=1e-8)
+    spec = PRESETS["adam_scale"]
+    found = adam_direction(g, torch.ones(2), v, spec, step=3)
     factor = 0.1 * math.sqrt(1 - 0.999**4) / (1 - 0.9**4)
     torch.testing.assert_close(found, torch.tensor([[factor * 0.5, -factor * 4.0]]))
-    torch.testing.assert_close(adam_scaled(3 * g, v, step=3, betas=(0.9, 0.999), eps=1e-8), 3 * found)
+    torch.testing.assert_close(adam_direction(3 * g, torch.ones(2), v, spec, step=3), 3 * found)
     # A row whose own square does not matter gets the same from Adam itself.
-    with_own = adam_direction(1e-3 * g, torch.zeros(2), v, step=3, include_momentum=False)
+    with_own = adam_direction(1e-3 * g, torch.zeros(2), v, Precondition(include_momentum=False), step=3)
     torch.testing.assert_close(with_own, 1e-3 * found, rtol=1e-3, atol=0)
 
 

@@ -46,37 +46,34 @@ def methods(name: str | None = None) -> str:
     known = [(kind, each) for kind in KINDS for each in names(kind)]
     if name is None:
         return "\n".join(_table(known))
-    if name.removesuffix("s").removesuffix("/") in KINDS:
-        return "\n".join(_table([each for each in known if each[0] == name.removesuffix("s").removesuffix("/")]))
-    kind, slash, rest = name.partition("/")
-    if slash and kind not in KINDS:
+    if (only := name.removesuffix("s").removesuffix("/")) in KINDS:
+        return "\n".join(_table([each for each in known if each[0] == only]))
+    kind, wanted = name.split("/", 1) if "/" in name else (None, name)
+    if kind is not None and kind not in KINDS:
         raise ConfigError(f"methods: {kind!r} is not a kind{did_you_mean(kind, KINDS)} (kinds: {', '.join(KINDS)})")
-    found = [(k, n) for k, n in known if n == (rest if slash else name) and (not slash or k == kind)]
+    among = [each for each in known if kind in (None, each[0])]
+    found = [each for each in among if each[1] == wanted]
     if not found:
-        spellings = [n for k, n in known if not slash or k == kind] + ([] if slash else list(KINDS))
-        wanted = rest if slash else name
+        spellings = [each for _, each in among] + (list(KINDS) if kind is None else [])
         listed = ", ".join(dict.fromkeys(spellings))
         raise ConfigError(f"methods: there is no {wanted!r}{did_you_mean(wanted, spellings)} (known: {listed})")
-    return "\n\n".join("\n".join(_page(_loaded(k, n))) for k, n in found)
-
-
-def _loaded(kind: str, name: str) -> type[Method]:
     problems: list[str] = []
-    cls = method_class(kind, name, f"{kind}/{name}", problems)
-    if cls is None:
+    classes = [method_class(*each, "/".join(each), problems) for each in found]
+    if problems:
         raise ConfigError(problems)
-    return cls
+    return "\n\n".join("\n".join(_page(cls)) for cls in classes if cls is not None)
 
 
 def _table(known: list[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     broken: list[str] = []
     for kind in dict.fromkeys(kind for kind, _ in known):
-        rows = []
-        for name in (n for k, n in known if k == kind):
-            cls = method_class(kind, name, f"{kind}/{name}", broken)
-            if cls is not None:
-                rows.append([name, cls.card.summary, _needs(cls, requirements(cls)) or "-", cls.card.cost])
+        classes = [method_class(kind, name, f"{kind}/{name}", broken) for k, name in known if k == kind]
+        rows = [
+            [cls.name, cls.card.summary, _needs(cls, requirements(cls)) or "-", cls.card.cost]
+            for cls in classes
+            if cls is not None
+        ]
         lines += [*([""] if lines else []), f"{kind}s", *columns([["name", "what it does", "needs", "cost"], *rows])]
     lines += ["", "F, B: forward and backward passes. 'dataflex methods NAME' tells more about one."]
     return lines + [f"not available: {problem}" for problem in broken]
@@ -103,56 +100,42 @@ def _needs(cls: type[Method], needs: Requires) -> str:
 
 def _page(cls: type[Method]) -> list[str]:
     needs = requirements(cls)
-    lines = [f"{cls.kind}/{cls.name}", *textwrap.wrap(cls.card.summary, _WIDTH, initial_indent="  ")]
-    lines += rows_of(
-        [
-            ("paper", cls.card.paper),
-            ("cost", cls.card.cost),
-            ("needs", _needs(cls, needs) or "nothing"),
-            ("decides", "anew in every interval (interval_steps)" if needs.needs_interval else _decides(cls.kind)),
-        ],
-        width=10,
-    )
-    if cls.card.note:
-        lines += rows_of([("note", cls.card.note)], width=10)
-    lines += ["", "  parameters", *_parameters(cls)]
-    return [*lines, "", "  example", *as_yaml(example(cls), indent=4).splitlines()]
-
-
-def _decides(kind: str) -> str:
-    return "in every step" if kind == "weighter" else "alike in every interval; interval_steps is not needed"
-
-
-def _parameters(cls: type[Method]) -> list[str]:
+    decides = "in every step" if cls.kind == "weighter" else "alike in every interval; interval_steps is not needed"
+    facts = [
+        ("paper", cls.card.paper),
+        ("cost", cls.card.cost),
+        ("needs", _needs(cls, needs) or "nothing"),
+        ("decides", "anew in every interval (interval_steps)" if needs.needs_interval else decides),
+        *([("note", cls.card.note)] if cls.card.note else []),
+    ]
     hints = field_hints(cls.Params)
-    rows = []
-    for field in dataclasses.fields(cls.Params):
-        takes = describe(hints[field.name])
-        limits = _limits(field.metadata)
-        told = str(field.metadata.get("help", ""))
-        rows.append([key_of(field), takes, _default(field), f"{told} ({limits})" if limits else told])
-    if requirements(cls).targets:
-        rows.insert(0, ["targets", "a list of texts", "required", "data sets of dataset_info.json to select towards"])
-    return columns(rows, indent=4) or ["    none"]
+    rows = [["targets", "a list of texts", "required", "data sets of dataset_info.json to select towards"]]
+    rows = rows if needs.targets else []
+    rows += [
+        [key_of(field), describe(hints[field.name]), default_of(field) or "required", meaning(field)]
+        for field in dataclasses.fields(cls.Params)
+    ]
+    return [
+        f"{cls.kind}/{cls.name}",
+        *textwrap.wrap(cls.card.summary, _WIDTH, initial_indent="  "),
+        *rows_of(facts, width=10),
+        *("", "  parameters", *(columns(rows, indent=4) or ["    none"])),
+        *("", "  example", *as_yaml(example(cls), indent=4).splitlines()),
+    ]
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """Return a parameter's default as it is written in a configuration; empty where it has none."""
     if field.default is not dataclasses.MISSING:
         return shown(plain(field.default))
-    if field.default_factory is not dataclasses.MISSING:
-        return shown(plain(field.default_factory()))
-    return "required"
+    return "" if field.default_factory is dataclasses.MISSING else shown(plain(field.default_factory()))
 
 
-def _limits(metadata: Any) -> str:
-    told = []
-    if "minimum" in metadata:
-        told.append(f"at least {metadata['minimum']:g}")
-    if "above" in metadata:
-        told.append(f"above {metadata['above']:g}")
-    if "maximum" in metadata:
-        told.append(f"at most {metadata['maximum']:g}")
-    return ", ".join(told)
+def meaning(field: dataclasses.Field[Any]) -> str:
+    """Return a parameter's help and its limits."""
+    words = {"minimum": "at least", "above": "above", "maximum": "at most"}
+    limits = [f"{word} {field.metadata[key]:g}" for key, word in words.items() if key in field.metadata]
+    return str(field.metadata.get("help", "")) + (f" ({', '.join(limits)})" if limits else "")
 
 
 def example(cls: type[Method]) -> dict[str, Any]:

@@ -28,11 +28,7 @@ MIX_STEPS = {
         "dataflex mix doremi run.yaml --small small.yaml --out runs/doremi",
         "doremi",
         {
-            "config": dict(
-                type=Path,
-                metavar="CONFIG",
-                help="configuration of the final run; 'mixer: {name: doremi, ...}' in it holds the proxy's parameters",
-            ),
+            "config": dict(type=Path, metavar="CONFIG", help="of the final run; its mixer (doremi) is the proxy's"),
             "--small": dict(type=Path, metavar="FILE", help="keys that differ in the reference and proxy runs"),
             "--out": dict(type=Path, metavar="DIR", help="folder of all runs (default: CONFIG's output_dir)"),
             "--reference": dict(metavar="FOLDER", help="an existing reference model for the first round"),
@@ -94,9 +90,7 @@ MIX_STEPS = {
             "folder": dict(type=Path, metavar="DIR", help="folder with a fit.json"),
             "--kl": dict(type=float, metavar="L", help="weight of staying near the natural mix (default: 0.05)"),
             "--budget": dict(type=float, metavar="R", help="what the large run uses, in the unit of the sizes"),
-            "--max-epochs": dict(
-                type=float, metavar="N", help="maximum number of epochs over any domain within --budget (4)"
-            ),
+            "--max-epochs": dict(type=float, metavar="N", help="maximum epochs over a domain within --budget (4)"),
             "--cap": dict(metavar="NAME=SHARE,...", help="largest shares of single domains"),
             "--tasks": dict(metavar="NAME[,NAME]", help="held-out sets whose mean loss is lowered (default: all)"),
             "--natural": dict(metavar="WHAT", help="sizes, for a folder without swarm.json (see 'mix swarm')"),

@@ -1,4 +1,4 @@
-"""``dataflex plan``: validates a configuration and says what the run would do and cost, before it is run."""
+"""``dataflex plan``: checks a configuration and says what the run would do and cost, before it is run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,53 +20,81 @@ from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
 from dataflex.plan.schedule import pilot_rows, wanted_rows
 from dataflex.printable import redacted
-from dataflex.record.text import rows_of
+from dataflex.record.text import duration, rows_of
 
 Lines = list[tuple[str, str]]
 
+_LF_KEYS = (
+    "model_name_or_path adapter_name_or_path stage finetuning_type dataset dataset_dir eval_dataset val_size "
+    "max_samples cutoff_len packing per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+    "learning_rate disable_shuffling seed output_dir resume_from_checkpoint"
+).split()
+"""Keys of LLaMA-Factory's that are shown, with its defaults."""
 
-def schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
+
+def plan(config: Path, overrides: Sequence[str] = ()) -> str:
+    """Return the resolved configuration, the schedule and the cost of a run.
+
+    Args:
+        config: A YAML or JSON file.
+        overrides: ``key=value`` texts.
+
+    Raises:
+        ConfigError: All problems of the configuration.
+    """
+    base_dir = config.absolute().parent
+    parts = resolve(load_mapping(config, overrides), base_dir, check_stock=True)
+    lines = [f"note: {note}" for note in parts.notes]
+    lines += ["", "Configuration"] if lines else ["Configuration"]
+    lines += [f"  {line}" for line in _configuration(parts).splitlines()]
+    if parts.dynamic is None:
+        lines += ["", "No method is named, so this is a stock LLaMA-Factory run."]
+        if not parts.lf.do_train:
+            return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
+    sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
+    dynamic = parts.dynamic or DynamicConfig()
+    targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
+    view = forecast(dynamic, parts.lf, sources, targets)
+    lines += ["", "Schedule", *rows_of(_schedule_lines(view, parts.lf))]
+    cost_lines = _cost_lines(view, _seconds_per_step(parts.lf.output_dir, view))
+    lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines)]
+    return "\n".join(lines)
+
+
+def _configuration(parts: Split) -> str:
+    lf = {key: getattr(parts.lf, key) for key in _LF_KEYS}
+    del lf["num_train_epochs" if parts.lf.max_steps > 0 else "max_steps"]
+    ours = {} if parts.dynamic is None else {"dynamic": as_mapping(parts.dynamic)}
+    return as_yaml(redacted({**{key: value for key, value in lf.items() if value is not None}, **ours}))
+
+
+def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
     """Return label and text of what is served when."""
-    batch = view.batch
+    batch, epochs = view.batch, f"{lf.num_train_epochs:g} epochs"
     processes = f"{batch.world} process" if batch.world == 1 else f"{batch.world} processes"
     if env_enabled("FORCE_TORCHRUN") and "NPROC_PER_NODE" not in os.environ:
         processes += ", as NPROC_PER_NODE is not set"
+    listed = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in view.counts.items())
+    if view.packs:
+        rows = f"known after packing (samples: {listed})"
+    elif view.rows is None:
+        rows = f"known after loading ({listed})"
+    else:
+        held = sum(count or 0 for count in view.counts.values()) - view.rows
+        rows = f"{view.rows:,} ({listed}{f'; val_size sets {held:,} aside' if lf.val_size > 1e-6 else ''})"
+    if view.steps is None:
+        steps = f"known after loading ({epochs})"
+    else:
+        steps = f"{view.steps:,} ({'max_steps' if lf.max_steps > 0 else f'{epochs} over {view.rows:,} rows'})"
     parts = f"{batch.per_device} per device x {batch.accumulation} accumulated x {processes}"
-    lines = [
-        ("global batch", f"{batch.size:,} sequences ({parts})"),
-        ("rows", _rows(view, lf)),
-        ("steps", _steps(view, lf)),
-    ]
+    lines = [("global batch", f"{batch.size:,} sequences ({parts})"), ("rows", rows), ("steps", steps)]
     if not view.dynamic.methods or view.schedule is None:
         return lines
     return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
 
 
-def _rows(view: Forecast, lf: LlamaFactoryArgs) -> str:
-    listed = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in view.counts.items())
-    if view.packs:
-        return f"known after packing (samples: {listed})"
-    if view.rows is None:
-        return f"known after loading ({listed})"
-    held = f"; val_size sets {sum(c or 0 for c in view.counts.values()) - view.rows:,} aside" if _holds(lf) else ""
-    return f"{view.rows:,} ({listed}{held})"
-
-
-def _holds(lf: LlamaFactoryArgs) -> bool:
-    return lf.val_size > 1e-6
-
-
-def _steps(view: Forecast, lf: LlamaFactoryArgs) -> str:
-    epochs = lf.num_train_epochs
-    if view.steps is None:
-        return f"known after loading ({epochs:g} epochs)"
-    if lf.max_steps > 0:
-        return f"{view.steps:,} (max_steps)"
-    return f"{view.steps:,} ({epochs:g} epochs over {view.rows:,} rows)"
-
-
 def _interval_lines(view: Forecast) -> Lines:
-    dynamic, size, first = view.dynamic, view.batch.size, view.first_decision
+    dynamic, first = view.dynamic, view.first_decision
     lines: Lines = []
     if dynamic.warmup_steps:
         what = "rows drawn uniformly" if dynamic.mixer is None else "at the mixer's proportions of step 0"
@@ -77,16 +104,16 @@ def _interval_lines(view: Forecast) -> Lines:
     if dynamic.cycle_steps is not None:
         lines.append(("cycle", f"warm-up and intervals start again every {dynamic.cycle_steps:,} steps"))
     if first is None:
-        return [*lines, ("intervals", "none: the run ends with the warm-up, and no method ever decides")]
-    if dynamic.interval_steps is None:
-        if dynamic.selector is not None or dynamic.mixer is not None:
-            lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
-        return lines
-    assert view.steps is not None
-    rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
-    last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
-    told = f"{view.num_decisions:,} of {first.steps:,} steps, {first.steps * size:,} sequences each{last}"
-    return [*lines, ("intervals", told)]
+        lines.append(("intervals", "none: the run ends with the warm-up, and no method ever decides"))
+    elif dynamic.interval_steps is not None:
+        assert view.steps is not None
+        rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
+        last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
+        each = f"{first.steps:,} steps, {first.steps * view.batch.size:,} sequences each"
+        lines.append(("intervals", f"{view.num_decisions:,} of {each}{last}"))
+    elif dynamic.selector is not None or dynamic.mixer is not None:
+        lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
+    return lines
 
 
 def _pool_lines(view: Forecast) -> Lines:
@@ -113,8 +140,7 @@ def _pool_lines(view: Forecast) -> Lines:
         told += f": each {sequences / kept:.3g} times"
     lines.append(("kept", told))
     if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
-        steps = sum(each.steps for each in view.decided())
-        again = steps * view.batch.size / kept
+        again = sum(each.steps for each in view.decided()) * view.batch.size / kept
         lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
     return lines
 
@@ -122,12 +148,11 @@ def _pool_lines(view: Forecast) -> Lines:
 def _epoch_lines(view: Forecast) -> Lines:
     """Return how often each domain is seen, where the mixture is known before training."""
     assert view.steps is not None
-    dynamic, label = view.dynamic, "epochs per domain"
+    dynamic, label, wanted = view.dynamic, "epochs per domain", view.steps * view.batch.size
     if dynamic.mixer is None:
-        if view.rows is None:
-            return []
         narrowed = ", but the selector decides which rows" if dynamic.selector is not None else ""
-        return [("epochs", f"{view.steps * view.batch.size / view.rows:.3g} over all rows on average{narrowed}")]
+        told = f"{wanted / view.rows:.3g} over all rows on average{narrowed}" if view.rows is not None else ""
+        return [("epochs", told)] if told else []
     if view.domains is None:
         return [(label, "known after loading")]
     if dynamic.unit == "tokens":
@@ -137,7 +162,6 @@ def _epoch_lines(view: Forecast) -> Lines:
     except UnsupportedError as error:
         return [(label, f"known during training ({dynamic.mixer.name}: {error})")]
     lines: Lines = []
-    wanted = view.steps * view.batch.size
     for name, sequences, rows, cap in zip(view.domains.names, served, view.domains.num_rows, view.caps(), strict=True):
         epochs = float(sequences) / int(rows)
         over = ", at its cap" if epochs >= cap - 1e-9 else ""
@@ -158,16 +182,11 @@ _PILOT_TARGET_PASSES = 2.0  # unit gradients of targets take a pass for the norm
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Passes of one kind, over the whole run.
-
-    Attributes:
-        text: What is printed.
-        forward: Forward passes of single sequences, of whatever model; None where not known.
-        backward: Backward passes.
-    """
+    """Forward and backward passes of single sequences over the whole run, and the text that tells them."""
 
     text: str
-    forward: float | None
+    forward: float | None = None
+    """None where it is not known."""
     backward: float = 0.0
 
     @property
@@ -176,17 +195,23 @@ class Cost:
         return None if self.forward is None else self.forward + _BACKWARD_IN_FORWARDS * self.backward
 
 
+def _passes(forward: float, backward: float, form: str = "g") -> str:
+    return " + ".join(f"{count:{form}} {unit}" for count, unit in ((forward, "F"), (backward, "B")) if count)
+
+
+def _cost(rows: float, each: tuple[float, float], why: str, bound: str = "") -> Cost:
+    """Return the cost of so many forward and backward passes of each row."""
+    forward, backward = rows * each[0], rows * each[1]
+    text = f"{bound}{_passes(forward, backward, ',.0f')}{f' ({why})' if why else ''}"
+    return Cost(text=text, forward=forward, backward=backward)
+
+
 def costs(view: Forecast) -> dict[str, list[Cost]]:
     """Return the passes of training, of screening, and of each method, by label."""
-    if view.sequences is None:
-        found = {"training": [Cost(text="known after loading", forward=None)]}
-    else:
-        sequences = view.sequences
-        training = Cost(text=f"{sequences:,} F + {sequences:,} B", forward=sequences, backward=sequences)
-        found = {"training": [training]}
+    known = view.sequences is not None
+    training = _cost(view.sequences or 0, (1, 1), "") if known else Cost(text="known after loading")
     screening = _screening(view)
-    if screening is not None:
-        found["screening"] = [screening]
+    found = {"training": [training], **({} if screening is None else {"screening": [screening]})}
     for method in view.dynamic.methods:
         parts = (_pool, _once, _targets, _served, _reference)
         told = [cost for part in parts if (cost := part(method, view)) is not None]
@@ -194,122 +219,107 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     return found
 
 
-def cost_lines(view: Forecast, step_seconds: float | None = None) -> Lines:
-    """Return label and text of all passes, the methods' share, and what that is in time.
-
-    Args:
-        view: The run.
-        step_seconds: Seconds of one optimizer step of the training itself, where they are known.
-    """
+def _cost_lines(view: Forecast, step_seconds: float | None) -> Lines:
+    """Return label and text of all passes, the methods' share, and the time, where a step's seconds are known."""
     found = costs(view)
     lines: Lines = [(label, "; ".join(cost.text for cost in each)) for label, each in found.items()]
     if not view.dynamic.methods:
         return lines
-    total = _added(found["training"])
-    extra = _added(cost for label, each in found.items() if label != "training" for cost in each)
-    aside = "; passes over targets not counted" if any(map(_leaves_targets_out, view.dynamic.methods)) else ""
+    total = found["training"][0].in_forwards
+    beside = [cost.in_forwards for label, each in found.items() if label != "training" for cost in each]
+    extra = None if None in beside else sum(passes or 0.0 for passes in beside)
     if total and extra is not None:
+        aside = "; passes over targets not counted" if any(map(_leaves_targets_out, view.dynamic.methods)) else ""
         share = f"{extra / (extra + total):.1%} of all passes, a B counted as two F{aside}"
         lines.append(("share of methods", share))
         if extra:
             lines.append(("beside training", f"{extra / total:.2g} x the passes of the training itself"))
     if step_seconds is not None and view.steps is not None:
         seconds = view.steps * step_seconds
-        told = f"training {_duration(seconds)}"
+        told = f"training {duration(seconds)}"
         if total and extra:
-            told = f"{_duration(seconds * (1 + extra / total))}: {told}, methods {_duration(seconds * extra / total)}"
+            told = f"{duration(seconds * (1 + extra / total))}: {told}, methods {duration(seconds * extra / total)}"
         lines.append(("time", f"about {told} ({step_seconds:.3g} s a step in the record of the run before)"))
     return lines
 
 
-def seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
+def _seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
     """Return the seconds that a step of the training itself took in an earlier run with the same global batch."""
     from dataflex.record.digest import digest
     from dataflex.record.read import EVENTS, read_events, record_dir
 
-    if not output_dir or not Path(output_dir).is_dir():
+    if not output_dir:
         return None
     try:
         if (record_dir(output_dir) / EVENTS).stat().st_size > _MOST_RECORD_BYTES:
             return None
         run = digest(read_events(output_dir))
-        if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
-            return None
-        spent = ((run.finished or {}).get("seconds") or {}).get("train") or run.phase_seconds().get("training", 0.0)
-        return float(spent) / run.steps_done if run.steps_done and spent else None
-    except (DataError, OSError, KeyError, TypeError, ValueError):
+    except (DataError, OSError):
         return None  # a record that cannot be read is for 'dataflex report' to complain about
+    if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
+        return None
+    spent = ((run.finished or {}).get("seconds") or run.spent).get("train")
+    return float(spent) / run.steps_done if run.steps_done and spent else None
 
 
 def _screening(view: Forecast) -> Cost | None:
     """Return the passes by which a pool is screened before the selector sees it."""
-    options, pool = view.dynamic.signals, view.pool
+    options, pool, decisions = view.dynamic.signals, view.pool, view.num_decisions
     if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
+    by_embeddings = options.screen_by == "embeddings"
     if pool is None or view.steps is None:
-        each = "1 F of each row of the pool" if options.screen_by == "embeddings" else "1 F + 1 B of a twentieth of it"
-        return Cost(text=f"{each} and interval ({options.screen_by})", forward=None)
+        each = "1 F of each row of the pool" if by_embeddings else "1 F + 1 B of a twentieth of it"
+        return Cost(text=f"{each} and interval ({options.screen_by})")
     if pool.left >= pool.drawn:
         return None
-    decisions = view.num_decisions
+    rows, told = pool.drawn, "rows x 1 F of embeddings"
+    if not by_embeddings:
+        rows, told = pilot_rows(pool.drawn), "rows of a pilot x 1 F + 1 B"
+    told = f"{decisions:,} intervals x {rows:,} {told}"
     aims = _target_rows(view, view.dynamic.selector.targets if view.dynamic.selector else ())
-    if options.screen_by == "embeddings":
-        told = f"{decisions:,} intervals x {pool.drawn:,} rows x 1 F of embeddings"
-        rows, backward, over = decisions * pool.drawn, 0.0, 0.0 if _shares_embeddings(view) else 1.0
-    else:
-        rows = decisions * pilot_rows(pool.drawn)
-        told = f"{decisions:,} intervals x {pilot_rows(pool.drawn):,} rows of a pilot x 1 F + 1 B"
-        backward, over = 1.0, 0.0 if _shares_gradients(view) else _PILOT_TARGET_PASSES
-    if aims is None and over:
-        return Cost(
-            text=f"{_passes(rows, 1.0, backward)} ({told}; targets not counted)", forward=rows, backward=rows * backward
-        )
+    over = 0.0 if _shares_targets(view) else 1.0 if by_embeddings else _PILOT_TARGET_PASSES
     extra = decisions * (aims or 0) * over
-    forward, back = rows + extra, rows * backward + extra * backward
-    told += f"; {extra:,.0f} of the targets" if extra else ""
-    return Cost(text=f"{_told(forward, back)} ({told})", forward=forward, backward=back)
+    if over and aims is None:
+        told += "; targets not counted"
+    elif extra:
+        told += f"; {extra:,.0f} of the targets"
+    return _cost(decisions * rows + extra, (1.0, 0.0 if by_embeddings else 1.0), told)
 
 
-def _shares_embeddings(view: Forecast) -> bool:
-    """Whether the selector compares with the very target embeddings that screening has made in this decision."""
-    from dataflex.signals.kinds import Embedding
-
-    selector, spec = view.dynamic.selector, Embedding()
-    assert selector is not None
-    alike = all(getattr(selector.params, name, None) == getattr(spec, name) for name in ("layer", "completion_only"))
-    return selector.name == "rds_plus" and alike
-
-
-def _shares_gradients(view: Forecast) -> bool:
-    """Whether the selector compares with the very target gradients that the pilot has made in this decision."""
-    from dataflex.signals.kinds import GradientSpec
+def _shares_targets(view: Forecast) -> bool:
+    """Whether the selector compares with the very target vectors that screening has made in this decision."""
+    from dataflex.signals.kinds import Embedding, GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None
-    params, spec = selector.params, GradientSpec()
-    alike = all(getattr(params, name, None) == getattr(spec, name) for name in ("parameters", "last_blocks", "bf16"))
-    return selector.name in ("less", "icons") and alike and selector.requires.passes.targets == (2.0, 2.0)
+    params = selector.params
+
+    def alike(spec: object, *names: str) -> bool:
+        return all(getattr(params, name, None) == getattr(spec, name) for name in names)
+
+    if view.dynamic.signals.screen_by == "embeddings":
+        return selector.name == "rds_plus" and alike(Embedding(), "layer", "completion_only")
+    unit_vectors = selector.name in ("less", "icons") and selector.requires.passes.targets == (2.0, 2.0)
+    return unit_vectors and alike(GradientSpec(), "parameters", "last_blocks", "bf16")
 
 
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the pool in every interval, if there are any."""
-    forward, backward = method.requires.passes.over_pool(len(method.targets))
-    if not forward and not backward:
+    each = method.requires.passes.over_pool(len(method.targets))
+    if not any(each):
         return None
     if view.rows is None or view.schedule is None:
-        return Cost(
-            text=f"{_passes(1, forward, backward)} per row of the pool and interval ({method.cost})", forward=None
-        )
+        return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
     pool, decisions = view.pool, view.num_decisions
-    each = view.rows if pool is None else pool.left
-    rows, told = decisions * each, f"{decisions:,} intervals x {each:,} rows"
+    size = view.rows if pool is None else pool.left
+    rows, told = decisions * size, f"{decisions:,} intervals x {size:,} rows"
     if pool is not None and view.dynamic.candidate_batches is not None:
         batches = view.dynamic.candidate_batches * view.batch.size
         rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
-        told = told if rows == decisions * each else f"{rows:,} candidates in {decisions:,} intervals"
-    most = "at most " if view.dynamic.exclude_seen else ""
-    text = f"{most}{_passes(rows, forward, backward)} ({told} x {_passes(1, forward, backward)}; {method.cost})"
-    return Cost(text=text, forward=rows * forward, backward=rows * backward)
+        told = told if rows == decisions * size else f"{rows:,} candidates in {decisions:,} intervals"
+    bound = "at most " if view.dynamic.exclude_seen else ""
+    return _cost(rows, each, f"{told} x {_passes(*each)}; {method.cost}", bound)
 
 
 def _once(method: MethodConfig, view: Forecast) -> Cost | None:
@@ -318,9 +328,9 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
     if not each:
         return None
     if pool is None or view.steps is None:
-        return Cost(text=f"{each:g} F of another model of each row of the pool, once", forward=None)
-    decisions, all_rows = view.num_decisions, min(pool.rows, view.num_decisions * pool.left)
-    bound, rows = "", float(all_rows)
+        return Cost(text=f"{each:g} F of another model of each row of the pool, once")
+    decisions = view.num_decisions
+    bound, rows = "", float(min(pool.rows, decisions * pool.left))
     if pool.left < pool.drawn or view.dynamic.exclude_seen:
         bound = "at most "
     elif pool.drawn < pool.rows and view.dynamic.candidate_batches is None:
@@ -330,38 +340,32 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
-    forward, backward = method.requires.passes.targets
-    rows = _target_rows(view, method.targets)
-    if rows is None or view.steps is None or not (forward or backward) or not rows:
+    each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
+    if not rows or view.steps is None or not any(each):
         return None
-    over, each = f"{view.num_decisions:,} intervals x {rows:,} target rows", _passes(1, forward, backward)
-    total = view.num_decisions * rows
-    text = f"{_passes(total, forward, backward)} ({over} x {each})"
-    return Cost(text=text, forward=total * forward, backward=total * backward)
+    told = f"{view.num_decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
+    return _cost(view.num_decisions * rows, each, told)
 
 
 def _leaves_targets_out(method: MethodConfig) -> bool:
-    return bool(method.targets) and method.requires.passes.targets == (0.0, 0.0) and method.requires.signals != _TEXTS
-
-
-_TEXTS = frozenset({"texts"})
+    needs = method.requires
+    return bool(method.targets) and needs.passes.targets == (0.0, 0.0) and needs.signals != frozenset({"texts"})
 
 
 def _target_rows(view: Forecast, names: Iterable[str]) -> int | None:
     counts = [view.targets.get(name) for name in names]
-    return None if any(count is None for count in counts) else sum(count or 0 for count in counts)
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _served(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the rows trained on beside those of the training itself, if there are any."""
-    forward, backward = method.requires.passes.served
-    if not forward and not backward:
+    each = method.requires.passes.served
+    if not any(each):
         return None
     if view.steps is None:
-        return Cost(text=f"{_passes(1, forward, backward)} per row trained on ({method.cost})", forward=None)
+        return Cost(text=f"{_passes(*each)} per row trained on ({method.cost})")
     rows = _acting(method.build(), view)
-    text = f"{_passes(rows, forward, backward)} ({rows:,} rows x {_passes(1, forward, backward)}; {method.cost})"
-    return Cost(text=text, forward=rows * forward, backward=rows * backward)
+    return _cost(rows, each, f"{rows:,} rows x {_passes(*each)}; {method.cost}")
 
 
 def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
@@ -370,29 +374,31 @@ def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
     if reference is None:
         return None
     if view.steps is None or (reference.cached and view.rows is None):
-        return Cost(text=method.cost, forward=None)
-    served = _acting(built, view)
+        return Cost(text=method.cost)
+    rows, bound = _acting(built, view), ""
     if not reference.cached:
-        return Cost(text=f"{served:,} F of the reference, in every step", forward=served)
-    assert view.rows is not None
+        return Cost(text=f"{rows:,} F of the reference, in every step", forward=rows)
+    kept = "kept on disk"
     if view.serves_all_again:
-        return Cost(text=f"{view.rows:,} F of the reference, over the whole pool, kept on disk", forward=view.rows)
-    rows, bound = _distinct(built, view, served)
-    return Cost(text=f"{bound}{rows:,} F of the reference, kept on disk", forward=rows)
+        assert view.rows is not None
+        rows, kept = view.rows, "over the whole pool, kept on disk"
+    else:
+        rows, bound = _distinct(built, view, rows)
+    return Cost(text=f"{bound}{rows:,} F of the reference, {kept}", forward=rows)
 
 
 def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
-    """Return how many different rows are served while a method acts, and how sure that is."""
+    """Return the number of different rows served while a method acts, and how sure that is."""
     assert view.rows is not None
     assert view.steps is not None
     dynamic, most = view.dynamic, min(view.rows, served)
-    if view.dynamic.narrows:
-        return most, "at most "
-    if dynamic.mixer is None:  # less than an epoch, or ``serves_all_again``
+    if dynamic.mixer is None and not dynamic.narrows:  # less than an epoch, or ``serves_all_again``
         return most, ""
     begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
-    if view.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences" or begins_late:
+    known = not dynamic.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late
+    if not known or dynamic.mixer is None or dynamic.mixer.requires.needs_interval:
         return most, "at most "
+    assert view.domains is not None
     try:
         each = view.served()
     except UnsupportedError:
@@ -402,95 +408,9 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
 
 
 def _acting(method: Method, view: Forecast) -> int:
-    """Return the sequences that are trained on while a method acts."""
+    """Return the number of sequences that are trained on while a method acts."""
     assert view.steps is not None
     assert view.sequences is not None
     if not isinstance(method, Weighter):
         return view.sequences
     return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.size, 0)
-
-
-def _added(found: Iterable[Cost]) -> float | None:
-    each = [cost.in_forwards for cost in found]
-    return None if any(passes is None for passes in each) else sum(passes or 0.0 for passes in each)
-
-
-def _passes(rows: float, forward: float, backward: float) -> str:
-    number = "{:g}" if rows == 1 else "{:,.0f}"
-    return " + ".join(f"{number.format(rows * n)} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
-
-
-def _told(forward: float, backward: float) -> str:
-    return " + ".join(f"{n:,.0f} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n)
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    hours, rest = divmod(round(minutes), 60)
-    return f"{hours} h {rest} min" if hours else f"{rest} min"
-
-
-_LF_DEFAULTS: dict[str, Any] = {
-    "model_name_or_path": None,
-    "adapter_name_or_path": None,
-    "stage": "sft",
-    "finetuning_type": "lora",
-    "dataset": None,
-    "dataset_dir": "data",
-    "eval_dataset": None,
-    "val_size": 0.0,
-    "max_samples": None,
-    "cutoff_len": 2048,
-    "packing": None,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "max_steps": -1,
-    "learning_rate": 5e-5,
-    "disable_shuffling": False,
-    "seed": 42,
-    "output_dir": None,
-    "resume_from_checkpoint": None,
-}
-
-
-def plan(config: Path, overrides: Sequence[str] = ()) -> str:
-    """Return the resolved configuration, the schedule and the cost of a run.
-
-    Args:
-        config: A YAML or JSON file.
-        overrides: ``key=value`` texts.
-
-    Raises:
-        ConfigError: All problems of the configuration.
-    """
-    base_dir = config.absolute().parent
-    parts = resolve(load_mapping(config, overrides), base_dir, check_stock=True)
-    lines = [f"note: {note}" for note in parts.notes]
-    lines += ["", "Configuration"] if lines else ["Configuration"]
-    lines += [f"  {line}" for line in _configuration(parts).splitlines()]
-    if parts.dynamic is None:
-        lines += ["", "No method is named, so this is a stock LLaMA-Factory run."]
-        if not parts.lf.do_train:
-            return "\n".join([*lines, "Nothing is trained (do_train is not on)."])
-    sources, _ = find_sources(parts.lf.train_sets, parts.lf, "dataset", base_dir)
-    dynamic = parts.dynamic or DynamicConfig()
-    targets, _ = find_sources(dynamic.targets, parts.lf, "targets", base_dir)
-    view = forecast(dynamic, parts.lf, sources, targets)
-    step_seconds = seconds_per_step(parts.lf.output_dir, view)
-    lines += ["", "Schedule", *rows_of(schedule_lines(view, parts.lf))]
-    lines += ["", "Cost (F: forward pass of one sequence, B: backward pass)", *rows_of(cost_lines(view, step_seconds))]
-    return "\n".join(lines)
-
-
-def _configuration(parts: Split) -> str:
-    lf = {key: parts.lf.get(key, default) for key, default in _LF_DEFAULTS.items()}
-    shown_keys = {key: value for key, value in lf.items() if value is not None}
-    if parts.lf.max_steps > 0:
-        del shown_keys["num_train_epochs"]
-    else:
-        del shown_keys["max_steps"]
-    ours = {} if parts.dynamic is None else {"dynamic": as_mapping(parts.dynamic)}
-    return as_yaml(redacted({**shown_keys, **ours}))

@@ -48,26 +48,16 @@ _RECORD = "doremi.json"
 _FORMAT = 1
 # What belongs to the final run alone: nothing but the mixer decides in the small runs.
 _NOT_FOR_PROXIES = (
-    "selector",
-    "weighter",
-    "keep_ratio",
-    "repeat",
-    "warmup_steps",
-    "interval_steps",
-    "min_proportion",
-    "initial_proportions",
+    "selector weighter keep_ratio repeat warmup_steps interval_steps min_proportion initial_proportions".split()
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for.
+    """What was asked for: the maximum number of rounds, and the reference of the first round.
 
-    Attributes:
-        rounds: Maximum number of rounds.
-        reference: Folder of an existing reference model for the first round.
-        reference_mix: Proportions that the reference of the first round is (or was) trained on: "size", "uniform",
-            or a proportions file.
+    ``reference`` is the folder of an existing model, or None to train one; ``reference_mix`` the proportions that it
+    is (or was) trained on: "size", "uniform", or a proportions file.
     """
 
     rounds: int = 1
@@ -98,16 +88,8 @@ class Round:
 class Doremi:
     """All runs of one ``dataflex mix doremi``, and the steps from one to the next.
 
-    Args:
-        mapping: Configuration of the final run. Its mixer, if it has one, must be ``doremi``: those are the
-            parameters of the proxy runs.
-        small: Keys that differ in the reference and proxy runs.
-        base_dir: Folder of the configuration file.
-        folder: Where everything is written.
-        settings: What was asked for.
-
-    Raises:
-        ConfigError: Anything wrong with the configurations or settings, or other runs lie there.
+    ``mapping`` is the configuration of the final run. Its mixer, if it has one, must be ``doremi`` and holds the
+    parameters of the proxy runs. ``small`` are the keys that differ in the reference and proxy runs.
     """
 
     def __init__(

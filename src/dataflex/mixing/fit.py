@@ -133,9 +133,6 @@ def fit_trees(mixtures_RK: Floats, losses_R: Floats, *, seed: int = 0) -> Any:
     """Fit boosted trees to the losses [R] of one task and return LightGBM's booster (RegMix, arXiv 2407.01492).
 
     The number of rounds comes from a cross-validation within the fitted runs.
-
-    Raises:
-        DataError: Fewer than ``LEAST_TREE_RUNS`` runs.
     """
     package = lightgbm()
     if len(mixtures_RK) < LEAST_TREE_RUNS:
@@ -195,12 +192,9 @@ def out_of_fold(
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Quality of the fit of one task, out of fold.
+    """Quality of the fit of one task, out of fold: rank correlation of predicted and measured losses, and their error.
 
-    Attributes:
-        spearman: Rank correlation of predicted and measured losses; NaN when one of them is constant.
-        error: Mean absolute difference in nats.
-        spread: Standard deviation of the measured losses, to compare the error with.
+    ``error`` is the mean absolute difference in nats, to compare with ``spread``, the losses' standard deviation.
     """
 
     spearman: float
@@ -215,17 +209,10 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One model per task.
+    """One model per task (held-out set) [T] over domains [K].
 
-    Attributes:
-        method: "log_linear", "mixing_law" or "lightgbm".
-        names: Domains [K].
-        tasks: Names of the held-out sets [T].
-        theta: Parameters of the laws [T, K + 2]; None for trees.
-        trees: Text of each task's trees; empty for laws.
-        quality: Task -> quality out of fold.
-        runs: Runs that were fitted.
-        provenance: Command, settings, versions and digests of what was read.
+    ``theta`` [T, K + 2] are the parameters of the laws, ``trees`` [T] the texts of boosted trees; the other is empty.
+    ``runs`` are those that were fitted.
     """
 
     method: Method
@@ -249,18 +236,9 @@ class Fit:
 def fit_losses(
     method: Method, mixtures: Table, losses: Table, *, folds: int, seed: int = 0, provenance: Mapping[str, Any]
 ) -> Fit:
-    """Fit one model per task to the runs of a swarm.
+    """Fit one model per task to mixtures [R, K] and held-out losses [R, T] of runs, and measure its quality.
 
-    Args:
-        method: Which model.
-        mixtures: Mixtures of the runs [R, K].
-        losses: Their held-out losses [R, T].
-        folds: Number of folds that quality is measured with; at least R means leave-one-out.
-        seed: Seed of starts, trees and folds.
-        provenance: Kept in the result.
-
-    Raises:
-        DataError: Too few runs.
+    Quality is measured with ``folds`` folds; R folds or more mean leave-one-out.
     """
     num_runs = len(mixtures.runs)
     if num_runs < LEAST_RUNS:

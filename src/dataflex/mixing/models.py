@@ -52,13 +52,7 @@ def check_matrix(loglik_NK: Floats, lengths_N: Floats) -> None:
 
 
 def objective(weights_K: Floats, loglik_NK: Floats, lengths_N: Floats) -> tuple[float, Floats]:
-    """Return MixMin's F in nats per token, and its gradient [K].
-
-    Args:
-        weights_K: Weights >= 0, sum 1 [K].
-        loglik_NK: Log-likelihood of each text under each domain's proxy [N, K], in nats.
-        lengths_N: Tokens of each text [N].
-    """
+    """Return MixMin's F in nats per token at weights [K] on the simplex, and its gradient [K]; see ``solve``."""
     top_N = loglik_NK.max(axis=1, keepdims=True)
     ratio_NK = np.exp(loglik_NK - top_N)
     mixed_N = ratio_NK @ weights_K
@@ -71,11 +65,11 @@ def objective(weights_K: Floats, loglik_NK: Floats, lengths_N: Floats) -> tuple[
 def solve(
     loglik_NK: Floats, lengths_N: Floats, *, rate: float = 1.0, most_steps: int = 100, tolerance: float = _TOLERANCE
 ) -> Solution:
-    """Minimize F by w <- w exp(-rate grad F), renormalized.
+    """Minimize MixMin's F by w <- w exp(-rate grad F), renormalized.
 
     Args:
-        loglik_NK: Log-likelihoods in nats [N, K].
-        lengths_N: Tokens of each text [N].
+        loglik_NK: Log-likelihood of each text under each domain's proxy [N, K], in nats.
+        lengths_N: Number of tokens of each text [N].
         rate: Step size.
         most_steps: Maximum number of steps.
         tolerance: Gap (in nats per token) at which to stop. By convexity F - min F <= <grad, w> - min grad.
@@ -129,11 +123,7 @@ def leverage(gram_KK: Floats, ridge: float = _RIDGE) -> Floats:
 
 
 def leverage_weights(scores_K: Floats, purpose: Purpose, names: Sequence[str]) -> Floats:
-    """Return proportions [K]: softmax((1/S) / 5) for pre-training, softmax(S / 0.2) for fine-tuning.
-
-    Raises:
-        DataError: A score is near 0, where 1/S has no meaning: that domain is the mean of all.
-    """
+    """Return proportions [K]: softmax((1/S) / 5) for pre-training, softmax(S / 0.2) for fine-tuning."""
     if purpose == "finetuning":
         return softmax(scores_K / 0.2)
     least = int(scores_K.argmin())
@@ -151,12 +141,7 @@ def leverage_weights(scores_K: Floats, purpose: Purpose, names: Sequence[str]) -
 def read_matrix(path: Path) -> tuple[tuple[str, ...], Floats, Floats]:
     """Return the domains [K], log-likelihoods [N, K] and lengths in tokens [N] of a saved matrix.
 
-    Args:
-        path: An .npz with ``names``, ``log_likelihoods``, ``lengths``; or a .csv with a column per domain and one
-            called ``length``.
-
-    Raises:
-        DataError: The file is missing, malformed, or its shapes do not fit.
+    An .npz has ``names``, ``log_likelihoods`` and ``lengths``; a .csv has a column per domain and one ``length``.
     """
     if path.suffix == ".csv":
         names, loglik, lengths = _from_csv(path)
@@ -196,11 +181,7 @@ def write_matrix(path: Path, names: Sequence[str], loglik_NK: Floats, lengths_N:
 
 
 def read_embeddings(path: Path) -> tuple[tuple[str, ...], Floats]:
-    """Return domains [K] and mean embeddings [K, E] of an .npz with an array per domain: [E], or [samples, E].
-
-    Raises:
-        DataError: The file is missing or malformed, or embeddings are not finite or of different widths.
-    """
+    """Return domains [K] and mean embeddings [K, E] of an .npz with an array per domain: [E], or [samples, E]."""
     means = {}
     for name, array in _arrays(path, ".npz").items():
         numbers = _numbers(path, array)
@@ -296,16 +277,7 @@ def log_likelihoods(
 
     Texts are cut into pieces of at most ``piece_tokens`` tokens, since with whole long texts the best proxy of each
     text gets all weight. A piece begins with the tokenizer's beginning-of-text token; without one, its first token is
-    not predicted.
-
-    Args:
-        models: Domain -> folder of the model trained on it.
-        texts: The target.
-        piece_tokens: Maximum number of tokens of a piece, at least 2.
-        batch_size: Pieces per forward pass.
-
-    Raises:
-        DataError: A model cannot be loaded, tokenizers differ, or a likelihood is not finite.
+    not predicted. ``models`` maps a domain to the folder of the model trained on it.
     """
     import torch
 
@@ -354,15 +326,6 @@ def mean_states(folder: str, texts: Sequence[str], *, most_tokens: int = 512, ba
     """Return the mean hidden state of the middle layer over each text's first tokens [N, E].
 
     The middle layer is number floor(L / 2) of L, counted from 1; texts without a token are left out.
-
-    Args:
-        folder: The model.
-        texts: Texts of one domain.
-        most_tokens: Maximum number of tokens of each text.
-        batch_size: Texts per forward pass.
-
-    Raises:
-        DataError: The model cannot be loaded, or a state is not finite.
     """
     import torch
 
@@ -405,13 +368,11 @@ def _loaded(folder: str, name: str, kind: str) -> tuple[Any, Any]:
 
 def _batches(pieces: list[list[int]], size: int, device: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ids and mask [B, T], padded on the right with 0, which the mask hides."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+    from dataflex.signals.sweep import padded
 
     for start in range(0, len(pieces), size):
-        rows = [torch.tensor(piece) for piece in pieces[start : start + size]]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        yield pad_sequence(rows, batch_first=True).to(device), mask.to(device)
+        rows = pieces[start : start + size]
+        yield padded(rows, 0).to(device), padded([[1] * len(row) for row in rows], 0).to(device)
 
 
 # ---- the steps
@@ -483,9 +444,7 @@ def chameleon_step(options: argparse.Namespace) -> str:
         inputs = [options.embeddings]
     else:
         if options.domains is None:
-            raise ConfigError(
-                "--domains: missing; name a file of texts for each domain, as in web=web.txt,code=code.txt"
-            )
+            raise ConfigError("--domains: missing; name a file of texts for each domain: web=web.txt,code=code.txt")
         if options.samples < 1 or options.tokens < 1:
             raise ConfigError("--samples and --tokens must be at least 1")
         files = {name: Path(file) for name, file in _by_domain(options.domains, "--domains").items()}

@@ -41,17 +41,7 @@ def given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
 
 
 def by_name(text: str, key: str, expected: str, *, last: bool = False) -> dict[str, str]:
-    """Return ``web=A,code=B`` as a mapping.
-
-    Args:
-        text: The value of an option.
-        key: The option, for messages.
-        expected: What an entry must be, for messages.
-        last: Whether the last ``=`` of an entry divides it; by default the first.
-
-    Raises:
-        ConfigError: An entry is not of this form, or a name is there twice.
-    """
+    """Return the value ``web=A,code=B`` of an option as a mapping; ``last``: the last ``=`` divides an entry."""
     found: dict[str, str] = {}
     for entry in text.split(","):
         name, _, value = (part.strip() for part in (entry.rpartition("=") if last else entry.partition("=")))
@@ -96,17 +86,7 @@ def write_result(
     natural: Floats | None = None,
     caps: Floats | None = None,
 ) -> list[str]:
-    """Write a proportions file and return the lines to print about it.
-
-    Args:
-        path: The file.
-        names: Domains [K].
-        shares: Their proportions [K].
-        method: The method that found them.
-        source: Their provenance.
-        details: Numbers of the method.
-        natural: Natural shares to print beside them [K].
-        caps: Largest shares that were allowed [K].
+    """Write proportions [K] of domains [K] and return the lines to print, with natural shares [K] and caps [K].
 
     Raises:
         ConfigError: There is a file that is no proportions file.

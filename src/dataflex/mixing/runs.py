@@ -43,14 +43,10 @@ def without_mixer(mapping: Mapping[str, Any], base_dir: Path) -> tuple[LlamaFact
 def configuration(
     mapping: Mapping[str, Any], output_dir: Path, name: str, block: Mapping[str, Any], plugins: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the configuration of one run, which goes on after a kill.
+    """Return the configuration of one run, without the keys that keep it from going on after a kill.
 
-    Args:
-        mapping: The user's configuration.
-        output_dir: Folder of the run.
-        name: Appended to its ``run_name``.
-        block: Its ``dynamic`` block.
-        plugins: Absolute paths of the plugins.
+    It is the user's with another ``output_dir`` and ``dynamic`` block, absolute paths of plugins in it, and ``name``
+    appended to its ``run_name``.
     """
     left_out = ("dynamic", "overwrite_output_dir", "resume_from_checkpoint")
     result = {key: value for key, value in mapping.items() if key not in left_out}
@@ -61,11 +57,7 @@ def configuration(
 
 
 def write_configurations(folder: Path, configs: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Write configurations by the path of their file, without secrets.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
+    """Write configurations, given by the path of their file, without secrets."""
     import yaml
 
     try:
@@ -106,13 +98,7 @@ def train_unfinished(what: str, config: Path, output_dir: Path, is_finished: Cal
 
 
 def finished(run_dir: Path, held_out: Sequence[str] = (), *, evaluates: bool = False) -> bool:
-    """Whether a run has finished, its last evaluation of every held-out set included.
-
-    Args:
-        run_dir: The run's output_dir.
-        held_out: Names of the held-out sets that it must have evaluated; ``eval`` is the unnamed one.
-        evaluates: Whether it must have evaluated any.
-    """
+    """Whether a run has finished, with a last evaluation of every set in ``held_out``, or of any (``evaluates``)."""
     try:
         events = read_events(run_dir)
     except DataError:
@@ -127,9 +113,6 @@ def losses_of_run(run_dir: Path) -> dict[str, float]:
 
     ``eval_<name>_token_loss``, the mean over tokens, is preferred to ``eval_<name>_loss``, the mean over
     batches. A run with one unnamed held-out set gives ``{"eval": its loss}``.
-
-    Raises:
-        DataError: The folder has no record, or the record is damaged.
     """
     found = _losses(read_events(run_dir))
     return {name: loss for name, loss in found.items() if name != _UNNAMED} or found
@@ -173,15 +156,10 @@ def _quoted(cell: str) -> str:
 
 
 def read_table(path: Path, *, shares: bool = False, skip: Collection[str] = ()) -> Table:
-    """Read a CSV file with a column ``run`` and one column of numbers per domain or task.
-
-    Args:
-        path: The file.
-        shares: Whether each row must be proportions: >= 0 and summing to 1.
-        skip: Runs whose lines are not read.
+    """Read a CSV file with a column ``run`` and one column of numbers per domain or task; not the runs in ``skip``.
 
     Raises:
-        DataError: The file is missing or malformed, or holds NaN; all such cells are told.
+        DataError: The file is missing or malformed, holds NaN, or rows are not proportions (``shares``); all at once.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

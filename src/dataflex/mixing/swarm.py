@@ -186,19 +186,10 @@ def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats
 
 @dataclass(frozen=True, kw_only=True)
 class Swarm:
-    """A swarm of runs.
+    """A swarm of runs: domains [K] with natural sizes [K], runs [R] with mixtures [R, K].
 
-    Attributes:
-        folder: The folder of the swarm.
-        names: Domains [K].
-        sizes: Their natural sizes [K].
-        unit: What sizes count: "rows", "bytes", "shares" or "given".
-        settings: How mixtures were drawn.
-        runs: Names of the runs [R].
-        mixtures: float64 [R, K].
-        held_out: Names of the held-out sets that the runs evaluate; ``eval`` is an unnamed one.
-        config_digest: Digest of the user's configuration.
-        provenance: Command, settings and versions.
+    ``unit`` is what the sizes count ("rows", "bytes", "shares" or "given"), ``held_out`` the names of the held-out
+    sets that the runs evaluate (``eval`` is an unnamed one), ``config_digest`` that of the user's configuration.
     """
 
     folder: Path
@@ -292,8 +283,7 @@ def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig,
     """Return the domains of a configuration and their sizes.
 
     ``asked`` is "rows" (that the run loads), "bytes" (of these rows, to which tokens are roughly proportional), or
-    what ``given_sizes`` reads. None stands for rows, or for bytes where proportions do not count rows of the files
-    (packed rows, ``unit: tokens``).
+    what ``given_sizes`` reads. None means rows, or bytes for packed rows and ``unit: tokens``.
     """
     names = lf.train_sets
     if asked not in (None, "rows", "bytes"):
@@ -328,18 +318,8 @@ def write_swarm(
 ) -> Swarm:
     """Draw the mixtures, check the first run's configuration, and write everything; ``swarm.json`` comes last.
 
-    A swarm that is there already is extended when it was made from the same configuration and settings; its
-    runs stay as they are.
-
-    Args:
-        mapping: The user's configuration; its mixer is replaced, everything else is kept.
-        base_dir: Folder of the configuration file.
-        folder: Where to write.
-        settings: How to draw mixtures.
-        natural: Source of the natural sizes.
-
-    Raises:
-        ConfigError: Anything wrong with the configuration or the settings, or another swarm is there.
+    Runs keep the user's configuration except its mixer. A swarm that is there already is extended when it was made
+    from the same configuration and settings; its runs stay as they are. Another one is refused.
     """
     written = mapping.get("dynamic") or {}
     for key in ("initial_proportions", "min_proportion"):

@@ -1,4 +1,4 @@
-"""What ``dataflex score`` is asked for, read and checked before anything heavy is imported."""
+"""``dataflex score``: the request, read and checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.checkpoints import broken_reason
-from dataflex.config.args import LlamaFactoryArgs, env_enabled
+from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
 from dataflex.config.build import load_plugins, method_block, method_class, takes_targets, target_list
 from dataflex.config.check import (
     data_sets,
@@ -27,7 +27,9 @@ from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import split
-from dataflex.errors import ConfigError
+from dataflex.console import show_log
+from dataflex.ending import release_groups
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
@@ -174,12 +176,12 @@ class ScoreRequest:
         lf: LLaMA-Factory's keys, those of training left out.
         config: Methods, plugins, seed, domains and signals.
         out: The file to write.
-        work: Folder for what is not finished yet, removed at the end.
+        work: Folder of unfinished passes, removed at the end.
         checkpoint: Checkpoint whose weights and optimizer state are taken, or None.
         budget: Number of rows that every method is asked for; None: all.
-        sources: The data sets, with their files where these are local.
-        entries: What ``dataset_info.json`` says about each data set.
-        notes: What is done differently from a training run, one line each.
+        sources: The data sets.
+        entries: Their entries in ``dataset_info.json``.
+        notes: Differences from a training run, one line each.
     """
 
     lf: dict[str, Any]
@@ -303,3 +305,23 @@ def _scorers(
         elif method is not None:
             built.append(method)
     return tuple(built)
+
+
+def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
+    """Score on as many ranks as the environment asks for; return what to print, or an exit code.
+
+    ``methods`` are names with commas, ``arguments`` all options as typed, the others go to ``score_request``.
+    """
+    request = score_request(methods=data_set_names(methods), **options)
+    try:
+        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
+    except ImportError as error:
+        raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
+    if wants_torchrun():
+        return with_torchrun(["score", *arguments])
+    from dataflex.offline.scoring import run_score
+
+    show_log()
+    told = run_score(request)
+    release_groups()
+    return told

@@ -1,4 +1,4 @@
-"""Which rows of a score table are chosen, and files that hold them, in the format of their sources."""
+"""``dataflex select``: rows of a score table, and files that hold them, in the format of their sources."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import numpy as np
 
 from dataflex.config.data import INFO_FILE, REMOTE_KEYS
 from dataflex.config.load import merged
-from dataflex.config.mappings import collect
+from dataflex.config.mappings import collect, plain
 from dataflex.errors import ConfigError, DataError, UnsupportedError, did_you_mean
 from dataflex.method import Rows
 from dataflex.offline.files import FileRecord, SourceRows
-from dataflex.offline.table import ScoreTable
-from dataflex.printable import file_name_problem, on_one_line
+from dataflex.offline.table import ScoreTable, read_scores
+from dataflex.printable import file_name_problem, on_one_line, redacted
 from dataflex.select.choose import Candidates, token_budget
 from dataflex.select.rules import RULES, Rule, choose
 from dataflex.state import aside, replacing
+from dataflex.version import __version__
 
 RANK = ".rank"
 
@@ -59,11 +60,7 @@ class Budget:
 
 
 def score_column(table: ScoreTable, asked: str | None) -> str:
-    """Return the column to select by: the one asked for, or that of the only method.
-
-    Raises:
-        ConfigError: No such column, or several to choose from.
-    """
+    """Return the column to select by: the one asked for, or that of the only method."""
     known, methods = list(table.columns), table.provenance["methods"]
     if asked is not None and asked not in known:
         raise ConfigError(f"--score: no column {asked!r}{did_you_mean(asked, known)} (columns: {', '.join(known)})")
@@ -74,11 +71,7 @@ def score_column(table: ScoreTable, asked: str | None) -> str:
 
 
 def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
-    """Return the rule with its parameters; with a budget of tokens, ``top_k`` becomes ``token_budget``.
-
-    Raises:
-        ConfigError: Unknown rule or parameter, or a rule that needs more than scores.
-    """
+    """Return the rule with its parameters; with a budget of tokens, ``top_k`` becomes ``token_budget``."""
     given: dict[str, Any] = merged({}, settings)
     if name == "top_k" and budget.tokens is not None:
         name = "token_budget"
@@ -108,19 +101,9 @@ def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
 
 
 def chosen_rows(table: ScoreTable, column: str, budget: Budget, rule: Rule, *, prefer: str | None, seed: int) -> Rows:
-    """Return the rows of the subset, in order of preference.
+    """Return the rows of the subset, in order of preference; rows without a value in the column are left out.
 
-    Args:
-        table: The scores.
-        column: The column to select by; rows without a value are left out.
-        budget: Size of the subset.
-        rule: How rows are chosen.
-        prefer: "high" or "low"; by default high, and low for ranks.
-        seed: Seed of rules that draw; draws are keyed by row.
-
-    Raises:
-        DataError: There are fewer rows with a score than asked for.
-        ConfigError: The rule takes turns over targets, and there are no columns by target.
+    High values are preferred, low ones of ranks; ``prefer`` ("high" or "low") says otherwise.
     """
     values = table.columns[column]
     sign = -1.0 if (prefer or ("low" if column.endswith(RANK) else "high")) == "low" else 1.0
@@ -162,15 +145,9 @@ def chosen_rows(table: ScoreTable, column: str, budget: Budget, rule: Rule, *, p
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The chosen rows of one data set.
+    """The chosen rows of one data set, in the order written: from ``source`` to the file at ``path``.
 
-    Attributes:
-        name: The data set.
-        rows: Rows of the table, in the order in which they are written.
-        tokens: Their number of tokens.
-        path: The file to write.
-        source: The rows of the data set's files.
-        entry: What ``dataset_info.json`` is to say about the file.
+    ``entry`` describes that file in ``dataset_info.json``.
     """
 
     name: str
@@ -186,16 +163,8 @@ def write_subset(
 ) -> list[Part]:
     """Write the rows, one file for each data set that has any.
 
-    The provenance is written first, the files of rows last: if these exist, everything does.
-
-    Args:
-        table: The scores.
-        rows: Chosen rows, in order of preference.
-        out: A file; or, without an ending, a folder that takes a file for each data set and can be used as
-            ``dataset_dir``.
-        order: "source" or "preference".
-        provenance: JSON values on how the rows were chosen.
-        overwrite: Whether to replace files that no earlier subset wrote.
+    ``out`` is a file; or, without an ending, a folder that takes a file for each data set and can be used as
+    ``dataset_dir``. The provenance is written first, the files of rows last: if these exist, everything does.
 
     Raises:
         ConfigError: ``out`` does not fit the format or the number of data sets, or holds other files.
@@ -291,8 +260,7 @@ def _with_earlier(
 ) -> dict[str, Any]:
     """Return what the file of entries is to hold: ``ours``, and those of other data sets that are in it.
 
-    Raises:
-        ConfigError: Files or entries that no earlier subset wrote are in the way.
+    Refuses to replace files and entries that no earlier subset wrote, unless ``overwrite``.
     """
     before = _earlier(told)
     foreign = [str(path) for path in files if os.path.lexists(path) and not _is(path, before.get(path.name))]
@@ -344,3 +312,48 @@ def _mapping(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def select(
+    scores: Path,
+    *,
+    column: str | None,
+    budget: str,
+    rule: str,
+    overrides: Sequence[str],
+    prefer: str | None,
+    order: str,
+    seed: int,
+    out: Path,
+    overwrite: bool,
+) -> str:
+    """Write the subset that the options of ``dataflex select`` describe and return what to print.
+
+    Raises:
+        ConfigError: Something asked for does not exist or does not fit.
+        DataError: The budget exceeds the rows, or the source changed.
+    """
+    table = read_scores(scores)
+    column = score_column(table, column)
+    wanted = Budget.read(budget, table.num_rows)
+    how = rule_of(rule, overrides, wanted)
+    rows = chosen_rows(table, column, wanted, how, prefer=prefer, seed=seed)
+    provenance = {
+        "scores": asdict(FileRecord.of(scores)),
+        "column": column,
+        "budget": budget,
+        "rule": {"name": how.name, **plain(how.params)},
+        "prefer": prefer,
+        "order": order,
+        "seed": seed,
+        "dataflex": __version__,
+        "scored": dict(table.provenance),
+    }
+    parts = write_subset(table, rows, out, order=order, provenance=redacted(provenance), overwrite=overwrite)
+    lines = [f"{len(part.rows):,} rows ({part.tokens:,} tokens) of {part.name} -> {part.path}" for part in parts]
+    if wanted.rows is not None and len(rows) < wanted.rows:
+        lines.append(f"{how.name} chose {len(rows):,} rows of the {wanted.rows:,} wanted")
+    repeated = len(rows) - len(np.unique(rows))
+    if repeated:
+        lines.append(f"{repeated:,} rows are there more than once (drawn with replacement)")
+    return "\n".join(lines)

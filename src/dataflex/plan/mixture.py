@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.errors import CheckpointError, DataError
 from dataflex.plan.domains import Domains, Rows, check_proportions
-from dataflex.plan.planner import ShuffledEpochs, serve
+from dataflex.plan.planner import ShuffledEpochs
 from dataflex.rng import keys
 from dataflex.state import State
 
@@ -308,7 +308,9 @@ class MixtureSampler:
             blocked = int(over[np.argmin(cuts)])
             labels = labels[: min(cuts)]
             used = np.bincount(labels, minlength=len(self.names))
-        rows = serve(labels, used, self.drawn, self._streams)
+        by_domain = [self._streams[k].take(int(self.drawn[k]), int(used[k])) for k in np.flatnonzero(used).tolist()]
+        rows = np.empty(labels.size, dtype=np.int64)
+        rows[np.argsort(labels, kind="stable")] = np.concatenate([rows[:0], *by_domain])
         self.drawn = self.drawn + used
         self.position += labels.size
         self._residual = rests[(offset + labels.size) // self.block]
@@ -323,7 +325,7 @@ class MixtureSampler:
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)
         counts, rests = block_counts(shares, block // self.unit, self._residual, num)
-        # 16-bit labels make numpy's stable sort a radix sort, here and in ``serve``.
+        # 16-bit labels make numpy's stable sort a radix sort, here and in ``_serve``.
         labels: NDArray[np.unsignedinteger]
         numbers: NDArray[np.unsignedinteger] = np.arange(
             shares.size, dtype=np.uint16 if shares.size <= 1 << 16 else np.uint64

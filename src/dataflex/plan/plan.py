@@ -159,11 +159,7 @@ class DataPlan:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> DataPlan:
-        """Return the plan that ``to_arrays`` was called on.
-
-        Raises:
-            CheckpointError: Something is missing or does not fit together.
-        """
+        """Return the plan that ``to_arrays`` was called on; CheckpointError if something is missing or does not fit."""
         try:
             meta = json.loads(np.asarray(arrays["meta"], dtype=np.uint8).tobytes().decode())
             if meta["format"] != _FORMAT:

@@ -9,9 +9,8 @@ can, and names the rest. ``run_dir`` is the run's ``output_dir``, or the ``dataf
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,131 +28,105 @@ Event = dict[str, Any]
 _LARGEST = 3.5e38
 _DEPTH = 16
 _TORN = "the process ended while writing it"
-_BAD = object()
 
-Check = Callable[[Any], Any]
-"""Returns the value, what of it can be relied on, or ``_BAD``."""
+Check = Callable[[Any], bool]
 
 
-def _within(least: float, most: float, kind: type | tuple[type, ...] = (int, float)) -> Check:
-    def checked(value: Any) -> Any:
-        good = isinstance(value, kind) and not isinstance(value, bool)
-        return value if good and least <= value <= most else _BAD
+def _within(least: float, most: float, *kinds: type) -> Check:
+    return lambda value: type(value) in (kinds or (int, float)) and least <= value <= most
 
-    return checked
+
+def _each(check: Check, *, or_null: bool = False) -> Check:
+    def holds(value: Any) -> bool:
+        return isinstance(value, dict) and all(check(item) or (or_null and item is None) for item in value.values())
+
+    return holds
+
+
+def _with(**checks: Check) -> Check:
+    """Return the check of a mapping in which those keys, where they are not null, have such values."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            value.get(key) is None or check(value[key]) for key, check in checks.items()
+        )
+
+    return holds
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _tokens(value: Any) -> bool:
+    return _count(value) or _counts(value)
 
 
 _count, _index = _within(0, 1e15, int), _within(-1, 1e15, int)
-_seconds = _within(0, 1e15)
+_real, _share, _seconds = _within(-_LARGEST, _LARGEST), _within(0, _LARGEST), _within(0, 1e15)
 _moment = _within(0, 253_402_300_799)  # up to the year 9999
-_real, _share = _within(-_LARGEST, _LARGEST), _within(0, _LARGEST)
-
-
-def _text(value: Any) -> Any:
-    return value if isinstance(value, str) else _BAD
-
-
-def _texts(value: Any) -> Any:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else _BAD
-
-
-def _each(check: Check, null: Any = None) -> Check:
-    """Return the check of a mapping from names to such values; ``null`` takes the place of null."""
-
-    def checked(value: Any) -> Any:
-        if not isinstance(value, Mapping) or any(item is not None and check(item) is _BAD for item in value.values()):
-            return _BAD
-        return {name: null if item is None else item for name, item in value.items()}
-
-    return checked
-
-
-def _shallow(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, Mapping | list) and depth > _DEPTH:
-        return "..."
-    if isinstance(value, Mapping):
-        return {key: _shallow(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_shallow(item, depth + 1) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return "..." if isinstance(value, int) and abs(value) > _LARGEST else value
-
-
-def _metrics(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return _BAD
-    return {key: None if _real(item) is _BAD else item for key, item in value.items()}  # null: not finite
-
-
-def _settings(**checks: Check) -> Check:
-    """Return the check of a mapping of anything in which those keys, where they are not null, have such values."""
-
-    def checked(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return _BAD
-        value = _shallow(value)
-        good = {key: check(value[key]) for key, check in checks.items() if value.get(key) is not None}
-        return _BAD if any(item is _BAD for item in good.values()) else {**value, **good}
-
-    return checked
-
-
-def _tokens(value: Any) -> Any:
-    return _counts(value) if isinstance(value, Mapping) else _count(value)
-
-
-_counts = _each(_count, null=0)
+_counts, _reals = _each(_count), _each(_real, or_null=True)
 
 _REQUIRED: dict[str, dict[str, Check]] = {
     "": {"event": _text, "step": _count, "time": _moment},
     "planned": {"interval": _count, "kind": _text, "start_step": _count, "stop_step": _count, "rows": _count},
-    "evaluated": {"metrics": _metrics},
+    "evaluated": {"metrics": _with()},
     "resumed": {"checkpoint": _text},
 }
 _OPTIONAL: dict[str, dict[str, Check]] = {
-    "": {"nonfinite": _texts, "spent": _each(_seconds, null=0.0)},
+    "": {"nonfinite": _texts, "spent": _each(_seconds)},
     "run_started": {
-        "config": _settings(),
-        "schedule": _settings(total_steps=_count),
-        "row_space": _settings(domains=_counts, sources=_counts, fingerprint=_text, tokens=_tokens),
-        "versions": _settings(),
+        "config": _with(),
+        "schedule": _with(total_steps=_count),
+        "row_space": _with(domains=_counts, sources=_counts, fingerprint=_text, tokens=_tokens),
+        "versions": _with(),
         "world": _count,
         "global_batch": _count,
     },
     "planned": {
         "domain_counts": _counts,
-        "proportions": _each(_share),
-        "scores": _each(_real),
-        "served_scores": _each(_real),
+        "proportions": _each(_share, or_null=True),
+        "scores": _reals,
+        "served_scores": _reals,
     },
     "stepped": {"loss": _real},
-    "finished": {"seconds": _each(_seconds)},
+    "finished": {"seconds": _each(_seconds, or_null=True)},
 }
 
 
-def _sound(event: Any) -> tuple[Event | None, list[str]]:
+def _shallow(value: Any, depth: int = 0) -> Any:
+    """Return a JSON value without numbers and nesting that nothing can be made of; null stands for not finite."""
+    if isinstance(value, dict | list) and depth > _DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {key: _shallow(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shallow(item, depth + 1) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) <= _LARGEST else None
+    return "..." if isinstance(value, int) and abs(value) > _LARGEST else value
+
+
+def _sound(found: Any) -> tuple[Event | None, list[str]]:
     """Return the event with what can be relied on, and the keys left out; None where a key that it needs is bad."""
-    if not isinstance(event, dict):
+    if not isinstance(found, dict):
         return None, ["not an object"]
-    kind: str = event["event"] if isinstance(event.get("event"), str) else ""
-    required = {**_REQUIRED[""], **_REQUIRED.get(kind, {})}
-    for key, check in required.items():
-        if key not in event or check(event[key]) is _BAD:
+    event = _shallow(found)
+    kind = event["event"] if _text(event.get("event")) else ""
+    for key, check in {**_REQUIRED[""], **_REQUIRED.get(kind, {})}.items():
+        if key not in event or not check(event[key]):
             return None, [key]
     if kind == "planned" and event["stop_step"] < event["start_step"]:
         return None, ["stop_step"]
-    checks = {**required, **_OPTIONAL[""], **_OPTIONAL.get(kind, {})}
+    checks = {**_OPTIONAL[""], **_OPTIONAL.get(kind, {})}
     if kind == "stepped":
         checks |= {key: _real for key in event if key.startswith("dataflex/")}
-    kept, left_out = {}, []
-    for key, value in event.items():
-        found = checks[key](value) if key in checks and value is not None else _shallow(value)
-        if found is _BAD:
-            left_out.append(key)
-        else:
-            kept[key] = found
-    return kept, left_out
+    left_out = [key for key, value in event.items() if value is not None and key in checks and not checks[key](value)]
+    return {key: value for key, value in event.items() if key not in left_out}, left_out
 
 
 EVENTS = "events.jsonl"
@@ -300,16 +273,16 @@ def read_weights(run_dir: Path | str) -> dict[str, Any] | None:
 
 def _holds_weights(stored: Any) -> bool:
     """Whether a JSON value is what ``RunRecorder.weighed`` stores."""
-    checks: dict[str, Check] = {"row": _index, "times": _count, "domain": _text, "text": _text}
-    if not isinstance(stored, dict) or any(_count(stored.get(key)) is _BAD for key in ("step", "rows")):
+    checks = {"row": _index, "times": _count, "domain": _text, "text": _text}
+    if not isinstance(stored, dict) or not all(_count(stored.get(key)) for key in ("step", "rows")):
         return False
-    if not isinstance(stored.get("most"), list) or not isinstance(stored.get("least"), list):
+    if not all(isinstance(stored.get(part), list) for part in ("most", "least")):
         return False
     return all(
         isinstance(entry, dict)
-        and all(check(entry.get(key)) is not _BAD for key, check in checks.items())
+        and all(check(entry.get(key)) for key, check in checks.items())
         and "weight" in entry
-        and (entry["weight"] is None or _real(entry["weight"]) is not _BAD)
+        and (entry["weight"] is None or _real(entry["weight"]))
         for entry in (*stored["most"], *stored["least"])
     )
 
@@ -326,9 +299,9 @@ def read_found(run_dir: Path | str, mixer: str) -> ProportionsFile | None:
     except (ConfigError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}; move it away to read the rest") from error
     told = found.details if isinstance(found.details, dict) else {}
-    last = _metrics(told.get("last"))
-    details = {"last": {} if last is _BAD else last, "warning": str(told.get("warning") or "")[:500]}
-    return replace(found, details=details)
+    last = told.get("last")
+    last = {name: share for name, share in last.items() if _real(share)} if isinstance(last, dict) else {}
+    return replace(found, details={"last": last, "warning": str(told.get("warning") or "")[:500]})
 
 
 def load_plan(run_dir: Path | str, index: int) -> StoredPlan:

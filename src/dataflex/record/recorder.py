@@ -1,12 +1,8 @@
 """Writes what a run decides and does while it happens, so that the record of a killed run is there as well.
 
 ``events.jsonl`` holds one JSON object a line, appended and flushed at once; ``plans/plan-00003.npz`` holds the arrays
-of one interval, written aside and renamed. Only rank 0 records; the other ranks hold a ``NullRecorder``. Nothing here
-reads a model or a random stream, and nothing is computed per step beyond turning a dozen numbers into text.
-
-Every event is ``{"event": name, "step": optimizer steps done, "time": Unix seconds, "spent": {...}, ...}``, where
-``spent`` has the seconds of this process so far by phase. Numbers that are NaN or infinite are written as null and
-their dotted keys listed under ``nonfinite``.
+of one interval, written aside and renamed; docs/report.md lists the fields. Only rank 0 records; the other ranks hold
+a ``NullRecorder``. No model and no random stream is read.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from dataflex.state import clear_left, replacing
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
 
-_QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
+_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
 def summarize_scores(scores: NDArray[np.floating]) -> dict[str, float | int | None]:
@@ -41,12 +37,15 @@ def summarize_scores(scores: NDArray[np.floating]) -> dict[str, float | int | No
     values = np.asarray(scores, dtype=np.float64).ravel()
     finite = values[np.isfinite(values)]
     known: dict[str, float | int | None] = {"count": int(values.size), "scored": int(finite.size)}
-    names = ("mean", "std", "min", *_QUANTILES, "max")
     if not finite.size:
-        return {**known, **dict.fromkeys(names)}
-    quantiles = np.quantile(finite, list(_QUANTILES.values()))
-    numbers = (finite.mean(), finite.std(), finite.min(), *quantiles, finite.max())
-    return {**known, **{name: float(number) for name, number in zip(names, numbers, strict=True)}}
+        return {**known, **dict.fromkeys(("mean", "std", *_QUANTILES))}
+    quantiles = np.quantile(finite, list(_QUANTILES.values())).tolist()
+    return {
+        **known,
+        "mean": float(finite.mean()),
+        "std": float(finite.std()),
+        **dict(zip(_QUANTILES, quantiles, strict=True)),
+    }
 
 
 def scores_of(rows: Rows, pool: Rows | None, scores: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -102,7 +101,7 @@ class RunRecorder:
         clock: PhaseClock | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self._first_step = self._step = resume_step or 0
+        self._step = resume_step or 0
         self._clock = clock or PhaseClock()
         path = self.directory / EVENTS
         try:
@@ -129,12 +128,10 @@ class RunRecorder:
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
 
-        Args:
-            config: Resolved configuration, with the methods under its key ``dynamic``; written without secrets.
-            fields: ``schedule``, ``row_space``, ``versions``, ``world``, ``global_batch`` and ``run``, as
-                docs/report.md describes them.
+        ``config`` is the resolved configuration, which is written without secrets; ``fields`` are ``schedule``,
+        ``row_space``, ``versions``, ``world``, ``global_batch`` and ``run``.
         """
-        self._write("run_started", self._first_step, {"config": redacted(config), **fields})
+        self._write("run_started", self._step, {"config": redacted(config), **fields})
 
     def planned(
         self,
@@ -197,13 +194,9 @@ class RunRecorder:
     def weighed(
         self, step: int, *, most: Sequence[Mapping[str, Any]], least: Sequence[Mapping[str, Any]], rows: int
     ) -> None:
-        """Store the rows with the largest and the smallest weights so far; an earlier such file is replaced.
+        """Store the rows with the largest and the smallest mean weight of ``rows`` rows so far, most extreme first.
 
-        Args:
-            step: Optimizer steps done.
-            most: Rows of the largest mean weight, largest first: ``row``, ``weight``, ``times``, ``domain``, ``text``.
-            least: Rows of the smallest mean weight, smallest first.
-            rows: Number of rows that were weighed.
+        Each has ``row``, ``weight``, ``times``, ``domain`` and ``text``. An earlier such file is replaced.
         """
         self._store(WEIGHTS, plain({"step": int(step), "rows": int(rows), "most": list(most), "least": list(least)}))
 
@@ -220,20 +213,13 @@ class RunRecorder:
         self._write("resumed", step, {"checkpoint": str(checkpoint)})
 
     def finished(self, step: int, metrics: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> None:
-        """Record the end of training; evaluations may still follow.
-
-        Args:
-            step: Optimizer steps done.
-            metrics: The Trainer's closing metrics.
-            seconds: Phase -> seconds, over all processes of a resumed run.
-        """
+        """Record the end of training: closing metrics, and seconds by phase over all processes of a resumed run."""
         self._write("finished", step, {"metrics": metrics, "seconds": seconds or {}})
 
     def ended(self) -> None:
-        """Store where the time of the whole process went, once nothing of the run is left to do.
+        """Store the seconds of the whole process beside the events, once nothing of the run is left to do.
 
-        Evaluations and the final model come after ``finished``. This lies beside the events; a resumed run puts it
-        among them.
+        Evaluations and the final model come after ``finished``. A resumed run puts this event among the others.
         """
         self._store(ENDING, self._event("ended", self._step, {}))
 

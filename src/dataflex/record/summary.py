@@ -39,15 +39,7 @@ def summary(
     found: ProportionsFile | None = None,
     left_out: Sequence[str] = (),
 ) -> str:
-    """Render the summary of a run.
-
-    Args:
-        run: The digested record.
-        title: Name of the run, usually its folder.
-        weighed: The rows with the largest and the smallest weights, from ``read_weights``.
-        found: The proportions that a mixer looked for, from ``read_found``.
-        left_out: What of the record could not be read, one line each.
-    """
+    """Render the summary of a run; ``left_out`` says what of the record could not be read, one line each."""
     sections = (
         _head(run, title),
         _losses(run),
@@ -179,7 +171,7 @@ def _found(found: ProportionsFile | None) -> list[str]:
     last, warning = found.details["last"], found.details["warning"]
     rows = [["domain", "mean over the run", "last step"]]
     for name, share in sorted(found.by_name.items(), key=lambda item: -item[1])[:_DOMAINS]:
-        rows.append([cut(name, 28), percent(share), "-" if last.get(name) is None else percent(last[name])])
+        rows.append([cut(name, 28), percent(share), percent(last[name]) if name in last else "-"])
     told = textwrap.wrap(f"Warning: {warning}", WIDTH - 2) if warning else []
     return [f"Proportions found by {cut(found.method, 28)}", *table(rows, "<>>"), *(f"  {line}" for line in told)]
 

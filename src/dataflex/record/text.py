@@ -86,13 +86,7 @@ def labelled(label: str, items: Sequence[str], indent: int = 12) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], align: str, indent: int = 2) -> list[str]:
-    """Return rows of cells as aligned lines.
-
-    Args:
-        rows: All have as many cells as ``align`` has letters.
-        align: One letter a column: ``<`` left, ``>`` right.
-        indent: Spaces before each line.
-    """
+    """Return rows of cells as aligned lines; ``align`` has one letter a column: ``<`` left, ``>`` right."""
     columns = [max(map(width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -83,11 +83,20 @@ class JudgeError(DataFlexError):
     """The server could not be reached, refused a request, or answered without a text."""
 
 
+class _Busy(JudgeError):
+    """A request failed that may be answered later; ``wait`` has the seconds that the server asked for, or None."""
+
+    def __init__(self, told: str, wait: float | None = None) -> None:
+        super().__init__(told)
+        self.wait = wait
+
+
 class Judge:
     """The reward that asks the judge for a grade of each answer, at temperature 0."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
+        self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._lock = threading.Lock()
         self._used: Counter[str] = Counter()
 
@@ -149,10 +158,9 @@ class Judge:
             ConfigError: The environment variable of the key is not set.
             JudgeError: A request failed for good; those not yet sent are cancelled.
         """
-        key, started = self._key, time.perf_counter()
-        stop = threading.Event()
+        started, stop = time.perf_counter(), threading.Event()
         with ThreadPoolExecutor(max_workers=self._config.concurrency, thread_name_prefix="judge") as pool:
-            pending = [pool.submit(self._ask, i, request, key, stop) for i, request in enumerate(requests)]
+            pending = [pool.submit(self._ask, i, request, stop) for i, request in enumerate(requests)]
             try:
                 for future in as_completed(pending):
                     future.result()
@@ -164,10 +172,9 @@ class Judge:
         logger.info("judge %s: %s in all; %.1f s", self._config.url, used, time.perf_counter() - started)
         return [future.result() for future in pending]
 
-    def _ask(self, index: int, request: str, key: str | None, stop: threading.Event) -> str:
+    def _ask(self, index: int, request: str, stop: threading.Event) -> str:
         """Send one request until it is answered, its retries are used up, or the others are cancelled."""
         config = self._config
-        url = f"{config.url.rstrip('/')}/chat/completions"
         body = {
             "model": config.model,
             "max_tokens": config.max_tokens,
@@ -183,122 +190,89 @@ class Judge:
                 raise JudgeError("cancelled")
             with self._lock:
                 self._used.update({"requests": 1, "retries": int(attempt > 0)})
-            answer = post_json(url, body, key=key, timeout_seconds=config.timeout_seconds)
-            if not isinstance(answer, Failure):
-                return self._text(url, answer)
-            if not answer.again or attempt == config.max_retries:
-                raise JudgeError(self._explain(url, answer, attempt + 1))
-            wait = min(_WAIT_SECONDS * 2.0**attempt * jitter.uniform(0.5, 1.5), _MOST_WAIT_SECONDS)
-            if answer.retry_after is not None:
-                if answer.retry_after > _MOST_WAIT_SECONDS:
-                    raise JudgeError(
-                        f"{url} asks to wait {answer.retry_after:.0f} s, longer than {_MOST_WAIT_SECONDS:g} s: "
-                        f"{answer.reason}"
-                    )
-                wait = max(wait, answer.retry_after)
-            logger.info("judge %s: %s; trying again in %.1f s", url, answer.reason, wait)
-            stop.wait(wait)
+            try:
+                return self._text(self._send(body))
+            except _Busy as busy:
+                if attempt == config.max_retries:
+                    raise JudgeError(str(busy) + (f" (after {attempt + 1} tries)" if attempt else "")) from busy
+                if (busy.wait or 0.0) > _MOST_WAIT_SECONDS:
+                    asked = f"the server asks to wait {busy.wait:.0f} s, longer than {_MOST_WAIT_SECONDS:g} s"
+                    raise JudgeError(f"{busy}; {asked}") from busy
+                wait = min(_WAIT_SECONDS * 2.0**attempt * jitter.uniform(0.5, 1.5), _MOST_WAIT_SECONDS)
+                wait = max(wait, busy.wait or 0.0)
+                logger.info("judge: %s; trying again in %.1f s", busy, wait)
+                stop.wait(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    def _text(self, url: str, answer: Any) -> str:
+    def _text(self, answer: Any) -> str:
         """Return the text of an answer, and add up the tokens used."""
         try:
             text = answer["choices"][0]["message"]["content"]
             usage = answer.get("usage") or {}
-            used = {
-                "tokens in": int(usage.get("prompt_tokens") or 0),
-                "tokens out": int(usage.get("completion_tokens") or 0),
-            }
+            used = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            if not isinstance(text, str):
+                raise TypeError("content is not a text")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             told = f"{type(error).__name__}: {error}"
-            raise JudgeError(f"{url} answered without a text ({told}): {json.dumps(answer)[:_SHOWN]}") from error
-        if not isinstance(text, str):
-            raise JudgeError(f"{url} answered without a text: {json.dumps(answer)[:_SHOWN]}")
+            raise JudgeError(f"{self._url} answered without a text ({told}): {json.dumps(answer)[:_SHOWN]}") from error
         with self._lock:
-            self._used.update(used)
+            self._used.update({"tokens in": used[0], "tokens out": used[1]})
         return text
 
-    def _explain(self, url: str, failure: Failure, attempts: int) -> str:
-        told = failure.reason + (f" (after {attempts} tries)" if attempts > 1 else "")
-        if failure.status in (401, 403):
-            name = self._config.api_key_env
-            hint = f"the key in {name} was refused" if name else "it wants a key: name its variable in api_key_env"
-            return f"{url}: {hint}: {told}"
-        if failure.status == 404:
-            return f"{url}: no such address or model {self._config.model!r}: {told}"
-        return f"{url}: {told}"
+    def _send(self, body: Any) -> Any:
+        """Return the JSON value that the server answers.
 
+        Raises:
+            JudgeError: There is none; ``_Busy`` where trying again may help. The key is not in the message.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self._url, json.dumps(body).encode("utf-8"), headers, method="POST")
+        timeout = self._config.timeout_seconds
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                refused = self._refusal(error)
+            if error.code in _AGAIN:
+                raise _Busy(refused, _retry_after(error.headers.get("Retry-After"))) from None
+            raise JudgeError(refused) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            named = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+            slow = isinstance(reason, TimeoutError)
+            hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
+            failed = self._told(f"no answer within {timeout:g} s" if slow else f"cannot be reached: {named}")
+            raise (JudgeError(failed) if hopeless else _Busy(failed)) from None
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise JudgeError(self._told("answered with something that is not JSON: ", content or b"(empty)")) from None
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a request was not answered.
+    def _refusal(self, error: urllib.error.HTTPError) -> str:
+        try:
+            content = error.read()
+        except (OSError, http.client.HTTPException):
+            content = b""
+        location, name = error.headers.get("Location"), self._config.api_key_env
+        hint = {
+            401: f"the key in {name} was refused: " if name else "it wants a key: name its variable in api_key_env: ",
+            404: f"no such address or model {self._config.model!r}: ",
+        }.get(401 if error.code == 403 else error.code, "")
+        moved = f" (redirects to {location}; redirects are not followed)" if location else ""
+        return self._told(f"{hint}HTTP {error.code} {error.reason}{moved}: ", content or b"(empty)")
 
-    Attributes:
-        reason: For people; holds no key.
-        again: Whether trying again may help.
-        status: HTTP status, or None when there was none.
-        retry_after: Seconds that the server asked to wait, or None.
-    """
-
-    reason: str
-    again: bool
-    status: int | None = None
-    retry_after: float | None = None
+    def _told(self, text: str, content: bytes = b"") -> str:
+        """Return a message about the server, with the beginning of its answer; the key is hidden, if it is echoed."""
+        shown = [text, content.decode("utf-8", errors="replace")]
+        told, answer = (part.replace(self._key, "***") if self._key else part for part in shown)
+        return f"{self._url}: {told}{answer[:_SHOWN]}"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
-
-
-def post_json(url: str, body: Any, *, key: str | None, timeout_seconds: float) -> Any:
-    """Send ``body`` and return the JSON value answered, or a ``Failure``.
-
-    Args:
-        url: Complete address.
-        body: JSON value.
-        key: Sent as a bearer token; None sends none.
-        timeout_seconds: Longest time without any byte from the server.
-    """
-
-    def without_key(text: str) -> str:
-        return text.replace(key, "***") if key else text  # a server may echo it
-
-    def shown(content: bytes) -> str:
-        return without_key(content.decode("utf-8", errors="replace"))[:_SHOWN] or "(empty)"
-
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode("utf-8"), headers, method="POST")
-    try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout_seconds) as response:
-            content = response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            try:
-                content = error.read()
-            except (OSError, http.client.HTTPException):
-                content = b""
-        location = error.headers.get("Location")
-        moved = f" (redirects to {location}; redirects are not followed)" if location else ""
-        return Failure(
-            reason=without_key(f"HTTP {error.code} {error.reason}{moved}: {shown(content)}"),
-            again=error.code in _AGAIN,
-            status=error.code,
-            retry_after=_retry_after(error.headers.get("Retry-After")),
-        )
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        named = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        slow = isinstance(reason, TimeoutError)
-        told = f"no answer within {timeout_seconds:g} s" if slow else f"cannot be reached: {named}"
-        hopeless = isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL))
-        return Failure(reason=without_key(told), again=not hopeless)
-    try:
-        return json.loads(content)
-    except ValueError:
-        return Failure(reason=f"answered with something that is not JSON: {shown(content)}", again=False)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -27,23 +27,14 @@ def rows_digest(rows: Rows) -> str:
 
 @dataclass(kw_only=True)
 class SignalCache:
-    """Gives values again; those of a model that does not change are kept row by row, for the whole run.
+    """Gives values again; those of a model that does not change are kept row by row, for the whole run."""
 
-    Attributes:
-        max_age_steps: Age of the oldest values that are given again, in optimizer steps.
-        store: Where passes write as they go; None keeps values in memory only.
-        store_bytes: Oldest stored arrays are dropped beyond this size.
-        model_identity: Names the model; asked once a step, and only with a store (collective).
-        surroundings: What else values about a corpus come from, as JSON values: precision, batches, tokenizer.
-        step: Optimizer step that values belong to.
-    """
-
-    max_age_steps: int = 0
-    store: ArrayStore | None = None
-    store_bytes: int = 10 * 2**30
-    model_identity: Callable[[], str] = lambda: ""
-    surroundings: Callable[[str], dict[str, Any]] = lambda _: {}
-    step: int = 0
+    max_age_steps: int = 0  # age of the oldest values that are given again, in optimizer steps
+    store: ArrayStore | None = None  # where passes write as they go; None keeps values in memory only
+    store_bytes: int = 10 * 2**30  # oldest stored arrays are dropped beyond this size
+    model_identity: Callable[[], str] = lambda: ""  # asked once a step, only with a store (collective)
+    surroundings: Callable[[str], dict[str, Any]] = lambda _: {}  # what else values of a corpus depend on, JSON
+    step: int = 0  # optimizer step that values belong to
     _kept: dict[str, tuple[int, SignalValue]] = field(default_factory=dict)
     _identity: tuple[int, str] | None = None
 

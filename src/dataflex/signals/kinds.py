@@ -7,7 +7,7 @@ opened, so methods may import these names freely. A plugin adds a signal by a su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from dataflex.plan.domains import Rows
-    from dataflex.signals.embeddings import TextEncoder
     from dataflex.signals.gradients.scorers import GradientScorers
+    from dataflex.signals.logits import GateReader
     from dataflex.signals.model_access import ModelAccess
     from dataflex.signals.sweep import Sweep
     from dataflex.signals.texts import Cut
@@ -54,7 +54,6 @@ __all__ = [
 _KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
 
 Kept = Literal["step", "run", "never"]
-
 Scorer = Callable[[dict[str, Any]], "torch.Tensor"]
 """Collated batch on the device -> one value per row [b, *tail], NaN where a row has none."""
 
@@ -65,24 +64,15 @@ class Signal:
 
     The runner does everything around the scorer: batches by length, ranks, eval mode, no gradients, mixed precision,
     random states, progress, the cache and the store.
-
-    Attributes:
-        name: Names it in progress lines, in the cache and in the store.
-        needs: The member of ``Requires.signals`` that a method states to ask it.
-        forward: Number of forward passes for each row.
-        backward: Number of backward passes for each row.
-        whole_parameters: Whether parameters must not be partitioned over ranks (ZeRO-3, FSDP).
-        autocast: Whether the scorer runs in the Trainer's mixed precision.
-        joint: Whether values of rows depend on one another: ``together`` is called instead of ``open``.
     """
 
-    name: ClassVar[str]
-    needs: ClassVar[str] = "losses"
-    forward: ClassVar[float] = 1.0
-    backward: ClassVar[float] = 0.0
-    whole_parameters: ClassVar[bool] = False
-    autocast: ClassVar[bool] = True
-    joint: ClassVar[bool] = False
+    name: ClassVar[str]  # in progress lines, in the cache and in the store
+    needs: ClassVar[str] = "losses"  # the member of ``Requires.signals`` that a method states to ask it
+    forward: ClassVar[float] = 1.0  # number of forward passes for each row
+    backward: ClassVar[float] = 0.0  # number of backward passes for each row
+    whole_parameters: ClassVar[bool] = False  # parameters must not be partitioned over ranks (ZeRO-3, FSDP)
+    autocast: ClassVar[bool] = True  # the scorer runs in the Trainer's mixed precision
+    joint: ClassVar[bool] = False  # values of rows depend on one another: ``together`` is called instead of ``open``
 
     @property
     def kept(self) -> Kept:
@@ -117,8 +107,13 @@ class Signal:
         """Return how rows are fed to the scorer."""
         return access.sweep(rows, target, self.name)
 
-    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:
+    @contextmanager
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
         """Give the scorer for the length of a pass (collective)."""
+        yield self.scorer(access)
+
+    def scorer(self, access: ModelAccess) -> Scorer:
+        """Return the scorer, where nothing has to be undone after the pass (collective)."""
         raise NotImplementedError
 
     def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:
@@ -153,25 +148,29 @@ class _SegmentLoss(Signal):
 
         return segment_sweep(super().sweep(access, rows, target), self._cut(access))
 
-    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:
-        return _segment_sums(access, self.model)
+    @contextmanager
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
+        from dataflex.signals.logits import TokenScorer
+
+        model = nullcontext(access.model) if self.model is None else access.scorer(self.model).loaded(access.device)
+        with model as module:
+            scorer = TokenScorer(module)
+            yield lambda batch: scorer(batch).sums()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss(_SegmentLoss):
     """Token-mean loss of each row [n]; NaN for rows without supervised tokens.
 
-    Attributes:
-        model: Folder or hub id of another causal model; None means the model under training. A model with another
-            tokenizer reads the rows' text.
-        same_tokens: Refuse a model with another tokenizer, whose losses per token cannot be compared.
+    ``model`` is the folder or hub id of another causal model, or None for the model under training. A model with
+    another tokenizer reads the rows' text.
 
     Raises:
         ConfigError: ``same_tokens``, and the tokenizers differ.
     """
 
     name = "losses"
-    same_tokens: bool = False
+    same_tokens: bool = False  # refuse a model with another tokenizer, whose losses per token cannot be compared
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return () if self.model is None else super().tail(access)
@@ -196,28 +195,25 @@ class TokenLoss(_SegmentLoss):
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
         return Signal.sweep(self, access, rows, target) if self.model is None else super().sweep(access, rows, target)
 
-    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:  # noqa: D102
-        return _token_means(access, "loss") if self.model is None else super().open(access)
+    @contextmanager
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+        with super().open(access) if self.model is not None else nullcontext(_token_means(access)) as scorer:
+            yield scorer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseLoss(_SegmentLoss):
-    """Token-mean loss of each row's responses [n], with or without what comes before them.
+    """Token-mean loss of each row's responses [n], with or without what comes before them; ``model`` as in TokenLoss.
 
     Both ways score the same tokens. Sequences begin with the token that the tokenizer puts there by itself; where
     there is none, a response's first token, which alone follows nothing, is left out both ways. NaN for rows without
     such tokens. A response is a stretch of supervised tokens; a row of several turns has several, each of which is
     alone without the others.
-
-    Attributes:
-        conditioned: Whether a response follows what comes before it in its row.
-        model: Folder or hub id of another causal model; None means the model under training.
-        prefix_tokens: Number of tokens directly before a response that it keeps when alone.
     """
 
     name = "response losses"
-    conditioned: bool
-    prefix_tokens: int = 0
+    conditioned: bool  # whether a response follows what comes before it in its row
+    prefix_tokens: int = 0  # number of tokens directly before a response that it keeps when alone
 
     def _cut(self, access: ModelAccess) -> Cut:
         from dataflex.signals.other_models import start_tokens
@@ -236,29 +232,21 @@ class EL2N(Signal):
 
     name = "el2n"
 
-    def open(self, access: ModelAccess) -> AbstractContextManager[Scorer]:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
         return _token_means(access, "el2n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedLoss(Signal):
-    """Token-mean losses of training rows [n] under a low-rank probe trained on a target (TACS, arXiv 2605.09404).
-
-    Attributes:
-        towards: Name of the target.
-        depth_steps: Number of optimizer steps of the probe, each over the whole target.
-        learning_rate: Of the probe's AdamW.
-        rank: Rank of the probe's matrices.
-        alpha: The probe's output is multiplied by alpha / rank.
-    """
+    """Token-mean losses of training rows [n] under a low-rank probe trained on a target (TACS, arXiv 2605.09404)."""
 
     name = "adapted losses"
     whole_parameters = True
-    towards: str
-    depth_steps: int
-    learning_rate: float
-    rank: int
-    alpha: float
+    towards: str  # name of the target
+    depth_steps: int  # number of optimizer steps of the probe, each over the whole target
+    learning_rate: float  # of the probe's AdamW
+    rank: int  # of the probe's matrices
+    alpha: float  # the probe's output is multiplied by alpha / rank
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         return {**asdict(self), "towards": access.data_identity(self.towards), "seed": access.seed}
@@ -267,8 +255,8 @@ class AdaptedLoss(Signal):
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
         from dataflex.signals.moved import probed
 
-        with probed(access, self), _token_means(access, "loss") as scorer:
-            yield scorer
+        with probed(access, self):
+            yield _token_means(access)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,12 +265,6 @@ class PerturbedLoss(Signal):
 
     Runs without mixed precision, since half precision would round the step away.
 
-    Attributes:
-        seed: Seed of the directions.
-        direction: Number of the direction; the same for training and target rows.
-        epsilon: Step, of either sign.
-        parameters: Regular expression of the names of trainable parameters that move; None: all.
-
     Raises:
         UnsupportedError: Parameters that move are not float32, or are partitioned over ranks.
     """
@@ -290,10 +272,10 @@ class PerturbedLoss(Signal):
     name = "perturbed losses"
     whole_parameters = True
     autocast = False
-    seed: int
-    direction: int
-    epsilon: float
-    parameters: str | None = None
+    seed: int  # of the directions
+    direction: int  # its number; the same for training and target rows
+    epsilon: float  # step, of either sign
+    parameters: str | None = None  # regular expression of the names of trainable parameters that move; None: all
 
     @property
     def kept(self) -> Kept:  # noqa: D102
@@ -303,16 +285,10 @@ class PerturbedLoss(Signal):
     def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
         from functools import partial
 
-        import torch
-
-        from dataflex.signals.gradients import choose_parameters
         from dataflex.signals.losses import row_losses
-        from dataflex.signals.moved import moved, warn_of_rounding
+        from dataflex.signals.moved import perturbed
 
-        chosen = choose_parameters(access.model, pattern=self.parameters)
-        full = torch.autocast(device_type=access.device.type, enabled=False)
-        with full, moved(chosen, seed=self.seed, direction=self.direction, epsilon=self.epsilon):
-            warn_of_rounding(access.model)
+        with perturbed(access, self):
             yield partial(row_losses, access.model)
 
 
@@ -320,15 +296,10 @@ class PerturbedLoss(Signal):
 class Embedding(Signal):
     """One vector per row [n, D]: pooled hidden states; NaN where there is nothing to pool.
 
-    Attributes:
-        layer: Index into the hidden states: 0 is the output of the token embedding, k the output of
-            layer k, -1 the last one after the final norm, as in ``output_hidden_states``.
-        pooling: ``last`` token, ``first`` token (as [CLS] of BERT-like encoders), ``mean`` over tokens,
-            or ``weighted_mean`` with w_t = t / sum(t), t = 1, 2, ... over the pooled tokens
-            (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
-        completion_only: Pool the supervised tokens only (label not -100); t then counts those tokens.
-        normalize: Divide by the L2 norm; a zero vector stays zero.
-        encoder: Folder or hub id of another model, which reads the rows' text; None means the model under training.
+    ``layer`` is the index into the hidden states: 0 is the output of the token embedding, k the output of layer k, -1
+    the last one after the final norm, as in ``output_hidden_states``. ``pooling`` takes the ``last`` token, the
+    ``first`` (as [CLS] of BERT-like encoders), the ``mean`` over tokens, or the ``weighted_mean`` with
+    w_t = t / sum(t), t = 1, 2, ... over the pooled tokens (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
 
     Raises:
         ConfigError: Unknown pooling, or a layer that is not an integer.
@@ -338,9 +309,9 @@ class Embedding(Signal):
     needs = "embeddings"
     layer: int = -1
     pooling: Pooling = "weighted_mean"
-    completion_only: bool = False
-    normalize: bool = True
-    encoder: str | None = None
+    completion_only: bool = False  # pool the supervised tokens only (label not -100); t then counts those tokens
+    normalize: bool = True  # divide by the L2 norm; a zero vector stays zero
+    encoder: str | None = None  # folder or hub id of another model, which reads the rows' text
 
     def __post_init__(self) -> None:
         known = get_args(Pooling)
@@ -359,36 +330,22 @@ class Embedding(Signal):
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         from dataflex.signals.embeddings import embedding_size
 
-        return (embedding_size(access.model) if self.encoder is None else self._encoder(access).dimension,)
+        return (embedding_size(access.model) if self.encoder is None else access.encoder(self).dimension,)
 
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
         if self.encoder is None:
             return super().sweep(access, rows, target)
         from dataflex.signals.embeddings import text_sweep
 
-        tokenizer = access.known_tokenizer("embeddings by another model")
-        return text_sweep(
-            access.corpus(target), rows, tokenizer, token_budget=access.token_budget, device=access.device
-        )
+        tokenizer, corpus = access.known_tokenizer("embeddings by another model"), access.corpus(target)
+        return text_sweep(corpus, rows, tokenizer, token_budget=access.token_budget, device=access.device)
 
-    @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
         from dataflex.signals.embeddings import embed_batch
 
         if self.encoder is not None:
-            yield self._encoder(access).score
-        else:
-            yield lambda batch: embed_batch(access.model, batch, self)
-
-    def _encoder(self, access: ModelAccess) -> TextEncoder:
-        """Return the encoder, loaded once."""
-        from dataflex.signals.embeddings import load_encoder
-
-        assert self.encoder is not None
-        if self not in access.loaded:
-            access.loaded[self] = load_encoder(self.encoder, spec=self, device=access.device)
-        encoder: TextEncoder = access.loaded[self]
-        return encoder
+            return access.encoder(self).score
+        return lambda batch: embed_batch(access.model, batch, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,15 +360,12 @@ class GateLoads(Signal):
     needs = "gates"
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+        return self.scorer(access).shape
+
+    def scorer(self, access: ModelAccess) -> GateReader:  # noqa: D102
         from dataflex.signals.logits import GateReader
 
-        return GateReader(access.model).shape
-
-    @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
-        from dataflex.signals.logits import GateReader
-
-        yield GateReader(access.model)
+        return GateReader(access.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,23 +374,15 @@ class LogitFeatures(Signal):
 
     The values [n, 1 + rows * columns] are the nuclear norm (sum of the singular values), and a sketch: distances of
     sketches estimate those of the logits, up to a common factor. NaN for rows without supervised tokens.
-
-    Attributes:
-        tokens: ``completion``: positions that predict a supervised token; ``all``: every token of the row, but no
-            padding.
-        per_length: Divide the logits, and with them norm and sketch, by the square root of the number of positions.
-        rows: Size of the sketch over positions.
-        columns: Size of the sketch over the vocabulary.
-        seed: Seed of the sketch.
     """
 
     name = "logits"
     needs = "logits"
-    tokens: Literal["completion", "all"] = "completion"
-    per_length: bool = False
-    rows: int = 8
-    columns: int = 128
-    seed: int = 0
+    tokens: Literal["completion", "all"] = "completion"  # positions that predict a supervised token, or all but padding
+    per_length: bool = False  # divide logits, and so norm and sketch, by the square root of the number of positions
+    rows: int = 8  # size of the sketch over positions
+    columns: int = 128  # size of the sketch over the vocabulary
+    seed: int = 0  # of the sketch
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (1 + self.rows * self.columns,)
@@ -444,11 +390,10 @@ class LogitFeatures(Signal):
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         return {**asdict(self), "length": access.longest}
 
-    @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
         from dataflex.signals.logits import LogitScorer
 
-        yield LogitScorer(access.model, self, access.longest)
+        return LogitScorer(access.model, self, access.longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,14 +430,10 @@ class _GradientSignal(GradientSpec, Signal):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientScores(_GradientSignal):
-    """How far a step on each training row goes along each target's mean gradient [n, len(targets)].
-
-    Attributes:
-        targets: Names of target data sets.
-    """
+    """How far a step on each training row goes along each target's mean gradient [n, len(targets)]."""
 
     name = "gradient scores"
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # names of target data sets
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (len(self.targets),)
@@ -521,9 +462,7 @@ class GradientNorms(_GradientSignal):
     name = "gradient norms"
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        from dataflex.signals.gradients import Norms
-
-        return scorers.of(Norms())
+        return scorers.norms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,10 +470,7 @@ class GradientSketches(_GradientSignal):
     """Sparse sketches of rows' gradients, of length one [n, dim], for clustering and coverage.
 
     Inner products of sketches estimate cosines of the gradients, those of training rows with target rows too: the
-    projection follows from the run's seed alone. ``normalize`` and ``sketch_*`` say nothing here.
-
-    Attributes:
-        dim: Numbers per row, even.
+    projection follows from the run's seed alone. ``normalize`` and ``sketch_*`` have no effect here.
 
     Raises:
         ConfigError: ``dim`` is not a positive even number.
@@ -562,29 +498,24 @@ class GradientProducts(_GradientSignal):
 
     For choosing within one batch (GREATS, NeurIPS 2024): gradients of all rows are held, about 1 GiB at a time. NaN in
     the rows and columns of rows without supervised tokens. ``split`` takes the two parts apart. ``normalize``,
-    ``mean_of_cosines`` and ``sketch_*`` say nothing here.
-
-    Attributes:
-        targets: Names of target data sets.
-        target_rows: Rows of a target, by name, that its mean is over; all of those that are not named.
+    ``mean_of_cosines`` and ``sketch_*`` have no effect here.
     """
 
     name = "gradient products"
     joint = True
-    targets: tuple[str, ...] = ()
-    target_rows: Mapping[str, Rows] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()  # names of target data sets
+    target_rows: Mapping[str, Rows] = field(default_factory=dict)  # rows that a target's mean is over, if not over all
 
     def split(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scores [n, len(targets)] and the Gram matrix [n, n]."""
         return values[:, : len(self.targets)], values[:, len(self.targets) :]
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
-        return (len(self.targets),)  # and as many as there are rows
+        return (len(self.targets),)  # and one for each row
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         drawn = {name: np.asarray(rows).tolist() for name, rows in self.target_rows.items()}
-        own = {key: value for key, value in vars(self).items() if key != "target_rows"}
-        return {**own, "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
+        return {**vars(self), "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
 
     def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:  # noqa: D102
         from dataflex.signals.gradients.targets import row_products, target_vectors
@@ -599,18 +530,15 @@ class GradientProducts(_GradientSignal):
 class ResponseGradientScores(_GradientSignal):
     """How far a step on each training row goes along the gradient of weighted responses [n, len(responses)].
 
-    ``mean_of_cosines`` is over the groups of responses.
-
-    Attributes:
-        responses: By task; the vector of a group is the sum of weight times the gradient of
-            -log p(response | prompt), that of a task the mean over its groups.
+    The vector of a group is the sum of weight times the gradient of -log p(response | prompt), that of a task the mean
+    over its groups. ``mean_of_cosines`` is over the groups.
 
     Raises:
         DataError: A task without responses, or a response without tokens.
     """
 
     name = "response gradient scores"
-    responses: Mapping[str, Sequence[WeightedResponse]]
+    responses: Mapping[str, Sequence[WeightedResponse]]  # by task
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (len(self.responses),)
@@ -618,8 +546,7 @@ class ResponseGradientScores(_GradientSignal):
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         from dataflex.signals.gradients.targets import responses_digest
 
-        own = {key: value for key, value in vars(self).items() if key != "responses"}
-        return {**own, "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
+        return {**vars(self), "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
         from dataflex.signals.gradients.targets import policy_vectors
@@ -628,18 +555,8 @@ class ResponseGradientScores(_GradientSignal):
         return scorers.towards(policy_vectors(scorers.engine, access, tasks, normalize_groups=scorers.mean_of_cosines))
 
 
-@contextmanager
-def _token_means(access: ModelAccess, value: Literal["loss", "el2n"]) -> Iterator[Scorer]:
+def _token_means(access: ModelAccess, value: Literal["loss", "el2n"] = "loss") -> Scorer:
     from dataflex.signals.logits import TokenScorer
 
     scorer = TokenScorer(access.model, el2n=value == "el2n")
-    yield lambda batch: scorer(batch).means(value)
-
-
-@contextmanager
-def _segment_sums(access: ModelAccess, model: str | None) -> Iterator[Scorer]:
-    from dataflex.signals.logits import TokenScorer
-
-    with nullcontext(access.model) if model is None else access.scorer(model).loaded(access.device) as module:
-        scorer = TokenScorer(module)
-        yield lambda batch: scorer(batch).sums()
+    return lambda batch: scorer(batch).means(value)

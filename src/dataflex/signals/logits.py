@@ -82,21 +82,13 @@ def _predicting(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTokens:
-    """Supervised tokens of one batch, on the device, row by row [S].
+    """Supervised tokens of one batch, on the device, row by row [S]."""
 
-    Attributes:
-        num_rows: Rows of the batch B.
-        row: Row of each token in the batch, ascending.
-        position: Position of the predicted token in its row, padding not counted.
-        loss: Cross-entropy, fp32.
-        el2n: ||softmax(z) - onehot(y)||_2, or None if not asked for (Deep Learning on a Data Diet, arXiv 2107.07075).
-    """
-
-    num_rows: int
-    row: torch.Tensor
-    position: torch.Tensor
-    loss: torch.Tensor
-    el2n: torch.Tensor | None = None
+    num_rows: int  # rows of the batch B
+    row: torch.Tensor  # row of each token in the batch, ascending
+    position: torch.Tensor  # position of the predicted token in its row, padding not counted
+    loss: torch.Tensor  # cross-entropy, fp32
+    el2n: torch.Tensor | None = None  # ||softmax(z) - onehot(y)||_2 (arXiv 2107.07075), if asked for
 
     def means(self, what: str = "loss") -> torch.Tensor:
         """Return the mean of ``loss`` or ``el2n`` over each row's tokens [B]; NaN without any."""

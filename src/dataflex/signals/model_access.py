@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,56 +13,42 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.plan.domains import Rows
+from dataflex.signals.kinds import Embedding
 from dataflex.signals.other_models import Scorer
 from dataflex.signals.sweep import Sweep
+
+if TYPE_CHECKING:
+    from dataflex.signals.embeddings import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A tokenized data set: features by row id, number of tokens of each row, and a fingerprint of its content."""
+    """A tokenized data set that rows can be taken from."""
 
-    dataset: Any
-    lengths: NDArray[np.int64]
-    identity: str = ""
+    dataset: Any  # features by row id
+    lengths: NDArray[np.int64]  # number of tokens of each row
+    identity: str = ""  # fingerprint of its content
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAccess:
-    """The model under training, the rows that it is asked about, and other models that were loaded for them.
+    """The model under training, the rows that it is asked about, and other models that were loaded for them."""
 
-    Attributes:
-        model: The module to call; not the DDP or DeepSpeed engine around it.
-        collate: Features to a batch for scoring.
-        autocast: The Trainer's mixed-precision context.
-        device: Where batches go.
-        token_budget: Largest number of padded tokens in a scoring batch.
-        train: Training rows.
-        targets: Target data sets by name.
-        seed: Seed of everything random in signals.
-        tokenizer: Of the run; None where it is not known.
-        optimizer: Gives the Trainer's optimizer, whose moments precondition gradients.
-        learning_rate: Gives the learning rate of the next step.
-        backend: "zero" under DeepSpeed, else "plain".
-        release: Lets go of parameters that a pass left gathered under ZeRO-3.
-        loaded: Other models, by how they were asked for.
-        for_decision: What signals keep until the next optimizer step, such as mean gradients of targets.
-    """
-
-    model: torch.nn.Module
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    autocast: Callable[[], AbstractContextManager[Any]]
-    device: torch.device
-    token_budget: int
+    model: torch.nn.Module  # the module to call; not the DDP or DeepSpeed engine around it
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]  # features to a batch for scoring
+    autocast: Callable[[], AbstractContextManager[Any]]  # the Trainer's mixed-precision context
+    device: torch.device  # where batches go
+    token_budget: int  # largest number of padded tokens in a scoring batch
     train: Corpus
-    targets: Mapping[str, Corpus] = field(default_factory=dict)
-    seed: int = 0
-    tokenizer: Any = None
-    optimizer: Callable[[], Any] = lambda: None
-    learning_rate: Callable[[], float] = lambda: 0.0
-    backend: Literal["plain", "zero"] = "plain"
-    release: Callable[[], None] | None = None
-    loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)
-    for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)
+    targets: Mapping[str, Corpus] = field(default_factory=dict)  # target data sets by name
+    seed: int = 0  # of everything random in signals
+    tokenizer: Any = None  # of the run; None where it is not known
+    optimizer: Callable[[], Any] = lambda: None  # the Trainer's, whose moments precondition gradients
+    learning_rate: Callable[[], float] = lambda: 0.0  # of the next step
+    backend: Literal["plain", "zero"] = "plain"  # "zero" under DeepSpeed
+    release: Callable[[], None] | None = None  # lets go of parameters that a pass left gathered under ZeRO-3
+    loaded: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)  # other models
+    for_decision: dict[str, Any] = field(default_factory=dict, repr=False, init=False)  # kept until the next step
 
     def corpus(self, target: str | None) -> Corpus:
         """Return the rows of a target, or the training rows for None; DataError for an unknown target."""
@@ -112,3 +98,13 @@ class ModelAccess:
             self.loaded[name] = Scorer(name, self.known_tokenizer(f"model {name}"))
         scorer: Scorer = self.loaded[name]
         return scorer
+
+    def encoder(self, signal: Embedding) -> TextEncoder:
+        """Return the other model that embeds rows, loaded once."""
+        from dataflex.signals.embeddings import load_encoder
+
+        assert signal.encoder is not None
+        if signal not in self.loaded:
+            self.loaded[signal] = load_encoder(signal.encoder, spec=signal, device=self.device)
+        encoder: TextEncoder = self.loaded[signal]
+        return encoder

@@ -21,19 +21,12 @@ from dataflex.errors import UnsupportedError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Parts of a model.
+    """Parts of a model."""
 
-    Attributes:
-        root: What is called: the outermost module that was given.
-        lm: The transformers model inside (no adapters' or value head's wrapper).
-        base: The body of ``lm``, whose output is the last hidden state; ``lm`` itself if it has no head.
-        head: The output embeddings, or None.
-    """
-
-    root: nn.Module
-    lm: nn.Module
-    base: nn.Module
-    head: nn.Module | None
+    root: nn.Module  # what is called: the outermost module that was given
+    lm: nn.Module  # the transformers model inside (no adapters' or value head's wrapper)
+    base: nn.Module  # the body of ``lm``, whose output is the last hidden state; ``lm`` itself if it has no head
+    head: nn.Module | None  # the output embeddings, or None
 
     @property
     def text_config(self) -> Any:

@@ -14,7 +14,8 @@ from torch import nn
 
 from dataflex.errors import UnsupportedError
 from dataflex.rng import rademacher
-from dataflex.signals.kinds import AdaptedLoss
+from dataflex.signals.gradients.parameters import choose_parameters
+from dataflex.signals.kinds import AdaptedLoss, PerturbedLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import attached
@@ -23,6 +24,19 @@ from dataflex.signals.sweep import bucketed, fetch, to_device
 logger = logging.getLogger(__name__)
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def perturbed(access: ModelAccess, signal: PerturbedLoss) -> Iterator[None]:
+    """Move the parameters that a signal names for the length of a block, without mixed precision."""
+    chosen = choose_parameters(access.model, pattern=signal.parameters)
+    full = torch.autocast(device_type=access.device.type, enabled=False)
+    with full, moved(chosen, seed=signal.seed, direction=signal.direction, epsilon=signal.epsilon):
+        low = next((p.dtype for p in access.model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if low is not None and access.model not in _warned:
+            _warned.add(access.model)
+            logger.warning("perturbed losses: the model computes in %s; small differences drown in its rounding", low)
+        yield
 
 
 @contextmanager
@@ -51,14 +65,6 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
-
-
-def warn_of_rounding(model: nn.Module) -> None:
-    """Tell once of a model that computes in half precision, where small differences of losses are lost."""
-    low = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
-    if low is not None and model not in _warned:
-        _warned.add(model)
-        logger.warning("perturbed losses: the model computes in %s; small differences drown in its rounding", low)
 
 
 @contextmanager

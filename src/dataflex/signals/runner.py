@@ -38,21 +38,13 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class SignalRunner:
-    """Implements ``method.Signals`` on a model under training. All calls are collective.
+    """Implements ``method.Signals`` on a model under training. All calls are collective."""
 
-    Attributes:
-        access: The model, the rows, and how to feed them.
-        cache: Values that were paid for.
-        seconds: Time spent in here since the decision began.
-        forward_rows: Forward passes of single rows since the decision began, as signals count them.
-        backward_rows: Backward passes of single rows, likewise.
-    """
-
-    access: ModelAccess
-    cache: SignalCache = field(default_factory=SignalCache)
-    seconds: float = 0.0
-    forward_rows: float = 0.0
-    backward_rows: float = 0.0
+    access: ModelAccess  # the model, the rows, and how to feed them
+    cache: SignalCache = field(default_factory=SignalCache)  # values that were paid for
+    seconds: float = 0.0  # time spent in here since the decision began
+    forward_rows: float = 0.0  # forward passes of single rows since the decision began, as signals count them
+    backward_rows: float = 0.0  # backward passes of single rows, likewise
 
     def begin(self, step: int) -> None:
         """Start a decision at ``step``."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dataflex.errors import ConfigError
+from dataflex.method import param
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
@@ -15,52 +16,32 @@ Part = Literal["all", "prompt", "completion"]
 
 @dataclass(frozen=True, kw_only=True)
 class GradientOptions:
-    """Which gradients rows are compared by: the options that methods include among their parameters.
+    """Which gradients rows are compared by: the options that methods include among their parameters."""
 
-    Attributes:
-        parameters: Regular expression searched for in parameter names; None: all trainable ones.
-        last_blocks: Number of blocks of the model, counted from its end; None: all of them.
-        bf16: Run the passes in bfloat16 autocast.
-    """
-
-    parameters: str | None = field(
-        default=None,
-        metadata={"help": "regular expression of parameter names; null: all trainable ones", "pattern": True},
+    parameters: str | None = param(
+        None, "regular expression of parameter names; null: all trainable ones", pattern=True
     )
-    last_blocks: int | None = field(
-        default=None, metadata={"help": "use only the last so many blocks of the model", "minimum": 1}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the gradient passes in bfloat16"})
+    last_blocks: int | None = param(None, "use only this number of the model's last blocks; null: all", minimum=1)
+    bf16: bool = param(False, "run the gradient passes in bfloat16")
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Return fields of a gradient signal: what is said here by the names of ``GradientSpec``, and ``more``."""
+        """Return fields of a gradient signal: those of ``GradientSpec`` that are known here, and ``more``."""
         known = {one.name for one in fields(GradientSpec)}
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name in known} | more
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceOptions(GradientOptions):
-    """How rows' gradients are compared with those of targets, as in LESS.
+    """How rows' gradients are compared with those of targets, as in LESS."""
 
-    Attributes:
-        precondition: As in ``GradientSpec``.
-        include_momentum: As in ``GradientSpec``.
-        target_gradient: Whether a score is the mean of the cosines with a target's rows, or the cosine with their
-            mean gradient.
-        sketch_size: As in ``GradientSpec``.
-    """
-
-    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = field(
-        default="true_adam", metadata={"help": "what turns training gradients into directions"}
+    precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
+        "true_adam", "what turns training gradients into directions"
     )
-    include_momentum: bool = field(default=True, metadata={"help": "keep Adam's momentum term"})
-    target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = field(
-        default="mean_of_cosines",
-        metadata={"help": "every target row counts alike, or by the length of its gradient (in one pass less)"},
+    include_momentum: bool = param(True, "keep Adam's momentum term")
+    target_gradient: Literal["mean_of_cosines", "cosine_of_mean"] = param(
+        "mean_of_cosines", "every target row counts alike, or by the length of its gradient (in one pass less)"
     )
-    sketch_size: int | None = field(
-        default=None, metadata={"help": "compare sparse sketches of this size; null: exact", "minimum": 2}
-    )
+    sketch_size: int | None = param(None, "compare sparse sketches of this size; null: exact", minimum=2)
 
     def target_passes(self, normalize: bool = True) -> tuple[float, float]:
         """Return the passes (F, B) over a target: unit gradients take one for the norms and one for the sum."""
@@ -73,70 +54,44 @@ class InfluenceOptions(GradientOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSpec(GradientOptions):
-    """Which gradients of rows are looked at, and how they are compared.
+    """Which gradients of rows are computed, and how they are compared.
 
-    Attributes:
-        precondition: Preset of ``signals.gradients.PRESETS`` for training rows: ``true_adam``, ``paper_repo``
-            (LESS's code: eps inside the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS),
-            ``sign`` or ``none``. Target rows stay plain.
-        include_momentum: Keep Adam's momentum term, which all rows share.
-        normalize: Whether scores are cosines rather than inner products.
-        mean_of_cosines: Whether a target's score is the mean over its rows of the cosines (LESS's code),
-            or the cosine with its mean gradient (the paper's text).
-        sketch_size: Compare sketches of this size instead of exact gradients; None: exact.
-        sketch_seed: Seed of the sketch.
-        forward_mode: Take ``GradientScores`` by forward-mode differentiation along the targets' mean gradients:
-            plain inner products only (``precondition: none``, no ``normalize``), without per-row gradients.
+    ``precondition`` is a preset of training rows' directions: ``true_adam``, ``paper_repo`` (LESS's code: eps inside
+    the root, no bias correction), ``adam_scale`` (second moment as it is, OPUS), ``sign`` or ``none``. Target rows stay
+    plain.
     """
 
     precondition: str = "true_adam"
-    include_momentum: bool = True
-    normalize: bool = True
-    mean_of_cosines: bool = True
-    sketch_size: int | None = None
+    include_momentum: bool = True  # keep Adam's momentum term, which all rows share
+    normalize: bool = True  # scores are cosines rather than inner products
+    mean_of_cosines: bool = True  # with a target's rows (LESS's code); else the cosine with their mean gradient (paper)
+    sketch_size: int | None = None  # compare sketches of this size; None: exact gradients
     sketch_seed: int = 0
-    forward_mode: bool = False
+    forward_mode: bool = False  # GradientScores as derivatives along mean gradients: plain inner products only
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedResponse:
-    """A response whose gradient counts, as in a policy gradient.
+    """A response whose gradient counts, as in a policy gradient."""
 
-    Attributes:
-        prompt: Token ids before the response, at least one.
-        response: Token ids of the response, at least one; all are supervised.
-        weight: Factor of the gradient of -log p(response | prompt), which is summed over the response's tokens.
-        group: Responses of equal group are added up to one vector.
-    """
-
-    prompt: Sequence[int]
-    response: Sequence[int]
-    weight: float
-    group: int
+    prompt: Sequence[int]  # token ids before the response, at least one
+    response: Sequence[int]  # token ids of the response, at least one; all are supervised
+    weight: float  # factor of the gradient of -log p(response | prompt), summed over the response's tokens
+    group: int  # responses of equal group are added up to one vector
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSpec:
-    """How the model under training is sampled from.
+    """How the model under training is sampled from; ConfigError for a value out of its range.
 
-    Attributes:
-        max_new_tokens: Number of tokens generated at most per sample.
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_p: Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
-        top_k: Likeliest tokens kept; 0 keeps all.
-        num_samples: Samples per prompt.
-        seed: Seed of the draws. A draw depends on (seed, prompt id, sample, position) only: neither the
-            batch nor the number of ranks changes it.
-
-    Raises:
-        ConfigError: A value out of its range.
+    A draw depends on (seed, prompt id, sample, position) only: neither the batch nor the number of ranks changes it.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_samples: int = 1
+    max_new_tokens: int = 256  # largest number of tokens of a sample
+    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+    top_p: float = 1.0  # keep the smallest set of tokens whose probabilities reach this sum; 1 keeps all
+    top_k: int = 0  # keep this number of likeliest tokens; 0 keeps all
+    num_samples: int = 1  # per prompt
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -156,18 +111,10 @@ class GenerationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One sample.
+    """One sample."""
 
-    Attributes:
-        prompt: Position of its prompt in the list asked for.
-        sample: 0 .. num_samples - 1.
-        token_ids: Generated tokens, the end-of-sequence token included where it was reached.
-        text: The tokens as text, special tokens left out.
-        finished: True when it ended by itself, False when it was cut off at ``max_new_tokens``.
-    """
-
-    prompt: int
-    sample: int
-    token_ids: tuple[int, ...]
-    text: str
-    finished: bool
+    prompt: int  # position of its prompt in the list asked for
+    sample: int  # 0 .. num_samples - 1
+    token_ids: tuple[int, ...]  # generated tokens, the end-of-sequence token included where it was reached
+    text: str  # the tokens as text, without special tokens
+    finished: bool  # whether it ended by itself, and was not cut off at max_new_tokens

@@ -36,27 +36,18 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The rows of a pass and how to feed them.
+    """The rows of a pass and how to feed them."""
 
-    Attributes:
-        dataset: Anything that gives features by row id.
-        rows: Row ids [n]; may repeat.
-        lengths: Number of tokens of those rows [n].
-        collate: Features to a batch of CPU tensors.
-        token_budget: Largest number of padded tokens in a batch.
-        device: Where batches go.
-        what: Name of the pass in progress lines; None for no progress lines.
-        combine: Turns the pass's values [n, ...] into those of the rows that were asked about; None where they are.
-    """
-
-    dataset: Any
-    rows: Rows
-    lengths: NDArray[np.int64]
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    token_budget: int
-    device: torch.device
-    what: str | None = None
-    combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    dataset: Any  # anything that gives features by row id
+    rows: Rows  # row ids [n]; may repeat
+    lengths: NDArray[np.int64]  # number of tokens of those rows [n]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]  # features to a batch of CPU tensors
+    token_budget: int  # largest number of padded tokens in a batch
+    device: torch.device  # where batches go
+    what: str | None = None  # name of the pass in progress lines; None for no progress lines
+    combine: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = (
+        None  # values [n, ...] to those of the rows asked about
+    )
 
     def turns(self, done: NDArray[np.bool_] | None = None) -> Iterator[Turn]:
         """Give this rank its batches, the same number on every rank; ``done`` [n] marks positions that are finished."""

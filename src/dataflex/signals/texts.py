@@ -69,23 +69,14 @@ def row_texts(dataset: Any, rows: Rows, tokenizer: Any, part: Part = "all") -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How rows are cut into sequences.
+    """How rows are cut into sequences."""
 
-    Attributes:
-        alone: One sequence for each response, without what comes before it; else whole documents.
-        prefix_tokens: Number of tokens directly before a response that it keeps when alone.
-        leave_out_first: Leave out a response's first token where, alone, nothing would come before it.
-        start: Token that every sequence begins with, as one that the tokenizer puts there itself; or none.
-        limit: Largest number of tokens of a document, those beyond are scored neither way; or None.
-        translate: Turns tokens into those of another model; or None.
-    """
-
-    alone: bool = False
-    prefix_tokens: int = 0
-    leave_out_first: bool = True
-    start: tuple[int, ...] = ()
-    limit: int | None = None
-    translate: Callable[[list[int]], list[int]] | None = None
+    alone: bool = False  # one sequence for each response, without what comes before it; else whole documents
+    prefix_tokens: int = 0  # number of tokens directly before a response that it keeps when alone
+    leave_out_first: bool = True  # leave out a response's first token where, alone, nothing would come before it
+    start: tuple[int, ...] = ()  # token that every sequence begins with, or none
+    limit: int | None = None  # largest number of tokens of a document, those beyond are scored neither way; or None
+    translate: Callable[[list[int]], list[int]] | None = None  # turns tokens into those of another model; or None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class DomainWeights:
         """Take the weights of the coming step from the mixer (collective); see ``Reweighter.begin_step``."""
         alpha = self.given()
         if self.by_domain_means:  # a_d N / n_d: the sum over tokens divided by N is sum_d a_d (mean loss of d)
-            tokens_K = self._tokens(batches, device, predicted_tokens)
+            tokens_K = self._tokens(batches, device, lambda labels: counted_tokens(labels[:, 1:]))
             alpha = np.divide(alpha * float(num_items), tokens_K, out=np.zeros_like(alpha), where=tokens_K > 0)
         elif normalizer == "num_tokens":  # the mixer's weights must not change the size of the step
             weighted = float(alpha @ self._tokens(batches, device, counted_tokens))
@@ -242,11 +242,6 @@ class DomainWeights:
 def counted_tokens(labels: torch.Tensor) -> torch.Tensor:
     """Return tokens per row [R] as the stock denominator counts them (a label in the first place included)."""
     return labels.ne(IGNORE_INDEX).sum(dim=1).double()
-
-
-def predicted_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Return tokens per row [R] that have a loss (the first place has none)."""
-    return labels[:, 1:].ne(IGNORE_INDEX).sum(dim=1).double()
 
 
 def embedded(

@@ -13,16 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dataflex.signals.gradients import (
-    PRESETS,
-    Dots,
-    GradientEngine,
-    Norms,
-    TargetVectors,
-    choose_parameters,
-    moments_of,
-    preconditioner,
-)
+from dataflex.signals.gradients.consumers import Dots, Norms, TargetVectors
+from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.parameters import choose_parameters
+from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
 from tests.signals.gradients.small import Collect, build, differences, engine_of, layers_of, oracle, ragged
 
 RATE = 1e-2

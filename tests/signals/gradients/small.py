@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from dataflex.signals.gradients import Consumer, GradientEngine
+from dataflex.signals.gradients.consumers import Consumer
+from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.losses import row_losses
 from dataflex.testing import oracle_row_gradients
 

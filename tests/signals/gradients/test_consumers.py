@@ -11,9 +11,19 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.errors import DataError
-from dataflex.signals.gradients import Block, Dots, Factors, Norms, Segment, TargetBuilder, TargetVectors, WeightedSums
-from dataflex.signals.gradients.consumers import Consumer, inner_products, total
-from dataflex.signals.gradients.factors import formed, ghost_dots, ghost_norms, weighted_sum
+from dataflex.signals.gradients.consumers import (
+    Block,
+    Consumer,
+    Dots,
+    Norms,
+    Segment,
+    TargetVectors,
+    WeightedSums,
+    inner_products,
+    total,
+)
+from dataflex.signals.gradients.factors import Factors, formed, ghost_dots, ghost_norms, weighted_sum
+from dataflex.signals.gradients.targets import TargetBuilder
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
 

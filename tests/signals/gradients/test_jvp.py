@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients import Dots, GradientEngine
+from dataflex.signals.gradients.consumers import Dots
+from dataflex.signals.gradients.engine import GradientEngine
 from tests.signals.gradients.small import build, engine_of, ragged
 from tests.signals.gradients.test_consumers import vectors
 from tests.signals.gradients.test_layers import Toy, toy_batch

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.gradients import GradientEngine, Norms, choose_parameters, gradient_of
-from dataflex.signals.gradients.layers import _KINDS
+from dataflex.signals.gradients.consumers import Norms
+from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.layers import _KINDS, gradient_of
+from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.testing import oracle_row_gradients
 from tests.signals.gradients.small import Collect, build, differences, engine_of, layers_of
 

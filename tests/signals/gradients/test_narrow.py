@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dataflex.signals.gradients import GradientEngine, supervised_losses
+from dataflex.signals.gradients.engine import GradientEngine, supervised_losses
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_parts import model_parts
 from tests.signals.gradients.small import Collect, build, differences, gemma, lora, oracle, ragged

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dataflex.signals.gradients import choose_parameters
+from dataflex.signals.gradients.parameters import choose_parameters
 from tests.rounding import sums_apart
 from tests.signals.gradients.small import MODELS, Collect, build, differences, engine_of, layers_of, oracle, ragged
 

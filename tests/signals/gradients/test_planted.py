@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dataflex.signals.gradients import (
-    PRESETS,
-    Dots,
-    Norms,
-    Sketch,
-    TargetBuilder,
-    TargetVectors,
-    moments_of,
-    preconditioner,
-)
+from dataflex.signals.gradients.consumers import Dots, Norms, Sketch, TargetVectors
+from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
+from dataflex.signals.gradients.targets import TargetBuilder
 from tests.signals.gradients.small import PAD, build, engine_of, lora
 
 ROWS = 80

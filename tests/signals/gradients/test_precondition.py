@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from torch import nn
 
 from dataflex.errors import ConfigError, UnsupportedError
-from dataflex.signals.gradients import (
+from dataflex.signals.gradients.consumers import Segment
+from dataflex.signals.gradients.precondition import (
     PRESETS,
     Moments,
     Precondition,
-    Segment,
     adam_direction,
     moments_of,
     preconditioner,
@@ -27,7 +27,7 @@ from tests.signals.gradients.small import Collect, build, engine_of, flat, oracl
 
 def one(m, v, g, **options):
     values = [torch.tensor([x], dtype=torch.float32) for x in (g, m, v)]
-    return float(adam_direction(values[0].unsqueeze(0), values[1], values[2], step=10, **options))
+    return float(adam_direction(values[0].unsqueeze(0), values[1], values[2], Precondition(**options), step=10))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_direction_collapses_with_eps_inside():
     g, v, m = torch.tensor([[1e-7, 1e-8]]), torch.tensor([1e-14, 1e-16]), torch.zeros(2)
 
     def unit(**options):
-        direction = adam_direction(g, m, v, step=10, bias_correction=False, **options)[0]
+        direction = adam_direction(g, m, v, Precondition(bias_correction=False, **options), step=10)[0]
         return (direction / direction.norm()).tolist()
 
     assert unit() == pytest.approx([0.876, 0.482], abs=1e-3)
@@ -67,10 +67,9 @@ def test_formula_in_float64(step, seed, betas, inside, correct, momentum):
     generator = torch.Generator().manual_seed(seed)
     g, m = torch.randn(3, 7, generator=generator) * 1e-3, torch.randn(7, generator=generator) * 1e-3
     v = torch.rand(7, generator=generator) * 1e-6
-    found = adam_direction(
-        g, m, v, step=step, betas=betas, eps=1e-8, eps_mode="inside" if inside else "outside",
-        bias_correction=correct, include_momentum=momentum,
-    )  # fmt: skip
+    mode = "inside" if inside else "outside"
+    spec = Precondition(eps_mode=mode, bias_correction=correct, include_momentum=momentum)
+    found = adam_direction(g, m, v, spec, step=step, betas=betas, eps=1e-8)
     first = betas[0] * m.double() * momentum + (1 - betas[0]) * g.double()
     second = betas[1] * v.double() + (1 - betas[1]) * g.double() ** 2
     if correct:
@@ -153,8 +152,8 @@ def test_presets():
 
 def test_without_momentum_a_vanishing_gradient_has_no_direction():
     m, v = torch.ones(4), torch.ones(4)
-    assert adam_direction(torch.zeros(1, 4), m, v, step=3, include_momentum=False).abs().sum() == 0
-    assert adam_direction(torch.zeros(1, 4), m, v, step=3).abs().sum() > 0
+    assert adam_direction(torch.zeros(1, 4), m, v, Precondition(include_momentum=False), step=3).abs().sum() == 0
+    assert adam_direction(torch.zeros(1, 4), m, v, Precondition(), step=3).abs().sum() > 0
 
 
 class Adafactor(torch.optim.Adam):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.errors import ConfigError
-from dataflex.signals.gradients import Block, Segment, Sketch
+from dataflex.signals.gradients.consumers import Block, Segment, Sketch
 from tests.signals.gradients.small import Collect, build, engine_of, ragged
 
 

@@ -86,23 +86,14 @@ class _Tap(torch.autograd.Function):
 
 @dataclass(eq=False, kw_only=True)
 class Capture:
-    """Hooks on a model's units during one forward and backward pass.
+    """Hooks on a model's units during one forward and backward pass."""
 
-    Attributes:
-        units: Who answers for which parameter.
-        rows: Number of samples in the batch.
-        tokens: Number of positions of a sample, for layers that are called with samples and positions flattened.
-        take: Called with a parameter's name and its per-sample gradients by use, once all of its uses are there.
-        autocast: The context in which modules are run again.
-        finite: Set before the backward pass: samples [b] whose gradients count; the others are zeroed. None: all.
-    """
-
-    units: Units
-    rows: int
-    tokens: int
-    take: Callable[[str, list[SampleGradients]], None]
-    autocast: Callable[[], Any]
-    finite: torch.Tensor | None = None
+    units: Units  # who answers for which parameter
+    rows: int  # number of samples in the batch
+    tokens: int  # number of positions of a sample, for layers that are called with samples and positions flattened
+    take: Callable[[str, list[SampleGradients]], None]  # a parameter's name, its gradients by use
+    autocast: Callable[[], Any]  # the context in which modules are run again
+    finite: torch.Tensor | None = None  # samples [b] whose gradients count, set before the backward pass; None: all
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _recording: bool = True
     _muted: bool = False

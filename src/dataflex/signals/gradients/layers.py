@@ -42,19 +42,14 @@ def _first_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 class LayerKind:
     """A layer kind.
 
-    Attributes:
-        name: For messages.
-        matches: Whether a module is of this kind; must be exact, since a subclass may compute something else.
-        parameters: Names of the parameters that the formula covers.
-        sample: The formula.
-        keep: What to keep of a call (module, args, kwargs, output), tensors [b, ...]; the first input if left out.
-        check: Optional look at the first call (module, kept, output): why the formula does not hold there, or None.
+    ``keep`` is what to keep of a call (module, args, kwargs, output), tensors [b, ...]; the first input if left out.
+    ``check`` looks at the first call (module, kept, output): the reason why the formula does not hold there, or None.
     """
 
-    name: str
-    matches: Callable[[nn.Module], bool]
-    parameters: tuple[str, ...]
-    sample: Formula
+    name: str  # for messages
+    matches: Callable[[nn.Module], bool]  # exact, since a subclass may compute something else
+    parameters: tuple[str, ...]  # names of the parameters that the formula covers
+    sample: Formula  # the formula
     keep: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], Kept] = _first_input
     check: Callable[[nn.Module, Kept, torch.Tensor], str | None] | None = None
 

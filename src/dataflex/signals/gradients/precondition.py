@@ -28,25 +28,17 @@ Preconditioner = Callable[[tuple[Segment, ...], torch.Tensor], torch.Tensor]
 class Precondition:
     """How gradients are preconditioned.
 
-    Attributes:
-        kind: "none", "adam" or "sign".
-        eps_mode: "outside": sqrt(v) + eps; "inside": sqrt(v + eps).
-        bias_correction: Divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far.
-        include_momentum: Keep the term beta1 m, which all samples share.
-        own_square: Add the sample's own g^2 to v. Without, all samples are scaled alike and there is no momentum term:
-            (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) g / (sqrt(v) + eps), t the coming step (OPUS,
-            arXiv 2602.05400).
-        betas: Instead of the optimizer's own.
-        eps: Instead of the optimizer's own.
+    Without ``own_square`` all samples are scaled alike, in a linear way and without a momentum term, by
+    (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t) / (sqrt(v) + eps), t the coming step (OPUS, arXiv 2602.05400).
     """
 
     kind: Literal["none", "adam", "sign"] = "none"
-    eps_mode: Literal["outside", "inside"] = "outside"
-    bias_correction: bool = True
-    include_momentum: bool = True
-    own_square: bool = True
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
+    eps_mode: Literal["outside", "inside"] = "outside"  # sqrt(v) + eps, or sqrt(v + eps)
+    bias_correction: bool = True  # divide the moments by 1 - beta^(t + 1), t being the optimizer's steps so far
+    include_momentum: bool = True  # keep the term beta1 m, which all samples share
+    own_square: bool = True  # add the sample's own g^2 to v
+    betas: tuple[float, float] | None = None  # instead of the optimizer's own
+    eps: float | None = None  # instead of the optimizer's own
 
     @classmethod
     def preset(cls, name: str) -> Precondition:
@@ -68,57 +60,45 @@ PRESETS: dict[str, Precondition] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Adam's state of one parameter: running means of gradients and of their squares (fp32, full shape)."""
+    """Adam's state of one parameter."""
 
-    first: torch.Tensor
-    second: torch.Tensor
-    step: int
-    betas: tuple[float, float]
-    eps: float
+    first: torch.Tensor  # running mean of gradients, fp32, the parameter's full shape
+    second: torch.Tensor  # running mean of squared gradients, likewise
+    step: int  # number of optimizer steps so far
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
 
 def adam_direction(
     gradient: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
+    spec: Precondition,
     *,
     step: int,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    eps_mode: Literal["outside", "inside"] = "outside",
-    bias_correction: bool = True,
-    include_momentum: bool = True,
 ) -> torch.Tensor:
-    """Return the direction of Adam's next step for each gradient, fp32 [b, n].
+    """Return the direction of Adam's next step for each gradient [b, n], fp32.
 
-    ``gradient`` is fp32 [b, n]; ``first`` and ``second`` are the moments m and v [n] after ``step`` optimizer steps;
-    the rest is as in ``Precondition``.
+    ``first`` and ``second`` are the moments m and v [n] after ``step`` optimizer steps.
     """
     beta1, beta2 = betas
-    correct1 = 1 - beta1 ** (step + 1) if bias_correction else 1.0
-    correct2 = 1 - beta2 ** (step + 1) if bias_correction else 1.0
+    if not spec.own_square:
+        factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
+        return gradient * (factor / (second.sqrt() + eps))
+    correct1 = 1 - beta1 ** (step + 1) if spec.bias_correction else 1.0
+    correct2 = 1 - beta2 ** (step + 1) if spec.bias_correction else 1.0
     # Corrections are moved into the scalars and the moments, so that the large tensor is read fewer times:
     # (m' / c1) / (sqrt(v' / c2) + eps) = (m' sqrt(c2) / c1) / (sqrt(v') + eps sqrt(c2)).
     scale = correct2**0.5 / correct1
-    if eps_mode == "inside":
+    if spec.eps_mode == "inside":
         root = torch.addcmul(second * beta2 + eps * correct2, gradient, gradient, value=1 - beta2).sqrt_()
     else:
         root = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2).sqrt_().add_(eps * correct2**0.5)
-    if include_momentum:
+    if spec.include_momentum:
         return torch.add(first * (beta1 * scale), gradient, alpha=(1 - beta1) * scale).div_(root)
     return (gradient * ((1 - beta1) * scale)).div_(root)
-
-
-def adam_scaled(
-    gradient: torch.Tensor, second: torch.Tensor, *, step: int, betas: tuple[float, float], eps: float
-) -> torch.Tensor:
-    """Return gradients scaled as Adam's next step would, with its second moment as it is (OPUS, arXiv 2602.05400).
-
-    Linear in the gradient, fp32 [b, n]; ``second`` is v [n] after ``step`` optimizer steps.
-    """
-    beta1, beta2 = betas
-    factor = (1 - beta1) * (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
-    return gradient * (factor / (second.sqrt() + eps))
 
 
 def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = None) -> Preconditioner | None:
@@ -131,7 +111,6 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
     if spec.kind == "sign":
         return lambda _segments, gradient: gradient.sign_()
     assert moments is not None
-    how: dict[str, Any] = {name: getattr(spec, name) for name in ("eps_mode", "bias_correction", "include_momentum")}
     first = Columns(lambda name: moments[name].first.flatten())
     second = Columns(lambda name: moments[name].second.flatten())
 
@@ -145,10 +124,8 @@ def preconditioner(spec: Precondition, moments: Mapping[str, Moments] | None = N
         if any(settings(one.name) != options for one in segments[1:]):
             parts = Block(segments=segments, values=gradient).parts()
             return torch.cat([direction((segment,), values) for segment, values in parts], dim=1)
-        squares = second.of(segments, gradient.device)
-        if not spec.own_square:
-            return adam_scaled(gradient, squares, **options)
-        return adam_direction(gradient, first.of(segments, gradient.device), squares, **options, **how)
+        m, v = (moment.of(segments, gradient.device) for moment in (first, second))
+        return adam_direction(gradient, m, v, spec, **options)
 
     return direction
 
@@ -234,9 +211,8 @@ def _plain_moments(base: Any, parameter: Any, group: Mapping[str, Any], key: str
             what += "" if value is None else f", {ours} of shape {list(value.shape)} for {list(shape)}"
             raise _refusal(name, what)
         found.append(value.detach().float())
-    beta1, beta2 = group["betas"]
-    step, betas = int(state.get("step", 0)), (float(beta1), float(beta2))
-    return Moments(first=found[0], second=found[1], step=step, betas=betas, eps=float(group["eps"]))
+    (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
+    return Moments(first=found[0], second=found[1], step=int(state.get("step", 0)), betas=(beta1, beta2), eps=eps)
 
 
 def _dequantized(state: Mapping[str, Any], value: torch.Tensor, which: str, name: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from dataflex.errors import ConfigError
-from dataflex.signals.gradients.consumers import Consumer, Dots, Sketch, TargetVectors
+from dataflex.signals.gradients.consumers import Consumer, Dots, Norms, Sketch, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
@@ -75,6 +75,10 @@ class GradientScorers:
             return scores / found["sketch.norms"].clamp_min(1e-30).unsqueeze(1) if spec.normalize else scores
 
         return score
+
+    def norms(self) -> Score:
+        """Return the scorer [b] of gradients' norms."""
+        return self.of(Norms())
 
     def sketches(self, *, dim: int, seed: int) -> Score:
         """Return the scorer [b, dim] of sketches of length one; ``dim`` is even."""
