@@ -113,7 +113,8 @@ class Domains:
                 yield known.setdefault(label, len(known))
 
         domain_of = np.fromiter(numbered(), dtype=np.int32)
-        return cls(names=tuple(known), domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
+        names = tuple(map(str, known))
+        return cls(names=names, domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
 
     @cached_property
     def num_rows(self) -> NDArray[np.int64]:
