@@ -144,7 +144,6 @@ def test_token_normalizer_without_known_weights_is_a_mean_inside_the_micro_batch
 
 
 def test_one_hot_weights_leave_one_row_in_the_gradient():
-    """T0b."""
     logits, labels = batch(9)
     w = torch.tensor([0.0, 1.0, 0.0])
     loss = token_mean(token_losses(logits, labels), w)
@@ -157,7 +156,6 @@ def test_one_hot_weights_leave_one_row_in_the_gradient():
 
 
 def test_rows_without_labels_have_zero_loss():
-    """T31."""
     logits, labels = batch(2, empty=(0,))
     losses = token_losses(logits, labels)
     means, tokens = sample_means(losses.loss_BT, losses.mask_BT, Sequences(rows_B=np.arange(3)))
