@@ -24,7 +24,8 @@ from dataflex.state import State, restored, saved_form
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.kinds import Embedding, Generation, GenerationSpec, Part, Signal
+    from dataflex.signals.kinds import Embedding, Signal
+    from dataflex.signals.specs import Generation, GenerationSpec, Part
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
-"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and which keys would have no effect.
+"""Rules between keys of the ``dynamic`` block: keys that a method needs, and keys that would have no effect.
 
-Keys whose effect depends on LLaMA-Factory's are told by ``check.notes``.
+Keys whose effect depends on LLaMA-Factory's keys are reported by ``check.notes``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
-_OF_SUBSETS = ("keep_ratio", "repeat", "exclude_seen", "max_repeats", "candidate_batches", "signals.pool_fraction")
+_OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
@@ -43,7 +43,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
 
 
 def _given(dynamic: DynamicConfig) -> set[str]:
-    """Return the keys that do not have their defaults."""
+    """Return the keys whose values are not the defaults."""
     signals, usual = dynamic.signals, DynamicConfig()
     return {
         *(key for key in block_keys() if getattr(dynamic, key) != getattr(usual, key)),
@@ -52,7 +52,7 @@ def _given(dynamic: DynamicConfig) -> set[str]:
 
 
 def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
-    """Yield the keys that the methods named leave without a purpose."""
+    """Yield the keys that have no effect with these methods."""
     if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
         burn_in = "; 'burn_in_steps' of the weighter are steps of plain loss" if dynamic.weighter is not None else ""
         yield (
@@ -204,7 +204,7 @@ def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
 
 
 def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
-    """Yield place and numbers of the proportions that a user wrote among a mixer's parameters."""
+    """Yield place and values of the proportions among a mixer's parameters."""
     for place in ("proportions", "initial"):
         written = getattr(params, place, None)
         if isinstance(written, dict | tuple):
