@@ -30,8 +30,7 @@ from core_decisions import processor
 from dataflex.rng import stream
 from dataflex.select.choose import top_k
 from dataflex.select.spread import apart, facility_location, k_center
-from dataflex.selectors.nearest import Near, RdsPlus
-from dataflex.selectors.tsds import Tsds
+from dataflex.selectors.nearest import Near, RdsPlus, Tsds
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 

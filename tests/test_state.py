@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import stat
@@ -14,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
-from dataflex import state as module
 from dataflex.errors import CheckpointError, ComponentError, DataError
-from dataflex.state import load_state, replacing, save_state, seal_directory
+from dataflex.state import load_state, replacing, save_state
 
 LEAVES = (
     st.none()
@@ -99,21 +96,6 @@ def test_broken_states_are_told(tmp_path):
     expect(r"x\.npz is missing")
     (tmp_path / "x.json").unlink()
     expect(r"x\.json is missing")
-
-
-def test_a_sealed_directory_names_every_file_and_is_on_the_disk(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(module, "fsync", lambda path: done.append(path.name))
-    folder = tmp_path / "d"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a").write_text("one")
-    (folder / "sub" / "b").write_text("two")
-    seal_directory(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    digest = hashlib.blake2b(b"one", digest_size=16).hexdigest()
-    assert list(manifest["files"]) == ["a", "sub/b"]
-    assert manifest["files"]["a"] == {"size": 3, "blake2b": digest}
-    assert sorted(done) == sorted(["a", "b", "manifest.json", "sub", "d"])
 
 
 def _umask():

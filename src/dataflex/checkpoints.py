@@ -81,7 +81,6 @@ def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
                     entry[_HASH] = _hash(path)
                 files[path.relative_to(checkpoint).as_posix()] = entry
         manifest = {"format": _FORMAT, "run": run, "files": files}
-        (checkpoint / FOLDER).mkdir(exist_ok=True)
         with replacing(checkpoint / _MANIFEST, None) as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
@@ -104,22 +103,19 @@ def current_run(output_dir: Path) -> str | None:
     return _run_in(output_dir / _RUN)
 
 
-def new_run() -> str:
-    """Return the id of a new run."""
-    return secrets.token_hex(8)
-
-
-def begin_run(output_dir: Path, run: str) -> None:
-    """Write down which run an output folder belongs to from now on.
+def begin_run(output_dir: Path, run: str | None = None) -> str:
+    """Write down which run an output folder belongs to from now on, a new one by default, and return its id.
 
     Raises:
         CheckpointError: The operating system refused.
     """
+    run = run or secrets.token_hex(8)
     with refusals(output_dir / FOLDER, key="output_dir"):
         (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
         if current_run(output_dir) != run:
             with replacing(output_dir / _RUN, None) as file:
                 file.write((json.dumps({"run": run}) + "\n").encode())
+    return run
 
 
 def broken_reason(checkpoint: Path) -> str | None:

@@ -109,57 +109,6 @@ class TermWish:
             yield
 
 
-class TermVote(TermWish):
-    """Notes SIGTERM, and lets the ranks agree on the step after which they end.
-
-    Ranks exchange a flag after every step and read that of the step before: no rank waits for the answer, all have the
-    same one, and a rank that got the signal late or not at all stops with the others.
-
-    Args:
-        device: Device of the flags that ranks exchange.
-    """
-
-    def __init__(self, device: Any) -> None:
-        super().__init__()
-        self.agreed = False
-        self._device = device
-        self._sent: Any = None
-
-    def after_step(self) -> bool:
-        """Send this rank's flag, and return whether all ranks end after this step (collective)."""
-        before, self._sent = self._sent, self._send()
-        self.agreed = self.agreed or self._read(before)
-        return self.agreed
-
-    def settle(self) -> bool:
-        """Return whether the run ends here, the same on every rank (collective)."""
-        self.agreed = self._read(self._sent) or self._read(self._send()) or self.agreed
-        self._sent = None
-        return self.agreed
-
-    def _send(self) -> Any:
-        import torch
-        import torch.distributed as dist
-
-        flag = torch.tensor(int(self.asked), device=self._device)
-        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if _several_ranks() else None
-
-    def _read(self, sent: Any) -> bool:
-        if not _several_ranks():
-            return self.asked
-        if sent is None:
-            return False
-        flag, work = sent
-        work.wait()
-        return bool(flag)
-
-
-def _several_ranks() -> bool:
-    from dataflex import comm
-
-    return comm.world() > 1
-
-
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end and return its exit code; signals that end this process are passed on to it.
 

@@ -126,4 +126,4 @@ def resume(lf: dict[str, Any]) -> None:
     if passed_over:
         lf["overwrite_output_dir"] = True
     if os.environ.get("RANK", "0") == "0" and any(output_dir.glob("checkpoint-*")):
-        checkpoints.begin_run(output_dir, checkpoints.new_run())
+        checkpoints.begin_run(output_dir)

@@ -7,7 +7,6 @@ A file is written under another name and renamed, so that a kill leaves the old 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import platform
@@ -40,7 +39,6 @@ def owner() -> str:
 
 def aside(path: Path) -> Path:
     """Return the name under which ``path`` is written before it is renamed; what a kill left of it is removed."""
-    path = Path(path)
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and is_left(name):
             path.with_name(name).unlink(missing_ok=True)
@@ -54,15 +52,13 @@ def is_left(name: str) -> bool:
         return False
     try:
         os.kill(int(owned[2]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a name is one that we give to an unfinished file or folder, of whichever process."""
+    """Whether a name is that of an unfinished file or folder of any process."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
@@ -213,12 +209,10 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
         path: The file.
         error: What an error of the operating system becomes; None: it stays as it is.
     """
-    path = Path(path)
-    temporary: Path | None = None
     with nullcontext() if error is None else refusals(path, error):
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
         try:
-            temporary = aside(path)
-            temporary.unlink(missing_ok=True)
             with temporary.open("xb") as file:  # never through a link that lies there
                 yield file
                 file.flush()
@@ -226,27 +220,10 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
             os.replace(temporary, path)
             fsync(path.parent)
         finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; DataError where the operating system refuses."""
+    """Write a JSON file as a whole; DataError where the operating system refuses."""
     with replacing(path) as file:
         file.write(json.dumps(body, indent=1).encode() + b"\n")
-
-
-MANIFEST = "manifest.json"
-
-
-def seal_directory(folder: Path) -> None:
-    """Write a manifest with size and hash of every file in a folder, and bring all of it to the disk."""
-    entries = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": digest}
-    text = json.dumps({"format": _FORMAT, "files": entries}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for path in (*folder.rglob("*"), folder):
-        fsync(path)

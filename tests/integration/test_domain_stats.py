@@ -105,7 +105,7 @@ def test_domain_pure_micro_batches(run, tmp_path):
 
 
 def test_domain_weights_act_in_the_loss(run, tmp_path):
-    """All weight on the second domain: the first one's rows leave no trace (T0b)."""
+    """All weight on the second domain: the first one's rows leave no trace."""
     folder = watch(tmp_path, "d", base="DomainWeighter")
     ours = run("weighed", **settings(folder), gradient_accumulation_steps=2)
     for entry, logged in zip(seen(folder), ours.log, strict=True):

@@ -105,7 +105,7 @@ def test_a_missing_or_foreign_reference_is_refused(run, reference, tmp_path):
 
 @pytest.mark.parametrize("variant", ["repo", "paper"])
 def test_one_hot_weights_train_on_one_domain_alone(variant):
-    """T0b: the gradient is that of the mean over the tokens of domain 0."""
+    """The gradient is that of the mean over the tokens of domain 0."""
     torch.manual_seed(0)
     domains = Domains.from_sizes(("a", "b"), (4, 4))
     mixer = DoReMi(DoReMi.Params(reference="ref", variant=variant))
@@ -148,7 +148,7 @@ def test_one_hot_weights_train_on_one_domain_alone(variant):
 
 @pytest.mark.parametrize(("variant", "want"), [("repo", 2.2), ("paper", 2.5)])
 def test_normalizers(variant, want):
-    """T4: domain a has token losses 1, 2, 3 and b has 4, with weights .75 and .25."""
+    """Domain a has token losses 1, 2, 3 and b has 4, with weights .75 and .25."""
     mixer = DoReMi(DoReMi.Params(reference="ref", variant=variant))
     mixer.mix(example_context({"a": 1, "b": 1}))
     mixer.log_alpha = logs(np.array([0.75, 0.25]))

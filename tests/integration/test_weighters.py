@@ -122,7 +122,7 @@ def test_forward_mode_gives_the_products_of_gradients(run, blocks):
 
 
 def test_all_tokens_kept_is_the_plain_loss(run, blocks):
-    """T23: k = 100 %."""
+    """All tokens are kept: k = 100 %."""
     plain = run("plain", **SETTINGS, dynamic={"selector": "all"})
     kept = run("kept", **SETTINGS, dynamic={"weighter": {**blocks["slm"], "keep": 1.0}})
     same(plain, kept)

@@ -8,8 +8,7 @@ import pytest
 from dataflex.config.build import method_block
 from dataflex.errors import DataError
 from dataflex.select.scoring import Aggregate
-from dataflex.selectors.cluster_less import ClusterLess, cluster_means, representatives
-from dataflex.selectors.less import Less
+from dataflex.selectors.influence import ClusterLess, Less, cluster_means, representatives
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
@@ -137,7 +136,7 @@ def test_rows_without_labels_or_gradients():
     assert np.isnan(chosen.scores[[3, 5]]).all()
     assert "2 rows have no score" in chosen.reason
     gradients[:] = np.nan
-    with pytest.raises(DataError, match="none of the 11 representatives"):
+    with pytest.raises(DataError, match="all 12 rows have no score"):
         choose(signals, 2, clusters=11)
     signals.vectors[:] = np.nan
     with pytest.raises(DataError, match="labels all masked"):

@@ -1,4 +1,4 @@
-"""COINCIDE: transferability, density, shares, quotas and the greedy rows of a cluster, against slow transcriptions."""
+"""COINCIDE: transferability, density, quotas and the greedy rows of a cluster, against slow transcriptions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.config.build import method_block
 from dataflex.errors import DataError
-from dataflex.selectors.coincide import (
-    Coincide,
-    cluster_quotas,
-    density,
-    gaussian_kernel,
-    greedy_mmd,
-    shares,
-    transferability,
-)
+from dataflex.selectors.clusters import Coincide, cluster_quotas, density, gaussian_kernel, greedy_mmd, transferability
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
@@ -62,13 +54,14 @@ def test_density_of_the_worked_example():
     assert density(rows[:1]) == 1.0
 
 
-def test_shares_of_the_worked_example():
-    scores = np.array([0.3, 0.7, 0.4]) / np.array([0.5, 0.8, 0.5])
-    np.testing.assert_allclose(shares(scores, 0.1), [0.0416, 0.6509, 0.3075], atol=5e-5)
-    assert np.isfinite(shares(scores, 1e-6)).all()
-
-
 # ---------------------------------------------------------------- quotas
+
+
+def shares(scores, temperature):
+    """Softmax of scores / temperature."""
+    raised = scores / temperature
+    weights = np.exp(raised - raised.max())
+    return weights / weights.sum()
 
 
 def slow_quotas(scores, sizes, budget, temperature):
@@ -206,7 +199,7 @@ def test_equal_rows_and_rows_without_a_vector():
     chosen, _ = choose(vectors, 6, clusters=2)
     assert sorted(chosen.rows.tolist()) == [0, 1, 3, 4, 5]
     assert "1 rows have no embedding" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 rows has an embedding"):
+    with pytest.raises(DataError, match="all 2 rows have no embedding"):
         choose(np.full((2, 2), np.nan), 1)
 
 

@@ -125,8 +125,6 @@ def test_state_holds_the_first_losses():
         assert straight.rows.tolist() == again.rows.tolist()
         assert straight.scores.tolist() == again.scores.tolist()
     assert delta_loss().state_dict() == {}
-    with pytest.raises(DataError, match="first losses are those of 50 rows"):
-        decide(selector, np.ones(40), 1, index=3)
 
 
 # ---------------------------------------------------------------- baselines without a model

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import DataError
 from dataflex.select.choose import round_robin
 from dataflex.select.rules import Rule
-from dataflex.selectors.nearest import Near, RdsPlus
-from dataflex.selectors.tsds import Tsds
+from dataflex.selectors.nearest import Near, RdsPlus, Tsds
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 from tests.methods.oracles import oracle_top_rows
@@ -242,11 +241,3 @@ def test_positions_are_those_of_the_pool(method):
         nearest = (rows[:3] @ rows[pool].T).max(axis=0)
         np.testing.assert_allclose(chosen.scores, nearest, rtol=1e-5)
         assert chosen.rows[0] == pool[(rows[0] @ rows[pool].T).argmax()]
-
-
-@EACH
-def test_embeddings_that_do_not_fit_are_refused(method):
-    ctx = context(np.eye(3), TOY)
-    ctx.signals.vectors[None] = np.ones(3, dtype=np.float32)
-    with pytest.raises(ComponentError, match="asked for embeddings of 3 rows"):
-        method(method.Params()).select(pool_of(3), 1, ctx)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.select.scoring import Aggregate
-from dataflex.selectors.difficulty import El2n, GradNorm
-from dataflex.selectors.less import Less, lr_weighted
+from dataflex.selectors.influence import Less, lr_weighted
+from dataflex.selectors.losses import El2n, GradNorm
 from dataflex.signals.kinds import GradientScores
 from dataflex.testing import FakeSignals, example_context
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dataflex.config.build import method_block
 from dataflex.errors import ComponentError, DataError
 from dataflex.select.scoring import count_votes, percentile_ranks
-from dataflex.selectors.icons import Icons
+from dataflex.selectors.influence import Icons
 from dataflex.signals.kinds import GradientScores
 from dataflex.testing import FakeSignals, example_context
 

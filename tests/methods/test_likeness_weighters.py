@@ -47,7 +47,6 @@ class Vectors(FakeSignals):
     ("s", "tau", "expected"), [(0.0, 1.0, 0.5), (0.5, 1.0, 0.622459), (0.5, 0.1, 0.993307), (0.1, 1.0, 0.524979)]
 )
 def test_sigmoids_of_the_specification(s, tau, expected):
-    """T21."""
     weighter = prepared(Adapt(Adapt.Params(tau=tau)), signals=Vectors(target=[[1.0, 0.0]]))
     batch = with_vectors([[s, math.sqrt(1 - s * s)]])
     assert weighter.weigh(batch).item() == pytest.approx(expected, abs=printed(6, 8))
@@ -149,7 +148,7 @@ def test_words_are_compared_once():
 
 
 def test_fixed_points_of_the_specification():
-    """T22: beta = .1, tau = .05."""
+    """With beta = .1, tau = .05."""
     blocks = np.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
     got = fixed_point(np.zeros(3), blocks, beta=0.1, tau=0.05)
     np.testing.assert_allclose(got, [0.293104, 0.293104, 0.413791], atol=1e-6)

@@ -10,10 +10,11 @@ import pytest
 
 from dataflex.config.build import method_block
 from dataflex.errors import ConfigError, DataError
-from dataflex.rewards.base import Grades, RewardError, graded
+from dataflex.rewards.base import RewardError, graded
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
-from dataflex.signals.kinds import Generation, ResponseGradientScores
+from dataflex.signals.kinds import ResponseGradientScores
+from dataflex.signals.specs import Generation
 from dataflex.testing import FakeSignals, example_context
 
 PROMPT, REFERENCE = [5, 6], [9]
@@ -159,11 +160,13 @@ def test_equal_rewards_are_exactly_nothing():
 
 def test_token_means_divide_by_the_answers_length():
     method = nice(Table(REWARDS), token_reduction="mean", samples=2)
-    from dataflex.selectors.nice import GradedResponses
-
-    found = GradedResponses(prompts=([1],), responses=(((7, 8, 9, 2), (7, 2)),), rewards=(np.array([1.0, 0.0]),))
-    assert [one.weight for one in method._weighted(found)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
-    summed = nice(Table(REWARDS), samples=2)._weighted(found)
+    made = [
+        Generation(prompt=0, sample=sample, token_ids=tokens, text="", finished=True)
+        for sample, tokens in enumerate([(7, 8, 9, 2), (7, 2)])
+    ]
+    given = [[1]], made, np.array([1.0, 0.0])
+    assert [one.weight for one in method._weighted(*given)] == [1.0 / 2 / 4, -1.0 / 2 / 2]
+    summed = nice(Table(REWARDS), samples=2)._weighted(*given)
     assert [one.weight for one in summed] == [0.5, -0.5]
     assert [tuple(one.response) for one in summed] == [(7, 8, 9, 2), (7, 2)]
 
@@ -236,12 +239,6 @@ def test_it_ends_when_nothing_can_be_graded_or_when_asked_to():
         ask([0, 1], {"0": "broken", "1": "broken"})
     with pytest.raises(RewardError, match=r"1 of 2 responses .* broken; set on_reward_error: drop"):
         ask([0, 1], {"0": "broken", "1": 1.0}, on_reward_error="raise")
-
-
-def test_a_reward_of_the_wrong_length_is_refused():
-    ctx = example_context({"all": 3}, signals=Policy([0, 1]))
-    with pytest.raises(RewardError, match="graded 1 of 2 responses"):
-        nice(lambda _: Grades(values=np.ones(1)), samples=2).select(np.arange(3), 1, ctx)
 
 
 # ---------------------------------------------------------------- targets, prompts, sampling

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.mixers._lib import held_out_losses
-from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
 from dataflex.mixers.fixed import RandomShares
 from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
 from dataflex.mixers.held_out import (
@@ -26,7 +25,7 @@ from dataflex.mixers.held_out import (
     near_one_hot,
     velocities,
 )
-from dataflex.mixers.odm import Odm, exploration, policy
+from dataflex.mixers.online import Ado, Odm, PowerLaw, exploration, fit_power_law, policy, preference
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
@@ -56,7 +55,6 @@ def held(*losses):
 
 
 def test_exploration_is_uniform_until_k_ln_k():
-    """T7."""
     assert exploration(68, 22) == 1 / 22
     assert exploration(69, 22) < 1 / 22
     assert exploration(1, 2) == 0.5
@@ -66,7 +64,6 @@ def test_exploration_is_uniform_until_k_ln_k():
 
 
 def test_policies_of_paper_and_official_code():
-    """T8."""
     now = exploration(100, 2)
     assert policy(np.array([1.0, 3.0]), 0.3, now, True).tolist() == pytest.approx([0.279435, 0.720565], abs=1e-6)
     assert policy(np.array([0.4, 0.0]), 0.5, now, False).tolist() == pytest.approx([0.543966, 0.456034], abs=1e-6)
@@ -147,7 +144,6 @@ def test_exp3_starts_at_the_sizes_and_counts_iterations():
 
 
 def test_absent_domains_keep_their_rewards():
-    """T5."""
     mixer = odm()
     mixer.mix(context())
     mixer.observe(example_stats([2.0, 3.0], names=HELD))
@@ -158,7 +154,6 @@ def test_absent_domains_keep_their_rewards():
 
 
 def test_a_floor_that_leaves_nothing_is_refused():
-    """T9."""
     with pytest.raises(ConfigError, match=r"dynamic.mixer.floor: 0.5 for each of 2 domains leaves nothing"):
         odm(floor=0.5).mix(context())
     odm(floor=0.49).mix(context())
@@ -207,7 +202,6 @@ def test_random_shares_are_dirichlet_around_their_centre():
 
 
 def test_sheared_golden():
-    """T11."""
     start = logs(np.array([0.67, 0.33]))
     gaps = np.array([math.log(3), 0.0])
     assert softmax(exponentiated(start, gaps, eta=1.0)).tolist() == pytest.approx([0.858974, 0.141026], abs=1e-6)
@@ -224,7 +218,6 @@ def test_sheared_clips_only_when_told():
 
 
 def test_velocity_golden():
-    """T12."""
     first, target = np.array([3.0, 2.4]), np.array([2.0, 2.0])
     assert velocities(np.array([2.8, 2.1]), first, target).tolist() == pytest.approx([0.8, 0.25])
     mixer = Velocity(Velocity.Params(target_losses=(2.0, 2.0), initial="uniform"))
@@ -263,7 +256,6 @@ def test_held_out_losses_weigh_rows_by_their_tokens():
 
 
 def test_dynamic_moe_golden():
-    """T10."""
     loads = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     delta = distances(loads, "l2")
     assert delta.tolist() == pytest.approx([0.707107, 0.707107, 0.471405], abs=1e-6)
@@ -314,7 +306,6 @@ def test_dga_golden():
 
 
 def test_pike_golden():
-    """T16."""
     scores = pike_scores(np.array([4.0, 1.0]), np.array([8.0, 8.0]), 0.1, 0.2, 16)
     moved = softmax(exponentiated(logs(np.array([0.5, 0.5])), scores, eta=1.0))
     assert moved.tolist() == pytest.approx([0.574443, 0.425557], abs=1e-6)
@@ -393,7 +384,7 @@ def test_doge_starts_equal_and_moves_at_most_five_lr_an_update():
 
 
 def test_skill_it_golden():
-    """T15: the graph is read by rows; transposed, both domains would be served alike."""
+    """The graph is read by rows; transposed, both domains would be served alike."""
     graph = ((1.0, 0.5), (0.0, 1.0))
     mixer = SkillIt(SkillIt.Params(graph=graph, eta=0.2))
     warm = example_context(TWO, targets=HELD)
@@ -425,7 +416,7 @@ def test_a_graph_that_is_none_is_refused(graph):
 
 
 def test_aioli_orientation():
-    """T15: the columns of A are added up."""
+    """The columns of A are added up."""
     matrix = np.array([[0.3, 0.1], [0.0, 0.2]])
     moved = softmax(exponentiated(np.zeros(2), matrix.sum(axis=0), eta=1.0))
     assert moved.tolist() == pytest.approx([0.5, 0.5])
@@ -498,7 +489,6 @@ def test_aiolis_ema_is_the_weight_of_the_past(ema):
 
 
 def test_ado_golden():
-    """T14."""
     law = PowerLaw(e=0.0, a=math.log(2), alpha=0.5)
     assert 1.0 + law.reducible(100) == pytest.approx(1.2)
     assert law.slope(100) == pytest.approx(0.001)

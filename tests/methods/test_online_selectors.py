@@ -9,11 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dataflex.errors import CheckpointError, ComponentError, ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.plan.schedule import Interval, Schedule
-from dataflex.selectors.greats import Greats, Opus, pick_best, pick_drawn, scaled_strength
-from dataflex.selectors.uds import Uds, mean_distances
-from dataflex.signals.kinds import GradientProducts, LogitFeatures
+from dataflex.selectors.candidates import Greats, Opus, Uds, mean_distances, pick, scaled_strength
+from dataflex.signals.kinds import LogitFeatures
 from dataflex.testing import FakeSignals, example_context
 from dataflex.train.controller import Candidates
 
@@ -51,9 +50,9 @@ def opus(**params):
 
 def test_worked_example_of_the_published_rule():
     """At a rate of 0.01 the interaction is inert; at 1 it passes the twin over."""
-    assert pick_best(SCORES, GRAM, 2, 0.01).tolist() == [0, 1]
-    assert pick_best(SCORES, GRAM, 2, 1.0).tolist() == [0, 2]
-    assert pick_best(SCORES, GRAM, 3, 1.0).tolist() == [0, 2, 1]
+    assert pick(SCORES, GRAM, 2, 0.01).tolist() == [0, 1]
+    assert pick(SCORES, GRAM, 2, 1.0).tolist() == [0, 2]
+    assert pick(SCORES, GRAM, 3, 1.0).tolist() == [0, 2, 1]
 
 
 def test_the_scaled_rule_does_not_depend_on_the_rate_or_the_scale():
@@ -63,7 +62,7 @@ def test_the_scaled_rule_does_not_depend_on_the_rate_or_the_scale():
         gradients = scale * GRAM
         for strength, wanted in ((1.0, [0, 1]), (2.0, [0, 2])):
             c = scaled_strength(SCORES, gradients, 2, strength)
-            assert pick_best(SCORES, gradients, 2, c).tolist() == wanted
+            assert pick(SCORES, gradients, 2, c).tolist() == wanted
     assert scaled_strength(SCORES, np.zeros((3, 3)), 2, 1.0) == 0.0
 
 
@@ -148,15 +147,9 @@ def test_rows_without_a_gradient_are_never_picked(method):
     chosen = method().select(pool_of(4), 4, ctx)
     assert sorted(chosen.rows.tolist()) == [0, 1, 3]
     assert np.isnan(chosen.scores[2])
-    assert "1 have no supervised token" in chosen.reason
-    with pytest.raises(DataError, match="none of 2 candidates"):
+    assert "1 rows have no supervised token" in chosen.reason
+    with pytest.raises(DataError, match="all 2 rows have no supervised token"):
         method().select(pool_of(2), 1, ctx_of(np.full((2, 2), np.nan), {"target": [1, 1]}))
-
-
-def test_products_that_do_not_fit_are_refused():
-    short = {GradientProducts: lambda _, rows, __: np.ones((len(rows) - 1, len(rows) + 1))}
-    with pytest.raises(ComponentError, match="greats: asked for products of 4 rows"):
-        greats().select(pool_of(4), 1, example_context({"all": 4}, signals=FakeSignals(np.ones(4), values=short)))
 
 
 # ---------------------------------------------------------------- drawn
@@ -169,7 +162,7 @@ def test_draws_follow_the_boltzmann_weights_of_what_is_left():
     counts = np.zeros((3, 3))
     rng = np.random.default_rng(0)
     for _ in range(trials):
-        first, second = pick_drawn(SCORES, GRAM, 2, strength, temperature, rng.random(2))
+        first, second = pick(SCORES, GRAM, 2, strength, (temperature, rng.random(2)))
         counts[first, second] += 1
     raised = np.exp(SCORES / temperature)
     for first in range(3):
@@ -182,7 +175,7 @@ def test_draws_follow_the_boltzmann_weights_of_what_is_left():
 def test_a_cold_draw_is_greedy():
     for seed in range(5):
         uniforms = np.random.default_rng(seed).random(3)
-        assert pick_drawn(SCORES, GRAM, 3, 1.0, 1e-6, uniforms).tolist() == pick_best(SCORES, GRAM, 3, 1.0).tolist()
+        assert pick(SCORES, GRAM, 3, 1.0, (1e-6, uniforms)).tolist() == pick(SCORES, GRAM, 3, 1.0).tolist()
 
 
 def frequency_of_first(method, learning_rate, trials=400):
@@ -276,9 +269,6 @@ def test_the_queue_is_state_and_decides():
     again.load_state_dict(first.state_dict())
     assert again.select(pool_of(3), 1, ctx()).rows.tolist() == [2]  # 4.999 + 0.0025 x 12.7
     assert uds(alpha=0.0).select(pool_of(3), 1, ctx()).rows.tolist() == [0]
-    other = GivenLogits(norms, np.ones((3, 5)))
-    with pytest.raises(ComponentError, match="sketches of 2 numbers, the rows' have 5"):
-        first.select(pool_of(3), 1, example_context({"all": 3}, signals=other))
     with pytest.raises(CheckpointError, match="keeps queue, but was given rows"):
         uds().load_state_dict({"rows": 1})
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError
 from dataflex.testing import FakeSignals, example_batch, example_context
-from dataflex.weighters.group import GroupWeighter, domain_weights
 from dataflex.weighters.influence import Meta, Presence, clipped_shares, group_weights, self_influence
+from dataflex.weighters.rows import GroupWeighter, domain_weights
 
 # ---------------------------------------------------------------- group
 
@@ -55,7 +55,7 @@ def in_domains(losses, domains, tokens=None):
 
 
 def test_group_dro_is_that_of_the_specification():
-    """T13: q = (.5, .5), L = (2, 1), step .01: q = (.5025, .4975), loss 1.5025."""
+    """With q = (.5, .5), L = (2, 1), step .01: q = (.5025, .4975), loss 1.5025."""
     weighter = dro()
     batch = in_domains([2.0, 1.0], [0, 1])
     weights = weighter.weigh(batch)
@@ -141,7 +141,7 @@ def test_documents_of_a_packed_row_share_its_weight():
 
 
 def test_weights_of_the_specification():
-    """T25: s = (1, 2, 3)."""
+    """With s = (1, 2, 3)."""
     np.testing.assert_allclose(group_weights(np.array([1.0, 2, 3]), 1.0), [0.062556, 0.212896, 0.724548], atol=1e-6)
     np.testing.assert_allclose(group_weights(np.array([1.0, 2, 3]), -1.0), [0.724548, 0.212896, 0.062556], atol=1e-6)
     np.testing.assert_allclose(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dataflex.config.build import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
-from dataflex.weighters.excess import Rho, SelectiveLanguageModelling, largest
+from dataflex.weighters.loss import Rho, SelectiveLanguageModelling, largest
 from dataflex.weighters.token import Focal, TokenWeighter, clip_quantile
 from tests.rounding import printed
 
@@ -65,7 +65,7 @@ def slow_kept(excess, mask, share):
 
 @pytest.mark.parametrize("threshold", ["global", "local"])
 def test_slm_keeps_the_tokens_of_the_specification(threshold):
-    """T23: e = (.5, -.2, 1, .1, .3), 60 % of 5, and the mean of the kept losses."""
+    """With e = (.5, -.2, 1, .1, .3), 60 % of 5, and the mean of the kept losses."""
     loss = [[2.0, 1.0, 3.0, 0.5, 1.5]]
     excess = [[0.5, -0.2, 1.0, 0.1, 0.3]]
     reference = [[a - b for a, b in zip(loss[0], excess[0], strict=True)]]
@@ -144,7 +144,7 @@ def from_probabilities(*p, **more):
 
 
 def test_dft_and_focal_are_those_of_the_specification():
-    """T24: weight times cross-entropy at p = .9, .5, .1."""
+    """Weight times cross-entropy at p = .9, .5, .1."""
     batch = from_probabilities(0.9, 0.5, 0.1)
     dft = TokenWeighter(TokenWeighter.Params()).weigh(batch) * batch.loss_BT
     np.testing.assert_allclose(dft[0], [0.094824, 0.346574, 0.230259], rtol=0, atol=printed(6, 8))

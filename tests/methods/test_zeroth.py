@@ -11,7 +11,7 @@ from dataflex.config.build import method_block
 from dataflex.errors import DataError
 from dataflex.rng import rademacher
 from dataflex.select.scoring import Aggregate
-from dataflex.selectors.zeroth import Zeroth, central_difference
+from dataflex.selectors.influence import Zeroth, central_difference
 from dataflex.signals.kinds import PerturbedLoss
 from dataflex.testing import FakeSignals, example_context
 
@@ -119,7 +119,7 @@ def test_the_warning_is_honest_and_told_once(caplog):
     signals = FakeSignals(np.ones(3))
     ctx = example_context({"all": 3}, signals=signals)
     method = Zeroth(Zeroth.Params(directions=16))
-    with caplog.at_level(logging.WARNING, logger="dataflex.selectors.zeroth"):
+    with caplog.at_level(logging.WARNING, logger="dataflex.selectors.influence"):
         reasons = [method.select(np.arange(3), 1, ctx).reason for _ in range(2)]
     assert [record.getMessage() for record in caplog.records] == [
         "zeroth is experimental: with 16 directions its cosines have a standard error of about 0.25, for 32 forward "

@@ -13,15 +13,15 @@ from dataflex.mixing.fit import Fit
 from dataflex.mixing.propose import caps_of_epochs, check_caps, kl_projection, linear_minimum, minimize, propose
 
 HALF = np.array([0.5, 0.5])
-T19 = np.array([[-2.0, 0.0]])
+TWO_DOMAINS = np.array([[-2.0, 0.0]])
 
 
 def test_golden_values_of_a_single_task():
-    assert minimize(T19, HALF, kl=0.5).proportions[0] == pytest.approx(0.720474, abs=1e-6)
-    capped = minimize(T19, HALF, kl=0.0, caps_K=np.array([0.3, 1.0])).proportions
+    assert minimize(TWO_DOMAINS, HALF, kl=0.5).proportions[0] == pytest.approx(0.720474, abs=1e-6)
+    capped = minimize(TWO_DOMAINS, HALF, kl=0.0, caps_K=np.array([0.3, 1.0])).proportions
     assert capped == pytest.approx([0.3, 0.7], abs=1e-9)
-    assert minimize(T19, HALF, kl=1e6).proportions == pytest.approx(HALF, abs=1e-6)
-    assert minimize(T19, HALF, kl=0.0).proportions.tolist() == [1.0, 0.0]
+    assert minimize(TWO_DOMAINS, HALF, kl=1e6).proportions == pytest.approx(HALF, abs=1e-6)
+    assert minimize(TWO_DOMAINS, HALF, kl=0.0).proportions.tolist() == [1.0, 0.0]
 
 
 def problem(seed, num_domains, num_tasks):
@@ -93,7 +93,7 @@ def test_a_domain_that_is_not_there_naturally_stays_out():
 
 
 def test_caps_that_leave_one_mixture_give_it():
-    found = minimize(T19, HALF, kl=0.05, caps_K=np.array([0.25, 0.75]))
+    found = minimize(TWO_DOMAINS, HALF, kl=0.05, caps_K=np.array([0.25, 0.75]))
     assert found.proportions == pytest.approx([0.25, 0.75], abs=1e-12)
 
 

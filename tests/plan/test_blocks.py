@@ -32,7 +32,7 @@ def test_counts_of_the_sheet():
 
 
 def test_blocks_of_one_are_smooth():
-    # T26, the order of Megatron-Core's blended data set.
+    # The order of Megatron-Core's blended data set.
     assert labels([0.5, 0.25, 0.25], 1, 0, 8) == [0, 1, 2, 0, 0, 1, 2, 0]
 
 
@@ -105,7 +105,6 @@ def test_order_depends_on_seed_segment_and_block_alone():
 
 
 def test_even_order_is_that_of_error_diffusion():
-    """T26."""
     assert evenly(np.array([4, 2, 2])).tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
     assert evenly(np.array([7, 2, 1])).tolist() == [0, 1, 0, 2, 0, 0, 1, 0, 0, 0]
 

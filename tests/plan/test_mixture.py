@@ -108,7 +108,7 @@ def test_calls_of_any_size_give_one_stream(run, cuts, chunk):
 @settings(max_examples=40)
 @given(st.integers(0, 120), st.integers(1, 24), st.data())
 def test_resume_at_any_sequence_with_proportions_changed_three_times(stop, block, data):
-    # T28: the id stream is the same; no row comes twice inside an epoch.
+    # The id stream is the same; no row comes twice inside an epoch.
     sizes, rows = [7, 30, 4], np.arange(41)
     mixes = [[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.0, 0.5, 0.5], [0.3, 0.3, 0.4]]
     changes = [0, *sorted(data.draw(st.lists(st.integers(0, 120), min_size=3, max_size=3)))]
@@ -239,7 +239,7 @@ def test_after_a_stop_another_mixture_goes_on():
 
 
 def test_redistribute_uses_every_row_exactly_as_often_as_allowed():
-    # T29 with fractional caps: 1.5 epochs of 4 rows are 6 draws.
+    # With fractional caps: 1.5 epochs of 4 rows are 6 draws.
     one = build([4, 30, 10], 4, max_epochs=[1.5, 2, 3], at_cap="redistribute")
     one.append([0.6, 0.3, 0.1], 0, 5, "decided")
     rows = one.draw(96)
@@ -276,7 +276,7 @@ def test_redistribute_at_once_when_a_full_domain_is_asked_for_again():
 
 @given(runs(), st.integers(1, 3), st.integers(1, 120))
 def test_plan_equals_what_is_realized(run, max_epochs, total):
-    # T29: expected epochs against the stream, within a block.
+    # Expected epochs against the stream, within a block.
     sizes, block, segments = run
     weights, _ = segments[0]
     total = min(total, max_epochs * sum(size for size, w in zip(sizes, weights, strict=True) if w))

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import ComponentError
 from dataflex.rng import uniforms
-from dataflex.select.choose import gumbel_top_k, largest_remainder, round_robin, top_k, weighted_without_replacement
+from dataflex.select.choose import gumbel_top_k, largest_remainder, round_robin, top_k
 
 # Few distinct values, so that ties, NaN and infinities are common.
 SCORE = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, float("nan"), float("-inf"), float("inf"), 1e-300])
@@ -71,36 +71,26 @@ def test_gumbel_equals_the_formula(n, seed, data):
     u = uniforms(seed, "g", 0, np.arange(n))
     k = data.draw(st.integers(0, n))
     with np.errstate(divide="ignore"):
-        keys = [float(np.log(w) - np.log(-np.log(x))) for w, x in zip(weights, u, strict=True)]
-    eligible = int((weights > 0).sum())
-    if k > eligible:
-        with pytest.raises(DataError, match=f"only {eligible} of {n} have a weight above zero"):
-            weighted_without_replacement(weights, k, u)
-    else:
-        found = weighted_without_replacement(weights, k, u).tolist()
-        assert found == slow_top_k(keys, k)
-        assert all(weights[i] > 0 for i in found)
+        log_w = np.log(weights)
+    found = gumbel_top_k(log_w, k, u).tolist()
+    assert found == slow_top_k([float(w - np.log(-np.log(x))) for w, x in zip(log_w, u, strict=True)], k)
+    assert len(found) == min(k, int((weights > 0).sum()))
+    assert all(weights[i] > 0 for i in found)
 
 
 def test_gumbel_survives_extreme_uniforms():
     assert gumbel_top_k(np.zeros(3), 3, np.array([0.0, 1.0, 0.5])).tolist() == [1, 2, 0]
-    with pytest.raises(DataError):
-        gumbel_top_k([0.0, float("nan"), float("-inf")], 2, np.full(3, 0.5))
+    assert gumbel_top_k([0.0, float("nan"), float("-inf")], 2, np.full(3, 0.5)).tolist() == [0]
 
 
 def test_a_shard_draws_what_the_whole_draws():
     # Keys depend on the row id only: the best of two halves contain the best of the whole.
     ids = np.arange(1000)
-    weights = np.random.default_rng(0).random(1000)
-    whole = weighted_without_replacement(weights, 50, uniforms(5, "g", 2, ids))
+    weights = np.log(np.random.default_rng(0).random(1000))
+    whole = gumbel_top_k(weights, 50, uniforms(5, "g", 2, ids))
     halves = [ids[ids % 2 == r] for r in (0, 1)]
-    best = [half[weighted_without_replacement(weights[half], 50, uniforms(5, "g", 2, half))] for half in halves]
+    best = [half[gumbel_top_k(weights[half], 50, uniforms(5, "g", 2, half))] for half in halves]
     assert set(whole.tolist()) <= set(np.concatenate(best).tolist())
-
-
-def test_negative_weights_are_refused():
-    with pytest.raises(ComponentError, match=r"weight -1\.0 at position 1"):
-        weighted_without_replacement([1.0, -1.0], 1, np.full(2, 0.5))
 
 
 def slow_round_robin(scores, k, order):
@@ -124,7 +114,7 @@ def slow_round_robin(scores, k, order):
 def test_round_robin_equals_the_loop(num_queries, num_rows, k, data):
     scores = data.draw(arrays(np.float64, (num_queries, num_rows), elements=SCORE))
     order = data.draw(st.permutations(range(num_queries)))
-    found = round_robin(scores, k, np.array(order))
+    found = round_robin(scores[list(order)], k)
     assert found.tolist() == slow_round_robin(scores.tolist(), k, order)
     assert len(set(found.tolist())) == found.size
     eligible = int((scores > -np.inf).any(axis=0).sum())  # NaN compares as False
@@ -136,7 +126,7 @@ def test_round_robin_equals_the_loop(num_queries, num_rows, k, data):
 def test_round_robin_toy():
     scores = np.array([[0.9, 0.8, 0.1], [0.95, 0.2, 0.3]])
     assert round_robin(scores, 2).tolist() == [0, 2]
-    assert round_robin(scores, 2, [1, 0]).tolist() == [0, 1]
+    assert round_robin(scores[::-1], 2).tolist() == [0, 1]
     assert set(top_k(scores.mean(axis=0), 2).tolist()) == {0, 1}
     assert set(top_k(scores.max(axis=0), 2).tolist()) == {0, 1}
 
@@ -145,11 +135,6 @@ def test_round_robin_extends_its_lists():
     # All queries want the same rows in the same order, so every query runs far past its first list.
     scores = np.tile(np.arange(3000.0), (50, 1))
     assert round_robin(scores, 2500).tolist() == top_k(scores[0], 2500).tolist()
-
-
-def test_round_robin_refuses_a_false_order():
-    with pytest.raises(AssertionError):
-        round_robin(np.zeros((2, 3)), 1, [0, 0])
 
 
 @given(st.integers(0, 5000), st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any))

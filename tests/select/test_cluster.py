@@ -99,6 +99,6 @@ def test_a_lost_cluster_is_started_again():
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigError, match=r"dataflex\[cluster\]"):
         kmeans(np.eye(3), 2, rng())

@@ -18,7 +18,7 @@ from dataflex.select.scoring import Aggregate, count_votes, together
 from dataflex.select.tsds import draw, probabilities
 from dataflex.selectors import compose
 from dataflex.selectors.compose import Compose, Represent
-from dataflex.selectors.less import Less
+from dataflex.selectors.influence import Less
 from dataflex.selectors.losses import Tacs
 from dataflex.selectors.nearest import RdsPlus
 from dataflex.signals.kinds import AdaptedLoss
@@ -116,7 +116,7 @@ def test_gradients_as_vectors():
 def test_every_selector_that_scores_is_a_representation(name):
     given = MINIMAL.get(("selector", name), lambda K: {})(3)
     part = Represent.of(name, **given)
-    targeted = part.gives == "vectors" or part.scorer().requires().targets
+    targeted = part.scorer().gives == "vectors" or part.scorer().requires().targets
     composed = read({"represent": {"name": name, **given}, **({"targets": ["target"]} if targeted else {})})
     assert not isinstance(composed, list), composed
     ctx = example_context(targets=composed.targets)
@@ -163,7 +163,7 @@ def test_targets_take_turns_with_any_ranking_rule():
         )
         stream = represent_stream(f"selector.compose.{name}")
         lists.append(draw(p, away, 12, np.arange(60), stream, replacement=False))
-    assert composed.rows.tolist() == take_turns(lists, 12).tolist()
+    assert composed.rows.tolist() == take_turns([one.tolist() for one in lists], 12).tolist()
     assert "round_robin" in composed.reason
 
 

@@ -189,7 +189,7 @@ def test_lists_of_nearest_rows_through_a_sample(seed, k):
     products = vectors @ vectors.T
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_CELLS", 200)
-        places, found = neighbours.nearest_rows(vectors, k)
+        places, found = neighbours.similar_rows(vectors, k, "exact")
     order = np.argsort(-products, axis=1, kind="stable")[:, :k]
     assert places.tolist() == order.tolist()
     assert found.tolist() == np.take_along_axis(products, order, axis=1).tolist()

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.select import tsds
-from dataflex.select.tsds import epanechnikov, spread_mass
+from dataflex.select.tsds import epanechnikov, tsds_widened
 
 
 def tsds_probabilities(distances, neighbours, densities, num_rows, *, alpha, c):
-    places = 1.0 / np.asarray(densities, dtype=np.float64)
-    return spread_mass(np.asarray(distances, dtype=float), np.asarray(neighbours), places, num_rows, alpha, c)[0]
+    known = np.asarray(densities, dtype=np.float64)
+    distances, neighbours = np.asarray(distances, dtype=float), np.asarray(neighbours)
+    return tsds_widened(distances, neighbours, lambda found: known[:, : found.shape[1]], num_rows, alpha=alpha, c=c)
 
 
 def one_query(distances, densities=None, **options):

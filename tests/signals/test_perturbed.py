@@ -10,7 +10,7 @@ import torch
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.rng import rademacher
-from dataflex.selectors.zeroth import central_difference
+from dataflex.selectors.influence import central_difference
 from dataflex.signals.kinds import PerturbedLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus

@@ -18,7 +18,7 @@ import pytest
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass, package_versions
-from dataflex.state import MANIFEST, owner
+from dataflex.state import owner
 from tests.signals import store_worker
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +99,6 @@ def another_array(folder):
 
 def pickled(folder):
     np.save(folder / "array.npy", np.array([None] * 4), allow_pickle=True)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["array.npy"]["size"] = (folder / "array.npy").stat().st_size
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -110,9 +107,10 @@ def pickled(folder):
         spoil_header,
         another_array,
         pickled,
-        lambda folder: (folder / MANIFEST).unlink(),
+        lambda folder: (folder / "header.json").unlink(),
         lambda folder: (folder / "array.npy").unlink(),
         lambda folder: os.truncate(folder / "array.npy", 100),
+        lambda folder: os.truncate(folder / "array.npy", (folder / "array.npy").stat().st_size - 1),
         lambda folder: (folder / "header.json").write_text("{"),
     ],
 )
@@ -155,7 +153,7 @@ def test_list_size_and_evict(store):
     keys = [key(data=f"d{i}") for i in range(4)]
     for age, one in zip((400, 300, 200, 100), keys, strict=True):
         put(store, one, np.zeros(1000))
-        os.utime(store.directory / one.name / MANIFEST, (time.time() - age,) * 2)
+        os.utime(store.directory / one.name / "header.json", (time.time() - age,) * 2)
     foreign = store.directory / "holiday-photos"
     foreign.mkdir()
     (foreign / "beach.jpg").write_bytes(b"x" * 100_000)

@@ -101,7 +101,7 @@ def digest(ids):
 
 @pytest.mark.parametrize("stop", [1, 6, 9, 17, 19, 23])
 def test_the_id_stream_is_the_same_when_two_ranks_become_four(stop):
-    """T28: proportions change three times, and the run is resumed on other ranks before, at or after a change."""
+    """Proportions change three times, and the run is resumed on other ranks before, at or after a change."""
     straight = Ranks(1, 4).serve(0, STEPS)
     two = Ranks(2, 2)
     head = two.serve(0, stop)
@@ -117,7 +117,7 @@ def test_the_id_stream_is_the_same_when_two_ranks_become_four(stop):
 
 
 def test_a_decision_takes_effect_at_its_own_step():
-    """T30: nothing is fetched beyond a plan, so that the step of a decision is the first that it serves."""
+    """Nothing is fetched beyond a plan, so that the step of a decision is the first that it serves."""
     one = controller(staged())
     for step in range(STEPS):
         plan = one.plan_for(step)

@@ -14,12 +14,10 @@ from dataflex.testing import example_context
 from dataflex.train import loader
 from dataflex.train.feedback import WeightStats
 from dataflex.train.loss import Reweighter
-from dataflex.weighters.column import Column
-from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
-from dataflex.weighters.group import GroupWeighter
 from dataflex.weighters.likeness import Adapt, JointUpdateAware
-from dataflex.weighters.loss import LossWeighter
+from dataflex.weighters.loss import LossWeighter, Rho, SelectiveLanguageModelling
 from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.rows import Column, GroupWeighter
 from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
 
@@ -152,7 +150,7 @@ UNIT = {
 @pytest.mark.parametrize("over_ranks", [True, False])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_unit_weights_on_two_ranks_are_the_stock_loss(monkeypatch, name, over_ranks, accumulation):
-    """T0: ragged rows, accumulation, a short last micro-batch, and both ways of counting tokens."""
+    """Ragged rows, accumulation, a short last micro-batch, and both ways of counting tokens."""
     data = Data()
     sides = [PARTS[:accumulation], [np.array([8, 9, 4]), np.array([11, 4, 6]), np.array([1, 2])][:accumulation]]
     counts = [sum(data.tokens(rows) for rows in side) for side in sides]
@@ -171,7 +169,7 @@ def test_unit_weights_on_two_ranks_are_the_stock_loss(monkeypatch, name, over_ra
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("unlabelled", [(), (1, 4, 8, 9)])
 def test_two_ranks_are_one_of_twice_the_rows(monkeypatch, name, packed, unlabelled):
-    """Also where all of a rank's rows are without supervised tokens (T31): it takes part in every collective."""
+    """Also where all of a rank's rows are without supervised tokens: it takes part in every collective."""
     data = Data(unlabelled=unlabelled)
     sides = [[np.array([0, 7]), np.array([2, 3])], [np.array([4, 8]), np.array([9, 1])]]
     whole = [np.concatenate(parts) for parts in zip(*sides, strict=True)]

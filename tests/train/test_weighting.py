@@ -144,7 +144,6 @@ def test_token_normalizer_without_known_weights_is_a_mean_inside_the_micro_batch
 
 
 def test_one_hot_weights_leave_one_row_in_the_gradient():
-    """T0b."""
     logits, labels = batch(9)
     w = torch.tensor([0.0, 1.0, 0.0])
     loss = token_mean(token_losses(logits, labels), w)
@@ -157,7 +156,6 @@ def test_one_hot_weights_leave_one_row_in_the_gradient():
 
 
 def test_rows_without_labels_have_zero_loss():
-    """T31."""
     logits, labels = batch(2, empty=(0,))
     losses = token_losses(logits, labels)
     means, tokens = sample_means(losses.loss_BT, losses.mask_BT, Sequences(rows_B=np.arange(3)))
@@ -171,10 +169,14 @@ def test_rows_without_labels_have_zero_loss():
     assert not seen.loss_BT.requires_grad
 
 
+def add(stats, weights):
+    stats.add(torch.tensor(weights)[:, None], torch.tensor(weights))
+
+
 def test_weight_statistics_and_their_checks():
     stats = WeightStats("mine")
-    stats.add(torch.tensor([[1.0], [1.0]]))
-    stats.add(torch.tensor([[3.0], [0.0]]))
+    add(stats, [1.0, 1.0])
+    add(stats, [3.0, 0.0])
     read = stats.read()
     assert read == {
         "weight_ess": pytest.approx(25 / 11 / 4),
@@ -186,14 +188,14 @@ def test_weight_statistics_and_their_checks():
     assert stats.read() == {}
     for bad in ([-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
         with pytest.raises(ComponentError, match="'mine' returned negative or non-finite"):
-            stats.add(torch.tensor(bad)[:, None])
+            add(stats, bad)
         stats = WeightStats("mine")
 
 
 def test_many_micro_batches_between_two_logs_are_all_counted():
     stats = WeightStats("mine")
     for i in range(200):
-        stats.add(torch.tensor([[float(i)]]))
+        add(stats, [float(i)])
     assert stats.read()["weight_p50"] == pytest.approx(99.5)
 
 

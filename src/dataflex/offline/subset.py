@@ -82,18 +82,18 @@ def rule_of(name: str, settings: Sequence[str], budget: Budget) -> Rule:
     if name not in RULES:
         raise ConfigError(f"--rule: unknown rule {name!r}{did_you_mean(name, list(RULES))} (known: {', '.join(RULES)})")
     problems: list[str] = []
-    params = collect(RULES[name].params, given, "", problems, subject=f"rule {name}")
+    params = collect(RULES[name], given, "", problems, subject=f"rule {name}")
     if params is None:
         raise ConfigError([f"--rule {name}: {problem.removeprefix(': ')}" for problem in problems])
     rule = Rule(name=name, params=params)
     missing = sorted(rule.needs - _AT_HAND)
     if missing:
-        fitting = [other for other, spec in RULES.items() if not callable(spec.needs) and spec.needs <= _AT_HAND]
+        fitting = [other for other, spec in RULES.items() if spec.always <= _AT_HAND]
         raise ConfigError(
             f"--rule: {name} needs {', '.join(missing).replace('query_vectors', 'vectors of target rows')}, which "
             f"scores do not hold; let it choose while scoring ('dataflex score DATA --method compose --budget ROWS "
             f"compose.rule={name}'), and select by the column compose.rank "
-            f"(rules for scores: {', '.join([*fitting, 'water_filling'])})"
+            f"(rules for scores: {', '.join(fitting)})"
         )
     if budget.tokens is not None and name != "token_budget" and not RULES[name].ranks:
         raise ConfigError(f"--budget: the rule {name} wants a number of rows or a share, not tokens")

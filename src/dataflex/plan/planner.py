@@ -5,7 +5,6 @@ Pure functions of (pool, interval, seed). Every row in file order gives the stoc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -155,23 +154,3 @@ class ShuffledEpochs:
             return self._rows[permutations(self._seed, self._name, first, num, self._rows.size)].reshape(-1)
         epochs = [stream(self._seed, self._name, e).permutation(self._rows) for e in range(first, first + num)]
         return epochs[0] if num == 1 else np.concatenate(epochs)
-
-
-def serve(
-    labels: NDArray[np.unsignedinteger],
-    used: NDArray[np.int64],
-    drawn: NDArray[np.int64],
-    streams: Sequence[ShuffledEpochs],
-) -> Rows:
-    """Give every label [n] the next row of its domain.
-
-    ``used`` are the occurrences of each domain in ``labels`` [K], ``drawn`` the rows of each domain read before [K].
-    """
-    by_domain = np.empty(labels.size, dtype=np.int64)
-    stop = 0
-    for k in np.flatnonzero(used).tolist():
-        start, stop = stop, stop + int(used[k])
-        by_domain[start:stop] = streams[k].take(int(drawn[k]), int(used[k]))
-    rows = np.empty_like(by_domain)
-    rows[np.argsort(labels, kind="stable")] = by_domain
-    return rows

@@ -44,16 +44,10 @@ class ProportionsFile:
 
 
 def write_proportions(path: Path | str, content: ProportionsFile) -> Path:
-    """Write a proportions file, whole or not at all, and return its path.
-
-    Raises:
-        DataError: The place cannot be written.
-        ValueError: The numbers are not proportions (a defect of the caller).
-    """
+    """Write a proportions file, whole or not at all, and return its path; DataError if that is impossible."""
     path = Path(path)
     problem = _numbers_problem(content.names, content.proportions)
-    if problem:
-        raise ValueError(problem)
+    assert not problem, problem
     body = {
         "format": FORMAT,
         "method": content.method,
@@ -196,11 +190,7 @@ def numbers_by_domain(value: Written, names: Sequence[str], key: str, *, zero: s
 
 
 def refuse_strangers(given: Iterable[str], names: Sequence[str], key: str, *, also: Sequence[str] = ()) -> None:
-    """Make sure that every name given is a domain's.
-
-    Raises:
-        ConfigError: Some are not; or ``also`` names further problems, which are told with the rest.
-    """
+    """Raise ConfigError for names that are no domain's, together with the problems in ``also``."""
     problems = [f"{key}.{name}: no such domain{did_you_mean(name, names)}" for name in given if name not in names]
     problems += also
     if problems:
@@ -227,8 +217,7 @@ def shares(names: Sequence[str], proportions: Floats) -> str:
 def per_domain(given: float | Mapping[str, float], names: Sequence[str], key: str, *, missing: float) -> Floats:
     """Return one number for each domain [K]: the same for all, or by name with ``missing`` for the others.
 
-    Raises:
-        ConfigError: A name that is no domain.
+    ConfigError names what is no domain.
     """
     if not isinstance(given, Mapping):
         return np.full(len(names), float(given))

@@ -101,7 +101,7 @@ class RunRecorder:
         clock: PhaseClock | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self._first_step = self._step = resume_step or 0
+        self._step = resume_step or 0
         self._clock = clock or PhaseClock()
         path = self.directory / EVENTS
         try:
@@ -131,7 +131,7 @@ class RunRecorder:
         ``config`` is the resolved configuration, which is written without secrets; ``fields`` are ``schedule``,
         ``row_space``, ``versions``, ``world``, ``global_batch`` and ``run``.
         """
-        self._write("run_started", self._first_step, {"config": redacted(config), **fields})
+        self._write("run_started", self._step, {"config": redacted(config), **fields})
 
     def planned(
         self,

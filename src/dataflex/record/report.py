@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.errors import DataError
 from dataflex.printable import printable
-from dataflex.record.digest import DECIDING, Curve, Event, Run, digest, domain_groups, domain_shares, running_mean
+from dataflex.record.digest import (
+    DECIDING,
+    Curve,
+    Event,
+    Run,
+    digest,
+    domain_groups,
+    domain_rows,
+    domain_shares,
+    running_mean,
+)
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
 from dataflex.record.summary import summary
 from dataflex.record.text import cut, duration, number, percent
@@ -251,13 +261,11 @@ def _scores(run: Run) -> Figure | None:
 
 
 def _composition(run: Run) -> Figure | None:
-    served, pool = run.served, run.pool
-    all_served, all_pool = sum(served.values()), sum(pool.values())
+    all_served, all_pool = sum(run.served.values()), sum(run.pool.values())
     if not all_served or not all_pool:
         return None
-    groups = domain_groups(run, _COMPOSITION_DOMAINS)
-    shares = [sum(served[name] for name in members) / all_served for _, members in groups]
-    fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
+    groups = domain_rows(run, _COMPOSITION_DOMAINS)
+    shares, fair = [rows / all_served for _, rows, _ in groups], [rows / all_pool for _, _, rows in groups]
     figure, (axes,) = _new_figure(1.4 + 0.45 * len(groups))
     places = list(range(len(groups)))
     axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
@@ -265,7 +273,7 @@ def _composition(run: Run) -> Figure | None:
     for place, share, base in zip(places, shares, fair, strict=True):
         text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
         axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [_short_name(name, 28) for name, _ in groups])
+    axes.set_yticks(places, [_short_name(name, 28) for name, _, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.22 * max(*shares, *fair))
@@ -273,7 +281,7 @@ def _composition(run: Run) -> Figure | None:
     axes.set_xlabel("share of rows")
     _legend(axes)
     ratios = [
-        (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
+        (share / base, cut(name, 24)) for share, base, (name, _, _) in zip(shares, fair, groups, strict=True) if base
     ]
     (most, most_name), (least, least_name) = max(ratios), min(ratios)
     if most < 1.02 and least > 0.98:

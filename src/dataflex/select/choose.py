@@ -1,15 +1,15 @@
-"""Subset rules on scores and exact counts: from scores to positions, from proportions to whole numbers.
+"""Subset rules on scores, and exact counts: from scores to positions, from proportions to whole numbers.
 
 Pure functions. Positions point into the array that was given; a score that is NaN or -inf is never
-chosen; ties go to the smaller position, on every machine. Nothing here draws random numbers: those
-that need some are given uniforms, which come from ``dataflex.rng``.
+chosen; ties go to the smaller position, on every machine. Random numbers are given as uniforms, which come
+from ``dataflex.rng``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,7 @@ from dataflex.errors import ComponentError, DataError
 from dataflex.plan.domains import Rows
 from dataflex.rng import uniforms
 
-_WINDOW = 256  # candidates of a query turned into Python numbers at a time
+_WINDOW = 256  # positions of a query turned into Python numbers at a time
 
 
 def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
@@ -26,11 +26,9 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 
     NaN and -inf are never chosen. Linear in the number of scores, plus sorting the chosen ones.
     """
-    assert k >= 0, f"k is {k}"
     values = np.asarray(scores)
     if not np.issubdtype(values.dtype, np.floating):
         values = values.astype(np.float64)
-    assert values.ndim == 1, f"scores have shape {values.shape}"
     clean = np.where(np.isnan(values), -np.inf, values)
     k = min(k, int(np.count_nonzero(clean > -np.inf)))
     if k == 0:
@@ -49,48 +47,12 @@ def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) 
     replacement (Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them, ICML 2019,
     arXiv 1903.06059, section 2.3).
 
-    Args:
-        log_weights: Logarithms of weights [n], any offset; -inf and NaN are never taken.
-        k: Number of positions.
-        uniforms: One number in (0, 1) per position [n], best drawn by row id, so that the result
-            does not depend on how rows are spread over ranks.
-
-    Raises:
-        DataError: Fewer than ``k`` positions have a weight.
+    Log weights [n] have any offset; -inf and NaN are never taken. ``uniforms`` [n] are in (0, 1), best drawn by row id,
+    so that the result does not depend on how rows are spread over ranks. Positions int64 [min(k, weights above 0)]
+    come in the order of the draw.
     """
-    weights = np.asarray(log_weights, dtype=np.float64)
     clipped = np.clip(np.asarray(uniforms, dtype=np.float64), 1e-20, 1 - 1e-7)
-    assert weights.shape == clipped.shape, f"{weights.shape} weights, {clipped.shape} uniforms"
-    chosen = top_k(weights - np.log(-np.log(clipped)), k)
-    if chosen.size < k:
-        raise DataError(
-            f"{k:,} rows are to be drawn without replacement, but only {chosen.size:,} of {weights.size:,} "
-            "have a weight above zero"
-        )
-    return chosen
-
-
-def weighted_without_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sample ``k`` positions without replacement with probability proportional to ``weights``.
-
-    Args:
-        weights: Weights [n], >= 0, any scale; 0 and NaN are never taken.
-        k: How many.
-        uniforms: One number in (0, 1) per position [n].
-
-    Returns:
-        int64 [k], in the order of the draw.
-
-    Raises:
-        ComponentError: A negative weight.
-        DataError: Fewer than ``k`` positions have a weight.
-    """
-    values = np.asarray(weights, dtype=np.float64)
-    negative = np.flatnonzero(values < 0)
-    if negative.size:
-        raise ComponentError(f"weight {values[negative[0]]} at position {negative[0]}: weights must be >= 0")
-    with np.errstate(divide="ignore"):
-        return gumbel_top_k(np.log(values), k, uniforms)
+    return top_k(np.asarray(log_weights, dtype=np.float64) - np.log(-np.log(clipped)), k)
 
 
 def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -107,24 +69,25 @@ def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.f
     return np.minimum(positions, np.flatnonzero(values)[-1]).astype(np.int64)
 
 
-def take_turns(lists: Sequence[NDArray[np.int64]], k: int) -> NDArray[np.int64]:
-    """Let lists take turns, each giving its next position that is not yet taken; at most ``k``, in the order taken.
+def take_turns(queues: Iterable[Iterable[int]], k: int, *, lose_turn: bool = False) -> NDArray[np.int64]:
+    """Let queues take turns, each giving its next position that is not yet taken; at most ``k``, in the order taken.
 
-    Lists are in order of preference, without repeats; one of length ``k`` never runs out.
+    Queues are in order of preference, without repeats. With ``lose_turn`` a queue whose next position is taken gives
+    nothing in this turn, instead of the one after it.
     """
-    queues = [iter(one.tolist()) for one in lists]
+    waiting = [iter(queue) for queue in queues]
     taken: dict[int, None] = {}
-    while queues and len(taken) < k:
-        waiting = []
-        for queue in queues:
-            position = next((each for each in queue if each not in taken), None)
+    while waiting and len(taken) < k:
+        going_on = []
+        for queue in waiting:
+            position = next((each for each in queue if lose_turn or each not in taken), None)
             if position is None:
                 continue
-            waiting.append(queue)
+            going_on.append(queue)
             taken[position] = None
             if len(taken) == k:
                 break
-        queues = waiting
+        waiting = going_on
     return np.fromiter(taken, dtype=np.int64, count=len(taken))
 
 
@@ -140,51 +103,16 @@ def _best_first(scores: NDArray[np.floating], first: int) -> Iterator[int]:
         done, size = size, 4 * size
 
 
-def round_robin(
-    scores_QN: NDArray[np.floating], k: int, order: ArrayLike | None = None, *, lose_turn: bool = False
-) -> NDArray[np.int64]:
+def round_robin(scores_QN: NDArray[np.floating], k: int, *, lose_turn: bool = False) -> NDArray[np.int64]:
     """Let queries take turns, each taking its best position that is not yet taken.
 
-    The rule of RDS+ (Ivison et al.: Large-Scale Data Selection for Instruction Tuning,
-    arXiv 2503.01807). The result depends on the order of the queries: shuffle it with a seed.
-
-    Args:
-        scores_QN: Scores of n positions for each query [Q, n]; NaN and -inf are never chosen.
-        k: Number of positions.
-        order: Query indices in the order of their turns; default 0..Q-1.
-        lose_turn: A query whose next best position is taken gets nothing in this turn, instead of the one after it.
-
-    Returns:
-        int64 [min(k, positions eligible for some query)], in the order taken.
+    The rule of RDS+ (Ivison et al.: Large-Scale Data Selection for Instruction Tuning, arXiv 2503.01807). ``lose_turn``
+    is that of ``take_turns``. Positions int64 [min(k, positions eligible for some query)] come in the order taken,
+    which depends on the order of the queries.
     """
-    scores = np.asarray(scores_QN)
-    assert scores.ndim == 2, f"scores have shape {scores.shape}, must be [queries, rows]"
-    num_queries, num_rows = scores.shape
-    turns = range(num_queries) if order is None else np.asarray(order).tolist()
-    assert sorted(turns) == list(range(num_queries)), "order must be a permutation of the queries"
-    limit = min(k, num_rows)
-    chosen = np.empty(limit, dtype=np.int64)
-    taken = bytearray(num_rows)
-    count = 0
-    queues = [_best_first(scores[j], 2 * limit // num_queries + 16) for j in turns]
-    while queues and count < limit:
-        waiting = []
-        for queue in queues:
-            for position in queue:
-                if not taken[position] or lose_turn:
-                    break
-            else:
-                continue  # nothing left for this query
-            waiting.append(queue)
-            if taken[position]:
-                continue
-            taken[position] = True
-            chosen[count] = position
-            count += 1
-            if count == limit:
-                break
-        queues = waiting
-    return chosen[:count]
+    limit = min(k, scores_QN.shape[1])
+    first = 2 * limit // len(scores_QN) + 16
+    return take_turns([_best_first(one, first) for one in scores_QN], limit, lose_turn=lose_turn)
 
 
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
@@ -209,10 +137,13 @@ def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
 Uniforms = Callable[[str, NDArray[np.int64]], NDArray[np.float64]]
 """(what for, ids [n]) to numbers in (0, 1) [n] that depend on each id alone."""
 
+ABSENT: Any = None
+"""Default of arrays that only some rules read; a rule's ``needs`` says which."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Rows to choose from, and what is known about them. A rule gets what it needs; the rest may be None.
+    """Rows to choose from, and what is known about them: what the rule needs; anything else may be None.
 
     Attributes:
         rows: Row ids [n]; draws are keyed by them.
@@ -228,25 +159,17 @@ class Candidates:
 
     rows: Rows
     uniforms: Uniforms
-    scores: NDArray[np.floating] | None = None
+    scores: NDArray[np.floating] = ABSENT
     by_query: NDArray[np.floating] | None = None
-    vectors: NDArray[np.float32] | None = None
-    queries: NDArray[np.float32] | None = None
-    lengths: NDArray[np.int64] | None = None
-    groups: NDArray[np.integer] | None = None
+    vectors: NDArray[np.float32] = ABSENT
+    queries: NDArray[np.float32] = ABSENT
+    lengths: NDArray[np.int64] = ABSENT
+    groups: NDArray[np.integer] = ABSENT
 
     @staticmethod
-    def stream(seed: int, name: str, index: int) -> Uniforms:
-        """Return the random numbers of one decision, a stream of its own for each purpose."""
-        return lambda purpose, ids: uniforms(seed, f"{name}.{purpose}", index, ids)
-
-
-_FIRST = 4096  # rows ranked at first; four times as many where they do not fill the budget
-
-
-def ranking(scores: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Return all positions best first, ties by position; NaN and -inf are left out."""
-    return top_k(scores, len(scores))
+    def stream(seed: int, name: str, index: int, unnamed: Collection[str] = ()) -> Uniforms:
+        """Return the random numbers of one decision: stream ``name.purpose``, or ``name`` for ``unnamed`` purposes."""
+        return lambda what, ids: uniforms(seed, name if what in unnamed else f"{name}.{what}", index, ids)
 
 
 def token_budget(
@@ -256,34 +179,16 @@ def token_budget(
 
     With ``skip`` a row that no longer fits is passed over; without, the walk ends there. NaN and -inf are never chosen.
     """
-    size = min(len(scores), _FIRST)
-    while True:
-        order = top_k(scores, size)
-        chosen, full = _fill(order, lengths, tokens, k, skip)
-        if full or len(order) < size or size == len(scores):
-            return chosen
-        size = min(len(scores), 4 * size)
-
-
-def _fill(
-    order: NDArray[np.int64], lengths: NDArray[np.integer], tokens: int, k: int, skip: bool
-) -> tuple[NDArray[np.int64], bool]:
-    """Return the rows taken, and whether nothing after ``order`` could be taken."""
-    taken: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    count, left = 0, tokens
-    while len(order) and count < k:
+    order, taken, left = top_k(scores, len(scores)), [np.empty(0, dtype=np.int64)], tokens
+    while len(order) and k:
         total = np.cumsum(lengths[order], dtype=np.int64)
-        fitting = min(int(np.searchsorted(total, left, side="right")), k - count)
+        fitting = min(int(np.searchsorted(total, left, side="right")), k)
         taken.append(order[:fitting])
-        count += fitting
+        k -= fitting
         left -= int(total[fitting - 1]) if fitting else 0
-        if fitting == len(order):
-            break
-        if not skip:
-            return np.concatenate(taken), True
-        rest = order[fitting:]
+        rest = order[fitting:] if skip else order[:0]
         order = rest[lengths[rest] <= left]
-    return np.concatenate(taken), count >= k or (left == 0 and not (lengths == 0).any())
+    return np.concatenate(taken)
 
 
 def log_weights(scores: NDArray[np.floating], temperature: float, standardize: bool) -> NDArray[np.float64]:
@@ -298,17 +203,6 @@ def log_weights(scores: NDArray[np.floating], temperature: float, standardize: b
     return values / temperature
 
 
-def gumbel(log_w: NDArray[np.float64], k: int, rows: Rows, uniforms: Uniforms) -> NDArray[np.int64]:
-    """Draw ``k`` positions without replacement with probability proportional to exp(log_w), keyed by row id.
-
-    A row's number depends on its id only: neither on the order of the pool nor on the number of ranks.
-
-    Returns:
-        int64 [min(k, rows of finite log weight)], in the order of the draw.
-    """
-    return gumbel_top_k(log_w, min(k, int(np.isfinite(log_w).sum())), uniforms("gumbel", rows))
-
-
 def multinomial(
     weights: NDArray[np.floating], k: int, rows: Rows, uniforms: Uniforms, *, replacement: bool
 ) -> NDArray[np.int64]:
@@ -321,19 +215,17 @@ def multinomial(
         DataError: A negative weight, or none above 0.
     """
     values = np.asarray(weights, dtype=np.float64)
-    if len(values) == 0 or k == 0:
-        return np.empty(0, dtype=np.int64)
-    if (values < 0).any() or not (values > 0).any():
-        found: Literal["negative", "all 0"] = "negative" if (values < 0).any() else "all 0"
+    if (values < 0).any():
         raise DataError(
-            f"multinomial: scores are taken for weights, and some are {found}. Set 'weights: softmax', or use "
-            "the rule gumbel_top_k."
-            if found == "negative"
-            else f"multinomial: the weights of {len(values):,} rows are {found}; there is nothing to draw from."
+            "multinomial: scores are taken for weights, and some are negative. Set 'weights: softmax', or use the "
+            "rule gumbel_top_k."
         )
+    if not (values > 0).any():
+        raise DataError(f"multinomial: the weights of {len(values):,} rows are all 0; there is nothing to draw from.")
     if replacement:
         return weighted_with_replacement(values, k, uniforms("draws", np.arange(k, dtype=np.int64)))
-    return weighted_without_replacement(values, min(k, int((values > 0).sum())), uniforms("gumbel", rows))
+    with np.errstate(divide="ignore"):
+        return gumbel_top_k(np.log(values), k, uniforms("gumbel", rows))
 
 
 Quota = Literal["water_filling", "proportional"]
@@ -355,28 +247,16 @@ def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
     return result
 
 
-def quotas(sizes: ArrayLike, total: int, quota: Quota) -> NDArray[np.int64]:
-    """Return each group's number of rows [G], none above its size, with sum min(total, sum of sizes)."""
-    counts = np.asarray(sizes, dtype=np.int64)
-    if quota == "water_filling":
-        return water_filling(counts, total)
-    total = min(total, int(counts.sum()))
-    return largest_remainder(total, counts) if total else np.zeros_like(counts)
-
-
 def by_quota(groups: NDArray[np.integer], preference: NDArray[np.floating], k: int, quota: Quota) -> NDArray[np.int64]:
     """Let every group give its quota of rows, those of largest preference: positions in order of preference.
 
-    Args:
-        groups: Group of each row [n], >= 0.
-        preference: Larger is better, finite [n]; ties by position.
-        k: Number of rows; all where there are fewer.
-        quota: How ``k`` is shared out.
+    ``groups`` [n] are >= 0; ``preference`` [n] is finite, larger is better, ties by position; ``quota`` says how the
+    ``k`` rows are shared out. All rows come back where there are fewer than ``k``.
     """
-    sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
-    there = np.flatnonzero(sizes)
-    wanted = np.zeros(len(sizes), dtype=np.int64)
-    wanted[there] = quotas(sizes[there], k, quota)
+    sizes, k = np.bincount(groups), min(k, len(groups))
+    if k == 0:
+        return np.empty(0, dtype=np.int64)
+    wanted = water_filling(sizes, k) if quota == "water_filling" else largest_remainder(k, sizes)
     order = np.argsort(-np.asarray(preference, dtype=np.float64), kind="stable")
     grouped = order[np.argsort(groups[order], kind="stable")]
     starts = np.cumsum(sizes) - sizes

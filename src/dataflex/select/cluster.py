@@ -1,8 +1,7 @@
 """Clusters: k-means, the same on every rank for a given seed, and cells, a coarse partition.
 
-k-means is Euclidean by scikit-learn, spherical by a short loop of its own.
-
-Clusters without members are dropped and the rest numbered anew, so that every label has rows.
+k-means is Euclidean by scikit-learn, spherical by a short loop of its own. Clusters without members are dropped and
+the rest renumbered, so that every label has rows.
 """
 
 from __future__ import annotations
@@ -21,17 +20,14 @@ _CELLS = 1 << 24  # similarities of rows and centres held at a time: 64 MiB of f
 _BLOCK = 1 << 24  # products held at a time: 64 MiB of float32
 _SAMPLE = 32  # rows per centre that improve the centres
 _FIT_ROWS = 256  # rows of each cluster that centres are found on
-_MISSING = "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
 
 
 def require_kmeans() -> None:
-    """Raise the error of a ``kmeans`` that lacks its library now, before a model is loaded; nothing is imported.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
+    """Raise ConfigError, before a model is loaded, if scikit-learn is not installed; imports nothing."""
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError(_MISSING)
+        raise ConfigError(
+            "k-means needs scikit-learn, which is not installed; install the extra: pip install 'dataflex[cluster]'"
+        )
 
 
 def kmeans(
@@ -43,7 +39,7 @@ def kmeans(
         vectors: Finite [n, d], n >= 1.
         k: Number of clusters, >= 1; with k >= n every row is a cluster of its own.
         rng: Seeds the first centres.
-        iterations: Rounds at most.
+        iterations: Largest number of rounds.
 
     Returns:
         Labels int64 [n], 0 <= label < K, and centres float32 [K, d]; K <= k, every cluster has a row.
@@ -52,18 +48,14 @@ def kmeans(
         ConfigError: scikit-learn is not installed.
     """
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
-    assert rows.ndim == 2, f"vectors have shape {rows.shape}"
-    assert len(rows) >= 1
-    assert k >= 1, f"k is {k}"
     seed = int(rng.integers(2**31 - 1))
     if k >= len(rows):
         return np.arange(len(rows), dtype=np.int64), rows.copy()
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.exceptions import ConvergenceWarning
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise ConfigError(_MISSING) from error
+    require_kmeans()
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     with warnings.catch_warnings(), threadpool_limits(limits=1):  # threads add up centres in any order
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than k: clusters are dropped below
         found = KMeans(n_clusters=k, n_init=1, max_iter=iterations, random_state=seed, algorithm="lloyd").fit(rows)
@@ -80,9 +72,6 @@ def spherical_kmeans(
     one, a zero row stays zero, and it ends early when no label changes.
     """
     rows = _units(np.asarray(vectors, dtype=np.float32))
-    assert rows.ndim == 2, f"vectors have shape {rows.shape}"
-    assert len(rows) >= 1
-    assert k >= 1, f"k is {k}"
     first = rng.choice(len(rows), size=min(k, len(rows)), replace=False)
     if k >= len(rows):
         return np.arange(len(rows), dtype=np.int64), rows
@@ -101,10 +90,10 @@ def spherical_kmeans(
     return _compact(labels, centres)
 
 
-def members(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the positions of each cluster, ascending; labels are 0 .. K - 1."""
+def members(labels: NDArray[np.integer], num_clusters: int = 0) -> list[NDArray[np.int64]]:
+    """Return the positions of each cluster, ascending; labels are 0 .. K - 1, K at least ``num_clusters``."""
     order = np.argsort(labels, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(labels))[:-1])
+    return np.split(order, np.cumsum(np.bincount(labels, minlength=num_clusters))[:-1])
 
 
 def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -124,7 +113,9 @@ def _nearest(rows: NDArray[np.float32], centres: NDArray[np.float32]) -> tuple[N
     return labels, best
 
 
-def _compact(labels: NDArray[np.int64], centres: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _compact(
+    labels: NDArray[np.integer], centres: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     used, labels = np.unique(labels, return_inverse=True)
     return labels.reshape(-1).astype(np.int64), centres[used]
 
@@ -133,10 +124,7 @@ def kmeans_labels(vectors_ND: NDArray[np.float32], clusters: int, rng: np.random
     """Return the k-means cluster of each row, int64 [N], N >= 1; labels without rows are possible.
 
     Centres are found on at most 256 rows a cluster; then every row joins the nearest. ``rng`` must be equal on every
-    rank.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
+    rank. Without scikit-learn it raises ConfigError.
     """
     enough = _FIT_ROWS * clusters
     if len(vectors_ND) <= enough:
@@ -186,10 +174,8 @@ class Cells:
             line, rank = np.nonzero(found <= found.min(axis=1, keepdims=True) + 2.0 * radius)
             rows.append(start + line)
             cells.append(nearest[line, rank])
-        row, cell = np.concatenate(rows), np.concatenate(cells)
-        order = np.argsort(cell, kind="stable")
-        ends = np.searchsorted(cell[order], np.arange(len(self.members) + 1))
-        return [row[order[ends[i] : ends[i + 1]]] for i in range(len(self.members))]
+        row = np.concatenate(rows)
+        return [row[asking] for asking in members(np.concatenate(cells), len(self.members))]
 
 
 def nearest_centres(
@@ -216,9 +202,5 @@ def cells_of(vectors_ND: NDArray[np.float32], places: NDArray[np.int64], size: i
         own = sample[joined == cell]
         if len(own):
             centres[cell] = vectors_ND[own].mean(axis=0)
-    joined = nearest_centres(vectors_ND, places, centres)
-    by_cell = np.argsort(joined, kind="stable")
-    ends = np.searchsorted(joined[by_cell], np.arange(count + 1))
-    filled = [cell for cell in range(count) if ends[cell] < ends[cell + 1]]
-    members = [np.sort(places[by_cell[ends[cell] : ends[cell + 1]]]) for cell in filled]
-    return Cells(members=members, centres=centres[filled])
+    cells, centres = _compact(nearest_centres(vectors_ND, places, centres), centres)
+    return Cells(members=[np.sort(places[own]) for own in members(cells)], centres=centres)

@@ -1,4 +1,4 @@
-"""Exact nearest rows of many queries, in blocks: the similarities of all pairs are never held at once.
+"""Nearest rows of many queries, in blocks: the similarities of all pairs are never held at once.
 
 Pure functions on inner products. Ties go to the smaller position. Lists of nearest rows start short and
 grow only when a rule runs out of them, so that memory follows the budget, not queries x rows.
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
-from dataflex.select.choose import top_k
+from dataflex.select.choose import take_turns, top_k
 
 _CELLS = 1 << 25  # similarities held at a time: 128 MiB of float32
 _SHORTEST = 64  # length that lists of nearest rows start with at least
-_WINDOW = 256  # rows of a list looked at together
-_SHARE = 16  # one row in so many tells how good a row must be to come into question
+_WINDOW = 256  # positions of a list turned into Python numbers at a time
+_SHARE = 16  # share of the rows, one in 16, whose best similarities bound those of the nearest rows from below
 
 
 def _blocks(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -46,21 +46,12 @@ def nearest_lists(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32],
     return lists
 
 
-def nearest_rows(vectors_ND: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return the ``k`` rows of largest inner product with each row, itself among them where it is.
-
-    Positions int32 [N, min(k, N)], best first, and the inner products float32 of the same shape.
-    """
-    shape = (len(vectors_ND), min(k, len(vectors_ND)))
-    places, products = np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32)
-    for start, block in _blocks(vectors_ND, vectors_ND):
-        for j, found in enumerate(_best_of_each(block, k)):
-            places[start + j], products[start + j] = found, block[j, found]
-    return places, products
-
-
 def _best_of_each(block_BN: NDArray[np.float32], k: int) -> Iterator[NDArray[np.int64]]:
-    """Yield ``top_k`` of each line; a sample of a line tells first which positions can be left out."""
+    """Yield ``top_k`` of each line.
+
+    The k-th largest value of a line's beginning is a lower bound of that of the whole line; only values that reach it
+    are sorted.
+    """
     num_rows = block_BN.shape[1]
     sample = max(num_rows // _SHARE, 2 * k)
     if k == 0 or 2 * sample > num_rows:
@@ -107,90 +98,46 @@ def distances_to(
     return found[order], exact[order]
 
 
-def _first_length(limit: int, num_queries: int) -> int:
-    return min(limit, max(_SHORTEST, 4 * -(-limit // num_queries)))
-
-
-def _free(nearest: NDArray[np.int32], head: int, taken: NDArray[np.bool_]) -> int:
-    """Return the place, from ``head`` on, of the first row of a list that is not taken, or the list's length."""
-    while head < nearest.size:
-        free = ~taken[nearest[head : head + _WINDOW]]
-        step = int(free.argmax())
-        if free[step]:
-            return head + step
-        head += _WINDOW
-    return nearest.size
-
-
 def round_robin_nearest(
-    queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, order: ArrayLike | None = None
+    queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, *, lose_turn: bool = False
 ) -> NDArray[np.int64]:
-    """Let queries take turns, in ``order``, each taking its nearest row that is not yet taken: positions [min(k, N)].
+    """Let queries take turns, each taking its nearest row that is not yet taken: positions [min(k, N)].
 
     ``select.choose.round_robin`` on the inner products, without holding them. At worst (all queries alike)
     memory is 4 bytes x M x k for the lists.
     """
-    queries = queries_MD if order is None else queries_MD[np.asarray(order)]
     limit = min(k, len(rows_ND))
-    lists = nearest_lists(queries, rows_ND, _first_length(limit, len(queries)))
-    taken = np.zeros(len(rows_ND), dtype=np.bool_)
-    heads = [0] * len(queries)
-    chosen = np.empty(limit, dtype=np.int64)
-    for turn in range(limit):
-        j = turn % len(queries)
-        while (head := _free(lists[j], heads[j], taken)) == lists.shape[1]:
-            # Fewer than limit rows are taken, so a list of limit rows never runs out.
-            lists = nearest_lists(queries, rows_ND, min(limit, 4 * lists.shape[1]))
-        position = lists[j, head]
-        heads[j] = head + 1
-        taken[position] = True
-        chosen[turn] = position
-    return chosen
+    first = min(limit, max(_SHORTEST, 4 * -(-limit // len(queries_MD))))
+    lists = nearest_lists(queries_MD, rows_ND, first)
 
+    def walk(query: int) -> Iterator[int]:
+        nonlocal lists
+        place = 0
+        while place < limit:
+            if place == lists.shape[1]:
+                lists = nearest_lists(queries_MD, rows_ND, min(limit, 4 * place))
+            part = lists[query, place : place + _WINDOW].tolist()
+            yield from part
+            place += len(part)
 
-def walk_by_rank(queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Take the nearest row of every query, then the second nearest of every query, and so on: positions [min(k, N)].
-
-    Repeats are passed over: unlike in round-robin, a query whose row of this rank is taken takes nothing in this turn.
-    """
-    limit = min(k, len(rows_ND))
-    lists = nearest_lists(queries_MD, rows_ND, _first_length(limit, len(queries_MD)))
-    taken = np.zeros(len(rows_ND), dtype=np.bool_)
-    parts: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    count = rank = 0
-    while count < limit:
-        if rank == lists.shape[1]:
-            lists = nearest_lists(queries_MD, rows_ND, min(limit, 4 * rank))
-        column = lists[:, rank]
-        fresh = column[~taken[column]]
-        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])]
-        taken[fresh] = True
-        parts.append(fresh.astype(np.int64))
-        count += fresh.size
-        rank += 1
-    return np.concatenate(parts)[:limit]
+    return take_turns([walk(query) for query in range(len(queries_MD))], limit, lose_turn=lose_turn)
 
 
 Search = Literal["exact", "faiss"]
 
 _PROBES = 10  # cells looked at per query, as in the code of TSDS
-_MISSING = "search: faiss is not installed; pip install 'dataflex[faiss]', or set 'search: exact'"
 
 
 def require_search(search: Search) -> None:
-    """Raise the error of a search that lacks its library now, before a model is loaded; nothing is imported.
-
-    Raises:
-        UnsupportedError: faiss is asked for and not installed.
-    """
+    """Raise UnsupportedError, before a model is loaded, if faiss is asked for and not installed; imports nothing."""
     if search == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise UnsupportedError(_MISSING)
+        raise UnsupportedError("search: faiss is not installed; pip install 'dataflex[faiss]', or set 'search: exact'")
 
 
 def nearest(
     queries_MD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, search: Search
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return what ``select.neighbours.nearest_euclidean`` returns.
+    """Return what ``nearest_euclidean`` returns.
 
     With ``faiss`` an inverted file of sqrt(N) / 2 cells is searched, 10 cells a query; a query that finds fewer than
     ``k`` rows there is searched for exactly. Rows that no query found count as further than any that was found.
@@ -222,7 +169,12 @@ def similar_rows(unit_ND: NDArray[np.float32], k: int, search: Search) -> tuple[
         UnsupportedError: faiss is not installed.
     """
     if search == "exact":
-        return nearest_rows(unit_ND, k)
+        shape = (len(unit_ND), min(k, len(unit_ND)))
+        places, products = np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32)
+        for start, block in _blocks(unit_ND, unit_ND):
+            for j, best in enumerate(_best_of_each(block, k)):
+                places[start + j], products[start + j] = best, block[j, best]
+        return places, products
     cosines, found = _inverted_file(unit_ND, "product").search(unit_ND, min(k, len(unit_ND)))
     missing = found < 0
     found = np.where(missing, np.arange(len(unit_ND))[:, None], found)
@@ -230,10 +182,9 @@ def similar_rows(unit_ND: NDArray[np.float32], k: int, search: Search) -> tuple[
 
 
 def _inverted_file(rows_ND: NDArray[np.float32], metric: Literal["l2", "product"]) -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise UnsupportedError(_MISSING) from error
+    require_search("faiss")
+    import faiss
+
     rows = np.ascontiguousarray(rows_ND, dtype=np.float32)
     cells = max(1, int(np.sqrt(len(rows))) // 2)
     quantizer = faiss.IndexFlatL2(rows.shape[1]) if metric == "l2" else faiss.IndexFlatIP(rows.shape[1])

@@ -1,10 +1,9 @@
-"""The subset rules by name: what each needs of the candidates, its parameters, and how it is called."""
+"""The subset rules by name: the parameters of each, what it needs of the candidates, and how it chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,44 +15,133 @@ from dataflex.select.choose import (
     Candidates,
     Quota,
     by_quota,
-    gumbel,
+    gumbel_top_k,
     log_weights,
     multinomial,
-    ranking,
     round_robin,
     token_budget,
     top_k,
 )
 from dataflex.select.cluster import kmeans_labels, require_kmeans
-from dataflex.select.neighbours import Search, require_search, round_robin_nearest, walk_by_rank
+from dataflex.select.neighbours import Search, require_search, round_robin_nearest
 
-_SEARCH_HELP = "exact, or approximate through faiss (extra: faiss)"
+REPLACEMENT: Final = "draw with replacement, so that rows may repeat"
+SEARCH: Final = "exact, or approximate through faiss (extra: faiss)"
+
+Chosen = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Params):
+class SubsetRule(Params):
+    """A subset rule: its parameters, what it needs, and how it chooses."""
+
+    always: ClassVar[frozenset[str]] = frozenset({"scores"})
+    """What it needs of the candidates under any parameters: ``scores``, ``queries`` (vectors of target rows, or scores
+    by query), ``query_vectors``, ``vectors``, ``lengths``, ``groups``."""
+    ranks: ClassVar[bool] = False
+    """Whether a shorter answer is the beginning of a longer one, so that several can take turns."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it needs of the candidates with these parameters."""
+        return self.always
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        """Return the positions of at most ``k`` >= 1 candidates of at least one, in order of preference."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestShare(SubsetRule):
+    """Spreads over the best rows by vectors."""
+
+    always = frozenset({"vectors"})
+    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Scores only where they narrow the choice."""
+        return self.always if self.best_share >= 1.0 else self.always | {"scores"}
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        if c.scores is None or self.best_share >= 1.0:
+            return self._spread(c.vectors, k)
+        best = top_k(c.scores, max(k, round(self.best_share * len(c.scores))))
+        return best[self._spread(c.vectors[best], k)]
+
+    def _spread(self, vectors_ND: NDArray[np.float32], k: int) -> Chosen:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within(SubsetRule):
+    """Lets every group give its quota."""
+
+    within: Literal["best", "random"] = param("best", "a group's best rows by score, or random ones")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Scores only where the best rows are taken."""
+        return self.always if self.within == "random" else self.always | {"scores"}
+
+    def _given(self, c: Candidates, groups: NDArray[np.integer], k: int, quota: Quota) -> Chosen:
+        return by_quota(groups, c.uniforms("within", c.rows) if self.within == "random" else c.scores, k, quota)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(SubsetRule):
     """The best rows; ties by pool order."""
 
+    ranks = True
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        return top_k(c.scores, k)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRobin(Params):
+class RoundRobin(SubsetRule):
     """Queries take turns, each taking its best row that is not yet taken."""
 
-    shuffle: bool = param(False, "turns in random order instead of that of the file")
+    always = frozenset({"queries"})
+    ranks = True
     taken: Literal["next", "lose_turn"] = param(
-        "next", "where a query's best row is taken: it takes the next one, or loses its turn"
+        "next",
+        "where a target row's best row is taken: it takes the next one, or loses its turn as in the authors' code",
     )
+    shuffle: bool = param(False, "let target rows take turns in random order instead of the file's")
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        turns, lose_turn = c.queries if c.by_query is None else c.by_query, self.taken == "lose_turn"
+        if self.shuffle:
+            turns = turns[np.argsort(c.uniforms("turns", np.arange(len(turns))))]
+        if c.by_query is None:
+            return round_robin_nearest(turns, c.vectors, k, lose_turn=lose_turn)
+        return round_robin(turns, k, lose_turn=lose_turn)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnUniform(Params):
+class KnnUniform(SubsetRule):
     """Draws from the rows around each query by optimal transport (TSDS with sigma 0)."""
 
-    max_k: int = param(5000, "neighbours of a target row at most, also a tenth of the pool", minimum=2)
+    always = frozenset({"query_vectors"})
+    ranks = True
+    max_k: int = param(5000, "largest number of neighbours of a target row, also a tenth of the pool", minimum=2)
     alpha: float = param(0.5, "closeness to the target (1) against diversity (0)", minimum=0.0, maximum=1.0)
     c: float = param(5.0, "scale of the distances", above=0.0)
-    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
-    search: Search = param("exact", _SEARCH_HELP)
+    replacement: bool = param(False, REPLACEMENT)
+    search: Search = param("exact", SEARCH)
+
+    def probabilities(
+        self, queries_MD: NDArray[np.float32], vectors_ND: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the probability of each row and its distance to the nearest query, both float64 [N]."""
+        sigma, kde_k = (self.sigma, self.kde_k) if isinstance(self, KnnKde) else (0.0, 1)
+        numbers = {"alpha": self.alpha, "c": self.c, "sigma": sigma}
+        return tsds.probabilities(queries_MD, vectors_ND, max_k=self.max_k, kde_k=kde_k, search=self.search, **numbers)
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        probability, away = self.probabilities(c.queries, c.vectors)
+        return tsds.draw(probability, away, k, c.rows, c.uniforms, replacement=self.replacement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,229 +149,135 @@ class KnnKde(KnnUniform):
     """The same with near-duplicates sharing one place (TSDS)."""
 
     sigma: float = param(0.75, "distance within which rows count as duplicates; 0: never", minimum=0.0)
-    kde_k: int = param(1000, "rows in a density at most, also a tenth of the pool", minimum=1)
+    kde_k: int = param(1000, "largest number of rows in a density, also a tenth of the pool", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GumbelTopK(Params):
+class GumbelTopK(SubsetRule):
     """Draws without replacement with probability proportional to exp(score / temperature)."""
 
+    ranks = True
     temperature: float = param(1.0, "what scores are divided by", above=0.0)
     standardize: bool = param(False, "give scores mean 0 and standard deviation 1 first, as QuRating")
 
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        weights = log_weights(c.scores, self.temperature, self.standardize)
+        return gumbel_top_k(weights, k, c.uniforms("gumbel", c.rows))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Multinomial(Params):
+class Multinomial(SubsetRule):
     """Draws with probability proportional to scores, or to exp(score / temperature)."""
 
+    ranks = True
     weights: Literal["scores", "softmax"] = param(
         "scores", "scores themselves (then >= 0), or exp(score / temperature)"
     )
     temperature: float = param(1.0, "temperature of softmax weights", above=0.0)
-    replacement: bool = param(False, "draw with replacement, so that rows may repeat")
+    replacement: bool = param(False, REPLACEMENT)
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0 and self.weights != "softmax":
             raise ValueError("temperature: has no effect on weights that are the scores; set 'weights: softmax'")
 
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        if self.weights == "softmax" and not self.replacement:  # no weight is 0, however far below the best a score is
+            return GumbelTopK(temperature=self.temperature)._choose(c, k)
+        weights = np.asarray(c.scores, dtype=np.float64)
+        if self.weights == "softmax":
+            weights = np.exp((weights - weights.max()) / self.temperature)
+        return multinomial(weights, k, c.rows, c.uniforms, replacement=self.replacement)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TokenBudget(Params):
+class TokenBudget(SubsetRule):
     """The best rows that a number of tokens holds."""
 
-    tokens: int = param(help="tokens of the chosen rows together at most", minimum=1)
+    always = frozenset({"scores", "lengths"})
+    tokens: int = param(help="largest number of tokens of the chosen rows together", minimum=1)
     skip: bool = param(True, "pass over rows that no longer fit, instead of stopping there")
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        return token_budget(c.scores, c.lengths, self.tokens, k, skip=self.skip)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deita(Params):
+class Deita(SubsetRule):
     """The best rows that are not too similar to a better one that was kept."""
 
+    always = frozenset({"scores", "vectors"})
     threshold: float = param(0.9, "largest cosine that two kept rows may have", minimum=-1.0, maximum=1.0)
     fill: bool = param(False, "fill up with the best of the others where too few pass")
 
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        order = top_k(c.scores, len(c.scores))
+        chosen = spread.apart(spread.unit(c.vectors), order, self.threshold, k)
+        if not self.fill or len(chosen) == k:
+            return chosen
+        return np.concatenate([chosen, order[~np.isin(order, chosen)][: k - len(chosen)]])
+
 
 @dataclass(frozen=True, kw_only=True)
-class KCenter(Params):
+class KCenter(BestShare):
     """Again and again the row furthest from all rows taken."""
 
-    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
+    def _spread(self, vectors_ND: NDArray[np.float32], k: int) -> Chosen:
+        return spread.k_center(vectors_ND, k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FacilityLocation(Params):
+class FacilityLocation(BestShare):
     """The rows that represent all rows best."""
 
-    neighbours: int = param(64, "similar rows that can represent a row, itself among them", minimum=1)
-    best_share: float = param(1.0, "share of the rows, best by score, that is chosen from", above=0.0, maximum=1.0)
-    search: Search = param("exact", _SEARCH_HELP)
+    neighbours: int = param(64, "number of similar rows that can represent a row, itself among them", minimum=1)
+    search: Search = param("exact", SEARCH)
+
+    def _spread(self, vectors_ND: NDArray[np.float32], k: int) -> Chosen:
+        return spread.facility_location(vectors_ND, k, neighbours=self.neighbours, search=self.search)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaterFilling(Params):
+class WaterFilling(Within):
     """Equally many rows of every domain as far as they last."""
 
-    within: Literal["best", "random"] = param("best", "a domain's best rows by score, or random ones")
+    always = frozenset({"groups"})
+
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        return self._given(c, c.groups, k, "water_filling")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterQuota(Params):
+class ClusterQuota(Within):
     """Rows of every k-means cluster of the vectors (extra: cluster)."""
 
-    clusters: int | None = param(None, "clusters; null: the square root of the pool's rows", minimum=1)
-    quota: Quota = param("water_filling", "equally many of each, or by its size")
-    within: Literal["best", "random"] = param("best", "a cluster's best rows by score, or random ones")
+    always = frozenset({"vectors"})
+    clusters: int | None = param(
+        None, "number of clusters; null: the square root of the number of rows in the pool", minimum=1
+    )
+    quota: Quota = param("water_filling", "the same number of rows of each, or by its size")
     normalize: bool = param(True, "give vectors length one first")
 
-
-Chosen = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleSpec:
-    """One rule.
-
-    Attributes:
-        params: Its parameters.
-        call: ``(candidates, k, params)`` to at most k positions, in order of preference.
-        needs: Of ``scores``, ``queries`` (vectors of target rows, or scores by query), ``query_vectors``,
-            ``vectors``, ``lengths``; or what gives them for some parameters.
-        ranks: Whether a shorter answer is the beginning of a longer one, so that several can take turns.
-        draws: Whether the answer depends on the seed, for some parameters.
-    """
-
-    params: type[Params]
-    call: Callable[[Candidates, int, Any], Chosen]
-    needs: frozenset[str] | Callable[[Any], frozenset[str]]
-    ranks: bool = False
-    draws: bool = False
+    def _choose(self, c: Candidates, k: int) -> Chosen:
+        vectors = spread.unit(c.vectors) if self.normalize else c.vectors
+        count = self.clusters or max(1, round(np.sqrt(len(vectors))))
+        seed = int(c.uniforms("kmeans", np.zeros(1, dtype=np.int64))[0] * 2**52)
+        labels = kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
+        return self._given(c, labels, k, self.quota)
 
 
-def _top_k(c: Candidates, k: int, _: Params) -> Chosen:
-    assert c.scores is not None
-    return top_k(c.scores, k)
-
-
-def _round_robin(c: Candidates, k: int, p: RoundRobin) -> Chosen:
-    turns = c.queries if c.by_query is None else c.by_query
-    assert turns is not None
-    order = np.argsort(c.uniforms("turns", np.arange(len(turns)))) if p.shuffle else None
-    if c.by_query is not None:
-        return round_robin(c.by_query, k, order, lose_turn=p.taken == "lose_turn")
-    assert c.vectors is not None
-    if p.taken == "next":
-        return round_robin_nearest(turns, c.vectors, k, order)
-    return walk_by_rank(turns if order is None else turns[order], c.vectors, k)
-
-
-def _knn(c: Candidates, k: int, p: KnnUniform) -> Chosen:
-    assert c.queries is not None
-    assert c.vectors is not None
-    kde = (p.sigma, p.kde_k) if isinstance(p, KnnKde) else (0.0, 1)
-    probability, away = tsds.probabilities(
-        c.queries, c.vectors, max_k=p.max_k, kde_k=kde[1], sigma=kde[0], alpha=p.alpha, c=p.c, search=p.search
-    )
-    return tsds.draw(probability, away, k, c.rows, c.uniforms, replacement=p.replacement)
-
-
-def _gumbel(c: Candidates, k: int, p: GumbelTopK) -> Chosen:
-    assert c.scores is not None
-    return gumbel(log_weights(c.scores, p.temperature, p.standardize), k, c.rows, c.uniforms)
-
-
-def _multinomial(c: Candidates, k: int, p: Multinomial) -> Chosen:
-    assert c.scores is not None
-    weights = np.asarray(c.scores, dtype=np.float64)
-    if p.weights == "softmax" and not p.replacement:  # no weight is 0, however far below the best a score is
-        return gumbel(log_weights(weights, p.temperature, False), k, c.rows, c.uniforms)
-    if p.weights == "softmax" and len(weights):
-        weights = np.exp((weights - weights.max()) / p.temperature)
-    return multinomial(weights, k, c.rows, c.uniforms, replacement=p.replacement)
-
-
-def _token_budget(c: Candidates, k: int, p: TokenBudget) -> Chosen:
-    assert c.scores is not None
-    assert c.lengths is not None
-    return token_budget(c.scores, c.lengths, p.tokens, k, skip=p.skip)
-
-
-def _deita(c: Candidates, k: int, p: Deita) -> Chosen:
-    assert c.scores is not None
-    assert c.vectors is not None
-    order = ranking(c.scores)
-    chosen = spread.apart(spread.unit(c.vectors), order, p.threshold, k)
-    if not p.fill or len(chosen) == k:
-        return chosen
-    return np.concatenate([chosen, order[~np.isin(order, chosen)][: k - len(chosen)]])
-
-
-def _among(c: Candidates, k: int, share: float) -> tuple[NDArray[np.float32], Chosen | None]:
-    """Return the vectors chosen from, and their positions where they are not all: the best share by score."""
-    assert c.vectors is not None
-    if c.scores is None or share >= 1.0:
-        return c.vectors, None
-    best = top_k(c.scores, max(k, round(share * len(c.scores))))
-    return c.vectors[best], best
-
-
-def _k_center(c: Candidates, k: int, p: KCenter) -> Chosen:
-    vectors, best = _among(c, k, p.best_share)
-    chosen = spread.k_center(vectors, k)
-    return chosen if best is None else best[chosen]
-
-
-def _facility(c: Candidates, k: int, p: FacilityLocation) -> Chosen:
-    vectors, best = _among(c, k, p.best_share)
-    chosen = spread.facility_location(vectors, k, neighbours=p.neighbours, search=p.search)
-    return chosen if best is None else best[chosen]
-
-
-def _water_filling(c: Candidates, k: int, p: WaterFilling) -> Chosen:
-    assert c.groups is not None
-    return by_quota(c.groups, _preference(c, p.within), k, "water_filling")
-
-
-def _cluster_quota(c: Candidates, k: int, p: ClusterQuota) -> Chosen:
-    assert c.vectors is not None
-    vectors = spread.unit(c.vectors) if p.normalize else c.vectors
-    count = p.clusters or max(1, round(np.sqrt(len(vectors))))
-    seed = int(c.uniforms("kmeans", np.zeros(1, dtype=np.int64))[0] * 2**52)
-    labels = kmeans_labels(vectors, count, np.random.Generator(np.random.Philox(key=seed)))
-    return by_quota(labels, _preference(c, p.within), k, p.quota)
-
-
-def _preference(c: Candidates, within: str) -> NDArray[np.floating]:
-    if within == "random":
-        return c.uniforms("within", c.rows)
-    assert c.scores is not None
-    return c.scores
-
-
-def _within(p: Any) -> frozenset[str]:
-    own = frozenset({"vectors"} if isinstance(p, ClusterQuota) else {"groups"})
-    return own if p.within == "random" else own | {"scores"}
-
-
-def _spreads(p: Any) -> frozenset[str]:
-    return frozenset({"vectors"}) if p.best_share >= 1.0 else frozenset({"vectors", "scores"})
-
-
-_SCORES = frozenset({"scores"})
-_TARGETED = frozenset({"query_vectors"})
-
-RULES: Final[dict[str, RuleSpec]] = {
-    "top_k": RuleSpec(params=TopK, call=_top_k, needs=_SCORES, ranks=True),
-    "round_robin": RuleSpec(params=RoundRobin, call=_round_robin, needs=frozenset({"queries"}), ranks=True, draws=True),
-    "knn_uniform": RuleSpec(params=KnnUniform, call=_knn, needs=_TARGETED, ranks=True, draws=True),
-    "knn_kde": RuleSpec(params=KnnKde, call=_knn, needs=_TARGETED, ranks=True, draws=True),
-    "gumbel_top_k": RuleSpec(params=GumbelTopK, call=_gumbel, needs=_SCORES, ranks=True, draws=True),
-    "multinomial": RuleSpec(params=Multinomial, call=_multinomial, needs=_SCORES, ranks=True, draws=True),
-    "token_budget": RuleSpec(params=TokenBudget, call=_token_budget, needs=_SCORES | {"lengths"}),
-    "deita": RuleSpec(params=Deita, call=_deita, needs=_SCORES | {"vectors"}),
-    "k_center": RuleSpec(params=KCenter, call=_k_center, needs=_spreads),
-    "facility_location": RuleSpec(params=FacilityLocation, call=_facility, needs=_spreads),
-    "water_filling": RuleSpec(params=WaterFilling, call=_water_filling, needs=_within, draws=True),
-    "cluster_quota": RuleSpec(params=ClusterQuota, call=_cluster_quota, needs=_within, draws=True),
+RULES: Final[dict[str, type[SubsetRule]]] = {
+    "top_k": TopK,
+    "round_robin": RoundRobin,
+    "knn_uniform": KnnUniform,
+    "knn_kde": KnnKde,
+    "gumbel_top_k": GumbelTopK,
+    "multinomial": Multinomial,
+    "token_budget": TokenBudget,
+    "deita": Deita,
+    "k_center": KCenter,
+    "facility_location": FacilityLocation,
+    "water_filling": WaterFilling,
+    "cluster_quota": ClusterQuota,
 }
 
 
@@ -293,6 +287,8 @@ class Rule(Part):
 
     what = "rule"
 
+    params: SubsetRule
+
     @classmethod
     def known(cls) -> list[str]:
         """Return the names of all rules."""
@@ -301,26 +297,20 @@ class Rule(Part):
     @classmethod
     def listed(cls, name: str) -> type[Params]:
         """Return a rule's parameters."""
-        return RULES[name].params
+        return RULES[name]
 
     @property
     def needs(self) -> frozenset[str]:
         """What the rule needs of the candidates with these parameters."""
-        needs = RULES[self.name].needs
-        return needs if isinstance(needs, frozenset) else needs(self.params)
+        return self.params.needs
 
     @property
     def replacement(self) -> bool:
         """Whether a row may be drawn several times."""
-        return isinstance(self.params, KnnUniform | Multinomial) and self.params.replacement
+        return bool(getattr(self.params, "replacement", False))
 
     def require(self) -> None:
-        """Raise the error of a package that the rule needs and that is not installed; nothing is imported.
-
-        Raises:
-            ConfigError: scikit-learn is not installed.
-            UnsupportedError: faiss is not installed.
-        """
+        """Raise ConfigError if the rule needs scikit-learn, UnsupportedError if it needs faiss, and it is missing."""
         if isinstance(self.params, ClusterQuota):
             require_kmeans()
         require_search(getattr(self.params, "search", "exact"))
@@ -330,12 +320,8 @@ def choose(rule: Rule, candidates: Candidates, k: int) -> NDArray[np.int64]:
     """Return the positions of at most ``k`` candidates, in order of preference.
 
     Distinct, unless the rule draws with replacement. All ``k`` come back while the candidates last, except where
-    the rule says otherwise: ``token_budget``, ``deita``, and draws that leave out weights of 0.
-
-    Args:
-        rule: The rule.
-        candidates: What it may look at, with all that ``rule.needs`` names.
-        k: How many, >= 0.
+    the rule says otherwise: ``token_budget``, ``deita``, and draws that leave out weights of 0. ``candidates`` has all
+    that ``rule.needs`` names.
 
     Raises:
         DataError: Weights that cannot be drawn from.
@@ -343,4 +329,4 @@ def choose(rule: Rule, candidates: Candidates, k: int) -> NDArray[np.int64]:
     """
     if k == 0 or len(candidates.rows) == 0:
         return np.empty(0, dtype=np.int64)
-    return RULES[rule.name].call(candidates, k, rule.params)
+    return rule.params._choose(candidates, k)

@@ -1,4 +1,4 @@
-"""Rules that keep rows apart: a threshold on similarity (DEITA), near-duplicates, and k-center."""
+"""Rules that keep rows apart: a threshold on similarity (DEITA), near-duplicates, k-center and facility location."""
 
 from __future__ import annotations
 
@@ -54,19 +54,11 @@ def apart(unit_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: flo
         chosen += part[taken].tolist()
         if len(chosen) >= k:
             break
-        kept = _grown(kept, count, block[taken])
         count += len(taken)
+        if count > len(kept):
+            kept = np.concatenate([kept, np.empty((max(count, len(kept)), kept.shape[1]), dtype=np.float32)])
+        kept[count - len(taken) : count] = block[taken]
     return np.array(chosen[:k], dtype=np.int64)
-
-
-def _grown(kept: NDArray[np.float32], count: int, new: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return ``kept`` with ``new`` written after its first ``count`` rows, in a larger array where it is too small."""
-    if count + len(new) > len(kept):
-        larger = np.empty((max(count + len(new), 2 * len(kept)), new.shape[1]), dtype=np.float32)
-        larger[:count] = kept[:count]
-        kept = larger
-    kept[count : count + len(new)] = new
-    return kept
 
 
 def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
@@ -76,27 +68,17 @@ def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], t
     that stays is above ``threshold``. More than 100,000 rows are compared within cells of about 20,000, as SemDeDup
     (arXiv 2303.09540) does within clusters: copies that fall into different cells stay.
     """
-    dropped = np.zeros(len(vectors_ND), dtype=np.bool_)
-    seen: set[bytes] = set()
-    first = []
+    dropped = np.ones(len(vectors_ND), dtype=np.bool_)
+    seen: dict[bytes, int] = {}
     for position in order.tolist():
-        digest = hashlib.blake2b(np.ascontiguousarray(vectors_ND[position]).tobytes(), digest_size=16).digest()
-        if digest in seen:
-            dropped[position] = True
-        else:
-            seen.add(digest)
-            first.append(position)
-    left = np.array(first, dtype=np.int64)
-    if not len(left):
-        return dropped
+        seen.setdefault(hashlib.blake2b(vectors_ND[position].tobytes(), digest_size=16).digest(), position)
+    left = np.fromiter(seen.values(), dtype=np.int64, count=len(seen))
     rank = np.empty(len(vectors_ND), dtype=np.int64)
     rank[order] = np.arange(len(order))
     groups = [left] if len(left) <= _WHOLE_ROWS else cells_of(vectors_ND, np.sort(left), _CELL_ROWS).members
     for group in groups:
         members = group[np.argsort(rank[group])]
-        stays = apart(unit(vectors_ND[members]), np.arange(len(members)), threshold, len(members))
-        dropped[members] = True
-        dropped[members[stays]] = False
+        dropped[members[apart(unit(vectors_ND[members]), np.arange(len(members)), threshold, len(members))]] = False
     return dropped
 
 

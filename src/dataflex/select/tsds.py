@@ -18,8 +18,11 @@ from dataflex.select.cluster import Cells, cells_of
 from dataflex.select.neighbours import Search, nearest
 
 _CELLS = 1 << 23  # products held at a time: 32 MiB of float32, and at worst five times that for their kernel values
-_DENSE = 16  # one pair in so many within the kernel: all kernel values are computed at once
+_DENSE = 16  # where at least one pair in 16 is within the kernel, all kernel values are computed at once
 _FIRST_WIDTH = 64  # neighbours of a query that the walk is first tried with
+_EXACT_PAIRS = 1 << 31  # pairs compared before cells are used: about a minute of two cores at 512 dimensions
+_CELL_ROWS = 1000
+_PROBES = 10  # largest number of cells that a row is compared with
 
 
 def epanechnikov(
@@ -50,73 +53,41 @@ def kernel_sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the sum of the k largest kernel values of each line [B], and how many are above 0 [B].
 
-    Args:
-        products_BN: Inner products of some vectors with others.
-        squares_B: Squared norms of the former.
-        squares_N: Squared norms of the latter.
-        sigma: Radius of the kernel, > 0.
-        k: Values counted at most, >= 1.
-        own_B: Place of each of the former among the latter; -1 where it is not there. The distance to itself
-            is 0 exactly, whatever the rounding of the products.
+    ``products_BN`` are inner products of some vectors with others, ``squares_B`` and ``squares_N`` their squared norms,
+    ``sigma`` > 0 the radius of the kernel. ``own_B`` is the position of each of the former among the latter, -1 where
+    it is not there: the distance to itself is 0 exactly, whatever the rounding of the products.
     """
-    half = (0.5 * squares_N).astype(np.float32)
     # What rounding of the float32 products can hide; a pair that far out counts as 0 anyway.
     slack = 1e-5 * float(squares_N.max(initial=0.0))
     bound = (0.5 * squares_B - 0.5 * sigma**2 - slack).astype(np.float32)
-    near = products_BN - half >= bound[:, None]
+    near = products_BN - (0.5 * squares_N).astype(np.float32) >= bound[:, None]
     there = np.flatnonzero(own_B >= 0)
     near[there, own_B[there]] = True
-    sums = _sparse_sums if np.count_nonzero(near) * _DENSE < near.size else _dense_sums
-    return sums(products_BN, near, squares_B, squares_N, sigma, k, own_B)
-
-
-def _dense_sums(
-    products: NDArray[np.float32],
-    _: NDArray[np.bool_],
-    squares_B: NDArray[np.float64],
-    squares_N: NDArray[np.float64],
-    sigma: float,
-    k: int,
-    own: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what ``kernel_sums`` returns, from the kernel of every pair."""
-    kernel = products.astype(np.float64)
-    kernel *= -2.0
-    kernel += squares_B[:, None]
-    kernel += squares_N
-    kernel /= -(sigma**2)
-    kernel += 1.0
-    np.clip(kernel, 0.0, 1.0, out=kernel)
-    there = np.flatnonzero(own >= 0)
-    kernel[there, own[there]] = 1.0
-    sums: NDArray[np.float64] = kernel.sum(axis=1)
-    counts = np.count_nonzero(kernel, axis=1)
-    crowded = np.flatnonzero(counts > k)
-    if crowded.size:
-        sums[crowded] = np.partition(kernel[crowded], -k, axis=1)[:, -k:].sum(axis=1)
-    return sums, counts
-
-
-def _sparse_sums(
-    products: NDArray[np.float32],
-    near: NDArray[np.bool_],
-    squares_B: NDArray[np.float64],
-    squares_N: NDArray[np.float64],
-    sigma: float,
-    k: int,
-    own: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what ``kernel_sums`` returns, from those pairs whose kernel can be above 0, as ``near`` says."""
+    if np.count_nonzero(near) * _DENSE >= near.size:
+        dense = products_BN.astype(np.float64)
+        dense *= -2.0
+        dense += squares_B[:, None]
+        dense += squares_N
+        dense /= -(sigma**2)
+        dense += 1.0
+        np.clip(dense, 0.0, 1.0, out=dense)
+        dense[there, own_B[there]] = 1.0
+        sums: NDArray[np.float64] = dense.sum(axis=1)
+        counts = np.count_nonzero(dense, axis=1)
+        crowded = np.flatnonzero(counts > k)
+        if crowded.size:
+            sums[crowded] = np.partition(dense[crowded], -k, axis=1)[:, -k:].sum(axis=1)
+        return sums, counts
     line, column = np.nonzero(near)
-    away = squares_B[line] + squares_N[column] - 2.0 * products[line, column]
+    away = squares_B[line] + squares_N[column] - 2.0 * products_BN[line, column]
     kernel = np.clip(1.0 - away / sigma**2, 0.0, 1.0)
-    kernel[column == own[line]] = 1.0
-    sums = np.bincount(line, weights=kernel, minlength=len(own)).astype(np.float64)
-    counts = np.bincount(line, weights=kernel > 0, minlength=len(own)).astype(np.int64)
-    ends = np.cumsum(np.bincount(line, minlength=len(own)))
-    for crowded in np.flatnonzero(counts > k):
-        values = kernel[(ends[crowded - 1] if crowded else 0) : ends[crowded]]
-        sums[crowded] = np.partition(values, -k)[-k:].sum()
+    kernel[column == own_B[line]] = 1.0
+    sums = np.bincount(line, weights=kernel, minlength=len(own_B)).astype(np.float64)
+    counts = np.bincount(line, weights=kernel > 0, minlength=len(own_B)).astype(np.int64)
+    ends = np.cumsum(np.bincount(line, minlength=len(own_B)))
+    for one in np.flatnonzero(counts > k):
+        values = kernel[(ends[one - 1] if one else 0) : ends[one]]
+        sums[one] = np.partition(values, -k)[-k:].sum()
     return sums, counts
 
 
@@ -159,66 +130,38 @@ def tsds_widened(
 
     Query j's neighbours 0..last_j get 1 / (M s density) each, the next one what is left of 1 / M. Where the
     walk stops before a query's own first count, that share would exceed 1 / M: it is cut there (the authors'
-    code stops with an assertion). The walk is first tried on the nearest few neighbours of each query. Where no query
-    reaches their end, wider lists would have been walked alike; else it is tried again with four times as many.
+    code stops with an assertion). The walk is first tried on the nearest few neighbours of each query, and again on
+    four times as many while some query reaches the end of its list.
 
-    Args:
-        distances_MK: Distance of each query to its neighbours, ascending.
-        neighbours_MK: Their positions, 0 <= position < num_rows.
-        density_of: Gives the densities [M, k] of rows [M, k].
-        num_rows: Number of rows N.
-        alpha: Weight of closeness against diversity, 0 to 1.
-        c: Scale of the distances, > 0.
+    ``distances_MK`` are those of each query to its neighbours, ascending, ``neighbours_MK`` their positions;
+    ``density_of`` gives the densities [M, k] of rows [M, k]. ``alpha`` weighs closeness against diversity, 0 to 1;
+    ``c`` > 0 is the scale of the distances.
     """
-    whole = distances_MK.shape[1]
+    num_queries, whole = distances_MK.shape
+    if whole == 1:  # nothing to widen
+        return np.bincount(neighbours_MK[:, 0], minlength=num_rows) / num_queries
     width = min(whole, _FIRST_WIDTH)
     while True:
-        found, far = neighbours_MK[:, :width], distances_MK[:, :width]
-        probabilities, reached = spread_mass(far, found, 1.0 / density_of(found), num_rows, alpha, c)
-        if width == whole or reached < width - 2:
-            return probabilities
+        found = neighbours_MK[:, :width]
+        places = 1.0 / density_of(found)
+        count, last = _widen(distances_MK[:, :width].tolist(), places.tolist(), alpha, c)
+        if width == whole or max(last) < width - 2:
+            break
         width = min(whole, 4 * width)
-
-
-def spread_mass(
-    far: NDArray[np.float64],
-    found: NDArray[np.int64],
-    places: NDArray[np.float64],
-    num_rows: int,
-    alpha: float,
-    c: float,
-) -> tuple[NDArray[np.float64], int]:
-    """Return the probabilities, and the last neighbour that any query took whole."""
-    num_queries, width = far.shape
-    if width == 1:  # nothing to widen
-        return np.bincount(found[:, 0], minlength=num_rows) / num_queries, 0
-    count, last = _widen(far.tolist(), places.tolist(), alpha, c)
     rank, end = np.arange(width), np.asarray(last)[:, None]
-    whole = np.where(rank <= end, places / (num_queries * count), 0.0)
-    reached = np.minimum(np.cumsum(whole, axis=1), 1.0 / num_queries)
+    reached = np.minimum(np.cumsum(np.where(rank <= end, places / (num_queries * count), 0.0), axis=1), 1 / num_queries)
     reached[rank[None, :] >= end + 1] = 1.0 / num_queries
     mass = np.diff(reached, axis=1, prepend=0.0)
     probabilities = np.bincount(found.ravel(), weights=mass.ravel(), minlength=num_rows)
-    return probabilities / probabilities.sum(), max(last)
-
-
-_EXACT_PAIRS = 1 << 31  # pairs compared before cells are used: about a minute of two cores at 512 dimensions
-_CELL_ROWS = 1000
-_PROBES = 10  # cells that a row is compared with at most
+    return probabilities / probabilities.sum()
 
 
 class Densities:
     """The kernel density of rows among others, computed when first asked for.
 
-    All pairs are compared while that is at most some 2 thousand million; beyond, a row is compared with those of at
-    most 10 cells of an inverted file, as in the authors' code. That is all of those where something can lie within
-    sigma, unless there are more of them.
-
-    Args:
-        vectors_ND: Vectors of all rows, finite.
-        among: Distinct positions of the rows that count [n], ascending.
-        sigma: Radius of the kernel; 0: every density is 1.
-        k: Rows counted in a density at most.
+    Up to 2**31 pairs are all compared. Beyond, a row is compared with the rows of at most 10 cells of an inverted
+    file, as in the authors' code: the nearest ones of those that can hold a row within sigma. ``among`` are the
+    distinct positions of the rows that count [n], ascending. With ``sigma`` 0 every density is 1.
     """
 
     def __init__(self, vectors_ND: NDArray[np.float32], among: NDArray[np.int64], sigma: float, k: int) -> None:
@@ -250,7 +193,7 @@ class Densities:
             self._known[crowded] = self._crowded(self._cells, crowded)
 
     def _by_cell(self, cells: Cells, new: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the sums of kernel values of rows, however many, and their numbers."""
+        """Return the sums of all kernel values above 0 of each row, and their numbers."""
         places = self._among[new]
         squares = np.einsum("nd,nd->n", self._vectors, self._vectors, dtype=np.float64)
         sums, counts = np.zeros(len(new)), np.zeros(len(new), dtype=np.int64)
@@ -296,15 +239,8 @@ def probabilities(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the probability of each row (sum 1), and its distance to the nearest query, both float64 [N].
 
-    Args:
-        queries_MD: Vectors of the targets' rows, finite, M >= 1.
-        vectors_ND: Vectors of the rows, finite, N >= 1.
-        max_k: Neighbours of a query at most; also a tenth of the rows, but at least two.
-        kde_k: Rows in a density at most; also a tenth of the rows.
-        sigma: Radius within which rows count as duplicates; 0: never.
-        alpha: Weight of closeness against diversity, 0 to 1.
-        c: Scale of the distances, > 0.
-        search: How neighbours are looked for.
+    ``queries_MD`` are vectors of the targets' rows, ``vectors_ND`` those of the rows; finite, M >= 1, N >= 1. The
+    other arguments are the parameters of the rule ``knn_kde``.
     """
     num_rows = len(vectors_ND)
     # The paper's cap of a tenth leaves nothing to widen in a tiny pool: two neighbours are the least.
@@ -315,7 +251,7 @@ def probabilities(
 
 
 def draw(
-    probability: NDArray[np.float64],
+    probability: NDArray[np.floating],
     away: NDArray[np.float64],
     k: int,
     rows: Rows,
@@ -325,18 +261,13 @@ def draw(
 ) -> NDArray[np.int64]:
     """Draw ``k`` positions; without replacement, those of probability 0 follow by distance where the others run out.
 
-    Args:
-        probability: Of each row [N], sum 1.
-        away: Distance of each row to its nearest query [N].
-        k: Number of draws.
-        rows: Row ids [N], which draws without replacement are keyed by.
-        uniforms: Random numbers.
-        replacement: Whether rows may repeat, as in the paper.
+    ``probability`` [N] has sum 1, ``away`` [N] is the distance to the nearest query; draws without replacement are
+    keyed by ``rows`` [N]. The paper draws with replacement.
     """
     if replacement:
         return weighted_with_replacement(probability, k, uniforms("draws", np.arange(k, dtype=np.int64)))
     positive = probability > 0
     with np.errstate(divide="ignore"):
         log_p = np.log(probability)
-    drawn = gumbel_top_k(log_p, min(k, int(positive.sum())), uniforms("gumbel", rows))
+    drawn = gumbel_top_k(log_p, k, uniforms("gumbel", rows))
     return np.concatenate([drawn, top_k(np.where(positive, -np.inf, -away), k - len(drawn))])

@@ -7,19 +7,20 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Context, Rows
-from dataflex.signals.kinds import Part
+from dataflex.signals.specs import Part
 
 T = TypeVar("T")
 
 _CHUNK_ROWS = 8192
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NAMED: dict[Part, str] = {"all": "text", "prompt": "prompt", "completion": "response"}
 _WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
 
 
@@ -52,7 +53,7 @@ def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], lis
         words = [row for row in map(cut, texts) if row]
         if not words:
             raise DataError(
-                f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_named(part)} "
+                f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_NAMED[part]} "
                 f"to compare with. Give a target data set with text in it{_instead(part)}."
             )
         found.append(words)
@@ -61,30 +62,26 @@ def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], lis
 
 def no_words(method: str, num_rows: int, part: Part) -> DataError:
     """Return the error of a pool in which no row has a word."""
-    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_named(part)}{_instead(part)}.")
-
-
-def _named(part: Part) -> str:
-    return "text" if part == "all" else part
+    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_NAMED[part]}{_instead(part)}.")
 
 
 def _instead(part: Part) -> str:
     return "" if part == "all" else ", or set 'part: all'"
 
 
-class Remembered:
-    """The last answer to a question about a pool; words do not change while a model is trained."""
+class Remembered(Generic[T]):
+    """A function of the pool and the targets that keeps its last answer: words do not change during training."""
 
-    def __init__(self) -> None:
-        self._last: tuple[str, Any] | None = None
+    def __init__(self, compute: Callable[[Rows, Context], T]) -> None:
+        self._compute = compute
+        self._last: tuple[bytes, T] | None = None
 
-    def get(self, pool: Rows, targets: tuple[str, ...], compute: Callable[[], T]) -> T:
-        """Return the answer for these rows and targets, computing it unless it is the last one."""
-        key = hashlib.blake2b(pool.tobytes() + repr(targets).encode(), digest_size=16).hexdigest()
+    def __call__(self, pool: Rows, ctx: Context) -> T:
+        """Return the answer for these rows and targets."""
+        key = hashlib.blake2b(pool.tobytes() + repr(ctx.targets).encode(), digest_size=16).digest()
         if self._last is None or self._last[0] != key:
-            self._last = (key, compute())
-        answer: T = self._last[1]
-        return answer
+            self._last = (key, self._compute(pool, ctx))
+        return self._last[1]
 
 
 class Okapi:
@@ -99,7 +96,7 @@ class Okapi:
         documents: Words of each document, read once.
         asked: Words that queries may hold; others are counted but not indexed.
         k1: How slowly repeats of a word saturate.
-        b: How much long documents are held back.
+        b: How much the scores of long documents are reduced.
         epsilon: Share of the mean idf that replaces negative ones.
 
     Attributes:

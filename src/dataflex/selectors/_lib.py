@@ -1,19 +1,18 @@
-"""What several selectors share: vectors of pool and targets."""
+"""What several selectors share: what they require of a run, and vectors of the pool and the targets."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import DataError
 from dataflex.method import Context, Params, Passes, Requires, Rows, param
-from dataflex.select.scoring import Found, Gives, ScoringSelector
-from dataflex.signals.kinds import Embedding, Pooling
+from dataflex.select.scoring import Found, Gives, PoolSelector, ScoringSelector
+from dataflex.signals.kinds import Embedding, TokenLoss
+from dataflex.signals.specs import Pooling
 
 ROW_LOSSES = Requires(
     signals=frozenset({"losses"}),
@@ -22,8 +21,30 @@ ROW_LOSSES = Requires(
     passes=Passes(pool=(1.0, 0.0)),
 )
 """What a selector requires that asks for one forward pass over the pool."""
+TOKEN_LOSSES = replace(ROW_LOSSES, stages=("pt", "sft"))
+"""The same in stages whose loss is one of tokens."""
+GRADIENTS = replace(TOKEN_LOSSES, signals=frozenset({"gradients"}), targets=True, passes=Passes(pool=(1.0, 1.0)))
+"""What a selector requires that compares gradients of the pool with those of the targets."""
 
-# ---------------------------------------------------------------- vectors
+
+def even(name: str, number: int) -> None:
+    """Raise ValueError unless the parameter is even."""
+    if number % 2:
+        raise ValueError(f"{name}: must be even, found {number}")
+
+
+class RowLosses(ScoringSelector):
+    """Scores rows by their token-mean losses."""
+
+    lacking = "no finite loss"
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return ROW_LOSSES
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
+        """Return losses [N]."""
+        return ctx.signals(TokenLoss(), pool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,112 +67,69 @@ class PooledParams(EmbeddingParams):
     pooling: Pooling = param("mean", "how tokens become a vector; a sentence-transformers folder has its own way")
 
 
-def embeddings(rows: Rows, target: str | None, ctx: Context, p: EmbeddingParams) -> NDArray[np.float32]:
-    """Return vectors of length one [n, D]: weighted by position as in RDS+, unless a pooling is given."""
-    signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
-    if isinstance(p, PooledParams):
-        own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
-        signal = Embedding(encoder=p.encoder) if own_pooling else dataclasses.replace(signal, pooling=p.pooling)
-    return ctx.signals(signal, rows, target=target)
-
-
-def embeddings_required(p: EmbeddingParams) -> Requires:
-    """Return what a comparison of rows' vectors with those of the targets requires."""
-    return Requires(
-        signals=frozenset({"embeddings"}),
-        targets=True,
-        stages=("pt", "sft"),
-        needs_interval=True,
-        models={"encoder": p.encoder},
-        passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
-    )
-
-
-class VectorSelector(ScoringSelector):
+class Compares(PoolSelector):
     """Compares vectors of rows with those of the targets' rows."""
 
     lacking = "no embedding"
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return embeddings_required(self.params)
-
-    @property
-    def gives(self) -> Gives:
-        """Vectors."""
-        return "vectors"
+        return Requires(
+            signals=frozenset({"embeddings"}),
+            targets=True,
+            stages=("pt", "sft"),
+            needs_interval=True,
+            models={"encoder": self.params.encoder},
+            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
+        )
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
-        """Return vectors of rows of the training set, or of the named target [n, D]; NaN where there is none."""
-        return embeddings(rows, target, ctx, self.params)
+        """Return vectors of rows of the training set, or of the named target [n, D]; NaN where there is none.
+
+        They have length one, and are weighted by position as in RDS+ unless a pooling is given.
+        """
+        p: EmbeddingParams = self.params
+        signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
+        if isinstance(p, PooledParams):
+            own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
+            signal = Embedding(encoder=p.encoder) if own_pooling else replace(signal, pooling=p.pooling)
+        return ctx.signals(signal, rows, target=target)
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Return vectors of the pool and the targets.
 
         Raises:
             DataError: The pool, or a target, has no row with a vector.
-            ComponentError: Vectors do not fit the rows asked for.
         """
-        return compared(self.name, pool, ctx, lambda rows, target: self.vectors(rows, target, ctx), self.lacking)
+        queries = []
+        for target in ctx.targets:
+            rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
+            found = self.vectors(rows, target, ctx) if len(rows) else np.empty((0, 0))
+            known = _known(found)
+            if not known.any():
+                raise DataError(
+                    f"{self.name}: target {target!r} has {len(rows):,} rows, none of which has an embedding to compare "
+                    "with. Give a target data set with text in it."
+                )
+            queries.append(_kept(found, np.flatnonzero(known)))
+        found = self.vectors(pool, None, ctx)
+        places = self.usable(_known(found))
+        return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))
 
-    def scored(self, found: Found) -> Found:
-        """Return the same with the similarities to the targets."""
-        found = super().scored(found)
-        several = self.targets_take_turns and len(found.queries) > 1
-        return dataclasses.replace(found, turns=found.tasks) if several else found
 
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return which targets the rows are near to, and by which rule."""
-        return f"nearest to {', '.join(ctx.targets)} ({self.rule.name})"
+class VectorSelector(Compares, ScoringSelector):
+    """Keeps the rows that a subset rule picks by vectors."""
+
+    @property
+    def gives(self) -> Gives:
+        """Vectors."""
+        return "vectors"
 
 
-def _usable(vectors: NDArray[np.floating], num_rows: int, method: str) -> NDArray[np.int64]:
-    if vectors.ndim != 2 or len(vectors) != num_rows:
-        raise ComponentError(f"{method}: asked for embeddings of {num_rows:,} rows, was given shape {vectors.shape}")
-    return np.flatnonzero(np.isfinite(vectors.sum(axis=1, dtype=np.float32)))
+def _known(vectors: NDArray[np.floating]) -> NDArray[np.bool_]:
+    return np.isfinite(vectors.sum(axis=1, dtype=np.float32))
 
 
 def _kept(vectors: NDArray[np.floating], places: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the rows at ``places`` as float32; no copy where all are kept."""
     return np.asarray(vectors if len(places) == len(vectors) else vectors[places], dtype=np.float32)
-
-
-def compared(
-    method: str,
-    pool: Rows,
-    ctx: Context,
-    ask: Callable[[Rows, str | None], NDArray[np.floating]],
-    lacking: str = "no embedding",
-) -> Found:
-    """Ask for the vectors of a pool that is not empty, and of the rows of every target.
-
-    Args:
-        method: Name of the selector, for messages.
-        pool: Row ids [N], N >= 1.
-        ctx: Context of the decision.
-        ask: Gives vectors [n, D] of rows of the training set, or of the named target.
-        lacking: What is told of rows without a vector.
-
-    Raises:
-        DataError: A target, or the pool, has no row with a vector.
-        ComponentError: Vectors do not fit the rows asked for.
-    """
-    queries = []
-    for target in ctx.targets:
-        rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-        found = ask(rows, target) if len(rows) else np.empty((0, 0))
-        usable = _usable(found, len(rows), method)
-        if not len(usable):
-            raise DataError(
-                f"{method}: target {target!r} has {len(rows):,} rows, none of which has an embedding to compare "
-                "with. Give a target data set with text in it."
-            )
-        queries.append(_kept(found, usable))
-    found = ask(pool, None)
-    places = _usable(found, len(pool), method)
-    if not len(places):
-        raise DataError(
-            f"{method}: all {len(pool):,} rows have {lacking}. Check that the rows hold text, with supervised tokens "
-            "where those are asked for."
-        )
-    return Found(places=places, vectors=_kept(found, places), queries=tuple(queries))

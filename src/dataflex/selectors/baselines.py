@@ -13,16 +13,15 @@ from dataflex.method import Card, Context, Requires, Rows, Selection, Selector, 
 from dataflex.method import Params as BaseParams
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
+from dataflex.select.rules import REPLACEMENT
 from dataflex.select.scoring import Found, ScoringSelector
 
 
 class RandomRows(Selector):
     """Draw rows uniformly, anew in every interval.
 
-    Uniform random rows: the baseline that every other selector has to beat.
-
-    The draw is keyed by row id, so it depends on the seed and the interval only, never on the number of
-    ranks or on the order in which the pool is handed over.
+    Uniform random rows are the baseline that every other selector has to beat. The draw is keyed by row id, so it
+    depends on the seed and the interval only, never on the number of ranks or on the order of the pool.
     """
 
     name = "random"
@@ -32,25 +31,19 @@ class RandomRows(Selector):
     class Params(BaseParams):
         """Parameters of the random selector."""
 
-        replacement: bool = param(False, "whether one interval may draw the same row several times")
+        replacement: bool = param(False, REPLACEMENT)
 
     params: Params
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw ``budget`` rows of ``pool``, in random order.
-
-        Without replacement a budget above ``len(pool)`` returns the whole pool once, in random order.
-
-        Returns:
-            Rows [budget], or [min(budget, len(pool))] without replacement. There are no scores.
-        """
+        """Draw ``budget`` rows of ``pool``, in random order; without replacement at most the whole pool once."""
         if self.params.replacement:
             draws = np.arange(budget if len(pool) else 0, dtype=np.int64)
             u = uniforms(ctx.seed, "selector.random", ctx.interval.index, draws)
             rows = pool[np.minimum((u * len(pool)).astype(np.int64), len(pool) - 1)]
             return Selection(rows=rows, reason=f"{len(rows)} draws from {len(pool)} rows, with replacement")
         u = uniforms(ctx.seed, "selector.random", ctx.interval.index, pool)
-        rows = pool[top_k(u, min(budget, len(pool)))]
+        rows = pool[top_k(u, budget)]
         return Selection(rows=rows, reason=f"{len(rows)} of {len(pool)} rows at random")
 
 
@@ -70,12 +63,10 @@ class AllRows(Selector):
 
 
 class RandomBalanced(Selector):
-    """Draw rows uniformly within domains, equally many of each.
+    """Draw rows uniformly within domains, the same number of each.
 
-    Random rows, equally many of every domain: a baseline against selectors that merely balance sources.
-
-    A domain that is too small gives all it has, and the others share the rest equally. The draw is keyed by row id,
-    so it depends on the seed and the interval only.
+    A baseline against selectors that merely balance sources. A domain that is too small gives all it has, and the
+    others share the rest equally. The draw is keyed by row id, so it depends on the seed and the interval only.
     """
 
     name = "random_balanced"
@@ -88,13 +79,9 @@ class RandomBalanced(Selector):
         return Requires(domains=2)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
-        """Draw ``budget`` rows, or the whole pool where that is smaller, without replacement.
+        """Draw at most ``budget`` rows without replacement, in turns: each domain gives the next row of a random order.
 
-        Every domain gives its first row of a random order, then its second, and so on; the rows of the last
-        turn that is cut are those of random domains.
-
-        Returns:
-            Rows [min(budget, len(pool))], in the order of these turns. There are no scores.
+        The rows of the last turn, which the budget cuts, are those of random domains.
         """
         u = uniforms(ctx.seed, "selector.random_balanced", ctx.interval.index, pool)
         domain = ctx.domains.domain_of[pool]
@@ -116,25 +103,19 @@ class RandomBalanced(Selector):
 class Longest(ScoringSelector):
     """Keep the rows of most tokens.
 
-    The longest rows: a baseline that needs no model and that many selectors fail to beat.
-
-    Length is in tokens of the whole row as it is trained on, prompt included, after ``cutoff_len``.
+    A baseline that needs no model and that many selectors fail to beat. Length is in tokens of the whole row as it is
+    trained on, prompt included, after ``cutoff_len``.
     """
 
     name = "longest"
     card = Card(summary="Keeps the rows of most tokens.", paper="baseline", cost="none")
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return lengths in tokens [N].
-
-        Raises:
-            DataError: The data set does not give the token count of every row.
-        """
+        """Return lengths in tokens [N]; DataError where the data set does not give them."""
         if ctx.domains.lengths is None:
             raise DataError("longest: it needs the token count of every row, which this data set does not give")
         return ctx.domains.lengths[pool].astype(np.float64)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the length of the shortest row kept."""
-        assert found.scores is not None
         return f"of at least {int(found.scores[kept].min())} tokens" if len(kept) else "by length"

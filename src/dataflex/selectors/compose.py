@@ -1,33 +1,32 @@
-"""A selector put together from parts: what rows are compared by, how targets come together, and which rows are kept.
+"""Keep the rows that a rule of your choice picks, by vectors or scores of your choice.
 
-``represent`` names what gives scores or vectors: any scoring selector (``less``, ``rds_plus``, ...), sketched gradients
-(``gradient``), exact influence (``influence``), plain losses (``loss``), or another selector that scores rows.
-``aggregate`` brings targets together: ``mean``, ``max``, ``mean_then_max``, ``z_max``, ``ranks`` and ``votes`` to one
-score a row, ``round_robin`` by letting targets take turns, each with its own choice by the rule. ``rule`` is one of the
-subset rules. The parts are those of a study that takes representation and rule apart ("A Critical Look at Targeted
-Instruction Selection", ICML 2026, arXiv 2602.14696).
+``represent`` names what gives scores or vectors: sketched gradients (``gradient``), exact influence (``influence``),
+plain losses (``loss``), or a selector that scores rows (``less``, ``rds_plus``, ...). ``aggregate`` brings targets
+together: by one score a row, ``mean_then_max`` where it is left out, or, as ``round_robin``, by letting targets take
+turns, each with its own choice by the rule. ``rule`` is one of the subset rules. The parts are those of a study that
+takes representation and rule apart ("A Critical Look at Targeted Instruction Selection", ICML 2026, arXiv 2602.14696).
+Each part takes its parameters beside its name: ``rule: {name: knn_kde, sigma: 0.1}``.
 
 Rules that compare rows with each other (``deita``, ``k_center``, ``facility_location``, ``cluster_quota``) need
 vectors: those of ``represent``, or, where that gives scores, those named in ``vectors``. ``near_duplicates`` drops a
-row whose cosine with a better one is above that number before the rule chooses. Each part takes its parameters beside
-its name: ``rule: {name: knn_kde, sigma: 0.1}``. Without ``aggregate``, scores are ``mean_then_max``.
+row whose cosine with a better one is above that number before the rule chooses.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ComponentError, ConfigError, DataError
-from dataflex.method import Card, Context, Params, Passes, Problem, Requires, Rows, RunFacts, Selector, State, param
+from dataflex.method import Card, Context, Params, Problem, Requires, Rows, RunFacts, Selector, State, param
 from dataflex.parts import Part
 from dataflex.registry import find, names
-from dataflex.select.choose import Candidates, Uniforms, ranking
+from dataflex.select.choose import top_k
 from dataflex.select.rules import Rule
 from dataflex.select.scoring import (
     AGGREGATE,
@@ -39,26 +38,22 @@ from dataflex.select.scoring import (
     ScoringParams,
     ScoringSelector,
     combination_problems,
-    default_of,
 )
 from dataflex.select.spread import near_duplicates
-from dataflex.selectors._lib import ROW_LOSSES, VectorSelector
-from dataflex.selectors.less import Less
+from dataflex.selectors._lib import GRADIENTS, RowLosses, VectorSelector, even
+from dataflex.selectors.influence import Less
 from dataflex.signals import kinds
 from dataflex.signals.specs import GradientOptions
 
 _WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
 _ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
-_LOOKS_AT_TARGETS = frozenset({"scores", "queries", "query_vectors"})
 _QUERIES = frozenset({"queries", "query_vectors"})
 
 
-class TokenLoss(ScoringSelector):
+class TokenLoss(RowLosses):
     """Token-mean loss."""
 
     name = "loss"
-    lacking = "no finite loss"
-    card = Card(summary="Prefers rows by loss.", paper="baseline", cost="1 F")
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
@@ -66,13 +61,9 @@ class TokenLoss(ScoringSelector):
 
         prefer: Literal["high", "low"] = param("high", "which losses are preferred")
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
-
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return losses, negative where low ones are preferred [N]."""
-        found = ctx.signals(kinds.TokenLoss(), pool)
+        found = super().score(pool, ctx)
         return found if self.params.prefer == "high" else -found
 
 
@@ -81,7 +72,6 @@ class Gradient(VectorSelector):
 
     name = "gradient"
     lacking = "no gradient"
-    card = Card(summary="Compares sketches of gradients.", paper="LESS, ICML 2024, arXiv 2402.04333", cost="1 F + 1 B")
 
     @dataclass(frozen=True, kw_only=True)
     class Params(GradientOptions, ScoringParams):
@@ -94,19 +84,11 @@ class Gradient(VectorSelector):
         dim: int = param(4096, "numbers per row, even", minimum=2)
 
         def __post_init__(self) -> None:
-            if self.dim % 2:
-                raise ValueError(f"dim: must be even, found {self.dim}")
+            even("dim", self.dim)
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"gradients"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0)),
-        )
+        return replace(GRADIENTS, preconditions={"precondition": self.params.precondition})
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
         """Return sketches of length one [n, dim]."""
@@ -115,44 +97,35 @@ class Gradient(VectorSelector):
 
 
 class Asked(ScoringSelector):
-    """The scores of a selector that is no scoring one; with targets it is asked target by target."""
+    """The scores of a selector that has no rule, or whose targets count together: it is asked target by target."""
 
-    name = "asked"
     lacking = "no score"
 
     def __init__(self, name: str, params: Params) -> None:
         self.name = name  # type: ignore[misc]
         self.params = params
-        self._cls = find("selector", name)
+        self._cls: type[Any] = find("selector", name)
         self._selectors: dict[str, Selector] = {}
-        self._states: State = {}
 
     def requires(self) -> Requires:
         """State what the selector requires."""
-        return self._selector("").requires()
+        required: Requires = self._cls(self.params).requires()
+        return required
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the selector refuses."""
-        return self._selector("").refused_values(name, values)
-
-    def _selector(self, target: str) -> Selector:
-        """Return the selector for a target, with its state."""
-        if target not in self._selectors:
-            selector = self._cls(self.params)
-            assert isinstance(selector, Selector)
-            selector.load_state_dict(self._states.pop(target, {}))
-            self._selectors[target] = selector
-        return self._selectors[target]
+        refused: tuple[NDArray[np.bool_], str] | None = self._cls(self.params).refused_values(name, values)
+        return refused
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the selector's scores [N], or [T, N] where it selects towards targets."""
         if not self.requires().targets:
             return self._scores("", pool, ctx)
-        each = (dataclasses.replace(ctx, targets=(target,)) for target in ctx.targets)
-        return np.stack([self._scores(one.targets[0], pool, one) for one in each])
+        return np.stack([self._scores(target, pool, replace(ctx, targets=(target,))) for target in ctx.targets])
 
     def _scores(self, target: str, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        found: Any = self._selector(target).select(pool, len(pool), ctx).scores
+        selector = self._selectors.setdefault(target, self._cls(self.params))
+        found: Any = selector.select(pool, len(pool), ctx).scores
         if found is None or np.shape(found) != (len(pool),):
             raise ComponentError(f"represent: the {self.name} selector gave no score for each of {len(pool):,} rows")
         return np.asarray(found, dtype=np.float64)
@@ -160,13 +133,15 @@ class Asked(ScoringSelector):
     def state_dict(self) -> State:
         """Return the states of the selectors, by target."""
         states = {target: selector.state_dict() for target, selector in self._selectors.items()}
-        return {**self._states, **{target: state for target, state in states.items() if state}}
+        return {target: state for target, state in states.items() if state}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if not all(isinstance(each, dict) for each in state.values()):
             raise ValueError(f"compose keeps states of the {self.name} selector, but was given {sorted(state)}")
-        self._selectors, self._states = {}, dict(state)
+        self._selectors = {target: self._cls(self.params) for target in state}
+        for target, selector in self._selectors.items():
+            selector.load_state_dict(state[target])
 
 
 _OWN: Final[dict[str, type[ScoringSelector]]] = {"gradient": Gradient, "influence": Less, "loss": TokenLoss}
@@ -202,15 +177,13 @@ class Represent(Part):
         return _OWN.get(self.name) or find("selector", self.name)
 
     @property
-    def gives(self) -> Gives:
-        """What rows are compared by."""
-        return self.scorer().gives
+    def whole(self) -> bool:
+        """Whether its scores by target are used as they are, and its own rule and aggregation are not."""
+        return issubclass(self.cls, ScoringSelector) and self.name not in _ALONE
 
     def scorer(self) -> ScoringSelector:
         """Return a new instance of what scores."""
-        found: type[Any] = self.cls
-        whole = issubclass(found, ScoringSelector) and self.name not in _ALONE
-        return found(self.params) if whole else Asked(self.name, self.params)
+        return self.cls(self.params) if self.whole else Asked(self.name, self.params)
 
 
 class Compose(ScoringSelector):
@@ -218,6 +191,7 @@ class Compose(ScoringSelector):
 
     name = "compose"
     lacking = "nothing to be compared by"
+    unnamed = ()
     card = Card(
         summary="Keeps the rows that a rule of your choice picks, by vectors or scores of your choice.",
         paper="A Critical Look at Targeted Instruction Selection, ICML 2026, arXiv 2602.14696",
@@ -241,35 +215,61 @@ class Compose(ScoringSelector):
 
     params: Params
 
+    @cached_property
+    def _scorer(self) -> ScoringSelector:
+        return self.params.represent.scorer()
+
+    @cached_property
+    def _apart(self) -> ScoringSelector | None:
+        return None if self.params.vectors is None else self.params.vectors.scorer()
+
     def requires(self) -> Requires:
         """State what the parts require together."""
-        p = self.params
-        parts = {"represent": p.represent.scorer().requires()}
-        if p.vectors is not None:  # asked without targets
-            apart = p.vectors.scorer().requires()
-            passes = dataclasses.replace(apart.passes, pool_by_target=(0.0, 0.0), targets=(0.0, 0.0))
-            parts["vectors"] = dataclasses.replace(apart, passes=passes)
+        parts = {"represent": self._scorer.requires()}
+        if self._apart is not None:  # asked without targets
+            apart = self._apart.requires()
+            passes = replace(apart.passes, pool_by_target=(0.0, 0.0), targets=(0.0, 0.0))
+            parts["vectors"] = replace(apart, passes=passes)
         merged = Requires.merged(parts)
         forward, backward = merged.passes.over_pool(1)
         each = " + ".join(f"{n:g} {unit}" for n, unit in ((forward, "F"), (backward, "B")) if n) or "no pass"
-        told = f"{each} over the pool per interval, and the targets"
-        return dataclasses.replace(merged, targets=_targeted(p), passes=dataclasses.replace(merged.passes, told=told))
+        passes = replace(merged.passes, told=f"{each} over the pool per interval, and the targets")
+        return replace(merged, targets=self._targeted, passes=passes)
 
     @property
     def gives(self) -> Gives:
         """What ``represent`` gives."""
-        return self.params.represent.gives
+        return self._scorer.gives
+
+    @property
+    def _targeted(self) -> bool:
+        """Whether these parts need targets."""
+        needs = self.rule.needs & {"scores", *_QUERIES}
+        return bool(needs) if self.gives == "vectors" else self._scorer.requires().targets
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
         """Yield why the parts cannot work together."""
-        p = self.params
-        apart = p.vectors is not None
-        yield from combination_problems(p.represent.name, self.gives, p.rule, p.aggregate, apart=apart)
-        yield from _part_problems(p)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self._scorer = params.represent.scorer()
+        p, apart = self.params, self._apart
+        represent, needs, compares = p.represent.name, p.rule.needs, "vectors" in p.rule.needs
+        yield from combination_problems(represent, self.gives, p.rule, p.aggregate, apart=apart is not None)
+        if p.vectors is not None and apart is not None and apart.gives != "vectors":
+            yield Problem("vectors", f"{p.vectors.name} gives no vectors; use one of {VECTORS}")
+        if apart is not None and not compares and p.near_duplicates is None:
+            why = f"has no effect, since {p.rule.name} does not compare rows with each other"
+            yield Problem("vectors", f"{why}; remove the key")
+        if p.near_duplicates is not None and apart is None and self.gives != "vectors":
+            why = f"needs vectors, which {represent} does not give"
+            yield Problem("near_duplicates", f"{why}; add 'vectors: embed' (or another of {VECTORS})")
+        used = needs & {"scores", *_QUERIES} or (compares and apart is None)
+        if not used and p.near_duplicates is None:
+            instead = "" if apart is None else "; give the vectors as 'represent' and remove 'vectors'"
+            yield Problem("represent", f"{represent} has no effect, since {p.rule.name} looks at no scores{instead}")
+        parts = {"represent": p.represent} | ({} if p.vectors is None else {"vectors": p.vectors})
+        for place, part in parts.items():
+            for key in part.cls.decides if part.whole else ():
+                if getattr(part.params, key) != getattr(type(part.params), key):
+                    why = f"has no effect on what rows are compared by; write it beside '{place}'"
+                    yield Problem(f"{place}.{key}", why)
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the scorer refuses."""
@@ -278,13 +278,8 @@ class Compose(ScoringSelector):
     @property
     def aggregate(self) -> Aggregate:
         """How targets come together; by default by the best target row where a rule looks at each of them."""
-        nearest = self.params.represent.gives == "vectors" and self.rule.needs & _QUERIES
+        nearest = self.gives == "vectors" and self.rule.needs & _QUERIES
         return self.params.aggregate or Aggregate.of("max" if nearest else "mean_then_max")
-
-    def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
-        """Return the random numbers of a decision, a stream for each purpose."""
-        name = "selector.compose" if target is None else f"selector.compose.{target}"
-        return Candidates.stream(ctx.seed, name, ctx.interval.index)
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Ask for everything that the parts need of a pool that is not empty; near-duplicates are left out.
@@ -293,25 +288,23 @@ class Compose(ScoringSelector):
             DataError: No row, or no row of a target, has what is asked for.
             ComponentError: Answers do not fit the rows asked for.
         """
-        p = self.params
-        without = dataclasses.replace(ctx, targets=())
-        found = self.scored(self._scorer.examine(pool, ctx if _targeted(p) else without))
-        found = dataclasses.replace(found, turns=None)
-        if p.vectors is not None:
-            space = p.vectors.scorer().examine(pool, without)
+        p, without = self.params, replace(ctx, targets=())
+        found = self._scorer.examine(pool, ctx if self._targeted else without)
+        found = replace(self.scored(found), turns=None)
+        if p.vectors is not None and self._apart is not None:
+            space = self._apart.examine(pool, without)
             _, ours, theirs = np.intersect1d(found.places, space.places, assume_unique=True, return_indices=True)
             if not len(ours):
                 raise DataError(
                     f"compose: none of {len(pool):,} rows has both a score and a vector of {p.vectors.name}"
                 )
-            found = dataclasses.replace(found.at(ours), apart=space.at(theirs).vectors)
+            found = replace(found.at(ours), apart=space.at(theirs).vectors)
         if p.near_duplicates is None:
             return found
         apart = found.vectors if found.apart is None else found.apart
-        assert apart is not None
-        order = np.arange(len(found.places)) if found.scores is None else ranking(found.scores)
+        order = np.arange(len(found.places)) if found.scores is None else top_k(found.scores, len(found.scores))
         stays = np.flatnonzero(~near_duplicates(apart, order, p.near_duplicates))
-        return dataclasses.replace(found.at(stays), num_dropped=len(found.places) - len(stays))
+        return replace(found.at(stays), num_dropped=len(found.places) - len(stays))
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the parts by name."""
@@ -327,39 +320,3 @@ class Compose(ScoringSelector):
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave; raises as the scorer does."""
         self._scorer.load_state_dict(state)
-
-
-def _targeted(p: Compose.Params) -> bool:
-    """Return whether these parts need targets."""
-    scorer = p.represent.scorer()
-    return bool(p.rule.needs & _LOOKS_AT_TARGETS) if scorer.gives == "vectors" else scorer.requires().targets
-
-
-def _part_problems(p: Compose.Params) -> Iterator[Problem]:
-    """Yield what is wrong with the parts beside the rule and the aggregation."""
-    rule, represent = p.rule, p.represent
-    if p.vectors is not None and p.vectors.gives != "vectors":
-        yield Problem("vectors", f"{p.vectors.name} gives no vectors; use one of {VECTORS}")
-    if p.vectors is not None and "vectors" not in rule.needs and p.near_duplicates is None:
-        yield Problem(
-            "vectors", f"has no effect, since {rule.name} does not compare rows with each other; remove the key"
-        )
-    if p.near_duplicates is not None and p.vectors is None and represent.gives != "vectors":
-        yield Problem(
-            "near_duplicates",
-            f"needs vectors, which {represent.name} does not give; add 'vectors: embed' (or another of {VECTORS})",
-        )
-    used = rule.needs & _LOOKS_AT_TARGETS or ("vectors" in rule.needs and p.vectors is None)
-    if not used and p.near_duplicates is None:
-        yield Problem(
-            "represent",
-            f"{represent.name} has no effect, since {rule.name} looks at no scores"
-            + ("; give the vectors as 'represent' and remove 'vectors'" if p.vectors is not None else ""),
-        )
-    for place, part in (("represent", represent), ("vectors", p.vectors)):
-        if part is not None and issubclass(part.cls, ScoringSelector) and part.name not in _ALONE:
-            for key in part.cls.decides:
-                if getattr(part.params, key) != default_of(part.params, key):
-                    yield Problem(
-                        f"{place}.{key}", f"has no effect on what rows are compared by; write it beside '{place}'"
-                    )

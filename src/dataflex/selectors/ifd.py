@@ -1,24 +1,24 @@
-"""IFD: rows whose instruction helps least to predict the answer, among those where it helps at all.
+"""Keep the rows of highest instruction-following difficulty (IFD) below a threshold.
 
-Instruction-following difficulty compares a row's answer loss given its prompt, l(a | p), with that of the answer
-alone, l(a): ``ratio: loss`` is l(a | p) / l(a) of "From Quantity to Quality" (Cherry LLM), NAACL 2024, arXiv
-2308.12032; ``ratio: perplexity`` is exp(l(a | p) - l(a)) of Superfiltering, ACL 2024, arXiv 2402.00530, which takes a
-small model as ``scorer``. The two rank differently. Rows at ``threshold`` or above (the prompt does not help:
-misaligned or cut off) are dropped, and the highest of the rest are kept.
+IFD compares a row's loss on its response given the prompt, l(a | p), with that on the response alone, l(a):
+``ratio: loss`` is l(a | p) / l(a) of "From Quantity to Quality" (Cherry LLM), NAACL 2024, arXiv 2308.12032;
+``ratio: perplexity`` is exp(l(a | p) - l(a)) of Superfiltering, ACL 2024, arXiv 2402.00530, which takes a small model
+as ``scorer``. The two rank differently. Rows at ``threshold`` or above (the prompt does not help: misaligned or cut
+off) are dropped, and the highest of the rest are kept.
 
 Both losses are means over the same tokens. Where the tokenizer puts no token before a text by itself, the first
-token of an answer alone would follow nothing; it is then left out of both. ``prefix_tokens`` keeps the last tokens of
-the prompt with the answer. Cherry LLM keeps "### Response:", Superfiltering nothing; so does ``null``: under ``ratio:
-loss`` it keeps the tokens that all prompts of the pool end with (the template's words before an answer, at most 16),
-under ``ratio: perplexity``, or with a ``scorer``, whose tokens may be others, none. Rows of several turns: each answer
-is alone for itself. Very short answers have extreme ratios (``min_answer_tokens``). A model already trained on the
-pool makes all ratios small, and on large mixed pools IFD can lose to random rows (arXiv 2503.01807).
+token of a response alone would follow nothing; it is then left out of both. ``prefix_tokens`` keeps the last tokens of
+the prompt with the response. Cherry LLM keeps "### Response:", Superfiltering nothing; so does ``null``: under ``ratio:
+loss`` it keeps the tokens that all prompts of the pool end with (the template's words before a response, at most 16),
+under ``ratio: perplexity``, or with a ``scorer``, whose tokens may be others, none. In rows of several turns each
+response is alone for itself. Very short responses have extreme ratios (``min_answer_tokens``). A model already trained
+on the pool makes all ratios small, and on large mixed pools IFD can lose to random rows (arXiv 2503.01807).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from dataflex.errors import DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import TOKEN_LOSSES
 from dataflex.signals.kinds import ResponseLoss
 
 Ratio = Literal["loss", "perplexity"]
@@ -52,10 +53,7 @@ def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.f
 
 
 def common_ending(prompts: Sequence[NDArray[np.integer]], most: int = _LONGEST_MARKER) -> int:
-    """Return how many tokens, at most ``most``, all prompts end with; 0 unless two of them differ.
-
-    Prompts without a token are passed over.
-    """
+    """Return the number of tokens, at most ``most``, that all prompts with a token end with; 0 unless two differ."""
     distinct = {tuple(prompt.tolist()) for prompt in prompts if len(prompt)}
     if len(distinct) < 2:
         return 0
@@ -73,10 +71,10 @@ class Ifd(ScoringSelector):
     name = "ifd"
     lacking = "no ratio"
     card = Card(
-        summary="Keeps the rows whose prompt helps least to predict the answer, of those where it helps.",
+        summary="Keeps the rows whose prompt helps least to predict the response, of those where it helps.",
         paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
         cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
-        note="Cherry LLM scores an answer alone behind its marker, Superfiltering without: prefix_tokens, left out, "
+        note="Cherry LLM scores a response alone behind its marker, Superfiltering without: prefix_tokens, left out, "
         "does the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
     )
 
@@ -89,7 +87,7 @@ class Ifd(ScoringSelector):
         threshold: float = param(1.0, "rows at or above this ratio are dropped", above=0.0)
         prefix_tokens: int | None = param(
             None,
-            "last tokens of the prompt that the answer alone keeps; null: those that all prompts end with under "
+            "last tokens of the prompt that the response alone keeps; null: those that all prompts end with under "
             "ratio: loss, else none",
             minimum=0,
         )
@@ -104,13 +102,8 @@ class Ifd(ScoringSelector):
         scorer, passes = self.params.scorer, Passes(pool=(2.0, 0.0))
         if scorer is not None:  # it does not change, so no row is scored twice
             passes = Passes(pool_once=2.0, told="2 F of the scorer over each row of the pool, once")
-        return Requires(
-            signals=frozenset({"losses", "texts"}),
-            stages=("sft",),
-            needs_interval=True,
-            models={"scorer": scorer},
-            passes=passes,
-        )
+        signals = frozenset({"losses", "texts"})
+        return replace(TOKEN_LOSSES, signals=signals, stages=("sft",), models={"scorer": scorer}, passes=passes)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return ratios [N], NaN where there is none or where the response is too short."""
@@ -131,7 +124,6 @@ class Ifd(ScoringSelector):
             DataError: None is below the threshold.
         """
         p, scores = self.params, found.scores
-        assert scores is not None
         below = scores < p.threshold
         if not below.any() and not p.fill:
             raise DataError(
@@ -143,7 +135,6 @@ class Ifd(ScoringSelector):
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return how many rows are below the threshold, and above it."""
-        assert found.scores is not None
         below = found.scores < self.params.threshold
         how = f"highest of {int(below.sum())} with IFD below {self.params.threshold:g}"
         above = int((~below[kept]).sum())
@@ -152,7 +143,7 @@ class Ifd(ScoringSelector):
         return how + (f"; responses alone keep the last {prefix} tokens of their prompts" if prefix else "")
 
     def _prefix(self, pool: Rows, ctx: Context) -> int:
-        """Return how many of the prompt's tokens an answer alone keeps."""
+        """Return the number of the prompt's tokens that a response alone keeps."""
         if self.params.prefix_tokens is not None:
             return self.params.prefix_tokens
         if self.params.ratio == "perplexity" or self.params.scorer is not None:

@@ -1,20 +1,21 @@
-"""Rows by their losses: a third of the range, how far they fell, how far above a reference model's, or by a probe."""
+"""Rows by their losses, and by how hard they are for the model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ComponentError, DataError
+from dataflex.errors import ComponentError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
-from dataflex.select.rules import Rule
-from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector, default_of
-from dataflex.selectors._lib import ROW_LOSSES
-from dataflex.signals.kinds import AdaptedLoss, TokenLoss
+from dataflex.select.rules import REPLACEMENT, Rule
+from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
+from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
+from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, TokenLoss
+from dataflex.signals.specs import GradientOptions
 
 _EPS = 1e-8  # the paper's guard of the denominator; it matters only when floor is 0
 
@@ -27,17 +28,18 @@ def relative_gain(
     The floor is ours: without it a row that the model already knows by heart gets a huge score from
     a tiny change.
     """
-    start = np.where(np.isfinite(loss_start), loss_start, np.nan).astype(np.float64)
-    adapted = np.where(np.isfinite(loss_adapted), loss_adapted, np.nan).astype(np.float64)
+    start, adapted = _finite(loss_start), _finite(loss_adapted)
     return (start - adapted) / (np.maximum(start, floor) + _EPS)
+
+
+def _finite(losses: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.where(np.isfinite(losses), losses, np.nan).astype(np.float64)
 
 
 class Tacs(ScoringSelector):
     """Keep the rows whose loss falls most, relatively, on the way to a target.
 
-    TACS: rows that get easier for the model when it has taken a few steps towards the target.
-
-    The model is read twice: as it is, and with a small low-rank probe trained on the target alone. Rows
+    TACS reads the model twice: as it is, and with a small low-rank probe trained on the target alone. Rows
     whose loss the probe lowers most, relative to where it was, are kept. Nothing is differentiated on
     the pool. It refuses partitioned parameters, since the probe is added to whole layers.
     """
@@ -67,14 +69,8 @@ class Tacs(ScoringSelector):
     def requires(self) -> Requires:
         """State what the run must have."""
         steps = float(self.params.depth_steps)
-        return Requires(
-            signals=frozenset({"losses"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            whole_parameters=True,
-            passes=Passes(pool=(1.0, 0.0), pool_by_target=(1.0, 0.0), targets=(steps, steps)),
-        )
+        passes = Passes(pool=(1.0, 0.0), pool_by_target=(1.0, 0.0), targets=(steps, steps))
+        return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return relative gains by target [T, N].
@@ -87,21 +83,12 @@ class Tacs(ScoringSelector):
             return np.full(len(pool), np.nan)  # no probe can tell them apart
         return np.stack([self._gain(pool, start, target, ctx) for target in ctx.targets])
 
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return what the rows are kept by."""
-        return f"by relative fall of the loss towards {', '.join(ctx.targets)}"
-
     def _gain(self, pool: Rows, start: NDArray[np.float32], target: str, ctx: Context) -> NDArray[np.float64]:
         p = self.params
         signal = AdaptedLoss(
             towards=target, depth_steps=p.depth_steps, learning_rate=p.learning_rate, rank=p.rank, alpha=p.alpha
         )
-        adapted = ctx.signals(signal, pool)
-        if adapted.shape != start.shape:
-            raise ComponentError(
-                f"tacs: asked for the adapted losses of {len(pool):,} rows, was given shape {adapted.shape}"
-            )
-        gain = relative_gain(start, adapted, p.floor)
+        gain = relative_gain(start, ctx.signals(signal, pool), p.floor)
         if not np.isfinite(gain).any():
             raise ComponentError(
                 f"tacs: the probe trained towards {target!r} gives no finite loss. "
@@ -134,18 +121,15 @@ def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: f
     return np.where(in_focus, math.log(focus_weight + _WEIGHT_FLOOR), math.log1p(_WEIGHT_FLOOR)) / temperature
 
 
-class LossSelector(ScoringSelector):
-    """Draw rows with a preference for one third of the loss range.
-
-    Rows of high, medium or low loss, preferred but not exclusively.
+class LossSelector(RowLosses):
+    """Draw rows with a preference for high, medium or low loss.
 
     A baseline without a paper: rows fall into three buckets by quantiles of their current loss, and the
     focused bucket is drawn more often. High loss can mean noise and low loss nothing left to learn, so
-    it is a yardstick more than a recommendation. It refuses to choose rows that have no finite loss.
+    it is a yardstick more than a recommendation. It never chooses rows that have no finite loss.
     """
 
     name = "loss"
-    lacking = "no finite loss"
     card = Card(
         summary="Draws rows at random, preferring those whose current loss is high, medium or low.",
         paper="baseline (no paper)",
@@ -165,19 +149,15 @@ class LossSelector(ScoringSelector):
             (0.33, 0.66), "the two quantiles of the losses that separate the buckets", minimum=0.0, maximum=1.0
         )
         temperature: float = param(1.0, "flattens the preference as it grows; .inf draws uniformly", above=0.0)
-        replacement: bool = param(False, "whether one interval may draw the same row several times")
+        replacement: bool = param(False, REPLACEMENT)
 
         def __post_init__(self) -> None:
             if len(self.quantiles) != 2 or not 0.0 <= self.quantiles[0] <= self.quantiles[1] <= 1.0:
                 raise ValueError(f"quantiles: {list(self.quantiles)} must be two rising numbers from 0 to 1")
-            if self.replacement and self.rule != default_of(self, "rule"):
+            if self.replacement and self.rule != type(self).rule:
                 raise ValueError(f"replacement: has no effect beside the rule {self.rule.name}; remove one of the two")
 
     params: Params
-
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
 
     @property
     def rule(self) -> Rule:
@@ -185,19 +165,13 @@ class LossSelector(ScoringSelector):
         again = self.params.replacement
         return Rule.of("multinomial", weights="softmax", replacement=True) if again else super().rule
 
-    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
-        """Return losses [N]."""
-        return ctx.signals(TokenLoss(), pool)
-
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by bucket."""
-        assert found.scores is not None
         in_focus = focused(found.scores, self.params.focus, self.params.quantiles)
         return log_weights(in_focus, self.params.focus_weight, self.params.temperature)
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return how many rows are of the focused bucket."""
-        assert found.scores is not None
         focus = self.params.focus
         in_focus = focused(found.scores, focus, self.params.quantiles)
         how = f"drawn, {int(in_focus[kept].sum())} of them of {focus} loss"
@@ -215,10 +189,8 @@ def window(num_rows: int, progress: float, size: float, steepness: float) -> tup
     return start, start + int(size * num_rows)
 
 
-class DeltaLoss(ScoringSelector):
-    """Draw rows, preferring a sliding window over the falls of their loss.
-
-    Rows by how far their loss has fallen since the first decision, in a window that slides over the run.
+class DeltaLoss(RowLosses):
+    """Draw rows, preferring those whose loss fell most since the first decision, later those whose loss fell less.
 
     A method of existing DataFlex without a paper. The first decision records the losses and draws uniformly. Later
     ones rank rows by the fall of their loss since then; a window over the ranks moves from those that fell most to
@@ -228,7 +200,6 @@ class DeltaLoss(ScoringSelector):
 
     name = "delta_loss"
     saved = ("decisions", "first")
-    lacking = "no finite loss"
     card = Card(
         summary="Draws rows at random, first preferring those whose loss fell most, later slower ones.",
         paper="baseline (no paper)",
@@ -248,53 +219,33 @@ class DeltaLoss(ScoringSelector):
 
     params: Params
 
-    def requires(self) -> Requires:
-        """State what the run must have."""
-        return ROW_LOSSES
-
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.decisions = 0
         self.first = np.zeros(0, dtype=np.float32)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
-        """Return how far losses have fallen since the first decision [N]; a row that joins later counts from its first.
-
-        Raises:
-            DataError: The data set is not the one that the first losses belong to.
-        """
-        losses = ctx.signals(TokenLoss(), pool)
-        finite = np.isfinite(losses)
-        falls = np.full(len(pool), np.nan)
-        falls[finite] = self._falls(pool[finite], losses[finite], ctx.signals.num_rows())
+        """Return the fall of each loss since the first decision [N]; a row that joins later counts from its first."""
+        losses = super().score(pool, ctx)
+        losses = np.where(np.isfinite(losses), losses, np.float32(np.nan))
+        if not len(self.first):
+            self.first = np.full(ctx.signals.num_rows(), np.nan, dtype=np.float32)
+        self.first[pool] = np.where(np.isnan(self.first[pool]), losses, self.first[pool])
         self.decisions += 1
-        return falls
+        first = self.first[pool].astype(np.float64)
+        return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
 
     def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
         """Return log weights of the draw, by window."""
-        assert found.scores is not None
         return np.where(self._preferred(found.scores)[0], 0.0, math.log(self.params.outside_weight))
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return where the window was and how many rows are of it."""
-        assert found.scores is not None
         in_window, how = self._preferred(found.scores)
         return how.format(int(in_window[kept].sum()))
 
-    def _falls(self, rows: Rows, losses: NDArray[np.float32], num_rows: int) -> NDArray[np.float64]:
-        if not len(self.first):
-            self.first = np.full(num_rows, np.nan, dtype=np.float32)
-        if len(self.first) != num_rows:
-            raise DataError(
-                f"delta_loss: the first losses are those of {len(self.first):,} rows, but the training set has "
-                f"{num_rows:,}. Resume with the data set that the run began with."
-            )
-        self.first[rows] = np.where(np.isnan(self.first[rows]), losses, self.first[rows])
-        first = self.first[rows].astype(np.float64)
-        return relative_gain(first, losses, 0.0) if self.params.relative else first - losses
-
     def _preferred(self, falls: NDArray[np.floating]) -> tuple[NDArray[np.bool_], str]:
-        """Return which rows are in the window, and what the reason says, with a place for their number."""
+        """Return the rows in the window, and what the reason says, with a place for the number of those kept."""
         p, inside = self.params, np.zeros(len(falls), dtype=np.bool_)
         if self.decisions <= 1:
             return inside, "drawn uniformly while first losses are recorded"
@@ -309,30 +260,21 @@ class DeltaLoss(ScoringSelector):
 
 def excess_losses(losses: NDArray[np.floating], irreducible: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return losses minus irreducible ones [n]; NaN where either is not finite."""
-    usable = np.isfinite(losses) & np.isfinite(irreducible)
-    found = np.full(len(losses), np.nan)
-    found[usable] = losses[usable].astype(np.float64) - irreducible[usable].astype(np.float64)
-    return found
+    return _finite(losses) - _finite(irreducible)
 
 
 class RhoLoss(ScoringSelector):
-    """Keep the rows of largest reducible loss.
+    """Keep the rows of largest reducible loss, which the model has not learnt yet and a reference model finds easy.
 
-    RHO-LOSS: rows that the model has not learnt yet and that a reference model finds easy.
+    RHO-LOSS, "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv
+    2206.07137. A row's score is its loss minus its irreducible loss, that of a reference model trained on held-out or
+    clean data; the highest are kept. Noise has a high loss under both, and what is known a low one. Irreducible losses
+    are computed once for each row; they are part of the checkpoint.
 
-    "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv
-    2206.07137.
-    A row's score is its loss minus its irreducible loss, that of a reference model trained on held-out or clean
-    data; the
-    highest are kept. Noise has a high loss under both, and what is known a low one. Irreducible losses are computed
-    once
-    for each row; they are part of the checkpoint.
-
-    The paper picks the best tenth of a large batch at every step: ``candidate_batches: 10`` with ``interval_steps:
-    1``. In
-    general the batch is the pool of an interval, scored when it begins. Losses are means over tokens, so the
-    reference must
-    have the run's tokenizer; a model whose context is shorter than the rows gives the loss of what fits into it.
+    The paper picks the best tenth of a large batch at every step: ``candidate_batches: 10`` with
+    ``interval_steps: 1``. In general the batch is the pool of an interval, scored when it begins. Losses are means over
+    tokens, so the reference must have the run's tokenizer; a model whose context is shorter than the rows gives the
+    loss of what fits into it.
     """
 
     name = "rho_loss"
@@ -354,14 +296,8 @@ class RhoLoss(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"losses"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            whole_parameters=True,
-            models={"reference": self.params.reference},
-            passes=Passes(pool=(1.0, 0.0), pool_once=1.0),
-        )
+        models, passes = {"reference": self.params.reference}, Passes(pool=(1.0, 0.0), pool_once=1.0)
+        return replace(TOKEN_LOSSES, whole_parameters=True, models=models, passes=passes)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
@@ -369,34 +305,98 @@ class RhoLoss(ScoringSelector):
         self.known = np.zeros(0, dtype=np.bool_)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return losses minus irreducible ones [N], nats per token.
-
-        Raises:
-            DataError: The data set is not the one that the irreducible losses belong to.
-        """
-        irreducible = self._reference_losses(pool, ctx)
-        return excess_losses(ctx.signals(TokenLoss(), pool), irreducible)
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the mean excess of the rows kept and of all."""
-        assert found.scores is not None
-        how = f"of largest excess over {self.params.reference}"
-        if len(kept):
-            how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
-        return how
-
-    def _reference_losses(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
-        num_rows = ctx.signals.num_rows()
+        """Return losses minus irreducible ones [N], nats per token."""
         if not len(self.known):
-            self.irreducible = np.full(num_rows, np.nan, dtype=np.float32)
-            self.known = np.zeros(num_rows, dtype=np.bool_)
-        if len(self.known) != num_rows:
-            raise DataError(
-                f"rho_loss: the irreducible losses are those of {len(self.known):,} rows, but the training set has "
-                f"{num_rows:,}. Resume with the data set that the run began with."
+            num_rows = ctx.signals.num_rows()
+            self.irreducible, self.known = (
+                np.full(num_rows, np.nan, dtype=np.float32),
+                np.zeros(num_rows, dtype=np.bool_),
             )
         new = np.sort(pool[~self.known[pool]])
         if len(new):
             self.irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self.known[new] = True
-        return self.irreducible[pool]
+        return excess_losses(ctx.signals(TokenLoss(), pool), self.irreducible[pool])
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the mean excess of the rows kept and of all."""
+        how = f"of largest excess over {self.params.reference}"
+        if len(kept):
+            how += f", mean {found.scores[kept].mean():.3f} against {found.scores.mean():.3f}"
+        return how
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keep(ScoringParams):
+    """Which end is kept."""
+
+    keep: Literal["largest", "smallest"] = param("largest", "which rows are kept")
+
+
+class _Extreme(RowLosses):
+    """Prefers one end; scores are recorded as they are."""
+
+    lacking = "no supervised token"
+    Params = _Keep
+    params: _Keep
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return the scores, negative where the smallest are kept."""
+        return found.scores if self.params.keep == "largest" else -found.scores
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return which end was kept."""
+        return f"with the {self.params.keep} {self.name}"
+
+
+class GradNorm(_Extreme):
+    """Keep the rows with the largest gradients.
+
+    GraNd of "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075; scores are the norms. Where few rows are
+    kept, the hardest are often noise; ``keep: smallest`` keeps the others.
+    """
+
+    name = "grad_norm"
+    card = Card(
+        summary="Keeps the rows whose loss has the largest gradient.",
+        paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
+        cost="1 F + 1 B over the pool per interval",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(GradientOptions, _Keep):
+        """Parameters of GraNd."""
+
+        precondition: Literal["none", "true_adam", "sign"] = param(
+            "none", "measure the optimizer's direction instead of the plain gradient"
+        )
+
+    params: Params
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return replace(GRADIENTS, targets=False, preconditions={"precondition": self.params.precondition})
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return gradient norms [N]."""
+        return ctx.signals(GradientNorms(**self.params.options()), pool)
+
+
+class El2n(_Extreme):
+    """Keep the rows whose tokens the model predicts worst.
+
+    EL2N of "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075: the norm of softmax(z) - onehot(y), for
+    language models averaged over a row's supervised tokens. Where few rows are kept, the hardest are often noise;
+    ``keep: smallest`` keeps the others.
+    """
+
+    name = "el2n"
+    card = Card(
+        summary="Keeps the rows whose predicted distributions are furthest from the tokens that follow.",
+        paper="Deep Learning on a Data Diet, NeurIPS 2021, arXiv 2107.07075",
+        cost="1 F over the pool per interval",
+    )
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
+        """Return EL2N [N]."""
+        return ctx.signals(EL2N(), pool)

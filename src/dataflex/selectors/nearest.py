@@ -1,33 +1,30 @@
-"""Rows whose vectors are near to those of the targets' rows: RDS+, NEAR, sentence embeddings."""
+"""Rows whose vectors are near to those of the targets' rows: RDS+, NEAR, sentence embeddings, TSDS."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.method import Card, Context, param
+from dataflex.method import Card, Context, Rows, param
+from dataflex.select import tsds
 from dataflex.select.choose import Uniforms
-from dataflex.select.rules import Rule
+from dataflex.select.neighbours import require_search
+from dataflex.select.rules import KnnKde, RoundRobin, Rule
 from dataflex.select.scoring import AGGREGATE, RULE, Aggregate, Found, ScoringParams
-from dataflex.selectors._lib import EmbeddingParams, PooledParams, VectorSelector
+from dataflex.selectors._lib import Compares, EmbeddingParams, PooledParams, VectorSelector
 
 
 class RdsPlus(VectorSelector):
-    """Keep the rows nearest to the targets' rows.
+    """Keep the rows nearest to the targets' rows, which take turns.
 
-    RDS+: rows whose representation is close to those of the target's rows, each target row served in turn.
-
-    Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807. A row's vector is the
+    RDS+: Ivison et al., "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807. A row's vector is the
     mean of the last hidden states over all its tokens, weighted by position (w_t = t / sum of t), divided by its
     norm; similarity is the cosine. With one target its rows take turns, each taking its nearest row that is not
     yet taken; with several targets a row's score for a target is the largest cosine with any of its rows, and
-    the targets take turns. In the authors' code a target row whose next row is taken loses its turn (``taken:
-    lose_turn``); by default it takes the one after that, as the paper describes it, so that target rows that are
-    much alike get as many rows as others. The paper takes the base model; here it is the model under training, or
-    ``encoder``. Long rows that ``cutoff_len`` cuts lose the tokens that weigh most.
+    the targets take turns. The paper takes the base model; here it is the model under training, or ``encoder``. Long
+    rows that ``cutoff_len`` cuts lose the tokens that weigh most.
     """
 
     name = "rds_plus"
@@ -42,16 +39,10 @@ class RdsPlus(VectorSelector):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(EmbeddingParams, ScoringParams):
+    class Params(RoundRobin, EmbeddingParams, ScoringParams):
         """Parameters of RDS+; the defaults are the paper's, ``taken`` that of its text."""
 
         rule: Rule = param(Rule.of("round_robin"), RULE)
-        taken: Literal["next", "lose_turn"] = param(
-            "next",
-            "where a target row's nearest row is taken: it takes the next one, or loses its turn as in the "
-            "authors' code",
-        )
-        shuffle: bool = param(False, "turns of target rows in random order instead of the file's")
 
     params: Params
 
@@ -77,13 +68,11 @@ class RdsPlus(VectorSelector):
 
 
 class Near(VectorSelector):
-    """Keep the nearest neighbours of the targets' rows.
+    """Keep the nearest neighbours of every target row by an embedding model, rank by rank.
 
-    NEAR: the nearest neighbours of every target row by an embedding model, walked rank by rank.
-
-    A baseline of existing DataFlex without a paper. First the nearest row of every target row, then the second
-    nearest of every one, and so on; rows met before are passed over, until the budget is full. (Round-robin, as in
-    ``rds_plus``, lets a target row go on to its next free row in the same turn.) The search is exact, so that lists
+    NEAR, a baseline of existing DataFlex without a paper. First the nearest row of every target row, then the second
+    nearest of every one, and so on; rows met before are passed over, until the budget is full. (Under the rule of
+    ``rds_plus`` a target row goes on to its next free row in the same turn.) The search is exact, so that lists
     hold no gaps and never run out before the pool does. ``encoder`` is meant to be a sentence-embedding model.
     """
 
@@ -106,11 +95,8 @@ class Near(VectorSelector):
 class Embed(VectorSelector):
     """Keep the rows whose embeddings are on average nearest to the targets'.
 
-    Sentence embeddings: rows whose mean similarity to the target's rows is largest.
-
     A baseline of "Compute-Constrained Data Selection", ICLR 2025, arXiv 2410.16208 (there GTR-T5-base on 256 tokens).
     A row's score for a target is the mean of its cosines with the target's rows, and the largest over targets counts.
-    ``near`` takes neighbours one by one instead, ``rds_plus`` lets target rows take turns by the model's own states.
     A mean prefers rows that are a little like everything in the target; ``aggregate: max`` asks for one close row.
     """
 
@@ -134,5 +120,59 @@ class Embed(VectorSelector):
         """Return mean cosines one target at a time, the products of unit vectors with their mean; or the largest."""
         if self.aggregate.name in ("max", "round_robin"):
             return super().by_task(found)
-        assert found.vectors is not None
         return np.stack([found.vectors @ queries.mean(axis=0) for queries in found.queries]).astype(np.float64)
+
+
+class Tsds(Compares):
+    """Draw rows from the distribution nearest to the targets', without near-duplicates counting twice.
+
+    "TSDS: Data Selection for Task-Specific Model Finetuning", NeurIPS 2024, arXiv 2410.11303. Every target row spreads
+    its mass 1 / M over its nearest rows, each counted as 1 / density, where the density is the number of
+    near-duplicates around it by an Epanechnikov kernel of radius ``sigma``. All target rows widen their neighbourhoods
+    together, until transport costs more than the diversity gained: larger ``alpha`` stops earlier.
+
+    The defaults are the paper's and belong to its encoder: calibrate. ``c`` is on the scale of the distances: take
+    about the median distance between a target row and its neighbours. With unit vectors (distances below 2) and c = 5
+    the walk stops only after some 50 to 100 neighbours. ``sigma`` is the radius within which rows count as duplicates:
+    take, say, the 5th percentile of the distance from a row to its nearest one; 0 switches the density off
+    ("KNN-uniform"). Vectors are those of ``rds_plus``, distances Euclidean, the search is exact unless ``search`` says
+    faiss.
+
+    The paper draws with replacement. The default here draws without: Gumbel top-k on the log probabilities, which
+    changes the rows' inclusion probabilities; when the budget exceeds the rows of probability above 0, the rest is
+    filled up with the rows nearest to any target row.
+    """
+
+    name = "tsds"
+    card = Card(
+        summary="Draws rows distributed like the targets' by optimal transport; near-duplicates share one place.",
+        paper="TSDS: Data Selection for Task-Specific Model Finetuning, NeurIPS 2024, arXiv 2410.11303",
+        cost="1 F of the encoder over the pool and the targets, and exact search of neighbours",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(EmbeddingParams, KnnKde):
+        """Parameters of TSDS; the defaults are the paper's, but for ``replacement``."""
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        require_search(params.search)
+
+    def scored(self, found: Found) -> Found:
+        """Return the same with the probability of each row (sum 1) as its score."""
+        probabilities, self._away = self.params.probabilities(np.concatenate(found.queries), found.vectors)
+        return replace(found, scores=probabilities)
+
+    def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
+        """Return the rows in the order drawn; once those of probability above 0 run out, the nearest others."""
+        again = self.params.replacement
+        return tsds.draw(found.scores, self._away, budget, rows, self.uniforms(ctx), replacement=again)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return the number of rows that were drawn from."""
+        positive = int(np.count_nonzero(found.scores))
+        how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
+        more = 0 if self.params.replacement else len(kept) - positive
+        return how + (f", and the {more} nearest of the others" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""NICE: rows whose optimizer step raises the reward of the model's own responses to the target's prompts.
+"""Keep the rows with the largest influence on the expected reward of responses to the targets' prompts.
 
 "NICE Data Selection for Instruction Tuning in LLMs with Non-differentiable Evaluation Metric", ICML 2025 (OpenReview
 2wt8m5HUBs). It is LESS (arXiv 2402.04333) with a policy gradient in the place of the target's loss: responses y_i are
@@ -10,11 +10,11 @@ log p summed over the response's tokens, its end included. This is the gradient 
 cosine raise the reward. Training gradients go through Adam as in LESS; scores are the mean of the cosines over a
 task's prompts, exact, without the random projection.
 
-The leave-one-out baseline b is ours (``baseline: none`` is as published): without it a reward that is always positive
-just makes the model imitate itself. So are sampling at temperature 1 from all tokens, since gradients are taken
-there, and one checkpoint, that of the run, instead of four. Prompts whose responses all have the same reward say
-nothing and are left out; a task without any other is left out with a warning; without any task, rows are drawn
-uniformly for the interval, with a warning, unless ``without_signal: error``.
+Other than in the paper, there is a leave-one-out baseline b (``baseline: none`` is as published), without which a
+reward that is always positive just makes the model imitate itself; responses are sampled at temperature 1 from all
+tokens, since gradients are taken there; and there is one checkpoint, that of the run, instead of four. Prompts whose
+responses all have the same reward say nothing and are left out, with a warning for a task without any other; without
+any task, rows are drawn uniformly for the interval, with a warning, unless ``without_signal: error``.
 """
 
 from __future__ import annotations
@@ -22,44 +22,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
-from dataflex.method import Card, Context, Passes, Problem, Requires, Rows, RunFacts, Selection, param
-from dataflex.rewards.base import Candidate, Grades, Reward, RewardError
+from dataflex.method import Card, Context, Problem, Requires, Rows, RunFacts, Selection, param
+from dataflex.rewards.base import Candidate, Grades, RewardError
 from dataflex.rewards.build import build_reward, reward_problem
 from dataflex.rewards.judge import JudgeConfig
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
-from dataflex.signals.kinds import GenerationSpec, ResponseGradientScores, WeightedResponse
-from dataflex.signals.specs import InfluenceOptions
+from dataflex.selectors._lib import GRADIENTS
+from dataflex.signals.kinds import ResponseGradientScores
+from dataflex.signals.specs import Generation, GenerationSpec, InfluenceOptions, WeightedResponse
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradedResponses:
-    """Graded responses, prompt by prompt.
-
-    Attributes:
-        prompts: Token ids of each prompt.
-        responses: Token ids of the responses to each prompt.
-        rewards: float64 [responses] for each prompt, NaN where a response could not be graded.
-    """
-
-    prompts: tuple[Sequence[int], ...]
-    responses: tuple[tuple[Sequence[int], ...], ...]
-    rewards: tuple[NDArray[np.float64], ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean of all rewards."""
-        return float(np.nanmean(np.concatenate(self.rewards)))
 
 
 def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
@@ -69,13 +50,13 @@ def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
         DataError: There is none.
     """
     rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
-    whole, prompts, completions = (
+    whole, prompts, responses = (
         ctx.signals.tokens(rows, target=target, part=part) for part in ("all", "prompt", "completion")
     )
     usable = [
         row
-        for row, (every, prompt, completion) in enumerate(zip(whole, prompts, completions, strict=True))
-        if len(prompt) and len(completion) and np.array_equal(every, np.concatenate([prompt, completion]))
+        for row, (every, prompt, response) in enumerate(zip(whole, prompts, responses, strict=True))
+        if len(prompt) and len(response) and np.array_equal(every, np.concatenate([prompt, response]))
     ]
     if not usable:
         raise DataError(
@@ -96,81 +77,13 @@ def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
     return chosen
 
 
-def ask_and_grade(
-    reward: Reward,
-    target: str,
-    ctx: Context,
-    spec: GenerationSpec,
-    *,
-    max_prompts: int | None = None,
-    keep_going: bool = True,
-) -> GradedResponses:
-    """Sample responses to a target's prompts and grade them, on one rank for all.
-
-    Args:
-        reward: What grades.
-        target: Name of the target.
-        ctx: Context of the decision.
-        spec: How responses are sampled.
-        max_prompts: Prompts at most; None: all.
-        keep_going: Leave responses out that cannot be graded, with a warning.
-
-    Raises:
-        DataError: The target has no prompt.
-        RewardError: No response could be graded; or some could not, without ``keep_going``.
-    """
-    rows = usable_prompts(target, ctx, max_prompts)
-    prompts = [tokens.tolist() for tokens in ctx.signals.tokens(rows, target=target, part="prompt")]
-    texts = ctx.signals.texts(rows, target=target, part="prompt")
-    references = ctx.signals.texts(rows, target=target, part="completion")
-    made = ctx.signals.generate(prompts, spec, ids=rows)
-    candidates = [
-        Candidate(prompt=texts[one.prompt], answer=one.text, reference=references[one.prompt]) for one in made
-    ]
-
-    def grade() -> Grades:
-        found = reward(candidates)
-        if len(found.values) != len(candidates):
-            raise RewardError(f"reward: graded {len(found.values):,} of {len(candidates):,} responses")
-        failed = int(np.isnan(found.values).sum())
-        if failed == len(candidates):
-            raise RewardError(
-                f"reward: none of {failed:,} responses to target {target!r} could be graded: {found.why()}"
-            )
-        if failed and not keep_going:
-            raise RewardError(
-                f"reward: {failed:,} of {len(candidates):,} responses to target {target!r} could not be graded: "
-                f"{found.why()}; set on_reward_error: drop to leave them out"
-            )
-        return found
-
-    grades = ctx.signals.on_one_rank("grading responses", grade)
-    failed = int(np.isnan(grades.values).sum())
-    if failed:
-        logger.warning(
-            "nice: %d of %d responses to target %s could not be graded and are left out: %s",
-            failed,
-            len(candidates),
-            target,
-            grades.why(),
-        )
-    size = spec.num_samples
-    return GradedResponses(
-        prompts=tuple(prompts),
-        responses=tuple(tuple(one.token_ids for one in made[i * size : (i + 1) * size]) for i in range(len(prompts))),
-        rewards=tuple(grades.values[i * size : (i + 1) * size] for i in range(len(prompts))),
-    )
-
-
 def advantages(
     rewards: NDArray[np.floating], *, baseline: Literal["leave_one_out", "none"], standardize: bool
 ) -> NDArray[np.float64]:
-    """Return r - b of the responses to one prompt [n], NaN where there is no reward.
+    """Return r - b of the responses to one prompt [n], NaN where there is no reward, which counts for nothing.
 
-    Args:
-        rewards: Rewards [n]; NaN for responses that could not be graded, which count for nothing.
-        baseline: ``leave_one_out``: b_i is the mean of the others (0 with one response, which then says nothing).
-        standardize: Divide by the standard deviation of the rewards + 1e-6.
+    With ``leave_one_out`` b_i is the mean of the other rewards, and r - b is 0 for a single response. ``standardize``
+    divides by the standard deviation of the rewards + 1e-6.
     """
     values = np.asarray(rewards, dtype=np.float64)
     known = np.isfinite(values)
@@ -215,12 +128,14 @@ class Nice(ScoringSelector):
         without_signal: Literal["random", "error"] = param(
             "random", "when all rewards are equal: uniform draws with a warning, or an error"
         )
-        samples: int = param(20, "responses to each prompt", minimum=1)
-        max_new_tokens: int = param(300, "tokens of a response at most", minimum=1)
+        samples: int = param(20, "number of responses to each prompt", minimum=1)
+        max_new_tokens: int = param(300, "largest number of tokens of a response", minimum=1)
         temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
         top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
         top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
-        max_prompts: int | None = param(None, "prompts of each target, drawn anew each interval; null: all", minimum=1)
+        max_prompts: int | None = param(
+            None, "number of prompts of each target, drawn anew each interval; null: all", minimum=1
+        )
         baseline: Literal["leave_one_out", "none"] = param(
             "leave_one_out", "subtracted from a reward: mean of the other responses, or nothing"
         )
@@ -238,21 +153,17 @@ class Nice(ScoringSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"generate", "gradients", "texts"}),
-            targets=True,
-            stages=("sft",),
-            needs_interval=True,
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0, 1.0)),
-        )
+        preconditions = {"precondition": self.params.precondition}
+        signals = frozenset({"generate", "gradients", "texts"})
+        return replace(GRADIENTS, signals=signals, stages=("sft",), preconditions=preconditions)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self._reward = build_reward(params.reward, params.command, params.judge, params.reward_timeout_seconds)
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
-        """Yield a judge whose key is not in the environment."""
+        """Yield why the parts cannot work together, and a judge whose key is not in the environment."""
+        yield from super().check(run)
         name = None if self.params.judge is None else self.params.judge.api_key_env
         if name is not None and run.total_steps is not None and not os.environ.get(name, "").strip():
             yield Problem("judge.api_key_env", f"the environment variable {name!r} is not set")
@@ -281,9 +192,12 @@ class Nice(ScoringSelector):
         Raises:
             DataError: There is no such target.
         """
-        graded = {target: self._responses(target, number, ctx) for number, target in enumerate(ctx.targets)}
-        weighted = {target: self._weighted(found) for target, found in graded.items()}
-        told = ", ".join(f"{target} {found.mean:.4g}" for target, found in graded.items())
+        weighted, means = {}, []
+        for number, target in enumerate(ctx.targets):
+            prompts, made, rewards = self._graded(target, number, ctx)
+            weighted[target] = self._weighted(prompts, made, rewards)
+            means.append(f"{target} {float(np.nanmean(rewards)):.4g}")
+        told = ", ".join(means)
         tasks = {target: responses for target, responses in weighted.items() if responses}
         if not tasks:
             raise _WithoutSignal(told)
@@ -304,8 +218,14 @@ class Nice(ScoringSelector):
         """Return the mean rewards of the decision."""
         return self._told
 
-    def _responses(self, target: str, number: int, ctx: Context) -> GradedResponses:
+    def _graded(
+        self, target: str, number: int, ctx: Context
+    ) -> tuple[list[list[int]], list[Generation], NDArray[np.float64]]:
+        """Return a target's prompts, responses sampled to them, and their rewards, NaN where there is none."""
         p = self.params
+        rows = usable_prompts(target, ctx, p.max_prompts)
+        prompts = [tokens.tolist() for tokens in ctx.signals.tokens(rows, target=target, part="prompt")]
+        texts, references = (ctx.signals.texts(rows, target=target, part=part) for part in ("prompt", "completion"))
         spec = GenerationSpec(
             max_new_tokens=p.max_new_tokens,
             temperature=p.temperature,
@@ -314,20 +234,41 @@ class Nice(ScoringSelector):
             num_samples=p.samples,
             seed=int(ctx.rng(f"selector.nice.generate.{number}").integers(2**31)),
         )
-        keep_going = p.on_reward_error == "drop"
-        return ask_and_grade(self._reward, target, ctx, spec, max_prompts=p.max_prompts, keep_going=keep_going)
+        made = ctx.signals.generate(prompts, spec, ids=rows)
+        candidates = [
+            Candidate(prompt=texts[one.prompt], answer=one.text, reference=references[one.prompt]) for one in made
+        ]
 
-    def _weighted(self, found: GradedResponses) -> list[WeightedResponse]:
+        def grade() -> Grades:
+            found = self._reward(candidates)
+            failed, to = int(np.isnan(found.values).sum()), f"responses to target {target!r}"
+            if failed == len(candidates):
+                raise RewardError(f"reward: none of {failed:,} {to} could be graded: {found.why()}")
+            if failed and p.on_reward_error == "raise":
+                raise RewardError(
+                    f"reward: {failed:,} of {len(candidates):,} {to} could not be graded: {found.why()}; set "
+                    "on_reward_error: drop to leave them out"
+                )
+            return found
+
+        grades = ctx.signals.on_one_rank("grading responses", grade)
+        if failed := int(np.isnan(grades.values).sum()):
+            told = "nice: %d of %d responses to target %s could not be graded and are left out: %s"
+            logger.warning(told, failed, len(candidates), target, grades.why())
+        return prompts, made, grades.values
+
+    def _weighted(
+        self, prompts: Sequence[Sequence[int]], made: Sequence[Generation], rewards: NDArray[np.float64]
+    ) -> list[WeightedResponse]:
         """Return the responses that count; those of a prompt are one group."""
-        p = self.params
-        result = []
-        for group, (prompt, responses, rewards) in enumerate(
-            zip(found.prompts, found.responses, found.rewards, strict=True)
-        ):
-            gains = advantages(rewards, baseline=p.baseline, standardize=p.standardize)
+        p, result = self.params, []
+        for group, prompt in enumerate(prompts):
+            of_prompt = slice(group * p.samples, (group + 1) * p.samples)
+            gains = advantages(rewards[of_prompt], baseline=p.baseline, standardize=p.standardize)
             count = int(np.isfinite(gains).sum())
-            for response, gain in zip(responses, gains, strict=True):
+            for one, gain in zip(made[of_prompt], gains, strict=True):
                 if np.isfinite(gain) and gain != 0.0:
+                    response = one.token_ids
                     weight = gain / count / (len(response) if p.token_reduction == "mean" else 1)
                     result.append(WeightedResponse(prompt=prompt, response=response, weight=float(weight), group=group))
         return result

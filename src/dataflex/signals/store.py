@@ -1,8 +1,8 @@
 """Arrays on disk, named by what they were computed from: whole or absent, memory-mapped, without pickle.
 
-An array is a folder ``<method>-<digest>`` with ``array.npy``, ``header.json`` (the complete fingerprint, shape and
-type) and ``manifest.json``, written aside and renamed. Before an array is used, its header is compared with the
-fingerprint asked for, field by field; a file that is stale, foreign or broken is never used, it is computed anew.
+An array is a folder ``<method>-<digest>`` with ``array.npy`` and ``header.json`` (the complete fingerprint, shape and
+type), written aside and renamed. Before an array is used, its header is compared with the fingerprint asked for, field
+by field; a file that is stale, foreign or broken is never used, it is computed anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import MANIFEST, is_left, is_unfinished, owner, replacing, seal_directory
+from dataflex.state import fsync, is_left, is_unfinished, owner, replacing
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -41,26 +41,15 @@ _MAGIC = b"DFR1"
 _RECORD = struct.Struct("<4sIQ16s")  # magic, number of rows, bytes of values, hash of rows and values
 _SYNC_SECONDS = 10.0
 _PACKAGES = (
-    "accelerate",
-    "bitsandbytes",
-    "dataflex",
-    "flash-attn",
-    "kernels",
-    "liger-kernel",
-    "llamafactory",
-    "numpy",
-    "peft",
-    "sentence-transformers",
-    "tokenizers",
-    "torch",
-    "transformers",
+    "accelerate bitsandbytes dataflex flash-attn kernels liger-kernel llamafactory numpy peft sentence-transformers "
+    "tokenizers torch transformers"
 )
 
 
-@lru_cache(maxsize=1)
+@cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that computed numbers depend on."""
-    return {name: version_of(name) or "absent" for name in _PACKAGES}
+    return {name: version_of(name) or "absent" for name in _PACKAGES.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +111,16 @@ class ArrayStore:
             return None
         try:
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if header["format"] != _FORMAT or header["fingerprint"] != asdict(key):
                 raise ValueError("it was computed from something else")
-            if (folder / _ARRAY).stat().st_size != manifest["files"][_ARRAY]["size"]:
-                raise ValueError("its size is not what was written")
             array = np.load(folder / _ARRAY, mmap_mode="r", allow_pickle=False)
             if list(array.shape) != header["shape"] or array.dtype.str != header["dtype"]:
                 raise ValueError("its shape or type is not what was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("stored array %s is not used: %s: %s", folder, type(error).__name__, error)
             return None
-        if os.access(folder / MANIFEST, os.W_OK):  # a shared cache may be read-only
-            os.utime(folder / MANIFEST)
+        if os.access(folder / _HEADER, os.W_OK):  # a shared cache may be read-only
+            os.utime(folder / _HEADER)
         return array
 
     @contextmanager
@@ -154,7 +140,8 @@ class ArrayStore:
                 os.replace(scratch, ready / _ARRAY)
                 header = {"format": _FORMAT, "fingerprint": asdict(key), "shape": list(shape), "dtype": array.dtype.str}
                 (ready / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-                seal_directory(ready)
+                for path in (ready / _ARRAY, ready / _HEADER, ready):
+                    fsync(path)
                 if final.exists() and self.get(key) is None:
                     shutil.rmtree(final)
                 try:
@@ -177,9 +164,10 @@ class ArrayStore:
         for folder in self.directory.glob("*/"):
             files = [path for path in folder.iterdir() if path.is_file()] if _OURS.fullmatch(folder.name) else []
             if files:
-                manifest = [path for path in files if path.name == MANIFEST]
-                used = max(path.stat().st_mtime for path in manifest or files)
-                found.append(Entry(folder.name, sum(path.stat().st_size for path in files), used, bool(manifest)))
+                finished = (folder / _ARRAY).is_file()  # its header is touched when it is read
+                marks = [path for path in files if not finished or path.name == _HEADER]
+                used = max((path.stat().st_mtime for path in marks), default=0.0)
+                found.append(Entry(folder.name, sum(path.stat().st_size for path in files), used, finished))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
 
     def clear_left(self) -> None:

@@ -36,8 +36,7 @@ from dataflex.train.screening import piloted, screened
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.1
-"""Share of an interval's places from which on repeats are reported."""
+_SHARE = 0.1  # share of an interval's places from which on repeats are reported
 _LOGGED_DOMAINS = 32
 _LOGGED_INTERVALS = 64
 
@@ -50,7 +49,7 @@ class Candidates:
 
     Raises:
         ConfigError: An interval would need more candidates than there are rows.
-        DataError: No row has a supervised token.
+        DataError: There is no usable row.
     """
 
     def __init__(self, usable: Rows, *, batches: int, global_batch: int, schedule: Schedule, seed: int) -> None:
@@ -70,8 +69,8 @@ class Candidates:
     def pool(self, interval: Interval) -> Rows:
         """Return the candidates of an interval, ascending and distinct.
 
-        At the end of an epoch there may be fewer than usual, since a row that is also in the part from the next epoch
-        is one candidate; with two batches or more they are enough.
+        A row at the end of one epoch and the beginning of the next is one candidate, so that there may be fewer than
+        usual.
         """
         first = (interval.start_step - self._first_step) * self._per_step
         return np.unique(self._epochs.take(first, interval.steps * self._per_step)).astype(np.int64)
@@ -119,46 +118,11 @@ class Repeats:
 
     def state_dict(self) -> State:
         """Return the counts."""
-        return {"served": self._times.copy(), "told": self._told}
+        return {"times": self._times.copy(), "told": self._told}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self._times, self._told = np.array(state["served"]), bool(state["told"])
-
-
-class PlannedRows:
-    """The rows of all plans, warm-up included, for ``exclude_seen``.
-
-    ``usable_N`` says which rows have a supervised token and can be chosen at all.
-    """
-
-    def __init__(self, usable_N: NDArray[np.bool_]) -> None:
-        self._usable = usable_N
-        self._planned = np.zeros(len(usable_N), dtype=np.bool_)
-        self.note = ""
-        """What happened at the last decision, for the record."""
-
-    def others(self, wanted: int) -> Rows:
-        """Return the rows of no plan, ascending; where fewer than ``wanted`` are usable, start again with all rows."""
-        left = int((self._usable & ~self._planned).sum())
-        self.note = ""
-        if left < wanted and self._planned.any():
-            self.note = f"{left:,} rows are unseen and {wanted:,} are wanted: every row is in the pool again"
-            logger.info("exclude_seen: %s", self.note)
-            self._planned[:] = False
-        return np.flatnonzero(~self._planned).astype(np.int64)
-
-    def add(self, rows: Rows) -> None:
-        """Add the rows of a plan; negative ids are none."""
-        self._planned[rows[rows >= 0]] = True
-
-    def state_dict(self) -> State:
-        """Return one bit per row."""
-        return {"seen": np.packbits(self._planned)}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what ``state_dict`` gave."""
-        self._planned = np.unpackbits(state["seen"], count=len(self._usable)).astype(np.bool_)
+        self._times, self._told = np.array(state["times"]), bool(state["told"])
 
 
 class DomainTotals:
@@ -205,10 +169,8 @@ class Controller:
     mixer: Mixer | None
     recorder: RunRecorder = field(default_factory=NullRecorder)
     plan: DataPlan | None = None
-    ends_at: int | None = None
-    """Step at which the data run out under ``at_cap: stop``."""
-    decided: int = 0
-    """Number of decisions before this run, unless the plan in progress tells it."""
+    ends_at: int | None = None  # step at which the data run out under ``at_cap: stop``
+    decided: int = 0  # number of decisions before this run, unless the plan in progress tells it
     clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
@@ -216,10 +178,10 @@ class Controller:
         usable = self.space.supervised > 0
         self.totals = DomainTotals(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
+        # Rows of the interval in progress from before a longer run took it up where a shorter one had cut it.
         self._earlier: Rows = np.empty(0, dtype=np.int64)
-        """Rows of the interval in progress from before a longer run took it up where a shorter one had cut it."""
+        # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
-        """Sampling proportions of sequences in the plan in progress."""
         self.sampler: MixtureSampler | None = None
         if self.mixer is not None and not self.selects_subset:
             caps, key = config.max_epochs, "dynamic.max_epochs"
@@ -238,7 +200,8 @@ class Controller:
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
         """Rows drawn for a pool, and those left once they are screened."""
         self.floors = floors_by_domain(config.min_proportion, domains.names)
-        self.planned_rows = PlannedRows(usable) if config.exclude_seen else None
+        self._unplanned = np.ones(len(usable), dtype=np.bool_) if config.exclude_seen else None
+        """Rows of no plan yet, warm-up included [N]."""
         self.repeats: Repeats | None = None
         if self.selector is not None and self.selects_subset:
             self.repeats = Repeats(self.space.num_rows, config.max_repeats, self.selector.name)
@@ -307,10 +270,10 @@ class Controller:
         pool = self.space.all_rows()
         selection = None
         if self.selects_subset and interval.kind == "dynamic":
-            pool = self._pool(ctx)
+            pool, note = self._pool(ctx)
             selection = self._select(pool, ctx)
-            if self.planned_rows is not None and self.planned_rows.note:
-                selection = replace(selection, reason=f"{selection.reason}; {self.planned_rows.note}")
+            if note:
+                selection = replace(selection, reason=f"{selection.reason}; {note}")
         rows, proportions, reason = self._lay_out(ctx, pool, selection)
         self.signals.end()
         whole_steps = len(rows) // self.shape.global_batch
@@ -334,8 +297,8 @@ class Controller:
             trace={"reason": reason},
         )
         comm.agree(f"plan of interval {interval.index}", plan.digest())
-        if self.planned_rows is not None:
-            self.planned_rows.add(plan.rows)
+        if self._unplanned is not None:
+            self._unplanned[rows[rows >= 0]] = False
         total = time.perf_counter() - started
         self.clock.move(self.signals.seconds, "signals")
         phases = {"signals": self.signals.seconds, "decide": total - self.signals.seconds}
@@ -371,7 +334,7 @@ class Controller:
 
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
-        wanted = self._wanted(ctx.interval, len(pool) if self.planned_rows is None else self._pool_sizes[1])
+        wanted = self._wanted(ctx.interval, len(pool) if self._unplanned is None else self._pool_sizes[1])
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
@@ -381,25 +344,35 @@ class Controller:
         ratio, mixes = self.config.keep_ratio, self.mixer is not None
         return wanted_rows(interval, self.shape.global_batch, pool_size, ratio, mixes)
 
-    def _pool(self, ctx: Context) -> Rows:
-        """Return the rows that a selector is given, ascending: all, those of no plan, candidates, or a drawn share."""
+    def _pool(self, ctx: Context) -> tuple[Rows, str]:
+        """Return the rows that a selector is given, ascending, and a note for the record.
+
+        They are all rows, those of no plan yet, candidates, or a drawn share.
+        """
         if self.candidates is not None:
-            return self.candidates.pool(ctx.interval)
-        rows, (drawn, left) = self.space.all_rows(), self._pool_sizes
-        if self.planned_rows is not None:
-            rows = self.planned_rows.others(self._wanted(ctx.interval, left))
+            return self.candidates.pool(ctx.interval), ""
+        rows, (drawn, left), note = self.space.all_rows(), self._pool_sizes, ""
+        if self._unplanned is not None:
+            wanted = self._wanted(ctx.interval, left)
+            usable = int((self._unplanned & (self.space.supervised > 0)).sum())
+            if usable < wanted and not self._unplanned.all():
+                note = f"{usable:,} rows are unseen and {wanted:,} are wanted: every row is in the pool again"
+                logger.info("exclude_seen: %s", note)
+                self._unplanned[:] = True
+            rows = np.flatnonzero(self._unplanned).astype(np.int64)
         elif len(self._earlier):
             rows = self._unserved(rows, ctx.interval)
         if drawn < len(rows):
             rows = np.sort(stream(self.seed, "pool", ctx.interval.index).choice(rows, size=drawn, replace=False))
         if left < len(rows):
             if self.config.signals.screen_by == "pilot":
-                return piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
-            rows = screened(rows, left / len(rows), self.signals, ctx.targets)
-        return rows
+                rows = piloted(rows, left, self.signals, ctx.targets, seed=self.seed, interval=ctx.interval.index)
+            else:
+                rows = screened(rows, left / len(rows), self.signals, ctx.targets)
+        return rows, note
 
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
-        """Leave out what a cut interval served already, where whole it would have served no row twice."""
+        """Leave out the rows of an interval before it was cut, unless it would have repeated rows anyway."""
         whole = self.schedule.interval(interval.start_step)
         size = self._pool_sizes[1]
         once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
@@ -519,8 +492,8 @@ class Controller:
     def scalars(self, step: int) -> dict[str, float]:
         """Return numbers for the training log after ``step`` optimizer steps.
 
-        Interval, time spent deciding, and by domain: its share of the plan, the nominal one, and the tokens and
-        epochs served since the run began.
+        They are the interval, the time of decisions, and for each domain its share of the plan, its nominal share, and
+        the tokens and epochs since the run began.
         """
         if self.plan is None:
             return {}
@@ -553,19 +526,14 @@ class Controller:
             **{key: part.state_dict() for key, part in self._parts().items()},
             "ends_at": self.ends_at,
             "limits": self.sampler.limits if self.sampler else None,
+            "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
             "proportions": self.proportions,
         }
 
     def _parts(self) -> dict[str, Any]:
         """Return what else has a state, by its key in the checkpoint."""
-        parts = {
-            "sampler": self.sampler,
-            "signals": self.signals,
-            "seen": self.planned_rows,
-            "repeats": self.repeats,
-            "served": self.totals,
-        }
+        parts = {"sampler": self.sampler, "signals": self.signals, "repeats": self.repeats, "totals": self.totals}
         return {key: part for key, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:
@@ -578,3 +546,5 @@ class Controller:
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
         self.ends_at = state["ends_at"] if capped and same else None
         self._earlier, self.proportions = state["earlier"], state["proportions"]
+        if self._unplanned is not None:
+            self._unplanned = np.unpackbits(state["unplanned"], count=self.space.num_rows).astype(np.bool_)

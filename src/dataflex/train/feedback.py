@@ -18,8 +18,7 @@ from dataflex.signals.texts import row_texts
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 10
-"""Number of rows of each kind in the record."""
+SAMPLES = 10  # rows of largest and of smallest weight in the record
 _CHARACTERS = 400
 _UPDATES = 5
 _DEVIATIONS = 3.0
@@ -130,17 +129,16 @@ class WeightStats:
         self._sequences: list[torch.Tensor] = []
         self._range: torch.Tensor | None = None
 
-    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor | None = None) -> None:
+    def add(self, weights: torch.Tensor, by_sequence: torch.Tensor) -> None:
         """Add the weights of one micro-batch: [B, 1] by sequence, or [R, T] by position.
 
-        ``by_sequence`` is the mean weight of each sequence [B]; None: the mean of each row of ``weights``. A negative
-        or infinite weight raises ComponentError here on a CPU, and at the next ``read`` on an accelerator, where
-        looking at a value would make the device wait.
+        ``by_sequence`` is the mean weight of each sequence [B]. A negative or infinite weight raises ComponentError
+        here on a CPU, and at the next ``read`` on an accelerator, where looking at a value would make the device wait.
         """
         w = weights.detach()
         span = torch.stack([w.min(), -w.max()]) if w.numel() else w.new_zeros(2)
         self._range = span if self._range is None else torch.minimum(self._range, span)
-        self._sequences.append((w.mean(dim=1) if by_sequence is None else by_sequence.detach()).float())
+        self._sequences.append(by_sequence.detach().float())
         if len(self._sequences) > _PENDING:
             self._sequences = [torch.cat(self._sequences)]
         if w.device.type == "cpu":

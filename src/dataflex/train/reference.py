@@ -33,8 +33,7 @@ from dataflex.signals.sweep import Sweep, Turn, preserve_state
 logger = logging.getLogger(__name__)
 
 KEPT_DTYPE = np.float16
-TOLERANCE = 0.02
-"""Largest mean difference of a row's tokens from a fresh pass, in nats."""
+TOLERANCE = 0.02  # largest mean difference of a row's tokens from a fresh pass, in nats
 _COMPARED_ROWS = 64
 
 

@@ -97,11 +97,7 @@ def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: st
 
 
 def target_corpus(name: str, dataset: Any) -> Corpus:
-    """Measure a tokenized target data set: rows that selection aims at, never trained on.
-
-    Raises:
-        DataError: None of its rows has a supervised token.
-    """
+    """Measure a tokenized target data set, whose rows are never trained on; DataError if none is supervised."""
     measures = measure(dataset)
     if not (measures.supervised > 0).any():
         raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")
@@ -191,11 +187,7 @@ class RowSpace:
         return space
 
     def check_supervised(self) -> None:
-        """Warn about rows whose labels are fully masked.
-
-        Raises:
-            DataError: All are.
-        """
+        """Warn about rows whose labels are fully masked; DataError if all are."""
         masked = int((self.supervised == 0).sum())
         if masked == self.num_rows:
             raise DataError(

@@ -18,7 +18,7 @@ import torch
 
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
-from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
@@ -48,10 +48,8 @@ from dataflex.version import versions
 
 logger = logging.getLogger(__name__)
 
-_PLAN_IDS = 2**20
-"""Ids planned at once when no method asks for shorter intervals."""
-_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")
-"""Phases that the closing event always names."""
+_PLAN_IDS = 2**20  # planned at once when no method asks for shorter intervals
+_TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")  # phases that the closing event always names
 
 
 Collate = Callable[[list[dict[str, Any]]], Any]
@@ -135,6 +133,10 @@ class Session:
         ]
         self.selector, self.mixer, weighter = built
         self.weighter = None if weighter is None or weighter.neutral else weighter
+        told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
+        self._told_mixer: Mixer | None = self.mixer if told else None
+        self.weighs = self.weighter is not None or told
+        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
         self.since_log: dict[str, Any] | None = None
@@ -181,17 +183,6 @@ class Session:
 
     # -- before training ------------------------------------------------------------------------
 
-    @property
-    def weighs(self) -> bool:
-        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
-        return self.weighter is not None or self._told_mixer is not None
-
-    @property
-    def _told_mixer(self) -> Mixer | None:
-        """The mixer, if it is told what each step makes of the domains, or weighs them in the loss."""
-        mixer = self.mixer
-        return mixer if mixer is not None and (mixer.observes or isinstance(mixer, DomainWeighter)) else None
-
     def micro_batches_per_epoch(self, shape: BatchShape) -> int:
         """Return the micro-batches of a rank per epoch, as the stock Trainer counts them."""
         num_rows = self.setup.rows.num_rows
@@ -213,6 +204,7 @@ class Session:
         if config.freeze_gate:
             freeze_gates(loop.model)
         self.loop, self.total_steps = loop, loop.total_steps
+        self._writes = comm.rank() == 0 if loop.writes is None else loop.writes
         self._loss = Reweighter(
             self.weighter,
             self._told_mixer,
@@ -303,8 +295,7 @@ class Session:
             run = None if resumed is None else checkpoints.run_of(resumed)
             recorded = recorded_run(output_dir / checkpoints.FOLDER)
             same = resumed is not None and recorded is not None and recorded in ("", run)
-            found = (run or checkpoints.new_run(), same)
-            checkpoints.begin_run(output_dir, found[0])
+            found = (checkpoints.begin_run(output_dir, run), same)
         self._run, continues = comm.broadcast_object(found)
         if comm.rank() == 0:
             self.recorder = self.setup.recorder = RunRecorder(
@@ -422,10 +413,6 @@ class Session:
             yield
             self.save(Path(folder), step)
         self.seal_checkpoint(step)
-
-    @property
-    def _writes(self) -> bool:
-        return comm.rank() == 0 if self.loop.writes is None else self.loop.writes
 
     def begin_checkpoint(self, folder: Path) -> None:
         """Empty the folder before any rank writes into it (collective)."""
@@ -564,10 +551,10 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         return None
     from dataflex.train.reference import ReferenceLosses
 
-    shape, space = loop.shape, setup.rows
+    space = setup.rows
     forecast = Forecast(
         dynamic=setup.config,
-        batch=Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world),
+        batch=loop.shape,
         counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
         packs=False,
         rows=space.num_rows,
@@ -579,11 +566,9 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
 
 
 def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
-    """Refuse parallelism or ranks that plans cannot serve, and what methods require and a run does not have.
+    """Raise UnsupportedError for parallelism or ranks that plans cannot serve, and ConfigError for lacks of methods.
 
-    Raises:
-        UnsupportedError: A plan cannot be served.
-        ConfigError: A method requires more than ``facts``, and whole parameters of the loop, give.
+    A method may require more than ``facts``, and whole parameters of the loop, give.
     """
     partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
@@ -601,11 +586,7 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
 
 
 def freeze_gates(model: torch.nn.Module) -> None:
-    """Freeze the routers of a mixture-of-experts model.
-
-    Raises:
-        UnsupportedError: The model has no router.
-    """
+    """Freeze the routers of a mixture-of-experts model; UnsupportedError if it has none."""
     routers = [p for name, p in model.named_parameters() if {"gate", "router"} & set(name.split("."))]
     if not routers:
         raise UnsupportedError("freeze_gate: the model has no router (a module named 'gate' or 'router')")
