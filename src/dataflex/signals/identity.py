@@ -23,20 +23,10 @@ from dataflex.signals.sweep import fetch
 
 _SAMPLED = 64
 _PROBED_ROWS = 16
-_OF_NO_EFFECT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "base_model_name_or_path",
-        "dtype",
-        "inference_mode",
-        "init_lora_weights",
-        "peft_version",
-        "revision",
-        "transformers_version",
-        "use_cache",
-    }
-)
+_OF_NO_EFFECT = (
+    "_name_or_path architectures base_model_name_or_path dtype inference_mode init_lora_weights peft_version revision "
+    "transformers_version use_cache"
+).split()
 """Settings that say where a model came from, act at other times, or are told by its modules and parameters."""
 _ADAPTER_SETTINGS = ("scaling", "use_dora", "merged_adapters", "active_adapters", "disable_adapters")
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.signals.specs import Generation, GenerationSpec, GradientSpec, Part, Pooling, WeightedResponse
+from dataflex.signals.specs import GradientSpec, Pooling, WeightedResponse
 
 if TYPE_CHECKING:
     import torch
@@ -26,30 +26,6 @@ if TYPE_CHECKING:
     from dataflex.signals.model_access import ModelAccess
     from dataflex.signals.sweep import Sweep
     from dataflex.signals.texts import Cut
-
-__all__ = [
-    "EL2N",
-    "AdaptedLoss",
-    "Embedding",
-    "GateLoads",
-    "Generation",
-    "GenerationSpec",
-    "GradientNorms",
-    "GradientProducts",
-    "GradientScores",
-    "GradientSketches",
-    "GradientSpec",
-    "LogitFeatures",
-    "Part",
-    "PerturbedLoss",
-    "Pooling",
-    "ResponseGradientScores",
-    "ResponseLoss",
-    "Scorer",
-    "Signal",
-    "TokenLoss",
-    "WeightedResponse",
-]
 
 _KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
 

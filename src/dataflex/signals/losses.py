@@ -34,11 +34,6 @@ def chunk_tokens(vocabulary: int, device: torch.device) -> int:
     return max(_FEWEST_TOKENS, elements // vocabulary)
 
 
-def entropies(log_p_NV: torch.Tensor) -> torch.Tensor:
-    """Return the entropy of each distribution in nats [N], given log-probabilities."""
-    return -(log_p_NV.exp() * log_p_NV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
-
-
 def token_cross_entropy(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,7 +69,8 @@ class _CrossEntropy(torch.autograd.Function):
                 ctx.kept.append(log_p)
             loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
             if entropy:
-                entropy_N[where] = entropies(log_p).masked_fill(targets.eq(ignore_index), 0.0)
+                told = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
+                entropy_N[where] = told.masked_fill(targets.eq(ignore_index), 0.0)
         saved = [targets_N] if keeps else [targets_N, logits_NV]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

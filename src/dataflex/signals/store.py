@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,26 +41,15 @@ _MAGIC = b"DFR1"
 _RECORD = struct.Struct("<4sIQ16s")  # magic, number of rows, bytes of values, hash of rows and values
 _SYNC_SECONDS = 10.0
 _PACKAGES = (
-    "accelerate",
-    "bitsandbytes",
-    "dataflex",
-    "flash-attn",
-    "kernels",
-    "liger-kernel",
-    "llamafactory",
-    "numpy",
-    "peft",
-    "sentence-transformers",
-    "tokenizers",
-    "torch",
-    "transformers",
+    "accelerate bitsandbytes dataflex flash-attn kernels liger-kernel llamafactory numpy peft sentence-transformers "
+    "tokenizers torch transformers"
 )
 
 
-@lru_cache(maxsize=1)
+@cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that computed numbers depend on."""
-    return {name: version_of(name) or "absent" for name in _PACKAGES}
+    return {name: version_of(name) or "absent" for name in _PACKAGES.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
