@@ -1,7 +1,7 @@
 """Scorers of rows by their gradients: what is opened once, and then turns a batch into an array for each row.
 
-Nothing of size rows x parameters is kept: a batch's per-sample gradients are compared with one mean gradient per target
-as they come (LESS, arXiv 2402.04333, without its projection).
+A batch's per-sample gradients are compared with one mean gradient per target as they come, so that nothing of size
+rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 """
 
 from __future__ import annotations
