@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.mixers._lib import held_out_losses
-from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
 from dataflex.mixers.fixed import RandomShares
 from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
 from dataflex.mixers.held_out import (
@@ -26,7 +25,7 @@ from dataflex.mixers.held_out import (
     near_one_hot,
     velocities,
 )
-from dataflex.mixers.odm import Odm, exploration, policy
+from dataflex.mixers.online import Ado, Odm, PowerLaw, exploration, fit_power_law, policy, preference
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError
 from dataflex.testing import FakeSignals, example_batch, example_context
-from dataflex.weighters.group import GroupWeighter, domain_weights
 from dataflex.weighters.influence import Meta, Presence, clipped_shares, group_weights, self_influence
+from dataflex.weighters.rows import GroupWeighter, domain_weights
 
 # ---------------------------------------------------------------- group
 

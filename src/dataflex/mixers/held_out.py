@@ -225,8 +225,8 @@ class SkillIt(LearningMixer):
 
 def near_one_hot(num_domains: int, focus: float) -> Floats:
     """Return K mixes [K, K]: mix k has ``focus`` on domain k, the others share the rest."""
-    mixes = np.full((num_domains, num_domains), (1.0 - focus) / max(num_domains - 1, 1))
-    np.fill_diagonal(mixes, focus if num_domains > 1 else 1.0)
+    mixes = np.full((num_domains, num_domains), (1.0 - focus) / (num_domains - 1))
+    np.fill_diagonal(mixes, focus)
     return mixes
 
 

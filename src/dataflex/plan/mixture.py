@@ -127,24 +127,24 @@ def expected_epochs(
     ``drawn`` are the sequences drawn before [K]. With ``at_cap: error`` the caps ``max_epochs`` (as in ``cap_limits``)
     are ignored, so that the result shows by how much they would be exceeded.
     """
-    served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
+    sequences = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
     left = float(total)
-    closed = served >= limits
+    closed = sequences >= limits
     while left > 0:
         shares = without(proportions, closed)
         if shares is None or (at_cap == "stop" and (closed & (proportions > 0)).any()):
             break
         active = np.flatnonzero(shares > 0)
-        steps = (limits - served)[active] / shares[active]
+        steps = (limits - sequences)[active] / shares[active]
         step = min(left, float(steps.min()))
-        served = np.minimum(served + step * shares, limits)
+        sequences = np.minimum(sequences + step * shares, limits)
         left -= step
         # The domains that bounded the step are full, whatever rounding says.
         full = active[steps <= step]
-        served[full] = limits[full]
+        sequences[full] = limits[full]
         closed[full] = True
-    return served / sizes
+    return sequences / sizes
 
 
 _CHUNK_IDS = 1 << 19  # ids made at a time
@@ -160,7 +160,7 @@ class MixtureSampler:
     - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
       consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
-    - A segment may end inside a block; then the served share of the block's change of residual is carried on,
+    - A segment may end inside a block; then the used share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
 
     At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
@@ -236,10 +236,10 @@ class MixtureSampler:
     def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
         if self.segments:
             last = self.segments[-1]
-            served = (self.position - last.start) % self.block
-            if served:
+            used = (self.position - last.start) % self.block
+            if used:
                 _, rests = block_counts(last.proportions, self.block // self.unit, self._residual, 1)
-                self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
+                self._residual = rests[0] + used / self.block * (rests[1] - rests[0])
         # A domain that is left out has no claims; the others' still have to sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
         self._residual = residual - residual.sum() * shares

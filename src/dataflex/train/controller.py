@@ -372,7 +372,7 @@ class Controller:
         return rows, note
 
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
-        """Leave out what a cut interval served already, where whole it would have served no row twice."""
+        """Leave out the rows of an interval before it was cut, unless it would have repeated rows anyway."""
         whole = self.schedule.interval(interval.start_step)
         size = self._pool_sizes[1]
         once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
@@ -492,8 +492,8 @@ class Controller:
     def scalars(self, step: int) -> dict[str, float]:
         """Return numbers for the training log after ``step`` optimizer steps.
 
-        Interval, time spent deciding, and by domain: its share of the plan, the nominal one, and the tokens and
-        epochs served since the run began.
+        They are the interval, the time of decisions, and for each domain its share of the plan, its nominal share, and
+        the tokens and epochs since the run began.
         """
         if self.plan is None:
             return {}

@@ -18,7 +18,7 @@ import torch
 
 from dataflex import checkpoints, comm
 from dataflex.config.build import parse_dynamic
-from dataflex.config.forecast import Batch, Forecast
+from dataflex.config.forecast import Forecast
 from dataflex.config.mappings import as_mapping
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
@@ -551,10 +551,10 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
         return None
     from dataflex.train.reference import ReferenceLosses
 
-    shape, space = loop.shape, setup.rows
+    space = setup.rows
     forecast = Forecast(
         dynamic=setup.config,
-        batch=Batch(per_device=shape.micro_batch_size, accumulation=shape.accumulation, world=shape.world),
+        batch=loop.shape,
         counts=dict(zip(space.domains.names, space.domains.num_rows.tolist(), strict=True)),
         packs=False,
         rows=space.num_rows,

@@ -31,10 +31,7 @@ def focal(logp: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
 
 
 def entropy_share(entropy: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
-    """Weigh by (H / 3) ^ power, H the entropy of the prediction in nats.
-
-    As LLaMA-Factory's ``use_eaft_loss``, which takes the entropy of the 20 likeliest tokens, at most ln 20 or about 3.
-    """
+    """Weigh by (H / 3) ^ power, H the entropy in nats, as ``use_eaft_loss`` of the 20 likeliest tokens (ln 20 ~ 3)."""
     return (entropy / 3.0).clamp(min=0.0).pow(power)
 
 
@@ -161,23 +158,20 @@ class TokenWeighter(Weighter):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._function = load_function(
-            params.function, gamma=params.gamma, power=params.power, quantile=params.quantile
-        )
+        settings = {"gamma": params.gamma, "power": params.power, "quantile": params.quantile}
+        self._function = load_function(params.function, **settings)
         self._taken = inputs_of(self._function)
         self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself)."""
-        values, mask = {}, batch.mask_BT
-        if "logp" in self._taken:
-            values["logp"] = -batch.loss_BT
-        if "reference" in self._taken:
-            assert batch.reference_BT is not None
-            values["reference"] = -batch.reference_BT
-        if "entropy" in self._taken:
-            assert batch.entropy_BT is not None
-            values["entropy"] = batch.entropy_BT
+        mask, reference = batch.mask_BT, batch.reference_BT
+        given = {
+            "logp": -batch.loss_BT,
+            "reference": None if reference is None else -reference,
+            "entropy": batch.entropy_BT,
+        }
+        values = {name: value for name, value in given.items() if name in self._taken and value is not None}
         if self.params.function in BY_TOKEN:
             weights: torch.Tensor = self._function(**values)
             return weights.masked_fill(~mask, 0.0)
