@@ -23,10 +23,7 @@ def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
 
 
 def policy(reward_K: Floats, before: float, now: float, linear: bool) -> Floats:
-    """Return the proportions [K]: (1 - K now) share + now, the share R / sum(R) if linear, else softmax(before x R).
-
-    ``now`` and ``before`` are epsilon at this turn and at the one before, R the rewards.
-    """
+    """Return (1 - K now) share + now [K]: the share of reward R is R / sum(R) if linear, else softmax(before x R)."""
     if linear:
         share = reward_K / reward_K.sum()
     else:
