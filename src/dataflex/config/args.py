@@ -63,12 +63,21 @@ _PACKAGES = {
     **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
 }
 _WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("finetuning_type", ("lora",), ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")),
+    (
+        "finetuning_type",
+        ("lora",),
+        ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"),
+    ),
     ("finetuning_type", ("lora", "oft"), ("quantization_bit",)),
+    ("finetuning_type", ("lora", "oft", "freeze"), ("use_llama_pro",)),
+    ("finetuning_type", ("full", "oft", "freeze"), ("use_galore", "use_apollo", "use_badam")),
     ("stage", ("sft",), ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")),
 )
 """A key, its values, and the keys that work with these values only."""
 _APART = (
+    ("use_apollo", "use_galore"),
+    ("use_badam", "use_galore"),
+    ("use_badam", "use_apollo"),
     ("mask_history", "train_on_prompt"),
     ("compute_accuracy", "predict_with_generate"),
     ("max_samples", "streaming"),
@@ -151,6 +160,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         if isinstance(mapping, LlamaFactoryArgs):
             return mapping
         known = table()
+        extra = env_enabled("ALLOW_EXTRA_ARGS") or env_enabled("USE_MCA") or not known
         given: dict[str, Any] = {}
         problems: dict[str, str] = {}
         unknown: list[str] = []
@@ -158,9 +168,10 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if key == "dynamic":
                 continue
             entry = known.get(key)
-            if entry is None:
-                unknown += [_unknown(key, known)] if known and not _takes_extra_keys() else []
-            else:
+            if entry is None and not extra:
+                near = did_you_mean(key, ["dynamic", *known])
+                unknown.append(f"{key}: unknown key{near} (neither LLaMA-Factory's nor 'dynamic')")
+            elif entry is not None:
                 value, problem = _converted(key, value, entry)
                 if problem:
                     problems[key] = problem
@@ -229,8 +240,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         for key, other in _APART:
             if self.on(key) and self.on(other):
                 yield f"{key}: does not work together with {other}; remove one of the two"
-        yield from self._of_the_method()
-        yield from self._of_the_data()
+        yield from self._of_stage_and_data()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
             if not self.on(key):
@@ -239,29 +249,17 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if missing:
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
 
-    def _of_the_method(self) -> Iterator[str]:
-        kind = self.finetuning_type
-        whole = [key for key in ("use_galore", "use_apollo", "use_badam") if self.on(key)]
-        if kind == "lora":
-            yield from (f"{key}: does not work with finetuning_type lora" for key in whole)
-        elif len(whole) > 1:
-            yield f"{whole[1]}: does not work together with {whole[0]}"
-        if kind == "full" and self.on("use_llama_pro"):
-            yield "use_llama_pro: works with finetuning_type freeze or lora only"
-        if kind != "lora" and self.adapter_name_or_path is not None:
-            yield f"adapter_name_or_path: an adapter is trained on with finetuning_type lora only, found {kind}"
+    def _of_stage_and_data(self) -> Iterator[str]:
         if self.stage == "dpo" and self.value("pref_loss") != "sigmoid" and self.on("dpo_label_smoothing"):
             yield "dpo_label_smoothing: works with pref_loss sigmoid only"
-
-    def _of_the_data(self) -> Iterator[str]:
         if self.streaming and self.max_steps < 1:
             yield "streaming: the length of the run must be given; set 'max_steps'"
         if self.streaming and 1e-6 < self.val_size < 1:
             yield "val_size: with streaming it must be a whole number of rows"
         for key in ("image", "video"):
-            if self.value(f"{key}_max_pixels") and self.value(f"{key}_min_pixels"):
-                if self.value(f"{key}_max_pixels") < self.value(f"{key}_min_pixels"):
-                    yield f"{key}_max_pixels: must be at least {key}_min_pixels"
+            least, most = self.value(f"{key}_min_pixels"), self.value(f"{key}_max_pixels")
+            if least and most and most < least:
+                yield f"{key}_max_pixels: must be at least {key}_min_pixels"
 
     def _of_the_trainer(self) -> Iterator[str]:
         for name in ("logging", "eval", "save"):
@@ -298,14 +296,6 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
 
-def _takes_extra_keys() -> bool:
-    return env_enabled("ALLOW_EXTRA_ARGS") or env_enabled("USE_MCA")
-
-
-def _unknown(key: str, known: Mapping[str, Key]) -> str:
-    return f"{key}: unknown key{did_you_mean(key, ['dynamic', *known])} (neither LLaMA-Factory's nor 'dynamic')"
-
-
 def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
     """Return the value to pass to LLaMA-Factory, and what is wrong with it or an empty text."""
     types = (*entry.types, *_ALSO.get(key, ()))
@@ -316,13 +306,14 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
             return "no", ""
         if entry.nullable and "str" in types:
             return value, ""
-    if "bool" in types and "str" not in types and not isinstance(value, bool):
-        text = str(value).strip().lower() if isinstance(value, str | int) else ""
-        if text in (*_ON, *_OFF) and not (text == "" and not isinstance(value, str)):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if "bool" in types and "str" not in types and (isinstance(value, str) or number):
+        text = str(value).strip().lower()
+        if text in (*_ON, *_OFF):
             return text in _ON, ""
-    if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
+    if number and {"int", "float"} & set(types):
         return _number(key, value, types)
-    if isinstance(value, int | float) and not isinstance(value, bool) and types == ("str",) and entry.choices is None:
+    if number and types == ("str",) and entry.choices is None:
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
@@ -340,13 +331,10 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
 def _number(key: str, value: float, types: tuple[str, ...]) -> tuple[Any, str]:
     least, most = _RANGES.get(key, (-_MOST, _MOST))
     infinite_ok = key in _MAY_BE_INFINITE
-    if math.isnan(value) or (math.isinf(value) and not infinite_ok):
-        kind = "whole number" if "float" not in types else "number"
-        return value, f"{key}: expected a {kind}, found {shown(value)}"
-    if "float" not in types:
-        if value != math.floor(value):
-            return value, f"{key}: expected a whole number, found {shown(value)}"
-        value = int(value)
+    whole = "float" not in types
+    if math.isnan(value) or (math.isinf(value) and not infinite_ok) or (whole and value != math.floor(value)):
+        return value, f"{key}: expected a {'whole number' if whole else 'number'}, found {shown(value)}"
+    value = int(value) if whole else value
     if value < least:
         return value, f"{key}: must be at least {least:g}, found {shown(value)}"
     if value > most and not (infinite_ok and math.isinf(value)):
@@ -369,9 +357,7 @@ def _device_is_possible() -> bool:
     if sys.platform != "linux" or any(importlib.util.find_spec(name) for name in _OTHER_DEVICES):
         return True
     torch = version_of("torch")
-    if torch is None:
-        return True
-    return not torch.endswith("+cpu") and any(glob.glob(pattern) for pattern in _DEVICES)
+    return torch is None or (not torch.endswith("+cpu") and any(glob.glob(pattern) for pattern in _DEVICES))
 
 
 def env_processes() -> tuple[int, list[str]]:

@@ -249,11 +249,10 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[
         problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
     sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
     problems += [*missing, *_without_rows(sources, lf, "dataset")]
-    for source in sources if lf.streaming else ():
-        if source.path is None:
-            problems.append(
-                f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
-            )
+    remote = [source.name for source in sources if source.path is None and lf.streaming]
+    problems += [
+        f"streaming: {name!r} is not in local files, which alone can be read at any row; download it" for name in remote
+    ]
     if missing:
         return [], problems
     counts = [count_rows(source, lf) for source in sources]

@@ -8,15 +8,16 @@ are not read, since the same is computed here from the targets.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.build import half_read, method_class
+from dataflex.config.build import method_block, method_class, takes_targets
 from dataflex.config.load import load_mapping
-from dataflex.config.mappings import collect, shown
+from dataflex.config.mappings import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
 
@@ -90,21 +91,22 @@ class ComponentReader:
                 f"components_cfg_file: {self.file} is not there; the presets that existing DataFlex ships are used"
             )
             return dict(tables()["presets"])
-        where = f"neither in the working directory ({Path.cwd()}) nor beside the configuration"
-        raise ConfigError(f"{self.file} is {where}")
+        raise ConfigError(
+            f"{self.file} is neither in the working directory ({Path.cwd()}) nor beside the configuration"
+        )
 
     def translated(self, name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the name and the parameters of our method; a null parameter counts as not given."""
-        rules: dict[str, Any] = tables()["rules"][self.kind].get(name, {})
-        params = {**rules.get("defaults", {}), **{key: value for key, value in given.items() if value is not None}}
-        for key, why in {**_WITHOUT_EFFECT, **rules.get("dropped", {})}.items():
+        rules = defaultdict(dict, tables()["rules"][self.kind].get(name, {}))
+        params = {**rules["defaults"], **{key: value for key, value in given.items() if value is not None}}
+        for key, why in {**_WITHOUT_EFFECT, **rules["dropped"]}.items():
             if params.pop(key, None) is not None:
                 self.note(why or "no effect here", key)
-        for key, (only, why) in rules.get("fixed", {}).items():
+        for key, (only, why) in rules["fixed"].items():
             value = params.pop(key, only)
             if value != only:
                 self.refuse(f"{shown(value)} {why}", key)
-        for key, why in rules.get("refused", {}).items():
+        for key, why in rules["refused"].items():
             if params.pop(key, None) is not None:
                 self.refuse(why, key)
         if self.kind == "selector" and (seed := params.pop("seed", None)) is not None:
@@ -116,13 +118,13 @@ class ComponentReader:
         special = _SPECIAL.get((self.kind, name))
         if special is not None:
             name = special(self, params, given) or name
-        for key, choices in rules.get("choices", {}).items():
+        for key, choices in rules["choices"].items():
             if key in params:
                 value = params[key]
                 params[key] = choices.get(str(value).lower())
                 if params[key] is None:
                     self.refuse(f"{shown(value)} is not a choice (choices: {', '.join(choices)})", key)
-        renamed = rules.get("renamed", {})
+        renamed = rules["renamed"]
         params = {renamed.get(key, key): value for key, value in params.items()}
         # The loss weighter's own default is a burn-in of many steps.
         if self.kind == "weighter" and (self.burn_in_steps > 0 or name == "loss"):
@@ -151,17 +153,14 @@ class ComponentReader:
         cls = method_class(kind, name, place, self.problems)
         if cls is None:
             return None
-        params = collect(cls.Params, given, f"{place}.params", self.problems, subject=f"{name} {kind}")
-        method = None if params is None else MethodConfig(kind=kind, name=name, params=params)
-        needs = half_read(cls, given) if method is None else method.requires
-        if needs is not None and needs.targets and not self.targets:
-            key = "mixer_eval_dataset" if kind == "mixer" else "eval_dataset"
-            self.problems.append(
-                f"{place}: {cls.name} needs a target; flat keys take it from {key}: name a data set there"
-            )
-        if method is None or needs is None:
-            return None
-        return replace(method, targets=self.targets if needs.targets else ())
+        block = {"name": name, **given}
+        if takes_targets(cls, given):
+            block["targets"] = self.targets or ("none",)
+            if not self.targets:
+                key = "mixer_eval_dataset" if kind == "mixer" else "eval_dataset"
+                told = f"{cls.name} needs a target; flat keys take it from {key}: name a data set there"
+                self.problems.append(f"{place}: {told}")
+        return method_block(kind, block, f"{place}.params", self.problems)
 
 
 # -- what is more than another name ---------------------------------------------------------------

@@ -51,6 +51,10 @@ def _given(dynamic: DynamicConfig) -> set[str]:
     }
 
 
+def _idle(given: Collection[str], keys: Collection[str], why: str) -> Iterator[str]:
+    return (f"dynamic.{key}: has no effect {why} remove the key" for key in keys if key in given)
+
+
 def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
     """Yield the keys that have no effect with these methods."""
     if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
@@ -90,9 +94,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     if "signals.screen_by" in given and not screened:
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if selector is None:
-        for key in (*_OF_SUBSETS, "signals.screen_fraction"):
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a selector; add one, or remove the key"
+        yield from _idle(given, (*_OF_SUBSETS, "signals.screen_fraction"), "without a selector; add one, or")
         return
     if screened and not selector.targets:
         yield (
@@ -100,10 +102,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
             f"selector has none; remove the key, or use a selector with targets"
         )
     if not dynamic.narrows:
-        for key in _OF_SUBSETS:
-            if key in given:
-                told = f"has no effect with the {selector.name} selector, which keeps every row"
-                yield f"dynamic.{key}: {told}; remove the key"
+        yield from _idle(given, _OF_SUBSETS, f"with the {selector.name} selector, which keeps every row;")
         return
     if dynamic.exclude_seen and mixer is not None:
         yield (
@@ -142,9 +141,7 @@ def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Coll
 def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
     mixer, weighter, selector = dynamic.mixer, dynamic.weighter, dynamic.selector
     if mixer is None:
-        for key in _OF_MIXERS:
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
+        yield from _idle(given, _OF_MIXERS, "without a mixer; add one, or")
         return
     if dynamic.min_proportion is not None:
         yield from _floor_rules(dynamic.min_proportion, mixer)

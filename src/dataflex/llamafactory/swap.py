@@ -94,13 +94,9 @@ def swapped(
 
 
 def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_delta: float, clock: PhaseClock) -> None:
-    """Train in this process: stock LLaMA-Factory without a dynamic block, our trainer with one.
+    """Train in this process: stock LLaMA-Factory with its keys ``lf`` alone, our trainer with a dynamic block.
 
-    Args:
-        lf: LLaMA-Factory's own keys.
-        config: The dynamic block, or None.
-        early_stopping_min_delta: Least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
-        clock: Runs since the command began.
+    ``early_stopping_min_delta``: least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
     """
     with least_gain(early_stopping_min_delta), nullcontext() if config is None else swapped(config, lf, clock=clock):
         tuner.run_exp(lf)

@@ -31,11 +31,10 @@ from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run
 from dataflex.record.recorder import NullRecorder, RunRecorder
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.model_parts import capture_hidden, model_parts
-from dataflex.signals.runner import SignalRunner
+from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.train import checkpoint as saved
 from dataflex.train.checkpoint import Identity
