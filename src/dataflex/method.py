@@ -18,12 +18,14 @@ from dataflex.errors import CheckpointError
 from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
+from dataflex.rng import stream
 from dataflex.state import State, restored, saved_form
 
 if TYPE_CHECKING:
     import torch
 
-    from dataflex.signals.kinds import Embedding, Generation, GenerationSpec, Part, Signal
+    from dataflex.signals.kinds import Embedding, Signal
+    from dataflex.signals.specs import Generation, GenerationSpec, Part
 
 T = TypeVar("T")
 
@@ -231,8 +233,6 @@ class Context:
 
     def rng(self, name: str) -> np.random.Generator:
         """Return the counter-based random stream ``name`` of this interval, equal on every rank."""
-        from dataflex.rng import stream
-
         return stream(self.seed, name, self.interval.index)
 
 

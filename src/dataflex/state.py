@@ -39,7 +39,6 @@ def owner() -> str:
 
 def aside(path: Path) -> Path:
     """Return the name under which ``path`` is written before it is renamed; what a kill left of it is removed."""
-    path = Path(path)
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and is_left(name):
             path.with_name(name).unlink(missing_ok=True)
@@ -210,12 +209,10 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
         path: The file.
         error: What an error of the operating system becomes; None: it stays as it is.
     """
-    path = Path(path)
-    temporary: Path | None = None
     with nullcontext() if error is None else refusals(path, error):
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
         try:
-            temporary = aside(path)
-            temporary.unlink(missing_ok=True)
             with temporary.open("xb") as file:  # never through a link that lies there
                 yield file
                 file.flush()
@@ -223,8 +220,7 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
             os.replace(temporary, path)
             fsync(path.parent)
         finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

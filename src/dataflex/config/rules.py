@@ -1,6 +1,6 @@
-"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and which keys would have no effect.
+"""Rules between keys of the ``dynamic`` block: keys that a method needs, and keys that would have no effect.
 
-Keys whose effect depends on LLaMA-Factory's are told by ``check.notes``.
+Keys whose effect depends on LLaMA-Factory's keys are reported by ``check.notes``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
-_OF_SUBSETS = ("keep_ratio", "repeat", "exclude_seen", "max_repeats", "candidate_batches", "signals.pool_fraction")
+_OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
@@ -43,7 +43,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
 
 
 def _given(dynamic: DynamicConfig) -> set[str]:
-    """Return the keys that do not have their defaults."""
+    """Return the keys whose values are not the defaults."""
     signals, usual = dynamic.signals, DynamicConfig()
     return {
         *(key for key in block_keys() if getattr(dynamic, key) != getattr(usual, key)),
@@ -51,8 +51,12 @@ def _given(dynamic: DynamicConfig) -> set[str]:
     }
 
 
+def _idle(given: Collection[str], keys: Collection[str], why: str) -> Iterator[str]:
+    return (f"dynamic.{key}: has no effect {why} remove the key" for key in keys if key in given)
+
+
 def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
-    """Yield the keys that the methods named leave without a purpose."""
+    """Yield the keys that have no effect with these methods."""
     if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
         burn_in = "; 'burn_in_steps' of the weighter are steps of plain loss" if dynamic.weighter is not None else ""
         yield (
@@ -90,9 +94,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     if "signals.screen_by" in given and not screened:
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if selector is None:
-        for key in (*_OF_SUBSETS, "signals.screen_fraction"):
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a selector; add one, or remove the key"
+        yield from _idle(given, (*_OF_SUBSETS, "signals.screen_fraction"), "without a selector; add one, or")
         return
     if screened and not selector.targets:
         yield (
@@ -100,10 +102,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
             f"selector has none; remove the key, or use a selector with targets"
         )
     if not dynamic.narrows:
-        for key in _OF_SUBSETS:
-            if key in given:
-                told = f"has no effect with the {selector.name} selector, which keeps every row"
-                yield f"dynamic.{key}: {told}; remove the key"
+        yield from _idle(given, _OF_SUBSETS, f"with the {selector.name} selector, which keeps every row;")
         return
     if dynamic.exclude_seen and mixer is not None:
         yield (
@@ -142,9 +141,7 @@ def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Coll
 def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
     mixer, weighter, selector = dynamic.mixer, dynamic.weighter, dynamic.selector
     if mixer is None:
-        for key in _OF_MIXERS:
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
+        yield from _idle(given, _OF_MIXERS, "without a mixer; add one, or")
         return
     if dynamic.min_proportion is not None:
         yield from _floor_rules(dynamic.min_proportion, mixer)
@@ -204,7 +201,7 @@ def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
 
 
 def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
-    """Yield place and numbers of the proportions that a user wrote among a mixer's parameters."""
+    """Yield place and values of the proportions among a mixer's parameters."""
     for place in ("proportions", "initial"):
         written = getattr(params, place, None)
         if isinstance(written, dict | tuple):

@@ -38,13 +38,9 @@ def wants_torchrun() -> bool:
 
 
 def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
-    """Return the torchrun command line for the given environment.
+    """Return the torchrun command line under which every rank runs ``dataflex ARGS``.
 
-    Args:
-        args: Command and arguments of ``dataflex``, which every rank runs.
-        env: Environment variables.
-        devices: Visible devices, the default of NPROC_PER_NODE.
-        free_port: Default of MASTER_PORT.
+    ``devices`` and ``free_port`` are the defaults of NPROC_PER_NODE and MASTER_PORT.
     """
     nnodes = env.get("NNODES", "1")
     per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
@@ -63,12 +59,7 @@ def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, f
 
 
 def with_torchrun(args: list[str], began: float | None = None) -> int:
-    """Run ``dataflex`` with ``args`` in one process per device and return the exit code.
-
-    Args:
-        args: Command and arguments.
-        began: Unix seconds at which the command began: the run's time is counted from there.
-    """
+    """Run ``dataflex ARGS`` in one process per device and return the exit code; its time is counted from ``began``."""
     env = dict(os.environ)
     if began is not None:
         env[LAUNCHED] = repr(began)

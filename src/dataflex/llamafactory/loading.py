@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,6 @@ class Origin:
     aligned: Any
     stage: str
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows that were read."""
-        return len(self.aligned)
-
     @cached_property
     def kept(self) -> NDArray[np.int64]:
         """Positions of the rows that tokenizing keeps, ascending: those with an answer, for preferences with two."""
@@ -111,12 +107,9 @@ def watched_origins(stage: str, found: list[Origin] | None = None) -> Iterator[l
 
 
 def of_another_set(data_args: Any, names: Sequence[str], *, cutoff_shortened: bool) -> Any:
-    """Return LLaMA-Factory's data arguments for data sets that are not trained on: all their rows, not packed.
+    """Return the data arguments for data sets that are not trained on: all their rows, not packed.
 
-    Args:
-        data_args: Those of the run.
-        names: The data sets, whose rows follow one another.
-        cutoff_shortened: Whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
+    ``cutoff_shortened``: whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
     """
     cutoff = data_args.cutoff_len + cutoff_shortened
     return _changed(data_args, **_OF_TRAINING, dataset=list(names), eval_dataset=None, cutoff_len=cutoff)
@@ -129,12 +122,12 @@ def _changed(data_args: Any, **changes: Any) -> Any:
     return args
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Loader:
     """Calls ``get_dataset`` as the workflow did, for one part of the data at a time.
 
     Attributes:
-        template: As the workflow gave it, like the five that follow.
+        template: Argument of the workflow's call, like the five that follow.
         written: LLaMA-Factory's keys as the user wrote them.
         by_file: Whether training rows carry the number of their file, see ``files``.
         origins: Training sets that were read, and evaluation sets that were read with them.
@@ -205,12 +198,9 @@ class Loader:
         return concatenate_datasets(parts)
 
     def _load(self, args: Any, found: list[Origin], **named: Sequence[str] | None) -> dict[str, Any]:
-        """Call ``get_dataset``; whatever it refuses becomes an error that names the key and the data set.
+        """Call ``get_dataset`` and add the sets that are read to ``found``; errors name the key and the data set.
 
-        Args:
-            args: Data arguments.
-            found: Takes the data sets that are read.
-            named: The data sets by the key that names them, in the order of loading.
+        ``named``: the data sets by the key that names them, in the order of loading.
         """
         places = [f"{key}: {name!r}" for key, names in named.items() for name in names or ()]
         before = len(found)
@@ -331,7 +321,7 @@ class RawRows:
             key: Path of the key that asks for the column.
             name: The column.
             values: Its values [N].
-            refused: Which of them cannot be used [N], and what they must be; None where all can.
+            refused: Mask of unusable values [N], and what they must be; None where all can be used.
 
         Raises:
             DataError: There are such values, with the place of the first.
@@ -350,14 +340,9 @@ def _line_of(file: Path, position: int) -> int | None:
     if file.suffix not in (".json", ".jsonl") or not file.is_file():
         return None
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if position:
-                position -= 1
-                continue
-            try:
-                return number if isinstance(json.loads(line), Mapping) else None
-            except ValueError:
-                return None
-    return None
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        number, line = next(islice(filled, position, None), (None, b""))
+    try:
+        return number if isinstance(json.loads(line), Mapping) else None
+    except ValueError:
+        return None

@@ -183,22 +183,16 @@ class JoinedRows(ServedRows):
 _preprocessed = lf_loader._get_preprocessed_dataset
 
 
-def serve(
-    dataset: Any,
-    data_args: Any,
-    training_args: Any,
-    stage: Any,
-    template: Any,
-    tokenizer: Any,
-    processor: Any = None,
-    is_eval: bool = False,
-) -> Any:
-    """Stand in for ``_get_preprocessed_dataset``: training rows stay raw and are tokenized when they are served."""
+def serve(dataset: Any, data_args: Any, training_args: Any, stage: Any, *rest: Any, is_eval: bool = False) -> Any:
+    """Stand in for ``_get_preprocessed_dataset``: training rows stay raw and are tokenized when they are served.
+
+    ``rest``: template, tokenizer and processor.
+    """
     if dataset is None or is_eval:
-        return _preprocessed(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+        return _preprocessed(dataset, data_args, training_args, stage, *rest, is_eval=is_eval)
     return ServedRows(
         dataset,
-        lf_loader._get_dataset_processor(data_args, stage, template, tokenizer, processor),
+        lf_loader._get_dataset_processor(data_args, stage, *rest),
         block=data_args.cutoff_len if stage == "pt" and data_args.packing else None,
         group=data_args.preprocessing_batch_size,
         num_proc=data_args.preprocessing_num_workers,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from llamafactory.train import tuner
@@ -35,12 +35,10 @@ TRAINERS: dict[str, tuple[str, str, str]] = {
 """Stage: module that calls ``get_dataset``, module in which the trainer's name is looked up, its name."""
 
 
-@contextmanager
-def least_gain(delta: float) -> Iterator[None]:
+def least_gain(delta: float) -> AbstractContextManager[None]:
     """Make LLaMA-Factory's early stopping require a gain of at least ``delta`` while inside."""
     stops = functools.partial(tuner.EarlyStoppingCallback, early_stopping_threshold=delta)
-    with replaced(*([(tuner, "EarlyStoppingCallback", stops)] if delta else [])):
-        yield
+    return replaced((tuner, "EarlyStoppingCallback", stops))
 
 
 @contextmanager
@@ -78,16 +76,8 @@ def swapped(
     ) -> dict[str, Any]:
         clock.switch(OTHER)
         with clock.phase("data"):
-            loader = Loader(
-                template=template,
-                model_args=model_args,
-                data_args=data_args,
-                training_args=training_args,
-                stage=stage,
-                tokenizer_module=tokenizer_module,
-                written=written,
-                by_file=config.domain_path is not None,
-            )
+            given = (template, model_args, data_args, training_args, stage, tokenizer_module)
+            loader = Loader(*given, written=written, by_file=config.domain_path is not None)
             module, setup.space = DataLoading(config, loader, clock).load()
         return module
 
@@ -104,13 +94,9 @@ def swapped(
 
 
 def run(lf: dict[str, Any], config: DynamicConfig | None, early_stopping_min_delta: float, clock: PhaseClock) -> None:
-    """Train in this process: stock LLaMA-Factory without a dynamic block, our trainer with one.
+    """Train in this process: stock LLaMA-Factory with its keys ``lf`` alone, our trainer with a dynamic block.
 
-    Args:
-        lf: LLaMA-Factory's own keys.
-        config: The dynamic block, or None.
-        early_stopping_min_delta: Least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
-        clock: Runs since the command began.
+    ``early_stopping_min_delta``: least gain that counts for LLaMA-Factory's ``early_stopping_steps``.
     """
     with least_gain(early_stopping_min_delta), nullcontext() if config is None else swapped(config, lf, clock=clock):
         tuner.run_exp(lf)

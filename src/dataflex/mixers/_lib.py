@@ -113,6 +113,8 @@ class ExponentiatedMixer(LearningMixer):
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
     log_shares = NOTHING
     updates = 0
+    told: ClassVar[str] = ""
+    """What the reason calls the scores; empty: it does not tell them."""
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after one more update; as they are during warm-up."""
@@ -120,23 +122,21 @@ class ExponentiatedMixer(LearningMixer):
             self.log_shares = logs(self._initial(ctx))
         why = ""
         if ctx.interval.kind != "warmup":
-            scores, why = self._scores(ctx)
-            smoothing = getattr(self.params, "smoothing", 0.0)
+            scores, smoothing = self._scores(ctx), getattr(self.params, "smoothing", 0.0)
             self.log_shares = exponentiated(self.log_shares, scores, eta=self._eta, smoothing=smoothing)
             self.updates += 1
+            if self.told:
+                most = int(np.argmax(scores))
+                why = f"largest {self.told} {scores[most]:.3g} ({self.names[most]})"
         return mix_of(self.names, softmax(self.log_shares), why)
 
     @property
     def _eta(self) -> float:
         return float(getattr(self.params, "eta", 1.0))
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the scores s [K] and what the reason says of them."""
+    def _scores(self, ctx: Context) -> Floats:
+        """Return the scores s [K] (collective)."""
         raise NotImplementedError
-
-    def _largest(self, values: Floats, what: str) -> str:
-        worst = int(np.argmax(values))
-        return f"largest {what} {values[worst]:.3g} ({self.names[worst]})"
 
     def _initial(self, ctx: Context) -> Floats:
         written: Any = self.params.initial
