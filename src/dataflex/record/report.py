@@ -291,9 +291,10 @@ def _composition(run: Run) -> Figure | None:
 
 
 def _seconds(run: Run) -> Figure | None:
-    phases, total = run.phase_seconds(), run.wall_seconds
+    phases = run.phase_seconds()
     if not phases:
         return None
+    total = sum(phases.values())
     figure, (axes,) = _new_figure(2.6)
     spare = iter(_OTHER_PHASES * len(phases))
     left = 0.0
