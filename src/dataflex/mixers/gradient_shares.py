@@ -149,8 +149,7 @@ class Dga(_GradientMixer):
         memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
-    served = NOTHING
-    """Moving average of the weights [K]."""
+    served = NOTHING  # moving average of the weights [K]
 
     def requires(self) -> Requires:
         return replace(super().requires(), targets=True)

@@ -99,8 +99,7 @@ class Velocity(_TargetLossMixer):
         cost="F over the held-out data",
     )
     Params = _TargetLossParams
-    first = NOTHING
-    """Held-out losses at the first decision [K]."""
+    first = NOTHING  # held-out losses at the first decision [K]
 
     def _scores(self, ctx: Context) -> Floats:
         losses, targets = self._losses(ctx)

@@ -26,8 +26,7 @@ class _AnchoredWeighter(Weighter):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
-    anchors: NDArray[np.float32] | None = None
-    """Mean vector of the anchors."""
+    anchors: NDArray[np.float32] | None = None  # mean vector of the anchors
 
     def due(self, step: int) -> bool:
         return self.anchors is None or step % self.params.refresh_steps == 0
@@ -101,8 +100,7 @@ class Adapt(_AnchoredWeighter):
             return Embedding(layer=self.layer, completion_only=self.completion_only)
 
     params: Params
-    _scores: NDArray[np.float32] | None = None
-    """BM25 score of every training row [N]."""
+    _scores: NDArray[np.float32] | None = None  # BM25 score of every training row [N]
 
     @property
     def _by_words(self) -> bool:
