@@ -217,11 +217,7 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 
 
 def run_score(request: ScoreRequest) -> str:
-    """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks).
-
-    Raises:
-        DataFlexError: Anything that the user can correct.
-    """
+    """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
     for note in request.notes:
         logger.info("%s", note)
     stage = str(request.lf.get("stage", "sft"))
