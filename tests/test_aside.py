@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from dataflex.state import aside, clear_left, owner, replacing
+from dataflex.state import clear_left, owner, replacing
 
 KILLED = """
 import os, signal, sys
@@ -35,7 +35,8 @@ def test_other_processes_and_other_files_are_left_alone(tmp_path):
     kept = [f".a.json.{alive}.tmp", f".a.json.00000000-{2**30}.tmp", f".b.json.{gone}.tmp", ".a.json.swp", "a.json"]
     for name in [*kept, f".a.json.{gone}.tmp"]:
         (tmp_path / name).touch()
-    aside(tmp_path / "a.json")
+    with replacing(tmp_path / "a.json"):
+        pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 

@@ -42,12 +42,7 @@ class Part:
 
     @classmethod
     def params_of(cls, name: str) -> type[Params]:
-        """Return the parameter dataclass of a choice.
-
-        Raises:
-            ConfigError: ``name`` is not in the table.
-            ComponentError: The choice cannot be used.
-        """
+        """Return the parameter dataclass of a choice; ConfigError where ``name`` is not in the table."""
         known = cls.known()
         if name not in known:
             near = did_you_mean(name, known)

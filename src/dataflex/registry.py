@@ -63,11 +63,11 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "unimax": "dataflex.mixers.fixed:UniMax",
         "staged": "dataflex.mixers.fixed:Staged",
         "random": "dataflex.mixers.fixed:RandomShares",
-        "odm": "dataflex.mixers.odm:Odm",
+        "odm": "dataflex.mixers.online:Odm",
         "sheared": "dataflex.mixers.held_out:Sheared",
         "velocity": "dataflex.mixers.held_out:Velocity",
         "dynamic_moe": "dataflex.mixers.held_out:DynamicMoe",
-        "ado": "dataflex.mixers.ado:Ado",
+        "ado": "dataflex.mixers.online:Ado",
         "doge": "dataflex.mixers.gradient_shares:Doge",
         "dga": "dataflex.mixers.gradient_shares:Dga",
         "pike": "dataflex.mixers.gradient_shares:Pike",
@@ -77,14 +77,14 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "group_dro": "dataflex.mixers.loss_weights:GroupDro",
     },
     "weighter": {
-        "none": "dataflex.weighters.column:NoWeights",
-        "column": "dataflex.weighters.column:Column",
+        "none": "dataflex.weighters.rows:NoWeights",
+        "column": "dataflex.weighters.rows:Column",
         "loss": "dataflex.weighters.loss:LossWeighter",
         "adapt": "dataflex.weighters.likeness:Adapt",
         "joint_update_aware": "dataflex.weighters.likeness:JointUpdateAware",
-        "slm": "dataflex.weighters.excess:SelectiveLanguageModelling",
-        "rho": "dataflex.weighters.excess:Rho",
-        "group": "dataflex.weighters.group:GroupWeighter",
+        "slm": "dataflex.weighters.loss:SelectiveLanguageModelling",
+        "rho": "dataflex.weighters.loss:Rho",
+        "group": "dataflex.weighters.rows:GroupWeighter",
         "focal": "dataflex.weighters.token:Focal",
         "token": "dataflex.weighters.token:TokenWeighter",
         "meta": "dataflex.weighters.influence:Meta",
@@ -136,11 +136,7 @@ def find(kind: str, name: str) -> type[Method]:
 
 
 def registered(kind: str, cls: Any) -> type[Method]:
-    """Check a class against the contract, and return it with every call watched; our own are checked by tests.
-
-    Raises:
-        ComponentError: All problems of the class.
-    """
+    """Return a class with every call watched; ComponentError with all problems where it does not keep the contract."""
     if not (isinstance(cls, type) and is_ours(cls)) and (kind, cls) not in _checked:
         problems = class_problems(kind, cls)
         if problems:

@@ -39,7 +39,6 @@ def owner() -> str:
 
 def aside(path: Path) -> Path:
     """Return the name under which ``path`` is written before it is renamed; what a kill left of it is removed."""
-    path = Path(path)
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and is_left(name):
             path.with_name(name).unlink(missing_ok=True)
@@ -121,12 +120,10 @@ def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
 
 
 def saved_form(value: Any) -> Any:
-    """Return an attribute as a state holds it: tuples as lists, lists as arrays, objects as their ``state_dict``."""
+    """Return an attribute as a state holds it: tuples as lists, lists as arrays."""
     if isinstance(value, tuple):
         return list(value)
-    if isinstance(value, list):
-        return np.array(value)
-    return value.state_dict() if hasattr(value, "state_dict") else copy.copy(value)
+    return np.array(value) if isinstance(value, list) else copy.copy(value)
 
 
 def restored(value: Any, like: Any) -> Any:
@@ -135,9 +132,6 @@ def restored(value: Any, like: Any) -> Any:
         return np.array(value, dtype=like.dtype)
     if isinstance(like, tuple | list | dict | bool | int | float):
         return type(like)(value)
-    if hasattr(like, "load_state_dict"):
-        like.load_state_dict(value)
-        return like
     return value
 
 
@@ -210,12 +204,10 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
         path: The file.
         error: What an error of the operating system becomes; None: it stays as it is.
     """
-    path = Path(path)
-    temporary: Path | None = None
     with nullcontext() if error is None else refusals(path, error):
+        temporary = aside(path)
+        temporary.unlink(missing_ok=True)
         try:
-            temporary = aside(path)
-            temporary.unlink(missing_ok=True)
             with temporary.open("xb") as file:  # never through a link that lies there
                 yield file
                 file.flush()
@@ -223,8 +215,7 @@ def replacing(path: Path, error: type[DataFlexError] | None = DataError) -> Iter
             os.replace(temporary, path)
             fsync(path.parent)
         finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,10 +49,7 @@ class FakeSignals:
         losses: Loss of every training row [N].
         targets: Losses of every row of each target data set, by name; 1, 1.25 and 1.5 for a target that is left out.
         gradients: Gradient of every training row [N, P]; made of the losses if left out.
-        target_gradients: Mean gradient of each target [P], by name; of a target that is left out the mean of its
-            ``target_rows``, else ones.
-        target_rows: Gradient of every row of each target [m, P], by name; of a target that is left out its mean
-            gradient, each row leaning a little to another coordinate.
+        target_rows: Gradient of every row of each target [m, P], by name; about ones if left out.
         values: What is returned for a type of signal instead, by the type: values of every training row, or a function
             of (signal, rows, target). Types that are not known here need an entry.
     """
@@ -63,7 +60,6 @@ class FakeSignals:
         *,
         targets: Mapping[str, ArrayLike] | None = None,
         gradients: ArrayLike | None = None,
-        target_gradients: Mapping[str, ArrayLike] | None = None,
         target_rows: Mapping[str, ArrayLike] | None = None,
         values: Mapping[type[Signal], Given] | None = None,
     ) -> None:
@@ -73,11 +69,11 @@ class FakeSignals:
         made = np.stack([known, np.cos(7 * known)], axis=1)
         self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
         self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
-        self._directions = {name: np.nanmean(values, axis=0) for name, values in self._rows.items()}
-        self._directions.update({name: np.asarray(values) for name, values in (target_gradients or {}).items()})
         self._given: dict[type[Signal], Given] = {
             kinds.TokenLoss: self._token_loss,
-            kinds.ResponseLoss: self._response_loss,
+            kinds.ResponseLoss: lambda signal, rows, target: (
+                self._of(target)[rows] if signal.conditioned else 1.25 * self._of(target)[rows] + 0.1
+            ),
             kinds.AdaptedLoss: self._losses * np.float32(0.9),
             kinds.PerturbedLoss: self._perturbed_loss,
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
@@ -149,10 +145,6 @@ class FakeSignals:
         """Return the losses, half of them under another model."""
         return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
 
-    def _response_loss(self, signal: kinds.ResponseLoss, rows: Rows, target: str | None) -> ArrayLike:
-        losses = self._of(target)[rows]
-        return losses if signal.conditioned else 1.25 * losses + 0.1
-
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""
         gradients = self._gradients_of(target)[rows]
@@ -164,18 +156,12 @@ class FakeSignals:
         losses = self._finite(rows, target)
         return np.column_stack([np.float32(10) * losses, 100 * _circle(losses)])
 
-    def _gate_loads(self, signal: kinds.GateLoads, rows: Rows, target: str | None) -> ArrayLike:
-        """Return two experts in one layer."""
+    def _gate_loads(self, signal: kinds.GateLoads, rows: Rows, target: str | None) -> ArrayLike:  # [n, 1 layer, 2]
         share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))
         return np.stack([share, 1.0 - share], axis=1)[:, None, :]
 
     def _gradient_scores(self, signal: kinds.GradientScores, rows: Rows, target: str | None) -> ArrayLike:
-        aims = np.stack([self._mean(name) for name in signal.targets])
-        products = self._gradients[rows] @ aims.T
-        if signal.normalize:
-            lengths = np.linalg.norm(self._gradients[rows], axis=1, keepdims=True)
-            products = products / np.maximum(lengths, 1e-30) / np.linalg.norm(aims, axis=1)
-        return products
+        return self._compared(rows, np.stack([self._mean(name) for name in signal.targets]), signal.normalize)
 
     def _gradient_sketches(self, signal: kinds.GradientSketches, rows: Rows, target: str | None) -> ArrayLike:
         """Fill up with zeros, or project where ``dim`` is too small."""
@@ -201,11 +187,14 @@ class FakeSignals:
         """Compare with weighted sums of ``response_gradient``."""
         given = signal.responses.values()
         aims = np.stack([sum(one.weight * self.response_gradient(one) for one in responses) for responses in given])
+        return self._compared(rows, aims, signal.normalize)
+
+    def _compared(self, rows: Rows, aims: NDArray[np.float64], cosines: bool) -> ArrayLike:
         ours = self._gradients[rows]
-        return _unit(ours) @ _unit(aims).T if signal.normalize else ours @ aims.T
+        return _unit(ours) @ _unit(aims).T if cosines else ours @ aims.T
 
     def _mean(self, target: str) -> NDArray[np.float64]:
-        return self._directions.get(target, np.ones(self._gradients.shape[1]))
+        return np.nanmean(self._rows.get(target, np.ones((1, self._gradients.shape[1]))), axis=0)
 
     def _gradients_of(self, target: str | None) -> NDArray[np.float64]:
         if target is None:
@@ -246,40 +235,25 @@ def example_context(
     sizes: Mapping[str, int] | None = None,
     *,
     lengths: ArrayLike | None = None,
-    signals: FakeSignals | None = None,
-    seed: int = 0,
     index: int = 0,
     start_step: int = 0,
     stop_step: int = 10,
-    targets: tuple[str, ...] = ("target",),
-    columns: Mapping[str, NDArray[Any]] | None = None,
-    total_sequences: int = 100,
-    unit: Literal["sequences", "tokens", "documents"] = "sequences",
-    learning_rate: float = 1e-3,
+    **given: Any,
 ) -> Context:
     """Return a context as a method meets it at an interval; the global batch is 4.
 
     ``sizes`` is the number of rows of each domain (web 40, code 20 and math 4 if left out), ``lengths`` the number of
-    tokens of each row [N] (10 each). The losses of ``signals`` are 1, 1.01, ... if it is left out. The other arguments
-    are those of ``Context`` and of its interval.
+    tokens of each row [N] (10 each). ``given`` are fields of ``Context`` (``signals``, ``targets``, ``seed``, ...); the
+    losses are 1, 1.01, ... and the one target is ``target`` if they are left out.
     """
     sizes = {"web": 40, "code": 20, "math": 4} if sizes is None else sizes
-    num_rows = sum(sizes.values())
+    rows = np.arange(sum(sizes.values()))
+    lengths_N = np.full(len(rows), 10) if lengths is None else np.asarray(lengths)
+    usual = {"seed": 0, "targets": ("target",), "total_sequences": 100, "global_batch": 4, "learning_rate": 1e-3}
     return Context(
         interval=Interval(index=index, kind="dynamic", start_step=start_step, stop_step=stop_step),
-        seed=seed,
-        domains=Domains.from_sizes(
-            tuple(sizes),
-            tuple(sizes.values()),
-            np.full(num_rows, 10, dtype=np.int64) if lengths is None else np.asarray(lengths, dtype=np.int64),
-        ),
-        signals=FakeSignals(1.0 + 0.01 * np.arange(num_rows)) if signals is None else signals,
-        targets=targets,
-        columns=columns or {},
-        total_sequences=total_sequences,
-        global_batch=4,
-        unit=unit,
-        learning_rate=learning_rate,
+        domains=Domains.from_sizes(tuple(sizes), tuple(sizes.values()), lengths_N.astype(np.int64)),
+        **{"signals": FakeSignals(1.0 + 0.01 * rows), **usual, **given},
     )
 
 
@@ -299,21 +273,19 @@ def example_stats(
     sampling proportion (equal ones).
     """
     num_domains = len(losses)
-    tokens_K = np.full(num_domains, 10.0) if tokens is None else np.array(tokens, dtype=np.float64)
-    losses_K = np.array(losses, dtype=np.float64)
-    excess_K = np.zeros(num_domains) if excess is None else np.array(excess, dtype=np.float64)
-    even = np.full(num_domains, 1.0 / num_domains)
+    tokens_K = np.full(num_domains, 10.0) if tokens is None else np.array(tokens, float)
+    excess_K = np.zeros(num_domains) if excess is None else np.array(excess, float)
     return DomainStats(
         names=tuple(names),
         step=step,
         total_steps=100,
-        loss_sum=np.where(tokens_K > 0, losses_K, 0.0) * tokens_K,
+        loss_sum=np.where(tokens_K > 0, losses, 0.0) * tokens_K,
         excess_sum=excess_K * tokens_K,
         excess_tokens=np.where(excess_K > 0, tokens_K, 0.0),
         tokens=tokens_K,
         sequences=np.ceil(tokens_K / 10.0),
         micro_batches=(tokens_K > 0).astype(np.float64),
-        proportions=even if proportions is None else np.array(proportions, dtype=np.float64),
+        proportions=np.full(num_domains, 1 / num_domains) if proportions is None else np.array(proportions, float),
         learning_rate=1e-3,
     )
 

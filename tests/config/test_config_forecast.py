@@ -164,11 +164,11 @@ def test_steps_against_counting_batches(
             left -= per_device * accumulation * world
             steps += 1
         assert total_steps(LlamaFactoryArgs.read(lf), rows) == math.ceil(epochs * steps)
-        assert batch_of(LlamaFactoryArgs.read(lf)).size == per_device * accumulation * world
+        assert batch_of(LlamaFactoryArgs.read(lf)).global_batch == per_device * accumulation * world
 
 
 def test_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch_of(LlamaFactoryArgs.read({})).size == 8
+    assert batch_of(LlamaFactoryArgs.read({})).global_batch == 8
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     assert batch_of(LlamaFactoryArgs.read({})).world == 1
     monkeypatch.setenv("FORCE_TORCHRUN", "true")

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex.config.components import SHIPPED, ComponentReader, five_layers
-from dataflex.config.load import load_mapping
+from dataflex.config.components import ComponentReader, five_layers, tables
 from dataflex.config.schema import MethodConfig
 from dataflex.registry import find
 from dataflex.rewards.judge import JudgeConfig
 
-PRESETS = load_mapping(SHIPPED)
+PRESETS = tables()["presets"]
 
 
 def read(

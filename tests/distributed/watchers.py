@@ -16,9 +16,9 @@ from dataflex.signals.kinds import (
     GradientProducts,
     GradientScores,
     GradientSketches,
-    GradientSpec,
     TokenLoss,
 )
+from dataflex.signals.specs import GradientSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from my_signal import GuessedTokens

@@ -13,7 +13,8 @@ from dataflex.errors import ConfigError, DataError
 from dataflex.rewards.base import RewardError, graded
 from dataflex.select.scoring import Aggregate
 from dataflex.selectors.nice import Nice, advantages
-from dataflex.signals.kinds import Generation, ResponseGradientScores
+from dataflex.signals.kinds import ResponseGradientScores
+from dataflex.signals.specs import Generation
 from dataflex.testing import FakeSignals, example_context
 
 PROMPT, REFERENCE = [5, 6], [9]

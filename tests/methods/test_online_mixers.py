@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CheckpointError, ConfigError, DataError
 from dataflex.mixers._lib import held_out_losses
-from dataflex.mixers.ado import Ado, PowerLaw, fit_power_law, preference
 from dataflex.mixers.fixed import RandomShares
 from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
 from dataflex.mixers.held_out import (
@@ -26,7 +25,7 @@ from dataflex.mixers.held_out import (
     near_one_hot,
     velocities,
 )
-from dataflex.mixers.odm import Odm, exploration, policy
+from dataflex.mixers.online import Ado, Odm, PowerLaw, exploration, fit_power_law, policy, preference
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
 from dataflex.testing import FakeSignals, example_context, example_stats
@@ -320,7 +319,7 @@ def gradients(seed=0, num=16, size=5):
 
 def test_domain_gradients_against_explicit_means():
     vectors = gradients()
-    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_rows={"goal": [np.arange(5.0)]})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
     found = domain_gradients(
         ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
@@ -348,7 +347,7 @@ def test_squared_norms_are_unbiased():
 
 def test_gradient_mixers_move_towards_what_their_papers_say():
     vectors = np.concatenate([np.tile([3.0, 0.0], (8, 1)), np.tile([0.0, 1.0], (8, 1))])
-    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.array([0.0, 1.0])})
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_rows={"goal": [[0.0, 1.0]]})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
     dga = Dga(Dga.Params(eta=1.0, memory=0.0, initial="uniform")).mix(ctx).proportions
     assert dga.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)], rel=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dataflex.config.build import method_block
 from dataflex.errors import ComponentError
 from dataflex.method import BatchView
-from dataflex.weighters.excess import Rho, SelectiveLanguageModelling, largest
+from dataflex.weighters.loss import Rho, SelectiveLanguageModelling, largest
 from dataflex.weighters.token import Focal, TokenWeighter, clip_quantile
 from tests.rounding import printed
 

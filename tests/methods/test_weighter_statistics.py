@@ -13,8 +13,7 @@ import torch
 
 from dataflex.sequences import Sequences
 from dataflex.train import loss
-from dataflex.weighters.excess import SelectiveLanguageModelling
-from dataflex.weighters.loss import LossWeighter
+from dataflex.weighters.loss import LossWeighter, SelectiveLanguageModelling
 
 VOCABULARY, WIDTH, ROWS = 24, 33, 600
 

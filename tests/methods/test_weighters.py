@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dataflex.errors import ComponentError
 from dataflex.method import RunFacts
 from dataflex.testing import example_batch
-from dataflex.weighters.column import Column, NoWeights
 from dataflex.weighters.loss import STRATEGIES, LossWeighter, Softness, loss_weights, scheduled
+from dataflex.weighters.rows import Column, NoWeights
 from tests.methods.oracles import oracle_loss_weights
 from tests.rounding import printed
 

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals import runner
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.kinds import ResponseLoss, TokenLoss
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.other_models import Scorer, ScorerError
-from dataflex.signals.runner import SignalRunner
+from dataflex.signals.other_models import LoadError, Scorer
+from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from tests.conftest import WORDS
 from tests.signals.tiny import Rows, collate, snapshot
@@ -310,11 +309,11 @@ def test_an_adapter_is_read_with_its_base(service, tokenizer, tmp_path):
 
 
 def test_models_that_are_not_there(service, tokenizer, tmp_path):
-    with pytest.raises(ScorerError, match="cannot be loaded to score rows"):
+    with pytest.raises(LoadError, match="cannot be loaded to score rows"):
         service(TokenLoss(model=str(tmp_path / "none")), EVERY)
     name = another(tmp_path / "bare", tokenizer)
     (tmp_path / "bare" / "model.safetensors").unlink()
-    with pytest.raises(ScorerError, match="is not a causal language model"):
+    with pytest.raises(LoadError, match="is not a causal language model"):
         service(TokenLoss(model=name), EVERY)
     service.access.loaded.clear()
     object.__setattr__(service.access, "tokenizer", None)

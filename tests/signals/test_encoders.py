@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Conf
 
 from dataflex.errors import ConfigError
 from dataflex.signals import embeddings
-from dataflex.signals.embeddings import EncoderError, load_encoder, pool
+from dataflex.signals.embeddings import load_encoder, pool
 from dataflex.signals.kinds import Embedding
+from dataflex.signals.other_models import LoadError
 from tests.conftest import WORDS
 from tests.rounding import layers_apart
 from tests.signals.tiny import snapshot
@@ -119,12 +120,12 @@ def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
         "find_spec",
         lambda name, *rest: None if name == "sentence_transformers" else original(name, *rest),
     )
-    with pytest.raises(EncoderError, match=r"pip install dataflex\[encoders\]"):
+    with pytest.raises(LoadError, match=r"pip install dataflex\[encoders\]"):
         load_encoder(str(tmp_path))
 
 
 def test_what_cannot_be_loaded(tmp_path, tiny_model):
-    with pytest.raises(EncoderError, match="cannot be loaded as a transformers model"):
+    with pytest.raises(LoadError, match="cannot be loaded as a transformers model"):
         load_encoder(str(tmp_path))
     with pytest.raises(ConfigError, match="completion_only needs labels"):
         load_encoder(str(tiny_model), spec=Embedding(completion_only=True))

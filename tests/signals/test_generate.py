@@ -13,8 +13,8 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from dataflex.errors import ComponentError, ConfigError, DataError, UnsupportedError
 from dataflex.rng import uniforms
 from dataflex.signals.generate import Generator, pick_tokens
-from dataflex.signals.kinds import GenerationSpec
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.specs import GenerationSpec
 from tests.signals import tiny
 
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dataflex.rng import stream
 from dataflex.signals.gradients.precondition import PRESETS, Precondition, adam_direction
-from dataflex.signals.kinds import GradientSpec, LogitFeatures
+from dataflex.signals.kinds import LogitFeatures
 from dataflex.signals.logits import LogitScorer, LogitSketch, nuclear_norm
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.specs import GradientSpec
 from tests.signals import tiny
 from tests.signals.test_gradient_signals import setting, unit  # noqa: F401  a fixture
 

@@ -90,7 +90,7 @@ def test_logits_that_are_changed_after_the_head_are_noticed(models, name):
     scorer = TokenScorer(models[name].eval())
     batch = tiny.collate(tiny.make_rows(5).rows)
     tokens = scorer(batch)
-    assert scorer.through_head is THROUGH_HEAD[name]
+    assert scorer.reader.through_head is THROUGH_HEAD[name]
     with torch.no_grad():
         np.testing.assert_allclose(tokens.means(), row_losses(models[name], batch), rtol=1e-5)
     again = scorer(batch)  # past the first batch, without the comparison

@@ -14,12 +14,10 @@ from dataflex.testing import example_context
 from dataflex.train import loader
 from dataflex.train.feedback import WeightStats
 from dataflex.train.loss import Reweighter
-from dataflex.weighters.column import Column
-from dataflex.weighters.excess import Rho, SelectiveLanguageModelling
-from dataflex.weighters.group import GroupWeighter
 from dataflex.weighters.likeness import Adapt, JointUpdateAware
-from dataflex.weighters.loss import LossWeighter
+from dataflex.weighters.loss import LossWeighter, Rho, SelectiveLanguageModelling
 from dataflex.weighters.product import Factor, Product
+from dataflex.weighters.rows import Column, GroupWeighter
 from dataflex.weighters.token import Focal, TokenWeighter
 from tests.train.ranks import Ranks
 

@@ -141,12 +141,7 @@ _USE = "\n\nThe file it writes is taken by 'mixer: {name: static, from: FILE}'."
 
 
 def mix(options: argparse.Namespace) -> str | int:
-    """Run one step and return what to print, or an exit code where runs have printed already.
-
-    Raises:
-        ConfigError: Options that cannot work, or a step whose input is not there yet.
-        DataError: Numbers, files or models that cannot be used.
-    """
+    """Run one step and return what to print, or an exit code where runs have printed already."""
     module = import_module(f"dataflex.mixing.{MIX_STEPS[options.step].module}")
     step: Callable[[argparse.Namespace], str | int] = getattr(module, f"{options.step}_step")
     return step(options)

@@ -86,8 +86,8 @@ def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
         steps = f"known after loading ({epochs})"
     else:
         steps = f"{view.steps:,} ({'max_steps' if lf.max_steps > 0 else f'{epochs} over {view.rows:,} rows'})"
-    parts = f"{batch.per_device} per device x {batch.accumulation} accumulated x {processes}"
-    lines = [("global batch", f"{batch.size:,} sequences ({parts})"), ("rows", rows), ("steps", steps)]
+    parts = f"{batch.micro_batch_size} per device x {batch.accumulation} accumulated x {processes}"
+    lines = [("global batch", f"{batch.global_batch:,} sequences ({parts})"), ("rows", rows), ("steps", steps)]
     if not view.dynamic.methods or view.schedule is None:
         return lines
     return lines + _interval_lines(view) + _pool_lines(view) + _epoch_lines(view)
@@ -109,10 +109,10 @@ def _interval_lines(view: Forecast) -> Lines:
         assert view.steps is not None
         rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
         last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
-        each = f"{first.steps:,} steps, {first.steps * view.batch.size:,} sequences each"
+        each = f"{first.steps:,} steps, {first.steps * view.batch.global_batch:,} sequences each"
         lines.append(("intervals", f"{view.num_decisions:,} of {each}{last}"))
     elif dynamic.selector is not None or dynamic.mixer is not None:
-        lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
+        lines.append(("intervals", "interval_steps is not set: one decision holds for the whole run"))
     return lines
 
 
@@ -131,8 +131,8 @@ def _pool_lines(view: Forecast) -> Lines:
             by = f"{options.screen_by}, screen_fraction {options.screen_fraction:g}"
             told += f"; screening leaves {pool.left:,} ({by})"
         lines.append(("pool", told))
-    sequences = first.steps * view.batch.size
-    wanted = wanted_rows(first, view.batch.size, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
+    sequences = first.steps * view.batch.global_batch
+    wanted = wanted_rows(first, view.batch.global_batch, pool.left, dynamic.keep_ratio, dynamic.mixer is not None)
     kept = min(wanted, pool.left)
     of = f" (keep_ratio {dynamic.keep_ratio:g})" if dynamic.keep_ratio is not None else ""
     told = f"at most {kept:,} of {pool.left:,} rows{of} for {sequences:,} sequences of an interval"
@@ -140,7 +140,7 @@ def _pool_lines(view: Forecast) -> Lines:
         told += f": each {sequences / kept:.3g} times"
     lines.append(("kept", told))
     if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
-        again = sum(each.steps for each in view.decided()) * view.batch.size / kept
+        again = sum(each.steps for each in view.decided()) * view.batch.global_batch / kept
         lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
     return lines
 
@@ -148,7 +148,7 @@ def _pool_lines(view: Forecast) -> Lines:
 def _epoch_lines(view: Forecast) -> Lines:
     """Return how often each domain is seen, where the mixture is known before training."""
     assert view.steps is not None
-    dynamic, label, wanted = view.dynamic, "epochs per domain", view.steps * view.batch.size
+    dynamic, label, wanted = view.dynamic, "epochs per domain", view.steps * view.batch.global_batch
     if dynamic.mixer is None:
         narrowed = ", but the selector decides which rows" if dynamic.selector is not None else ""
         told = f"{wanted / view.rows:.3g} over all rows on average{narrowed}" if view.rows is not None else ""
@@ -214,7 +214,7 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
     found = {"training": [training], **({} if screening is None else {"screening": [screening]})}
     for method in view.dynamic.methods:
         parts = (_pool, _once, _targets, _served, _reference)
-        told = [cost for part in parts if (cost := part(method, view)) is not None]
+        told = [cost for part in parts if view.steps is not None and (cost := part(method, view)) is not None]
         found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
     return found
 
@@ -256,7 +256,7 @@ def _seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
         run = digest(read_events(output_dir))
     except (DataError, OSError):
         return None  # a record that cannot be read is for 'dataflex report' to complain about
-    if run.started.get("global_batch") != view.batch.size or run.started.get("world") != view.batch.world:
+    if run.started.get("global_batch") != view.batch.global_batch or run.started.get("world") != view.batch.world:
         return None
     spent = ((run.finished or {}).get("seconds") or run.spent).get("train")
     return float(spent) / run.steps_done if run.steps_done and spent else None
@@ -268,7 +268,7 @@ def _screening(view: Forecast) -> Cost | None:
     if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
     by_embeddings = options.screen_by == "embeddings"
-    if pool is None or view.steps is None:
+    if pool is None:
         each = "1 F of each row of the pool" if by_embeddings else "1 F + 1 B of a twentieth of it"
         return Cost(text=f"{each} and interval ({options.screen_by})")
     if pool.left >= pool.drawn:
@@ -289,7 +289,8 @@ def _screening(view: Forecast) -> Cost | None:
 
 def _shares_targets(view: Forecast) -> bool:
     """Whether the selector compares with the very target vectors that screening has made in this decision."""
-    from dataflex.signals.kinds import Embedding, GradientSpec
+    from dataflex.signals.kinds import Embedding
+    from dataflex.signals.specs import GradientSpec
 
     selector = view.dynamic.selector
     assert selector is not None
@@ -309,13 +310,13 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     each = method.requires.passes.over_pool(len(method.targets))
     if not any(each):
         return None
-    if view.rows is None or view.schedule is None:
+    if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
     pool, decisions = view.pool, view.num_decisions
     size = view.rows if pool is None else pool.left
     rows, told = decisions * size, f"{decisions:,} intervals x {size:,} rows"
     if pool is not None and view.dynamic.candidate_batches is not None:
-        batches = view.dynamic.candidate_batches * view.batch.size
+        batches = view.dynamic.candidate_batches * view.batch.global_batch
         rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
         told = told if rows == decisions * size else f"{rows:,} candidates in {decisions:,} intervals"
     bound = "at most " if view.dynamic.exclude_seen else ""
@@ -327,7 +328,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
     each, pool = method.requires.passes.pool_once, view.pool
     if not each:
         return None
-    if pool is None or view.steps is None:
+    if pool is None:
         return Cost(text=f"{each:g} F of another model of each row of the pool, once")
     decisions = view.num_decisions
     bound, rows = "", float(min(pool.rows, decisions * pool.left))
@@ -341,7 +342,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
     each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
-    if not rows or view.steps is None or not any(each):
+    if not rows or not any(each):
         return None
     told = f"{view.num_decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
     return _cost(view.num_decisions * rows, each, told)
@@ -362,8 +363,6 @@ def _served(method: MethodConfig, view: Forecast) -> Cost | None:
     each = method.requires.passes.served
     if not any(each):
         return None
-    if view.steps is None:
-        return Cost(text=f"{_passes(*each)} per row trained on ({method.cost})")
     rows = _acting(method.build(), view)
     return _cost(rows, each, f"{rows:,} rows x {_passes(*each)}; {method.cost}")
 
@@ -373,7 +372,7 @@ def _reference(method: MethodConfig, view: Forecast) -> Cost | None:
     reference, built = method.requires.reference, method.build()
     if reference is None:
         return None
-    if view.steps is None or (reference.cached and view.rows is None):
+    if reference.cached and view.rows is None:
         return Cost(text=method.cost)
     rows, bound = _acting(built, view), ""
     if not reference.cached:
@@ -413,4 +412,4 @@ def _acting(method: Method, view: Forecast) -> int:
     assert view.sequences is not None
     if not isinstance(method, Weighter):
         return view.sequences
-    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.size, 0)
+    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.global_batch, 0)

@@ -1,7 +1,7 @@
-"""LLaMA-Factory's keys of a run: read once, converted to their types, every mistake noted.
+"""LLaMA-Factory's keys of a run, converted to their types, with every problem noted.
 
-LLaMA-Factory takes a value as YAML gave it. What it would misread is put right here, and so handed on: YAML's ``no``
-(false) where a text is meant, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
+LLaMA-Factory takes a value as YAML gave it. Values that it would misread are corrected here and passed on: YAML's
+``no`` (false) for a text, text for a switch, 1e3 for a whole number, a number for a text, null for a default.
 """
 
 from __future__ import annotations
@@ -22,12 +22,8 @@ from dataflex.version import version_of
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _EXPECTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "list": "a list",
-    "dict": "a mapping",
+    **{"bool": "true or false", "int": "a whole number", "float": "a number"},
+    **{"str": "text", "list": "a list", "dict": "a mapping"},
 }
 _ALSO: dict[str, tuple[str, ...]] = {
     "dataset_dir": ("dict",),
@@ -35,7 +31,7 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "resume_from_checkpoint": ("bool",),
     "logging_dir": ("bool",),
 }
-"""Types that LLaMA-Factory and the Trainer take beside those that are declared."""
+"""Types that LLaMA-Factory and the Trainer accept in addition to the declared ones."""
 _PATHS = (
     "adapter_name_or_path cache_dir dataset_dir logging_dir media_dir model_name_or_path output_dir "
     "resume_from_checkpoint tokenized_path"
@@ -58,29 +54,36 @@ _RANGES: dict[str, tuple[float, float]] = {
     )
     for key in keys.split()
 }
-"""Least and greatest value with which a run gets through; LLaMA-Factory itself declares none."""
+"""Smallest and largest value with which a run works; LLaMA-Factory itself declares none."""
 _MAY_BE_INFINITE = ("max_grad_norm",)
-_STEPS = ("logging", "eval", "save")
 _PACKAGES = {
     "enable_liger_kernel": ("liger_kernel",),
     "predict_with_generate": ("jieba", "nltk", "rouge_chinese"),
-    "use_adam_mini": ("adam_mini",),
-    "use_apollo": ("apollo_torch",),
-    "use_badam": ("badam",),
-    "use_galore": ("galore_torch",),
-    "use_swanlab": ("swanlab",),
-    "use_unsloth": ("unsloth",),
+    **{f"use_{name}": (name,) for name in ("adam_mini", "badam", "swanlab", "unsloth")},
+    **{f"use_{name}": (f"{name}_torch",) for name in ("apollo", "galore")},
 }
-_ONLY_LORA = ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")
-_DEVICES = (
-    "/dev/nvidia[0-9]*",
-    "/dev/dxg",
-    "/dev/kfd",
-    "/dev/dri/renderD*",
-    "/dev/davinci*",
-    "/dev/accel*",
-    "/dev/neuron*",
+_WORKS_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        "finetuning_type",
+        ("lora",),
+        ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"),
+    ),
+    ("finetuning_type", ("lora", "oft"), ("quantization_bit",)),
+    ("finetuning_type", ("lora", "oft", "freeze"), ("use_llama_pro",)),
+    ("finetuning_type", ("full", "oft", "freeze"), ("use_galore", "use_apollo", "use_badam")),
+    ("stage", ("sft",), ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")),
 )
+"""A key, its values, and the keys that work with these values only."""
+_APART = (
+    ("use_apollo", "use_galore"),
+    ("use_badam", "use_galore"),
+    ("use_badam", "use_apollo"),
+    ("mask_history", "train_on_prompt"),
+    ("compute_accuracy", "predict_with_generate"),
+    ("max_samples", "streaming"),
+    ("bf16", "fp16"),
+)
+_DEVICES = ("/dev/nvidia[0-9]* /dev/dxg /dev/kfd /dev/dri/renderD* /dev/davinci* /dev/accel* /dev/neuron*").split()
 _OTHER_DEVICES = ("torch_npu", "torch_musa", "torch_mlu", "torch_xla", "habana_frameworks")
 
 
@@ -97,20 +100,13 @@ def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaFactoryArgs(Mapping[str, Any]):
-    """LLaMA-Factory's keys: as a mapping what was written and is handed on, as attributes what holds in the run.
+    """LLaMA-Factory's keys. The mapping holds what was written; the attributes hold what applies in the run."""
 
-    Attributes:
-        given: Keys that were written, converted; also what the mapping's own methods give.
-        problems: Values that a key does not take, one line each; such a key has its default in the attributes.
-        doubts: Unknown keys, and keys that LLaMA-Factory or the Trainer refuses beside others, one line each.
+    given: Mapping[str, Any] = field(default_factory=dict)  # keys that were written, converted
+    problems: tuple[str, ...] = ()  # values that a key does not take; such a key has its default in the attributes
+    doubts: tuple[str, ...] = ()  # unknown keys, and those that LLaMA-Factory or the Trainer refuses beside others
 
-    The other attributes are keys of LLaMA-Factory's with its defaults.
-    """
-
-    given: Mapping[str, Any] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
-
+    # The other attributes are keys of LLaMA-Factory's with its defaults.
     accelerator_config: Any = None
     adapter_name_or_path: str | None = None
     bf16: bool = False
@@ -164,6 +160,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         if isinstance(mapping, LlamaFactoryArgs):
             return mapping
         known = table()
+        extra = env_enabled("ALLOW_EXTRA_ARGS") or env_enabled("USE_MCA") or not known
         given: dict[str, Any] = {}
         problems: dict[str, str] = {}
         unknown: list[str] = []
@@ -171,9 +168,10 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if key == "dynamic":
                 continue
             entry = known.get(key)
-            if entry is None:
-                unknown += [_unknown(key, known)] if known and not _takes_extra_keys() else []
-            else:
+            if entry is None and not extra:
+                near = did_you_mean(key, ["dynamic", *known])
+                unknown.append(f"{key}: unknown key{near} (neither LLaMA-Factory's nor 'dynamic')")
+            elif entry is not None:
                 value, problem = _converted(key, value, entry)
                 if problem:
                     problems[key] = problem
@@ -197,7 +195,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return len(self.given)
 
     def value(self, key: str) -> Any:
-        """Return what holds for any key of LLaMA-Factory's: what was written, else its default."""
+        """Return the value of any of LLaMA-Factory's keys: what was written, else its default."""
         if self.given.get(key) is not None:
             return self.given[key]
         return table()[key].default if key in table() else None
@@ -233,9 +231,16 @@ class LlamaFactoryArgs(Mapping[str, Any]):
         return self.eval_strategy != "no" or self.do_eval or self.eval_on_start
 
     def _together(self) -> Iterator[str]:
-        """Yield what LLaMA-Factory or the Trainer refuses of keys that are right each on its own."""
-        yield from self._of_the_method()
-        yield from self._of_the_data()
+        """Yield combinations of valid keys that LLaMA-Factory or the Trainer refuses."""
+        for other, allowed, keys in _WORKS_WITH:
+            found = getattr(self, other)
+            if found not in allowed:
+                told = f"works with {other} {' or '.join(allowed)} only, found {found}"
+                yield from (f"{key}: {told}" for key in keys if self.on(key))
+        for key, other in _APART:
+            if self.on(key) and self.on(other):
+                yield f"{key}: does not work together with {other}; remove one of the two"
+        yield from self._of_stage_and_data()
         yield from self._of_the_trainer()
         for key, packages in _PACKAGES.items():
             if not self.on(key):
@@ -244,55 +249,26 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if missing:
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
 
-    def _of_the_method(self) -> Iterator[str]:
-        kind = self.finetuning_type
-        for key in _ONLY_LORA:
-            if kind != "lora" and self.on(key):
-                yield f"{key}: works with finetuning_type lora only, found {kind}"
-        whole = [key for key in ("use_galore", "use_apollo", "use_badam") if self.on(key)]
-        if kind == "lora":
-            yield from (f"{key}: does not work with finetuning_type lora" for key in whole)
-        elif len(whole) > 1:
-            yield f"{whole[1]}: does not work together with {whole[0]}"
-        if kind == "full" and self.on("use_llama_pro"):
-            yield "use_llama_pro: works with finetuning_type freeze or lora only"
-        if kind != "lora" and self.adapter_name_or_path is not None:
-            yield f"adapter_name_or_path: an adapter is trained on with finetuning_type lora only, found {kind}"
-        if kind not in ("lora", "oft") and self.on("quantization_bit"):
-            yield f"quantization_bit: works with finetuning_type lora or oft only, found {kind}"
+    def _of_stage_and_data(self) -> Iterator[str]:
         if self.stage == "dpo" and self.value("pref_loss") != "sigmoid" and self.on("dpo_label_smoothing"):
             yield "dpo_label_smoothing: works with pref_loss sigmoid only"
-
-    def _of_the_data(self) -> Iterator[str]:
-        if self.streaming and self.max_samples is not None:
-            yield "max_samples: does not work together with streaming; remove one of the two"
         if self.streaming and self.max_steps < 1:
             yield "streaming: the length of the run must be given; set 'max_steps'"
         if self.streaming and 1e-6 < self.val_size < 1:
             yield "val_size: with streaming it must be a whole number of rows"
-        if self.on("mask_history") and self.on("train_on_prompt"):
-            yield "mask_history: does not work together with train_on_prompt"
-        if self.stage != "sft":
-            for key in ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history"):
-                if self.on(key):
-                    yield f"{key}: works with stage sft only, found {self.stage}"
-        if self.predict_with_generate and self.on("compute_accuracy"):
-            yield "compute_accuracy: does not work together with predict_with_generate"
         for key in ("image", "video"):
-            if self.value(f"{key}_max_pixels") and self.value(f"{key}_min_pixels"):
-                if self.value(f"{key}_max_pixels") < self.value(f"{key}_min_pixels"):
-                    yield f"{key}_max_pixels: must be at least {key}_min_pixels"
+            least, most = self.value(f"{key}_min_pixels"), self.value(f"{key}_max_pixels")
+            if least and most and most < least:
+                yield f"{key}_max_pixels: must be at least {key}_min_pixels"
 
     def _of_the_trainer(self) -> Iterator[str]:
-        for name in _STEPS:
+        for name in ("logging", "eval", "save"):
             steps, strategy = self.value(f"{name}_steps"), self.value(f"{name}_strategy")
             if strategy == "steps" and isinstance(steps, int | float):
                 if steps > 1 and steps != int(steps):
                     yield f"{name}_steps: must be a whole number or a share of the run below 1, found {shown(steps)}"
                 elif steps < 0 or (steps == 0 and name == "logging"):
                     yield f"{name}_steps: must be above 0, found {shown(steps)}"
-        if self.bf16 and self.on("fp16"):
-            yield "bf16: does not work together with fp16; keep one of the two"
         for key in ("bf16", "bf16_full_eval", "pure_bf16"):
             if self.on(key) and (not self.use_cpu or key == "pure_bf16") and not _device_is_possible():
                 way = "train in fp32" if key == "pure_bf16" else "set 'use_cpu: true' to train in bf16 on the CPU"
@@ -320,16 +296,8 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
 
-def _takes_extra_keys() -> bool:
-    return env_enabled("ALLOW_EXTRA_ARGS") or env_enabled("USE_MCA")
-
-
-def _unknown(key: str, known: Mapping[str, Key]) -> str:
-    return f"{key}: unknown key{did_you_mean(key, ['dynamic', *known])} (neither LLaMA-Factory's nor 'dynamic')"
-
-
 def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
-    """Return the value as LLaMA-Factory is to get it, and what is wrong with it or an empty text."""
+    """Return the value to pass to LLaMA-Factory, and what is wrong with it or an empty text."""
     types = (*entry.types, *_ALSO.get(key, ()))
     if value is None or not entry.types:
         return value, ""
@@ -338,13 +306,14 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
             return "no", ""
         if entry.nullable and "str" in types:
             return value, ""
-    if "bool" in types and "str" not in types and not isinstance(value, bool):
-        text = str(value).strip().lower() if isinstance(value, str | int) else ""
-        if text in (*_ON, *_OFF) and not (text == "" and not isinstance(value, str)):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if "bool" in types and "str" not in types and (isinstance(value, str) or number):
+        text = str(value).strip().lower()
+        if text in (*_ON, *_OFF):
             return text in _ON, ""
-    if isinstance(value, int | float) and not isinstance(value, bool) and ({"int", "float"} & set(types)):
+    if number and {"int", "float"} & set(types):
         return _number(key, value, types)
-    if isinstance(value, int | float) and not isinstance(value, bool) and types == ("str",) and entry.choices is None:
+    if number and types == ("str",) and entry.choices is None:
         value = str(value)
     shapes: dict[str, Any] = {"bool": bool, "str": str, "list": list | tuple, "dict": Mapping}
     if not any(isinstance(value, shapes[name]) for name in types if name in shapes):
@@ -362,13 +331,10 @@ def _converted(key: str, value: Any, entry: Key) -> tuple[Any, str]:
 def _number(key: str, value: float, types: tuple[str, ...]) -> tuple[Any, str]:
     least, most = _RANGES.get(key, (-_MOST, _MOST))
     infinite_ok = key in _MAY_BE_INFINITE
-    if math.isnan(value) or (math.isinf(value) and not infinite_ok):
-        kind = "whole number" if "float" not in types else "number"
-        return value, f"{key}: expected a {kind}, found {shown(value)}"
-    if "float" not in types:
-        if value != math.floor(value):
-            return value, f"{key}: expected a whole number, found {shown(value)}"
-        value = int(value)
+    whole = "float" not in types
+    if math.isnan(value) or (math.isinf(value) and not infinite_ok) or (whole and value != math.floor(value)):
+        return value, f"{key}: expected a {'whole number' if whole else 'number'}, found {shown(value)}"
+    value = int(value) if whole else value
     if value < least:
         return value, f"{key}: must be at least {least:g}, found {shown(value)}"
     if value > most and not (infinite_ok and math.isinf(value)):
@@ -387,17 +353,15 @@ def path_problem(path: str) -> str:
 
 
 def _device_is_possible() -> bool:
-    """Whether this machine may have a device that computes in bf16; False only where it surely has none."""
+    """Whether this machine may have a device that computes in bf16; False only where it certainly has none."""
     if sys.platform != "linux" or any(importlib.util.find_spec(name) for name in _OTHER_DEVICES):
         return True
     torch = version_of("torch")
-    if torch is None:
-        return True
-    return not torch.endswith("+cpu") and any(glob.glob(pattern) for pattern in _DEVICES)
+    return torch is None or (not torch.endswith("+cpu") and any(glob.glob(pattern) for pattern in _DEVICES))
 
 
 def env_processes() -> tuple[int, list[str]]:
-    """Return the number of processes that the environment asks torchrun for, and what is wrong with that."""
+    """Return the number of processes that the environment requests from torchrun, and problems of these variables."""
     total, problems = 1, []
     for name, words in (("NPROC_PER_NODE", ("auto", "cpu", "gpu", "xpu")), ("NNODES", ())):
         text = os.environ.get(name, "1")

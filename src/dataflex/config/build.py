@@ -1,7 +1,7 @@
-"""The ``dynamic`` block becomes a ``DynamicConfig``; all problems of the block are told at once.
+"""Turns a ``dynamic`` block into a ``DynamicConfig`` and reports all problems of the block at once.
 
-A method's block is a bare name, or a mapping of its name, its targets and its parameters. A key in the wrong place is
-told the place where it belongs.
+A method's block is a bare name, or a mapping of its name, its targets and its parameters. The message about a key in
+the wrong place says where it belongs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.mappings import UNKNOWN_KEY, collect, dotted, field_hints, key_of, parts_in, shown, values
+from dataflex.config.mappings import UNKNOWN_KEY, collect, dotted, field_hints, key_of, name_in, parts_in, shown, values
 from dataflex.config.needs import without_targets
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, MethodConfig, SignalsConfig, block_keys
 from dataflex.config.table import table
-from dataflex.errors import ComponentError, ConfigError, did_you_mean
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method, Requires, RunFacts
 from dataflex.registry import KINDS, find, load_plugin, names, same_names
 
@@ -25,7 +25,7 @@ _MOST_NAMED = 4
 
 
 def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
-    """Return what a ``dynamic`` block asks for.
+    """Return the configuration that a ``dynamic`` block describes.
 
     Args:
         mapping: The block as the file gave it. A null value means the default.
@@ -74,22 +74,13 @@ def load_plugins(paths: tuple[str, ...], base_dir: Path, problems: list[str]) ->
 
 
 def method_block(kind: str, block: Any, path: str, problems: list[str]) -> MethodConfig | None:
-    """Return what a block such as ``selector: {name: loss, focus: high}`` asks for, or None after noting why not."""
+    """Return the method that a block such as ``{name: loss, focus: high}`` describes, or None after noting why not."""
     before = len(problems)
     block = _spelt_out(kind, block, path, problems)
-    if not isinstance(block, Mapping):
-        problems.append(f"{path}: expected the name of a {kind} or a mapping with 'name', found {shown(block)}")
-        return None
-    name = block.get("name")
-    if name is None:
-        near = did_you_mean("name", [str(key) for key in block]).replace("did you mean", "is it spelt")
-        problems.append(f"{path}.name: missing; name a {kind} (known: {', '.join(names(kind))}){near}")
-        return None
-    if not isinstance(name, str):
-        problems.append(f"{path}.name: expected text, found {shown(name)}")
-        return None
-    cls = method_class(kind, name, path, problems)
-    if cls is None:
+    expected = f"the name of a {kind} or a mapping with 'name'"
+    name = name_in(block, path, problems, expected, f"a {kind}", names(kind))
+    cls = None if name is None else method_class(kind, name, path, problems)
+    if name is None or cls is None:
         return None
     rest = {key: value for key, value in block.items() if key not in ("name", "targets")}
     needs = half_read(cls, block)
@@ -102,9 +93,7 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
         try:
             needs = method.requires
             found += [f"{path}.{problem.key}: {problem.text}" for problem in method.build().check(RunFacts())]
-        except ConfigError as error:
-            found += [f"{path}: {problem}" for problem in error.problems]
-        except ComponentError as error:
+        except (ConfigError, ComponentError) as error:
             found += [f"{path}: {line}" for line in str(error).splitlines()]
     targets: tuple[str, ...] = ()
     if needs is not None and needs.targets:
@@ -119,7 +108,7 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
 
 
 def _spelt_out(kind: str, block: Any, path: str, problems: list[str]) -> Any:
-    """Return a method's block as a mapping with its name, if it is one of the shorter forms."""
+    """Return a method's block as a mapping with its name where it is written in a shorter form."""
     if isinstance(block, str):
         return {"name": block}
     if isinstance(block, list | tuple) and kind == "weighter":
@@ -138,13 +127,13 @@ def _spelt_out(kind: str, block: Any, path: str, problems: list[str]) -> Any:
 
 
 def takes_targets(cls: type[Method], block: Mapping[str, Any]) -> bool:
-    """Whether a method takes targets under those of its parameters that can be read."""
+    """Whether a method takes targets, given those of its parameters that can be read."""
     needs = half_read(cls, block)
     return needs is not None and needs.targets
 
 
 def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
-    """Return what a method requires under those of its parameters that can be read; None where that cannot be told.
+    """Return what a method requires, given those of its parameters that can be read; None where that is unknown.
 
     Parameters that are missing or wrong have their defaults, or None; neither Params nor the method is checked.
     """
@@ -167,7 +156,7 @@ def half_read(cls: type[Method], block: Mapping[str, Any]) -> Requires | None:
 
 
 def method_class(kind: str, name: str, path: str, problems: list[str]) -> type[Method] | None:
-    """Return the class of a method, or None after noting why there is none."""
+    """Return the class of a method, or None after noting why it cannot be found."""
     try:
         return find(kind, name)
     except ConfigError as error:
@@ -192,7 +181,7 @@ def target_list(value: Any, path: str, problems: list[str]) -> tuple[str, ...]:
 
 
 def misplaced_keys(mapping: Mapping[str, Any]) -> list[str]:
-    """Return a problem per top-level key that belongs into the ``dynamic`` block.
+    """Return a problem for each top-level key that belongs in the ``dynamic`` block.
 
     Keys of methods are looked for only where the block names the method, and it is one of ours.
     """
@@ -203,7 +192,7 @@ def misplaced_keys(mapping: Mapping[str, Any]) -> list[str]:
 
 
 def _with_places(problems: Sequence[str], block: Mapping[str, Any]) -> list[str]:
-    """Return the problems of a ``dynamic`` block, unknown keys with the place where they would be known."""
+    """Return the problems of a ``dynamic`` block; for unknown keys, add the place where they belong."""
     found = [UNKNOWN_KEY.fullmatch(line) for line in problems]
     places = _places(block) if any(found) else {}
     return [

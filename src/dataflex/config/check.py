@@ -1,7 +1,7 @@
-"""Everything that can be found wrong with a configuration and its data without loading LLaMA-Factory or a model.
+"""Checks of a configuration and its data that need neither LLaMA-Factory nor a model.
 
-The checks never stop at the first problem: a user mends a configuration once. What a run does otherwise than its keys
-may be read is no problem, but is told by ``notes``.
+The checks never stop at the first problem, so that a user corrects a configuration once. Keys that are valid but have
+no effect, or another effect than expected, are reported by ``notes``.
 """
 
 from __future__ import annotations
@@ -29,39 +29,30 @@ from dataflex.plan.validate import check_mix
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
-    "auto_find_batch_size": "the plan is cut for one batch size, which this changes in the middle; set the batch size",
+    "auto_find_batch_size": "a plan is made for one batch size, and this changes it during the run; set the batch size",
     "use_unsloth": "it replaces the training loop that the plan is served through; remove it",
     "use_mca": "Megatron has its own training loop, which cannot be served a plan; remove it",
     "use_hyper_parallel": "it has its own training loop, which cannot be served a plan; remove it",
     "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
 }
 
-_LOSS_OF_ITS_OWN = "it is a loss of its own, and so is the one that the {method} makes; keep one of the two"
+_LOSS_OF_ITS_OWN = "it computes a loss of its own, and so does the {method}; keep one of the two"
 _FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
 
 _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
-    "use_dft_loss": _LOSS_OF_ITS_OWN,
-    "use_asft_loss": _LOSS_OF_ITS_OWN,
-    "use_eaft_loss": _LOSS_OF_ITS_OWN,
-    "enable_liger_kernel": _FUSED,
-    "use_liger_kernel": _FUSED,
+    **dict.fromkeys(("use_dft_loss", "use_asft_loss", "use_eaft_loss"), _LOSS_OF_ITS_OWN),
+    **dict.fromkeys(("enable_liger_kernel", "use_liger_kernel"), _FUSED),
     "label_smoothing_factor": "smoothing replaces the loss that the {method} looks at; remove it or the {kind}",
 }
 
-_PARALLEL_KEYS = (
-    "sequence_parallel_size",
-    "context_parallel_size",
-    "cp_size",
-    "sp_size",
-    "ulysses_degree",
-    "ulysses_size",
-)
+_PARALLEL_KEYS = ("sequence_parallel_size context_parallel_size cp_size sp_size ulysses_degree ulysses_size").split()
+_KEPT_APART = "data sets are kept apart as domains; remove it and give proportions to a mixer (such as"
 _NOT_HELD_OUT = 1e-6
-"""Greatest ``val_size`` that sets no rows aside."""
+"""Largest ``val_size`` that holds no rows out."""
 
 
 def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir: Path) -> list[str]:
-    """Return all that is wrong with a configuration, its data and its surroundings, one line each.
+    """Return all problems of a configuration, its data and its environment, one line each.
 
     Args:
         dynamic: What is decided during training; None for a stock run, of which only LLaMA-Factory's keys, the model
@@ -74,7 +65,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
             return []  # evaluation and prediction are LLaMA-Factory's own business
         return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
     of_stage = [*stage_problems(dynamic, lf)]
-    # One mistake is told once: with a wrong stage it does not matter whether the data sets are meant for it.
+    # One mistake is reported once: with a wrong stage, data sets are not compared with the stage.
     staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
     sources, of_data = data_sets(staged, base_dir)
     found = [
@@ -92,7 +83,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
 
 
 def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
-    """Return the problems of LLaMA-Factory's keys and those ``found``, of each key what tells most."""
+    """Return the problems of LLaMA-Factory's keys and those ``found``, for each key the first kind of these."""
     told = [*lf.problems]
     if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
         told += env_processes()[1]
@@ -100,7 +91,7 @@ def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
 
 
 def first_told(told: Iterable[str], more: Iterable[str]) -> list[str]:
-    """Return the lines ``told``, and those of ``more`` that are about other keys."""
+    """Return the lines ``told``, and those of ``more`` that concern other keys."""
     told = [*told]
     keys = {key_of_problem(line) for line in told}
     return [*told, *(line for line in more if key_of_problem(line) not in keys)]
@@ -115,7 +106,7 @@ def key_of_problem(line: str) -> str:
 
 
 def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield what speaks against the stage, the back end, and methods under them."""
+    """Yield problems of the stage and of partitioned parameters, and of methods that do not work with them."""
     if lf.stage == "ppo":
         yield (
             "stage: ppo is not supported: the policy writes its own training batches, so there are no fixed rows to "
@@ -140,7 +131,7 @@ def _partitioned(lf: LlamaFactoryArgs) -> str:
 
 
 def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield the settings that cannot be honoured, each with the reason."""
+    """Yield the settings that a run with a ``dynamic`` block cannot follow, each with the reason."""
     if not lf.do_train:
         yield "do_train: is not on, so nothing is trained and 'dynamic' has no effect; set 'do_train: true'"
     for key, reason in _REFUSED.items():
@@ -156,15 +147,9 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     elif order == "sequential":
         yield "train_sampling_strategy: the plan decides the order of rows; for file order set 'disable_shuffling'"
     if lf.mix_strategy != "concat":
-        yield (
-            f"mix_strategy: {lf.mix_strategy} is not supported: data sets are kept apart as domains; remove it and "
-            "give proportions to a mixer (such as 'mixer: uniform')"
-        )
+        yield f"mix_strategy: {lf.mix_strategy} is not supported: {_KEPT_APART} 'mixer: uniform')"
     if lf.interleave_probs is not None:
-        yield (
-            "interleave_probs: data sets are kept apart as domains; remove it and give proportions to a mixer (such as "
-            "'mixer: static')"
-        )
+        yield f"interleave_probs: {_KEPT_APART} 'mixer: static')"
     spread = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
     config = lf.parallelism_config
     yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(lf.value(key)))
@@ -181,7 +166,7 @@ def _above_one(value: Any) -> bool:
 
 
 def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield what cannot be done with rows that are tokenized when they are served."""
+    """Yield settings that do not work with streaming, where rows are tokenized when they are served."""
     if not lf.streaming:
         return
     if lf.stage not in ("pt", "sft"):
@@ -205,7 +190,7 @@ def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield what is wrong with the model's and the back end's paths."""
+    """Yield problems of the paths of the model and of DeepSpeed's configuration."""
     model = lf.model_name_or_path
     if not model:
         yield "model_name_or_path: missing; give a model's folder or its name on a hub"
@@ -217,7 +202,7 @@ def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
 
 
 def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
-    """Yield what speaks against the output folder and the checkpoint to resume from."""
+    """Yield problems of the output folder and of the checkpoint to resume from."""
     if not lf.output_dir:
         yield "output_dir: missing; checkpoints, plans and the record of the run go there"
         return
@@ -245,7 +230,7 @@ def _output_problems(lf: LlamaFactoryArgs) -> Iterator[str]:
 
 
 def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[str]]:
-    """Return the data sets to train on, none if one of them is not there, and what is wrong with all that are named."""
+    """Return the data sets to train on (none if one of them is missing), and the problems of all that are named."""
     problems = [f"{key}: {told}" for key in ("dataset", "eval_dataset") if (told := _empty_name(getattr(lf, key)))]
     problems += _held_out_problems(lf, base_dir)
     names = lf.train_sets
@@ -259,11 +244,10 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[
         problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
     sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
     problems += [*missing, *_without_rows(sources, lf, "dataset")]
-    for source in sources if lf.streaming else ():
-        if source.path is None:
-            problems.append(
-                f"streaming: {source.name!r} is not in local files, which alone can be read at any row; download it"
-            )
+    remote = [source.name for source in sources if source.path is None and lf.streaming]
+    problems += [
+        f"streaming: {name!r} is not in local files, which alone can be read at any row; download it" for name in remote
+    ]
     if missing:
         return [], problems
     counts = [count_rows(source, lf) for source in sources]
@@ -291,7 +275,7 @@ def _without_rows(sources: Sequence[Source], lf: LlamaFactoryArgs, key: str) -> 
 
 
 def _held_out_problems(lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
-    """Yield what is wrong with what is held out, and what asks for held-out rows where there are none."""
+    """Yield problems of the held-out rows, and keys that need held-out rows where there are none."""
     named, share = lf.eval_sets, lf.val_size
     if named and share > _NOT_HELD_OUT:
         yield "val_size: cannot be given together with eval_dataset; remove one of the two"
@@ -364,7 +348,7 @@ def _targets_in_training(
 
 
 def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Source]) -> RunFacts:
-    """Return what is known of the rows of a run before they are loaded."""
+    """Return what is known about the rows of a run before they are loaded."""
     copied = bool(lf.tokenized_path)
     columns = {source.name: columns_of(source.path) for source in sources if source.path is not None}
     return RunFacts(
@@ -378,7 +362,7 @@ def facts_of(dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: Sequence[Sou
 def _domain_problems(
     dynamic: DynamicConfig, lf: LlamaFactoryArgs, sources: list[Source], facts: RunFacts
 ) -> Iterator[str]:
-    """Yield what is wrong with the columns, the domains, their proportions, and the number of rows."""
+    """Yield problems of the columns, the domains, their proportions, and the number of rows."""
     yield from unmet(dynamic, facts)
     if not sources:
         return
@@ -387,7 +371,11 @@ def _domain_problems(
             "dynamic.unit: rows hold several documents under packing, which are counted by data set only; let the data "
             "sets be the domains, or set 'packing: false'"
         )
-    view = forecast(dynamic, lf, sources)
+    try:
+        view = forecast(dynamic, lf, sources)
+    except DataError as error:
+        yield f"per_device_train_batch_size: {error}"
+        return
     if dynamic.mixer is not None and facts.num_domains is not None:
         if facts.num_domains < max(2, dynamic.requires.domains):
             return  # told already
@@ -409,7 +397,7 @@ def _raised(check: Callable[[], object]) -> list[str]:
 
 
 def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) -> Iterator[str]:
-    """Ask the mixer itself; where sizes are not known, one row stands for each domain to check the names."""
+    """Yield what the mixer itself finds wrong; where sizes are unknown, each domain counts as one row."""
     domains = view.domains or Domains.from_sizes(names, [1] * len(names))
     written, caps, least = dynamic.initial_proportions, dynamic.max_epochs, dynamic.min_proportion
     if written is not None:
@@ -438,16 +426,17 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
 
 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
-    """Yield that a selector, alone, cannot fill an interval."""
+    """Yield that a selector without a mixer cannot fill an interval."""
     selector, first = dynamic.selector, view.first_decision
     if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
         return
-    wanted, pool = first.steps * view.batch.size, view.pool
+    size, pool = view.batch.global_batch, view.pool
+    wanted = first.steps * size
     if dynamic.candidate_batches is not None:
         looked_at = dynamic.candidate_batches * wanted
         if looked_at > view.rows:
             yield (
-                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {view.batch.size:,} "
+                f"dynamic.candidate_batches: {dynamic.candidate_batches} x {first.steps:,} steps x {size:,} "
                 f"rows are {looked_at:,} candidates, and the data sets hold {view.rows:,} rows; lower it, or "
                 "interval_steps"
             )
@@ -455,7 +444,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     replaces = asdict(selector.params).get("replacement") is True
     if dynamic.repeat or dynamic.keep_ratio is not None or replaces or pool is None or wanted <= pool.left:
         return
-    fitting = pool.left // view.batch.size
+    fitting = pool.left // size
     narrowed = "pool_fraction and screen_fraction leave"
     left = f", of which dynamic.signals.{narrowed} {pool.left:,}" if pool.left < pool.rows else ""
     way = "Set" if dynamic.interval_steps is None else "Lower"
@@ -467,7 +456,7 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
 
 
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
-    """Yield the domains that cannot fill their share of an interval, since a narrowed pool is served once."""
+    """Yield the domains that cannot fill their share of an interval: a selected row is served once."""
     first, domains, pool = view.first_decision, view.domains, view.pool
     if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
@@ -478,7 +467,7 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
         stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), total))
     for steps, shares, most in stretches:
         for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
-            wanted, there = int(steps * view.batch.size * share), min(int(rows), most)
+            wanted, there = int(steps * view.batch.global_batch * share), min(int(rows), most)
             if wanted > there:
                 yield (
                     f"dynamic.mixer: {steps:,} steps want {wanted:,} rows of domain {name!r}, and at most {there:,} of "
@@ -486,11 +475,11 @@ def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> 
                 )
 
 
-# -- what is no problem, but to be known ----------------------------------------------------------
+# -- notes ----------------------------------------------------------------------------------------
 
 
 def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
-    """Yield one line per thing that ``plan``, and ``train`` at its start, tell of a run that nothing speaks against."""
+    """Yield what ``plan``, and ``train`` at its start, report about a configuration without problems, one line each."""
     yield from _notes_on_data(dynamic, lf, base_dir)
     yield from _notes_on_the_block(dynamic, lf)
     beside = "no effect beside 'dynamic'"

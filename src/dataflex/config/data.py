@@ -1,4 +1,4 @@
-"""The data sets of a run, as far as ``dataset_info.json`` and the files tell without tokenizing anything.
+"""The data sets of a run, as far as they are known without tokenizing: ``dataset_info.json`` and the files.
 
 Three questions: what a local file holds (rows, columns, why it cannot be read; as the readers of ``datasets`` do),
 what LLaMA-Factory's loader would refuse of an entry (as its ``data.parser`` and ``data.converter`` do), and which rows
@@ -30,7 +30,7 @@ _SPACE = " \t\n\r"
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What was found in a file: rows and names of columns, None where not quick to know; why it cannot be read."""
+    """Rows and columns of a file, None where counting would take long; why it cannot be read."""
 
     rows: int | None = None
     columns: frozenset[str] | None = None
@@ -38,7 +38,7 @@ class Contents:
 
 
 def contents_of(path: Path) -> dict[Path, Contents]:
-    """Return what the files of a data set hold, by file, in the order of their names.
+    """Return the contents of each file of a data set, in the order of the files' names.
 
     Remembered while size and time of change stay the same. The files are read through only where all of them together
     are of moderate size.
@@ -119,7 +119,7 @@ def _json(text: str) -> Contents:
 
 
 def _rows(items: list[tuple[str, Any]]) -> Contents:
-    """Return the columns of rows that are told as ``line 3`` and the like; every column must be of one type."""
+    """Return the columns of rows with their places (``line 3``); every column must have one type."""
     if any(not isinstance(item, dict) for _, item in items):
         return Contents(rows=len(items))
     seen: dict[str, tuple[str, str]] = {}
@@ -136,13 +136,10 @@ def _rows(items: list[tuple[str, Any]]) -> Contents:
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
     if isinstance(value, bool):
         return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    return "text" if isinstance(value, str) else "a mapping" if isinstance(value, Mapping) else "a list"
+    kinds = {type(None): "null", int: "a number", float: "a number", str: "text", dict: "a mapping", list: "a list"}
+    return kinds[type(value)]
 
 
 def _csv(file: Path) -> Contents:
@@ -174,11 +171,11 @@ _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _CHAT = {"messages": "conversations"}
 _ANY = ("system", "tools", "images", "videos", "audios")
 _LENIENT = ("system", "tools")
-"""Columns that the openai format does without."""
+"""Columns that are optional in the openai format."""
 
 
 def _file_problem(path: Path) -> str:
-    """Return the first reason why the file or the folder of a data set cannot be read, as what it does or is."""
+    """Return the first reason why the file or the folder of a data set cannot be read, as a predicate."""
     files = _files(path)
     if path.is_dir() and any((path / mark).is_file() for mark in _MARKS_OF_SAVED):
         return (
@@ -199,12 +196,9 @@ def _file_problem(path: Path) -> str:
 
 
 def _entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | None) -> Iterator[str]:
-    """Yield what is wrong with an entry of ``dataset_info.json``, as what it does or is.
+    """Yield problems of an entry of ``dataset_info.json``, as predicates.
 
-    Args:
-        entry: The entry.
-        path: Its file or folder; None for one that is not in local files.
-        stage: LLaMA-Factory's stage; None where something else is wrong with it.
+    ``path`` is its file or folder, None for one that is not in local files; ``stage`` None where it is wrong itself.
     """
     formatting, ranking = entry.get("formatting") or "alpaca", entry.get("ranking", False)
     if formatting not in _FORMATS:
@@ -240,7 +234,7 @@ def _entry_problems(entry: Mapping[str, Any], path: Path | None, stage: str | No
 
 
 def columns_of(path: Path) -> frozenset[str] | None:
-    """Return the columns of a data set's files together; None where they, or whether it has rows, are not known."""
+    """Return the columns of all files of a data set; None where they are unknown or there may be no rows."""
     columns = [found.columns for found in contents_of(path).values()]
     if not any(columns) or None in columns:
         return None
@@ -248,7 +242,7 @@ def columns_of(path: Path) -> frozenset[str] | None:
 
 
 def _needed(entry: Mapping[str, Any], formatting: str, ranking: bool) -> Iterator[tuple[str, Any]]:
-    """Yield key and column of everything that is looked up in each row."""
+    """Yield key and column of every value that is read from each row."""
     given = entry.get("columns")
     names: Mapping[str, Any] = given if given is not None else {**_ALPACA, **_CHAT}
     alpaca = formatting == "alpaca"
@@ -284,25 +278,18 @@ def target_data_sets(target: str) -> tuple[str, ...]:
 def find_sources(
     names: Sequence[str], lf: LlamaFactoryArgs, key: str, base_dir: Path
 ) -> tuple[list[Source], list[str]]:
-    """Return the data sets that could be found, and one line per problem.
+    """Return the data sets of these names that could be found, and one line per problem.
 
-    Args:
-        names: Names of data sets.
-        lf: LLaMA-Factory's keys.
-        key: Path of the key that names them, for messages.
-        base_dir: Folder of the configuration file, where a misplaced ``dataset_dir`` often is.
+    ``key`` is told in messages; ``base_dir`` is the configuration's folder, where a misplaced ``dataset_dir`` may be.
     """
     folder: Any = lf.dataset_dir
-    if isinstance(folder, Mapping):
-        info: Any = folder
-        folder = "."
-    elif str(folder) == "ONLINE" or str(folder).startswith("REMOTE:"):
+    if str(folder) == "ONLINE" or str(folder).startswith("REMOTE:"):
         return [Source(name=name) for name in names], []
-    else:
-        info, problem = _info(Path(str(folder)), base_dir)
-        if problem:
-            return [], [problem]
-    file = Path(str(folder)) / INFO_FILE
+    given = isinstance(folder, Mapping)
+    file = Path(INFO_FILE) if given else Path(str(folder)) / INFO_FILE
+    info, problem = (folder, "") if given else _info(file, base_dir)
+    if problem:
+        return [], [problem]
     sources, problems = [], []
     for name in names:
         found: Source | list[str] = [f"{name!r} is not defined in {file}{did_you_mean(name, list(info))}"]
@@ -315,8 +302,7 @@ def find_sources(
     return sources, problems
 
 
-def _info(folder: Path, base_dir: Path) -> tuple[Any, str]:
-    file = folder / INFO_FILE
+def _info(file: Path, base_dir: Path) -> tuple[Any, str]:
     if not file.is_file():
         elsewhere = base_dir / file
         hint = f"; there is {elsewhere}: write 'dataset_dir: {elsewhere.parent}'" if elsewhere.is_file() else ""
@@ -333,7 +319,7 @@ def _info(folder: Path, base_dir: Path) -> tuple[Any, str]:
 
 
 def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | list[str]:
-    """Return the data set that an entry of ``file`` describes, or what is wrong with it."""
+    """Return the data set that an entry of ``file`` describes, or its problems."""
     if not isinstance(entry, Mapping):
         return [f"{name!r} in {file} must be a mapping with 'file_name' or a hub's address"]
     asked = entry.get("num_samples")
@@ -355,7 +341,7 @@ def _source(name: str, entry: Any, file: Path, stage: str | None) -> Source | li
 
 
 def count_rows(source: Source, lf: LlamaFactoryArgs) -> int | None:
-    """Return how many rows a data set gives at most, or None when that is not quick.
+    """Return the largest number of rows that a data set can have, or None where counting would take long.
 
     Its ``split`` and ``num_samples`` and the run's ``max_samples`` are respected.
     """
@@ -369,7 +355,7 @@ def count_rows(source: Source, lf: LlamaFactoryArgs) -> int | None:
 
 
 def count_bytes(source: Source, lf: LlamaFactoryArgs) -> int | None:
-    """Return the bytes of the rows that ``count_rows`` counts, or None when that is not quick.
+    """Return the bytes of the rows that ``count_rows`` counts, or None where counting would take long.
 
     Of a part of one file of lines from its beginning, those bytes; of any other part, its share of all bytes.
     """
@@ -402,7 +388,7 @@ def _total(counts: Sequence[int | None]) -> int | None:
 
 
 def _kept(split: str, rows: int) -> int | None:
-    """Return how many of ``rows`` rows a split such as "train[:10%]" names; None where that cannot be told."""
+    """Return the number of rows, of ``rows``, in a split such as "train[:10%]"; None where it is not understood."""
     if split == "train":
         return rows
     match = _SPLIT.fullmatch(split)
@@ -433,7 +419,7 @@ def _head_bytes(file: Path, rows: int) -> int | None:
 
 
 def train_rows(counts: Sequence[int | None], lf: LlamaFactoryArgs) -> int | None:
-    """Return the rows left to train on once ``val_size`` is set aside, or None when a count is unknown."""
+    """Return the number of rows to train on, without ``val_size``, or None where a count is unknown."""
     rows = _total(counts) if counts else None
     if rows is None:
         return None

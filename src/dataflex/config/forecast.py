@@ -1,4 +1,4 @@
-"""What a run will do, as far as it follows from the configuration and the files: rows, steps, mixture, cost.
+"""Forecast of a run from its configuration and files: rows, steps, schedule, mixture.
 
 Nothing is tokenized and no model is looked at, so a packed or remote data set leaves the numbers
 open (None) rather than guessed.
@@ -23,27 +23,14 @@ from dataflex.errors import UnsupportedError
 from dataflex.method import Context, Mixer, Signals
 from dataflex.plan.domains import Domains
 from dataflex.plan.mixture import expected_epochs
+from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import apply_min_proportion, by_domain, floors_by_domain
 from dataflex.plan.schedule import Interval, Schedule, pool_sizes
 from dataflex.plan.validate import check_mix
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The global batch: sequences of one optimizer step over all processes."""
-
-    per_device: int
-    accumulation: int
-    world: int
-
-    @property
-    def size(self) -> int:
-        """Sequences per optimizer step."""
-        return self.per_device * self.accumulation * self.world
-
-
-def batch_of(lf: LlamaFactoryArgs) -> Batch:
-    """Return the global batch that the keys and the environment ask for.
+def batch_of(lf: LlamaFactoryArgs) -> BatchShape:
+    """Return the batch shape that the keys and the environment give.
 
     Processes are counted from ``WORLD_SIZE`` (under torchrun), from ``NPROC_PER_NODE`` and ``NNODES``
     when ``FORCE_TORCHRUN`` is on, or from ``ray_num_workers`` when ``USE_RAY`` is on; else there is one.
@@ -55,20 +42,26 @@ def batch_of(lf: LlamaFactoryArgs) -> Batch:
         world = lf.ray_num_workers
     elif env_enabled("FORCE_TORCHRUN"):
         world = env_processes()[0]
-    return Batch(per_device=lf.per_device_train_batch_size, accumulation=lf.gradient_accumulation_steps, world=world)
+    return BatchShape(
+        micro_batch_size=lf.per_device_train_batch_size,
+        accumulation=lf.gradient_accumulation_steps,
+        world=world,
+        rank=0,
+        drop_last=lf.dataloader_drop_last,
+        shuffle=not lf.disable_shuffling,
+    )
 
 
 def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
-    """Return the optimizer steps of the run as the Trainer counts them, or None when rows are not known."""
+    """Return the optimizer steps of the run as the Trainer counts them, or None when rows are not known.
+
+    Raises:
+        DataError: ``dataloader_drop_last`` leaves no rows.
+    """
+    epoch = batch_of(lf).steps_per_epoch(rows) if rows else None
     if lf.max_steps > 0:
         return lf.max_steps
-    if not rows:
-        return None
-    batch = batch_of(lf)
-    whole = rows // batch.per_device // batch.world
-    micro_batches = whole if lf.dataloader_drop_last else math.ceil(rows / (batch.per_device * batch.world))
-    steps_per_epoch = max(1, math.ceil(micro_batches / batch.accumulation))
-    return math.ceil(lf.num_train_epochs * steps_per_epoch)
+    return None if epoch is None else math.ceil(lf.num_train_epochs * epoch)
 
 
 def schedule_of(dynamic: DynamicConfig, total: int) -> Schedule:
@@ -90,7 +83,7 @@ _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is 
 
 
 class _NoSignals:
-    """Stands where the model would be: nothing can be asked before training."""
+    """Signals before training: there is no model to ask."""
 
     def __call__(self, signal: object, *_: object, **__: object) -> NoReturn:
         self.__getattr__(type(signal).__name__)
@@ -113,39 +106,38 @@ class Forecast:
     """What is known of a run before it is loaded; None for numbers that are not known."""
 
     dynamic: DynamicConfig
-    batch: Batch
+    batch: BatchShape
     counts: Mapping[str, int | None]  # rows that each data set gives at most
     packs: bool  # whether several samples share a row, so that rows are not known
     rows: int | None  # rows to train on, val_size set aside
     steps: int | None  # optimizer steps of the run
     targets: Mapping[str, int | None] = field(default_factory=dict)  # rows that each target data set gives at most
-    drop_last: bool = False  # dataloader_drop_last
 
     @property
     def sequences(self) -> int | None:
         """Sequences that are trained on; the last step of a whole epoch may be short."""
         if self.steps is None:
             return None
-        per_device, size = self.batch.per_device, self.batch.size
+        size = self.batch.global_batch
         if not self.rows or self.dynamic.mixer is not None or self.dynamic.narrows or self.batch.world > 1:
             return self.steps * size
-        epoch = self.rows // per_device * per_device if self.drop_last else self.rows
-        epochs, rest = divmod(self.steps, max(1, math.ceil(epoch / size)))
+        epoch = self.batch.rows_per_epoch(self.rows)
+        epochs, rest = divmod(self.steps, self.batch.steps_per_epoch(self.rows))
         return epochs * epoch + min(rest * size, epoch)
 
     @property
     def pool(self) -> Pool | None:
-        """What the selector is given in the first interval that it decides for; None without one, or not known."""
+        """The selector's pool in the first interval that it decides for; None without a selector, or unknown."""
         first, options, batches = self.first_decision, self.dynamic.signals, self.dynamic.candidate_batches
         if not self.dynamic.narrows or not self.rows or first is None:
             return None
         drawn, left = pool_sizes(self.rows, options.pool_fraction, options.screen_fraction)
         if batches is not None:
-            drawn = left = min(self.rows, batches * first.steps * self.batch.size)
+            drawn = left = min(self.rows, batches * first.steps * self.batch.global_batch)
         return Pool(rows=self.rows, drawn=drawn, left=left)
 
     def decided(self) -> Iterator[Interval]:
-        """Yield the intervals that something is decided for."""
+        """Yield the intervals that have a decision."""
         assert self.schedule is not None
         return (interval for interval in self.schedule.intervals() if interval.kind == "dynamic")
 
@@ -156,7 +148,7 @@ class Forecast:
 
     @cached_property
     def domains(self) -> Domains | None:
-        """The data sets as domains, ``val_size`` taken from all alike; None where rows are not known."""
+        """The data sets as domains, each reduced by its share of ``val_size``; None where rows are unknown."""
         sizes = [count for count in self.counts.values() if count is not None]
         total = sum(sizes)
         if not self.dynamic.domains_are_sources or self.packs or not self.rows or total > _MOST_ROWS:
@@ -176,7 +168,7 @@ class Forecast:
 
     @property
     def num_decisions(self) -> int:
-        """Number of intervals that something is decided for."""
+        """Number of intervals that have a decision."""
         schedule = self.schedule
         if schedule is None:
             return 0
@@ -185,22 +177,22 @@ class Forecast:
 
     @property
     def first_decision(self) -> Interval | None:
-        """The first interval that something is decided for; none is longer."""
+        """The first interval that has a decision; none is longer."""
         schedule = self.schedule
         if schedule is None or schedule.warmup_steps >= schedule.total_steps:
             return None
         return schedule.interval(schedule.warmup_steps)
 
     def context(self, interval: Interval, domains: Domains) -> Context:
-        """Return what a mixer may look at before training."""
+        """Return the context of a mixer before training."""
         return Context(
             interval=interval,
             seed=self.dynamic.seed or 0,
             domains=domains,
             signals=cast(Signals, _NoSignals()),
             targets=self.dynamic.mixer.targets if self.dynamic.mixer else (),
-            total_sequences=(self.steps or 1) * self.batch.size,
-            global_batch=self.batch.size,
+            total_sequences=(self.steps or 1) * self.batch.global_batch,
+            global_batch=self.batch.global_batch,
         )
 
     def mixture(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
@@ -229,13 +221,13 @@ class Forecast:
         yield from ((interval.steps, self.mixed(mixer, interval)) for interval in self.decided())
 
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
-        """Return what the mixer says for an interval, floors held, float64 [K]."""
+        """Return the mixer's proportions in an interval, with minimum proportions applied, float64 [K]."""
         assert self.domains is not None
         proportions = check_mix(mixer, mixer.mix(self.context(interval, self.domains)), self.domains.names)
         return apply_min_proportion(proportions, floors_by_domain(self.dynamic.min_proportion, self.domains.names))
 
     def warmup_shares(self, domains: Domains, mixer: Mixer) -> NDArray[np.float64]:
-        """Return the proportions of the warm-up: those written, else what the mixer says at step 0."""
+        """Return the proportions of the warm-up: those written, else the mixer's at step 0."""
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
         assert self.schedule is not None
@@ -251,7 +243,7 @@ class Forecast:
         sizes = self.domains.num_rows
         served = np.zeros(len(sizes), dtype=np.float64)
         for steps, shares in self.mixture():
-            total = steps * self.batch.size
+            total = steps * self.batch.global_batch
             drawn = np.rint(served).astype(np.int64)
             epochs = expected_epochs(sizes, shares, total, self.caps(), self.dynamic.at_cap, drawn)
             served = epochs * sizes
@@ -259,12 +251,12 @@ class Forecast:
 
     @cached_property
     def serves_all_again(self) -> bool:
-        """Whether every row is expected to be served more than once; False where that is not known beforehand."""
+        """Whether every row is expected to be served more than once; False where that is unknown."""
         dynamic = self.dynamic
         if self.rows is None or self.steps is None or dynamic.narrows:
             return False
         if dynamic.mixer is None:
-            return self.steps * self.batch.size > self.rows
+            return self.steps * self.batch.global_batch > self.rows
         if self.domains is None or dynamic.mixer.requires.needs_interval or dynamic.unit != "sequences":
             return False
         try:
@@ -294,5 +286,4 @@ def forecast(
         rows=rows,
         steps=total_steps(lf, rows),
         targets={source.name: count_rows(source, lf) for source in targets},
-        drop_last=lf.dataloader_drop_last,
     )

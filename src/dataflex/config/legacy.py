@@ -27,7 +27,7 @@ _TRAIN_TYPES = ("static", *_KIND_OF)
 def translate(
     mapping: Mapping[str, Any], base_dir: Path
 ) -> tuple[dict[str, Any], DynamicConfig | None, float, list[str]]:
-    """Return LLaMA-Factory's keys, what the flat keys ask for, the early-stopping delta, and notes.
+    """Return LLaMA-Factory's keys, the configuration that the flat keys describe, the early-stopping delta, and notes.
 
     Args:
         mapping: A whole configuration without a ``dynamic`` block.
@@ -58,7 +58,7 @@ def translate(
 
 
 class _Translation:
-    """One translation under way: reads ``keys``, writes ``max_steps`` into ``lf``, notes what has no effect."""
+    """Translation of one configuration; writes ``max_steps`` into ``lf`` and notes keys without effect."""
 
     def __init__(self, keys: FlatKeys, lf: dict[str, Any], base_dir: Path) -> None:
         self.keys, self.lf, self.base_dir = keys, lf, base_dir
@@ -84,7 +84,7 @@ class _Translation:
         return () if value is None else target_list(value, key, problems)
 
     def _component(self, targets: tuple[str, ...]) -> dict[str, Any]:
-        """Return the method of the run and the seed that came with it."""
+        """Return the method of the run and the component's seed, as keyword arguments."""
         keys, kind = self.keys, _KIND_OF[self.keys.train_type]
         reader = ComponentReader(
             kind=kind,

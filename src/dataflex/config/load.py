@@ -1,8 +1,8 @@
 """Reads a configuration file and its ``key=value`` overrides, as LLaMA-Factory does.
 
 LLaMA-Factory reads YAML with OmegaConf, merges the command line into it and takes the container
-without resolving interpolations; so do we, for YAML and JSON alike. What it does not do: say where
-a file is malformed in one line. Nothing is validated here beyond "it is a mapping".
+without resolving interpolations; so does this module, for YAML and JSON. In addition, it reports in one
+line where a file is malformed. Keys and values are validated elsewhere.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _with_overrides(config: DictConfig, overrides: Sequence[str]) -> dict[str, A
 
 
 def without_oddities(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return ``mapping`` with null for every value that nothing can take, and one line per such value."""
+    """Return ``mapping`` with null for every value that no key accepts, and one line for each of these values."""
     problems: list[str] = []
 
     def cleaned(value: Any, path: str, levels: int) -> Any:
@@ -184,7 +184,7 @@ def _merged(config: DictConfig, text: str) -> DictConfig:
 
 
 def _lift_name(config: DictConfig, keys: Sequence[str]) -> None:
-    """Turn ``selector: loss`` into ``selector: {name: loss}`` where an override goes below it, and its parts alike."""
+    """Turn ``selector: loss`` into ``selector: {name: loss}`` where an override names a key below it; parts alike."""
     from omegaconf import DictConfig
 
     if len(keys) < 3 or keys[0] != "dynamic" or keys[1] not in KINDS:
@@ -199,7 +199,7 @@ def _lift_name(config: DictConfig, keys: Sequence[str]) -> None:
 
 
 def _reason(error: Exception, text: str, *, place: bool = True) -> str:
-    """Return in one line why a text could not be read, with its place or key; any other error is a defect."""
+    """Return in one line why a text could not be parsed, with place or key; re-raise any other error."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,7 +1,7 @@
 """Dataclasses from the mappings of a configuration file, and back.
 
-Values are read strictly: a number in quotes, a truth value in place of a count or a NaN is a mistake. The one exception
-is a whole number, which may stand for a float. Every problem is noted, none of them ends the reading.
+Types are strict: a number in quotes, a boolean for a count, or a NaN is a problem; only an integer is accepted for a
+float. Every problem is noted, and none of them ends the reading.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dataflex.registry import KINDS
 
 T = TypeVar("T")
 
-BAD: Final = object()
-"""What ``convert`` returns after it has noted a problem."""
+_BAD: Final = object()
+"""What ``_converted`` returns after it has noted a problem."""
 UNKNOWN_KEY = re.compile(
     r"(?P<path>(?:.*\.)?(?P<key>[^.]+)): unknown key(?P<hint>; did you mean '[^']*'\?)?"
     r"(?P<rest> \(.* (?:accepts: .*|takes no parameters)\))"
 )
-"""The line that is noted for a key that nothing accepts."""
+"""The problem that is noted for an unknown key."""
 
 _MOST_SHOWN = 60
 _LINE = 100
@@ -48,10 +48,10 @@ _RENAMED_CHOICES = {"token": "weight_sum", "count": "num_tokens", "sample": "num
 def collect(
     cls: type[T], mapping: Any, path: str, problems: list[str], *, subject: str = "", extra: Collection[str] = ()
 ) -> T | None:
-    """Return ``cls`` built from ``mapping``, or None after noting why not.
+    """Return the dataclass ``cls`` built from ``mapping``, or None after noting why not in ``problems``.
 
     Args:
-        cls: A dataclass; field metadata may hold ``choices``, ``pattern``, ``minimum``, ``maximum``, ``above``.
+        cls: Its metadata of fields may hold ``choices``, ``pattern``, ``minimum``, ``maximum``, ``above``.
         mapping: Keys and values as the file gave them. A null value means the default.
         path: Dotted path of the mapping, for messages.
         problems: Takes one line per problem.
@@ -120,35 +120,43 @@ def values(
                 told = f" ({field.metadata['help']})" if "help" in field.metadata else ""
                 problems.append(f"{dotted(path, name)}: missing; expected {describe(hint)}{told}")
             continue
-        value = convert(value, hint, dotted(path, name), field.metadata, problems)
-        if value is not BAD:
+        value = _converted(value, hint, dotted(path, name), field.metadata, problems)
+        if value is not _BAD:
             result[field.name] = value
     return result
 
 
 def _part(cls: type[Any], block: Any, path: str, problems: list[str]) -> Any:
-    """Return the named part that ``knn_kde`` or ``{name: knn_kde, sigma: 0.1}`` asks for, or None."""
+    """Return the named part that ``knn_kde`` or ``{name: knn_kde, sigma: 0.1}`` describes, or None."""
     if isinstance(block, str):
         block = {"name": block}
-    if not isinstance(block, Mapping):
-        problems.append(f"{path}: expected {describe(cls)}, found {shown(block)}")
-        return None
-    name = block.get("name")
-    if not isinstance(name, str):
-        told = "missing" if name is None else f"expected text, found {shown(name)}"
-        problems.append(f"{path}.name: {told}; name one (known: {', '.join(cls.known())})")
+    name = name_in(block, path, problems, describe(cls), "one", cls.known())
+    if name is None:
         return None
     try:
         params_class = cls.params_of(name)
-    except ConfigError as error:
-        problems += [f"{path}: {problem}" for problem in error.problems]
-        return None
-    except ComponentError as error:
-        problems.append(f"{path}: {error}")
+    except (ConfigError, ComponentError) as error:
+        problems += [f"{path}: {problem}" for problem in str(error).splitlines()]
         return None
     rest = {key: value for key, value in block.items() if key != "name"}
     params = collect(params_class, rest, path, problems, subject=f"{cls.what} {name}")
     return None if params is None else cls(name, params)
+
+
+def name_in(block: Any, path: str, problems: list[str], expected: str, what: str, known: Sequence[str]) -> str | None:
+    """Return the name in the block of a method or a part, or None after noting why there is none."""
+    if not isinstance(block, Mapping):
+        problems.append(f"{path}: expected {expected}, found {shown(block)}")
+        return None
+    name = block.get("name")
+    if isinstance(name, str):
+        return name
+    told, near = f"expected text, found {shown(name)}", ""
+    if name is None:
+        told, near = "missing", did_you_mean("name", [str(key) for key in block])
+    near = near.replace("did you mean", "is it spelt")
+    problems.append(f"{path}.name: {told}; name {what} (known: {', '.join(known)}){near}")
+    return None
 
 
 def key_of(field: Field[Any]) -> str:
@@ -192,7 +200,7 @@ def shown(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Return what a field of this type takes, in the user's words."""
+    """Return in words the values that a field of this type accepts."""
     members = _members(hint)
     if len(members) > 1:
         return " or ".join(describe(member) for member in members)
@@ -220,25 +228,15 @@ def _keys(hint: Any) -> str:
     return f" ({', '.join(field.name for field in fields(hint))})" if is_dataclass(hint) else ""
 
 
-def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
-    """Return ``value`` as ``hint`` asks, or note in ``problems`` why not and return ``BAD``.
+def _converted(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
+    """Return ``value`` converted to the type ``hint``, or ``_BAD`` after noting why not.
 
-    Args:
-        value: What the file said.
-        hint: Type of the field: bool, int, float, str, Literal, tuple, list, dict[str, ...], a
-            dataclass, or a union of these.
-        path: Dotted path of the key, for messages.
-        limits: Field metadata; ``choices``, ``pattern``, ``minimum``, ``maximum`` and ``above`` hold for every
-            number or text inside ``value``.
-        problems: Takes one line per problem.
-
-    Raises:
-        ComponentError: The field's own type is none of the supported ones.
+    ``limits`` is the metadata of the field; they hold for every number or text inside ``value``.
     """
 
     def refused(problem: str) -> Any:
         problems.append(f"{path}: {problem}")
-        return BAD
+        return _BAD
 
     if value is None:
         return None if types.NoneType in get_args(hint) else refused(_expected(hint, value))
@@ -248,7 +246,7 @@ def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problem
         exact = [member for member in fitting if type(value) is member]
         if not fitting:
             return refused(_expected(hint, value))
-        return convert(value, (exact or fitting)[0], path, limits, problems)
+        return _converted(value, (exact or fitting)[0], path, limits, problems)
     (hint,) = members
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -264,18 +262,18 @@ def convert(value: Any, hint: Any, path: str, limits: Mapping[str, Any], problem
             return refused(f"expected {len(args)} values, found {len(value)}")
         hints = [args[0]] * len(value) if open_ended else args
         items = [
-            convert(item, each, f"{path}[{i}]", limits, problems)
+            _converted(item, each, f"{path}[{i}]", limits, problems)
             for i, (item, each) in enumerate(zip(value, hints, strict=True))
         ]
-        return BAD if any(item is BAD for item in items) else origin(items)
+        return _BAD if any(item is _BAD for item in items) else origin(items)
     if origin is dict:
         if not isinstance(value, Mapping):
             return refused(_expected(hint, value))
-        named = {str(key): convert(item, args[1], f"{path}.{key}", limits, problems) for key, item in value.items()}
-        return BAD if any(item is BAD for item in named.values()) else named
+        named = {str(key): _converted(item, args[1], f"{path}.{key}", limits, problems) for key, item in value.items()}
+        return _BAD if any(item is _BAD for item in named.values()) else named
     if isinstance(hint, type) and is_dataclass(hint):
         built = collect(hint, value, path, problems)
-        return BAD if built is None else built
+        return _BAD if built is None else built
     raise ComponentError(f"{path}: fields of type {hint} cannot be read from a configuration")
 
 
@@ -379,7 +377,7 @@ def as_mapping(dynamic: DynamicConfig) -> dict[str, Any]:
 
 
 def as_yaml(mapping: Mapping[str, Any], indent: int = 0) -> str:
-    """Return ``mapping`` as YAML in its own order, a value on one line where it fits; a method has a line for each."""
+    """Return ``mapping`` as YAML in its own order; a value is on one line where it fits, a method on its own lines."""
     text = ""
     for key, value in mapping.items():
         head, flow = f"{' ' * indent}{key}:", _flow(value)

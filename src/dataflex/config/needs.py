@@ -1,4 +1,4 @@
-"""What methods require, against what a run has: ``unmet`` alone enforces ``Requires``, for every kind of method."""
+"""Compares what methods require with what a run has: ``unmet`` enforces ``Requires`` for all kinds of methods."""
 
 from __future__ import annotations
 
@@ -13,21 +13,9 @@ from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import did_you_mean
 from dataflex.method import Method, Requires, RunFacts, Weighter
 
-_NO_MOMENTS: tuple[str, ...] = (
-    "adafactor",
-    "adagrad",
-    "ademamix",
-    "apollo",
-    "badam",
-    "galore",
-    "lion",
-    "lomo",
-    "muon",
-    "rmsprop",
-    "schedule_free",
-    "sgd",
-    "stable_adamw",
-)
+_NO_MOMENTS = (
+    "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
+).split()
 _MOMENT_FLAGS: tuple[str, ...] = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 
@@ -44,7 +32,7 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "embedding": ("weighter",),
     "entropy": ("weighter",),
 }
-"""Fields of ``Requires`` that only methods of these kinds are given."""
+"""Fields of ``Requires`` that are provided to these kinds of methods only."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _REFERENCE_FILES = ("config.json", "adapter_config.json")
@@ -54,7 +42,7 @@ _MODEL_FILES = (*_REFERENCE_FILES, "modules.json")
 def unmet(
     dynamic: DynamicConfig, run: RunFacts | None = None, *, unread: Collection[str] = (), models: bool = False
 ) -> Iterator[str]:
-    """Yield what the methods require and the run does not have, one line each.
+    """Yield what the methods require and the run does not provide, one line each.
 
     Args:
         dynamic: The methods, and the block that they stand in.
@@ -95,7 +83,7 @@ def unmet(
 
 
 def without_targets(cls: type[Method]) -> str:
-    """Return what to tell someone who named no target for a method that requires one."""
+    """Return the message about a method that requires a target and has none."""
     summary = cls.card.summary.rstrip(".")
     return f"{cls.name} needs a target: add 'targets: [<data set>]' (it {summary[:1].lower()}{summary[1:]})"
 
@@ -108,7 +96,7 @@ def optimizer_without_moments(lf: LlamaFactoryArgs) -> str:
 
 
 def wants_moments(needs: Requires) -> Iterator[tuple[str, str]]:
-    """Yield parameter and value of each precondition that is made from the moments of the run's optimizer."""
+    """Yield parameter and value of each precondition that uses the moments of the run's optimizer."""
     return ((key, value) for key, value in needs.preconditions.items() if value in _PRECONDITIONS)
 
 
@@ -117,7 +105,7 @@ def _without_moments(optimizer: str | None) -> str:
 
 
 def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
-    """Yield what methods of this kind are never given."""
+    """Yield requirements that are not provided to methods of this kind."""
     usual = Requires()
     for name, kinds in _TAKERS.items():
         if method.kind not in kinds and getattr(needs, name) != getattr(usual, name):
@@ -128,7 +116,7 @@ def _kind(method: MethodConfig, needs: Requires) -> Iterator[str]:
 
 
 def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread: Collection[str]) -> Iterator[str]:
-    """Yield keys of the block that are missing or contradict what is required."""
+    """Yield keys of the block that are missing or conflict with the requirements."""
     if needs.targets and not method.targets:
         yield f"dynamic.{method.kind}: {without_targets(method.cls)}"
     if needs.needs_interval and dynamic.interval_steps is None and "interval_steps" not in unread:
@@ -146,8 +134,8 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
     selector = dynamic.selector
     if needs.pure_micro_batches and selector is not None and dynamic.narrows:
         yield (
-            f"dynamic.{method.kind}: {method.name} wants micro-batches of one domain each, which the {selector.name} "
-            "selector cannot give; use one of the two"
+            f"dynamic.{method.kind}: {method.name} requires micro-batches of one domain each, which the "
+            f"{selector.name} selector cannot provide; use one of the two"
         )
 
 
@@ -201,7 +189,7 @@ def _domains(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, run:
 
 
 def _columns(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
-    """Yield why data columns, or the paths of files, cannot ride along with the rows."""
+    """Yield why data columns, or the paths of files, cannot be loaded with the rows."""
     columns = (*dynamic.columns, *(["domain_path"] if dynamic.domain_path else []))
     if not columns:
         return
@@ -224,7 +212,7 @@ def _columns(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
 
 
 def _pilot(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
-    """Yield what the pilot that screens rows lacks: it requires what a method of gradients does."""
+    """Yield what the pilot that screens rows requires, as a method that uses gradients does."""
     if dynamic.signals.screen_by != "pilot":
         return
     if run.stage is not None and run.stage not in _CAUSAL:
@@ -238,7 +226,7 @@ def _pilot(dynamic: DynamicConfig, run: RunFacts) -> Iterator[str]:
 
 
 def _by_target(method: MethodConfig, needs: Requires) -> Iterator[str]:
-    """Yield what is wrong with numbers by target: they are for all targets and no others."""
+    """Yield problems of numbers by target: there must be one for each target."""
     for key, value in needs.by_target.items():
         if value is None:
             continue
@@ -266,7 +254,7 @@ def _reference(method: MethodConfig, needs: Requires) -> Iterator[str]:
 
 
 def _models(method: MethodConfig, needs: Requires) -> Iterator[str]:
-    """Yield the models that are neither a folder nor, perhaps, on a hub; and encoders whose package is missing."""
+    """Yield models that are neither a folder nor possibly on a hub, and encoders whose package is missing."""
     for key, name in needs.models.items():
         problem = "" if name is None else _model_problem(name)
         if name is not None and not problem and key.rpartition(".")[2] == "encoder":

@@ -1,8 +1,8 @@
-"""Every key that a resumed run may find changed: whether that is refused, told, or of no consequence.
+"""Keys whose value a resumed run may find changed: whether a change is refused, reported, or has no consequence.
 
 A checkpoint's plan names rows by number and its methods' states belong to what decided them, so most keys must stay as
-they were. The fields of the schema say so of our keys, ``_LLAMAFACTORY`` of the others. The identity in a checkpoint
-(``train.checkpoint``) is made of both.
+they were. The fields of the schema define this for our keys, ``_LLAMAFACTORY`` for the others. The identity in a
+checkpoint (``train.checkpoint``) is made of both.
 """
 
 from __future__ import annotations
@@ -25,21 +25,17 @@ Kind = Literal["refused", "told", "free", "rows", "batch"]
 class Change:
     """What happens when a key has another value than in the checkpoint.
 
-    Attributes:
-        kind: ``refused``; ``told`` (it goes on, and says what the change does); ``free`` (nothing depends on it);
-            ``rows`` (refused where the rows are other ones because of it); ``batch`` (refused where the global batch
-            is another).
-        note: For ``told``: what the change does.
-        flat: The flat key of existing DataFlex that means the same.
+    ``refused``; ``told`` (it goes on, and says what the change does); ``free`` (nothing depends on it); ``rows``
+    (refused where the rows are other ones because of it); ``batch`` (refused where the global batch is another).
     """
 
     kind: Kind
-    note: str = ""
-    flat: str | None = None
+    note: str = ""  # for "told": what the change does
+    flat: str | None = None  # the flat key of existing DataFlex that means the same
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Change:
-        """Return what the metadata of a field says."""
+        """Return the entry of a field with this metadata."""
         resume, flat = metadata.get("resume", "refused"), metadata.get("flat")
         return cls(kind=resume, flat=flat) if resume in get_args(Kind) else cls(kind="told", note=resume, flat=flat)
 
@@ -63,7 +59,7 @@ _TRUTH = ("disable_shuffling", "dataloader_drop_last")
 
 
 def settings_of(config: DynamicConfig, lf: LlamaFactoryArgs) -> dict[str, Any]:
-    """Return the value of every key that a resumed run is compared by, as JSON values.
+    """Return the values that are compared with those of a checkpoint, as JSON values.
 
     Methods are left out: they are compared by name, parameters and targets.
 

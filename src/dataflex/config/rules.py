@@ -1,6 +1,6 @@
-"""Rules between keys of the ``dynamic`` block: what a method needs beside it, and which keys would have no effect.
+"""Rules between keys of the ``dynamic`` block: keys that a method needs, and keys that would have no effect.
 
-Keys whose effect depends on LLaMA-Factory's are told by ``check.notes``.
+Keys whose effect depends on LLaMA-Factory's keys are reported by ``check.notes``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
-_OF_SUBSETS = ("keep_ratio", "repeat", "exclude_seen", "max_repeats", "candidate_batches", "signals.pool_fraction")
+_OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
@@ -43,7 +43,7 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
 
 
 def _given(dynamic: DynamicConfig) -> set[str]:
-    """Return the keys that do not have their defaults."""
+    """Return the keys whose values are not the defaults."""
     signals, usual = dynamic.signals, DynamicConfig()
     return {
         *(key for key in block_keys() if getattr(dynamic, key) != getattr(usual, key)),
@@ -51,8 +51,12 @@ def _given(dynamic: DynamicConfig) -> set[str]:
     }
 
 
+def _idle(given: Collection[str], keys: Collection[str], why: str) -> Iterator[str]:
+    return (f"dynamic.{key}: has no effect {why} remove the key" for key in keys if key in given)
+
+
 def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
-    """Yield the keys that the methods named leave without a purpose."""
+    """Yield the keys that have no effect with these methods."""
     if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
         burn_in = "; 'burn_in_steps' of the weighter are steps of plain loss" if dynamic.weighter is not None else ""
         yield (
@@ -75,13 +79,13 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
 def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
     given = [key for key in ("domain_column", "domain_path", "domain_clusters") if getattr(dynamic, key) is not None]
     if len(given) > 1:
-        yield f"dynamic.{given[1]}: says what domains are, and so does {given[0]}; remove one of the two"
+        yield f"dynamic.{given[1]}: defines the domains, and so does {given[0]}; remove one of the two"
     if dynamic.domain_clusters is not None and dynamic.domain_encoder is None:
         yield "dynamic.domain_encoder: missing; name a model (folder or hub id) whose embeddings are clustered"
     if dynamic.domain_encoder is not None and dynamic.domain_clusters is None:
         yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
     if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
-        yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
+        yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could match a domain's name"
 
 
 def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
@@ -90,24 +94,19 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     if "signals.screen_by" in given and not screened:
         yield "dynamic.signals.screen_by: has no effect without screen_fraction below 1; add one, or remove the key"
     if selector is None:
-        for key in (*_OF_SUBSETS, "signals.screen_fraction"):
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a selector; add one, or remove the key"
+        yield from _idle(given, (*_OF_SUBSETS, "signals.screen_fraction"), "without a selector; add one, or")
         return
     if screened and not selector.targets:
         yield (
-            f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
-            f"selector has none; remove the key, or use a selector with targets"
+            "dynamic.signals.screen_fraction: rows are screened by their similarity to targets, and the "
+            f"{selector.name} selector has none; remove the key, or use a selector with targets"
         )
     if not dynamic.narrows:
-        for key in _OF_SUBSETS:
-            if key in given:
-                told = f"has no effect with the {selector.name} selector, which keeps every row"
-                yield f"dynamic.{key}: {told}; remove the key"
+        yield from _idle(given, _OF_SUBSETS, f"with the {selector.name} selector, which keeps every row;")
         return
     if dynamic.exclude_seen and mixer is not None:
         yield (
-            "dynamic.exclude_seen: works without a mixer, whose quotas a domain without unseen rows could not fill; "
+            "dynamic.exclude_seen: does not work with a mixer: a domain without unseen rows could not fill its quota; "
             "remove one of the two (a mixer alone serves every row of a domain once before any twice)"
         )
     if dynamic.candidate_batches is not None:
@@ -121,7 +120,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     if mixer is not None and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
-            f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
+            f"{mixer.name} mixer draws from, so set the share of the rows that is kept (0 < keep_ratio <= 1)"
         )
 
 
@@ -130,21 +129,17 @@ def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Coll
     if dynamic.interval_steps is None and not selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
-        yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
+        yield f"{key}: does not work with a mixer: a batch of candidates may not fill its quotas; remove one of the two"
     for other in ("exclude_seen", "signals.pool_fraction", "signals.screen_fraction"):
         if other in given:
-            yield (
-                f"{key}: says which rows the {selector.name} selector chooses from, and so does {other}; remove one "
-                "of the two"
-            )
+            told = f"defines the rows that the {selector.name} selector chooses from, and so does {other}"
+            yield f"{key}: {told}; remove one of the two"
 
 
 def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
     mixer, weighter, selector = dynamic.mixer, dynamic.weighter, dynamic.selector
     if mixer is None:
-        for key in _OF_MIXERS:
-            if key in given:
-                yield f"dynamic.{key}: has no effect without a mixer; add one, or remove the key"
+        yield from _idle(given, _OF_MIXERS, "without a mixer; add one, or")
         return
     if dynamic.min_proportion is not None:
         yield from _floor_rules(dynamic.min_proportion, mixer)
@@ -204,7 +199,7 @@ def _floor_rules(floors: Floors, mixer: MethodConfig) -> Iterator[str]:
 
 
 def _written_proportions(params: object) -> Iterator[tuple[str, Written]]:
-    """Yield place and numbers of the proportions that a user wrote among a mixer's parameters."""
+    """Yield place and values of the proportions among a mixer's parameters."""
     for place in ("proportions", "initial"):
         written = getattr(params, place, None)
         if isinstance(written, dict | tuple):

@@ -1,8 +1,8 @@
-"""What a configuration means, once read: frozen dataclasses without any parsing.
+"""The configuration after reading: frozen dataclasses without any parsing.
 
 The fields of ``DynamicConfig`` are the keys of the ``dynamic`` block. Their metadata holds ranges, ``flat`` (the flat
-key that means the same), ``user=False`` (only the translation of flat keys sets it) and ``resume``: what happens when a
-resumed run has another value than its checkpoint (``resuming``; refused where nothing is said).
+key with the same meaning), ``user=False`` (only the translation of flat keys sets it) and ``resume``: what happens when
+a resumed run has another value than its checkpoint (see ``resuming``; the default is that it is refused).
 """
 
 from __future__ import annotations
@@ -19,19 +19,12 @@ _NEXT = "holds from the next decision on"
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """One method of a run: which, with what parameters, towards which targets.
+    """One method of a run: which, with what parameters, towards which targets."""
 
-    Attributes:
-        kind: "selector", "mixer" or "weighter".
-        name: Its name in the registry.
-        params: Its built parameters.
-        targets: Names of the target data sets; empty where the method takes none.
-    """
-
-    kind: str
-    name: str
+    kind: str  # "selector", "mixer" or "weighter"
+    name: str  # in the registry
     params: Params
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # names of the target data sets; empty where the method takes none
 
     @property
     def cls(self) -> type[Method]:
@@ -55,7 +48,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SignalsConfig:
-    """How the passes are made that methods ask for."""
+    """How the passes over the model are made."""
 
     pool_fraction: float = param(
         1.0, "share of the rows, drawn anew each interval, that is scored", above=0.0, maximum=1.0
@@ -80,7 +73,7 @@ class SignalsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
-    """Everything that the ``dynamic`` block (or the flat keys of existing DataFlex) asks for."""
+    """The ``dynamic`` block, or the flat keys of existing DataFlex in its terms."""
 
     selector: MethodConfig | None = param(None, "method that chooses rows", flat="component_name")
     mixer: MethodConfig | None = param(None, "method that sets proportions of domains", flat="component_name")
@@ -125,7 +118,7 @@ class DynamicConfig:
     )
     domain_column: str | None = param(None, "data column that names a row's domain; without it, its data set does")
     domain_path: str | None = param(
-        None, "end of the path of a row's file, as web/*.jsonl: what the first * stands for is its domain"
+        None, "end of the path of a row's file, as web/*.jsonl: the text that the first * matches is its domain"
     )
     domain_clusters: int | None = param(
         None, "number of clusters of the rows' embeddings, which are the domains", minimum=2
@@ -185,13 +178,13 @@ class DynamicConfig:
 
     @property
     def columns_by_key(self) -> tuple[tuple[str, str], ...]:
-        """Path of the key that asks for a raw data column, and the column's name."""
+        """Path of each key that requires a raw data column, and the column's name."""
         asked = [(f"dynamic.{method.kind}", name) for method in self.methods for name in method.requires.columns]
         return (*([("dynamic.domain_column", self.domain_column)] if self.domain_column else []), *asked)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the raw data columns that must ride along with the rows, each once."""
+        """Names of the raw data columns that are loaded with the rows, each once."""
         return tuple(dict.fromkeys(name for _, name in self.columns_by_key))
 
 

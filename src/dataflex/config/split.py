@@ -1,4 +1,4 @@
-"""Splits one configuration into LLaMA-Factory's part and ours; ``resolve`` also checks them, all at once."""
+"""Splits a configuration into LLaMA-Factory's part and ours; ``resolve`` also checks both."""
 
 from __future__ import annotations
 
@@ -19,29 +19,16 @@ from dataflex.registry import KINDS
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One configuration in two parts.
+    """One configuration in two parts."""
 
-    Attributes:
-        lf: LLaMA-Factory's keys; ``max_steps`` from flat keys where those fix the run's length.
-        dynamic: What is decided during training; None for a stock run.
-        notes: What the translation of flat keys dropped or means differently, and what else a user should know of,
-            one line each.
-        early_stopping_min_delta: Least gain that counts for ``early_stopping_steps``; may be set in a
-            stock run of existing DataFlex too.
-    """
-
-    lf: LlamaFactoryArgs
-    dynamic: DynamicConfig | None
-    notes: tuple[str, ...] = ()
-    early_stopping_min_delta: float = 0.0
+    lf: LlamaFactoryArgs  # LLaMA-Factory's keys; max_steps from flat keys where those fix the run's length
+    dynamic: DynamicConfig | None  # what is decided during training; None for a stock run
+    notes: tuple[str, ...] = ()  # what flat keys drop or mean differently, and what else a user should know of
+    early_stopping_min_delta: float = 0.0  # a stock run of existing DataFlex may set it too
 
 
 def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
-    """Return the two parts of a configuration, without looking at LLaMA-Factory's.
-
-    Args:
-        mapping: The whole configuration.
-        base_dir: Folder of the configuration file.
+    """Return the two parts of a configuration that lies in ``base_dir``, without looking at LLaMA-Factory's.
 
     Raises:
         ConfigError: All problems of the ``dynamic`` block or of the flat keys.
@@ -66,13 +53,9 @@ def split(mapping: Mapping[str, Any], base_dir: Path) -> Split:
 
 
 def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = False) -> Split:
-    """Return the two parts of a configuration, with everything checked that needs no model.
+    """Return the two parts of a configuration that lies in ``base_dir``, with everything checked that needs no model.
 
-    Args:
-        mapping: The whole configuration.
-        base_dir: Folder of the configuration file.
-        check_stock: Whether the model and the data sets of a stock run are looked for too; else
-            that is left to LLaMA-Factory.
+    The model and the data sets of a stock run are looked for with ``check_stock``, else left to LLaMA-Factory.
 
     Raises:
         ConfigError: All problems of the whole configuration, LLaMA-Factory's keys included.
@@ -95,7 +78,7 @@ def resolve(mapping: Mapping[str, Any], base_dir: Path, *, check_stock: bool = F
 
 
 def _misspelt(mapping: Mapping[str, Any]) -> list[str]:
-    """Return a problem per top-level mapping that looks like a misspelt ``dynamic`` block."""
+    """Return a problem for each top-level mapping that looks like a misspelt ``dynamic`` block."""
     return [
         f"{key}: unknown key{did_you_mean(str(key), ['dynamic'])}"
         for key, value in mapping.items()

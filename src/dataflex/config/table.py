@@ -41,7 +41,7 @@ _TYPES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "dict": 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What LLaMA-Factory's parser and Trainer take for one key."""
+    """The values that LLaMA-Factory's parser and Trainer accept for one key."""
 
     types: tuple[str, ...]  # some of "bool", "int", "float", "str", "list", "dict"; empty where anything may be given
     nullable: bool = False  # whether null may be given
@@ -56,7 +56,7 @@ def installed() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def table() -> Mapping[str, Key]:
-    """Return all keys of the installed version; none of them where its source cannot be read."""
+    """Return all keys of the installed version; an empty mapping where its source cannot be read."""
     stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     if stored.get("versions") == installed():
         return {
@@ -114,7 +114,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _enumerations(tree: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the classes of named texts, and those texts."""
+    """Yield the names of enumerations of texts, and these texts."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any("Enum" in _name(base) for base in node.bases):
             values = [each.value for each in node.body if isinstance(each, ast.Assign)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError
 from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, split_rows
 from dataflex.llamafactory.streaming import JoinedRows
@@ -39,59 +39,6 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE = 100_000
 _BLOCK = 65_536
-
-
-def path_labels(numbers: NDArray[np.int32], files: Sequence[str], pattern: str) -> NDArray[np.object_]:
-    """Return the domain of each row [N].
-
-    Args:
-        numbers: File of each row [N].
-        files: Paths.
-        pattern: A glob for the end of the path, in which ``*`` stays within a folder; its first ``*`` is the domain.
-
-    Raises:
-        ConfigError: A file that the pattern does not fit.
-    """
-    first, *rest = map(re.escape, pattern.split("*"))
-    expression = re.compile(f"(?:^|/){first}([^/]*?){'[^/]*'.join(rest)}$")
-    names = []
-    for file in files:
-        match = expression.search(Path(file).as_posix())
-        if match is None:
-            raise ConfigError(f"dynamic.domain_path: {pattern!r} does not fit the file {file}")
-        names.append(match.group(1))
-    return np.array(names, dtype=object)[numbers]
-
-
-def cluster_labels(
-    corpus: Corpus, tokenizer: Any, *, clusters: int, encoder: str, seed: int, device: Any
-) -> NDArray[np.object_]:
-    """Return the cluster of each row's embedding, ``cluster_00``, ``cluster_01``, ... [N] (collective).
-
-    k-means on at most 100,000 rows drawn by the seed; the other rows join the nearest centre. Rows without text are a
-    domain of their own, ``cluster_none``.
-
-    Raises:
-        ConfigError: No row has a text, or scikit-learn is missing.
-        EncoderError: The encoder cannot be loaded.
-    """
-    rows = np.arange(len(corpus.lengths), dtype=np.int64)
-    model = load_encoder(encoder, device=device)
-    sweep = text_sweep(corpus, rows, tokenizer, token_budget=16384, device=device)
-    vectors = row_pass(sweep, model.score, (model.dimension,))
-    known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    if not len(known):
-        raise ConfigError("dynamic.domain_clusters: no row has a text that could be embedded")
-    rng = stream(seed, "domain clusters", 0)
-    drawn = known if len(known) <= _SAMPLE else np.sort(rng.choice(known, size=_SAMPLE, replace=False))
-    _, centres = kmeans(vectors[drawn], clusters, rng)
-    labels = np.full(len(rows), "cluster_none", dtype=object)
-    names = np.array([f"cluster_{k:02d}" for k in range(len(centres))], dtype=object)
-    squares = (centres**2).sum(axis=1)
-    for start in range(0, len(known), _BLOCK):
-        part = known[start : start + _BLOCK]
-        labels[part] = names[np.argmin(squares - 2.0 * vectors[part] @ centres.T, axis=1)]
-    return labels
 
 
 class DataLoading:
@@ -163,12 +110,6 @@ class DataLoading:
                 raise DataError(f"tokenized_path: {args.tokenized_path!r} holds no training rows")
             if len(names) > 1:
                 self._names = ["all"]
-                if self._config.domains_are_sources:
-                    logger.warning(
-                        "tokenized_path: %s does not say which of %s a row is from: all rows are one domain, 'all'",
-                        args.tokenized_path,
-                        ", ".join(names),
-                    )
         self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
         return module
 
@@ -176,10 +117,6 @@ class DataLoading:
         """Load several training sets one by one and concatenate them."""
         loader, names = self._loader, self._names
         args, size, seed = loader.data_args, loader.test_size, loader.training_args.seed
-        unsplit = {"predict_with_generate": loader.training_args.predict_with_generate, "streaming": args.streaming}
-        for what, on in unsplit.items():
-            if size and on:
-                raise UnsupportedError(f"val_size with {what} over several data sets: name an 'eval_dataset' instead")
         parts = [loader.training(name) for name in names]
         counts = np.array([len(part) for part in parts])
         if self._config.unit == "documents" and (args.packing or args.neat_packing):
@@ -201,12 +138,10 @@ class DataLoading:
         """Return the evaluation rows as one data set per domain, in the order of first appearance.
 
         Raises:
-            ConfigError: There is nothing held out, or nothing to tell domains apart.
+            ConfigError: A tokenized copy has nothing held out, or nothing to tell domains apart.
             DataError: A row without a domain.
         """
         by = self._config.domain_column
-        if held is None:
-            raise ConfigError("dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'")
         whole = concatenate_datasets([*held.values()]) if isinstance(held, dict) else held
         if by is None and isinstance(held, dict):
             return HeldOut(held, whole)
@@ -215,10 +150,10 @@ class DataLoading:
             raw = self._loader.raw_rows(held_out=True)
             labels = raw.column(by, len(whole))
             _check_labels(raw, by, labels)
-        elif labels is None:
+        elif held is None or labels is None:
             raise ConfigError(
-                "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several "
-                "data sets"
+                "dynamic.eval_by_domain: the tokenized copy holds no held-out rows of several domains; name an "
+                "'eval_dataset'"
             )
         rows_of: dict[str, list[int]] = {}
         for row, label in enumerate(labels):
@@ -269,21 +204,14 @@ class DataLoading:
         Raises:
             DataError: A method needs more of them.
         """
-        config, loader = self._config, self._loader
+        config = self._config
         labels: NDArray[Any] | None = None
         if config.domain_column is not None:
             labels = columns[config.domain_column]
         elif config.domain_path is not None:
-            labels = path_labels(columns[FILE_COLUMN], loader.files, config.domain_path)
+            labels = self._path_labels(columns[FILE_COLUMN], config.domain_path)
         elif config.domain_clusters is not None:
-            labels = cluster_labels(
-                corpus,
-                loader.tokenizer_module["tokenizer"],
-                clusters=config.domain_clusters,
-                encoder=str(config.domain_encoder),
-                seed=loader.training_args.seed if config.seed is None else config.seed,
-                device=loader.training_args.device,
-            )
+            labels = self._cluster_labels(corpus, config.domain_clusters)
         if labels is not None:
             domains = Domains.from_labels(labels, lengths=corpus.lengths)
         else:
@@ -297,6 +225,46 @@ class DataLoading:
         if lacking:
             raise DataError("\n".join(lacking))
         return domains
+
+    def _path_labels(self, numbers: NDArray[np.int32], pattern: str) -> NDArray[np.object_]:
+        """Return the domain of each row [N], from the number of its file.
+
+        The pattern is a glob for the end of a path, in which ``*`` stays within a folder; the first one is the domain.
+        """
+        first, *rest = map(re.escape, pattern.split("*"))
+        expression = re.compile(f"(?:^|/){first}([^/]*?){'[^/]*'.join(rest)}$")
+        names = []
+        for file in self._loader.files:
+            match = expression.search(Path(file).as_posix())
+            if match is None:
+                raise ConfigError(f"dynamic.domain_path: {pattern!r} does not fit the file {file}")
+            names.append(match.group(1))
+        return np.array(names, dtype=object)[numbers]
+
+    def _cluster_labels(self, corpus: Corpus, clusters: int) -> NDArray[np.object_]:
+        """Return the k-means cluster of each row's embedding, ``cluster_00``, ``cluster_01``, ... [N] (collective).
+
+        Centres are those of at most 100,000 rows drawn by the seed. Rows without text are ``cluster_none``.
+        """
+        config, args = self._config, self._loader.training_args
+        rows = np.arange(len(corpus.lengths), dtype=np.int64)
+        model = load_encoder(str(config.domain_encoder), device=args.device)
+        tokenizer = self._loader.tokenizer_module["tokenizer"]
+        sweep = text_sweep(corpus, rows, tokenizer, token_budget=16384, device=args.device)
+        vectors = row_pass(sweep, model.score, (model.dimension,))
+        known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+        if not len(known):
+            raise ConfigError("dynamic.domain_clusters: no row has a text that could be embedded")
+        rng = stream(args.seed if config.seed is None else config.seed, "domain clusters", 0)
+        drawn = known if len(known) <= _SAMPLE else np.sort(rng.choice(known, size=_SAMPLE, replace=False))
+        _, centres = kmeans(vectors[drawn], clusters, rng)
+        labels = np.full(len(rows), "cluster_none", dtype=object)
+        names = np.array([f"cluster_{k:02d}" for k in range(len(centres))], dtype=object)
+        squares = (centres**2).sum(axis=1)
+        for start in range(0, len(known), _BLOCK):
+            part = known[start : start + _BLOCK]
+            labels[part] = names[np.argmin(squares - 2.0 * vectors[part] @ centres.T, axis=1)]
+        return labels
 
 
 def _check_labels(raw: RawRows, name: str, labels: NDArray[Any]) -> None:

@@ -1,9 +1,8 @@
 """Calls LLaMA-Factory's ``get_dataset`` for the training data, the evaluation sets and targets, and keeps the raw rows.
 
-Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.get_dataset`` (public); of
-``llamafactory.data.loader`` ``align_dataset``, ``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced
-while loading; the fields of ``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from
-``cutoff_len`` for packing.
+Upstream names relied upon, each asserted by ``tests/upstream``: ``get_dataset``; of its module ``align_dataset``,
+``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced while loading; the fields of ``DataArguments``,
+which take one from ``cutoff_len`` for packing.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,6 @@ class Origin:
     aligned: Any
     stage: str
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows that were read."""
-        return len(self.aligned)
-
     @cached_property
     def kept(self) -> NDArray[np.int64]:
         """Positions of the rows that tokenizing keeps, ascending: those with an answer, for preferences with two."""
@@ -111,12 +106,9 @@ def watched_origins(stage: str, found: list[Origin] | None = None) -> Iterator[l
 
 
 def of_another_set(data_args: Any, names: Sequence[str], *, cutoff_shortened: bool) -> Any:
-    """Return LLaMA-Factory's data arguments for data sets that are not trained on: all their rows, not packed.
+    """Return the data arguments for data sets that are not trained on: all their rows, not packed.
 
-    Args:
-        data_args: Those of the run.
-        names: The data sets, whose rows follow one another.
-        cutoff_shortened: Whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
+    ``cutoff_shortened``: whether LLaMA-Factory took one token from ``cutoff_len`` for packing.
     """
     cutoff = data_args.cutoff_len + cutoff_shortened
     return _changed(data_args, **_OF_TRAINING, dataset=list(names), eval_dataset=None, cutoff_len=cutoff)
@@ -129,16 +121,15 @@ def _changed(data_args: Any, **changes: Any) -> Any:
     return args
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Loader:
     """Calls ``get_dataset`` as the workflow did, for one part of the data at a time.
 
     Attributes:
-        template: As the workflow gave it, like the five that follow.
+        template: Argument of the workflow's call, like the five that follow.
         written: LLaMA-Factory's keys as the user wrote them.
         by_file: Whether training rows carry the number of their file, see ``files``.
-        origins: Training sets that were read, and evaluation sets that were read with them.
-        held_out: Evaluation sets that were read by themselves.
+        origins: Data sets that were read: those to train on, evaluation sets, targets.
         files: Paths of the files that were numbered.
     """
 
@@ -151,7 +142,6 @@ class Loader:
     written: LlamaFactoryArgs
     by_file: bool = False
     origins: list[Origin] = field(default_factory=list)
-    held_out: list[Origin] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     @property
@@ -175,14 +165,14 @@ class Loader:
     def evaluation(self) -> Any:
         """Return what ``eval_dataset`` names, as it is named there, also beside a tokenized copy of training data."""
         args = _changed(self.data_args, dataset=None, val_size=0.0, tokenized_path=None)
-        return self._load(args, self.held_out, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
+        return self._load(args, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
 
     def target(self, name: str) -> Any:
         """Return the rows of a target."""
         names = target_data_sets(name)
         shortened = bool(self.written.packing) or self.written.neat_packing
         args = of_another_set(self.data_args, names, cutoff_shortened=shortened)
-        return self._load(args, [], targets=names)["train_dataset"]
+        return self._load(args, targets=names)["train_dataset"]
 
     def _load_training(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
         changes: list[tuple[Any, str, Any]] = []
@@ -191,7 +181,7 @@ class Loader:
         if self.data_args.streaming:
             changes.append((lf_loader, "_get_preprocessed_dataset", serve))
         with replaced(*changes):
-            return self._load(args, self.origins, **named)
+            return self._load(args, **named)
 
     def _load_numbered(self, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
         """Load files one by one, as ``datasets.load_dataset`` does, and add the number of the file to every row."""
@@ -204,37 +194,32 @@ class Loader:
             self.files.append(str(file))
         return concatenate_datasets(parts)
 
-    def _load(self, args: Any, found: list[Origin], **named: Sequence[str] | None) -> dict[str, Any]:
-        """Call ``get_dataset``; whatever it refuses becomes an error that names the key and the data set.
+    def _load(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
+        """Call ``get_dataset`` and add the sets that are read to ``origins``; errors name the key and the data set.
 
-        Args:
-            args: Data arguments.
-            found: Takes the data sets that are read.
-            named: The data sets by the key that names them, in the order of loading.
+        ``named``: the data sets by the key that names them, in the order of loading.
         """
         places = [f"{key}: {name!r}" for key, names in named.items() for name in names or ()]
-        before = len(found)
+        before = len(self.origins)
         try:
-            with watched_origins(self.stage, found):
+            with watched_origins(self.stage, self.origins):
                 module: dict[str, Any] = lf_get_dataset(
                     self.template, self.model_args, args, self.training_args, self.stage, **self.tokenizer_module
                 )
         except DataFlexError:
             raise
         except Exception as error:
-            at = len(found) - before  # the data set that failed
+            at = len(self.origins) - before  # the data set that failed
             where = places[at] if at < len(places) else ", ".join(places) or "dataset"
             raise DataError(f"{where} cannot be loaded: {_reason(error)}") from error
         return module
 
     def raw_rows(self, *, held_out: bool = False) -> RawRows:
         """Return the raw rows that are trained on, or those that are held out, in the order of the tokenized rows."""
-        names, size = self.data_args.dataset, self.test_size
-        found = self.origins[: len(names)]
+        names, first, size = self.data_args.dataset, 0, self.test_size
         if held_out and not size:
-            found = self.origins[len(names) :] or self.held_out
-            names = self.data_args.eval_dataset
-        parts = [origin.raw for origin in found]
+            names, first = self.data_args.eval_dataset, len(names)
+        parts = [origin.raw for origin in self.origins[first : first + len(names)]]
         rows = np.arange(sum(map(len, parts)), dtype=np.int64)
         if size:
             rows = split_rows(len(rows), size, self.training_args.seed)["test" if held_out else "train"]
@@ -296,9 +281,7 @@ class RawRows:
             ConfigError: A data set lacks the column.
             DataError: Raw rows and tokenized rows do not match one to one.
         """
-        if not self.parts:
-            raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenized (tokenized_path)")
-        for source, part in zip(self.names, self.parts, strict=False):
+        for source, part in zip(self.names, self.parts, strict=True):
             if name not in part.column_names:
                 known = ", ".join(part.column_names)
                 raise ConfigError(f"column {name!r} is not in the data set {source!r} (columns found: {known})")
@@ -331,7 +314,7 @@ class RawRows:
             key: Path of the key that asks for the column.
             name: The column.
             values: Its values [N].
-            refused: Which of them cannot be used [N], and what they must be; None where all can.
+            refused: Mask of unusable values [N], and what they must be; None where all can be used.
 
         Raises:
             DataError: There are such values, with the place of the first.
@@ -350,14 +333,9 @@ def _line_of(file: Path, position: int) -> int | None:
     if file.suffix not in (".json", ".jsonl") or not file.is_file():
         return None
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if position:
-                position -= 1
-                continue
-            try:
-                return number if isinstance(json.loads(line), Mapping) else None
-            except ValueError:
-                return None
-    return None
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        number, line = next(islice(filled, position, None), (None, b""))
+    try:
+        return number if isinstance(json.loads(line), Mapping) else None
+    except ValueError:
+        return None

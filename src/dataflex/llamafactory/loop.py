@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 from transformers import TrainerCallback
 
 from dataflex import comm
-from dataflex.ending import TermVote
+from dataflex.ending import TermWish
 from dataflex.plan.plan import BatchShape
 from dataflex.train.session import Loop, Setup
 
@@ -79,26 +80,56 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
 
 
 class StopOnTerm(TrainerCallback):
-    """Asks the Trainer to stop, on the same step of every rank, once any rank was sent SIGTERM."""
+    """Stops training after SIGTERM to any rank, after the same step on every rank.
+
+    Ranks exchange a flag after every step and read that of the step before: no rank waits for the answer, all have the
+    same one, and a rank that got the signal late or not at all stops with the others.
+
+    Args:
+        device: Device of the flags that ranks exchange.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.vote, self._noted = TermVote(device), ExitStack()
+        self._device, self._wish, self._noted = device, TermWish(), ExitStack()
+        self._agreed = False
+        self._sent: Any = None  # this rank's flag of the last step, and its exchange
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note SIGTERM from here on, where there is something to save."""
         told = "[dataflex] SIGTERM: ending after the step in progress, with a checkpoint"
-        self._noted.enter_context(self.vote.noted(told if comm.rank() == 0 else ""))
+        self._noted.enter_context(self._wish.noted(told if comm.rank() == 0 else ""))
 
     def over(self) -> None:
         """Give SIGTERM back to its earlier handler."""
         self._noted.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop after this step if it is agreed (collective)."""
-        if self.vote.after_step():
+        """Stop after this step if all ranks know of the signal (collective)."""
+        before, self._sent = self._sent, self._send()
+        self._agreed = self._agreed or self._read(before)
+        if self._agreed:
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Skip what is due at the end of an epoch: the run stops in the middle of one."""
-        if self.vote.agreed:
+        if self._agreed:
             control.should_log = control.should_evaluate = control.should_save = False
+
+    def settle(self) -> bool:
+        """Return whether the run was stopped, the same on every rank (collective)."""
+        self._agreed = self._read(self._sent) or self._read(self._send()) or self._agreed
+        self._sent = None
+        return self._agreed
+
+    def _send(self) -> Any:
+        flag = torch.tensor(int(self._wish.asked), device=self._device)
+        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if comm.world() > 1 else None
+
+    def _read(self, sent: Any) -> bool:
+        if comm.world() == 1:
+            return self._wish.asked
+        if sent is None:
+            return False
+        flag, work = sent
+        work.wait()
+        return bool(flag)

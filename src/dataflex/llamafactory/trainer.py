@@ -1,16 +1,10 @@
-"""The adapter between the Hugging Face Trainer and a session.
+"""The adapter between the Hugging Face Trainer and a session: a mixin that goes in front of any Trainer class.
 
-``TrainerMixin`` goes in front of any Trainer class. Upstream names relied upon (transformers 5.x), each
-asserted by ``tests/upstream``: ``get_train_dataloader``, ``get_eval_dataloader``, ``set_initial_training_values``,
-``_init_training_state``, ``get_batch_samples``, ``_get_num_items_in_batch``, ``training_step``,
-``compute_loss``, ``compute_loss_func``, ``_finalize_training``, ``train``, ``add_callback``, ``callback_handler``,
-``log``; of saving ``_save_checkpoint``, ``_save_rng_state``, ``save_model``, ``_maybe_log_save_evaluate``,
-``_get_output_dir``, ``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``rotate_checkpoints``.
-
-The Trainer asks ``get_batch_samples`` for all micro-batches of an optimizer step right after the previous step's
-update; there the session serves them. Each batch holds its row ids, which ``compute_loss`` removes before the model
-sees it. A checkpoint is begun before anything of it is written, and sealed after everything, callbacks included, which
-may rewrite the weights (stage rm); older checkpoints are removed only then.
+All micro-batches of an optimizer step are asked for right after the previous step's update; there the session serves
+them. A checkpoint is begun before anything of it is written, and sealed after everything, callbacks included, which may
+rewrite the weights (stage rm). Upstream names relied upon (transformers 5.x), each asserted by ``tests/upstream``: the
+methods overridden here, ``compute_loss_func``, ``add_callback``, ``callback_handler``, ``_get_output_dir``,
+``_tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``, ``rotate_checkpoints``.
 """
 
 from __future__ import annotations
@@ -101,7 +95,7 @@ class TrainerMixin(EvaluationMixin):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """After SIGTERM, end with a checkpoint instead of what follows a finished training."""
         stop, step = self._dataflex_stop, self.state.global_step
-        if stop is None or not stop.vote.settle():
+        if stop is None or not stop.settle():
             return super()._finalize_training(*args, **kwargs)
         if self._dataflex_saved_at != step:
             with replaced((self, "_dataflex_sealed_later", True)):

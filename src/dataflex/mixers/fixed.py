@@ -26,7 +26,6 @@ class Uniform(Mixer):
     card = Card(summary="Serves every domain equally often.", paper="baseline (stratified sampling)", cost="none")
 
     def mix(self, ctx: Context) -> Mix:
-        """Return 1/K for each of the K domains."""
         num = len(ctx.domains.names)
         return Mix(proportions=equal(num), reason=f"equal shares of {num} domains")
 
@@ -41,7 +40,6 @@ class Size(Mixer):
     card = Card(summary="Serves each domain in proportion to its size.", paper="baseline", cost="none")
 
     def mix(self, ctx: Context) -> Mix:
-        """Return size_d / sum of sizes, in tokens, sequences or documents as ``ctx.unit`` says."""
         return mix_of(ctx.domains.names, sizes(ctx, self.name), f"by {ctx.unit}")
 
 
@@ -72,16 +70,14 @@ class Temperature(Mixer):
     params: Params
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the tempered shares of the sizes in ``ctx.unit``."""
         tau = self.params.tau
         return mix_of(ctx.domains.names, tempered(sizes(ctx, self.name), tau), f"tau {tau:g} by {ctx.unit}")
 
 
 def allocate(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
-    """Return how much of ``budget`` each domain gets [K], at most ``max_epochs`` times its size (algorithm 1).
+    """Return how much of ``budget`` each domain gets [K], at most its cap: ``max_epochs`` times its size (algorithm 1).
 
-    Domains are visited from small to large; each takes an equal share of what is left, or its cap. When all caps
-    together are below ``budget`` every domain gets its cap.
+    Domains are visited from small to large; each takes an equal share of what is left, or its cap.
     """
     left = budget
     amounts = np.zeros(len(sizes_K), dtype=np.float64)
@@ -116,11 +112,10 @@ class UniMax(Mixer):
     params: Params
 
     def mix(self, ctx: Context) -> Mix:
-        """Return amounts / sum of amounts for the budget of the whole run.
+        """Return amounts / sum of amounts for the budget of the whole run: ``ctx.total_sequences``.
 
-        The budget is ``ctx.total_sequences``; with another unit it is that times the mean tokens
-        (or documents) per row of the whole data set, which is what the run serves only when lengths are alike
-        across domains.
+        With another unit it is multiplied by the mean tokens (or documents) per row of the whole data set, which is
+        what the run serves only when lengths are alike across domains.
         """
         sizes_K, epochs = sizes(ctx, self.name), self.params.max_epochs
         everything, rows = float(sizes_K.sum()), float(ctx.domains.num_rows.sum())

@@ -1,9 +1,4 @@
-"""Mixers that learn proportions from gradients of domains: DoGE, DGA and PiKE, once per interval.
-
-DoGE's proxy updates its weights in every step. Here an interval has one estimate of the gradients and, by default, one
-update, which moves a logarithm by at most 5 lr / mu: far less than the paper's over as many steps. With an interval of
-one step it is the paper's; a decision counts for ``updates`` of the paper's updates.
-"""
+"""Mixers that learn proportions from gradients of domains: DoGE, DGA and PiKE, once per interval."""
 
 from __future__ import annotations
 
@@ -33,8 +28,7 @@ class DomainGradients:
     @property
     def squared_norms(self) -> Floats:
         """Unbiased estimate of ||E g_d||^2 [K], at least 0: the mean's own norm is too large by variance / rows."""
-        biased = self.products.diagonal()
-        return np.maximum(biased - self.variance / self.rows, 0.0)
+        return np.maximum(self.products.diagonal() - self.variance / self.rows, 0.0)
 
 
 def domain_gradients(ctx: Context, signal: GradientProducts, *, rows_per_domain: int) -> DomainGradients:
@@ -99,7 +93,8 @@ class Doge(_GradientMixer):
         paper="DoGE: Domain Reweighting with Generalization Estimation (Fan et al.), ICML 2024, arXiv 2310.15393",
         cost="F + B over rows_per_domain rows of each domain",
         note="The authors update in every step, here a decision is one update and moves a logarithm by at most "
-        "5 lr / mu: an interval has one estimate of the gradients. updates makes it count for more of theirs.",
+        "5 lr / mu: an interval has one estimate of the gradients. updates makes it count for more of theirs; with an "
+        "interval of one step it is the paper's.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -122,13 +117,12 @@ class Doge(_GradientMixer):
     def _eta(self) -> float:
         return self.params.updates / self.params.mu
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         found = self._gradients(ctx)
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
-        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate), ""
+        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the mean of the proportions so far, or the last ones."""
         mix = super().mix(ctx)
         if ctx.interval.kind != "warmup":
             self.mean = running_mean(self.mean, self.mean_count, softmax(self.log_shares))
@@ -155,17 +149,16 @@ class Dga(_GradientMixer):
         memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
-    served = NOTHING
-    """Moving average of the weights [K]."""
+    served = NOTHING  # moving average of the weights [K]
 
     def requires(self) -> Requires:
         return replace(super().requires(), targets=True)
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        return self._gradients(ctx).targets.mean(axis=1), ""  # several targets count alike
+    def _scores(self, ctx: Context) -> Floats:
+        scores: Floats = self._gradients(ctx).targets.mean(axis=1)  # several targets count alike
+        return scores
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the moving average of the weights."""
         mix = super().mix(ctx)
         if not self.served.size:
             self.served = self._initial(ctx)
@@ -198,6 +191,6 @@ class Pike(_GradientMixer):
 
     params: Params
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         found, p = self._gradients(ctx), self.params
-        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch), ""
+        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch)

@@ -60,7 +60,6 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return softmax(self.log_alpha)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the sampling proportions, which never change."""
         self._begin(ctx.domains.names)
         self.rows, self.sizes = ctx.domains.num_rows.astype(np.float64), ctx.domains.sizes(ctx.unit)
         return mix_of(self.names, self.sampling.copy(), "sampling")
@@ -69,7 +68,6 @@ class _LossWeighter(DomainWeighter, LearningMixer):
         return self.alpha
 
     def observe(self, stats: DomainStats) -> None:
-        """Move the weights by what one step made of the domains."""
         self._begin(stats.names)
         scores = self._scores(stats)
         self.log_alpha = exponentiated(self.log_alpha, scores, eta=self.params.eta, smoothing=self.params.smoothing)
@@ -146,8 +144,7 @@ class DoReMi(_LossWeighter):
         "weights is the result.",
         paper="DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining, NeurIPS 2023, arXiv 2305.10429",
         cost="1 F of the reference over each row served, once (cached), or in every step",
-        note="Under variant: repo, the authors' code, the weights start at the sampling proportions; under the "
-        "others they start equal.",
+        note="The weights start at the sampling proportions under variant: repo, and equal under the others.",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -165,16 +162,13 @@ class DoReMi(_LossWeighter):
         )
 
     params: Params
-    scores = mean = NOTHING
-    """Scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]."""
+    scores = mean = NOTHING  # scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]
     mean_count = 0
-    stride = 1
-    """Number of steps between two vectors of the trajectory; doubles when there are more than 1,024."""
+    stride = 1  # number of steps between two vectors of the trajectory; doubles when there are more than 1,024
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.trajectory: list[Floats] = []
-        """Alpha at steps 0, stride, 2 stride, ..."""
+        self.trajectory: list[Floats] = []  # alpha at steps 0, stride, 2 stride, ...
 
     def requires(self) -> Requires:
         return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())
@@ -200,7 +194,6 @@ class DoReMi(_LossWeighter):
         return new
 
     def observe(self, stats: DomainStats) -> None:
-        """Move the weights by the excess losses of one step, and take them into the mean."""
         super().observe(stats)
         self.mean = running_mean(self.mean, self.mean_count, self.alpha)
         self.mean_count += 1
@@ -211,21 +204,19 @@ class DoReMi(_LossWeighter):
 
     def _scores(self, stats: DomainStats) -> Floats:
         if self.params.variant == "levanter":
-            seen = stats.excess_tokens > 0
             zeros = np.zeros(len(self.names))
-            self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=seen)
+            self.scores = np.divide(stats.excess_sum, stats.excess_tokens, out=zeros, where=stats.excess_tokens > 0)
             return self.scores
-        scores = np.where(stats.present, stats.mean_excess(), self.scores)
-        unknown = np.isnan(scores) & (self.sampling > 0)
+        self.scores = np.where(stats.present, stats.mean_excess(), self.scores)
+        unknown = np.isnan(self.scores) & (self.sampling > 0)
         if unknown.any():
             first = self.params.initial_score
-            scores[unknown] = math.log(vocabulary_size(Path(self.params.reference))) if first is None else first
-        self.scores = scores
-        return scores
+            self.scores[unknown] = math.log(vocabulary_size(Path(self.params.reference))) if first is None else first
+        return self.scores
 
     @property
     def mean_alpha(self) -> Floats | None:
-        """Mean of the weights [K] over the run so far, None before the first step."""
+        """Mean of the weights [K] over the run so far; None before the first step."""
         return self.mean / self.mean.sum() if self.steps else None
 
     def outcome(self) -> ProportionsFile | None:

@@ -65,14 +65,18 @@ class Settings:
     reference_mix: str = "size"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Round:
-    """One round on disk: its number from 1, its folder, and its reference model, which is trained here or given."""
+    """One round on disk: its number from 1, its folder, and its reference model, which is trained here or given.
+
+    ``mix`` is what the reference is trained on: that of the settings, or the proportions file of the round before.
+    """
 
     number: int
     folder: Path
     reference: Path
     trains_reference: bool
+    mix: str
 
     @property
     def proxy(self) -> Path:
@@ -100,10 +104,15 @@ class Doremi:
             raise ConfigError(f"{flat[0]}: flat keys cannot be used here; write a 'dynamic' block, or none")
         if "dynamic" in small:
             raise ConfigError("--small: holds a 'dynamic' block; write it into the configuration of the final run")
-        params, reference = _proxy_params(mapping.get("dynamic") or {})
+        params, named = _proxy_params(mapping.get("dynamic") or {})
         self.folder, self.final, self.proportions_file = folder, folder / "final", folder / "proportions.json"
-        self.settings = settings = replace(settings, reference=settings.reference or reference)
-        self.rounds = [self._round(number) for number in range(1, settings.rounds + 1)]
+        self.settings = settings = replace(settings, reference=settings.reference or named)
+        self.rounds: list[Round] = []
+        for number in range(1, settings.rounds + 1):
+            here, given = folder / f"round-{number}", settings.reference if number == 1 else None
+            reference = here / "reference" if given is None else Path(given)
+            mix = str(self.rounds[-1].proportions) if self.rounds else settings.reference_mix
+            self.rounds.append(Round(number, here, reference, given is None, mix))
         self.config_digest = digest_of(
             {
                 "config": {key: value for key, value in mapping.items() if key != "output_dir"},
@@ -118,12 +127,6 @@ class Doremi:
         write_configurations(folder, configs)
         record = {"format": _FORMAT, "config_digest": self.config_digest, **asdict(settings)}
         write_json(folder / _RECORD, redacted(record))
-
-    def _round(self, number: int) -> Round:
-        here = self.folder / f"round-{number}"
-        given = self.settings.reference if number == 1 else None
-        reference = here / "reference" if given is None else Path(given)
-        return Round(number=number, folder=here, reference=reference, trains_reference=given is None)
 
     def _configurations(
         self, mapping: Mapping[str, Any], small: Mapping[str, Any], base_dir: Path, params: Mapping[str, Any]
@@ -141,9 +144,7 @@ class Doremi:
         keys = {**mapping, **small}
         for at in self.rounds:
             if at.trains_reference:
-                first = at.number == 1
-                mix = self.settings.reference_mix if first else str(self.rounds[at.number - 2].proportions)
-                mixer = mix if mix in ("size", "uniform") else {"name": "static", "from": mix}
+                mixer = at.mix if at.mix in ("size", "uniform") else {"name": "static", "from": at.mix}
                 add(at.folder / "reference.yaml", keys, at.reference, domains, mixer)
             proxy = {"name": "doremi", "reference": str(at.reference), **params}
             add(at.folder / "proxy.yaml", keys, at.proxy, domains, proxy)
@@ -155,15 +156,11 @@ class Doremi:
         """Check the configurations as far as that can be done before their models and proportions are there."""
         problems: list[str] = []
         for path, config in configs.items():
-            mixer, awaited = config["dynamic"]["mixer"], False
-            if (
-                isinstance(mixer, Mapping)
-                and mixer["name"] == "static"
-                and mixer["from"] != self.settings.reference_mix
-            ):
+            mixer = config["dynamic"]["mixer"]
+            kind = mixer["name"] if isinstance(mixer, Mapping) else mixer
+            awaited = kind == "doremi" and mixer["reference"] != self.settings.reference
+            if kind == "static" and mixer["from"] != self.settings.reference_mix:
                 mixer = "size"  # the file is not written yet
-            elif isinstance(mixer, Mapping) and mixer["name"] == "doremi":
-                awaited = mixer["reference"] != self.settings.reference
             try:
                 resolve({**config, "dynamic": {**config["dynamic"], "mixer": mixer}}, base_dir)
             except ConfigError as error:
@@ -214,7 +211,7 @@ class Doremi:
         if not at.trains_reference:
             say(f"round {at.number}, reference: {at.reference}, as given")
             return 0
-        if at.number > 1 and not self.rounds[at.number - 2].proportions.is_file():
+        if at.number > 1 and not Path(at.mix).is_file():
             raise ConfigError(f"--step reference: round {at.number - 1} has not found its proportions yet")
         return _train(f"round {at.number}, reference", at.folder / "reference.yaml", at.reference)
 
@@ -230,7 +227,7 @@ class Doremi:
             raise ConfigError(f"--step proportions: the proxy of round {at.number} ({at.proxy}) is not trained yet")
         path = at.proxy / "dataflex" / "doremi.json"  # the mixer writes it
         found = read_proportions(path, "--step proportions")
-        before = self._reference_proportions(at, found)
+        before = _reference_proportions(at.mix, found)
         change = max(abs(share - before[name]) for name, share in found.by_name.items())
         details = {"round": at.number, "reference_proportions": before, "largest_change": change}
         source = provenance(
@@ -249,7 +246,13 @@ class Doremi:
         )
         _publish(at.proportions, content)
         latest = read_proportions([other.proportions for other in self.rounds if other.proportions.is_file()][-1])
-        self._check_final(latest)
+        started = self.final.is_dir() and any(self.final.iterdir())
+        if started and self.proportions_file.is_file():
+            if read_proportions(self.proportions_file).by_name != latest.by_name:
+                raise ConfigError(
+                    f"--out: {self.final} was trained with other proportions than those of round "
+                    f"{latest.details['round']}; move it away to train it anew"
+                )
         _publish(self.proportions_file, latest)
         lines = [f"round {at.number}, proportions: {at.proportions}", *_table(content)]
         say("\n".join([*lines, f"  largest change {change:.2g}" + ("; settled" if change < CHANGE else "")]))
@@ -260,30 +263,6 @@ class Doremi:
         if not self.proportions_file.is_file():
             raise ConfigError(f"--step final: {self.proportions_file} is not there yet; run the steps before")
         return _train("final", self.folder / "final.yaml", self.final)
-
-    def _reference_proportions(self, at: Round, found: ProportionsFile) -> dict[str, float]:
-        mix = self.settings.reference_mix
-        if at.number > 1:
-            return read_proportions(self.rounds[at.number - 2].proportions).by_name
-        if mix == "uniform":
-            return dict.fromkeys(found.names, 1.0 / len(found.names))
-        if mix == "size":
-            sizes = found.details["sizes"]
-            total = sum(sizes.values())
-            return {name: sizes[name] / total for name in found.names}
-        given = read_proportions(mix, "--reference-mix").by_name
-        missing = [name for name in found.names if name not in given]
-        if missing:
-            raise ConfigError(f"--reference-mix: {mix} has no proportion of {', '.join(missing)}")
-        return given
-
-    def _check_final(self, content: ProportionsFile) -> None:
-        path, started = self.proportions_file, self.final.is_dir() and any(self.final.iterdir())
-        if started and path.is_file() and read_proportions(path).by_name != content.by_name:
-            raise ConfigError(
-                f"--out: {self.final} was trained with other proportions than those of round "
-                f"{content.details['round']}; move it away to train it anew"
-            )
 
 
 def _proxy_params(block: Any) -> tuple[dict[str, Any], str | None]:
@@ -303,6 +282,20 @@ def _proxy_params(block: Any) -> tuple[dict[str, Any], str | None]:
     if problems:
         raise ConfigError(problems)
     return written, None if reference is None else str(reference)
+
+
+def _reference_proportions(mix: str, found: ProportionsFile) -> dict[str, float]:
+    if mix == "uniform":
+        return dict.fromkeys(found.names, 1.0 / len(found.names))
+    if mix == "size":
+        sizes = found.details["sizes"]
+        total = sum(sizes.values())
+        return {name: sizes[name] / total for name in found.names}
+    given = read_proportions(mix, "--reference-mix").by_name
+    missing = [name for name in found.names if name not in given]
+    if missing:
+        raise ConfigError(f"--reference-mix: {mix} has no proportion of {', '.join(missing)}")
+    return given
 
 
 def _finished(output_dir: Path, *, evaluates: bool = False) -> bool:

@@ -9,7 +9,6 @@ fine-tuning to those that they do not (high score). Models are loaded one at a t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from dataflex.config.args import data_set_names
 from dataflex.errors import ConfigError, DataError, did_you_mean
 from dataflex.mixing.options import Solution, by_name, given, write_result
+from dataflex.mixing.runs import read_csv
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import provenance, softmax
 from dataflex.rng import stream
@@ -160,14 +160,12 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], Floats, Floats]:
 
 
 def _from_csv(path: Path) -> tuple[list[str], Floats, Floats]:
+    head, lines = read_csv(path)
+    if "length" not in head:
+        raise DataError(f"{path}: lacks a column 'length' with the tokens of each text")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-        head = [cell.strip() for cell in lines[0]] if lines else []
-        if "length" not in head:
-            raise DataError(f"{path}: lacks a column 'length' with the tokens of each text")
-        table = np.asarray([[float(cell) for cell in line] for line in lines[1:]], dtype=np.float64)
-    except (OSError, ValueError) as error:
+        table = np.asarray([[float(cell) for cell in line] for line in lines], dtype=np.float64)
+    except ValueError as error:
         raise DataError(f"{path}: cannot be read as a table of numbers: {error}") from error
     if table.ndim != 2 or table.shape[1] != len(head):
         raise DataError(f"{path}: {len(head)} columns named, but rows of other lengths, or none")
@@ -232,17 +230,21 @@ def _numbers(path: Path, array: NDArray[np.generic]) -> Floats:
 
 def _texts(path: Path, options: argparse.Namespace, most: int, name: str) -> list[str]:
     """Return at most ``most`` non-empty texts of a .jsonl, .json or .txt file, drawn at random, in their order."""
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise DataError(f"{path}: must end in .jsonl, .json or .txt")
     try:
         content = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            texts = content.splitlines()
+        else:
+            lines = (json.loads(line) for line in content.split("\n") if line.strip())
+            rows = json.loads(content) if content.lstrip().startswith("[") else lines
+            keys = data_set_names(options.column)
+            texts = [_text(row, keys, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: malformed JSON: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    if path.suffix == ".txt":
-        texts = content.splitlines()
-    elif path.suffix in (".jsonl", ".json"):
-        keys = data_set_names(options.column)
-        texts = [_text(row, keys, f"{path}, row {number}") for number, row in enumerate(_rows(content, path), 1)]
-    else:
-        raise DataError(f"{path}: must end in .jsonl, .json or .txt")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError(f"{path}: holds no text")
@@ -250,16 +252,6 @@ def _texts(path: Path, options: argparse.Namespace, most: int, name: str) -> lis
         return texts
     chosen = stream(options.seed, f"mixing.texts.{name}").choice(len(texts), size=most, replace=False)
     return [texts[place] for place in sorted(chosen.tolist())]
-
-
-def _rows(content: str, path: Path) -> Iterator[Any]:
-    try:
-        if content.lstrip().startswith("["):
-            yield from json.loads(content)
-        else:
-            yield from (json.loads(line) for line in content.split("\n") if line.strip())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: malformed JSON: {error}") from error
 
 
 def _text(row: Any, keys: Sequence[str], where: str) -> str:

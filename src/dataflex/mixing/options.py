@@ -20,14 +20,7 @@ from dataflex.record.text import columns
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """Minimum of a convex objective over the simplex.
-
-    Attributes:
-        proportions: float64 [K] on the simplex.
-        value: The objective there.
-        gap: Upper bound of the difference to the minimum.
-        steps: Number of steps taken.
-    """
+    """A point [K] on the simplex where a convex objective is at most ``gap`` above its minimum."""
 
     proportions: Floats
     value: float
@@ -86,11 +79,7 @@ def write_result(
     natural: Floats | None = None,
     caps: Floats | None = None,
 ) -> list[str]:
-    """Write proportions [K] of domains [K] and return the lines to print, with natural shares [K] and caps [K].
-
-    Raises:
-        ConfigError: There is a file that is no proportions file.
-    """
+    """Write proportions [K] of domains [K] and return the lines to print, with natural shares [K] and caps [K]."""
     if os.path.lexists(path):
         try:
             read_proportions(path, "--out")

@@ -175,18 +175,10 @@ def _along_the_barrier(goal: _Objective, p_K: Floats, bounds_K: Floats) -> tuple
 def propose(
     fit: Fit, sizes_K: Floats, *, tasks: Sequence[str] = (), kl: float = KL, caps_K: Floats | None = None, seed: int = 0
 ) -> tuple[Floats, dict[str, Any]]:
-    """Return proportions [K] for the lowest mean predicted loss, and details.
+    """Return proportions [K] for the lowest mean predicted loss of ``tasks`` (none: all usable), and details.
 
-    Args:
-        fit: The fitted models.
-        sizes_K: Natural sizes in the order of ``fit.names`` [K], any unit.
-        tasks: Tasks whose mean is lowered; none means all with a usable fit.
-        kl: Weight of the divergence from the natural mix; laws only.
-        caps_K: Largest share of each domain [K].
-        seed: Seed of the search among mixtures; trees only.
-
-    Raises:
-        ConfigError: An unknown task, one without a usable fit, a negative weight, or caps that cannot be met.
+    Sizes [K] have any unit. ``kl`` is the weight of the divergence from the natural mix, for laws only; ``seed`` that
+    of the search among mixtures, for trees only.
     """
     tasks, useless = _tasks(fit, tasks, kl)
     natural = sizes_K / sizes_K.sum()
@@ -264,16 +256,16 @@ def _search(
 def _sizes(options: argparse.Namespace, names: Sequence[str]) -> tuple[Floats, str]:
     """Return the natural sizes [K] in the order of ``names``, and their unit."""
     if options.natural is not None:
-        found, sizes, unit = given_sizes(options.natural)
+        sizes, unit = given_sizes(options.natural)
     elif (options.folder / SWARM).is_file():
         swarm = read_swarm(options.folder)
-        found, sizes, unit = swarm.names, swarm.sizes, swarm.unit
+        sizes, unit = dict(zip(swarm.names, swarm.sizes.tolist(), strict=True)), swarm.unit
     else:
         raise ConfigError(f"--natural: missing; {options.folder} holds no {SWARM} with the sizes of the domains")
-    check_names("--natural", found, names, every=True)
-    if not sizes.sum() > 0:
+    check_names("--natural", sizes, names, every=True)
+    if not any(sizes.values()):
         raise ConfigError("--natural: all sizes are 0")
-    return sizes[[found.index(name) for name in names]], unit
+    return np.asarray([sizes[name] for name in names], dtype=np.float64), unit
 
 
 def _caps(options: argparse.Namespace, sizes: Floats, unit: str, names: Sequence[str]) -> tuple[Floats, list[str]]:

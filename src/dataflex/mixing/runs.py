@@ -155,25 +155,30 @@ def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if re.search(r'[",\r\n]', cell) else cell
 
 
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns and the lines of a CSV file."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            head, *lines = [line for line in csv.reader(file) if line] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return [cell.strip() for cell in head], lines
+
+
 def read_table(path: Path, *, shares: bool = False, skip: Collection[str] = ()) -> Table:
     """Read a CSV file with a column ``run`` and one column of numbers per domain or task; not the runs in ``skip``.
 
     Raises:
         DataError: The file is missing or malformed, holds NaN, or rows are not proportions (``shares``); all at once.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    head = [cell.strip() for cell in lines[0]] if lines else []
+    head, lines = read_csv(path)
     if head[:1] != ["run"] or len(head) < 2:
         raise DataError(f"{path}: the first line must be 'run' and the names of domains or tasks, found {head[:4]}")
     if len(set(head)) < len(head):
         raise DataError(f"{path}: names a column twice: {', '.join(head)}")
     problems: list[str] = []
     rows: dict[str, list[float]] = {}
-    for line in lines[1:]:
+    for line in lines:
         run = line[0].strip()
         if run in skip:
             continue

@@ -248,8 +248,8 @@ def read_swarm(folder: Path) -> Swarm:
 
 # ---- natural sizes of the domains
 
-Natural = tuple[tuple[str, ...], Floats, str]
-"""Names of the domains [K], their sizes [K], and the unit of these."""
+Natural = tuple[dict[str, float], str]
+"""Sizes of the domains by name, and their unit."""
 
 _OR_GIVE = "give sizes by name such as 'web=900,code=100', or the output_dir of a run with the same data"
 
@@ -266,17 +266,15 @@ def given_sizes(asked: str) -> Natural:
         domains = spaces[-1].get("domains") if spaces else None
         if not domains:
             raise ConfigError(f"--natural: the record in {path} does not say how many rows each domain has")
-        return tuple(domains), np.asarray(list(domains.values()), dtype=np.float64), "rows"
+        return domains, "rows"
     if path.suffix == ".json":
-        content = read_proportions(path, "--natural")
-        return content.names, np.asarray(content.proportions), "shares"
+        return read_proportions(path, "--natural").by_name, "shares"
     if "=" not in asked:
         raise ConfigError(
             f"--natural: {asked!r} is neither 'rows' nor 'bytes', nor a folder, a .json file or sizes by name such as "
             "'web=900,code=100'"
         )
-    sizes = numbers_by_name(asked, "--natural")
-    return tuple(sizes), np.asarray(list(sizes.values())), "given"
+    return numbers_by_name(asked, "--natural"), "given"
 
 
 def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig, base_dir: Path) -> Natural:
@@ -286,13 +284,12 @@ def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig,
     what ``given_sizes`` reads. None means rows, or bytes for packed rows and ``unit: tokens``.
     """
     names = lf.train_sets
-    if asked not in (None, "rows", "bytes"):
-        assert asked is not None
-        given, sizes, unit = given_sizes(asked)
+    if asked is not None and asked not in ("rows", "bytes"):
+        sizes, unit = given_sizes(asked)
         if not dynamic.domains_are_sources:
-            return given, sizes, unit
-        check_names("--natural", given, names, every=True)
-        return names, sizes[[given.index(name) for name in names]], unit
+            return sizes, unit
+        check_names("--natural", sizes, names, every=True)
+        return {name: sizes[name] for name in names}, unit
     if not dynamic.domains_are_sources:
         raise ConfigError(
             f"--natural: domains come from the rows, so their sizes are not known from the files; {_OR_GIVE}"
@@ -303,11 +300,11 @@ def _natural_of(asked: str | None, lf: LlamaFactoryArgs, dynamic: DynamicConfig,
     tokens = dynamic.unit == "tokens" or (lf.packed and dynamic.unit == "sequences")
     unit = asked or ("bytes" if tokens else "rows")
     count = count_rows if unit == "rows" else count_bytes
-    counts = [None if lf.tokenized else count(source, lf) for source in sources]
-    unknown = [source.name for source, size in zip(sources, counts, strict=True) if size is None]
+    counts = {source.name: None if lf.tokenized else count(source, lf) for source in sources}
+    unknown = [name for name, size in counts.items() if size is None]
     if unknown:
         raise ConfigError(f"--natural: the {unit} of {', '.join(unknown)} are not quick to count; {_OR_GIVE}")
-    return names, np.asarray(counts, dtype=np.float64), unit
+    return {name: size for name, size in counts.items() if size is not None}, unit
 
 
 # ---- the swarm on disk
@@ -326,7 +323,8 @@ def write_swarm(
         if isinstance(written, Mapping) and written.get(key) is not None:
             raise ConfigError(f"dynamic.{key}: a run of a swarm keeps one mixture throughout; remove the key")
     lf, dynamic = without_mixer(mapping, base_dir)
-    names, sizes, unit = _natural_of(natural, lf, dynamic, base_dir)
+    by_name, unit = _natural_of(natural, lf, dynamic, base_dir)
+    names, sizes = tuple(by_name), np.asarray(list(by_name.values()), dtype=np.float64)
     mixtures = sample_swarm(sizes, settings)
     unseen = np.flatnonzero((mixtures.max(axis=0) == 0) & (sizes > 0))
     if len(unseen):

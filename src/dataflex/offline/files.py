@@ -45,15 +45,7 @@ def file_records(path: Path | None) -> list[FileRecord]:
 
 
 class SourceRows:
-    """The rows of a data set's files, one file after the other.
-
-    Args:
-        paths: Files of one format.
-
-    Raises:
-        UnsupportedError: A format whose rows cannot be written back, or files that do not go together.
-        DataError: Content that is not of its format.
-    """
+    """The rows of a data set's files, one file after the other; the files must have one format."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         endings = sorted({path.suffix.lower() for path in paths})

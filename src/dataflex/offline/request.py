@@ -41,14 +41,9 @@ _DROPPED = (
 ).split()
 """Keys that only training and evaluation look at."""
 _STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
-_FIXED: dict[str, Any] = {
-    "do_train": True,
-    "neat_packing": False,
-    "overwrite_output_dir": True,
-    "packing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-}
+_FIXED: dict[str, Any] = dict(
+    do_train=True, neat_packing=False, overwrite_output_dir=True, packing=False, report_to="none", save_strategy="no"
+)
 
 
 def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
@@ -205,7 +200,7 @@ def score_request(
     budget: int | None = None,
     store: str | None = None,
 ) -> ScoreRequest:
-    """Read and check what is to be scored.
+    """Read and check what ``dataflex score`` is asked for; ``ConfigError`` with all problems.
 
     Args:
         data: A LLaMA-Factory YAML or JSON file, or the names of data sets.
@@ -215,9 +210,6 @@ def score_request(
         targets: Data sets for the methods that need targets and have none of their own.
         budget: Number of rows that every method is asked for; None: all.
         store: Folder for finished passes, kept; None: one beside ``out``, removed at the end.
-
-    Raises:
-        ConfigError: All problems, one line each.
     """
     problems: list[str] = []
     ours = [text for text in overrides if text.partition("=")[0].partition(".")[0] in methods and "." in text]

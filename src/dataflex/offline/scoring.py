@@ -217,11 +217,7 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 
 
 def run_score(request: ScoreRequest) -> str:
-    """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks).
-
-    Raises:
-        DataFlexError: Anything that the user can correct.
-    """
+    """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
     for note in request.notes:
         logger.info("%s", note)
     stage = str(request.lf.get("stage", "sft"))
@@ -258,7 +254,7 @@ def _table(
                 f"{name}: {len(origin.kept):,} rows of its files were to become {size:,} training rows, so that scores "
                 "cannot be given back to rows of the files"
             )
-        counts = {"rows": len(origin.kept), "rows_read": origin.num_rows, "entry": request.entries.get(name)}
+        counts = {"rows": len(origin.kept), "rows_read": len(origin.raw), "entry": request.entries.get(name)}
         sources.append({"name": name, **counts, "files": [asdict(record) for record in records]})
     ours = ("seed", "domain_column", "domain_path", "plugins")
     provenance = {

@@ -165,11 +165,6 @@ def write_subset(
 
     ``out`` is a file; or, without an ending, a folder that takes a file for each data set and can be used as
     ``dataset_dir``. The provenance is written first, the files of rows last: if these exist, everything does.
-
-    Raises:
-        ConfigError: ``out`` does not fit the format or the number of data sets, or holds other files.
-        DataError: A source changed since it was scored, or is not there.
-        UnsupportedError: A source whose rows cannot be written back.
     """
     if order == "source":
         rows = np.sort(rows)
@@ -262,8 +257,12 @@ def _with_earlier(
 
     Refuses to replace files and entries that no earlier subset wrote, unless ``overwrite``.
     """
-    before = _earlier(told)
-    foreign = [str(path) for path in files if os.path.lexists(path) and not _is(path, before.get(path.name))]
+    content = _mapping(told) or {}
+    listed = content.get("files") if "dataflex" in content else None
+    found = [file for file in listed if isinstance(file, Mapping)] if isinstance(listed, list) else []
+    before = {str(file.get("path")): (file.get("size"), file.get("blake2b")) for file in found}
+    ours_before = [path for path in files if path.name in before and _identity(path) == before[path.name]]
+    foreign = [str(path) for path in files if os.path.lexists(path) and path not in ours_before]
     if os.path.lexists(told) and not before:
         foreign.append(str(told))
     there = _mapping(info)
@@ -286,19 +285,12 @@ def _with_earlier(
     return {**kept, **ours}
 
 
-def _earlier(told: Path) -> dict[str, tuple[Any, Any]]:
-    """Return size and hash of the files that an earlier subset wrote here, by name."""
-    content = _mapping(told) or {}
-    files = content.get("files") if "dataflex" in content else None
-    found = [file for file in files if isinstance(file, Mapping)] if isinstance(files, list) else []
-    return {str(file.get("path")): (file.get("size"), file.get("blake2b")) for file in found}
-
-
-def _is(path: Path, known: tuple[Any, Any] | None) -> bool:
-    if known is None or path.is_symlink() or not path.is_file():
-        return False
+def _identity(path: Path) -> tuple[int, str] | None:
+    """Return size and hash of a file; None for anything else, links too."""
+    if path.is_symlink() or not path.is_file():
+        return None
     found = FileRecord.of(path)
-    return (found.size, found.blake2b) == known
+    return found.size, found.blake2b
 
 
 def _mapping(path: Path) -> dict[str, Any] | None:
@@ -330,8 +322,7 @@ def select(
     """Write the subset that the options of ``dataflex select`` describe and return what to print.
 
     Raises:
-        ConfigError: Something asked for does not exist or does not fit.
-        DataError: The budget exceeds the rows, or the source changed.
+        DataFlexError: An option that does not fit, a budget that exceeds the rows, or a source that changed.
     """
     table = read_scores(scores)
     column = score_column(table, column)

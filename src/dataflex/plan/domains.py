@@ -76,8 +76,7 @@ class Domains:
         domain_of = np.asarray(self.domain_of, dtype=np.int32)
         if not names or domain_of.ndim != 1:
             raise DataError("no domains: the training set is empty")
-        if domain_of.size and not 0 <= domain_of.min() <= domain_of.max() < len(names):
-            raise DataError(f"domain indices must be within 0..{len(names) - 1}")
+        assert not domain_of.size or 0 <= domain_of.min() <= domain_of.max() < len(names), "indices beyond the names"
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "domain_of", _read_only(domain_of))
         if self.lengths is not None:
@@ -92,8 +91,7 @@ class Domains:
     @classmethod
     def from_sizes(cls, names: Sequence[str], sizes: Sequence[int], lengths: ArrayLike | None = None) -> Domains:
         """Return domains that are consecutive ranges of ``sizes`` [K] rows; ``lengths`` are tokens of each row."""
-        if len(names) != len(sizes):
-            raise DataError(f"{len(names)} domain names for {len(sizes)} sizes")
+        assert len(names) == len(sizes), f"{len(names)} domain names for {len(sizes)} sizes"
         domain_of = np.repeat(np.arange(len(names), dtype=np.int32), np.asarray(sizes, dtype=np.int64))
         return cls(names=tuple(names), domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
 
@@ -113,7 +111,8 @@ class Domains:
                 yield known.setdefault(label, len(known))
 
         domain_of = np.fromiter(numbered(), dtype=np.int32)
-        return cls(names=tuple(known), domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
+        names = tuple(map(str, known))
+        return cls(names=names, domain_of=domain_of, lengths=None if lengths is None else np.asarray(lengths))
 
     @cached_property
     def num_rows(self) -> NDArray[np.int64]:

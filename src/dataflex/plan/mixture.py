@@ -60,7 +60,7 @@ def block_counts(
             order = np.argsort(-rest, kind="stable")[:short]
             rest[order] -= 1.0
             base[order] += 1.0
-        for _ in range(-short):  # clipping has given too many
+        for _ in range(-short):  # clipping at 0 gave out too many
             k = np.argmin(np.where(base > 0, rest, np.inf))
             rest[k] += 1.0
             base[k] -= 1.0
@@ -127,24 +127,24 @@ def expected_epochs(
     ``drawn`` are the sequences drawn before [K]. With ``at_cap: error`` the caps ``max_epochs`` (as in ``cap_limits``)
     are ignored, so that the result shows by how much they would be exceeded.
     """
-    served = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
+    sequences = np.zeros(sizes.size) if drawn is None else drawn.astype(np.float64)
     limits = cap_limits(sizes, None if at_cap == "error" else max_epochs).astype(np.float64)
     left = float(total)
-    closed = served >= limits
+    closed = sequences >= limits
     while left > 0:
         shares = without(proportions, closed)
         if shares is None or (at_cap == "stop" and (closed & (proportions > 0)).any()):
             break
         active = np.flatnonzero(shares > 0)
-        steps = (limits - served)[active] / shares[active]
+        steps = (limits - sequences)[active] / shares[active]
         step = min(left, float(steps.min()))
-        served = np.minimum(served + step * shares, limits)
+        sequences = np.minimum(sequences + step * shares, limits)
         left -= step
         # The domains that bounded the step are full, whatever rounding says.
         full = active[steps <= step]
-        served[full] = limits[full]
+        sequences[full] = limits[full]
         closed[full] = True
-    return served / sizes
+    return sequences / sizes
 
 
 _CHUNK_IDS = 1 << 19  # ids made at a time
@@ -160,7 +160,7 @@ class MixtureSampler:
     - The order within a block is a permutation keyed by (seed, segment, block), or ``evenly``; with ``unit``, that many
       consecutive sequences are of one domain (a domain-pure micro-batch).
     - Each domain is read in epochs of its own (``ShuffledEpochs``): every row once before any twice.
-    - A segment may end inside a block; then the served share of the block's change of residual is carried on,
+    - A segment may end inside a block; then the used share of the block's change of residual is carried on,
       so that short segments do not starve small domains.
 
     At the first sequence past a domain's cap, of ``max_epochs`` [K], ``error`` raises and leaves the sampler as it was
@@ -195,7 +195,7 @@ class MixtureSampler:
         self.position = 0
         self.drawn = np.zeros(len(self.names), dtype=np.int64)
         self.stopped_by: tuple[str, ...] = ()
-        self._forgotten = 0  # segments before those in the list
+        self._forgotten = 0  # number of earlier segments
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
         self._streams = [
             ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle) for k, name in enumerate(self.names)
@@ -236,11 +236,11 @@ class MixtureSampler:
     def _open(self, shares: NDArray[np.float64], decided_at_step: int, reason: str) -> None:
         if self.segments:
             last = self.segments[-1]
-            served = (self.position - last.start) % self.block
-            if served:
+            used = (self.position - last.start) % self.block
+            if used:
                 _, rests = block_counts(last.proportions, self.block // self.unit, self._residual, 1)
-                self._residual = rests[0] + served / self.block * (rests[1] - rests[0])
-        # A domain that is left out has no claims; the others' still have to sum to 0.
+                self._residual = rests[0] + used / self.block * (rests[1] - rests[0])
+        # A domain without a share keeps no residual; those of the others must still sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
         self._residual = residual - residual.sum() * shares
         self.segments.append(
@@ -320,7 +320,7 @@ class MixtureSampler:
         """Return domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
         shares, block = self.segments[-1].proportions, self.block
         active = shares > 0
-        # Blocks far beyond the nearest cap would be made in vain.
+        # Blocks far beyond the nearest cap would be thrown away.
         to_cap = (((self.limits - self.drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)

@@ -65,8 +65,7 @@ class BatchShape:
 
     def rows_per_epoch(self, num_rows: int) -> int:
         """Return the rows served in an epoch, without those that only even out the ranks."""
-        served = self.micro_batches_per_epoch(num_rows) * self.world * self.micro_batch_size
-        return min(served, num_rows)
+        return min(num_rows, self.micro_batches_per_epoch(num_rows) * self.world * self.micro_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,11 +100,11 @@ class DataPlan:
         steps, batch = self.interval.steps, self.global_batch
         if steps < 1 or batch < 1 or self.rows.shape != (steps * batch,):
             return f"{self.rows.size} rows for {steps} steps of {batch} sequences"
-        served = self.rows.reshape(steps, batch) >= 0
-        if self.rows.min() < -1 or (served[:, 1:] > served[:, :-1]).any():
+        is_row = self.rows.reshape(steps, batch) >= 0
+        if self.rows.min() < -1 or (is_row[:, 1:] > is_row[:, :-1]).any():
             return "a row below -1, or a row after 'no row' within a step"
-        if not served[:, 0].all():
-            return f"step {self.interval.start_step + int(np.argmin(served[:, 0]))} has no rows"
+        if not is_row[:, 0].all():
+            return f"step {self.interval.start_step + int(np.argmin(is_row[:, 0]))} has no rows"
         if self.fill.ndim != 1 or (self.fill < 0).any():
             return "fill must be a list of row ids"
         return None
@@ -149,7 +148,7 @@ class DataPlan:
             "row_space": self.row_space,
             "num_rows": self.rows.size,
             "num_fill": self.fill.size,
-            "weighted": False,  # part of every digest
+            "weighted": False,  # keeps digests as they were
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

@@ -29,7 +29,7 @@ class Schedule:
     """Warm-up, then intervals of equal length; the last one is cut at the end.
 
     Raises:
-        ConfigError: Every number that is out of range, together.
+        ConfigError: There is no step, or no interval in a cycle.
     """
 
     warmup_steps: int = 0  # optimizer steps before the first decision
@@ -38,23 +38,15 @@ class Schedule:
     cycle_steps: int | None = None  # steps after which warm-up and intervals start again; None: never
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{key}: must be a whole number >= {least}, got {value!r}"
-            for key, value, least in (
-                ("dynamic.warmup_steps", self.warmup_steps, 0),
-                ("dynamic.interval_steps", self.interval_steps, 1),
-                ("dynamic.cycle_steps", 1 if self.cycle_steps is None else self.cycle_steps, 1),
-                ("total steps", self.total_steps, 1),
-            )
-            if isinstance(value, bool) or not isinstance(value, int) or value < least
-        ]
-        if not problems and self.cycle_steps is not None and self.cycle_steps <= self.warmup_steps:
-            problems.append(
+        assert self.warmup_steps >= 0, self
+        assert self.interval_steps >= 1, self
+        if self.total_steps < 1:
+            raise ConfigError(f"total steps: must be a whole number >= 1, got {self.total_steps}")
+        if self.cycle_steps is not None and self.cycle_steps <= self.warmup_steps:
+            raise ConfigError(
                 f"dynamic.cycle_steps: a cycle of {self.cycle_steps} steps is all warm-up "
                 f"(dynamic.warmup_steps is {self.warmup_steps}); make it longer or lower warmup_steps"
             )
-        if problems:
-            raise ConfigError(problems)
 
     def _index_in_cycle(self, step: int) -> int:
         if step < self.warmup_steps:

@@ -149,9 +149,9 @@ def quota_rows(
         before = np.isin(copies[0], earlier)
         copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
         parts.append(np.concatenate(copies)[:count])
-    served = np.concatenate(parts)
-    places = stream(seed, "order", interval.index).permutation(len(served))
+    rows = np.concatenate(parts)
+    places = stream(seed, "order", interval.index).permutation(len(rows))
     if not shuffle:  # the places that were drawn for a domain's rows take them in their order
         ends = np.cumsum([len(part) for part in parts])
         places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
-    return served[places]
+    return rows[places]

@@ -136,6 +136,14 @@ def domain_groups(run: Run, most: int) -> list[tuple[str, list[str]]]:
     return [*alone, (f"{len(rest)} others", rest)] if rest else alone
 
 
+def domain_rows(run: Run, most: int) -> list[tuple[str, float, int]]:
+    """Rows served of each group of domains, and its rows in the pool."""
+    return [
+        (name, sum(run.served[each] for each in members), sum(run.pool.get(each, 0) for each in members))
+        for name, members in domain_groups(run, most)
+    ]
+
+
 def domain_shares(planned: Sequence[Event], key: str, members: Sequence[str]) -> list[float | None]:
     """Share of some domains in a count or proportion of each interval; None where it has none."""
     shares: list[float | None] = []

@@ -15,9 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dataflex.errors import DataError
 from dataflex.printable import printable
-from dataflex.record.digest import DECIDING, Curve, Event, Run, digest, domain_groups, domain_shares, running_mean
+from dataflex.record.digest import (
+    DECIDING,
+    Curve,
+    Event,
+    Run,
+    digest,
+    domain_groups,
+    domain_rows,
+    domain_shares,
+    running_mean,
+)
 from dataflex.record.read import EVENTS, read_ending, read_found, read_record, read_weights, record_dir
 from dataflex.record.summary import summary
 from dataflex.record.text import cut, duration, number, percent
@@ -175,39 +187,32 @@ def _loss(run: Run) -> Figure | None:
 
 
 def _mixture(run: Run) -> Figure | None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     planned = [event for event in run.planned if sum((event.get("domain_counts") or {}).values())]
     if not planned:
         return None
     groups = domain_groups(run, _MIXTURE_DOMAINS)
+    served, nominal = (
+        [_corners(planned, domain_shares(planned, key, members))[1] for _, members in groups]
+        for key in ("domain_counts", "proportions")
+    )
+    xs = _corners(planned, [None] * len(planned))[0]
     figure, (axes,) = _new_figure()
-    xs, below = _corners(planned, [0.0] * len(planned))
-    nominal_below = below
-    nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
-    handles: list[Any] = []
-    for at, (name, members) in enumerate(groups):
-        rest = at == _MIXTURE_DOMAINS
-        look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
-        look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
-        heights = _corners(planned, domain_shares(planned, "domain_counts", members))[1]
-        top = [low + height for low, height in zip(below, heights, strict=True)]
-        axes.fill_between(xs, below, top, **look)
-        handles.append(Patch(label=_short_name(name), **look))
-        below = top
-        nominal = _corners(planned, domain_shares(planned, "proportions", members))[1]
-        nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
-        if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
-            axes.plot(xs, nominal_below, **nominal_look)
-    handles.reverse()  # the legend reads from top to bottom, as the areas lie
+    colours = [GREY if at == _MIXTURE_DOMAINS else COLOURS[at % len(COLOURS)] for at in range(len(groups))]
+    names = [_short_name(name) for name, _ in groups]
+    areas = axes.stackplot(xs, served, labels=names, colors=colours, edgecolor="white", linewidth=0.6)
+    for area in areas[len(COLOURS) : _MIXTURE_DOMAINS]:
+        area.set_hatch("///")
+    handles: list[Any] = areas[::-1]  # the legend reads from top to bottom, as the areas lie
     if any(event.get("proportions") for event in planned):
-        handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
+        look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
+        borders = [axes.plot(xs, line, label="nominal proportions", **look)[0] for line in np.cumsum(nominal, 0)[:-1]]
+        handles += borders[:1]
     _step_axis(axes, run, planned[-1]["stop_step"])
     axes.set_ylim(0, 1)
     _percent_axis(axes.yaxis)
     axes.set_ylabel("share of served rows")
-    _legend(axes, handles + axes.get_legend_handles_labels()[0])
+    handles += [handle for handle in axes.get_legend_handles_labels()[0] if handle.get_label() == "resumed"]
+    _legend(axes, handles)
     return _headline(figure, f"Served mixture{_mixture_change(run, planned)}")
 
 
@@ -251,13 +256,11 @@ def _scores(run: Run) -> Figure | None:
 
 
 def _composition(run: Run) -> Figure | None:
-    served, pool = run.served, run.pool
-    all_served, all_pool = sum(served.values()), sum(pool.values())
+    all_served, all_pool = sum(run.served.values()), sum(run.pool.values())
     if not all_served or not all_pool:
         return None
-    groups = domain_groups(run, _COMPOSITION_DOMAINS)
-    shares = [sum(served[name] for name in members) / all_served for _, members in groups]
-    fair = [sum(pool.get(name, 0) for name in members) / all_pool for _, members in groups]
+    groups = domain_rows(run, _COMPOSITION_DOMAINS)
+    shares, fair = [rows / all_served for _, rows, _ in groups], [rows / all_pool for _, _, rows in groups]
     figure, (axes,) = _new_figure(1.4 + 0.45 * len(groups))
     places = list(range(len(groups)))
     axes.barh([place - 0.19 for place in places], shares, 0.36, color=COLOURS[0], label="served rows")
@@ -265,7 +268,7 @@ def _composition(run: Run) -> Figure | None:
     for place, share, base in zip(places, shares, fair, strict=True):
         text = percent(share) + (f"  ({share / base:.2f} x)" if base else "")
         axes.annotate(text, (share, place - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [_short_name(name, 28) for name, _ in groups])
+    axes.set_yticks(places, [_short_name(name, 28) for name, _, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.22 * max(*shares, *fair))
@@ -273,7 +276,7 @@ def _composition(run: Run) -> Figure | None:
     axes.set_xlabel("share of rows")
     _legend(axes)
     ratios = [
-        (share / base, cut(name, 24)) for share, base, (name, _) in zip(shares, fair, groups, strict=True) if base
+        (share / base, cut(name, 24)) for share, base, (name, _, _) in zip(shares, fair, groups, strict=True) if base
     ]
     (most, most_name), (least, least_name) = max(ratios), min(ratios)
     if most < 1.02 and least > 0.98:
@@ -283,9 +286,10 @@ def _composition(run: Run) -> Figure | None:
 
 
 def _seconds(run: Run) -> Figure | None:
-    phases, total = run.phase_seconds(), run.wall_seconds
+    phases = run.phase_seconds()
     if not phases:
         return None
+    total = sum(phases.values())
     figure, (axes,) = _new_figure(2.6)
     spare = iter(_OTHER_PHASES * len(phases))
     left = 0.0

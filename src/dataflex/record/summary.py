@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dataflex.plan.proportions import ProportionsFile
-from dataflex.record.digest import Curve, Event, Run, domain_groups, higher_is_better
+from dataflex.record.digest import Curve, Event, Run, domain_rows, higher_is_better
 from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
 
 _SETTINGS = (
@@ -109,9 +109,9 @@ def _losses(run: Run) -> list[str]:
 
 
 def _time(run: Run) -> list[str]:
-    rows = []
-    for name, seconds in run.phase_seconds().items():
-        share = seconds / run.wall_seconds
+    phases, rows = run.phase_seconds(), []
+    for name, seconds in phases.items():
+        share = seconds / sum(phases.values())
         rows.append([cut(name, 30), duration(seconds), percent(share), "#" * round(_BAR * share)])
     return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")] if rows else []
 
@@ -155,8 +155,7 @@ def _composition(run: Run) -> list[str]:
     if not all_served:
         return []
     rows = [["domain", "rows served", "share", "pool rows", "share", "times", "epochs"]]
-    for name, members in domain_groups(run, _DOMAINS):
-        count, size = sum(run.served[each] for each in members), sum(run.pool.get(each, 0) for each in members)
+    for name, count, size in domain_rows(run, _DOMAINS):
         share, fair = count / all_served, size / all_pool if all_pool else 0.0
         times = f"{share / fair:.2f} x" if fair else "-"
         epochs = f"{count / size:.2f}" if size else "-"

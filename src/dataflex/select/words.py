@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError
 from dataflex.method import Context, Rows
-from dataflex.signals.kinds import Part
+from dataflex.signals.specs import Part
 
 T = TypeVar("T")
 

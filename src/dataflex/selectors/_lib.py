@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Context, Params, Passes, Requires, Rows, param
 from dataflex.select.scoring import Found, Gives, PoolSelector, ScoringSelector
-from dataflex.signals.kinds import Embedding, Pooling, TokenLoss
+from dataflex.signals.kinds import Embedding, TokenLoss
+from dataflex.signals.specs import Pooling
 
 ROW_LOSSES = Requires(
     signals=frozenset({"losses"}),

@@ -37,8 +37,8 @@ from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
 from dataflex.select.scoring import Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS
-from dataflex.signals.kinds import Generation, GenerationSpec, ResponseGradientScores, WeightedResponse
-from dataflex.signals.specs import InfluenceOptions
+from dataflex.signals.kinds import ResponseGradientScores
+from dataflex.signals.specs import Generation, GenerationSpec, InfluenceOptions, WeightedResponse
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from dataflex.select.choose import largest_remainder
 from dataflex.select.rules import Rule, choose
 from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words, word_punct
-from dataflex.signals.kinds import Part
+from dataflex.signals.specs import Part
 
 _EPSILON = 1e-8
 

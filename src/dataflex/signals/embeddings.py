@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dataflex.errors import ConfigError, DataFlexError, UnsupportedError
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import IGNORE, model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
-from dataflex.signals.other_models import LOAD_ERRORS
+from dataflex.signals.other_models import LoadError, loading
 from dataflex.signals.sweep import Sweep, bucketed, padded, preserve_state
 from dataflex.signals.texts import row_texts
 
@@ -121,10 +121,6 @@ def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> tor
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
 
-class EncoderError(DataFlexError):
-    """An encoder could not be loaded."""
-
-
 class TextEncoder:
     """Turns texts into vectors on one device."""
 
@@ -133,11 +129,23 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
-        raise NotImplementedError
+        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+        items, lengths = self._measured(list(texts)) if len(texts) else ([], np.zeros(0, dtype=np.int64))
+        for positions in bucketed(lengths, _TOKEN_BUDGET):
+            with preserve_state(), torch.no_grad():
+                out[positions] = self._vectors([items[position] for position in positions])
+        return out
 
     def score(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the vectors of a batch of ``text_sweep``, fp32 [b, dimension]."""
         return torch.from_numpy(self.encode(batch["texts"])).to(self.device)
+
+    def _measured(self, texts: list[str]) -> tuple[list[Any], NDArray[np.int64]]:
+        """Return what is read of each text, and its number of tokens."""
+        raise NotImplementedError
+
+    def _vectors(self, items: list[Any]) -> NDArray[np.float32]:
+        raise NotImplementedError
 
 
 def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.device | None = None) -> TextEncoder:
@@ -149,7 +157,7 @@ def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.dev
 
     Raises:
         ConfigError: A spec that the encoder cannot follow.
-        EncoderError: The model cannot be loaded, or an optional package is missing.
+        LoadError: The model cannot be loaded, or an optional package is missing.
     """
     place, spec = device or torch.device("cpu"), spec or Embedding()
     if not (Path(model) / "modules.json").is_file():
@@ -169,34 +177,25 @@ class TransformersEncoder(TextEncoder):
 
         if spec.completion_only:
             raise ConfigError(f"encoder {model}: completion_only needs labels, but an encoder reads plain text")
-        with preserve_state():  # a model may draw random numbers while it is built
-            try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-                body: Any = AutoModel.from_pretrained(model)
-            except LOAD_ERRORS as error:
-                raise EncoderError(f"encoder {model}: cannot be loaded as a transformers model: {error}") from error
+        with loading(f"encoder {model}: cannot be loaded as a transformers model"):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            body: Any = AutoModel.from_pretrained(model)
         if body.config.is_encoder_decoder:
             body = body.get_encoder()
         self._body = body.to(device, torch.float32).eval().requires_grad_(False)
         self._spec, self.device = spec, device
         self.dimension = int(body.config.get_text_config().hidden_size)
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector per text, float32 [n, dimension]; NaN for a text without tokens."""
-        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
-        if not len(texts):
-            return out
-        ids = self._tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
-        parts = model_parts(self._body)
-        for positions in bucketed(np.array([len(row) for row in ids], dtype=np.int64), _TOKEN_BUDGET):
-            batch = [ids[position] for position in positions]
-            tokens = padded([row or [0] for row in batch], 0).to(self.device)
-            mask = padded([[1] * len(row) or [0] for row in batch], 0).to(self.device)
-            with preserve_state(self._body), capture_hidden(parts, self._spec.layer) as seen:
-                self._body(input_ids=tokens, attention_mask=mask)
-            out[positions] = pool(seen[0], mask, None, self._spec).cpu().numpy()
-        return out
+    def _measured(self, texts: list[str]) -> tuple[list[Any], NDArray[np.int64]]:
+        ids = self._tokenizer(texts, truncation=True, max_length=_MAX_TOKENS, padding=False)["input_ids"]
+        return ids, np.array([len(row) for row in ids], dtype=np.int64)
+
+    def _vectors(self, items: list[Any]) -> NDArray[np.float32]:
+        tokens = padded([row or [0] for row in items], 0).to(self.device)
+        mask = padded([[1] * len(row) or [0] for row in items], 0).to(self.device)
+        with capture_hidden(model_parts(self._body), self._spec.layer) as seen:
+            self._body(input_ids=tokens, attention_mask=mask)
+        return pool(seen[0], mask, None, self._spec).cpu().numpy()
 
 
 class SentenceEncoder(TextEncoder):
@@ -204,38 +203,26 @@ class SentenceEncoder(TextEncoder):
 
     def __init__(self, model: str, normalize: bool, device: torch.device) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
-            raise EncoderError(f"encoder {model}: {_MISSING}")
+            raise LoadError(f"encoder {model}: {_MISSING}")
         from sentence_transformers import SentenceTransformer
 
-        with preserve_state():
-            try:
-                self._model: Any = SentenceTransformer(model, device=str(device))
-            except LOAD_ERRORS as error:
-                raise EncoderError(
-                    f"encoder {model}: cannot be loaded as a sentence-transformers model: {error}"
-                ) from error
-            self._model.to(torch.float32).eval()
-            own = self._model.max_seq_length
-            self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
-            # The method that tells the dimension has another name in each major version.
-            self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
+        with loading(f"encoder {model}: cannot be loaded as a sentence-transformers model"):
+            self._model: Any = SentenceTransformer(model, device=str(device))
+        self._model.to(torch.float32).eval()
+        own = self._model.max_seq_length
+        self._model.max_seq_length = _MAX_TOKENS if own is None else min(own, _MAX_TOKENS)
         self._normalize, self.device = normalize, device
+        with preserve_state():  # the method that tells the dimension has another name in each major version
+            self.dimension = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector per text, float32 [n, dimension]."""
-        out = np.full((len(texts), self.dimension), np.nan, dtype=np.float32)
+    def _measured(self, texts: list[str]) -> tuple[list[Any], NDArray[np.int64]]:
         # Two characters a token is a cautious guess: the batch must fit, not be full.
         guessed = np.array([len(text) // 2 + 2 for text in texts], dtype=np.int64)
-        for positions in bucketed(np.minimum(guessed, self._model.max_seq_length), _TOKEN_BUDGET):
-            with preserve_state(), torch.no_grad():
-                out[positions] = self._model.encode(
-                    [texts[position] for position in positions],
-                    batch_size=len(positions),
-                    normalize_embeddings=self._normalize,
-                    convert_to_numpy=True,
-                    show_progress_bar=False,
-                ).astype(np.float32)
-        return out
+        return texts, np.minimum(guessed, self._model.max_seq_length)
+
+    def _vectors(self, items: list[Any]) -> NDArray[np.float32]:
+        options = {"normalize_embeddings": self._normalize, "convert_to_numpy": True, "show_progress_bar": False}
+        return np.asarray(self._model.encode(items, batch_size=len(items), **options), dtype=np.float32)
 
 
 class _Texts:

@@ -2,8 +2,8 @@
 
 A full hash of billions of parameters would cost more than some passes. Two moments and a sample of every tensor tell
 states of a training run apart, since an optimizer step changes all of a tensor. Equal parameters under another
-configuration (rotary base, attention, scale of an adapter, precision) give other values, and so have another name.
-Noise that acts in training only (NEFTune, dropout) has no part in it: values are made in eval mode.
+configuration (rotary base, scale of an adapter, precision) have another name; what acts in training only does not
+count.
 """
 
 from __future__ import annotations
@@ -23,20 +23,10 @@ from dataflex.signals.sweep import fetch
 
 _SAMPLED = 64
 _PROBED_ROWS = 16
-_OF_NO_EFFECT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "base_model_name_or_path",
-        "dtype",
-        "inference_mode",
-        "init_lora_weights",
-        "peft_version",
-        "revision",
-        "transformers_version",
-        "use_cache",
-    }
-)
+_OF_NO_EFFECT = (
+    "_name_or_path architectures base_model_name_or_path dtype inference_mode init_lora_weights peft_version revision "
+    "transformers_version use_cache"
+).split()
 """Settings that say where a model came from, act at other times, or are told by its modules and parameters."""
 _ADAPTER_SETTINGS = ("scaling", "use_dora", "merged_adapters", "active_adapters", "disable_adapters")
 

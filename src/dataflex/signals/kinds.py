@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.signals.specs import Generation, GenerationSpec, GradientSpec, Part, Pooling, WeightedResponse
+from dataflex.signals.specs import GradientSpec, Pooling, WeightedResponse
 
 if TYPE_CHECKING:
     import torch
@@ -26,30 +26,6 @@ if TYPE_CHECKING:
     from dataflex.signals.model_access import ModelAccess
     from dataflex.signals.sweep import Sweep
     from dataflex.signals.texts import Cut
-
-__all__ = [
-    "EL2N",
-    "AdaptedLoss",
-    "Embedding",
-    "GateLoads",
-    "Generation",
-    "GenerationSpec",
-    "GradientNorms",
-    "GradientProducts",
-    "GradientScores",
-    "GradientSketches",
-    "GradientSpec",
-    "LogitFeatures",
-    "Part",
-    "PerturbedLoss",
-    "Pooling",
-    "ResponseGradientScores",
-    "ResponseLoss",
-    "Scorer",
-    "Signal",
-    "TokenLoss",
-    "WeightedResponse",
-]
 
 _KEPT_NUMBERS = 2**28  # mean gradients of more numbers (1 GiB in fp32) are made anew by every call
 
@@ -442,7 +418,7 @@ class GradientScores(_GradientSignal):
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        from dataflex.signals.gradients.targets import target_vectors
+        from dataflex.signals.gradients.scorers import target_vectors
 
         aims = [access.data_identity(name) for name in self.targets]
         key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
@@ -518,7 +494,7 @@ class GradientProducts(_GradientSignal):
         return {**vars(self), "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
 
     def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:  # noqa: D102
-        from dataflex.signals.gradients.targets import row_products, target_vectors
+        from dataflex.signals.gradients.scorers import row_products, target_vectors
 
         scorers = self._scorers(access)
         sweeps = [access.target_sweep(name, self.target_rows.get(name)) for name in self.targets]
@@ -544,12 +520,12 @@ class ResponseGradientScores(_GradientSignal):
         return (len(self.responses),)
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
-        from dataflex.signals.gradients.targets import responses_digest
+        from dataflex.signals.gradients.scorers import responses_digest
 
         return {**vars(self), "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        from dataflex.signals.gradients.targets import policy_vectors
+        from dataflex.signals.gradients.scorers import policy_vectors
 
         tasks = list(self.responses.values())
         return scorers.towards(policy_vectors(scorers.engine, access, tasks, normalize_groups=scorers.mean_of_cosines))

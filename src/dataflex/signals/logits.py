@@ -106,12 +106,7 @@ class TokenScorer:
     """Turns collated batches into ``BatchTokens``, with or without ``el2n``; used like ``LogitReader``."""
 
     def __init__(self, model: nn.Module, *, el2n: bool = False) -> None:
-        self._reader, self._el2n = LogitReader(model), el2n
-
-    @property
-    def through_head(self) -> bool | None:
-        """Whether the head is applied in chunks; None until the first batch has been seen."""
-        return self._reader.through_head
+        self.reader, self._el2n = LogitReader(model), el2n
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> BatchTokens:
@@ -131,7 +126,7 @@ class TokenScorer:
             names = ("loss", "el2n") if self._el2n else ("loss",)
             return {name: torch.cat(none + [part[name] for part in parts]) for name in names}
 
-        columns = self._reader(batch, score)
+        columns = self.reader(batch, score)
         first = real.long().argmax(dim=1)
         return BatchTokens(num_rows=len(labels), row=row, position=before + 1 - first[row], **columns)
 

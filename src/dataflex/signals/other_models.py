@@ -19,8 +19,6 @@ ADAPTER = "adapter_config.json"
 """File of a folder that holds a PEFT adapter instead of a whole model."""
 KEY = "reference"
 """The parameter that names the folder of a reference model, for messages."""
-LOAD_ERRORS = (OSError, ValueError, KeyError)
-"""What ``from_pretrained`` raises for a folder or hub id that it cannot load."""
 _WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
 _FSDP = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -48,8 +46,20 @@ def _largest_id(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=0)
 
 
-class ScorerError(DataFlexError):
-    """A model that scores rows could not be loaded."""
+class LoadError(DataFlexError):
+    """Another model could not be loaded."""
+
+
+@contextmanager
+def loading(told: str, error: type[DataFlexError] = LoadError) -> Iterator[None]:
+    """Load a model in a block: random states stay as they are, and what cannot be loaded is told as ``error``."""
+    from dataflex.signals.sweep import preserve_state
+
+    with preserve_state():  # a model may draw random numbers while it is built
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as problem:  # of a folder or hub id that from_pretrained cannot load
+            raise error(f"{told}: {problem}") from problem
 
 
 class Scorer:
@@ -63,22 +73,17 @@ class Scorer:
         translation: Turns the run's tokens into its own; None where they are the same.
 
     Raises:
-        ScorerError: There is no such model, or it has no tokenizer.
+        LoadError: There is no such model, or it has no tokenizer.
     """
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        from dataflex.signals.sweep import preserve_state
-
         self.name, self._theirs = name, tokenizer
         base = base_model(name)
-        with preserve_state():
-            try:
-                config: Any = AutoConfig.from_pretrained(base or name)
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            except LOAD_ERRORS as error:
-                raise ScorerError(f"model {name}: cannot be loaded to score rows: {error}") from error
+        with loading(f"model {name}: cannot be loaded to score rows"):
+            config: Any = AutoConfig.from_pretrained(base or name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         text, commit = config.get_text_config(), getattr(config, "_commit_hash", None)
         self.identity = _files_identity(name, commit, base and _files_identity(base, commit), "causal")
         vocabularies = tokenizer.get_vocab().items() <= self._tokenizer.get_vocab().items()
@@ -97,24 +102,19 @@ class Scorer:
         """Give the model in float32 and eval mode, frozen, for the length of a block.
 
         Raises:
-            ScorerError: The weights cannot be loaded as those of a causal language model.
+            LoadError: The weights cannot be loaded as those of a causal language model.
             UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
         """
         import torch
         from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
-
-        from dataflex.signals.sweep import preserve_state
 
         if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
             raise UnsupportedError(
                 f"model {self.name}: another model cannot score rows while parameters are partitioned over ranks "
                 "(ZeRO-3, FSDP); use ZeRO-2 or less, or the model under training"
             )
-        with preserve_state():  # a model may draw random numbers while it is built
-            try:
-                model = _load_causal(self.name, torch.float32, device)
-            except LOAD_ERRORS as error:
-                raise ScorerError(f"model {self.name}: is not a causal language model: {error}") from error
+        with loading(f"model {self.name}: is not a causal language model"):
+            model = _load_causal(self.name, torch.float32, device)
         yield model
 
 
@@ -139,10 +139,8 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Refuse a reference without a tokenizer, or whose tokens are not those of the run, by a ConfigError."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"{KEY}: {folder} has no tokenizer that can be loaded", ConfigError):
         ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(folder).get_vocab()
-    except LOAD_ERRORS as error:
-        raise ConfigError(f"{KEY}: {folder} has no tokenizer that can be loaded: {error}") from error
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differing:
         token = differing[0]
@@ -159,11 +157,8 @@ def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.
     Raises:
         ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
     """
-    try:
-        with loading_whole():
-            model: Any = _load_causal(folder, "auto", device)
-    except LOAD_ERRORS as error:
-        raise ConfigError(f"{KEY}: {folder} cannot be loaded as a language model: {error}") from error
+    with loading(f"{KEY}: {folder} cannot be loaded as a language model", ConfigError), loading_whole():
+        model: Any = _load_causal(folder, "auto", device)
     rows = model.get_input_embeddings().weight.shape[0]
     largest = _largest_id(tokenizer)
     if largest >= rows:

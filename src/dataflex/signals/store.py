@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,26 +41,15 @@ _MAGIC = b"DFR1"
 _RECORD = struct.Struct("<4sIQ16s")  # magic, number of rows, bytes of values, hash of rows and values
 _SYNC_SECONDS = 10.0
 _PACKAGES = (
-    "accelerate",
-    "bitsandbytes",
-    "dataflex",
-    "flash-attn",
-    "kernels",
-    "liger-kernel",
-    "llamafactory",
-    "numpy",
-    "peft",
-    "sentence-transformers",
-    "tokenizers",
-    "torch",
-    "transformers",
+    "accelerate bitsandbytes dataflex flash-attn kernels liger-kernel llamafactory numpy peft sentence-transformers "
+    "tokenizers torch transformers"
 )
 
 
-@lru_cache(maxsize=1)
+@cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that computed numbers depend on."""
-    return {name: version_of(name) or "absent" for name in _PACKAGES}
+    return {name: version_of(name) or "absent" for name in _PACKAGES.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +206,7 @@ class ResumablePass:
         key: What the array is computed from.
         shape: Shape of the array; axis 0 counts the rows.
         dtype: Its type; values are converted to it when they are recorded.
-        offsets: int64 [n + 1] for rows of unequal length in a flat array: row i is
-            ``[offsets[i]:offsets[i + 1]]`` along axis 0. None where every row is one entry.
-
-    Attributes:
-        done_at_start: Rows that earlier tries finished, bool [n], equal on every rank.
+        offsets: int64 [n + 1] for rows of unequal length: row i is ``[offsets[i]:offsets[i + 1]]`` along axis 0.
 
     Raises:
         CheckpointError: The operating system refused to write.
@@ -249,6 +234,7 @@ class ResumablePass:
         opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
         self._session: str = opened[0]
         self.done_at_start: NDArray[np.bool_] = opened[1]
+        """Rows that earlier tries finished [n], equal on every rank."""
 
     @property
     def complete(self) -> bool:

@@ -10,7 +10,7 @@ is corrected for the order of summation. Mixers observe the plain losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = 
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
     mask_BT = targets.ne(IGNORE_INDEX)
     flat = targets.reshape(-1)
-    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, IGNORE_INDEX, entropy=entropy)
+    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, entropy=entropy)
     # The stock loss adds in the order of this kernel, whatever the number of classes: one class is enough for it.
     picked = torch.where(mask_BT.reshape(-1), 0, IGNORE_INDEX)
     plain = F.nll_loss(-loss.detach()[:, None], picked, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -172,7 +172,7 @@ def weighted_loss(
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
-    # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
+    # With unit weights the value has the bits of the stock loss, whose kernel adds in another order.
     order = losses.plain_sum - loss_BT.detach().sum()
     mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
     weighted = weighted + order * mean
@@ -264,39 +264,31 @@ def embedded(
     return out.nan_to_num()
 
 
+@dataclass(eq=False)
 class Reweighter:
-    """Turns token losses of micro-batches into the weighted loss and sums them by domain.
+    """Turns token losses of micro-batches into the weighted loss and sums them by domain."""
 
-    Without a weighter weights are equal; a mixer is given that observes or weighs domains in the loss. ``columns`` are
-    [N] each. ``over_ranks``: the loop counts tokens over all ranks and multiplies by their number
-    (``average_tokens_across_devices``). ``packed``: rows hold several documents, which are then the sequences.
-    """
+    weighter: Weighter | None  # without one weights are equal
+    mixer: Mixer | None  # one that observes or weighs domains in the loss
+    _: KW_ONLY
+    columns: Mapping[str, NDArray[Any]]  # each [N]
+    domains: Domains
+    over_ranks: bool  # the loop counts tokens over all ranks and multiplies by their number
+    world: int
+    packed: bool = False  # rows hold several documents, which are then the sequences
+    reference: ReferenceLosses | None = None
 
-    def __init__(
-        self,
-        weighter: Weighter | None,
-        mixer: Mixer | None,
-        *,
-        columns: Mapping[str, NDArray[Any]],
-        domains: Domains,
-        over_ranks: bool,
-        world: int,
-        packed: bool = False,
-        reference: ReferenceLosses | None = None,
-    ) -> None:
-        domain_weighter = mixer if isinstance(mixer, DomainWeighter) else None
-        if weighter is not None and domain_weighter is not None and domain_weighter.loss_normalizer == "domain":
-            raise UnsupportedError(
-                f"the {domain_weighter.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
-            )
-        self.weighter, self.mixer, self.reference = weighter, mixer, reference
-        self._columns, self._domains = columns, domains
-        self._over_ranks, self._world, self._packed = over_ranks, world, packed
+    def __post_init__(self) -> None:
+        weighter, mixer, domains = self.weighter, self.mixer, self.domains
+        self._domain_weights: DomainWeights | None = None
+        if isinstance(mixer, DomainWeighter):
+            if weighter is not None and mixer.loss_normalizer == "domain":
+                raise UnsupportedError(
+                    f"the {mixer.name} mixer normalizes the loss by domain, which leaves no place for a weighter"
+                )
+            self._domain_weights = DomainWeights(mixer, domains, over_ranks=self.over_ranks)
         self._needs = Requires() if weighter is None else weighter.requires()
         self._mixer_compares = mixer is not None and mixer.requires().reference is not None
-        self._domain_weights = (
-            None if domain_weighter is None else DomainWeights(domain_weighter, domains, over_ranks=over_ranks)
-        )
         self.stats = None if weighter is None else WeightStats(weighter.name)
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
         self._covered: DataPlan | None = None
@@ -330,7 +322,7 @@ class Reweighter:
         first = max(self._compares_from(total_steps) - plan.interval.start_step, 0)
         rows = plan.rows[first * plan.global_batch :]
         # A short step of several ranks is evened out by rows from elsewhere.
-        filled = plan.fill[: plan.global_batch if self._world > 1 and (rows < 0).any() else 0]
+        filled = plan.fill[: plan.global_batch if self.world > 1 and (rows < 0).any() else 0]
         self.reference.cover(np.concatenate([rows, filled]), last=plan.interval.stop_step >= total_steps)
         self._covered = plan
 
@@ -362,7 +354,7 @@ class Reweighter:
             if domain_weights is not None:
                 weights = weights * domain_weights.of(batch[ROWS])
             tokens += (torch.from_numpy(weights) * counted_tokens(batch["labels"])).sum()
-        if self._over_ranks:
+        if self.over_ranks:
             tokens = comm.gather_sum(tokens.to(device))
         items = torch.as_tensor(num_items, dtype=torch.float64, device=tokens.device)
         self._scale = torch.where(tokens > 0, items / tokens, torch.zeros_like(tokens))
@@ -378,7 +370,7 @@ class Reweighter:
 
     def check_known(self, rows: Rows) -> None:
         """Check the weights known from the rows alone before training; ComponentError if one is no number >= 0."""
-        known = None if self.weighter is None else self.weighter.static_weights(rows, self._columns)
+        known = None if self.weighter is None else self.weighter.static_weights(rows, self.columns)
         if self.weighter is None or known is None:
             return
         bad = rows[~(np.isfinite(known) & (known >= 0))]
@@ -391,7 +383,7 @@ class Reweighter:
         """Return weights that are known from the rows alone; ones where no weighter acts."""
         if self.weighter is None or not self._acts:
             return np.ones(len(rows))
-        return check_static_weights(self.weighter, rows, self._columns)
+        return check_static_weights(self.weighter, rows, self.columns)
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of one micro-batch of the step begun (collective where weights depend on losses).
@@ -404,7 +396,7 @@ class Reweighter:
         compares = self._index >= self._compares_from(self._total)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:
-            domains_R = self._domains.domain_of[rows].astype(np.int64)
+            domains_R = self.domains.domain_of[rows].astype(np.int64)
             self._sums.add(losses.loss_BT.detach(), losses.mask_BT, domains_R, reference)
         if self.weighter is not None:
             plain = torch.stack([losses.plain_sum.double(), losses.mask_BT.sum().double()])
@@ -425,7 +417,7 @@ class Reweighter:
             num_items=self._num_items,
             num_micro_batches=self._num_micro,
             step_scale=scale,
-            replicas=1 if self._over_ranks else self._world,
+            replicas=1 if self.over_ranks else self.world,
         )
 
     def _weights(
@@ -443,7 +435,7 @@ class Reweighter:
             return losses.loss_BT.new_ones(len(rows), 1), sequences, 1.0
         if (known := self._known(rows)) is not None:
             return checked(torch.from_numpy(known), weighter, losses, sequences), sequences, 1.0
-        if self._packed:
+        if self.packed:
             sequences = document_sequences(document_ids(batch), losses.mask_BT, rows)
         embeddings = None
         if hidden is not None:
@@ -451,13 +443,13 @@ class Reweighter:
         view = batch_view(
             losses,
             sequences,
-            domains_B=self._domains.domain_of[sequences.rows_B].astype(np.int64),
+            domains_B=self.domains.domain_of[sequences.rows_B].astype(np.int64),
             step=self._index,
             total_steps=self._total,
             num_micro_batches=self._num_micro,
             reference_BT=reference,
             embeddings_BH=embeddings,
-            columns=self._columns,
+            columns=self.columns,
         )
         equal = 1.0 / max(len(view.loss_M), 1) if self._normalizer == "num_sequences" else 1.0
         return checked(weighter.weigh(view), weighter, losses, sequences), sequences, equal
@@ -487,7 +479,7 @@ class Reweighter:
         self.mixer.observe(
             DomainStats.of(
                 sums,
-                names=self._domains.names,
+                names=self.domains.names,
                 step=self._index,
                 total_steps=self._total,
                 proportions=proportions,
@@ -524,11 +516,11 @@ class Reweighter:
             self._plain = None
         if self.observes:
             tokens, losses = self._logged[SUMS.index("tokens")], self._logged[SUMS.index("loss_sum")]
-            for name, count, total in zip(self._domains.names, tokens, losses, strict=True):
+            for name, count, total in zip(self.domains.names, tokens, losses, strict=True):
                 if count > 0:
                     scalars[f"loss/{name}"] = float(total / count)
             self._logged = np.zeros_like(self._logged)
-        names = self._domains.names
+        names = self.domains.names
         if self._domain_weights is not None and len(names) <= _LOGGED_DOMAINS:
             weights = self._domain_weights.given().tolist()
             scalars.update({f"loss_weight/{name}": weight for name, weight in zip(names, weights, strict=True)})

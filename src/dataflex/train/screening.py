@@ -12,7 +12,8 @@ from dataflex.method import Rows, Signals
 from dataflex.plan.schedule import pilot_rows
 from dataflex.rng import uniforms
 from dataflex.select.choose import top_k
-from dataflex.signals.kinds import Embedding, GradientScores, Part
+from dataflex.signals.kinds import Embedding, GradientScores
+from dataflex.signals.specs import Part
 
 
 def screened(rows: Rows, fraction: float, signals: Signals, targets: Sequence[str]) -> Rows:

@@ -139,7 +139,6 @@ class Product(Weighter):
         return any(factor.due(step) for factor in self.factors)
 
     def prepare(self, ctx: Context, rows: Rows) -> None:
-        """Let the factors that act and are due ask for what they need."""
         step, total = ctx.interval.start_step, ctx.total_sequences // ctx.global_batch
         for factor in self.factors:
             if factor.due(step) and factor.active(step, total):
@@ -167,7 +166,9 @@ class Product(Weighter):
             if kept == "num_sequences" and factor.normalizer == "num_sequences":
                 sums.append(weights.double().sum())
             elif kept == "num_tokens" and factor.normalizer == "weight_sum":
-                weights = _unit_mean(weights, batch)
+                counted = weights * (batch.tokens_B if weights.dim() == 1 else batch.mask_BT)
+                scale = comm.ratio_of_sums(batch.mask_BT.sum(), counted.double().sum())
+                weights = weights * scale.to(weights.dtype)  # whose mean over the tokens is 1
             if weights.dim() > product.dim():
                 product = sequences.spread(product)
             elif weights.dim() < product.dim():
@@ -203,11 +204,3 @@ class Product(Weighter):
             raise CheckpointError(f"product keeps states of {', '.join(factors)}, but was given {', '.join(strange)}")
         for key, factor in factors.items():
             factor.load_state_dict(state.get(key, {}))
-
-
-def _unit_mean(weights: torch.Tensor, batch: BatchView) -> torch.Tensor:
-    """Return weights whose mean over the tokens of the micro-batch of all ranks is 1 (collective)."""
-    from dataflex import comm
-
-    counted = weights * (batch.tokens_B if weights.dim() == 1 else batch.mask_BT)
-    return weights * comm.ratio_of_sums(batch.mask_BT.sum(), counted.double().sum()).to(weights.dtype)

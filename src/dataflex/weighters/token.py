@@ -31,10 +31,7 @@ def focal(logp: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
 
 
 def entropy_share(entropy: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
-    """Weigh by (H / 3) ^ power, H the entropy of the prediction in nats.
-
-    As LLaMA-Factory's ``use_eaft_loss``, which takes the entropy of the 20 likeliest tokens, at most ln 20 or about 3.
-    """
+    """Weigh by (H / 3) ^ power, H the entropy in nats, as ``use_eaft_loss`` of the 20 likeliest tokens (ln 20 ~ 3)."""
     return (entropy / 3.0).clamp(min=0.0).pow(power)
 
 
@@ -55,24 +52,13 @@ def excess_gate(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (reference - logp).sigmoid()
 
 
-NAMED: dict[str, Callable[..., Any]] = {
-    "dft": dft,
-    "focal": focal,
-    "entropy": entropy_share,
-    "clip_quantile": clip_quantile,
-    "excess": excess_gate,
-}
-"""What ``function`` of the ``token`` weighter knows by name."""
-
-BY_TOKEN = frozenset({"dft", "focal", "entropy", "excess"})
-"""Those that look at one token at a time, so that tokens need not be picked out of the batch."""
+# Those by token look at one token at a time, so that tokens need not be picked out of the batch.
+BY_TOKEN: dict[str, Callable[..., Any]] = {"dft": dft, "focal": focal, "entropy": entropy_share, "excess": excess_gate}
+NAMED: dict[str, Callable[..., Any]] = {**BY_TOKEN, "clip_quantile": clip_quantile}
 
 
 def load_function(name: str, **settings: float) -> Callable[..., Any]:
-    """Return the function that a name stands for, or ``module:function``, or ``file.py:function`` (a relative path).
-
-    A named function takes those ``settings`` (``gamma``, ``power``, ``quantile``) that it knows.
-    """
+    """Return a named function, with the ``settings`` that it knows, or ``module:function``, or ``file.py:function``."""
     if name in NAMED:
         known = inspect.signature(NAMED[name]).parameters
         return partial(NAMED[name], **{key: value for key, value in settings.items() if key in known})
@@ -161,23 +147,20 @@ class TokenWeighter(Weighter):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self._function = load_function(
-            params.function, gamma=params.gamma, power=params.power, quantile=params.quantile
-        )
+        settings = {"gamma": params.gamma, "power": params.power, "quantile": params.quantile}
+        self._function = load_function(params.function, **settings)
         self._taken = inputs_of(self._function)
         self.normalizer = params.normalizer
 
     def weigh(self, batch: BatchView) -> torch.Tensor:
         """Return weights [R, T], 0 where nothing is supervised (collective unless each token is for itself)."""
-        values, mask = {}, batch.mask_BT
-        if "logp" in self._taken:
-            values["logp"] = -batch.loss_BT
-        if "reference" in self._taken:
-            assert batch.reference_BT is not None
-            values["reference"] = -batch.reference_BT
-        if "entropy" in self._taken:
-            assert batch.entropy_BT is not None
-            values["entropy"] = batch.entropy_BT
+        mask, reference = batch.mask_BT, batch.reference_BT
+        given = {
+            "logp": -batch.loss_BT,
+            "reference": None if reference is None else -reference,
+            "entropy": batch.entropy_BT,
+        }
+        values = {name: value for name, value in given.items() if name in self._taken and value is not None}
         if self.params.function in BY_TOKEN:
             weights: torch.Tensor = self._function(**values)
             return weights.masked_fill(~mask, 0.0)

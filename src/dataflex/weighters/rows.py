@@ -1,33 +1,90 @@
-"""Weights of domains: rare ones count more, or those of the largest loss.
-
-- ``inverse_frequency``: w_d = 1 / n_d ^ power, n_d the training rows of domain d.
-- ``class_balanced``: w_d = (1 - beta) / (1 - beta ^ n_d), one over the effective number of rows (Cui et al.,
-  "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555).
-- ``group_dro``: q_d is multiplied by exp(eta (L_d + C / sqrt(n_d))) in every micro-batch, L_d the mean token loss of
-  the domain there (0 where absent), and normalized; the loss is sum_d q_d L_d (Sagawa et al., "Distributionally
-  Robust Neural Networks", ICLR 2020, arXiv 1911.08731). With gradient accumulation every micro-batch is a batch
-  of the paper's; the ``group_dro`` mixer updates once per optimizer step instead.
-
-The first two are importance weights of the weighted token mean: only ratios matter. They are scaled to a mean of
-one over the training rows.
-"""
+"""Weights of rows: a column of the data, the row's domain, or none."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError
 from dataflex.method import BatchView, Card, Context, Requires, Rows, Weighter, WeighterParams, param
+from dataflex.method import Params as BaseParams
 from dataflex.plan.domains import Floats
 from dataflex.plan.proportions import exponentiated
 
 if TYPE_CHECKING:
     import torch
+
+
+class Column(Weighter):
+    """Weigh each row by a numeric column of the data set.
+
+    It refuses to guess: a row without a weight, a negative one, or text in the column is told before the first step.
+    """
+
+    name = "column"
+    card = Card(
+        summary="Weighs each row by a numeric column of the data set.",
+        paper="baseline (importance weights)",
+        cost="none",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(WeighterParams):
+        column: str = param("sample_weight", "name of the column that holds the weights")
+        normalizer: Literal["weight_sum", "num_tokens"] = param(
+            "weight_sum", "weight_sum: weighted mean, only ratios matter; num_tokens: size matters too"
+        )
+
+        def __post_init__(self) -> None:
+            if not self.column:
+                raise ValueError("column: must name a column of the data set")
+
+    params: Params
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.normalizer = params.normalizer
+
+    def requires(self) -> Requires:
+        return Requires(stages=("pt", "sft"), columns=(self.params.column,))
+
+    def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
+        """Return which values are no weights: missing, not finite, negative, or text."""
+        weights = _weights(values)
+        return ~np.isfinite(weights) | (weights < 0), "weights must be finite numbers, 0 or more"
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return _weights(columns[self.params.column][rows])
+
+
+def _weights(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return weights in fp32; what is missing or text becomes NaN, what is too large for fp32 infinite."""
+    if values.dtype.kind not in "biuf":
+        values = np.array([value if isinstance(value, int | float) else np.nan for value in values.tolist()], float)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+class NoWeights(Weighter):
+    """Every token counts the same, as without DataFlex.
+
+    The stock loss is left alone.
+    """
+
+    name = "none"
+    neutral: ClassVar[bool] = True
+    Params: ClassVar[type[BaseParams]] = BaseParams
+    card = Card(summary="Leaves the stock loss alone.", paper="baseline", cost="none")
+
+    def requires(self) -> Requires:
+        return Requires()
+
+    def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return np.ones(len(rows), dtype=np.float32)
 
 
 def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1.0, beta: float = 0.999) -> Floats:
@@ -41,7 +98,17 @@ def domain_weights(rows: NDArray[np.integer], strategy: str, *, power: float = 1
 
 
 class GroupWeighter(Weighter):
-    """Weigh sequences by their domain."""
+    """Weigh sequences by their domain: rare ones count more, or those of the largest loss.
+
+    - ``inverse_frequency``: w_d = 1 / n_d ^ power, n_d the training rows of domain d.
+    - ``class_balanced``: w_d = (1 - beta) / (1 - beta ^ n_d), one over the effective number of rows (Cui et al.).
+    - ``group_dro``: q_d is multiplied by exp(eta (L_d + C / sqrt(n_d))) in every micro-batch, L_d the mean token loss
+      of the domain there (0 where absent), and normalized; the loss is sum_d q_d L_d (Sagawa et al.). With gradient
+      accumulation every micro-batch is a batch of the paper's; the ``group_dro`` mixer updates once per step instead.
+
+    The first two are importance weights of the weighted token mean: only ratios matter. They are scaled to a mean of
+    one over the training rows.
+    """
 
     name = "group"
     saved = ("domains", "log_weights")
@@ -67,10 +134,8 @@ class GroupWeighter(Weighter):
 
     params: Params
     domains: tuple[str, ...] = ()
-    log_weights: Floats = np.zeros(0)
-    """Logarithms of q [K], under ``group_dro``."""
-    _sizes: NDArray[np.integer] | None = None
-    """Number of training rows of each domain [K]; None before ``prepare``."""
+    log_weights: Floats = np.zeros(0)  # logarithms of q [K], under ``group_dro``
+    _sizes: NDArray[np.integer] | None = None  # number of training rows of each domain [K]; None before ``prepare``
     _known: NDArray[np.float32] | None = None
     """Weight of every training row [N]; None under ``group_dro``, and before ``prepare``."""
 
