@@ -34,7 +34,7 @@ import torch
 from dataflex.select.choose import top_k
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import moments_of
-from dataflex.signals.gradients.targets import TargetBuilder
+from dataflex.signals.gradients.scorers import TargetBuilder
 from dataflex.signals.kinds import Embedding, GradientScores, TokenLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus, ModelAccess

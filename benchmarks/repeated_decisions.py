@@ -90,7 +90,7 @@ class Planted:
         """Return inner products of all rows' steps with the target's mean unit gradient, and the steps' norms."""
         from dataflex.signals.gradients.consumers import Dots
         from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
-        from dataflex.signals.gradients.targets import TargetBuilder
+        from dataflex.signals.gradients.scorers import TargetBuilder
         from dataflex.signals.sweep import bucketed
 
         torch = self.torch

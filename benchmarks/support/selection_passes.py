@@ -57,7 +57,7 @@ class Bench:
         """Make the 8 target vectors and take the optimizer's moments."""
         from dataflex.signals.gradients.consumers import Dots, Sketch
         from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
-        from dataflex.signals.gradients.targets import TargetBuilder
+        from dataflex.signals.gradients.scorers import TargetBuilder
 
         torch = self.torch
         moments = moments_of(self.optimizer, self.engine.parameters)

@@ -47,11 +47,7 @@ def unmark(folder: Path) -> None:
 
 
 def begin(checkpoint: Path) -> None:
-    """Make an empty checkpoint in the place of what lies there, which stops counting first.
-
-    Raises:
-        CheckpointError: The operating system refused.
-    """
+    """Make an empty checkpoint in the place of what lies there, which stops counting first (or CheckpointError)."""
     with refusals(checkpoint):
         if checkpoint.is_dir():
             unmark(checkpoint)
@@ -62,15 +58,9 @@ def begin(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path, *, run: str, every_hash: bool = False) -> None:
-    """Write the manifest of all files in a checkpoint, which makes it count.
+    """Write the manifest of all files in a checkpoint, which makes it count (or CheckpointError).
 
-    Args:
-        checkpoint: The folder.
-        run: The run's id.
-        every_hash: Whether files above ``HASHED_BYTES`` are hashed too.
-
-    Raises:
-        CheckpointError: The operating system refused.
+    ``every_hash``: whether files above ``HASHED_BYTES`` are hashed too.
     """
     files: dict[str, dict[str, Any]] = {}
     with refusals(checkpoint):
@@ -104,11 +94,7 @@ def current_run(output_dir: Path) -> str | None:
 
 
 def begin_run(output_dir: Path, run: str | None = None) -> str:
-    """Write down which run an output folder belongs to from now on, a new one by default, and return its id.
-
-    Raises:
-        CheckpointError: The operating system refused.
-    """
+    """Write down which run an output folder belongs to from now on, by default a new one, and return its id."""
     run = run or secrets.token_hex(8)
     with refusals(output_dir / FOLDER, key="output_dir"):
         (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -62,14 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Arguments without the program's name; by default those of the process.
-
-    Returns:
-        0 when all went well, 2 for a mistake of the user's, 143 after SIGTERM, 1 when a run failed otherwise.
-    """
+    """Run one command, by default that of the process's arguments, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(arguments))
 
@@ -115,14 +108,13 @@ def _run(arguments: list[str]) -> int:
     if command not in _EXAMPLES and not command.startswith("-"):
         known = list(_EXAMPLES)
         raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)} (commands: {', '.join(known)})")
-    told: str | int
     if command == "train" and rest[:1] not in (["-h"], ["--help"]):
         # Everything is handed on untouched, so that LLaMA-Factory's own flags pass through.
         if not rest:
             raise ConfigError(f"train: name a configuration file, as in '{_EXAMPLES['train']}'")
         from dataflex.run import train
 
-        told = train(rest)
+        told: str | int = train(rest)
     else:
         try:
             options = parser.parse_args([command, *rest])

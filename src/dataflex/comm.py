@@ -92,11 +92,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(what: str, value: str) -> None:
-    """Make sure that all ranks hold the same short string.
-
-    Raises:
-        AgreementError: On every rank, naming the ranks that differ from rank 0.
-    """
+    """Raise AgreementError on every rank unless all hold the same short string; it names those that differ."""
     seen = gather_objects(value)
     odd = [index for index, other in enumerate(seen) if other != seen[0]]
     if odd:
@@ -106,13 +102,7 @@ def agree(what: str, value: str) -> None:
 def on_one_rank(what: str, compute: Callable[[], T], told: type[DataFlexError] = ComponentError) -> T:
     """Run ``compute`` on rank 0 alone and return its value on every rank.
 
-    Args:
-        what: What is computed, for errors.
-        compute: Called without arguments.
-        told: Error that the other ranks raise.
-
-    Raises:
-        DataFlexError: ``told`` on the other ranks where ``compute`` fails; on rank 0 its own error.
+    Where it fails, rank 0 raises its own error and the others ``told``; ``what`` names it in errors.
     """
     outcome: tuple[str, T] = (f"{what} failed on rank 0", cast(T, None))
     if rank() != 0:

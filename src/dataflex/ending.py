@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, FunctionType
 from typing import Any, NoReturn
 
@@ -46,13 +46,20 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
-def _own(pid: int) -> bool:
-    """Return whether this is the process ``pid``; a child of it ends instead, as without a handler."""
-    if os.getpid() == pid:
-        return True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
-    return False
+@contextmanager
+def _on_term(act: Callable[[], None]) -> Iterator[None]:
+    """Call ``act`` on SIGTERM while inside; a child of this process ends instead, as without a handler."""
+    pid = os.getpid()
+
+    def handle(*_: Any) -> None:
+        if os.getpid() == pid:
+            act()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with _handled(handle, "SIGTERM"):
+        yield
 
 
 def heed_parent_only(_: int = 0) -> None:
@@ -74,17 +81,13 @@ def heed_parent_only(_: int = 0) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-@contextmanager
-def ends_on_term(what: str) -> Iterator[None]:
+def ends_on_term(what: str) -> AbstractContextManager[None]:
     """Turn SIGTERM into ``Terminated``, with the text ``what``, while inside."""
-    pid = os.getpid()
 
-    def end(*_: Any) -> None:
-        if _own(pid):
-            raise Terminated(what)
+    def end() -> None:
+        raise Terminated(what)
 
-    with _handled(end, "SIGTERM"):
-        yield
+    return _on_term(end)
 
 
 class TermWish:
@@ -93,20 +96,16 @@ class TermWish:
     def __init__(self) -> None:
         self.asked = False
 
-    @contextmanager
-    def noted(self, tell: str = "") -> Iterator[None]:
+    def noted(self, tell: str = "") -> AbstractContextManager[None]:
         """Note SIGTERM while inside, and write ``tell`` to stderr the first time."""
-        pid = os.getpid()
 
-        def note(*_: Any) -> None:
-            if _own(pid) and not self.asked:
-                self.asked = True
-                if tell:
-                    with contextlib.suppress(OSError):  # not through a stream, which may be in the middle of a write
-                        os.write(2, f"\n{tell}\n".encode())
+        def note() -> None:
+            first, self.asked = not self.asked, True
+            if tell and first:
+                with contextlib.suppress(OSError):  # not through a stream, which may be in the middle of a write
+                    os.write(2, f"\n{tell}\n".encode())
 
-        with _handled(note, "SIGTERM"):
-            yield
+        return _on_term(note)
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:

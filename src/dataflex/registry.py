@@ -43,7 +43,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "bm25": "dataflex.selectors.texts:Bm25",
         "dsir": "dataflex.selectors.texts:Dsir",
         "embed": "dataflex.selectors.nearest:Embed",
-        "ifd": "dataflex.selectors.ifd:Ifd",
+        "ifd": "dataflex.selectors.losses:Ifd",
         "s2l": "dataflex.selectors.clusters:S2l",
         "rho_loss": "dataflex.selectors.losses:RhoLoss",
         "icons": "dataflex.selectors.influence:Icons",
@@ -136,11 +136,7 @@ def find(kind: str, name: str) -> type[Method]:
 
 
 def registered(kind: str, cls: Any) -> type[Method]:
-    """Check a class against the contract, and return it with every call watched; our own are checked by tests.
-
-    Raises:
-        ComponentError: All problems of the class.
-    """
+    """Return a class with every call watched; ComponentError with all problems where it does not keep the contract."""
     if not (isinstance(cls, type) and is_ours(cls)) and (kind, cls) not in _checked:
         problems = class_problems(kind, cls)
         if problems:

@@ -27,11 +27,10 @@ def _is_config(args: list[str]) -> bool:
 
 
 def train(args: list[str]) -> int:
-    """Train as the arguments say, on as many ranks as the environment asks for, and return the exit code.
+    """Train on as many ranks as the environment asks for, and return the exit code.
 
-    Args:
-        args: A YAML or JSON file and ``key=value`` overrides; or LLaMA-Factory's own ``--key value`` flags,
-            which always mean a stock run.
+    ``args``: a YAML or JSON file and ``key=value`` overrides; or LLaMA-Factory's own ``--key value`` flags, for a stock
+    run.
     """
     began = time.time()
     config = _read(args) if _is_config(args) else None  # reports mistakes before LLaMA-Factory is imported
@@ -49,11 +48,11 @@ def _read(args: list[str]) -> tuple[dict[str, Any], Split]:
 
 
 def train_here(args: list[str], began: float | None = None, read: tuple[dict[str, Any], Split] | None = None) -> int:
-    """Train in this process (one rank) and return 0.
+    """Train in this process, one rank, and return 0.
 
     Args:
         args: As for ``train``.
-        began: Unix seconds at which this process began, where no launcher tells when the command did; None: now.
+        began: Unix seconds at which the command began, where no launcher tells it; None: now.
         read: The configuration, where it was read before.
     """
     clock = PhaseClock(launch_time() or began)

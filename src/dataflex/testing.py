@@ -49,10 +49,7 @@ class FakeSignals:
         losses: Loss of every training row [N].
         targets: Losses of every row of each target data set, by name; 1, 1.25 and 1.5 for a target that is left out.
         gradients: Gradient of every training row [N, P]; made of the losses if left out.
-        target_gradients: Mean gradient of each target [P], by name; of a target that is left out the mean of its
-            ``target_rows``, else ones.
-        target_rows: Gradient of every row of each target [m, P], by name; of a target that is left out its mean
-            gradient, each row leaning a little to another coordinate.
+        target_rows: Gradient of every row of each target [m, P], by name; about ones if left out.
         values: What is returned for a type of signal instead, by the type: values of every training row, or a function
             of (signal, rows, target). Types that are not known here need an entry.
     """
@@ -63,7 +60,6 @@ class FakeSignals:
         *,
         targets: Mapping[str, ArrayLike] | None = None,
         gradients: ArrayLike | None = None,
-        target_gradients: Mapping[str, ArrayLike] | None = None,
         target_rows: Mapping[str, ArrayLike] | None = None,
         values: Mapping[type[Signal], Given] | None = None,
     ) -> None:
@@ -73,11 +69,11 @@ class FakeSignals:
         made = np.stack([known, np.cos(7 * known)], axis=1)
         self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
         self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
-        self._directions = {name: np.nanmean(values, axis=0) for name, values in self._rows.items()}
-        self._directions.update({name: np.asarray(values) for name, values in (target_gradients or {}).items()})
         self._given: dict[type[Signal], Given] = {
             kinds.TokenLoss: self._token_loss,
-            kinds.ResponseLoss: self._response_loss,
+            kinds.ResponseLoss: lambda signal, rows, target: (
+                self._of(target)[rows] if signal.conditioned else 1.25 * self._of(target)[rows] + 0.1
+            ),
             kinds.AdaptedLoss: self._losses * np.float32(0.9),
             kinds.PerturbedLoss: self._perturbed_loss,
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
@@ -149,10 +145,6 @@ class FakeSignals:
         """Return the losses, half of them under another model."""
         return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
 
-    def _response_loss(self, signal: kinds.ResponseLoss, rows: Rows, target: str | None) -> ArrayLike:
-        losses = self._of(target)[rows]
-        return losses if signal.conditioned else 1.25 * losses + 0.1
-
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""
         gradients = self._gradients_of(target)[rows]
@@ -202,7 +194,7 @@ class FakeSignals:
         return _unit(ours) @ _unit(aims).T if cosines else ours @ aims.T
 
     def _mean(self, target: str) -> NDArray[np.float64]:
-        return self._directions.get(target, np.ones(self._gradients.shape[1]))
+        return np.nanmean(self._rows.get(target, np.ones((1, self._gradients.shape[1]))), axis=0)
 
     def _gradients_of(self, target: str | None) -> NDArray[np.float64]:
         if target is None:

@@ -1,4 +1,4 @@
-"""The one place of the version, and those of the packages that a result depends on."""
+"""The version, and those of the packages that a result depends on."""
 
 from __future__ import annotations
 

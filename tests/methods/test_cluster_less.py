@@ -21,7 +21,7 @@ class Given(FakeSignals):
         super().__init__(
             np.ones(len(vectors)),
             gradients=gradients,
-            target_gradients=target_gradients,
+            target_rows={name: [gradient] for name, gradient in target_gradients.items()},
             values={Embedding: self.vectors},
         )
 

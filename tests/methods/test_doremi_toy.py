@@ -61,7 +61,8 @@ def train(data, mixer, reference=None, *, steps, rate, seed):
         reweighter.begin_step([batch], items, torch.device("cpu"), index=step, total=steps)
         loss = reweighter.loss(batch, table[context])
         (gradient,) = torch.autograd.grad(loss, table)
-        reweighter.end_step(np.full(3, 1 / 3), learning_rate=rate)
+        if mixer is not None:
+            reweighter.end_step(np.full(3, 1 / 3), learning_rate=rate)
         with torch.no_grad():
             table -= rate * gradient
     return table.detach()

@@ -319,7 +319,7 @@ def gradients(seed=0, num=16, size=5):
 
 def test_domain_gradients_against_explicit_means():
     vectors = gradients()
-    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.arange(5.0)})
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_rows={"goal": [np.arange(5.0)]})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
     found = domain_gradients(
         ctx, GradientProducts(targets=ctx.targets, precondition="none", normalize=False), rows_per_domain=8
@@ -347,7 +347,7 @@ def test_squared_norms_are_unbiased():
 
 def test_gradient_mixers_move_towards_what_their_papers_say():
     vectors = np.concatenate([np.tile([3.0, 0.0], (8, 1)), np.tile([0.0, 1.0], (8, 1))])
-    signals = FakeSignals(np.ones(16), gradients=vectors, target_gradients={"goal": np.array([0.0, 1.0])})
+    signals = FakeSignals(np.ones(16), gradients=vectors, target_rows={"goal": [[0.0, 1.0]]})
     ctx = example_context(TWO, signals=signals, targets=("goal",))
     dga = Dga(Dga.Params(eta=1.0, memory=0.0, initial="uniform")).mix(ctx).proportions
     assert dga.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)], rel=1e-5)

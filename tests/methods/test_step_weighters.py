@@ -114,7 +114,7 @@ def with_micro_batches(losses, rows, count, tokens=None):
 def test_meta_weighs_rows_by_their_step_along_the_target():
     """The step's loss is the mean over micro-batches of sum w l, which must be sum of shares x l over the step."""
     gradients = np.array([[1.0, 0], [0, 1], [-1, -1], [2, 2], [0, 0]])
-    signals = FakeSignals([1.0] * 5, gradients=gradients, target_gradients={"target": [1.0, 0.5]})
+    signals = FakeSignals([1.0] * 5, gradients=gradients, target_rows={"target": [[1.0, 0.5]]})
     weighter = Meta(Meta.Params())
     weighter.prepare(example_context({"only": 5}, signals=signals), np.array([4, 0, 3, 1, 2, 0]))
     products = {0: 1.0, 1: 0.5, 2: 0.0, 3: 3.0, 4: 0.0}
@@ -129,7 +129,7 @@ def test_meta_weighs_rows_by_their_step_along_the_target():
 
 
 def test_documents_of_a_packed_row_share_its_weight():
-    signals = FakeSignals([1.0] * 2, gradients=[[1.0], [3.0]], target_gradients={"target": [1.0]})
+    signals = FakeSignals([1.0] * 2, gradients=[[1.0], [3.0]], target_rows={"target": [[1.0]]})
     weighter = Meta(Meta.Params())
     weighter.prepare(example_context({"only": 2}, signals=signals), np.array([0, 1]))
     batch = with_micro_batches([1.0, 1.0, 1.0], [0, 1, 1], 1)

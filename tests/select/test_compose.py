@@ -86,7 +86,7 @@ def test_less_and_tacs_are_representations():
         1.0 + RNG.random(60),
         values={AdaptedLoss: lambda signal, rows, target: adapted[signal.towards][rows]},
         gradients=ROWS,
-        target_gradients={name: one.mean(axis=0) for name, one in TASKS.items()},
+        target_rows=TASKS,
     )
     ctx = example_context({"a": 60}, signals=signals, targets=tuple(TASKS))
     for given in ("influence", "less"):

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals import runner
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.kinds import ResponseLoss, TokenLoss
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.other_models import LoadError, Scorer
-from dataflex.signals.runner import SignalRunner
+from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from tests.conftest import WORDS
 from tests.signals.tiny import Rows, collate, snapshot

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError
-from dataflex.signals.cache import SignalCache
-from dataflex.signals.gradients import targets as targets_module
+from dataflex.signals.gradients import scorers as targets_module
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.kinds import GradientScores, GradientSketches
+from dataflex.signals.runner import SignalCache
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
 from tests.rounding import layers_apart

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import GradientNorms, GradientScores
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.runner import SignalCache
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.store import ArrayStore
 from tests.signals.gradients.small import build, flat, oracle, ragged

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import inputs_identity, model_identity, precision, state_identity, tokenizer_identity
+from dataflex.signals.runner import SignalCache
 from dataflex.signals.store import ArrayStore
 from tests.signals.tiny import llama
 

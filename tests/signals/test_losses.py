@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import AdaptedLoss, Embedding, TokenLoss
 from dataflex.signals.losses import token_mean_losses
 from dataflex.signals.model_access import Corpus, ModelAccess
-from dataflex.signals.runner import SignalRunner
+from dataflex.signals.runner import SignalCache, SignalRunner
 from dataflex.signals.store import ArrayStore
 from dataflex.signals.sweep import Sweep, bucketed, preserve_state, row_pass
 from tests.signals import tiny

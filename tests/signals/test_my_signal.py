@@ -12,8 +12,8 @@ import torch
 import dataflex
 from dataflex.errors import UnsupportedError
 from dataflex.selectors.losses import LossSelector
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.runner import SignalCache
 from dataflex.signals.store import ArrayStore
 from dataflex.testing import FakeSignals, example_context
 from tests.signals import tiny

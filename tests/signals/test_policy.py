@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dataflex.errors import ComponentError, DataError, DataFlexError
-from dataflex.signals.cache import SignalCache
-from dataflex.signals.gradients.targets import responses_digest
+from dataflex.signals.gradients.scorers import responses_digest
 from dataflex.signals.identity import state_identity
 from dataflex.signals.kinds import ResponseGradientScores
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import Corpus
+from dataflex.signals.runner import SignalCache
 from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.store import ArrayStore
 from tests.signals.tiny import asking, assert_same, collate, llama, lora, make_rows, snapshot

@@ -19,10 +19,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dataflex.signals.cache import SignalCache
 from dataflex.signals.kinds import GradientProducts
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.runner import SignalRunner
+from dataflex.signals.runner import SignalCache, SignalRunner
 
 VOCABULARY = 31
 

@@ -1,9 +1,8 @@
 """Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher, and Ray's workers.
 
-Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
-``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``,
-``MAX_RESTARTS``. Upstream names relied upon: ``llamafactory.train.tuner.Worker``, and of ``llamafactory.extras.misc``
-``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
+Read from the environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``, ``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``,
+``MAX_NNODES``, ``MAX_RESTARTS``. Upstream names relied upon: ``tuner.Worker`` and the functions of ``misc`` used here.
 """
 
 from __future__ import annotations
@@ -38,13 +37,9 @@ def wants_torchrun() -> bool:
 
 
 def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, free_port: int) -> list[str]:
-    """Return the torchrun command line for the given environment.
+    """Return the torchrun command line under which every rank runs ``dataflex ARGS``.
 
-    Args:
-        args: Command and arguments of ``dataflex``, which every rank runs.
-        env: Environment variables.
-        devices: Visible devices, the default of NPROC_PER_NODE.
-        free_port: Default of MASTER_PORT.
+    ``devices`` and ``free_port`` are the defaults of NPROC_PER_NODE and MASTER_PORT.
     """
     nnodes = env.get("NNODES", "1")
     per_node = env.get("NPROC_PER_NODE", str(max(devices, 1)))
@@ -63,12 +58,7 @@ def torchrun_command(args: list[str], env: Mapping[str, str], *, devices: int, f
 
 
 def with_torchrun(args: list[str], began: float | None = None) -> int:
-    """Run ``dataflex`` with ``args`` in one process per device and return the exit code.
-
-    Args:
-        args: Command and arguments.
-        began: Unix seconds at which the command began: the run's time is counted from there.
-    """
+    """Run ``dataflex ARGS`` in one process per device and return the exit code; its time is counted from ``began``."""
     env = dict(os.environ)
     if began is not None:
         env[LAUNCHED] = repr(began)

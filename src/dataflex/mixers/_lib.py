@@ -22,8 +22,7 @@ HELD_OUT_LOSSES = replace(
 )
 """What a mixer requires that asks for the loss of one target for each domain (``held_out_losses``)."""
 
-NOTHING: Floats = np.zeros(0)
-"""Numbers of the domains before the first decision."""
+NOTHING: Floats = np.zeros(0)  # numbers of the domains before the first decision
 
 
 def mix_of(names: Sequence[str], weights: Floats, why: str = "") -> Mix:
@@ -74,8 +73,7 @@ class LearningMixer(Mixer):
     """A mixer whose state is of the run's domains."""
 
     saved: ClassVar[tuple[str, ...]] = ("names",)
-    names: tuple[str, ...] = ()
-    """Domains of the state; empty before the first decision."""
+    names: tuple[str, ...] = ()  # domains of the state; empty before the first decision
 
     def meet(self, names: Sequence[str]) -> bool:
         """Note the domains of the run and return whether the state must be begun; refuse a state of other domains."""
@@ -113,6 +111,7 @@ class ExponentiatedMixer(LearningMixer):
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
     log_shares = NOTHING
     updates = 0
+    told: ClassVar[str] = ""  # what the reason calls the scores; empty: it does not tell them
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after one more update; as they are during warm-up."""
@@ -120,23 +119,21 @@ class ExponentiatedMixer(LearningMixer):
             self.log_shares = logs(self._initial(ctx))
         why = ""
         if ctx.interval.kind != "warmup":
-            scores, why = self._scores(ctx)
-            smoothing = getattr(self.params, "smoothing", 0.0)
+            scores, smoothing = self._scores(ctx), getattr(self.params, "smoothing", 0.0)
             self.log_shares = exponentiated(self.log_shares, scores, eta=self._eta, smoothing=smoothing)
             self.updates += 1
+            if self.told:
+                most = int(np.argmax(scores))
+                why = f"largest {self.told} {scores[most]:.3g} ({self.names[most]})"
         return mix_of(self.names, softmax(self.log_shares), why)
 
     @property
     def _eta(self) -> float:
         return float(getattr(self.params, "eta", 1.0))
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        """Return the scores s [K] and what the reason says of them."""
+    def _scores(self, ctx: Context) -> Floats:
+        """Return the scores s [K] (collective)."""
         raise NotImplementedError
-
-    def _largest(self, values: Floats, what: str) -> str:
-        worst = int(np.argmax(values))
-        return f"largest {what} {values[worst]:.3g} ({self.names[worst]})"
 
     def _initial(self, ctx: Context) -> Floats:
         written: Any = self.params.initial

@@ -75,10 +75,9 @@ class Temperature(Mixer):
 
 
 def allocate(sizes_K: Floats, budget: float, max_epochs: float) -> Floats:
-    """Return how much of ``budget`` each domain gets [K], at most ``max_epochs`` times its size (algorithm 1).
+    """Return how much of ``budget`` each domain gets [K], at most its cap: ``max_epochs`` times its size (algorithm 1).
 
-    Domains are visited from small to large; each takes an equal share of what is left, or its cap. When all caps
-    together are below ``budget`` every domain gets its cap.
+    Domains are visited from small to large; each takes an equal share of what is left, or its cap.
     """
     left = budget
     amounts = np.zeros(len(sizes_K), dtype=np.float64)

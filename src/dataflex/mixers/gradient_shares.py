@@ -117,13 +117,12 @@ class Doge(_GradientMixer):
     def _eta(self) -> float:
         return self.params.updates / self.params.mu
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         found = self._gradients(ctx)
         norms = np.sqrt(np.maximum(found.products.diagonal(), 0.0))
-        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate), ""
+        return doge_scores(found.products.sum(axis=1), norms, ctx.learning_rate)
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the mean of the proportions so far, or the last ones."""
         mix = super().mix(ctx)
         if ctx.interval.kind != "warmup":
             self.mean = running_mean(self.mean, self.mean_count, softmax(self.log_shares))
@@ -150,17 +149,16 @@ class Dga(_GradientMixer):
         memory: float = param(0.9, "weight of the past in the proportions served", minimum=0.0, maximum=1.0)
 
     params: Params
-    served = NOTHING
-    """Moving average of the weights [K]."""
+    served = NOTHING  # moving average of the weights [K]
 
     def requires(self) -> Requires:
         return replace(super().requires(), targets=True)
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
-        return self._gradients(ctx).targets.mean(axis=1), ""  # several targets count alike
+    def _scores(self, ctx: Context) -> Floats:
+        scores: Floats = self._gradients(ctx).targets.mean(axis=1)  # several targets count alike
+        return scores
 
     def mix(self, ctx: Context) -> Mix:
-        """Return the moving average of the weights."""
         mix = super().mix(ctx)
         if not self.served.size:
             self.served = self._initial(ctx)
@@ -193,6 +191,6 @@ class Pike(_GradientMixer):
 
     params: Params
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         found, p = self._gradients(ctx), self.params
-        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch), ""
+        return pike_scores(found.squared_norms, found.variance, p.zeta1, p.zeta2, ctx.global_batch)

@@ -55,6 +55,7 @@ class Sheared(_TargetLossMixer):
     """
 
     name = "sheared"
+    told = "gap to target"
     card = Card(
         summary="Serves domains more, the further their held-out losses are above target losses.",
         paper="Sheared LLaMA (Xia et al.), ICLR 2024, arXiv 2310.06694, dynamic batch loading",
@@ -71,10 +72,9 @@ class Sheared(_TargetLossMixer):
 
     params: Params
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         losses, targets = self._losses(ctx)
-        gaps = np.maximum(losses - targets, 0.0) if self.params.clip else losses - targets
-        return gaps, self._largest(gaps, "gap to target")
+        return np.maximum(losses - targets, 0.0) if self.params.clip else losses - targets
 
 
 def velocities(loss: Floats, first: Floats, target: Floats) -> Floats:
@@ -90,6 +90,7 @@ class Velocity(_TargetLossMixer):
     """
 
     name = "velocity"
+    told = "way left"
     saved = (*ExponentiatedMixer.saved, "first")
     card = Card(
         summary="Serves domains more, the less of the way to their target losses they have gone.",
@@ -98,15 +99,13 @@ class Velocity(_TargetLossMixer):
         cost="F over the held-out data",
     )
     Params = _TargetLossParams
-    first = NOTHING
-    """Held-out losses at the first decision [K]."""
+    first = NOTHING  # held-out losses at the first decision [K]
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         losses, targets = self._losses(ctx)
         if not self.first.size:
             self.first = losses
-        speeds = velocities(losses, self.first, targets)
-        return speeds, self._largest(speeds, "way left")
+        return velocities(losses, self.first, targets)
 
 
 def distances(loads_KE: Floats, measure: str) -> Floats:
@@ -128,6 +127,7 @@ class DynamicMoe(ExponentiatedMixer):
     """
 
     name = "dynamic_moe"
+    told = "distance"
     card = Card(
         summary="Serves domains more, the less their expert loads are like those of the other domains (MoE only).",
         paper="Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts (Zhu et al.), NAACL 2025, "
@@ -152,7 +152,7 @@ class DynamicMoe(ExponentiatedMixer):
     def requires(self) -> Requires:
         return replace(HELD_OUT_LOSSES, signals=frozenset({"gates"}))
 
-    def _scores(self, ctx: Context) -> tuple[Floats, str]:
+    def _scores(self, ctx: Context) -> Floats:
         check_targets(ctx, self.name)
         loads = []
         for name in ctx.targets:
@@ -163,8 +163,7 @@ class DynamicMoe(ExponentiatedMixer):
             loads.append(summed)
         loads_KLE = np.stack(loads)
         layers = [loads_KLE.shape[1] - 1] if self.params.layers == "last" else range(loads_KLE.shape[1])
-        scores = np.mean([distances(loads_KLE[:, layer], self.params.distance) for layer in layers], axis=0)
-        return scores, self._largest(scores, "distance")
+        return np.asarray(np.mean([distances(loads_KLE[:, k], self.params.distance) for k in layers], axis=0))
 
 
 class SkillIt(LearningMixer):

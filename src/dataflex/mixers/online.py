@@ -23,10 +23,7 @@ def exploration(turn: int, num_domains: int, floor: float = 0.0) -> float:
 
 
 def policy(reward_K: Floats, before: float, now: float, linear: bool) -> Floats:
-    """Return the proportions [K]: (1 - K now) share + now, the share R / sum(R) if linear, else softmax(before x R).
-
-    ``now`` and ``before`` are epsilon at this turn and at the one before, R the rewards.
-    """
+    """Return (1 - K now) share + now [K]: the share of reward R is R / sum(R) if linear, else softmax(before x R)."""
     if linear:
         share = reward_K / reward_K.sum()
     else:
@@ -130,8 +127,7 @@ _HUBER = 1e-3
 _WINDOW, _ORDER = 101, 3
 _EVERY = 10
 _GRID = 8
-_REFINED = 8
-"""Number of the grid's best points that are refined; the authors refine all 512, to the same optimum."""
+_REFINED = 8  # number of the grid's best points that are refined; the authors refine all 512, to the same optimum
 
 
 class PowerLaw(NamedTuple):
@@ -252,8 +248,7 @@ class Ado(LearningMixer):
         super().__init__(params)
         self.samples: list[float] = []
         self.losses: list[Floats] = []
-        self.laws: list[PowerLaw] = []
-        """Law of each domain, as e, a and alpha; empty until all are fitted."""
+        self.laws: list[PowerLaw] = []  # law of each domain, as e, a and alpha; empty until all are fitted
 
     def requires(self) -> Requires:
         return ONLINE

@@ -1,9 +1,8 @@
 """Batched sampling from the model under training.
 
 The loop is our own rather than ``model.generate``: it calls the outermost module, so that FSDP2 and ZeRO-3 gather
-parameters as in any forward, keeps all ranks in step, leaves nothing behind on the model and draws no global random
-numbers. A draw is a function of (seed, prompt id, sample, position) only: batches and ranks change nothing but the last
-bits of the logits.
+parameters, keeps all ranks in step, leaves nothing behind on the model and draws no global random numbers. A draw is a
+function of (seed, prompt id, sample, position) only.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dataflex.rng import uniforms
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import is_partitioned, model_parts
 from dataflex.signals.specs import Generation, GenerationSpec
-from dataflex.signals.sweep import Sweep, padded, preserve_state
+from dataflex.signals.sweep import Sweep, mask_of, padded, preserve_state
 
 _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
 
@@ -161,5 +160,4 @@ class Generator:
 
 
 def _left_padded(prompts: list[Any]) -> dict[str, torch.Tensor]:
-    mask = padded([[1] * len(prompt) for prompt in prompts], 0, "left")
-    return {"input_ids": padded(prompts, 0, "left"), "mask": mask}
+    return {"input_ids": padded(prompts, 0, "left"), "mask": mask_of(prompts, "left")}

@@ -2,8 +2,8 @@
 
 A full hash of billions of parameters would cost more than some passes. Two moments and a sample of every tensor tell
 states of a training run apart, since an optimizer step changes all of a tensor. Equal parameters under another
-configuration (rotary base, attention, scale of an adapter, precision) give other values, and so have another name.
-Noise that acts in training only (NEFTune, dropout) has no part in it: values are made in eval mode.
+configuration (rotary base, scale of an adapter, precision) have another name; what acts in training only does not
+count.
 """
 
 from __future__ import annotations

@@ -418,7 +418,7 @@ class GradientScores(_GradientSignal):
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        from dataflex.signals.gradients.targets import target_vectors
+        from dataflex.signals.gradients.scorers import target_vectors
 
         aims = [access.data_identity(name) for name in self.targets]
         key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
@@ -494,7 +494,7 @@ class GradientProducts(_GradientSignal):
         return {**vars(self), "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
 
     def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:  # noqa: D102
-        from dataflex.signals.gradients.targets import row_products, target_vectors
+        from dataflex.signals.gradients.scorers import row_products, target_vectors
 
         scorers = self._scorers(access)
         sweeps = [access.target_sweep(name, self.target_rows.get(name)) for name in self.targets]
@@ -520,12 +520,12 @@ class ResponseGradientScores(_GradientSignal):
         return (len(self.responses),)
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
-        from dataflex.signals.gradients.targets import responses_digest
+        from dataflex.signals.gradients.scorers import responses_digest
 
         return {**vars(self), "responses": {name: responses_digest(given) for name, given in self.responses.items()}}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
-        from dataflex.signals.gradients.targets import policy_vectors
+        from dataflex.signals.gradients.scorers import policy_vectors
 
         tasks = list(self.responses.values())
         return scorers.towards(policy_vectors(scorers.engine, access, tasks, normalize_groups=scorers.mean_of_cosines))

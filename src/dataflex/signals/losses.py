@@ -35,15 +35,15 @@ def chunk_tokens(vocabulary: int, device: torch.device) -> int:
 
 
 def token_cross_entropy(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, ignore_index: int, *, entropy: bool = False
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, *, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the cross-entropy of each position, fp32 [N] in nats, and the entropy of its prediction or None.
 
-    Logits [N, V] may have any floating dtype. Positions whose target is ``ignore_index`` have loss 0, no gradient and
-    entropy 0; entropies have no gradient.
+    Logits [N, V] may have any floating dtype. Positions whose target is -100 have loss 0, no gradient and entropy 0;
+    entropies have no gradient.
     """
-    chunks = list(_chunks(targets_N, ignore_index, logits_NV.shape[1]))
-    loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, ignore_index, chunks, entropy)
+    chunks = list(_chunks(targets_N, logits_NV.shape[1]))
+    loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, chunks, entropy)
     return loss_N, entropy_N if entropy else None
 
 
@@ -52,12 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_NV: torch.Tensor,
-        targets_N: torch.Tensor,
-        ignore_index: int,
-        chunks: list[_Where],
-        entropy: bool,
+        ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, chunks: list[_Where], entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss_N = torch.zeros(len(targets_N), dtype=torch.float32, device=logits_NV.device)
         entropy_N = torch.zeros_like(loss_N) if entropy else loss_N.new_zeros(0)
@@ -67,32 +62,29 @@ class _CrossEntropy(torch.autograd.Function):
             log_p, targets = F.log_softmax(logits_NV[where].float(), dim=-1), targets_N[where]
             if keeps:
                 ctx.kept.append(log_p)
-            loss_N[where] = F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none")
+            loss_N[where] = F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="none")
             if entropy:
                 told = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf would be NaN
-                entropy_N[where] = told.masked_fill(targets.eq(ignore_index), 0.0)
+                entropy_N[where] = told.masked_fill(targets.eq(IGNORE), 0.0)
         saved = [targets_N] if keeps else [targets_N, logits_NV]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.ignore_index, ctx.chunks = ignore_index, chunks
-        ctx.shape, ctx.dtype = logits_NV.shape, logits_NV.dtype
+        ctx.chunks, ctx.shape, ctx.dtype = chunks, logits_NV.shape, logits_NV.dtype
         ctx.mark_non_differentiable(entropy_N)
         return loss_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None]:
         (targets_N, *logits), gradient_N = ctx.saved_tensors, gradients[0]
-        whole = len(ctx.chunks) > 0 and isinstance(ctx.chunks[0], slice)
-        make = torch.empty if whole else torch.zeros
-        out_NV = make(ctx.shape, dtype=ctx.dtype, device=targets_N.device)
+        whole = bool(ctx.chunks) and isinstance(ctx.chunks[0], slice)
+        out_NV = (torch.empty if whole else torch.zeros)(ctx.shape, dtype=ctx.dtype, device=targets_N.device)
         for place, where in enumerate(ctx.chunks):
-            targets = targets_N[where]
-            log_p = _log_p(ctx, logits, place)
-            slope = torch.where(targets.ne(ctx.ignore_index), gradient_N[where], 0.0)
+            targets, log_p = targets_N[where], _log_p(ctx, logits, place)
+            slope = torch.where(targets.ne(IGNORE), gradient_N[where], 0.0)
             part = torch.zeros_like(log_p).scatter_(1, targets.clamp(min=0)[:, None], -slope[:, None])
             # The gradient of log_softmax itself: writing p - onehot(y) out would round otherwise.
             out_NV[where] = torch._log_softmax_backward_data(part, log_p, -1, torch.float32).to(ctx.dtype)
-        return out_NV, None, None, None, None
+        return out_NV, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, None]:
@@ -102,7 +94,7 @@ class _CrossEntropy(torch.autograd.Function):
             targets, tangent = targets_N[where], tangent_NV[where].float()
             mean = (_log_p(ctx, logits, place).exp() * tangent).sum(dim=-1)
             change = mean - tangent.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-            out_N[where] = change.masked_fill(targets.eq(ctx.ignore_index), 0.0)
+            out_N[where] = change.masked_fill(targets.eq(IGNORE), 0.0)
         return out_N, None
 
 
@@ -114,10 +106,10 @@ def _log_p(ctx: Any, logits: list[torch.Tensor], place: int) -> torch.Tensor:
     return F.log_softmax(logits[0][ctx.chunks[place]].float(), dim=-1)
 
 
-def _chunks(targets_N: torch.Tensor, ignore_index: int, vocabulary: int) -> Iterator[_Where]:
+def _chunks(targets_N: torch.Tensor, vocabulary: int) -> Iterator[_Where]:
     size = chunk_tokens(vocabulary, targets_N.device)
     if targets_N.device.type == "cpu":
-        supervised = targets_N.ne(ignore_index).nonzero().squeeze(1)
+        supervised = targets_N.ne(IGNORE).nonzero().squeeze(1)
         if len(supervised) < _MOSTLY * len(targets_N):
             yield from supervised.split(size)
             return
@@ -139,7 +131,7 @@ def token_mean_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Logits are [B, T, V] in any floating dtype, labels [B, T].
     """
     targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:].to(logits.device)
-    losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), IGNORE)
+    losses, _ = token_cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return losses.view(targets.shape).sum(dim=1) / targets.ne(IGNORE).sum(dim=1)
 
 

@@ -33,18 +33,6 @@ class ModelParts:
         """Configuration of the language part."""
         return self.lm.config.get_text_config()
 
-    def layers(self) -> nn.ModuleList:
-        """Return the stack of decoder (or encoder) layers; UnsupportedError where it cannot be found."""
-        depth = self.text_config.num_hidden_layers
-        top = self.lm.get_decoder()
-        found = [part for part in top.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-        if len(found) != 1:
-            raise UnsupportedError(
-                f"embeddings of an inner layer: {type(self.lm).__name__} has {len(found)} lists of {depth} layers, "
-                "expected one; use layer: -1"
-            )
-        return found[0]
-
 
 def model_parts(model: nn.Module) -> ModelParts:
     """Look inside PEFT and value-head wrappers; UnsupportedError where there is no transformers model."""
@@ -111,6 +99,14 @@ def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]
     if index == depth:
         handle = parts.base.register_forward_hook(output)
     else:
-        handle = parts.layers()[index].register_forward_pre_hook(entered, with_kwargs=True)
+        decoder: Any = parts.lm
+        stacks = [part for part in decoder.get_decoder().modules() if isinstance(part, nn.ModuleList)]
+        stacks = [stack for stack in stacks if len(stack) == depth]
+        if len(stacks) != 1:
+            raise UnsupportedError(
+                f"embeddings of an inner layer: {type(parts.lm).__name__} has {len(stacks)} lists of {depth} layers, "
+                "expected one; use layer: -1"
+            )
+        handle = stacks[0][index].register_forward_pre_hook(entered, with_kwargs=True)
     with attached(handle):
         yield seen

@@ -206,11 +206,7 @@ class ResumablePass:
         key: What the array is computed from.
         shape: Shape of the array; axis 0 counts the rows.
         dtype: Its type; values are converted to it when they are recorded.
-        offsets: int64 [n + 1] for rows of unequal length in a flat array: row i is
-            ``[offsets[i]:offsets[i + 1]]`` along axis 0. None where every row is one entry.
-
-    Attributes:
-        done_at_start: Rows that earlier tries finished, bool [n], equal on every rank.
+        offsets: int64 [n + 1] for rows of unequal length: row i is ``[offsets[i]:offsets[i + 1]]`` along axis 0.
 
     Raises:
         CheckpointError: The operating system refused to write.
@@ -238,6 +234,7 @@ class ResumablePass:
         opened = comm.on_one_rank(f"stored array {key.name}", self._open, CheckpointError)
         self._session: str = opened[0]
         self.done_at_start: NDArray[np.bool_] = opened[1]
+        """Rows that earlier tries finished [n], equal on every rank."""
 
     @property
     def complete(self) -> bool:

@@ -125,6 +125,11 @@ def padded(sequences: Sequence[Sequence[int]], fill: int, side: str = "right") -
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
 
+def mask_of(sequences: Sequence[Sequence[int]], side: str = "right") -> torch.Tensor:
+    """Return the mask of ``padded`` sequences: 1 where there is a token, int64 [n, longest]."""
+    return padded([[1] * len(sequence) for sequence in sequences], 0, side)
+
+
 def bucketed(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
     """Group positions into batches whose padded size, rows x longest row, stays within ``token_budget``.
 

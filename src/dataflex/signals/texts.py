@@ -15,7 +15,7 @@ from dataflex.errors import UnsupportedError
 from dataflex.plan.domains import Rows
 from dataflex.signals.losses import IGNORE
 from dataflex.signals.specs import Part
-from dataflex.signals.sweep import Sweep, padded
+from dataflex.signals.sweep import Sweep, mask_of, padded
 
 _TOKENS, _LABELS, _MASK = "input_ids", "labels", "attention_mask"
 _MEDIA = ("images", "videos", "audios")
@@ -119,20 +119,14 @@ class Segments:
 
     def _lengths(self, row: TokenRow) -> list[int]:
         """Return the length of each sequence of a row without making them."""
-        found = []
-        for stretches in _documents(row):
-            responses = [len(ids) for supervised, ids in stretches if supervised]
-            if self.cut.alone:
-                found += [length + self.cut.prefix_tokens for length in responses]
-            elif responses:
-                found.append(sum(len(ids) for _, ids in stretches))
-        return found
+        if not self.cut.alone:
+            return [sum(len(ids) for _, ids in stretches) for stretches in _documents(row)]
+        kept = self.cut.prefix_tokens
+        return [kept + len(ids) for stretches in _documents(row) for supervised, ids in stretches if supervised]
 
     def _sequences(self, row: TokenRow) -> list[dict[str, Any]]:
         found = []
         for stretches in _documents(row):
-            if not any(supervised for supervised, _ in stretches):
-                continue
             if self.cut.translate is not None:
                 stretches = [(supervised, self.cut.translate(ids)) for supervised, ids in stretches]
             first = next((ids[0] for _, ids in stretches if ids), None)
@@ -165,7 +159,7 @@ class Segments:
 
 
 def _documents(row: TokenRow) -> list[list[_Stretch]]:
-    """Return the stretches of each document."""
+    """Return the stretches of each document that has a response."""
     ids, supervised, documents = row
     if not len(ids):
         return []
@@ -175,7 +169,7 @@ def _documents(row: TokenRow) -> list[list[_Stretch]]:
         if start == 0 or documents[start] != documents[start - 1]:
             found.append([])
         found[-1].append((bool(supervised[start]), ids[start:stop].tolist()))
-    return found
+    return [stretches for stretches in found if any(supervised for supervised, _ in stretches)]
 
 
 def _feature(tokens: list[int], labels: list[int]) -> dict[str, Any]:
@@ -184,19 +178,12 @@ def _feature(tokens: list[int], labels: list[int]) -> dict[str, Any]:
 
 
 def _collated(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {
-        _TOKENS: padded([feature[_TOKENS] for feature in features], 0),
-        _MASK: padded([[1] * len(feature[_TOKENS]) for feature in features], 0),
-        _LABELS: padded([feature[_LABELS] for feature in features], IGNORE),
-    }
+    tokens, labels = ([feature[name] for feature in features] for name in (_TOKENS, _LABELS))
+    return {_TOKENS: padded(tokens, 0), _MASK: mask_of(tokens), _LABELS: padded(labels, IGNORE)}
 
 
 def segment_sweep(whole: Sweep, cut: Cut) -> Sweep:
-    """Return a pass over the segments of the rows of another one.
-
-    Its values are sums of losses and numbers of tokens [P, 2]; they are combined to the rows' means [n], NaN without
-    any.
-    """
+    """Return a pass over the segments of rows; sums and numbers of tokens [P, 2] become the rows' means [n]."""
     segments = Segments(dataset=whole.dataset, rows=whole.rows, cut=cut)
 
     def means(sums_P2: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -68,7 +68,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, entropy: bool = 
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].to(logits.device)
     mask_BT = targets.ne(IGNORE_INDEX)
     flat = targets.reshape(-1)
-    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, IGNORE_INDEX, entropy=entropy)
+    loss, spread = token_cross_entropy(logits.view(-1, logits.shape[-1]), flat, entropy=entropy)
     # The stock loss adds in the order of this kernel, whatever the number of classes: one class is enough for it.
     picked = torch.where(mask_BT.reshape(-1), 0, IGNORE_INDEX)
     plain = F.nll_loss(-loss.detach()[:, None], picked, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -172,7 +172,7 @@ def weighted_loss(
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
-    # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
+    # With unit weights the value has the bits of the stock loss, whose kernel adds in another order.
     order = losses.plain_sum - loss_BT.detach().sum()
     mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
     weighted = weighted + order * mean

@@ -140,8 +140,7 @@ class Presence(_StepWeighter):
     The paper's groups are its micro-batches. Here they are ``group_rows`` consecutive rows of the step in the plan's
     order, so that neither accumulation nor the number of ranks changes anything, and the loss of a group is the mean of
     its rows' token-mean losses. The gradients of the step's rows are taken before it, of the first block only, in eval
-    mode, in a forward and a backward pass of their own; their Gram matrix holds the groups' norms. The defaults are the
-    paper's.
+    mode, in a pass of their own; their Gram matrix holds the groups' norms. The defaults are the paper's.
     """
 
     name = "presence"

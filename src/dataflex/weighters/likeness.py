@@ -26,8 +26,7 @@ class _AnchoredWeighter(Weighter):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("anchors",)
-    anchors: NDArray[np.float32] | None = None
-    """Mean vector of the anchors."""
+    anchors: NDArray[np.float32] | None = None  # mean vector of the anchors
 
     def due(self, step: int) -> bool:
         return self.anchors is None or step % self.params.refresh_steps == 0
@@ -101,8 +100,7 @@ class Adapt(_AnchoredWeighter):
             return Embedding(layer=self.layer, completion_only=self.completion_only)
 
     params: Params
-    _scores: NDArray[np.float32] | None = None
-    """BM25 score of every training row [N]."""
+    _scores: NDArray[np.float32] | None = None  # BM25 score of every training row [N]
 
     @property
     def _by_words(self) -> bool:
@@ -155,13 +153,11 @@ _MOST_ITERATIONS = 100_000
 
 
 def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> Floats:
-    """Return the weights w = softmax((s - beta S w) / tau), to a residual below 1e-7.
+    """Return the weights w = softmax((s - beta S w) / tau), to a residual below 1e-7; s = ``alignment``, S = ``gram``.
 
-    Each iteration moves the logarithms by the share tau / (tau + beta max |S|). The objective is smooth relative
-    to the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance
-    shrinks by at least the factor 1 - share), while undamped iterations oscillate.
-
-    s = ``alignment`` [M], S = ``gram`` [M, M] is symmetric and positive semi-definite, beta >= 0 and tau > 0.
+    Each iteration moves the logarithms by the share tau / (tau + beta max |S|). The objective is smooth relative to
+    the entropy with constant beta max |S|, so that step always converges (mirror descent: the distance shrinks by at
+    least the factor 1 - share), while undamped iterations oscillate.
     """
     logs = np.zeros(len(alignment))
     share = tau / (tau + beta * float(np.abs(gram).max(initial=0.0)))

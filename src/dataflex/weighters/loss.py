@@ -151,27 +151,21 @@ class LossWeighter(Weighter):
         sequences. The mean is taken over all ranks (the authors take it on each rank).
         """
         p, valid = self.params, batch.tokens_M > 0
-        _refuse_non_finite(batch, valid)
+        bad = valid & ~batch.loss_M.isfinite()
+        # An accelerator would have to wait for a look; there the weights are not finite either, which the log tells.
+        if bad.device.type == "cpu" and bool(bad.any()):
+            mine = batch.rows_B[bad[batch.local].numpy()].tolist()
+            which = f"rows {', '.join(map(str, mine[:8]))}" if mine else f"{int(bad.sum())} sequences of other ranks"
+            raise ComponentError(
+                f"loss weighter: the loss of {which} at step {batch.step} is not finite. "
+                "The model has diverged or these rows are broken; lower the learning rate or look at the rows."
+            )
         r = scheduled(batch.step, p.r, tuple((knot.step, knot.r) for knot in p.r_schedule), p.r_interpolation)
         w = loss_weights(batch.loss_M, valid, p.strategy, p.delta, r)
         if p.length_norm == "paper_hf":
             tokens = batch.tokens_M.float()
             w = w * tokens * valid.sum() / tokens.sum().clamp(min=1.0)
         return w[batch.local]
-
-
-def _refuse_non_finite(batch: BatchView, valid_M: torch.Tensor) -> None:
-    if batch.loss_M.device.type != "cpu":
-        return  # looking would make the device wait; the weights are not finite either, which the next log tells
-    bad = valid_M & ~batch.loss_M.isfinite()
-    if not bool(bad.any()):
-        return
-    mine = batch.rows_B[bad[batch.local].numpy()].tolist()
-    which = f"rows {', '.join(map(str, mine[:8]))}" if mine else f"{int(bad.sum())} sequences of other ranks"
-    raise ComponentError(
-        f"loss weighter: the loss of {which} at step {batch.step} is not finite. "
-        "The model has diverged or these rows are broken; lower the learning rate or look at the rows."
-    )
 
 
 def largest(values: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Tensor:

@@ -134,10 +134,8 @@ class GroupWeighter(Weighter):
 
     params: Params
     domains: tuple[str, ...] = ()
-    log_weights: Floats = np.zeros(0)
-    """Logarithms of q [K], under ``group_dro``."""
-    _sizes: NDArray[np.integer] | None = None
-    """Number of training rows of each domain [K]; None before ``prepare``."""
+    log_weights: Floats = np.zeros(0)  # logarithms of q [K], under ``group_dro``
+    _sizes: NDArray[np.integer] | None = None  # number of training rows of each domain [K]; None before ``prepare``
     _known: NDArray[np.float32] | None = None
     """Weight of every training row [N]; None under ``group_dro``, and before ``prepare``."""
 

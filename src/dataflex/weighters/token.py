@@ -52,24 +52,13 @@ def excess_gate(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (reference - logp).sigmoid()
 
 
-NAMED: dict[str, Callable[..., Any]] = {
-    "dft": dft,
-    "focal": focal,
-    "entropy": entropy_share,
-    "clip_quantile": clip_quantile,
-    "excess": excess_gate,
-}
-"""What ``function`` of the ``token`` weighter knows by name."""
-
-BY_TOKEN = frozenset({"dft", "focal", "entropy", "excess"})
-"""Those that look at one token at a time, so that tokens need not be picked out of the batch."""
+# Those by token look at one token at a time, so that tokens need not be picked out of the batch.
+BY_TOKEN: dict[str, Callable[..., Any]] = {"dft": dft, "focal": focal, "entropy": entropy_share, "excess": excess_gate}
+NAMED: dict[str, Callable[..., Any]] = {**BY_TOKEN, "clip_quantile": clip_quantile}
 
 
 def load_function(name: str, **settings: float) -> Callable[..., Any]:
-    """Return the function that a name stands for, or ``module:function``, or ``file.py:function`` (a relative path).
-
-    A named function takes those ``settings`` (``gamma``, ``power``, ``quantile``) that it knows.
-    """
+    """Return a named function, with the ``settings`` that it knows, or ``module:function``, or ``file.py:function``."""
     if name in NAMED:
         known = inspect.signature(NAMED[name]).parameters
         return partial(NAMED[name], **{key: value for key, value in settings.items() if key in known})

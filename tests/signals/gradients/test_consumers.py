@@ -23,7 +23,7 @@ from dataflex.signals.gradients.consumers import (
     total,
 )
 from dataflex.signals.gradients.factors import Factors, formed, ghost_dots, ghost_norms, weighted_sum
-from dataflex.signals.gradients.targets import TargetBuilder
+from dataflex.signals.gradients.scorers import TargetBuilder
 from tests.signals.gradients.small import Collect, build, engine_of, flat, oracle, ragged
 
 

@@ -12,7 +12,7 @@ from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.consumers import Dots, Norms, Sketch
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
-from dataflex.signals.gradients.targets import TargetBuilder
+from dataflex.signals.gradients.scorers import TargetBuilder
 from tests.signals.gradients.small import build, engine_of, layers_of, ragged
 from tests.signals.gradients.test_layers import MixesRows, Toy, toy_batch
 

@@ -7,7 +7,7 @@ import torch
 
 from dataflex.signals.gradients.consumers import Dots, Norms, Sketch, TargetVectors
 from dataflex.signals.gradients.precondition import PRESETS, moments_of, preconditioner
-from dataflex.signals.gradients.targets import TargetBuilder
+from dataflex.signals.gradients.scorers import TargetBuilder
 from tests.signals.gradients.small import PAD, build, engine_of, lora
 
 ROWS = 80

@@ -1,16 +1,14 @@
 """Takes the gradients of layer outputs out of one backward pass, and nothing else.
 
 Each unit's output goes through ``_Tap``, an identity that also depends on an "anchor". Asking autograd for the anchor's
-gradient alone then runs the backward pass through every tap and never computes a gradient of a parameter; ``.grad`` is
-not touched, and nothing upstream of the lowest tap is visited. A tap hands the gradient on the moment it arrives,
-together with what it kept of the call, so that no output gradients pile up. What is kept goes through
-``save_for_backward``: autograd watches it for changes in place, and activation checkpointing (not reentrant) recomputes
-it. ``Capture.attached`` and ``Capture.finish`` serve a backward pass that somebody else runs as well.
+gradient alone runs the backward pass through every tap and never computes a gradient of a parameter. A tap hands the
+gradient on the moment it arrives, with what it kept of the call, so that no output gradients pile up; what is kept goes
+through ``save_for_backward``, as activation checkpointing (not reentrant) needs it. ``Capture.attached`` and
+``Capture.finish`` serve a backward pass that somebody else runs as well.
 
-A module without a formula is run again, sample by sample: ``torch.func`` (``vmap`` over ``grad`` of
-``functional_call``) does it for all samples at once; where the module cannot be vectorized (its control flow looks at
-values), a loop over the samples does. The outputs of the second run are compared with the first: a module that mixes
-samples is found out.
+A module without a formula is run again, for all samples at once (``vmap`` over ``grad`` of ``functional_call``), or one
+after the other where its control flow looks at values. Its outputs are compared with those of the first run: a module
+that mixes samples is found out.
 """
 
 from __future__ import annotations
@@ -110,12 +108,7 @@ class Capture:
             yield self
 
     def backward(self, total: torch.Tensor) -> None:
-        """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends.
-
-        Raises:
-            HandUp: A unit cannot keep samples apart.
-            UnsupportedError: The model keeps reentrant activation checkpointing.
-        """
+        """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends."""
         self._recording = False
         # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
         behind = [
@@ -245,8 +238,7 @@ def _filled(leaves: list[Any], places: tuple[int, ...], tensors: Tensors) -> lis
 def _run_again(unit: Unit, run: _Run, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:
     """Return per-sample gradients of a module's parameters for one of its calls, fp32 [b, *parameter.shape] by name.
 
-    ``kept`` are its inputs, then its outputs. Inputs with two or more dimensions and b in front are taken apart by
-    sample; the others are shared. ``grads`` are those of the outputs.
+    ``kept`` are its inputs, then its outputs. Inputs [b, n, ...] are taken apart by sample; the others are shared.
     """
     module, num_inputs = unit.module, len(kept) - len(grads)
     inputs, outputs = kept[:num_inputs], kept[num_inputs:]

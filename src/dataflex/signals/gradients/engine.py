@@ -41,12 +41,11 @@ class GradientEngine:
 
     Args:
         model: The inner module (not the DDP or DeepSpeed engine around it).
-        loss: Batch on the device to row losses [b]: each row's own token mean, NaN for rows without labels.
-            None: ``supervised_losses``.
+        loss: Batch on the device to row losses [b], NaN for rows without labels; ``supervised_losses`` if None.
         autocast: The Trainer's mixed-precision context.
-        parameters: What is differentiated, by name; all trainable parameters if None (see ``choose_parameters``).
-        release: Lets go of what a pass left gathered; under ZeRO-3 the DeepSpeed engine's ``empty_partition_cache``.
-        block_numbers: Formed gradients are handled in blocks of about this many numbers (all samples together).
+        parameters: What is differentiated, by name; all trainable parameters if None.
+        release: Lets go of what a pass left gathered under ZeRO-3 (``empty_partition_cache``).
+        block_numbers: Size of the blocks in which formed gradients are handled (all samples together).
     """
 
     def __init__(
@@ -243,7 +242,9 @@ class _Feeder:
             consumer.add(Block(segments=segments, values=values))
 
     def _ghost_is_cheaper(self, factors: list[Factors], shape: torch.Size) -> bool:
-        sizes = FactorShape.of(factors, shape)
+        tokens = sum(use.right.shape[1] for use in factors)
+        m, n = shape
+        sizes = FactorShape(tokens, m, n, 1 if all(use.one_hot for use in factors) else m)
         forming = sizes.tokens * sizes.n * sizes.left_width + sizes.m * sizes.n
         ghost = sum(consumer.ghost_cost(sizes) for consumer in self._consumers)
         return ghost < forming + sum(consumer.dense_cost(sizes) for consumer in self._consumers)
@@ -277,7 +278,7 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
             outputs = model(**model_inputs(batch), use_cache=False)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
         picked = logits[0] if narrowed == [True] else logits[row, position]
-        values, _ = token_cross_entropy(picked, targets[row, position], IGNORE)
+        values, _ = token_cross_entropy(picked, targets[row, position])
         sums = torch.zeros(len(targets), dtype=torch.float32, device=values.device)
         return sums.index_add(0, row, values) / torch.bincount(row, minlength=len(targets))
 

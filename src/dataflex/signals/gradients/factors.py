@@ -10,7 +10,7 @@ Legend: b samples, T tokens, m rows and n columns of the parameter, M target vec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -35,25 +35,13 @@ SampleGradients: TypeAlias = Factors | torch.Tensor
 """Per-sample gradients by one use of a parameter: factors, or formed as [b, *parameter.shape]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FactorShape:
-    """Sizes that decide which form is cheaper: tokens (all uses together), rows, columns."""
+class FactorShape(NamedTuple):
+    """Sizes that decide which form is cheaper: tokens (all uses together), rows, columns, numbers of a left factor."""
 
     tokens: int
     m: int
     n: int
-    one_hot: bool
-
-    @classmethod
-    def of(cls, uses: list[Factors], shape: torch.Size) -> FactorShape:
-        """Return the sizes of a parameter's uses taken together."""
-        tokens = sum(factors.right.shape[1] for factors in uses)
-        return cls(tokens=tokens, m=shape[0], n=shape[1], one_hot=all(factors.one_hot for factors in uses))
-
-    @property
-    def left_width(self) -> int:
-        """Numbers of a token's left factor."""
-        return 1 if self.one_hot else self.m
+    left_width: int
 
 
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:

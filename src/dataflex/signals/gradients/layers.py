@@ -128,17 +128,12 @@ def _layer_norm(module: nn.LayerNorm, kept: Kept, grad: torch.Tensor, wanted: fr
     return found
 
 
-def _rms_eps(module: Any, x: torch.Tensor) -> float:
-    for name in ("variance_epsilon", "eps", "epsilon"):
-        value = getattr(module, name, None)
-        if value is not None:
-            return float(value)
-    return float(torch.finfo(x.dtype).eps)  # torch.nn.RMSNorm(eps=None)
-
-
 def _rms_normalized(module: Any, x: torch.Tensor) -> torch.Tensor:
+    given = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
+    # None is what torch.nn.RMSNorm(eps=None) has.
+    eps = next((float(value) for value in given if value is not None), float(torch.finfo(x.dtype).eps))
     values = x.float()
-    return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + _rms_eps(module, x))
+    return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -186,7 +181,5 @@ def _keep_dora(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _dora(module: Any, kept: Kept, grad: torch.Tensor, wanted: frozenset[str]) -> Found:
     magnitude = module.weight.detach().float()
     if magnitude.numel() != grad.shape[-1]:
-        raise UnsupportedError(
-            "gradients of DoRA's magnitudes need whole parameters, but they are partitioned over ranks"
-        )
+        raise UnsupportedError("gradients of DoRA's magnitudes need whole parameters, but ranks hold parts of them")
     return {"weight": _summed(grad.float() * kept[0].float()) / magnitude}

@@ -1,9 +1,8 @@
 """Which parameters are differentiated, and which module answers for each of them.
 
-A unit is a module together with those of its parameters that count. It is either of a registered layer kind, or
-"local": its parameters' gradients come from running just that module again under ``torch.func``. A unit that cannot
-answer (its calls do not keep samples apart, or its parameters are used without calling it) hands its parameters to the
-module around it, in the end to the whole model.
+A unit is a module together with those of its parameters that count. It is either of a registered layer kind, or it is
+run again under ``torch.func``. A unit that cannot answer (its calls do not keep samples apart, or its parameters are
+used without calling it) hands its parameters to the module around it, in the end to the whole model.
 """
 
 from __future__ import annotations
@@ -34,12 +33,9 @@ def shape_of(parameter: Any) -> torch.Size:
 def choose_parameters(
     model: nn.Module, *, pattern: str | None = None, last_blocks: int | None = None
 ) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, or a part of them.
+    """Return the trainable parameters of the inner module by name, or a part of them.
 
-    Args:
-        model: The inner module, not the engine around it.
-        pattern: Regular expression searched for in the names.
-        last_blocks: Number of blocks at the model's end that parameters must lie in.
+    ``pattern`` is a regular expression searched for in the names, ``last_blocks`` a number of blocks at its end.
 
     Raises:
         ConfigError: Nothing is left, or the model has no blocks.
@@ -51,10 +47,7 @@ def choose_parameters(
         prefixes = _last_blocks(model, last_blocks)
         chosen = {name: p for name, p in chosen.items() if name.startswith(prefixes)}
     if pattern is not None:
-        try:
-            chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
-        except re.error as error:
-            raise ConfigError(f"gradients: {pattern!r} is not a regular expression: {error}") from error
+        chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
     if not chosen:
         raise ConfigError(f"gradients: no trainable parameter is left (pattern {pattern!r}, last blocks {last_blocks})")
     return chosen
@@ -62,8 +55,8 @@ def choose_parameters(
 
 def _last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists or count < 1:
-        raise ConfigError(f"gradients: last_blocks is {count}, but the model has {len(lists)} lists of blocks")
+    if not lists:
+        raise ConfigError(f"gradients: last_blocks is {count}, but the model has no list of blocks")
     name, blocks = max(lists, key=lambda item: (sum(1 for _ in item[1].parameters()), len(item[1])))
     return tuple(_WRAPPERS.sub("", f"{name}.{i}.") for i in range(max(len(blocks) - count, 0), len(blocks)))
 

@@ -1,25 +1,44 @@
-"""Scorers of rows by their gradients: what is opened once, and then turns a batch into an array for each row.
+"""Scorers of rows by their gradients, and the vectors that they compare with: of targets, weighted responses, rows.
 
-Nothing of size rows x parameters is kept: a batch's per-sample gradients are compared with one mean gradient per target
-as they come (LESS, arXiv 2402.04333, without its projection).
+A batch's per-sample gradients are compared with one mean gradient per target as they come, so that nothing of size
+rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.signals.gradients.consumers import Consumer, Dots, Norms, Sketch, TargetVectors
+from dataflex import comm
+from dataflex.console import progress
+from dataflex.errors import ConfigError, DataError
+from dataflex.signals.gradients.consumers import (
+    Consumer,
+    Dots,
+    Norms,
+    RowVectors,
+    Sketch,
+    TargetVectors,
+    WeightedSums,
+    inner_products,
+)
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.parameters import choose_parameters
 from dataflex.signals.gradients.precondition import Moments, Precondition, Preconditioner, moments_of, preconditioner
 from dataflex.signals.identity import state_identity
+from dataflex.signals.losses import IGNORE
 from dataflex.signals.model_access import ModelAccess
-from dataflex.signals.specs import GradientSpec
+from dataflex.signals.specs import GradientSpec, WeightedResponse
+from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
+
+_HELD_NUMBERS = 2**28
+"""Largest number of numbers of rows' gradients that are held together: 1 GiB in fp32."""
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
@@ -106,3 +125,190 @@ class GradientScorers:
 
     def _moments(self) -> dict[str, Moments]:
         return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)
+
+
+class TargetBuilder:
+    """Collects the mean of plain (SGD) gradients of each target over batches.
+
+    With ``normalize_rows`` each row counts with its unit vector, so that a product of a unit vector with the result is
+    the mean of the cosines with the target's rows (what LESS's code computes); this takes a second pass over the batch.
+    Without it, it is the target's mean gradient (the paper's text).
+    """
+
+    def __init__(self, engine: GradientEngine, *, num_targets: int, normalize_rows: bool = True) -> None:
+        self.engine, self.normalize_rows = engine, normalize_rows
+        self._sums = WeightedSums(TargetVectors.zeros(num_targets, engine.shapes, engine.device))
+        self._counts = torch.zeros(num_targets, dtype=torch.float64, device=engine.device)
+
+    def add(self, batch: dict[str, Any], targets: torch.Tensor) -> None:
+        """Add a batch whose rows belong to ``targets`` [b]; -1 means that the row does not count."""
+        weights = (targets.cpu().unsqueeze(0) == torch.arange(len(self._counts)).unsqueeze(1)).float()
+        counts = weights.double()
+        if self.normalize_rows:
+            norms = self.engine.run(batch, [Norms()])["norms"].cpu().nan_to_num(0.0)
+            weights = torch.where(norms > 0, weights / norms, 0.0)
+        self._sums.weights = weights
+        supervised = torch.isfinite(self.engine.run(batch, [self._sums])["losses"].cpu())
+        self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
+
+    def finish(self) -> TargetVectors:
+        """Return the means over the batches of all ranks, equal on every rank (collective).
+
+        Raises:
+            DataError: A target without any row that has a loss.
+        """
+        vectors, counts = self._sums.vectors, comm.gather_sum(self._counts)
+        vectors.add_up()
+        if (counts == 0).any():
+            empty = counts.eq(0).nonzero().flatten().tolist()
+            raise DataError(f"gradients: tasks {empty} of the target have no row with a supervised token")
+        return vectors.scale_(1 / counts)
+
+
+def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normalize_rows: bool) -> TargetVectors:
+    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``."""
+    builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
+    with engine.observing():
+        for number, sweep in enumerate(targets):
+            for turn in sweep.turns():
+                # A rank that only keeps step with the others adds nothing.
+                builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
+    return builder.finish()
+
+
+def responses_digest(responses: Sequence[WeightedResponse]) -> str:
+    """Return a hash of everything that a task's responses say."""
+    digest = hashlib.blake2b(digest_size=16)
+    for one in responses:
+        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
+    return digest.hexdigest()
+
+
+def policy_vectors(
+    engine: GradientEngine, access: ModelAccess, tasks: Sequence[Sequence[WeightedResponse]], *, normalize_groups: bool
+) -> TargetVectors:
+    """Return what a policy gradient says the model should be trained towards, one vector per task (collective).
+
+    The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
+    -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or with
+    ``normalize_groups`` over their directions. Each group's gradient is held once, so that its length is exact.
+
+    Raises:
+        DataError: A task without responses, or a response without tokens.
+    """
+    groups = [
+        (task, batches)
+        for task, responses in enumerate(tasks)
+        for batches in _batches_of_groups(task, responses, access.token_budget)
+    ]
+    sums = TargetVectors.zeros(len(tasks), engine.shapes, engine.device)
+    world, rank = comm.world(), comm.rank()
+    with engine.observing(), progress("gradients of graded responses", len(groups)) as told:
+        for first in range(0, len(groups), world):
+            turn = groups[first : first + world]
+            # A rank without a group repeats the last one in vain: partitioned parameters need equal numbers of passes.
+            task, batches = turn[rank] if rank < len(turn) else turn[-1]
+            whole = TargetVectors.zeros(1, engine.shapes, engine.device)
+            sink = WeightedSums(whole)
+            for number in range(max(len(others) for _, others in turn)):
+                batch = batches[min(number, len(batches) - 1)]
+                counts = number < len(batches) and rank < len(turn)
+                sink.weights = torch.tensor([[one.weight * len(one.response) * counts for one in batch]])
+                engine.run(_collated(batch, access), [sink])
+            norm = float(whole.norms())
+            scale = (1.0 / norm if norm > 0 else 0.0) if normalize_groups else 1.0
+            for name, tensor in sums.tensors.items():
+                tensor[task].add_(whole.tensors[name][0], alpha=scale)
+            told(min(first + world, len(groups)))
+    sums.add_up()
+    sizes = np.bincount([task for task, _ in groups], minlength=len(tasks))
+    return sums.scale_(torch.from_numpy(1.0 / sizes))
+
+
+def _batches_of_groups(
+    task: int, responses: Sequence[WeightedResponse], token_budget: int
+) -> Iterator[list[list[WeightedResponse]]]:
+    by_group: dict[int, list[WeightedResponse]] = {}
+    for one in responses:
+        if not len(one.prompt) or not len(one.response):
+            raise DataError(f"responses: one of group {one.group} has no prompt or no tokens")
+        by_group.setdefault(one.group, []).append(one)
+    if not by_group:
+        raise DataError(f"responses: task {task} has none")
+    for members in by_group.values():
+        lengths = np.array([len(one.prompt) + len(one.response) for one in members], dtype=np.int64)
+        yield [[members[i] for i in batch] for batch in bucketed(lengths, token_budget)]
+
+
+def _collated(responses: Sequence[WeightedResponse], access: ModelAccess) -> dict[str, Any]:
+    features = []
+    for one in responses:
+        prompt, response = [int(token) for token in one.prompt], [int(token) for token in one.response]
+        ids, labels = prompt + response, [IGNORE] * len(prompt) + response
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return to_device(access.collate(features), access.device)
+
+
+def row_products(
+    engine: GradientEngine, sweep: Sweep, aims: TargetVectors | None, precondition: Preconditioner | None = None
+) -> NDArray[np.float32]:
+    """Return inner products of rows' directions with m vectors and with one another (collective).
+
+    Rows' own gradients are held, about 1 GiB of them at a time; those that are held together take one pass over
+    themselves and one over the rest. The result is float32 [n, m + n], equal on every rank; NaN in the rows and columns
+    of rows without a loss.
+    """
+    at_once = max(1, _HELD_NUMBERS // max(1, sum(shape.numel() for shape in engine.shapes.values())))
+    num, num_aims = len(sweep.rows), 0 if aims is None else len(aims)
+    out, known = np.full((num, num_aims + num), np.nan, dtype=np.float32), np.zeros(num, dtype=bool)
+    gram = out[:, num_aims:]
+    with engine.observing():
+        for start in range(0, num, at_once):
+            block, rest = slice(start, min(start + at_once, num)), slice(start + at_once, num)
+            vectors, finite = _held_rows(engine, _part(sweep, block), precondition)
+            known[block] = finite.cpu().numpy()
+            if aims is not None:
+                out[block, :num_aims] = _products(vectors, aims).cpu().numpy()
+            gram[block, block] = _products(vectors, vectors).cpu().numpy()
+            if rest.start < num:
+                dots = Dots(vectors, normalize="none")
+
+                def score(batch: dict[str, Any], dots: Dots = dots) -> torch.Tensor:
+                    return engine.run(batch, [dots], precondition=precondition)["dots"]
+
+                gram[rest, block] = row_pass(_part(sweep, rest), score, (len(vectors),))
+                gram[block, rest] = gram[rest, block].T
+    out[~known] = np.nan
+    gram[:, ~known] = np.nan
+    return out
+
+
+def _held_rows(
+    engine: GradientEngine, sweep: Sweep, precondition: Preconditioner | None
+) -> tuple[TargetVectors, torch.Tensor]:
+    """Return every row's gradient, zero for rows without a loss, and which rows have one, bool [n] (collective)."""
+    consumer = RowVectors(TargetVectors.zeros(len(sweep.rows), engine.shapes, engine.device))
+    known = torch.zeros(len(sweep.rows), dtype=torch.int64, device=engine.device)
+    for turn in sweep.turns():
+        places = torch.from_numpy(turn.positions)
+        # A rank that only keeps step with the others keeps nothing.
+        consumer.places = places if turn.mine else torch.full_like(places, -1)
+        losses = engine.run(turn.batch, [consumer], precondition=precondition)["losses"]
+        if turn.mine:
+            known[places.to(engine.device)] = torch.isfinite(losses).to(engine.device, torch.int64)
+    consumer.vectors.add_up()  # each row is zero on all ranks but one
+    return consumer.vectors, comm.gather_sum(known).bool()
+
+
+def _products(a: TargetVectors, b: TargetVectors) -> torch.Tensor:
+    """Return all inner products of two sets of vectors, float64 [len(a), len(b)]."""
+    device = next(iter(a.tensors.values())).device
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
+    for name in a.tensors:
+        for part in inner_products(a.flat(name), b.flat(name).to(device)):
+            out += part
+    return out
+
+
+def _part(sweep: Sweep, which: slice) -> Sweep:
+    return replace(sweep, rows=sweep.rows[which], lengths=sweep.lengths[which])
