@@ -125,6 +125,7 @@ class Requires:
     models: Mapping[str, str | None] = field(default_factory=dict)  # parameter -> other model that signals are asked of
     preconditions: Mapping[str, str] = field(default_factory=dict)  # parameter -> use of the optimizer's moments
     by_target: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)  # parameter -> number per target
+    budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for
     pure_micro_batches: bool = False  # mixers: every micro-batch must hold one domain only
     embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed

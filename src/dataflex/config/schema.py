@@ -62,6 +62,17 @@ class SignalsConfig:
     screen_by: Literal["embeddings", "pilot"] = param(
         "embeddings", "nearness of embeddings, or scores predicted from those of a twentieth of the rows"
     )
+    budget: float | None = param(
+        None,
+        "most that decisions cost in passes, relative to the training: rows are scored in their own training steps and "
+        "the scores of the others are predicted; null: the selector asks the model about every row",
+        above=0.0,
+        maximum=1000.0,
+        resume=_NEXT,
+    )
+    explore: float = param(
+        0.2, "share of a plan that is drawn uniformly under a budget", minimum=0.0, maximum=1.0, resume=_NEXT
+    )
     max_age_steps: int = param(0, "oldest answer, in optimizer steps, that is given again", minimum=0, resume=_NEXT)
     store: str | None = param(
         None, "folder that passes write to as they go, to be taken up after a kill", resume="free"

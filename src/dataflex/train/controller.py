@@ -31,6 +31,7 @@ from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.rng import stream
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
+from dataflex.train.in_run import InRun, asked_of_rows
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
 
@@ -197,6 +198,17 @@ class Controller:
                 shuffle=self.shape.shuffle,
             )
         options = config.signals
+        self.in_run: InRun | None = None  # what a run with a budget knows of its rows
+        if config.selector is not None and options.budget is not None:
+            self.in_run = InRun(
+                signals=self.signals,
+                space=self.space,
+                targets=config.selector.targets,
+                asked=asked_of_rows(config.selector),
+                budget=options.budget,
+                explore=options.explore,
+                seed=self.seed,
+            )
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
         """Rows drawn for a pool, and those left once they are screened."""
         self.floors = floors_by_domain(config.min_proportion, domains.names)
@@ -241,6 +253,9 @@ class Controller:
                     f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
                     "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
                 )
+        if self.in_run is not None and self.plan.interval.kind == "warmup":
+            with self.clock.phase("decide"), preserve_state(self.signals.access.model):
+                self.in_run.aim_late(step, self.plan.interval, self.shape.global_batch)
         return self.plan
 
     def _next(self, step: int) -> Interval:
@@ -269,12 +284,16 @@ class Controller:
         ctx = self._context(interval, self.config.selector)
         pool = self.space.all_rows()
         selection = None
+        if self.in_run is not None:
+            self.in_run.decide(interval, self.shape.global_batch)
         if self.selects_subset and interval.kind == "dynamic":
             pool, note = self._pool(ctx)
             selection = self._select(pool, ctx)
             if note:
                 selection = replace(selection, reason=f"{selection.reason}; {note}")
         rows, proportions, reason = self._lay_out(ctx, pool, selection)
+        if self.in_run is not None and selection is None:
+            self.in_run.explored = np.unique(rows[rows >= 0])
         self.signals.end()
         whole_steps = len(rows) // self.shape.global_batch
         if whole_steps < interval.steps:  # at_cap: stop
@@ -335,9 +354,22 @@ class Controller:
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
         wanted = self._wanted(ctx.interval, len(pool) if self._unplanned is None else self._pool_sizes[1])
+        if self.in_run is not None:
+            return self._select_and_draw(self.in_run, pool, min(wanted, len(pool)), ctx)
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
         return selection
+
+    def _select_and_draw(self, in_run: InRun, pool: Rows, wanted: int, ctx: Context) -> Selection:
+        """Select by predictions as many rows as they are trusted with, and draw the others uniformly."""
+        assert self.selector is not None
+        chosen, selection = in_run.chosen(wanted), Selection(rows=pool[:0])
+        if chosen:
+            selection = self.selector.select(pool, chosen, ctx)
+            check_selection(self.selector, selection, pool, chosen)
+        drawn = in_run.drawn(pool, selection.rows, wanted - len(selection.rows), ctx.interval)
+        reason = "; ".join(filter(None, [selection.reason, f"{len(drawn)} rows drawn uniformly", in_run.reason]))
+        return replace(selection, rows=np.concatenate([selection.rows, drawn]), reason=reason)
 
     def _wanted(self, interval: Interval, pool_size: int) -> int:
         """Return how many rows a selector is asked for."""
@@ -533,7 +565,13 @@ class Controller:
 
     def _parts(self) -> dict[str, Any]:
         """Return what else has a state, by its key in the checkpoint."""
-        parts = {"sampler": self.sampler, "signals": self.signals, "repeats": self.repeats, "totals": self.totals}
+        parts = {
+            "sampler": self.sampler,
+            "signals": self.signals,
+            "repeats": self.repeats,
+            "totals": self.totals,
+            "in_run": self.in_run,
+        }
         return {key: part for key, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:

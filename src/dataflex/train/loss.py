@@ -288,6 +288,7 @@ class Reweighter:
                 )
             self._domain_weights = DomainWeights(mixer, domains, over_ranks=self.over_ranks)
         self._needs = Requires() if weighter is None else weighter.requires()
+        self.watch: Callable[[TokenLosses], None] | None = None  # called with the token losses of each micro-batch
         self._mixer_compares = mixer is not None and mixer.requires().reference is not None
         self.stats = None if weighter is None else WeightStats(weighter.name)
         self.row_weights = RowWeights() if weighter is not None and comm.rank() == 0 else None
@@ -393,6 +394,8 @@ class Reweighter:
         rows = batch[ROWS]
         weighter = self.weighter if self._acts else None
         losses = token_losses(logits, batch["labels"], entropy=weighter is not None and self._needs.entropy)
+        if self.watch is not None:
+            self.watch(losses)
         compares = self._index >= self._compares_from(self._total)
         reference = self.reference.of(batch, rows, losses.mask_BT) if self.reference and compares else None
         if self.observes:

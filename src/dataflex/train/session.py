@@ -134,8 +134,8 @@ class Session:
         self.weighter = None if weighter is None or weighter.neutral else weighter
         told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
         self._told_mixer: Mixer | None = self.mixer if told else None
-        self.weighs = self.weighter is not None or told
-        """Whether the training loss must come from ``loss``: it is weighed, or a mixer observes it."""
+        self.weighs = self.weighter is not None or told or config.signals.budget is not None
+        """Whether the training loss must come from ``loss``: it is weighed, or its rows or domains are observed."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0
         self.since_log: dict[str, Any] | None = None
@@ -145,6 +145,7 @@ class Session:
         self.feed: PlanFeed | None = None
         self._loss: Reweighter
         self._step: Step | None = None
+        self._micro = 0  # micro-batches of the step that went forward
         self._hidden: list[torch.Tensor] = []
         self._run = ""
         self._unsealed: tuple[Path, float] | None = None
@@ -232,6 +233,8 @@ class Session:
             mixer=self.mixer,
             clock=setup.clock,
         )
+        if (in_run := self.controller.in_run) is not None:
+            self._loss.watch = in_run.watch
         self._identity = Identity(config, space, setup.resolved, shape=shape, seed=seed)
         self.feed = PlanFeed(
             _dataset(setup, loop),
@@ -342,7 +345,7 @@ class Session:
             self.controller.prepare(loss.weighter, index)
         if self.weighs or loop.count_items is None:
             loss.begin_step(batches, num_items, loop.device, index=index, total=self.total_steps)
-        self._step = Step(index=index, batches=batches, num_items=num_items)
+        self._step, self._micro = Step(index=index, batches=batches, num_items=num_items), 0
         return self._step
 
     def rows(self, index: int) -> list[Rows] | None:
@@ -361,6 +364,11 @@ class Session:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Enter this around the forward pass of a micro-batch; it keeps hidden states that a weighter asks for."""
+        if (in_run := self.controller.in_run) is not None:
+            assert self._step is not None
+            in_run.take(self._step.index)
+            in_run.begin(self._step.batches[self._micro], self.loop.device)
+            self._micro += 1
         spec = self._loss.embedding
         if spec is None:
             yield
@@ -383,6 +391,10 @@ class Session:
 
     def end_step(self) -> None:
         """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
+        if (in_run := self.controller.in_run) is not None:
+            assert self._step is not None
+            in_run.take(self._step.index)
+            in_run.end_step()
         if self._loss.observes:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)
@@ -426,6 +438,8 @@ class Session:
         ``since_log`` is what the loop summed up since its last log.
         """
         loss = self._loss
+        if self.controller.in_run is not None:
+            self.controller.in_run.gather()
         summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
         if self._writes:
             state = {

@@ -62,13 +62,13 @@ class GradientEngine:
         self.parameters = dict(choose_parameters(model) if parameters is None else parameters)
         self._loss = supervised_losses(model, self.parameters.values()) if loss is None else loss
         self._autocast, self._release, self._block_numbers = autocast, release, block_numbers
-        self._units = Units(model, self.parameters)
+        self.units = Units(model, self.parameters)
         self._observing = False
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Full shapes of the differentiated parameters by name, in the model's order."""
-        return self._units.shapes
+        return self.units.shapes
 
     @property
     def device(self) -> torch.device:
@@ -114,16 +114,16 @@ class GradientEngine:
                 try:
                     return self._attempt(batch, consumers, precondition)
                 except Distrusted as signal:
-                    self._units.distrust(signal.unit, signal.reason)
+                    self.units.distrust(signal.unit, signal.reason)
                 except HandUp as signal:
-                    self._units.hand_up(signal.unit, signal.reason)
+                    self.units.hand_up(signal.unit, signal.reason)
 
     def _attempt(
         self, batch: Batch, consumers: Sequence[Consumer], precondition: Preconditioner | None
     ) -> dict[str, torch.Tensor]:
         feeder = _Feeder(self.shapes, consumers, precondition, self._block_numbers)
         capture = Capture(
-            units=self._units,
+            units=self.units,
             rows=batch["input_ids"].shape[0],
             tokens=batch["input_ids"].shape[1],
             take=feeder.take,
@@ -144,7 +144,7 @@ class GradientEngine:
                 consumer.begin(finite)
             capture.backward(total)
         feeder.flush()
-        self._units.require_all()
+        self.units.require_all()
         results = {"losses": losses.detach().float()}
         for consumer in consumers:
             results.update({consumer.name + suffix: values for suffix, values in consumer.finish().items()})

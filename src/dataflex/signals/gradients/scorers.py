@@ -115,15 +115,16 @@ class GradientScorers:
             return ""
         return state_identity(
             (f"{name} {which}", tensor)
-            for name, kept in self._moments().items()
+            for name, kept in self.moments().items()
             for which, tensor in (("first", kept.first), ("second", kept.second))
         )
 
     def precondition(self) -> Preconditioner | None:
         """Return what turns gradients into directions, with the optimizer's moments of now (collective)."""
-        return preconditioner(self._kind, self._moments() if self._kind.kind == "adam" else None)
+        return preconditioner(self._kind, self.moments() if self._kind.kind == "adam" else None)
 
-    def _moments(self) -> dict[str, Moments]:
+    def moments(self) -> dict[str, Moments]:
+        """Return Adam's moments of now (collective)."""
         return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)
 
 

@@ -1,0 +1,497 @@
+"""Scores of training rows from the backward pass of their own training step.
+
+For a matrix W with inputs a and output gradients g, row i's inner product with a direction V is
+<G_i, V> = sum_t g_it' V a_it, so it needs neither G_i nor a second pass: hooks project a in the forward pass and g in
+the backward pass, and the step itself is untouched. A large V is factored, V = U W', and its rank is the cost. What a
+row's tokens count in the loss is read as the gradient of the token losses themselves, so the score is that of the
+row's own mean loss, whatever denominators, weights, loss scales and accumulation were applied.
+
+Sources: inner products without gradients by row, In-Run Data Shapley (arXiv 2406.11011); a fixed Adam scale,
+arXiv 2602.00329; randomized factorization, Halko et al. 2011 (arXiv 0909.4061).
+
+Legend: B rows of the micro-batch, T positions, K targets, m and n output and input width, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dataflex.errors import UnsupportedError
+from dataflex.signals.gradients.consumers import TargetVectors
+from dataflex.signals.gradients.factors import Factors
+from dataflex.signals.gradients.parameters import Unit, shape_of
+from dataflex.signals.gradients.precondition import Moments
+from dataflex.signals.model_parts import model_parts
+from dataflex.state import State
+
+logger = logging.getLogger(__name__)
+
+FLOOR = 1e-3
+"""Roots of second moments count as at least this share of their mean over the parameter."""
+_OVERSAMPLING = 8
+MATRICES = frozenset({"linear", "conv1d"})
+"""Kinds of layers whose weights are matrices used on tokens."""
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """Return a generator on the CPU that depends on its arguments alone."""
+    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def adam_scale(moments: Moments) -> torch.Tensor:
+    """Return what Adam multiplies a gradient by, 1 / (sqrt(v / (1 - beta2^t)) + eps), fp32, the parameter's shape.
+
+    0 where v is 0 (a coordinate that no gradient has reached); small roots are raised to ``FLOOR`` times their mean.
+    Ones before the optimizer's first step.
+    """
+    if moments.step == 0:
+        return torch.ones_like(moments.second)
+    root = (moments.second / (1 - moments.betas[1] ** moments.step)).sqrt()
+    scale = 1 / (root.clamp_min(FLOOR * float(root.mean())) + moments.eps)
+    return scale.masked_fill_(moments.second == 0, 0.0)
+
+
+def factored(matrix: torch.Tensor, rank: int, *, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return U [m, r] and W [n, r] with U W' near ``matrix`` [m, n], and the share of its squared norm that they keep.
+
+    A randomized singular value decomposition with one power iteration (arXiv 0909.4061, algorithm 4.4); both factors
+    get the roots of the singular values, so that they have equal norms.
+    """
+    rows, columns = matrix.shape
+    width = min(rank + _OVERSAMPLING, rows, columns)
+    start = torch.randn(columns, width, generator=draw).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    kept = float(values[:rank].double().square().sum() / matrix.double().square().sum().clamp_min(1e-300))
+    return (basis @ left[:, :rank]) * root, right[:rank].T * root, min(kept, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """How one side of a matrix parameter's gradient, inputs or output gradients, is projected.
+
+    Attributes:
+        projection: [width, direction + sketch], or None.
+        direction: Columns for the directions; 0: the side itself.
+        sketch: Columns for the sketch of rows' norms; 0: the side itself.
+    """
+
+    projection: torch.Tensor | None
+    direction: int
+    sketch: int
+
+    def of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what directions and what norms need of ``tokens`` [B, T, width]."""
+        if self.projection is None:
+            return tokens, tokens
+        found = tokens @ self.projection.to(tokens.dtype)
+        return (
+            found[..., : self.direction] if self.direction else tokens,
+            found[..., self.direction :] if self.sketch else tokens,
+        )
+
+
+Part: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Directions in one parameter: whole, fp32 [K, *shape], or as factors U [K, m, r] and W [K, n, r]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """What rows' gradients are compared with: K directions, each of length 1 over the captured parameters.
+
+    Attributes:
+        parts: By parameter name.
+        lengths: Lengths before [K]; a product times it is that with the target's gradient in the optimizer's scale.
+        coverage: Share of <q, V> in the captured parameters, q being the target's gradient [K].
+        captured: Share of the squared norm that low ranks keep [K].
+    """
+
+    parts: dict[str, Part]
+    lengths: torch.Tensor
+    coverage: torch.Tensor
+    captured: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def none(cls, layers: Sequence[Unit]) -> Directions:
+        """Return no direction, for norms alone."""
+        parts: dict[str, Part] = {
+            name: torch.zeros(0, *shape_of(unit.module.get_parameter(local)))
+            for unit in layers
+            for local, name in unit.parameters.items()
+        }
+        return cls(parts=parts, lengths=torch.zeros(0), coverage=torch.zeros(0), captured=torch.zeros(0))
+
+    def whole(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return directions by parameter as whole tensors [K, *shape]."""
+        found = {}
+        for name in names:
+            part = self.parts[name]
+            found[name] = part if isinstance(part, torch.Tensor) else part[0] @ part[1].transpose(1, 2)
+        return found
+
+    def blended(self, earlier: Directions, share: float) -> Directions:
+        """Return these directions plus ``share`` of earlier ones, of length 1 again but for what low ranks lose."""
+        num = len(self)
+        parts: dict[str, Part] = {}
+        squares = torch.zeros(num, dtype=torch.float64)
+        for name, part in self.parts.items():
+            old: Any = earlier.parts[name]
+            if isinstance(part, torch.Tensor):
+                parts[name] = total = part + share * old.to(part)
+                squares += total.flatten(1).double().square().sum(dim=1).cpu()
+                continue
+            root = share**0.5
+            left, right = (torch.cat([new, root * was.to(new)], dim=2) for new, was in zip(part, old, strict=True))
+            # Both sides' QR leave a small matrix, whose singular values are those of the sum.
+            (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+            u, values, v = torch.linalg.svd(r_left @ r_right.transpose(1, 2), full_matrices=False)
+            kept = part[0].shape[2]
+            scale = values[:, None, :kept].sqrt()
+            parts[name] = (q_left @ u[:, :, :kept] * scale, q_right @ v.transpose(1, 2)[:, :, :kept] * scale)
+            squares += values[:, :kept].double().square().sum(dim=1).cpu()
+        scale = squares.sqrt().clamp_min(1e-30)
+        for name, part in parts.items():
+            if isinstance(part, tuple):
+                parts[name] = (part[0] / scale.to(part[0])[:, None, None], part[1])
+            else:
+                parts[name] = part / scale.to(part).view(-1, *([1] * (part.dim() - 1)))
+        return replace(self, parts=parts)
+
+    def state_dict(self) -> State:
+        """Return the directions as arrays."""
+        parts = {}
+        for name, part in self.parts.items():
+            whole = [part] if isinstance(part, torch.Tensor) else list(part)
+            parts[name] = [tensor.cpu().numpy() for tensor in whole]
+        told = {name: getattr(self, name).numpy() for name in ("lengths", "coverage", "captured")}
+        return {"parts": parts, **told}
+
+    @classmethod
+    def of_state(cls, state: State, device: torch.device) -> Directions:
+        """Return the directions that ``state_dict`` gave."""
+        parts: dict[str, Part] = {}
+        for name, arrays in state["parts"].items():
+            tensors = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
+            parts[name] = tensors[0] if len(tensors) == 1 else (tensors[0], tensors[1])
+        told = {name: torch.from_numpy(np.array(state[name])) for name in ("lengths", "coverage", "captured")}
+        return cls(parts=parts, **told)
+
+
+def capturable(model: nn.Module, units: Iterable[Unit]) -> tuple[list[Unit], dict[str, str]]:
+    """Return the layers whose rows' gradients a step's own hooks see, and the parameters that are left out.
+
+    Embeddings and the head are left out, since their directions are as large as the vocabulary; experts, since their
+    inputs are tokens of several rows; layers without a formula; norms under activation checkpointing, which would
+    have to keep their inputs.
+
+    Args:
+        model: The inner module, not the engine around it.
+        units: Who answers for the trained parameters, after a pass over the target has tried their formulas.
+
+    Returns:
+        The layers, and parameter -> reason.
+
+    Raises:
+        UnsupportedError: No layer is left.
+    """
+    head = model_parts(model).head
+    spared = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    layers: list[Unit] = []
+    left_out: dict[str, str] = {}
+    for unit in units:
+        kind, reason = unit.kind, ""
+        if any(id(unit.module.get_parameter(local)) in spared for local in unit.parameters):
+            reason = "of the head, as large as the vocabulary"
+        elif kind is None:
+            reason = f"no formula for {type(unit.module).__name__}"
+        elif kind.name == "embedding":
+            reason = "an embedding, as large as the vocabulary"
+        elif checkpointed and kind.name not in MATRICES:
+            reason = "activation checkpointing does not keep its inputs"
+        if reason:
+            left_out |= dict.fromkeys(unit.parameters.values(), reason)
+        else:
+            layers.append(unit)
+    # A tied parameter counts wherever it is used, or nowhere.
+    layers = [unit for unit in layers if not set(unit.parameters.values()) & set(left_out)]
+    if not layers:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
+        raise UnsupportedError(f"scores from the training step: no trained layer can be captured: {told}")
+    return layers, left_out
+
+
+def directions(
+    gradients: TargetVectors,
+    moments: Mapping[str, Moments] | None,
+    layers: Sequence[Unit],
+    *,
+    rank: int | None,
+    seed: int,
+) -> Directions:
+    """Return what the hooks of a step compare rows with: the targets' gradients in the optimizer's scale.
+
+    Args:
+        gradients: Mean gradient q of each target, over all trained parameters.
+        moments: Adam's, to scale q by; None: q itself.
+        layers: From ``capturable``.
+        rank: Rank of the factors of matrices for which that is cheaper than the whole; None: all whole.
+        seed: Of the factorization.
+    """
+    num = len(gradients)
+    matrices = {
+        name: unit.kind is not None and unit.kind.name in MATRICES and local == "weight"
+        for unit in layers
+        for local, name in unit.parameters.items()
+    }
+    inside, everywhere, squares, kept = (torch.zeros(num, dtype=torch.float64) for _ in range(4))
+    parts: dict[str, Part] = {}
+    for name, gradient in gradients.tensors.items():
+        vector = gradient if moments is None else gradient * adam_scale(moments[name]).to(gradient.device)
+        product = (gradient.flatten(1).double() * vector.flatten(1).double()).sum(dim=1).cpu()
+        everywhere += product
+        if name not in matrices:
+            continue
+        inside += product
+        square = vector.flatten(1).double().square().sum(dim=1).cpu()
+        squares += square
+        if matrices[name] and rank is not None and rank * sum(vector.shape[1:]) < vector[0].numel():
+            made = [factored(matrix.float(), rank, draw=generator(seed, name, k)) for k, matrix in enumerate(vector)]
+            parts[name] = (torch.stack([one[0] for one in made]), torch.stack([one[1] for one in made]))
+            kept += square * torch.tensor([one[2] for one in made], dtype=torch.float64)
+        else:
+            parts[name] = vector.float()
+            kept += square
+    lengths = squares.sqrt().clamp_min(1e-30)
+    for name, part in parts.items():
+        if isinstance(part, tuple):  # each factor has half of the length
+            root = lengths.sqrt().to(part[0])[:, None, None]
+            parts[name] = (part[0] / root, part[1] / root)
+        else:
+            parts[name] = part / lengths.to(part).view(-1, *([1] * (part.dim() - 1)))
+    return Directions(
+        parts=parts,
+        lengths=lengths.float(),
+        coverage=(inside / everywhere.clamp_min(1e-300)).float(),
+        captured=(kept / squares.clamp_min(1e-300)).float(),
+    )
+
+
+def _sides(part: Part, draw: torch.Generator, sketch: int) -> tuple[_Side, _Side]:
+    """Return the projections of a matrix gradient's columns and rows."""
+    right = left = None
+    if isinstance(part, tuple):
+        left, right = (factor.permute(1, 0, 2).flatten(1) for factor in part)
+        m, n = len(left), len(right)
+    else:
+        num, m, n = part.shape
+        if not num:
+            pass
+        elif n >= m:  # the wider side is projected, the narrower one stays as it is
+            right = part.permute(2, 0, 1).reshape(n, num * m)
+        else:
+            left = part.permute(1, 0, 2).reshape(m, num * n)
+
+    def side(direction: torch.Tensor | None, width: int, device: torch.device) -> _Side:
+        made = [] if direction is None else [direction]
+        size = sketch if width > 4 * sketch else 0  # a narrow side is its own sketch, without an error
+        if size:
+            made.append((torch.randn(width, size, generator=draw) / size**0.5).to(device))
+        return _Side(
+            projection=torch.cat(made, dim=1).contiguous() if made else None,
+            direction=0 if direction is None else direction.shape[1],
+            sketch=size,
+        )
+
+    device = (part[0] if isinstance(part, tuple) else part).device
+    return side(right, n, device), side(left, m, device)
+
+
+class StepCapture:
+    """Hooks on a model in training that score the rows of its micro-batches.
+
+    Outputs get hooks that return nothing, so the step's numbers are what they were. Under activation checkpointing of
+    either kind each hook acts once: what the forward pass keeps of the inputs is their projection, in the hook of the
+    output gradient; a forward pass without gradients keeps nothing.
+
+    Args:
+        layers: From ``capturable``.
+        sketch: Numbers per side of the sketch by which rows' norms are estimated; 0: no norms.
+        seed: Of the sketch.
+    """
+
+    def __init__(self, layers: Sequence[Unit], *, sketch: int = 0, seed: int = 0) -> None:
+        self.layers, self.norms = layers, sketch > 0
+        self._sketch, self._seed, self._num = sketch, seed, 0
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._sides: dict[str, tuple[_Side, _Side]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._dots: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self._parts: dict[str, torch.Tensor] = {}
+        self._shape = (0, 0)
+
+    def aim(self, directions: Directions) -> None:
+        """Compare rows with these directions from the next micro-batch on."""
+        self._num, self._vectors, self._sides = len(directions), {}, {}
+        for unit in self.layers:
+            assert unit.kind is not None
+            for local, name in unit.parameters.items():
+                part = directions.parts[name]
+                if unit.kind.name in MATRICES and local == "weight":
+                    self._sides[name] = _sides(part, generator(self._seed, "norms", name), self._sketch)
+                else:
+                    assert isinstance(part, torch.Tensor)
+                    self._vectors[name] = part.flatten(1)
+
+    def cost(self, model: nn.Module) -> float:
+        """Return what the hooks cost a token relative to its forward pass: numbers of their matrices to the model's."""
+        sides = [side.projection for pair in self._sides.values() for side in pair if side.projection is not None]
+        return sum(each.numel() for each in sides) / max(sum(shape_of(p).numel() for p in model.parameters()), 1)
+
+    def begin(self, shape: tuple[int, int], device: torch.device) -> None:
+        """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
+        if not self._handles:
+            self._handles = [
+                unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.layers
+            ]
+        self._shape, self._counts, self._parts = shape, None, {}
+        self._dots = torch.zeros(*shape, self._num, dtype=torch.float32, device=device)
+
+    def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
+        """Read what each supervised token's loss counts in the scalar that is differentiated."""
+
+        def take(gradient: torch.Tensor) -> None:
+            self._counts = gradient.detach().float() * mask_BT
+
+        loss_BT.register_hook(take)
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._dots, self._counts, self._parts = [], None, None, {}
+
+    def take(self, documents_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scores of the micro-batch whose backward pass is over, and forget them.
+
+        Args:
+            documents_BT: int64 document of each position, counted over the micro-batch; None: rows are scored.
+
+        Returns:
+            fp32 [rows or documents, K], the products of the gradient of each one's mean loss (weighted as its tokens
+            are) with the directions; and the gradients' norms, estimated, or None. NaN where nothing counted.
+        """
+        assert self._dots is not None
+        counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
+        if documents_BT is None:
+            total, weight = self._dots.sum(dim=1), counts.sum(dim=1)
+        else:
+            size = int(documents_BT.max()) + 1
+            index = documents_BT.flatten()
+            total = self._dots.new_zeros(size, self._num).index_add_(0, index, self._dots.flatten(0, 1))
+            weight = self._dots.new_zeros(size).index_add_(0, index, counts.flatten())
+        known = weight != 0
+        safe = torch.where(known, weight, torch.ones_like(weight))
+        scores = (total / safe[:, None]).masked_fill(~known[:, None], torch.nan)
+        norms = None
+        if self.norms and documents_BT is None:
+            squares = [part.flatten(1).square().sum(dim=1) for part in self._parts.values()]
+            norms = (torch.stack(squares).sum(dim=0).sqrt() / safe.abs()).masked_fill(~known, torch.nan)
+        self._dots, self._counts, self._parts = None, None, {}
+        return scores, norms
+
+    def _hook(self, unit: Unit) -> Any:
+        path, kind, own = str(unit), unit.kind, unit.parameters
+        assert kind is not None
+        weight = own.get("weight") if kind.name in MATRICES else None
+        others = {local: name for local, name in own.items() if name != weight}
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._dots is None or not torch.is_grad_enabled() or not output.requires_grad:
+                return
+            with torch.no_grad():
+                kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
+                fits = all(tensor is not None and (weight is None or tensor.dim() == 3) for tensor in kept)
+                inputs = None
+                if fits and weight is not None:  # Conv1D stores its weight as [inputs, outputs]
+                    inputs = self._sides[weight][kind.name == "conv1d"].of(kept[0])
+                    kept = ()
+
+            def take(gradient: torch.Tensor) -> None:
+                if not fits:  # a call that takes no part in the loss, as DoRA makes, does not matter
+                    raise UnsupportedError(
+                        f"scores from the training step: {path} is not called with the positions of the rows; leave "
+                        "it out by the option parameters"
+                    )
+                with torch.no_grad():
+                    gradient = self._tokens(gradient)
+                    if weight is not None:
+                        self._add_matrix(weight, kind.name == "conv1d", inputs, gradient)
+                    if others:
+                        self._add_others(module, kind, others, kept, gradient)
+
+            output.register_hook(take)
+
+        return record
+
+    def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
+        B, T = self._shape
+        if tensor.shape[:2] == (B, T) and tensor.dim() >= 3:
+            return tensor
+        return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
+
+    def _add_matrix(self, name: str, swapped: bool, inputs: Any, gradient: torch.Tensor) -> None:
+        assert self._dots is not None
+        right, left = self._sides[name]
+        outputs = (right if swapped else left).of(gradient)
+        num = self._num
+
+        def by_target(part: torch.Tensor, projected: bool) -> torch.Tensor:
+            return part.view(*self._shape, num if projected else 1, -1)
+
+        sides = (left, right) if swapped else (right, left)
+        if num:
+            product = by_target(inputs[0], bool(sides[0].direction)) * by_target(outputs[0], bool(sides[1].direction))
+            self._dots += product.sum(dim=-1, dtype=torch.float32)
+        if self.norms:
+            self._add_part(name, torch.bmm(outputs[1].transpose(1, 2).to(inputs[1].dtype), inputs[1]).float())
+
+    def _add_others(self, module: nn.Module, kind: Any, own: Mapping[str, str], kept: Any, gradient: Any) -> None:
+        """Add biases and the weights of norms: their gradients by token are as small as the layer's output."""
+        assert self._dots is not None
+        by_token = kind.sample(
+            module,
+            tuple(tensor.flatten(0, 1).unsqueeze(1) for tensor in kept) or (gradient.flatten(0, 1).unsqueeze(1),),
+            gradient.flatten(0, 1).unsqueeze(1),
+            frozenset(own),
+        )
+        for local, name in own.items():
+            found = by_token[local]
+            assert not isinstance(found, Factors)
+            found = found.flatten(1)
+            vector = self._vectors[name].to(found)
+            self._dots += (found @ vector.T).view(*self._shape, -1)
+            if self.norms:
+                self._add_part(name, found.view(*self._shape, -1).sum(dim=1))
+
+    def _add_part(self, name: str, part: torch.Tensor) -> None:
+        # Sketches are linear: the uses of a parameter are added up before the norm is taken.
+        self._parts[name] = self._parts[name] + part if name in self._parts else part

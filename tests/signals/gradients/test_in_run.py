@@ -1,0 +1,258 @@
+"""Scores from the training step against one row, one backward pass; golden values of the formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataflex.plan.domains import Rows
+from dataflex.sequences import Sequences
+from dataflex.signals.gradients.engine import GradientEngine
+from dataflex.signals.gradients.consumers import TargetVectors
+from dataflex.signals.gradients.in_run import (
+    Directions,
+    StepCapture,
+    adam_scale,
+    capturable,
+    directions,
+    factored,
+    generator,
+)
+from dataflex.signals.gradients.layers import kind_of
+from dataflex.signals.gradients.parameters import Unit
+from dataflex.signals.gradients.precondition import Moments
+from dataflex.train.loss import token_losses, weighted_loss
+from tests.signals.gradients.small import MODELS, build, oracle, ragged
+
+
+def drawn(shapes, num=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return TargetVectors(tensors={name: torch.randn(num, *shape, generator=draw) for name, shape in shapes.items()})
+
+
+def prepared(model, *, rank=None, sketch=0, moments=None, num=2):
+    engine = GradientEngine(model)
+    engine.run(ragged([5, 3]), [])  # formulas are tried in the pass over the target
+    capture = StepCapture(capturable(model, engine.units)[0], sketch=sketch, seed=7)
+    capture.aim(directions(drawn(engine.shapes, num), moments, capture.layers, rank=rank, seed=7))
+    return engine, capture
+
+
+def step(model, capture, batch, weights=None, *, scale=1.0, normalizer="num_tokens"):
+    """One micro-batch of a training step, weighed and scaled."""
+    capture.begin(tuple(batch["input_ids"].shape), torch.device("cpu"))
+    logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}, use_cache=False).logits
+    losses = token_losses(logits, batch["labels"])
+    capture.watch(losses.loss_BT, losses.mask_BT)
+    rows: Rows = np.arange(len(logits))
+    weights = torch.ones(len(logits), 1) if weights is None else torch.tensor(weights)[:, None]
+    loss = weighted_loss(
+        losses,
+        weights,
+        sequences=Sequences(rows_B=rows),
+        normalizer=normalizer,
+        num_items=31.0,
+        num_micro_batches=2,
+        step_scale=0.7,
+        replicas=1,
+    )
+    (loss * scale).backward()
+    return losses
+
+
+def expected(engine, model, batch, capture):
+    """Products of each row's own gradient, from a batch of one, with the directions; and the norms."""
+    names = {name for unit in capture.layers for name in unit.parameters.values()}
+    aims = {name: vector.double() for name, vector in drawn(engine.shapes).tensors.items() if name in names}
+    length = sum(vector.flatten(1).square().sum(1) for vector in aims.values()).sqrt()
+    gradients = oracle(model, batch)
+    dots = [sum(vector.flatten(1) @ row[name].double().flatten() for name, vector in aims.items()) for row in gradients]
+    norms = [sum(row[name].double().square().sum() for name in names).sqrt() for row in gradients]
+    return torch.stack(dots) / length, torch.stack(norms)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_a_batch_of_one(name):
+    model = build(name)
+    model.eval()
+    engine, capture = prepared(model)
+    batch = ragged([9, 4, 6, 2], seed=3)
+    step(model, capture, batch, scale=256.0)
+    scores, _ = capture.take()
+    capture.end()
+    dots, norms = expected(engine, model, batch, capture)
+    torch.testing.assert_close(scores.double(), dots.double(), rtol=1e-5, atol=1e-5 * float(norms.max()))
+
+
+@pytest.mark.parametrize("normalizer", ["num_tokens", "weight_sum", "num_sequences"])
+def test_weights_and_denominators_are_undone_and_weight_zero_says_nothing(normalizer):
+    model = build("llama").eval()
+    engine, capture = prepared(model)
+    batch = ragged([9, 4, 6, 2], seed=3, unlabelled=(2,))
+    step(model, capture, batch, [0.5, 0.0, 1.0, 3.0], normalizer=normalizer)
+    scores, _ = capture.take()
+    dots, norms = expected(engine, model, batch, capture)
+    assert torch.isnan(scores[[1, 2]]).all()
+    torch.testing.assert_close(scores[[0, 3]].double(), dots[[0, 3]], rtol=1e-5, atol=1e-5 * float(norms.max()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "lora"])
+def test_activation_checkpointing_changes_no_score(name, reentrant):
+    model, batch = build(name), ragged([9, 4, 6, 2], seed=3)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    engine, capture = prepared(model)
+    assert all(unit.kind.name == "linear" for unit in capture.layers), "norms would keep their inputs"
+    step(model, capture, batch)
+    scores, _ = capture.take()
+    capture.end()
+    model.gradient_checkpointing_disable()
+    model.eval()
+    dots, norms = expected(engine, model, batch, capture)
+    torch.testing.assert_close(scores.double(), dots, rtol=1e-5, atol=1e-5 * float(norms.max()))
+
+
+def test_a_module_that_is_called_twice_counts_twice_and_the_training_gradient_is_untouched():
+    model = build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    model.eval()
+    engine, capture = prepared(model, sketch=64)
+    batch = ragged([9, 4, 6, 2], seed=3)
+    step(model, capture, batch)
+    scores, norms = capture.take()
+    capture.end()
+    with_hooks = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    capture._dots = torch.zeros(4, 9, 2)  # begin() without hooks
+    capture.begin = lambda *_: None
+    step(model, capture, batch)
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(with_hooks, model.parameters(), strict=True))
+    dots, exact = expected(engine, model, batch, capture)
+    torch.testing.assert_close(scores.double(), dots, rtol=1e-5, atol=1e-5 * float(exact.max()))
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-5, atol=0)  # every side is narrower than 4 x 64
+
+
+def test_hooks_are_gone_after_training():
+    model = build("lora").eval()
+    _, capture = prepared(model)
+    step(model, capture, ragged([5, 4]))
+    capture.end()
+    assert not any(module._forward_hooks for module in model.modules())
+    step_without = model(**{key: ragged([5, 4])[key] for key in ("input_ids", "attention_mask")}).logits
+    step_without.sum().backward()
+
+
+def test_documents_of_a_packed_row_have_scores_of_their_own():
+    """Documents that see one another's positions only through a mask: here each is a row of a batch of one."""
+    model = build("llama").eval()
+    engine, capture = prepared(model)
+    batch = ragged([9, 4], seed=3)
+    step(model, capture, batch)
+    documents = torch.zeros(2, 9, dtype=torch.int64)
+    documents[1] = 1
+    documents[0, 5:] = 2
+    rows = capture._dots.clone()
+    counts = capture._counts.clone()
+    scores, _ = capture.take(documents)
+    parts = [rows[0, :5].sum(0) / counts[0, :5].sum(), rows[1].sum(0) / counts[1].sum()]
+    parts.append(rows[0, 5:].sum(0) / counts[0, 5:].sum())
+    torch.testing.assert_close(scores, torch.stack(parts))
+    dots, norms = expected(engine, model, batch, capture)
+    torch.testing.assert_close(scores[1].double(), dots[1], rtol=1e-5, atol=1e-5 * float(norms.max()))
+
+
+def test_full_rank_is_exact_and_energy_is_told():
+    model = build("llama").eval()
+    engine, capture = prepared(model)
+    batch = ragged([9, 4, 6, 2], seed=3)
+    step(model, capture, batch)
+    whole, _ = capture.take()
+    for rank, close in ((16, True), (2, False)):
+        # rank x (m + n) must be below m x n for a factorization: the widest matrices are 16 x 24.
+        aims = directions(drawn(engine.shapes), None, capture.layers, rank=rank, seed=7)
+        capture.aim(aims)
+        step(model, capture, batch)
+        scores, _ = capture.take()
+        assert torch.allclose(scores, whole, rtol=1e-4, atol=1e-6) == close
+        assert (aims.captured < 0.9999).all() != close
+    assert (aims.captured > 0.2).all()
+    assert torch.equal(aims.coverage < 1, torch.tensor([True, True])), "embedding and head are left out"
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_blended_directions_are_the_sum_at_length_one(rank):
+    model = build("llama").eval()
+    engine, capture = prepared(model)
+    new, old = (directions(drawn(engine.shapes, seed=s), None, capture.layers, rank=rank, seed=7) for s in (0, 1))
+    blend = new.blended(old, 0.5)
+    squares = 0.0
+    for name, part in blend.parts.items():
+        whole = [
+            one if torch.is_tensor(one) else one[0] @ one[1].transpose(1, 2)
+            for one in (part, *(each.parts[name] for each in (new, old)))
+        ]
+        squares = squares + whole[0].flatten(1).square().sum(1)
+        wanted = whole[1] + 0.5 * whole[2]
+        if not torch.is_tensor(part):  # the best approximation of the sum of that rank
+            u, values, v = torch.linalg.svd(wanted)
+            wanted = u[:, :, :rank] * values[:, None, :rank] @ v[:, :rank]
+        cosine = torch.nn.functional.cosine_similarity(whole[0].flatten(1), wanted.flatten(1))
+        torch.testing.assert_close(cosine, torch.ones(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares, torch.ones(2), rtol=1e-5, atol=0)
+    again = Directions.of_state(blend.state_dict(), torch.device("cpu"))
+    assert all(
+        torch.equal(a, b) for name in blend.parts for a, b in zip(blend.parts[name], again.parts[name], strict=True)
+    )
+
+
+def test_golden_linear_and_low_rank():
+    """G1 and G4 of the specification: scores (0, 2.125); rank 1 keeps .8 and gives (2.5, .95)."""
+    layer = nn.Linear(2, 2, bias=False)
+    V = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
+    a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, -1.0], [0.5, 1.0]]])
+    g = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[0.2, 0.4], [-1.0, 0.3]]])
+
+    unit = Unit(name="layer", module=layer, kind=kind_of(layer), parameters={"weight": "w"})
+    capture = StepCapture([unit])
+    capture.aim(Directions(parts={"w": V[None]}, lengths=torch.ones(1), coverage=torch.ones(1), captured=torch.ones(1)))
+    capture.begin((2, 2), torch.device("cpu"))
+    layer(a.requires_grad_()).backward(g)
+    found = capture._dots[..., 0]
+    torch.testing.assert_close(found, torch.tensor([[2.5, -2.5], [1.0, 1.125]]))
+    U, W, kept = factored(V, 1, draw=generator(0))
+    assert kept == pytest.approx(0.8, abs=1e-6)
+    low = torch.stack([sum((g[i, t] @ U) @ (W.T @ a[i, t]) for t in range(2)) for i in range(2)])
+    torch.testing.assert_close(low.detach(), torch.tensor([2.5, 0.95]))
+    assert float(U.norm()) == pytest.approx(float(W.norm()), rel=1e-5)
+
+
+def test_golden_adam_scale():
+    """G8: a coordinate that no gradient has reached counts nothing."""
+    moments = Moments(
+        first=torch.zeros(3), second=torch.tensor([4e-8, 1e-8, 0.0]), step=10, betas=(0.9, 0.999), eps=1e-8
+    )
+    V = torch.tensor([1e-3, -2e-3, 5e-4]) * adam_scale(moments)
+    torch.testing.assert_close(V, torch.tensor([0.498874, -1.995487, 0.0]), rtol=1e-5, atol=0)
+
+
+def test_sketched_norms_are_near_the_norms_on_the_mean():
+    """A sketch of 8 x 8 numbers has a relative error of .75 at most for one matrix (rank 1), averaged over layers."""
+    model = build("llama").eval()
+    engine, capture = prepared(model, sketch=2)
+    batch = ragged([9, 4, 6, 2], seed=3)
+    found = []
+    aims = directions(drawn(engine.shapes), None, capture.layers, rank=None, seed=7)
+    for seed in range(40):
+        capture._seed = seed
+        capture.aim(aims)
+        step(model, capture, batch)
+        found.append(capture.take()[1].square())
+    _, norms = expected(engine, model, batch, capture)
+    torch.testing.assert_close(torch.stack(found).mean(0).sqrt().double(), norms, rtol=0.1, atol=0)
