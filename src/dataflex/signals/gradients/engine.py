@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
 from dataflex.signals.gradients.consumers import Block, Consumer, Segment
-from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, formed
+from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, filled, formed
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.losses import IGNORE, model_inputs, row_losses, token_cross_entropy
@@ -96,14 +96,8 @@ class GradientEngine:
     ) -> dict[str, torch.Tensor]:
         """Run a collated batch on the device, samples in front.
 
-        Args:
-            batch: The batch.
-            consumers: What is made of the gradients; names must differ.
-            precondition: From ``preconditioner``: consumers take directions instead of gradients.
-
-        Returns:
-            "losses" fp32 [b], and each consumer's results [b, ...] by its name and suffix; NaN for samples without a
-            loss.
+        ``precondition`` makes directions of the gradients that ``consumers``, of different names, take. Results are
+        "losses" fp32 [b], and the consumers' [b, ...] by name and suffix; NaN for samples without a loss.
 
         Raises:
             UnsupportedError: Some parameters' gradients cannot be told apart by sample; names all of them.
@@ -148,12 +142,7 @@ class GradientEngine:
         results = {"losses": losses.detach().float()}
         for consumer in consumers:
             results.update({consumer.name + suffix: values for suffix, values in consumer.finish().items()})
-        if capture.finite is None:
-            return results
-        return {
-            key: values.masked_fill(~finite.view(-1, *([1] * (values.dim() - 1))), torch.nan)
-            for key, values in results.items()
-        }
+        return {key: filled(values, capture.finite, torch.nan) for key, values in results.items()}
 
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
