@@ -90,11 +90,6 @@ def pool_documents(
     return pool(spread(hidden_BTD, 0.0), mask, None if labels is None else spread(labels, IGNORE), spec), keys
 
 
-def embedding_size(model: nn.Module) -> int:
-    """Return D, the width of the model's hidden states."""
-    return int(model_parts(model).text_config.hidden_size)
-
-
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.Tensor:
     """Return the hidden states [B, T, D] of one layer; call it in eval mode and in the trainer's autocast.

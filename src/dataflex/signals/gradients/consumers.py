@@ -84,7 +84,8 @@ class TargetVectors:
     @classmethod
     def zeros(cls, num: int, shapes: Mapping[str, torch.Size], device: torch.device | str) -> TargetVectors:
         """Return ``num`` zero vectors."""
-        return cls(tensors={name: torch.zeros(num, *shape, device=device) for name, shape in shapes.items()})
+        kind = torch.float32
+        return cls(tensors={key: torch.zeros(num, *shape, dtype=kind, device=device) for key, shape in shapes.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))

@@ -38,7 +38,7 @@ from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
 
 _HELD_NUMBERS = 2**28
-"""Largest number of numbers of rows' gradients that are held together: 1 GiB in fp32."""
+"""Size of rows' gradients that are held together at most: 1 GiB in fp32."""
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
