@@ -54,11 +54,7 @@ def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: Generat
 
 
 class Generator:
-    """Samples from the causal language model of ``access``; a sample ends with an end token of tokenizer or model.
-
-    Raises:
-        UnsupportedError: No causal language model inside, or no tokenizer.
-    """
+    """Samples from the causal language model of ``access``; a sample ends with an end token of tokenizer or model."""
 
     def __init__(self, access: ModelAccess) -> None:
         self._access, self._tokenizer = access, access.known_tokenizer("generation")
@@ -74,10 +70,9 @@ class Generator:
     def sample(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: NDArray[np.int64] | None = None
     ) -> list[Generation]:
-        """Sample ``spec.num_samples`` continuations of every prompt (collective).
+        """Sample ``spec.num_samples`` continuations of every prompt, equal on every rank (collective).
 
-        ``ids`` are an id per prompt [n] that its draws depend on, as a row id; positions if left out. The result is in
-        order of prompt and sample, equal on every rank.
+        ``ids`` are an id per prompt [n] that its draws depend on, as a row id; positions if left out.
 
         Raises:
             DataError: An empty prompt.
@@ -104,12 +99,13 @@ class Generator:
             made = row_pass(sweep, lambda batch: self._batch(spec, **batch), (spec.max_new_tokens,))
         # Tokens pass through float32, which holds every vocabulary's.
         by_place = made.astype(np.int64).tolist()
-        return [self._generation(i // count, i % count, row) for i, row in enumerate(by_place)]
-
-    def _generation(self, prompt: int, sample: int, row: list[int]) -> Generation:
-        tokens = tuple(token for token in row if token >= 0)
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return Generation(prompt=prompt, sample=sample, token_ids=tokens, text=text, finished=tokens[-1] in self._ends)
+        found = []
+        for i, row in enumerate(by_place):
+            tokens = [token for token in row if token >= 0]
+            text, ended = self._tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] in self._ends
+            one = Generation(prompt=i // count, sample=i % count, token_ids=tuple(tokens), text=text, finished=ended)
+            found.append(one)
+        return found
 
     def _batch(
         self, spec: GenerationSpec, *, inputs: torch.Tensor, mask: torch.Tensor, draws: NDArray[np.int64]

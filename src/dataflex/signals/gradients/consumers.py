@@ -55,10 +55,7 @@ class Block:
 
 
 class Columns:
-    """Constants by parameter [..., numel], brought into the columns of a block.
-
-    Side-by-side layouts are remembered: small parameters meet in the same blocks in every batch.
-    """
+    """Constants by parameter [..., numel], brought into the columns of a block; layouts of several are remembered."""
 
     def __init__(self, flat: Callable[[str], torch.Tensor]) -> None:
         self._flat = flat
