@@ -96,7 +96,6 @@ class Passes:
         return _added(self.pool, self.pool_by_target, num_targets)
 
     def __add__(self, other: Passes) -> Passes:
-        """Return the passes of both."""
         return Passes(
             pool=_added(self.pool, other.pool),
             pool_by_target=_added(self.pool_by_target, other.pool_by_target),
@@ -295,8 +294,8 @@ class Method:
     card: ClassVar[Card]
     Params: ClassVar[type[Params]] = Params
     saved: ClassVar[tuple[str, ...]] = ()
-    """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, lists of
-    arrays of one shape, or objects with ``state_dict``. Nothing is saved while the first is None, 0 or empty."""
+    """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, or lists of
+    arrays of one shape. Nothing is saved while the first is None, 0 or empty."""
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -336,8 +335,7 @@ class Selector(Method):
     """Chooses which rows are trained on during an interval."""
 
     kind = "selector"
-    selects_subset: ClassVar[bool] = True
-    """False for a selector that keeps the whole pool and leaves epochs as they are."""
+    selects_subset: ClassVar[bool] = True  # False: it keeps the whole pool and leaves epochs as they are
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Choose at most ``budget`` rows of ``pool`` (all of it when ``selects_subset`` is False)."""
@@ -410,13 +408,10 @@ class Weighter(Method):
     """
 
     kind = "weighter"
-    neutral: ClassVar[bool] = False
-    """True for ``none``: the stock loss is left alone."""
-    by_token: ClassVar[bool] = False
-    """True where ``weigh`` returns weights of tokens [R, T]."""
+    neutral: ClassVar[bool] = False  # True for ``none``: the stock loss is left alone
+    by_token: ClassVar[bool] = False  # True where ``weigh`` returns weights of tokens [R, T]
     Params: ClassVar[type[Params]] = WeighterParams
-    normalizer: Normalizer = "weight_sum"
-    """Denominator that the weights are made for."""
+    normalizer: Normalizer = "weight_sum"  # denominator that the weights are made for
 
     def requires(self) -> Requires:
         """Require a stage that trains on the losses of tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -20,31 +21,28 @@ class Part:
         name: Name in the table.
         params: Parameters of that choice.
         what: What the table holds, in the singular, for messages.
+        table: Parameter dataclass of every choice; a subclass without one gives ``known`` and ``listed``.
     """
 
     name: str
     params: Params = field(default_factory=Params)
 
     what: ClassVar[str] = "part"
+    table: ClassVar[Mapping[str, type[Params]]] = {}
 
     @classmethod
     def known(cls) -> list[str]:
         """Return every name that may be chosen."""
-        raise NotImplementedError
+        return list(cls.table)
 
     @classmethod
     def listed(cls, name: str) -> type[Params]:
         """Return the parameter dataclass of a known name; ComponentError where its choice cannot be used."""
-        raise NotImplementedError
+        return cls.table[name]
 
     @classmethod
     def params_of(cls, name: str) -> type[Params]:
-        """Return the parameter dataclass of a choice.
-
-        Raises:
-            ConfigError: ``name`` is not in the table.
-            ComponentError: The choice cannot be used.
-        """
+        """Return the parameter dataclass of a choice; ConfigError where ``name`` is not in the table."""
         known = cls.known()
         if name not in known:
             near = did_you_mean(name, known)

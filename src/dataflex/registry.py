@@ -43,7 +43,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "bm25": "dataflex.selectors.texts:Bm25",
         "dsir": "dataflex.selectors.texts:Dsir",
         "embed": "dataflex.selectors.nearest:Embed",
-        "ifd": "dataflex.selectors.ifd:Ifd",
+        "ifd": "dataflex.selectors.losses:Ifd",
         "s2l": "dataflex.selectors.clusters:S2l",
         "rho_loss": "dataflex.selectors.losses:RhoLoss",
         "icons": "dataflex.selectors.influence:Icons",

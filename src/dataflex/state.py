@@ -120,12 +120,10 @@ def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
 
 
 def saved_form(value: Any) -> Any:
-    """Return an attribute as a state holds it: tuples as lists, lists as arrays, objects as their ``state_dict``."""
+    """Return an attribute as a state holds it: tuples as lists, lists as arrays."""
     if isinstance(value, tuple):
         return list(value)
-    if isinstance(value, list):
-        return np.array(value)
-    return value.state_dict() if hasattr(value, "state_dict") else copy.copy(value)
+    return np.array(value) if isinstance(value, list) else copy.copy(value)
 
 
 def restored(value: Any, like: Any) -> Any:
@@ -134,9 +132,6 @@ def restored(value: Any, like: Any) -> Any:
         return np.array(value, dtype=like.dtype)
     if isinstance(like, tuple | list | dict | bool | int | float):
         return type(like)(value)
-    if hasattr(like, "load_state_dict"):
-        like.load_state_dict(value)
-        return like
     return value
 
 

@@ -71,7 +71,9 @@ class FakeSignals:
         self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
         self._given: dict[type[Signal], Given] = {
             kinds.TokenLoss: self._token_loss,
-            kinds.ResponseLoss: self._response_loss,
+            kinds.ResponseLoss: lambda signal, rows, target: (
+                self._of(target)[rows] if signal.conditioned else 1.25 * self._of(target)[rows] + 0.1
+            ),
             kinds.AdaptedLoss: self._losses * np.float32(0.9),
             kinds.PerturbedLoss: self._perturbed_loss,
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
@@ -142,10 +144,6 @@ class FakeSignals:
     def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return the losses, half of them under another model."""
         return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
-
-    def _response_loss(self, signal: kinds.ResponseLoss, rows: Rows, target: str | None) -> ArrayLike:
-        losses = self._of(target)[rows]
-        return losses if signal.conditioned else 1.25 * losses + 0.1
 
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""

@@ -163,7 +163,7 @@ def test_epochs_per_domain(plan: Plan) -> None:
     assert section(text, "Schedule")[2:] == [
         "  steps                60 (max_steps)",
         "  warm-up              20 steps, at initial_proportions",
-        "  intervals            interval_steps is not set: decided alike throughout",
+        "  intervals            interval_steps is not set: one decision holds for the whole run",
         "  epochs per domain    a: 0.7 (70 sequences, 58.3%)",
         "                       b: 1 (50 sequences, 41.7%, at its cap)",
     ]

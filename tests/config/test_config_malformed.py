@@ -316,7 +316,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"train_sampling_strategy": "group_by_length"},
         ["train_sampling_strategy: the plan decides the order of rows"],
     ),
-    "batch size found by trying": ({"auto_find_batch_size": True}, ["auto_find_batch_size: the plan is cut for one"]),
+    "batch size found by trying": ({"auto_find_batch_size": True}, ["auto_find_batch_size: a plan is made for one"]),
     "unsloth": ({"use_unsloth": True}, ["use_unsloth: it replaces the training loop"]),
     "megatron": ({"use_mca": True}, ["use_mca: Megatron has its own training loop"]),
     "data skip": ({"ignore_data_skip": True}, ["ignore_data_skip: a resumed run continues the saved plan"]),
@@ -328,7 +328,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "context parallel": ({"parallelism_config": {"cp_size": 2}}, ["parallelism_config: one row would be spread over"]),
     "loss of its own": (
         {"use_dft_loss": True, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
-        ["use_dft_loss: it is a loss of its own, and so is the one that the loss weighter makes"],
+        ["use_dft_loss: it computes a loss of its own, and so does the loss weighter"],
     ),
     "smoothed loss": (
         {"label_smoothing_factor": 0.1, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},

@@ -153,7 +153,7 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
         ("mixer", {"precondition": "true_adam"}, RunFacts(optimizer="optim: lion"), "needs Adam's moments")
     ],
     "by_target": [("mixer", {"losses": {"u": 1.0}}, RunFacts(), "dynamic.mixer.losses.u: no such target")],
-    "pure_micro_batches": [("mixer", True, None, "uniform wants micro-batches of one domain each")],
+    "pure_micro_batches": [("mixer", True, None, "uniform requires micro-batches of one domain each")],
     "embedding": [("selector", object(), None, "requires embedding, which only a weighter is given")],
     "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
 }

@@ -141,7 +141,7 @@ def test_domains_by_clusters(run, tiny_model):
         ({"dynamic": {**MIX, "domain_path": "x"}}, "dynamic.domain_path: 'x' has no '\\*'"),
         (
             {"dynamic": {**MIX, "domain_path": "*", "domain_column": "source"}},
-            "dynamic.domain_path: says what domains are, and so does domain_column",
+            "dynamic.domain_path: defines the domains, and so does domain_column",
         ),
     ],
 )

@@ -135,7 +135,7 @@ def test_what_cannot_work_is_refused_before_a_model_loads(run, dynamic, told):
 
 def test_a_mixer_is_refused_beside_candidates(run):
     dynamic = block("uds", mixer="uniform", keep_ratio=0.5)
-    with pytest.raises(ConfigError, match="candidate_batches: works without a mixer"):
+    with pytest.raises(ConfigError, match="candidate_batches: does not work with a mixer"):
         run("run", **{**SETTINGS, "dataset": "alpha,beta"}, dynamic=dynamic)
 
 

@@ -96,7 +96,7 @@ def test_rows_served_too_often_are_told(run):
         ({"selector": "all", "max_repeats": 2}, "max_repeats: has no effect with the all selector"),
         ({"selector": "random", "max_repeats": 0}, "max_repeats: must be at least 1"),
         ({"selector": "all", "exclude_seen": True}, "has no effect with the all selector"),
-        ({"selector": "random", "mixer": "uniform", "keep_ratio": 0.5, "exclude_seen": True}, "works without a mixer"),
+        ({"selector": "random", "mixer": "uniform", "keep_ratio": 0.5, "exclude_seen": True}, "not work with a mixer"),
         (
             {
                 "interval_steps": 2,

@@ -165,4 +165,4 @@ def test_losses_of_llamafactory_stay_usable_without_a_weighter_only(run, capsys,
         assert main(["plan", str(file)]) == 2
         told = capsys.readouterr()
         name = block[kind]
-        assert f"{key}: it is a loss of its own, and so is the one that the {name} {kind} makes" in told.out + told.err
+        assert f"{key}: it computes a loss of its own, and so does the {name} {kind}" in told.out + told.err

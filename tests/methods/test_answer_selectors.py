@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import ConfigError, DataError
 from dataflex.selectors.clusters import S2l, filled
-from dataflex.selectors.ifd import Ifd, common_ending, ifd_ratios
-from dataflex.selectors.losses import RhoLoss, excess_losses
+from dataflex.selectors.losses import Ifd, RhoLoss, common_ending, excess_losses, ifd_ratios
 from dataflex.signals.kinds import ResponseLoss, TokenLoss
 from dataflex.testing import FakeSignals, example_context
 from tests.methods.oracles import oracle_top_rows

@@ -223,7 +223,7 @@ def test_a_refused_key_is_named_but_not_shown(server, status, monkeypatch, caplo
     assert len(server.requests) == 1
     assert KEY not in str(error.value) + caplog.text
     assert "***" in str(error.value)
-    with pytest.raises(JudgeError, match="it wants a key: name its variable in api_key_env"):
+    with pytest.raises(JudgeError, match="a key is required: name its environment variable in api_key_env"):
         judge(server).complete(["q"])
     monkeypatch.setenv("MY_KEY", f"{KEY}\nX-Other: 1")
     with pytest.raises(ConfigError, match="'MY_KEY' holds characters that cannot be in a key") as problem:

@@ -100,7 +100,7 @@ def _needs(cls: type[Method], needs: Requires) -> str:
 
 def _page(cls: type[Method]) -> list[str]:
     needs = requirements(cls)
-    decides = "in every step" if cls.kind == "weighter" else "alike in every interval; interval_steps is not needed"
+    decides = "in every step" if cls.kind == "weighter" else "the same in every interval; interval_steps is not needed"
     facts = [
         ("paper", cls.card.paper),
         ("cost", cls.card.cost),

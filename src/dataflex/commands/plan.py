@@ -112,7 +112,7 @@ def _interval_lines(view: Forecast) -> Lines:
         each = f"{first.steps:,} steps, {first.steps * view.batch.global_batch:,} sequences each"
         lines.append(("intervals", f"{view.num_decisions:,} of {each}{last}"))
     elif dynamic.selector is not None or dynamic.mixer is not None:
-        lines.append(("intervals", "interval_steps is not set: decided alike throughout"))
+        lines.append(("intervals", "interval_steps is not set: one decision holds for the whole run"))
     return lines
 
 

@@ -29,14 +29,14 @@ from dataflex.plan.validate import check_mix
 
 _REFUSED: dict[str, str] = {
     "group_by_length": "the plan decides the order of rows, so batches cannot be grouped by length; remove it",
-    "auto_find_batch_size": "the plan is cut for one batch size, which this changes in the middle; set the batch size",
+    "auto_find_batch_size": "a plan is made for one batch size, and this changes it during the run; set the batch size",
     "use_unsloth": "it replaces the training loop that the plan is served through; remove it",
     "use_mca": "Megatron has its own training loop, which cannot be served a plan; remove it",
     "use_hyper_parallel": "it has its own training loop, which cannot be served a plan; remove it",
     "ignore_data_skip": "a resumed run continues the saved plan at its step, by itself; remove it",
 }
 
-_LOSS_OF_ITS_OWN = "it is a loss of its own, and so is the one that the {method} makes; keep one of the two"
+_LOSS_OF_ITS_OWN = "it computes a loss of its own, and so does the {method}; keep one of the two"
 _FUSED = "its fused loss gives no loss per token, which the {method} needs; remove it or the {kind}"
 
 _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
@@ -46,6 +46,7 @@ _REFUSED_WITH_TOKEN_LOSSES: dict[str, str] = {
 }
 
 _PARALLEL_KEYS = ("sequence_parallel_size context_parallel_size cp_size sp_size ulysses_degree ulysses_size").split()
+_KEPT_APART = "data sets are kept apart as domains; remove it and give proportions to a mixer (such as"
 _NOT_HELD_OUT = 1e-6
 """Largest ``val_size`` that holds no rows out."""
 
@@ -146,15 +147,9 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
     elif order == "sequential":
         yield "train_sampling_strategy: the plan decides the order of rows; for file order set 'disable_shuffling'"
     if lf.mix_strategy != "concat":
-        yield (
-            f"mix_strategy: {lf.mix_strategy} is not supported: data sets are kept apart as domains; remove it and "
-            "give proportions to a mixer (such as 'mixer: uniform')"
-        )
+        yield f"mix_strategy: {lf.mix_strategy} is not supported: {_KEPT_APART} 'mixer: uniform')"
     if lf.interleave_probs is not None:
-        yield (
-            "interleave_probs: data sets are kept apart as domains; remove it and give proportions to a mixer (such as "
-            "'mixer: static')"
-        )
+        yield f"interleave_probs: {_KEPT_APART} 'mixer: static')"
     spread = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
     config = lf.parallelism_config
     yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(lf.value(key)))

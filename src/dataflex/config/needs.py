@@ -134,8 +134,8 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
     selector = dynamic.selector
     if needs.pure_micro_batches and selector is not None and dynamic.narrows:
         yield (
-            f"dynamic.{method.kind}: {method.name} wants micro-batches of one domain each, which the {selector.name} "
-            "selector cannot give; use one of the two"
+            f"dynamic.{method.kind}: {method.name} requires micro-batches of one domain each, which the "
+            f"{selector.name} selector cannot provide; use one of the two"
         )
 
 

@@ -79,13 +79,13 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
 def _domain_rules(dynamic: DynamicConfig) -> Iterator[str]:
     given = [key for key in ("domain_column", "domain_path", "domain_clusters") if getattr(dynamic, key) is not None]
     if len(given) > 1:
-        yield f"dynamic.{given[1]}: says what domains are, and so does {given[0]}; remove one of the two"
+        yield f"dynamic.{given[1]}: defines the domains, and so does {given[0]}; remove one of the two"
     if dynamic.domain_clusters is not None and dynamic.domain_encoder is None:
         yield "dynamic.domain_encoder: missing; name a model (folder or hub id) whose embeddings are clustered"
     if dynamic.domain_encoder is not None and dynamic.domain_clusters is None:
         yield "dynamic.domain_encoder: has no effect without domain_clusters; add it, or remove the key"
     if dynamic.domain_path is not None and "*" not in dynamic.domain_path:
-        yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could stand for a domain's name"
+        yield f"dynamic.domain_path: {dynamic.domain_path!r} has no '*' that could match a domain's name"
 
 
 def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:
@@ -98,15 +98,15 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
         return
     if screened and not selector.targets:
         yield (
-            f"dynamic.signals.screen_fraction: rows are screened by their likeness to targets, and the {selector.name} "
-            f"selector has none; remove the key, or use a selector with targets"
+            "dynamic.signals.screen_fraction: rows are screened by their similarity to targets, and the "
+            f"{selector.name} selector has none; remove the key, or use a selector with targets"
         )
     if not dynamic.narrows:
         yield from _idle(given, _OF_SUBSETS, f"with the {selector.name} selector, which keeps every row;")
         return
     if dynamic.exclude_seen and mixer is not None:
         yield (
-            "dynamic.exclude_seen: works without a mixer, whose quotas a domain without unseen rows could not fill; "
+            "dynamic.exclude_seen: does not work with a mixer: a domain without unseen rows could not fill its quota; "
             "remove one of the two (a mixer alone serves every row of a domain once before any twice)"
         )
     if dynamic.candidate_batches is not None:
@@ -120,7 +120,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
     if mixer is not None and dynamic.keep_ratio is None and "keep_ratio" not in unread:
         yield (
             f"dynamic.keep_ratio: missing; beside a mixer, the {selector.name} selector narrows the pool that the "
-            f"{mixer.name} mixer draws from, so say to which share of its rows (0 < keep_ratio <= 1)"
+            f"{mixer.name} mixer draws from, so set the share of the rows that is kept (0 < keep_ratio <= 1)"
         )
 
 
@@ -129,13 +129,11 @@ def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Coll
     if dynamic.interval_steps is None and not selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
-        yield f"{key}: works without a mixer, whose quotas a batch of candidates may not fill; remove one of the two"
+        yield f"{key}: does not work with a mixer: a batch of candidates may not fill its quotas; remove one of the two"
     for other in ("exclude_seen", "signals.pool_fraction", "signals.screen_fraction"):
         if other in given:
-            yield (
-                f"{key}: says which rows the {selector.name} selector chooses from, and so does {other}; remove one "
-                "of the two"
-            )
+            told = f"defines the rows that the {selector.name} selector chooses from, and so does {other}"
+            yield f"{key}: {told}; remove one of the two"
 
 
 def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collection[str]) -> Iterator[str]:

@@ -118,7 +118,7 @@ class DynamicConfig:
     )
     domain_column: str | None = param(None, "data column that names a row's domain; without it, its data set does")
     domain_path: str | None = param(
-        None, "end of the path of a row's file, as web/*.jsonl: what the first * stands for is its domain"
+        None, "end of the path of a row's file, as web/*.jsonl: the text that the first * matches is its domain"
     )
     domain_clusters: int | None = param(
         None, "number of clusters of the rows' embeddings, which are the domains", minimum=2

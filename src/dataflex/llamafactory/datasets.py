@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dataflex.config.needs import unmet
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import ConfigError, DataError, UnsupportedError
+from dataflex.errors import ConfigError, DataError
 from dataflex.llamafactory.evaluation import HeldOut
 from dataflex.llamafactory.loading import FILE_COLUMN, Loader, RawRows, split_rows
 from dataflex.llamafactory.streaming import JoinedRows
@@ -110,12 +110,6 @@ class DataLoading:
                 raise DataError(f"tokenized_path: {args.tokenized_path!r} holds no training rows")
             if len(names) > 1:
                 self._names = ["all"]
-                if self._config.domains_are_sources:
-                    logger.warning(
-                        "tokenized_path: %s does not say which of %s a row is from: all rows are one domain, 'all'",
-                        args.tokenized_path,
-                        ", ".join(names),
-                    )
         self._source_of = np.zeros(len(module["train_dataset"]), dtype=np.int32)
         return module
 
@@ -123,10 +117,6 @@ class DataLoading:
         """Load several training sets one by one and concatenate them."""
         loader, names = self._loader, self._names
         args, size, seed = loader.data_args, loader.test_size, loader.training_args.seed
-        unsplit = {"predict_with_generate": loader.training_args.predict_with_generate, "streaming": args.streaming}
-        for what, on in unsplit.items():
-            if size and on:
-                raise UnsupportedError(f"val_size with {what} over several data sets: name an 'eval_dataset' instead")
         parts = [loader.training(name) for name in names]
         counts = np.array([len(part) for part in parts])
         if self._config.unit == "documents" and (args.packing or args.neat_packing):
@@ -148,12 +138,10 @@ class DataLoading:
         """Return the evaluation rows as one data set per domain, in the order of first appearance.
 
         Raises:
-            ConfigError: There is nothing held out, or nothing to tell domains apart.
+            ConfigError: A tokenized copy has nothing held out, or nothing to tell domains apart.
             DataError: A row without a domain.
         """
         by = self._config.domain_column
-        if held is None:
-            raise ConfigError("dynamic.eval_by_domain: no rows are held out; name an 'eval_dataset', or set 'val_size'")
         whole = concatenate_datasets([*held.values()]) if isinstance(held, dict) else held
         if by is None and isinstance(held, dict):
             return HeldOut(held, whole)
@@ -162,10 +150,10 @@ class DataLoading:
             raw = self._loader.raw_rows(held_out=True)
             labels = raw.column(by, len(whole))
             _check_labels(raw, by, labels)
-        elif labels is None:
+        elif held is None or labels is None:
             raise ConfigError(
-                "dynamic.eval_by_domain: the held-out rows are of one data set; name a 'domain_column', or several "
-                "data sets"
+                "dynamic.eval_by_domain: the tokenized copy holds no held-out rows of several domains; name an "
+                "'eval_dataset'"
             )
         rows_of: dict[str, list[int]] = {}
         for row, label in enumerate(labels):

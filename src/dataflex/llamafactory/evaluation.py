@@ -1,9 +1,8 @@
 """Held-out losses by token: of each evaluation set, and over all of them.
 
-The Trainer's own evaluation loss is a mean over batches. Here token losses are added up over batches and ranks, which
-gives the true perplexity of a set. Upstream names relied upon, each asserted by
-``tests/upstream``: of the Trainer ``compute_loss``, ``compute_loss_func``, ``evaluate``, ``evaluation_loop``,
-``predict``, ``model_accepts_loss_kwargs``; of LLaMA-Factory's trainers ``save_predictions``.
+The Trainer's own loss is a mean over batches; sums of token losses give the true perplexity of a set. Upstream names
+relied upon, each asserted by ``tests/upstream``: the Trainer's methods overridden here, ``compute_loss_func``,
+``model_accepts_loss_kwargs``; ``save_predictions`` of LLaMA-Factory's trainers.
 """
 
 from __future__ import annotations

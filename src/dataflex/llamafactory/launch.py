@@ -1,9 +1,8 @@
 """Starts one process per device with torchrun, on the same conditions as LLaMA-Factory's launcher, and Ray's workers.
 
-Environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
-``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``,
-``MAX_RESTARTS``. Upstream names relied upon: ``llamafactory.train.tuner.Worker``, and of ``llamafactory.extras.misc``
-``find_available_port``, ``get_device_count``, ``is_env_enabled``, ``use_kt``, ``use_ray``.
+Read from the environment: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``, ``OPTIM_TORCH``, ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; for elastic jobs ``RDZV_ID``, ``MIN_NNODES``,
+``MAX_NNODES``, ``MAX_RESTARTS``. Upstream names relied upon: ``tuner.Worker`` and the functions of ``misc`` used here.
 """
 
 from __future__ import annotations

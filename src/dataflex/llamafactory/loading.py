@@ -1,9 +1,8 @@
 """Calls LLaMA-Factory's ``get_dataset`` for the training data, the evaluation sets and targets, and keeps the raw rows.
 
-Upstream names relied upon, each asserted by ``tests/upstream``: ``llamafactory.data.get_dataset`` (public); of
-``llamafactory.data.loader`` ``align_dataset``, ``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced
-while loading; the fields of ``llamafactory.hparams.DataArguments``, whose ``__post_init__`` takes one from
-``cutoff_len`` for packing.
+Upstream names relied upon, each asserted by ``tests/upstream``: ``get_dataset``; of its module ``align_dataset``,
+``load_dataset`` and ``_get_preprocessed_dataset``, which are replaced while loading; the fields of ``DataArguments``,
+which take one from ``cutoff_len`` for packing.
 """
 
 from __future__ import annotations
@@ -130,8 +129,7 @@ class Loader:
         template: Argument of the workflow's call, like the five that follow.
         written: LLaMA-Factory's keys as the user wrote them.
         by_file: Whether training rows carry the number of their file, see ``files``.
-        origins: Training sets that were read, and evaluation sets that were read with them.
-        held_out: Evaluation sets that were read by themselves.
+        origins: Data sets that were read: those to train on, evaluation sets, targets.
         files: Paths of the files that were numbered.
     """
 
@@ -144,7 +142,6 @@ class Loader:
     written: LlamaFactoryArgs
     by_file: bool = False
     origins: list[Origin] = field(default_factory=list)
-    held_out: list[Origin] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     @property
@@ -168,14 +165,14 @@ class Loader:
     def evaluation(self) -> Any:
         """Return what ``eval_dataset`` names, as it is named there, also beside a tokenized copy of training data."""
         args = _changed(self.data_args, dataset=None, val_size=0.0, tokenized_path=None)
-        return self._load(args, self.held_out, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
+        return self._load(args, eval_dataset=self.data_args.eval_dataset)["eval_dataset"]
 
     def target(self, name: str) -> Any:
         """Return the rows of a target."""
         names = target_data_sets(name)
         shortened = bool(self.written.packing) or self.written.neat_packing
         args = of_another_set(self.data_args, names, cutoff_shortened=shortened)
-        return self._load(args, [], targets=names)["train_dataset"]
+        return self._load(args, targets=names)["train_dataset"]
 
     def _load_training(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
         changes: list[tuple[Any, str, Any]] = []
@@ -184,7 +181,7 @@ class Loader:
         if self.data_args.streaming:
             changes.append((lf_loader, "_get_preprocessed_dataset", serve))
         with replaced(*changes):
-            return self._load(args, self.origins, **named)
+            return self._load(args, **named)
 
     def _load_numbered(self, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
         """Load files one by one, as ``datasets.load_dataset`` does, and add the number of the file to every row."""
@@ -197,34 +194,32 @@ class Loader:
             self.files.append(str(file))
         return concatenate_datasets(parts)
 
-    def _load(self, args: Any, found: list[Origin], **named: Sequence[str] | None) -> dict[str, Any]:
-        """Call ``get_dataset`` and add the sets that are read to ``found``; errors name the key and the data set.
+    def _load(self, args: Any, **named: Sequence[str] | None) -> dict[str, Any]:
+        """Call ``get_dataset`` and add the sets that are read to ``origins``; errors name the key and the data set.
 
         ``named``: the data sets by the key that names them, in the order of loading.
         """
         places = [f"{key}: {name!r}" for key, names in named.items() for name in names or ()]
-        before = len(found)
+        before = len(self.origins)
         try:
-            with watched_origins(self.stage, found):
+            with watched_origins(self.stage, self.origins):
                 module: dict[str, Any] = lf_get_dataset(
                     self.template, self.model_args, args, self.training_args, self.stage, **self.tokenizer_module
                 )
         except DataFlexError:
             raise
         except Exception as error:
-            at = len(found) - before  # the data set that failed
+            at = len(self.origins) - before  # the data set that failed
             where = places[at] if at < len(places) else ", ".join(places) or "dataset"
             raise DataError(f"{where} cannot be loaded: {_reason(error)}") from error
         return module
 
     def raw_rows(self, *, held_out: bool = False) -> RawRows:
         """Return the raw rows that are trained on, or those that are held out, in the order of the tokenized rows."""
-        names, size = self.data_args.dataset, self.test_size
-        found = self.origins[: len(names)]
+        names, first, size = self.data_args.dataset, 0, self.test_size
         if held_out and not size:
-            found = self.origins[len(names) :] or self.held_out
-            names = self.data_args.eval_dataset
-        parts = [origin.raw for origin in found]
+            names, first = self.data_args.eval_dataset, len(names)
+        parts = [origin.raw for origin in self.origins[first : first + len(names)]]
         rows = np.arange(sum(map(len, parts)), dtype=np.int64)
         if size:
             rows = split_rows(len(rows), size, self.training_args.seed)["test" if held_out else "train"]
@@ -286,9 +281,7 @@ class RawRows:
             ConfigError: A data set lacks the column.
             DataError: Raw rows and tokenized rows do not match one to one.
         """
-        if not self.parts:
-            raise DataError(f"column {name!r} is not at hand: the data was loaded already tokenized (tokenized_path)")
-        for source, part in zip(self.names, self.parts, strict=False):
+        for source, part in zip(self.names, self.parts, strict=True):
             if name not in part.column_names:
                 known = ", ".join(part.column_names)
                 raise ConfigError(f"column {name!r} is not in the data set {source!r} (columns found: {known})")

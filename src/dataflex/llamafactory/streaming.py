@@ -1,10 +1,9 @@
 """Rows that are tokenized when they are served, for corpora whose tokens should not lie on disk or in memory.
 
-Under ``streaming: true`` LLaMA-Factory maps local files on the fly. Here the tables stay random-access, so that plans,
-mixtures, caps and exact resume work as for any data: one pass counts the tokens of each row (kept by the ``datasets``
-cache), and the rows are those that LLaMA-Factory would have made beforehand, in the same order. Upstream names relied
-upon, each asserted by ``tests/upstream``: ``llamafactory.data.loader._get_preprocessed_dataset``,
-``_get_dataset_processor``, the processors' ``preprocess_dataset``, how ``PretrainDatasetProcessor`` builds blocks.
+Tables stay random-access, so that plans, mixtures and exact resume work as for any data: one pass counts the tokens of
+each row, and rows and their order are those that LLaMA-Factory would make beforehand. Upstream names relied upon:
+``llamafactory.data.loader._get_preprocessed_dataset`` and ``_get_dataset_processor``, the processors'
+``preprocess_dataset``, how ``PretrainDatasetProcessor`` builds blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _IGNORE = -100
 
 
 class _Counter:
-    """Counts tokens of raw rows; an object of a class, so that the ``datasets`` cache can name its work."""
+    """Counts tokens of raw rows; an object of a class, so that the ``datasets`` cache can name and keep its work."""
 
     def __init__(self, processor: Any, whole: bool) -> None:
         self.processor, self.whole = processor, whole

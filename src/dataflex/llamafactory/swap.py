@@ -18,7 +18,6 @@ from llamafactory.train import tuner
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.mappings import as_mapping
 from dataflex.config.schema import DynamicConfig
-from dataflex.errors import UnsupportedError
 from dataflex.llamafactory.datasets import DataLoading
 from dataflex.llamafactory.loading import Loader, replaced
 from dataflex.llamafactory.trainer import TrainerMixin
@@ -52,13 +51,8 @@ def swapped(
         lf: LLaMA-Factory's keys.
         mixin: The class that goes before the stage's trainer class.
         clock: Runs since the command began; None: from now on.
-
-    Raises:
-        UnsupportedError: The stage has no trainer that data can be decided for.
     """
     stage, clock = lf.get("stage", "sft"), clock or PhaseClock()
-    if stage not in TRAINERS:
-        raise UnsupportedError(f"stage {stage!r} has no dynamic training (supported: {', '.join(TRAINERS)})")
     caller, holder, name = TRAINERS[stage]
     workflow, home = importlib.import_module(caller), importlib.import_module(holder)
     written = LlamaFactoryArgs.read({**lf, "stage": stage})

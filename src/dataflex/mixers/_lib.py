@@ -22,8 +22,7 @@ HELD_OUT_LOSSES = replace(
 )
 """What a mixer requires that asks for the loss of one target for each domain (``held_out_losses``)."""
 
-NOTHING: Floats = np.zeros(0)
-"""Numbers of the domains before the first decision."""
+NOTHING: Floats = np.zeros(0)  # numbers of the domains before the first decision
 
 
 def mix_of(names: Sequence[str], weights: Floats, why: str = "") -> Mix:
@@ -74,8 +73,7 @@ class LearningMixer(Mixer):
     """A mixer whose state is of the run's domains."""
 
     saved: ClassVar[tuple[str, ...]] = ("names",)
-    names: tuple[str, ...] = ()
-    """Domains of the state; empty before the first decision."""
+    names: tuple[str, ...] = ()  # domains of the state; empty before the first decision
 
     def meet(self, names: Sequence[str]) -> bool:
         """Note the domains of the run and return whether the state must be begun; refuse a state of other domains."""
@@ -113,8 +111,7 @@ class ExponentiatedMixer(LearningMixer):
     saved: ClassVar[tuple[str, ...]] = ("names", "log_shares", "updates")
     log_shares = NOTHING
     updates = 0
-    told: ClassVar[str] = ""
-    """What the reason calls the scores; empty: it does not tell them."""
+    told: ClassVar[str] = ""  # what the reason calls the scores; empty: it does not tell them
 
     def mix(self, ctx: Context) -> Mix:
         """Return the proportions after one more update; as they are during warm-up."""

@@ -162,16 +162,13 @@ class DoReMi(_LossWeighter):
         )
 
     params: Params
-    scores = mean = NOTHING
-    """Scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]."""
+    scores = mean = NOTHING  # scores of the domains [K], NaN where not yet seen, and the mean of alpha [K]
     mean_count = 0
-    stride = 1
-    """Number of steps between two vectors of the trajectory; doubles when there are more than 1,024."""
+    stride = 1  # number of steps between two vectors of the trajectory; doubles when there are more than 1,024
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.trajectory: list[Floats] = []
-        """Alpha at steps 0, stride, 2 stride, ..."""
+        self.trajectory: list[Floats] = []  # alpha at steps 0, stride, 2 stride, ...
 
     def requires(self) -> Requires:
         return Requires(domains=2, stages=("pt", "sft"), reference=self.params.stated())

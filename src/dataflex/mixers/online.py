@@ -127,8 +127,7 @@ _HUBER = 1e-3
 _WINDOW, _ORDER = 101, 3
 _EVERY = 10
 _GRID = 8
-_REFINED = 8
-"""Number of the grid's best points that are refined; the authors refine all 512, to the same optimum."""
+_REFINED = 8  # number of the grid's best points that are refined; the authors refine all 512, to the same optimum
 
 
 class PowerLaw(NamedTuple):
@@ -249,8 +248,7 @@ class Ado(LearningMixer):
         super().__init__(params)
         self.samples: list[float] = []
         self.losses: list[Floats] = []
-        self.laws: list[PowerLaw] = []
-        """Law of each domain, as e, a and alpha; empty until all are fitted."""
+        self.laws: list[PowerLaw] = []  # law of each domain, as e, a and alpha; empty until all are fitted
 
     def requires(self) -> Requires:
         return ONLINE

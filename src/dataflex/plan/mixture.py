@@ -60,7 +60,7 @@ def block_counts(
             order = np.argsort(-rest, kind="stable")[:short]
             rest[order] -= 1.0
             base[order] += 1.0
-        for _ in range(-short):  # clipping has given too many
+        for _ in range(-short):  # clipping at 0 gave out too many
             k = np.argmin(np.where(base > 0, rest, np.inf))
             rest[k] += 1.0
             base[k] -= 1.0
@@ -195,7 +195,7 @@ class MixtureSampler:
         self.position = 0
         self.drawn = np.zeros(len(self.names), dtype=np.int64)
         self.stopped_by: tuple[str, ...] = ()
-        self._forgotten = 0  # segments before those in the list
+        self._forgotten = 0  # number of earlier segments
         self._residual = np.zeros(len(self.names), dtype=np.float64)  # before the current block
         self._streams = [
             ShuffledEpochs(domains.rows(k), name, self.seed, shuffle=shuffle) for k, name in enumerate(self.names)
@@ -240,7 +240,7 @@ class MixtureSampler:
             if used:
                 _, rests = block_counts(last.proportions, self.block // self.unit, self._residual, 1)
                 self._residual = rests[0] + used / self.block * (rests[1] - rests[0])
-        # A domain that is left out has no claims; the others' still have to sum to 0.
+        # A domain without a share keeps no residual; those of the others must still sum to 0.
         residual = np.where(shares > 0, self._residual, 0.0)
         self._residual = residual - residual.sum() * shares
         self.segments.append(
@@ -320,7 +320,7 @@ class MixtureSampler:
         """Return domains of the next sequences [<= count], and residuals, from block ``first`` of the segment on."""
         shares, block = self.segments[-1].proportions, self.block
         active = shares > 0
-        # Blocks far beyond the nearest cap would be made in vain.
+        # Blocks far beyond the nearest cap would be thrown away.
         to_cap = (((self.limits - self.drawn)[active] + 1.0) / (shares[active] * block)).min() + 2
         most = max(1, min(_CHUNK_IDS // block, _CHUNK_CELLS // len(self.names), int(min(to_cap, 1e9))))
         num = min(-(-(offset + count) // block), most)

@@ -148,7 +148,7 @@ class DataPlan:
             "row_space": self.row_space,
             "num_rows": self.rows.size,
             "num_fill": self.fill.size,
-            "weighted": False,  # part of every digest
+            "weighted": False,  # keeps digests as they were
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

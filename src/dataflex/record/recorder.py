@@ -84,8 +84,8 @@ class RunRecorder:
     Args:
         directory: ``<output_dir>/dataflex``; made when missing.
         resume_step: Optimizer steps done in the checkpoint that the run starts from; None when fresh.
-        plan_in_progress: Index of the interval whose plan the checkpoint holds. Only needed when that
-            plan starts exactly at ``resume_step`` (otherwise it started earlier and is kept anyway).
+        plan_in_progress: Index of the interval whose plan the checkpoint holds; it matters where that plan
+            starts exactly at ``resume_step``.
         clock: Tells the seconds of this process by phase; None: a clock that begins now.
 
     Raises:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dataflex.errors import DataError
 from dataflex.printable import printable
 from dataflex.record.digest import (
@@ -185,39 +187,32 @@ def _loss(run: Run) -> Figure | None:
 
 
 def _mixture(run: Run) -> Figure | None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     planned = [event for event in run.planned if sum((event.get("domain_counts") or {}).values())]
     if not planned:
         return None
     groups = domain_groups(run, _MIXTURE_DOMAINS)
+    served, nominal = (
+        [_corners(planned, domain_shares(planned, key, members))[1] for _, members in groups]
+        for key in ("domain_counts", "proportions")
+    )
+    xs = _corners(planned, [None] * len(planned))[0]
     figure, (axes,) = _new_figure()
-    xs, below = _corners(planned, [0.0] * len(planned))
-    nominal_below = below
-    nominal_look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
-    handles: list[Any] = []
-    for at, (name, members) in enumerate(groups):
-        rest = at == _MIXTURE_DOMAINS
-        look: dict[str, Any] = {"facecolor": GREY if rest else COLOURS[at % len(COLOURS)], "edgecolor": "white"}
-        look |= {"hatch": "///" if len(COLOURS) <= at < _MIXTURE_DOMAINS else None, "linewidth": 0.6}
-        heights = _corners(planned, domain_shares(planned, "domain_counts", members))[1]
-        top = [low + height for low, height in zip(below, heights, strict=True)]
-        axes.fill_between(xs, below, top, **look)
-        handles.append(Patch(label=_short_name(name), **look))
-        below = top
-        nominal = _corners(planned, domain_shares(planned, "proportions", members))[1]
-        nominal_below = [low + height for low, height in zip(nominal_below, nominal, strict=True)]
-        if at < len(groups) - 1 and not all(map(math.isnan, nominal_below)):
-            axes.plot(xs, nominal_below, **nominal_look)
-    handles.reverse()  # the legend reads from top to bottom, as the areas lie
+    colours = [GREY if at == _MIXTURE_DOMAINS else COLOURS[at % len(COLOURS)] for at in range(len(groups))]
+    names = [_short_name(name) for name, _ in groups]
+    areas = axes.stackplot(xs, served, labels=names, colors=colours, edgecolor="white", linewidth=0.6)
+    for area in areas[len(COLOURS) : _MIXTURE_DOMAINS]:
+        area.set_hatch("///")
+    handles: list[Any] = areas[::-1]  # the legend reads from top to bottom, as the areas lie
     if any(event.get("proportions") for event in planned):
-        handles.append(Line2D([], [], label="nominal proportions", **nominal_look))
+        look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
+        borders = [axes.plot(xs, line, label="nominal proportions", **look)[0] for line in np.cumsum(nominal, 0)[:-1]]
+        handles += borders[:1]
     _step_axis(axes, run, planned[-1]["stop_step"])
     axes.set_ylim(0, 1)
     _percent_axis(axes.yaxis)
     axes.set_ylabel("share of served rows")
-    _legend(axes, handles + axes.get_legend_handles_labels()[0])
+    handles += [handle for handle in axes.get_legend_handles_labels()[0] if handle.get_label() == "resumed"]
+    _legend(axes, handles)
     return _headline(figure, f"Served mixture{_mixture_change(run, planned)}")
 
 
@@ -291,9 +286,10 @@ def _composition(run: Run) -> Figure | None:
 
 
 def _seconds(run: Run) -> Figure | None:
-    phases, total = run.phase_seconds(), run.wall_seconds
+    phases = run.phase_seconds()
     if not phases:
         return None
+    total = sum(phases.values())
     figure, (axes,) = _new_figure(2.6)
     spare = iter(_OTHER_PHASES * len(phases))
     left = 0.0

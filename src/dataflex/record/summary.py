@@ -109,9 +109,9 @@ def _losses(run: Run) -> list[str]:
 
 
 def _time(run: Run) -> list[str]:
-    rows = []
-    for name, seconds in run.phase_seconds().items():
-        share = seconds / run.wall_seconds
+    phases, rows = run.phase_seconds(), []
+    for name, seconds in phases.items():
+        share = seconds / sum(phases.values())
         rows.append([cut(name, 30), duration(seconds), percent(share), "#" * round(_BAR * share)])
     return [f"Time: {duration(run.wall_seconds)}", *table(rows, "<>><")] if rows else []
 

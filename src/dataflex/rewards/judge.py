@@ -257,7 +257,9 @@ class Judge:
             content = b""
         location, name = error.headers.get("Location"), self._config.api_key_env
         hint = {
-            401: f"the key in {name} was refused: " if name else "it wants a key: name its variable in api_key_env: ",
+            401: f"the key in {name} was refused: "
+            if name
+            else "a key is required: name its environment variable in api_key_env: ",
             404: f"no such address or model {self._config.model!r}: ",
         }.get(401 if error.code == 403 else error.code, "")
         moved = f" (redirects to {location}; redirects are not followed)" if location else ""

@@ -43,23 +43,19 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 def gumbel_top_k(log_weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
     """Draw ``k`` positions without replacement with probability proportional to exp(log_weights).
 
-    The k largest of log w_i + G_i with G = -ln(-ln U) are distributed as sequential draws without
-    replacement (Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them, ICML 2019,
-    arXiv 1903.06059, section 2.3).
-
-    Log weights [n] have any offset; -inf and NaN are never taken. ``uniforms`` [n] are in (0, 1), best drawn by row id,
-    so that the result does not depend on how rows are spread over ranks. Positions int64 [min(k, weights above 0)]
-    come in the order of the draw.
+    The k largest of log w_i + G_i with G = -ln(-ln U) are distributed as sequential draws without replacement (Kool
+    et al.: Stochastic Beams and Where to Find Them, ICML 2019, arXiv 1903.06059, section 2.3). Log weights [n] have any
+    offset; -inf and NaN are never taken. ``uniforms`` [n] are in (0, 1), best drawn by row id, so that the result does
+    not depend on ranks. Positions int64 [min(k, weights above 0)] come in the order of the draw.
     """
     clipped = np.clip(np.asarray(uniforms, dtype=np.float64), 1e-20, 1 - 1e-7)
     return top_k(np.asarray(log_weights, dtype=np.float64) - np.log(-np.log(clipped)), k)
 
 
 def weighted_with_replacement(weights: ArrayLike, k: int, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sample ``k`` positions independently with probability proportional to ``weights``; positions may repeat.
+    """Sample ``k`` positions independently with probability proportional to ``weights`` [n] >= 0, one of them above 0.
 
-    Weights [n] are >= 0, of any scale, one of them above 0; ``uniforms`` is one number in (0, 1) per draw [k]. A
-    position of weight 0 is never drawn.
+    ``uniforms`` is one number in (0, 1) per draw [k]. A position of weight 0 is never drawn.
     """
     values = np.asarray(weights, dtype=np.float64)
     if k == 0:
@@ -118,10 +114,8 @@ def round_robin(scores_QN: NDArray[np.floating], k: int, *, lose_turn: bool = Fa
 def largest_remainder(total: int, proportions: ArrayLike) -> NDArray[np.int64]:
     """Split ``total`` into whole numbers int64 [K] that follow shares [K] >= 0 of any sum (Hamilton), ties by index.
 
-    Each is within 1 of its exact share; a share of 0 gets nothing.
-
-    Raises:
-        ComponentError: A negative or non-finite share, or none above zero.
+    Each is within 1 of its exact share; a share of 0 gets nothing. A negative or non-finite share, or none above zero,
+    raises ComponentError.
     """
     shares = np.asarray(proportions, dtype=np.float64)
     if not np.isfinite(shares).all() or (shares < 0).any() or not (shares > 0).any():
@@ -208,11 +202,8 @@ def multinomial(
 ) -> NDArray[np.int64]:
     """Draw ``k`` positions with probability proportional to ``weights`` [n].
 
-    Returns:
-        int64 in the order of the draw: [k] with replacement; without, [min(k, rows of weight above 0)].
-
-    Raises:
-        DataError: A negative weight, or none above 0.
+    Positions int64 come in the order of the draw: [k] with replacement, else [min(k, rows of weight above 0)]. A
+    negative weight, or none above 0, raises DataError.
     """
     values = np.asarray(weights, dtype=np.float64)
     if (values < 0).any():
@@ -235,8 +226,7 @@ def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
     """Share ``total`` out equally over groups of these sizes [G]; groups too small for their share give all they have.
 
     Groups ascend by size, ties by index; each gets what is left divided by the groups left, rounded down, or all
-    it has (S2L: SmallToLarge, NeurIPS 2024, arXiv 2403.07384). Sizes (2, 10, 50) and 30 give (2, 10, 18). The sum is
-    min(total, sum of sizes).
+    it has (S2L, NeurIPS 2024, arXiv 2403.07384). Sizes (2, 10, 50) and 30 give (2, 10, 18).
     """
     counts = np.asarray(sizes, dtype=np.int64)
     result = np.zeros(len(counts), dtype=np.int64)
@@ -248,10 +238,9 @@ def water_filling(sizes: ArrayLike, total: int) -> NDArray[np.int64]:
 
 
 def by_quota(groups: NDArray[np.integer], preference: NDArray[np.floating], k: int, quota: Quota) -> NDArray[np.int64]:
-    """Let every group give its quota of rows, those of largest preference: positions in order of preference.
+    """Let every group give its quota of ``k`` rows, those of largest preference: positions in order of preference.
 
-    ``groups`` [n] are >= 0; ``preference`` [n] is finite, larger is better, ties by position; ``quota`` says how the
-    ``k`` rows are shared out. All rows come back where there are fewer than ``k``.
+    ``groups`` [n] are >= 0; ``preference`` [n] is finite, ties by position.
     """
     sizes, k = np.bincount(groups), min(k, len(groups))
     if k == 0:

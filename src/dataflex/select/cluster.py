@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from dataflex.errors import ConfigError
 from dataflex.rng import keys
 
-_CELLS = 1 << 24  # similarities of rows and centres held at a time: 64 MiB of float32
-_BLOCK = 1 << 24  # products held at a time: 64 MiB of float32
+_BLOCK = 1 << 24  # products of rows and centres held at a time: 64 MiB of float32
 _SAMPLE = 32  # rows per centre that improve the centres
 _FIT_ROWS = 256  # rows of each cluster that centres are found on
 
@@ -33,19 +32,10 @@ def require_kmeans() -> None:
 def kmeans(
     vectors: NDArray[np.floating], k: int, rng: np.random.Generator, *, iterations: int = 50
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Cluster by Euclidean distance (Lloyd, first centres by k-means++).
+    """Cluster finite vectors [n, d], n >= 1, by Euclidean distance (Lloyd, first centres by k-means++ from ``rng``).
 
-    Args:
-        vectors: Finite [n, d], n >= 1.
-        k: Number of clusters, >= 1; with k >= n every row is a cluster of its own.
-        rng: Seeds the first centres.
-        iterations: Largest number of rounds.
-
-    Returns:
-        Labels int64 [n], 0 <= label < K, and centres float32 [K, d]; K <= k, every cluster has a row.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
+    Gives labels int64 [n], 0 <= label < K, and centres float32 [K, d]; K <= k, every cluster has a row, and with k >= n
+    every row is a cluster of its own. Without scikit-learn it raises ConfigError.
     """
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     seed = int(rng.integers(2**31 - 1))
@@ -105,7 +95,7 @@ def _nearest(rows: NDArray[np.float32], centres: NDArray[np.float32]) -> tuple[N
     """Return the centre of largest inner product of each row, ties to the smaller, and that product."""
     labels = np.empty(len(rows), dtype=np.int64)
     best = np.empty(len(rows), dtype=np.float32)
-    step = max(1, _CELLS // len(centres))
+    step = max(1, _BLOCK // len(centres))
     for start in range(0, len(rows), step):
         products = rows[start : start + step] @ centres.T
         labels[start : start + step] = products.argmax(axis=1)
@@ -136,15 +126,12 @@ def kmeans_labels(vectors_ND: NDArray[np.float32], clusters: int, rng: np.random
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """A partition of positions.
-
-    Attributes:
-        members: Positions of each cell, ascending; no cell is empty.
-        centres: Mean of each cell's sample, float32 [C, D].
-    """
+    """A partition of positions."""
 
     members: list[NDArray[np.int64]]
+    """Positions of each cell, ascending; no cell is empty."""
     centres: NDArray[np.float32]
+    """Mean of each cell's sample [C, D]."""
 
     def around(self, cell: int, probes: int) -> list[int]:
         """Return the ``probes`` cells whose centres are nearest to a cell's, itself first."""

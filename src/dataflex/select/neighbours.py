@@ -69,8 +69,7 @@ def nearest_euclidean(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the ``k`` rows, 1 <= k <= N, nearest to each query by Euclidean distance; M >= 1.
 
-    Returns:
-        Positions int64 [M, k] and distances float64 [M, k], ascending; each row's distance to its nearest query [N].
+    Positions int64 and distances float64 [M, k], ascending; and each row's distance to its nearest query [N].
     """
     half = 0.5 * np.einsum("nd,nd->n", rows_ND, rows_ND)
     places = np.empty((len(queries_MD), k), dtype=np.int64)
@@ -139,11 +138,8 @@ def nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return what ``nearest_euclidean`` returns.
 
-    With ``faiss`` an inverted file of sqrt(N) / 2 cells is searched, 10 cells a query; a query that finds fewer than
-    ``k`` rows there is searched for exactly. Rows that no query found count as further than any that was found.
-
-    Raises:
-        UnsupportedError: faiss is not installed.
+    With ``faiss`` (else UnsupportedError) an inverted file of sqrt(N) / 2 cells is searched, 10 cells a query; a query
+    that finds fewer than ``k`` rows is searched for exactly. Rows that no query found count as further than any found.
     """
     if search == "exact":
         return nearest_euclidean(queries_MD, rows_ND, k)
@@ -163,10 +159,8 @@ def nearest(
 def similar_rows(unit_ND: NDArray[np.float32], k: int, search: Search) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return the ``k`` rows of largest cosine with each row, itself among them: positions and cosines [N, min(k, N)].
 
-    Vectors have length one. With ``faiss`` a place that nothing was found for holds the row itself, with a cosine of 0.
-
-    Raises:
-        UnsupportedError: faiss is not installed.
+    Vectors have length one. With ``faiss`` (else UnsupportedError) a place that nothing was found for holds the row
+    itself, with a cosine of 0.
     """
     if search == "exact":
         shape = (len(unit_ND), min(k, len(unit_ND)))

@@ -104,10 +104,7 @@ class RoundRobin(SubsetRule):
 
     always = frozenset({"queries"})
     ranks = True
-    taken: Literal["next", "lose_turn"] = param(
-        "next",
-        "where a target row's best row is taken: it takes the next one, or loses its turn as in the authors' code",
-    )
+    taken: Literal["next", "lose_turn"] = param("next", "if the best row is taken: try the next one, or lose the turn")
     shuffle: bool = param(False, "let target rows take turns in random order instead of the file's")
 
     def _choose(self, c: Candidates, k: int) -> Chosen:
@@ -170,9 +167,7 @@ class Multinomial(SubsetRule):
     """Draws with probability proportional to scores, or to exp(score / temperature)."""
 
     ranks = True
-    weights: Literal["scores", "softmax"] = param(
-        "scores", "scores themselves (then >= 0), or exp(score / temperature)"
-    )
+    weights: Literal["scores", "softmax"] = param("scores", "scores (then >= 0), or exp(score / temperature)")
     temperature: float = param(1.0, "temperature of softmax weights", above=0.0)
     replacement: bool = param(False, REPLACEMENT)
 
@@ -251,9 +246,7 @@ class ClusterQuota(Within):
     """Rows of every k-means cluster of the vectors (extra: cluster)."""
 
     always = frozenset({"vectors"})
-    clusters: int | None = param(
-        None, "number of clusters; null: the square root of the number of rows in the pool", minimum=1
-    )
+    clusters: int | None = param(None, "number of clusters; null: square root of the pool's rows", minimum=1)
     quota: Quota = param("water_filling", "the same number of rows of each, or by its size")
     normalize: bool = param(True, "give vectors length one first")
 
@@ -286,18 +279,9 @@ class Rule(Part):
     """A subset rule with its parameters."""
 
     what = "rule"
+    table = RULES
 
     params: SubsetRule
-
-    @classmethod
-    def known(cls) -> list[str]:
-        """Return the names of all rules."""
-        return list(RULES)
-
-    @classmethod
-    def listed(cls, name: str) -> type[Params]:
-        """Return a rule's parameters."""
-        return RULES[name]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -319,13 +303,9 @@ class Rule(Part):
 def choose(rule: Rule, candidates: Candidates, k: int) -> NDArray[np.int64]:
     """Return the positions of at most ``k`` candidates, in order of preference.
 
-    Distinct, unless the rule draws with replacement. All ``k`` come back while the candidates last, except where
-    the rule says otherwise: ``token_budget``, ``deita``, and draws that leave out weights of 0. ``candidates`` has all
-    that ``rule.needs`` names.
-
-    Raises:
-        DataError: Weights that cannot be drawn from.
-        UnsupportedError: A package that the rule needs is not installed.
+    Distinct, unless the rule draws with replacement. All ``k`` come back while the candidates last, except under
+    ``token_budget``, ``deita``, and draws that leave out weights of 0. ``candidates`` has what ``rule.needs`` names.
+    Weights that cannot be drawn from raise DataError.
     """
     if k == 0 or len(candidates.rows) == 0:
         return np.empty(0, dtype=np.int64)

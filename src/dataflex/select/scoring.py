@@ -30,10 +30,7 @@ class Votes(Params):
 
 
 def count_votes(influence: NDArray[np.floating], vote_percent: float) -> NDArray[np.int64]:
-    """Return each row's number of votes [n].
-
-    Each task votes for the rows at or above the (100 - ``vote_percent``)th percentile of its influences [n, T].
-    """
+    """Return the number of tasks whose (100 - ``vote_percent``)th percentile a row's influence [n, T] reaches: [n]."""
     values = np.asarray(influence, dtype=np.float64)
     return (values >= np.percentile(values, 100.0 - vote_percent, axis=0)).sum(axis=1)
 
@@ -41,8 +38,7 @@ def count_votes(influence: NDArray[np.floating], vote_percent: float) -> NDArray
 def percentile_ranks(influence: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return each row's percentile rank in (0, 1) [n], averaged over the tasks of influences [n, T].
 
-    In a task it is (rank - 1/2) / n, and equal values share the mean of their ranks. Rows whose ranks add up
-    to the same have the same bits.
+    In a task it is (rank - 1/2) / n, and equal values share the mean of their ranks.
     """
     values = np.asarray(influence, dtype=np.float64)
     doubled = np.zeros(len(values), dtype=np.int64)  # twice the ranks: whole numbers, whose sums are exact
@@ -83,25 +79,15 @@ class Aggregate(Part):
     """An aggregation with its parameters."""
 
     what = "aggregation"
-
-    @classmethod
-    def known(cls) -> list[str]:
-        """Return the names of all aggregations."""
-        return list(AGGREGATES)
-
-    @classmethod
-    def listed(cls, name: str) -> type[Params]:
-        """Return an aggregation's parameters."""
-        return Votes if name == "votes" else Params
+    table: ClassVar = {name: Votes if name == "votes" else Params for name in AGGREGATES}
 
 
 def together(scores_TN: NDArray[np.floating], aggregate: Aggregate) -> NDArray[np.float64]:
     """Return one score a row, float64 [N], from finite scores by target [T, N].
 
     ``mean``: over targets. ``max``, ``mean_then_max``, ``round_robin``: the best target's (they differ in what a score
-    for a target is). ``z_max``: the best target's, of scores with mean 0 and standard deviation 1 in each target.
-    ``votes``: votes of targets, ties by mean percentile rank (ICONS, arXiv 2501.00654). ``ranks``: the mean percentile
-    rank.
+    for a target is). ``z_max``: the same of scores with mean 0 and standard deviation 1 in each target. ``votes``: of
+    targets, ties by mean percentile rank (ICONS, arXiv 2501.00654). ``ranks``: the mean percentile rank.
     """
     return AGGREGATES[aggregate.name](np.asarray(scores_TN, dtype=np.float64), aggregate.params)
 
@@ -167,6 +153,8 @@ class PoolSelector(Selector):
     """Purposes of random numbers that are drawn from the selector's own stream; others have one each."""
 
     params: Any
+    told: str
+    """What the reason says after the number of rows; ``kept`` sets it."""
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the score of every pool row [N], or of every row for every target [T, N]: larger is better.
@@ -176,15 +164,12 @@ class PoolSelector(Selector):
         raise NotImplementedError
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
-        """Return the positions among ``found.places`` of at most ``budget`` rows to keep, in order of preference.
-
-        ``rows`` are the row ids of the rows found [n].
-        """
+        """Return the positions among ``found.places`` of at most ``budget`` rows to keep, in order of preference."""
         raise NotImplementedError
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return what the reason says after the number of rows; ``kept`` are positions among ``found.places``."""
-        return f"by {self.name}" + (f" towards {', '.join(ctx.targets)}" if ctx.targets else "")
+        return self.told
 
     def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
         """Return the random numbers of a decision, or of one target's share in it."""
@@ -194,9 +179,8 @@ class PoolSelector(Selector):
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """Keep up to ``budget`` rows; fewer where rows have no score, or where the rule says so. Ties by pool order.
 
-        Returns:
-            Rows in order of preference; scores [len(pool)] after bringing targets together, NaN for rows that have
-            none and are never kept; None where the rule looks at vectors only.
+        Rows come in order of preference; scores [len(pool)] after bringing targets together, NaN for rows that have
+        none and are never kept, or None where the rule looks at vectors only.
 
         Raises:
             DataError: No row of a pool that is not empty has a score; or the rule has nothing to draw from.
@@ -212,19 +196,15 @@ class PoolSelector(Selector):
             reason += f"; {lacking} rows have {self.lacking}"
         if found.num_dropped:
             reason += f"; {found.num_dropped} near-duplicates were dropped"
-        scores = None
-        if found.scores is not None:
-            scores = np.full(len(pool), np.nan, dtype=found.scores.dtype)
-            scores[found.places] = found.scores
-        return Selection(rows=pool[found.places[kept]], scores=scores, reason=reason)
+        rows = pool[found.places[kept]]
+        if found.scores is None:
+            return Selection(rows=rows, reason=reason)
+        scores = np.full(len(pool), np.nan, dtype=found.scores.dtype)
+        scores[found.places] = found.scores
+        return Selection(rows=rows, scores=scores, reason=reason)
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
-        """Return what is known of the rows of a pool that is not empty.
-
-        Raises:
-            DataError: No row has a score.
-            ComponentError: Scores do not fit the pool.
-        """
+        """Return what is known of the rows of a pool that is not empty; raises as ``select`` does."""
         scores = np.asarray(self.score(pool, ctx))
         if scores.ndim not in (1, 2) or scores.shape[-1] != len(pool):
             raise ComponentError(
@@ -275,9 +255,8 @@ class ScoringSelector(PoolSelector):
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
         """Yield why the aggregation and the rule cannot work with these scores."""
-        p = self.params
-        given = None if p.aggregate == type(p).aggregate else p.aggregate
-        yield from combination_problems(self.name, self.gives, p.rule, given, turns=self.targets_take_turns)
+        given = self.params.aggregate
+        yield from self._combination_problems(self.name, None if given == type(self.params).aggregate else given)
 
     @property
     def aggregate(self) -> Aggregate:
@@ -349,47 +328,44 @@ class ScoringSelector(PoolSelector):
             groups=ctx.domains.domain_of[rows],
         )
 
+    def _combination_problems(
+        self, name: str, aggregate: Aggregate | None, *, apart: bool = False
+    ) -> Iterator[Problem]:
+        """Yield the reasons why the scores of ``name`` cannot work with the rule, or with an aggregation asked for.
 
-def combination_problems(
-    name: str, gives: Gives, rule: Rule, aggregate: Aggregate | None, *, apart: bool = False, turns: bool = False
-) -> Iterator[Problem]:
-    """Yield the reasons why these parts cannot work together.
-
-    Args:
-        name: What gives the scores.
-        gives: What they are.
-        rule: The subset rule.
-        aggregate: How targets come together, where that was asked for.
-        apart: Whether there are other vectors to keep rows apart by.
-        turns: Whether targets take turns under ``round_robin`` instead of the rows of all targets.
-    """
-    needs = rule.needs
-    if "query_vectors" in needs and gives != "vectors":
-        why = f"searches for the neighbours of each target row and needs vectors, which {name} does not give"
-        yield Problem("rule", f"{rule.name} {why}; use one of {VECTORS}")
-    elif "queries" in needs and gives == "scores":
-        why = f"lets target rows take turns, and {name} gives one score a row, without targets"
-        yield Problem("rule", f"{rule.name} {why}; use the rule top_k, or scores with targets")
-    elif "vectors" in needs and gives != "vectors" and not apart:
-        why = f"compares rows with each other and needs vectors, which {name} does not give"
-        add = f"add 'vectors: embed' (or another of {VECTORS}) beside 'represent: {name}'"
-        yield Problem("rule", f"{rule.name} {why}; {add}")
-    if aggregate is None:
-        return
-    if gives == "scores":
-        yield Problem("aggregate", f"{name} gives one score a row, without targets to bring together; remove the key")
-    elif aggregate.name == "round_robin":
-        if not rule.params.ranks:
-            why = f"with round_robin each target ranks the rows by the rule, and {rule.name} does not rank"
-            fitting = ", ".join(each for each, spec in RULES.items() if spec.ranks)
-            yield Problem("aggregate", f"{why}; use one of {fitting}, or another aggregate")
-        elif rule.replacement:
-            yield Problem("aggregate", "with round_robin rows are taken once, so the rule cannot draw with replacement")
-    elif not turns and (needs & _QUERIES or "scores" not in needs):
-        why, instead = f"{rule.name} looks at no scores", ""
-        if needs == {"queries"} and gives == "tasks":
-            why = f"the rule {rule.name} lets targets take turns"
-        elif needs & _QUERIES:
-            why = f"{rule.name} looks at each target row by itself"
-            instead = ", or set 'aggregate: round_robin' to let targets take turns"
-        yield Problem("aggregate", f"{aggregate.name} has no effect, since {why}; remove the key{instead}")
+        ``apart`` says whether there are other vectors to keep rows apart by.
+        """
+        gives, rule, needs = self.gives, self.params.rule, self.params.rule.needs
+        if "query_vectors" in needs and gives != "vectors":
+            why = f"searches for the neighbours of each target row and needs vectors, which {name} does not give"
+            yield Problem("rule", f"{rule.name} {why}; use one of {VECTORS}")
+        elif "queries" in needs and gives == "scores":
+            why = f"lets target rows take turns, and {name} gives one score a row, without targets"
+            yield Problem("rule", f"{rule.name} {why}; use the rule top_k, or scores with targets")
+        elif "vectors" in needs and gives != "vectors" and not apart:
+            why = f"compares rows with each other and needs vectors, which {name} does not give"
+            add = f"add 'vectors: embed' (or another of {VECTORS}) beside 'represent: {name}'"
+            yield Problem("rule", f"{rule.name} {why}; {add}")
+        if aggregate is None:
+            return
+        if gives == "scores":
+            yield Problem(
+                "aggregate", f"{name} gives one score a row, without targets to bring together; remove the key"
+            )
+        elif aggregate.name == "round_robin":
+            if not rule.params.ranks:
+                why = f"with round_robin each target ranks the rows by the rule, and {rule.name} does not rank"
+                fitting = ", ".join(each for each, spec in RULES.items() if spec.ranks)
+                yield Problem("aggregate", f"{why}; use one of {fitting}, or another aggregate")
+            elif rule.replacement:
+                yield Problem(
+                    "aggregate", "with round_robin rows are taken once, so the rule cannot draw with replacement"
+                )
+        elif not self.targets_take_turns and (needs & _QUERIES or "scores" not in needs):
+            why, instead = f"{rule.name} looks at no scores", ""
+            if needs == {"queries"} and gives == "tasks":
+                why = f"the rule {rule.name} lets targets take turns"
+            elif needs & _QUERIES:
+                why = f"{rule.name} looks at each target row by itself"
+                instead = ", or set 'aggregate: round_robin' to let targets take turns"
+            yield Problem("aggregate", f"{aggregate.name} has no effect, since {why}; remove the key{instead}")

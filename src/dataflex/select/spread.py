@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,42 +83,48 @@ def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], t
     return dropped
 
 
-def k_center(vectors_ND: NDArray[np.float32], k: int, start: int = 0) -> NDArray[np.int64]:
-    """Take the row ``start``, then again and again the row furthest (Euclidean) from all taken; ties by position.
+def _largest_first(
+    values: NDArray[np.number], turns: range, anew: Callable[[int, int, int], float]
+) -> Iterator[tuple[int, int]]:
+    """Yield each turn and the position of the largest value then, ties by position; -inf is left out.
+
+    Values only fall. One is computed anew, by ``anew(position, turn of its value, turn)``, only when it would be next.
+    """
+    heap = [(-value, position) for position, value in enumerate(values.tolist()) if value > -np.inf]
+    heapq.heapify(heap)
+    seen = np.full(len(values), turns.start)
+    for turn in turns:
+        while seen[heap[0][1]] != turn:
+            bound, position = heap[0]
+            since, seen[position] = int(seen[position]), turn
+            heapq.heapreplace(heap, (max(bound, -anew(position, since, turn)), position))  # rounding may make it rise
+        yield turn, heapq.heappop(heap)[1]
+
+
+def k_center(vectors_ND: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Take the first row, then again and again the row furthest (Euclidean) from all taken; ties by position.
 
     Greedy k-center (Sener and Savarese, ICLR 2018, arXiv 1708.00489), within twice the least possible largest
-    distance. A row's distance to the rows taken only falls, so it is brought up to date only when it would be next.
-    Gives int64 [min(k, N)], in the order taken.
+    distance. Gives int64 [min(k, N)], in the order taken.
     """
     count = min(k, len(vectors_ND))
     squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
     centres = np.empty((count, vectors_ND.shape[1]), dtype=np.float32)
     chosen = np.empty(count, dtype=np.int64)
     away = np.full(len(vectors_ND), np.inf)
-
-    def take(turn: int, position: int) -> None:
-        chosen[turn], centres[turn] = position, vectors_ND[position]
-
-    for turn in range(min(count, _EAGER)):
-        take(turn, start if turn == 0 else int(away.argmax()))
-        new = chosen[turn]
+    eager = min(count, _EAGER)
+    for turn in range(eager):
+        new = chosen[turn] = int(away.argmax())
+        centres[turn] = vectors_ND[new]
         np.minimum(away, squares + squares[new] - 2.0 * (vectors_ND @ centres[turn]), out=away)
         away[new] = -np.inf
-    seen = np.full(len(vectors_ND), min(count, _EAGER))
-    heap = [(-bound, position) for position, bound in enumerate(away.tolist()) if bound > -np.inf]
-    heapq.heapify(heap)
-    for turn in range(_EAGER, count):
-        while True:
-            bound, position = heap[0]
-            if seen[position] == turn:
-                heapq.heappop(heap)
-                break
-            late = slice(int(seen[position]), turn)
-            products = centres[late] @ vectors_ND[position]
-            closest = float((squares[chosen[late]] - 2.0 * products).min()) + squares[position]
-            seen[position] = turn
-            heapq.heapreplace(heap, (max(bound, -closest), position))
-        take(turn, position)
+
+    def distance(position: int, since: int, turn: int) -> float:
+        products = centres[since:turn] @ vectors_ND[position]
+        return float((squares[chosen[since:turn]] - 2.0 * products).min()) + squares[position]
+
+    for turn, position in _largest_first(away, range(eager, count), distance):
+        chosen[turn], centres[turn] = position, vectors_ND[position]
     return chosen
 
 
@@ -149,24 +156,15 @@ def greedy_cover(places_NL: ArrayLike, similarities_NL: ArrayLike, k: int) -> ND
     served, how_well = by_place // width, worth.ravel()[by_place]
     reached = np.zeros(num_rows)
 
-    def gain(position: int) -> float:
+    def gain(position: int, since: int, turn: int) -> float:
         part = slice(ends[position], ends[position + 1])
         more = how_well[part] - reached[served[part]]
         return float(more[more > 0].sum())
 
     first = np.bincount(places.ravel(), weights=worth.ravel(), minlength=num_rows)
-    heap = [(-value, position) for position, value in enumerate(first.tolist())]
-    heapq.heapify(heap)
-    seen = np.zeros(num_rows, dtype=np.int64)
-    chosen = np.empty(min(k, num_rows), dtype=np.int64)
-    for turn in range(len(chosen)):
-        while seen[heap[0][1]] != turn:
-            bound, position = heap[0]
-            seen[position] = turn
-            # Gains only fall; rounding must not make one rise.
-            heapq.heapreplace(heap, (max(bound, -gain(position)), position))
-        position = heapq.heappop(heap)[1]
-        chosen[turn] = position
+    chosen = []
+    for _, position in _largest_first(first, range(min(k, num_rows)), gain):
+        chosen.append(position)
         part = slice(ends[position], ends[position + 1])
         np.maximum.at(reached, served[part], how_well[part])
-    return chosen
+    return np.array(chosen, dtype=np.int64)

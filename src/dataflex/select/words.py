@@ -41,11 +41,7 @@ def pool_texts(pool: Rows, ctx: Context, part: Part) -> Iterator[str]:
 
 
 def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], list[str]]) -> list[list[list[str]]]:
-    """Return the words of each row of each target, rows without any left out.
-
-    Raises:
-        DataError: A target has no row with a word in this part.
-    """
+    """Return the words of each row of each target, rows without any left out; DataError where none is left."""
     found = []
     for target in ctx.targets:
         rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
@@ -92,16 +88,8 @@ class Okapi:
     half of the documents) becomes ``epsilon`` times the mean idf of all words, as the rank-bm25 library has it.
     Scores are linear in the query's counts, so the mean over many queries costs as much as one.
 
-    Args:
-        documents: Words of each document, read once.
-        asked: Words that queries may hold; others are counted but not indexed.
-        k1: How slowly repeats of a word saturate.
-        b: How much the scores of long documents are reduced.
-        epsilon: Share of the mean idf that replaces negative ones.
-
-    Attributes:
-        lengths: Words of each document [N].
-        idf: Of every asked word that occurs.
+    ``documents`` are the words of each, read once; ``asked`` the words that queries may hold, others are counted but
+    not indexed. ``lengths`` are the numbers of words [N], ``idf`` that of every asked word that occurs.
     """
 
     def __init__(
@@ -126,7 +114,8 @@ class Okapi:
                 counts.append(found[word])
         self.lengths = np.array(lengths, dtype=np.int64)
         self._numbers = numbers
-        values = {word: _idf(len(lengths), df) for word, df in frequencies.items()}
+        odds = {word: (len(lengths) - df + 0.5, df + 0.5) for word, df in frequencies.items()}
+        values = {word: float(np.log(without) - np.log(with_it)) for word, (without, with_it) in odds.items()}
         floor = epsilon * sum(values.values()) / len(values) if values else 0.0
         self.idf = {word: values[word] if values[word] >= 0 else floor for word in numbers}
 
@@ -149,7 +138,3 @@ class Okapi:
                 part = slice(self._bounds[number], self._bounds[number + 1])
                 total[self._places[part]] += count * self._values[part]  # a word meets a document once
         return total
-
-
-def _idf(num_documents: int, frequency: int) -> float:
-    return float(np.log(num_documents - frequency + 0.5) - np.log(frequency + 0.5))

@@ -25,6 +25,8 @@ TOKEN_LOSSES = replace(ROW_LOSSES, stages=("pt", "sft"))
 """The same in stages whose loss is one of tokens."""
 GRADIENTS = replace(TOKEN_LOSSES, signals=frozenset({"gradients"}), targets=True, passes=Passes(pool=(1.0, 1.0)))
 """What a selector requires that compares gradients of the pool with those of the targets."""
+EMBEDDINGS = replace(GRADIENTS, signals=frozenset({"embeddings"}), passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)))
+"""What a selector requires that compares embeddings of the pool with those of the targets."""
 
 
 def even(name: str, number: int) -> None:
@@ -74,21 +76,11 @@ class Compares(PoolSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"embeddings"}),
-            targets=True,
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={"encoder": self.params.encoder},
-            passes=Passes(pool=(1.0, 0.0), targets=(1.0, 0.0)),
-        )
+        return replace(EMBEDDINGS, models={"encoder": self.params.encoder})
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:
-        """Return vectors of rows of the training set, or of the named target [n, D]; NaN where there is none.
-
-        They have length one, and are weighted by position as in RDS+ unless a pooling is given.
-        """
-        p: EmbeddingParams = self.params
+        """Return vectors of length one of rows of the training set, or of a target [n, D]; NaN where there is none."""
+        p: EmbeddingParams = self.params  # weighted by position as in RDS+ unless a pooling is given
         signal = Embedding(layer=p.layer, completion_only=p.completion_only, encoder=p.encoder)
         if isinstance(p, PooledParams):
             own_pooling = p.encoder is not None and (Path(p.encoder) / "modules.json").is_file()
@@ -96,11 +88,7 @@ class Compares(PoolSelector):
         return ctx.signals(signal, rows, target=target)
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
-        """Return vectors of the pool and the targets.
-
-        Raises:
-            DataError: The pool, or a target, has no row with a vector.
-        """
+        """Return vectors of the pool and the targets; DataError where one of them has no row with a vector."""
         queries = []
         for target in ctx.targets:
             rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)

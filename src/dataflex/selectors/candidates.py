@@ -22,8 +22,7 @@ Draws = tuple[float, NDArray[np.float64]]  # temperature, and a number in [0, 1)
 def scaled_strength(scores: NDArray[np.float64], gram: NDArray[np.float64], budget: int, strength: float) -> float:
     """Return c = strength x mean |score| / (budget x mean <g, g>): what a pick costs the others, free of scale.
 
-    Of scores [n], n >= 1, and inner products of rows [n, n]. A strength of 1 makes the picks of a whole budget of
-    equal rows cost as much as a row is worth.
+    A strength of 1 makes the picks of a whole budget of equal rows cost as much as a row is worth.
     """
     own = budget * float(np.diagonal(gram).mean())
     return strength * float(np.abs(scores).mean()) / own if own > 0 else 0.0
@@ -85,13 +84,9 @@ class Greats(PoolSelector):
         """Parameters of GREATS; ``interaction: learning_rate`` with ``target_rows: 2`` is as published."""
 
         precondition: Precondition = param("none", "what turns candidates' gradients into updates; none as published")
-        interaction: Literal["scaled", "learning_rate"] = param(
-            "scaled", "what a pick takes from the others: free of scale, or as published"
-        )
+        interaction: Literal["scaled", "learning_rate"] = param("scaled", "cost of a pick: free of scale, or published")
         strength: float = param(1.0, "factor of what a pick takes from the others", minimum=0.0)
-        target_rows: int | None = param(
-            16, "rows of each target, drawn in every decision, whose gradient counts; null: all", minimum=1
-        )
+        target_rows: int | None = param(16, "rows drawn of each target in every decision; null: all", minimum=1)
 
     params: Params
 
@@ -100,10 +95,7 @@ class Greats(PoolSelector):
         return replace(GRADIENTS, within_batch=True, preconditions={"precondition": self.params.precondition})
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return inner products with the targets' gradient before any pick [N]; NaN without a supervised token.
-
-        They are without the learning rate, which changes no order.
-        """
+        """Return inner products with the targets' gradient, without the learning rate [N]; NaN without a gradient."""
         options = self.params.options(include_momentum=False, normalize=False)
         signal = GradientProducts(targets=ctx.targets, target_rows=self._target_rows(ctx), **options)
         by_target, self._gram = signal.split(ctx.signals(signal, pool))
@@ -117,13 +109,11 @@ class Greats(PoolSelector):
         strength = p.strength * ctx.learning_rate
         if p.interaction == "scaled":
             strength = scaled_strength(scores, gram, max(count, 1), p.strength)
-        return pick(scores, gram, count, strength, self._draws(scores, count, ctx))
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the targets, and the mean score of the rows kept and of all."""
-        how = f"by joint influence on {', '.join(ctx.targets)}"
-        scores = found.scores
-        return how + (f", mean score {scores[kept].mean():.3g} against {scores.mean():.3g}" if len(kept) else "")
+        kept = pick(scores, gram, count, strength, self._draws(scores, count, ctx))
+        self.told = f"by joint influence on {', '.join(ctx.targets)}"
+        if len(kept):
+            self.told += f", mean score {scores[kept].mean():.3g} against {scores.mean():.3g}"
+        return kept
 
     def _draws(self, scores: NDArray[np.float64], count: int, ctx: Context) -> Draws | None:
         return None
@@ -158,9 +148,7 @@ class Opus(Greats):
     class Params(Greats.Params):
         """Parameters of OPUS; ``standardize: false`` and ``interaction: learning_rate`` are as published."""
 
-        precondition: Precondition = param(
-            "adam_scale", "updates: Adam's with its second moment as it is (as published), with the row's own too"
-        )
+        precondition: Precondition = param("adam_scale", "which updates; Adam's by its second moment as published")
         temperature: float = param(1.5, "flattens the draw as it grows; the paper's", above=0.0)
         standardize: bool = param(True, "temperature counts in standard deviations of the candidates' scores")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,10 +12,13 @@ from dataflex.method import Params as BaseParams
 from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, members, require_kmeans, spherical_kmeans
 from dataflex.select.scoring import Found, PoolSelector
-from dataflex.selectors._lib import TOKEN_LOSSES
+from dataflex.selectors._lib import EMBEDDINGS, TOKEN_LOSSES
 from dataflex.signals.kinds import Embedding, TokenLoss
 
 _CELLS = 1 << 22  # kernel values held at a time: 32 MiB
+_NEAR = 0.9  # cosine of centres above which one is the other's near-duplicate
+_TINY = 2  # clusters of at most this many rows are drawn from last
+_MOST_POINTS = 64  # of a trajectory; beyond it every second one is forgotten
 
 
 def gaussian_kernel(left: NDArray[np.floating], right: NDArray[np.floating], gamma: float = 1.0) -> NDArray[np.float64]:
@@ -26,15 +28,15 @@ def gaussian_kernel(left: NDArray[np.floating], right: NDArray[np.floating], gam
     return np.asarray(np.exp(np.maximum(squares, 0.0) / (-2.0 * gamma * gamma)))
 
 
-def _row_means(rows: NDArray[np.float64], gamma: float) -> Iterator[NDArray[np.float64]]:
+def _row_means(rows: NDArray[np.float64], gamma: float) -> NDArray[np.float64]:
     step = max(1, _CELLS // len(rows))
-    for start in range(0, len(rows), step):
-        yield gaussian_kernel(rows[start : start + step], rows, gamma).mean(axis=1)
+    parts = (rows[start : start + step] for start in range(0, len(rows), step))
+    return np.concatenate([gaussian_kernel(part, rows, gamma).mean(axis=1) for part in parts])
 
 
 def density(rows: NDArray[np.floating], gamma: float = 1.0) -> float:
     """Return D: the mean kernel over all pairs of rows [n, d], each with itself included; n >= 1."""
-    return float(np.concatenate(list(_row_means(np.asarray(rows, dtype=np.float64), gamma))).mean())
+    return float(_row_means(np.asarray(rows, dtype=np.float64), gamma).mean())
 
 
 def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> NDArray[np.int64]:
@@ -49,7 +51,7 @@ def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> ND
     chosen = np.empty(min(count, len(vectors)), dtype=np.int64)
     if not len(chosen):
         return chosen
-    means = np.concatenate(list(_row_means(vectors, gamma)))
+    means = _row_means(vectors, gamma)
     near = np.zeros(len(vectors))
     free = np.ones(len(vectors), dtype=np.bool_)
     pairs = aligned = 0.0
@@ -62,9 +64,6 @@ def greedy_mmd(rows: NDArray[np.floating], count: int, gamma: float = 1.0) -> ND
         aligned += means[best]
         near += gaussian_kernel(vectors[best : best + 1], vectors, gamma)[0]
     return chosen
-
-
-_NEAR = 0.9  # cosine of centres above which one is the other's near-duplicate
 
 
 def transferability(centres: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -152,13 +151,8 @@ class Coincide(PoolSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return Requires(
-            signals=frozenset({"embeddings"}),
-            stages=("pt", "sft"),
-            needs_interval=True,
-            models={"encoder": self.params.encoder},
-            passes=Passes(pool=(float(len(self.params.layers)), 0.0)),
-        )
+        passes = Passes(pool=(float(len(self.params.layers)), 0.0))
+        return replace(EMBEDDINGS, targets=False, models={"encoder": self.params.encoder}, passes=passes)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return S / D of each row's cluster [N]; NaN for rows without features."""
@@ -183,12 +177,8 @@ class Coincide(PoolSelector):
         kept = [np.empty(0, dtype=np.int64)]
         for cluster, count in cluster_quotas(self._values, sizes, budget, p.temperature):
             kept.append(groups[cluster][greedy_mmd(self._rows[groups[cluster]], count, p.gamma)])
-        self._told = f"from {sum(len(part) > 0 for part in kept)} of {len(groups)} clusters"
+        self.told = f"from {sum(len(part) > 0 for part in kept)} of {len(groups)} clusters"
         return np.concatenate(kept)
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the number of clusters that rows were taken from."""
-        return self._told
 
     def _features(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         parts = []
@@ -199,15 +189,8 @@ class Coincide(PoolSelector):
         return np.asarray(np.concatenate(parts, axis=1) / np.sqrt(len(parts)), dtype=np.float32)
 
 
-_TINY = 2  # clusters of at most this many rows are drawn from last
-_MOST_POINTS = 64  # of a trajectory; beyond it every second one is forgotten
-
-
 def filled(trajectories_NT: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return trajectories whose missing points (NaN) hold the point before, or at the start the first one there is.
-
-    Rows without any point stay NaN.
-    """
+    """Return trajectories whose missing points (NaN) hold the point before, or at the start the first one, if any."""
     out = np.array(trajectories_NT, dtype=np.float32)
     for steps in (range(1, out.shape[1]), range(out.shape[1] - 2, -1, -1)):
         for t in steps:
@@ -244,9 +227,7 @@ class S2l(PoolSelector):
     class Params(BaseParams):
         """Parameters of S2L; ``clusters`` and ``iterations`` are the paper's."""
 
-        proxies: tuple[str, ...] = param(
-            (), "checkpoint folders of a small model, in order; none: the model under training"
-        )
+        proxies: tuple[str, ...] = param((), "checkpoint folders of a small model, in order; none: the run's model")
         clusters: int = param(100, "largest number of clusters in a domain", minimum=1)
         iterations: int = param(20, "largest number of rounds of k-means", minimum=1)
         min_points: int = param(2, "number of points of the model under training before it clusters", minimum=1)
@@ -292,13 +273,9 @@ class S2l(PoolSelector):
                 clusters += int(labels.max()) + 1
             parts.append(inside[_even(labels, preference[inside], quota)])
         how = f"from {clusters} clusters of {trajectories.shape[1]} losses"
-        self._told = f"{how if clusters else 'without clusters until there are more points'}, {len(there)} domains"
+        self.told = f"{how if clusters else 'without clusters until there are more points'}, {len(there)} domains"
         chosen = np.concatenate(parts)
         return chosen[top_k(preference[chosen], len(chosen))]
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the number of clusters and domains."""
-        return self._told
 
     def _seen(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Add this decision's losses and return all points of the pool's rows [len(pool), T]."""

@@ -28,17 +28,7 @@ from dataflex.parts import Part
 from dataflex.registry import find, names
 from dataflex.select.choose import top_k
 from dataflex.select.rules import Rule
-from dataflex.select.scoring import (
-    AGGREGATE,
-    RULE,
-    VECTORS,
-    Aggregate,
-    Found,
-    Gives,
-    ScoringParams,
-    ScoringSelector,
-    combination_problems,
-)
+from dataflex.select.scoring import AGGREGATE, RULE, VECTORS, Aggregate, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GRADIENTS, RowLosses, VectorSelector, even
 from dataflex.selectors.influence import Less
@@ -104,18 +94,19 @@ class Asked(ScoringSelector):
     def __init__(self, name: str, params: Params) -> None:
         self.name = name  # type: ignore[misc]
         self.params = params
-        self._cls: type[Any] = find("selector", name)
         self._selectors: dict[str, Selector] = {}
+
+    def _made(self) -> Selector:
+        made: Selector = find("selector", self.name)(self.params)  # type: ignore[assignment]
+        return made
 
     def requires(self) -> Requires:
         """State what the selector requires."""
-        required: Requires = self._cls(self.params).requires()
-        return required
+        return self._made().requires()
 
     def refused_values(self, name: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str] | None:
         """Return what the selector refuses."""
-        refused: tuple[NDArray[np.bool_], str] | None = self._cls(self.params).refused_values(name, values)
-        return refused
+        return self._made().refused_values(name, values)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the selector's scores [N], or [T, N] where it selects towards targets."""
@@ -124,7 +115,7 @@ class Asked(ScoringSelector):
         return np.stack([self._scores(target, pool, replace(ctx, targets=(target,))) for target in ctx.targets])
 
     def _scores(self, target: str, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        selector = self._selectors.setdefault(target, self._cls(self.params))
+        selector = self._selectors.setdefault(target, self._made())
         found: Any = selector.select(pool, len(pool), ctx).scores
         if found is None or np.shape(found) != (len(pool),):
             raise ComponentError(f"represent: the {self.name} selector gave no score for each of {len(pool):,} rows")
@@ -139,7 +130,7 @@ class Asked(ScoringSelector):
         """Take back what ``state_dict`` gave; ValueError where that is not one of ours."""
         if not all(isinstance(each, dict) for each in state.values()):
             raise ValueError(f"compose keeps states of the {self.name} selector, but was given {sorted(state)}")
-        self._selectors = {target: self._cls(self.params) for target in state}
+        self._selectors = {target: self._made() for target in state}
         for target, selector in self._selectors.items():
             selector.load_state_dict(state[target])
 
@@ -209,9 +200,7 @@ class Compose(ScoringSelector):
         aggregate: Aggregate | None = param(None, AGGREGATE)
         rule: Rule = param(Rule.of("top_k"), RULE)
         vectors: Represent | None = param(None, "vectors by which rows are kept apart, where not those of represent")
-        near_duplicates: float | None = param(
-            None, "cosine with a better row above which a row is dropped first", above=0.0, maximum=1.0
-        )
+        near_duplicates: float | None = param(None, "largest cosine with a better row", above=0.0, maximum=1.0)
 
     params: Params
 
@@ -251,7 +240,7 @@ class Compose(ScoringSelector):
         """Yield why the parts cannot work together."""
         p, apart = self.params, self._apart
         represent, needs, compares = p.represent.name, p.rule.needs, "vectors" in p.rule.needs
-        yield from combination_problems(represent, self.gives, p.rule, p.aggregate, apart=apart is not None)
+        yield from self._combination_problems(represent, p.aggregate, apart=apart is not None)
         if p.vectors is not None and apart is not None and apart.gives != "vectors":
             yield Problem("vectors", f"{p.vectors.name} gives no vectors; use one of {VECTORS}")
         if apart is not None and not compares and p.near_duplicates is None:
@@ -284,9 +273,7 @@ class Compose(ScoringSelector):
     def examine(self, pool: Rows, ctx: Context) -> Found:
         """Ask for everything that the parts need of a pool that is not empty; near-duplicates are left out.
 
-        Raises:
-            DataError: No row, or no row of a target, has what is asked for.
-            ComponentError: Answers do not fit the rows asked for.
+        Where no row, or no row of a target, has what is asked for, it raises DataError.
         """
         p, without = self.params, replace(ctx, targets=())
         found = self._scorer.examine(pool, ctx if self._targeted else without)

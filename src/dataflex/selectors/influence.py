@@ -26,10 +26,7 @@ _LEAST = 1e-6  # length of a mean of unit vectors that cancel out
 
 
 def lr_weighted(scores: list[NDArray[np.float32]], rates: Sequence[float]) -> NDArray[np.float64]:
-    """Average the scores of several checkpoints with their learning rates as weights (section 3.2, equation 2).
-
-    float64. Rates that are all zero count as equal.
-    """
+    """Average the scores of checkpoints by their learning rates (section 3.2, equation 2), equally where all are 0."""
     weights = np.asarray(rates, dtype=np.float64)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(rates), 1.0 / len(rates))
     return np.tensordot(weights, np.stack(scores).astype(np.float64), axes=1)
@@ -80,9 +77,7 @@ class Less(_Influence):
     class Params(InfluenceOptions, ScoringParams):
         """Parameters of LESS. ``precondition: paper_repo`` repeats the original code's Adam."""
 
-        normalize: bool = param(
-            True, "compare directions (cosines, as published); false: inner products, which wear out less"
-        )
+        normalize: bool = param(True, "compare cosines, as published; false: inner products, which wear out less")
         checkpoints: int = param(1, "intervals whose scores are averaged, weighted by learning rate", minimum=1)
 
     params: Params
@@ -94,11 +89,7 @@ class Less(_Influence):
         self.pool = np.zeros(0, dtype=np.int64)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return influence on the targets [T, N].
-
-        Raises:
-            ConfigError: ``checkpoints`` above 1 with a pool that changes.
-        """
+        """Return influence on the targets [T, N]; ConfigError for several checkpoints with a pool that changes."""
         p = self.params
         if len(self.pool) and not np.array_equal(self.pool, pool):
             raise ConfigError(
@@ -147,12 +138,8 @@ class Icons(_Influence):
         """Parameters of ICONS; the defaults are the original code's, but for the exact influences."""
 
         aggregate: Aggregate | None = param(Aggregate.of("votes"), AGGREGATE)
-        vote_percent: float = param(
-            20.0, "share of the pool that a task votes for, in percent", above=0.0, maximum=100.0
-        )
-        votes: Literal["threshold", "borda"] = param(
-            "threshold", "one vote above the percentile, or soft votes: the mean percentile rank"
-        )
+        vote_percent: float = param(20.0, "percent of the pool that a task votes for", above=0.0, maximum=100.0)
+        votes: Literal["threshold", "borda"] = param("threshold", "votes above the percentile, or percentile ranks")
         precondition: Literal["none", "true_adam", "paper_repo", "sign"] = param(
             "none", "what turns training gradients into directions; none as published"
         )
@@ -266,22 +253,16 @@ class ClusterLess(PoolSelector):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return replace(
-            GRADIENTS,
-            signals=frozenset({"embeddings", "gradients"}),
-            preconditions={"precondition": self.params.precondition},
-            passes=Passes(pool=(1.0 + 6 / 64, 6 / 64)),
-        )
+        signals, passes = frozenset({"embeddings", "gradients"}), Passes(pool=(1.0 + 6 / 64, 6 / 64))
+        preconditions = {"precondition": self.params.precondition}
+        return replace(GRADIENTS, signals=signals, preconditions=preconditions, passes=passes)
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         require_kmeans()
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
-        """Return the scores of the rows' clusters [N].
-
-        NaN for rows without a supervised token, and in a cluster none of whose representatives has a gradient.
-        """
+        """Return the scores of the rows' clusters [N]; NaN without a supervised token, or a gradient in the cluster."""
         p, scores = self.params, np.full(len(pool), np.nan)
         self._labels, self._away = np.zeros(len(pool), dtype=np.int64), np.zeros(len(pool))
         found = ctx.signals(Embedding(layer=p.layer, pooling="mean", completion_only=True), pool)
@@ -299,12 +280,10 @@ class ClusterLess(PoolSelector):
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
         """Return the rows of the best clusters; in a cluster by distance to its centre, then pool order."""
-        return np.lexsort((self._away[found.places], -found.scores))[:budget]
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the number of clusters kept."""
-        best = len(np.unique(self._labels[found.places[kept]]))
-        return f"in the best {best} of {self._num_clusters} clusters by influence on {', '.join(ctx.targets)}"
+        kept = np.lexsort((self._away[found.places], -found.scores))[:budget]
+        best = f"the best {len(np.unique(self._labels[found.places[kept]]))} of {self._num_clusters} clusters"
+        self.told = f"in {best} by influence on {', '.join(ctx.targets)}"
+        return kept
 
     def _influence(
         self, rows: Rows, labels: NDArray[np.int64], distances: NDArray[np.floating], ctx: Context
@@ -325,10 +304,7 @@ class ClusterLess(PoolSelector):
 
 
 def central_difference(above: NDArray[np.floating], below: NDArray[np.floating], epsilon: float) -> NDArray[np.float64]:
-    """Return (above - below) / (2 epsilon) in float64: exact for linear and quadratic functions; NaN where not finite.
-
-    ``above`` and ``below`` are losses at p + epsilon x and p - epsilon x [n].
-    """
+    """Return (above - below) / (2 epsilon) of losses at p + epsilon x and p - epsilon x [n]; NaN where not finite."""
     with np.errstate(invalid="ignore"):
         found = (above.astype(np.float64) - below.astype(np.float64)) / (2.0 * epsilon)
     return np.where(np.isfinite(found), found, np.nan)
@@ -361,12 +337,8 @@ class Zeroth(ScoringSelector):
 
         directions: int = param(256, "random directions K; noise falls with 1 / sqrt(K), cost is 2 K F", minimum=1)
         epsilon: float = param(1e-3, "step added to or taken from every parameter", above=0.0)
-        similarity: Literal["cosine", "product"] = param(
-            "cosine", "compare directions, or inner products, which favour steep rows"
-        )
-        parameters: str | None = param(
-            None, "regular expression of the parameters that move; null: all trainable ones", pattern=True
-        )
+        similarity: Literal["cosine", "product"] = param("cosine", "cosines, or products, which favour steep rows")
+        parameters: str | None = param(None, "regular expression of those that move; null: all trainable", pattern=True)
 
     params: Params
 

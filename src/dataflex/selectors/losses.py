@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DataError
 from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import REPLACEMENT, Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
-from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, TokenLoss
+from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, ResponseLoss, TokenLoss
 from dataflex.signals.specs import GradientOptions
 
-_EPS = 1e-8  # the paper's guard of the denominator; it matters only when floor is 0
+Focus = Literal["high", "medium", "low"]
+Ratio = Literal["loss", "perplexity"]
+
+_EPS = 1e-8  # TACS's guard of the denominator; it matters only when floor is 0
+_WEIGHT_FLOOR = 1e-12  # a focus_weight of 0 leaves its rows drawable, after all others
+_LONGEST_MARKER = 16  # tokens
+_ROWS_LOOKED_AT = 1024
 
 
 def relative_gain(
@@ -25,14 +33,14 @@ def relative_gain(
 ) -> NDArray[np.float64]:
     """Return ``(l_start - l_adapted) / (max(l_start, floor) + 1e-8)`` [n], NaN where either loss is not finite.
 
-    The floor is ours: without it a row that the model already knows by heart gets a huge score from
+    The floor is not the paper's: without it a row that the model already knows by heart gets a huge score from
     a tiny change.
     """
     start, adapted = _finite(loss_start), _finite(loss_adapted)
     return (start - adapted) / (np.maximum(start, floor) + _EPS)
 
 
-def _finite(losses: NDArray[np.floating]) -> NDArray[np.float64]:
+def _finite(losses: ArrayLike) -> NDArray[np.float64]:
     return np.where(np.isfinite(losses), losses, np.nan).astype(np.float64)
 
 
@@ -60,9 +68,7 @@ class Tacs(ScoringSelector):
         learning_rate: float = param(1e-5, "learning rate of the probe", above=0.0)
         rank: int = param(1, "rank of the low-rank probe", minimum=1)
         alpha: float = param(4.0, "LoRA alpha of the probe", above=0.0)
-        floor: float = param(
-            0.05, "least starting loss in the denominator, in nats per token; 0 as published", minimum=0.0
-        )
+        floor: float = param(0.05, "least loss in the denominator, in nats per token; 0 as published", minimum=0.0)
 
     params: Params
 
@@ -73,11 +79,7 @@ class Tacs(ScoringSelector):
         return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return relative gains by target [T, N].
-
-        Raises:
-            ComponentError: The probe of a target diverged.
-        """
+        """Return relative gains by target [T, N]; ComponentError where the probe of a target diverged."""
         start = ctx.signals(TokenLoss(), pool)
         if not np.isfinite(start).any():
             return np.full(len(pool), np.nan)  # no probe can tell them apart
@@ -97,11 +99,6 @@ class Tacs(ScoringSelector):
         return gain
 
 
-Focus = Literal["high", "medium", "low"]
-
-_WEIGHT_FLOOR = 1e-12  # a focus_weight of 0 leaves its rows drawable, after all others
-
-
 def focused(losses: NDArray[np.floating], focus: Focus, quantiles: tuple[float, float]) -> NDArray[np.bool_]:
     """Return which finite losses [n] lie in the focused bucket.
 
@@ -109,11 +106,7 @@ def focused(losses: NDArray[np.floating], focus: Focus, quantiles: tuple[float, 
     ``q1 < loss <= q2``, high is ``loss > q2``. Ties can leave a bucket empty.
     """
     low, high = np.quantile(losses.astype(np.float64), quantiles)
-    if focus == "low":
-        return losses <= low
-    if focus == "medium":
-        return (losses > low) & (losses <= high)
-    return losses > high
+    return {"low": losses <= low, "medium": (losses > low) & (losses <= high), "high": losses > high}[focus]
 
 
 def log_weights(in_focus: NDArray[np.bool_], focus_weight: float, temperature: float) -> NDArray[np.float64]:
@@ -142,12 +135,8 @@ class LossSelector(RowLosses):
 
         rule: Rule = param(Rule.of("gumbel_top_k"), RULE)
         focus: Focus = param("high", "which bucket of losses is preferred")
-        focus_weight: float = param(
-            5.0, "how many times likelier a row of the focused bucket is drawn first", minimum=0.0
-        )
-        quantiles: tuple[float, float] = param(
-            (0.33, 0.66), "the two quantiles of the losses that separate the buckets", minimum=0.0, maximum=1.0
-        )
+        focus_weight: float = param(5.0, "how many times likelier a row of the bucket is drawn first", minimum=0.0)
+        quantiles: tuple[float, float] = param((0.33, 0.66), "quantiles between buckets", minimum=0.0, maximum=1.0)
         temperature: float = param(1.0, "flattens the preference as it grows; .inf draws uniformly", above=0.0)
         replacement: bool = param(False, REPLACEMENT)
 
@@ -367,9 +356,7 @@ class GradNorm(_Extreme):
     class Params(GradientOptions, _Keep):
         """Parameters of GraNd."""
 
-        precondition: Literal["none", "true_adam", "sign"] = param(
-            "none", "measure the optimizer's direction instead of the plain gradient"
-        )
+        precondition: Literal["none", "true_adam", "sign"] = param("none", "measure the optimizer's direction instead")
 
     params: Params
 
@@ -400,3 +387,121 @@ class El2n(_Extreme):
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return EL2N [N]."""
         return ctx.signals(EL2N(), pool)
+
+
+def ifd_ratios(given: ArrayLike, alone: ArrayLike, ratio: Ratio) -> NDArray[np.float64]:
+    """Return IFD of each row [n]: losses 1.0 and 2.0 give 0.5 by loss and 0.3679 by perplexity.
+
+    Losses of responses under the prompt and without it [n], nats per token. NaN where a loss is not finite, or where
+    the loss alone is 0 and divides.
+    """
+    conditioned, unconditioned = _finite(given), _finite(alone)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if ratio == "perplexity":
+            return np.exp(conditioned - unconditioned)
+        return np.where(unconditioned > 0, conditioned / unconditioned, np.nan)
+
+
+def common_ending(prompts: Sequence[NDArray[np.integer]], most: int = _LONGEST_MARKER) -> int:
+    """Return the number of tokens, at most ``most``, that all prompts with a token end with; 0 unless two differ."""
+    distinct = {tuple(reversed(prompt.tolist())) for prompt in prompts if len(prompt)}
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*distinct, strict=False))
+    return min(most, sum(1 for _ in alike)) if len(distinct) > 1 else 0
+
+
+class Ifd(ScoringSelector):
+    """Keep the rows of highest instruction-following difficulty (IFD) below a threshold.
+
+    IFD compares a row's loss on its response given the prompt, l(a | p), with that on the response alone, l(a):
+    ``ratio: loss`` is l(a | p) / l(a) of "From Quantity to Quality" (Cherry LLM), NAACL 2024, arXiv 2308.12032;
+    ``ratio: perplexity`` is exp(l(a | p) - l(a)) of Superfiltering, ACL 2024, arXiv 2402.00530, which takes a small
+    model as ``scorer``. The two rank differently. Rows at ``threshold`` or above (the prompt does not help: misaligned
+    or cut off) are dropped, and the highest of the rest are kept.
+
+    Both losses are means over the same tokens. Where the tokenizer puts no token before a text by itself, the first
+    token of a response alone would follow nothing; it is then left out of both. ``prefix_tokens`` keeps the last tokens
+    of the prompt with the response. Cherry LLM keeps "### Response:", Superfiltering nothing; so does ``null``: under
+    ``ratio: loss`` it keeps the tokens that all prompts of the pool end with (the template's words before a response,
+    at most 16), under ``ratio: perplexity``, or with a ``scorer``, whose tokens may be others, none. In rows of several
+    turns each response is alone for itself. Very short responses have extreme ratios (``min_answer_tokens``). A model
+    already trained on the pool makes all ratios small, and on large mixed pools IFD can lose to random rows (arXiv
+    2503.01807).
+    """
+
+    name = "ifd"
+    lacking = "no ratio"
+    card = Card(
+        summary="Keeps the rows whose prompt helps least to predict the response, of those where it helps.",
+        paper="From Quantity to Quality, NAACL 2024, arXiv 2308.12032; Superfiltering, ACL 2024, arXiv 2402.00530",
+        cost="2 F over the pool, of the scorer (once) or of the model under training (every interval)",
+        note="Cherry LLM scores a response alone behind its marker, Superfiltering without: prefix_tokens, left out, "
+        "does the first under ratio: loss and the second under ratio: perplexity, or with a scorer.",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Params(ScoringParams):
+        """Parameters of IFD; the defaults are those of Cherry LLM."""
+
+        scorer: str | None = param(None, "folder or hub id of a small causal model; null: the model under training")
+        ratio: Ratio = param("loss", "ratio of losses (Cherry LLM) or perplexities")
+        threshold: float = param(1.0, "rows at or above this ratio are dropped", above=0.0)
+        prefix_tokens: int | None = param(
+            None,
+            "prompt tokens that the response alone keeps; null: what all prompts end with under ratio: loss, else 0",
+            minimum=0,
+        )
+        min_answer_tokens: int = param(1, "rows with fewer supervised tokens are dropped", minimum=1)
+        fill: bool = param(False, "when too few rows are below the threshold, fill up with the lowest above it")
+
+    params: Params
+    _kept_prefix = 0
+
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        scorer, passes = self.params.scorer, Passes(pool=(2.0, 0.0))
+        if scorer is not None:  # it does not change, so no row is scored twice
+            passes = Passes(pool_once=2.0, told="2 F of the scorer over each row of the pool, once")
+        signals = frozenset({"losses", "texts"})
+        return replace(TOKEN_LOSSES, signals=signals, stages=("sft",), models={"scorer": scorer}, passes=passes)
+
+    def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
+        """Return ratios [N], NaN where there is none or where the response is too short."""
+        p, self._kept_prefix = self.params, self._prefix(pool, ctx)
+        given, alone = (
+            ctx.signals(ResponseLoss(conditioned=conditioned, model=p.scorer, prefix_tokens=self._kept_prefix), pool)
+            for conditioned in (True, False)
+        )
+        scores = ifd_ratios(given, alone, p.ratio)
+        responses = ctx.signals.tokens(pool, part="completion")
+        short = np.array([len(response) for response in responses], dtype=np.int64) < p.min_answer_tokens
+        return np.where(short, np.nan, scores)
+
+    def preference(self, found: Found, ctx: Context) -> NDArray[np.floating]:
+        """Return the ratios below the threshold, DataError without any; with ``fill`` the lowest of the others next."""
+        p, scores = self.params, found.scores
+        below = scores < p.threshold
+        if not below.any() and not p.fill:
+            raise DataError(
+                f"ifd: none of {len(scores):,} rows has a ratio below {p.threshold:g} (the lowest is "
+                f"{scores.min():.4g}): to this model no prompt helps to predict its response. Check the template "
+                "and the scorer, raise 'threshold', or set 'fill: true'."
+            )
+        return np.where(below, scores, -scores if p.fill else np.nan)
+
+    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
+        """Return how many rows are below the threshold, and above it."""
+        below = found.scores < self.params.threshold
+        how = f"highest of {int(below.sum())} with IFD below {self.params.threshold:g}"
+        above = int((~below[kept]).sum())
+        how += f", and the lowest {above} above" if above else ""
+        prefix = self._kept_prefix
+        return how + (f"; responses alone keep the last {prefix} tokens of their prompts" if prefix else "")
+
+    def _prefix(self, pool: Rows, ctx: Context) -> int:
+        """Return the number of the prompt's tokens that a response alone keeps."""
+        if self.params.prefix_tokens is not None:
+            return self.params.prefix_tokens
+        if self.params.ratio == "perplexity" or self.params.scorer is not None:
+            return 0
+        places = np.unique(np.linspace(0, len(pool) - 1, min(len(pool), _ROWS_LOOKED_AT)).astype(np.int64))
+        return common_ending(ctx.signals.tokens(pool[places], part="prompt"))

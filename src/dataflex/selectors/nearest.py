@@ -167,12 +167,9 @@ class Tsds(Compares):
 
     def kept(self, found: Found, rows: Rows, budget: int, ctx: Context) -> NDArray[np.int64]:
         """Return the rows in the order drawn; once those of probability above 0 run out, the nearest others."""
-        again = self.params.replacement
-        return tsds.draw(found.scores, self._away, budget, rows, self.uniforms(ctx), replacement=again)
-
-    def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
-        """Return the number of rows that were drawn from."""
-        positive = int(np.count_nonzero(found.scores))
-        how = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
-        more = 0 if self.params.replacement else len(kept) - positive
-        return how + (f", and the {more} nearest of the others" if more > 0 else "")
+        again, positive = self.params.replacement, int(np.count_nonzero(found.scores))
+        kept = tsds.draw(found.scores, self._away, budget, rows, self.uniforms(ctx), replacement=again)
+        self.told = f"drawn like {', '.join(ctx.targets)} from {positive} rows of probability above 0"
+        if not again and len(kept) > positive:
+            self.told += f", and the {len(kept) - positive} nearest of the others"
+        return kept

@@ -44,10 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
-    """Return the rows of a target that are a prompt and one response after it, at most ``max_prompts`` drawn from them.
+    """Return the rows of a target that are a prompt and one response after it, at most ``max_prompts`` of them, drawn.
 
-    Raises:
-        DataError: There is none.
+    Without any it raises DataError.
     """
     rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
     whole, prompts, responses = (
@@ -64,13 +63,9 @@ def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
             "Responses are sampled to prompts: give a data set with both, with 'train_on_prompt: false', and "
             "'mask_history: true' for conversations of several turns."
         )
-    if len(usable) < len(rows):
-        logger.warning(
-            "nice: %d of %d rows of target %s are no prompt with one response after it and are left out",
-            len(rows) - len(usable),
-            len(rows),
-            target,
-        )
+    if left_out := len(rows) - len(usable):
+        told = "nice: %d of %d rows of target %s are no prompt with one response after it and are left out"
+        logger.warning(told, left_out, len(rows), target)
     chosen = np.array(usable, dtype=np.int64)
     if max_prompts is not None and max_prompts < len(chosen):
         chosen = np.sort(ctx.rng(f"selector.nice.prompts.{target}").choice(chosen, size=max_prompts, replace=False))
@@ -101,6 +96,10 @@ def advantages(
     return result / (own.std() + 1e-6) if standardize else result
 
 
+class _WithoutSignal(Exception):
+    """All responses to each prompt have the same reward, so that no row can be preferred."""
+
+
 class Nice(ScoringSelector):
     """Keep the rows with the largest influence on the expected reward of responses to the targets' prompts."""
 
@@ -122,29 +121,22 @@ class Nice(ScoringSelector):
         command: str | None = param(None, "for reward: command; reads JSON lines, writes one reward per line")
         judge: JudgeConfig | None = param(None, "for reward: judge; an OpenAI-compatible server (url, model, ...)")
         reward_timeout_seconds: float = param(30.0, "longest call of a function, or silence of a command", above=0.0)
-        on_reward_error: Literal["drop", "raise"] = param(
-            "drop", "leave a response out that cannot be graded, or end the run"
-        )
+        on_reward_error: Literal["drop", "raise"] = param("drop", "leave ungraded responses out, or end the run")
         without_signal: Literal["random", "error"] = param(
-            "random", "when all rewards are equal: uniform draws with a warning, or an error"
+            "random", "where all rewards are equal: draw, or end the run"
         )
         samples: int = param(20, "number of responses to each prompt", minimum=1)
         max_new_tokens: int = param(300, "largest number of tokens of a response", minimum=1)
         temperature: float = param(1.0, "of sampling; 1 keeps gradients unbiased", above=0.0)
         top_p: float = param(1.0, "nucleus of sampling; 1 keeps all tokens", above=0.0, maximum=1.0)
         top_k: int = param(0, "likeliest tokens of sampling; 0 keeps all", minimum=0)
-        max_prompts: int | None = param(
-            None, "number of prompts of each target, drawn anew each interval; null: all", minimum=1
-        )
-        baseline: Literal["leave_one_out", "none"] = param(
-            "leave_one_out", "subtracted from a reward: mean of the other responses, or nothing"
-        )
+        max_prompts: int | None = param(None, "number of prompts of a target in an interval; null: all", minimum=1)
+        baseline: Literal["leave_one_out", "none"] = param("leave_one_out", "subtracted: the others' mean reward, or 0")
         standardize: bool = param(False, "divide a prompt's advantages by the deviation of its rewards")
         token_reduction: Literal["sum", "mean"] = param("sum", "of log p over a response's tokens")
 
         def __post_init__(self) -> None:
-            problem = reward_problem(self.reward, self.command, self.judge)
-            if problem:
+            if problem := reward_problem(self.reward, self.command, self.judge):
                 raise ValueError(problem)
             if self.baseline == "leave_one_out" and self.samples < 2:
                 raise ValueError("samples: the baseline leave_one_out needs at least 2 responses to a prompt, found 1")
@@ -171,27 +163,21 @@ class Nice(ScoringSelector):
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:
         """As any scoring selector; without any signal rows are drawn uniformly, without scores.
 
-        Raises:
-            DataError: No row of a non-empty pool has a score; a target has no prompt; or there is no signal
-                and ``without_signal`` is ``error``.
-            RewardError: Every response of all targets failed to be graded; or one did and ``on_reward_error`` is
-                ``raise``.
+        DataError: a target has no prompt, or there is no signal and ``without_signal`` is ``error``. RewardError: no
+        response could be graded, or one could not and ``on_reward_error`` is ``raise``.
         """
         try:
             return super().select(pool, budget, ctx)
         except _WithoutSignal as error:
             if self.params.without_signal == "error":
-                raise
-            logger.warning("nice: %s; rows are drawn uniformly until the next decision", error.why)
+                told = f"nice: {error}, so that no row can be preferred; set without_signal: random to go on"
+                raise DataError(told) from error
+            logger.warning("nice: %s; rows are drawn uniformly until the next decision", error)
             drawn = pool[top_k(uniforms(ctx.seed, "selector.nice.random", ctx.interval.index, pool), budget)]
-            return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error.why}")
+            return Selection(rows=drawn, reason=f"{len(drawn)} rows drawn uniformly: {error}")
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
-        """Return influence on the reward [T, N], of the targets whose responses have several rewards.
-
-        Raises:
-            DataError: There is no such target.
-        """
+        """Return influence on the reward [T, N], of the targets whose responses have several rewards."""
         weighted, means = {}, []
         for number, target in enumerate(ctx.targets):
             prompts, made, rewards = self._graded(target, number, ctx)
@@ -200,17 +186,17 @@ class Nice(ScoringSelector):
         told = ", ".join(means)
         tasks = {target: responses for target, responses in weighted.items() if responses}
         if not tasks:
-            raise _WithoutSignal(told)
-        silent = [target for target in weighted if target not in tasks]
+            raise _WithoutSignal(f"all responses to each prompt have the same reward (mean reward: {told})")
+        silent = ", ".join(target for target in weighted if target not in tasks)
         if silent:
             logger.warning(
                 "nice: all responses to each prompt of target %s have the same reward (mean reward: %s), so it is left "
                 "out of this decision. More samples, or a reward with finer steps, would help",
-                ", ".join(silent),
+                silent,
                 told,
             )
         self._told = f"by influence on the reward (mean reward: {told})"
-        self._told += f"; without a signal: {', '.join(silent)}" if silent else ""
+        self._told += f"; without a signal: {silent}" if silent else ""
         signal = ResponseGradientScores(responses=tasks, **self.params.options(sketch_seed=ctx.seed))
         return ctx.signals(signal, pool).T
 
@@ -272,11 +258,3 @@ class Nice(ScoringSelector):
                     weight = gain / count / (len(response) if p.token_reduction == "mean" else 1)
                     result.append(WeightedResponse(prompt=prompt, response=response, weight=float(weight), group=group))
         return result
-
-
-class _WithoutSignal(DataError):
-    """All responses to each prompt have the same reward, so that no row can be preferred."""
-
-    def __init__(self, told: str) -> None:
-        self.why = f"all responses to each prompt have the same reward (mean reward: {told})"
-        super().__init__(f"nice: {self.why}, so that no row can be preferred; set without_signal: random to go on")

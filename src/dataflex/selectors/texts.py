@@ -19,6 +19,8 @@ from dataflex.select.scoring import RULE, Found, Gives, ScoringParams, ScoringSe
 from dataflex.select.words import Okapi, Remembered, cut_words, no_words, pool_texts, target_words, word_punct
 from dataflex.signals.specs import Part
 
+_EPSILON = 1e-8
+
 
 class Bm25(ScoringSelector):
     """Keep the rows that share rare words with the targets' rows.
@@ -62,11 +64,7 @@ class Bm25(ScoringSelector):
         self._scores = Remembered(self._mean_and_turns)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return mean scores over the rows of each target [T, N].
-
-        Raises:
-            DataError: The pool, or a target, has no row with a word.
-        """
+        """Return mean scores over the rows of each target [T, N]; DataError where it or the pool has no word."""
         return self._scores(pool, ctx)[0]
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
@@ -99,9 +97,6 @@ def _mean(queries: list[list[str]]) -> dict[str, float]:
     """Return how often each word occurs in a query, on average."""
     counts = Counter(word for query in queries for word in query)
     return {word: count / len(queries) for word, count in counts.items()}
-
-
-_EPSILON = 1e-8
 
 
 def hasher(buckets: int, ngrams: int) -> Callable[[list[str]], NDArray[np.int64]]:
@@ -183,8 +178,7 @@ class Dsir(ScoringSelector):
         buckets: int = param(10_000, "hash buckets", minimum=2, maximum=10_000_000)
         smoothing: float = param(
             3.0,
-            "strength of the prior that draws the target's shares to the pool's, in occurrences of each n-gram; 0 "
-            "as published",
+            "strength of the prior towards the pool's shares, in occurrences of each n-gram; 0 as published",
             minimum=0.0,
         )
         min_ngrams: int = param(1, "rows of fewer n-grams are never drawn (the paper: 100 words)", minimum=1)
@@ -220,9 +214,7 @@ class Dsir(ScoringSelector):
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return log weights [N], or [T, N] with ``target_proportions``; NaN for rows with too few n-grams.
 
-        Raises:
-            ConfigError: No row has ``min_ngrams``.
-            DataError: A target, or the pool, has no words.
+        DataError: a target, or the pool, has no words. ConfigError: no row has ``min_ngrams``.
         """
         by_task = self._by_task(pool, ctx)
         return by_task[0] if self.params.target_proportions is None else by_task

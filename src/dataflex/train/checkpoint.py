@@ -41,69 +41,43 @@ class Identity:
     def __init__(
         self, config: DynamicConfig, space: RowSpace, lf: Mapping[str, Any], *, shape: BatchShape, seed: int
     ) -> None:
-        methods: dict[str, MethodConfig | None] = {kind: getattr(config, kind) for kind in KINDS}
         self.described: dict[str, Any] = {
             "space": space.describe(),
             "global_batch": shape.global_batch,
             "micro_batch_size": shape.micro_batch_size,
             "world": shape.world,
             "seed": seed,
-            "methods": {kind: _method(method) for kind, method in methods.items()},
+            "methods": {kind: _method(getattr(config, kind)) for kind in KINDS},
             "settings": settings_of(config, LlamaFactoryArgs.read(lf)),
         }
         self._pure, self._flat = config.requires.pure_micro_batches, config.flat
-        self._keys = {
-            kind: {} if method is None else {field.name: key_of(field) for field in fields(method.params)}
-            for kind, method in methods.items()
-        }
 
     def differences(self, saved: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return lines on how a saved identity differs from this one: what is refused, and what is only told."""
-        mine, before = self.described, saved["settings"]
-        refused = [line for kind in KINDS for line in self._method_lines(kind, saved["methods"][kind])]
-        told: list[str] = []
-        by_kind: dict[str, list[str]] = {"refused": [], "batch": [], "rows": []}
-        for key, now in mine["settings"].items():
+        mine, before = self.described, _compared(saved)
+        lines: dict[str, list[str]] = {"refused": [], "told": [], "rows": [], "batch": []}
+        for key, now in _compared(mine).items():
             change = ON_RESUME[key]
-            if before[key] == now or key == "dynamic.seed":
-                continue
             for path, was, is_now in _leaves(before[key], now, self._named(key)):
                 line = f"{path} changed ({_said(was)} -> {_said(is_now)})"
-                if change.kind == "told":
-                    told.append(f"{line}: {change.note}")
-                else:
-                    by_kind[change.kind].append(line)
-        refused += by_kind["refused"]
+                lines[change.kind].append(f"{line}: {change.note}" if change.note else line)
+        refused, told = lines["refused"], lines["told"]
         component = self._flat and bool(refused)  # a component brings a seed of its own
         seed = [] if component else self._seed_line(saved)
         refused += seed
-        refused += self._batch_line(saved, by_kind["batch"])
+        refused += self._batch_line(saved, lines["batch"])
         if saved["space"]["fingerprint"] != mine["space"]["fingerprint"]:
             what = f"row space changed ({_changed_rows(saved['space'], mine['space'])})"
-            causes = [line for line in by_kind["rows"] if not (seed and line.startswith("seed "))]
+            causes = [line for line in lines["rows"] if not (seed and line.startswith("seed "))]
             refused += [f"{line}: {what}" for line in causes] or ([] if seed else [what])
         else:
-            told += [f"{line}: the rows are the same" for line in by_kind["rows"] if not line.startswith("seed ")]
+            told += [f"{line}: the rows are the same" for line in lines["rows"] if not line.startswith("seed ")]
         return refused, told
 
     def _named(self, key: str) -> str:
         """Return a key as it was written."""
         flat = ON_RESUME[key].flat if self._flat else None
         return flat or key
-
-    def _method_lines(self, kind: str, before: dict[str, Any] | None) -> Iterator[str]:
-        now, path = self.described["methods"][kind], self._named(f"dynamic.{kind}")
-        if before == now:
-            return
-        if before is None or now is None or before["name"] != now["name"]:
-            yield f"{path} changed ({_said(before)} -> {_said(now)})"
-            return
-        if before["targets"] != now["targets"]:
-            yield f"{path}.targets changed ({_said(before['targets'])} -> {_said(now['targets'])})"
-        for key in now["params"].keys() & before["params"].keys():
-            name = f"{path}.{self._keys[kind][key]}"
-            for inner, was, is_now in _leaves(before["params"][key], now["params"][key], name):
-                yield f"{inner} changed ({_said(was)} -> {_said(is_now)})"
 
     def _seed_line(self, saved: dict[str, Any]) -> list[str]:
         if saved["seed"] == self.described["seed"]:
@@ -127,8 +101,15 @@ class Identity:
 def _method(config: MethodConfig | None) -> dict[str, Any] | None:
     if config is None:
         return None
-    params = redacted(json.loads(json.dumps(asdict(config.params), default=str)))
+    values = redacted(json.loads(json.dumps(asdict(config.params), default=str)))
+    params = {key_of(field): values[field.name] for field in fields(config.params)}
     return {"name": config.name, "params": params, "targets": list(config.targets)}
+
+
+def _compared(described: dict[str, Any]) -> dict[str, Any]:
+    """Return methods and settings by key, without the seed, which has a line of its own."""
+    found = {f"dynamic.{kind}": method for kind, method in described["methods"].items()} | described["settings"]
+    return {key: value for key, value in found.items() if key != "dynamic.seed"}
 
 
 def _leaves(before: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -415,7 +415,7 @@ class Controller:
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
             order = stream(self.seed, "order", interval.index) if self.shape.shuffle else None
-            # With keep_ratio copies are meant: it says how much of the pool is served, however long the interval is.
+            # keep_ratio sets the share of the pool that is served, however long the interval is: rows may repeat.
             repeat = self.config.repeat or self.config.keep_ratio is not None
             rows = spread(selection.rows, interval.steps, batch, order, repeat, pool_rows=len(pool))
             return rows, None, "; ".join(reasons)
@@ -541,7 +541,7 @@ class Controller:
         for key, part in {"selector": self.selector, "mixer": self.mixer, **self._parts()}.items():
             if part is not None:
                 part.load_state_dict(state[key])
-        # Where the data end follows from the caps: with others, the next decision finds it again.
+        # The end of the data follows from the caps: with other caps the next decision finds it again.
         capped = self.sampler is not None and self.config.at_cap == "stop"
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
         self.ends_at = state["ends_at"] if capped and same else None

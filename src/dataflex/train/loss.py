@@ -172,7 +172,7 @@ def weighted_loss(
         assert step_scale is not None
         weights = weights * torch.as_tensor(step_scale).to(weights)
     weighted = (weights * loss_BT).sum()
-    # Unit weights report the very bits of the stock loss, whose kernel adds in another order.
+    # With unit weights the value has the bits of the stock loss, whose kernel adds in another order.
     order = losses.plain_sum - loss_BT.detach().sum()
     mean = (weights * mask_BT).sum() / mask_BT.sum().clamp(min=1)
     weighted = weighted + order * mean

@@ -188,7 +188,7 @@ class ReferenceLosses:
         offsets = _offsets(sweep.lengths)
         self._start[rows] = offsets[:-1]
         work = ResumablePass(ArrayStore(self.store), key, shape=(int(offsets[-1]),), dtype=KEPT_DTYPE, offsets=offsets)
-        known = number in self._trusted  # a pass of this very process, which the plan before did not need
+        known = number in self._trusted  # a pass of this process that the previous plan did not need
         self._trusted.add(number)
         done = int(work.done_at_start.sum())
         if not known:

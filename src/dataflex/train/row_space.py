@@ -97,7 +97,7 @@ def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: st
 
 
 def target_corpus(name: str, dataset: Any) -> Corpus:
-    """Measure a tokenized target data set, whose rows are never trained on; DataError if none is supervised."""
+    """Measure a tokenized target data set, which is never trained on; DataError without a supervised token."""
     measures = measure(dataset)
     if not (measures.supervised > 0).any():
         raise DataError(f"target {name!r}: none of its {len(dataset):,} rows has a supervised token")

@@ -439,7 +439,7 @@ class Session:
             saved.save(folder, self._identity, self.controller.plan, state, step)
             self._write_outcome()
             self._write_weights(step)
-        comm.barrier()  # other tools take trainer_state.json as the mark: every rank's part is there by then
+        comm.barrier()  # trainer_state.json tells other tools that a checkpoint is complete: every rank is done by then
 
     def restore_since_log(self) -> Mapping[str, Any] | None:
         """Take back what was summed up since the last log, once, and return the loop's part of it."""
@@ -449,16 +449,15 @@ class Session:
         return found
 
     def seal_checkpoint(self, step: int, rotate: Callable[[Path], None] | None = None) -> bool:
-        """Make the checkpoint that was begun count, and then remove older ones by ``rotate`` (collective).
+        """Seal the checkpoint that was begun, so that it counts, and then remove older ones by ``rotate`` (collective).
 
-        Returns:
-            Whether there was one.
+        Return whether there was one.
         """
         if self._unsealed is None:
             return False
         (folder, before), self._unsealed = self._unsealed, None
         with self.clock.phase("checkpoint"):
-            comm.barrier()  # every rank's part is there
+            comm.barrier()  # every rank has written its part
             if self._writes:
                 checkpoints.seal(folder, run=self._run, every_hash=self.config.checkpoint_hash == "full")
                 if rotate is not None:
@@ -469,7 +468,7 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record that training is over, after ``step`` optimizer steps, and what was found."""
+        """Record the end of training after ``step`` optimizer steps, with its metrics."""
         self.recorder.finished(step, dict(metrics), {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()})
         if comm.rank() == 0:
             self._write_outcome(ended=True)
@@ -514,7 +513,7 @@ def signal_runner(setup: Setup, loop: Loop, seed: int) -> SignalRunner:
         collate=loop.score_collate or loop.collate,
         autocast=loop.autocast,
         device=loop.device,
-        # Never more than a batch of the longest rows, which training must bear too.
+        # At most a batch of the longest rows, for which training needs the memory too.
         token_budget=max(loop.shape.micro_batch_size, loop.score_rows) * longest,
         train=Corpus(dataset=_dataset(setup, loop), lengths=space.lengths, identity=space.fingerprint),
         targets=space.targets,
@@ -565,9 +564,9 @@ def _open_reference(setup: Setup, loop: Loop, access: ModelAccess) -> Any:
 
 
 def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> None:
-    """Raise UnsupportedError for parallelism or ranks that plans cannot serve, and ConfigError for lacks of methods.
+    """Raise UnsupportedError for parallelism or ranks that plans cannot serve.
 
-    A method may require more than ``facts``, and whole parameters of the loop, give.
+    ConfigError where a method requires more than ``facts``, and whole parameters of the loop, give.
     """
     partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:

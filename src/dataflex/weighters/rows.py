@@ -121,10 +121,10 @@ class GroupWeighter(Weighter):
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
         strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = param(
-            "inverse_frequency", "what a domain's weight follows from"
+            "inverse_frequency", "how the weight of a domain is made"
         )
         power: float = param(1.0, "exponent of inverse_frequency", minimum=0.0)
-        beta: float = param(0.999, "of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
+        beta: float = param(0.999, "beta of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
         eta: float = param(0.01, "step size of group_dro", above=0.0)
         adjustment: float = param(0.0, "C of group_dro's adjustment C / sqrt(rows of the domain), nats", minimum=0.0)
 
@@ -134,10 +134,8 @@ class GroupWeighter(Weighter):
 
     params: Params
     domains: tuple[str, ...] = ()
-    log_weights: Floats = np.zeros(0)
-    """Logarithms of q [K], under ``group_dro``."""
-    _sizes: NDArray[np.integer] | None = None
-    """Number of training rows of each domain [K]; None before ``prepare``."""
+    log_weights: Floats = np.zeros(0)  # logarithms of q [K], under ``group_dro``
+    _sizes: NDArray[np.integer] | None = None  # number of training rows of each domain [K]; None before ``prepare``
     _known: NDArray[np.float32] | None = None
     """Weight of every training row [N]; None under ``group_dro``, and before ``prepare``."""
 
