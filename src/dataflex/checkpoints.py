@@ -154,16 +154,15 @@ def find_resumable(output_dir: Path) -> tuple[Path | None, list[str]]:
     run = current_run(output_dir)
     passed_over: list[str] = []
     for _, checkpoint in sorted(found, reverse=True):
-        reason = _foreign_reason(checkpoint, run) or broken_reason(checkpoint)
+        theirs = run_of(checkpoint)
+        stock = theirs is None and not (checkpoint / FOLDER).exists()
+        if run is not None and (stock or theirs not in (None, run)):
+            whose = "a run without a dynamic block" if stock else f"another run ({theirs}; this one is {run})"
+            told = "name it in resume_from_checkpoint to go on from it"
+            reason: str | None = f"it was written by {whose} in this folder; {told}"
+        else:
+            reason = broken_reason(checkpoint)
         if reason is None:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint.name}: {reason}")
     return None, passed_over
-
-
-def _foreign_reason(checkpoint: Path, run: str | None) -> str | None:
-    theirs = run_of(checkpoint)
-    if run is None or theirs == run or (theirs is None and (checkpoint / FOLDER).exists()):
-        return None
-    whose = "a run without a dynamic block" if theirs is None else f"another run ({theirs}; this one is {run})"
-    return f"it was written by {whose} in this folder; name it in resume_from_checkpoint to go on from it"

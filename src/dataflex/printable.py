@@ -113,7 +113,7 @@ def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A secret further down, without which the configuration would mean something else.
     """
-    kept = {key: value for key, value in mapping.items() if key not in secret_keys(mapping)}
+    kept = {key: value for key, value in mapping.items() if key not in _secret_keys(mapping)}
     deep = [key for key, value in kept.items() if redacted(value) != value]
     if deep:
         raise ConfigError(
@@ -122,15 +122,14 @@ def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def secret_keys(mapping: Mapping[str, Any]) -> list[str]:
-    """Return the keys that ``without_secrets`` leaves out."""
+def _secret_keys(mapping: Mapping[str, Any]) -> list[str]:
     return [key for key, value in mapping.items() if is_secret(key) and redacted(value, secret=True) != value]
 
 
 @contextmanager
 def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
     """Give the processes started inside the block the secrets that ``without_secrets`` left out of their files."""
-    left_out = {key: mapping[key] for key in secret_keys(mapping)}
+    left_out = {key: mapping[key] for key in _secret_keys(mapping)}
     before = os.environ.get(PASSED_ON)
     if left_out:
         os.environ[PASSED_ON] = json.dumps(left_out)
@@ -144,7 +143,7 @@ def passing_on(mapping: Mapping[str, Any]) -> Iterator[None]:
 
 def left_out_note(mapping: Mapping[str, Any]) -> list[str]:
     """Return a note about keys that were left out, for users who run the files themselves, or nothing."""
-    keys = secret_keys(mapping)
+    keys = _secret_keys(mapping)
     told = f"note: {', '.join(keys)} left out of the runs' files; runs started by this command are given it, others"
     return [f"{told} need it again: dataflex train FILE {keys[0]}=..."] if keys else []
 

@@ -25,7 +25,6 @@ def versions() -> dict[str, str]:
 
 def version_lines() -> str:
     """Return one ``name version`` line for dataflex, Python and the packages that it stands on."""
-    lines = [f"dataflex {__version__}", f"python {platform.python_version()}"]
-    for package in ("llamafactory", "transformers", "torch"):
-        lines.append(f"{package} {version_of(package) or 'is not installed'}")
-    return "\n".join(lines)
+    packages = {name: version_of(name) or "is not installed" for name in ("llamafactory", "transformers", "torch")}
+    found = {"dataflex": __version__, "python": platform.python_version(), **packages}
+    return "\n".join(f"{name} {version}" for name, version in found.items())

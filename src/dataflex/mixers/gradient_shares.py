@@ -103,7 +103,7 @@ class Doge(_GradientMixer):
             "uniform", "proportions at first: uniform as published, size, or numbers as a list or by name"
         )
         updates: int = param(
-            1, "updates of the paper, which makes one in every step, that a decision counts for", minimum=1
+            1, "number of the paper's updates (one in every step) that a decision counts for", minimum=1
         )
         mu: float = param(0.05, "softness of the update: small is nearly one-hot after few steps", above=0.0)
         smoothing: float = param(0.0, "share of equal proportions mixed in each time", minimum=0.0, maximum=1.0)

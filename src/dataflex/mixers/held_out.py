@@ -67,7 +67,7 @@ class Sheared(_TargetLossMixer):
         eta: float = param(1.0, "step size of the proportions", above=0.0)
         smoothing: float = param(1e-4, "share of equal proportions mixed in each time", minimum=0.0, maximum=1.0)
         clip: bool = param(
-            False, "whether a domain below its target counts as at it (the paper; the authors' code: no)"
+            False, "whether a domain below its target counts as at the target (paper: yes; authors' code: no)"
         )
 
     params: Params
@@ -187,7 +187,7 @@ class SkillIt(LearningMixer):
             help="K rows of K numbers: in row i, column j, how much training on i helps j"
         )
         eta: float = param(0.2, "step size of the proportions", above=0.0)
-        window: int = param(3, "decisions whose losses are added up", minimum=1)
+        window: int = param(3, "number of decisions whose losses are added up", minimum=1)
 
         def __post_init__(self) -> None:
             if {len(row) for row in self.graph} != {len(self.graph)}:
@@ -259,12 +259,12 @@ class Aioli(LearningMixer):
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
         focus: float = param(0.75, "share of the domain that is probed", above=0.0, maximum=1.0)
-        sweeps: int = param(1, "times that every domain is probed in a round", minimum=1)
-        hold: int = param(8, "intervals that the learned proportions are served in a round", minimum=1)
+        sweeps: int = param(1, "number of times that every domain is probed in a round", minimum=1)
+        hold: int = param(8, "number of intervals in a round that serve the learned proportions", minimum=1)
         eta: float = param(0.2, "step size of the proportions", above=0.0)
         ema: float | None = param(
             None,
-            "weight of the past in the average of A, proportions made from equal ones; null: the last move on",
+            "weight of the past in the average of A, which moves equal proportions; null: it moves the last ones",
             minimum=0.0,
             maximum=1.0,
         )

@@ -54,29 +54,22 @@ _NOT_FOR_PROXIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for: the maximum number of rounds, and the reference of the first round.
+    """What was asked for."""
 
-    ``reference`` is the folder of an existing model, or None to train one; ``reference_mix`` the proportions that it
-    is (or was) trained on: "size", "uniform", or a proportions file.
-    """
-
-    rounds: int = 1
-    reference: str | None = None
-    reference_mix: str = "size"
+    rounds: int  # maximum number of rounds
+    reference: str | None  # folder of an existing reference model for the first round
+    reference_mix: str  # what that is (or was) trained on: "size", "uniform", or a proportions file
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round on disk: its number from 1, its folder, and its reference model, which is trained here or given.
+    """One round on disk."""
 
-    ``mix`` is what the reference is trained on: that of the settings, or the proportions file of the round before.
-    """
-
-    number: int
+    number: int  # from 1
     folder: Path
-    reference: Path
-    trains_reference: bool
-    mix: str
+    reference: Path  # folder of its reference model
+    trains_reference: bool  # whether that is trained here
+    mix: str  # what it is trained on: that of the settings, or the proportions file of the round before
 
     @property
     def proxy(self) -> Path:

@@ -192,14 +192,11 @@ def out_of_fold(
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Quality of the fit of one task, out of fold: rank correlation of predicted and measured losses, and their error.
+    """Quality of the fit of one task, out of fold."""
 
-    ``error`` is the mean absolute difference in nats, to compare with ``spread``, the losses' standard deviation.
-    """
-
-    spearman: float
-    error: float
-    spread: float
+    spearman: float  # rank correlation of predicted and measured losses; NaN when one of them is constant
+    error: float  # mean absolute difference in nats
+    spread: float  # standard deviation of the measured losses, to compare the error with
 
     @property
     def usable(self) -> bool:
@@ -209,19 +206,15 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One model per task (held-out set) [T] over domains [K].
-
-    ``theta`` [T, K + 2] are the parameters of the laws, ``trees`` [T] the texts of boosted trees; the other is empty.
-    ``runs`` are those that were fitted.
-    """
+    """One model per task."""
 
     method: Method
-    names: tuple[str, ...]
-    tasks: tuple[str, ...]
-    theta: Floats | None = None
-    trees: tuple[str, ...] = ()
-    quality: Mapping[str, Quality] = field(default_factory=dict)
-    runs: tuple[str, ...] = ()
+    names: tuple[str, ...]  # domains [K]
+    tasks: tuple[str, ...]  # held-out sets [T]
+    theta: Floats | None = None  # parameters of the laws [T, K + 2]; None for trees
+    trees: tuple[str, ...] = ()  # text of each task's trees; empty for laws
+    quality: Mapping[str, Quality] = field(default_factory=dict)  # by task, out of fold
+    runs: tuple[str, ...] = ()  # runs that were fitted
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, mixtures_RK: Floats, tasks: Sequence[str] = ()) -> Floats:

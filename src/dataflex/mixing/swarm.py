@@ -52,33 +52,19 @@ _MOST_BATCHES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmSettings:
-    """How mixtures are drawn.
+    """How mixtures are drawn."""
 
-    Attributes:
-        runs: Number of mixtures.
-        seed: Seed of all draws; the first mixtures of a larger swarm are those of a smaller one.
-        least_strength: Smallest concentration of the Dirichlet draws.
-        most_strength: Largest one.
-        strengths: Number of concentrations, evenly spaced in logarithm.
-        prior_power: Power of the natural shares that the prior is proportional to.
-        max_ratio: Largest multiple of its natural share that a domain may get, at least 1; None for no cap.
-        min_weight: Shares below it become 0.
-        step: Shares are rounded to multiples of it.
-        distance: Mixtures at most this far apart (L1) count as one.
-        oversample: Maximum number of candidates drawn per mixture.
-    """
-
-    runs: int
-    seed: int = 0
-    least_strength: float = 0.1
-    most_strength: float = 5.0
-    strengths: int = 15
-    prior_power: float = 1.0
-    max_ratio: float | None = None
-    min_weight: float = 2e-4
-    step: float = 2e-4
-    distance: float = 1e-5
-    oversample: int = 100
+    runs: int  # number of mixtures
+    seed: int = 0  # of all draws; the first mixtures of a larger swarm are those of a smaller one
+    least_strength: float = 0.1  # smallest concentration of the Dirichlet draws
+    most_strength: float = 5.0  # largest concentration
+    strengths: int = 15  # number of concentrations, evenly spaced in logarithm
+    prior_power: float = 1.0  # the prior is proportional to the natural shares to this power
+    max_ratio: float | None = None  # largest multiple of its natural share that a domain may get, at least 1
+    min_weight: float = 2e-4  # shares below it become 0
+    step: float = 2e-4  # shares are rounded to multiples of it
+    distance: float = 1e-5  # mixtures at most this far apart (L1) count as one
+    oversample: int = 100  # maximum number of candidates drawn per mixture
 
     def __post_init__(self) -> None:
         low, high, ratio = self.least_strength, self.most_strength, self.max_ratio
@@ -186,21 +172,17 @@ def _tidied(drawn_BK: Floats, caps_K: Floats, settings: SwarmSettings) -> Floats
 
 @dataclass(frozen=True, kw_only=True)
 class Swarm:
-    """A swarm of runs: domains [K] with natural sizes [K], runs [R] with mixtures [R, K].
-
-    ``unit`` is what the sizes count ("rows", "bytes", "shares" or "given"), ``held_out`` the names of the held-out
-    sets that the runs evaluate (``eval`` is an unnamed one), ``config_digest`` that of the user's configuration.
-    """
+    """A swarm of runs."""
 
     folder: Path
-    names: tuple[str, ...]
-    sizes: Floats
-    unit: str
+    names: tuple[str, ...]  # domains [K]
+    sizes: Floats  # their natural sizes [K]
+    unit: str  # of the sizes: "rows", "bytes", "shares" or "given"
     settings: SwarmSettings
-    runs: tuple[str, ...]
-    mixtures: Floats
-    held_out: tuple[str, ...]
-    config_digest: str
+    runs: tuple[str, ...]  # names of the runs [R]
+    mixtures: Floats  # [R, K]
+    held_out: tuple[str, ...]  # held-out sets that the runs evaluate; "eval" is an unnamed one
+    config_digest: str  # of the user's configuration
     provenance: Mapping[str, Any]
 
     def config(self, run: str) -> Path:

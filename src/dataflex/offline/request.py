@@ -165,29 +165,17 @@ class OfflineConfig(DynamicConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """One run of ``dataflex score``.
+    """One run of ``dataflex score``."""
 
-    Attributes:
-        lf: LLaMA-Factory's keys, those of training left out.
-        config: Methods, plugins, seed, domains and signals.
-        out: The file to write.
-        work: Folder of unfinished passes, removed at the end.
-        checkpoint: Checkpoint whose weights and optimizer state are taken, or None.
-        budget: Number of rows that every method is asked for; None: all.
-        sources: The data sets.
-        entries: Their entries in ``dataset_info.json``.
-        notes: Differences from a training run, one line each.
-    """
-
-    lf: dict[str, Any]
-    config: OfflineConfig
-    out: Path
-    work: Path
-    checkpoint: Path | None
-    budget: int | None
-    sources: tuple[Source, ...]
-    entries: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
+    lf: dict[str, Any]  # LLaMA-Factory's keys, those of training left out
+    config: OfflineConfig  # methods, plugins, seed, domains and signals
+    out: Path  # the file to write
+    work: Path  # folder of unfinished passes, removed at the end
+    checkpoint: Path | None  # whose weights and optimizer state are taken
+    budget: int | None  # number of rows that every method is asked for; None: all
+    sources: tuple[Source, ...]  # the data sets
+    entries: Mapping[str, Any]  # their entries in dataset_info.json
+    notes: tuple[str, ...] = ()  # differences from a training run, one line each
 
 
 def score_request(

@@ -145,17 +145,14 @@ def chosen_rows(table: ScoreTable, column: str, budget: Budget, rule: Rule, *, p
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The chosen rows of one data set, in the order written: from ``source`` to the file at ``path``.
-
-    ``entry`` describes that file in ``dataset_info.json``.
-    """
+    """The chosen rows of one data set."""
 
     name: str
-    rows: Rows
-    tokens: int
-    path: Path
-    source: SourceRows
-    entry: dict[str, Any]
+    rows: Rows  # rows of the table, in the order in which they are written
+    tokens: int  # their number of tokens
+    path: Path  # the file to write
+    source: SourceRows  # the rows of the data set's files
+    entry: dict[str, Any]  # the file's entry for dataset_info.json
 
 
 def write_subset(

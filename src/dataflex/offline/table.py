@@ -28,29 +28,17 @@ _DEPTH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTable:
-    """Scores of N rows.
+    """Scores of N rows."""
 
-    Attributes:
-        datasets: Names of the data sets.
-        dataset_of: Index into ``datasets`` of each row [N].
-        domains: Names of the domains.
-        domain_of: Index into ``domains`` of each row [N].
-        position: Place of each row in its data set's files [N].
-        tokens: Number of tokens of each row [N].
-        supervised_tokens: Number of tokens with a loss [N].
-        columns: The methods' columns by name, each [N]; NaN where there is no value.
-        provenance: What the scores were computed from; JSON values.
-    """
-
-    datasets: tuple[str, ...]
-    dataset_of: NDArray[np.int64]
-    domains: tuple[str, ...]
-    domain_of: NDArray[np.int64]
-    position: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    supervised_tokens: NDArray[np.int64]
-    columns: Mapping[str, NDArray[Any]]
-    provenance: Mapping[str, Any]
+    datasets: tuple[str, ...]  # names of the data sets
+    dataset_of: NDArray[np.int64]  # index into datasets of each row [N]
+    domains: tuple[str, ...]  # names of the domains
+    domain_of: NDArray[np.int64]  # index into domains of each row [N]
+    position: NDArray[np.int64]  # place of each row in its data set's files [N]
+    tokens: NDArray[np.int64]  # number of tokens of each row [N]
+    supervised_tokens: NDArray[np.int64]  # number of tokens with a loss [N]
+    columns: Mapping[str, NDArray[Any]]  # the methods' columns by name, each [N]; NaN where there is no value
+    provenance: Mapping[str, Any]  # what the scores were computed from; JSON values
 
     @property
     def num_rows(self) -> int:

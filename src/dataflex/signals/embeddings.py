@@ -31,15 +31,10 @@ _MISSING = "sentence-transformers models need an optional package: pip install d
 def pool(
     hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
 ) -> torch.Tensor:
-    """Return one vector per row, fp32 [B, D]; NaN where a row has nothing to pool.
+    """Return one vector per row of hidden states [B, T, D], fp32 [B, D]; NaN where a row has nothing to pool.
 
-    RDS+ (arXiv 2503.01807) and ADAPT (arXiv 2605.05227): e = sum_t w_t h_t with w_t = t / sum(t).
-
-    Args:
-        hidden_BTD: Hidden states [B, T, D] in any floating dtype.
-        attention_mask: [B, T], 0 is padding, on whichever side; None means no padding.
-        labels: [B, T]; used under ``completion_only`` only.
-        spec: How to pool.
+    RDS+ (arXiv 2503.01807) and ADAPT (arXiv 2605.05227): e = sum_t w_t h_t with w_t = t / sum(t). The mask [B, T] is 0
+    on padding, on whichever side; None means no padding. ``labels`` [B, T] are used under ``completion_only`` only.
     """
     kept_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.bool)
     if attention_mask is not None:
@@ -90,19 +85,11 @@ def pool_documents(
     return pool(spread(hidden_BTD, 0.0), mask, None if labels is None else spread(labels, IGNORE), spec), keys
 
 
-def embedding_size(model: nn.Module) -> int:
-    """Return D, the width of the model's hidden states."""
-    return int(model_parts(model).text_config.hidden_size)
-
-
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.Tensor:
     """Return the hidden states [B, T, D] of one layer; call it in eval mode and in the trainer's autocast.
 
     The outermost module runs, as partitioned parameters need it; its head sees one position per row.
-
-    Raises:
-        UnsupportedError: No such layer, or the model changes the sequence (prompt tuning).
     """
     parts = model_parts(model)
     with narrow_head(parts), capture_hidden(parts, layer) as seen:

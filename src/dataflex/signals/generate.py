@@ -21,7 +21,7 @@ from dataflex.rng import uniforms
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import is_partitioned, model_parts
 from dataflex.signals.specs import Generation, GenerationSpec
-from dataflex.signals.sweep import Sweep, mask_of, padded, preserve_state
+from dataflex.signals.sweep import Sweep, mask_of, padded, preserve_state, row_pass
 
 _SAMPLES = 2**20  # ids of draws: prompt id x this + sample
 
@@ -54,11 +54,7 @@ def pick_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, spec: Generat
 
 
 class Generator:
-    """Samples from the causal language model of ``access``; a sample ends with an end token of tokenizer or model.
-
-    Raises:
-        UnsupportedError: No causal language model inside, or no tokenizer.
-    """
+    """Samples from the causal language model of ``access``; a sample ends with an end token of tokenizer or model."""
 
     def __init__(self, access: ModelAccess) -> None:
         self._access, self._tokenizer = access, access.known_tokenizer("generation")
@@ -74,10 +70,9 @@ class Generator:
     def sample(
         self, prompts: Sequence[Sequence[int]], spec: GenerationSpec, *, ids: NDArray[np.int64] | None = None
     ) -> list[Generation]:
-        """Sample ``spec.num_samples`` continuations of every prompt (collective).
+        """Sample ``spec.num_samples`` continuations of every prompt, equal on every rank (collective).
 
-        ``ids`` are an id per prompt [n] that its draws depend on, as a row id; positions if left out. The result is in
-        order of prompt and sample, equal on every rank.
+        ``ids`` are an id per prompt [n] that its draws depend on, as a row id; positions if left out.
 
         Raises:
             DataError: An empty prompt.
@@ -87,39 +82,33 @@ class Generator:
         if empty:
             raise DataError(f"generation: prompts {empty[:5]} have no tokens")
         names = np.arange(len(prompts), dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
-        count, device, root = spec.num_samples, self._access.device, self._parts.root
-        repeated = [prompt for prompt in prompts for _ in range(count)]
+        count, root = spec.num_samples, self._parts.root
         draws = np.repeat(names, count) * _SAMPLES + np.tile(np.arange(count), len(prompts))
+        repeated = [prompt for prompt in prompts for _ in range(count)]
         sweep = Sweep(
-            dataset=repeated,
+            dataset=[*zip(repeated, draws.tolist(), strict=True)],
             rows=np.arange(len(repeated), dtype=np.int64),
             lengths=np.array([len(prompt) for prompt in repeated], dtype=np.int64) + spec.max_new_tokens,
             collate=_left_padded,
             token_budget=self._access.token_budget,
-            device=device,
+            device=self._access.device,
             what="responses generated",
         )
-        made = [torch.zeros(0, spec.max_new_tokens, dtype=torch.int64, device=device)]
-        places = [torch.zeros(0, dtype=torch.int64, device=device)]
         with preserve_state(root):
             root.eval()
-            for positions, batch, mine in sweep.turns():
-                tokens = self._batch(batch["input_ids"], batch["mask"], draws[positions], spec)
-                if mine:
-                    made.append(tokens)
-                    places.append(torch.from_numpy(positions).to(device))
-        tokens_all, _ = comm.gather_rows(torch.cat(made))
-        places_all, _ = comm.gather_rows(torch.cat(places))
-        by_place = tokens_all[places_all.argsort()].cpu().tolist()
-        return [self._generation(i // count, i % count, row) for i, row in enumerate(by_place)]
-
-    def _generation(self, prompt: int, sample: int, row: list[int]) -> Generation:
-        tokens = tuple(token for token in row if token >= 0)
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return Generation(prompt=prompt, sample=sample, token_ids=tokens, text=text, finished=tokens[-1] in self._ends)
+            made = row_pass(sweep, lambda batch: self._batch(spec, **batch), (spec.max_new_tokens,))
+        # Tokens pass through float32, which holds every vocabulary's.
+        by_place = made.astype(np.int64).tolist()
+        found = []
+        for i, row in enumerate(by_place):
+            tokens = [token for token in row if token >= 0]
+            text, ended = self._tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] in self._ends
+            one = Generation(prompt=i // count, sample=i % count, token_ids=tuple(tokens), text=text, finished=ended)
+            found.append(one)
+        return found
 
     def _batch(
-        self, inputs: torch.Tensor, mask: torch.Tensor, draws: NDArray[np.int64], spec: GenerationSpec
+        self, spec: GenerationSpec, *, inputs: torch.Tensor, mask: torch.Tensor, draws: NDArray[np.int64]
     ) -> torch.Tensor:
         """Return new tokens [B, max_new_tokens], -1 after the end."""
         device = inputs.device
@@ -159,5 +148,7 @@ class Generator:
         return outputs.logits[:, -1], getattr(outputs, "past_key_values", None)
 
 
-def _left_padded(prompts: list[Any]) -> dict[str, torch.Tensor]:
-    return {"input_ids": padded(prompts, 0, "left"), "mask": mask_of(prompts, "left")}
+def _left_padded(asked: list[Any]) -> dict[str, Any]:
+    prompts = [prompt for prompt, _ in asked]
+    draws = np.array([draw for _, draw in asked], dtype=np.int64)
+    return {"inputs": padded(prompts, 0, "left"), "mask": mask_of(prompts, "left"), "draws": draws}

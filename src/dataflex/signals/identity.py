@@ -34,18 +34,12 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that this rank holds: all of it unless ZeRO-3 or FSDP partitions it."""
-    if hasattr(tensor, "ds_tensor"):
-        return tensor.ds_tensor.detach()
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 def state_identity(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return 32 hex digits that name the values of tensors, in the same order on every rank (collective)."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
-        local = _local(tensor)
+        held: Any = getattr(tensor, "ds_tensor", tensor)  # the part that this rank holds, under ZeRO-3 or FSDP
+        local = (held.to_local() if hasattr(held, "to_local") else held).detach()
         flat = (torch.view_as_real(local) if local.is_complex() else local).reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if flat.numel():

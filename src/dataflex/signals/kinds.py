@@ -304,9 +304,10 @@ class Embedding(Signal):
         return "step" if self.encoder is None else "never"
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
-        from dataflex.signals.embeddings import embedding_size
+        from dataflex.signals.model_parts import model_parts
 
-        return (embedding_size(access.model) if self.encoder is None else access.encoder(self).dimension,)
+        own = self.encoder is None
+        return (model_parts(access.model).text_config.hidden_size if own else access.encoder(self).dimension,)
 
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
         if self.encoder is None:

@@ -17,7 +17,7 @@ from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
 from dataflex.signals.kinds import LogitFeatures
 from dataflex.signals.losses import IGNORE, chunk_tokens, model_inputs, real_tokens
-from dataflex.signals.model_parts import attached, model_parts, narrow_head
+from dataflex.signals.model_parts import attached, logits_in, model_parts, narrow_head
 from dataflex.signals.sweep import preserve_state
 
 T = TypeVar("T")
@@ -28,8 +28,7 @@ LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class LogitReader:
     """Hands the logits of a batch to a function; use it without gradient, in eval mode, in autocast.
 
-    Collective in its first call: all ranks agree on the same way. The model is the outermost module to call, not the
-    DDP or DeepSpeed engine; UnsupportedError where there is no transformers model inside.
+    The model is the outermost module to call. Collective in its first call: all ranks agree on the same way.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +43,7 @@ class LogitReader:
         """
         head = None if self.through_head is False else self._parts.head
         if head is None:
-            logits = _logits(self._parts.root(**model_inputs(batch), use_cache=False))
+            logits = logits_in(self._parts.root(**model_inputs(batch), use_cache=False))
             return use(lambda rows, positions: logits[rows, positions], logits.shape[-1])
         vocabulary = int(self._parts.text_config.vocab_size)
         found: list[T] = []
@@ -62,13 +61,9 @@ class LogitReader:
         with attached(head.register_forward_pre_hook(inside)):
             outputs = self._parts.root(**model_inputs(batch), use_cache=False)
         if self.through_head is None:
-            same = len(raw) == 1 and torch.equal(raw[0].float(), _logits(outputs).float())
+            same = len(raw) == 1 and torch.equal(raw[0].float(), logits_in(outputs).float())
             self.through_head = all(comm.gather_objects(same))
         return found[0] if self.through_head else self(batch, use)
-
-
-def _logits(outputs: Any) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
 
 
 def _predicting(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,11 +215,7 @@ class LogitScorer:
 
 
 class GateReader:
-    """Reads the routers of a model, ``shape`` being the number of MoE layers and of experts.
-
-    Raises:
-        UnsupportedError: The model does not say how many experts a token gets, or gives no router logits.
-    """
+    """Reads the routers of a model, ``shape`` being the number of MoE layers and of experts; see ``GateLoads``."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._parts = model, model_parts(model)

@@ -39,8 +39,7 @@ def token_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the cross-entropy of each position, fp32 [N] in nats, and the entropy of its prediction or None.
 
-    Logits [N, V] may have any floating dtype. Positions whose target is -100 have loss 0, no gradient and entropy 0;
-    entropies have no gradient.
+    Positions whose target is -100 have loss 0, no gradient and entropy 0; entropies have no gradient.
     """
     chunks = list(_chunks(targets_N, logits_NV.shape[1]))
     loss_N, entropy_N = _CrossEntropy.apply(logits_NV, targets_N, chunks, entropy)
@@ -155,8 +154,7 @@ def real_tokens(batch: dict[str, Any]) -> torch.Tensor:
 def document_ids(batch: dict[str, Any]) -> torch.Tensor:
     """Return int64 [B, T]: the document of each token, counted from 0 in its row; -1 for padding.
 
-    Padding that plain packing marks as real (position 0 again and again at the end of a row) comes out as documents of
-    one token each.
+    Padding that plain packing marks as real comes out as documents of one token each.
     """
     real = real_tokens(batch)
     mask = batch.get("attention_mask")

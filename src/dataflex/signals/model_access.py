@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from dataflex.signals.sweep import Sweep
 
 if TYPE_CHECKING:
     from dataflex.signals.embeddings import TextEncoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +96,16 @@ class ModelAccess:
 
     def scorer(self, name: str) -> Scorer:
         """Return another causal model by folder or hub id; its weights are loaded for each pass only."""
-        if name not in self.loaded:
-            self.loaded[name] = Scorer(name, self.known_tokenizer(f"model {name}"))
-        scorer: Scorer = self.loaded[name]
-        return scorer
+        return self._once(name, lambda: Scorer(name, self.known_tokenizer(f"model {name}")))
 
     def encoder(self, signal: Embedding) -> TextEncoder:
         """Return the other model that embeds rows, loaded once."""
         from dataflex.signals.embeddings import load_encoder
 
-        assert signal.encoder is not None
-        if signal not in self.loaded:
-            self.loaded[signal] = load_encoder(signal.encoder, spec=signal, device=self.device)
-        encoder: TextEncoder = self.loaded[signal]
-        return encoder
+        return self._once(signal, lambda: load_encoder(str(signal.encoder), spec=signal, device=self.device))
+
+    def _once(self, key: Any, load: Callable[[], T]) -> T:
+        if key not in self.loaded:
+            self.loaded[key] = load()
+        loaded: T = self.loaded[key]
+        return loaded

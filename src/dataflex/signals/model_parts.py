@@ -48,6 +48,11 @@ def model_parts(model: nn.Module) -> ModelParts:
     return ModelParts(root=model, lm=lm, base=lm.base_model, head=lm.get_output_embeddings())
 
 
+def logits_in(outputs: Any) -> torch.Tensor:
+    """Return the logits of a model's outputs; value heads give a tuple."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
+
 def is_partitioned(model: nn.Module) -> bool:
     """Return whether parameters are partitioned over ranks (ZeRO-3, FSDP), so that all ranks must call in step."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -79,11 +84,7 @@ def narrow_head(parts: ModelParts) -> AbstractContextManager[None]:
 
 @contextmanager
 def capture_hidden(parts: ModelParts, layer: int) -> Iterator[list[torch.Tensor]]:
-    """While inside, every forward appends the hidden states [B, T, D] of ``layer``, as in ``Embedding``, to the list.
-
-    Raises:
-        UnsupportedError: There is no such layer.
-    """
+    """While inside, every forward appends the hidden states [B, T, D] of ``layer`` (see ``Embedding``) to the list."""
     seen: list[torch.Tensor] = []
     depth = parts.text_config.num_hidden_layers
     index = layer + depth + 1 if layer < 0 else layer

@@ -44,9 +44,6 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
     """Add ``epsilon`` times a random direction to parameters; at the end they are copied back, whatever happened.
 
     The seed, the number of the direction, a parameter's name and the place in it determine a sign.
-
-    Raises:
-        UnsupportedError: A parameter is not float32: a small step would be rounded away.
     """
     for name, parameter in parameters.items():
         if parameter.dtype != torch.float32:
@@ -73,9 +70,6 @@ def probed(access: ModelAccess, signal: AdaptedLoss) -> Iterator[None]:
 
     A is drawn from the run's seed; B starts at zero, so an untrained probe changes nothing. Every step of AdamW takes
     the mean of all rows' losses.
-
-    Raises:
-        UnsupportedError: The model has no linear layer besides its head.
     """
     layers = _probe_layers(access.model, signal.rank, access.seed)
     parameters = [tensor for _, a, b in layers for tensor in (a, b)]

@@ -65,15 +65,9 @@ def loading(told: str, error: type[DataFlexError] = LoadError) -> Iterator[None]
 class Scorer:
     """A causal language model by folder (an adapter's too) or hub id, its weights not loaded yet.
 
-    Attributes:
-        identity: Changes when the model's values may change.
-        same_tokens: Whether the run's tokens mean the same to it.
-        start: Token that its sequences begin with, or none.
-        limit: Largest number of tokens of a sequence, or None.
-        translation: Turns the run's tokens into its own; None where they are the same.
-
-    Raises:
-        LoadError: There is no such model, or it has no tokenizer.
+    ``identity`` changes when its values may change; ``same_tokens`` says whether the run's tokens mean the same to it,
+    and if not, ``translation`` turns them into its own. Sequences begin with ``start`` and have up to ``limit`` tokens.
+    LoadError where there is no such model, or it has no tokenizer.
     """
 
     def __init__(self, name: str, tokenizer: Any) -> None:
@@ -101,9 +95,7 @@ class Scorer:
     def loaded(self, device: torch.device) -> Iterator[torch.nn.Module]:
         """Give the model in float32 and eval mode, frozen, for the length of a block.
 
-        Raises:
-            LoadError: The weights cannot be loaded as those of a causal language model.
-            UnsupportedError: Parameters are partitioned over ranks (ZeRO-3, FSDP), this model's would be too.
+        LoadError where it is no causal language model, UnsupportedError where parameters are partitioned over ranks.
         """
         import torch
         from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
@@ -154,8 +146,7 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
 def load_reference(folder: Path, tokenizer: Any, device: torch.device) -> torch.nn.Module:
     """Return the model of a folder (or the adapter on its base model), whole, frozen, in eval mode.
 
-    Raises:
-        ConfigError: It cannot be loaded, or has fewer embeddings than the tokenizer has ids.
+    ConfigError where it cannot be loaded, or has fewer embeddings than the tokenizer has ids.
     """
     with loading(f"{KEY}: {folder} cannot be loaded as a language model", ConfigError), loading_whole():
         model: Any = _load_causal(folder, "auto", device)

@@ -134,11 +134,8 @@ class SignalRunner:
     def __call__(self, signal: Signal, rows: Rows, *, target: str | None = None) -> SignalValue:
         """Return the signal's value of each row, float32 [len(rows), *tail], equal on every rank.
 
-        Row ids are those of the named target data set, or of the training set for None.
-
-        Raises:
-            DataError: There is no such target.
-            UnsupportedError: The signal needs whole parameters, and they are partitioned over ranks.
+        Row ids are those of the named target data set, or of the training set for None. DataError where there is no
+        such target, UnsupportedError where the signal needs whole parameters and they are partitioned over ranks.
         """
         with self._timed():
             corpus, kept = self.access.corpus(target), signal.kept

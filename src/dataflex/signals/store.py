@@ -54,11 +54,7 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """Everything that an array's numbers depend on.
-
-    Raises:
-        ComponentError: Parameters that are not JSON.
-    """
+    """Everything that an array's numbers depend on; ComponentError for parameters that are not JSON."""
 
     model: str  # identity of the model (values, architecture, adapters)
     data: str  # identity of the rows (row space fingerprint, which rows, tokenizer and template)

@@ -35,19 +35,17 @@ def token_rows(dataset: Any, rows: Rows) -> Iterator[TokenRow]:
         dataset = dataset.select_columns(wanted)
     for start in range(0, len(rows), _CHUNK_ROWS):
         for feature in dataset.__getitems__(rows[start : start + _CHUNK_ROWS].tolist()):
-            yield _token_row(feature)
-
-
-def _token_row(feature: dict[str, Any]) -> TokenRow:
-    prefix = "" if _TOKENS in feature else "chosen_"
-    ids = np.asarray(feature[prefix + _TOKENS], dtype=np.int64)
-    labels, mask = feature.get(prefix + _LABELS), feature.get(prefix + _MASK)
-    supervised = np.ones(len(ids), dtype=np.bool_) if labels is None else np.asarray(labels, dtype=np.int64) != IGNORE
-    if mask is None or len(mask) != len(ids):
-        return ids, supervised, np.zeros(len(ids), dtype=np.int64)
-    documents = np.asarray(mask, dtype=np.int64)  # neat_packing numbers documents from 1; 0 is padding
-    real = documents != 0
-    return ids[real], supervised[real], documents[real]
+            prefix = "" if _TOKENS in feature else "chosen_"
+            ids = np.asarray(feature[prefix + _TOKENS], dtype=np.int64)
+            labels, mask = feature.get(prefix + _LABELS), feature.get(prefix + _MASK)
+            supervised = np.full(len(ids), labels is None)
+            if labels is not None:
+                supervised = np.asarray(labels, dtype=np.int64) != IGNORE
+            documents = np.ones(len(ids), dtype=np.int64)
+            if mask is not None and len(mask) == len(ids):
+                documents = np.asarray(mask, dtype=np.int64)  # neat_packing numbers documents from 1; 0 is padding
+            real = documents != 0
+            yield ids[real], supervised[real], documents[real]
 
 
 def row_tokens(dataset: Any, rows: Rows, part: Part = "all") -> list[NDArray[np.int64]]:

@@ -174,7 +174,7 @@ def fixed_point(alignment: Floats, gram: Floats, *, beta: float, tau: float) -> 
 
 
 class JointUpdateAware(_AnchoredWeighter):
-    """Weigh the sequences of a micro-batch together: towards the targets, away from sequences that say the same.
+    """Weigh the sequences of a micro-batch together: towards the targets, away from similar sequences.
 
     The weighter of that name in existing DataFlex (no paper is known), with its objective over the weights of the
     micro-batch of all ranks,
@@ -198,10 +198,10 @@ class JointUpdateAware(_AnchoredWeighter):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
-        beta: float = param(0.1, "how much likeness among the sequences counts", minimum=0.0)
+        beta: float = param(0.1, "weight of the likeness among the sequences", minimum=0.0)
         tau: float = param(0.05, "weight of the entropy; small is sharp", above=0.0)
         mode: Literal["full", "align_only", "diverse_only", "uniform"] = param(
-            "full", "both terms, only the targets, only the likeness, or none of the two"
+            "full", "both terms, only the targets, only the likeness, or neither"
         )
         pooling: Literal["last", "mean", "weighted_mean", "first"] = param(
             "last", "which hidden states make up a sequence's vector"

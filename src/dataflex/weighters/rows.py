@@ -121,10 +121,10 @@ class GroupWeighter(Weighter):
     @dataclass(frozen=True, kw_only=True)
     class Params(WeighterParams):
         strategy: Literal["inverse_frequency", "class_balanced", "group_dro"] = param(
-            "inverse_frequency", "what a domain's weight follows from"
+            "inverse_frequency", "how the weight of a domain is made"
         )
         power: float = param(1.0, "exponent of inverse_frequency", minimum=0.0)
-        beta: float = param(0.999, "of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
+        beta: float = param(0.999, "beta of class_balanced; towards 1 it becomes the inverse frequency", minimum=0.0)
         eta: float = param(0.01, "step size of group_dro", above=0.0)
         adjustment: float = param(0.0, "C of group_dro's adjustment C / sqrt(rows of the domain), nats", minimum=0.0)
 

@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.factors import SampleGradients
+from dataflex.signals.gradients.factors import SampleGradients, filled
 from dataflex.signals.gradients.parameters import Unit, Units
 from dataflex.signals.model_parts import attached
 
@@ -180,14 +180,14 @@ class Capture:
         rest = [None if i in tensor_at else leaf for i, leaf in enumerate(leaves)]
 
         def run(weights: dict[str, torch.Tensor], inputs: Tensors) -> Tensors:
-            again_args, again_kwargs = pytree.tree_unflatten(_filled(rest, tensor_at, inputs), spec)
+            again_args, again_kwargs = pytree.tree_unflatten(_replaced(rest, tensor_at, inputs), spec)
             again = functional_call(unit.module, weights, again_args, again_kwargs, tie_weights=False)
             found = pytree.tree_leaves(again)
             return tuple(found[i] for i in out_at)
 
         tapped = self._tap(_Call(capture=self, unit=unit, num_outputs=len(outputs), run=run), outputs, kept)
         tapped = tapped if isinstance(tapped, tuple) else (tapped,)
-        return pytree.tree_unflatten(_filled(out_leaves, out_at, tapped), out_spec)
+        return pytree.tree_unflatten(_replaced(out_leaves, out_at, tapped), out_spec)
 
     def _tap(self, call: _Call, outputs: Tensors, kept: Tensors) -> Any:
         if self._recording and not call.misfit:
@@ -211,28 +211,24 @@ class Capture:
                     again = _run_again(unit, call.run, kept, grads, self.rows)
             finally:
                 self._muted = False
-            found = {name: self._zeroed(gradient) for name, gradient in again.items()}
+            found = {name: filled(gradient, self.finite, 0.0) for name, gradient in again.items()}
         else:
             assert unit.kind is not None
-            found = dict(unit.kind.sample(unit.module, kept, self._zeroed(grads[0]), frozenset(unit.parameters)))
+            found = dict(
+                unit.kind.sample(unit.module, kept, filled(grads[0], self.finite, 0.0), frozenset(unit.parameters))
+            )
         for local, name in unit.parameters.items():
             pending = self._pending.setdefault(name, [])
             pending.append(found[local])
             if len(pending) == self._expected[name]:
                 self.take(name, self._pending.pop(name))
 
-    def _zeroed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return [b, ...] with zeros for the samples that do not count."""
-        if self.finite is None:
-            return tensor
-        return tensor.masked_fill(~self.finite.view(-1, *([1] * (tensor.dim() - 1))), 0.0)
 
-
-def _filled(leaves: list[Any], places: tuple[int, ...], tensors: Tensors) -> list[Any]:
-    filled = list(leaves)
+def _replaced(leaves: list[Any], places: tuple[int, ...], tensors: Tensors) -> list[Any]:
+    replaced = list(leaves)
     for place, tensor in zip(places, tensors, strict=True):
-        filled[place] = tensor
-    return filled
+        replaced[place] = tensor
+    return replaced
 
 
 def _run_again(unit: Unit, run: _Run, kept: Tensors, grads: Tensors, rows: int) -> dict[str, torch.Tensor]:

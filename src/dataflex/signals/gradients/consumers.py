@@ -55,10 +55,7 @@ class Block:
 
 
 class Columns:
-    """Constants by parameter [..., numel], brought into the columns of a block.
-
-    Side-by-side layouts are remembered: small parameters meet in the same blocks in every batch.
-    """
+    """Constants by parameter [..., numel], brought into the columns of a block; layouts of several are remembered."""
 
     def __init__(self, flat: Callable[[str], torch.Tensor]) -> None:
         self._flat = flat
@@ -84,7 +81,8 @@ class TargetVectors:
     @classmethod
     def zeros(cls, num: int, shapes: Mapping[str, torch.Size], device: torch.device | str) -> TargetVectors:
         """Return ``num`` zero vectors."""
-        return cls(tensors={name: torch.zeros(num, *shape, device=device) for name, shape in shapes.items()})
+        kind = torch.float32
+        return cls(tensors={key: torch.zeros(num, *shape, dtype=kind, device=device) for key, shape in shapes.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))

@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dataflex.errors import UnsupportedError
 from dataflex.signals.gradients.capture import Capture, Distrusted, HandUp
 from dataflex.signals.gradients.consumers import Block, Consumer, Segment
-from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, formed
+from dataflex.signals.gradients.factors import Factors, FactorShape, SampleGradients, filled, formed
 from dataflex.signals.gradients.parameters import Units, choose_parameters
 from dataflex.signals.gradients.precondition import Preconditioner
 from dataflex.signals.losses import IGNORE, model_inputs, row_losses, token_cross_entropy
-from dataflex.signals.model_parts import attached, model_parts
+from dataflex.signals.model_parts import attached, logits_in, model_parts
 from dataflex.signals.sweep import preserve_state
 
 _BLOCK_NUMBERS = 2**22
@@ -96,14 +96,8 @@ class GradientEngine:
     ) -> dict[str, torch.Tensor]:
         """Run a collated batch on the device, samples in front.
 
-        Args:
-            batch: The batch.
-            consumers: What is made of the gradients; names must differ.
-            precondition: From ``preconditioner``: consumers take directions instead of gradients.
-
-        Returns:
-            "losses" fp32 [b], and each consumer's results [b, ...] by its name and suffix; NaN for samples without a
-            loss.
+        ``precondition`` makes directions of the gradients that ``consumers``, of different names, take. Results are
+        "losses" fp32 [b], and the consumers' [b, ...] by name and suffix; NaN for samples without a loss.
 
         Raises:
             UnsupportedError: Some parameters' gradients cannot be told apart by sample; names all of them.
@@ -129,7 +123,10 @@ class GradientEngine:
             take=feeder.take,
             autocast=self._autocast,
         )
-        batch, labelled = _with_labels(batch)
+        labelled = True
+        if "labels" in batch and not batch["labels"][:, 1:].ne(IGNORE).any():
+            # Some labels, so that all ranks run the same passes; its rows do not count.
+            labelled, batch = False, {**batch, "labels": batch["input_ids"]}
         with capture.attached(), torch.enable_grad():
             with self._autocast():
                 losses = self._loss(batch)
@@ -148,21 +145,13 @@ class GradientEngine:
         results = {"losses": losses.detach().float()}
         for consumer in consumers:
             results.update({consumer.name + suffix: values for suffix, values in consumer.finish().items()})
-        if capture.finite is None:
-            return results
-        return {
-            key: values.masked_fill(~finite.view(-1, *([1] * (values.dim() - 1))), torch.nan)
-            for key, values in results.items()
-        }
+        return {key: filled(values, capture.finite, torch.nan) for key, values in results.items()}
 
     def jvp(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the derivative of each row's loss along ``direction``, fp32 [b], by forward-mode differentiation.
 
         It equals <G_i, v>, the inner product with a target gradient, without a backward pass, norms or preconditioning.
-        Parameters that ``direction`` leaves out stay.
-
-        Raises:
-            UnsupportedError: Parameters are partitioned over ranks, or an operation has no forward derivative.
+        UnsupportedError where parameters are partitioned over ranks, or an operation has no forward derivative.
         """
         if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self.parameters.values()):
             raise UnsupportedError("jvp needs whole parameters, but they are partitioned over ranks; use dot products")
@@ -253,12 +242,9 @@ class _Feeder:
 def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) -> Loss:
     """Return a function from a collated batch to token-mean row losses [b], NaN for rows without labels.
 
-    A training step computes logits for every position, prompt and padding included. Where the head's own parameters are
-    not among the differentiated ``parameters`` (LoRA, frozen embeddings), its input is narrowed to the positions that
-    have a label: the same values and gradients; with a large vocabulary the logits are most of a pass's memory.
-
-    Raises:
-        UnsupportedError: No transformers model inside.
+    A training step computes logits for every position. Where the head's own parameters are not among the differentiated
+    ``parameters`` (LoRA, frozen embeddings), its input is narrowed to the positions that have a label: the same values
+    and gradients; with a large vocabulary the logits are most of a pass's memory.
     """
     head, differentiated = model_parts(model).head, {id(parameter) for parameter in parameters}
     if head is None or any(id(parameter) in differentiated for parameter in head.parameters()):
@@ -276,18 +262,10 @@ def supervised_losses(model: nn.Module, parameters: Collection[nn.Parameter]) ->
 
         with attached(head.register_forward_pre_hook(narrow)):
             outputs = model(**model_inputs(batch), use_cache=False)
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
+        logits = logits_in(outputs)
         picked = logits[0] if narrowed == [True] else logits[row, position]
         values, _ = token_cross_entropy(picked, targets[row, position])
         sums = torch.zeros(len(targets), dtype=torch.float32, device=values.device)
         return sums.index_add(0, row, values) / torch.bincount(row, minlength=len(targets))
 
     return losses
-
-
-def _with_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
-    """Give a batch without any label some, so that all ranks run the same passes; its rows do not count."""
-    if "labels" not in batch or batch["labels"][:, 1:].ne(IGNORE).any():
-        return batch, torch.ones((), dtype=torch.bool)
-    labels = batch["labels"]
-    return {**batch, "labels": batch["input_ids"]}, torch.zeros(len(labels), dtype=torch.bool, device=labels.device)

@@ -44,6 +44,11 @@ class FactorShape(NamedTuple):
     left_width: int
 
 
+def filled(values: torch.Tensor, finite: torch.Tensor | None, value: float) -> torch.Tensor:
+    """Return [b, ...] with ``value`` for the samples that are not ``finite`` [b]; None: all are."""
+    return values if finite is None else values.masked_fill(~finite.view(-1, *([1] * (values.dim() - 1))), value)
+
+
 def formed(uses: list[SampleGradients], start: int, stop: int) -> torch.Tensor:
     """Return rows ``start:stop`` (first dimension of the parameter) of the summed per-sample gradients.
 

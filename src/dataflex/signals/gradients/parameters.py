@@ -33,32 +33,26 @@ def shape_of(parameter: Any) -> torch.Size:
 def choose_parameters(
     model: nn.Module, *, pattern: str | None = None, last_blocks: int | None = None
 ) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of the inner module by name, or a part of them.
+    """Return the trainable parameters of the inner module by name, or a part of them; ConfigError where none is left.
 
     ``pattern`` is a regular expression searched for in the names, ``last_blocks`` a number of blocks at its end.
-
-    Raises:
-        ConfigError: Nothing is left, or the model has no blocks.
     """
     chosen = {_WRAPPERS.sub("", name): p for name, p in model.named_parameters() if p.requires_grad}
     if not chosen:
         raise ConfigError("gradients: the model has no trainable parameters")
     if last_blocks is not None:
-        prefixes = _last_blocks(model, last_blocks)
+        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            raise ConfigError(f"gradients: last_blocks is {last_blocks}, but the model has no list of blocks")
+        stack, blocks = max(lists, key=lambda item: (sum(1 for _ in item[1].parameters()), len(item[1])))
+        kept = range(max(len(blocks) - last_blocks, 0), len(blocks))
+        prefixes = tuple(_WRAPPERS.sub("", f"{stack}.{i}.") for i in kept)
         chosen = {name: p for name, p in chosen.items() if name.startswith(prefixes)}
     if pattern is not None:
         chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
     if not chosen:
         raise ConfigError(f"gradients: no trainable parameter is left (pattern {pattern!r}, last blocks {last_blocks})")
     return chosen
-
-
-def _last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"gradients: last_blocks is {count}, but the model has no list of blocks")
-    name, blocks = max(lists, key=lambda item: (sum(1 for _ in item[1].parameters()), len(item[1])))
-    return tuple(_WRAPPERS.sub("", f"{name}.{i}.") for i in range(max(len(blocks) - count, 0), len(blocks)))
 
 
 @dataclass(eq=False, kw_only=True)

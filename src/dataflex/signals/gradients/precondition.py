@@ -156,13 +156,10 @@ def moments_of(
 ) -> dict[str, Moments]:
     """Return Adam's moments by parameter name. Collective where parameters are sharded (FSDP2, ZeRO).
 
-    Before the optimizer's first step the moments are zero. Where they are whole and fp32, they are the optimizer's own
-    tensors and no copies: use them before its next step.
-
-    Args:
-        optimizer: The Trainer's optimizer, also inside wrappers of accelerate and DeepSpeed.
-        parameters: The model's parameters by name, the very objects that the optimizer was given.
-        backend: "zero" for DeepSpeed ZeRO-1/2/3, else "plain" (also DDP and FSDP2).
+    ``parameters`` are the very objects that the optimizer was given; wrappers of accelerate and DeepSpeed around it are
+    looked through. ``backend`` is "zero" for DeepSpeed, else "plain" (also DDP and FSDP2). Before the optimizer's first
+    step the moments are zero. Where they are whole and fp32, they are the optimizer's own tensors: use them before its
+    next step.
 
     Raises:
         UnsupportedError: The optimizer keeps no moments for each element, or not of these parameters.

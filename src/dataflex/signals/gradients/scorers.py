@@ -38,21 +38,20 @@ from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
 
 _HELD_NUMBERS = 2**28
-"""Largest number of numbers of rows' gradients that are held together: 1 GiB in fp32."""
+"""Size of rows' gradients that are held together at most: 1 GiB in fp32."""
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
 
 class GradientScorers:
-    """Opens scorers on the model under training, as one ``GradientSpec`` asks for them.
+    """Opens scorers on the model under training, as one ``GradientSpec`` asks for them (collective).
 
     A scorer takes a collated batch on the device and gives fp32 [b, ...], NaN for rows without a loss. Many batches
-    go inside ``engine.observing()``. Opening one is collective.
+    go inside ``engine.observing()``.
 
     Raises:
         ConfigError: Unknown preset, or no trainable parameter is left; forward mode with cosines, preconditioning or
             sketches.
-        UnsupportedError: When one is opened: the optimizer has no moments for each element.
     """
 
     def __init__(self, access: ModelAccess, spec: GradientSpec) -> None:
@@ -152,11 +151,7 @@ class TargetBuilder:
         self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
 
     def finish(self) -> TargetVectors:
-        """Return the means over the batches of all ranks, equal on every rank (collective).
-
-        Raises:
-            DataError: A target without any row that has a loss.
-        """
+        """Return the means over all ranks' batches, equal on every rank; DataError for a target without a loss."""
         vectors, counts = self._sums.vectors, comm.gather_sum(self._counts)
         vectors.add_up()
         if (counts == 0).any():
@@ -192,9 +187,6 @@ def policy_vectors(
     The vector of a group (usually the responses sampled for one prompt) is the sum of weight times the gradient of
     -log p(response | prompt), summed over the response's tokens; that of a task is the mean over its groups, or with
     ``normalize_groups`` over their directions. Each group's gradient is held once, so that its length is exact.
-
-    Raises:
-        DataError: A task without responses, or a response without tokens.
     """
     groups = [
         (task, batches)
