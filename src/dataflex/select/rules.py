@@ -26,6 +26,7 @@ from dataflex.select.cluster import kmeans_labels, require_kmeans
 from dataflex.select.neighbours import Search, require_search, round_robin_nearest
 
 REPLACEMENT: Final = "draw with replacement, so that rows may repeat"
+QUERIES: Final = frozenset({"queries", "query_vectors"})
 SEARCH: Final = "exact, or approximate through faiss (extra: faiss)"
 
 Chosen = NDArray[np.int64]

@@ -19,7 +19,7 @@ from dataflex.method import Context, Params, Problem, Rows, RunFacts, Selection,
 from dataflex.parts import Part
 from dataflex.select.choose import ABSENT, Candidates, Uniforms, take_turns
 from dataflex.select.neighbours import best_similarity
-from dataflex.select.rules import RULES, Rule, choose
+from dataflex.select.rules import QUERIES, RULES, Rule, choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,6 @@ def together(scores_TN: NDArray[np.floating], aggregate: Aggregate) -> NDArray[n
 Gives = Literal["scores", "tasks", "vectors"]
 """One score a row [N]; scores by target [T, N]; or vectors [N, D], which are compared with those of target rows."""
 
-_QUERIES = frozenset({"queries", "query_vectors"})
 VECTORS: Final = "rds_plus, embed or gradient"
 AGGREGATE: Final = f"how targets come together: {', '.join(Aggregate.known())}"
 RULE: Final = "which rows are kept: a subset rule"
@@ -361,11 +360,11 @@ class ScoringSelector(PoolSelector):
                 yield Problem(
                     "aggregate", "with round_robin rows are taken once, so the rule cannot draw with replacement"
                 )
-        elif not self.targets_take_turns and (needs & _QUERIES or "scores" not in needs):
+        elif not self.targets_take_turns and (needs & QUERIES or "scores" not in needs):
             why, instead = f"{rule.name} looks at no scores", ""
             if needs == {"queries"} and gives == "tasks":
                 why = f"the rule {rule.name} lets targets take turns"
-            elif needs & _QUERIES:
+            elif needs & QUERIES:
                 why = f"{rule.name} looks at each target row by itself"
                 instead = ", or set 'aggregate: round_robin' to let targets take turns"
             yield Problem("aggregate", f"{aggregate.name} has no effect, since {why}; remove the key{instead}")

@@ -28,9 +28,9 @@ _PROBES = 10  # largest number of cells that a row is compared with
 def epanechnikov(
     vectors_ND: NDArray[np.float32], sigma: float, k: int, of: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """Return densities: the sum of max(0, 1 - distance**2 / sigma**2) over a vector's k nearest, itself among them.
+    """Return densities >= 1: the sum of max(0, 1 - distance**2 / sigma**2) over a vector's k nearest, with itself.
 
-    ``of`` are the positions [m] whose densities are wanted; default all. Each density is at least 1.
+    ``of`` are the positions [m] whose densities are wanted; default all.
     """
     places = np.arange(len(vectors_ND)) if of is None else of
     squares = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 _CHUNK_ROWS = 8192
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NAMED: dict[Part, str] = {"all": "text", "prompt": "prompt", "completion": "response"}
+_INSTEAD = {part: "" if part == "all" else ", or set 'part: all'" for part in _NAMED}
 _WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
 
 
@@ -50,7 +51,7 @@ def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], lis
         if not words:
             raise DataError(
                 f"{method}: target {target!r} has {len(rows):,} rows, none of which has a word in its {_NAMED[part]} "
-                f"to compare with. Give a target data set with text in it{_instead(part)}."
+                f"to compare with. Give a target data set with text in it{_INSTEAD[part]}."
             )
         found.append(words)
     return found
@@ -58,11 +59,7 @@ def target_words(method: str, ctx: Context, part: Part, cut: Callable[[str], lis
 
 def no_words(method: str, num_rows: int, part: Part) -> DataError:
     """Return the error of a pool in which no row has a word."""
-    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_NAMED[part]}{_instead(part)}.")
-
-
-def _instead(part: Part) -> str:
-    return "" if part == "all" else ", or set 'part: all'"
+    return DataError(f"{method}: none of {num_rows:,} rows has a word in its {_NAMED[part]}{_INSTEAD[part]}.")
 
 
 class Remembered(Generic[T]):

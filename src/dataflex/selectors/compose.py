@@ -27,7 +27,7 @@ from dataflex.method import Card, Context, Params, Problem, Requires, Rows, RunF
 from dataflex.parts import Part
 from dataflex.registry import find, names
 from dataflex.select.choose import top_k
-from dataflex.select.rules import Rule
+from dataflex.select.rules import QUERIES, Rule
 from dataflex.select.scoring import AGGREGATE, RULE, VECTORS, Aggregate, Found, Gives, ScoringParams, ScoringSelector
 from dataflex.select.spread import near_duplicates
 from dataflex.selectors._lib import GRADIENTS, RowLosses, VectorSelector, even
@@ -37,7 +37,6 @@ from dataflex.signals.specs import GradientOptions
 
 _WITHOUT_SCORES = ("all", "random", "random_balanced", "compose", "greats", "opus", "uds")
 _ALONE = ("icons", "dsir")  # targets count together there; composed, each is asked for by itself
-_QUERIES = frozenset({"queries", "query_vectors"})
 
 
 class TokenLoss(RowLosses):
@@ -233,7 +232,7 @@ class Compose(ScoringSelector):
     @property
     def _targeted(self) -> bool:
         """Whether these parts need targets."""
-        needs = self.rule.needs & {"scores", *_QUERIES}
+        needs = self.rule.needs & {"scores", *QUERIES}
         return bool(needs) if self.gives == "vectors" else self._scorer.requires().targets
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
@@ -249,7 +248,7 @@ class Compose(ScoringSelector):
         if p.near_duplicates is not None and apart is None and self.gives != "vectors":
             why = f"needs vectors, which {represent} does not give"
             yield Problem("near_duplicates", f"{why}; add 'vectors: embed' (or another of {VECTORS})")
-        used = needs & {"scores", *_QUERIES} or (compares and apart is None)
+        used = needs & {"scores", *QUERIES} or (compares and apart is None)
         if not used and p.near_duplicates is None:
             instead = "" if apart is None else "; give the vectors as 'represent' and remove 'vectors'"
             yield Problem("represent", f"{represent} has no effect, since {p.rule.name} looks at no scores{instead}")
@@ -267,14 +266,11 @@ class Compose(ScoringSelector):
     @property
     def aggregate(self) -> Aggregate:
         """How targets come together; by default by the best target row where a rule looks at each of them."""
-        nearest = self.gives == "vectors" and self.rule.needs & _QUERIES
+        nearest = self.gives == "vectors" and self.rule.needs & QUERIES
         return self.params.aggregate or Aggregate.of("max" if nearest else "mean_then_max")
 
     def examine(self, pool: Rows, ctx: Context) -> Found:
-        """Ask for everything that the parts need of a pool that is not empty; near-duplicates are left out.
-
-        Where no row, or no row of a target, has what is asked for, it raises DataError.
-        """
+        """Ask for all that the parts need; near-duplicates are left out. DataError where no row has all of it."""
         p, without = self.params, replace(ctx, targets=())
         found = self._scorer.examine(pool, ctx if self._targeted else without)
         found = replace(self.scored(found), turns=None)
@@ -282,9 +278,7 @@ class Compose(ScoringSelector):
             space = self._apart.examine(pool, without)
             _, ours, theirs = np.intersect1d(found.places, space.places, assume_unique=True, return_indices=True)
             if not len(ours):
-                raise DataError(
-                    f"compose: none of {len(pool):,} rows has both a score and a vector of {p.vectors.name}"
-                )
+                raise DataError(f"compose: none of {len(pool):,} rows has a score and a vector of {p.vectors.name}")
             found = replace(found.at(ours), apart=space.at(theirs).vectors)
         if p.near_duplicates is None:
             return found

@@ -168,10 +168,9 @@ class Icons(_Influence):
 def representatives(
     distances: NDArray[np.floating], count: int, pick: Pick, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Return the members of a cluster that represent it, as positions [min(count, n)].
+    """Return the members of a cluster that represent it, as positions [min(count, n)], by distances to the centre.
 
-    ``distances`` [n] are those to the centre; ``pick`` takes the ``nearest``, the ``farthest``, ``random`` ones, or
-    ``mixed``: these three in turns.
+    ``mixed`` takes the nearest, the farthest and random ones in turns.
     """
     order = np.argsort(distances, kind="stable").astype(np.int64)
     if count >= len(order):

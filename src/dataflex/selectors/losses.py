@@ -168,10 +168,9 @@ class LossSelector(RowLosses):
 
 
 def window(num_rows: int, progress: float, size: float, steepness: float) -> tuple[int, int]:
-    """Return the first rank of the window over N ranked rows and the one past its last; fractions are cut, not rounded.
+    """Return the first rank of the window over ranked rows and the one past its last; fractions are cut, not rounded.
 
-    ``progress`` is the share of the updates behind us, 0 at the first and 1 at the last; ``size`` the length of the
-    window as a share of the rows; ``steepness`` the slope of the sigmoid.
+    ``progress`` is 0 at the first update and 1 at the last; ``size`` is the window's share of the rows.
     """
     place = 1.0 / (1.0 + math.exp(-steepness * (progress - 0.5)))
     start = int(place * (1.0 - size) * num_rows)
@@ -247,12 +246,7 @@ class DeltaLoss(RowLosses):
         return inside, f"drawn, {{}} of them of ranks {start} to {stop - 1} by the fall of their loss"
 
 
-def excess_losses(losses: NDArray[np.floating], irreducible: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return losses minus irreducible ones [n]; NaN where either is not finite."""
-    return _finite(losses) - _finite(irreducible)
-
-
-class RhoLoss(ScoringSelector):
+class RhoLoss(RowLosses):
     """Keep the rows of largest reducible loss, which the model has not learnt yet and a reference model finds easy.
 
     RHO-LOSS, "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv
@@ -268,7 +262,6 @@ class RhoLoss(ScoringSelector):
 
     name = "rho_loss"
     saved = ("known", "irreducible")
-    lacking = "no finite loss"
     card = Card(
         summary="Keeps the rows whose loss is farthest above that of a reference model.",
         paper="Prioritized Training on Points that are Learnable, ICML 2022, arXiv 2206.07137 (RHO-LOSS)",
@@ -294,18 +287,15 @@ class RhoLoss(ScoringSelector):
         self.known = np.zeros(0, dtype=np.bool_)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
-        """Return losses minus irreducible ones [N], nats per token."""
+        """Return losses minus irreducible ones [N], nats per token; NaN where either is not finite."""
         if not len(self.known):
-            num_rows = ctx.signals.num_rows()
-            self.irreducible, self.known = (
-                np.full(num_rows, np.nan, dtype=np.float32),
-                np.zeros(num_rows, dtype=np.bool_),
-            )
+            self.irreducible = np.full(ctx.signals.num_rows(), np.nan, dtype=np.float32)
+            self.known = np.zeros(len(self.irreducible), dtype=np.bool_)
         new = np.sort(pool[~self.known[pool]])
         if len(new):
             self.irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self.known[new] = True
-        return excess_losses(ctx.signals(TokenLoss(), pool), self.irreducible[pool])
+        return _finite(super().score(pool, ctx)) - _finite(self.irreducible[pool])
 
     def explain(self, kept: NDArray[np.int64], found: Found, ctx: Context) -> str:
         """Return the mean excess of the rows kept and of all."""

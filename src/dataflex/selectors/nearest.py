@@ -50,9 +50,7 @@ class RdsPlus(VectorSelector):
     def rule(self) -> Rule:
         """Turns as ``taken`` and ``shuffle`` say, unless the rule says so itself."""
         given, p = super().rule, self.params
-        if given != Rule.of("round_robin"):
-            return given
-        return Rule.of("round_robin", taken=p.taken, shuffle=p.shuffle)
+        return given if given != Rule.of("round_robin") else Rule.of("round_robin", taken=p.taken, shuffle=p.shuffle)
 
     def uniforms(self, ctx: Context, target: str | None = None) -> Uniforms:
         """Return the random numbers of a decision; several targets take turns in their own order."""

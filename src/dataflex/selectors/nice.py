@@ -44,10 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def usable_prompts(target: str, ctx: Context, max_prompts: int | None) -> Rows:
-    """Return the rows of a target that are a prompt and one response after it, at most ``max_prompts`` of them, drawn.
-
-    Without any it raises DataError.
-    """
+    """Return at most ``max_prompts`` rows of a target that are a prompt and one response; DataError without any."""
     rows = np.arange(ctx.signals.num_rows(target), dtype=np.int64)
     whole, prompts, responses = (
         ctx.signals.tokens(rows, target=target, part=part) for part in ("all", "prompt", "completion")

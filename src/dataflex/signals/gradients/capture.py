@@ -3,8 +3,8 @@
 Each unit's output goes through ``_Tap``, an identity that also depends on an "anchor". Asking autograd for the anchor's
 gradient alone runs the backward pass through every tap and never computes a gradient of a parameter. A tap hands the
 gradient on the moment it arrives, with what it kept of the call, so that no output gradients pile up; what is kept goes
-through ``save_for_backward``, as activation checkpointing (not reentrant) needs it. ``Capture.attached`` and
-``Capture.finish`` serve a backward pass that somebody else runs as well.
+through ``save_for_backward``, as activation checkpointing (not reentrant) needs it. ``Capture.attached``,
+``recording`` and ``finish`` serve a backward pass that somebody else runs as well.
 
 A module without a formula is run again, for all samples at once (``vmap`` over ``grad`` of ``functional_call``), or one
 after the other where its control flow looks at values. Its outputs are compared with those of the first run: a module
@@ -93,7 +93,7 @@ class Capture:
     autocast: Callable[[], Any]  # the context in which modules are run again
     finite: torch.Tensor | None = None  # samples [b] whose gradients count, set before the backward pass; None: all
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
-    _recording: bool = True
+    recording: bool = True  # False from the backward pass on, in which checkpointing calls modules again
     _muted: bool = False
     _expected: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, list[SampleGradients]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Capture:
 
     def backward(self, total: torch.Tensor) -> None:
         """Run the backward pass of the summed row losses; ``take`` has seen every parameter when it ends."""
-        self._recording = False
+        self.recording = False
         # Parameters of modules that were never called must have no gradient; asking costs nothing where that is so.
         behind = [
             (unit, parameter)
@@ -190,7 +190,7 @@ class Capture:
         return pytree.tree_unflatten(_replaced(out_leaves, out_at, tapped), out_spec)
 
     def _tap(self, call: _Call, outputs: Tensors, kept: Tensors) -> Any:
-        if self._recording and not call.misfit:
+        if self.recording and not call.misfit:
             for name in call.unit.parameters.values():
                 self._expected[name] = self._expected.get(name, 0) + 1
         return _Tap.apply(self.anchor, call, *outputs, *kept)
