@@ -164,7 +164,7 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     _add_config(add("plan", "Check a configuration and say what the run will do and cost, without a model.", plan))
     methods = add("methods", "List the methods, or tell all about one.", _calls("dataflex.commands.methods", "methods"))
     methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
-    score, select = _calls("dataflex.offline.request", "score"), _calls("dataflex.offline.subset", "select")
+    score, select = _calls("dataflex.commands.score", "score"), _calls("dataflex.offline.subset", "select")
     _add_score(add("score", "Score every row of a data set with selectors, without training.", score, _SCORE))
     _add_select(add("select", "Write the subset of a data set that scores ask for.", select, _SELECT))
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())

@@ -8,13 +8,14 @@ Nothing here imports torch. Arrays are numpy, except in ``BatchView``. Shape suf
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.errors import CheckpointError
+from dataflex.parts import Params, param
 from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
@@ -40,26 +41,6 @@ SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "
 
 
 # ---- what a method states about itself
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Base of the parameters of a method: a frozen, keyword-only dataclass in its class, with fields made by ``param``.
-
-    ``__post_init__`` may raise ``ValueError("field: ...")`` for rules between fields.
-    """
-
-    def __post_init__(self) -> None:
-        """Check rules between fields."""
-
-
-def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
-    """Return a parameter: a dataclass field with one line of ``help``, with the unit; without a default it is required.
-
-    ``limits`` are ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (True for a regular
-    expression), and marks such as ``model``.
-    """
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +106,10 @@ class Requires:
     models: Mapping[str, str | None] = field(default_factory=dict)  # parameter -> other model that signals are asked of
     preconditions: Mapping[str, str] = field(default_factory=dict)  # parameter -> use of the optimizer's moments
     by_target: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)  # parameter -> number per target
-    budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for
     pure_micro_batches: bool = False  # mixers: every micro-batch must hold one domain only
     embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
+    budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for
     passes: Passes = Passes()  # what it costs
 
     def __post_init__(self) -> None:

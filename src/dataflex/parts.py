@@ -1,13 +1,32 @@
-"""A named part of a method with parameters of its own, as ``rule: {name: knn_kde, sigma: 0.1}`` or ``rule: top_k``."""
+"""Parameters of methods, and named parts with their own: ``rule: {name: knn_kde, sigma: 0.1}`` or ``rule: top_k``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.method import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Base of the parameters of a method: a frozen, keyword-only dataclass in its class, with fields made by ``param``.
+
+    ``__post_init__`` may raise ``ValueError("field: ...")`` for rules between fields.
+    """
+
+    def __post_init__(self) -> None:
+        """Check rules between fields."""
+
+
+def param(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """Return a parameter: a dataclass field with one line of ``help``, with the unit; without a default it is required.
+
+    ``limits`` are ``choices``, ``minimum``, ``maximum``, ``above`` (exclusive minimum), ``pattern`` (True for a regular
+    expression), and marks such as ``model``.
+    """
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)

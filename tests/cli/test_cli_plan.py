@@ -86,6 +86,8 @@ Configuration
       pool_fraction: 1.0
       screen_fraction: 1.0
       screen_by: embeddings
+      budget: null
+      explore: 0.2
       max_age_steps: 0
       store: null
       store_gb: 10.0

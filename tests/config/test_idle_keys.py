@@ -35,6 +35,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.pool_fraction": {"dynamic": {**WEIGHTER, "signals": {"pool_fraction": 0.5}}},
     "signals.screen_fraction": {"dynamic": {**WEIGHTER, "signals": {"screen_fraction": 0.5}}},
     "signals.screen_by": {"dynamic": {**RANDOM, "signals": {"screen_by": "pilot"}}},
+    "signals.budget": {"dynamic": {**RANDOM, "signals": {"budget": 0.5}}},
+    "signals.explore": {"dynamic": {**RANDOM, "signals": {"explore": 0.5}}},
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
 }

@@ -157,7 +157,10 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "embedding": [("selector", object(), None, "requires embedding, which only a weighter is given")],
     "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
 }
-NOT_REQUIRED = {"passes": "what a method costs, told by 'dataflex plan'"}
+NOT_REQUIRED = {
+    "budget": "what a selector allows, held against the block",
+    "passes": "what a method costs, told by 'dataflex plan'",
+}
 
 
 def test_every_field_of_requires_has_a_case() -> None:
@@ -176,3 +179,28 @@ def test_what_a_run_does_not_have_is_told(field: str, kind: str, stated: Any, ru
     assert found(Requires()) == []
     lines = found(Requires(**{field: stated}))
     assert any(told in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"selector": {"name": "tacs", "targets": ["t"]}}, "the tacs selector has no scores that training steps give"),
+        ({"selector": None, "mixer": "uniform", "domain_column": "d"}, "a run without a selector has no scores"),
+        ({"signals": {"budget": 0.1, "screen_fraction": 0.5}}, "screening makes a pass over the pool"),
+        ({"signals": {"budget": 0.0}}, "budget: must be above 0"),
+        ({"signals": {"budget": 1e4}}, "budget: must be at most 1000"),
+    ],
+)
+def test_a_budget_is_for_what_training_steps_give(
+    changes: dict[str, Any], told: str, config: Config, project: Path
+) -> None:
+    block = {"selector": {"name": "less", "targets": ["t"]}, "interval_steps": 5, "signals": {"budget": 0.1}, **changes}
+    found = problems(config(dynamic={key: value for key, value in block.items() if value is not None}), project)
+    assert any(told in line for line in found), found
+
+
+def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> None:
+    block = {"selector": "loss", "interval_steps": 5, "signals": {"budget": 0.1}}
+    assert problems(config(dynamic=block), project) == []
+    found = problems(config(stage="dpo", dynamic=block), project)
+    assert any("in the steps of stages pt and sft, not of dpo" in line for line in found), found

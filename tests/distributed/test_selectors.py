@@ -31,6 +31,7 @@ def blocks(model):
         "longest": "longest",
         "compose": {"represent": "rds_plus", "aggregate": "mean_then_max", "rule": "gumbel_top_k", **goal},
         "s2l": {"name": "s2l", "clusters": 3},
+        "budget": {"name": "less", **goal},
     }
 
 
@@ -43,18 +44,24 @@ COMMON = {
 }
 
 
+def block_of(name, selector):
+    """The block; under a budget every row of the first plan is scored in its own step, on whichever rank."""
+    own = {"signals": {"budget": 2.0}, "max_repeats": None} if name == "budget" else {}
+    return {"selector": selector, "interval_steps": 2, **own}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
     folder = tmp_path_factory.mktemp("selectors")
     runner, selectors, configs = Runner(base_settings(tiny_model, data_dir), folder), blocks(tiny_model), []
     for name, selector in selectors.items():
-        dynamic = {"selector": selector, "interval_steps": 2}
+        dynamic = block_of(name, selector)
         settings = {**COMMON, "per_device_train_batch_size": 2, "ddp_find_unused_parameters": False, "dynamic": dynamic}
         configs.append(folder / f"two-{name}.json")
         configs[-1].write_text(json.dumps(runner.mapping(f"two-{name}", **settings)))
     two_ranks(configs)
     for name, selector in selectors.items():
-        dynamic = {"selector": selector, "interval_steps": 2}
+        dynamic = block_of(name, selector)
         runner(f"one-{name}", **COMMON, per_device_train_batch_size=4, dynamic=dynamic)
     return folder
 

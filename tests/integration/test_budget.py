@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,9 +62,46 @@ def test_listening_changes_nothing(run, monkeypatch):
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_what_is_spent_stays_within_the_budget(run):
-    outcome = run("budgeted", **SETTINGS, dynamic=block(budget=0.3))
-    trained = outcome.folder / "dataflex" / "events.jsonl"
-    told = [json.loads(line) for line in trained.read_text().splitlines()]
-    planned = [event for event in told if event["event"] == "planned"]
-    assert planned[-1]["kind"] == "dynamic"
+@pytest.mark.parametrize("selector", [LESS, "grad_norm"])
+def test_a_resumed_run_is_as_if_never_stopped(run, monkeypatch, selector):
+    from dataflex.record.read import load_plan
+    from dataflex.train import in_run
+
+    monkeypatch.setattr(in_run, "_JUDGED_ROWS", 4)
+    monkeypatch.setattr(in_run, "rank_correlation", lambda a, b: (0.5, 0.1))  # so that predictions choose
+    saving = {**SETTINGS, "save_strategy": "steps", "save_steps": 1}
+    straight = run("straight", **saving, dynamic=block(selector))
+    assert "rows by" in decisions(straight)[-1]["reason"] or "0 rows drawn" not in decisions(straight)[-1]["reason"]
+    for step in (2, 3, 10, 14, 20):
+        folder = run.folder / f"resumed-{step}"
+        shutil.copytree(straight.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copytree(straight.folder / "dataflex", folder / "dataflex")
+        resumed = run(
+            folder.name, **saving, dynamic=block(selector), resume_from_checkpoint=str(folder / f"checkpoint-{step}")
+        )
+        assert resumed.series() == straight.series(), step
+        for ours, theirs in zip(decisions(resumed), decisions(straight), strict=True):
+            rows = [
+                load_plan(one.folder, event["interval"]).rows for one, event in ((resumed, ours), (straight, theirs))
+            ]
+            assert np.array_equal(*rows), step
+
+
+def test_what_is_spent_is_told_and_within_the_budget(run, monkeypatch):
+    from dataflex.train.in_run import InRun
+
+    asked = []
+    count = InRun._count
+    monkeypatch.setattr(InRun, "_count", lambda self, rows: asked.append(rows) or count(self, rows))
+    run("budgeted", **SETTINGS, dynamic=block(budget=1.0))
+    # 5 targets of the set, and pilots: at most as many rows as 24 steps of 8 rows train on.
+    assert 5 * 5 <= sum(asked) <= 24 * 8
+
+
+def test_predictions_wait_until_they_are_better_than_chance(run, monkeypatch):
+    from dataflex.train import in_run
+
+    monkeypatch.setattr(in_run, "rank_correlation", lambda a, b: (0.1, -0.1))
+    told = decisions(run("budgeted", **SETTINGS, dynamic=block()))
+    assert all("32 rows drawn uniformly" in event["reason"] for event in told), told
+    assert all("trust 0," in event["reason"] or "trust 0" in event["reason"] for event in told)

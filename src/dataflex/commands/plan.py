@@ -308,8 +308,13 @@ def _shares_targets(view: Forecast) -> bool:
 def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the pool in every interval, if there are any."""
     each = method.requires.passes.over_pool(len(method.targets))
+    budget = view.dynamic.signals.budget
     if not any(each):
         return None
+    if budget is not None and method.kind == "selector":
+        passes = None if view.sequences is None else budget * view.sequences
+        told = f"at most {budget:g} x the passes of the training (dynamic.signals.budget), targets included"
+        return Cost(text=told, forward=passes, backward=passes or 0.0)
     if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
     pool, decisions = view.pool, view.num_decisions
@@ -342,7 +347,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
 def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     """Return the passes over the method's targets in every decision, if they are known."""
     each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
-    if not rows or not any(each):
+    if not rows or not any(each) or (view.dynamic.signals.budget is not None and method.kind == "selector"):
         return None
     told = f"{view.num_decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
     return _cost(view.num_decisions * rows, each, told)

@@ -75,6 +75,8 @@ def unmet(
             yield from _by_target(method, needs)
         for problem in method.build().check(run):
             yield f"{place}{'.' if problem.key else ''}{problem.key}: {problem.text}"
+    if dynamic.signals.budget is not None:
+        yield from _budget(dynamic, run)
     if run is None:
         yield from _one_reference(dynamic)
     else:
@@ -137,6 +139,18 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
             f"dynamic.{method.kind}: {method.name} requires micro-batches of one domain each, which the "
             f"{selector.name} selector cannot provide; use one of the two"
         )
+
+
+def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
+    """Yield why decisions cannot be made within a budget."""
+    selector, key = dynamic.selector, "dynamic.signals.budget"
+    if run is None and (selector is None or not selector.requires.budget):
+        who = "a run without a selector" if selector is None else f"the {selector.name} selector"
+        yield f"{key}: {who} has no scores that training steps give; use less, icons, grad_norm or loss, or remove it"
+    if run is None and dynamic.signals.screen_fraction < 1.0:
+        yield f"{key}: screening makes a pass over the pool that no budget pays for; remove screen_fraction"
+    if run is not None and run.stage is not None and run.stage not in _CAUSAL:
+        yield f"{key}: rows are scored in the steps of stages pt and sft, not of {run.stage}; remove it"
 
 
 def _one_reference(dynamic: DynamicConfig) -> Iterator[str]:

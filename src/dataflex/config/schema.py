@@ -68,7 +68,6 @@ class SignalsConfig:
         "the scores of the others are predicted; null: the selector asks the model about every row",
         above=0.0,
         maximum=1000.0,
-        resume=_NEXT,
     )
     explore: float = param(
         0.2, "share of a plan that is drawn uniformly under a budget", minimum=0.0, maximum=1.0, resume=_NEXT

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.checkpoints import broken_reason
-from dataflex.config.args import LlamaFactoryArgs, data_set_names, env_enabled
+from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.build import load_plugins, method_block, method_class, takes_targets, target_list
 from dataflex.config.check import (
     data_sets,
@@ -27,9 +27,7 @@ from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import split
-from dataflex.console import show_log
-from dataflex.ending import release_groups
-from dataflex.errors import ConfigError, UnsupportedError
+from dataflex.errors import ConfigError
 from dataflex.method import RunFacts
 from dataflex.offline.table import is_scores
 from dataflex.registry import KINDS, names
@@ -285,23 +283,3 @@ def _scorers(
         elif method is not None:
             built.append(method)
     return tuple(built)
-
-
-def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
-    """Score on as many ranks as the environment asks for; return what to print, or an exit code.
-
-    ``methods`` are names with commas, ``arguments`` all options as typed, the others go to ``score_request``.
-    """
-    request = score_request(methods=data_set_names(methods), **options)
-    try:
-        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
-    except ImportError as error:
-        raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
-    if wants_torchrun():
-        return with_torchrun(["score", *arguments])
-    from dataflex.offline.scoring import run_score
-
-    show_log()
-    told = run_score(request)
-    release_groups()
-    return told

@@ -41,7 +41,7 @@ class _Influence(ScoringSelector):
         """State what the run must have."""
         p = self.params
         passes = Passes(pool=(1.0, 1.0), targets=p.target_passes(getattr(p, "normalize", True)))
-        return replace(GRADIENTS, preconditions={"precondition": p.precondition}, passes=passes)
+        return replace(GRADIENTS, preconditions={"precondition": p.precondition}, passes=passes, budget=True)
 
 
 class Less(_Influence):

@@ -148,6 +148,10 @@ class LossSelector(RowLosses):
 
     params: Params
 
+    def requires(self) -> Requires:
+        """State what the run must have."""
+        return replace(super().requires(), budget=True)
+
     @property
     def rule(self) -> Rule:
         """Draws are repeated where ``replacement`` says so."""
@@ -352,7 +356,8 @@ class GradNorm(_Extreme):
 
     def requires(self) -> Requires:
         """State what the run must have."""
-        return replace(GRADIENTS, targets=False, preconditions={"precondition": self.params.precondition})
+        preconditions = {"precondition": self.params.precondition}
+        return replace(GRADIENTS, targets=False, preconditions=preconditions, budget=True)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float32]:
         """Return gradient norms [N]."""

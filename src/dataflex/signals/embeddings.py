@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import nn
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.kinds import Embedding
 from dataflex.signals.losses import IGNORE, model_inputs, real_tokens
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.model_parts import capture_hidden, model_parts, narrow_head
 from dataflex.signals.other_models import LoadError, loading
+from dataflex.signals.specs import EmbeddingSpec
 from dataflex.signals.sweep import Sweep, bucketed, padded, preserve_state
 from dataflex.signals.texts import row_texts
 
@@ -29,7 +29,7 @@ _MISSING = "sentence-transformers models need an optional package: pip install d
 
 
 def pool(
-    hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: Embedding
+    hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, spec: EmbeddingSpec
 ) -> torch.Tensor:
     """Return one vector per row of hidden states [B, T, D], fp32 [B, D]; NaN where a row has nothing to pool.
 
@@ -60,7 +60,7 @@ def pool(
 
 
 def pool_documents(
-    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: Embedding
+    hidden_BTD: torch.Tensor, documents_BT: torch.Tensor, labels: torch.Tensor | None, spec: EmbeddingSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one vector per packed document, as in ``pool``, fp32 [m, D], and (row, document) int64 [m, 2].
 
@@ -103,7 +103,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], layer: int) -> torch.
     return seen[0]
 
 
-def embed_batch(model: nn.Module, batch: dict[str, Any], spec: Embedding) -> torch.Tensor:
+def embed_batch(model: nn.Module, batch: dict[str, Any], spec: EmbeddingSpec) -> torch.Tensor:
     """Return one vector per row of a collated batch, fp32 [B, D], as in ``pool``; packed rows are pooled as a whole."""
     return pool(hidden_states(model, batch, spec.layer), real_tokens(batch), batch.get("labels"), spec)
 
@@ -135,7 +135,7 @@ class TextEncoder:
         raise NotImplementedError
 
 
-def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.device | None = None) -> TextEncoder:
+def load_encoder(model: str, *, spec: EmbeddingSpec | None = None, device: torch.device | None = None) -> TextEncoder:
     """Load an encoder by folder or hub id, in float32; it reads the first 512 tokens of a text.
 
     A transformers model's hidden states are pooled by ``spec`` (default: RDS+, ``weighted_mean`` of the last layer,
@@ -146,10 +146,10 @@ def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.dev
         ConfigError: A spec that the encoder cannot follow.
         LoadError: The model cannot be loaded, or an optional package is missing.
     """
-    place, spec = device or torch.device("cpu"), spec or Embedding()
+    place, spec = device or torch.device("cpu"), spec or EmbeddingSpec()
     if not (Path(model) / "modules.json").is_file():
         return TransformersEncoder(model, spec, place)
-    if replace(spec, encoder=None) != Embedding(normalize=spec.normalize):
+    if {**asdict(spec), "encoder": None} != asdict(EmbeddingSpec(normalize=spec.normalize)):
         raise ConfigError(
             f"encoder {model}: a sentence-transformers model pools by its own rules; only normalize may be set"
         )
@@ -159,7 +159,7 @@ def load_encoder(model: str, *, spec: Embedding | None = None, device: torch.dev
 class TransformersEncoder(TextEncoder):
     """A causal or encoder model read by ``AutoModel``; see ``load_encoder``."""
 
-    def __init__(self, model: str, spec: Embedding, device: torch.device) -> None:
+    def __init__(self, model: str, spec: EmbeddingSpec, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         if spec.completion_only:

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, did_you_mean
-from dataflex.signals.specs import GradientSpec, Pooling, WeightedResponse
+from dataflex.errors import ConfigError
+from dataflex.signals.specs import EmbeddingSpec, GradientSpec, LogitSpec, Perturbation, Probe, WeightedResponse
 
 if TYPE_CHECKING:
     import torch
 
     from dataflex.plan.domains import Rows
+    from dataflex.signals.embeddings import TextEncoder
     from dataflex.signals.gradients.scorers import GradientScorers
     from dataflex.signals.logits import GateReader
     from dataflex.signals.model_access import ModelAccess
@@ -213,16 +214,11 @@ class EL2N(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptedLoss(Signal):
+class AdaptedLoss(Probe, Signal):
     """Token-mean losses of training rows [n] under a low-rank probe trained on a target (TACS, arXiv 2605.09404)."""
 
     name = "adapted losses"
     whole_parameters = True
-    towards: str  # name of the target
-    depth_steps: int  # number of optimizer steps of the probe, each over the whole target
-    learning_rate: float  # of the probe's AdamW
-    rank: int  # of the probe's matrices
-    alpha: float  # the probe's output is multiplied by alpha / rank
 
     def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
         return {**asdict(self), "towards": access.data_identity(self.towards), "seed": access.seed}
@@ -236,7 +232,7 @@ class AdaptedLoss(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerturbedLoss(Signal):
+class PerturbedLoss(Perturbation, Signal):
     """Token-mean losses of rows [n] with ``epsilon`` times a random direction added to the parameters.
 
     Runs without mixed precision, since half precision would round the step away.
@@ -248,10 +244,6 @@ class PerturbedLoss(Signal):
     name = "perturbed losses"
     whole_parameters = True
     autocast = False
-    seed: int  # of the directions
-    direction: int  # its number; the same for training and target rows
-    epsilon: float  # step, of either sign
-    parameters: str | None = None  # regular expression of the names of trainable parameters that move; None: all
 
     @property
     def kept(self) -> Kept:  # noqa: D102
@@ -269,35 +261,11 @@ class PerturbedLoss(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(Signal):
-    """One vector per row [n, D]: pooled hidden states; NaN where there is nothing to pool.
-
-    ``layer`` is the index into the hidden states: 0 is the output of the token embedding, k the output of layer k, -1
-    the last one after the final norm, as in ``output_hidden_states``. ``pooling`` takes the ``last`` token, the
-    ``first`` (as [CLS] of BERT-like encoders), the ``mean`` over tokens, or the ``weighted_mean`` with
-    w_t = t / sum(t), t = 1, 2, ... over the pooled tokens (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
-
-    Raises:
-        ConfigError: Unknown pooling, or a layer that is not an integer.
-    """
+class Embedding(EmbeddingSpec, Signal):
+    """One vector per row [n, D]: pooled hidden states; NaN where there is nothing to pool."""
 
     name = "embeddings"
     needs = "embeddings"
-    layer: int = -1
-    pooling: Pooling = "weighted_mean"
-    completion_only: bool = False  # pool the supervised tokens only (label not -100); t then counts those tokens
-    normalize: bool = True  # divide by the L2 norm; a zero vector stays zero
-    encoder: str | None = None  # folder or hub id of another model, which reads the rows' text
-
-    def __post_init__(self) -> None:
-        known = get_args(Pooling)
-        problems = []
-        if self.pooling not in known:
-            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
-            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
-        if problems:
-            raise ConfigError(problems)
 
     @property
     def kept(self) -> Kept:  # noqa: D102
@@ -307,7 +275,7 @@ class Embedding(Signal):
         from dataflex.signals.model_parts import model_parts
 
         own = self.encoder is None
-        return (model_parts(access.model).text_config.hidden_size if own else access.encoder(self).dimension,)
+        return (model_parts(access.model).text_config.hidden_size if own else self._encoder(access).dimension,)
 
     def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
         if self.encoder is None:
@@ -321,8 +289,13 @@ class Embedding(Signal):
         from dataflex.signals.embeddings import embed_batch
 
         if self.encoder is not None:
-            return access.encoder(self).score
+            return self._encoder(access).score
         return lambda batch: embed_batch(access.model, batch, self)
+
+    def _encoder(self, access: ModelAccess) -> TextEncoder:
+        from dataflex.signals.embeddings import load_encoder
+
+        return access.once(self, lambda: load_encoder(str(self.encoder), spec=self, device=access.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +319,7 @@ class GateLoads(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitFeatures(Signal):
+class LogitFeatures(LogitSpec, Signal):
     """What a training row's logits span, a matrix of positions x vocabulary (UDS, arXiv 2510.16882).
 
     The values [n, 1 + rows * columns] are the nuclear norm (sum of the singular values), and a sketch: distances of
@@ -355,11 +328,6 @@ class LogitFeatures(Signal):
 
     name = "logits"
     needs = "logits"
-    tokens: Literal["completion", "all"] = "completion"  # positions that predict a supervised token, or all but padding
-    per_length: bool = False  # divide logits, and so norm and sketch, by the square root of the number of positions
-    rows: int = 8  # size of the sketch over positions
-    columns: int = 128  # size of the sketch over the vocabulary
-    seed: int = 0  # of the sketch
 
     def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
         return (1 + self.rows * self.columns,)

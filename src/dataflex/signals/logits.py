@@ -15,9 +15,9 @@ from torch import nn
 from dataflex import comm
 from dataflex.errors import UnsupportedError
 from dataflex.rng import stream
-from dataflex.signals.kinds import LogitFeatures
 from dataflex.signals.losses import IGNORE, chunk_tokens, model_inputs, real_tokens
 from dataflex.signals.model_parts import attached, logits_in, model_parts, narrow_head
+from dataflex.signals.specs import LogitSpec
 from dataflex.signals.sweep import preserve_state
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class LogitScorer:
     ``length`` is the number of tokens of the longest row.
     """
 
-    def __init__(self, model: nn.Module, spec: LogitFeatures, length: int) -> None:
+    def __init__(self, model: nn.Module, spec: LogitSpec, length: int) -> None:
         self._reader, self._spec = LogitReader(model), spec
         self._sketch = LogitSketch(length, spec.rows, spec.columns, spec.seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +13,8 @@ from numpy.typing import NDArray
 
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.plan.domains import Rows
-from dataflex.signals.kinds import Embedding
 from dataflex.signals.other_models import Scorer
 from dataflex.signals.sweep import Sweep
-
-if TYPE_CHECKING:
-    from dataflex.signals.embeddings import TextEncoder
 
 T = TypeVar("T")
 
@@ -96,15 +92,10 @@ class ModelAccess:
 
     def scorer(self, name: str) -> Scorer:
         """Return another causal model by folder or hub id; its weights are loaded for each pass only."""
-        return self._once(name, lambda: Scorer(name, self.known_tokenizer(f"model {name}")))
+        return self.once(name, lambda: Scorer(name, self.known_tokenizer(f"model {name}")))
 
-    def encoder(self, signal: Embedding) -> TextEncoder:
-        """Return the other model that embeds rows, loaded once."""
-        from dataflex.signals.embeddings import load_encoder
-
-        return self._once(signal, lambda: load_encoder(str(signal.encoder), spec=signal, device=self.device))
-
-    def _once(self, key: Any, load: Callable[[], T]) -> T:
+    def once(self, key: Any, load: Callable[[], T]) -> T:
+        """Return what ``load`` gives, which is called once for a key."""
         if key not in self.loaded:
             self.loaded[key] = load()
         loaded: T = self.loaded[key]

@@ -15,10 +15,10 @@ from torch import nn
 from dataflex.errors import UnsupportedError
 from dataflex.rng import rademacher
 from dataflex.signals.gradients.parameters import choose_parameters
-from dataflex.signals.kinds import AdaptedLoss, PerturbedLoss
 from dataflex.signals.losses import row_losses
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.model_parts import attached
+from dataflex.signals.specs import Perturbation, Probe
 from dataflex.signals.sweep import bucketed, fetch, to_device
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
-def perturbed(access: ModelAccess, signal: PerturbedLoss) -> Iterator[None]:
+def perturbed(access: ModelAccess, signal: Perturbation) -> Iterator[None]:
     """Move the parameters that a signal names for the length of a block, without mixed precision."""
     chosen = choose_parameters(access.model, pattern=signal.parameters)
     full = torch.autocast(device_type=access.device.type, enabled=False)
@@ -65,7 +65,7 @@ def moved(parameters: Mapping[str, nn.Parameter], *, seed: int, direction: int, 
 
 
 @contextmanager
-def probed(access: ModelAccess, signal: AdaptedLoss) -> Iterator[None]:
+def probed(access: ModelAccess, signal: Probe) -> Iterator[None]:
     """Put a low-rank probe beside the linear layers, trained on a signal's target, equal on every rank.
 
     A is drawn from the run's seed; B starts at zero, so an untrained probe changes nothing. Every step of AdamW takes

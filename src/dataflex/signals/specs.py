@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dataflex.errors import ConfigError
-from dataflex.method import param
+from dataflex.errors import ConfigError, did_you_mean
+from dataflex.parts import param
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
 Part = Literal["all", "prompt", "completion"]
@@ -118,3 +118,65 @@ class Generation:
     token_ids: tuple[int, ...]  # generated tokens, the end-of-sequence token included where it was reached
     text: str  # the tokens as text, without special tokens
     finished: bool  # whether it ended by itself, and was not cut off at max_new_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """How hidden states become one vector.
+
+    ``layer`` is the index into the hidden states: 0 is the output of the token embedding, k the output of layer k, -1
+    the last one after the final norm, as in ``output_hidden_states``. ``pooling`` takes the ``last`` token, the
+    ``first`` (as [CLS] of BERT-like encoders), the ``mean`` over tokens, or the ``weighted_mean`` with
+    w_t = t / sum(t), t = 1, 2, ... over the pooled tokens (RDS+, arXiv 2503.01807; ADAPT, arXiv 2605.05227).
+
+    Raises:
+        ConfigError: Unknown pooling, or a layer that is not an integer.
+    """
+
+    layer: int = -1
+    pooling: Pooling = "weighted_mean"
+    completion_only: bool = False  # pool the supervised tokens only (label not -100); t then counts those tokens
+    normalize: bool = True  # divide by the L2 norm; a zero vector stays zero
+    encoder: str | None = None  # folder or hub id of another model, which reads the rows' text
+
+    def __post_init__(self) -> None:
+        known = get_args(Pooling)
+        problems = []
+        if self.pooling not in known:
+            problems.append(f"pooling: unknown {self.pooling!r}{did_you_mean(self.pooling, known)} (known: {known})")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
+            problems.append(f"layer: expected an integer (-1 is the last layer), found {self.layer!r}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSpec:
+    """Which logits are summed up, and in how many numbers."""
+
+    tokens: Literal["completion", "all"] = "completion"  # positions that predict a supervised token, or all but padding
+    per_length: bool = False  # divide logits, and so norm and sketch, by the square root of the number of positions
+    rows: int = 8  # size of the sketch over positions
+    columns: int = 128  # size of the sketch over the vocabulary
+    seed: int = 0  # of the sketch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """A random direction that parameters move along."""
+
+    seed: int  # of the directions
+    direction: int  # its number; the same for training and target rows
+    epsilon: float  # step, of either sign
+    parameters: str | None = None  # regular expression of the names of trainable parameters that move; None: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A low-rank probe and how it is trained."""
+
+    towards: str  # name of the target
+    depth_steps: int  # number of optimizer steps of the probe, each over the whole target
+    learning_rate: float  # of the probe's AdamW
+    rank: int  # of the probe's matrices
+    alpha: float  # the probe's output is multiplied by alpha / rank

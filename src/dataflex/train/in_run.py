@@ -12,6 +12,7 @@ counts 1, a backward pass 2, with adapters 1.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row
 from dataflex.signals.gradients.consumers import Consumer, Dots, Norms, TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.in_run import Directions, StepCapture, capturable, directions
-from dataflex.signals.gradients.parameters import choose_parameters, shape_of
+from dataflex.signals.gradients.parameters import Unit, choose_parameters, shape_of
 from dataflex.signals.gradients.scorers import GradientScorers, target_vectors
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
 from dataflex.signals.runner import SignalRunner
@@ -231,6 +232,7 @@ class InRun:
         self._interval, self._predicted = interval.index, None
         if len(self.seen.rows) >= _LEAST_ROWS:
             self._predicted = self._scores(self.seen, self.space.all_rows())
+            self._predicted[self.space.supervised == 0] = np.nan
         self.told |= {"budget_left": left, "observations": float(len(self.seen.rows)), "trust": self.trust}
 
     def aim_late(self, step: int, interval: Interval, global_batch: int) -> None:
@@ -242,16 +244,17 @@ class InRun:
         """Take the gradients of as many target rows as there is budget for; return what that and the hooks cost."""
         access = self.signals.access
         scorers = GradientScorers(access, GradientSpec(precondition="true_adam" if self.precondition else "none"))
-        if self.capture is None:
+        capture = self.capture
+        if capture is None:
             layers, left_out = capturable(access.model, scorers.engine.units)
-            self.capture = StepCapture(layers, sketch=_SKETCH if "norm" in self.asked else 0, seed=self.seed)
+            capture = self._listen(layers)
             if left_out:
                 told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
                 logger.info("scores from the training step leave out %d parameters (%s)", len(left_out), told)
         if not self.targets:
-            self.capture.aim(Directions.none(self.capture.layers))
-            return tokens * self.capture.cost(access.model)
-        hooks = tokens * self.capture.cost(access.model) if self.aims is not None else 0.0
+            capture.aim(Directions.none(capture.layers))
+            return tokens * capture.cost(access.model)
+        hooks = tokens * capture.cost(access.model) if self.aims is not None else 0.0
         share, spent = max(left - hooks, 0.0) / len(self.targets), hooks
         sweeps, whole = [], True
         for k, name in enumerate(self.targets):
@@ -266,11 +269,11 @@ class InRun:
         self._count(sum(len(sweep.rows) for sweep in sweeps))
         gradients = target_vectors(scorers.engine, sweeps, normalize_rows=False)
         moments = scorers.moments() if self.precondition else None
-        new = directions(gradients, moments, self.capture.layers, rank=self.rank, seed=self.seed)
+        new = directions(gradients, moments, capture.layers, rank=self.rank, seed=self.seed)
         if self.aims is not None and not whole and self.smoothing:
             new = new.blended(self.aims, self.smoothing)
         self.aims = new
-        self.capture.aim(new)
+        capture.aim(new)
         self.told |= {"coverage": float(new.coverage.min()), "captured": float(new.captured.min())}
         return spent
 
@@ -426,6 +429,7 @@ class InRun:
             "looked": self._looked,
             "carried": self._carried,
             "trust": self.trust,
+            "captures": self.capture is not None,
             "aims": {} if self.aims is None else self.aims.state_dict(),
         }
 
@@ -437,11 +441,14 @@ class InRun:
         self._judged = [np.asarray(each) for each in state["judged"]]
         self._looked = np.asarray(state["looked"], dtype=np.int64)
         self._carried = float(state["carried"])
-        if state["aims"]:
+        if state["captures"]:
             access = self.signals.access
             units = GradientScorers(access, GradientSpec(precondition="none")).engine.units
-            self.aims = Directions.of_state(state["aims"], access.device)
-            self.capture = StepCapture(
-                capturable(access.model, units)[0], sketch=_SKETCH if "norm" in self.asked else 0, seed=self.seed
-            )
-            self.capture.aim(self.aims)
+            capture = self._listen(capturable(access.model, units)[0])
+            if state["aims"]:
+                self.aims = Directions.of_state(state["aims"], access.device)
+            capture.aim(self.aims or Directions.none(capture.layers))
+
+    def _listen(self, layers: Sequence[Unit]) -> StepCapture:
+        self.capture = StepCapture(layers, sketch=_SKETCH if "norm" in self.asked else 0, seed=self.seed)
+        return self.capture

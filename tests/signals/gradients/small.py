@@ -149,7 +149,7 @@ def engine_of(model: nn.Module, **options) -> GradientEngine:
 def layers_of(engine: GradientEngine) -> dict[str, str]:
     """How each parameter is differentiated: names of layer kinds or ``torch.func``, " + " between several uses."""
     found: dict[str, str] = {}
-    for unit in engine._units:
+    for unit in engine.units:
         for name in unit.parameters.values():
             kind = unit.kind.name if unit.kind else "torch.func"
             found[name] = f"{found[name]} + {kind}" if name in found else kind

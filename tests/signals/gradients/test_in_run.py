@@ -9,8 +9,8 @@ from torch import nn
 
 from dataflex.plan.domains import Rows
 from dataflex.sequences import Sequences
-from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.consumers import TargetVectors
+from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.in_run import (
     Directions,
     StepCapture,
