@@ -364,10 +364,10 @@ class Session:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Enter this around the forward pass of a micro-batch; it keeps hidden states that a weighter asks for."""
-        if (in_run := self.controller.in_run) is not None:
-            assert self._step is not None
-            in_run.take(self._step.index)
-            in_run.begin(self._step.batches[self._micro], self.loop.device)
+        in_run, step = self.controller.in_run, self._step
+        if in_run is not None and step is not None and self._micro < len(step.batches):
+            in_run.take(step.index)
+            in_run.begin(step.batches[self._micro], self.loop.device)
             self._micro += 1
         spec = self._loss.embedding
         if spec is None:
@@ -391,10 +391,9 @@ class Session:
 
     def end_step(self) -> None:
         """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
-        if (in_run := self.controller.in_run) is not None:
-            assert self._step is not None
-            in_run.take(self._step.index)
-            in_run.end_step()
+        if self.controller.in_run is not None and self._step is not None:
+            self.controller.in_run.take(self._step.index)
+            self.controller.in_run.end_step()
         if self._loss.observes:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)
