@@ -253,9 +253,6 @@ class Controller:
                     f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
                     "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
                 )
-        if self.in_run is not None and self.plan.interval.kind == "warmup":
-            with self.clock.phase("decide"), preserve_state(self.signals.access.model):
-                self.in_run.aim_late(step, self.plan.interval, self.shape.global_batch)
         return self.plan
 
     def _next(self, step: int) -> Interval:

@@ -1,9 +1,10 @@
 """Decisions that training pays for: scores of the rows just served, predictions of all others, and a budget.
 
-During an interval the rows of every micro-batch are scored in their own backward pass (``StepCapture``). When the next
-decision comes, a few target rows give the next direction, some pilots are scored by a pass of their own where the
-budget allows, and ridge regression predicts the rest of the pool (``select.predict``). A part of every plan is drawn
-uniformly; how well its scores were predicted decides how much of the next plan follows the predictions.
+During an interval every row leaves a sketch of its gradient in its own backward pass (``StepCapture``). When the next
+decision comes, some target rows give the directions, in Adam's scale, and products of the sketches with those of the
+directions are scores of the rows that were served; where the budget allows, pilots leave sketches in a pass of their
+own. Ridge regression predicts the rest of the pool (``select.predict``). A part of every plan is drawn uniformly; how
+well its scores were predicted decides whether the next plan follows the predictions.
 
 The budget is the most that all this may cost, in passes, relative to the training itself: a forward pass of a token
 counts 1, a backward pass 2, with adapters 1.
@@ -12,7 +13,6 @@ counts 1, a backward pass 2, with adapters 1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,17 +26,19 @@ from dataflex.method import Rows
 from dataflex.plan.schedule import Interval
 from dataflex.rng import uniforms
 from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row_effects
-from dataflex.signals.gradients.consumers import Consumer, Dots, Norms, TargetVectors
-from dataflex.signals.gradients.engine import GradientEngine
-from dataflex.signals.gradients.in_run import Directions, StepCapture, capturable, directions
-from dataflex.signals.gradients.parameters import Unit, choose_parameters, shape_of
+from dataflex.sequences import Sequences
+from dataflex.signals.gradients.in_run import Directions, StepCapture, adam_scale, capturable
+from dataflex.signals.gradients.parameters import shape_of
 from dataflex.signals.gradients.scorers import GradientScorers, target_vectors
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
+from dataflex.signals.losses import model_inputs
+from dataflex.signals.model_parts import model_parts
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
-from dataflex.signals.sweep import row_pass
+from dataflex.signals.sweep import preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS
+from dataflex.train.loss import TokenLosses, sample_means, token_losses
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,10 @@ Floats = NDArray[np.float64]
 _LEAST_WEIGHT = 0.01
 _JUDGED_INTERVALS, _JUDGED_ROWS = 3, 32
 _LEAST_ROWS = 8
-_SKETCH = 8
+_PARTS = 4
+_KEPT_ROWS = 4096  # newest observations that are kept
+_SKETCH = 16
 _ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
-_FIRST_AIM_STEP = 2
 
 
 def asked_of_rows(selector: MethodConfig) -> tuple[str, ...]:
@@ -60,81 +63,51 @@ def asked_of_rows(selector: MethodConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """Scores of rows that became known.
+    """What became known of rows."""
 
-    Attributes:
-        rows: Row ids [n].
-        groups: Group whose level the score shares: 2 x interval where served, 2 x interval + 1 for its pilots [n].
-        steps: Optimizer steps [n].
-        values: What was seen of each: products with K directions, and what else is asked of rows [n, Q].
-        unbiased: Whether the row was drawn uniformly [n].
-    """
+    rows: Rows  # [n]
+    intervals: NDArray[np.int64]  # in which they were looked at [n]
+    steps: NDArray[np.int64]  # likewise [n]
+    sketches: NDArray[np.float32]  # of their gradients [n, D]; D = 0 where no target asks for them
+    values: Floats  # what else is asked of them [n, Q]
+    unbiased: NDArray[np.bool_]  # whether they were drawn uniformly [n]
+    pilots: NDArray[np.bool_]  # whether they were looked at in a pass of their own [n]
 
-    rows: Rows
-    groups: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    values: Floats
-    unbiased: NDArray[np.bool_]
-
-    @classmethod
-    def none(cls, num_columns: int) -> Observations:
-        """Return no observations."""
-        empty = np.zeros(0, dtype=np.int64)
-        return cls(
-            rows=empty, groups=empty, steps=empty, values=np.zeros((0, num_columns)), unbiased=np.zeros(0, dtype=bool)
-        )
-
-    def where(self, kept: NDArray[np.bool_]) -> Observations:
+    def where(self, kept: Any) -> Observations:
         """Return some of them."""
         return Observations(**{name: value[kept] for name, value in vars(self).items()})
 
     def and_(self, more: Observations) -> Observations:
-        """Return them and ``more``."""
-        return Observations(**{name: np.concatenate([value, vars(more)[name]]) for name, value in vars(self).items()})
+        """Return them and ``more``, the newest ``_KEPT_ROWS``."""
+        both = {name: np.concatenate([value, vars(more)[name]])[-_KEPT_ROWS:] for name, value in vars(self).items()}
+        return Observations(**both)
 
 
 @dataclass(kw_only=True)
 class InRun:
-    """What a run with a budget knows of its rows. Methods called by the controller and the session are collective.
+    """What a run with a budget knows of its rows. All but what a step does is collective."""
 
-    Attributes:
-        signals: The run's signals; its passes are counted there.
-        space: Training rows and targets.
-        targets: Names of the targets.
-        asked: What else is asked of rows: ``loss``, ``norm`` (of the gradient).
-        budget: Most that decisions cost, relative to the training.
-        seed: Of all draws.
-        rank: Rank of the factors of large matrices' directions.
-        explore: Share of a plan that is drawn uniformly.
-        forgetting: What an observation's weight is multiplied by with each interval.
-        smoothing: Weight of earlier directions in the next, where not all target rows were looked at.
-        precondition: Whether targets' gradients are scaled as Adam would.
-    """
-
-    signals: SignalRunner
+    signals: SignalRunner  # passes are counted there
     space: RowSpace
     targets: tuple[str, ...]
-    asked: tuple[str, ...]
+    asked: tuple[str, ...]  # from ``asked_of_rows``
     budget: float
     seed: int
-    rank: int = 8
-    explore: float = 0.2
-    forgetting: float = 0.7
-    smoothing: float = 0.5
-    precondition: bool = True
-    told: dict[str, float] = field(default_factory=dict)
-    """Numbers of the last decision, for the record."""
+    explore: float = 0.2  # share of a plan that is drawn uniformly
+    forgetting: float = 0.7  # weight of an observation from one interval to the next
+    smoothing: float = 0.5  # weight of earlier directions in the next, where not all target rows were looked at
+    told: dict[str, float] = field(default_factory=dict)  # numbers of the last decision
 
     def __post_init__(self) -> None:
-        self.seen = Observations.none(len(self.targets) + len(self.asked))
-        self.capture: StepCapture | None = None
-        self.aims: Directions | None = None
+        self.seen: Observations | None = None
+        self.aims: Floats | None = None  # sketches of the targets' directions, of length 1 [K, D]
+        self.explored: Rows = np.zeros(0, dtype=np.int64)  # rows of the plan in progress that were drawn uniformly
         self.trust = 0.0
-        self.explored: Rows = np.zeros(0, dtype=np.int64)
         self._interval = 0
         self._judged: list[Floats] = []
-        self._looked = np.zeros(len(self.targets), dtype=np.int64)
+        self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._carried = 0.0
+        self._capture: StepCapture | None = None
         self._pending: list[tuple[int, Rows, torch.Tensor]] = []
         self._rows: Rows | None = None
         self._losses: torch.Tensor | None = None
@@ -143,52 +116,62 @@ class InRun:
         self.signals.instead = self.answer
 
     @property
-    def _aims_at(self) -> bool:
-        """Whether gradients are looked at, and not losses alone."""
-        return bool(self.targets) or "norm" in self.asked
+    def capture(self) -> StepCapture | None:
+        """The hooks on the model's layers; None where losses alone are looked at."""
+        if self._capture is None and (self.targets or "norm" in self.asked):
+            access = self.signals.access
+            layers, left_out = capturable(access.model, self._scorers().engine.units)
+            self._capture = StepCapture(layers, sketch=_SKETCH, seed=self.seed)
+            self._capture.aim(Directions.none(layers))
+            if left_out:
+                told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+                logger.info("scores from training steps leave out %d parameters (%s)", len(left_out), told)
+        return self._capture
+
+    def _scorers(self) -> GradientScorers:
+        return GradientScorers(self.signals.access, GradientSpec(precondition="true_adam"))
 
     # -- while a step is trained ------------------------------------------------------------------
 
     def begin(self, batch: dict[str, Any], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch."""
-        if self.capture is None and self._aims_at:
-            return
         self._rows = batch[ROWS]
         if self.capture is not None:
             shape = batch["input_ids"].shape
             self.capture.begin((int(shape[0]), int(shape[1])), device)
 
-    def watch(self, losses: Any) -> None:
+    def watch(self, losses: TokenLosses) -> None:
         """Take the micro-batch's token losses, and what each counts in the loss that is differentiated."""
         if self._rows is None:
             return
-        tokens_B = losses.mask_BT.sum(dim=1)
-        means_B = losses.loss_BT.detach().sum(dim=1) / tokens_B.clamp(min=1)
+        means_B, tokens_B = sample_means(losses.loss_BT.detach(), losses.mask_BT, Sequences(rows_B=self._rows))
         self._losses = means_B.masked_fill(tokens_B == 0, torch.nan)
         if self.capture is not None:
             self.capture.watch(losses.loss_BT, losses.mask_BT)
 
     def take(self, step: int) -> None:
         """Keep what was seen of the micro-batch whose backward pass is over."""
-        if self._rows is None or self._losses is None:
-            return
+        if self._rows is not None and self._losses is not None:
+            self._pending.append((step, self._rows, self._taken(self._losses)))
+        self._rows = self._losses = None
+
+    def _taken(self, losses_B: torch.Tensor) -> torch.Tensor:
+        """Return sketches, if targets ask for them, and what else is asked of the rows [B, D + Q]."""
         columns = []
         if self.capture is not None:
-            scores, norms = self.capture.take()
-            columns += [*scores.unbind(dim=1), *([] if norms is None else [norms])]
-        columns += [self._losses] if "loss" in self.asked else []
-        self._pending.append((step, self._rows, torch.stack(columns, dim=1)))
-        self._rows = self._losses = None
+            found = self.capture.take()
+            assert found.norms is not None
+            columns += [found.sketches] if self.targets else []
+            columns += [found.norms[:, None]] if "norm" in self.asked else []
+        return torch.cat([*columns, *([losses_B[:, None]] if "loss" in self.asked else [])], dim=1)
 
     def end_step(self) -> None:
         """Stop listening until the next step."""
-        if self.capture is not None:
-            self.capture.end()
-
-    # -- between steps ------------------------------------------------------------------------------
+        if self._capture is not None:
+            self._capture.end()
 
     def gather(self) -> None:
-        """Bring the scores of all ranks together."""
+        """Bring together what the ranks have seen."""
         mine = [(np.full(len(rows), step), rows, values.cpu().numpy()) for step, rows, values in self._pending]
         self._pending = []
         everyone = [part for parts in comm.gather_objects(mine) for part in parts]
@@ -196,85 +179,87 @@ class InRun:
             return
         steps, rows, values = (np.concatenate(column) for column in zip(*everyone, strict=True))
         order = np.lexsort((rows, steps))
-        steps, rows, values = steps[order], rows[order], values[order].astype(np.float64)
-        # A loss scale that overflowed skipped the step: nothing of it counts.
-        skipped = np.unique(steps[np.isinf(values).any(axis=1)])
-        known = np.isfinite(values).all(axis=1) & ~np.isin(steps, skipped)
+        steps, rows, values = steps[order], rows[order], values[order]
+        skipped = np.unique(steps[np.isinf(values).any(axis=1)])  # a loss scale that overflowed: the step was undone
+        known = ~np.isnan(values).any(axis=1) & ~np.isin(steps, skipped)
+        self._note(rows[known], steps[known], values[known], unbiased=np.isin(rows, self.explored)[known], pilots=False)
+
+    def _note(
+        self, rows: Rows, steps: NDArray[np.int64], values: NDArray[np.float32], *, unbiased: Any, pilots: bool
+    ) -> None:
+        size = values.shape[1] - len(self.asked)
         new = Observations(
             rows=rows,
-            groups=np.full(len(rows), 2 * self._interval),
+            intervals=np.full(len(rows), self._interval),
             steps=steps,
-            values=values,
-            unbiased=np.isin(rows, self.explored),
+            sketches=values[:, :size],
+            values=values[:, size:].astype(np.float64),
+            unbiased=np.broadcast_to(unbiased, len(rows)),
+            pilots=np.full(len(rows), pilots),
         )
-        self.seen = self.seen.and_(new.where(known))
+        self.seen = new if self.seen is None else self.seen.and_(new)
+
+    # -- between intervals --------------------------------------------------------------------------
 
     def _price(self, interval: Interval, global_batch: int) -> tuple[float, float]:
         """Return the tokens that an interval serves, about, and what training on one costs (F + B)."""
-        parameters = list(self.signals.access.model.parameters())
-        sizes = [(shape_of(p).numel(), p.requires_grad) for p in parameters]
+        sizes = [(shape_of(p).numel(), p.requires_grad) for p in self.signals.access.model.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         tokens = interval.steps * global_batch * float(self.space.lengths.mean())
         return tokens, 2.0 if trained < _ADAPTERS * sum(size for size, _ in sizes) else 3.0
 
     def decide(self, interval: Interval, global_batch: int) -> None:
-        """Judge the predictions of the interval that is over, aim, score pilots, and predict anew (collective)."""
+        """Look at the targets, judge the predictions of the interval that is over, look at pilots, and predict anew."""
         self.gather()
         tokens, both = self._price(interval, global_batch)
         allowed = self.budget * tokens * both
-        left = allowed + self._carried
-        self._judge()
-        if self._aims_at:
-            if interval.start_step:
-                left -= self._aim(left, tokens, both)
-                left -= self._pilots(interval, left, both)
-        self._carried = min(max(left, 0.0), allowed)
-        self._interval, self._predicted = interval.index, None
-        if len(self.seen.rows) >= _LEAST_ROWS:
-            self._predicted = self._scores(self.seen, self.space.all_rows())
-            self._predicted[self.space.supervised == 0] = np.nan
-        self.told |= {"budget_left": left, "observations": float(len(self.seen.rows)), "trust": self.trust}
+        left, self._predicted = allowed + self._carried, None
+        if self.capture is not None:
+            left -= tokens * self.capture.cost(self.signals.access.model)
+        if interval.start_step:
+            left -= self._aim(left, both) if self.targets else 0.0
+            self._judge()
+            self._interval = interval.index
+            left -= self._pilots(interval, left, both) if self.capture is not None else 0.0
+            if self.seen is not None and len(self.seen.rows) >= _LEAST_ROWS:
+                self._predicted = self._scores(self.seen, self.space.all_rows())
+                self._predicted[self.space.supervised == 0] = np.nan
+        self._interval, self._carried = interval.index, min(max(left, 0.0), allowed)
+        self.told |= {"trust": self.trust, "budget left": left / (tokens * both)}
 
-    def aim_late(self, step: int, interval: Interval, global_batch: int) -> None:
-        """Aim during warm-up, once the optimizer has moments and adapters are no longer zero (collective)."""
-        if step == interval.start_step + _FIRST_AIM_STEP and self.capture is None and self._aims_at:
-            self._carried = max(self._carried - self._aim(self._carried, *self._price(interval, global_batch)), 0.0)
-
-    def _aim(self, left: float, tokens: float, both: float) -> float:
-        """Take the gradients of as many target rows as there is budget for; return what that and the hooks cost."""
-        access = self.signals.access
-        scorers = GradientScorers(access, GradientSpec(precondition="true_adam" if self.precondition else "none"))
-        capture = self.capture
-        if capture is None:
-            layers, left_out = capturable(access.model, scorers.engine.units)
-            capture = self._listen(layers)
-            if left_out:
-                told = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-                logger.info("scores from the training step leave out %d parameters (%s)", len(left_out), told)
-        if not self.targets:
-            capture.aim(Directions.none(capture.layers))
-            return tokens * capture.cost(access.model)
-        hooks = tokens * capture.cost(access.model) if self.aims is not None else 0.0
-        share, spent = max(left - hooks, 0.0) / len(self.targets), hooks
-        sweeps, whole = [], True
+    def _aim(self, left: float, both: float) -> float:
+        """Take the gradients of as many target rows as there is budget for, others each time; return their cost."""
+        access, capture, scorers = self.signals.access, self.capture, self._scorers()
+        assert capture is not None
+        sweeps, spent, whole = [], 0.0, True
         for k, name in enumerate(self.targets):
             lengths = access.corpus(name).lengths
             order = np.argsort(uniforms(self.seed, f"in_run target {name}", 0, np.arange(len(lengths))))
             order = np.roll(order, -int(self._looked[k]))
             cost = np.cumsum(lengths[order]) * both
+            share = max(left, 0.0) / len(self.targets)
             count = max(int(np.searchsorted(cost, share, side="right")), min(_LEAST_ROWS, len(order)))
             whole, spent = whole and count == len(order), spent + float(cost[count - 1])
             self._looked[k] = (self._looked[k] + count) % len(order)
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
-        gradients = target_vectors(scorers.engine, sweeps, normalize_rows=False)
-        moments = scorers.moments() if self.precondition else None
-        new = directions(gradients, moments, capture.layers, rank=self.rank, seed=self.seed)
-        if self.aims is not None and not whole and self.smoothing:
-            new = new.blended(self.aims, self.smoothing)
-        self.aims = new
-        capture.aim(new)
-        self.told |= {"coverage": float(new.coverage.min()), "captured": float(new.captured.min())}
+        gradients, moments = target_vectors(scorers.engine, sweeps, normalize_rows=False), scorers.moments()
+        names = [name for unit in capture.layers for name in unit.parameters.values()]
+        inside = total = np.zeros(len(self.targets))
+        directions = {}
+        for name, gradient in gradients.tensors.items():
+            scaled = gradient * adam_scale(moments[name]).to(gradient.device)
+            product = (gradient * scaled).flatten(1).double().sum(dim=1).cpu().numpy()
+            total = total + product
+            if name in names:
+                inside, directions[name] = inside + product, scaled
+        aims = capture.sketch_of(directions).double().cpu().numpy()
+        aims /= np.maximum(np.linalg.norm(aims, axis=1, keepdims=True), 1e-30)
+        if self.aims is not None and not whole:
+            aims += self.smoothing * self.aims
+            aims /= np.maximum(np.linalg.norm(aims, axis=1, keepdims=True), 1e-30)
+        self.aims = comm.broadcast_object(aims)
+        self.told["coverage"] = float((inside / np.maximum(total, 1e-300)).min())
         return spent
 
     def _count(self, rows: int) -> None:
@@ -282,51 +267,60 @@ class InRun:
         self.signals.backward_rows += rows
 
     def _pilots(self, interval: Interval, left: float, both: float) -> float:
-        """Look at rows by a pass of their own while there is budget, at such that were never seen first."""
-        lengths, usable = self.space.lengths, np.flatnonzero(self.space.supervised > 0)
-        order = self._unseen_first(usable, "in_run pilots", interval)
-        cost = np.cumsum(lengths[order]) * both
+        """Look at rows in a pass of their own while there is budget, at such that were never seen first."""
+        order = self._unseen_first(np.flatnonzero(self.space.supervised > 0), "in_run pilots", interval)
+        cost = np.cumsum(self.space.lengths[order]) * both
         count = int(np.searchsorted(cost, left, side="right"))
         if count < _LEAST_ROWS:
             return 0.0
         rows = np.sort(order[:count])
-        values = self._exact(rows).astype(np.float64)
-        new = Observations(
-            rows=rows,
-            groups=np.full(count, 2 * interval.index + 1),
-            steps=np.full(count, interval.start_step),
-            values=values,
-            unbiased=np.ones(count, dtype=bool),
-        )
-        self.seen = self.seen.and_(new.where(np.asarray(np.isfinite(values).all(axis=1))))
+        values = self._looked_at(rows)
+        known = np.isfinite(values).all(axis=1)
+        steps = np.full(int(known.sum()), interval.start_step)
+        self._note(rows[known], steps, values[known], unbiased=True, pilots=True)
         return float(cost[count - 1])
 
     def _unseen_first(self, rows: Rows, name: str, interval: Interval) -> Rows:
         """Return rows in an order that is drawn anew each interval, those that were never looked at first."""
         order = rows[np.argsort(uniforms(self.seed, name, interval.index, rows), kind="stable")]
-        known = np.bincount(self.seen.rows, minlength=self.space.num_rows)[order] > 0
+        known = np.isin(order, [] if self.seen is None else self.seen.rows)
         return np.concatenate([order[~known], order[known]])
 
-    def _exact(self, rows: Rows) -> NDArray[np.float32]:
-        """Return what is asked of rows by a pass of their own [n, Q]."""
-        assert self.capture is not None
-        access = self.signals.access
-        captured = {name for unit in self.capture.layers for name in unit.parameters.values()}
-        parameters = {name: p for name, p in choose_parameters(access.model).items() if name in captured}
-        engine = GradientEngine(access.model, autocast=access.autocast, parameters=parameters, release=access.release)
-        consumers: list[Consumer] = [Norms()] if "norm" in self.asked else []
-        if self.aims is not None:
-            consumers.append(Dots(TargetVectors(tensors=self.aims.whole(parameters)), normalize="none"))
+    def _looked_at(self, rows: Rows) -> NDArray[np.float32]:
+        """Return what training steps would show of rows, in eval mode and without a parameter's gradient [n, D + Q]."""
+        access, capture = self.signals.access, self.capture
+        assert capture is not None
+        embeddings = model_parts(access.model).lm.get_input_embeddings()
+        leaves: list[torch.Tensor] = []
+
+        def lift(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            leaves.append(output.detach().requires_grad_())  # the backward pass goes down to here, past every layer
+            return leaves[-1]
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
-            found = engine.run(batch, consumers)
-            columns = [*found["dots"].unbind(dim=1)] if self.aims is not None else []
-            columns += [found[key] for key, name in (("norms", "norm"), ("losses", "loss")) if name in self.asked]
-            return torch.stack(columns, dim=1)
+            rows, width = batch["input_ids"].shape
+            capture.begin((int(rows), int(width)), access.device)
+            handle = embeddings.register_forward_hook(lift)
+            try:
+                with torch.enable_grad(), access.autocast():
+                    logits = access.model(**model_inputs(batch), use_cache=False).logits
+                    losses = token_losses(logits, batch["labels"])
+                    capture.watch(losses.loss_BT, losses.mask_BT)
+                    means_B, tokens_B = sample_means(
+                        losses.loss_BT, losses.mask_BT, Sequences(rows_B=np.arange(len(logits)))
+                    )
+                    torch.autograd.grad(means_B.sum(), [leaves.pop()])
+            finally:
+                handle.remove()
+            return self._taken(means_B.detach().masked_fill(tokens_B == 0, torch.nan))
 
         self._count(len(rows))
-        with engine.observing():
-            return row_pass(access.sweep(rows, None, "pilots"), score, (self.seen.values.shape[1],))
+        size = capture.size if self.targets else 0
+        with preserve_state(access.model):
+            access.model.eval()
+            found = row_pass(access.sweep(rows, None, "pilots"), score, (size + len(self.asked),))
+        capture.end()
+        return found
 
     # -- predictions -----------------------------------------------------------------------------------
 
@@ -343,20 +337,27 @@ class InRun:
             )
         return self._features
 
+    def _of(self, seen: Observations) -> Floats:
+        """Return what is to be predicted of rows that were looked at [n, K + Q]."""
+        if self.aims is None:
+            return seen.values
+        return np.concatenate([seen.sketches.astype(np.float64) @ self.aims.T, seen.values], axis=1)
+
     def _scores(self, seen: Observations, rows: Rows) -> Floats:
-        """Return predictions of rows [n, Q] from observations, the same on every rank."""
+        """Return predictions of rows [n, K + Q] from observations, the same on every rank."""
 
         def compute() -> Floats:
-            age = (seen.groups.max() - seen.groups) // 2
-            weights = self.forgetting ** age.astype(np.float64)
+            weights = self.forgetting ** (seen.intervals.max() - seen.intervals).astype(np.float64)
             recent = weights >= _LEAST_WEIGHT
             known, used = seen.where(recent), weights[recent]
-            values, scale = known.values.copy(), np.ones(known.values.shape[1])
-            for group in np.unique(known.groups):  # gradients shrink: intervals differ in scale
-                own = known.groups == group
+            groups = 2 * known.intervals + known.pilots  # each with a level of its own
+            values = self._of(known)
+            scale = np.ones(values.shape[1])
+            for group in np.unique(groups):  # gradients shrink: intervals differ in scale
+                own = groups == group
                 scale = np.maximum(values[own].std(axis=0), 1e-30)
                 values[own] /= scale
-            fit = fitted(self.features.matrix(known.rows), known.groups, values, used)
+            fit = fitted(self.features.matrix(known.rows), groups, values, used)
             effects = row_effects(known.rows, fit.residuals, used, self.space.num_rows)
             return (self.features.times(rows, fit.weights) + fit.offset + effects[rows]) * scale
 
@@ -365,26 +366,29 @@ class InRun:
     def _judge(self) -> None:
         """Compare what the newest interval's uniformly drawn rows showed with what earlier observations say of them."""
         self.trust, seen = 0.0, self.seen
-        served = seen.groups % 2 == 0
-        if served.any():
-            last = seen.groups[served].max()
-            before, newest = seen.groups < last, seen.groups == last
-            if not before.any():  # the first interval: its second half by its first
-                middle = np.median(seen.steps[newest])
-                before, newest = newest & (seen.steps <= middle), newest & (seen.steps > middle)
-            newest &= seen.unbiased
-            if before.sum() >= _LEAST_ROWS and newest.sum() >= 4:
-                rows = seen.rows[newest]
-                pairs = np.stack([self._scores(seen.where(before), rows), seen.values[newest]])
-                ranks = pairs.argsort(axis=1).argsort(axis=1) / (len(rows) - 1.0)
-                self._judged = [*self._judged, ranks][-_JUDGED_INTERVALS:]
+        if seen is None:
+            return
+        last = seen.intervals.max()
+        before, newest = seen.intervals < last, (seen.intervals == last) & ~seen.pilots & seen.unbiased
+        if newest.sum() >= 4:
+            shown = seen.where(newest)
+            if before.sum() >= _LEAST_ROWS:
+                predicted = self._scores(seen.where(before), shown.rows)
+            else:  # the first interval: every part by the others
+                parts = np.arange(len(shown.rows)) % _PARTS
+                predicted = np.empty((len(shown.rows), len(self.targets) + len(self.asked)))
+                for part in range(_PARTS):
+                    own = parts == part
+                    predicted[own] = self._scores(shown.where(~own), shown.rows[own])
+            ranks = np.stack([predicted, self._of(shown)]).argsort(axis=1).argsort(axis=1) / (len(shown.rows) - 1.0)
+            self._judged = [*self._judged, ranks][-_JUDGED_INTERVALS:]
         if not self._judged:
             return
         pooled = np.concatenate(self._judged, axis=1)
         found = np.array([rank_correlation(*pooled[:, :, k]) for k in range(pooled.shape[2])])
         correlation, lower = found.mean(axis=0)
         self.trust = float(lower > 0 and pooled.shape[1] >= _JUDGED_ROWS)
-        self.told |= {"correlation": float(correlation), "correlation_low": float(lower)}
+        self.told |= {"correlation": float(correlation), "at least": float(lower)}
 
     def answer(self, signal: Signal, rows: Rows) -> NDArray[np.float32] | None:
         """Return what training rows would say to a signal, predicted, float32; None where it has to be asked."""
@@ -403,12 +407,10 @@ class InRun:
 
     def chosen(self, wanted: int) -> int:
         """Return how many of ``wanted`` rows predictions may choose; the others are drawn."""
-        if self._predicted is None:
-            return 0
-        return round(wanted * (1 - self.explore) * self.trust)
+        return 0 if self._predicted is None else round(wanted * (1 - self.explore) * self.trust)
 
     def drawn(self, pool: Rows, taken: Rows, count: int, interval: Interval) -> Rows:
-        """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never scored first."""
+        """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never looked at first."""
         self.explored = np.sort(self._unseen_first(np.setdiff1d(pool, taken), "in_run explore", interval)[:count])
         return self.explored
 
@@ -422,33 +424,19 @@ class InRun:
     def state_dict(self) -> State:
         """Return everything that a resumed run needs; ``gather`` comes first."""
         return {
-            "seen": dict(vars(self.seen)),
+            "seen": {} if self.seen is None else dict(vars(self.seen)),
+            "aims": self.aims,
             "explored": self.explored,
             "interval": self._interval,
             "judged": list(self._judged),
             "looked": self._looked,
             "carried": self._carried,
             "trust": self.trust,
-            "captures": self.capture is not None,
-            "aims": {} if self.aims is None else self.aims.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take back what ``state_dict`` gave."""
-        self.seen = Observations(**{name: np.asarray(value) for name, value in state["seen"].items()})
-        self.explored = np.asarray(state["explored"], dtype=np.int64)
-        self._interval, self.trust = int(state["interval"]), float(state["trust"])
-        self._judged = [np.asarray(each) for each in state["judged"]]
-        self._looked = np.asarray(state["looked"], dtype=np.int64)
-        self._carried = float(state["carried"])
-        if state["captures"]:
-            access = self.signals.access
-            units = GradientScorers(access, GradientSpec(precondition="none")).engine.units
-            capture = self._listen(capturable(access.model, units)[0])
-            if state["aims"]:
-                self.aims = Directions.of_state(state["aims"], access.device)
-            capture.aim(self.aims or Directions.none(capture.layers))
-
-    def _listen(self, layers: Sequence[Unit]) -> StepCapture:
-        self.capture = StepCapture(layers, sketch=_SKETCH if "norm" in self.asked else 0, seed=self.seed)
-        return self.capture
+        self.seen = Observations(**state["seen"]) if state["seen"] else None
+        self.aims, self.explored, self._looked = state["aims"], state["explored"], state["looked"]
+        self._interval, self._carried, self.trust = int(state["interval"]), float(state["carried"]), state["trust"]
+        self._judged = list(state["judged"])

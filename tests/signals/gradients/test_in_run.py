@@ -80,7 +80,7 @@ def test_equals_a_batch_of_one(name):
     engine, capture = prepared(model)
     batch = ragged([9, 4, 6, 2], seed=3)
     step(model, capture, batch, scale=256.0)
-    scores, _ = capture.take()
+    scores, *_ = capture.take()
     capture.end()
     dots, norms = expected(engine, model, batch, capture)
     torch.testing.assert_close(scores.double(), dots.double(), rtol=1e-5, atol=1e-5 * float(norms.max()))
@@ -92,7 +92,7 @@ def test_weights_and_denominators_are_undone_and_weight_zero_says_nothing(normal
     engine, capture = prepared(model)
     batch = ragged([9, 4, 6, 2], seed=3, unlabelled=(2,))
     step(model, capture, batch, [0.5, 0.0, 1.0, 3.0], normalizer=normalizer)
-    scores, _ = capture.take()
+    scores, *_ = capture.take()
     dots, norms = expected(engine, model, batch, capture)
     assert torch.isnan(scores[[1, 2]]).all()
     torch.testing.assert_close(scores[[0, 3]].double(), dots[[0, 3]], rtol=1e-5, atol=1e-5 * float(norms.max()))
@@ -111,7 +111,7 @@ def test_activation_checkpointing_changes_no_score(name, reentrant):
     engine, capture = prepared(model)
     assert all(unit.kind.name == "linear" for unit in capture.layers), "norms would keep their inputs"
     step(model, capture, batch)
-    scores, _ = capture.take()
+    scores, *_ = capture.take()
     capture.end()
     model.gradient_checkpointing_disable()
     model.eval()
@@ -126,7 +126,7 @@ def test_a_module_that_is_called_twice_counts_twice_and_the_training_gradient_is
     engine, capture = prepared(model, sketch=64)
     batch = ragged([9, 4, 6, 2], seed=3)
     step(model, capture, batch)
-    scores, norms = capture.take()
+    scores, norms, _ = capture.take()
     capture.end()
     with_hooks = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -160,7 +160,7 @@ def test_documents_of_a_packed_row_have_scores_of_their_own():
     documents[0, 5:] = 2
     rows = capture._dots.clone()
     counts = capture._counts.clone()
-    scores, _ = capture.take(documents)
+    scores, *_ = capture.take(documents)
     parts = [rows[0, :5].sum(0) / counts[0, :5].sum(), rows[1].sum(0) / counts[1].sum()]
     parts.append(rows[0, 5:].sum(0) / counts[0, 5:].sum())
     torch.testing.assert_close(scores, torch.stack(parts))
@@ -173,13 +173,13 @@ def test_full_rank_is_exact_and_energy_is_told():
     engine, capture = prepared(model)
     batch = ragged([9, 4, 6, 2], seed=3)
     step(model, capture, batch)
-    whole, _ = capture.take()
+    whole, *_ = capture.take()
     for rank, close in ((16, True), (2, False)):
         # rank x (m + n) must be below m x n for a factorization: the widest matrices are 16 x 24.
         aims = directions(drawn(engine.shapes), None, capture.layers, rank=rank, seed=7)
         capture.aim(aims)
         step(model, capture, batch)
-        scores, _ = capture.take()
+        scores, *_ = capture.take()
         assert torch.allclose(scores, whole, rtol=1e-4, atol=1e-6) == close
         assert (aims.captured < 0.9999).all() != close
     assert (aims.captured > 0.2).all()

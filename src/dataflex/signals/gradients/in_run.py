@@ -18,7 +18,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -86,12 +86,18 @@ class _Side:
     Attributes:
         projection: [width, direction + sketch], or None.
         direction: Columns for the directions; 0: the side itself.
-        sketch: Columns for the sketch of rows' norms; 0: the side itself.
+        sketch: Columns for sketches of rows' gradients; 0: the side itself.
+        width: Numbers of the side.
     """
 
     projection: torch.Tensor | None
     direction: int
     sketch: int
+    width: int
+
+    def sketched(self) -> torch.Tensor | None:
+        """Return the part of the projection that sketches, or None for the side itself."""
+        return self.projection[:, self.direction :] if self.projection is not None and self.sketch else None
 
     def of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what directions and what norms need of ``tokens`` [B, T, width]."""
@@ -317,10 +323,19 @@ def _sides(part: Part, draw: torch.Generator, sketch: int) -> tuple[_Side, _Side
             projection=torch.cat(made, dim=1).contiguous() if made else None,
             direction=0 if direction is None else direction.shape[1],
             sketch=size,
+            width=width,
         )
 
     device = (part[0] if isinstance(part, tuple) else part).device
     return side(right, n, device), side(left, m, device)
+
+
+class Taken(NamedTuple):
+    """What was seen of the rows (or documents) of a micro-batch; NaN where nothing counted."""
+
+    scores: torch.Tensor  # fp32 [rows, K]: products of the gradient of each one's mean loss with the directions
+    norms: torch.Tensor | None  # fp32 [rows]: lengths of those gradients, estimated
+    sketches: torch.Tensor | None  # fp32 [rows, D]: products with those of ``sketch_of`` estimate products of gradients
 
 
 class StepCapture:
@@ -332,8 +347,8 @@ class StepCapture:
 
     Args:
         layers: From ``capturable``.
-        sketch: Numbers per side of the sketch by which rows' norms are estimated; 0: no norms.
-        seed: Of the sketch.
+        sketch: Numbers per side of a matrix's sketch; 0: neither norms nor sketches.
+        seed: Of the sketches.
     """
 
     def __init__(self, layers: Sequence[Unit], *, sketch: int = 0, seed: int = 0) -> None:
@@ -345,6 +360,8 @@ class StepCapture:
         self._dots: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
         self._parts: dict[str, torch.Tensor] = {}
+        self._folds: dict[str, torch.Tensor | None] = {}
+        self._odd: set[str] = set()
         self._shape = (0, 0)
 
     def aim(self, directions: Directions) -> None:
@@ -359,6 +376,51 @@ class StepCapture:
                 else:
                     assert isinstance(part, torch.Tensor)
                     self._vectors[name] = part.flatten(1)
+                    size, most = part[0:1].numel() if len(part) else part.shape[1:].numel(), self._sketch**2
+                    self._folds[name] = None
+                    if size > 4 * most > 0:
+                        drawn = torch.randn(size, most, generator=generator(self._seed, "norms", name))
+                        self._folds[name] = drawn / self._sketch
+
+    def sketch_of(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return sketches of vectors fp32 [K, *shape] by parameter, as those of rows' gradients, fp32 [K, D]."""
+        parts = []
+        for unit in self.layers:
+            assert unit.kind is not None
+            for name in unit.parameters.values():
+                vector = vectors[name].float()
+                if name in self._sides:
+                    right, left = (side.sketched() for side in self._sides[name])
+                    vector = vector if right is None else vector @ right.to(vector)
+                    vector = vector if left is None else left.T.to(vector) @ vector
+                    vector = vector.transpose(1, 2) if unit.kind.name == "conv1d" else vector
+                elif (fold := self._folds[name]) is not None:
+                    vector = vector @ fold.to(vector)
+                parts.append(vector.flatten(1) * (str(unit) not in self._odd))
+        return torch.cat(parts, dim=1)
+
+    def _sketches(self, rows: int, device: torch.device) -> torch.Tensor:
+        parts = []
+        for unit in self.layers:
+            for name in unit.parameters.values():
+                part = self._parts.get(name)
+                if part is None:  # it took no part in the loss
+                    part = torch.zeros(rows, self._sizes(name), device=device)
+                parts.append(part.flatten(1))
+        return torch.cat(parts, dim=1)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a sketch, D."""
+        return sum(self._sizes(name) for unit in self.layers for name in unit.parameters.values())
+
+    def _sizes(self, name: str) -> int:
+        """Return the numbers of a parameter's sketch."""
+        if name in self._sides:
+            right, left = self._sides[name]
+            return (right.sketch or right.width) * (left.sketch or left.width)
+        fold = self._folds[name]
+        return self._vectors[name].shape[1] if fold is None else fold.shape[1]
 
     def cost(self, model: nn.Module) -> float:
         """Return what the hooks cost a token relative to its forward pass: numbers of their matrices to the model's."""
@@ -388,15 +450,11 @@ class StepCapture:
             handle.remove()
         self._handles, self._dots, self._counts, self._parts = [], None, None, {}
 
-    def take(self, documents_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the scores of the micro-batch whose backward pass is over, and forget them.
+    def take(self, documents_BT: torch.Tensor | None = None) -> Taken:
+        """Return what was seen of the micro-batch whose backward pass is over, and forget it.
 
-        Args:
-            documents_BT: int64 document of each position, counted over the micro-batch; None: rows are scored.
-
-        Returns:
-            fp32 [rows or documents, K], the products of the gradient of each one's mean loss (weighted as its tokens
-            are) with the directions; and the gradients' norms, estimated, or None. NaN where nothing counted.
+        Rows count with the mean loss over their tokens, weighted as those are in training. With ``documents_BT``, the
+        int64 document of each position counted over the micro-batch, documents are scored, without sketches.
         """
         assert self._dots is not None
         counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
@@ -410,12 +468,13 @@ class StepCapture:
         known = weight != 0
         safe = torch.where(known, weight, torch.ones_like(weight))
         scores = (total / safe[:, None]).masked_fill(~known[:, None], torch.nan)
-        norms = None
+        norms = sketches = None
         if self.norms and documents_BT is None:
-            squares = [part.flatten(1).square().sum(dim=1) for part in self._parts.values()]
-            norms = (torch.stack(squares).sum(dim=0).sqrt() / safe.abs()).masked_fill(~known, torch.nan)
+            sketches = self._sketches(len(safe), safe.device) / safe[:, None]
+            sketches = sketches.masked_fill(~known[:, None], torch.nan)
+            norms = sketches.norm(dim=1)
         self._dots, self._counts, self._parts = None, None, {}
-        return scores, norms
+        return Taken(scores, norms, sketches)
 
     def _hook(self, unit: Unit) -> Any:
         path, kind, own = str(unit), unit.kind, unit.parameters
@@ -427,6 +486,8 @@ class StepCapture:
             if self._dots is None or not torch.is_grad_enabled() or not output.requires_grad:
                 return
             with torch.no_grad():
+                if not self._holds(unit, module, args, kwargs, output):
+                    return
                 kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
                 fits = all(tensor is not None and (weight is None or tensor.dim() == 3) for tensor in kept)
                 inputs = None
@@ -450,6 +511,18 @@ class StepCapture:
             output.register_hook(take)
 
         return record
+
+    def _holds(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Look at a layer's first call; one whose formula does not hold is left out."""
+        assert unit.kind is not None
+        if not unit.checked and unit.kind.check is not None:
+            kept = tuple(tensor.detach() for tensor in unit.kind.keep(module, args, kwargs, output))
+            reason = unit.kind.check(module, kept, output.detach())
+            if reason is not None and str(unit) not in self._odd:
+                self._odd.add(str(unit))
+                logger.info("scores from the training step leave out %s: %s", unit, reason)
+        unit.checked = True
+        return str(unit) not in self._odd
 
     def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
@@ -490,7 +563,8 @@ class StepCapture:
             vector = self._vectors[name].to(found)
             self._dots += (found @ vector.T).view(*self._shape, -1)
             if self.norms:
-                self._add_part(name, found.view(*self._shape, -1).sum(dim=1))
+                part, fold = found.view(*self._shape, -1).sum(dim=1), self._folds[name]
+                self._add_part(name, part if fold is None else part @ fold.to(part))
 
     def _add_part(self, name: str, part: torch.Tensor) -> None:
         # Sketches are linear: the uses of a parameter are added up before the norm is taken.
