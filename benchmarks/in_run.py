@@ -1,8 +1,9 @@
-"""What scores from the training step cost: a step with them against a plain one, as a ratio within one run.
+"""What looking at rows in their training step costs: a step with hooks against a plain one, as a ratio within one run.
 
-Plain and scored steps alternate on the small model with real rows, 8 x 224 tokens; times are process CPU seconds,
-and the ratio is that of the medians. With LoRA the directions are whole, with all parameters of rank 8. Memory is what
-the hooks hold at the end of a forward pass, relative to what autograd holds.
+Plain steps and steps with hooks alternate on the small model, 8 rows of 224 tokens; times are process CPU seconds, and
+ratios are those of medians and of the fastest steps. Hooks leave sketches (as under ``dynamic.signals.budget``) or
+products with one direction (with LoRA whole, with all parameters of rank 8). Memory is what the hooks hold of the
+inputs after a forward pass, relative to what autograd holds.
 
 Usage: python benchmarks/in_run.py [--steps N] [--threads N]
 """
@@ -14,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.engine import GradientEngine
-from dataflex.signals.gradients.in_run import StepCapture, capturable, directions
+from dataflex.signals.gradients.in_run import Directions, StepCapture, capturable, directions
 from dataflex.train.loss import token_losses
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "base-4m"
@@ -38,8 +40,8 @@ def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def held_bytes(run) -> tuple[int, int]:
-    """Return the bytes that autograd holds after ``run``, and how many were packed."""
+def held_bytes(run: Callable[[], object]) -> int:
+    """Return the bytes that autograd holds after ``run``."""
     seen: dict[int, int] = {}
 
     def pack(tensor):
@@ -48,10 +50,10 @@ def held_bytes(run) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(seen.values()), len(seen)
+    return sum(seen.values())
 
 
-def measured(kind: str, steps: int) -> None:
+def measured(kind: str, how: str, steps: int) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     if kind == "lora":
@@ -63,42 +65,48 @@ def measured(kind: str, steps: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     engine = GradientEngine(model)
     batch = batch_of(model.config.vocab_size)
-    engine.run({key: value[:2, :32] for key, value in batch.items()}, [])
-    capture = StepCapture(capturable(model, engine.units)[0])
+    layers, _ = capturable(model, engine.units)
+    capture = StepCapture(layers, sketch=16 if how == "sketches" else 0)
     draw = TargetVectors(tensors={name: torch.randn(1, *shape) for name, shape in engine.shapes.items()})
-    capture.aim(directions(draw, None, capture.layers, rank=None if kind == "lora" else 8, seed=0))
+    aims = directions(draw, None, layers, rank=None if kind == "lora" else 8, seed=0)
+    capture.aim(Directions.none(layers) if how == "sketches" else aims)
 
-    def forward(scored: bool) -> torch.Tensor:
-        if scored:
+    def forward(hooked: bool) -> torch.Tensor:
+        if hooked:
             capture.begin((ROWS, TOKENS), torch.device("cpu"))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         losses = token_losses(logits, batch["labels"])
-        if scored:
+        if hooked:
             capture.watch(losses.loss_BT, losses.mask_BT)
         return losses.loss_BT.sum() / losses.mask_BT.sum()
 
     times: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 * steps + 4):
-        scored = number % 2 == 1
+        hooked = number % 2 == 1
         started = time.process_time()
-        forward(scored).backward()
-        if scored:
+        forward(hooked).backward()
+        if hooked:
             capture.take()
             capture.end()
         optimizer.step()
         optimizer.zero_grad()
         if number >= 4:
-            times[scored].append(time.process_time() - started)
-    plain, with_scores = (statistics.median(times[scored]) for scored in (False, True))
-    least = min(times[True]) / min(times[False])
-    held, _ = held_bytes(lambda: forward(False))
-    kept = 0
-    hooked = capture._sides
-    for sides in hooked.values():
-        kept += ROWS * TOKENS * 4 * (sides[0].projection.shape[1] if sides[0].projection is not None else 0)
+            times[hooked].append(time.process_time() - started)
+    plain, beside = (statistics.median(times[hooked]) for hooked in (False, True))
+    held = held_bytes(lambda: forward(False))
+    kept = (
+        ROWS
+        * TOKENS
+        * 4
+        * sum(
+            sides[0].width if sides[0].projection is None else sides[0].projection.shape[1]
+            for sides in capture._sides.values()
+        )
+    )
     print(
-        f"{kind:<5} {len(capture.layers)} layers: plain {plain:.3f} s, scored {with_scores:.3f} s, "
-        f"ratio {with_scores / plain:.3f} (of the fastest steps {least:.3f}); memory {1 + kept / held:.3f}"
+        f"{kind:<5} {how:<9} {len(layers)} layers: plain {plain:.3f} s, with hooks {beside:.3f} s, ratio "
+        f"{beside / plain:.3f} (of the fastest steps {min(times[True]) / min(times[False]):.3f}); memory "
+        f"{1 + kept / held:.3f}"
     )
 
 
@@ -110,7 +118,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {args.threads} threads")
     for kind in ("lora", "full"):
-        measured(kind, args.steps)
+        for how in ("sketches", "direction"):
+            measured(kind, how, args.steps)
 
 
 if __name__ == "__main__":

@@ -256,3 +256,27 @@ def test_sketched_norms_are_near_the_norms_on_the_mean():
         found.append(capture.take()[1].square())
     _, norms = expected(engine, model, batch, capture)
     torch.testing.assert_close(torch.stack(found).mean(0).sqrt().double(), norms, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lora", "qwen3"])
+def test_products_of_sketches_are_near_the_products_and_exact_where_sides_are_narrow(name):
+    model = build(name).eval()
+    batch = ragged([9, 4, 6, 2], seed=3)
+    found = {}
+    for sketch in (64, 2):
+        engine, capture = prepared(model, sketch=sketch)
+        capture.aim(Directions.none(capture.layers))
+        step(model, capture, batch, scale=256.0)
+        taken = capture.take()
+        capture.end()
+        assert taken.sketches.shape == (4, capture.size)
+        names = {name for unit in capture.layers for name in unit.parameters.values()}
+        aims = {name: vector for name, vector in drawn(engine.shapes).tensors.items() if name in names}
+        found[sketch] = taken.sketches @ capture.sketch_of(aims).T
+    dots, norms = expected(engine, model, batch, capture)
+    length = torch.sqrt(sum(vector.flatten(1).double().square().sum(1) for vector in aims.values()))
+    # 64 numbers are no fewer than a quarter of any side: nothing is drawn.
+    torch.testing.assert_close(found[64].double() / length, dots, rtol=1e-4, atol=1e-5 * float(norms.max()))
+    error = (found[2].double() / length - dots) / norms[:, None]
+    assert float(error.abs().max()) < 1.0, "off by chance, in units of the gradient's length"
+    assert float(error.abs().max()) > 1e-3
