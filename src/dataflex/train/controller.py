@@ -200,14 +200,17 @@ class Controller:
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.selector is not None and options.budget is not None:
+            params = config.selector.params
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
                 targets=config.selector.targets,
                 asked=asked_of_rows(config.selector),
                 budget=options.budget,
-                explore=options.explore,
                 seed=self.seed,
+                cosines=getattr(params, "normalize", True),
+                adam=getattr(params, "precondition", "none") not in ("none", "sign"),
+                explore=options.explore,
             )
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
         """Rows drawn for a pool, and those left once they are screened."""
