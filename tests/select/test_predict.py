@@ -19,7 +19,7 @@ def one_interval(n):
 
 
 def test_golden_ridge():
-    """G5 of the specification."""
+    """One intercept, alpha .5: by hand."""
     fit = fitted(X, one_interval(4), Y, np.ones(4), strengths=HALF)
     np.testing.assert_allclose(fit.weights[:, 0], [1.151515, 0.484848, -0.545455], atol=1e-6)
     assert float(np.array([1, 0, 1]) @ fit.weights[:, 0] + fit.offset[0]) == pytest.approx(0.424242, abs=1e-6)
@@ -29,7 +29,7 @@ def test_golden_ridge():
 
 
 def test_golden_levels_are_taken_out_of_features_and_values():
-    """G12: slope 1, where centring the values alone would give .9375."""
+    """Slope 1, where centring the values alone would give .9375."""
     x = np.array([0.0, 1, 0, 1, 1, 1])[:, None]
     intervals = np.array([0, 0, 1, 1, 1, 1])
     fit = fitted(csr_matrix(x), intervals, x - 0.5 * intervals[:, None], np.ones(6), strengths=np.array([1e-9]))
@@ -37,7 +37,7 @@ def test_golden_levels_are_taken_out_of_features_and_values():
 
 
 def test_a_golden_draw_of_the_posterior(monkeypatch):
-    """G5: perturbed values and prior (1.266667, .333333, -.4), with s2 set to 1."""
+    """Perturbed values and prior (1.266667, .333333, -.4), with s2 set to 1."""
     monkeypatch.setattr(predict, "_noise", lambda *_: np.ones(1))
     noise = np.array([0.1, -0.2, 0.0, 0.3])[:, None], np.array([0.2, 0.0, -0.1])[:, None] * np.sqrt(0.5)
     fit = fitted(X, one_interval(4), Y, np.ones(4), strengths=HALF, perturbed=noise)

@@ -17,10 +17,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -31,7 +30,6 @@ from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.parameters import Unit, shape_of
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.model_parts import model_parts
-from dataflex.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -142,61 +140,6 @@ class Directions:
             for local, name in unit.parameters.items()
         }
         return cls(parts=parts, lengths=torch.zeros(0), coverage=torch.zeros(0), captured=torch.zeros(0))
-
-    def whole(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return directions by parameter as whole tensors [K, *shape]."""
-        found = {}
-        for name in names:
-            part = self.parts[name]
-            found[name] = part if isinstance(part, torch.Tensor) else part[0] @ part[1].transpose(1, 2)
-        return found
-
-    def blended(self, earlier: Directions, share: float) -> Directions:
-        """Return these directions plus ``share`` of earlier ones, of length 1 again but for what low ranks lose."""
-        num = len(self)
-        parts: dict[str, Part] = {}
-        squares = torch.zeros(num, dtype=torch.float64)
-        for name, part in self.parts.items():
-            old: Any = earlier.parts[name]
-            if isinstance(part, torch.Tensor):
-                parts[name] = total = part + share * old.to(part)
-                squares += total.flatten(1).double().square().sum(dim=1).cpu()
-                continue
-            root = share**0.5
-            left, right = (torch.cat([new, root * was.to(new)], dim=2) for new, was in zip(part, old, strict=True))
-            # Both sides' QR leave a small matrix, whose singular values are those of the sum.
-            (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
-            u, values, v = torch.linalg.svd(r_left @ r_right.transpose(1, 2), full_matrices=False)
-            kept = part[0].shape[2]
-            scale = values[:, None, :kept].sqrt()
-            parts[name] = (q_left @ u[:, :, :kept] * scale, q_right @ v.transpose(1, 2)[:, :, :kept] * scale)
-            squares += values[:, :kept].double().square().sum(dim=1).cpu()
-        scale = squares.sqrt().clamp_min(1e-30)
-        for name, part in parts.items():
-            if isinstance(part, tuple):
-                parts[name] = (part[0] / scale.to(part[0])[:, None, None], part[1])
-            else:
-                parts[name] = part / scale.to(part).view(-1, *([1] * (part.dim() - 1)))
-        return replace(self, parts=parts)
-
-    def state_dict(self) -> State:
-        """Return the directions as arrays."""
-        parts = {}
-        for name, part in self.parts.items():
-            whole = [part] if isinstance(part, torch.Tensor) else list(part)
-            parts[name] = [tensor.cpu().numpy() for tensor in whole]
-        told = {name: getattr(self, name).numpy() for name in ("lengths", "coverage", "captured")}
-        return {"parts": parts, **told}
-
-    @classmethod
-    def of_state(cls, state: State, device: torch.device) -> Directions:
-        """Return the directions that ``state_dict`` gave."""
-        parts: dict[str, Part] = {}
-        for name, arrays in state["parts"].items():
-            tensors = [torch.from_numpy(np.array(array)).to(device) for array in arrays]
-            parts[name] = tensors[0] if len(tensors) == 1 else (tensors[0], tensors[1])
-        told = {name: torch.from_numpy(np.array(state[name])) for name in ("lengths", "coverage", "captured")}
-        return cls(parts=parts, **told)
 
 
 def capturable(model: nn.Module, units: Iterable[Unit]) -> tuple[list[Unit], dict[str, str]]:
