@@ -33,6 +33,9 @@ class Segment:
 Interleave = Literal["shuffled", "even"]
 
 
+_FEW_DOMAINS = 16
+
+
 def block_counts(
     proportions: NDArray[np.float64], block: int, residual: NDArray[np.float64], num: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -49,7 +52,10 @@ def block_counts(
     shares, rest = proportions[active] * block, residual[active]
     counts, rests = np.empty((num, active.size)), np.empty((num + 1, active.size))
     rests[0] = rest
-    for b in range(num):
+    few = active.size <= _FEW_DOMAINS
+    if few:
+        counts[:], rests[1:] = _of_few(shares.tolist(), rest.tolist(), block, num)
+    for b in range(0 if few else num):
         need = shares + rest
         base = np.maximum(np.floor(need), 0.0)
         rest = need - base
@@ -69,6 +75,27 @@ def block_counts(
     all_rests = np.zeros((num + 1, proportions.size))
     all_counts[:, active], all_rests[:, active] = counts, rests
     return all_counts, all_rests
+
+
+def _of_few(
+    shares: list[float], rest: list[float], block: int, num: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Run the loop of ``block_counts`` for few domains, for which plain Python takes half the time; the same bits."""
+    counts, rests = [], []
+    for _ in range(num):
+        need = [share + left for share, left in zip(shares, rest, strict=True)]
+        base = [int(value) if value > 0.0 else 0 for value in need]
+        rest = [value - whole for value, whole in zip(need, base, strict=True)]
+        short = block - sum(base)
+        for _ in range(short):
+            k = rest.index(max(rest))
+            base[k], rest[k] = base[k] + 1, rest[k] - 1.0
+        for _ in range(-short):
+            k = min((k for k in range(len(base)) if base[k] > 0), key=rest.__getitem__)
+            base[k], rest[k] = base[k] - 1, rest[k] + 1.0
+        counts.append(base)
+        rests.append(rest)
+    return np.array(counts, dtype=np.float64).reshape(num, -1), np.array(rests).reshape(num, -1)
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
