@@ -95,7 +95,8 @@ def _of_few(
             base[k], rest[k] = base[k] - 1, rest[k] + 1.0
         counts.append(base)
         rests.append(rest)
-    return np.array(counts, dtype=np.float64).reshape(num, -1), np.array(rests).reshape(num, -1)
+    size = (num, len(shares))
+    return np.array(counts, dtype=np.float64).reshape(size), np.array(rests).reshape(size)
 
 
 def evenly(counts: NDArray[np.int64]) -> NDArray[np.int64]:
