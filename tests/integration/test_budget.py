@@ -87,15 +87,28 @@ def test_a_resumed_run_is_as_if_never_stopped(run, monkeypatch, selector):
             assert np.array_equal(*rows), step
 
 
-def test_what_is_spent_is_told_and_within_the_budget(run, monkeypatch):
+def noting(call, values):
+    """Keep what a method returns."""
+
+    def noted(*args):
+        values.append(call(*args))
+        return values[-1]
+
+    return noted
+
+
+def test_what_is_spent_is_within_the_budget(run, monkeypatch):
     from dataflex.train.in_run import InRun
 
-    asked = []
-    count = InRun._count
-    monkeypatch.setattr(InRun, "_count", lambda self, rows: asked.append(rows) or count(self, rows))
-    run("budgeted", **SETTINGS, dynamic=block(budget=1.0))
-    # 5 targets of the set, and pilots: at most as many rows as 24 steps of 8 rows train on.
-    assert 5 * 5 <= sum(asked) <= 24 * 8
+    found = {"_aim": [], "_pilots": [], "_price": []}
+    for name, values in found.items():
+        monkeypatch.setattr(InRun, name, noting(getattr(InRun, name), values))
+    outcome = run("budgeted", **SETTINGS, dynamic=block(budget=0.7))
+    assert len(found["_aim"]) == len(found["_pilots"]) == 4
+    assert 0 < sum(found["_aim"]) < sum(found["_aim"]) + sum(found["_pilots"])
+    trained = sum(tokens * both for tokens, both in found["_price"])
+    assert sum(found["_aim"]) + sum(found["_pilots"]) <= 0.7 * trained
+    assert all("budget left 0." in event["reason"] for event in decisions(outcome))
 
 
 def test_predictions_wait_until_they_are_better_than_chance(run, monkeypatch):
