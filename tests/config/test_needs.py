@@ -187,6 +187,10 @@ def test_what_a_run_does_not_have_is_told(field: str, kind: str, stated: Any, ru
         ({"selector": {"name": "tacs", "targets": ["t"]}}, "the tacs selector has no scores that training steps give"),
         ({"selector": None, "mixer": "uniform", "domain_column": "d"}, "a run without a selector has no scores"),
         ({"signals": {"budget": 0.1, "screen_fraction": 0.5}}, "screening makes a pass over the pool"),
+        (
+            {"selector": {"name": "less", "targets": ["t"], "sketch_size": 64}},
+            "dynamic.selector.sketch_size: has no effect beside dynamic.signals.budget",
+        ),
         ({"signals": {"budget": 0.0}}, "budget: must be above 0"),
         ({"signals": {"budget": 1e4}}, "budget: must be at most 1000"),
     ],

@@ -49,6 +49,19 @@ def test_scores_come_from_the_steps(run, monkeypatch, selector, tuning):
     assert np.isfinite(seen[-1].sketches).all()
 
 
+def test_the_parameters_that_a_selector_names_are_looked_at(run, monkeypatch):
+    from dataflex.train import in_run
+
+    found = []
+    capturable = in_run.capturable
+    monkeypatch.setattr(in_run, "capturable", noting(capturable, found))
+    chosen = {**LESS, "parameters": "lora_B"}
+    run("budgeted", **{**SETTINGS, "max_steps": 14}, finetuning_type="lora", dynamic=block(chosen))
+    names = [name for unit in found[0][0] for name in unit.parameters.values()]
+    assert names
+    assert all("lora_B" in name for name in names)
+
+
 def test_listening_changes_nothing(run, monkeypatch):
     from dataflex.train.in_run import InRun
 

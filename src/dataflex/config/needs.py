@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
@@ -141,12 +142,20 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
         )
 
 
+_IDLE_WITHIN_BUDGET = ("bf16", "include_momentum", "sketch_size", "target_gradient")
+"""Parameters of passes that no run with a budget makes."""
+
+
 def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
     """Yield why decisions cannot be made within a budget."""
     selector, key = dynamic.selector, "dynamic.signals.budget"
     if run is None and (selector is None or not selector.requires.budget):
         who = "a run without a selector" if selector is None else f"the {selector.name} selector"
         yield f"{key}: {who} has no scores that training steps give; use less, icons, grad_norm or loss, or remove it"
+    elif run is None and selector is not None:
+        for each in fields(selector.params):
+            if each.name in _IDLE_WITHIN_BUDGET and getattr(selector.params, each.name) != each.default:
+                yield f"dynamic.selector.{each.name}: has no effect beside {key}; remove one of the two"
     if run is None and dynamic.signals.screen_fraction < 1.0:
         yield f"{key}: screening makes a pass over the pool that no budget pays for; remove screen_fraction"
     if run is not None and run.stage is not None and run.stage not in _CAUSAL:

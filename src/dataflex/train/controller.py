@@ -30,6 +30,7 @@ from dataflex.record.read import thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.rng import stream
 from dataflex.signals.runner import SignalRunner
+from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.in_run import InRun, asked_of_rows
 from dataflex.train.row_space import RowSpace
@@ -201,6 +202,7 @@ class Controller:
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
         if config.selector is not None and options.budget is not None:
             params = config.selector.params
+            scale = getattr(params, "precondition", "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
@@ -208,8 +210,12 @@ class Controller:
                 asked=asked_of_rows(config.selector),
                 budget=options.budget,
                 seed=self.seed,
-                cosines=getattr(params, "normalize", True),
-                adam=getattr(params, "precondition", "none") not in ("none", "sign"),
+                spec=GradientSpec(
+                    parameters=getattr(params, "parameters", None),
+                    last_blocks=getattr(params, "last_blocks", None),
+                    precondition="none" if scale in ("none", "sign") else "true_adam",
+                    normalize=getattr(params, "normalize", True),
+                ),
                 explore=options.explore,
             )
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)

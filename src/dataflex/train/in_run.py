@@ -93,8 +93,7 @@ class InRun:
     asked: tuple[str, ...]  # from ``asked_of_rows``
     budget: float
     seed: int
-    cosines: bool = True  # compare directions, else inner products
-    adam: bool = True  # scale the targets' gradients as Adam would
+    spec: GradientSpec  # which gradients; whether Adam's moments scale the targets', and whether cosines are compared
     explore: float = 0.2  # share of a plan that is drawn uniformly
     forgetting: float = 0.7  # weight of an observation from one interval to the next
     smoothing: float = 0.5  # weight of earlier directions in the next, where not all target rows were looked at
@@ -131,7 +130,7 @@ class InRun:
         return self._capture
 
     def _scorers(self) -> GradientScorers:
-        return GradientScorers(self.signals.access, GradientSpec(precondition="true_adam" if self.adam else "none"))
+        return GradientScorers(self.signals.access, self.spec)
 
     # -- while a step is trained ------------------------------------------------------------------
 
@@ -246,12 +245,12 @@ class InRun:
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
         gradients = target_vectors(scorers.engine, sweeps, normalize_rows=False)
-        moments = scorers.moments() if self.adam else {}
+        moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         names = [name for unit in capture.layers for name in unit.parameters.values()]
         inside = total = np.zeros(len(self.targets))
         directions = {}
         for name, gradient in gradients.tensors.items():
-            scaled = gradient * adam_scale(moments[name]).to(gradient.device) if self.adam else gradient
+            scaled = gradient if moments is None else gradient * adam_scale(moments[name]).to(gradient.device)
             product = (gradient * scaled).flatten(1).double().sum(dim=1).cpu().numpy()
             total = total + product
             if name in names:
@@ -345,7 +344,7 @@ class InRun:
         if self.aims is None:
             return seen.values
         sketches = seen.sketches.astype(np.float64)
-        lengths = np.linalg.norm(sketches, axis=1, keepdims=True) if self.cosines else 1.0
+        lengths = np.linalg.norm(sketches, axis=1, keepdims=True) if self.spec.normalize else 1.0
         return np.concatenate([sketches @ self.aims.T / np.maximum(lengths, 1e-30), seen.values], axis=1)
 
     def _scores(self, seen: Observations, rows: Rows) -> Floats:
