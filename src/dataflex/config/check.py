@@ -180,13 +180,14 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 
 
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
-    """Return the method that makes the training loss itself: a weighter, or a mixer that observes or weighs it."""
+    """Return a method for which the training loss is made here: it weighs losses, or they tell it of rows or domains."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and issubclass(weighter.cls, Weighter) and not weighter.cls.neutral:
         return weighter
-    if mixer is None or not issubclass(mixer.cls, Mixer):
-        return None
-    return mixer if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter) else None
+    if mixer is not None and issubclass(mixer.cls, Mixer):
+        if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter):
+            return mixer
+    return dynamic.watches
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:

@@ -347,14 +347,14 @@ def row_effects(rows: Ints, residuals: Floats, weights: Floats, num_rows: int, *
 
 
 def rank_correlation(predicted: Floats, observed: Floats) -> tuple[float, float]:
-    """Return Spearman's correlation and the lower end of its 95 % interval (Fisher's z); (NaN, -1) below 4 pairs."""
-    from scipy.stats import rankdata
+    """Return Spearman's correlation, and the probability that it is above 0 (Fisher's z); (NaN, 0.5) below 4 pairs."""
+    from scipy.stats import norm, rankdata
 
     if len(predicted) < 4:
-        return float("nan"), -1.0
+        return float("nan"), 0.5
     a, b = rankdata(predicted), rankdata(observed)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
     found = float(a @ b) / scale if scale > 0 else 0.0
-    lower = np.tanh(np.arctanh(min(max(found, -0.999999), 0.999999)) - 1.96 / np.sqrt(len(a) - 3))
-    return found, float(lower)
+    score = np.arctanh(min(max(found, -0.999999), 0.999999)) * np.sqrt(len(a) - 3)
+    return found, float(norm.cdf(score))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec, LogitSpec, Perturbation, Probe, WeightedResponse
 
 if TYPE_CHECKING:
@@ -339,6 +339,43 @@ class LogitFeatures(LogitSpec, Signal):
         from dataflex.signals.logits import LogitScorer
 
         return LogitScorer(access.model, self, access.longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRun(Signal):
+    """What training steps showed of the rows that they served: values and the step [n, K + 1], without a pass.
+
+    NaN where a row was not served, or so long ago that it was forgotten. K is 1, or the number of targets.
+
+    Attributes:
+        what: ``losses``: a row's mean loss; ``norms``: the norm of its gradient, estimated from a sketch; ``scores``: the
+            cosine of its gradient in that step with each target's in Adam's scale at this decision, likewise.
+        targets: Names of target data sets, for ``scores``: some of the method's own.
+        normalize: Whether ``scores`` are cosines; otherwise products with the target's direction of length 1.
+    """
+
+    name = "values of training steps"
+    forward = 0.0
+    what: Literal["losses", "norms", "scores"] = "losses"
+    targets: tuple[str, ...] = ()
+    normalize: bool = True
+
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """``in_run_losses``, ``in_run_norms`` or ``in_run_scores``."""
+        return f"in_run_{self.what}"
+
+    @property
+    def kept(self) -> Kept:  # noqa: D102
+        return "never"
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+        return (max(len(self.targets), 1) + 1,)
+
+    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
+        raise UnsupportedError(
+            f"{self.needs}: only training steps show them; state it in the method's Requires(signals=...)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
