@@ -50,6 +50,27 @@ def test_scores_come_from_the_steps(run, monkeypatch, selector, tuning):
     assert np.isfinite(seen[-1].sketches).all()
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_target_rows_leave_sketches_in_the_pass_of_their_gradients(run, monkeypatch, tuning):
+    """Sketches are linear: their mean over the rows is the sketch of the mean gradient."""
+    from dataflex.signals.gradients.in_run import StepCapture
+    from dataflex.train.in_run import InRun
+
+    sketched, noted = [], []
+    monkeypatch.setattr(StepCapture, "sketch_of", noting(StepCapture.sketch_of, sketched))
+    note = InRun._note_goals
+    monkeypatch.setattr(
+        InRun, "_note_goals", lambda self, found, at: noted.append(list(found)) or note(self, found, at)
+    )
+    run("budgeted", **{**SETTINGS, "max_steps": 14}, finetuning_type=tuning, dynamic=block())
+    plain = sketched[1::2]  # scaled, plain, scaled, ...
+    assert len(plain) == len(noted) == 2
+    for mean, found in zip(plain, noted, strict=True):
+        rows = np.concatenate([sketches for _, sketches in found])
+        assert len(rows) == 5, "all rows of the target"
+        np.testing.assert_allclose(rows.mean(axis=0), mean[0].numpy(), rtol=1e-3, atol=1e-5 * np.abs(rows).max())
+
+
 def test_the_parameters_that_a_selector_names_are_looked_at(run, monkeypatch):
     from dataflex.train import in_run
 
@@ -166,7 +187,12 @@ class Unlearnt(ScoringSelector):
 def test_a_method_asks_what_steps_showed(run, tmp_path):
     file = tmp_path / "unlearnt.py"
     file.write_text(PLUGIN.replace("SEEN", str(tmp_path / "seen")))
-    chosen = {"plugins": [str(file)], "selector": {"name": "unlearnt", "targets": ["goal"]}, "warmup_steps": 8, "interval_steps": 4}
+    chosen = {
+        "plugins": [str(file)],
+        "selector": {"name": "unlearnt", "targets": ["goal"]},
+        "warmup_steps": 8,
+        "interval_steps": 4,
+    }
     outcome = run("asked", **{**SETTINGS, "max_steps": 16}, dynamic=chosen)
     from dataflex.record.read import load_plan
 

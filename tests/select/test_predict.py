@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm
 from scipy.sparse import csr_matrix
+from scipy.stats import norm
 
 from dataflex.select import predict
 from dataflex.select.predict import PAIRS, TOKENS, Centred, TokenFeatures, fitted, rank_correlation, row_effects

@@ -180,7 +180,7 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 
 
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
-    """Return a method for which the training loss is made here: it weighs losses, or they tell it of rows or domains."""
+    """Return a method for which the training loss is made here: it weighs losses, or they tell it of its data."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and issubclass(weighter.cls, Weighter) and not weighter.cls.neutral:
         return weighter

@@ -360,8 +360,8 @@ class InRun(Signal):
     NaN where a row was not served, or so long ago that it was forgotten. K is 1, or the number of targets.
 
     Attributes:
-        what: ``losses``: a row's mean loss; ``norms``: the norm of its gradient, estimated from a sketch; ``scores``: the
-            cosine of its gradient in that step with each target's in Adam's scale at this decision, likewise.
+        what: ``losses``: a row's mean loss; ``norms``: the norm of its gradient, estimated from a sketch; ``scores``:
+            the cosine of its gradient in that step with each target's in Adam's scale at this decision, likewise.
         targets: Names of target data sets, for ``scores``: some of the method's own.
         normalize: Whether ``scores`` are cosines; otherwise products with the target's direction of length 1.
     """

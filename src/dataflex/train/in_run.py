@@ -13,6 +13,8 @@ counts 1, a backward pass 2, with adapters 1.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +30,16 @@ from dataflex.plan.schedule import Interval
 from dataflex.rng import uniforms
 from dataflex.select.predict import TokenFeatures, fitted, rank_correlation, row_effects
 from dataflex.sequences import Sequences
+from dataflex.signals import kinds
 from dataflex.signals.gradients.in_run import Directions, StepCapture, adam_scale, capturable
 from dataflex.signals.gradients.parameters import shape_of
 from dataflex.signals.gradients.scorers import GradientScorers, target_vectors
-from dataflex.signals import kinds
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_parts import model_parts
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
-from dataflex.signals.sweep import preserve_state, row_pass
+from dataflex.signals.sweep import Turn, preserve_state, row_pass
 from dataflex.state import State
 from dataflex.train.loader import ROWS
 from dataflex.train.loss import TokenLosses, sample_means, token_losses
@@ -56,23 +58,23 @@ _SKETCH = 16
 _ADAPTERS = 0.2  # below this share of trained parameters a backward pass is one to layer inputs alone
 
 
-def levels(steps: NDArray[np.int64], pilots: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Number observations by what has a level of its own: neighbouring steps with ``_LEAST_ROWS`` of them, or pilots.
+def levels(steps: NDArray[np.int64], pilots: NDArray[np.bool_], goals: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return numbers of what has a level of its own: neighbouring steps with ``_LEAST_ROWS`` of them, or pilots.
 
-    What all gradients of a step share moves from step to step, most of all while the learning rate rises.
+    What all gradients of a step share moves from step to step, most of all while the learning rate rises. Rows of
+    targets (``goals``) have the level of the pilots of their decision, or of the last steps before it.
     """
-    keys, index, counts = np.unique(2 * steps + ~pilots, return_inverse=True, return_counts=True)
-    blocks, size = np.zeros(len(keys), dtype=np.int64), 0
+    keys, index = np.unique(2 * steps + ~(pilots | goals), return_inverse=True)
+    counts = np.bincount(index, ~goals, len(keys))  # a pass of its own comes before the step of its number
+    passes, blocks, size = keys % 2 == 0, np.zeros(len(keys), dtype=np.int64), 0.0
     for i in range(1, len(keys)):
-        size += int(counts[i - 1])
-        apart = (keys[i] - keys[i - 1]) % 2 == 1
-        blocks[i] = blocks[i - 1] + (apart or size >= _LEAST_ROWS)
-        size = 0 if blocks[i] > blocks[i - 1] else size
+        size += counts[i - 1]
+        apart = counts[i] >= _LEAST_ROWS if passes[i] else passes[i - 1] or size >= _LEAST_ROWS
+        blocks[i] = blocks[i - 1] + apart
+        size = 0.0 if apart else size
     last = blocks == blocks[-1]
-    if counts[last].sum() < _LEAST_ROWS and not last.all():
-        before = np.flatnonzero(~last)[-1]
-        if (keys[-1] - keys[before]) % 2 == 0:
-            blocks[last] -= 1
+    if counts[last].sum() < _LEAST_ROWS and not last.all() and not passes[np.flatnonzero(~last)[-1]]:
+        blocks[last] -= 1
     return blocks[index]
 
 
@@ -107,7 +109,7 @@ def asked_of_rows(config: DynamicConfig) -> tuple[tuple[str, ...], tuple[str, ..
 class Observations:
     """What became known of rows."""
 
-    rows: Rows  # [n]
+    rows: Rows  # [n]; those of targets follow those of the pool
     intervals: NDArray[np.int64]  # in which they were looked at [n]
     steps: NDArray[np.int64]  # likewise [n]
     sketches: NDArray[np.float32]  # of their gradients [n, D]; D = 0 where no target asks for them
@@ -149,8 +151,11 @@ class InRun:
         self.aimed = np.zeros(len(self.targets))  # number of target rows behind each, earlier ones counting less [K]
         self.explored: Rows = np.zeros(0, dtype=np.int64)  # rows of the plan in progress that were drawn uniformly
         self.trust = 0.0
-        self._interval = 0
+        self._interval = self._aimed_at = 0
         self._judged: list[Floats] = []
+        sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
+        self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
+        self._own = np.zeros(len(self.targets))  # share of a target row of the last decision in its direction [K]
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
@@ -274,7 +279,7 @@ class InRun:
         left = self._left(interval, tokens, both)
         if interval.start_step:
             if self.targets:
-                self._spent += self._aim(left, both)
+                self._spent += self._aim(interval, left, both)
             if self.budget is not None:
                 self._judge()
             self._interval = interval.index
@@ -287,7 +292,7 @@ class InRun:
         self._interval = interval.index
         self.told |= {"trust": self.trust, "spent": self._spent / (tokens / interval.steps * self.total_steps * both)}
 
-    def _aim(self, left: float, both: float) -> float:
+    def _aim(self, interval: Interval, left: float, both: float) -> float:
         """Take the gradients of as many target rows as there is budget for, others each time; return their cost."""
         access, capture, scorers = self.signals.access, self.capture, self._scorers()
         assert capture is not None
@@ -305,7 +310,14 @@ class InRun:
             self._looked[k] = (self._looked[k] + count) % len(order)
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
-        gradients = target_vectors(scorers.engine, sweeps, normalize_rows=False)
+        found: list[tuple[Rows, NDArray[np.float32]]] = []
+        gradients = target_vectors(
+            scorers.engine,
+            sweeps,
+            normalize_rows=False,
+            around=lambda k, turn: self._sketching(self._firsts[k] + sweeps[k].rows[turn.positions], turn, found),
+        )
+        capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         names = [name for unit in capture.layers for name in unit.parameters.values()]
         inside = total = np.zeros(len(self.targets))
@@ -317,16 +329,57 @@ class InRun:
             if name in names:
                 inside, directions[name] = inside + product, scaled
         aims = capture.sketch_of(directions).double().cpu().numpy()
-        aims /= np.maximum(np.linalg.norm(aims, axis=1, keepdims=True), 1e-30)
+        plain = capture.sketch_of({name: gradients.tensors[name] for name in directions}).double().cpu().numpy()
+        # In Adam's scale the share of one row is not known by its sketch; the mean scale is that of the sum.
+        scale = (aims * plain).sum(axis=1) / np.maximum((plain**2).sum(axis=1), 1e-300)
+        lengths = np.maximum(np.linalg.norm(aims, axis=1), 1e-30)
+        aims, weights = aims / lengths[:, None], counts.copy()
         if self.aims is not None and not whole:
             before = self.smoothing * self.aimed
             aims = counts[:, None] * aims + before[:, None] * self.aims
-            aims /= np.maximum(np.linalg.norm(aims, axis=1, keepdims=True), 1e-30)
-            counts += before
+            weights = np.maximum(np.linalg.norm(aims, axis=1), 1e-30)
+            aims /= weights[:, None]
+            counts = counts + before
         self.aimed = counts
-        self.aims = comm.broadcast_object(aims)
+        self.aims, self._own = comm.broadcast_object((aims, scale / lengths / weights))
         self.told["coverage"] = float((inside / np.maximum(total, 1e-300)).min())
+        self._note_goals(found, interval)
         return spent
+
+    @contextmanager
+    def _sketching(self, rows: Rows, turn: Turn, found: list[tuple[Rows, NDArray[np.float32]]]) -> Iterator[None]:
+        """Add the sketches of rows whose gradients are taken inside, in one pass of the model or several alike."""
+        access, capture = self.signals.access, self.capture
+        assert capture is not None
+        batch, width = turn.batch["input_ids"].shape
+
+        def begin(_module: Any, _args: Any) -> None:
+            capture.begin((int(batch), int(width)), access.device)
+
+        handle = access.model.register_forward_pre_hook(begin)
+        try:
+            yield
+        finally:
+            handle.remove()
+        sketches = capture.take(weights_B=torch.ones(int(batch))).sketches
+        assert sketches is not None
+        if turn.mine:
+            found.append((rows, sketches.cpu().numpy()))
+
+    def _note_goals(self, found: list[tuple[Rows, NDArray[np.float32]]], interval: Interval) -> None:
+        """Keep what became known of target rows: predictions may learn from them what scores well (collective)."""
+        everyone = [part for parts in comm.gather_objects(found) for part in parts]
+        if self.budget is None or not everyone:
+            return
+        rows, sketches = (np.concatenate(column) for column in zip(*everyone, strict=True))
+        order = np.argsort(rows)
+        rows, sketches = rows[order], sketches[order]
+        known = np.linalg.norm(sketches, axis=1) > 0
+        values = np.concatenate([sketches, np.full((len(rows), len(self.asked)), np.nan, np.float32)], axis=1)
+        steps = np.full(int(known.sum()), interval.start_step)
+        before, self._interval = self._interval, interval.index
+        self._note(rows[known], steps, values[known], unbiased=False, pilots=True)
+        self._interval, self._aimed_at = before, interval.index
 
     def _count(self, rows: int) -> None:
         self.signals.forward_rows += rows
@@ -394,13 +447,21 @@ class InRun:
     def features(self) -> TokenFeatures:
         """What rows are made of, read once."""
         if self._features is None:
-            signals = self.signals
-            self._features = TokenFeatures.of(
-                self.space.num_rows,
-                lambda rows: (signals.tokens(rows, part="prompt"), signals.tokens(rows, part="completion")),
-                self.space.domains.domain_of.astype(np.int64),
-                len(self.space.domains.names),
-            )
+            signals, firsts = self.signals, self._firsts
+            sources = [(None, 0), *zip(self.targets, firsts, strict=False)]
+
+            def tokens(rows: Rows) -> tuple[list[NDArray[np.int64]], ...]:
+                which = np.searchsorted(firsts, rows, side="right")
+                parts: tuple[list[NDArray[np.int64]], ...] = ([], [])
+                for number in np.unique(which):  # ascending, as rows are
+                    target, first = sources[number]
+                    for part, name in zip(parts, ("prompt", "completion"), strict=True):
+                        part += signals.tokens(rows[which == number] - first, target=target, part=name)
+                return parts
+
+            domains = np.full(int(firsts[-1]), -1, dtype=np.int64)
+            domains[: self.space.num_rows] = self.space.domains.domain_of
+            self._features = TokenFeatures.of(len(domains), tokens, domains, len(self.space.domains.names))
         return self._features
 
     def _of(self, seen: Observations, normalize: bool | None = None) -> Floats:
@@ -409,8 +470,18 @@ class InRun:
         if self.aims is None:
             return seen.values
         sketches = seen.sketches.astype(np.float64)
-        lengths = np.linalg.norm(sketches, axis=1, keepdims=True) if normalize else 1.0
-        return np.concatenate([sketches @ self.aims.T / np.maximum(lengths, 1e-30), seen.values], axis=1)
+        scores, squares = sketches @ self.aims.T, (sketches**2).sum(axis=1)
+        lengths = np.ones_like(scores)
+        goals = np.flatnonzero((seen.rows >= self.space.num_rows) & (seen.intervals == self._aimed_at))
+        of = np.searchsorted(self._firsts, seen.rows[goals], side="right") - 1
+        share = self._own[of]  # a target row is compared with the direction of the others
+        both = scores[goals, of]
+        lengths[goals, of] = np.sqrt(np.maximum(1 - 2 * share * both + share**2 * squares[goals], 1e-30))
+        scores[goals, of] -= share * squares[goals]
+        scores /= lengths
+        if normalize:
+            scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
+        return np.concatenate([scores, seen.values], axis=1)
 
     def _scores(self, seen: Observations, rows: Rows) -> Floats:
         """Return predictions of rows [n, K + Q] from observations, the same on every rank."""
@@ -419,17 +490,25 @@ class InRun:
             weights = self.forgetting ** (seen.intervals.max() - seen.intervals).astype(np.float64)
             recent = weights >= _LEAST_WEIGHT
             known, used = seen.where(recent), weights[recent]
-            groups = levels(known.steps, known.pilots)
+            goals = known.rows >= self.space.num_rows
+            groups = levels(known.steps, known.pilots, goals)
             values = self._of(known)
-            spread, scale = centred(values, groups), np.ones(values.shape[1])
+            spread, scale = centred(values[~goals], groups[~goals]), np.ones(values.shape[1])
             kinds = 2 * known.intervals + known.pilots
             for kind in np.unique(kinds):  # gradients shrink: intervals differ in scale
                 own = kinds == kind
-                scale = np.maximum(spread[own].std(axis=0), 1e-30)
+                if own[~goals].any():
+                    scale = np.maximum(spread[own[~goals]].std(axis=0), 1e-30)
                 values[own] /= scale
-            fit = fitted(self.features.matrix(known.rows), groups, values, used)
-            effects = row_effects(known.rows, fit.residuals, used, self.space.num_rows)
-            return (self.features.times(rows, fit.weights) + fit.offset + effects[rows]) * scale
+            out, num = np.empty((len(rows), values.shape[1])), len(self.targets)
+            for columns, those in ((slice(num), slice(None)), (slice(num, None), ~goals)):
+                if not values[:, columns].shape[1]:
+                    continue
+                ids, weight = known.rows[those], used[those]
+                fit = fitted(self.features.matrix(ids), groups[those], values[those, columns], weight)
+                effects = row_effects(ids, fit.residuals, weight, int(self._firsts[-1]))
+                out[:, columns] = self.features.times(rows, fit.weights) + fit.offset + effects[rows]
+            return out * scale
 
         return comm.on_one_rank("predicting scores", compute)
 
@@ -438,19 +517,22 @@ class InRun:
         self.trust, seen = 0.0, self.seen
         if seen is None:
             return
-        last = seen.intervals.max()
+        goals = seen.rows >= self.space.num_rows
+        last = seen.intervals[~seen.pilots].max(initial=-1)
         before, newest = seen.intervals < last, (seen.intervals == last) & ~seen.pilots & seen.unbiased
         if newest.sum() >= 4:
             shown = seen.where(newest)
-            if before.sum() >= _LEAST_ROWS:
+            if (before & ~goals).sum() >= _LEAST_ROWS:
                 predicted = self._scores(seen.where(before), shown.rows)
             else:  # the first interval: every part by the others
                 parts = np.arange(len(shown.rows)) % _PARTS
                 predicted = np.empty((len(shown.rows), len(self.targets) + len(self.asked)))
                 for part in range(_PARTS):
                     own = parts == part
-                    predicted[own] = self._scores(shown.where(~own), shown.rows[own])
-            groups = levels(shown.steps, shown.pilots)
+                    others = goals.copy()
+                    others[np.flatnonzero(newest)[~own]] = True
+                    predicted[own] = self._scores(seen.where(others), shown.rows[own])
+            groups = levels(shown.steps, shown.pilots, np.zeros(len(shown.rows), dtype=np.bool_))
             both = np.stack([centred(predicted, groups), centred(self._of(shown), groups)])
             ranks = both.argsort(axis=1).argsort(axis=1) / (len(shown.rows) - 1.0)
             self._judged = [*self._judged, ranks][-_JUDGED_INTERVALS:]
@@ -525,6 +607,8 @@ class InRun:
             "interval": self._interval,
             "judged": list(self._judged),
             "looked": self._looked,
+            "own": self._own,
+            "aimed_at": self._aimed_at,
             "aimed": self.aimed,
             "spent": self._spent,
             "trust": self.trust,
@@ -536,4 +620,5 @@ class InRun:
         self.aims, self.explored, self._looked = state["aims"], state["explored"], state["looked"]
         self._interval, self._spent, self.trust = int(state["interval"]), float(state["spent"]), state["trust"]
         self.aimed = state["aimed"]
+        self._own, self._aimed_at = state["own"], int(state["aimed_at"])
         self._judged = list(state["judged"])
