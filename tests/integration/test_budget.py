@@ -87,7 +87,7 @@ def test_the_parameters_that_a_selector_names_are_looked_at(run, monkeypatch):
 def test_listening_changes_nothing(run, monkeypatch):
     from dataflex.train.in_run import InRun
 
-    monkeypatch.setattr(InRun, "chosen", lambda self, wanted: 0)
+    monkeypatch.setattr(InRun, "chosen", lambda self, wanted, interval: 0)
     monkeypatch.setattr(InRun, "_unseen_first", lambda self, rows, name, interval: rows)
     with_scores = run("scored", **SETTINGS, dynamic=block())
     monkeypatch.setattr(InRun, "begin", lambda self, batch, device: None)
@@ -105,7 +105,9 @@ def test_a_resumed_run_is_as_if_never_stopped(run, monkeypatch, selector):
     monkeypatch.setattr(in_run, "rank_correlation", lambda a, b: (0.5, 1.0))  # so that predictions choose
     saving = {**SETTINGS, "save_strategy": "steps", "save_steps": 1}
     straight = run("straight", **saving, dynamic=block(selector))
-    assert "rows by" in decisions(straight)[-1]["reason"] or "0 rows drawn" not in decisions(straight)[-1]["reason"]
+    told = [event["reason"] for event in decisions(straight)]
+    assert all("26 of 64 rows" in reason and "6 rows drawn" in reason for reason in told[:-1]), told
+    assert "32 of 64 rows" in told[-1], "no decision follows the last, so it explores nothing"
     for step in (2, 3, 10, 14, 20):
         folder = run.folder / f"resumed-{step}"
         shutil.copytree(straight.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")

@@ -370,7 +370,7 @@ class Controller:
     def _select_and_draw(self, in_run: InRun, pool: Rows, wanted: int, ctx: Context) -> Selection:
         """Select by predictions as many rows as they are trusted with, and draw the others uniformly."""
         assert self.selector is not None
-        chosen, selection = in_run.chosen(wanted), Selection(rows=pool[:0])
+        chosen, selection = in_run.chosen(wanted, ctx.interval), Selection(rows=pool[:0])
         if chosen:
             selection = self.selector.select(pool, chosen, ctx)
             check_selection(self.selector, selection, pool, chosen)

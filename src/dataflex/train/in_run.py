@@ -142,7 +142,7 @@ class InRun:
     total_steps: int  # of the run
     explore: float = 0.2  # share of a plan that is drawn uniformly
     forgetting: float = 0.7  # weight of an observation from one interval to the next
-    smoothing: float = 0.5  # what earlier target rows count in a direction, where not all were looked at again
+    smoothing: float = 0.7  # what earlier target rows count in a direction, where not all were looked at again
     told: dict[str, float] = field(default_factory=dict)  # numbers of the last decision
 
     def __post_init__(self) -> None:
@@ -582,9 +582,15 @@ class InRun:
 
     # -- what a plan is made of ------------------------------------------------------------------------
 
-    def chosen(self, wanted: int) -> int:
-        """Return how many of ``wanted`` rows predictions may choose; the others are drawn."""
-        return 0 if self._predicted is None else round(wanted * (1 - self.explore) * self.trust)
+    def chosen(self, wanted: int, interval: Interval) -> int:
+        """Return how many of ``wanted`` rows predictions may choose; the others are drawn.
+
+        The last interval explores nothing, since no decision follows that could use it.
+        """
+        if self._predicted is None:
+            return 0
+        explore = self.explore if interval.stop_step < self.total_steps else 0.0
+        return round(wanted * (1 - explore) * self.trust)
 
     def drawn(self, pool: Rows, taken: Rows, count: int, interval: Interval) -> Rows:
         """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never looked at first."""
