@@ -54,19 +54,33 @@ def installed() -> dict[str, str]:
     return {package: version_of(package) or "missing" for package in ("llamafactory", "transformers")}
 
 
+def _stored() -> tuple[dict[str, str], dict[str, Key]]:
+    """Return the versions and the keys of ``table.json``."""
+    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"versions": {}, "keys": {}}
+    lists = ("types", "choices")
+    keys = {
+        name: Key(**{**entry, **{key: tuple(entry[key]) for key in lists if key in entry}})
+        for name, entry in stored["keys"].items()
+    }
+    return stored["versions"], keys
+
+
 @lru_cache(maxsize=1)
 def table() -> Mapping[str, Key]:
     """Return all keys of the installed version; an empty mapping where its source cannot be read."""
-    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
-    if stored.get("versions") == installed():
-        return {
-            name: Key(**{**entry, **{key: tuple(entry[key]) for key in ("types", "choices") if key in entry}})
-            for name, entry in stored["keys"].items()
-        }
+    versions, keys = _stored()
+    if versions == installed():
+        return keys
     try:
         return read_source()
     except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
         return {}
+
+
+@lru_cache(maxsize=1)
+def defaults() -> Mapping[str, Any]:
+    """Return the value of each key without one; for keys that the installed version lacks, that of ``table.json``."""
+    return {name: key.default for name, key in {**_stored()[1], **table()}.items()}
 
 
 def read_source() -> dict[str, Key]:
