@@ -12,7 +12,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -136,6 +137,29 @@ def import_file(file: Path, what: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+_imported = cache(import_file)
+
+
+def load_function(path: str, what: str) -> Callable[..., Any]:
+    """Import ``module:function`` or ``file.py:function``; a file is run once, as a module whose name holds ``what``.
+
+    Raises:
+        ValueError: It cannot be imported, or has no such function.
+    """
+    source, _, name = path.rpartition(":")
+    file = Path(source).expanduser().resolve() if source.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise ValueError(f"no such file: {source}")
+    try:
+        module = importlib.import_module(source) if file is None else _imported(file, what)
+    except Exception as error:  # the user's own code: told with its cause
+        raise ValueError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{source} has no function {name!r}")
+    return function
 
 
 def load_plugin(path: str | Path) -> list[type[Method]]:

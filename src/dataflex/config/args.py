@@ -100,7 +100,7 @@ def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaFactoryArgs(Mapping[str, Any]):
-    """LLaMA-Factory's keys: a mapping of what was written, and an attribute for every key with what applies in the run."""
+    """LLaMA-Factory's keys. The mapping holds what was written; attributes, one for each, what applies in a run."""
 
     given: Mapping[str, Any] = field(default_factory=dict)  # keys that were written, converted
     problems: Mapping[str, str] = field(default_factory=dict)  # keys with a value that they do not take, and why

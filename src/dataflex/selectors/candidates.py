@@ -91,7 +91,6 @@ class Greats(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(GRADIENTS, within_batch=True, preconditions={"precondition": self.params.precondition})
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
@@ -207,7 +206,6 @@ class Uds(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(TOKEN_LOSSES, signals=frozenset({"logits"}), within_batch=True)
 
     def __init__(self, params: Params) -> None:

@@ -16,7 +16,7 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import REPLACEMENT, Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
-from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, ResponseLoss, TokenLoss
+from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, OtherModelLoss, ResponseLoss, TokenLoss
 from dataflex.signals.specs import GradientOptions
 
 Focus = Literal["high", "medium", "low"]
@@ -73,7 +73,6 @@ class Tacs(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         steps = float(self.params.depth_steps)
         passes = Passes(pool=(1.0, 0.0), pool_by_target=(1.0, 0.0), targets=(steps, steps))
         return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
@@ -149,7 +148,6 @@ class LossSelector(RowLosses):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(super().requires(), budget=True)
 
     @property
@@ -274,14 +272,11 @@ class RhoLoss(RowLosses):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
-        """Parameters of RHO-LOSS."""
-
         reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         models, passes = {"reference": self.params.reference}, Passes(pool=(1.0, 0.0), pool_once=1.0)
         return replace(TOKEN_LOSSES, whole_parameters=True, models=models, passes=passes)
 
@@ -297,7 +292,7 @@ class RhoLoss(RowLosses):
             self.known = np.zeros(len(self.irreducible), dtype=np.bool_)
         new = np.sort(pool[~self.known[pool]])
         if len(new):
-            self.irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
+            self.irreducible[new] = ctx.signals(OtherModelLoss(model=self.params.reference, same_tokens=True), new)
             self.known[new] = True
         return _finite(super().score(pool, ctx)) - _finite(self.irreducible[pool])
 
@@ -348,14 +343,11 @@ class GradNorm(_Extreme):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(GradientOptions, _Keep):
-        """Parameters of GraNd."""
-
         precondition: Literal["none", "true_adam", "sign"] = param("none", "measure the optimizer's direction instead")
 
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         preconditions = {"precondition": self.params.precondition}
         return replace(GRADIENTS, targets=False, preconditions=preconditions, budget=True)
 
@@ -452,7 +444,6 @@ class Ifd(ScoringSelector):
     _kept_prefix = 0
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         scorer, passes = self.params.scorer, Passes(pool=(2.0, 0.0))
         if scorer is not None:  # it does not change, so no row is scored twice
             passes = Passes(pool_once=2.0, told="2 F of the scorer over each row of the pool, once")

@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import fsync, is_left, is_unfinished, owner, replacing
+from dataflex.state import fsync, is_left, is_unfinished, owner, refusals, replacing
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -85,15 +85,6 @@ class Entry(NamedTuple):
     finished: bool
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Turn errors of the operating system into ours."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write a stored array into {directory}: {error}") from error
-
-
 class ArrayStore:
     """A folder of arrays, made when something is first written. One rank may write an array; all may read."""
 
@@ -126,11 +117,11 @@ class ArrayStore:
         final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
 
         try:
-            with _writing(self.directory):
+            with refusals(f"a stored array into {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 array = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.dtype(dtype), shape=shape)
             yield array
-            with _writing(self.directory):
+            with refusals(f"a stored array into {self.directory}"):
                 array.flush()
                 ready.mkdir()
                 os.replace(scratch, ready / _ARRAY)
@@ -248,7 +239,7 @@ class ResumablePass:
         if data.shape != expected:
             raise ValueError(f"values of {len(ids)} rows have shape {data.shape}, expected {expected}")
         head = _RECORD.pack(_MAGIC, len(ids), data.nbytes, _hash(ids.tobytes(), data.tobytes()))
-        with _writing(self._folder):
+        with refusals(f"a stored array into {self._folder}"):
             if self._file is None:
                 self._file = open(self._folder / f"part-{self._session}-{comm.rank():05d}.bin", "wb")
             self._file.write(head + ids.tobytes() + data.tobytes())
@@ -312,7 +303,7 @@ class ResumablePass:
             },
             indent=1,
         )
-        with _writing(self._folder):
+        with refusals(f"a stored array into {self._folder}"):
             file = self._folder / _HEADER
             if self._folder.exists() and not (file.is_file() and file.read_bytes() == header.encode()):
                 logger.warning("%s belongs to another pass and is removed", self._folder)
