@@ -338,14 +338,11 @@ class Zeroth(ScoringSelector):
         parameters: str | None = param(None, "regular expression of those that move; null: all trainable", pattern=True)
 
     params: Params
+    _warned = False
 
     def requires(self) -> Requires:
         passes = Passes(pool=(2.0 * self.params.directions, 0.0))
         return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self._warned = False
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return estimated influence on the targets [T, N]; DataError where a target has no finite loss."""

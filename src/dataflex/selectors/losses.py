@@ -208,11 +208,8 @@ class DeltaLoss(RowLosses):
         relative: bool = param(False, "divide the fall by the first loss")
 
     params: Params
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.decisions = 0
-        self.first = np.zeros(0, dtype=np.float32)
+    decisions = 0
+    first = np.zeros(0, dtype=np.float32)  # first loss of each row [N]; empty before the first decision
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the fall of each loss since the first decision [N]; a row that joins later counts from its first."""
@@ -275,15 +272,14 @@ class RhoLoss(RowLosses):
         reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
+    irreducible = np.zeros(
+        0, dtype=np.float32
+    )  # of each row [N] where ``known``; both empty at first
+    known = np.zeros(0, dtype=np.bool_)
 
     def requires(self) -> Requires:
         models, passes = {"reference": self.params.reference}, Passes(pool=(1.0, 0.0), pool_once=1.0)
         return replace(TOKEN_LOSSES, whole_parameters=True, models=models, passes=passes)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.irreducible = np.zeros(0, dtype=np.float32)
-        self.known = np.zeros(0, dtype=np.bool_)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return losses minus irreducible ones [N], nats per token; NaN where either is not finite."""
