@@ -272,9 +272,7 @@ class RhoLoss(RowLosses):
         reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
-    irreducible = np.zeros(
-        0, dtype=np.float32
-    )  # of each row [N] where ``known``; both empty at first
+    irreducible = np.zeros(0, dtype=np.float32)  # of each row [N] where ``known``; both empty at first
     known = np.zeros(0, dtype=np.bool_)
 
     def requires(self) -> Requires:
