@@ -1,10 +1,8 @@
 """LLaMA-Factory's keys with types, defaults and choices, read from the source of the installed version.
 
-    python -m dataflex.config.table            writes table.json
-    python -m dataflex.config.table --check    fails when the file is not what the installed version says
-
 Nothing of LLaMA-Factory or transformers is imported: their source is parsed. ``table.json`` holds what was found for
-one pair of versions; any other pair is read when it is asked for, in about half a second.
+one pair of versions (``python -m dataflex.config.table`` writes it); any other pair is read when it is asked for, in
+about half a second.
 """
 
 from __future__ import annotations
@@ -12,14 +10,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataflex.console import tell
 from dataflex.version import version_of
 
 FILE = Path(__file__).with_name("table.json")
@@ -232,17 +228,5 @@ def _text() -> str:
     return f'{{\n "versions": {json.dumps(installed())},\n "keys": {{\n{lines}\n }}\n}}\n'
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the file, or compare it."""
-    text = _text()
-    if list(arguments) == ["--check"]:
-        current = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
-        if current != text:
-            tell(f"{FILE.name} is not of the installed version; run: python -m dataflex.config.table")
-        return int(current != text)
-    FILE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    FILE.write_text(_text(), encoding="utf-8")
