@@ -70,8 +70,7 @@ class FakeSignals:
         self._gradients = np.asarray(made if gradients is None else gradients, dtype=np.float64)
         self._rows = {name: np.asarray(values, dtype=np.float64) for name, values in (target_rows or {}).items()}
         self._given: dict[type[Signal], Given] = {
-            kinds.TokenLoss: lambda _, rows, target: self._of(target)[rows],
-            kinds.OtherModelLoss: lambda _, rows, target: self._of(target)[rows] / np.float32(2),
+            kinds.TokenLoss: self._token_loss,
             kinds.ResponseLoss: lambda signal, rows, target: (
                 self._of(target)[rows] if signal.conditioned else 1.25 * self._of(target)[rows] + 0.1
             ),
@@ -141,6 +140,10 @@ class FakeSignals:
         """Gradient of a response [P], made of its tokens; meant to be overridden."""
         places = 1.0 + np.arange(self._gradients.shape[1])
         return np.asarray(np.sin(np.outer(np.asarray(response.response, dtype=np.float64), places)).sum(axis=0))
+
+    def _token_loss(self, signal: kinds.TokenLoss, rows: Rows, target: str | None) -> ArrayLike:
+        """Return the losses, half of them under another model."""
+        return (self._of(target) / np.float32(1 if signal.model is None else 2))[rows]
 
     def _perturbed_loss(self, signal: kinds.PerturbedLoss, rows: Rows, target: str | None) -> ArrayLike:
         """Return functions that are linear with the rows' gradients."""

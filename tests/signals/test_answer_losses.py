@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals import runner
-from dataflex.signals.kinds import OtherModelLoss, ResponseLoss, TokenLoss
+from dataflex.signals.kinds import ResponseLoss, TokenLoss
 from dataflex.signals.model_access import Corpus, ModelAccess
 from dataflex.signals.other_models import LoadError, Scorer
 from dataflex.signals.runner import SignalCache, SignalRunner
@@ -249,12 +249,12 @@ def test_losses_by_a_model_with_the_same_tokens(service, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(name)
     assert Scorer(name, tokenizer).same_tokens
     rows = service.access.train.dataset
-    got = service(OtherModelLoss(model=name, same_tokens=True), EVERY)
+    got = service(TokenLoss(model=name, same_tokens=True), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=False, drop_first=False), rtol=2e-5)
     got = service(ResponseLoss(conditioned=False, model=name), EVERY)
     np.testing.assert_allclose(got, expected(model, rows, alone=True), rtol=2e-5)
-    again = service(OtherModelLoss(model=name), EVERY[:3], target="goal")
-    np.testing.assert_allclose(again, service(OtherModelLoss(model=name), EVERY[:3]), rtol=1e-6)
+    again = service(TokenLoss(model=name), EVERY[:3], target="goal")
+    np.testing.assert_allclose(again, service(TokenLoss(model=name), EVERY[:3]), rtol=1e-6)
     for parameter in service.access.model.parameters():
         assert parameter.requires_grad
 
@@ -271,14 +271,14 @@ def test_another_tokenizer_reads_the_text(service, tokenizer, tmp_path):
         return other(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
 
     for got, options in (
-        (service(OtherModelLoss(model=name), EVERY), {"alone": False}),
+        (service(TokenLoss(model=name), EVERY), {"alone": False}),
         (service(ResponseLoss(conditioned=True, model=name), EVERY), {"alone": False}),
         (service(ResponseLoss(conditioned=False, model=name, prefix_tokens=1), EVERY), {"alone": True, "prefix": 1}),
     ):
         want = expected(model, service.access.train.dataset, start=(0,), turn=turn, **options)
         np.testing.assert_allclose(got, want, rtol=2e-5)
     with pytest.raises(ConfigError, match="its tokenizer is not that of the run"):
-        service(OtherModelLoss(model=name, same_tokens=True), EVERY)
+        service(TokenLoss(model=name, same_tokens=True), EVERY)
 
 
 def test_what_does_not_fit_into_a_scorer_is_scored_neither_way(service, tokenizer, tmp_path):
@@ -301,23 +301,23 @@ def test_an_adapter_is_read_with_its_base(service, tokenizer, tmp_path):
             torch.nn.init.normal_(value, std=0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    got = service(OtherModelLoss(model=str(tmp_path / "adapter")), EVERY)
+    got = service(TokenLoss(model=str(tmp_path / "adapter")), EVERY)
     np.testing.assert_allclose(
         got, expected(adapted, service.access.train.dataset, alone=False, drop_first=False), rtol=2e-5
     )
-    assert not np.allclose(got, service(OtherModelLoss(model=base), EVERY), equal_nan=True)
+    assert not np.allclose(got, service(TokenLoss(model=base), EVERY), equal_nan=True)
 
 
 def test_models_that_are_not_there(service, tokenizer, tmp_path):
     with pytest.raises(LoadError, match="cannot be loaded to score rows"):
-        service(OtherModelLoss(model=str(tmp_path / "none")), EVERY)
+        service(TokenLoss(model=str(tmp_path / "none")), EVERY)
     name = another(tmp_path / "bare", tokenizer)
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(LoadError, match="is not a causal language model"):
-        service(OtherModelLoss(model=name), EVERY)
+        service(TokenLoss(model=name), EVERY)
     service.access.loaded.clear()
     object.__setattr__(service.access, "tokenizer", None)
-    for ask in (lambda: service.texts(EVERY), lambda: service(OtherModelLoss(model=name), EVERY)):
+    for ask in (lambda: service.texts(EVERY), lambda: service(TokenLoss(model=name), EVERY)):
         with pytest.raises(UnsupportedError, match="the tokenizer of the model is needed"):
             ask()
 
@@ -348,7 +348,7 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     name, loads = another(tmp_path / "ref", tokenizer), Loads(monkeypatch)
     for step in (0, 10, 20):
         service.begin(step)
-        kept = service(OtherModelLoss(model=name), EVERY)
+        kept = service(TokenLoss(model=name), EVERY)
         service(TokenLoss(), EVERY)
     assert loads.count == 1
     state = service.state_dict()
@@ -356,11 +356,11 @@ def test_a_model_that_stays_as_it_is_answers_once(service, tokenizer, tmp_path, 
     service.cache = SignalCache()
     service.load_state_dict(state)
     service.begin(30)
-    assert np.array_equal(service(OtherModelLoss(model=name), EVERY), kept, equal_nan=True)
+    assert np.array_equal(service(TokenLoss(model=name), EVERY), kept, equal_nan=True)
     assert loads.count == 1
     service.begin(40)
     service.begin(50)  # decisions that did not ask for it
-    assert np.array_equal(service(OtherModelLoss(model=name), EVERY[::-1]), kept[::-1], equal_nan=True)
+    assert np.array_equal(service(TokenLoss(model=name), EVERY[::-1]), kept[::-1], equal_nan=True)
     assert loads.count == 1
 
 

@@ -13,7 +13,7 @@ from dataflex.select.choose import by_quota, top_k, water_filling
 from dataflex.select.cluster import kmeans, members, require_kmeans, spherical_kmeans
 from dataflex.select.scoring import Found, PoolSelector
 from dataflex.selectors._lib import EMBEDDINGS, TOKEN_LOSSES
-from dataflex.signals.kinds import Embedding, OtherModelLoss, TokenLoss
+from dataflex.signals.kinds import Embedding, TokenLoss
 
 _CELLS = 1 << 22  # kernel values held at a time: 32 MiB
 _NEAR = 0.9  # cosine of centres above which one is the other's near-duplicate
@@ -249,7 +249,7 @@ class S2l(PoolSelector):
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the last losses [N], and keep the trajectories for the choice."""
         if self.params.proxies:
-            seen = np.stack([ctx.signals(OtherModelLoss(model=name), pool) for name in self.params.proxies], axis=1)
+            seen = np.stack([ctx.signals(TokenLoss(model=name), pool) for name in self.params.proxies], axis=1)
         else:
             seen = self._seen(pool, ctx)
         self._trajectories = filled(np.where(np.isfinite(seen), seen, np.nan))

@@ -16,7 +16,7 @@ from dataflex.method import Card, Context, Passes, Requires, Rows, param
 from dataflex.select.rules import REPLACEMENT, Rule
 from dataflex.select.scoring import RULE, Found, ScoringParams, ScoringSelector
 from dataflex.selectors._lib import GRADIENTS, TOKEN_LOSSES, RowLosses
-from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, OtherModelLoss, ResponseLoss, TokenLoss
+from dataflex.signals.kinds import EL2N, AdaptedLoss, GradientNorms, ResponseLoss, TokenLoss
 from dataflex.signals.specs import GradientOptions
 
 Focus = Literal["high", "medium", "low"]
@@ -286,7 +286,7 @@ class RhoLoss(RowLosses):
             self.known = np.zeros(len(self.irreducible), dtype=np.bool_)
         new = np.sort(pool[~self.known[pool]])
         if len(new):
-            self.irreducible[new] = ctx.signals(OtherModelLoss(model=self.params.reference, same_tokens=True), new)
+            self.irreducible[new] = ctx.signals(TokenLoss(model=self.params.reference, same_tokens=True), new)
             self.known[new] = True
         return _finite(super().score(pool, ctx)) - _finite(self.irreducible[pool])
 

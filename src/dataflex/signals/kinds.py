@@ -136,30 +136,29 @@ class _SegmentLoss(Signal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenLoss(Signal):
-    """Token-mean loss of each row [n]; NaN for rows without supervised tokens."""
+class TokenLoss(_SegmentLoss):
+    """Token-mean loss of each row [n]; NaN for rows without supervised tokens.
 
-    name = "losses"
-
-    def scorer(self, access: ModelAccess) -> Scorer:
-        return _token_means(access)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherModelLoss(_SegmentLoss):
-    """The same under another causal model, by folder or hub id; one with another tokenizer reads the rows' text.
+    ``model`` is the folder or hub id of another causal model, or None for the model under training. A model with
+    another tokenizer reads the rows' text.
 
     Raises:
         ConfigError: ``same_tokens``, and the tokenizers differ.
     """
 
     name = "losses"
-    model: str
     same_tokens: bool = False  # refuse a model with another tokenizer, whose losses per token cannot be compared
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
+        return () if self.model is None else super().tail(access)
+
+    def key(self, access: ModelAccess) -> dict[str, Any]:
+        return {} if self.model is None else super().key(access)
 
     def _cut(self, access: ModelAccess) -> Cut:
         from dataflex.signals.texts import Cut
 
+        assert self.model is not None
         scorer = access.scorer(self.model)
         if self.same_tokens and not scorer.same_tokens:
             raise ConfigError(
@@ -170,10 +169,18 @@ class OtherModelLoss(_SegmentLoss):
         start = () if scorer.same_tokens else scorer.start
         return Cut(leave_out_first=False, start=start, limit=scorer.limit, translate=scorer.translation)
 
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
+        return Signal.sweep(self, access, rows, target) if self.model is None else super().sweep(access, rows, target)
+
+    @contextmanager
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
+        with super().open(access) if self.model is not None else nullcontext(_token_means(access)) as scorer:
+            yield scorer
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseLoss(_SegmentLoss):
-    """Token-mean loss of each row's responses [n], with or without what comes before them; of another ``model`` or not.
+    """Token-mean loss of each row's responses [n], with or without what comes before them; ``model`` as in TokenLoss.
 
     Both ways score the same tokens. Sequences begin with the token that the tokenizer puts there by itself; where
     there is none, a response's first token, which alone follows nothing, is left out both ways. NaN for rows without
