@@ -66,7 +66,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
     of_stage = [*stage_problems(dynamic, lf)]
     # One mistake is reported once: with a wrong stage, data sets are not compared with the stage.
-    staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
+    staged = lf.of_any_stage() if of_stage or "stage" in lf.problems else lf
     sources, of_data = data_sets(staged, base_dir)
     found = [
         *of_stage,
@@ -84,7 +84,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
 
 def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
     """Return the problems of LLaMA-Factory's keys and those ``found``, for each key the first kind of these."""
-    told = [*lf.problems]
+    told = [*lf.problems.values()]
     if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
         told += env_processes()[1]
     return first_told(first_told(told, found), lf.doubts)
@@ -152,7 +152,7 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         yield f"interleave_probs: {_KEPT_APART} 'mixer: static')"
     spread = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
     config = lf.parallelism_config
-    yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(lf.value(key)))
+    yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(getattr(lf, key, None)))
     if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
         yield f"parallelism_config: {spread}"
     taker = _takes_token_losses(dynamic)

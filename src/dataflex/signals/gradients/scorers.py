@@ -6,7 +6,6 @@ rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -37,6 +36,7 @@ from dataflex.signals.losses import IGNORE
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec, WeightedResponse
 from dataflex.signals.sweep import Sweep, Turn, bucketed, row_pass, to_device
+from dataflex.state import blake2b
 
 _HELD_NUMBERS = 2**28
 """Size of rows' gradients that are held together at most: 1 GiB in fp32."""
@@ -185,10 +185,8 @@ def target_vectors(
 
 def responses_digest(responses: Sequence[WeightedResponse]) -> str:
     """Return a hash of everything that a task's responses say."""
-    digest = hashlib.blake2b(digest_size=16)
-    for one in responses:
-        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
-    return digest.hexdigest()
+    said = ((tuple(one.prompt), tuple(one.response), one.group, float(one.weight)) for one in responses)
+    return blake2b(*(repr(each).encode() for each in said)).hex()
 
 
 def policy_vectors(
