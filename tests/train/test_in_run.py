@@ -1,4 +1,4 @@
-"""Parts of decisions within a budget: levels of observations, and target rows compared with the others of their kind."""
+"""Parts of decisions within a budget: levels of observations, and target rows compared with the others."""
 
 from __future__ import annotations
 

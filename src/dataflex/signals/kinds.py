@@ -378,13 +378,13 @@ class InRun(Signal):
         return f"in_run_{self.what}"
 
     @property
-    def kept(self) -> Kept:  # noqa: D102
+    def kept(self) -> Kept:
         return "never"
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (max(len(self.targets), 1) + 1,)
 
-    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:
         raise UnsupportedError(
             f"{self.needs}: only training steps show them; state it in the method's Requires(signals=...)"
         )

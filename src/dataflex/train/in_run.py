@@ -450,14 +450,15 @@ class InRun:
             signals, firsts = self.signals, self._firsts
             sources = [(None, 0), *zip(self.targets, firsts, strict=False)]
 
-            def tokens(rows: Rows) -> tuple[list[NDArray[np.int64]], ...]:
+            def tokens(rows: Rows) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
                 which = np.searchsorted(firsts, rows, side="right")
-                parts: tuple[list[NDArray[np.int64]], ...] = ([], [])
+                prompts, responses = [], []
                 for number in np.unique(which):  # ascending, as rows are
                     target, first = sources[number]
-                    for part, name in zip(parts, ("prompt", "completion"), strict=True):
-                        part += signals.tokens(rows[which == number] - first, target=target, part=name)
-                return parts
+                    own = rows[which == number] - first
+                    prompts += signals.tokens(own, target=target, part="prompt")
+                    responses += signals.tokens(own, target=target, part="completion")
+                return prompts, responses
 
             domains = np.full(int(firsts[-1]), -1, dtype=np.int64)
             domains[: self.space.num_rows] = self.space.domains.domain_of
