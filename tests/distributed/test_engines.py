@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex.record.read import load_plan
 from tests.integration.conftest import Outcome, Runner, base_settings
 
 pytestmark = pytest.mark.gloo
@@ -18,6 +19,7 @@ TUNING = {
     "full": {"finetuning_type": "full"},
     "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"},
 }
+BUDGETED = [*((engine, "full") for engine in ENGINES), ("zero3", "lora"), ("fsdp2", "lora")]
 WATCHERS = Path(__file__).with_name("watchers.py")
 OWN_SIGNAL = Path(__file__).parents[2] / "examples" / "my_signal.py"
 
@@ -75,10 +77,27 @@ def outcomes(tmp_path_factory, tiny_model, data_dir, two_ranks):
                 path = folder / f"{name}.json"
                 path.write_text(json.dumps(runner.mapping(name, **settings)))
                 configs.append(path)
+
+    def within_a_budget(tuning, **settings):
+        block = {
+            "interval_steps": 2,
+            "selector": {"name": "less", "targets": ["goal"]},
+            "signals": {"budget": 2.0},
+            "max_repeats": None,
+        }
+        common = {"max_steps": 4, "adam_epsilon": 1e-3, "learning_rate": 1e-4, "per_device_train_batch_size": 2}
+        return {**common, **TUNING[tuning], "lora_dropout": 0.0, **settings, "dynamic": block}
+
+    for engine, tuning in BUDGETED:
+        path = folder / f"{engine}-{tuning}-budget.json"
+        settings = within_a_budget(tuning, **engine_settings(engine, folder))
+        path.write_text(json.dumps(runner.mapping(path.stem, **settings)))
+        configs.append(path)
     log = two_ranks(configs)
     (folder / "log.txt").write_text(log)
     for tuning in TUNING:
         runner(f"one-{tuning}", **mapping(f"one-{tuning}", True, tuning, per_device_train_batch_size=2))
+        runner(f"one-{tuning}-budget", **within_a_budget(tuning, per_device_train_batch_size=4))
     return folder
 
 
@@ -110,3 +129,14 @@ def test_every_engine_gives_the_same_scores(outcomes, engine, tuning):
     for key in one:
         scale = np.abs(one[key]).max()
         np.testing.assert_allclose(two[key], one[key], rtol=1e-5, atol=1e-5 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize(("engine", "tuning"), BUDGETED)
+def test_every_engine_chooses_the_same_rows_within_a_budget(outcomes, engine, tuning):
+    """Rows of the first interval were scored in their own step, on whichever rank, of sharded parameters."""
+    plans = []
+    for name in (f"one-{tuning}-budget", f"{engine}-{tuning}-budget"):
+        run = outcome(outcomes, name)
+        assert all("rows by influence on goal" in event["reason"] for event in run.events if event.get("interval") == 1)
+        plans.append([sorted(load_plan(run.folder, index).rows.tolist()) for index in (0, 1)])
+    assert plans[0] == plans[1]

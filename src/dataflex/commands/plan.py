@@ -313,7 +313,9 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         return None
     if budget is not None and method.kind == "selector":
         passes = None if view.sequences is None else budget * view.sequences
-        told = f"at most {budget:g} x the passes of the training (dynamic.signals.budget), targets included"
+        told = f"at most {budget:g} x the passes of the training (dynamic.signals.budget)"
+        if passes is not None:
+            told += f": F + B of about {passes:,.0f} rows, of targets first, then of pilots, less what sketches cost"
         return Cost(text=told, forward=passes, backward=passes or 0.0)
     if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
