@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 
 from dataflex.config.needs import unmet
-from dataflex.config.schema import DynamicConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig, SignalsConfig, block_keys
 from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
 _OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
+_USUAL_SHARE = next(f.default for f in fields(LedgerConfig) if f.name == "unexplained")
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
 
@@ -28,8 +29,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         unread: Those keys; no rule complains that they are missing.
     """
     methods_unread = any(kind in unread for kind in KINDS)
-    if not dynamic.methods and not methods_unread:
-        yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
+    if not dynamic.methods and not methods_unread and dynamic.ledger is None and "ledger" not in unread:
+        yield "dynamic: names no method (selector, mixer or weighter) and no ledger; name one, or remove the block"
         return
     given = _given(dynamic)
     yield from unmet(dynamic, unread=unread)
@@ -70,6 +71,9 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
         )
     if "at_cap" in given and (dynamic.mixer is None or dynamic.max_epochs is None):
         yield "dynamic.at_cap: has no effect without a mixer and max_epochs; add what is missing, or remove the key"
+    ledger = dynamic.ledger
+    if ledger is not None and ledger.unexplained != _USUAL_SHARE and ledger.refresh_steps != "auto":
+        yield "dynamic.ledger.unexplained: has no effect without 'refresh_steps: auto'; set it, or remove the key"
     if "signals.store_gb" in given and dynamic.signals.store is None:
         yield "dynamic.signals.store_gb: has no effect without a store; add 'store', or remove the key"
     if "leakage" in given and not dynamic.targets:

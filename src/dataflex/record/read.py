@@ -132,6 +132,8 @@ def _sound(found: Any) -> tuple[Event | None, list[str]]:
 EVENTS = "events.jsonl"
 ENDING = "ended.json"
 """The last event of a process that came to its end, beside the others."""
+LEDGER = "ledger.parquet"
+"""Credit of each row that was trained on, beside the events."""
 WEIGHTS = "weights.json"
 """Rows with the largest and the smallest weights, beside the events."""
 
