@@ -71,6 +71,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "doge": "dataflex.mixers.gradient_shares:Doge",
         "dga": "dataflex.mixers.gradient_shares:Dga",
         "pike": "dataflex.mixers.gradient_shares:Pike",
+        "ledger": "dataflex.mixers.measured:ByLedger",
         "skill_it": "dataflex.mixers.held_out:SkillIt",
         "aioli": "dataflex.mixers.held_out:Aioli",
         "doremi": "dataflex.mixers.loss_weights:DoReMi",

@@ -307,7 +307,7 @@ class Ledger:
             "domain": pa.array(names.tolist(), type=pa.string()),
             "times": pa.array(self.times[rows]),
             "tokens": pa.array(self.times[rows] * self.space.lengths[rows]),
-            **{f"credit {name}": pa.array(self.credits[rows, k]) for k, name in enumerate(self.options.targets)},
+            **{f"credit_{name}": pa.array(self.credits[rows, k]) for k, name in enumerate(self.options.targets)},
         }
         told = {"fingerprint": self.space.fingerprint, "caveat": "first order: sums of credits overstate the changes"}
         file = io.BytesIO()
