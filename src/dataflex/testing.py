@@ -252,7 +252,13 @@ def example_context(
     lengths_N = np.full(len(rows), 10) if lengths is None else np.asarray(lengths)
     falls = 0.1 / np.arange(1, len(sizes) + 1)
     benefit = Benefit(targets=("target",), changes_KT=-falls[:, None], tokens_K=np.full(len(sizes), 100))
-    usual: dict[str, Any] = {"seed": 0, "targets": ("target",), "total_sequences": 100, "global_batch": 4, "learning_rate": 1e-3}
+    usual: dict[str, Any] = {
+        "seed": 0,
+        "targets": ("target",),
+        "total_sequences": 100,
+        "global_batch": 4,
+        "learning_rate": 1e-3,
+    }
     usual["benefit"] = benefit
     return Context(
         interval=Interval(index=index, kind="dynamic", start_step=start_step, stop_step=stop_step),

@@ -38,6 +38,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.budget": {"dynamic": {**RANDOM, "signals": {"budget": 0.5}}},
     "signals.explore": {"dynamic": {**RANDOM, "signals": {"explore": 0.5}}},
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
+    "ledger.unexplained": {"dynamic": {**RANDOM, "ledger": {"targets": ["t"], "unexplained": 0.1}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
 }
 NOTED: dict[str, dict[str, Any]] = {
@@ -54,6 +55,11 @@ ALWAYS = {
     "domain_path": "as domain_column",
     "domain_clusters": "as domain_column",
     "signals": "a mapping of the keys below it",
+    "ledger": "an account in the record",
+    "ledger.targets": "what is accounted for",
+    "ledger.refresh_steps": "how often the targets are looked at",
+    "ledger.target_rows": "how many of their rows are",
+    "ledger.parameters": "which parameters are split by domain",
     "plugins": "the files are loaded, and told when they cannot be",
     "save_on_term": "says what SIGTERM does",
     "checkpoint_hash": "says how checkpoints are verified",

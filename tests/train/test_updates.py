@@ -55,8 +55,7 @@ def adamw(parameters):
 
 
 @pytest.mark.parametrize(
-    ("clip", "credits", "measured"),
-    [(None, (-0.15, 0.1), -0.045), (0.2, (-0.042426, 0.028284), -0.013742)],
+    ("clip", "credits", "measured"), [(None, (-0.15, 0.1), -0.045), (0.2, (-0.042426, 0.028284), -0.013742)]
 )
 def test_golden_step_of_sgd(clip, credits, measured):
     run = Quadratic([0.0, 0.0], sgd(), clip)

@@ -1,6 +1,6 @@
 """An optimizer's update as a sum of lines: one for each domain, weight decay, and what was in the moments before.
 
-Given the second moments, the updates of Adam and of SGD are linear in the gradient. Each line has a momentum of its own,
+Given the second moments, the updates of Adam and of SGD are linear in the gradient. Each line has its own momentum,
 m_l <- b1 m_l + (1 - b1) c G_l, where G_l is its share of the gradient and c what clipping, loss scale and the mean over
 ranks made of it. The parameters move by the sum over lines of -lr m_l / ((1 - b1^t) (sqrt(v / (1 - b2^t)) + eps)),
 exactly. Hooks on the optimizer's own step look at the gradient that it consumes, and at the moments after it.
