@@ -137,6 +137,8 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
             "say how many times the rows of an interval are looked at (for example 'candidate_batches: 2' with "
             "'interval_steps: 1')"
         )
+    if needs.ledger and method.kind == "mixer" and dynamic.ledger is None and "ledger" not in unread:
+        yield f"dynamic.ledger: missing; the {method.name} mixer decides by it: add 'ledger: {{targets: [<data set>]}}'"
     selector = dynamic.selector
     if needs.pure_micro_batches and selector is not None and dynamic.narrows:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.errors import UnsupportedError
 from dataflex.method import Card, Context, Mix, Requires, param
@@ -63,7 +64,7 @@ class ByLedger(ExponentiatedMixer):
         explore = self.params.explore
         return mix_of(names, (1 - explore) * shares + explore * even, f"fall of the loss per million tokens {told}")
 
-    def _learn(self, fall_K: Floats, tokens_K: Floats) -> None:
+    def _learn(self, fall_K: Floats, tokens_K: NDArray[np.int64]) -> None:
         served = tokens_K > 0
         new = np.divide(fall_K, tokens_K, out=np.zeros_like(self.benefit), where=served)
         past = np.where(self.known > 0, self.params.smoothing, 0.0)

@@ -271,12 +271,12 @@ class Controller:
             if self.plan is not None:
                 self.totals.count(self.plan, step)
             self.plan = self._decide(self._next(step)) or self.plan
-            if self.plan is None:
-                raise DataError(
-                    "dynamic.max_epochs: not one whole step can be served before a domain is at its cap "
-                    f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
-                    "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
-                )
+        if self.plan is None:
+            raise DataError(
+                "dynamic.max_epochs: not one whole step can be served before a domain is at its cap "
+                f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
+                "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
+            )
         return self.plan
 
     def _next(self, step: int) -> Interval:

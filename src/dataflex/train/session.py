@@ -399,9 +399,10 @@ class Session:
 
     def end_step(self) -> None:
         """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
-        for listener in self.controller.listeners if self._step is not None else ():
-            listener.take(self._step.index)
-            listener.end_step()
+        if self._step is not None:
+            for listener in self.controller.listeners:
+                listener.take(self._step.index)
+                listener.end_step()
         if self._loss.observes:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)

@@ -343,7 +343,7 @@ class StepHooks:
                     return
                 kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
                 fits = all(tensor is not None and (not matrix or tensor.dim() == 3) for tensor in kept)
-                held = self._keep(unit, kept) if fits else None  # type: ignore[arg-type]
+                held = self._keep(unit, kept) if fits else None
                 del kept
 
             def take(gradient: torch.Tensor) -> None:
