@@ -2,9 +2,9 @@
 
 The planted pool has three domains of 100 rows: ``helpful`` are questions of GSM8K with their answers, ``harmful`` are
 other questions of GSM8K with the first words of unrelated answers, ``harmless`` are instructions of other kinds. The
-target are GSM8K rows that are not in the pool. The 4M model is trained on them with LoRA (or all parameters), AdamW, 8 rows
-a step; each domain alone is trained on as well, which is what the signs are compared with. Costs are process CPU seconds
-of steps with and without a ledger, which alternate in one process.
+target are GSM8K rows that are not in the pool. The 4M model is trained on them with LoRA (or all parameters), AdamW, 8
+rows a step; each domain alone is trained on as well, which is what the signs are compared with. Costs are process CPU
+seconds of steps with and without a ledger, which alternate in one process.
 
 Usage: python benchmarks/ledger.py [--seeds 1 2 3 4 5] [--steps N] [--cost-steps N] [--tuning lora full]
 """

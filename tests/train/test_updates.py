@@ -172,6 +172,19 @@ def test_a_step_that_is_undone_counts_nothing():
     assert not run.updates.moved.tensors["theta"].any()
 
 
+def test_parameters_that_hooks_saw_a_part_of_do_not_count_in_the_factor():
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a", "b", "unseen", "half")}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    updates, factors = Updates(parameters, 1), []
+    updates.taken = factors.append
+    updates.open(optimizer, afresh=True)
+    for name, parameter in parameters.items():
+        parameter.grad = torch.tensor([3.0, 4.0])
+        updates.shares.tensors[name][0] = parameter.grad * {"unseen": 0.0, "half": 1.0}.get(name, 2.0)
+    optimizer.step()
+    assert factors == [0.5]
+
+
 def test_other_optimizers_are_refused():
     theta = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(UnsupportedError, match="Adagrad"):

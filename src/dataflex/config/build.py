@@ -45,10 +45,15 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     if isinstance(ledger, Mapping) and ledger.get("targets") is not None:
         mapping["ledger"] = {**ledger, "targets": target_list(ledger["targets"], "dynamic.ledger.targets", problems)}
     given = values(DynamicConfig, mapping, "dynamic", problems, skip=KINDS)
-    given["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
+    plugins = given.get("plugins", ())
+    given["plugins"] = load_plugins(plugins, base_dir, problems)
     for kind in KINDS:
         if mapping.get(kind) is not None:
-            given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", problems)
+            found: list[str] = []
+            given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", found)
+            # A method that seems unknown is probably the one of the plugin that could not be loaded.
+            whole = len(given["plugins"]) == len(plugins)
+            problems += [problem for problem in found if whole or f": unknown {kind} " not in problem]
     mixer = given.get("mixer")
     if ledger is None and mixer is not None and mixer.targets and mixer.requires.ledger:
         given["ledger"] = LedgerConfig(targets=mixer.targets)

@@ -61,6 +61,9 @@ def _head(run: Run, title: str) -> list[str]:
     lines = [headline, "=" * width(headline)]
     for kind, (name, told) in run.methods.items():
         lines += labelled(kind, [name, *(f"{key} {short(value)}" for key, value in told.items())])
+    ledger = (run.config.get("dynamic") or {}).get("ledger")
+    if isinstance(ledger, Mapping):
+        lines += labelled("ledger", [f"{key} {short(value)}" for key, value in ledger.items() if value is not None])
     settings = {key: run.config.get(key) for key in _SETTINGS}
     for label, values in (("settings", settings), ("schedule", started.get("schedule") or {})):
         lines += labelled(label, [f"{key} {short(value)}" for key, value in values.items() if value is not None])

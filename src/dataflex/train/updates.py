@@ -17,11 +17,13 @@ import torch
 
 from dataflex import comm
 from dataflex.errors import UnsupportedError
-from dataflex.signals.gradients.consumers import TargetVectors, inner_products, total
+from dataflex.signals.gradients.consumers import TargetVectors
 from dataflex.signals.gradients.in_run import adam_scale
 from dataflex.signals.gradients.precondition import Moments, moments_of
 from dataflex.state import State
 
+_ALIKE = 0.01
+"""Parameters whose gradients and shares have ratios that differ by less are seen as a whole."""
 OTHERS = ("weight decay", "before", "clipping")
 """Lines after those of the domains; ``clipping`` is what it took off the domains' lines, and not part of the sum."""
 
@@ -122,36 +124,58 @@ class Updates:
             found[name] = vector.to(tensor.device) * scale
         return TargetVectors(tensors=found)
 
-    def _squared(self) -> float:
-        """Return the squared length of the gradient in these parameters."""
-        squares = [p.grad.detach().double().square().sum() for p in self.parameters.values() if p.grad is not None]
-        return float(torch.stack(squares).sum()) if squares else 0.0
+    def _squares(self) -> torch.Tensor:
+        """Return the squared length of the gradient of each parameter, float64 [P]; 0 where there is none."""
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        norms = [
+            zero if p.grad is None else torch.linalg.vector_norm(p.grad.detach(), dtype=torch.float64)
+            for p in self.parameters.values()
+        ]
+        return torch.stack(norms).square()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def summed(self) -> None:
         """Note the gradient's length once it is summed up, before it is clipped."""
-        self._unclipped = self._squared()
+        self._unclipped = float(self._squares().sum())
 
     def _scale(self) -> float:
         """Return the loss scale that a gradient before clipping still has."""
         scaler = getattr(self._wrapper, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
-    def _begin_step(self) -> None:
-        """Add the shares to the buffers: with g = c sum G over the ranks, c = <g, g> / <g, sum G> (collective)."""
-        self._consumed = {}
-        squared, parts = self._squared(), []
-        for name, parameter in self.parameters.items():
+    def _factor(self, squares_P: np.ndarray[Any, Any]) -> float:
+        """Return c of g = c sum G over the ranks, from <g, g> / <g, sum G> (collective).
+
+        Parameters of which hooks saw a part only have another ratio, and are left out.
+        """
+        products = [torch.zeros((), dtype=torch.float64, device=self._device)] * len(self.parameters)
+        for place, (name, parameter) in enumerate(self.parameters.items()):
             if parameter.grad is not None:
-                gradient = parameter.grad.detach().float().reshape(1, -1)
-                parts += inner_products(gradient, self.shares.flat(name).sum(dim=0, keepdim=True))
-        product = torch.zeros((), dtype=torch.float64) if not parts else total(parts).sum()
-        product = float(comm.gather_sum(product.reshape(1).to(next(iter(self.parameters.values())).device)))
+                product = self.shares.flat(name).sum(dim=0) * parameter.grad.detach().flatten()
+                products[place] = product.sum(dtype=torch.float64)
+        along_P = comm.gather_sum(torch.stack(products)).cpu().numpy()
+        ratios = np.divide(squares_P, along_P, out=np.full(len(along_P), np.nan), where=along_P != 0)
+        ratios[~np.isfinite(ratios)] = np.nan
+        if np.isnan(ratios).all():
+            return 0.0
+        whole = np.abs(ratios / np.nanmedian(ratios) - 1) < _ALIKE
+        return float(squares_P[whole].sum() / along_P[whole].sum())
+
+    def _begin_step(self) -> None:
+        """Add the shares to the buffers (collective)."""
+        self._consumed = {}
+        squares_P = self._squares().cpu().numpy()
+        factor, squared = self._factor(squares_P), float(squares_P.sum())
         if not math.isfinite(squared):  # a loss scale that overflowed: the step is undone
             return
         inside = getattr(self._optimizer, "grad_scale", None)  # fused optimizers divide by it themselves
-        factor = squared / product / (1.0 if inside is None else float(inside)) if product else 0.0
-        share = math.sqrt(squared / self._unclipped) * self._scale() if self._unclipped else 1.0
-        clipped = min(share / (1.0 if inside is None else float(inside)), 1.0)
+        scale = 1.0 if inside is None else float(inside)
+        factor /= scale
+        clipped = math.sqrt(squared / self._unclipped) * self._scale() / scale if self._unclipped else 1.0
+        clipped = min(clipped, 1.0) or 1.0
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and name in self._groups:
                 self._consumed[name] = float(self._groups[name]["lr"])
