@@ -38,7 +38,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "signals.budget": {"dynamic": {**RANDOM, "signals": {"budget": 0.5}}},
     "signals.explore": {"dynamic": {**RANDOM, "signals": {"explore": 0.5}}},
     "signals.store_gb": {"dynamic": {**RANDOM, "signals": {"store_gb": 1.0}}},
-    "ledger.unexplained": {"dynamic": {**RANDOM, "ledger": {"targets": ["t"], "unexplained": 0.1}}},
     "leakage": {"dynamic": {**RANDOM, "leakage": "drop"}},
 }
 NOTED: dict[str, dict[str, Any]] = {
@@ -58,6 +57,7 @@ ALWAYS = {
     "ledger": "an account in the record",
     "ledger.targets": "what is accounted for",
     "ledger.refresh_steps": "how often the targets are looked at",
+    "ledger.unexplained": "how often they are looked at in between",
     "ledger.target_rows": "how many of their rows are",
     "ledger.parameters": "which parameters are split by domain",
     "plugins": "the files are loaded, and told when they cannot be",

@@ -48,7 +48,8 @@ def test_the_accounts_add_up(run, start, tuning):
     outcome = run("ours", **SETTINGS, finetuning_type=tuning, dynamic={"ledger": {**LEDGER, "refresh_steps": 2}})
     told = accounts(outcome)
     assert [step for step, _ in start] == [0, 2, 4, 6, 8, 9]
-    assert (told["step"], told["looked_at"], told["looks"]) == (9, 9, 6)
+    assert (told["step"], told["looked_at"]) == (9, 9)
+    assert told["looks"] >= 6
     for k, name in enumerate(LEDGER["targets"]):
         of = told["targets"][name]
         assert of["before"] == start[0][1][k]
@@ -57,7 +58,7 @@ def test_the_accounts_add_up(run, start, tuning):
         assert measured < -0.01
         lines = sum(of["domains"].values()) + sum(of["others"].values())
         assert lines + of["unexplained"] == pytest.approx(measured, abs=1e-9)
-        assert abs(of["unexplained"]) < 0.05 * abs(measured)
+        assert abs(of["unexplained"]) < 0.02 * abs(measured)
         assert abs(of["others"]["other"]) < 1e-5, "all that is trained was split"
         assert of["others"]["before"] == 0.0
         assert of["others"]["weight decay"] != 0.0
@@ -75,7 +76,8 @@ def test_the_accounts_add_up(run, start, tuning):
 
 def test_the_training_is_the_same(run):
     in_order = {**SETTINGS, "disable_shuffling": True}
-    ours = run("ours", **in_order, dynamic={"ledger": LEDGER})
+    ours = run("ours", **in_order, dynamic={"ledger": {**LEDGER, "refresh_steps": 9, "unexplained": 1e-4}})
+    assert accounts(ours)["looks"] > 2, "parameters were moved to look at the way between two looks"
     stock = run("stock", **in_order)
     assert ours.series() == stock.series()
     assert ours.series("grad_norm") == stock.series("grad_norm")
@@ -120,7 +122,7 @@ def test_what_a_fresh_decision_finds_in_the_moments_is_a_line(run):
     resumed = run("stock", **saving, dynamic=block, resume_from_checkpoint=str(run.folder / "stock" / "checkpoint-4"))
     told = accounts(resumed)
     of = told["targets"]["goal"]
-    assert told["looks"] == 4
+    assert told["looks"] >= 4
     assert of["others"]["before"] < 0.0
     lines = sum(of["domains"].values()) + sum(of["others"].values())
     assert lines + of["unexplained"] == pytest.approx(of["now"] - of["before"], abs=1e-9)

@@ -230,7 +230,7 @@ def _ledger(view: Forecast, ledger: LedgerConfig) -> Cost:
         return Cost(text=f"1 F + 1 B of each target row every {every} steps, and the split of each step's gradient")
     rows = sum(min(count or 0, most or count or 0) for count in counts)
     looks = 1 + -(-view.steps // every)
-    told = f"{looks:,} looks x {rows:,} target rows x {_passes(1.0, 1.0)}; each step's gradient is split by domain"
+    told = f"{looks:,} looks x {rows:,} target rows x {_passes(1.0, 1.0)}, and more where much is left unexplained"
     return _cost(looks * rows, (1.0, 1.0), told, bound)
 
 

@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 
 from dataflex.config.needs import unmet
-from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.config.schema import DynamicConfig, MethodConfig, SignalsConfig, block_keys
 from dataflex.method import DomainWeighter, Mixer
 from dataflex.plan.proportions import Floors, Written, check_numbers
 from dataflex.registry import KINDS
 
 _OF_SUBSETS = "keep_ratio repeat exclude_seen max_repeats candidate_batches signals.pool_fraction".split()
 """Keys that have no effect without a selector that leaves rows out."""
-_USUAL_SHARE = next(f.default for f in fields(LedgerConfig) if f.name == "unexplained")
 _OF_MIXERS = ("initial_proportions", "max_epochs", "min_proportion", "unit", "interleave")
 
 
@@ -71,9 +70,6 @@ def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
         )
     if "at_cap" in given and (dynamic.mixer is None or dynamic.max_epochs is None):
         yield "dynamic.at_cap: has no effect without a mixer and max_epochs; add what is missing, or remove the key"
-    ledger = dynamic.ledger
-    if ledger is not None and ledger.unexplained != _USUAL_SHARE and ledger.refresh_steps != "auto":
-        yield "dynamic.ledger.unexplained: has no effect without 'refresh_steps: auto'; set it, or remove the key"
     if "signals.store_gb" in given and dynamic.signals.store is None:
         yield "dynamic.signals.store_gb: has no effect without a store; add 'store', or remove the key"
     if "leakage" in given and not dynamic.targets:

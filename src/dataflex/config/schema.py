@@ -87,10 +87,10 @@ class LedgerConfig:
 
     targets: tuple[str, ...] = param(help="data sets whose losses are accounted for")
     refresh_steps: int | Literal["auto"] = param(
-        2, "optimizer steps between two looks at the targets; auto: as many as leave little unexplained", minimum=1
+        2, "optimizer steps between two looks at the targets; auto: as many as need none between them", minimum=1
     )
     unexplained: float = param(
-        0.02, "share of a loss's change that refresh_steps: auto leaves unexplained", above=0.0, maximum=1.0
+        0.02, "share of a loss's change above which the targets are looked at between two looks", above=0.0, maximum=1.0
     )
     target_rows: int | None = param(
         None, "rows of each target that are looked at, drawn once; null: all of them", minimum=1

@@ -1,12 +1,13 @@
 """The ledger: how much each domain, and each row, lowered or raised each target's loss.
 
 By domain it is exact in the optimizer's update (``train.updates``): between two looks at a target, the part of a line
-in the change of its loss is half the sum of the target's gradients at both ends times what the line moved. What is
-measured and not in the lines is the unexplained part: the curvature that two gradients do not show. By row credits are
-of first order, -lr c <G_i, P q> with the newest gradient q, and sums of them overstate what happened.
+in the change of its loss is the mean of the target's gradient along the straight way between them times what the line
+moved. The mean is that of both ends, and where this leaves too much of the measured change unexplained, one of points
+between them too. By row credits are of first order, -lr c <G_i, P q> with the newest gradient q, and sums of them
+overstate what happened.
 
 Sources: shares of one step by gradients, TracIn (arXiv 2002.08484) and In-Run Data Shapley (arXiv 2406.11011); with the
-second moment held fixed, arXiv 2602.00329; the momentum of each domain and the trapezoid are our own.
+second moment held fixed, arXiv 2602.00329; means along a straight way, integrated gradients (arXiv 1703.01365).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataflex.method import Benefit, Rows
 from dataflex.record.clock import PhaseClock
 from dataflex.rng import uniforms
 from dataflex.signals.gradients.consumers import TargetVectors, inner_products, total
+from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.in_run import capturable
 from dataflex.signals.gradients.scorers import GradientScorers, vectors_and_losses
 from dataflex.signals.gradients.shares import StepShares
@@ -45,6 +47,10 @@ Floats = NDArray[np.float64]
 
 _MOST_STEPS = 64
 """Steps between two looks at the targets that ``refresh_steps: auto`` goes up to."""
+_MOST_HALVED = 3
+"""How often a segment is halved where much of it is unexplained: its inside is looked at 1, 3 or 7 times."""
+_SMALL_SEGMENTS = 32
+"""Changes below this part of the largest one are not told more exactly than it."""
 
 
 @dataclass(kw_only=True)
@@ -193,8 +199,7 @@ class Ledger:
             self._state = None
 
     def _whole(self, num: int) -> TargetVectors:
-        assert self._scorers is not None
-        return TargetVectors.zeros(num, self._scorers.engine.shapes, self._scorers.engine.device)
+        return TargetVectors.zeros(num, self._engine.shapes, self._engine.device)
 
     def _sweeps(self) -> list[Sweep]:
         sweeps = []
@@ -209,41 +214,83 @@ class Ledger:
     def _look(self, step: int) -> None:
         """Take the targets' gradients and losses, and account for what moved since the last look."""
         assert self._updates is not None
-        assert self._scorers is not None
-        engine = self._scorers.engine
         before, values = self._gradients, self._whole(1)
-        for name, parameter in engine.parameters.items():
+        for name, parameter in self._engine.parameters.items():
             values.tensors[name][0].copy_(parameter.detach())
-        after, losses = vectors_and_losses(engine, self._sweeps(), normalize_rows=False)
-        losses = losses.cpu().numpy()
+        after, losses = self._seen()
         if before is None or self._values is None:
             self.first = losses
         else:
-            for name, tensor in before.tensors.items():  # half the sum of both ends
-                tensor.add_(after.tensors[name]).mul_(0.5)
-                self._values.tensors[name].sub_(values.tensors[name]).neg_()
+            for name, tensor in self._values.tensors.items():  # from here on what moved, and no longer where from
+                tensor.sub_(values.tensors[name]).neg_()
+            mean, inside = self._mean_gradient(before, after, self._values, losses - self.last)
             moved = self._updates.moved
-            found = _products(moved, before) if moved.tensors else torch.zeros(self.changes.shape)
-            self.changes += comm.gather_sum(found).cpu().numpy()
-            self.moved += _products(self._values, before).cpu().numpy()[0]
+            self.changes += comm.gather_sum(_products(moved, mean)).cpu().numpy()
+            self.moved += _products(self._values, mean).cpu().numpy()[0]
             for tensor in moved.tensors.values():
                 tensor.zero_()
+            if self.options.refresh_steps == "auto":
+                self.every = max(self.every // 2, 1) if inside else min(self.every * 2, _MOST_STEPS)
         self._gradients, self._values, self.last = after, values, losses
-        self._looked_at, self.looks = step, self.looks + 1
-        if self.options.refresh_steps == "auto":
-            self._adapt()
+        self._looked_at = step
 
-    def _adapt(self) -> None:
-        """Look twice as often where more is unexplained than allowed, half as often where much less is."""
+    @property
+    def _engine(self) -> GradientEngine:
+        assert self._scorers is not None
+        return self._scorers.engine
+
+    def _seen(self) -> tuple[TargetVectors, Floats]:
+        """Return the targets' gradients and losses under the parameters of now."""
+        self.looks += 1
+        gradients, losses = vectors_and_losses(self._engine, self._sweeps(), normalize_rows=False)
+        return gradients, np.asarray(losses.cpu().numpy())
+
+    def _mean_gradient(
+        self, before: TargetVectors, after: TargetVectors, moved: TargetVectors, measured: Floats
+    ) -> tuple[TargetVectors, int]:
+        """Return the mean of the targets' gradients along the straight way of a segment, and how often it was halved.
+
+        It begins as the mean of both ends. While more than the stated share of the ``measured`` changes [T] is left
+        unexplained, the targets are looked at in the middle of each part too (Simpson's rule). ``before`` is changed.
+        """
         assert self.first is not None
-        self._largest = np.maximum(self._largest, np.abs(self.last - self.first))
-        if not self._largest.all():
-            return
-        share = float((np.abs(self.unexplained) / self._largest).max()) / self.options.unexplained
-        if share > 1.0:
-            self.every = max(self.every // 2, 1)
-        elif share < 0.5:
-            self.every = min(self.every * 2, _MOST_STEPS)
+        self._largest = np.maximum(self._largest, np.abs(self.last + measured - self.first))
+        allowed = self.options.unexplained * np.maximum(np.abs(measured), self._largest / _SMALL_SEGMENTS)
+        inner = TargetVectors(tensors={name: torch.zeros_like(tensor) for name, tensor in before.tensors.items()})
+        odd, halved = inner, 0
+        for name, tensor in before.tensors.items():
+            tensor.add_(after.tensors[name])
+        while True:
+            parts = 2**halved
+            scale = (0.5, 0.0) if not halved else (1 / (3 * parts), 4 / (3 * parts))
+            mean = TargetVectors(
+                tensors={
+                    name: tensor * scale[0] + odd.tensors[name] * scale[1] + inner.tensors[name] * (2 * scale[0])
+                    for name, tensor in before.tensors.items()
+                }
+            )
+            left = np.abs(measured - _products(moved, mean).cpu().numpy()[0])
+            if halved == _MOST_HALVED or (left <= allowed).all():
+                return mean, halved
+            if halved:
+                for name, tensor in inner.tensors.items():
+                    tensor.add_(odd.tensors[name])
+            odd, halved = self._between(moved, [(2 * k + 1) / (2 * parts) for k in range(parts)]), halved + 1
+
+    def _between(self, moved: TargetVectors, places: list[float]) -> TargetVectors:
+        """Return the sum of the targets' gradients at places of a segment: 0 is its start, 1 its end."""
+        summed = self._whole(len(self.options.targets))
+        kept = {name: parameter.detach().clone() for name, parameter in self._engine.parameters.items()}
+        try:
+            for place in places:
+                for name, parameter in self._engine.parameters.items():
+                    parameter.data.copy_(kept[name].float().sub(moved.tensors[name][0], alpha=1 - place))
+                for name, tensor in self._seen()[0].tensors.items():
+                    summed.tensors[name].add_(tensor)
+        finally:
+            for name, parameter in self._engine.parameters.items():
+                parameter.data.copy_(kept[name])
+        return summed
 
     # -- what it says -------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Updates:
         self._optimizer = base
         groups = {id(parameter): group for group in base.param_groups for parameter in group["params"]}
         self._groups = {name: groups[id(p)] for name, p in self.parameters.items() if id(p) in groups}
-        if afresh:
+        if afresh and comm.rank() == 0:
             for name, parameter in self.parameters.items():
                 state = base.state.get(parameter, {})
                 held = state.get("momentum_buffer") if self._is_sgd else self._moments()[name].first
@@ -186,7 +186,9 @@ class Updates:
         group, shares = self._groups[name], self.shares.flat(name)
         momenta, moved = self._momenta.flat(name), self.moved.flat(name)
         values = parameter.detach().float().flatten()
-        decay, coupled = float(group["weight_decay"]), self._is_sgd or not _decoupled(self._optimizer, group)
+        # What is of no rank's rows is accounted for on the first one.
+        decay = float(group["weight_decay"]) if comm.rank() == 0 else 0.0
+        coupled = self._is_sgd or not _decoupled(self._optimizer, group)
         if self._is_sgd:
             keep, new = float(group["momentum"]), 1.0 - float(group["dampening"])
             if keep and self._optimizer.state.get(parameter, {}).get("momentum_buffer") is None:
