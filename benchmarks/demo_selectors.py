@@ -1,8 +1,8 @@
 """Selectors on a pool of the demo's: held-out loss on the target after as many steps as the static run.
 
 The settings are those of examples/demo_dynamic.yaml and examples/demo_static.yaml (32 target rows of GSM8K, 8 rows a
-step). Told are the loss on the held-out questions by seed, the share of each kind of rows named below among those served
-after the warm-up (for "static": in the pool), and the most often that a row was served in an interval.
+step). Told are the loss on the held-out questions by seed, the share of each kind of rows below among those served after
+the warm-up (for "static": in the pool), and the most often that a row was served in an interval.
 
 Pools:
   demo        The first 1,000 rows of examples/data/pool.jsonl. Kind: rows of the target's source (19 %).
