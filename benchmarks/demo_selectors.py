@@ -1,8 +1,8 @@
 """Selectors on a pool of the demo's: held-out loss on the target after as many steps as the static run.
 
 The settings are those of examples/demo_dynamic.yaml and examples/demo_static.yaml (32 target rows of GSM8K, 8 rows a
-step). Told are the loss on the held-out questions by seed, the share of each kind of rows below among those served after
-the warm-up (for "static": in the pool), and the most often that a row was served in an interval.
+step). Told are the loss on the held-out questions by seed, the share of each kind of rows below among those served
+after the warm-up (for "static": in the pool), and the most often that a row was served in an interval.
 
 Pools:
   demo        The first 1,000 rows of examples/data/pool.jsonl. Kind: rows of the target's source (19 %).
@@ -113,7 +113,6 @@ def run(method: str, seed: int, pool: Pool, options: argparse.Namespace, folder:
     static = selector.strip() == "static"
     settings = [
         f"seed={seed}",
-        f"dataset_dir={pool.folder}",
         f"max_steps={options.steps}",
         "eval_on_start=false",
         "eval_strategy=steps",
@@ -128,9 +127,10 @@ def run(method: str, seed: int, pool: Pool, options: argparse.Namespace, folder:
     if (out / "all_results.json").is_file():
         return out
     out.mkdir(parents=True, exist_ok=True)
+    places = [f"dataset_dir={pool.folder}", f"output_dir={out}"]
     with open(out.with_suffix(".log"), "w") as log:
         subprocess.run(
-            [sys.executable, "-m", "dataflex", "train", str(base), *settings, f"output_dir={out}"],
+            [sys.executable, "-m", "dataflex", "train", str(base), *settings, *places],
             check=True,
             cwd=ROOT,
             env={"HF_HUB_OFFLINE": "1", "LLAMAFACTORY_VERBOSITY": "WARN", **os.environ},
