@@ -89,6 +89,7 @@ def word_order(folder: Path, seed: int) -> Pool:
     # noise_gsm8k has right words in the right order and yet wrong answers: neither kind.
     others = [row for row in rows if not row["source"].endswith(SOURCE)]
     rng.shuffle(relevant)
+    relevant.sort(key=lambda row: shuffled(row["output"], rng) != row["output"])  # those of few words are right ones
     half = len(relevant) // 2
     pool = [("right", row) for row in relevant[:half]]
     pool += [("shuffled", {**row, "output": shuffled(row["output"], rng)}) for row in relevant[half:]]
