@@ -50,7 +50,6 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
         _firsts=np.array([10, 13]),
         _own=np.array([2.0 / np.linalg.norm(mean) / 3]),
         _aimed_at=1,
-        _kept=lambda seen: np.ones(len(seen.rows)),
     )
     same = {"steps": np.zeros(4, int), "unbiased": np.zeros(4, bool), "pilots": np.ones(4, bool)}
     seen = Observations(
@@ -63,34 +62,3 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
         wanted.append(sketches[own] @ others / np.linalg.norm(others))
     lengths = np.linalg.norm(sketches, axis=1) if normalize else 1.0
     np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
-
-
-def test_what_a_row_keeps_of_the_length_of_its_first_gradient():
-    """Row 0 falls to a third of its length where others fall to two thirds: half; row 1 grows: at most 1."""
-    run = SimpleNamespace(_first=np.full((4, 2), np.nan), _lengths=np.zeros((0, 2)))
-
-    def seen(rows, interval, lengths, unbiased):
-        none = np.zeros(len(rows), bool)
-        return Observations(
-            rows=np.array(rows), intervals=np.full(len(rows), interval), steps=np.full(len(rows), interval),
-            sketches=np.array(lengths, np.float32)[:, None] * [[0.6, 0.8]], values=np.zeros((len(rows), 0)),
-            unbiased=np.array(unbiased), pilots=none,
-        )  # fmt: skip
-
-    first = seen([0, 1, 2], 0, [3.0, 3.0, 3.0], [True, True, True])
-    later = seen([0, 1, 3, 3], 1, [1.0, 4.0, 2.0, 2.0], [False, False, True, True])
-    for new in (first, later):
-        InRun._note_lengths(run, new)
-    np.testing.assert_allclose(InRun._kept(run, first), 1.0)
-    np.testing.assert_allclose(InRun._kept(run, later), [0.5, 1.0, 1.0, 1.0], rtol=1e-6)
-    chosen = seen([2], 2, [1.0], [False])  # none was drawn in this interval
-    InRun._note_lengths(run, chosen)
-    np.testing.assert_allclose(InRun._kept(run, chosen), [0.5], rtol=1e-6)
-    together = SimpleNamespace(_first=np.full((4, 2), np.nan), _lengths=np.zeros((0, 2)))
-    for start in range(3):  # the same sums to the bit, whenever steps are gathered
-        InRun._note_lengths(together, first.where([start]))
-    for start in range(4):
-        InRun._note_lengths(together, later.where([start]))
-    InRun._note_lengths(together, chosen)
-    assert np.array_equal(run._lengths, together._lengths)
-    assert np.array_equal(run._first, together._first, equal_nan=True)
