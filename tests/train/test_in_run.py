@@ -50,7 +50,6 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
         _firsts=np.array([10, 13]),
         _own=np.array([2.0 / np.linalg.norm(mean) / 3]),
         _aimed_at=1,
-        _kept=lambda seen: np.ones(len(seen.rows)),
     )
     same = {"steps": np.zeros(4, int), "unbiased": np.zeros(4, bool), "pilots": np.ones(4, bool)}
     seen = Observations(
@@ -65,32 +64,36 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
     np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
 
 
-def test_what_a_row_keeps_of_the_length_of_its_first_gradient():
-    """Row 0 falls to a third of its length where others fall to two thirds: half; row 1 grows: at most 1."""
-    run = SimpleNamespace(_first=np.full((4, 2), np.nan), _lengths=np.zeros((0, 2)))
-
-    def seen(rows, interval, lengths, unbiased):
-        none = np.zeros(len(rows), bool)
-        return Observations(
-            rows=np.array(rows), intervals=np.full(len(rows), interval), steps=np.full(len(rows), interval),
-            sketches=np.array(lengths, np.float32)[:, None] * [[0.6, 0.8]], values=np.zeros((len(rows), 0)),
-            unbiased=np.array(unbiased), pilots=none,
-        )  # fmt: skip
-
-    first = seen([0, 1, 2], 0, [3.0, 3.0, 3.0], [True, True, True])
-    later = seen([0, 1, 3, 3], 1, [1.0, 4.0, 2.0, 2.0], [False, False, True, True])
-    for new in (first, later):
-        InRun._note_lengths(run, new)
-    np.testing.assert_allclose(InRun._kept(run, first), 1.0)
-    np.testing.assert_allclose(InRun._kept(run, later), [0.5, 1.0, 1.0, 1.0], rtol=1e-6)
-    chosen = seen([2], 2, [1.0], [False])  # none was drawn in this interval
-    InRun._note_lengths(run, chosen)
-    np.testing.assert_allclose(InRun._kept(run, chosen), [0.5], rtol=1e-6)
-    together = SimpleNamespace(_first=np.full((4, 2), np.nan), _lengths=np.zeros((0, 2)))
-    for start in range(3):  # the same sums to the bit, whenever steps are gathered
-        InRun._note_lengths(together, first.where([start]))
-    for start in range(4):
-        InRun._note_lengths(together, later.where([start]))
-    InRun._note_lengths(together, chosen)
-    assert np.array_equal(run._lengths, together._lengths)
-    assert np.array_equal(run._first, together._first, equal_nan=True)
+@pytest.mark.parametrize(("fallen", "worse"), [(1.0, False), (0.01, True)])
+def test_chosen_rows_that_have_been_learnt_are_worth_less_than_drawn_ones(fallen, worse):
+    """Eight chosen rows lie along the direction and eight drawn ones across it, in one step each."""
+    rng = np.random.default_rng(6)
+    chosen = np.repeat([True, False], 8)
+    sketches = np.where(chosen[:, None], [0.9 * fallen, 0.1], [0.3, 0.9]) + 0.02 * fallen * rng.normal(size=(16, 2))
+    seen = Observations(
+        rows=np.arange(16),
+        intervals=np.full(16, 3),
+        steps=np.zeros(16, int),
+        sketches=sketches,
+        values=np.zeros((16, 0)),
+        unbiased=~chosen,
+        pilots=np.zeros(16, bool),
+    )
+    run = SimpleNamespace(
+        spec=SimpleNamespace(normalize=True),
+        space=SimpleNamespace(num_rows=16, supervised=np.full(16, 10)),
+        targets=("goal",),
+        aims=np.array([[1.0, 0.0]]),
+        _firsts=np.array([16, 17]),
+        _own=np.zeros(1),
+        _aimed_at=9,
+        _lifts=np.zeros((0, 2)),
+    )
+    run._of = lambda seen, normalize: InRun._of(run, seen, normalize)
+    InRun._weigh_up(run, seen, 3)
+    interval, lift = run._lifts[0]
+    assert interval == 3
+    assert (lift < -5) if worse else (lift > 5)
+    few = seen.where(np.arange(16) < 12)
+    InRun._weigh_up(run, few, 3)
+    assert len(run._lifts) == 1, "too few drawn rows say nothing"

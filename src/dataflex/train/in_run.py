@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig
@@ -153,11 +154,10 @@ class InRun:
         self.trust = 0.0
         self._interval = self._aimed_at = 0
         self._judged: list[Floats] = []
+        self._lifts = np.zeros((0, 2))  # (interval, z) of what chosen rows were worth, to what drawn ones were
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
         self._own = np.zeros(len(self.targets))  # share of a target row of the last decision in its direction [K]
-        self._first = np.full((self._firsts[-1], 2), np.nan)  # log length of a row's first sketch, and the interval
-        self._lengths = np.zeros((0, 2))  # sum of log lengths of rows drawn uniformly, and their number, by interval
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
         self._capture: StepCapture | None = None
@@ -251,33 +251,6 @@ class InRun:
             pilots=np.full(len(rows), pilots),
         )
         self.seen = new if self.seen is None else self.seen.and_(new)
-        if size:
-            self._note_lengths(new)
-
-    def _note_lengths(self, new: Observations) -> None:
-        """Keep the length of each row's first sketch, and their mean among rows drawn uniformly, both as logarithms."""
-        logs = np.log(np.maximum(np.linalg.norm(new.sketches.astype(np.float64), axis=1), 1e-30))
-        _, at = np.unique(new.rows, return_index=True)
-        at = at[np.isnan(self._first[new.rows[at], 0])]
-        self._first[new.rows[at]] = np.column_stack([logs[at], new.intervals[at]])
-        missing = max(int(new.intervals.max()) + 1 - len(self._lengths), 0)
-        self._lengths = np.concatenate([self._lengths, np.zeros((missing, 2))])
-        # One after the other, so that it does not matter after which steps checkpoints were saved.
-        np.add.at(self._lengths, new.intervals[new.unbiased], np.column_stack([logs, np.ones(len(logs))])[new.unbiased])
-
-    def _kept(self, seen: Observations) -> Floats:
-        """Return how much of its first gradient's length each row still had [n], at most 1.
-
-        Lengths are taken relative to those of rows drawn uniformly in the same interval. Less is left of a row that has
-        been learnt, which its cosine does not notice.
-        """
-        logs = np.log(np.maximum(np.linalg.norm(seen.sketches.astype(np.float64), axis=1), 1e-30))
-        first, start = self._first[seen.rows].T
-        mean = self._lengths[:, 0] / np.maximum(self._lengths[:, 1], 1.0)
-        known = np.where(self._lengths[:, 1] > 0, np.arange(len(mean)), 0)
-        mean = mean[np.maximum.accumulate(known)]  # where no row was drawn, that of an earlier interval
-        fallen = (logs - mean[seen.intervals]) - (first - mean[start.astype(np.int64)])
-        return np.asarray(np.exp(np.minimum(fallen, 0.0)))
 
     # -- between intervals --------------------------------------------------------------------------
 
@@ -495,8 +468,8 @@ class InRun:
         return self._features
 
     def _of(self, seen: Observations, normalize: bool | None = None) -> Floats:
-        """Return what is to be predicted of observations [n, K + Q]; given ``normalize``, what they showed."""
-        plain, normalize = normalize is not None, self.spec.normalize if normalize is None else normalize
+        """Return what is to be predicted of rows that were looked at [n, K + Q]."""
+        normalize = self.spec.normalize if normalize is None else normalize
         if self.aims is None:
             return seen.values
         sketches = seen.sketches.astype(np.float64)
@@ -511,7 +484,6 @@ class InRun:
         scores /= lengths
         if normalize:
             scores /= np.maximum(np.sqrt(squares), 1e-30)[:, None]
-            scores *= 1.0 if plain else self._kept(seen)[:, None]
         return np.concatenate([scores, seen.values], axis=1)
 
     def _scores(self, seen: Observations, rows: Rows) -> Floats:
@@ -572,8 +544,33 @@ class InRun:
         pooled = np.concatenate(self._judged, axis=1)
         found = np.array([rank_correlation(*pooled[:, :, k]) for k in range(pooled.shape[2])])
         correlation, above = found.mean(axis=0)
-        self.trust = max(2 * float(above) - 1, 0.0)  # 0 where they are no better than chance
         self.told |= {"correlation": float(correlation)}
+        self._weigh_up(seen, last)
+        recent = self._lifts[self._lifts[:, 0] > last - _JUDGED_INTERVALS, 1]
+        if len(recent):
+            lift = float(recent.sum() / np.sqrt(len(recent)))
+            self.told |= {"lift": lift}
+            above = min(above, norm.cdf(lift))
+        self.trust = max(2 * float(above) - 1, 0.0)  # 0 where they are no better than chance
+
+    def _weigh_up(self, seen: Observations, last: int) -> None:
+        """Compare what chosen rows were worth to the targets in the newest interval with what drawn ones were.
+
+        A row's step lowers a target's loss by its product with the direction, times its tokens, to first order. Rows
+        that have been learnt are worth little, however near to the target they are.
+        """
+        newest = seen.where((seen.intervals == last) & ~seen.pilots)
+        if self.aims is None or min(newest.unbiased.sum(), (~newest.unbiased).sum()) < _LEAST_ROWS:
+            return
+        worth = self._of(newest, normalize=False)[:, : len(self.targets)].sum(axis=1, keepdims=True)
+        worth = centred(
+            worth * self.space.supervised[newest.rows][:, None],
+            levels(newest.steps, newest.pilots, np.zeros(len(newest.rows), dtype=np.bool_)),
+        )
+        chosen, drawn = worth[~newest.unbiased], worth[newest.unbiased]
+        error = np.sqrt(chosen.var() / len(chosen) + drawn.var() / len(drawn))
+        lift = (chosen.mean() - drawn.mean()) / max(float(error), 1e-30)
+        self._lifts = np.concatenate([self._lifts, [[last, lift]]])[-_JUDGED_INTERVALS:]
 
     def answer(self, signal: Signal, rows: Rows) -> NDArray[np.float32] | None:
         """Return what training rows would say to a signal, predicted, float32; None where it has to be asked."""
@@ -643,9 +640,8 @@ class InRun:
             "explored": self.explored,
             "interval": self._interval,
             "judged": list(self._judged),
+            "lifts": self._lifts,
             "looked": self._looked,
-            "first": self._first if self.targets else None,
-            "lengths": self._lengths,
             "own": self._own,
             "aimed_at": self._aimed_at,
             "aimed": self.aimed,
@@ -659,7 +655,5 @@ class InRun:
         self.aims, self.explored, self._looked = state["aims"], state["explored"], state["looked"]
         self._interval, self._spent, self.trust = int(state["interval"]), float(state["spent"]), state["trust"]
         self.aimed = state["aimed"]
-        self._first = self._first if state["first"] is None else state["first"]
-        self._lengths = state["lengths"]
         self._own, self._aimed_at = state["own"], int(state["aimed_at"])
-        self._judged = list(state["judged"])
+        self._judged, self._lifts = list(state["judged"]), state["lifts"]
