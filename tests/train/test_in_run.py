@@ -62,38 +62,3 @@ def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
         wanted.append(sketches[own] @ others / np.linalg.norm(others))
     lengths = np.linalg.norm(sketches, axis=1) if normalize else 1.0
     np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
-
-
-@pytest.mark.parametrize(("fallen", "worse"), [(1.0, False), (0.01, True)])
-def test_chosen_rows_that_have_been_learnt_are_worth_less_than_drawn_ones(fallen, worse):
-    """Eight chosen rows lie along the direction and eight drawn ones across it, in one step each."""
-    rng = np.random.default_rng(6)
-    chosen = np.repeat([True, False], 8)
-    sketches = np.where(chosen[:, None], [0.9 * fallen, 0.1], [0.3, 0.9]) + 0.02 * fallen * rng.normal(size=(16, 2))
-    seen = Observations(
-        rows=np.arange(16),
-        intervals=np.full(16, 3),
-        steps=np.zeros(16, int),
-        sketches=sketches,
-        values=np.zeros((16, 0)),
-        unbiased=~chosen,
-        pilots=np.zeros(16, bool),
-    )
-    run = SimpleNamespace(
-        spec=SimpleNamespace(normalize=True),
-        space=SimpleNamespace(num_rows=16, supervised=np.full(16, 10)),
-        targets=("goal",),
-        aims=np.array([[1.0, 0.0]]),
-        _firsts=np.array([16, 17]),
-        _own=np.zeros(1),
-        _aimed_at=9,
-        _lifts=np.zeros((0, 2)),
-    )
-    run._of = lambda seen, normalize: InRun._of(run, seen, normalize)
-    InRun._weigh_up(run, seen, 3)
-    interval, lift = run._lifts[0]
-    assert interval == 3
-    assert (lift < -5) if worse else (lift > 5)
-    few = seen.where(np.arange(16) < 12)
-    InRun._weigh_up(run, few, 3)
-    assert len(run._lifts) == 1, "too few drawn rows say nothing"

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from dataflex import comm
 from dataflex.config.schema import DynamicConfig
@@ -154,7 +153,6 @@ class InRun:
         self.trust = 0.0
         self._interval = self._aimed_at = 0
         self._judged: list[Floats] = []
-        self._lifts = np.zeros((0, 2))  # (interval, z) of what chosen rows were worth, to what drawn ones were
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
         self._own = np.zeros(len(self.targets))  # share of a target row of the last decision in its direction [K]
@@ -544,33 +542,8 @@ class InRun:
         pooled = np.concatenate(self._judged, axis=1)
         found = np.array([rank_correlation(*pooled[:, :, k]) for k in range(pooled.shape[2])])
         correlation, above = found.mean(axis=0)
-        self.told |= {"correlation": float(correlation)}
-        self._weigh_up(seen, last)
-        recent = self._lifts[self._lifts[:, 0] > last - _JUDGED_INTERVALS, 1]
-        if len(recent):
-            lift = float(recent.sum() / np.sqrt(len(recent)))
-            self.told |= {"lift": lift}
-            above = min(above, norm.cdf(lift))
         self.trust = max(2 * float(above) - 1, 0.0)  # 0 where they are no better than chance
-
-    def _weigh_up(self, seen: Observations, last: int) -> None:
-        """Compare what chosen rows were worth to the targets in the newest interval with what drawn ones were.
-
-        A row's step lowers a target's loss by its product with the direction, times its tokens, to first order. Rows
-        that have been learnt are worth little, however near to the target they are.
-        """
-        newest = seen.where((seen.intervals == last) & ~seen.pilots)
-        if self.aims is None or min(newest.unbiased.sum(), (~newest.unbiased).sum()) < _LEAST_ROWS:
-            return
-        worth = self._of(newest, normalize=False)[:, : len(self.targets)].sum(axis=1, keepdims=True)
-        worth = centred(
-            worth * self.space.supervised[newest.rows][:, None],
-            levels(newest.steps, newest.pilots, np.zeros(len(newest.rows), dtype=np.bool_)),
-        )
-        chosen, drawn = worth[~newest.unbiased], worth[newest.unbiased]
-        error = np.sqrt(chosen.var() / len(chosen) + drawn.var() / len(drawn))
-        lift = (chosen.mean() - drawn.mean()) / max(float(error), 1e-30)
-        self._lifts = np.concatenate([self._lifts, [[last, lift]]])[-_JUDGED_INTERVALS:]
+        self.told |= {"correlation": float(correlation)}
 
     def answer(self, signal: Signal, rows: Rows) -> NDArray[np.float32] | None:
         """Return what training rows would say to a signal, predicted, float32; None where it has to be asked."""
@@ -640,7 +613,6 @@ class InRun:
             "explored": self.explored,
             "interval": self._interval,
             "judged": list(self._judged),
-            "lifts": self._lifts,
             "looked": self._looked,
             "own": self._own,
             "aimed_at": self._aimed_at,
@@ -656,4 +628,4 @@ class InRun:
         self._interval, self._spent, self.trust = int(state["interval"]), float(state["spent"]), state["trust"]
         self.aimed = state["aimed"]
         self._own, self._aimed_at = state["own"], int(state["aimed_at"])
-        self._judged, self._lifts = list(state["judged"]), state["lifts"]
+        self._judged = list(state["judged"])
