@@ -24,7 +24,7 @@ export PIP_ROOT_USER_ACTION := ignore
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed  ## install, then train a small model with and without selection (about 5 minutes)
+demo: $(VENV)/.installed  ## install, then train a small model with and without selection (about 7 minutes)
 	@$(RUN) examples/demo.py
 
 test: $(VENV)/.installed-dev lint types pytest  ## install, then linter, type checker and all tests
