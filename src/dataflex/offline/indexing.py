@@ -40,29 +40,26 @@ from dataflex.train.row_space import RowSpace, row_fingerprints
 
 logger = logging.getLogger(__name__)
 
-WIDE = 8192
-"""Numbers of a wide sketch, or 8 times those kept if that is more."""
-FITTED = 4
-"""Rows that are sketched widely, as a multiple of the numbers kept."""
+WIDE = 2**16
+"""Numbers of a wide sketch: its error in a cosine is about 1 / sqrt(WIDE)."""
+FITTED = 2048
+"""Most rows that are sketched widely: four for each number kept, and never fewer than numbers kept."""
 SAMPLE_ROWS = 256
-"""Rows that are kept for exact scores; at most a quarter of all."""
+"""Rows that are kept for exact scores."""
 _RECORDED = 256
 
 
-def wide_of(size: int) -> int:
-    """Return how many numbers a wide sketch has where ``size`` are kept."""
-    return max(WIDE, 8 * size)
-
-
 def drawn(supervised: NDArray[np.int64], size: int, seed: int) -> tuple[Rows, Rows]:
-    """Return the rows of the sample, and the rows that the projection is fitted to, both ascending and apart.
+    """Return the rows of the sample, and the rows that the projection is fitted to, both ascending.
 
+    They are apart, so that the sample is like rows that nothing was fitted to, unless it is fitted to all rows.
     ``supervised`` [N] are the rows' supervised tokens, ``size`` the numbers kept.
     """
     rows = np.flatnonzero(supervised > 0).astype(np.int64)
     order = rows[np.argsort(uniforms(seed, "index sample", 0, rows), kind="stable")]
-    count = min(SAMPLE_ROWS, len(rows) // 4)
-    return np.sort(order[:count]), np.sort(order[count : count + FITTED * size])
+    count, wanted = min(SAMPLE_ROWS, len(rows)), max(size, min(4 * size, FITTED))
+    fit = order if len(rows) <= wanted else order[count : count + wanted]
+    return np.sort(order[:count]), np.sort(fit)
 
 
 _Take = Callable[[Rows, torch.Tensor, torch.Tensor], None]
@@ -116,20 +113,20 @@ class _Sketching:
         return key, work.finish()
 
     def projection(self, wide: NDArray[np.float32], rows: Rows) -> tuple[CacheKey, NDArray[np.float32]]:
-        """Return what wide sketches are projected by [W, k], fitted on rank 0 (collective)."""
+        """Return what wide sketches are projected by [W, k], fitted on rank 0 and kept in 16 bits (collective)."""
         key = self.key("index projection", rows=rows_digest(rows), size=self.size)
 
         def fit() -> None:
             if self.store.get(key) is None:
                 matrix = fitted(np.asarray(wide[:, :-1]), self.size, self.seed)
-                with self.store.create(key, shape=matrix.shape, dtype=np.float32) as array:
+                with self.store.create(key, shape=matrix.shape, dtype=np.float16) as array:
                     array[:] = matrix
 
         comm.on_one_rank("projection of the index", fit, CheckpointError)
         matrix = self.store.get(key)
         if matrix is None:
             raise CheckpointError(f"{self.store.directory}: a rank does not see the folder; all ranks must share it")
-        return key, np.array(matrix)
+        return key, matrix.astype(np.float32)
 
     def rows(
         self, matrix: NDArray[np.float32], name: str, num_rows: int, known: Rows, wide: NDArray[np.float32]
@@ -206,7 +203,7 @@ class _IndexingMixin(WorkflowMixin):
         access, cache = runner.access, runner.cache
         scorers = GradientScorers(access, GradientSpec(**params.options(sketch_seed=seed)))
         model = cache.model_identity()
-        options = {**params.options(), "wide": wide_of(size), "seed": seed, "moments": scorers.moments_identity()}
+        options = {**params.options(), "wide": WIDE, "seed": seed, "moments": scorers.moments_identity()}
         del options["sketch_size"], options["mean_of_cosines"]
         options.pop("normalize", None)
         options |= {"token_budget": access.token_budget, **cache.surroundings("")}
@@ -216,7 +213,7 @@ class _IndexingMixin(WorkflowMixin):
 
         sketching = _Sketching(
             scorers=scorers,
-            sketch=Sketch(size=wide_of(size), seed=seed),
+            sketch=Sketch(size=WIDE, seed=seed),
             size=size,
             precision=request.precision,
             seed=seed,
@@ -249,7 +246,7 @@ def run_index(request: ScoreRequest) -> str:
             lf={key: value for key, value in request.lf.items() if key != "output_dir"},
             params=params,
             seed=ended.seed,
-            wide=wide_of(params["sketch_size"]),
+            wide=WIDE,
             parts=ended.parts,
             sample=ended.sample,
         )

@@ -127,7 +127,7 @@ def _aims(
         wide = Sketch(size=index.wide, seed=index.seed).of(vectors).cpu()
         if signal.normalize and not signal.mean_of_cosines:
             wide = wide / vectors.norms().cpu().clamp_min(1e-30).unsqueeze(1)
-    return wide.numpy() @ np.asarray(index.array(projection))
+    return wide.numpy() @ index.array(projection).astype(np.float32)
 
 
 def targets_of(space: RowSpace, names: tuple[str, ...]) -> dict[str, Corpus]:

@@ -49,11 +49,8 @@ FIXED: dict[str, Any] = dict(
 )
 
 
-def _tidy(lf: dict[str, Any], problems: list[str], *, partitioned: bool) -> list[str]:
-    """Take out what only training needs; return notes on what is done otherwise.
-
-    ``partitioned``: whether parameters may be partitioned over ranks.
-    """
+def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
+    """Take out what only training needs; return notes on what is done otherwise."""
     notes: list[str] = []
     args = LlamaFactoryArgs.read(lf)
     if args.tokenized_path:
@@ -65,9 +62,9 @@ def _tidy(lf: dict[str, Any], problems: list[str], *, partitioned: bool) -> list
     zero3 = not args.fsdp and partitioned_by(args) != ""
     if not zero3 and lf.pop("deepspeed", None) is not None:
         notes.append("deepspeed is left out: nothing is trained")
-    if zero3 and not partitioned:
+    if zero3:
         problems.append("deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it")
-    if args.fsdp and not partitioned:
+    if args.fsdp:
         problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
     if env_enabled("USE_RAY"):
         problems.append("USE_RAY (environment): scoring on several ranks is started by torchrun (FORCE_TORCHRUN=1)")
@@ -245,7 +242,7 @@ def score_request(
     if precision is not None and precision not in PRECISIONS:
         meant = did_you_mean(precision, PRECISIONS)
         problems.append(f"--precision: unknown {precision!r}{meant} (known: {', '.join(PRECISIONS)})")
-    notes = _tidy(lf, problems, partitioned=indexes)
+    notes = _tidy(lf, problems)
     checkpoints = _checkpoints_of(lf, problems, several=indexes)
     place = index or out or Path("scores.parquet")
     work = place / WORK if indexes else place.with_name(f"{place.name}.work")

@@ -38,10 +38,9 @@ def fitted(sketches: NDArray[np.float32], size: int, seed: int) -> NDArray[np.fl
     values, vectors = np.linalg.eigh((units @ units.T).astype(np.float64))
     values, vectors = values[::-1][:size], vectors[:, ::-1][:, :size]
     there = values > _LEAST * max(float(values.max(initial=0.0)), _LEAST)
-    axes = np.zeros((sketches.shape[1], size))
-    axes[:, : int(there.sum())] = units.T @ (vectors[:, there] / np.sqrt(values[there]))
     rotation = np.linalg.qr(stream(seed, "index rotation").standard_normal((size, size)))[0]
-    return np.ascontiguousarray(axes @ rotation, dtype=np.float32)
+    mixed = (vectors[:, there] / np.sqrt(values[there])) @ rotation[: int(there.sum())]
+    return np.ascontiguousarray(units.T @ mixed.astype(np.float32))
 
 
 def packed(

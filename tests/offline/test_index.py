@@ -1,0 +1,192 @@
+"""Indexes: against exact scores of LESS, over checkpoints, killed and taken up, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dataflex.offline.index import agreement, read_index
+from dataflex.offline.table import read_scores
+from tests.offline.conftest import rows_of
+from tests.offline.test_score import start
+
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Sketches so wide that hardly two coordinates meet."""
+    import dataflex.offline.indexing as indexing
+
+    monkeypatch.setattr(indexing, "WIDE", 2**18)
+
+
+def columns_of(path):
+    return read_scores(path).columns
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "tolerance"),
+    [
+        ("int8", (), 0.01),
+        ("fp16", ("less.target_gradient=cosine_of_mean",), 0.01),
+        ("int8", ("less.normalize=false",), 0.01),
+        ("fp16", ("less.precondition=none", "less.aggregate=mean"), 0.01),
+    ],
+)
+def test_a_query_gives_the_scores_of_less(scoring, wide, precision, changes, tolerance):
+    """Two targets at once; all rows fit into the projection, so that only sketch and rounding are off."""
+    pool = rows_of(40)
+    pool[7]["output"] = None
+    scoring.write("pool", pool)
+    for name, seed in (("goal", 6), ("aim", 7)):
+        scoring.write(name, rows_of(5, seed=seed))
+    config = scoring.config(dataset="pool", max_samples=30, **LORA)
+    command = ["score", config, "--method", "less", "less.precondition=sign", *changes]
+    assert scoring.run(*command, "--targets", "goal,aim", "--out", "exact.parquet") == 0
+    assert scoring.run(*command, "--index", "index", "--precision", precision, "less.sketch_size=32") == 0
+    assert sorted(path.name for path in (scoring.folder / "index/store").iterdir()) == sorted(
+        name for part in read_index(scoring.folder / "index").parts for name in (part.rows, part.projection)
+    )
+    assert scoring.run("query", "index", "--target", "goal,aim", "--out", "found.parquet") == 0
+    exact, found = read_scores(scoring.folder / "exact.parquet"), read_scores(scoring.folder / "found.parquet")
+    assert list(found.columns) == list(exact.columns)
+    assert found.position.tolist() == exact.position.tolist()
+    for name in ("less", "less/goal", "less/aim"):
+        scale = np.abs(exact.columns[name]).max()
+        np.testing.assert_allclose(found.columns[name], exact.columns[name], rtol=0, atol=tolerance * max(scale, 0.1))
+    assert found.provenance["targets"] == exact.provenance["targets"]
+    assert found.provenance["data"] == exact.provenance["data"]
+    told = found.provenance["index"]["agreement"]["aim"]
+    assert told["rows"] == 29
+    assert told["correlation"] > 0.99
+    # The file is one that a subset can be taken of, with the order of preference too.
+    assert scoring.run("select", "found.parquet", "--score", "less.rank", "--budget", "7", "--out", "best.jsonl") == 0
+    assert len((scoring.folder / "best.jsonl").read_text().splitlines()) == 7
+
+
+def test_several_checkpoints_and_a_new_target_elsewhere(scoring, wide, capsys):
+    """Rows under each checkpoint's weights and moments; scores averaged by the learning rates, as LESS averages."""
+    scoring.write("pool", rows_of(40))
+    scoring.write("goal", rows_of(6, seed=8))
+    trained = {
+        **LORA,
+        "dataset": "pool",
+        "output_dir": str(scoring.folder / "run"),
+        "adam_epsilon": 1e-3,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    assert scoring.run("train", scoring.config(**trained)) == 0
+    steps = [scoring.folder / f"run/checkpoint-{step}" for step in (2, 4)]
+    each = []
+    for number, step in enumerate(steps):
+        command = ["score", scoring.config(**trained), "--method", "less", "--targets", "goal"]
+        assert scoring.run(*command, "--out", f"{number}.parquet", f"resume_from_checkpoint={step}") == 0
+        each.append(columns_of(scoring.folder / f"{number}.parquet")["less"])
+    rates = np.array([4.0, 2.0])  # the linear schedule at steps 2 and 4 of 6
+    wanted = rates @ np.stack(each) / rates.sum()
+    both = f"resume_from_checkpoint=[{steps[0]},{steps[1]}]"
+    command = ["score", scoring.config(**trained), "--method", "less", both]
+    assert scoring.run(*command, "--targets", "goal", "--out", "no.parquet") == 2
+    assert "scores are those of one checkpoint" in capsys.readouterr().err
+    assert scoring.run(*command, "--index", "index", "less.sketch_size=64") == 0
+    parts = read_index(scoring.folder / "index").parts
+    np.testing.assert_allclose([part.rate for part in parts], rates / 6 * 1e-2, rtol=1e-6)
+
+    elsewhere = scoring.folder / "elsewhere"
+    elsewhere.mkdir()
+    (scoring.data / "goal.jsonl").rename(elsewhere / "new.jsonl")
+    (elsewhere / "dataset_info.json").write_text(json.dumps({"new": {"file_name": "new.jsonl"}}))
+    (scoring.data / "pool.jsonl").unlink()  # a query needs no row of the pool
+    command = ["query", "index", "--target", "new", "--out", "found.parquet"]
+    assert scoring.run(*command) == 2
+    assert "--target: 'new' is not defined" in capsys.readouterr().err
+    assert scoring.run(*command, f"dataset_dir={elsewhere}", "--sample", "20") == 0
+    np.testing.assert_allclose(columns_of(scoring.folder / "found.parquet")["less"], wanted, rtol=0, atol=0.01)
+    assert "new: on 20 rows of the sample: rank correlation 0.99" in capsys.readouterr().out
+    # Other weights than the rows were sketched under are refused.
+    swapped = read_index(scoring.folder / "index").folder / "index.json"
+    text = json.loads(swapped.read_text())
+    text["parts"][0]["checkpoint"], text["parts"][1]["checkpoint"] = map(str, steps[::-1])
+    swapped.write_text(json.dumps(text))
+    assert scoring.run(*command, f"dataset_dir={elsewhere}") == 2
+    assert "was made with other weights" in capsys.readouterr().err
+
+
+def test_what_is_told_of_rows_that_lie_in_both(scoring, caplog):
+    scoring.write("pool", rows_of(20))
+    scoring.write("goal", [*rows_of(3), *rows_of(2, seed=9)])
+    command = ["score", scoring.config(dataset="pool", **LORA), "--method", "less", "--index", "index"]
+    command += ["less.precondition=none", "less.sketch_size=32"]
+    assert scoring.run(*command) == 0
+    first = arrays_of(scoring.folder / "index")
+    assert scoring.run(*command) == 0
+    assert first == arrays_of(scoring.folder / "index")
+    with caplog.at_level("WARNING", logger="dataflex"):
+        assert scoring.run("query", "index", "--target", "goal", "--out", "q.parquet", "--sample", "0") == 0
+    assert "target 'goal': 3 of its 5 rows are also rows of the index" in caplog.messages
+    assert read_scores(scoring.folder / "q.parquet").provenance["index"]["agreement"] == {"goal": None}
+
+
+def arrays_of(folder):
+    index = read_index(folder)
+    return [np.array(index.array(name)).tobytes() for part in index.parts for name in (part.projection, part.rows)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.gloo)])
+def test_kill_and_go_on(scoring, ranks):
+    """Killed among the rows of the sample and again among all rows: the same bytes as in one go."""
+    scoring.write("pool", rows_of(900))
+    settings = {"dataset": "pool", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    command = ["score", scoring.config(**settings, **LORA), "--method", "less", "--index"]
+    less = ["less.precondition=sign", "less.sketch_size=64"]
+    world = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "ACCELERATE_TORCH_DEVICE": "cpu"} if ranks > 1 else {}
+    straight = start([*command, "straight", *less], **world)
+    output = straight.communicate(timeout=180)[0]
+    assert straight.returncode == 0, output
+    for what, least in (("sample", 40_000), ("rows", 8_000)):
+        process = start([*command, "killed", *less], **world)
+        deadline = time.monotonic() + 120
+        parts = scoring.folder / "killed/store"
+        while sum(part.stat().st_size for part in parts.glob(f"index-{what}-*.unfinished/part-*.bin")) < least:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (scoring.folder / "killed/index.json").exists()
+        assert scoring.run("query", "killed", "--target", "pool", "--out", "q.parquet") == 2
+    process = start([*command, "killed", *less], **world)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "index rows: going on after" in output
+    assert arrays_of(scoring.folder / "straight") == arrays_of(scoring.folder / "killed")
+
+
+def test_agreement_by_hand():
+    exact = np.arange(30.0)
+    found = exact.copy()
+    found[[0, 29]] = found[[29, 0]]  # the best row is taken for the worst
+    one = agreement(np.append(exact, np.nan), np.append(found, 1.0))
+    assert one is not None
+    assert one.rows == 30
+    assert one.overlap == pytest.approx(2 / 3)
+    squares = 2 * 29**2
+    assert one.correlation == pytest.approx(1 - 6 * squares / (30 * (30**2 - 1)))
+    # Wilson's interval solves (p - s)^2 = z^2 p (1 - p) / n.
+    for end in (one.low, one.high):
+        assert (end - 2 / 3) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 3)
+    assert agreement(exact[:9], found[:9]) is None
+    tied = agreement(np.zeros(20), np.arange(20.0))
+    assert tied is not None
+    assert tied.correlation == 0.0
