@@ -92,7 +92,7 @@ def indexed(folder: Path, size: argparse.Namespace) -> tuple[np.ndarray, np.ndar
     vectors = opened(folder, "rows", size.dim, size.index_rows)
     targets = opened(folder, "queries", size.dim, size.index_targets)
     same = torch.eye(size.dim)
-    rows = packed(torch.from_numpy(vectors), torch.ones(len(vectors)), same, row_type(size.dim, "int8"))
+    rows = packed(torch.tensor(vectors), torch.ones(len(vectors)), same, row_type(size.dim, "int8"))
     return rows, targets
 
 

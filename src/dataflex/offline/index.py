@@ -202,7 +202,7 @@ def _best(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / max((a @ a * (b @ b)) ** 0.5, 1e-30))
+    return float(a @ b) / max((float(a @ a) * float(b @ b)) ** 0.5, 1e-30)
 
 
 def _ranks(scores: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -62,6 +62,8 @@ def drawn(supervised: NDArray[np.int64], size: int, seed: int) -> tuple[Rows, Ro
     return np.sort(order[:count]), np.sort(fit)
 
 
+_Wide = Callable[[], NDArray[np.float32]]
+"""Gives the wide sketches of the fitted rows, and in the last column their norms [F, W + 1] (collective)."""
 _Take = Callable[[Rows, torch.Tensor, torch.Tensor], None]
 
 
@@ -100,7 +102,7 @@ class _Sketching:
                 if turn.mine:
                     take(turn.positions, found["sketch"], found["sketch.norms"])
 
-    def wide(self, rows: Rows) -> tuple[CacheKey, NDArray[np.float32]]:
+    def wide(self, rows: Rows) -> NDArray[np.float32]:
         """Return wide sketches of rows, and in the last column their norms [F, W + 1], memory-mapped (collective)."""
         key = self.key("index sample", rows=rows_digest(rows))
         work = ResumablePass(self.store, key, shape=(len(rows), self.sketch.size + 1), dtype=np.float32)
@@ -110,27 +112,28 @@ class _Sketching:
 
         if not work.complete:
             self.run(rows, work.done_at_start, take)
-        return key, work.finish()
+        return work.finish()
 
-    def projection(self, wide: NDArray[np.float32], rows: Rows) -> tuple[CacheKey, NDArray[np.float32]]:
+    def projection(self, wide: _Wide, rows: Rows) -> tuple[CacheKey, NDArray[np.float32]]:
         """Return what wide sketches are projected by [W, k], fitted on rank 0 and kept in 16 bits (collective)."""
         key = self.key("index projection", rows=rows_digest(rows), size=self.size)
 
-        def fit() -> None:
-            if self.store.get(key) is None:
-                matrix = fitted(np.asarray(wide[:, :-1]), self.size, self.seed)
+        what = "projection of the index"
+        if not comm.on_one_rank(what, lambda: self.store.get(key) is not None, CheckpointError):
+            sketches = wide()
+
+            def fit() -> None:
+                matrix = fitted(np.asarray(sketches[:, :-1]), self.size, self.seed)
                 with self.store.create(key, shape=matrix.shape, dtype=np.float16) as array:
                     array[:] = matrix
 
-        comm.on_one_rank("projection of the index", fit, CheckpointError)
+            comm.on_one_rank(what, fit, CheckpointError)
         matrix = self.store.get(key)
         if matrix is None:
             raise CheckpointError(f"{self.store.directory}: a rank does not see the folder; all ranks must share it")
         return key, matrix.astype(np.float32)
 
-    def rows(
-        self, matrix: NDArray[np.float32], name: str, num_rows: int, known: Rows, wide: NDArray[np.float32]
-    ) -> CacheKey:
+    def rows(self, matrix: NDArray[np.float32], name: str, num_rows: int, known: Rows, wide: _Wide) -> CacheKey:
         """Sketch all rows but those ``known``, whose wide sketches are there; return the array's key (collective)."""
         kind = row_type(self.size, self.precision)
         key = self.key("index rows", projection=name, precision=self.precision)
@@ -138,19 +141,19 @@ class _Sketching:
         if work.complete:
             work.finish()
             return key
-        done = work.done_at_start
+        done, sketches = work.done_at_start, wide()
         if comm.rank() == 0:
             on_cpu = torch.from_numpy(matrix)
             for start in range(0, len(known), _RECORDED):
                 part = known[start : start + _RECORDED]
                 if not done[part].all():
-                    values = torch.from_numpy(np.array(wide[start : start + _RECORDED]))
+                    values = torch.from_numpy(np.array(sketches[start : start + _RECORDED]))
                     work.record(part, packed(values[:, :-1], values[:, -1], on_cpu, kind))
         rest = np.setdiff1d(np.arange(num_rows, dtype=np.int64), known)
         on_device = torch.from_numpy(matrix).to(self.scorers.engine.device)
 
-        def take(positions: Rows, sketches: torch.Tensor, norms: torch.Tensor) -> None:
-            work.record(rest[positions], packed(sketches, norms, on_device, kind))
+        def take(positions: Rows, found: torch.Tensor, norms: torch.Tensor) -> None:
+            work.record(rest[positions], packed(found, norms, on_device, kind))
 
         self.run(rest, done[rest], take)
         work.finish()
@@ -184,7 +187,7 @@ class _IndexingMixin(WorkflowMixin):
     def _part(self, checkpoint: Path | None, params: InfluenceOptions, fit: Rows) -> Part:
         request, space = self.dataflex_request, self.dataflex_setup.rows
         sketching, model, rate = self._sketching(checkpoint, params)
-        _, wide = sketching.wide(fit)
+        wide = functools.cache(lambda: sketching.wide(fit))  # not asked for where all is there
         name, matrix = sketching.projection(wide, fit)
         rows = sketching.rows(matrix, name.name, space.num_rows, fit, wide)
         logger.info("%s: %s rows sketched", checkpoint or request.lf["model_name_or_path"], f"{space.num_rows:,}")
@@ -213,7 +216,7 @@ class _IndexingMixin(WorkflowMixin):
 
         sketching = _Sketching(
             scorers=scorers,
-            sketch=Sketch(size=WIDE, seed=seed),
+            sketch=scorers.wide_sketch(size=WIDE, seed=seed),
             size=size,
             precision=request.precision,
             seed=seed,

@@ -10,7 +10,7 @@ from typing import Any
 from dataflex.checkpoints import broken_reason
 from dataflex.config.args import LlamaFactoryArgs
 from dataflex.config.build import method_block, target_list
-from dataflex.config.check import model_problems, target_problems, told_once
+from dataflex.config.check import data_sets, model_problems, target_problems, told_once
 from dataflex.config.data import target_data_sets
 from dataflex.config.load import merged
 from dataflex.config.schema import DynamicConfig, MethodConfig
@@ -74,6 +74,7 @@ def query_request(
         alone = DynamicConfig(selector=method)
         asked = target_problems(alone, view, Path.cwd())
         problems += [problem.replace("dynamic.selector.targets", "--target", 1) for problem in asked]
+        problems += [problem for problem in data_sets(view, Path.cwd())[1] if problem.startswith("dataset_dir:")]
     for part in found.parts:
         if part.checkpoint is not None and (reason := broken_reason(Path(part.checkpoint))) is not None:
             problems.append(f"{index}: its checkpoint {part.checkpoint} cannot be used: {reason}")

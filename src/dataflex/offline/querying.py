@@ -33,7 +33,6 @@ from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.printable import redacted
 from dataflex.selectors.influence import Less, lr_weighted
-from dataflex.signals.gradients.consumers import Sketch
 from dataflex.signals.gradients.projection import products
 from dataflex.signals.gradients.scorers import GradientScorers
 from dataflex.signals.kinds import GradientScores, Signal
@@ -124,7 +123,7 @@ def _aims(
     scorers = GradientScorers(runner.access, signal)
     with torch.no_grad():
         vectors = signal.vectors(scorers, runner.access)
-        wide = Sketch(size=index.wide, seed=index.seed).of(vectors).cpu()
+        wide = scorers.wide_sketch(size=index.wide, seed=index.seed).of(vectors).cpu()
         if signal.normalize and not signal.mean_of_cosines:
             wide = wide / vectors.norms().cpu().clamp_min(1e-30).unsqueeze(1)
     return wide.numpy() @ index.array(projection).astype(np.float32)

@@ -276,7 +276,7 @@ def run_workflow(
         try:
             tuner.run_exp(dict(request.lf))
         except ended as done:
-            scored = done
+            scored: S = done
     return scored, setup.rows, _table(request, setup.rows, found[: len(request.sources)], files, scored)
 
 

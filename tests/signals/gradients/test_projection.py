@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.signals.gradients.consumers import Block, Segment, Sketch, TargetVectors
 from dataflex.signals.gradients.projection import fitted, packed, products, row_type
 
 RNG = np.random.default_rng(5)
@@ -53,3 +54,30 @@ def test_rows_are_rounded_to_the_nearest_step(precision, error):
     assert np.isnan(cosines[7]).all()
     plain = products(kept, aims, normalize=False)
     np.testing.assert_allclose(plain[there], found @ aims.T * norms[there, None], rtol=1e-4, atol=1e-6)
+
+
+def sketched(rows, aims, size, seed, weights):
+    sketch = Sketch(size=size, seed=seed, weights=weights and {"a": torch.from_numpy(weights["a"])})
+    sketch.begin(torch.ones(len(rows), dtype=torch.bool))
+    sketch.add(Block(segments=(Segment("a", 0, rows.shape[1]),), values=torch.from_numpy(rows)))
+    found = sketch.finish()
+    np.testing.assert_allclose(found[".norms"].numpy(), np.linalg.norm(rows, axis=1), rtol=1e-5)
+    return (found[""] @ sketch.of(TargetVectors(tensors={"a": torch.from_numpy(aims)})).t()).numpy()
+
+
+def test_weights_of_coordinates_keep_products_and_lessen_their_error():
+    """Coordinates of samples are alike and those of vectors differ, as of Adam's directions and plain gradients."""
+    rng = np.random.default_rng(3)
+    usual = np.exp(rng.normal(0, 2, size=3000)).astype(np.float32)
+    rows = rng.normal(size=(6, 3000)).astype(np.float32)
+    aims = (rng.normal(size=(4, 3000)) * usual).astype(np.float32)
+    exact, weights = rows @ aims.T, {"a": np.sqrt(usual)}
+    scale = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(aims, axis=1)
+    errors = {
+        name: np.sqrt(np.mean([((sketched(rows, aims, 256, seed, w) - exact) / scale) ** 2 for seed in range(6)]))
+        for name, w in (("plain", None), ("weighted", weights))
+    }
+    expected = np.sqrt((usual.sum() ** 2) / (3000 * (usual**2).sum()))  # what theory says of their ratio
+    assert errors["plain"] == pytest.approx(1 / np.sqrt(256), rel=0.4)
+    assert errors["weighted"] / errors["plain"] == pytest.approx(expected, rel=0.6)
+    assert expected < 0.4

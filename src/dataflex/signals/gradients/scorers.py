@@ -40,6 +40,9 @@ from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
 _HELD_NUMBERS = 2**28
 """Size of rows' gradients that are held together at most: 1 GiB in fp32."""
 
+_LEAST_ROOT = 0.01
+"""Roots of second moments count as at least this share of their mean in the weights of a sketch."""
+
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
 
@@ -107,6 +110,20 @@ class GradientScorers:
             return found / found.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
         return score
+
+    def wide_sketch(self, *, size: int, seed: int) -> Sketch:
+        """Return the sketch of rows that an index is made of, and of vectors that are compared with them (collective).
+
+        Adam makes directions whose coordinates are about alike, of gradients whose coordinates differ: coordinates are
+        weighted by the fourth root of the second moment.
+        """
+        if self._kind.kind != "adam":
+            return Sketch(size=size, seed=seed)
+        roots = {name: kept.second.sqrt() for name, kept in self.moments().items()}
+        total = sum(float(root.double().sum()) for root in roots.values())
+        mean = total / max(1, sum(root.numel() for root in roots.values())) or 1.0
+        weights = {name: (root / mean).clamp_min(_LEAST_ROOT).sqrt() for name, root in roots.items()}
+        return Sketch(size=size, seed=seed, weights=weights)
 
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
