@@ -247,7 +247,9 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 
 def run_score(request: ScoreRequest) -> str:
     """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
-    scored, _, table = run_workflow(request, type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request}))
+    scored, _, table = run_workflow(
+        request, type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request}), Scored
+    )
     lines = []
     if comm.rank() == 0:
         write_scores(request.out, table)
@@ -261,11 +263,7 @@ def run_score(request: ScoreRequest) -> str:
 S = TypeVar("S", bound=Scored)
 
 
-def run_workflow(
-    request: ScoreRequest,
-    mixin: type[WorkflowMixin],
-    ended: type[S] = Scored,  # type: ignore[assignment]
-) -> tuple[S, RowSpace, ScoreTable]:
+def run_workflow(request: ScoreRequest, mixin: type[WorkflowMixin], ended: type[S]) -> tuple[S, RowSpace, ScoreTable]:
     """Run LLaMA-Factory's workflow with ``mixin``, whose ``train`` raises ``ended``; return that, rows and table."""
     for note in request.notes:
         logger.info("%s", note)

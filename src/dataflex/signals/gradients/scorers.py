@@ -7,7 +7,7 @@ rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -112,18 +112,9 @@ class GradientScorers:
         return score
 
     def wide_sketch(self, *, size: int, seed: int) -> Sketch:
-        """Return the sketch of rows that an index is made of, and of vectors that are compared with them (collective).
-
-        Adam makes directions whose coordinates are about alike, of gradients whose coordinates differ: coordinates are
-        weighted by the fourth root of the second moment.
-        """
-        if self._kind.kind != "adam":
-            return Sketch(size=size, seed=seed)
-        roots = {name: kept.second.sqrt() for name, kept in self.moments().items()}
-        total = sum(float(root.double().sum()) for root in roots.values())
-        mean = total / max(1, sum(root.numel() for root in roots.values())) or 1.0
-        weights = {name: (root / mean).clamp_min(_LEAST_ROOT).sqrt() for name, root in roots.items()}
-        return Sketch(size=size, seed=seed, weights=weights)
+        """Return the sketch of rows that an index is made of, and of vectors compared with them (collective)."""
+        adam = self._kind.kind == "adam"
+        return Sketch(size=size, seed=seed, weights=sketch_weights(self.moments()) if adam else None)
 
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
@@ -142,6 +133,18 @@ class GradientScorers:
     def moments(self) -> dict[str, Moments]:
         """Return Adam's moments of now (collective)."""
         return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)
+
+
+def sketch_weights(moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
+    """Return weights of a sketch that compares Adam's directions with plain gradients, by parameter name.
+
+    Coordinates of directions are about alike and those of gradients differ: the fourth root of the second moment is the
+    root of how much. All are relative to the mean root, and those of coordinates without a gradient have a floor.
+    """
+    roots = {name: kept.second.sqrt() for name, kept in moments.items()}
+    total = sum(float(root.double().sum()) for root in roots.values())
+    mean = total / max(1, sum(root.numel() for root in roots.values())) or 1.0
+    return {name: (root / mean).clamp_min(_LEAST_ROOT).sqrt() for name, root in roots.items()}
 
 
 class TargetBuilder:
