@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataflex import Card, Context, Passes, Requires, ScoringParams, ScoringSelector
-from dataflex.method import Rows
+from dataflex import Card, Context, Passes, Requires, Rows, ScoringParams, ScoringSelector
 from dataflex.signals.kinds import TokenLoss
 
 
@@ -15,7 +14,7 @@ class NearQuantile(ScoringSelector):
     """Keep the rows whose loss lies nearest to a quantile of the pool's losses."""
 
     name = "near_quantile"
-    card = Card(summary="Keeps the rows of middling loss.", paper="baseline", cost="1 F")
+    card = Card(summary="Keeps the rows of middling loss.", paper="baseline", cost="1 F over the pool per interval")
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):

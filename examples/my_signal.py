@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dataflex import Card, Context, Passes, Requires, Selection, Selector
-from dataflex.method import Rows
+from dataflex import Card, Context, Passes, Requires, Rows, Selection, Selector
 from dataflex.select.choose import top_k
 from dataflex.signals.kinds import Scorer, Signal
 from dataflex.signals.model_access import ModelAccess
@@ -40,7 +39,7 @@ class SeldomGuessed(Selector):
     """Keep the rows whose tokens are guessed least often."""
 
     name = "seldom_guessed"
-    card = Card(summary="Keeps the rows hardest to guess.", paper="baseline", cost="1 F")
+    card = Card(summary="Keeps the rows hardest to guess.", paper="baseline", cost="1 F over the pool per interval")
 
     def requires(self) -> Requires:
         """State what the run must have: checked before a model is loaded."""

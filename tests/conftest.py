@@ -22,6 +22,8 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("full", deadline=None)  # how long an example takes is up to the machine
+settings.load_profile("full")
 
 WORDS = (
     "the cat sat on a mat and saw two red balls near one big tree while three old dogs ran to see "

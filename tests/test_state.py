@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
 from dataflex.errors import CheckpointError, ComponentError, DataError
+from dataflex.method import Method
 from dataflex.state import load_state, replacing, save_state
 
 LEAVES = (
@@ -120,3 +121,27 @@ def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, monkeyp
             file.write(b"other")
         assert path.read_bytes() == b"one\r\ntwo\n"
         assert [p.name for p in tmp_path.iterdir()] == ["report.txt"]
+
+
+class Kept(Method):
+    name = "kept"
+    saved = ("turn", "bias", "names", "mean")
+    turn, bias, names, mean = None, 1.0, (), None
+
+
+@pytest.mark.parametrize("values", [{"turn": 0, "bias": 0.0}, {"bias": 0.0, "mean": np.zeros(2)}, {"names": ("a",)}])
+def test_attributes_are_saved_whichever_of_them_are_zero_or_not_there_yet(values):
+    method, resumed = Kept(None), Kept(None)
+    for name, value in values.items():
+        setattr(method, name, value)
+    resumed.load_state_dict(method.state_dict())
+    for name in Kept.saved:
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(method, name))
+
+
+def test_nothing_is_saved_while_nothing_is_there():
+    class Empty(Kept):
+        saved = ("turn", "names", "mean")
+
+    assert Empty(None).state_dict() == {}
+    assert Method(None).state_dict() == {}

@@ -20,7 +20,7 @@ from dataflex.plan.domains import Domains, DomainStats, Floats, Rows
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.plan.schedule import Interval
 from dataflex.rng import stream
-from dataflex.state import State, restored, saved_form
+from dataflex.state import State, is_absent, restored, saved_form
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Sampling proportions of the domains, float64 [K], >= 0, sum 1; a domain with zero is never served."""
+    """Sampling proportions of the domains, float64 [K], >= 0, not all 0; they are divided by their sum."""
 
     proportions: NDArray[np.float64]
     reason: str = ""
@@ -277,7 +277,7 @@ class Method:
     Params: ClassVar[type[Params]] = Params
     saved: ClassVar[tuple[str, ...]] = ()
     """Attributes that a resumed run needs: numbers, texts, tuples of texts, mappings of numbers, arrays, or lists of
-    arrays of one shape. Nothing is saved while the first is None, 0 or empty."""
+    arrays of one shape; None for what is not there yet. Nothing is saved while all are None or empty."""
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -299,10 +299,10 @@ class Method:
 
     def state_dict(self) -> State:
         """Return the attributes that ``saved`` names."""
-        first = getattr(self, self.saved[0]) if self.saved else None
-        if first is None or not (len(first) if hasattr(first, "__len__") else first):
+        state = {name: getattr(self, name) for name in self.saved}
+        if all(is_absent(value) for value in state.values()):
             return {}
-        return {name: saved_form(getattr(self, name)) for name in self.saved}
+        return {name: saved_form(value) for name, value in state.items()}
 
     def load_state_dict(self, state: State) -> None:
         """Restore what ``state_dict`` returned; CheckpointError where it is not a state of this method."""

@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -119,6 +119,13 @@ def _decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
     return value
 
 
+def is_absent(value: Any) -> bool:
+    """Whether an attribute holds nothing yet: it is None or empty; a number, 0 too, is something."""
+    if isinstance(value, np.ndarray):
+        return not value.size
+    return value is None or (isinstance(value, Sized) and not len(value))
+
+
 def saved_form(value: Any) -> Any:
     """Return an attribute as a state holds it: tuples as lists, lists as arrays."""
     if isinstance(value, tuple):
@@ -128,6 +135,8 @@ def saved_form(value: Any) -> Any:
 
 def restored(value: Any, like: Any) -> Any:
     """Return a value of a state as the attribute that it was: of the type and data type of ``like``."""
+    if value is None:
+        return None
     if isinstance(like, np.ndarray):
         return np.array(value, dtype=like.dtype)
     if isinstance(like, tuple | list | dict | bool | int | float):

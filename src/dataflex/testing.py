@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -238,6 +239,7 @@ def example_context(
     index: int = 0,
     start_step: int = 0,
     stop_step: int = 10,
+    kind: Literal["warmup", "dynamic"] = "dynamic",
     **given: Any,
 ) -> Context:
     """Return a context as a method meets it at an interval; the global batch is 4.
@@ -251,7 +253,7 @@ def example_context(
     lengths_N = np.full(len(rows), 10) if lengths is None else np.asarray(lengths)
     usual = {"seed": 0, "targets": ("target",), "total_sequences": 100, "global_batch": 4, "learning_rate": 1e-3}
     return Context(
-        interval=Interval(index=index, kind="dynamic", start_step=start_step, stop_step=stop_step),
+        interval=Interval(index=index, kind=kind, start_step=start_step, stop_step=stop_step),
         domains=Domains.from_sizes(tuple(sizes), tuple(sizes.values()), lengths_N.astype(np.int64)),
         **{"signals": FakeSignals(1.0 + 0.01 * rows), **usual, **given},
     )
@@ -326,6 +328,37 @@ def example_batch(
         entropy_BT=loss_BT.clone(),
         embeddings_BH=torch.stack([loss_M[local].sin(), loss_M[local].cos()], dim=1),
     )
+
+
+def example_values(signal: Signal, logits: ArrayLike, labels: ArrayLike) -> NDArray[np.float32]:
+    """Return what a signal makes of one batch of a model whose logits are given [b, *tail].
+
+    ``logits`` is [b, T, V]; ``labels`` [b, T] lie at the tokens that they name, -100 where there is no supervised one.
+    """
+    import torch
+
+    from dataflex.signals.model_access import Corpus, ModelAccess
+
+    class Model(torch.nn.Module):
+        def forward(self, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.as_tensor(np.asarray(logits, dtype=np.float32)))
+
+    labels_BT = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+    access = ModelAccess(
+        model=Model().eval(),
+        collate=lambda features: {},
+        autocast=nullcontext,
+        device=torch.device("cpu"),
+        token_budget=labels_BT.numel(),
+        train=Corpus(dataset=(), lengths=np.full(len(labels_BT), labels_BT.shape[1])),
+    )
+    batch = {"input_ids": labels_BT.clamp(min=0), "attention_mask": torch.ones_like(labels_BT), "labels": labels_BT}
+    with torch.no_grad(), signal.open(access) as scorer:
+        values = scorer(batch)
+    wanted = (len(labels_BT), *signal.tail(access))
+    if tuple(values.shape) != wanted:
+        raise AssertionError(f"{signal.name}: values {tuple(values.shape)}, expected {wanted}; see Signal.tail")
+    return np.asarray(values.float().numpy())
 
 
 @contextmanager

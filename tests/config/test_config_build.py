@@ -284,6 +284,18 @@ def test_plugins_beside_the_configuration_come_first_then_the_working_directory(
         parse_dynamic({"plugins": ["every_work.py"], "selector": "every_work"}, beside)
 
 
+def test_the_method_of_a_broken_plugin_is_not_called_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cardless.py").write_text("from dataflex import Mixer\nclass A(Mixer):\n    name = 'cardless'\n")
+    for plugins, told in ((["cardless.py"], "'card' must be"), (["absent.py"], "no such file")):
+        with pytest.raises(ConfigError) as caught:
+            parse_dynamic({"plugins": plugins, "mixer": "cardless", "interval_steps": 0}, tmp_path)
+        assert told in str(caught.value)
+        assert "interval_steps" in str(caught.value)
+        assert "unknown mixer" not in str(caught.value)
+    with pytest.raises(ConfigError, match="unknown mixer 'cardless'"):
+        parse_dynamic({"mixer": "cardless"}, tmp_path)
+
+
 def test_broken_plugin_is_told_beside_other_problems(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(ConfigError) as caught:

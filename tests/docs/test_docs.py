@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import fields, is_dataclass
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,9 +16,13 @@ from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.mappings import describe, field_hints, plain, shown
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, SignalsConfig
 from dataflex.config.split import split
-from dataflex.method import Signals
+from dataflex.contract import class_problems
+from dataflex.method import SIGNALS, BatchView, Context, Params, Requires, Signals
+from dataflex.plan.domains import DomainStats
+from dataflex.plan.schedule import Interval
 from dataflex.registry import KINDS, find, names
 from dataflex.signals import kinds
+from dataflex.testing import example_context, example_stats
 from tests.docs.pages import EXAMPLES, ROOT, TEXTS, blocks
 
 OURS = ("dataflex.selectors.", "dataflex.mixers.", "dataflex.weighters.")
@@ -164,11 +169,39 @@ def test_the_test_in_the_guide_passes(monkeypatch):
         test()
 
 
+def test_the_mixer_in_the_guide_learns_from_losses_and_keeps_its_state():
+    code = next(code for page, code in blocks("python") if page == "docs/writing-a-method.md" and "DomainStats" in code)
+    scope = {"__name__": "guide"}
+    exec(compile(code, "guide", "exec"), scope)
+    mixer, again = scope["Hardest"](Params()), scope["Hardest"](Params())
+    assert class_problems("mixer", scope["Hardest"]) == []
+    ctx = example_context()
+    assert mixer.mix(ctx).proportions.tolist() == [1 / 3] * 3
+    mixer.observe(example_stats([2.0, 3.0, 9.0], [10, 10, 0]))
+    web, code, math = mixer.mix(ctx).proportions
+    assert web < math < code
+    again.load_state_dict(mixer.state_dict())
+    for one in (mixer, again):
+        one.observe(example_stats([1.0, 3.0, 5.0]))
+    np.testing.assert_allclose(again.loss, [1.9, 3.0, 5.0])
+    assert mixer.mix(ctx).proportions.tolist() == again.mix(ctx).proportions.tolist()
+
+
+@pytest.mark.parametrize("cls", [Context, Interval, BatchView, DomainStats, Requires])
+def test_the_guide_names_all_that_a_method_is_given_and_may_require(cls):
+    told = TEXTS["docs/writing-a-method.md"]
+    assert [field.name for field in fields(cls) if f"`{field.name}`" not in told] == []
+
+
+def test_the_guide_names_every_signal_that_can_be_required():
+    row = next(row for row in rows_of("docs/writing-a-method.md", "configuration that does not fulfil it:"))
+    assert set(SIGNALS) <= set(re.findall(r"`(\w+)`", row[1]))
+
+
 def test_the_guide_tells_every_signal_that_methods_may_ask_for():
     calls = [name for name in vars(Signals) if not name.startswith("_")]
-    asked = [
-        name for name in vars(kinds) if hasattr(getattr(kinds, name), "open") and name[0] != "_" and name != "Signal"
-    ]
+    signals = {name: thing for name, thing in vars(kinds).items() if name[0] != "_" and thing is not kinds.Signal}
+    asked = [name for name, thing in signals.items() if isinstance(thing, type) and issubclass(thing, kinds.Signal)]
     assert "tokens" in calls
     assert "TokenLoss" in asked
     wanted = [*(f"`ctx.signals.{name}(" for name in calls), *(f"| `{name}(" for name in asked)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 
 import dataflex
 from dataflex.errors import UnsupportedError
+from dataflex.registry import import_file
 from dataflex.selectors.losses import LossSelector
+from dataflex.signals.kinds import Signal, TokenLoss
 from dataflex.signals.model_access import Corpus
 from dataflex.signals.runner import SignalCache
 from dataflex.signals.store import ArrayStore
-from dataflex.testing import FakeSignals, example_context
+from dataflex.testing import FakeSignals, example_context, example_values
 from tests.signals import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -54,6 +57,46 @@ def test_the_store_gives_values_again_without_a_pass(rows, tmp_path, monkeypatch
     assert not np.array_equal(first, other, equal_nan=True)
     monkeypatch.setattr(my_signal.GuessedTokens, "open", lambda *_: pytest.fail("a pass was run again"))
     np.testing.assert_array_equal(stored()(my_signal.GuessedTokens(), ROWS), first)
+
+
+def test_the_store_asks_anew_when_the_file_of_a_signal_was_edited(rows, tmp_path):
+    text = (EXAMPLES / "my_signal.py").read_text("utf-8")
+    kinds = []
+    for number, changed in enumerate((text, text, text.replace("guessed.sum(dim=1) /", "2 * guessed.sum(dim=1) /"))):
+        file = tmp_path / f"copy{number}.py"
+        file.write_text(changed)
+        kinds.append(import_file(file, "plugin").GuessedTokens)
+    cache = SignalCache(store=ArrayStore(tmp_path / "store"), model_identity=lambda: "model")
+    asking, passes = runner(rows, cache=cache), []
+    values = []
+    for kind in kinds:
+        asking.begin(len(passes))
+        values.append(asking(kind(), ROWS))
+        passes.append(asking.forward_rows)
+    assert passes == [15, 0, 15]
+    np.testing.assert_array_equal(values[2], 2 * values[0])
+
+
+def test_a_signal_of_ones_own_does_not_share_a_name_with_a_built_in_one(rows):
+    @dataclass(frozen=True, kw_only=True)
+    class Lengths(Signal):
+        name = "losses"
+
+        def scorer(self, access):
+            return lambda batch: batch["labels"].ne(-100).sum(dim=1)
+
+    asking = runner(rows)
+    losses, lengths = asking(TokenLoss(), ROWS), asking(Lengths(), ROWS)
+    assert not np.array_equal(losses, lengths, equal_nan=True)
+    assert Lengths.code
+    assert not TokenLoss.code
+
+
+def test_values_for_given_logits():
+    logits = np.zeros((2, 3, 4))
+    logits[0, 0, 1] = logits[0, 1, 2] = 5.0
+    found = example_values(my_signal.GuessedTokens(), logits, [[0, 1, 3], [-100, -100, -100]])
+    np.testing.assert_array_equal(found, [0.5, np.nan])
 
 
 def test_a_signal_that_needs_whole_parameters_is_refused_where_they_are_partitioned(rows, monkeypatch):

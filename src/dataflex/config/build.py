@@ -42,10 +42,15 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     if isinstance(mapping.get("plugins"), str):
         mapping["plugins"] = [mapping["plugins"]]
     given = values(DynamicConfig, mapping, "dynamic", problems, skip=KINDS)
-    given["plugins"] = load_plugins(given.get("plugins", ()), base_dir, problems)
+    plugins = given.get("plugins", ())
+    given["plugins"] = load_plugins(plugins, base_dir, problems)
     for kind in KINDS:
         if mapping.get(kind) is not None:
-            given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", problems)
+            found: list[str] = []
+            given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", found)
+            # A method that seems unknown is probably the one of the plugin that could not be loaded.
+            whole = len(given["plugins"]) == len(plugins)
+            problems += [problem for problem in found if whole or f": unknown {kind} " not in problem]
     dynamic = DynamicConfig(**given)
     unread = [key for key, value in mapping.items() if value is not None and given.get(key) is None]
     problems += rule_problems(dynamic, unread)

@@ -6,9 +6,12 @@ opened, so methods may import these names freely. A plugin adds a signal by a su
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -51,6 +54,15 @@ class Signal:
     whole_parameters: ClassVar[bool] = False  # parameters must not be partitioned over ranks (ZeRO-3, FSDP)
     autocast: ClassVar[bool] = True  # the scorer runs in the Trainer's mixed precision
     joint: ClassVar[bool] = False  # values of rows depend on one another: ``together`` is called instead of ``open``
+    code: ClassVar[str] = ""  # names the code of a signal from outside this package: part of its key
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] != "dataflex":
+            # Read as the class is made, so that it is the text that runs.
+            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+            text = Path(file).read_bytes() if file else cls.__module__.encode()
+            cls.code = hashlib.blake2b(f"{cls.code} {cls.__qualname__} ".encode() + text, digest_size=16).hexdigest()
 
     @property
     def kept(self) -> Kept:

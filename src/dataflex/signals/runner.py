@@ -147,6 +147,8 @@ class SignalRunner:
             if kept == "never":
                 return self._compute(signal, rows, target, {})
             parameters = {**signal.key(self.access), "token_budget": self.access.token_budget}
+            if signal.code:
+                parameters["code"] = signal.code
             key = {"signal": signal.name, "parameters": parameters, "corpus": target or ""}
             if kept == "run":
                 table = self.cache.table({**key, "model": signal.model_identity(self.access)}, len(corpus.lengths))
