@@ -1,7 +1,8 @@
-"""The demo: the same small model trained twice, on selected rows and on the whole pool, and judged on the same task.
+"""The demo: a small model trained on selected rows, on rows selected within a budget, and on the whole pool.
 
-Runs ``dataflex train`` on demo_dynamic.yaml and demo_static.yaml, then ``dataflex report``, each as its own
-process, and ends with both held-out losses, what was selected, where the report lies and how long it took.
+Runs ``dataflex train`` on demo_dynamic.yaml, on the same with a budget and on demo_static.yaml, then ``dataflex
+report``, each as its own process. It ends with what each run cost and came to on the same task, what was selected,
+where the report lies and how long it took.
 'make demo' installs what it needs and starts it; by hand: python examples/demo.py
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from typing import Any
 from dataflex.record.read import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = {"dynamic": Path("runs/demo/dynamic"), "static": Path("runs/demo/static")}
+RUNS = {name: Path("runs/demo") / name for name in ("static", "dynamic", "budget")}
+BUDGET = 0.1  # passes that decisions may cost, relative to those of training
 REPORT = RUNS["dynamic"] / "dataflex" / "report"
 COMMAND = [sys.executable, "-m", "dataflex"]
 MOST_SOURCES, MOST_UNSEEN, WIDTH = 6, 20, 110
@@ -56,10 +59,16 @@ def shortened(line: str) -> str | None:
     return None if found is None else {"loss": "training loss", "eval_loss": "held-out loss"}[found[1]] + f" {found[2]}"
 
 
-def dataflex(*arguments: str) -> float:
-    """Run one command from the repository's root, in sight; return its seconds, or end with its exit code."""
+def cpu_seconds() -> float:
+    """Return the CPU seconds of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def dataflex(*arguments: str) -> tuple[float, float]:
+    """Run one command from the root, in sight; return its seconds and CPU seconds, or end with its exit code."""
     say(f"$ dataflex {' '.join(arguments)}")
-    started = time.monotonic()
+    started, before = time.monotonic(), cpu_seconds()
     training = arguments[0] == "train"
     unseen: deque[str] = deque(maxlen=MOST_UNSEEN)
     with subprocess.Popen(
@@ -80,7 +89,7 @@ def dataflex(*arguments: str) -> float:
         say("\n".join(["", *unseen]))
         say(f"demo: 'dataflex {' '.join(arguments)}' ended with exit code {code}; its messages are above")
         sys.exit(code if code > 0 else 128 - code)
-    return time.monotonic() - started
+    return time.monotonic() - started, cpu_seconds() - before
 
 
 def held_out(run: Path) -> tuple[float, float]:
@@ -102,17 +111,24 @@ def selected(events: list[dict[str, Any]]) -> list[tuple[str, int, float, float]
     return [(name, count, count / rows, pool[name] / size) for name, count in served.most_common()]
 
 
-def tell(seconds: dict[str, float]) -> None:
-    """Print what came out."""
+def tell(seconds: dict[str, float], cpu: dict[str, float]) -> None:
+    """Print what came out, from the seconds of each command and the CPU seconds of each training."""
     events = read_events(ROOT / RUNS["dynamic"])
     config = events[0]["config"]
-    before, dynamic = held_out(RUNS["dynamic"])
-    _, static = held_out(RUNS["static"])
+    before, _ = held_out(RUNS["static"])
     heading("Result")
-    say(f"Held-out loss on {config['eval_dataset']} (nats per token), after {config['max_steps']} steps each")
-    labels = ("before training", f"rows selected by {config['dynamic']['selector']['name']} (dynamic)")
-    for label, loss in zip((*labels, "rows of the whole pool (static)"), (before, dynamic, static), strict=True):
-        say(f"  {label:<36} {loss:.4f}")
+    say(f"Held-out loss on {config['eval_dataset']} (nats per token), before training {before:.4f}")
+    say(f"  {'trained on':<44} {'steps':>5} {'CPU s':>6} {'times static':>13} {'held-out loss':>14}")
+    selector = config["dynamic"]["selector"]["name"]
+    labels = {
+        "static": "rows of the whole pool (static)",
+        "dynamic": f"rows selected by {selector} (dynamic)",
+        "budget": f"rows selected by {selector}, budget {BUDGET:g} (budget)",
+    }
+    for name, label in labels.items():
+        _, loss = held_out(RUNS[name])
+        ratio = cpu[name] / cpu["static"]
+        say(f"  {label:<44} {config['max_steps']:>5} {cpu[name]:>6.0f} {ratio:>13.2f} {loss:>14.4f}")
     say("\nWhat was selected")
     say(f"  {'source':<20} {'rows':>5} {'share':>7} {'share of pool':>14}")
     sources = selected(events)
@@ -128,15 +144,19 @@ def tell(seconds: dict[str, float]) -> None:
 def main() -> int:
     """Run everything; the exit code is that of the first command that fails."""
     started = time.monotonic()
-    seconds = {}
-    heading("1 of 3  Training on rows selected for the target task")
-    seconds["dynamic run"] = dataflex("train", "examples/demo_dynamic.yaml")
-    heading("2 of 3  Training on the whole pool for the same number of steps")
-    seconds["static run"] = dataflex("train", "examples/demo_static.yaml")
-    heading("3 of 3  Report of the dynamic run")
-    seconds["report"] = dataflex("report", str(RUNS["dynamic"]), "--out", str(REPORT))
+    seconds, cpu = {}, {}
+    dynamic = "examples/demo_dynamic.yaml"
+    heading("1 of 4  Training on rows selected for the target task")
+    seconds["dynamic run"], cpu["dynamic"] = dataflex("train", dynamic)
+    heading("2 of 4  The same within a budget: rows are scored in their own training steps")
+    output = f"output_dir={RUNS['budget']}"
+    seconds["budget run"], cpu["budget"] = dataflex("train", dynamic, f"dynamic.signals.budget={BUDGET}", output)
+    heading("3 of 4  Training on the whole pool for the same number of steps")
+    seconds["static run"], cpu["static"] = dataflex("train", "examples/demo_static.yaml")
+    heading("4 of 4  Report of the dynamic run")
+    seconds["report"], _ = dataflex("report", str(RUNS["dynamic"]), "--out", str(REPORT))
     seconds["total"] = time.monotonic() - started
-    tell(seconds)
+    tell(seconds, cpu)
     return 0
 
 

@@ -36,7 +36,9 @@ DomainNormalizer = Literal["weight_sum", "domain"]
 
 STAGES = ("pt", "sft", "rm", "dpo", "kto")
 
-SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts")
+IN_RUN = ("in_run_losses", "in_run_norms", "in_run_scores")
+"""What training steps show of the rows that they serve; see ``signals.kinds.InRun``."""
+SIGNALS = ("losses", "embeddings", "gradients", "logits", "generate", "gates", "texts", *IN_RUN)
 """What a method may ask the model or the rows for; "texts" are tokens and texts, which take no pass."""
 
 

@@ -35,19 +35,15 @@ class Part:
 
     A subclass says which choices there are; the configuration reads a bare name, or a mapping with ``name`` and the
     parameters beside it.
-
-    Attributes:
-        name: Name in the table.
-        params: Parameters of that choice.
-        what: What the table holds, in the singular, for messages.
-        table: Parameter dataclass of every choice; a subclass without one gives ``known`` and ``listed``.
     """
 
-    name: str
-    params: Params = field(default_factory=Params)
+    name: str  # name in the table
+    params: Params = field(default_factory=Params)  # parameters of that choice
 
-    what: ClassVar[str] = "part"
-    table: ClassVar[Mapping[str, type[Params]]] = {}
+    what: ClassVar[str] = "part"  # what the table holds, in the singular, for messages
+    table: ClassVar[
+        Mapping[str, type[Params]]
+    ] = {}  # parameters by choice; a subclass may give ``known`` and ``listed``
 
     @classmethod
     def known(cls) -> list[str]:

@@ -12,7 +12,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -26,71 +27,37 @@ KINDS: tuple[str, ...] = ("selector", "mixer", "weighter")
 
 _BUILTIN: dict[str, dict[str, str]] = {
     "selector": {
-        "all": "dataflex.selectors.baselines:AllRows",
-        "random": "dataflex.selectors.baselines:RandomRows",
-        "loss": "dataflex.selectors.losses:LossSelector",
-        "tacs": "dataflex.selectors.losses:Tacs",
-        "less": "dataflex.selectors.influence:Less",
-        "grad_norm": "dataflex.selectors.losses:GradNorm",
-        "el2n": "dataflex.selectors.losses:El2n",
-        "rds_plus": "dataflex.selectors.nearest:RdsPlus",
-        "near": "dataflex.selectors.nearest:Near",
-        "tsds": "dataflex.selectors.nearest:Tsds",
-        "delta_loss": "dataflex.selectors.losses:DeltaLoss",
-        "longest": "dataflex.selectors.baselines:Longest",
-        "random_balanced": "dataflex.selectors.baselines:RandomBalanced",
-        "compose": "dataflex.selectors.compose:Compose",
-        "bm25": "dataflex.selectors.texts:Bm25",
-        "dsir": "dataflex.selectors.texts:Dsir",
-        "embed": "dataflex.selectors.nearest:Embed",
-        "ifd": "dataflex.selectors.losses:Ifd",
-        "s2l": "dataflex.selectors.clusters:S2l",
-        "rho_loss": "dataflex.selectors.losses:RhoLoss",
-        "icons": "dataflex.selectors.influence:Icons",
-        "cluster_less": "dataflex.selectors.influence:ClusterLess",
-        "coincide": "dataflex.selectors.clusters:Coincide",
-        "zeroth": "dataflex.selectors.influence:Zeroth",
-        "nice": "dataflex.selectors.nice:Nice",
-        "greats": "dataflex.selectors.candidates:Greats",
-        "opus": "dataflex.selectors.candidates:Opus",
-        "uds": "dataflex.selectors.candidates:Uds",
+        "baselines": "all random random_balanced longest",
+        "losses": "loss delta_loss rho_loss ifd tacs grad_norm el2n",
+        "influence": "less icons cluster_less zeroth",
+        "nice": "nice",
+        "nearest": "rds_plus near embed tsds",
+        "texts": "bm25 dsir",
+        "clusters": "s2l coincide",
+        "candidates": "greats opus uds",
+        "compose": "compose",
     },
     "mixer": {
-        "static": "dataflex.mixers.fixed:Static",
-        "uniform": "dataflex.mixers.fixed:Uniform",
-        "size": "dataflex.mixers.fixed:Size",
-        "temperature": "dataflex.mixers.fixed:Temperature",
-        "unimax": "dataflex.mixers.fixed:UniMax",
-        "staged": "dataflex.mixers.fixed:Staged",
-        "random": "dataflex.mixers.fixed:RandomShares",
-        "odm": "dataflex.mixers.online:Odm",
-        "sheared": "dataflex.mixers.held_out:Sheared",
-        "velocity": "dataflex.mixers.held_out:Velocity",
-        "dynamic_moe": "dataflex.mixers.held_out:DynamicMoe",
-        "ado": "dataflex.mixers.online:Ado",
-        "doge": "dataflex.mixers.gradient_shares:Doge",
-        "dga": "dataflex.mixers.gradient_shares:Dga",
-        "pike": "dataflex.mixers.gradient_shares:Pike",
-        "skill_it": "dataflex.mixers.held_out:SkillIt",
-        "aioli": "dataflex.mixers.held_out:Aioli",
-        "doremi": "dataflex.mixers.loss_weights:DoReMi",
-        "group_dro": "dataflex.mixers.loss_weights:GroupDro",
+        "fixed": "static uniform size temperature unimax staged random",
+        "online": "odm ado",
+        "held_out": "sheared velocity skill_it aioli dynamic_moe",
+        "gradient_shares": "doge dga pike",
+        "loss_weights": "doremi group_dro",
     },
     "weighter": {
-        "none": "dataflex.weighters.rows:NoWeights",
-        "column": "dataflex.weighters.rows:Column",
-        "loss": "dataflex.weighters.loss:LossWeighter",
-        "adapt": "dataflex.weighters.likeness:Adapt",
-        "joint_update_aware": "dataflex.weighters.likeness:JointUpdateAware",
-        "slm": "dataflex.weighters.loss:SelectiveLanguageModelling",
-        "rho": "dataflex.weighters.loss:Rho",
-        "group": "dataflex.weighters.rows:GroupWeighter",
-        "focal": "dataflex.weighters.token:Focal",
-        "token": "dataflex.weighters.token:TokenWeighter",
-        "meta": "dataflex.weighters.influence:Meta",
-        "presence": "dataflex.weighters.influence:Presence",
-        "product": "dataflex.weighters.product:Product",
+        "rows": "none column group",
+        "loss": "loss slm rho",
+        "token": "token focal",
+        "likeness": "adapt joint_update_aware",
+        "influence": "meta presence",
+        "product": "product",
     },
+}
+"""By kind: the modules of its package, and the names of the methods in each."""
+
+_MODULES = {
+    kind: {name: module for module, listed in modules.items() for name in listed.split()}
+    for kind, modules in _BUILTIN.items()
 }
 
 _plugins: dict[str, dict[str, type[Method]]] = {kind: {} for kind in KINDS}
@@ -104,7 +71,7 @@ def _entry_points(kind: str) -> dict[str, EntryPoint]:
 
 def names(kind: str) -> list[str]:
     """Return every known name of ``kind``: built-in ones, those of other packages, those of plugins."""
-    return list(dict.fromkeys([*_BUILTIN[kind], *sorted(_entry_points(kind)), *_plugins[kind]]))
+    return list(dict.fromkeys([*_MODULES[kind], *sorted(_entry_points(kind)), *_plugins[kind]]))
 
 
 def find(kind: str, name: str) -> type[Method]:
@@ -116,10 +83,9 @@ def find(kind: str, name: str) -> type[Method]:
     """
     if name in _plugins[kind]:
         return _plugins[kind][name]
-    if name in _BUILTIN[kind]:
-        module, _, attribute = _BUILTIN[kind][name].partition(":")
-        builtin: type[Method] = getattr(importlib.import_module(module), attribute)
-        return builtin
+    if name in _MODULES[kind]:
+        module = importlib.import_module(f"dataflex.{kind}s.{_MODULES[kind][name]}")
+        return next(cls for cls in _methods_of(module) if cls.name == name)
     point = _entry_points(kind).get(name)
     if point is None:
         known, others = names(kind), [other for other in KINDS if name in names(other)]
@@ -133,6 +99,12 @@ def find(kind: str, name: str) -> type[Method]:
         told = f"{point.value} cannot be imported: {type(error).__name__}: {error}"
         raise ComponentError(f"{kind} {name!r}: {told}") from error
     return registered(kind, cls)
+
+
+def _methods_of(module: ModuleType) -> list[type[Method]]:
+    """Return the method classes that a module defines."""
+    methods = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Method)]
+    return [cls for cls in dict.fromkeys(methods) if cls.__module__ == module.__name__]
 
 
 def registered(kind: str, cls: Any) -> type[Method]:
@@ -167,6 +139,29 @@ def import_file(file: Path, what: str) -> ModuleType:
     return module
 
 
+_imported = cache(import_file)
+
+
+def load_function(path: str, what: str) -> Callable[..., Any]:
+    """Import ``module:function`` or ``file.py:function``; a file is run once, as a module whose name holds ``what``.
+
+    Raises:
+        ValueError: It cannot be imported, or has no such function.
+    """
+    source, _, name = path.rpartition(":")
+    file = Path(source).expanduser().resolve() if source.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise ValueError(f"no such file: {source}")
+    try:
+        module = importlib.import_module(source) if file is None else _imported(file, what)
+    except Exception as error:  # the user's own code: told with its cause
+        raise ValueError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{source} has no function {name!r}")
+    return function
+
+
 def load_plugin(path: str | Path) -> list[type[Method]]:
     """Import a user's Python file and register every method class defined in it.
 
@@ -187,8 +182,7 @@ def load_plugin(path: str | Path) -> list[type[Method]]:
         lines = [frame.lineno for frame in frames if frame.filename == str(file)]
         told = f"{type(error).__name__}: {error}{f' (line {lines[-1]})' if lines else ''}"
         raise ConfigError(f"dynamic.plugins: {path} cannot be imported: {told}") from error
-    methods = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Method)]
-    classes = [cls for cls in dict.fromkeys(methods) if cls.__module__ == module.__name__]
+    classes = _methods_of(module)
     found = [cls for cls in classes if cls.name and not inspect.isabstract(cls)]
     if not found:
         nameless = f"; {whereabouts(classes[0])} has no name" if classes else ""
@@ -211,7 +205,7 @@ def _problems(cls: type[Method]) -> list[str]:
         registered(cls.kind, cls)
     except ComponentError as error:
         return str(error).splitlines()
-    if cls.name in _BUILTIN[cls.kind]:
+    if cls.name in _MODULES[cls.kind]:
         return [f"{cls.kind} {cls.name!r} is the name of a built-in method; rename yours: {whereabouts(cls)}"]
     return []
 

@@ -14,15 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """The sequences of one micro-batch: its rows, or the documents that its packed rows hold.
+    """The sequences of one micro-batch: its rows, or the documents that its packed rows hold."""
 
-    Attributes:
-        rows_B: Row id of each sequence.
-        index_BT: Sequence of each supervised position [R, T], int64, 0 elsewhere; None where rows are sequences.
-    """
-
-    rows_B: NDArray[np.int64]
-    index_BT: torch.Tensor | None = None
+    rows_B: NDArray[np.int64]  # row id of each sequence
+    index_BT: torch.Tensor | None = None  # of each supervised position, int64 [R, T], 0 elsewhere; None: its row
 
     def sums(self, values_BT: torch.Tensor) -> torch.Tensor:
         """Add up ``values_BT`` (0 where nothing is supervised) by sequence [B]."""

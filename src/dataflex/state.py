@@ -7,6 +7,7 @@ A file is written under another name and renamed, so that a kill leaves the old 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -181,6 +182,14 @@ def load_state(directory: Path, name: str) -> State:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
     return state
+
+
+def blake2b(*parts: bytes, size: int = 16) -> bytes:
+    """Return the BLAKE2b hash, of ``size`` bytes, of bytes one after the other."""
+    digest = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def fsync(path: Path) -> None:

@@ -80,6 +80,7 @@ class FakeSignals:
             kinds.EL2N: lambda _, rows, target: np.tanh(self._finite(rows, target)),
             kinds.Embedding: lambda _, rows, target: _circle(self._finite(rows, target)),
             kinds.LogitFeatures: self._logit_features,
+            kinds.InRun: self._in_run,
             kinds.GateLoads: self._gate_loads,
             kinds.GradientScores: self._gradient_scores,
             kinds.GradientNorms: lambda _, rows, target: np.linalg.norm(self._gradients[rows], axis=1),
@@ -156,6 +157,17 @@ class FakeSignals:
     def _logit_features(self, signal: kinds.LogitFeatures, rows: Rows, target: str | None) -> ArrayLike:
         losses = self._finite(rows, target)
         return np.column_stack([np.float32(10) * losses, 100 * _circle(losses)])
+
+    def _in_run(self, signal: kinds.InRun, rows: Rows, target: str | None) -> ArrayLike:
+        """Answer for even rows, served at the step of their number; NaN for odd ones."""
+        values = {"losses": kinds.TokenLoss(), "norms": kinds.GradientNorms()}.get(
+            signal.what, kinds.GradientScores(targets=signal.targets, normalize=signal.normalize)
+        )
+        given = self._given[type(values)]
+        found = np.asarray(given(values, rows, target) if callable(given) else np.asarray(given)[rows])
+        shown = np.column_stack([found, rows]).astype(np.float64)
+        shown[rows % 2 == 1] = np.nan
+        return shown
 
     def _gate_loads(self, signal: kinds.GateLoads, rows: Rows, target: str | None) -> ArrayLike:  # [n, 1 layer, 2]
         share = np.nan_to_num(np.abs(np.sin(self._of(target)[rows])))

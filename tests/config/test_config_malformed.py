@@ -29,7 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "unknown selector": (
         {"dynamic": {"selector": "los", "interval_steps": 5}},
-        ["dynamic.selector: unknown selector 'los'; did you mean 'loss'? (known: all, random, loss, tacs"],
+        ["dynamic.selector: unknown selector 'los'; did you mean 'loss'? (known: all, random, random_balanced"],
     ),
     "unknown mixer": (
         {"dynamic": {"mixer": "unimx"}},

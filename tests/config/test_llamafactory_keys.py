@@ -131,7 +131,7 @@ def test_what_is_handed_on_is_what_llamafactory_reads_right() -> None:
     read = LlamaFactoryArgs.read(
         {"save_strategy": False, "max_steps": 1e3, "plot_loss": "false", "run_name": 7, "num_train_epochs": None}
     )
-    assert read.problems == ()
+    assert not read.problems
     assert dict(read) == {"save_strategy": "no", "max_steps": 1000, "plot_loss": False, "run_name": "7"}
     assert isinstance(read["max_steps"], int)
     assert LlamaFactoryArgs.read(read) is read
@@ -211,10 +211,13 @@ def test_a_version_without_a_table_is_read_from_its_source(monkeypatch, tmp_path
     assert found["save_strategy"].choices == ("no", "steps", "epoch", "best")
 
 
-def test_attributes_have_llamafactorys_defaults() -> None:
-    for field in dataclasses.fields(LlamaFactoryArgs):
-        if field.name not in ("given", "problems", "doubts"):
-            assert field.default == table()[field.name].default, field.name
+def test_attributes_have_llamafactorys_defaults_and_no_others() -> None:
+    read = LlamaFactoryArgs.read({"lora_rank": "x", "cutoff_len": None, "max_steps": 7})
+    usual = {key: entry.default for key, entry in table().items()}
+    assert {key: getattr(read, key) for key in usual} == {**usual, "max_steps": 7}
+    assert list(read.problems) == ["lora_rank"]
+    with pytest.raises(AttributeError, match="no key 'max_stepz'"):
+        read.max_stepz  # noqa: B018
 
 
 @pytest.mark.slow

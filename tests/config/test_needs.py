@@ -129,7 +129,11 @@ class Asking(MethodConfig):
 NAMES = {"selector": "random", "mixer": "uniform", "weighter": "none"}
 # Field of Requires: a kind of method, what it states, what is known of a run that does not have it, and what is told.
 UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
-    "signals": [("selector", frozenset({"gates"}), RunFacts(stage="dpo"), "asks for gates")],
+    "signals": [
+        ("selector", frozenset({"gates"}), RunFacts(stage="dpo"), "asks for gates"),
+        ("selector", frozenset({"in_run_losses"}), RunFacts(stage="dpo"), "asks for in_run_losses"),
+        ("mixer", frozenset({"in_run_scores"}), RunFacts(optimizer="optim: lion"), "needs Adam's moments"),
+    ],
     "targets": [("weighter", True, None, "none needs a target")],
     "domains": [
         ("selector", 3, RunFacts(num_domains=2), "needs at least 3 domains, found 2"),
@@ -208,3 +212,6 @@ def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> 
     assert problems(config(dynamic=block), project) == []
     found = problems(config(stage="dpo", dynamic=block), project)
     assert any("in the steps of stages pt and sft, not of dpo" in line for line in found), found
+    found = problems(config(enable_liger_kernel=True, label_smoothing_factor=0.1, dynamic=block), project)
+    assert any("gives no loss per token, which the loss selector needs" in line for line in found), found
+    assert any("smoothing replaces the loss that the loss selector looks at" in line for line in found), found

@@ -10,7 +10,7 @@ import pytest
 from dataflex.cli import _EXAMPLES as COMMANDS
 from dataflex.cli import _parser
 from dataflex.commands.mix import MIX_STEPS
-from dataflex.record.report import PLOTS
+from dataflex.record.plots import PLOTS
 from tests.config.keys import user_keys
 from tests.docs.pages import BLOCK, ROOT, TEXTS, blocks, prose
 

@@ -186,12 +186,15 @@ def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, c
     def short(*arguments):
         if arguments[0] == "report":
             assert main(list(arguments)) == 0
-            return 2.0
+            return 2.0, 1.0
         name = Path(arguments[1]).name
-        settings = [*tiny(tiny_model, Path(parsed(name).lf["output_dir"])), *SHORT["demo_dynamic.yaml"][:3]]
+        folder = next((Path(word.partition("=")[2]) for word in arguments if word.startswith("output_dir=")), None)
+        budget = [word for word in arguments if "budget=" in word]
+        output = folder or Path(parsed(name).lf["output_dir"])
+        settings = [*tiny(tiny_model, output), *SHORT["demo_dynamic.yaml"][:3], *budget]
         settings += SHORT["demo_dynamic.yaml"][3:] if name == "demo_dynamic.yaml" else []
         assert train_here([str(EXAMPLES / name), *settings, "eval_on_start=true"]) == 0
-        return 60.0
+        return 60.0, 90.0 if budget else 50.0
 
     monkeypatch.chdir(ROOT)
     parsed("demo_dynamic.yaml"), parsed("demo_static.yaml")
@@ -201,9 +204,9 @@ def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, c
     assert demo.main() == 0
     told = capsys.readouterr().out
     result = told[told.index("\nResult\n") :]
-    for kind in ("dynamic", "static"):
+    for kind, cost in (("static", "50 +1.00"), ("dynamic", "50 +1.00"), ("budget", "90 +1.80")):
         final = json.loads((tmp_path / "runs" / "demo" / kind / "all_results.json").read_text())["eval_loss"]
-        assert re.search(rf"\({kind}\) +{final:.4f}\n", result)
+        assert re.search(rf"\({kind}\) +\d+ +{cost} +{final:.4f}\n", result)
     before = float(re.search(r"before training +([\d.]+)\n", result).group(1))
     history = json.loads((tmp_path / "runs/demo/static/trainer_state.json").read_text())["log_history"]
     assert before == pytest.approx(history[0]["eval_loss"], abs=1e-4)  # both runs start from the same model
@@ -211,7 +214,7 @@ def test_the_demo_tells_what_came_out(demo, tiny_model, tmp_path, monkeypatch, c
     assert sum(rows) == 2 * 2  # two steps of two rows after the warm-up
     assert f"Report  {tmp_path / 'runs/demo/dynamic/dataflex/report'}\n" in result
     assert (tmp_path / "runs/demo/dynamic/dataflex/report/summary.txt").is_file()
-    assert "Time    dynamic run 60 s, static run 60 s, report 2 s, total" in result
+    assert "Time    dynamic run 60 s, budget run 60 s, static run 60 s, report 2 s, total" in result
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_mutated_records_have_a_report_or_are_refused(tmp_path, records, monkeyp
         told = rng.choice([json.dumps(weights).encode(), json.dumps(mutate(rng, weights)).encode(), *RAW])
         (folder / "weights.json").write_bytes(told)
         if number:
-            monkeypatch.setattr("dataflex.record.report.png", lambda figure: b"\x89PNG")
+            monkeypatch.setattr("dataflex.record.plots.png", lambda figure: b"\x89PNG")
         try:
             text = report(folder.parent)
         except DataFlexError:

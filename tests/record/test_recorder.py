@@ -320,7 +320,7 @@ def test_resuming_into_an_empty_folder_begins_a_record(tmp_path):
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "dataflex").write_text("a file where the folder should be")
     with pytest.raises(
-        DataError, match=r"^output_dir: cannot keep the record of the run in .*dataflex: Not a directory"
+        DataError, match=r"^output_dir: cannot write the record of the run in .*dataflex: Not a directory"
     ):
         RunRecorder(tmp_path / "dataflex")
     recorder = RunRecorder(tmp_path / "other")

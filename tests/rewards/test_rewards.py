@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 
 from dataflex.errors import ConfigError
+from dataflex.registry import load_function
 from dataflex.rewards.base import Candidate, graded
-from dataflex.rewards.build import (
-    build_reward,
-    command_reward,
-    exact_match,
-    f1,
-    function_reward,
-    load_function,
-    metric,
-    normalized,
-)
+from dataflex.rewards.build import build_reward, command_reward, exact_match, f1, function_reward, metric, normalized
 
 
 def candidates(*answers, reference="the answer is 4"):
@@ -77,13 +69,13 @@ def test_a_function_from_a_file_and_from_a_module(tmp_path):
     file.write_text("def length(prompt, answer, reference):\n    return len(answer) - len(reference)\n")
     reward = build_reward(f"{file}:length", None, None, 5.0)
     assert reward(candidates("ab", "", reference="abc")).values.tolist() == [-1.0, -3.0]
-    assert load_function(f"{file}:length") is load_function(f"{file}:length")
-    assert load_function("math:sqrt")(4.0) == 2.0
-    with pytest.raises(ConfigError, match="math has no function 'sqr'"):
-        load_function("math:sqr")
+    assert load_function(f"{file}:length", "reward") is load_function(f"{file}:length", "reward")
+    assert load_function("math:sqrt", "reward")(4.0) == 2.0
+    with pytest.raises(ConfigError, match=r"dynamic\.selector\.reward: math has no function 'sqr'"):
+        build_reward("math:sqr", None, None, 5.0)
     (tmp_path / "broken.py").write_text("import nothing_like_it\n")
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
-        load_function(f"{tmp_path}/broken.py:f")
+        build_reward(f"{tmp_path}/broken.py:f", None, None, 5.0)
 
 
 def test_one_bad_answer_costs_only_itself():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from scipy.stats import norm
 
 from dataflex.select import predict
 from dataflex.select.predict import PAIRS, TOKENS, Centred, TokenFeatures, fitted, rank_correlation, row_effects
@@ -128,11 +129,15 @@ def test_golden_row_effect():
     np.testing.assert_allclose(found[:, 0], [0, 0.114286, 0], atol=1e-6)
 
 
-def test_the_interval_of_a_rank_correlation():
-    """32 pairs need a correlation of .35 to be above chance."""
+def test_how_likely_a_rank_correlation_is_above_chance():
+    """Of 28 pairs Fisher's z has a standard deviation of 1/5; independent values are above 0.9 in a tenth of draws."""
     rng = np.random.default_rng(4)
-    x = rng.normal(size=5000)
-    found, low = rank_correlation(x, x + 2 * rng.normal(size=5000))
-    assert low < found < low + 0.06
-    assert rank_correlation(x[:3], x[:3])[1] == -1
-    assert rank_correlation(x, x)[0] == pytest.approx(1.0)
+    x = rng.permutation(28).astype(float)
+    y = np.argsort(np.argsort(x + 20 * rng.normal(size=28))).astype(float)
+    found, above = rank_correlation(x, y)
+    assert above == pytest.approx(norm.cdf(np.arctanh(found) * 5))
+    assert rank_correlation(x[:3], x[:3])[1] == 0.5
+    assert rank_correlation(x, x) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert rank_correlation(x, -x) == (pytest.approx(-1.0), pytest.approx(0.0))
+    chance = [rank_correlation(rng.normal(size=40), rng.normal(size=40))[1] for _ in range(2000)]
+    assert np.mean(np.array(chance) > 0.9) == pytest.approx(0.1, abs=0.03)

@@ -12,11 +12,11 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataflex.config.mappings import is_number, shown
-from dataflex.config.table import Key, table
+from dataflex.config.table import Key, defaults, table
 from dataflex.errors import did_you_mean
 from dataflex.version import version_of
 
@@ -100,59 +100,11 @@ def data_set_names(value: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaFactoryArgs(Mapping[str, Any]):
-    """LLaMA-Factory's keys. The mapping holds what was written; the attributes hold what applies in the run."""
+    """LLaMA-Factory's keys. The mapping holds what was written; attributes, one for each, what applies in a run."""
 
     given: Mapping[str, Any] = field(default_factory=dict)  # keys that were written, converted
-    problems: tuple[str, ...] = ()  # values that a key does not take; such a key has its default in the attributes
+    problems: Mapping[str, str] = field(default_factory=dict)  # keys with a value that they do not take, and why
     doubts: tuple[str, ...] = ()  # unknown keys, and those that LLaMA-Factory or the Trainer refuses beside others
-
-    # The other attributes are keys of LLaMA-Factory's with its defaults.
-    accelerator_config: Any = None
-    adapter_name_or_path: str | None = None
-    bf16: bool = False
-    buffer_size: int = 16384
-    cutoff_len: int = 2048
-    data_seed: int | None = None
-    dataloader_drop_last: bool = False
-    dataset: str | list[str] | None = None
-    dataset_dir: str | Mapping[str, Any] = "data"
-    deepspeed: Any = None
-    disable_shuffling: bool = False
-    do_eval: bool = False
-    do_predict: bool = False
-    do_train: bool = False
-    early_stopping_steps: int | None = None
-    eval_dataset: str | list[str] | None = None
-    eval_on_start: bool = False
-    eval_strategy: str = "no"
-    finetuning_type: str = "lora"
-    fsdp: Any = None
-    gradient_accumulation_steps: int = 1
-    interleave_probs: Any = None
-    label_smoothing_factor: float = 0.0
-    learning_rate: float = 5e-5
-    max_samples: int | None = None
-    max_steps: int = -1
-    mix_strategy: str = "concat"
-    model_name_or_path: str | None = None
-    neat_packing: bool = False
-    num_train_epochs: float = 3.0
-    optim: str | None = None
-    output_dir: str | None = None
-    overwrite_output_dir: bool = False
-    packing: bool | None = None
-    parallelism_config: Any = None
-    per_device_train_batch_size: int = 8
-    predict_with_generate: bool = False
-    ray_num_workers: int = 1
-    resume_from_checkpoint: str | bool | None = None
-    seed: int = 42
-    stage: str = "sft"
-    streaming: bool = False
-    tokenized_path: str | None = None
-    train_sampling_strategy: str = "random"
-    use_cpu: bool = False
-    val_size: float = 0.0
 
     @classmethod
     def read(cls, mapping: Mapping[str, Any]) -> LlamaFactoryArgs:
@@ -178,12 +130,16 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 elif value is None and not entry.nullable:
                     continue
             given[key] = value
-        names = {each.name for each in fields(cls)} - {"given", "problems", "doubts"}
+        read = cls(given=given, problems=problems)
+        return replace(read, doubts=(*unknown, *read._together()))
+
+    def __getattr__(self, key: str) -> Any:
+        """Return what applies in the run: the default of a key without a value that it takes."""
+        if key.startswith("_") or (key not in self.given and key not in defaults()):
+            raise AttributeError(f"LLaMA-Factory has no key {key!r}")
         # A misplaced null means the default, as for LLaMA-Factory's own parser.
-        told = {key: given[key] for key in names & set(given) if key not in problems and given[key] is not None}
-        good = {key: value for key, value in given.items() if key not in problems}
-        doubts = (*unknown, *cls(given=good, **told)._together())
-        return cls(given=given, problems=tuple(problems.values()), doubts=doubts, **told)
+        given = None if key in self.problems else self.given.get(key)
+        return defaults().get(key) if given is None else given
 
     def __getitem__(self, key: str) -> Any:
         return self.given[key]
@@ -194,15 +150,14 @@ class LlamaFactoryArgs(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.given)
 
-    def value(self, key: str) -> Any:
-        """Return the value of any of LLaMA-Factory's keys: what was written, else its default."""
-        if self.given.get(key) is not None:
-            return self.given[key]
-        return table()[key].default if key in table() else None
-
     def on(self, key: str) -> bool:
-        """Whether a switch is on."""
-        return bool(self.value(key))
+        """Whether a switch is on; one that this version of LLaMA-Factory does not have is off."""
+        return bool(getattr(self, key, False))
+
+    def of_any_stage(self) -> LlamaFactoryArgs:
+        """Return the same without a stage, for checks where that is wrong itself."""
+        problems = {key: told for key, told in self.problems.items() if key != "stage"}
+        return replace(self, given={**self.given, "stage": ""}, problems=problems)
 
     @property
     def train_sets(self) -> tuple[str, ...]:
@@ -250,20 +205,20 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 yield f"{key}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
 
     def _of_stage_and_data(self) -> Iterator[str]:
-        if self.stage == "dpo" and self.value("pref_loss") != "sigmoid" and self.on("dpo_label_smoothing"):
+        if self.stage == "dpo" and self.pref_loss != "sigmoid" and self.on("dpo_label_smoothing"):
             yield "dpo_label_smoothing: works with pref_loss sigmoid only"
         if self.streaming and self.max_steps < 1:
             yield "streaming: the length of the run must be given; set 'max_steps'"
         if self.streaming and 1e-6 < self.val_size < 1:
             yield "val_size: with streaming it must be a whole number of rows"
         for key in ("image", "video"):
-            least, most = self.value(f"{key}_min_pixels"), self.value(f"{key}_max_pixels")
+            least, most = getattr(self, f"{key}_min_pixels"), getattr(self, f"{key}_max_pixels")
             if least and most and most < least:
                 yield f"{key}_max_pixels: must be at least {key}_min_pixels"
 
     def _of_the_trainer(self) -> Iterator[str]:
         for name in ("logging", "eval", "save"):
-            steps, strategy = self.value(f"{name}_steps"), self.value(f"{name}_strategy")
+            steps, strategy = getattr(self, f"{name}_steps"), getattr(self, f"{name}_strategy")
             if strategy == "steps" and isinstance(steps, int | float):
                 if steps > 1 and steps != int(steps):
                     yield f"{name}_steps: must be a whole number or a share of the run below 1, found {shown(steps)}"
@@ -273,18 +228,18 @@ class LlamaFactoryArgs(Mapping[str, Any]):
             if self.on(key) and (not self.use_cpu or key == "pure_bf16") and not _device_is_possible():
                 way = "train in fp32" if key == "pure_bf16" else "set 'use_cpu: true' to train in bf16 on the CPU"
                 yield f"{key}: this machine has no device that computes in bf16; {way}, or remove the key"
-        if self.value("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
-            yield f"lr_scheduler_type: {self.value('lr_scheduler_type')} goes by evaluation losses; set 'eval_strategy'"
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.eval_strategy == "no":
+            yield f"lr_scheduler_type: {self.lr_scheduler_type} goes by evaluation losses; set 'eval_strategy'"
         best = self.on("load_best_model_at_end")
         if best and self.stage == "rm":
             yield "load_best_model_at_end: does not work with stage rm"
-        elif best and self.value("save_strategy") not in ("best", self.eval_strategy):
+        elif best and self.save_strategy not in ("best", self.eval_strategy):
             yield (
                 f"load_best_model_at_end: needs save_strategy and eval_strategy to be the same, found "
-                f"{self.value('save_strategy')} and {self.eval_strategy}"
+                f"{self.save_strategy} and {self.eval_strategy}"
             )
-        elif best and self.eval_strategy == "steps" and self.value("save_strategy") == "steps":
-            evaluated, saved = self.value("eval_steps") or self.value("logging_steps"), self.value("save_steps")
+        elif best and self.eval_strategy == "steps" and self.save_strategy == "steps":
+            evaluated, saved = self.eval_steps or self.logging_steps, self.save_steps
             if (round(saved * 1_000_000) % max(round(evaluated * 1_000_000), 1)) or (saved < 1) != (evaluated < 1):
                 yield f"save_steps: load_best_model_at_end needs a multiple of eval_steps ({shown(evaluated)})"
         if self.early_stopping_steps is not None:
@@ -292,7 +247,7 @@ class LlamaFactoryArgs(Mapping[str, Any]):
                 yield "early_stopping_steps: nothing is evaluated; set 'eval_strategy'"
             if not self.given.get("metric_for_best_model") and not best:
                 yield "early_stopping_steps: needs 'metric_for_best_model' or 'load_best_model_at_end: true'"
-        if self.value("dataloader_prefetch_factor") is not None and not self.on("dataloader_num_workers"):
+        if self.dataloader_prefetch_factor is not None and not self.on("dataloader_num_workers"):
             yield "dataloader_prefetch_factor: needs 'dataloader_num_workers' of at least 1"
 
 

@@ -66,7 +66,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
         return told_once(lf, [*model_problems(lf), *data_sets(lf, base_dir)[1]])
     of_stage = [*stage_problems(dynamic, lf)]
     # One mistake is reported once: with a wrong stage, data sets are not compared with the stage.
-    staged = replace(lf, stage="") if of_stage or "stage" in map(key_of_problem, lf.problems) else lf
+    staged = lf.of_any_stage() if of_stage or "stage" in lf.problems else lf
     sources, of_data = data_sets(staged, base_dir)
     found = [
         *of_stage,
@@ -84,7 +84,7 @@ def found_problems(dynamic: DynamicConfig | None, lf: LlamaFactoryArgs, base_dir
 
 def told_once(lf: LlamaFactoryArgs, found: Iterable[str]) -> list[str]:
     """Return the problems of LLaMA-Factory's keys and those ``found``, for each key the first kind of these."""
-    told = [*lf.problems]
+    told = [*lf.problems.values()]
     if env_enabled("FORCE_TORCHRUN") and "WORLD_SIZE" not in os.environ:
         told += env_processes()[1]
     return first_told(first_told(told, found), lf.doubts)
@@ -152,7 +152,7 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         yield f"interleave_probs: {_KEPT_APART} 'mixer: static')"
     spread = "one row would be spread over several ranks, and the plan deals out whole rows; remove it"
     config = lf.parallelism_config
-    yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(lf.value(key)))
+    yield from (f"{key}: {spread}" for key in _PARALLEL_KEYS if _above_one(getattr(lf, key, None)))
     if isinstance(config, Mapping) and any(_above_one(config.get(key)) for key in _PARALLEL_KEYS):
         yield f"parallelism_config: {spread}"
     taker = _takes_token_losses(dynamic)
@@ -180,13 +180,14 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 
 
 def _takes_token_losses(dynamic: DynamicConfig) -> MethodConfig | None:
-    """Return the method that makes the training loss itself: a weighter, or a mixer that observes or weighs it."""
+    """Return a method for which the training loss is made here: it weighs losses, or they tell it of its data."""
     weighter, mixer = dynamic.weighter, dynamic.mixer
     if weighter is not None and issubclass(weighter.cls, Weighter) and not weighter.cls.neutral:
         return weighter
-    if mixer is None or not issubclass(mixer.cls, Mixer):
-        return None
-    return mixer if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter) else None
+    if mixer is not None and issubclass(mixer.cls, Mixer):
+        if mixer.cls.observes or issubclass(mixer.cls, DomainWeighter):
+            return mixer
+    return dynamic.watches
 
 
 def model_problems(lf: LlamaFactoryArgs) -> Iterator[str]:

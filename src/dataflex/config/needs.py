@@ -12,7 +12,7 @@ from pathlib import Path
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import did_you_mean
-from dataflex.method import Method, Requires, RunFacts, Weighter
+from dataflex.method import IN_RUN, Method, Requires, RunFacts, Weighter
 
 _NO_MOMENTS = (
     "adafactor adagrad ademamix apollo badam galore lion lomo muon rmsprop schedule_free sgd stable_adamw"
@@ -23,7 +23,7 @@ _PRECONDITIONS: tuple[str, ...] = ("true_adam", "paper_repo", "adam_scale")
 _CAUSAL = ("pt", "sft")
 _STAGES_OF_SIGNALS: dict[str, tuple[str, ...]] = {
     "losses": ("pt", "sft", "dpo", "kto"),
-    **dict.fromkeys(("gradients", "logits", "generate", "gates"), _CAUSAL),
+    **dict.fromkeys(("gradients", "logits", "generate", "gates", *IN_RUN), _CAUSAL),
 }
 _TAKERS: dict[str, tuple[str, ...]] = {
     "needs_interval": ("selector", "mixer"),
@@ -64,6 +64,8 @@ def unmet(
                 f"{place}: {method.name} does not work with partitioned parameters ({run.partitioned}); use DeepSpeed "
                 "ZeRO-2 or less, or plain data parallelism"
             )
+        if run.optimizer and "in_run_scores" in needs.signals:
+            yield f"{place}: {method.name} {_without_moments(run.optimizer)}; use an AdamW optimizer"
         for key, value in wants_moments(needs) if run.optimizer else ():
             yield (
                 f"{place}.{key}: {value} {_without_moments(run.optimizer)}; write 'precondition: none' or 'sign', or "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
-from dataflex.method import Method, Params, Requires, Selector, param
+from dataflex.method import IN_RUN, Method, Params, Requires, Selector, param
 from dataflex.registry import find
 
 _NEXT = "holds from the next decision on"
@@ -175,6 +175,13 @@ class DynamicConfig:
         """Whether a selector leaves rows out."""
         selector = self.selector
         return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
+
+    @property
+    def watches(self) -> MethodConfig | None:
+        """A method to which training steps tell what they show of rows, within a budget or by the signal ``InRun``."""
+        if self.selector is not None and self.signals.budget is not None:
+            return self.selector
+        return next((method for method in self.methods if method.requires.signals & {*IN_RUN}), None)
 
     @property
     def requires(self) -> Requires:

@@ -1,10 +1,8 @@
 """LLaMA-Factory's keys with types, defaults and choices, read from the source of the installed version.
 
-    python -m dataflex.config.table            writes table.json
-    python -m dataflex.config.table --check    fails when the file is not what the installed version says
-
 Nothing of LLaMA-Factory or transformers is imported: their source is parsed. ``table.json`` holds what was found for
-one pair of versions; any other pair is read when it is asked for, in about half a second.
+one pair of versions (``python -m dataflex.config.table`` writes it); any other pair is read when it is asked for, in
+about half a second.
 """
 
 from __future__ import annotations
@@ -12,14 +10,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataflex.console import tell
 from dataflex.version import version_of
 
 FILE = Path(__file__).with_name("table.json")
@@ -54,19 +50,33 @@ def installed() -> dict[str, str]:
     return {package: version_of(package) or "missing" for package in ("llamafactory", "transformers")}
 
 
+def _stored() -> tuple[dict[str, str], dict[str, Key]]:
+    """Return the versions and the keys of ``table.json``."""
+    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"versions": {}, "keys": {}}
+    lists = ("types", "choices")
+    keys = {
+        name: Key(**{**entry, **{key: tuple(entry[key]) for key in lists if key in entry}})
+        for name, entry in stored["keys"].items()
+    }
+    return stored["versions"], keys
+
+
 @lru_cache(maxsize=1)
 def table() -> Mapping[str, Key]:
     """Return all keys of the installed version; an empty mapping where its source cannot be read."""
-    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
-    if stored.get("versions") == installed():
-        return {
-            name: Key(**{**entry, **{key: tuple(entry[key]) for key in ("types", "choices") if key in entry}})
-            for name, entry in stored["keys"].items()
-        }
+    versions, keys = _stored()
+    if versions == installed():
+        return keys
     try:
         return read_source()
     except (OSError, SyntaxError, UnicodeDecodeError, ImportError):
         return {}
+
+
+@lru_cache(maxsize=1)
+def defaults() -> Mapping[str, Any]:
+    """Return the value of each key without one; for keys that the installed version lacks, that of ``table.json``."""
+    return {name: key.default for name, key in {**_stored()[1], **table()}.items()}
 
 
 def read_source() -> dict[str, Key]:
@@ -218,17 +228,5 @@ def _text() -> str:
     return f'{{\n "versions": {json.dumps(installed())},\n "keys": {{\n{lines}\n }}\n}}\n'
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the file, or compare it."""
-    text = _text()
-    if list(arguments) == ["--check"]:
-        current = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
-        if current != text:
-            tell(f"{FILE.name} is not of the installed version; run: python -m dataflex.config.table")
-        return int(current != text)
-    FILE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    FILE.write_text(_text(), encoding="utf-8")

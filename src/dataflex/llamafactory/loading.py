@@ -62,17 +62,11 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The rows that were read of one data set.
+    """The rows that were read of one data set."""
 
-    Attributes:
-        raw: Rows as they were read from its files, from the first on.
-        aligned: The same rows with LLaMA-Factory's columns ``_prompt`` and ``_response``, lists of messages.
-        stage: LLaMA-Factory's stage.
-    """
-
-    raw: Dataset
-    aligned: Any
-    stage: str
+    raw: Dataset  # rows as they were read from its files, from the first on
+    aligned: Any  # the same rows with LLaMA-Factory's columns ``_prompt`` and ``_response``, lists of messages
+    stage: str  # LLaMA-Factory's stage
 
     @cached_property
     def kept(self) -> NDArray[np.int64]:
@@ -123,26 +117,18 @@ def _changed(data_args: Any, **changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loader:
-    """Calls ``get_dataset`` as the workflow did, for one part of the data at a time.
+    """Calls ``get_dataset`` as the workflow did, for one part of the data at a time."""
 
-    Attributes:
-        template: Argument of the workflow's call, like the five that follow.
-        written: LLaMA-Factory's keys as the user wrote them.
-        by_file: Whether training rows carry the number of their file, see ``files``.
-        origins: Data sets that were read: those to train on, evaluation sets, targets.
-        files: Paths of the files that were numbered.
-    """
-
-    template: Any
+    template: Any  # argument of the workflow's call, like the five that follow
     model_args: Any
     data_args: Any
     training_args: Any
     stage: Any
     tokenizer_module: Mapping[str, Any]
-    written: LlamaFactoryArgs
-    by_file: bool = False
-    origins: list[Origin] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    written: LlamaFactoryArgs  # LLaMA-Factory's keys as the user wrote them
+    by_file: bool = False  # whether training rows carry the number of their file, see ``files``
+    origins: list[Origin] = field(default_factory=list)  # data sets read: to train on, to evaluate, targets
+    files: list[str] = field(default_factory=list)  # paths of the files that were numbered
 
     @property
     def test_size(self) -> int | float:
@@ -260,19 +246,12 @@ def _values(dataset: Dataset, name: str) -> NDArray[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RawRows:
-    """Rows as they were read from the files of several data sets, in the order of tokenized rows.
+    """Rows as they were read from the files of several data sets, in the order of tokenized rows."""
 
-    Attributes:
-        names: Names of the data sets.
-        parts: Their raw rows.
-        rows: Positions in the concatenated parts [N].
-        written: LLaMA-Factory's keys as the user wrote them, to find the files.
-    """
-
-    names: Sequence[str]
-    parts: Sequence[Dataset]
-    rows: NDArray[np.int64]
-    written: LlamaFactoryArgs
+    names: Sequence[str]  # names of the data sets
+    parts: Sequence[Dataset]  # their raw rows
+    rows: NDArray[np.int64]  # positions in the concatenated parts [N]
+    written: LlamaFactoryArgs  # LLaMA-Factory's keys as the user wrote them, to find the files
 
     def column(self, name: str, num_rows: int) -> NDArray[Any]:
         """Return a raw column in the order of ``num_rows`` tokenized rows [num_rows].

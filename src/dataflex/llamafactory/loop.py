@@ -1,4 +1,4 @@
-"""What a session needs to know of a Hugging Face Trainer, and how SIGTERM ends one.
+"""What a session needs to know of a Hugging Face Trainer, what that takes for its loader, and how SIGTERM ends one.
 
 Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_items_in_batch``,
 ``compute_loss_context_manager``, ``get_{tp,cp,sp}_size``, ``transformers.TrainerCallback`` and its ``on_train_begin``,
@@ -7,6 +7,7 @@ Upstream names relied upon, each asserted by ``tests/upstream``: ``_get_num_item
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
 from dataflex import comm
@@ -77,6 +79,30 @@ def loop_of(trainer: Any, setup: Setup, total_steps: int) -> Loop:
         averages=False,  # the Trainer multiplies by the ranks itself where it counts over them
         count_items=lambda batches: trainer._get_num_items_in_batch(batches, args.device),
     )
+
+
+class _NoBatches(Sampler[list[int]]):
+    """``length`` micro-batches by its length, none by iteration."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([])
+
+
+class EpochShell(DataLoader[int]):
+    """What the Trainer takes for its training loader: right lengths, no batches.
+
+    The Trainer counts epochs, steps and examples by it and opens it once per epoch, which draws one
+    number from the global random stream, as its own loader would.
+    """
+
+    def __init__(self, num_rows: int, num_micro_batches: int) -> None:
+        super().__init__(range(num_rows), batch_sampler=_NoBatches(num_micro_batches))
 
 
 class StopOnTerm(TrainerCallback):

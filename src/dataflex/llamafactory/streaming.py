@@ -8,7 +8,6 @@ each row, and rows and their order are those that LLaMA-Factory would make befor
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from llamafactory.data import loader as lf_loader
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
+from dataflex.state import blake2b
 from dataflex.train.row_space import Measures
 
 _IGNORE = -100
@@ -44,7 +44,7 @@ class _Counter:
         ids, labels = made["input_ids"][0], made["labels"][0] if "labels" in made else None
         supervised = len(ids) if labels is None else sum(label != _IGNORE for label in labels)
         content = np.asarray([*ids, _IGNORE, *(labels or ())], dtype=np.int64).tobytes()
-        return len(ids), supervised, int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
+        return len(ids), supervised, int.from_bytes(blake2b(content, size=7), "big")
 
 
 def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -84,7 +84,7 @@ class ServedRows:
         lengths, supervised, digests = (
             counted.column(name).to_numpy().astype(np.int64) for name in ("length", "supervised", "digest")
         )
-        self._fingerprint = hashlib.blake2b(digests.tobytes() + lengths.tobytes(), digest_size=8).hexdigest()
+        self._fingerprint = blake2b(digests.tobytes(), lengths.tobytes(), size=8).hex()
         if block is None:
             self.raw_rows = np.flatnonzero(lengths >= 0)
             self._lengths, self._supervised = lengths[self.raw_rows], supervised[self.raw_rows]
@@ -171,11 +171,10 @@ class JoinedRows(ServedRows):
     def measures(self) -> Measures:
         """Return lengths, supervised tokens and the fingerprint of the whole."""
         parts = [part.measures() for part in self._parts]
-        digest = hashlib.blake2b("".join(part.fingerprint for part in parts).encode(), digest_size=8)
         return Measures(
             lengths=np.concatenate([part.lengths for part in parts]),
             supervised=np.concatenate([part.supervised for part in parts]),
-            fingerprint=digest.hexdigest(),
+            fingerprint=blake2b(*(part.fingerprint.encode() for part in parts), size=8).hex(),
         )
 
 

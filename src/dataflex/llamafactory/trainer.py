@@ -22,8 +22,8 @@ from dataflex.ending import Terminated, TermWish, heed_parent_only
 from dataflex.errors import ComponentError
 from dataflex.llamafactory.evaluation import EvaluationMixin
 from dataflex.llamafactory.loading import replaced
-from dataflex.llamafactory.loop import StopOnTerm, loop_of
-from dataflex.train.loader import ROWS, EpochShell
+from dataflex.llamafactory.loop import EpochShell, StopOnTerm, loop_of
+from dataflex.train.loader import ROWS
 from dataflex.train.loss import balance_loss
 from dataflex.train.session import Session, Setup
 

@@ -6,7 +6,6 @@ communicate nothing, and a resumed run may have another number of ranks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from dataflex.errors import CheckpointError, DataError
 from dataflex.plan.domains import Rows
 from dataflex.plan.schedule import Interval
+from dataflex.state import blake2b
 
 _FORMAT = 1
 
@@ -134,11 +134,7 @@ class DataPlan:
 
     def digest(self) -> str:
         """Return a hash (blake2b, 32 hex digits) of everything that ranks must agree on."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps(self._meta()).encode())
-        digest.update(self.rows.tobytes())
-        digest.update(self.fill.tobytes())
-        return digest.hexdigest()
+        return blake2b(json.dumps(self._meta()).encode(), self.rows.tobytes(), self.fill.tobytes()).hex()
 
     def _meta(self) -> dict[str, Any]:
         return {

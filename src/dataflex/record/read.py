@@ -138,17 +138,11 @@ WEIGHTS = "weights.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPlan:
-    """The arrays of one interval.
+    """The arrays of one interval."""
 
-    Attributes:
-        rows: Row ids in serving order [m], int64.
-        pool: Row ids chosen from [n], int64; None when that was every row, in order.
-        scores: Score of every pool row [n], float32, NaN where not scored; None without scores.
-    """
-
-    rows: Rows
-    pool: Rows | None = None
-    scores: NDArray[np.float32] | None = None
+    rows: Rows  # row ids in serving order [m], int64
+    pool: Rows | None = None  # row ids chosen from [n], int64; None when that was every row, in order
+    scores: NDArray[np.float32] | None = None  # of every pool row [n], NaN where not scored; None without scores
 
 
 def plan_name(interval: int) -> str:

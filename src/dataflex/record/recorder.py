@@ -21,7 +21,7 @@ from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
 from dataflex.record.clock import PhaseClock
 from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
-from dataflex.state import clear_left, replacing
+from dataflex.state import clear_left, refusals, replacing
 
 if TYPE_CHECKING:
     from dataflex.plan.plan import DataPlan
@@ -104,7 +104,7 @@ class RunRecorder:
         self._step = resume_step or 0
         self._clock = clock or PhaseClock()
         path = self.directory / EVENTS
-        try:
+        with refusals(f"the record of the run in {self.directory}", DataError, key="output_dir"):
             (self.directory / "plans").mkdir(parents=True, exist_ok=True)
             clear_left(self.directory)
             kept: list[dict[str, Any]] = []
@@ -120,10 +120,6 @@ class RunRecorder:
             (self.directory / ENDING).unlink(missing_ok=True)
             if resume_step is None:
                 (self.directory / WEIGHTS).unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"output_dir: cannot keep the record of the run in {self.directory}: {error.strerror or error}"
-            ) from error
 
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
@@ -236,12 +232,9 @@ class RunRecorder:
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         line, self._step = self._event(event, step, fields), int(step)
         path = self.directory / EVENTS
-        try:
-            # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise DataError(f"output_dir: cannot write {path}: {error.strerror or error}") from error
+        # Opened for each line: no handle is left behind by a run that fails, at some 20 microseconds a log.
+        with refusals(path, DataError, key="output_dir"), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 class NullRecorder(RunRecorder):

@@ -20,30 +20,19 @@ class RewardError(DataFlexError):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An answer to be graded.
+    """An answer to be graded."""
 
-    Attributes:
-        prompt: The prompt as text, without special tokens.
-        answer: What the model wrote.
-        reference: The answer in the data.
-    """
-
-    prompt: str
-    answer: str
-    reference: str
+    prompt: str  # the prompt as text, without special tokens
+    answer: str  # what the model wrote
+    reference: str  # the answer in the data
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grades:
-    """Rewards of candidates.
+    """Rewards of candidates."""
 
-    Attributes:
-        values: float64 [n], NaN for a candidate without a reward.
-        problems: The reason for each NaN, one line each.
-    """
-
-    values: NDArray[np.float64]
-    problems: tuple[str, ...] = ()
+    values: NDArray[np.float64]  # float64 [n], NaN for a candidate without a reward
+    problems: tuple[str, ...] = ()  # the reason for each NaN, one line each
 
     def why(self) -> str:
         """Return the most frequent problems in one line."""

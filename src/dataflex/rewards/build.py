@@ -15,13 +15,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from dataflex.errors import ConfigError, did_you_mean
-from dataflex.registry import import_file
+from dataflex.registry import load_function
 from dataflex.rewards.base import Candidate, Grades, Reward, graded
 from dataflex.rewards.judge import Judge, JudgeConfig
 
@@ -71,7 +69,10 @@ def build_reward(reward: str, command: str | None, judge: JudgeConfig | None, ti
     if reward == "judge":
         assert judge is not None
         return Judge(judge)
-    return function_reward(load_function(reward), timeout_seconds)
+    try:
+        return function_reward(load_function(reward, "reward"), timeout_seconds)
+    except ValueError as error:
+        raise ConfigError(f"dynamic.selector.reward: {error}") from error
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -128,31 +129,6 @@ def _missing_source(path: str) -> str:
     except (ImportError, ValueError):
         found = None
     return "" if found is not None else f"no module named {source!r}; a file is written as file.py:function"
-
-
-@cache
-def _from_file(file: Path) -> ModuleType:
-    return import_file(file, "reward")  # once: a configuration's methods are built more than once
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """Import ``module:function`` or ``file.py:function``.
-
-    Raises:
-        ConfigError: It cannot be imported, or has no such function.
-    """
-    source, _, name = path.rpartition(":")
-    try:
-        is_file = source.endswith(".py")
-        module = _from_file(Path(source).expanduser().resolve()) if is_file else importlib.import_module(source)
-    except Exception as error:  # the user's own code: told as a configuration problem, with its cause
-        raise ConfigError(
-            f"dynamic.selector.reward: {source} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"dynamic.selector.reward: {source} has no function {name!r}")
-    return cast(Callable[..., Any], function)
 
 
 _MOST_ABANDONED = 8

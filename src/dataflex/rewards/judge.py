@@ -20,11 +20,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from dataflex.errors import ConfigError, DataFlexError
+from dataflex.parts import param
 from dataflex.rewards.base import Candidate, Grades, graded
 from dataflex.rng import stream
 
@@ -46,19 +47,15 @@ _INSTRUCTION = (
 class JudgeConfig:
     """Where the judge is and how it is asked; each field's ``help`` says what it is."""
 
-    url: str = field(metadata={"help": "base address of the server with the version, as http://127.0.0.1:8000/v1"})
-    model: str = field(metadata={"help": "name of the model at the server"})
-    api_key_env: str | None = field(default=None, metadata={"help": "environment variable that holds the key"})
-    instruction: str = field(
-        default=_INSTRUCTION, metadata={"help": "what is asked, with {prompt}, {answer}, {reference} and {best}"}
-    )
-    best: float = field(
-        default=10.0, metadata={"help": "highest grade; rewards are grades divided by it", "above": 0.0}
-    )
-    max_tokens: int = field(default=16, metadata={"help": "tokens of a reply at most", "minimum": 1})
-    timeout_seconds: float = field(default=60.0, metadata={"help": "seconds without any byte", "above": 0.0})
-    max_retries: int = field(default=4, metadata={"help": "further tries of a request", "minimum": 0})
-    concurrency: int = field(default=8, metadata={"help": "requests under way at once", "minimum": 1})
+    url: str = param(help="base address of the server with the version, as http://127.0.0.1:8000/v1")
+    model: str = param(help="name of the model at the server")
+    api_key_env: str | None = param(None, "environment variable that holds the key")
+    instruction: str = param(_INSTRUCTION, "what is asked, with {prompt}, {answer}, {reference} and {best}")
+    best: float = param(10.0, "highest grade; rewards are grades divided by it", above=0.0)
+    max_tokens: int = param(16, "tokens of a reply at most", minimum=1)
+    timeout_seconds: float = param(60.0, "seconds without any byte", above=0.0)
+    max_retries: int = param(4, "further tries of a request", minimum=0)
+    concurrency: int = param(8, "requests under way at once", minimum=1)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):

@@ -137,28 +137,17 @@ ABSENT: Any = None
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Rows to choose from, and what is known about them: what the rule needs; anything else may be None.
+    """Rows to choose from, and what is known about them: what the rule needs; anything else may be None."""
 
-    Attributes:
-        rows: Row ids [n]; draws are keyed by them.
-        uniforms: Random numbers by id.
-        scores: Larger is better, finite [n].
-        by_query: Score of every row for every query that takes turns, or for every task, finite [Q, n]; None: the
-            ``queries`` take turns.
-        vectors: One vector a row, finite, float32 [n, D].
-        queries: Vectors of the targets' rows, finite, float32 [M, D].
-        lengths: Tokens of each row [n].
-        groups: Group of each row, as its domain, int [n].
-    """
-
-    rows: Rows
-    uniforms: Uniforms
-    scores: NDArray[np.floating] = ABSENT
+    rows: Rows  # row ids [n]; draws are keyed by them
+    uniforms: Uniforms  # random numbers by id
+    scores: NDArray[np.floating] = ABSENT  # larger is better, finite [n]
     by_query: NDArray[np.floating] | None = None
-    vectors: NDArray[np.float32] = ABSENT
-    queries: NDArray[np.float32] = ABSENT
-    lengths: NDArray[np.int64] = ABSENT
-    groups: NDArray[np.integer] = ABSENT
+    """Score of every row for every query that takes turns, or task, finite [Q, n]; None: the ``queries`` take turns."""
+    vectors: NDArray[np.float32] = ABSENT  # one vector a row, finite, float32 [n, D]
+    queries: NDArray[np.float32] = ABSENT  # vectors of the targets' rows, finite, float32 [M, D]
+    lengths: NDArray[np.int64] = ABSENT  # tokens of each row [n]
+    groups: NDArray[np.integer] = ABSENT  # group of each row, as its domain, int [n]
 
     @staticmethod
     def stream(seed: int, name: str, index: int, unnamed: Collection[str] = ()) -> Uniforms:

@@ -49,7 +49,7 @@ class TokenFeatures:
         buckets: Numbers of buckets, uint16.
         counts: Counts of them, uint8, cut at 255.
         lengths: float64 [N, 2].
-        domains: Domain of each row, int64 [N].
+        domains: Domain of each row, int64 [N]; -1 for none.
         num_domains: Number of domains.
     """
 
@@ -73,7 +73,7 @@ class TokenFeatures:
         Args:
             num_rows: Number of rows N.
             tokens: Rows to the tokens of each one's prompt and response.
-            domains: Domain of each row [N].
+            domains: Domain of each row [N]; -1 for none.
             num_domains: Number of domains.
         """
         sizes, buckets, counts = [], [], []
@@ -130,9 +130,10 @@ class TokenFeatures:
             # Three dense features close each row: both lengths and the domain.
             own = sizes.reshape(-1, len(_BLOCKS)).sum(axis=1)
             places = np.repeat(np.cumsum(own), 3)
-            extra = np.column_stack([self.lengths[chosen], np.full(len(chosen), 0.5)]).ravel()
+            domains = self.domains[chosen]
+            extra = np.column_stack([self.lengths[chosen], 0.5 * (domains >= 0)]).ravel()
             at = np.column_stack(
-                [np.tile([offsets[-1], offsets[-1] + 1], (len(chosen), 1)), offsets[-1] + 2 + self.domains[chosen]]
+                [np.tile([offsets[-1], offsets[-1] + 1], (len(chosen), 1)), offsets[-1] + 2 + np.maximum(domains, 0)]
             ).ravel()
             pointers = np.concatenate([[0], np.cumsum(own + 3)])
             yield (
@@ -347,14 +348,14 @@ def row_effects(rows: Ints, residuals: Floats, weights: Floats, num_rows: int, *
 
 
 def rank_correlation(predicted: Floats, observed: Floats) -> tuple[float, float]:
-    """Return Spearman's correlation and the lower end of its 95 % interval (Fisher's z); (NaN, -1) below 4 pairs."""
-    from scipy.stats import rankdata
+    """Return Spearman's correlation, and the probability that it is above 0 (Fisher's z); (NaN, 0.5) below 4 pairs."""
+    from scipy.stats import norm, rankdata
 
     if len(predicted) < 4:
-        return float("nan"), -1.0
+        return float("nan"), 0.5
     a, b = rankdata(predicted), rankdata(observed)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
     found = float(a @ b) / scale if scale > 0 else 0.0
-    lower = np.tanh(np.arctanh(min(max(found, -0.999999), 0.999999)) - 1.96 / np.sqrt(len(a) - 3))
-    return found, float(lower)
+    score = np.arctanh(min(max(found, -0.999999), 0.999999)) * np.sqrt(len(a) - 3)
+    return found, float(norm.cdf(score))

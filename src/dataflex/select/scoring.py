@@ -40,12 +40,10 @@ def percentile_ranks(influence: NDArray[np.floating]) -> NDArray[np.float64]:
 
     In a task it is (rank - 1/2) / n, and equal values share the mean of their ranks.
     """
-    values = np.asarray(influence, dtype=np.float64)
-    doubled = np.zeros(len(values), dtype=np.int64)  # twice the ranks: whole numbers, whose sums are exact
-    for column in values.T:
-        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
-        doubled += (2 * (np.cumsum(counts) - counts) + counts)[place.reshape(-1)]
-    return doubled / (2.0 * len(values) * values.shape[1])
+    from scipy.stats import rankdata
+
+    ranks = rankdata(influence, axis=0)
+    return np.asarray((ranks - 0.5).sum(axis=1) / ranks.size)
 
 
 def _best(scores_TN: NDArray[np.float64], _: Params) -> NDArray[np.float64]:
@@ -110,27 +108,16 @@ class ScoringParams(Params):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What is known of the n rows of a pool that can be compared; what is not known is None.
+    """What is known of the n rows of a pool that can be compared; what is not known is None."""
 
-    Attributes:
-        places: Their places in the pool, ascending [n].
-        scores: One score a row [n]; None where there are vectors or scores by target, until those come together.
-        tasks: Score for each target [T, n].
-        vectors: Vectors [n, D].
-        queries: Vectors of each target's rows; empty without vectors or targets.
-        turns: Scores for what takes turns under ``round_robin`` [Q, n]; None: the rows of all targets, by vectors.
-        apart: Vectors by which rows are kept apart [n, D'], where not ``vectors``.
-        num_dropped: Near-duplicates of these rows that were dropped.
-    """
-
-    places: NDArray[np.int64]
-    scores: NDArray[np.floating] = ABSENT
-    tasks: NDArray[np.floating] | None = None
-    vectors: NDArray[np.float32] = ABSENT
-    queries: tuple[NDArray[np.float32], ...] = ()
-    turns: NDArray[np.floating] | None = None
-    apart: NDArray[np.float32] | None = None
-    num_dropped: int = 0
+    places: NDArray[np.int64]  # their places in the pool, ascending [n]
+    scores: NDArray[np.floating] = ABSENT  # one score a row [n]; None until vectors or scores by target come together
+    tasks: NDArray[np.floating] | None = None  # score for each target [T, n]
+    vectors: NDArray[np.float32] = ABSENT  # vectors [n, D]
+    queries: tuple[NDArray[np.float32], ...] = ()  # vectors of each target's rows; empty without vectors or targets
+    turns: NDArray[np.floating] | None = None  # for what takes turns under ``round_robin`` [Q, n]; None: target rows
+    apart: NDArray[np.float32] | None = None  # vectors by which rows are kept apart [n, D'], where not ``vectors``
+    num_dropped: int = 0  # near-duplicates of these rows that were dropped
 
     def at(self, index: NDArray[np.integer]) -> Found:
         """Return the same of the rows at ``index``, ascending; no copy where that is all."""

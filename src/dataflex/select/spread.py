@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Callable, Iterator
 
@@ -11,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dataflex.select.cluster import cells_of
 from dataflex.select.neighbours import Search, similar_rows
+from dataflex.state import blake2b
 
 _BLOCK = 1024  # rows compared with the kept ones at a time
 _EAGER = 64  # centres after which distances are brought up to date only where it matters
@@ -72,7 +72,7 @@ def near_duplicates(vectors_ND: NDArray[np.float32], order: NDArray[np.int64], t
     dropped = np.ones(len(vectors_ND), dtype=np.bool_)
     seen: dict[bytes, int] = {}
     for position in order.tolist():
-        seen.setdefault(hashlib.blake2b(vectors_ND[position].tobytes(), digest_size=16).digest(), position)
+        seen.setdefault(blake2b(vectors_ND[position].tobytes()), position)
     left = np.fromiter(seen.values(), dtype=np.int64, count=len(seen))
     rank = np.empty(len(vectors_ND), dtype=np.int64)
     rank[order] = np.arange(len(order))

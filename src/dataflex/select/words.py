@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 from collections import Counter
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from dataflex.errors import DataError
 from dataflex.method import Context, Rows
 from dataflex.signals.specs import Part
+from dataflex.state import blake2b
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Remembered(Generic[T]):
 
     def __call__(self, pool: Rows, ctx: Context) -> T:
         """Return the answer for these rows and targets."""
-        key = hashlib.blake2b(pool.tobytes() + repr(ctx.targets).encode(), digest_size=16).digest()
+        key = blake2b(pool.tobytes(), repr(ctx.targets).encode())
         if self._last is None or self._last[0] != key:
             self._last = (key, self._compute(pool, ctx))
         return self._last[1]

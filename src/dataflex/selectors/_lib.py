@@ -41,7 +41,6 @@ class RowLosses(ScoringSelector):
     lacking = "no finite loss"
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return ROW_LOSSES
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
@@ -75,7 +74,6 @@ class Compares(PoolSelector):
     lacking = "no embedding"
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(EMBEDDINGS, models={"encoder": self.params.encoder})
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:

@@ -29,8 +29,6 @@ class RandomRows(Selector):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(BaseParams):
-        """Parameters of the random selector."""
-
         replacement: bool = param(False, REPLACEMENT)
 
     params: Params
@@ -75,7 +73,6 @@ class RandomBalanced(Selector):
     )
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(domains=2)
 
     def select(self, pool: Rows, budget: int, ctx: Context) -> Selection:

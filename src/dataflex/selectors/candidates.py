@@ -91,7 +91,6 @@ class Greats(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(GRADIENTS, within_batch=True, preconditions={"precondition": self.params.precondition})
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
@@ -205,14 +204,10 @@ class Uds(ScoringSelector):
         sketch_columns: int = param(128, "vocabulary's side of a sketch", minimum=1)
 
     params: Params
+    queue: NDArray[np.float32] | None = None
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(TOKEN_LOSSES, signals=frozenset({"logits"}), within_batch=True)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.queue: NDArray[np.float32] | None = None
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return nuclear norms plus distances to rows chosen lately [N]."""

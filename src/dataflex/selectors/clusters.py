@@ -150,7 +150,6 @@ class Coincide(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         passes = Passes(pool=(float(len(self.params.layers)), 0.0))
         return replace(EMBEDDINGS, targets=False, models={"encoder": self.params.encoder}, passes=passes)
 
@@ -235,7 +234,6 @@ class S2l(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         proxies, passes = self.params.proxies, Passes(pool=(1.0, 0.0))
         if proxies:  # they do not change: each scores a row once
             told = f"{len(proxies)} F of the proxies over each row of the pool, once; k-means on the CPU"

@@ -46,8 +46,6 @@ class TokenLoss(RowLosses):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
-        """Parameters of the loss as it is."""
-
         prefer: Literal["high", "low"] = param("high", "which losses are preferred")
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
@@ -64,8 +62,6 @@ class Gradient(VectorSelector):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(GradientOptions, ScoringParams):
-        """Parameters of gradient sketches."""
-
         precondition: Literal["true_adam", "paper_repo", "sign", "none"] = param(
             "true_adam", "what turns training gradients into directions"
         )
@@ -76,7 +72,6 @@ class Gradient(VectorSelector):
             even("dim", self.dim)
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(GRADIENTS, preconditions={"precondition": self.params.precondition})
 
     def vectors(self, rows: Rows, target: str | None, ctx: Context) -> NDArray[np.floating]:

@@ -38,7 +38,6 @@ class _Influence(ScoringSelector):
     lacking = "no supervised token"
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         p = self.params
         passes = Passes(pool=(1.0, 1.0), targets=p.target_passes(getattr(p, "normalize", True)))
         return replace(GRADIENTS, preconditions={"precondition": p.precondition}, passes=passes, budget=True)
@@ -251,7 +250,6 @@ class ClusterLess(PoolSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         signals, passes = frozenset({"embeddings", "gradients"}), Passes(pool=(1.0 + 6 / 64, 6 / 64))
         preconditions = {"precondition": self.params.precondition}
         return replace(GRADIENTS, signals=signals, preconditions=preconditions, passes=passes)
@@ -340,15 +338,11 @@ class Zeroth(ScoringSelector):
         parameters: str | None = param(None, "regular expression of those that move; null: all trainable", pattern=True)
 
     params: Params
+    _warned = False
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         passes = Passes(pool=(2.0 * self.params.directions, 0.0))
         return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self._warned = False
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return estimated influence on the targets [T, N]; DataError where a target has no finite loss."""

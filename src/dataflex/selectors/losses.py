@@ -73,7 +73,6 @@ class Tacs(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         steps = float(self.params.depth_steps)
         passes = Passes(pool=(1.0, 0.0), pool_by_target=(1.0, 0.0), targets=(steps, steps))
         return replace(TOKEN_LOSSES, targets=True, whole_parameters=True, passes=passes)
@@ -149,7 +148,6 @@ class LossSelector(RowLosses):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return replace(super().requires(), budget=True)
 
     @property
@@ -210,11 +208,8 @@ class DeltaLoss(RowLosses):
         relative: bool = param(False, "divide the fall by the first loss")
 
     params: Params
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.decisions = 0
-        self.first = np.zeros(0, dtype=np.float32)
+    decisions = 0
+    first = np.zeros(0, dtype=np.float32)  # first loss of each row [N]; empty before the first decision
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.floating]:
         """Return the fall of each loss since the first decision [N]; a row that joins later counts from its first."""
@@ -274,21 +269,15 @@ class RhoLoss(RowLosses):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(ScoringParams):
-        """Parameters of RHO-LOSS."""
-
         reference: str = param(help="folder or hub id of a causal model trained on held-out or clean data")
 
     params: Params
+    irreducible = np.zeros(0, dtype=np.float32)  # of each row [N] where ``known``; both empty at first
+    known = np.zeros(0, dtype=np.bool_)
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         models, passes = {"reference": self.params.reference}, Passes(pool=(1.0, 0.0), pool_once=1.0)
         return replace(TOKEN_LOSSES, whole_parameters=True, models=models, passes=passes)
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.irreducible = np.zeros(0, dtype=np.float32)
-        self.known = np.zeros(0, dtype=np.bool_)
 
     def score(self, pool: Rows, ctx: Context) -> NDArray[np.float64]:
         """Return losses minus irreducible ones [N], nats per token; NaN where either is not finite."""
@@ -348,14 +337,11 @@ class GradNorm(_Extreme):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(GradientOptions, _Keep):
-        """Parameters of GraNd."""
-
         precondition: Literal["none", "true_adam", "sign"] = param("none", "measure the optimizer's direction instead")
 
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         preconditions = {"precondition": self.params.precondition}
         return replace(GRADIENTS, targets=False, preconditions=preconditions, budget=True)
 
@@ -452,7 +438,6 @@ class Ifd(ScoringSelector):
     _kept_prefix = 0
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         scorer, passes = self.params.scorer, Passes(pool=(2.0, 0.0))
         if scorer is not None:  # it does not change, so no row is scored twice
             passes = Passes(pool_once=2.0, told="2 F of the scorer over each row of the pool, once")

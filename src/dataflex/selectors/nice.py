@@ -110,8 +110,6 @@ class Nice(ScoringSelector):
 
     @dataclass(frozen=True, kw_only=True)
     class Params(InfluenceOptions, ScoringParams):
-        """Parameters of NICE."""
-
         reward: str = param(
             help="exact_match, f1, rouge1, rouge2, rougeL, command, judge, module:function or file.py:function"
         )
@@ -141,7 +139,6 @@ class Nice(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         preconditions = {"precondition": self.params.precondition}
         signals = frozenset({"generate", "gradients", "texts"})
         return replace(GRADIENTS, signals=signals, stages=("sft",), preconditions=preconditions)

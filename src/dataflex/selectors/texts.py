@@ -56,7 +56,6 @@ class Bm25(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(signals=frozenset({"texts"}), targets=True)
 
     def __init__(self, params: Params) -> None:
@@ -197,7 +196,6 @@ class Dsir(ScoringSelector):
     params: Params
 
     def requires(self) -> Requires:
-        """State what the run must have."""
         return Requires(
             signals=frozenset({"texts"}), targets=True, by_target={"target_proportions": self.params.target_proportions}
         )

@@ -20,6 +20,7 @@ import torch
 
 from dataflex import comm
 from dataflex.signals.sweep import fetch
+from dataflex.state import blake2b
 
 _SAMPLED = 64
 _PROBED_ROWS = 16
@@ -49,13 +50,13 @@ def state_identity(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     mine = digest.hexdigest()
     every = comm.gather_objects(mine)
     # Ranks that hold whole parameters agree; parts are named by all of them together.
-    return mine if len(set(every)) == 1 else _digest("".join(every))
+    return mine if len(set(every)) == 1 else blake2b("".join(every).encode()).hex()
 
 
 def model_identity(model: torch.nn.Module) -> str:
     """Return 32 hex digits that name a model: values, architecture, adapters and what is trained (collective)."""
     told = json.dumps([*_settings(model)], sort_keys=True, default=_plain)
-    return _digest(state_identity(_tensors(model)) + told)
+    return blake2b(state_identity(_tensors(model)).encode(), told.encode()).hex()
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -127,7 +128,7 @@ def precision(autocast: Autocast, device: torch.device) -> dict[str, str]:
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """Return 32 hex digits that name a tokenizer's vocabulary; "" for none."""
-    return "" if tokenizer is None else _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
+    return "" if tokenizer is None else blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hex()
 
 
 def inputs_identity(dataset: Any, num_rows: int, collate: Collate) -> str:
@@ -152,7 +153,3 @@ def surroundings(
         "precision": precision(autocast, device),
         "tokenizer": tokenizer_identity(tokenizer),
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

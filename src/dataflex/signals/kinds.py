@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec, LogitSpec, Perturbation, Probe, WeightedResponse
 
 if TYPE_CHECKING:
@@ -162,10 +162,10 @@ class TokenLoss(_SegmentLoss):
     name = "losses"
     same_tokens: bool = False  # refuse a model with another tokenizer, whose losses per token cannot be compared
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return () if self.model is None else super().tail(access)
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         return {} if self.model is None else super().key(access)
 
     def _cut(self, access: ModelAccess) -> Cut:
@@ -182,11 +182,11 @@ class TokenLoss(_SegmentLoss):
         start = () if scorer.same_tokens else scorer.start
         return Cut(leave_out_first=False, start=start, limit=scorer.limit, translate=scorer.translation)
 
-    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
         return Signal.sweep(self, access, rows, target) if self.model is None else super().sweep(access, rows, target)
 
     @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
         with super().open(access) if self.model is not None else nullcontext(_token_means(access)) as scorer:
             yield scorer
 
@@ -222,7 +222,7 @@ class EL2N(Signal):
 
     name = "el2n"
 
-    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:
         return _token_means(access, "el2n")
 
 
@@ -233,11 +233,11 @@ class AdaptedLoss(Probe, Signal):
     name = "adapted losses"
     whole_parameters = True
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         return {**asdict(self), "towards": access.data_identity(self.towards), "seed": access.seed}
 
     @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
         from dataflex.signals.moved import probed
 
         with probed(access, self):
@@ -259,11 +259,11 @@ class PerturbedLoss(Perturbation, Signal):
     autocast = False
 
     @property
-    def kept(self) -> Kept:  # noqa: D102
+    def kept(self) -> Kept:
         return "never"
 
     @contextmanager
-    def open(self, access: ModelAccess) -> Iterator[Scorer]:  # noqa: D102
+    def open(self, access: ModelAccess) -> Iterator[Scorer]:
         from functools import partial
 
         from dataflex.signals.losses import row_losses
@@ -281,16 +281,16 @@ class Embedding(EmbeddingSpec, Signal):
     needs = "embeddings"
 
     @property
-    def kept(self) -> Kept:  # noqa: D102
+    def kept(self) -> Kept:
         return "step" if self.encoder is None else "never"
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         from dataflex.signals.model_parts import model_parts
 
         own = self.encoder is None
         return (model_parts(access.model).text_config.hidden_size if own else self._encoder(access).dimension,)
 
-    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:  # noqa: D102
+    def sweep(self, access: ModelAccess, rows: Rows, target: str | None) -> Sweep:
         if self.encoder is None:
             return super().sweep(access, rows, target)
         from dataflex.signals.embeddings import text_sweep
@@ -298,7 +298,7 @@ class Embedding(EmbeddingSpec, Signal):
         tokenizer, corpus = access.known_tokenizer("embeddings by another model"), access.corpus(target)
         return text_sweep(corpus, rows, tokenizer, token_budget=access.token_budget, device=access.device)
 
-    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:
         from dataflex.signals.embeddings import embed_batch
 
         if self.encoder is not None:
@@ -322,10 +322,10 @@ class GateLoads(Signal):
     name = "gate loads"
     needs = "gates"
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return self.scorer(access).shape
 
-    def scorer(self, access: ModelAccess) -> GateReader:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> GateReader:
         from dataflex.signals.logits import GateReader
 
         return GateReader(access.model)
@@ -342,16 +342,53 @@ class LogitFeatures(LogitSpec, Signal):
     name = "logits"
     needs = "logits"
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (1 + self.rows * self.columns,)
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         return {**asdict(self), "length": access.longest}
 
-    def scorer(self, access: ModelAccess) -> Scorer:  # noqa: D102
+    def scorer(self, access: ModelAccess) -> Scorer:
         from dataflex.signals.logits import LogitScorer
 
         return LogitScorer(access.model, self, access.longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRun(Signal):
+    """What training steps showed of the rows that they served: values and the step [n, K + 1], without a pass.
+
+    NaN where a row was not served, or so long ago that it was forgotten. K is 1, or the number of targets.
+
+    Attributes:
+        what: ``losses``: a row's mean loss; ``norms``: the norm of its gradient, estimated from a sketch; ``scores``:
+            the cosine of its gradient in that step with each target's in Adam's scale at this decision, likewise.
+        targets: Names of target data sets, for ``scores``: some of the method's own.
+        normalize: Whether ``scores`` are cosines; otherwise products with the target's direction of length 1.
+    """
+
+    name = "values of training steps"
+    forward = 0.0
+    what: Literal["losses", "norms", "scores"] = "losses"
+    targets: tuple[str, ...] = ()
+    normalize: bool = True
+
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """``in_run_losses``, ``in_run_norms`` or ``in_run_scores``."""
+        return f"in_run_{self.what}"
+
+    @property
+    def kept(self) -> Kept:
+        return "never"
+
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
+        return (max(len(self.targets), 1) + 1,)
+
+    def scorer(self, access: ModelAccess) -> Scorer:
+        raise UnsupportedError(
+            f"{self.needs}: only training steps show them; state it in the method's Requires(signals=...)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,10 +430,10 @@ class GradientScores(_GradientSignal):
     name = "gradient scores"
     targets: tuple[str, ...]  # names of target data sets
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (len(self.targets),)
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
     def vectors(self, scorers: GradientScorers, access: ModelAccess) -> TargetVectors:
@@ -441,13 +478,13 @@ class GradientSketches(_GradientSignal):
     name = "gradient sketches"
     dim: int
 
-    def for_target(self) -> Signal:  # noqa: D102
+    def for_target(self) -> Signal:
         return replace(self, precondition="none")
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (self.dim,)
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         return {**asdict(self), "seed": access.seed}
 
     def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
@@ -472,14 +509,14 @@ class GradientProducts(_GradientSignal):
         """Return scores [n, len(targets)] and the Gram matrix [n, n]."""
         return values[:, : len(self.targets)], values[:, len(self.targets) :]
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (len(self.targets),)  # and one for each row
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         drawn = {name: np.asarray(rows).tolist() for name, rows in self.target_rows.items()}
         return {**vars(self), "targets": [access.data_identity(name) for name in self.targets], "target_rows": drawn}
 
-    def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:  # noqa: D102
+    def together(self, access: ModelAccess, sweep: Sweep) -> NDArray[np.float32]:
         from dataflex.signals.gradients.scorers import row_products, target_vectors
 
         scorers = self._scorers(access)
@@ -502,10 +539,10 @@ class ResponseGradientScores(_GradientSignal):
     name = "response gradient scores"
     responses: Mapping[str, Sequence[WeightedResponse]]  # by task
 
-    def tail(self, access: ModelAccess) -> tuple[int, ...]:  # noqa: D102
+    def tail(self, access: ModelAccess) -> tuple[int, ...]:
         return (len(self.responses),)
 
-    def key(self, access: ModelAccess) -> dict[str, Any]:  # noqa: D102
+    def key(self, access: ModelAccess) -> dict[str, Any]:
         from dataflex.signals.gradients.scorers import responses_digest
 
         return {**vars(self), "responses": {name: responses_digest(given) for name, given in self.responses.items()}}

@@ -7,7 +7,6 @@ states and modes as they were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -31,7 +30,7 @@ from dataflex.signals.specs import Generation, GenerationSpec, Part
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Collector, preserve_state
 from dataflex.signals.texts import row_texts, row_tokens
-from dataflex.state import State
+from dataflex.state import State, blake2b
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ SignalValue = NDArray[np.float32]
 
 def rows_digest(rows: Rows) -> str:
     """Return a hash of row ids."""
-    return hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=16).hexdigest()
+    return blake2b(np.ascontiguousarray(rows).tobytes()).hex()
 
 
 @dataclass(kw_only=True)

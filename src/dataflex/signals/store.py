@@ -7,7 +7,6 @@ by field; a file that is stale, foreign or broken is never used, it is computed 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dataflex import comm
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.state import fsync, is_left, is_unfinished, owner, replacing
+from dataflex.state import blake2b, fsync, is_left, is_unfinished, owner, refusals, replacing
 from dataflex.version import version_of
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class CacheKey:
     @property
     def name(self) -> str:
         """Folder name: the method and 32 hex digits."""
-        digest = _hash(json.dumps(asdict(self), sort_keys=True).encode()).hex()
+        digest = blake2b(json.dumps(asdict(self), sort_keys=True).encode()).hex()
         return f"{re.sub(r'[^a-z0-9]+', '-', self.method.lower()).strip('-') or 'array'}-{digest}"
 
 
@@ -83,15 +82,6 @@ class Entry(NamedTuple):
     size_bytes: int
     used: float
     finished: bool
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Turn errors of the operating system into ours."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write a stored array into {directory}: {error}") from error
 
 
 class ArrayStore:
@@ -126,11 +116,11 @@ class ArrayStore:
         final, scratch, ready = (self.directory / name for name in (key.name, f"{token}.npy", f"{token}.ready"))
 
         try:
-            with _writing(self.directory):
+            with refusals(f"a stored array into {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 array = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.dtype(dtype), shape=shape)
             yield array
-            with _writing(self.directory):
+            with refusals(f"a stored array into {self.directory}"):
                 array.flush()
                 ready.mkdir()
                 os.replace(scratch, ready / _ARRAY)
@@ -247,8 +237,8 @@ class ResumablePass:
         expected = (len(self._places(ids)), *self._shape[1:])
         if data.shape != expected:
             raise ValueError(f"values of {len(ids)} rows have shape {data.shape}, expected {expected}")
-        head = _RECORD.pack(_MAGIC, len(ids), data.nbytes, _hash(ids.tobytes(), data.tobytes()))
-        with _writing(self._folder):
+        head = _RECORD.pack(_MAGIC, len(ids), data.nbytes, blake2b(ids.tobytes(), data.tobytes()))
+        with refusals(f"a stored array into {self._folder}"):
             if self._file is None:
                 self._file = open(self._folder / f"part-{self._session}-{comm.rank():05d}.bin", "wb")
             self._file.write(head + ids.tobytes() + data.tobytes())
@@ -308,11 +298,11 @@ class ResumablePass:
                 "fingerprint": asdict(self._key),
                 "shape": self._shape,
                 "dtype": self._dtype.str,
-                "offsets": _hash(self._offsets.astype("<i8").tobytes()).hex(),
+                "offsets": blake2b(self._offsets.astype("<i8").tobytes()).hex(),
             },
             indent=1,
         )
-        with _writing(self._folder):
+        with refusals(f"a stored array into {self._folder}"):
             file = self._folder / _HEADER
             if self._folder.exists() and not (file.is_file() and file.read_bytes() == header.encode()):
                 logger.warning("%s belongs to another pass and is removed", self._folder)
@@ -336,7 +326,7 @@ class ResumablePass:
                     if magic != _MAGIC or size > largest:
                         break
                     ids, data = file.read(8 * count), file.read(size)
-                    if len(data) < size or _hash(ids, data) != digest:
+                    if len(data) < size or blake2b(ids, data) != digest:
                         break
                     yield np.frombuffer(ids, "<i8"), np.frombuffer(data, self._dtype).reshape(-1, *self._shape[1:])
 
@@ -354,10 +344,3 @@ class ResumablePass:
                     "the folder must be on a file system that all ranks share"
                 )
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _hash(*parts: bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()

@@ -21,7 +21,7 @@ from dataflex.errors import CheckpointError, DataFlexError
 from dataflex.plan.plan import BatchShape, DataPlan
 from dataflex.printable import redacted
 from dataflex.registry import KINDS
-from dataflex.state import load_state, save_state
+from dataflex.state import load_state, refusals, save_state
 from dataflex.train.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
@@ -155,14 +155,12 @@ def save(checkpoint: Path, identity: Identity, plan: DataPlan | None, state: dic
     """Write ``checkpoint/dataflex`` (rank 0 only); it counts once the checkpoint is sealed."""
     folder = checkpoint / FOLDER
     meta = {"format": _FORMAT, "step": step, **identity.described}
-    try:
+    with refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RUN).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         save_state(folder, "methods", state)
         if plan is not None:
             np.savez(folder / "plan.npz", **plan.to_arrays())  # type: ignore[arg-type]
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def load(checkpoint: Path, identity: Identity) -> tuple[DataPlan | None, dict[str, Any]]:

@@ -200,14 +200,14 @@ class Controller:
             )
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
-        if config.selector is not None and options.budget is not None:
-            params = config.selector.params
-            scale = getattr(params, "precondition", "none")
+        if (asked := asked_of_rows(config)) is not None:
+            params = None if config.selector is None or options.budget is None else config.selector.params
+            scale = getattr(params, "precondition", "true_adam" if params is None else "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
-                targets=config.selector.targets,
-                asked=asked_of_rows(config.selector),
+                targets=asked[0],
+                asked=asked[1],
                 budget=options.budget,
                 seed=self.seed,
                 spec=GradientSpec(
@@ -216,6 +216,7 @@ class Controller:
                     precondition="none" if scale in ("none", "sign") else "true_adam",
                     normalize=getattr(params, "normalize", True),
                 ),
+                total_steps=self.schedule.total_steps,
                 explore=options.explore,
             )
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
@@ -360,7 +361,7 @@ class Controller:
     def _select(self, pool: Rows, ctx: Context) -> Selection:
         assert self.selector is not None
         wanted = self._wanted(ctx.interval, len(pool) if self._unplanned is None else self._pool_sizes[1])
-        if self.in_run is not None:
+        if self.in_run is not None and self.in_run.budget is not None:
             return self._select_and_draw(self.in_run, pool, min(wanted, len(pool)), ctx)
         selection = self.selector.select(pool, min(wanted, len(pool)), ctx)
         check_selection(self.selector, selection, pool, wanted)
@@ -369,7 +370,7 @@ class Controller:
     def _select_and_draw(self, in_run: InRun, pool: Rows, wanted: int, ctx: Context) -> Selection:
         """Select by predictions as many rows as they are trusted with, and draw the others uniformly."""
         assert self.selector is not None
-        chosen, selection = in_run.chosen(wanted), Selection(rows=pool[:0])
+        chosen, selection = in_run.chosen(wanted, ctx.interval), Selection(rows=pool[:0])
         if chosen:
             selection = self.selector.select(pool, chosen, ctx)
             check_selection(self.selector, selection, pool, chosen)

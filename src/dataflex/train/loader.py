@@ -100,27 +100,3 @@ class PlanFeed:
         """End the workers, each of which the garbage collector would wait for in vain for five seconds."""
         self._iterator = None
         self._loader._iterator = None  # that of persistent workers
-
-
-class _NoBatches(Sampler[list[int]]):
-    """``length`` micro-batches by its length, none by iteration."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([])
-
-
-class EpochShell(DataLoader[int]):
-    """What the Trainer takes for its training loader: right lengths, no batches.
-
-    The Trainer counts epochs, steps and examples by it and opens it once per epoch, which draws one
-    number from the global random stream, as its own loader would.
-    """
-
-    def __init__(self, num_rows: int, num_micro_batches: int) -> None:
-        super().__init__(range(num_rows), batch_sampler=_NoBatches(num_micro_batches))

@@ -6,7 +6,6 @@ all ranks together, when it is first asked for; after the last pass the model is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from dataflex.signals.logits import TokenScorer
 from dataflex.signals.losses import real_tokens
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.other_models import KEY, check_folder, check_tokenizer, load_reference
+from dataflex.signals.runner import rows_digest
 from dataflex.signals.store import ArrayStore, CacheKey, ResumablePass
 from dataflex.signals.sweep import Sweep, Turn, preserve_state
 
@@ -182,8 +182,7 @@ class ReferenceLosses:
         """Return the losses of the rows of a pass, one after the other; it is run unless it is stored (collective)."""
         rows, key, lengths = np.flatnonzero(self.pass_of == number), self._key, self._access.train.lengths
         if len(rows) < len(lengths):
-            digest = hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
-            key = replace(key, parameters={**key.parameters, "rows": digest})
+            key = replace(key, parameters={**key.parameters, "rows": rows_digest(rows)})
         sweep = self._access.sweep(rows, None, "reference losses")
         offsets = _offsets(sweep.lengths)
         self._start[rows] = offsets[:-1]

@@ -20,6 +20,7 @@ from dataflex.errors import DataError
 from dataflex.method import Rows
 from dataflex.plan.domains import Domains
 from dataflex.signals.model_access import Corpus
+from dataflex.state import blake2b
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,7 @@ def measure(dataset: Any) -> Measures:
 
 def fingerprint(sizes: Mapping[str, int], labels: NDArray[np.int32], content: str) -> str:
     """Return a hash of the sizes of the sources, the source of each row [N], and the hash of their tokens."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr(sorted(sizes.items())).encode())
-    digest.update(labels.tobytes())
-    digest.update(content.encode())
-    return digest.hexdigest()
+    return blake2b(repr(sorted(sizes.items())).encode(), labels.tobytes(), content.encode(), size=8).hex()
 
 
 def target_corpus(name: str, dataset: Any) -> Corpus:

@@ -134,7 +134,7 @@ class Session:
         self.weighter = None if weighter is None or weighter.neutral else weighter
         told = self.mixer is not None and (self.mixer.observes or isinstance(self.mixer, DomainWeighter))
         self._told_mixer: Mixer | None = self.mixer if told else None
-        self.weighs = self.weighter is not None or told or config.signals.budget is not None
+        self.weighs = self.weighter is not None or told or config.watches is not None
         """Whether the training loss must come from ``loss``: it is weighed, or its rows or domains are observed."""
         self.recorder: RunRecorder = NullRecorder()
         self.total_steps = 0

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataflex.errors import ComponentError, did_you_mean
 from dataflex.method import BatchView, Card, Reference, Requires, Weighter, WeighterParams, param
-from dataflex.registry import import_file
+from dataflex.registry import load_function
 
 if TYPE_CHECKING:
     import torch
@@ -57,26 +55,16 @@ BY_TOKEN: dict[str, Callable[..., Any]] = {"dft": dft, "focal": focal, "entropy"
 NAMED: dict[str, Callable[..., Any]] = {**BY_TOKEN, "clip_quantile": clip_quantile}
 
 
-def load_function(name: str, **settings: float) -> Callable[..., Any]:
+def token_function(name: str, **settings: float) -> Callable[..., Any]:
     """Return a named function, with the ``settings`` that it knows, or ``module:function``, or ``file.py:function``."""
     if name in NAMED:
         known = inspect.signature(NAMED[name]).parameters
         return partial(NAMED[name], **{key: value for key, value in settings.items() if key in known})
-    where, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"unknown {name!r}{did_you_mean(name, list(NAMED))} (known: {', '.join(NAMED)}; or 'module:function')"
         )
-    file = Path(where).expanduser() if where.endswith(".py") else None
-    if file is not None and not file.is_file():
-        raise ValueError(f"no such file: {where}")
-    try:
-        module = importlib.import_module(where) if file is None else import_file(file, "tokens")
-    except Exception as error:  # the user's own code: told with its cause
-        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    function: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"{where} has no function {attribute!r}")
+    function = load_function(name, "tokens")
     inputs_of(function)
     return function
 
@@ -128,7 +116,7 @@ class TokenWeighter(Weighter):
 
         def __post_init__(self) -> None:
             try:
-                taken = inputs_of(load_function(self.function))
+                taken = inputs_of(token_function(self.function))
             except ValueError as error:
                 raise ValueError(f"function: {error}") from error
             if "reference" in taken and not (self.reference or "").strip():
@@ -142,13 +130,13 @@ class TokenWeighter(Weighter):
         p = self.params
         reference = None if p.reference is None else Reference(p.reference, p.reference_cache)
         return Requires(
-            stages=("pt", "sft"), reference=reference, entropy="entropy" in inputs_of(load_function(p.function))
+            stages=("pt", "sft"), reference=reference, entropy="entropy" in inputs_of(token_function(p.function))
         )
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         settings = {"gamma": params.gamma, "power": params.power, "quantile": params.quantile}
-        self._function = load_function(params.function, **settings)
+        self._function = token_function(params.function, **settings)
         self._taken = inputs_of(self._function)
         self.normalizer = params.normalizer
 

@@ -159,19 +159,19 @@ class Norms(Consumer):
 
     name = "norms"
 
-    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+    def begin(self, finite: torch.Tensor) -> None:
         self._squares = [torch.zeros(len(finite), device=finite.device)]
 
-    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def ghost_cost(self, shape: FactorShape) -> float:
         return shape.tokens**2 * (shape.n + shape.left_width + 2 * _MEMORY)
 
-    def add(self, block: Block) -> None:  # noqa: D102
+    def add(self, block: Block) -> None:
         self._squares.append(torch.linalg.vecdot(block.values, block.values))
 
-    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:
         self._squares.append(ghost_norms(uses))
 
-    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    def finish(self) -> dict[str, torch.Tensor]:
         return {"": total(self._squares).clamp_min(0).sqrt().float()}
 
 
@@ -188,25 +188,25 @@ class Dots(Consumer):
         self.targets, self.normalize = targets, normalize
         self._norms, self._columns = Norms(), Columns(targets.flat)
 
-    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+    def begin(self, finite: torch.Tensor) -> None:
         self._norms.begin(finite)
         self._products = [torch.zeros(len(finite), len(self.targets), device=finite.device)]
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def dense_cost(self, shape: FactorShape) -> float:
         return (_MEMORY + len(self.targets)) * shape.m * shape.n
 
-    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def ghost_cost(self, shape: FactorShape) -> float:
         return self._norms.ghost_cost(shape) + len(self.targets) * shape.tokens * shape.n * shape.left_width
 
-    def add(self, block: Block) -> None:  # noqa: D102
+    def add(self, block: Block) -> None:
         self._products += inner_products(block.values, self._columns.of(block.segments, block.values.device))
         self._norms.add(block)
 
-    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:
         self._products.append(ghost_dots(uses, self.targets.tensors[name].to(uses[0].right.device)))
         self._norms.add_factors(name, uses, shape)
 
-    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    def finish(self) -> dict[str, torch.Tensor]:
         norms = self._norms.finish()[""]
         products = total(self._products)
         if self.normalize != "none":
@@ -229,27 +229,27 @@ class WeightedSums(Consumer):
     def __init__(self, vectors: TargetVectors) -> None:
         self.vectors = vectors
 
-    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+    def begin(self, finite: torch.Tensor) -> None:
         assert self.weights.shape == (len(self.vectors), len(finite)), "weights do not fit the batch"
         self._weights = self.weights.to(finite.device) * finite
         self._batch: dict[str, torch.Tensor] = {}  # added at the end: a batch that is started again counts once
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def dense_cost(self, shape: FactorShape) -> float:
         return len(self.vectors) * shape.m * shape.n
 
-    def ghost_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def ghost_cost(self, shape: FactorShape) -> float:
         return shape.tokens * shape.n * shape.left_width
 
-    def add(self, block: Block) -> None:  # noqa: D102
+    def add(self, block: Block) -> None:
         for (name, start, stop), values in block.parts():
             if name not in self._batch:
                 self._batch[name] = values.new_zeros(self.vectors.flat(name).shape)
             self._batch[name][:, start:stop] += self._weights @ values
 
-    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:  # noqa: D102
+    def add_factors(self, name: str, uses: list[Factors], shape: torch.Size) -> None:
         self._batch[name] = torch.stack([weighted_sum(uses, weights, shape).flatten() for weights in self._weights])
 
-    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    def finish(self) -> dict[str, torch.Tensor]:
         for name, part in self._batch.items():
             sums = self.vectors.flat(name)
             sums += part.to(sums.device)
@@ -270,17 +270,17 @@ class RowVectors(Consumer):
     def __init__(self, vectors: TargetVectors) -> None:
         self.vectors = vectors
 
-    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+    def begin(self, finite: torch.Tensor) -> None:
         places = self.places.to(finite.device)
         self._samples = (finite & places.ge(0)).nonzero().squeeze(1)
         self._places = places[self._samples]
 
-    def add(self, block: Block) -> None:  # noqa: D102
+    def add(self, block: Block) -> None:
         for (name, start, stop), values in block.parts():
             vectors = self.vectors.flat(name)
             vectors[self._places.to(vectors.device), start:stop] = values[self._samples].to(vectors.device)
 
-    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    def finish(self) -> dict[str, torch.Tensor]:
         return {}
 
 
@@ -315,14 +315,14 @@ class Sketch(Consumer):
         self._maps: dict[tuple[Segment, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = _REMEMBERED
 
-    def begin(self, finite: torch.Tensor) -> None:  # noqa: D102
+    def begin(self, finite: torch.Tensor) -> None:
         self._sums = torch.zeros(self.size, len(finite), dtype=torch.float32, device=finite.device)
         self._norms.begin(finite)
 
-    def dense_cost(self, shape: FactorShape) -> float:  # noqa: D102
+    def dense_cost(self, shape: FactorShape) -> float:
         return _COST_PER_COORDINATE * self.nonzeros * shape.m * shape.n
 
-    def add(self, block: Block) -> None:  # noqa: D102
+    def add(self, block: Block) -> None:
         found = self._maps.get(block.segments)
         if found is None:
             parts = [self.buckets_and_signs(segment, block.values.device) for segment in block.segments]
@@ -336,7 +336,7 @@ class Sketch(Consumer):
         _scatter(self._sums, values.t().contiguous(), *found)
         self._norms.add(block)
 
-    def finish(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    def finish(self) -> dict[str, torch.Tensor]:
         return {"": self._sums.t() / self.nonzeros**0.5, ".norms": self._norms.finish()[""]}
 
     def of(self, vectors: TargetVectors) -> torch.Tensor:

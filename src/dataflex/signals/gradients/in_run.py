@@ -393,14 +393,17 @@ class StepCapture:
             handle.remove()
         self._handles, self._dots, self._counts, self._parts = [], None, None, {}
 
-    def take(self, documents_BT: torch.Tensor | None = None) -> Taken:
+    def take(self, documents_BT: torch.Tensor | None = None, *, weights_B: torch.Tensor | None = None) -> Taken:
         """Return what was seen of the micro-batch whose backward pass is over, and forget it.
 
         Rows count with the mean loss over their tokens, weighted as those are in training. With ``documents_BT``, the
-        int64 document of each position counted over the micro-batch, documents are scored, without sketches.
+        int64 document of each position counted over the micro-batch, documents are scored, without sketches. Where no
+        token losses were watched, ``weights_B`` is what each row's mean loss counts.
         """
         assert self._dots is not None
         counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
+        if weights_B is not None:
+            counts = weights_B.to(counts)[:, None]
         if documents_BT is None:
             total, weight = self._dots.sum(dim=1), counts.sum(dim=1)
         else:

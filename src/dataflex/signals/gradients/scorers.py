@@ -6,8 +6,8 @@ rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ from dataflex.signals.identity import state_identity
 from dataflex.signals.losses import IGNORE
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec, WeightedResponse
-from dataflex.signals.sweep import Sweep, bucketed, row_pass, to_device
+from dataflex.signals.sweep import Sweep, Turn, bucketed, row_pass, to_device
+from dataflex.state import blake2b
 
 _HELD_NUMBERS = 2**28
 """Size of rows' gradients that are held together at most: 1 GiB in fp32."""
@@ -181,23 +182,31 @@ class TargetBuilder:
         return vectors.scale_(1 / counts)
 
 
-def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normalize_rows: bool) -> TargetVectors:
-    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``."""
+def target_vectors(
+    engine: GradientEngine,
+    targets: Sequence[Sweep],
+    *,
+    normalize_rows: bool,
+    around: Callable[[int, Turn], AbstractContextManager[None]] = lambda _number, _turn: nullcontext(),
+) -> TargetVectors:
+    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``.
+
+    ``around`` is entered for the passes of a batch, given the target's number and the batch.
+    """
     builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
     with engine.observing():
         for number, sweep in enumerate(targets):
             for turn in sweep.turns():
                 # A rank that only keeps step with the others adds nothing.
-                builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
+                with around(number, turn):
+                    builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
     return builder.finish()
 
 
 def responses_digest(responses: Sequence[WeightedResponse]) -> str:
     """Return a hash of everything that a task's responses say."""
-    digest = hashlib.blake2b(digest_size=16)
-    for one in responses:
-        digest.update(repr((tuple(one.prompt), tuple(one.response), one.group, float(one.weight))).encode())
-    return digest.hexdigest()
+    said = ((tuple(one.prompt), tuple(one.response), one.group, float(one.weight)) for one in responses)
+    return blake2b(*(repr(each).encode() for each in said)).hex()
 
 
 def policy_vectors(

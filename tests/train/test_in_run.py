@@ -1,0 +1,64 @@
+"""Parts of decisions within a budget: levels of observations, and target rows compared with the others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dataflex.train.in_run import InRun, Observations, centred, levels
+
+
+def numbered(steps, passes=(), goals=()):
+    steps = np.array(steps)
+    pilots, of_goals = np.zeros(len(steps), dtype=bool), np.zeros(len(steps), dtype=bool)
+    pilots[list(passes)], of_goals[list(goals)] = True, True
+    return levels(steps, pilots | of_goals, of_goals).tolist()
+
+
+def test_neighbouring_steps_share_a_level_until_there_are_eight_rows():
+    assert numbered([0] * 3 + [1] * 3 + [2] * 3 + [3] * 8 + [4] * 5 + [5] * 4) == [0] * 9 + [1] * 8 + [2] * 9
+    assert numbered([0] * 3 + [1] * 3) == [0] * 6
+    assert numbered([0] * 9 + [1] * 2) == [0] * 11, "too few at the end join what was before"
+    assert numbered([7, 0, 0, 0, 0, 0, 0, 0, 0]) == [0] * 9, "in any order"
+
+
+def test_pilots_have_a_level_of_their_own_and_rows_of_targets_join_them():
+    served, passes = [0] * 8, [1] * 10
+    assert numbered(served + passes, passes=range(8, 18)) == [0] * 8 + [1] * 10
+    assert numbered(served + passes, passes=range(8, 16), goals=range(16, 18)) == [0] * 8 + [1] * 10
+    assert numbered(served + passes, goals=range(8, 18)) == [0] * 18, "without pilots that of the steps before"
+    assert numbered([*served, *passes, *[1] * 8], goals=range(8, 18)) == [0] * 18 + [1] * 8
+
+
+def test_values_are_centred_within_groups():
+    found = centred(np.array([[1.0], [3.0], [10.0]]), np.array([0, 0, 1]))
+    assert found.ravel().tolist() == [-1, 1, 0]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
+    """Three target rows of one target after 10 rows of the pool, whose direction is their mean, twice as long."""
+    rng = np.random.default_rng(5)
+    sketches = rng.normal(size=(4, 6))
+    mean = 2.0 * sketches[1:].mean(axis=0)
+    run = SimpleNamespace(
+        spec=SimpleNamespace(normalize=normalize),
+        space=SimpleNamespace(num_rows=10),
+        aims=mean[None] / np.linalg.norm(mean),
+        _firsts=np.array([10, 13]),
+        _own=np.array([2.0 / np.linalg.norm(mean) / 3]),
+        _aimed_at=1,
+    )
+    same = {"steps": np.zeros(4, int), "unbiased": np.zeros(4, bool), "pilots": np.ones(4, bool)}
+    seen = Observations(
+        rows=np.array([4, 10, 11, 12]), intervals=np.full(4, 1), sketches=sketches, values=np.zeros((4, 0)), **same
+    )
+    found = InRun._of(run, seen)[:, 0]
+    wanted = [sketches[0] @ mean / np.linalg.norm(mean)]
+    for own in (1, 2, 3):
+        others = np.delete(sketches[1:], own - 1, axis=0).mean(axis=0)
+        wanted.append(sketches[own] @ others / np.linalg.norm(others))
+    lengths = np.linalg.norm(sketches, axis=1) if normalize else 1.0
+    np.testing.assert_allclose(found, np.array(wanted) / lengths, rtol=1e-9)
