@@ -1,12 +1,13 @@
 """How much of LESS's exact best tenth an index finds, by the numbers kept of a row.
 
-    python benchmarks/index_overlap.py --pool FOLDER/select_train.jsonl --rows 4000 \\
+    python benchmarks/index_overlap.py --pool FOLDER/select_train.jsonl --rows 2750 \\
         --targets FOLDER/select_valid.jsonl FOLDER/mmlu_dev_sft.jsonl
 
 The 4M base model with LoRA rank 8 on all linear layers after some steps of AdamW, Adam's directions of real rows, and
 mean unit gradients of the targets. Rows are sketched, projected and rounded by the code of ``dataflex score --index``.
 The projection is fitted to the first rows, and the overlap is of the others. ``random`` is a sparse random projection
-to that many numbers, unrounded. Files are of alpaca's format, an object a line. CPU seconds are of this process.
+to that many numbers, unrounded. Files are of alpaca's format, a list or an object a line. CPU seconds are of this
+process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataflex.rng import stream
 from support.selection_passes import ROOT, Bench, collate, tokens
 
 EXAMPLES = ROOT / "examples/data"
-SIZES = (128, 256, 512, 1024, 2048)
+SIZES = (256, 512, 1024)
 TOKEN_BUDGET = 2048
 
 
@@ -45,7 +46,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--targets", type=Path, nargs="+", default=files)
     parser.add_argument("--rows", type=int, default=1000, help="rows of the pool, drawn at random")
     parser.add_argument("--target-rows", type=int, default=32, help="first rows of each target")
-    parser.add_argument("--fitted", type=int, default=2048, help="rows that the projection is fitted to; at most half")
+    parser.add_argument("--fitted", type=int, default=2048, help="rows to fit to; at most three quarters")
     parser.add_argument("--warmup", type=int, default=40, help="steps of AdamW before gradients are taken")
     parser.add_argument("--wide", type=int, default=2**16, help="numbers of a wide sketch")
     parser.add_argument("--plain-coordinates", action="store_true", help="do not weigh coordinates by Adam's moments")
@@ -120,13 +121,14 @@ def main() -> int:
 
     from dataflex.signals.gradients.projection import fitted, packed, products, row_type
 
-    count = min(args.fitted, len(found.exact) // 2)
+    count = min(args.fitted, 3 * len(found.exact) // 4)
     others, norms = found.wide[count:], found.norms[count:]
     print(
         f"{args.precondition}, wide sketches of {args.wide:,} numbers, {count:,} rows fitted to, {len(others):,} "
         f"others; an exact pass took {found.seconds['exact']:.0f} CPU s, one with wide sketches "
         f"{found.seconds['sketch']:.0f}"
     )
+    print(f"best tenth: {max(1, len(others) // 10)} rows")
     print(f"{'numbers':<24} " + " ".join(f"{path.stem:>16}" for path in args.targets))
 
     def tell(label: str, scores: np.ndarray) -> None:

@@ -7,7 +7,8 @@
 Every case is a process of its own, so that its peak of memory (ru_maxrss) is its own. Vectors lie in a file that is
 mapped into memory: mapped pages count as memory too. They are made of clusters with near-duplicates in them, of length
 one. ``--check`` fails where a case takes longer or more than promised: near, tsds and round_robin 10 minutes and 6 GB,
-top_k 3 seconds, index 5 seconds. ``index`` scores rows of an index, in int8, towards new targets, once they are loaded.
+top_k 3 seconds, index 5 CPU seconds. ``index`` is what ``dataflex query`` does with rows in int8 and vectors of
+targets: scores of all rows, and the columns of the file.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ from pathlib import Path
 import numpy as np
 
 from core_decisions import processor
+from dataflex.config.schema import MethodConfig
+from dataflex.offline.index import STORE, Index, Part
+from dataflex.offline.table import ScoreTable
 from dataflex.rng import stream
 from dataflex.select.choose import top_k
 from dataflex.select.spread import apart, facility_location, k_center
+from dataflex.selectors.influence import Less
 from dataflex.selectors.nearest import Near, RdsPlus, Tsds
 from dataflex.signals.kinds import Embedding
 from dataflex.testing import FakeSignals, example_context
 
-MOST_SECONDS = {"near": 600.0, "tsds": 600.0, "round_robin": 600.0, "top_k": 3.0, "index": 5.0}
+MOST_SECONDS = {"near": 600.0, "tsds": 600.0, "round_robin": 600.0, "top_k": 3.0}
+MOST_CPU = {"index": 5.0}
 MOST_GB = {"near": 6.0, "tsds": 6.0, "round_robin": 6.0}
 CLUSTERS = 500
 COPIES = 0.05  # share of the rows that nearly repeat the row before them
@@ -83,25 +89,43 @@ def cover(rule: Callable[[np.ndarray, int], np.ndarray], folder: Path, size: arg
     return len(rule(vectors, round(size.cover_share * len(vectors))))
 
 
-def indexed(folder: Path, size: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows as an index keeps them, and vectors of targets."""
+def indexed(folder: Path, size: argparse.Namespace) -> tuple[Index, ScoreTable, np.ndarray]:
+    """Return an index of rows in int8, what its table holds, and projected vectors of targets."""
     import torch
 
     from dataflex.signals.gradients.projection import packed, row_type
 
-    vectors = opened(folder, "rows", size.dim, size.index_rows)
+    vectors = torch.tensor(opened(folder, "rows", size.dim, size.index_rows))
     targets = opened(folder, "queries", size.dim, size.index_targets)
-    same = torch.eye(size.dim)
-    rows = packed(torch.tensor(vectors), torch.ones(len(vectors)), same, row_type(size.dim, "int8"))
-    return rows, targets
+    kept = packed(vectors, torch.ones(len(vectors)), torch.eye(size.dim), row_type(size.dim, "int8"))
+    (folder / STORE / "rows").mkdir(parents=True, exist_ok=True)
+    np.save(folder / STORE / "rows/array.npy", kept)
+    part = Part(checkpoint=None, rate=0.0, model="", rows="rows", projection="")
+    index = Index(
+        folder=folder, lf={}, params={"normalize": True}, seed=0, wide=0, parts=(part,), sample=np.zeros(0, np.int64)
+    )
+    zeros = np.zeros(len(vectors), dtype=np.int64)
+    table = ScoreTable(
+        datasets=("pool",),
+        dataset_of=zeros,
+        domains=("pool",),
+        domain_of=zeros,
+        position=np.arange(len(vectors)),
+        tokens=zeros + 100,
+        supervised_tokens=zeros + 50,
+        columns={},
+        provenance={},
+    )
+    return index, table, targets
 
 
-def query(rows: np.ndarray, targets: np.ndarray) -> int:
-    """Score rows of an index towards targets, and take the best tenth for each."""
-    from dataflex.signals.gradients.projection import products
+def query(index: Index, table: ScoreTable, targets: np.ndarray) -> int:
+    """Return how many columns a query of an index writes."""
+    from dataflex.offline.querying import columns_of, scores_of
 
-    scores = products(rows, targets, normalize=True)
-    return sum(len(top_k(scores[:, target], len(rows) // 10)) for target in range(len(targets)))
+    names = tuple(f"target {place}" for place in range(len(targets)))
+    method = MethodConfig(kind="selector", name="less", params=Less.Params(), targets=names)
+    return len(columns_of(method, table, scores_of(index, (targets,)), seed=0))
 
 
 CASES: dict[str, Callable[[Path, argparse.Namespace], int]] = {
@@ -128,9 +152,11 @@ def run_case(name: str, folder: Path, size: argparse.Namespace) -> None:
         started, busy = time.perf_counter(), time.process_time()
         kept = len(top_k(scores, size.top_k_rows // 10))
     elif name == "index":
-        rows, targets = indexed(folder, size)
+        import dataflex.offline.querying  # noqa: F401  (it takes seconds to import)
+
+        made = indexed(folder, size)
         started, busy = time.perf_counter(), time.process_time()
-        kept = query(rows, targets)
+        kept = query(*made)
     else:
         started, busy = time.perf_counter(), time.process_time()
         kept = CASES[name](folder, size)
@@ -192,7 +218,8 @@ def main() -> int:
             found = json.loads(done.stdout)
             told = f"{found['seconds']:>9.1f} {found['cpu']:>8.1f} {found['gb']:>8.2f}  {done.stderr.strip()}"
             print(f"{name:<18} {rows_of(name, size):>11,} {found['kept']:>10,} {told}", flush=True)
-            if found["seconds"] > MOST_SECONDS.get(name, np.inf) or found["gb"] > MOST_GB.get(name, np.inf):
+            limits = {"seconds": MOST_SECONDS, "cpu": MOST_CPU, "gb": MOST_GB}
+            if any(found[what] > most.get(name, np.inf) for what, most in limits.items()):
                 broken.append(name)
     if broken:
         print(f"slower or larger than promised: {', '.join(broken)}")

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
 from dataflex.offline.table import read_scores
 from tests.offline.conftest import rows_of
@@ -21,8 +22,6 @@ LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
 @pytest.fixture
 def wide(monkeypatch):
     """Sketches so wide that hardly two coordinates meet."""
-    import dataflex.offline.indexing as indexing
-
     monkeypatch.setattr(indexing, "WIDE", 2**18)
 
 
@@ -121,12 +120,13 @@ def test_several_checkpoints_and_a_new_target_elsewhere(scoring, wide, capsys):
     assert "was made with other weights" in capsys.readouterr().err
 
 
-def test_what_is_told_of_rows_that_lie_in_both(scoring, caplog):
+def test_rows_that_lie_in_both_and_secrets(scoring, caplog):
     scoring.write("pool", rows_of(20))
     scoring.write("goal", [*rows_of(3), *rows_of(2, seed=9)])
     command = ["score", scoring.config(dataset="pool", **LORA), "--method", "less", "--index", "index"]
-    command += ["less.precondition=none", "less.sketch_size=32"]
+    command += ["less.precondition=none", "less.sketch_size=32", "hf_hub_token=hf_none"]
     assert scoring.run(*command) == 0
+    assert "hf_none" not in (scoring.folder / "index/index.json").read_text()
     first = arrays_of(scoring.folder / "index")
     assert scoring.run(*command) == 0
     assert first == arrays_of(scoring.folder / "index")
@@ -142,22 +142,23 @@ def arrays_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.gloo)])
-def test_kill_and_go_on(scoring, ranks):
-    """Killed among the rows of the sample and again among all rows: the same bytes as in one go."""
-    scoring.write("pool", rows_of(500))
+@pytest.mark.parametrize(
+    ("ranks", "kills"), [(1, ("sample", "rows")), pytest.param(2, ("rows",), marks=pytest.mark.gloo)]
+)
+def test_kill_and_go_on(scoring, ranks, kills, caplog):
+    """Killed among the rows of the sample, and among all rows: the same bytes as in one go on one rank."""
+    scoring.write("pool", rows_of(200))
     settings = {"dataset": "pool", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-    command = ["score", scoring.config(**settings, **LORA), "--method", "less", "--index"]
-    less = ["less.precondition=sign", "less.sketch_size=16"]
+    command = ["score", scoring.config(**settings, **LORA), "--method", "less"]
+    command += ["less.precondition=sign", "less.sketch_size=16", "--index"]
+    assert scoring.run(*command, "straight") == 0
     world = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "ACCELERATE_TORCH_DEVICE": "cpu"} if ranks > 1 else {}
-    straight = start([*command, "straight", *less], **world)
-    output = straight.communicate(timeout=600)[0]
-    assert straight.returncode == 0, output
-    for what, least in (("sample", 40_000), ("rows", 8_000)):
-        process = start([*command, "killed", *less], **world)
+    few = {"sample": 8 * 4 * indexing.WIDE, "rows": 3000}  # bytes: 8 of the 64 rows fitted to; these and a few more
+    for what in kills:
+        process = start([*command, "killed"], **world)
         deadline = time.monotonic() + 600
         parts = scoring.folder / "killed/store"
-        while sum(part.stat().st_size for part in parts.glob(f"index-{what}-*.unfinished/part-*.bin")) < least:
+        while sum(part.stat().st_size for part in parts.glob(f"index-{what}-*.unfinished/part-*.bin")) < few[what]:
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -165,10 +166,15 @@ def test_kill_and_go_on(scoring, ranks):
         process.wait()
         assert not (scoring.folder / "killed/index.json").exists()
         assert scoring.run("query", "killed", "--target", "pool", "--out", "q.parquet") == 2
-    process = start([*command, "killed", *less], **world)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
-    assert "index rows: going on after" in output
+    if ranks > 1:
+        process = start([*command, "killed"], **world)
+        told = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, told
+    else:
+        with caplog.at_level("INFO", logger="dataflex"):
+            assert scoring.run(*command, "killed") == 0
+        told = caplog.text
+    assert "index rows: going on after" in told
     assert arrays_of(scoring.folder / "straight") == arrays_of(scoring.folder / "killed")
 
 

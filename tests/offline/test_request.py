@@ -169,6 +169,7 @@ def index_of(scoring, request_of):
         ((), {"index": "run.json"}, "--index: run.json is a file"),
         ((), {"index": "data"}, "no part of an index; name another folder"),
         (("less.precondition=true_adam",), {}, "write 'less.precondition=none', or name a checkpoint"),
+        (('lr_scheduler_kwargs={"api_key": "abc"}',), {}, "lr_scheduler_kwargs: holds a secret"),
         (("less.sketch_size=many",), {}, "less.sketch_size"),
         (("less.sketch_size=1",), {}, "less.sketch_size"),
         (("resume_from_checkpoint=[here,there]",), {}, "resume_from_checkpoint: there cannot be used"),

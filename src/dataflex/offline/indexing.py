@@ -26,6 +26,7 @@ from dataflex.offline.index import FINGERPRINTS, ROWS, SAMPLE, STORE, TOLD, Inde
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.scoring import Scored, WorkflowMixin, run_workflow, take_checkpoint
 from dataflex.offline.table import write_scores
+from dataflex.printable import without_secrets
 from dataflex.rng import uniforms
 from dataflex.signals.gradients.consumers import Sketch
 from dataflex.signals.gradients.projection import fitted, packed, row_type
@@ -65,6 +66,7 @@ def drawn(supervised: NDArray[np.int64], size: int, seed: int) -> tuple[Rows, Ro
 _Wide = Callable[[], NDArray[np.float32]]
 """Gives the wide sketches of the fitted rows, and in the last column their norms [F, W + 1] (collective)."""
 _Take = Callable[[Rows, torch.Tensor, torch.Tensor], None]
+"""Takes places of rows [b], their wide sketches [b, W] and norms [b]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +93,8 @@ class _Sketching:
     key: Callable[..., CacheKey]
     sweep: Callable[[Rows], Sweep]
 
-    def run(
-        self, rows: Rows, done: NDArray[np.bool_], take: Callable[[Rows, torch.Tensor, torch.Tensor], None]
-    ) -> None:
-        """Hand ``take`` rows [b], their wide sketches [b, W] and norms [b], but for those done (collective)."""
+    def run(self, rows: Rows, done: NDArray[np.bool_], take: _Take) -> None:
+        """Sketch rows widely, but for those done, and hand ``take`` their places among ``rows`` (collective)."""
         engine, precondition = self.scorers.engine, self.scorers.precondition()
         with torch.no_grad(), engine.observing():
             for turn in self.sweep(rows).turns(done):
@@ -117,7 +117,6 @@ class _Sketching:
     def projection(self, wide: _Wide, rows: Rows) -> tuple[CacheKey, NDArray[np.float32]]:
         """Return what wide sketches are projected by [W, k], fitted on rank 0 and kept in 16 bits (collective)."""
         key = self.key("index projection", rows=rows_digest(rows), size=self.size)
-
         what = "projection of the index"
         if not comm.on_one_rank(what, lambda: self.store.get(key) is not None, CheckpointError):
             sketches = wide()
@@ -246,7 +245,7 @@ def run_index(request: ScoreRequest) -> str:
         params = plain(method)
         index = Index(
             folder=folder,
-            lf={key: value for key, value in request.lf.items() if key != "output_dir"},
+            lf=without_secrets({key: value for key, value in request.lf.items() if key != "output_dir"}),
             params=params,
             seed=ended.seed,
             wide=WIDE,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.data import target_data_sets
+from dataflex.config.schema import MethodConfig
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.llamafactory.swap import swapped
 from dataflex.method import Rows
@@ -89,7 +90,7 @@ class _QueryMixin(WorkflowMixin):
         sample: Any = load_from_disk(str(index.folder / SAMPLE)).select(range(len(index.sample)))
         measures = measure(sample)
         pool = Corpus(dataset=sample, lengths=measures.lengths, identity=measures.fingerprint)
-        asked = np.linspace(0, len(index.sample) - 1, request.sample).round().astype(np.int64)
+        asked = _asked(request)
         aims, exact = [], []
         for part in index.parts:
             checkpoint = None if part.checkpoint is None else Path(part.checkpoint)
@@ -107,6 +108,11 @@ class _QueryMixin(WorkflowMixin):
             if len(asked):
                 exact.append(runner(GradientScores(targets=names, **{**options, "sketch_size": None}), asked))
         raise _Answered(Answers(aims=tuple(aims), exact=tuple(exact), targets=corpora))
+
+
+def _asked(request: QueryRequest) -> Rows:
+    """Return which rows of the index's sample are asked about, spread over all of it."""
+    return np.linspace(0, len(request.index.sample) - 1, request.sample).round().astype(np.int64)
 
 
 def _params(request: QueryRequest) -> Less.Params:
@@ -170,7 +176,7 @@ def run_query(request: QueryRequest) -> str:
         index, names = request.index, request.method.targets
         table, began = index.table(), time.perf_counter()
         scores = scores_of(index, answers.aims)
-        columns = _columns(request, table, scores)
+        columns = columns_of(request.method, table, scores, seed=index.seed)
         seconds = time.perf_counter() - began
         found = _agreements(request, answers)
         _tell_leaks(index, answers.targets)
@@ -186,21 +192,19 @@ def run_query(request: QueryRequest) -> str:
     return "\n".join(lines)
 
 
-def _columns(request: QueryRequest, table: ScoreTable, scores: NDArray[np.float32]) -> list[Column]:
-    """Return what LESS makes of the scores [N, M]: together, by target, and the order of preference."""
+def columns_of(method: MethodConfig, table: ScoreTable, scores: NDArray[np.float32], *, seed: int) -> list[Column]:
+    """Return what LESS makes of scores towards its targets [N, M]: together, by target, the order of preference."""
     domains = Domains(names=table.domains, domain_of=np.asarray(table.domain_of, dtype=np.int32), lengths=table.tokens)
-    signals = _Indexed(request.method.targets, scores)
-    ctx = context(domains, signals, seed=request.index.seed)
-    return ask(request.method, np.arange(table.num_rows, dtype=np.int64), table.num_rows, ctx)
+    ctx = context(domains, _Indexed(method.targets, scores), seed=seed)
+    return ask(method, np.arange(table.num_rows, dtype=np.int64), table.num_rows, ctx)
 
 
 def _agreements(request: QueryRequest, answers: Answers) -> dict[str, Agreement | None]:
     """Return by target how scores of the index agree with exact ones on the sample."""
     if not answers.exact:
         return {}
-    index, count = request.index, request.sample
-    asked = index.sample[np.linspace(0, len(index.sample) - 1, count).round().astype(np.int64)]
-    found = scores_of(index, answers.aims, asked)
+    index = request.index
+    found = scores_of(index, answers.aims, index.sample[_asked(request)])
     exact = lr_weighted(list(answers.exact), [part.rate for part in index.parts])
     return {name: agreement(exact[:, t], found[:, t]) for t, name in enumerate(request.method.targets)}
 

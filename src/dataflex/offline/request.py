@@ -32,6 +32,7 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import RunFacts
 from dataflex.offline.index import WORK, index_problems
 from dataflex.offline.table import is_scores
+from dataflex.printable import without_secrets
 from dataflex.registry import KINDS, names
 from dataflex.signals.specs import PRECISIONS, Precision
 
@@ -243,6 +244,11 @@ def score_request(
         meant = did_you_mean(precision, PRECISIONS)
         problems.append(f"--precision: unknown {precision!r}{meant} (known: {', '.join(PRECISIONS)})")
     notes = _tidy(lf, problems)
+    if indexes:
+        try:
+            without_secrets(lf)  # an index keeps these keys
+        except ConfigError as error:
+            problems += error.problems
     checkpoints = _checkpoints_of(lf, problems, several=indexes)
     place = index or out or Path("scores.parquet")
     work = place / WORK if indexes else place.with_name(f"{place.name}.work")

@@ -37,6 +37,7 @@ from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
 from dataflex.plan.validate import check_selection
 from dataflex.printable import redacted
+from dataflex.select.scoring import PoolSelector
 from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.runner import SignalRunner
@@ -120,7 +121,7 @@ def ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[Col
             logger.warning("%s: all %d scores are equal (%g), so they say nothing", name, len(finite), finite[0])
     for target in method.targets if columns and len(method.targets) > 1 else ():
         try:
-            one = _selection(replace(method, targets=(target,)), pool, budget, ctx)
+            one = _selection(replace(method, targets=(target,)), pool, budget, ctx, scores_only=True)
         except DataFlexError as error:  # a method may need several tasks
             logger.info("%s gives no scores for %s alone: %s", name, target, error)
             continue
@@ -134,9 +135,11 @@ def ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[Col
     return [*columns, Column(f"{name}.rank", ranks, told)]
 
 
-def _selection(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> Selection:
+def _selection(method: MethodConfig, pool: Rows, budget: int, ctx: Context, *, scores_only: bool = False) -> Selection:
     selector = method.build()
     assert isinstance(selector, Selector)
+    if scores_only and type(selector).select is PoolSelector.select:
+        budget = 1  # scores do not depend on it, and nothing is sorted
     selection = selector.select(pool, budget, replace(ctx, targets=method.targets))
     check_selection(selector, selection, pool, budget)
     return selection
