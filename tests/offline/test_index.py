@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
 from dataflex.offline.table import read_scores
 from tests.offline.conftest import rows_of
-from tests.offline.test_score import start
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
 
@@ -141,39 +141,52 @@ def arrays_of(folder):
     return [np.array(index.array(name)).tobytes() for part in index.parts for name in (part.projection, part.rows)]
 
 
+KILLED = """
+import os, signal, sys
+from dataflex.cli import main
+from dataflex.signals.store import ResumablePass
+
+record, what, most, done = ResumablePass.record, sys.argv[1], int(sys.argv[2]), 0
+
+def counted(work, rows, values):
+    global done
+    record(work, rows, values)
+    done += len(rows) if work._key.method == what else 0
+    if done >= most:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ResumablePass.record = counted
+sys.exit(main(sys.argv[3:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "kills"), [(1, ("sample", "rows")), pytest.param(2, ("rows",), marks=pytest.mark.gloo)]
 )
-def test_kill_and_go_on(scoring, ranks, kills, caplog):
+def test_kill_and_go_on(scoring, ranks, kills):
     """Killed among the rows of the sample, and among all rows: the same bytes as in one go on one rank."""
-    scoring.write("pool", rows_of(200))
+    scoring.write("pool", rows_of(120))
     settings = {"dataset": "pool", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     command = ["score", scoring.config(**settings, **LORA), "--method", "less"]
     command += ["less.precondition=sign", "less.sketch_size=16", "--index"]
     assert scoring.run(*command, "straight") == 0
-    world = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "ACCELERATE_TORCH_DEVICE": "cpu"} if ranks > 1 else {}
-    few = {"sample": 8 * 4 * indexing.WIDE, "rows": 3000}  # bytes: 8 of the 64 rows fitted to; these and a few more
+    (scoring.folder / "killed.py").write_text(KILLED)
+    world = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if ranks > 1 else []
+
+    def run(what, most):
+        words = [sys.executable, *world, "killed.py", f"index {what}", str(most), *command, "killed"]
+        environment = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        return done.returncode, done.stdout + done.stderr
+
     for what in kills:
-        process = start([*command, "killed"], **world)
-        deadline = time.monotonic() + 600
-        parts = scoring.folder / "killed/store"
-        while sum(part.stat().st_size for part in parts.glob(f"index-{what}-*.unfinished/part-*.bin")) < few[what]:
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        code, told = run(what, {"sample": 8, "rows": 64 + 12}[what])  # 64 rows are of the sample
+        assert code == -signal.SIGKILL if ranks == 1 else "SIGKILL" in told, told
         assert not (scoring.folder / "killed/index.json").exists()
         assert scoring.run("query", "killed", "--target", "pool", "--out", "q.parquet") == 2
-    if ranks > 1:
-        process = start([*command, "killed"], **world)
-        told = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, told
-    else:
-        with caplog.at_level("INFO", logger="dataflex"):
-            assert scoring.run(*command, "killed") == 0
-        told = caplog.text
+    code, told = run("rows", 1000)
+    assert code == 0, told
     assert "index rows: going on after" in told
     assert arrays_of(scoring.folder / "straight") == arrays_of(scoring.folder / "killed")
 
