@@ -1,9 +1,9 @@
 """Rows' gradients in a few hundred numbers each: a wide sparse sketch, then the main directions of a sample of rows.
 
-A random projection to k numbers errs by 1 / sqrt(k) in every cosine, which at k = 512 is as much as the cosines of good
-rows differ. Rows of one data set lie near a space of far fewer dimensions than parameters, so a sample of their wide
-sketches gives the k directions that hold most of them; a random rotation then spreads each row evenly over the k
-numbers, so that one scale a row is enough for 8 bits.
+A random projection to k numbers errs by about 1 / sqrt(k) in every cosine, 0.04 at k = 512. Rows of one data set lie
+near a space of far fewer dimensions than parameters, so a sample of their wide sketches gives the k directions that
+hold most of them; a random rotation then spreads each row evenly over the k numbers, so that one scale a row is enough
+for 8 bits.
 
 Legend: b rows, F rows of the sample, W numbers of a wide sketch, k numbers kept, M target vectors.
 """
