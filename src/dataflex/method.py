@@ -111,6 +111,7 @@ class Requires:
     pure_micro_batches: bool = False  # mixers: every micro-batch must hold one domain only
     embedding: Embedding | None = None  # weighters: how BatchView.embeddings_BH are made
     entropy: bool = False  # weighters: BatchView.entropy_BT is needed
+    ledger: bool = False  # mixers: Context.benefit is needed, which takes a ledger of its targets
     budget: bool = False  # selectors: gradient scores, gradient norms or losses of training rows are all it asks for
     passes: Passes = Passes()  # what it costs
 
@@ -200,6 +201,15 @@ class Signals(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benefit:
+    """What training on each domain did to the targets' losses since the last decision, by the ledger."""
+
+    targets: tuple[str, ...]
+    changes_KT: Floats  # change of each target's loss, nats per token; negative: it fell
+    tokens_K: NDArray[np.int64]  # tokens of each domain that were trained on
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What a method may look at while it decides. Random numbers come from ``rng`` only."""
 
@@ -213,6 +223,7 @@ class Context:
     global_batch: int = 1  # sequences of one optimizer step
     unit: Literal["sequences", "tokens", "documents"] = "sequences"  # unit in which proportions are measured
     learning_rate: float = 0.0  # of the optimizer at the step of the decision
+    benefit: Benefit | None = None  # by the ledger; None without one, and before it has an account
 
     def rng(self, name: str) -> np.random.Generator:
         """Return the counter-based random stream ``name`` of this interval, equal on every rank."""

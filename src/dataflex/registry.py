@@ -42,6 +42,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "online": "odm ado",
         "held_out": "sheared velocity skill_it aioli dynamic_moe",
         "gradient_shares": "doge dga pike",
+        "measured": "ledger",
         "loss_weights": "doremi group_dro",
     },
     "weighter": {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.method import BatchView, Context, Rows
+from dataflex.method import BatchView, Benefit, Context, Rows
 from dataflex.plan.domains import Domains, DomainStats
 from dataflex.plan.schedule import Interval
 from dataflex.rng import rademacher, uniforms
@@ -258,12 +258,22 @@ def example_context(
 
     ``sizes`` is the number of rows of each domain (web 40, code 20 and math 4 if left out), ``lengths`` the number of
     tokens of each row [N] (10 each). ``given`` are fields of ``Context`` (``signals``, ``targets``, ``seed``, ...); the
-    losses are 1, 1.01, ... and the one target is ``target`` if they are left out.
+    losses are 1, 1.01, ..., the one target is ``target``, and 100 tokens of each domain took 0.1, 0.05, 0.033, ... off
+    its loss if they are left out.
     """
     sizes = {"web": 40, "code": 20, "math": 4} if sizes is None else sizes
     rows = np.arange(sum(sizes.values()))
     lengths_N = np.full(len(rows), 10) if lengths is None else np.asarray(lengths)
-    usual = {"seed": 0, "targets": ("target",), "total_sequences": 100, "global_batch": 4, "learning_rate": 1e-3}
+    falls = 0.1 / np.arange(1, len(sizes) + 1)
+    benefit = Benefit(targets=("target",), changes_KT=-falls[:, None], tokens_K=np.full(len(sizes), 100))
+    usual: dict[str, Any] = {
+        "seed": 0,
+        "targets": ("target",),
+        "total_sequences": 100,
+        "global_batch": 4,
+        "learning_rate": 1e-3,
+    }
+    usual["benefit"] = benefit
     return Context(
         interval=Interval(index=index, kind=kind, start_step=start_step, stop_step=stop_step),
         domains=Domains.from_sizes(tuple(sizes), tuple(sizes.values()), lengths_N.astype(np.int64)),

@@ -82,6 +82,7 @@ Configuration
     domain_clusters: null
     domain_encoder: null
     eval_by_domain: false
+    ledger: null
     signals:
       pool_fraction: 1.0
       screen_fraction: 1.0

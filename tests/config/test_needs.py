@@ -160,6 +160,10 @@ UNMET: dict[str, list[tuple[str, Any, RunFacts | None, str]]] = {
     "pure_micro_batches": [("mixer", True, None, "uniform requires micro-batches of one domain each")],
     "embedding": [("selector", object(), None, "requires embedding, which only a weighter is given")],
     "entropy": [("mixer", True, None, "requires entropy, which only a weighter is given")],
+    "ledger": [
+        ("weighter", True, None, "requires ledger, which only a mixer is given"),
+        ("mixer", True, None, "dynamic.ledger: missing; the uniform mixer decides by it"),
+    ],
 }
 NOT_REQUIRED = {
     "budget": "what a selector allows, held against the block",
@@ -215,3 +219,36 @@ def test_a_budget_needs_steps_that_score_rows(config: Config, project: Path) -> 
     found = problems(config(enable_liger_kernel=True, label_smoothing_factor=0.1, dynamic=block), project)
     assert any("gives no loss per token, which the loss selector needs" in line for line in found), found
     assert any("smoothing replaces the loss that the loss selector looks at" in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dynamic": {"ledger": {"targets": []}}}, "dynamic.ledger.targets: names no data set"),
+        ({"dynamic": {"ledger": {"targets": ["nowhere"]}}}, "dynamic.ledger.targets: "),
+        ({"dynamic": {"ledger": {"targets": ["t"], "refresh_steps": 0}}}, "refresh_steps: must be at least 1, found 0"),
+        ({"dynamic": {"ledger": {"target": ["t"]}}}, "dynamic.ledger.target: unknown key; did you mean 'targets'?"),
+        (
+            {"dynamic": {"mixer": {"name": "ledger", "targets": ["t", "a"]}, "ledger": {"targets": ["t"]}}},
+            "dynamic.mixer.targets: the ledger has no account of a; add it to dynamic.ledger.targets",
+        ),
+        ({"stage": "dpo"}, "dynamic.ledger: rows are seen in the steps of stages pt and sft, not of dpo"),
+        ({"optim": "adafactor"}, "not under the run's optimizer (optim: adafactor)"),
+        ({"fsdp": "full_shard"}, "dynamic.ledger: needs whole parameters, and fsdp partitions them"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: it keeps gradients in partitions of its own"),
+    ],
+)
+def test_a_ledger_is_for_what_it_can_split(changes: dict[str, Any], told: str, config: Config, project: Path) -> None:
+    settings = {"dynamic": {"ledger": {"targets": ["t"]}}, **changes}
+    found = problems(config(**settings), project)
+    assert any(told in line for line in found), found
+
+
+def test_a_ledger_needs_no_method_and_a_mixer_turns_it_on(config: Config, project: Path) -> None:
+    assert problems(config(dynamic={"ledger": {"targets": ["t"]}}), project) == []
+    assert problems(config(optim="sgd", dynamic={"ledger": {"targets": ["t"]}}), project) == []
+    block = {"mixer": {"name": "ledger", "targets": ["t"]}, "interval_steps": 5}
+    dynamic = resolve(config(dynamic=block), project).dynamic
+    assert dynamic is not None
+    assert dynamic.ledger is not None
+    assert dynamic.ledger.targets == ("t",)

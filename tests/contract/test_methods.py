@@ -67,6 +67,7 @@ MINIMAL = {
     ("mixer", "doge"): lambda K: {},
     ("mixer", "dga"): lambda K: {},
     ("mixer", "pike"): lambda K: {},
+    ("mixer", "ledger"): lambda K: {},
     ("mixer", "skill_it"): lambda K: {"graph": [[1.0 + (i == j) for j in range(K)] for i in range(K)]},
     ("mixer", "aioli"): lambda K: {},
     ("mixer", "doremi"): lambda K: {"reference": "runs/reference"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import yaml
 from dataflex.config.build import parse_dynamic
 from dataflex.config.check import _REFUSED, _REFUSED_WITH_TOKEN_LOSSES
 from dataflex.config.mappings import describe, field_hints, plain, shown
-from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, SignalsConfig
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, LedgerConfig, SignalsConfig
 from dataflex.config.split import split
 from dataflex.contract import class_problems
 from dataflex.method import SIGNALS, BatchView, Context, Params, Requires, Signals
@@ -63,7 +63,8 @@ def dynamic_blocks():
 def test_every_yaml_block_is_valid(page, mapping):
     """Strictly, as a configuration that lies in examples/ would be."""
     if "dynamic" in mapping:
-        assert parse_dynamic(mapping["dynamic"], EXAMPLES).methods
+        dynamic = parse_dynamic(mapping["dynamic"], EXAMPLES)
+        assert dynamic.methods or dynamic.ledger
     else:
         assert set(mapping) & set(FLAT_KEYS), f"{page}: neither a dynamic block nor flat keys"
         assert split(mapping, EXAMPLES).dynamic is not None
@@ -81,7 +82,10 @@ def default(field):
     return "`" + shown(plain(field.default)).strip("'") + "`"
 
 
-@pytest.mark.parametrize(("cls", "heading"), [(DynamicConfig, "## The dynamic block"), (SignalsConfig, "### Signals")])
+@pytest.mark.parametrize(
+    ("cls", "heading"),
+    [(DynamicConfig, "## The dynamic block"), (SignalsConfig, "### Signals"), (LedgerConfig, "### The ledger")],
+)
 def test_every_key_of_the_dynamic_block_is_described_as_it_is(cls, heading):
     table = {row[0].strip("`"): row for row in rows_of("docs/configuration.md", heading)}
     known = [field for field in fields(cls) if field.metadata.get("user", True)]
@@ -92,6 +96,7 @@ def test_every_key_of_the_dynamic_block_is_described_as_it_is(cls, heading):
         takes = ", ".join([describe(hints[field.name]), *limits])
         takes = "a name, or a mapping with `name`" if field.name in KINDS else takes
         told = "all of its defaults" if is_dataclass(field.default) else default(field)
+        told = "must be given" if field.default is MISSING else told
         assert table[field.name][1:3] == [takes, told], field.name
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.errors import CheckpointError, ConfigError, DataError
+from dataflex.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from dataflex.method import Benefit
 from dataflex.mixers._lib import held_out_losses
 from dataflex.mixers.fixed import RandomShares
 from dataflex.mixers.gradient_shares import Dga, Doge, Pike, doge_scores, domain_gradients, pike_scores
@@ -25,6 +26,7 @@ from dataflex.mixers.held_out import (
     near_one_hot,
     velocities,
 )
+from dataflex.mixers.measured import ByLedger
 from dataflex.mixers.online import Ado, Odm, PowerLaw, exploration, fit_power_law, policy, preference
 from dataflex.plan.proportions import exponentiated, logs, softmax
 from dataflex.signals.kinds import GateLoads, GradientProducts
@@ -582,3 +584,36 @@ def test_odm_by_default_stays_near_equal_shares(num_domains):
     paper = policy(reward * num_domains / 0.2, exploration(100, num_domains), exploration(101, num_domains), False)
     assert np.abs(paper - 1 / num_domains).max() > 2 * max(far)
     assert "near equal shares" in Odm.card.summary
+
+
+# ---------------------------------------------------------------- ledger
+
+
+def benefit(changes, tokens):
+    return Benefit(targets=("a", "b"), changes_KT=np.array(changes, float), tokens_K=np.array(tokens))
+
+
+def test_ledger_serves_by_the_average_fall_of_the_losses_per_token():
+    mixer = ByLedger(ByLedger.Params(smoothing=0.75, explore=0.2, initial="uniform"))
+    ctx = example_context({"web": 30, "code": 20, "math": 10}, targets=("a", "b"))
+    assert mixer.mix(replace(ctx, benefit=None)).proportions == pytest.approx([1 / 3] * 3)
+    late = example_context({"web": 30, "code": 20, "math": 10}, index=1, start_step=10, stop_step=20)
+    first = replace(late, benefit=benefit([[-0.2, -0.4], [0.1, 0.1], [0.0, 0.0]], [100, 50, 0]))
+    # web .3 / 100; code did harm; math was not served and counts with the mean of the two, .5 x .003
+    assert mixer.mix(first).proportions == pytest.approx([0.8 * 2 / 3 + 0.2 / 3, 0.2 / 3, 0.8 / 3 + 0.2 / 3])
+    second = replace(late, benefit=benefit([[-0.1, -0.1], [-0.2, -0.2], [-0.6, -0.6]], [100, 100, 100]))
+    falls = np.array([0.75 * 0.003 + 0.25 * 0.001, 0.75 * -0.002 + 0.25 * 0.002, 0.006])
+    gains = np.maximum(falls, 0.0)
+    assert mixer.mix(second).proportions == pytest.approx(0.8 * gains / gains.sum() + 0.2 / 3)
+
+
+def test_ledger_serves_equal_shares_while_nothing_helps():
+    mixer = ByLedger(ByLedger.Params())
+    ctx = example_context({"web": 30, "code": 10}, benefit=benefit([[0.2, 0.1], [0.1, 0.1]], [100, 50]))
+    assert mixer.mix(ctx).proportions == pytest.approx([0.5, 0.5])
+
+
+def test_ledger_does_not_forecast():
+    mixer = ByLedger(ByLedger.Params())
+    with pytest.raises(UnsupportedError, match="not known before"):
+        mixer.mix(example_context(start_step=10, stop_step=20, benefit=None))

@@ -213,3 +213,40 @@ def test_rows_that_weigh_most_and_least_are_shown_with_their_text():
     assert lines[3] == "    => that"
     assert max(map(len, lines)) <= 100
     assert _weighed(None) == []
+
+
+HELPED = """\
+What helped: change of the targets' losses up to step 6, 4 looks
+  goal                           change  per million tokens  tokens
+    code                        -0.4000            -40.0000  10,000
+    none                        +0.0000                   -       0
+    web                         +0.1000           +100.0000   1,000
+    weight decay                +0.0020
+    unexplained                 -0.0020             (0.7 %)
+    measured: 3.0000 -> 2.7000  -0.3000
+  Clipping took +0.5000 off the domains' changes.
+  Rows' credits, which are of first order, add up to -1.5000.
+"""
+
+
+def test_what_helped_is_a_table(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    started(recorder, dynamic={"ledger": {"targets": ["goal"]}}, sources={"web": 5, "code": 5}, schedule={})
+    account = {
+        "before": 3.0,
+        "now": 2.7,
+        "domains": {"web": 0.1, "code": -0.4, "none": 0.0},
+        "others": {"weight decay": 0.002, "before": 0.0, "other": 0.0},
+        "unexplained": -0.002,
+        "clipping": 0.5,
+        "rows": -1.5,
+    }
+    told = {"looked_at": 6, "looks": 4, "tokens": {"web": 1000, "code": 10_000, "none": 0}}
+    recorder.credited(4, {**told, "targets": {}})
+    recorder.credited(6, {**told, "targets": {"goal": account}}, b"rows")
+    assert (tmp_path / "ledger.parquet").read_bytes() == b"rows"
+    text = summary(digest(read_events(tmp_path)), "out")
+    assert HELPED in text
+    assert "ledger      targets [goal]" in text
+    RunRecorder(tmp_path)
+    assert not (tmp_path / "ledger.parquet").exists()

@@ -14,7 +14,7 @@ from dataflex.config.data import find_sources
 from dataflex.config.forecast import Forecast, forecast
 from dataflex.config.load import load_mapping
 from dataflex.config.mappings import as_mapping, as_yaml
-from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
@@ -216,14 +216,29 @@ def costs(view: Forecast) -> dict[str, list[Cost]]:
         parts = (_pool, _once, _targets, _served, _reference)
         told = [cost for part in parts if view.steps is not None and (cost := part(method, view)) is not None]
         found[f"{method.kind} {method.name}"] = told or [Cost(text=method.cost, forward=0.0)]
+    if view.dynamic.ledger is not None:
+        found["ledger"] = [_ledger(view, view.dynamic.ledger)]
     return found
+
+
+def _ledger(view: Forecast, ledger: LedgerConfig) -> Cost:
+    """Return the passes over the ledger's targets; the split of the steps' gradients is not a pass."""
+    counts, most = [view.targets.get(name) for name in ledger.targets], ledger.target_rows
+    every = 1 if ledger.refresh_steps == "auto" else ledger.refresh_steps
+    bound = "at most " if ledger.refresh_steps == "auto" else ""
+    if view.steps is None or None in counts:
+        return Cost(text=f"1 F + 1 B of each target row every {every} steps, and the split of each step's gradient")
+    rows = sum(min(count or 0, most or count or 0) for count in counts)
+    looks = 1 + -(-view.steps // every)
+    told = f"{looks:,} looks x {rows:,} target rows x {_passes(1.0, 1.0)}, and more where much is left unexplained"
+    return _cost(looks * rows, (1.0, 1.0), told, bound)
 
 
 def _cost_lines(view: Forecast, step_seconds: float | None) -> Lines:
     """Return label and text of all passes, the methods' share, and the time, where a step's seconds are known."""
     found = costs(view)
     lines: Lines = [(label, "; ".join(cost.text for cost in each)) for label, each in found.items()]
-    if not view.dynamic.methods:
+    if len(found) == 1:
         return lines
     total = found["training"][0].in_forwards
     beside = [cost.in_forwards for label, each in found.items() if label != "training" for cost in each]
@@ -355,7 +370,8 @@ def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
 
 def _leaves_targets_out(method: MethodConfig) -> bool:
     needs = method.requires
-    return bool(method.targets) and needs.passes.targets == (0.0, 0.0) and needs.signals != frozenset({"texts"})
+    asks = not needs.ledger and needs.signals != frozenset({"texts"})
+    return bool(method.targets) and needs.passes.targets == (0.0, 0.0) and asks
 
 
 def _target_rows(view: Forecast, names: Iterable[str]) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 from dataflex.config.mappings import UNKNOWN_KEY, collect, dotted, field_hints, key_of, name_in, parts_in, shown, values
 from dataflex.config.needs import without_targets
 from dataflex.config.rules import rule_problems
-from dataflex.config.schema import FLAT_KEYS, DynamicConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.config.schema import FLAT_KEYS, DynamicConfig, LedgerConfig, MethodConfig, SignalsConfig, block_keys
 from dataflex.config.table import table
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method, Requires, RunFacts
@@ -41,6 +41,9 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     mapping = dict(mapping)
     if isinstance(mapping.get("plugins"), str):
         mapping["plugins"] = [mapping["plugins"]]
+    ledger = mapping.get("ledger")
+    if isinstance(ledger, Mapping) and ledger.get("targets") is not None:
+        mapping["ledger"] = {**ledger, "targets": target_list(ledger["targets"], "dynamic.ledger.targets", problems)}
     given = values(DynamicConfig, mapping, "dynamic", problems, skip=KINDS)
     plugins = given.get("plugins", ())
     given["plugins"] = load_plugins(plugins, base_dir, problems)
@@ -51,6 +54,9 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
             # A method that seems unknown is probably the one of the plugin that could not be loaded.
             whole = len(given["plugins"]) == len(plugins)
             problems += [problem for problem in found if whole or f": unknown {kind} " not in problem]
+    mixer = given.get("mixer")
+    if ledger is None and mixer is not None and mixer.targets and mixer.requires.ledger:
+        given["ledger"] = LedgerConfig(targets=mixer.targets)
     dynamic = DynamicConfig(**given)
     unread = [key for key, value in mapping.items() if value is not None and given.get(key) is None]
     problems += rule_problems(dynamic, unread)
@@ -240,6 +246,7 @@ def _places(block: Mapping[str, Any], ours: bool = False) -> dict[str, list[str]
 def _paths(block: Mapping[str, Any], ours: bool) -> Iterator[str]:
     yield from (f"dynamic.{key}" for key in block_keys())
     yield from (f"dynamic.signals.{field.name}" for field in fields(SignalsConfig))
+    yield from (f"dynamic.ledger.{field.name}" for field in fields(LedgerConfig))
     for kind in KINDS:
         given = _spelt_out(kind, block.get(kind), "", [])
         name = given.get("name") if isinstance(given, Mapping) else None

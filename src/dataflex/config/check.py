@@ -141,6 +141,8 @@ def setting_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[s
         yield f"USE_MCA (environment): {_REFUSED['use_mca']}"
     yield from _streaming_problems(dynamic, lf)
     yield from unmet(dynamic, RunFacts(optimizer=optimizer_without_moments(lf)))
+    if dynamic.ledger is not None and lf.deepspeed:
+        yield "deepspeed: it keeps gradients in partitions of its own, which the ledger cannot account for; remove one"
     order = lf.train_sampling_strategy
     if order == "group_by_length":
         yield f"train_sampling_strategy: {_REFUSED['group_by_length']}"
@@ -314,9 +316,8 @@ def _by_domain_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
 
 def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Iterator[str]:
     """Yield the targets that are not defined, whose files are missing, or that have no rows."""
-    for method in dynamic.methods:
-        key = f"dynamic.{method.kind}.targets"
-        sources, problems = find_sources(_data_sets_of(method), lf, key, base_dir)
+    for key, targets in dynamic.targets_by_key.items():
+        sources, problems = find_sources(_data_sets_of(key, targets, dynamic), lf, key, base_dir)
         # That there is no dataset_dir is told once, for the training data.
         yield from (problem for problem in problems if not problem.startswith("dataset_dir:"))
         yield from _without_rows(sources, LlamaFactoryArgs(), key)
@@ -326,8 +327,10 @@ def target_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path
             yield f"{key}: {name!r} {same}, and dynamic.leakage is 'error'; remove it from one of the two"
 
 
-def _data_sets_of(method: MethodConfig) -> list[str]:
-    return [name for target in method.targets for name in target_data_sets(target)]
+def _data_sets_of(key: str, targets: Iterable[str], dynamic: DynamicConfig) -> list[str]:
+    """Return the data sets of a key's targets; those of the ledger that a method has too are told once."""
+    told = {name for method in dynamic.methods for name in method.targets} if key == "dynamic.ledger.targets" else ()
+    return [name for target in targets if target not in told for name in target_data_sets(target)]
 
 
 def _targets_in_training(
@@ -337,12 +340,12 @@ def _targets_in_training(
     trained, _ = find_sources(lf.train_sets, lf, "dataset", base_dir)
     names = {source.name: source.name for source in trained}
     files = {source.path.resolve(): source.name for source in trained if source.path is not None}
-    for method in dynamic.methods:
-        for source in find_sources(_data_sets_of(method), lf, "", base_dir)[0]:
+    for key, targets in dynamic.targets_by_key.items():
+        for source in find_sources(_data_sets_of(key, targets, dynamic), lf, "", base_dir)[0]:
             same_file = None if source.path is None else files.get(source.path.resolve())
             other = names.get(source.name, same_file)
             if other is not None:
-                yield f"dynamic.{method.kind}.targets", source.name, other
+                yield key, source.name, other
 
 
 # -- domains and rows -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
-from dataflex.config.schema import DynamicConfig, MethodConfig
+from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.errors import did_you_mean
 from dataflex.method import IN_RUN, Method, Requires, RunFacts, Weighter
 
@@ -30,6 +30,7 @@ _TAKERS: dict[str, tuple[str, ...]] = {
     "within_batch": ("selector",),
     "reference": ("mixer", "weighter"),
     "pure_micro_batches": ("mixer",),
+    "ledger": ("mixer",),
     "embedding": ("weighter",),
     "entropy": ("weighter",),
 }
@@ -80,6 +81,8 @@ def unmet(
             yield f"{place}{'.' if problem.key else ''}{problem.key}: {problem.text}"
     if dynamic.signals.budget is not None:
         yield from _budget(dynamic, run)
+    if dynamic.ledger is not None:
+        yield from _ledger(dynamic, dynamic.ledger, run)
     if run is None:
         yield from _one_reference(dynamic)
     else:
@@ -136,6 +139,8 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
             "say how many times the rows of an interval are looked at (for example 'candidate_batches: 2' with "
             "'interval_steps: 1')"
         )
+    if needs.ledger and method.kind == "mixer" and dynamic.ledger is None and "ledger" not in unread:
+        yield f"dynamic.ledger: missing; the {method.name} mixer decides by it: add 'ledger: {{targets: [<data set>]}}'"
     selector = dynamic.selector
     if needs.pure_micro_batches and selector is not None and dynamic.narrows:
         yield (
@@ -162,6 +167,27 @@ def _budget(dynamic: DynamicConfig, run: RunFacts | None) -> Iterator[str]:
         yield f"{key}: screening makes a pass over the pool that no budget pays for; remove screen_fraction"
     if run is not None and run.stage is not None and run.stage not in _CAUSAL:
         yield f"{key}: rows are scored in the steps of stages pt and sft, not of {run.stage}; remove it"
+
+
+def _ledger(dynamic: DynamicConfig, ledger: LedgerConfig, run: RunFacts | None) -> Iterator[str]:
+    """Yield why there can be no account of the targets' losses."""
+    key, mixer = "dynamic.ledger", dynamic.mixer
+    if run is None:
+        if not ledger.targets:
+            yield f"{key}.targets: names no data set; name one, as 'targets: [<data set>]'"
+        if mixer is not None and mixer.requires.ledger and (more := set(mixer.targets) - set(ledger.targets)):
+            told = ", ".join(sorted(more))
+            yield f"dynamic.mixer.targets: the ledger has no account of {told}; add it to {key}.targets"
+        return
+    if run.stage is not None and run.stage not in _CAUSAL:
+        yield f"{key}: rows are seen in the steps of stages pt and sft, not of {run.stage}; remove it"
+    if run.partitioned:
+        yield f"{key}: needs whole parameters, and {run.partitioned} partitions them; use plain data parallelism"
+    if run.optimizer and run.optimizer != "optim: sgd":
+        yield (
+            f"{key}: an update is split by domain under AdamW and SGD, not under the run's optimizer "
+            f"({run.optimizer}); use AdamW"
+        )
 
 
 def _one_reference(dynamic: DynamicConfig) -> Iterator[str]:

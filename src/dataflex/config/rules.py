@@ -28,8 +28,8 @@ def rule_problems(dynamic: DynamicConfig, unread: Collection[str] = ()) -> Itera
         unread: Those keys; no rule complains that they are missing.
     """
     methods_unread = any(kind in unread for kind in KINDS)
-    if not dynamic.methods and not methods_unread:
-        yield "dynamic: names no method (selector, mixer or weighter); name one, or remove the block"
+    if not dynamic.methods and not methods_unread and dynamic.ledger is None and "ledger" not in unread:
+        yield "dynamic: names no method (selector, mixer or weighter) and no ledger; name one, or remove the block"
         return
     given = _given(dynamic)
     yield from unmet(dynamic, unread=unread)

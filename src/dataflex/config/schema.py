@@ -82,6 +82,25 @@ class SignalsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LedgerConfig:
+    """Of which targets' losses there is an account, and how exact it is."""
+
+    targets: tuple[str, ...] = param(help="data sets whose losses are accounted for")
+    refresh_steps: int | Literal["auto"] = param(
+        2, "optimizer steps between two looks at the targets; auto: as many as need none between them", minimum=1
+    )
+    unexplained: float = param(
+        0.02, "share of a loss's change above which the targets are looked at between two looks", above=0.0, maximum=1.0
+    )
+    target_rows: int | None = param(
+        None, "rows of each target that are looked at, drawn once; null: all of them", minimum=1
+    )
+    parameters: str | None = param(
+        None, "regular expression of names of the parameters that are split by domain; null: all", pattern=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
     """The ``dynamic`` block, or the flat keys of existing DataFlex in its terms."""
 
@@ -137,6 +156,7 @@ class DynamicConfig:
     eval_by_domain: bool = param(
         False, "whether held-out rows are evaluated domain by domain, and over all of them", resume="free"
     )
+    ledger: LedgerConfig | None = param(None, "account of what each domain and row did to the losses of targets")
     signals: SignalsConfig = param(SignalsConfig(), "how the model is asked about rows")
     plugins: tuple[str, ...] = param((), "Python files that define methods", resume="free")
     leakage: Literal["warn", "error", "drop"] = param(
@@ -191,7 +211,13 @@ class DynamicConfig:
     @property
     def targets(self) -> tuple[str, ...]:
         """Names of all target data sets, each once, in order of mention."""
-        return tuple(dict.fromkeys(target for method in self.methods for target in method.targets))
+        return tuple(dict.fromkeys(target for targets in self.targets_by_key.values() for target in targets))
+
+    @property
+    def targets_by_key(self) -> dict[str, tuple[str, ...]]:
+        """Target data sets by the path of the key that names them."""
+        found = {f"dynamic.{method.kind}.targets": method.targets for method in self.methods}
+        return found if self.ledger is None else {**found, "dynamic.ledger.targets": self.ledger.targets}
 
     @property
     def columns_by_key(self) -> tuple[tuple[str, str], ...]:

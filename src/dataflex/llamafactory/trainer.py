@@ -96,6 +96,7 @@ class TrainerMixin(EvaluationMixin):
         """After SIGTERM, end with a checkpoint instead of what follows a finished training."""
         stop, step = self._dataflex_stop, self.state.global_step
         if stop is None or not stop.settle():
+            self.dataflex.settle(step)
             return super()._finalize_training(*args, **kwargs)
         if self._dataflex_saved_at != step:
             with replaced((self, "_dataflex_sealed_later", True)):

@@ -23,6 +23,7 @@ PHASES = {
     "train": "optimizer steps, waiting for batches included",
     "signals": "passes over the data that methods ask for",
     "decide": "the rest of deciding",
+    "ledger": "looking at the targets of the ledger",
     "evaluate": "evaluation",
     "predict": "prediction",
     "checkpoint": "writing checkpoints",

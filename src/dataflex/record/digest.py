@@ -41,6 +41,8 @@ class Run:
     planned: list[Event]
     stepped: list[Event]
     evaluated: list[Event]
+    credited: Event | None
+    """The latest accounts of the ledger."""
     resumed: list[Event]
     finished: Event | None
 
@@ -193,6 +195,7 @@ def digest(events: Sequence[Event]) -> Run:
         planned=_in_force(kinds.get("planned", [])),
         stepped=kinds.get("stepped", []),
         evaluated=kinds.get("evaluated", []),
+        credited=kinds.get("credited", [None])[-1],
         resumed=kinds.get("resumed", []),
         finished=kinds.get("finished", [None])[-1],
     )

@@ -70,6 +70,9 @@ _count, _index = _within(0, 1e15, int), _within(-1, 1e15, int)
 _real, _share, _seconds = _within(-_LARGEST, _LARGEST), _within(0, _LARGEST), _within(0, 1e15)
 _moment = _within(0, 253_402_300_799)  # up to the year 9999
 _counts, _reals = _each(_count), _each(_real, or_null=True)
+_account = _with(
+    **dict.fromkeys(("before", "now", "unexplained", "clipping", "rows"), _real), domains=_reals, others=_reals
+)
 
 _REQUIRED: dict[str, dict[str, Check]] = {
     "": {"event": _text, "step": _count, "time": _moment},
@@ -94,6 +97,7 @@ _OPTIONAL: dict[str, dict[str, Check]] = {
         "served_scores": _reals,
     },
     "stepped": {"loss": _real},
+    "credited": {"tokens": _counts, "looked_at": _count, "looks": _count, "targets": _each(_account)},
     "finished": {"seconds": _each(_seconds, or_null=True)},
 }
 
@@ -132,6 +136,8 @@ def _sound(found: Any) -> tuple[Event | None, list[str]]:
 EVENTS = "events.jsonl"
 ENDING = "ended.json"
 """The last event of a process that came to its end, beside the others."""
+LEDGER = "ledger.parquet"
+"""Credit of each row that was trained on, beside the events."""
 WEIGHTS = "weights.json"
 """Rows with the largest and the smallest weights, beside the events."""
 

@@ -20,7 +20,7 @@ from dataflex.errors import DataError
 from dataflex.plan.domains import Rows
 from dataflex.printable import plain, redacted
 from dataflex.record.clock import PhaseClock
-from dataflex.record.read import ENDING, EVENTS, WEIGHTS, parse_events, plan_name, read_ending, thinned
+from dataflex.record.read import ENDING, EVENTS, LEDGER, WEIGHTS, parse_events, plan_name, read_ending, thinned
 from dataflex.state import clear_left, refusals, replacing
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class RunRecorder:
             (self.directory / ENDING).unlink(missing_ok=True)
             if resume_step is None:
                 (self.directory / WEIGHTS).unlink(missing_ok=True)
+                (self.directory / LEDGER).unlink(missing_ok=True)
 
     def run_started(self, *, config: Mapping[str, Any], **fields: Any) -> None:
         """Record what is about to run; a resumed run may say it again.
@@ -196,6 +197,13 @@ class RunRecorder:
         """
         self._store(WEIGHTS, plain({"step": int(step), "rows": int(rows), "most": list(most), "least": list(least)}))
 
+    def credited(self, step: int, accounts: Mapping[str, Any], rows: bytes | None = None) -> None:
+        """Record the ledger's accounts after ``step`` optimizer steps, and store its file of ``rows``."""
+        if rows is not None:
+            with replacing(self.directory / LEDGER) as file:
+                file.write(rows)
+        self._write("credited", step, accounts)
+
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of one evaluation ("eval_loss", "eval_runtime", ...)."""
         self._write("evaluated", step, {"metrics": metrics})
@@ -246,4 +254,4 @@ class NullRecorder(RunRecorder):
     def _ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    run_started = planned = weighed = ended = _write = _ignore
+    run_started = planned = weighed = credited = ended = _write = _ignore

@@ -12,7 +12,7 @@ from typing import Any
 
 from dataflex.plan.proportions import ProportionsFile
 from dataflex.record.digest import Curve, Event, Run, domain_rows, higher_is_better
-from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, table, width
+from dataflex.record.text import WIDTH, cut, duration, labelled, number, percent, short, signed, table, width
 
 _SETTINGS = (
     "model_name_or_path",
@@ -46,6 +46,7 @@ def summary(
         _time(run),
         _intervals(run),
         _composition(run),
+        _ledger(run),
         _found(found),
         _weights(run),
         _weighed(weighed),
@@ -60,6 +61,9 @@ def _head(run: Run, title: str) -> list[str]:
     lines = [headline, "=" * width(headline)]
     for kind, (name, told) in run.methods.items():
         lines += labelled(kind, [name, *(f"{key} {short(value)}" for key, value in told.items())])
+    ledger = (run.config.get("dynamic") or {}).get("ledger")
+    if isinstance(ledger, Mapping):
+        lines += labelled("ledger", [f"{key} {short(value)}" for key, value in ledger.items() if value is not None])
     settings = {key: run.config.get(key) for key in _SETTINGS}
     for label, values in (("settings", settings), ("schedule", started.get("schedule") or {})):
         lines += labelled(label, [f"{key} {short(value)}" for key, value in values.items() if value is not None])
@@ -173,6 +177,41 @@ def _found(found: ProportionsFile | None) -> list[str]:
         rows.append([cut(name, 28), percent(share), percent(last[name]) if name in last else "-"])
     told = textwrap.wrap(f"Warning: {warning}", WIDTH - 2) if warning else []
     return [f"Proportions found by {cut(found.method, 28)}", *table(rows, "<>>"), *(f"  {line}" for line in told)]
+
+
+def _ledger(run: Run) -> list[str]:
+    """Show what each domain did to each target's loss, what else did, and what is unexplained."""
+    told = run.credited or {}
+    targets = {name: of for name, of in (told.get("targets") or {}).items() if of.get("now") is not None}
+    if not targets:
+        return []
+    tokens, looks = told.get("tokens") or {}, told.get("looks", 0)
+    lines = [f"What helped: change of the targets' losses up to step {told.get('looked_at', 0)}, {looks} looks"]
+    for name, of in targets.items():
+        domains = {domain: change for domain, change in (of.get("domains") or {}).items() if change is not None}
+        order = sorted(domains, key=lambda domain: domains[domain])
+        kept = order if len(order) <= _DOMAINS else [*order[: _DOMAINS // 2], *order[-(_DOMAINS // 2) :]]
+        rows = [[cut(name, 36), "change", "per million tokens", "tokens"]]
+        for domain in kept:
+            change, count = domains[domain], tokens.get(domain) or 0
+            rate = signed(1e6 * change / count) if count else "-"
+            rows.append([f"  {cut(domain, 34)}", signed(change), rate, f"{count:,}"])
+        if rest := [domain for domain in order if domain not in kept]:
+            change, count = sum(domains[domain] for domain in rest), sum(tokens.get(domain) or 0 for domain in rest)
+            rate = signed(1e6 * change / count) if count else "-"
+            rows.append([f"  {len(rest)} between them", signed(change), rate, f"{count:,}"])
+        others = {line: change for line, change in (of.get("others") or {}).items() if change}
+        rows += [[f"  {line}", signed(change), "", ""] for line, change in others.items()]
+        measured, unexplained = (of["now"] or 0.0) - (of.get("before") or 0.0), of.get("unexplained") or 0.0
+        share = f" ({percent(abs(unexplained / measured))})" if measured else ""
+        rows.append(["  unexplained", signed(unexplained), share.strip(), ""])
+        rows.append([f"  measured: {number(of.get('before'))} -> {number(of['now'])}", signed(measured), "", ""])
+        lines += table(rows, "<>>>")
+        if of.get("clipping"):
+            lines.append(f"  Clipping took {signed(of['clipping'])} off the domains' changes.")
+        if of.get("rows") is not None:
+            lines.append(f"  Rows' credits, which are of first order, add up to {signed(of['rows'])}.")
+    return lines
 
 
 def _weights(run: Run) -> list[str]:

@@ -45,6 +45,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
+def signed(value: float, digits: int = 4) -> str:
+    """Write a number with its sign."""
+    return f"{'-' if value < 0 else '+'}{number(abs(value), digits)}"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """Write a share of one as a percentage."""
     return f"{100 * share:.{digits}f} %"

@@ -33,6 +33,7 @@ from dataflex.signals.runner import SignalRunner
 from dataflex.signals.specs import GradientSpec
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.in_run import InRun, asked_of_rows
+from dataflex.train.ledger import Ledger
 from dataflex.train.row_space import RowSpace
 from dataflex.train.screening import piloted, screened
 
@@ -219,6 +220,11 @@ class Controller:
                 total_steps=self.schedule.total_steps,
                 explore=options.explore,
             )
+        self.ledger: Ledger | None = None  # what helped the targets
+        if config.ledger is not None:
+            self.ledger = Ledger(
+                access=self.signals.access, space=self.space, options=config.ledger, seed=self.seed, clock=self.clock
+            )
         self._pool_sizes = pool_sizes(self.space.num_rows, options.pool_fraction, options.screen_fraction)
         """Rows drawn for a pool, and those left once they are screened."""
         self.floors = floors_by_domain(config.min_proportion, domains.names)
@@ -245,6 +251,15 @@ class Controller:
         """Whether a selector leaves rows out."""
         return self.selector is not None and self.selector.selects_subset
 
+    @property
+    def listeners(self) -> list[InRun | Ledger]:
+        """What listens to the forward and backward passes of training."""
+        return [part for part in (self.in_run, self.ledger) if part is not None]
+
+    def decides_at(self, step: int) -> bool:
+        """Whether ``step`` has no plan yet."""
+        return self.plan is None or not self.plan.interval.start_step <= step < self.plan.interval.stop_step
+
     def plan_for(self, step: int) -> DataPlan:
         """Return the plan that covers ``step``, deciding it first if need be (collective).
 
@@ -253,16 +268,16 @@ class Controller:
         if self.ends_at is not None and step >= self.ends_at:
             assert self.plan is not None
             return self.plan
-        if self.plan is None or not self.plan.interval.start_step <= step < self.plan.interval.stop_step:
+        if self.decides_at(step):
             if self.plan is not None:
                 self.totals.count(self.plan, step)
             self.plan = self._decide(self._next(step)) or self.plan
-            if self.plan is None:
-                raise DataError(
-                    "dynamic.max_epochs: not one whole step can be served before a domain is at its cap "
-                    f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
-                    "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
-                )
+        if self.plan is None:
+            raise DataError(
+                "dynamic.max_epochs: not one whole step can be served before a domain is at its cap "
+                f"({', '.join(self.sampler.stopped_by if self.sampler else ())}) and training ends "
+                "(at_cap: stop). Raise max_epochs, or set 'at_cap: redistribute'."
+            )
         return self.plan
 
     def _next(self, step: int) -> Interval:
@@ -475,7 +490,11 @@ class Controller:
 
     def _mix(self, ctx: Context) -> tuple[NDArray[np.float64], str]:
         assert self.mixer is not None
-        asked = replace(ctx, targets=self.config.mixer.targets if self.config.mixer else ())
+        asked = replace(
+            ctx,
+            targets=self.config.mixer.targets if self.config.mixer else (),
+            benefit=None if self.ledger is None else self.ledger.benefit(),
+        )
         if ctx.interval.kind == "warmup" and self.initial is not None:
             if self.mixer.observes:  # it learns from the first step on, and must know the domains
                 self.mixer.mix(asked)
@@ -578,6 +597,7 @@ class Controller:
             "repeats": self.repeats,
             "totals": self.totals,
             "in_run": self.in_run,
+            "ledger": self.ledger,
         }
         return {key: part for key, part in parts.items() if part is not None}
 

@@ -29,7 +29,7 @@ from dataflex.plan.proportions import write_proportions
 from dataflex.plan.schedule import Schedule
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER, PhaseClock
-from dataflex.record.read import recorded_run
+from dataflex.record.read import recorded_run, thinned
 from dataflex.record.recorder import NullRecorder, RunRecorder
 from dataflex.signals.identity import model_identity, surroundings
 from dataflex.signals.model_access import Corpus, ModelAccess
@@ -48,6 +48,8 @@ from dataflex.version import versions
 logger = logging.getLogger(__name__)
 
 _PLAN_IDS = 2**20  # planned at once when no method asks for shorter intervals
+_LEDGERS = 64
+"""Decisions at all of which the ledger is recorded; at later ones less and less often."""
 _TRAINING = ("train", "signals", "decide", "evaluate", "checkpoint")  # phases that the closing event always names
 
 
@@ -326,6 +328,11 @@ class Session:
 
         None after the last step, or where the data ran out (``at_cap: stop``).
         """
+        ledger, decides = self.controller.ledger, self.controller.decides_at(index)
+        if ledger is not None and index < self.total_steps:
+            ledger.before(index, decides=decides and self.mixer is not None and self.mixer.requires().ledger)
+            if decides and index and thinned(index // (self.config.interval_steps or 1), _LEDGERS):
+                self._write_ledger(index)
         plan = self._plan(index)
         if plan is None:
             return None
@@ -364,10 +371,11 @@ class Session:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Enter this around the forward pass of a micro-batch; it keeps hidden states that a weighter asks for."""
-        in_run, step = self.controller.in_run, self._step
-        if in_run is not None and step is not None and self._micro < len(step.batches):
-            in_run.take(step.index)
-            in_run.begin(step.batches[self._micro], self.loop.device)
+        step = self._step
+        if step is not None and self._micro < len(step.batches):
+            for listener in self.controller.listeners:
+                listener.take(step.index)
+                listener.begin(step.batches[self._micro], self.loop.device)
             self._micro += 1
         spec = self._loss.embedding
         if spec is None:
@@ -391,9 +399,10 @@ class Session:
 
     def end_step(self) -> None:
         """Give the mixer the losses of the domains in the step, before the learning rate changes (collective)."""
-        if self.controller.in_run is not None and self._step is not None:
-            self.controller.in_run.take(self._step.index)
-            self.controller.in_run.end_step()
+        if self._step is not None:
+            for listener in self.controller.listeners:
+                listener.take(self._step.index)
+                listener.end_step()
         if self._loss.observes:
             assert self._step is not None
             proportions = self.controller.proportions_at(self._step.index)
@@ -437,8 +446,8 @@ class Session:
         ``since_log`` is what the loop summed up since its last log.
         """
         loss = self._loss
-        if self.controller.in_run is not None:
-            self.controller.in_run.gather()
+        for listener in self.controller.listeners:
+            listener.gather()
         summed = {**(since_log or {}), "reweighter": loss.since_log() if self.weighs else {}}
         if self._writes:
             state = {
@@ -452,6 +461,7 @@ class Session:
             saved.save(folder, self._identity, self.controller.plan, state, step)
             self._write_outcome()
             self._write_weights(step)
+            self._write_ledger(step, rows=True)
         comm.barrier()  # trainer_state.json tells other tools that a checkpoint is complete: every rank is done by then
 
     def restore_since_log(self) -> Mapping[str, Any] | None:
@@ -481,17 +491,27 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the end of training after ``step`` optimizer steps, with its metrics."""
+        """Record the end of training after ``step`` optimizer steps, with its metrics (collective with a ledger)."""
+        self.settle(step)
         self.recorder.finished(step, dict(metrics), {**dict.fromkeys(_TRAINING, 0.0), **self.clock.totals()})
         if comm.rank() == 0:
             self._write_outcome(ended=True)
             self._write_weights(step)
         self.clock.switch(OTHER)
 
+    def settle(self, step: int) -> None:
+        """Close the ledger after ``step`` optimizer steps, while the model is as they left it (collective)."""
+        if self.controller.ledger is not None and self.controller.ledger.settle(step):
+            self._write_ledger(step, rows=True)
+
     def close(self) -> None:
-        """End the processes that collate; nothing is served afterwards."""
+        """End the processes that collate, and stop listening; nothing is served afterwards."""
         if self.feed is not None:
             self.feed.close()
+            for listener in self.controller.listeners:
+                listener.end_step()
+            if self.controller.ledger is not None:
+                self.controller.ledger.close()
 
     def _write_outcome(self, *, ended: bool = False) -> None:
         """Write the proportions that a mixer has found so far, if it gives any; at the end log its warning."""
@@ -500,6 +520,12 @@ class Session:
             write_proportions(self.loop.output_dir / checkpoints.FOLDER / f"{self.mixer.name}.json", found)
             if ended and "warning" in found.details:
                 logger.warning("%s: %s", self.mixer.name, found.details["warning"])
+
+    def _write_ledger(self, step: int, *, rows: bool = False) -> None:
+        """Record what the ledger says after ``step`` optimizer steps, and with ``rows`` the credit of each row."""
+        ledger = self.controller.ledger
+        if comm.rank() == 0 and ledger is not None and (told := ledger.described()):
+            self.recorder.credited(step, told, ledger.table() if rows else None)
 
     def _write_weights(self, step: int) -> None:
         """Write the rows of largest and smallest weight so far, with their text, if any were weighed."""
@@ -582,6 +608,8 @@ def refuse_unsupported(loop: Loop, config: DynamicConfig, facts: RunFacts) -> No
     ConfigError where a method requires more than ``facts``, and whole parameters of the loop, give.
     """
     partitioned = "DeepSpeed ZeRO-3 or FSDP" if loop.sharding in ("zero3", "fsdp") else ""
+    if config.ledger is not None and loop.sharding == "zero":
+        raise UnsupportedError("dynamic.ledger: DeepSpeed keeps gradients in partitions of its own; use DDP")
     if lacking := [*unmet(config, replace(facts, partitioned=partitioned))]:
         raise ConfigError(lacking)
     for what, size in loop.parallel.items():

@@ -142,7 +142,7 @@ class Directions:
         return cls(parts=parts, lengths=torch.zeros(0), coverage=torch.zeros(0), captured=torch.zeros(0))
 
 
-def capturable(model: nn.Module, units: Iterable[Unit]) -> tuple[list[Unit], dict[str, str]]:
+def capturable(model: nn.Module, units: Iterable[Unit], *, whole: bool = False) -> tuple[list[Unit], dict[str, str]]:
     """Return the layers whose rows' gradients a step's own hooks see, and the parameters that are left out.
 
     Embeddings and the head are left out, since their directions are as large as the vocabulary; experts, since their
@@ -152,6 +152,7 @@ def capturable(model: nn.Module, units: Iterable[Unit]) -> tuple[list[Unit], dic
     Args:
         model: The inner module, not the engine around it.
         units: Who answers for the trained parameters, after a pass over the target has tried their formulas.
+        whole: Whether gradients are formed and inputs are kept: all layers with a formula are taken then.
 
     Returns:
         The layers, and parameter -> reason.
@@ -166,10 +167,12 @@ def capturable(model: nn.Module, units: Iterable[Unit]) -> tuple[list[Unit], dic
     left_out: dict[str, str] = {}
     for unit in units:
         kind, reason = unit.kind, ""
-        if any(id(unit.module.get_parameter(local)) in spared for local in unit.parameters):
-            reason = "of the head, as large as the vocabulary"
-        elif kind is None:
+        if kind is None:
             reason = f"no formula for {type(unit.module).__name__}"
+        elif whole:
+            pass
+        elif any(id(unit.module.get_parameter(local)) in spared for local in unit.parameters):
+            reason = "of the head, as large as the vocabulary"
         elif kind.name == "embedding":
             reason = "an embedding, as large as the vocabulary"
         elif checkpointed and kind.name not in MATRICES:
@@ -281,12 +284,103 @@ class Taken(NamedTuple):
     sketches: torch.Tensor | None  # fp32 [rows, D]: products with those of ``sketch_of`` estimate products of gradients
 
 
-class StepCapture:
-    """Hooks on a model in training that score the rows of its micro-batches.
+class StepHooks:
+    """Hooks on a model in training that see what each layer's parameters get from the rows of a micro-batch.
 
     Outputs get hooks that return nothing, so the step's numbers are what they were. Under activation checkpointing of
-    either kind each hook acts once: what the forward pass keeps of the inputs is their projection, in the hook of the
-    output gradient; a forward pass without gradients keeps nothing.
+    either kind each hook acts once; a forward pass without gradients keeps nothing.
+
+    Args:
+        layers: From ``capturable``.
+    """
+
+    def __init__(self, layers: Sequence[Unit]) -> None:
+        self.layers = layers
+        self._handles: list[RemovableHandle] = []
+        self._odd: set[str] = set()
+        self._shape = (0, 0)
+        self._listening = False
+
+    def _listen(self, shape: tuple[int, int]) -> None:
+        """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
+        if not self._handles:
+            self._handles = [
+                unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.layers
+            ]
+        self._shape, self._listening = shape, True
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._listening = [], False
+
+    def _keep(self, unit: Unit, kept: tuple[torch.Tensor, ...]) -> Any:
+        """Return what is kept of a call for the backward pass, given what the formula needs of it [B, T, ...]."""
+        return kept
+
+    def _see(self, unit: Unit, kept: Any, gradient: torch.Tensor) -> None:
+        """Take the gradient of a layer's output [B, T, n], and what was kept of the call."""
+        raise NotImplementedError
+
+    def _miss(self, unit: Unit) -> None:
+        """Take note of a layer that is called with something else than the positions of the rows."""
+        raise UnsupportedError(
+            f"scores from the training step: {unit} is not called with the positions of the rows; leave it out by the "
+            "option parameters"
+        )
+
+    def _hook(self, unit: Unit) -> Any:
+        kind = unit.kind
+        assert kind is not None
+        matrix = kind.name in MATRICES and "weight" in unit.parameters
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._listening or not torch.is_grad_enabled() or not output.requires_grad:
+                return
+            with torch.no_grad():
+                if not self._holds(unit, module, args, kwargs, output):
+                    return
+                kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
+                fits = all(tensor is not None and (not matrix or tensor.dim() == 3) for tensor in kept)
+                held = self._keep(unit, kept) if fits else None
+                del kept
+
+            def take(gradient: torch.Tensor) -> None:
+                if not fits:  # a call that takes no part in the loss, as DoRA makes, does not matter
+                    self._miss(unit)
+                    return
+                with torch.no_grad():
+                    found = self._tokens(gradient)
+                    assert found is not None
+                    self._see(unit, held, found)
+
+            output.register_hook(take)
+
+        return record
+
+    def _holds(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Look at a layer's first call; one whose formula does not hold is left out."""
+        assert unit.kind is not None
+        if not unit.checked and unit.kind.check is not None:
+            kept = tuple(tensor.detach() for tensor in unit.kind.keep(module, args, kwargs, output))
+            reason = unit.kind.check(module, kept, output.detach())
+            if reason is not None and str(unit) not in self._odd:
+                self._odd.add(str(unit))
+                logger.info("scores from the training step leave out %s: %s", unit, reason)
+        unit.checked = True
+        return str(unit) not in self._odd
+
+    def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
+        B, T = self._shape
+        if tensor.shape[:2] == (B, T) and (tensor.dim() >= 3 or not tensor.is_floating_point()):
+            return tensor
+        return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
+
+
+class StepCapture(StepHooks):
+    """Hooks that score the rows of micro-batches; what the forward pass keeps of a matrix's inputs is their projection.
 
     Args:
         layers: From ``capturable``.
@@ -295,17 +389,15 @@ class StepCapture:
     """
 
     def __init__(self, layers: Sequence[Unit], *, sketch: int = 0, seed: int = 0) -> None:
-        self.layers, self.norms = layers, sketch > 0
+        super().__init__(layers)
+        self.norms = sketch > 0
         self._sketch, self._seed, self._num = sketch, seed, 0
         self._vectors: dict[str, torch.Tensor] = {}
         self._sides: dict[str, tuple[_Side, _Side]] = {}
-        self._handles: list[RemovableHandle] = []
         self._dots: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
         self._parts: dict[str, torch.Tensor] = {}
         self._folds: dict[str, torch.Tensor | None] = {}
-        self._odd: set[str] = set()
-        self._shape = (0, 0)
 
     def aim(self, directions: Directions) -> None:
         """Compare rows with these directions from the next micro-batch on."""
@@ -372,11 +464,8 @@ class StepCapture:
 
     def begin(self, shape: tuple[int, int], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
-        if not self._handles:
-            self._handles = [
-                unit.module.register_forward_hook(self._hook(unit), with_kwargs=True) for unit in self.layers
-            ]
-        self._shape, self._counts, self._parts = shape, None, {}
+        self._listen(shape)
+        self._counts, self._parts = None, {}
         self._dots = torch.zeros(*shape, self._num, dtype=torch.float32, device=device)
 
     def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
@@ -389,9 +478,8 @@ class StepCapture:
 
     def end(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._dots, self._counts, self._parts = [], None, None, {}
+        super().end()
+        self._dots, self._counts, self._parts = None, None, {}
 
     def take(self, documents_BT: torch.Tensor | None = None, *, weights_B: torch.Tensor | None = None) -> Taken:
         """Return what was seen of the micro-batch whose backward pass is over, and forget it.
@@ -419,63 +507,29 @@ class StepCapture:
             sketches = self._sketches(len(safe), safe.device) / safe[:, None]
             sketches = sketches.masked_fill(~known[:, None], torch.nan)
             norms = sketches.norm(dim=1)
-        self._dots, self._counts, self._parts = None, None, {}
+        self._dots, self._counts, self._parts, self._listening = None, None, {}, False
         return Taken(scores, norms, sketches)
 
-    def _hook(self, unit: Unit) -> Any:
-        path, kind, own = str(unit), unit.kind, unit.parameters
-        assert kind is not None
-        weight = own.get("weight") if kind.name in MATRICES else None
-        others = {local: name for local, name in own.items() if name != weight}
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._dots is None or not torch.is_grad_enabled() or not output.requires_grad:
-                return
-            with torch.no_grad():
-                if not self._holds(unit, module, args, kwargs, output):
-                    return
-                kept = tuple(self._tokens(tensor.detach()) for tensor in kind.keep(module, args, kwargs, output))
-                fits = all(tensor is not None and (weight is None or tensor.dim() == 3) for tensor in kept)
-                inputs = None
-                if fits and weight is not None:  # Conv1D stores its weight as [inputs, outputs]
-                    inputs = self._sides[weight][kind.name == "conv1d"].of(kept[0])
-                    kept = ()
-
-            def take(gradient: torch.Tensor) -> None:
-                if not fits:  # a call that takes no part in the loss, as DoRA makes, does not matter
-                    raise UnsupportedError(
-                        f"scores from the training step: {path} is not called with the positions of the rows; leave "
-                        "it out by the option parameters"
-                    )
-                with torch.no_grad():
-                    gradient = self._tokens(gradient)
-                    if weight is not None:
-                        self._add_matrix(weight, kind.name == "conv1d", inputs, gradient)
-                    if others:
-                        self._add_others(module, kind, others, kept, gradient)
-
-            output.register_hook(take)
-
-        return record
-
-    def _holds(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-        """Look at a layer's first call; one whose formula does not hold is left out."""
+    def _keep(self, unit: Unit, kept: tuple[torch.Tensor, ...]) -> Any:
         assert unit.kind is not None
-        if not unit.checked and unit.kind.check is not None:
-            kept = tuple(tensor.detach() for tensor in unit.kind.keep(module, args, kwargs, output))
-            reason = unit.kind.check(module, kept, output.detach())
-            if reason is not None and str(unit) not in self._odd:
-                self._odd.add(str(unit))
-                logger.info("scores from the training step leave out %s: %s", unit, reason)
-        unit.checked = True
-        return str(unit) not in self._odd
+        weight = self._matrix(unit)
+        if weight is None:
+            return kept
+        return self._sides[weight][unit.kind.name == "conv1d"].of(kept[0])  # Conv1D stores it as [inputs, outputs]
 
-    def _tokens(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """View what a layer was called with as [B, T, ...]; None if it is something else than the rows' positions."""
-        B, T = self._shape
-        if tensor.shape[:2] == (B, T) and tensor.dim() >= 3:
-            return tensor
-        return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
+    def _see(self, unit: Unit, kept: Any, gradient: torch.Tensor) -> None:
+        assert unit.kind is not None
+        weight = self._matrix(unit)
+        if weight is not None:
+            self._add_matrix(weight, unit.kind.name == "conv1d", kept, gradient)
+        others = {local: name for local, name in unit.parameters.items() if name != weight}
+        if others:
+            self._add_others(unit.module, unit.kind, others, () if weight is not None else kept, gradient)
+
+    def _matrix(self, unit: Unit) -> str | None:
+        """Return the parameter of a layer that is a matrix used on tokens."""
+        assert unit.kind is not None
+        return unit.parameters.get("weight") if unit.kind.name in MATRICES else None
 
     def _add_matrix(self, name: str, swapped: bool, inputs: Any, gradient: torch.Tensor) -> None:
         assert self._dots is not None

@@ -160,6 +160,7 @@ class TargetBuilder:
         self.engine, self.normalize_rows = engine, normalize_rows
         self._sums = WeightedSums(TargetVectors.zeros(num_targets, engine.shapes, engine.device))
         self._counts = torch.zeros(num_targets, dtype=torch.float64, device=engine.device)
+        self._losses = torch.zeros_like(self._counts)
 
     def add(self, batch: dict[str, Any], targets: torch.Tensor) -> None:
         """Add a batch whose rows belong to ``targets`` [b]; -1 means that the row does not count."""
@@ -169,8 +170,14 @@ class TargetBuilder:
             norms = self.engine.run(batch, [Norms()])["norms"].cpu().nan_to_num(0.0)
             weights = torch.where(norms > 0, weights / norms, 0.0)
         self._sums.weights = weights
-        supervised = torch.isfinite(self.engine.run(batch, [self._sums])["losses"].cpu())
+        losses = self.engine.run(batch, [self._sums])["losses"].cpu().double()
+        supervised = torch.isfinite(losses)
         self._counts += (counts * supervised).sum(dim=1).to(self._counts.device)
+        self._losses += (counts * losses.masked_fill(~supervised, 0.0)).sum(dim=1).to(self._counts.device)
+
+    def losses(self) -> torch.Tensor:
+        """Return the mean of the losses of each target's rows, float64 [num_targets] (collective)."""
+        return comm.gather_sum(self._losses) / comm.gather_sum(self._counts)
 
     def finish(self) -> TargetVectors:
         """Return the means over all ranks' batches, equal on every rank; DataError for a target without a loss."""
@@ -193,6 +200,17 @@ def target_vectors(
 
     ``around`` is entered for the passes of a batch, given the target's number and the batch.
     """
+    return vectors_and_losses(engine, targets, normalize_rows=normalize_rows, around=around)[0]
+
+
+def vectors_and_losses(
+    engine: GradientEngine,
+    targets: Sequence[Sweep],
+    *,
+    normalize_rows: bool,
+    around: Callable[[int, Turn], AbstractContextManager[None]] = lambda _number, _turn: nullcontext(),
+) -> tuple[TargetVectors, torch.Tensor]:
+    """Return what ``target_vectors`` does, and the mean loss of each target's rows, by the same pass (collective)."""
     builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
     with engine.observing():
         for number, sweep in enumerate(targets):
@@ -200,7 +218,7 @@ def target_vectors(
                 # A rank that only keeps step with the others adds nothing.
                 with around(number, turn):
                     builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
-    return builder.finish()
+    return builder.finish(), builder.losses()
 
 
 def responses_digest(responses: Sequence[WeightedResponse]) -> str:
