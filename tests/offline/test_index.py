@@ -14,6 +14,7 @@ import pytest
 from dataflex.offline import indexing
 from dataflex.offline.index import agreement, read_index
 from dataflex.offline.table import read_scores
+from dataflex.signals.store import ResumablePass
 from tests.offline.conftest import rows_of
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
@@ -142,53 +143,87 @@ def arrays_of(folder):
 
 
 KILLED = """
-import os, signal, sys
-from dataflex.cli import main
-from dataflex.signals.store import ResumablePass
-
-record, what, most, done = ResumablePass.record, sys.argv[1], int(sys.argv[2]), 0
-
-def counted(work, rows, values):
-    global done
-    record(work, rows, values)
-    done += len(rows) if work._key.method == what else 0
-    if done >= most:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ResumablePass.record = counted
-sys.exit(main(sys.argv[3:]))
+import sys
+from tests.offline.test_index import killed_after
+killed_after(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "kills"), [(1, ("sample", "rows")), pytest.param(2, ("rows",), marks=pytest.mark.gloo)]
-)
-def test_kill_and_go_on(scoring, ranks, kills):
-    """Killed among the rows of the sample, and among all rows: the same bytes as in one go on one rank."""
+def killed_after(what, most, command):
+    """Run a command in a process that kills itself once it has recorded ``most`` rows of a pass."""
+    from dataflex.cli import main
+
+    record, done = ResumablePass.record, 0
+
+    def counted(work, rows, values):
+        nonlocal done
+        record(work, rows, values)
+        done += len(rows) if work._key.method == what else 0
+        if done >= most:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ResumablePass.record = counted
+    os._exit(main(command))
+
+
+@pytest.fixture
+def resumable(scoring):
+    """A command, its index in one go on one rank, and the number of rows that the projection is fitted to."""
     scoring.write("pool", rows_of(120))
     settings = {"dataset": "pool", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     command = ["score", scoring.config(**settings, **LORA), "--method", "less"]
     command += ["less.precondition=sign", "less.sketch_size=16", "--index"]
     assert scoring.run(*command, "straight") == 0
-    (scoring.folder / "killed.py").write_text(KILLED)
-    world = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if ranks > 1 else []
+    return command, arrays_of(scoring.folder / "straight"), 64
 
-    def run(what, most):
-        words = [sys.executable, *world, "killed.py", f"index {what}", str(most), *command, "killed"]
-        environment = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu"}
+
+def unfinished(scoring):
+    assert not (scoring.folder / "killed/index.json").exists()
+    assert scoring.run("query", "killed", "--target", "pool", "--out", "q.parquet") == 2
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(scoring, resumable, caplog):
+    """Killed among the rows of the sample and again among all rows: the same bytes as in one go."""
+    command, straight, fitted = resumable
+    for what, most in (("sample", 8), ("rows", fitted + 12)):
+        child = os.fork()
+        if child == 0:
+            killed_after(f"index {what}", most, [*command, "killed"])
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        unfinished(scoring)
+    with caplog.at_level("INFO", logger="dataflex"):
+        assert scoring.run(*command, "killed") == 0
+    assert f"index rows: going on after {fitted + 12} of 120 rows" in caplog.text
+    assert arrays_of(scoring.folder / "killed") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_two_ranks_are_killed_and_go_on(scoring, resumable):
+    """The same bytes as on one rank in one go."""
+    command, straight, fitted = resumable
+    (scoring.folder / "killed.py").write_text(KILLED)
+    environment = {
+        **os.environ,
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+    def run(most):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "killed.py"]
+        words = [*launch, "index rows", str(most), *command, "killed"]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
         return done.returncode, done.stdout + done.stderr
 
-    for what in kills:
-        code, told = run(what, {"sample": 8, "rows": 64 + 12}[what])  # 64 rows are of the sample
-        assert code == -signal.SIGKILL if ranks == 1 else "SIGKILL" in told, told
-        assert not (scoring.folder / "killed/index.json").exists()
-        assert scoring.run("query", "killed", "--target", "pool", "--out", "q.parquet") == 2
-    code, told = run("rows", 1000)
+    code, told = run(fitted + 12)
+    assert code != 0, told
+    assert "SIGKILL" in told, told
+    unfinished(scoring)
+    code, told = run(1000)
     assert code == 0, told
     assert "index rows: going on after" in told
-    assert arrays_of(scoring.folder / "straight") == arrays_of(scoring.folder / "killed")
+    assert arrays_of(scoring.folder / "killed") == straight
 
 
 def test_agreement_by_hand():
