@@ -226,6 +226,18 @@ def test_two_ranks_are_killed_and_go_on(scoring, resumable):
     assert arrays_of(scoring.folder / "killed") == straight
 
 
+@pytest.mark.parametrize(("rows", "shared"), [(20, 20), (64, 64), (120, 64), (300, 20), (400, 0)])
+def test_rows_to_fit_to_and_the_sample(rows, shared):
+    supervised = np.ones(rows + 1, dtype=np.int64)
+    supervised[3] = 0
+    sample, fit = indexing.drawn(supervised, 16, seed=1)
+    assert (len(sample), len(fit)) == (min(256, rows), min(64, rows))
+    assert len(np.intersect1d(sample, fit)) == shared
+    for drawn in (sample, fit):
+        assert 3 not in drawn
+        assert (np.diff(drawn) > 0).all()
+
+
 def test_agreement_by_hand():
     exact = np.arange(30.0)
     found = exact.copy()

@@ -53,14 +53,14 @@ _RECORDED = 256
 def drawn(supervised: NDArray[np.int64], size: int, seed: int) -> tuple[Rows, Rows]:
     """Return the rows of the sample, and the rows that the projection is fitted to, both ascending.
 
-    They are apart, so that the sample is like rows that nothing was fitted to, unless it is fitted to all rows.
+    They are apart where there are rows enough for both, so that the sample is like rows that nothing was fitted to.
     ``supervised`` [N] are the rows' supervised tokens, ``size`` the numbers kept.
     """
     rows = np.flatnonzero(supervised > 0).astype(np.int64)
     order = rows[np.argsort(uniforms(seed, "index sample", 0, rows), kind="stable")]
-    count, wanted = min(SAMPLE_ROWS, len(rows)), max(size, min(4 * size, FITTED))
-    fit = order if len(rows) <= wanted else order[count : count + wanted]
-    return np.sort(order[:count]), np.sort(fit)
+    wanted = max(size, min(4 * size, FITTED))
+    first = min(SAMPLE_ROWS, max(0, len(rows) - wanted))
+    return np.sort(order[:SAMPLE_ROWS]), np.sort(order[first : first + wanted])
 
 
 _Wide = Callable[[], NDArray[np.float32]]
