@@ -1,4 +1,4 @@
-"""The command line: ``dataflex train | plan | methods | score | select | mix | report | version``.
+"""The command line: ``dataflex train | plan | methods | score | query | select | mix | report | version``.
 
 Each command imports what it needs when it is called. Exit codes: 2 for a mistake of the user's and a refused write,
 told in plain lines on stderr; 143 for SIGTERM; 1 for a run that fails otherwise (a defect of ours keeps its trace)
@@ -32,6 +32,7 @@ _EXAMPLES = {
     "plan": "dataflex plan run.yaml dynamic.selector=loss",
     "methods": "dataflex methods selector/loss",
     "score": "dataflex score run.yaml --method less,loss --out scores.parquet less.precondition=none",
+    "query": "dataflex query index --target gsm8k_valid --out scores.parquet",
     "select": "dataflex select scores.parquet --score less --budget 0.1 --out subset.jsonl",
     "mix": "dataflex mix swarm run.yaml --runs 24 --out swarm --run",
     "report": "dataflex report saves/run2 --out report",
@@ -120,7 +121,7 @@ def _run(arguments: list[str]) -> int:
             options = parser.parse_args([command, *rest])
         except SystemExit:  # argparse has printed the help
             return 0
-        if command == "score":
+        if command in ("score", "query"):
             options.arguments = rest
         told = options.handler(options)
     if isinstance(told, int):
@@ -166,6 +167,8 @@ def _parser(steps_of_mix: bool = True) -> _Parser:
     methods.add_argument("name", nargs="?", help="a method, such as loss or selector/loss, or a kind: selector")
     score, select = _calls("dataflex.commands.score", "score"), _calls("dataflex.offline.subset", "select")
     _add_score(add("score", "Score every row of a data set with selectors, without training.", score, _SCORE))
+    query = _calls("dataflex.commands.score", "query")
+    _add_query(add("query", "Score the rows of an index towards new targets, without a pass over them.", query, _QUERY))
     _add_select(add("select", "Write the subset of a data set that scores ask for.", select, _SELECT))
     mix = add("mix", "Find proportions of domains before the large run, step by step.", lambda _: mix.format_help())
     if steps_of_mix:
@@ -190,6 +193,11 @@ _SCORE = (
     "METHOD.key=value sets a method's parameter. A run that was killed goes on where it stopped.\n"
     "FORCE_TORCHRUN=1 and NPROC_PER_NODE work as for 'train'."
 )
+_QUERY = (
+    "\n\nDIR is what 'dataflex score --method less --index DIR' wrote. Targets are data sets of dataset_info.json;\n"
+    "key=value changes a key that the index was made with, as in dataset_dir=other. A target's gradients, and exact\n"
+    "scores of a sample of the rows, are the only passes."
+)
 _SELECT = (
     "\n\nRows are written byte for byte, in the format of their file, beside their provenance and an entry\n"
     "for dataset_info.json. key=value sets a parameter of the rule."
@@ -200,10 +208,21 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data", metavar="DATA", help="a .yaml, .yml or .json configuration, or names of data sets")
     add("--method", dest="methods", required=True, metavar="NAME[,NAME]", help="selectors (see 'dataflex methods')")
-    add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
+    add("--out", type=Path, metavar="FILE", help="parquet file to write")
+    add("--index", type=Path, metavar="DIR", help="write the rows' sketched gradients instead, for 'dataflex query'")
+    add("--precision", metavar="KIND", help="how an index keeps a row: int8 (default) or fp16")
     add("--targets", metavar="NAME[,NAME]", help="data sets for the methods that need targets")
     add("--budget", type=int, metavar="ROWS", help="rows that a method is asked for (default: all)")
     add("--store", metavar="DIR", help="keep finished passes here (default: beside FILE, removed)")
+    _add_overrides(command, "overrides")
+
+
+def _add_query(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("index", type=Path, metavar="DIR", help="a folder that 'dataflex score --index' wrote")
+    add("--target", dest="targets", required=True, nargs="+", metavar="NAME", help="data sets, one target each")
+    add("--out", required=True, type=Path, metavar="FILE", help="parquet file to write")
+    add("--sample", type=int, metavar="ROWS", help="rows that exact scores are compared on (default: 128; 0: none)")
     _add_overrides(command, "overrides")
 
 

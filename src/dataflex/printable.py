@@ -116,9 +116,7 @@ def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in mapping.items() if key not in _secret_keys(mapping)}
     deep = [key for key, value in kept.items() if redacted(value) != value]
     if deep:
-        raise ConfigError(
-            [f"{key}: holds a secret, which would be written into the runs' files; take it out" for key in deep]
-        )
+        raise ConfigError([f"{key}: holds a secret, which would be written into files; take it out" for key in deep])
     return kept
 
 

@@ -29,6 +29,9 @@ from tests.record.synthetic import MIXTURE, SELECTION, simulate
 
 SWARM = "tests/mixing/test_mix_commands.py"
 ELSEWHERE = {
+    "query runs/offline/index --target gsm8k_valid general_valid --out runs/offline/query.parquet": (
+        "tests/offline/test_index.py"
+    ),
     "mix swarm small.yaml --runs 24 --out swarm --run": "tests/mixing/test_real_swarm.py",
     "mix fit swarm": SWARM,
     "mix propose swarm --budget 2000000 --max-epochs 4 --out mixture.json": SWARM,
@@ -115,6 +118,7 @@ def folder(tmp_path_factory):
     simulate(folder / "runs" / "demo" / "dynamic" / "dataflex", **MIXTURE)
     simulate(folder / "runs" / "select_loss" / "dataflex", **SELECTION)
     scores(folder / "runs/offline/scores.parquet", ["less", "rds_plus", "rds_plus.rank"])
+    scores(folder / "runs/offline/query.parquet", ["less"])
     scores(folder / "runs/offline/loss.parquet", ["loss"])
     scores(folder / "runs/offline/spread.parquet", ["compose.rank"])
     draw = np.random.default_rng(0)
@@ -166,6 +170,8 @@ def test_a_command_of_ours_works(page, environment, words, reader, monkeypatch, 
             options.overrides,
             methods=data_set_names(options.methods),
             out=options.out,
+            index=options.index,
+            precision=options.precision,
             targets=options.targets,
             budget=options.budget,
             store=options.store,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataError
+from dataflex.offline.index import Index, Part, write_told
+from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
+from dataflex.offline.table import ScoreTable, write_scores
 from tests.offline.conftest import rows_of
 
 
@@ -134,5 +139,163 @@ def test_refusals_do_not_import_torch(request_of, scoring):
         "assert code == 2, code; assert 'torch' not in sys.modules and 'llamafactory' not in sys.modules;"
         "assert main(['score', '--help']) == 0 and main(['select', '--help']) == 0;"
         "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.fixture
+def index_of(scoring, request_of):
+    """Ask for an index of LESS over the pool."""
+
+    def make(*overrides, methods=("less",), index="index", **options):
+        data = scoring.config(dataset="pool", finetuning_type="lora")
+        return score_request(
+            data, ["less.precondition=sign", *overrides], methods=methods, index=Path(index), **options
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "told"),
+    [
+        ((), {"out": Path("s.parquet")}, "--out: an index is queried for scores later"),
+        ((), {"targets": "goal"}, "--targets: an index is made for any target"),
+        ((), {"budget": 5}, "--budget: an index holds every row"),
+        ((), {"store": "kept"}, "--store: an index keeps its own passes"),
+        ((), {"methods": ("loss",)}, "--method: an index holds the gradients of 'less' alone, found loss"),
+        ((), {"precision": "int4"}, "--precision: unknown 'int4'; did you mean 'int8'?"),
+        ((), {"index": "s.parquet"}, "--index: s.parquet is to be a folder"),
+        ((), {"index": "run.json"}, "--index: run.json is a file"),
+        ((), {"index": "data"}, "no part of an index; name another folder"),
+        (("less.precondition=true_adam",), {}, "write 'less.precondition=none', or name a checkpoint"),
+        (('lr_scheduler_kwargs={"api_key": "abc"}',), {}, "lr_scheduler_kwargs: holds a secret"),
+        (("less.sketch_size=many",), {}, "less.sketch_size"),
+        (("less.sketch_size=1",), {}, "less.sketch_size"),
+        (("resume_from_checkpoint=[here,there]",), {}, "resume_from_checkpoint: there cannot be used"),
+        (("resume_from_checkpoint=[here,here]",), {}, "resume_from_checkpoint: names a folder twice"),
+    ],
+)
+def test_what_an_index_refuses(index_of, overrides, options, told):
+    with pytest.raises(ConfigError) as caught:
+        index_of(*overrides, **options)
+    assert told in str(caught.value)
+
+
+def test_without_a_place_or_an_index(scoring, request_of):
+    with pytest.raises(ConfigError) as caught:
+        score_request(scoring.config(dataset="pool"), (), methods=("loss",), precision="int8")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["--out", "--precision"]
+
+
+def test_what_an_index_is_made_of(index_of):
+    found = index_of("less.checkpoints=3")
+    (less,) = found.config.scorers
+    assert (less.params.sketch_size, less.params.checkpoints, less.targets) == (512, 1, ())
+    assert (found.precision, found.out, found.work) == ("int8", Path("index"), Path("index/work"))
+    assert index_of("less.sketch_size=64", precision="fp16").config.scorers[0].params.sketch_size == 64
+
+
+def an_index(folder, config):
+    """Write an index of five rows, as 'dataflex score' would, of numbers that mean nothing."""
+    table = ScoreTable(
+        datasets=("pool",),
+        dataset_of=np.zeros(5, dtype=np.int64),
+        domains=("pool",),
+        domain_of=np.zeros(5, dtype=np.int64),
+        position=np.arange(5),
+        tokens=np.full(5, 9),
+        supervised_tokens=np.full(5, 3),
+        columns={},
+        provenance={
+            "methods": [{"name": "less"}],
+            "config": {},
+            "data": {"sources": [{"name": "pool", "rows_read": 5, "files": [], "entry": None}]},
+        },
+    )
+    write_scores(folder / "rows.parquet", table)
+    (folder / "sample").mkdir()
+    np.save(folder / "fingerprints.npy", np.zeros(5, dtype=np.uint64))
+    for name, array in (("index-rows-0", np.zeros(5)), ("index-projection-0", np.zeros((8, 2)))):
+        (folder / "store" / name).mkdir(parents=True)
+        np.save(folder / "store" / name / "array.npy", array)
+    part = Part(checkpoint=None, rate=0.0, model="", rows="index-rows-0", projection="index-projection-0")
+    write_told(
+        Index(
+            folder=folder,
+            lf=json.loads(Path(config).read_text()),
+            params={"name": "less", "precondition": "sign", "sketch_size": 2},
+            seed=0,
+            wide=8,
+            parts=(part,),
+            sample=np.arange(3),
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def query_of(scoring, request_of):
+    folder = an_index(scoring.folder / "index", scoring.config(dataset="pool", finetuning_type="lora"))
+
+    def make(*overrides, index=folder, targets=("goal",), out="found.parquet", **options):
+        return query_request(index, overrides, targets=targets, out=Path(out), **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "told"),
+    [
+        ((), {"targets": ("gaol",)}, "--target: 'gaol' is not defined"),
+        ((), {"targets": ("goal,bare",)}, "--target: 'bare' has no rows"),
+        ((), {"targets": ("",)}, "--target"),
+        ((), {"out": "found.csv"}, "--out: found.csv must end in .parquet"),
+        ((), {"sample": 4}, "--sample: 4 rows; between 0 and 3"),
+        ((), {"sample": -1}, "--sample: -1 rows"),
+        (("template=llama3",), {}, "template: is that of the index"),
+        (("less.normalize=false",), {}, "less.normalize: is that of the index"),
+        (("dataset_dir=/nowhere",), {}, "/nowhere"),
+        (("model_name_or_path=/nowhere/model",), {}, "no such folder"),
+    ],
+)
+def test_what_a_query_refuses(query_of, overrides, options, told):
+    with pytest.raises(ConfigError) as caught:
+        query_of(*overrides, **options)
+    assert told in str(caught.value)
+
+
+def test_damaged_indexes(query_of, scoring):
+    folder = scoring.folder / "index"
+    with pytest.raises(DataError, match="is no index; one is written by"):
+        query_of(index=scoring.folder / "nothing")
+    with pytest.raises(ConfigError) as caught:
+        query_of(targets=("gaol",), sample=9, out="found.csv")
+    assert len(caught.value.problems) == 3
+    asked = query_of(targets=("goal", "pool"), sample=2)
+    assert asked.method.targets == ("goal", "pool")
+    assert asked.lf["dataset"] == "goal,pool"
+    assert (asked.sample, query_of().sample) == (2, 3)
+    rows = folder / "store/index-rows-0/array.npy"
+    np.save(rows, np.zeros(4))
+    with pytest.raises(DataError, match="of different sizes"):
+        query_of()
+    rows.write_bytes(b"no array")
+    with pytest.raises(DataError, match="missing or damaged"):
+        query_of()
+    (folder / "index.json").write_text("{}")
+    with pytest.raises(DataError, match=r"index\.json: cannot be read: KeyError"):
+        query_of()
+    (folder / "index.json").unlink()
+    with pytest.raises(DataError, match="the index is not finished"):
+        query_of()
+
+
+def test_refused_queries_do_not_import_torch(query_of):
+    code = (
+        "import sys; from dataflex.cli import main;"
+        "code = main(['query', 'index', '--target', 'gaol', '--out', 'found.parquet']);"
+        "assert code == 2, code; assert 'torch' not in sys.modules and 'llamafactory' not in sys.modules;"
+        "assert main(['query', '--help']) == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,13 +1,15 @@
-"""``dataflex score``: starts the scoring that a request describes."""
+"""``dataflex score`` and ``query``: start what a request describes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dataflex.config.args import data_set_names
 from dataflex.console import show_log
 from dataflex.ending import release_groups
 from dataflex.errors import UnsupportedError
+from dataflex.offline.query import query_request
 from dataflex.offline.request import score_request
 
 
@@ -17,15 +19,36 @@ def score(*, methods: str, arguments: list[str], **options: Any) -> str | int:
     ``methods`` are names with commas, ``arguments`` all options as typed, the others go to ``score_request``.
     """
     request = score_request(methods=data_set_names(methods), **options)
-    try:
-        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
-    except ImportError as error:
-        raise UnsupportedError(f"score: LLaMA-Factory cannot be imported: {error}") from error
-    if wants_torchrun():
-        return with_torchrun(["score", *arguments])
+    ended = _elsewhere("score", arguments)
+    if ended is not None:
+        return ended
+    from dataflex.offline.indexing import run_index
     from dataflex.offline.scoring import run_score
 
     show_log()
-    told = run_score(request)
+    told = run_score(request) if request.precision is None else run_index(request)
     release_groups()
     return told
+
+
+def query(*, index: Path, arguments: list[str], **options: Any) -> str | int:
+    """Score the rows of an index towards targets; options as ``query_request`` takes them."""
+    request = query_request(index, **options)
+    ended = _elsewhere("query", arguments)
+    if ended is not None:
+        return ended
+    from dataflex.offline.querying import run_query
+
+    show_log()
+    told = run_query(request)
+    release_groups()
+    return told
+
+
+def _elsewhere(command: str, arguments: list[str]) -> int | None:
+    """Run the command under torchrun where the environment asks for it, and return its exit code; else None."""
+    try:
+        from dataflex.llamafactory.launch import wants_torchrun, with_torchrun
+    except ImportError as error:
+        raise UnsupportedError(f"{command}: LLaMA-Factory cannot be imported: {error}") from error
+    return with_torchrun([command, *arguments]) if wants_torchrun() else None

@@ -113,10 +113,10 @@ def stage_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str
             f"decide about; use one of {', '.join(STAGES)}"
         )
         return
-    yield from unmet(dynamic, RunFacts(stage=lf.stage, partitioned=_partitioned(lf)))
+    yield from unmet(dynamic, RunFacts(stage=lf.stage, partitioned=partitioned_by(lf)))
 
 
-def _partitioned(lf: LlamaFactoryArgs) -> str:
+def partitioned_by(lf: LlamaFactoryArgs) -> str:
     """Return what partitions the parameters, or an empty string."""
     if lf.fsdp:
         return "fsdp"

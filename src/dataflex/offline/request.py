@@ -1,4 +1,4 @@
-"""``dataflex score``: the request, read and checked before anything heavy is imported."""
+"""``dataflex score``, and its index: the request, read and checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dataflex.checkpoints import broken_reason
 from dataflex.config.args import LlamaFactoryArgs, env_enabled
@@ -16,6 +16,7 @@ from dataflex.config.check import (
     data_sets,
     facts_of,
     model_problems,
+    partitioned_by,
     setting_problems,
     stage_problems,
     target_problems,
@@ -27,10 +28,13 @@ from dataflex.config.mappings import plain, values
 from dataflex.config.needs import unmet, wants_moments
 from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.config.split import split
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, did_you_mean
 from dataflex.method import RunFacts
+from dataflex.offline.index import WORK, index_problems
 from dataflex.offline.table import is_scores
+from dataflex.printable import without_secrets
 from dataflex.registry import KINDS, names
+from dataflex.signals.specs import PRECISIONS, Precision
 
 _DROPPED = (
     "auto_find_batch_size do_eval do_predict early_stopping_steps eval_dataset eval_on_start eval_steps eval_strategy "
@@ -38,8 +42,10 @@ _DROPPED = (
     "predict_with_generate push_to_hub save_steps streaming train_sampling_strategy val_size"
 ).split()
 """Keys that only training and evaluation look at."""
+INDEX_SIZE = 512
+"""Numbers of a row in an index where ``sketch_size`` is not given."""
 _STORE_GB = 1e6  # nothing that a pass needs is dropped while it runs
-_FIXED: dict[str, Any] = dict(
+FIXED: dict[str, Any] = dict(
     do_train=True, neat_packing=False, overwrite_output_dir=True, packing=False, report_to="none", save_strategy="no"
 )
 
@@ -54,13 +60,11 @@ def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
         notes.append("packing is off: every sample is scored by itself")
     if args.streaming:
         notes.append("streaming is off: all rows are tokenized first")
-    config = lf.pop("deepspeed", None)
-    if isinstance(config, str) and Path(config).is_file():
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    if isinstance(config, Mapping) and config.get("zero_optimization", {}).get("stage") == 3:
-        problems.append("deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it")
-    elif config is not None:
+    zero3 = not args.fsdp and partitioned_by(args) != ""
+    if not zero3 and lf.pop("deepspeed", None) is not None:
         notes.append("deepspeed is left out: nothing is trained")
+    if zero3:
+        problems.append("deepspeed: scoring keeps the whole model on each rank, and ZeRO-3 partitions it; remove it")
     if args.fsdp:
         problems.append("fsdp: scoring keeps the whole model on each rank; remove it")
     if env_enabled("USE_RAY"):
@@ -73,22 +77,29 @@ def _tidy(lf: dict[str, Any], problems: list[str]) -> list[str]:
     return notes
 
 
-def _checkpoint_of(lf: dict[str, Any], problems: list[str]) -> Path | None:
-    """Take out the checkpoint whose weights and optimizer state are to be used, or None."""
+def _checkpoints_of(lf: dict[str, Any], problems: list[str], *, several: bool) -> tuple[Path, ...]:
+    """Take out the checkpoints whose weights and optimizer states are to be used; at most one unless ``several``."""
     asked = lf.pop("resume_from_checkpoint", None)
     if asked in (None, False, "false", "False"):
-        return None
+        return ()
     if asked in (True, "true", "True"):
         problems.append(
             "resume_from_checkpoint: name the checkpoint's folder whose weights and optimizer are to be used"
         )
-        return None
-    folder = Path(str(asked))
-    if (reason := broken_reason(folder)) is not None:
-        problems.append(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
-    elif not (folder / "optimizer.pt").is_file():
-        problems.append(f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)")
-    return folder
+        return ()
+    folders = tuple(Path(str(one)) for one in (asked if isinstance(asked, list | tuple) else [asked]))
+    if len(folders) > 1 and not several:
+        problems.append("resume_from_checkpoint: scores are those of one checkpoint; an index (--index) takes several")
+    if len(set(folders)) < len(folders):
+        problems.append("resume_from_checkpoint: names a folder twice")
+    for folder in folders:
+        if (reason := broken_reason(folder)) is not None:
+            problems.append(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
+        elif not (folder / "optimizer.pt").is_file():
+            problems.append(
+                f"resume_from_checkpoint: {folder} holds no optimizer.pt (DeepSpeed keeps its state elsewhere)"
+            )
+    return folders
 
 
 def _checked(
@@ -98,7 +109,7 @@ def _checked(
 
     ``moments``: whether a checkpoint gives the moments of a run's Adam; without training there are no others.
     """
-    view = LlamaFactoryArgs.read({**lf, **_FIXED})
+    view = LlamaFactoryArgs.read({**lf, **FIXED})
     problems += told_once(view, ())
     problems += [
         problem.replace("dynamic.selector: ", "--method: ", 1)
@@ -137,7 +148,7 @@ def _entries_of(lf: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any
     return {name: dict(info[name]) for name in datasets if name in info}
 
 
-def _out_problems(out: Path) -> list[str]:
+def out_problems(out: Path) -> list[str]:
     """Return why the scores could not be written there."""
     if out.suffix != ".parquet":
         return [f"--out: {out} must end in .parquet"]
@@ -167,13 +178,19 @@ class ScoreRequest:
 
     lf: dict[str, Any]  # LLaMA-Factory's keys, those of training left out
     config: OfflineConfig  # methods, plugins, seed, domains and signals
-    out: Path  # the file to write
+    out: Path  # the file to write, or the folder of the index
     work: Path  # folder of unfinished passes, removed at the end
-    checkpoint: Path | None  # whose weights and optimizer state are taken
+    checkpoints: tuple[Path, ...]  # whose weights and optimizer states are taken; an index alone has several
     budget: int | None  # number of rows that every method is asked for; None: all
     sources: tuple[Source, ...]  # the data sets
     entries: Mapping[str, Any]  # their entries in dataset_info.json
     notes: tuple[str, ...] = ()  # differences from a training run, one line each
+    precision: Precision | None = None  # of an index; None: scores are written
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The one checkpoint of scores, if any."""
+        return self.checkpoints[0] if self.checkpoints else None
 
 
 def score_request(
@@ -181,7 +198,9 @@ def score_request(
     overrides: Sequence[str],
     *,
     methods: Sequence[str],
-    out: Path,
+    out: Path | None = None,
+    index: Path | None = None,
+    precision: str | None = None,
     targets: str | None = None,
     budget: int | None = None,
     store: str | None = None,
@@ -193,6 +212,8 @@ def score_request(
         overrides: ``key=value`` texts; ``METHOD.key=value`` sets a method's parameter.
         methods: Names of selectors.
         out: The parquet file to write.
+        index: The folder of an index to write instead.
+        precision: How an index keeps a row; None: int8.
         targets: Data sets for the methods that need targets and have none of their own.
         budget: Number of rows that every method is asked for; None: all.
         store: Folder for finished passes, kept; None: one beside ``out``, removed at the end.
@@ -209,30 +230,74 @@ def score_request(
     mapping = load_mapping(data, theirs) if is_file else merged({"dataset": data}, theirs)
     given = merged({}, ours)
     lf, config = _parts(mapping, base_dir, problems)
-    scorers = _scorers(methods, given, config, targets, problems)
+    indexes = index is not None
+    if indexes:
+        problems += _beside_index(methods, out=out, targets=targets, budget=budget, store=store)
+        scorers = _indexed(given, config, problems)
+    else:
+        if out is None:
+            problems.append("--out: name the file to write, or the folder of an index with --index")
+        if precision is not None:
+            problems.append("--precision: says how an index keeps rows, and has no effect without --index; remove it")
+        scorers = _scorers(methods, given, config, targets, problems)
+    if precision is not None and precision not in PRECISIONS:
+        meant = did_you_mean(precision, PRECISIONS)
+        problems.append(f"--precision: unknown {precision!r}{meant} (known: {', '.join(PRECISIONS)})")
     notes = _tidy(lf, problems)
-    checkpoint = _checkpoint_of(lf, problems)
-    work = out.with_name(f"{out.name}.work")
+    if indexes:
+        try:
+            without_secrets(lf)  # an index keeps these keys
+        except ConfigError as error:
+            problems += error.problems
+    checkpoints = _checkpoints_of(lf, problems, several=indexes)
+    place = index or out or Path("scores.parquet")
+    work = place / WORK if indexes else place.with_name(f"{place.name}.work")
     signals = replace(config.signals, store=store or config.signals.store or str(work / "store"), store_gb=_STORE_GB)
     config = replace(config, scorers=scorers, signals=signals, selector=None, mixer=None, weighter=None)
-    sources = _checked(lf, config, base_dir, checkpoint is not None, problems)
-    problems += _out_problems(out)
+    sources = _checked(lf, config, base_dir, bool(checkpoints), problems)
+    problems += index_problems(place) if indexes else out_problems(place) if out is not None else []
     if budget is not None and budget < 1:
         problems.append(f"--budget: {budget} rows; ask for at least 1, or leave it out for all")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    lf.update(_FIXED, output_dir=str(work / "run"))
+    lf.update(FIXED, output_dir=str(work / "run"))
     return ScoreRequest(
         lf=lf,
         config=config,
-        out=out,
+        out=place,
         work=work,
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
         budget=budget,
         sources=sources,
         entries=_entries_of(lf, [source.name for source in sources]),
         notes=tuple(notes),
+        precision=cast(Precision, precision or PRECISIONS[0]) if indexes else None,
     )
+
+
+def _beside_index(methods: Sequence[str], **options: Any) -> list[str]:
+    """Return the options that do not go with an index."""
+    told = {
+        "out": "an index is queried for scores later; leave out --out or --index",
+        "targets": "an index is made for any target; name targets in 'dataflex query'",
+        "budget": "an index holds every row; remove it",
+        "store": "an index keeps its own passes; remove it",
+    }
+    problems = [f"--{name}: {told[name]}" for name, value in options.items() if value is not None]
+    if list(methods) != ["less"]:
+        problems.append(f"--method: an index holds the gradients of 'less' alone, found {', '.join(methods) or 'none'}")
+    return problems
+
+
+def _indexed(given: Mapping[str, Any], config: OfflineConfig, problems: list[str]) -> tuple[MethodConfig, ...]:
+    """Return LESS as an index holds it: for any target, of one decision."""
+    own = config.selector
+    base = plain(own) if own is not None and own.name == "less" else {}
+    block = {"sketch_size": INDEX_SIZE, **base, "name": "less", **(given.get("less") or {}), "checkpoints": 1}
+    if block["sketch_size"] is None:
+        block["sketch_size"] = INDEX_SIZE
+    method = method_block("selector", {**block, "targets": ["any"]}, "less", problems)
+    return () if method is None else (replace(method, targets=()),)
 
 
 def _parts(mapping: dict[str, Any], base_dir: Path, problems: list[str]) -> tuple[dict[str, Any], OfflineConfig]:

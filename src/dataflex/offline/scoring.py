@@ -16,7 +16,7 @@ import logging
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,11 +33,14 @@ from dataflex.method import Context, Rows, RunFacts, Selection, Selector, Signal
 from dataflex.offline.files import FileRecord, file_records
 from dataflex.offline.request import ScoreRequest
 from dataflex.offline.table import ScoreTable, write_scores
+from dataflex.plan.domains import Domains
 from dataflex.plan.schedule import Interval
 from dataflex.plan.validate import check_selection
 from dataflex.printable import redacted
+from dataflex.select.scoring import PoolSelector
 from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
+from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
@@ -51,7 +54,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class _Column(NamedTuple):
+class Column(NamedTuple):
     """``METHOD`` (scores), ``METHOD/TARGET`` (scores for one target) or ``METHOD.rank``: values [N], and what they are.
 
     Scores are NaN where there are none; ranks are int64, -1 where the row was not chosen.
@@ -60,6 +63,11 @@ class _Column(NamedTuple):
     name: str
     values: NDArray[Any]
     told: str
+
+    def tell(self) -> str:
+        """Return it as one line."""
+        there = int((self.values >= 0).sum() if self.name.endswith(".rank") else np.isfinite(self.values).sum())
+        return f"  {self.name}: {there:,} values; {self.told}"
 
 
 class _Remembering:
@@ -91,7 +99,7 @@ def _digest(*arrays: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[_Column]:
+def ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[Column]:
     """Return what a selector says about every row of ``pool`` [N] when asked for ``budget`` rows (collective).
 
     These are scores if the method gives any, also for each of several targets, and the order of preference.
@@ -99,13 +107,13 @@ def _ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[_C
     name = method.name
     ctx = replace(ctx, signals=cast(Signals, _Remembering(ctx.signals)))
     chosen = _selection(method, pool, budget, ctx)
-    columns: list[_Column] = []
+    columns: list[Column] = []
     towards = f" towards {', '.join(method.targets)}" if method.targets else ""
     if chosen.scores is None:
         logger.info("%s gives no scores, only an order: column %s.rank", name, name)
     else:
         scores = _floats(chosen.scores)
-        columns.append(_Column(name, scores, f"scores of {name}{towards}"))
+        columns.append(Column(name, scores, f"scores of {name}{towards}"))
         finite = scores[np.isfinite(scores)]
         if not len(finite):
             logger.warning("%s: no row has a score", name)
@@ -113,23 +121,25 @@ def _ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[_C
             logger.warning("%s: all %d scores are equal (%g), so they say nothing", name, len(finite), finite[0])
     for target in method.targets if columns and len(method.targets) > 1 else ():
         try:
-            one = _selection(replace(method, targets=(target,)), pool, budget, ctx)
+            one = _selection(replace(method, targets=(target,)), pool, budget, ctx, scores_only=True)
         except DataFlexError as error:  # a method may need several tasks
             logger.info("%s gives no scores for %s alone: %s", name, target, error)
             continue
         if one.scores is not None:
-            columns.append(_Column(f"{name}/{target}", _floats(one.scores), f"scores of {name} towards {target}"))
+            columns.append(Column(f"{name}/{target}", _floats(one.scores), f"scores of {name} towards {target}"))
     ranks = np.full(len(pool), -1, dtype=np.int64)
     places = np.searchsorted(pool, chosen.rows)
     # A method that repeats rows counts with the first place.
     ranks[places[::-1]] = np.arange(len(places) - 1, -1, -1)
     told = f"order of preference of {name}{towards}, 0 first, among {budget:,} rows asked for ({chosen.reason})"
-    return [*columns, _Column(f"{name}.rank", ranks, told)]
+    return [*columns, Column(f"{name}.rank", ranks, told)]
 
 
-def _selection(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> Selection:
+def _selection(method: MethodConfig, pool: Rows, budget: int, ctx: Context, *, scores_only: bool = False) -> Selection:
     selector = method.build()
     assert isinstance(selector, Selector)
+    if scores_only and type(selector).select is PoolSelector.select:
+        budget = 1  # scores do not depend on it, and nothing is sorted
     selection = selector.select(pool, budget, replace(ctx, targets=method.targets))
     check_selection(selector, selection, pool, budget)
     return selection
@@ -140,55 +150,77 @@ def _floats(scores: NDArray[Any]) -> NDArray[np.floating]:
     return values if values.dtype == np.float32 else values.astype(np.float64)
 
 
-class _Scored(Exception):
-    def __init__(self, columns: list[_Column], model: str, seed: int) -> None:
+class Scored(Exception):
+    """Leaves the workflow with what was found: the model's identity and the seed, and scores by column."""
+
+    def __init__(self, columns: list[Column], model: str, seed: int) -> None:
         super().__init__("scored")
         self.columns, self.model, self.seed = columns, model, seed
 
 
-class _ScoringMixin(_Trainer):
-    """A trainer that scores every row instead of training."""
+class WorkflowMixin(_Trainer):
+    """A trainer that asks the model about rows instead of training it."""
 
     dataflex_setup: ClassVar[Setup]
-    dataflex_request: ClassVar[ScoreRequest]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(loop_of(self, self.dataflex_setup, 1), self.dataflex_setup.config, RunFacts())
 
+    @property
+    def dataflex_seed(self) -> int:
+        """Seed of all decisions."""
+        seed = self.dataflex_setup.config.seed
+        return int(self.args.seed) if seed is None else seed
+
+    def dataflex_runner(self, checkpoint: Path | None) -> SignalRunner:
+        """Return signals of the model as it is now, with the moments of a checkpoint."""
+        setup, rate = self.dataflex_setup, float(self.args.learning_rate)
+        runner = signal_runner(setup, loop_of(self, setup, 1), self.dataflex_seed)
+        optimizer = functools.cache(lambda: _optimizer(self, checkpoint))  # loaded when it is first asked for
+        runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)
+        return runner
+
+
+class _ScoringMixin(WorkflowMixin):
+    """A trainer that scores every row instead of training."""
+
+    dataflex_request: ClassVar[ScoreRequest]
+
     def train(self, *_args: Any, **_kwargs: Any) -> Any:
         """Score, and leave the workflow."""
         setup, request = self.dataflex_setup, self.dataflex_request
         space, rate = setup.rows, float(self.args.learning_rate)
-        step = 0 if request.checkpoint is None else _take_checkpoint(self, request.checkpoint)
-        seed = self.args.seed if setup.config.seed is None else setup.config.seed
-        runner = signal_runner(setup, loop_of(self, setup, 1), seed)
-        optimizer = functools.cache(lambda: _optimizer(self, request.checkpoint))  # loaded when it is first asked for
-        runner.access = replace(runner.access, optimizer=optimizer, learning_rate=lambda: rate)
+        step = 0 if request.checkpoint is None else take_checkpoint(self, request.checkpoint)
+        runner = self.dataflex_runner(request.checkpoint)
         runner.begin(step)
-        ctx = Context(
-            interval=Interval(index=0, kind="dynamic", start_step=step, stop_step=step + 1),
-            seed=seed,
-            domains=space.domains,
-            signals=runner,
-            columns=space.columns,
-            total_sequences=space.num_rows,
-            unit=setup.config.unit,
-            learning_rate=rate,
-        )
+        ctx = context(space.domains, runner, seed=self.dataflex_seed, step=step, learning_rate=rate)
+        ctx = replace(ctx, columns=space.columns, unit=setup.config.unit)
         budget = space.num_rows if request.budget is None else request.budget
         if budget > space.num_rows:
             raise DataError(f"--budget: {budget:,} rows of {space.num_rows:,}")
-        columns: list[_Column] = []
+        columns: list[Column] = []
         for method in request.config.scorers:
             with preserve_state(runner.access.model):
-                columns += _ask(method, space.all_rows(), budget, ctx)
+                columns += ask(method, space.all_rows(), budget, ctx)
             logger.info("%s: %s rows scored", method.name, f"{space.num_rows:,}")
         comm.agree("scores", _digest(*(column.values for column in columns)))
-        raise _Scored(columns, model_identity(self.model), seed)
+        raise Scored(columns, model_identity(self.model), self.dataflex_seed)
 
 
-def _take_checkpoint(trainer: Any, checkpoint: Path) -> int:
+def context(domains: Domains, signals: Any, *, seed: int, step: int = 0, learning_rate: float = 0.0) -> Context:
+    """Return the context of one decision about all rows."""
+    return Context(
+        interval=Interval(index=0, kind="dynamic", start_step=step, stop_step=step + 1),
+        seed=seed,
+        domains=domains,
+        signals=signals,
+        total_sequences=len(domains.domain_of),
+        learning_rate=learning_rate,
+    )
+
+
+def take_checkpoint(trainer: Any, checkpoint: Path) -> int:
     """Load a checkpoint's weights as a resumed run would; return its optimizer step."""
     trainer._load_from_checkpoint(str(checkpoint))
     try:
@@ -218,32 +250,45 @@ def _optimizer(trainer: Any, checkpoint: Path | None) -> Any:
 
 def run_score(request: ScoreRequest) -> str:
     """Score on this rank, write the table on rank 0, and return what to print ("" on other ranks)."""
-    for note in request.notes:
-        logger.info("%s", note)
-    stage = str(request.lf.get("stage", "sft"))
-    mixin = type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request})
-    tuner = importlib.import_module("llamafactory.train.tuner")
-    files = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
-    with watched_origins(stage) as found, swapped(request.config, request.lf, mixin) as setup:
-        try:
-            tuner.run_exp(dict(request.lf))
-        except _Scored as done:
-            scored = done
-    table = _table(request, setup.rows, found[: len(request.sources)], files, scored)
+    scored, _, table = run_workflow(
+        request, type("ScoringMixin", (_ScoringMixin,), {"dataflex_request": request}), Scored
+    )
     lines = []
     if comm.rank() == 0:
         write_scores(request.out, table)
         shutil.rmtree(request.work, ignore_errors=True)
         lines.append(f"{table.num_rows:,} rows of {', '.join(table.datasets)} -> {request.out}")
-        for name, values, told in scored.columns:
-            there = int((values >= 0).sum() if name.endswith(".rank") else np.isfinite(values).sum())
-            lines.append(f"  {name}: {there:,} values; {told}")
+        lines += [column.tell() for column in scored.columns]
     comm.barrier()
     return "\n".join(lines)
 
 
+S = TypeVar("S", bound=Scored)
+
+
+def run_workflow(request: ScoreRequest, mixin: type[WorkflowMixin], ended: type[S]) -> tuple[S, RowSpace, ScoreTable]:
+    """Run LLaMA-Factory's workflow with ``mixin``, whose ``train`` raises ``ended``; return that, rows and table."""
+    for note in request.notes:
+        logger.info("%s", note)
+    stage = str(request.lf.get("stage", "sft"))
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    files = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
+    with watched_origins(stage) as found, swapped(request.config, request.lf, mixin) as setup:
+        try:
+            tuner.run_exp(dict(request.lf))
+        except ended as done:
+            scored: S = done
+    return scored, setup.rows, _table(request, setup.rows, found[: len(request.sources)], files, scored)
+
+
+def _checkpoint_told(checkpoints: tuple[Path, ...]) -> Any:
+    """Return one checkpoint as text, several as a list, none as None."""
+    told = [str(one) for one in checkpoints]
+    return told if len(told) > 1 else next(iter(told), None)
+
+
 def _table(
-    request: ScoreRequest, space: RowSpace, origins: list[Origin], files: list[list[FileRecord]], scored: _Scored
+    request: ScoreRequest, space: RowSpace, origins: list[Origin], files: list[list[FileRecord]], scored: Scored
 ) -> ScoreTable:
     names = [source.name for source in request.sources]
     sizes = [space.sources[name] for name in names]
@@ -266,7 +311,7 @@ def _table(
         "model": {
             "name_or_path": request.lf.get("model_name_or_path"),
             "adapter": request.lf.get("adapter_name_or_path"),
-            "checkpoint": None if request.checkpoint is None else str(request.checkpoint),
+            "checkpoint": _checkpoint_told(request.checkpoints),
             "identity": scored.model,
         },
         "data": {

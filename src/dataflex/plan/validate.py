@@ -40,21 +40,26 @@ def check_selection(selector: Selector, selection: Selection, pool: Rows, wanted
     """
     refuse_answer(selector, "select", selection)
     rows = selection.rows
-    what, where = f"selector {selector.name!r}", whereabouts(type(selector), "select")
+    what = f"selector {selector.name!r}"
     if len(rows) == 0:
         raise DataError(f"{what} kept no row at all ({selection.reason or 'no reason given'})")
     outside = rows[~np.isin(rows, pool)] if len(pool) else rows
     if len(outside):
         raise ComponentError(
-            f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}: {where}"
+            f"{what} returned {len(outside):,} rows that are not in the pool, such as {outside[0]}: "
+            f"{_select_of(selector)}"
         )
     if len(rows) > wanted:
-        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}: {where}")
+        raise ComponentError(f"{what} returned {len(rows):,} rows for a budget of {wanted:,}: {_select_of(selector)}")
     if selection.scores is not None and len(selection.scores) != len(pool):
         raise ComponentError(
             f"{what} returned {len(selection.scores):,} scores for a pool of {len(pool):,} rows; it must give one for "
-            f"each, in the order of the pool: {where}"
+            f"each, in the order of the pool: {_select_of(selector)}"
         )
+
+
+def _select_of(selector: Selector) -> str:
+    return whereabouts(type(selector), "select")
 
 
 def check_loss_weights(mixer: DomainWeighter, domains: int) -> NDArray[np.float64]:

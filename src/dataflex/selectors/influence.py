@@ -27,6 +27,8 @@ _LEAST = 1e-6  # length of a mean of unit vectors that cancel out
 
 def lr_weighted(scores: list[NDArray[np.float32]], rates: Sequence[float]) -> NDArray[np.float64]:
     """Average the scores of checkpoints by their learning rates (section 3.2, equation 2), equally where all are 0."""
+    if len(scores) == 1:
+        return scores[0].astype(np.float64)
     weights = np.asarray(rates, dtype=np.float64)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(rates), 1.0 / len(rates))
     return np.tensordot(weights, np.stack(scores).astype(np.float64), axes=1)

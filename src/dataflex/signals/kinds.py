@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dataflex.plan.domains import Rows
     from dataflex.signals.embeddings import TextEncoder
+    from dataflex.signals.gradients.consumers import TargetVectors
     from dataflex.signals.gradients.scorers import GradientScorers
     from dataflex.signals.logits import GateReader
     from dataflex.signals.model_access import ModelAccess
@@ -435,18 +436,22 @@ class GradientScores(_GradientSignal):
     def key(self, access: ModelAccess) -> dict[str, Any]:
         return {**asdict(self), "targets": [access.data_identity(name) for name in self.targets]}
 
-    def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
+    def vectors(self, scorers: GradientScorers, access: ModelAccess) -> TargetVectors:
+        """Return the targets' mean gradients, made once in a decision (collective)."""
         from dataflex.signals.gradients.scorers import target_vectors
 
         aims = [access.data_identity(name) for name in self.targets]
         key = repr((aims, self.parameters, self.last_blocks, self.bf16, scorers.mean_of_cosines))
-        vectors = access.for_decision.get(key)
+        vectors: TargetVectors | None = access.for_decision.get(key)
         if vectors is None:
             sweeps = [access.target_sweep(name) for name in self.targets]
             vectors = target_vectors(scorers.engine, sweeps, normalize_rows=scorers.mean_of_cosines)
             if sum(tensor.numel() for tensor in vectors.tensors.values()) <= _KEPT_NUMBERS:
                 access.for_decision[key] = vectors
-        return scorers.towards(vectors)
+        return vectors
+
+    def _scorer(self, scorers: GradientScorers, access: ModelAccess) -> Scorer:
+        return scorers.towards(self.vectors(scorers, access))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,9 @@ from dataflex.errors import ConfigError, did_you_mean
 from dataflex.parts import param
 
 Pooling = Literal["last", "mean", "weighted_mean", "first"]
+Precision = Literal["int8", "fp16"]
+"""How an index keeps the numbers of a row."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Part = Literal["all", "prompt", "completion"]
 """Of a row's tokens: all, those without a label, or the supervised ones (the response)."""
 

@@ -243,6 +243,16 @@ def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> byte
     return np.ascontiguousarray(tokens[offsets[row] : offsets[row + 1]], dtype=np.int64).tobytes()
 
 
+def row_fingerprints(dataset: Any) -> NDArray[np.uint64]:
+    """Return a hash of each row's tokens [N]; the data set is tokenized."""
+    found = [
+        hashlib.blake2b(_content(offsets, tokens, row), digest_size=8).digest()
+        for offsets, tokens in _chunks(dataset)
+        for row in range(len(offsets) - 1)
+    ]
+    return np.frombuffer(b"".join(found), dtype="<u8")
+
+
 def find_leaks(train: Any, targets: Mapping[str, Any]) -> dict[str, Leak]:
     """Return, for every target, which of its rows are training rows too; all data sets are tokenized."""
     if not targets:

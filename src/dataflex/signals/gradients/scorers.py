@@ -6,7 +6,7 @@ rows x parameters is kept (LESS, arXiv 2402.04333, without its projection).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -40,6 +40,9 @@ from dataflex.state import blake2b
 
 _HELD_NUMBERS = 2**28
 """Size of rows' gradients that are held together at most: 1 GiB in fp32."""
+
+_LEAST_ROOT = 0.01
+"""Roots of second moments count as at least this share of their mean in the weights of a sketch."""
 
 Score = Callable[[dict[str, Any]], torch.Tensor]
 
@@ -109,6 +112,11 @@ class GradientScorers:
 
         return score
 
+    def wide_sketch(self, *, size: int, seed: int) -> Sketch:
+        """Return the sketch of rows that an index is made of, and of vectors compared with them (collective)."""
+        adam = self._kind.kind == "adam"
+        return Sketch(size=size, seed=seed, weights=sketch_weights(self.moments()) if adam else None)
+
     def moments_identity(self) -> str:
         """Name the moments that scores depend on; "" where they depend on none (collective)."""
         if self._kind.kind != "adam":
@@ -126,6 +134,18 @@ class GradientScorers:
     def moments(self) -> dict[str, Moments]:
         """Return Adam's moments of now (collective)."""
         return moments_of(self._access.optimizer(), self.engine.parameters, self._access.backend)
+
+
+def sketch_weights(moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
+    """Return weights of a sketch that compares Adam's directions with plain gradients, by parameter name.
+
+    Coordinates of directions are about alike and those of gradients differ: the fourth root of the second moment is the
+    root of how much. All are relative to the mean root, and those of coordinates without a gradient have a floor.
+    """
+    roots = {name: kept.second.sqrt() for name, kept in moments.items()}
+    total = sum(float(root.double().sum()) for root in roots.values())
+    mean = total / max(1, sum(root.numel() for root in roots.values())) or 1.0
+    return {name: (root / mean).clamp_min(_LEAST_ROOT).sqrt() for name, root in roots.items()}
 
 
 class TargetBuilder:
