@@ -239,6 +239,8 @@ def test_the_demo_shows_losses_and_leaves_the_rest_to_the_record(demo, monkeypat
         "print('input_ids:'); print({'loss': '2.5', 'dataflex/mix/a': '0.1'}); print({'eval_loss': 3.61, 'epoch': 0})"
     )
     monkeypatch.setattr(demo, "COMMAND", [sys.executable, "-c", script])
-    assert 0 < demo.dataflex("train", "x.yaml") < 30
+    seconds, cpu = demo.dataflex("train", "x.yaml")
+    assert 0 < seconds < 30
+    assert cpu > 0
     told = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert [line for line in told if line] == ["$ dataflex train x.yaml", "training loss 2.5", "held-out loss 3.61"]
