@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -134,9 +135,12 @@ def test_every_engine_gives_the_same_scores(outcomes, engine, tuning):
 @pytest.mark.parametrize(("engine", "tuning"), BUDGETED)
 def test_every_engine_chooses_the_same_rows_within_a_budget(outcomes, engine, tuning):
     """Rows of the first interval were scored in their own step, on whichever rank, of sharded parameters."""
-    plans = []
+    plans, correlations = [], []
     for name in (f"one-{tuning}-budget", f"{engine}-{tuning}-budget"):
         run = outcome(outcomes, name)
-        assert all("rows by influence on goal" in event["reason"] for event in run.events if event.get("interval") == 1)
+        told = next(event["reason"] for event in run.events if event["event"] == "planned" and event["interval"] == 1)
+        assert ("rows by influence on goal" in told) == (tuning == "full"), "with LoRA they are no better than chance"
+        correlations.append(float(re.search(r"correlation (-?[\d.e-]+)", told)[1]))  # of what sketches and targets say of rows
         plans.append([sorted(load_plan(run.folder, index).rows.tolist()) for index in (0, 1)])
     assert plans[0] == plans[1]
+    assert correlations[0] == pytest.approx(correlations[1], abs=0.05)
