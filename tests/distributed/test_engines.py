@@ -140,7 +140,8 @@ def test_every_engine_chooses_the_same_rows_within_a_budget(outcomes, engine, tu
         run = outcome(outcomes, name)
         told = next(event["reason"] for event in run.events if event["event"] == "planned" and event["interval"] == 1)
         assert ("rows by influence on goal" in told) == (tuning == "full"), "with LoRA they are no better than chance"
-        correlations.append(float(re.search(r"correlation (-?[\d.e-]+)", told)[1]))  # of what sketches and targets say of rows
+        # Of what sketches and targets say of rows.
+        correlations.append(float(re.search(r"correlation (-?[\d.e-]+)", told)[1]))
         plans.append([sorted(load_plan(run.folder, index).rows.tolist()) for index in (0, 1)])
     assert plans[0] == plans[1]
     assert correlations[0] == pytest.approx(correlations[1], abs=0.05)
