@@ -216,7 +216,10 @@ class DynamicConfig:
     @property
     def targets_by_key(self) -> dict[str, tuple[str, ...]]:
         """Target data sets by the path of the key that names them."""
-        found = {f"dynamic.{method.kind}.targets": method.targets for method in self.methods}
+        found: dict[str, tuple[str, ...]] = {}
+        for method in self.methods:  # several selectors are asked offline
+            key = f"dynamic.{method.kind}.targets"
+            found[key] = (*found.get(key, ()), *method.targets)
         return found if self.ledger is None else {**found, "dynamic.ledger.targets": self.ledger.targets}
 
     @property
