@@ -272,8 +272,8 @@ def example_context(
         "total_sequences": 100,
         "global_batch": 4,
         "learning_rate": 1e-3,
+        "benefit": benefit,
     }
-    usual["benefit"] = benefit
     return Context(
         interval=Interval(index=index, kind=kind, start_step=start_step, stop_step=stop_step),
         domains=Domains.from_sizes(tuple(sizes), tuple(sizes.values()), lengths_N.astype(np.int64)),

@@ -6,7 +6,6 @@ can be trusted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import shutil
@@ -25,11 +24,10 @@ from dataflex import comm
 from dataflex.config.data import target_data_sets
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import DataError, UnsupportedError
-from dataflex.llamafactory.swap import swapped
 from dataflex.method import Rows
 from dataflex.offline.index import FINGERPRINTS, SAMPLE, Agreement, Index, agreement, told_agreement
 from dataflex.offline.query import QueryRequest
-from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, take_checkpoint
+from dataflex.offline.scoring import Column, WorkflowMixin, ask, context, left_by, take_checkpoint
 from dataflex.offline.table import ScoreTable, write_scores
 from dataflex.plan.domains import Domains
 from dataflex.printable import redacted
@@ -165,12 +163,7 @@ class _Indexed:
 def run_query(request: QueryRequest) -> str:
     """Ask the model on this rank, write the scores on rank 0, and return what to print ("" on other ranks)."""
     mixin = type("QueryMixin", (_QueryMixin,), {"dataflex_request": request})
-    tuner = importlib.import_module("llamafactory.train.tuner")
-    with swapped(request.config, request.lf, mixin):
-        try:
-            tuner.run_exp(dict(request.lf))
-        except _Answered as done:
-            answers = done.answers
+    answers = left_by(_Answered, request.config, request.lf, mixin)[0].answers
     lines = []
     if comm.rank() == 0:
         index, names = request.index, request.method.targets

@@ -9,7 +9,6 @@ Upstream names relied upon: those of ``llamafactory.trainer`` and ``bridge``; of
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from dataflex import comm
 from dataflex.config.mappings import plain
-from dataflex.config.schema import MethodConfig
+from dataflex.config.schema import DynamicConfig, MethodConfig
 from dataflex.errors import CheckpointError, ConfigError, DataError, DataFlexError
 from dataflex.llamafactory.loading import Origin, watched_origins
 from dataflex.llamafactory.loop import loop_of
@@ -42,6 +41,7 @@ from dataflex.signals.identity import model_identity
 from dataflex.signals.kinds import GradientScores, Signal
 from dataflex.signals.runner import SignalRunner
 from dataflex.signals.sweep import preserve_state
+from dataflex.state import blake2b
 from dataflex.train.row_space import RowSpace
 from dataflex.train.session import Setup, refuse_unsupported, signal_runner
 from dataflex.version import versions
@@ -93,10 +93,7 @@ class _Remembering:
 
 
 def _digest(*arrays: NDArray[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return blake2b(*(np.ascontiguousarray(array).tobytes() for array in arrays)).hex()
 
 
 def ask(method: MethodConfig, pool: Rows, budget: int, ctx: Context) -> list[Column]:
@@ -271,14 +268,24 @@ def run_workflow(request: ScoreRequest, mixin: type[WorkflowMixin], ended: type[
     for note in request.notes:
         logger.info("%s", note)
     stage = str(request.lf.get("stage", "sft"))
-    tuner = importlib.import_module("llamafactory.train.tuner")
     files = [file_records(source.path) for source in request.sources]  # before loading: what is scored is what it was
-    with watched_origins(stage) as found, swapped(request.config, request.lf, mixin) as setup:
-        try:
-            tuner.run_exp(dict(request.lf))
-        except ended as done:
-            scored: S = done
+    with watched_origins(stage) as found:
+        scored, setup = left_by(ended, request.config, request.lf, mixin)
     return scored, setup.rows, _table(request, setup.rows, found[: len(request.sources)], files, scored)
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def left_by(ended: type[E], config: DynamicConfig, lf: dict[str, Any], mixin: type[WorkflowMixin]) -> tuple[E, Setup]:
+    """Run LLaMA-Factory's workflow with ``mixin``, whose ``train`` raises ``ended``; return that and the set-up."""
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    with swapped(config, lf, mixin) as setup:
+        try:
+            tuner.run_exp(dict(lf))
+        except ended as done:
+            return done, setup
+    raise AssertionError("LLaMA-Factory's workflow ended without training")
 
 
 def _checkpoint_told(checkpoints: tuple[Path, ...]) -> Any:

@@ -6,7 +6,6 @@ opened, so methods may import these names freely. A plugin adds a signal by a su
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError, UnsupportedError
 from dataflex.signals.specs import EmbeddingSpec, GradientSpec, LogitSpec, Perturbation, Probe, WeightedResponse
+from dataflex.state import blake2b
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Signal:
             # Read as the class is made, so that it is the text that runs.
             file = getattr(sys.modules.get(cls.__module__), "__file__", None)
             text = Path(file).read_bytes() if file else cls.__module__.encode()
-            cls.code = hashlib.blake2b(f"{cls.code} {cls.__qualname__} ".encode() + text, digest_size=16).hexdigest()
+            cls.code = blake2b(f"{cls.code} {cls.__qualname__} ".encode(), text).hex()
 
     @property
     def kept(self) -> Kept:

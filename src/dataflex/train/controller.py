@@ -201,14 +201,15 @@ class Controller:
             )
         options = config.signals
         self.in_run: InRun | None = None  # what a run with a budget knows of its rows
-        if (asked := asked_of_rows(config)) is not None:
+        if config.watches is not None:
+            targets, asked = asked_of_rows(config)
             params = None if config.selector is None or options.budget is None else config.selector.params
             scale = getattr(params, "precondition", "true_adam" if params is None else "none")
             self.in_run = InRun(
                 signals=self.signals,
                 space=self.space,
-                targets=asked[0],
-                asked=asked[1],
+                targets=targets,
+                asked=asked,
                 budget=options.budget,
                 seed=self.seed,
                 spec=GradientSpec(

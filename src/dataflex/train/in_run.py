@@ -33,7 +33,7 @@ from dataflex.sequences import Sequences
 from dataflex.signals import kinds
 from dataflex.signals.gradients.in_run import Directions, StepCapture, adam_scale, capturable
 from dataflex.signals.gradients.parameters import shape_of
-from dataflex.signals.gradients.scorers import GradientScorers, target_vectors
+from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.kinds import GradientNorms, GradientScores, Signal, TokenLoss
 from dataflex.signals.losses import model_inputs
 from dataflex.signals.model_parts import model_parts
@@ -86,8 +86,8 @@ def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
     return found
 
 
-def asked_of_rows(config: DynamicConfig) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Return what methods ask of training steps: targets, and "norm" or "loss" beside them; None for nothing."""
+def asked_of_rows(config: DynamicConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what methods ask of training steps: targets, and "norm" or "loss" beside them."""
     targets: list[str] = []
     asked: set[str] = set()
     for method in config.methods:
@@ -100,8 +100,6 @@ def asked_of_rows(config: DynamicConfig) -> tuple[tuple[str, ...], tuple[str, ..
         targets += method.targets if "in_run_scores" in signals else ()
         asked |= {what for what in ("norm", "loss") for name in signals if name.startswith(f"in_run_{what}")}
         asked |= {"norm"} if "in_run_scores" in signals and not method.targets else set()
-    if not targets and not asked:
-        return None
     return tuple(dict.fromkeys(targets)), tuple(what for what in ("norm", "loss") if what in asked)
 
 
@@ -233,15 +231,24 @@ class InRun:
         steps, rows, values = steps[order], rows[order], values[order]
         skipped = np.unique(steps[np.isinf(values).any(axis=1)])  # a loss scale that overflowed: the step was undone
         known = ~np.isnan(values).any(axis=1) & ~np.isin(steps, skipped)
-        self._note(rows[known], steps[known], values[known], unbiased=np.isin(rows, self.explored)[known], pilots=False)
+        unbiased = np.isin(rows, self.explored)[known]
+        self._note(rows[known], self._interval, steps[known], values[known], unbiased=unbiased, pilots=False)
 
     def _note(
-        self, rows: Rows, steps: NDArray[np.int64], values: NDArray[np.float32], *, unbiased: Any, pilots: bool
+        self,
+        rows: Rows,
+        interval: int,
+        steps: NDArray[np.int64],
+        values: NDArray[np.float32],
+        *,
+        unbiased: Any,
+        pilots: bool,
     ) -> None:
+        """Keep what became known of rows in an interval."""
         size = values.shape[1] - len(self.asked)
         new = Observations(
             rows=rows,
-            intervals=np.full(len(rows), self._interval),
+            intervals=np.full(len(rows), interval),
             steps=steps,
             sketches=values[:, :size],
             values=values[:, size:].astype(np.float64),
@@ -282,7 +289,6 @@ class InRun:
                 self._spent += self._aim(interval, left, both)
             if self.budget is not None:
                 self._judge()
-            self._interval = interval.index
             left = self._left(interval, tokens, both)
             if self.capture is not None and self.budget is not None:
                 self._spent += self._pilots(interval, left, both)
@@ -311,12 +317,12 @@ class InRun:
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
         found: list[tuple[Rows, NDArray[np.float32]]] = []
-        gradients = target_vectors(
+        gradients = targets_seen(
             scorers.engine,
             sweeps,
             normalize_rows=False,
             around=lambda k, turn: self._sketching(self._firsts[k] + sweeps[k].rows[turn.positions], turn, found),
-        )
+        ).finish()
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         names = [name for unit in capture.layers for name in unit.parameters.values()]
@@ -377,9 +383,8 @@ class InRun:
         known = np.linalg.norm(sketches, axis=1) > 0
         values = np.concatenate([sketches, np.full((len(rows), len(self.asked)), np.nan, np.float32)], axis=1)
         steps = np.full(int(known.sum()), interval.start_step)
-        before, self._interval = self._interval, interval.index
-        self._note(rows[known], steps, values[known], unbiased=False, pilots=True)
-        self._interval, self._aimed_at = before, interval.index
+        self._note(rows[known], interval.index, steps, values[known], unbiased=False, pilots=True)
+        self._aimed_at = interval.index
 
     def _count(self, rows: int) -> None:
         self.signals.forward_rows += rows
@@ -396,7 +401,7 @@ class InRun:
         values = self._looked_at(rows)
         known = np.isfinite(values).all(axis=1)
         steps = np.full(int(known.sum()), interval.start_step)
-        self._note(rows[known], steps, values[known], unbiased=True, pilots=True)
+        self._note(rows[known], interval.index, steps, values[known], unbiased=True, pilots=True)
         return float(cost[count - 1])
 
     def _unseen_first(self, rows: Rows, name: str, interval: Interval) -> Rows:

@@ -31,7 +31,7 @@ from dataflex.rng import uniforms
 from dataflex.signals.gradients.consumers import TargetVectors, inner_products, total
 from dataflex.signals.gradients.engine import GradientEngine
 from dataflex.signals.gradients.in_run import capturable
-from dataflex.signals.gradients.scorers import GradientScorers, vectors_and_losses
+from dataflex.signals.gradients.scorers import GradientScorers, targets_seen
 from dataflex.signals.gradients.shares import StepShares
 from dataflex.signals.model_access import ModelAccess
 from dataflex.signals.specs import GradientSpec
@@ -242,8 +242,8 @@ class Ledger:
     def _seen(self) -> tuple[TargetVectors, Floats]:
         """Return the targets' gradients and losses under the parameters of now."""
         self.looks += 1
-        gradients, losses = vectors_and_losses(self._engine, self._sweeps(), normalize_rows=False)
-        return gradients, np.asarray(losses.cpu().numpy())
+        seen = targets_seen(self._engine, self._sweeps(), normalize_rows=False)
+        return seen.finish(), np.asarray(seen.losses().cpu().numpy())
 
     def _mean_gradient(
         self, before: TargetVectors, after: TargetVectors, moved: TargetVectors, measured: Floats

@@ -246,7 +246,7 @@ def _content(offsets: NDArray[np.int64], tokens: NDArray[Any], row: int) -> byte
 def row_fingerprints(dataset: Any) -> NDArray[np.uint64]:
     """Return a hash of each row's tokens [N]; the data set is tokenized."""
     found = [
-        hashlib.blake2b(_content(offsets, tokens, row), digest_size=8).digest()
+        blake2b(_content(offsets, tokens, row), size=8)
         for offsets, tokens in _chunks(dataset)
         for row in range(len(offsets) - 1)
     ]

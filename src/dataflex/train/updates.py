@@ -190,11 +190,9 @@ class Updates:
         decay = float(group["weight_decay"]) if comm.rank() == 0 else 0.0
         coupled = self._is_sgd or not _decoupled(self._optimizer, group)
         if self._is_sgd:
-            keep, new = float(group["momentum"]), 1.0 - float(group["dampening"])
-            if keep and self._optimizer.state.get(parameter, {}).get("momentum_buffer") is None:
-                new = 1.0
-            elif not keep:
-                new = 1.0
+            keep = float(group["momentum"])
+            goes_on = keep and self._optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
+            new = 1.0 - float(group["dampening"]) if goes_on else 1.0
         else:
             keep = float(group["betas"][0])
             new = 1.0 - keep

@@ -7,7 +7,6 @@ all consumers together. Sums over parameters are taken at the end, in float64.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from dataflex import comm
 from dataflex.errors import ConfigError
 from dataflex.signals.gradients.factors import Factors, FactorShape, ghost_dots, ghost_norms, weighted_sum
+from dataflex.state import blake2b
 
 # A number moved through memory costs about as much as this many multiply-adds of a matrix product.
 _MEMORY = 8.0
@@ -377,5 +377,5 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 def _key(*parts: object) -> int:
     """Return a signed 64-bit number for some names and numbers."""
-    digest = hashlib.blake2b("\\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = blake2b("\\0".join(map(str, parts)).encode(), size=8)
     return int.from_bytes(digest, "little", signed=True)

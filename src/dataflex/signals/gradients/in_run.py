@@ -14,7 +14,6 @@ Legend: B rows of the micro-batch, T positions, K targets, m and n output and in
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from dataflex.signals.gradients.factors import Factors
 from dataflex.signals.gradients.parameters import Unit, shape_of
 from dataflex.signals.gradients.precondition import Moments
 from dataflex.signals.model_parts import model_parts
+from dataflex.state import blake2b
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ MATRICES = frozenset({"linear", "conv1d"})
 
 def generator(seed: int, *names: object) -> torch.Generator:
     """Return a generator on the CPU that depends on its arguments alone."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    digest = blake2b(repr((seed, *names)).encode(), size=8)
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -189,28 +189,22 @@ class TargetBuilder:
         return vectors.scale_(1 / counts)
 
 
-def target_vectors(
+def target_vectors(engine: GradientEngine, targets: Sequence[Sweep], *, normalize_rows: bool) -> TargetVectors:
+    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``."""
+    return targets_seen(engine, targets, normalize_rows=normalize_rows).finish()
+
+
+def targets_seen(
     engine: GradientEngine,
     targets: Sequence[Sweep],
     *,
     normalize_rows: bool,
     around: Callable[[int, Turn], AbstractContextManager[None]] = lambda _number, _turn: nullcontext(),
-) -> TargetVectors:
-    """Return one mean gradient per target, or mean unit vector (collective); see ``TargetBuilder``.
+) -> TargetBuilder:
+    """Return a builder that has seen all rows of the targets (collective).
 
     ``around`` is entered for the passes of a batch, given the target's number and the batch.
     """
-    return vectors_and_losses(engine, targets, normalize_rows=normalize_rows, around=around)[0]
-
-
-def vectors_and_losses(
-    engine: GradientEngine,
-    targets: Sequence[Sweep],
-    *,
-    normalize_rows: bool,
-    around: Callable[[int, Turn], AbstractContextManager[None]] = lambda _number, _turn: nullcontext(),
-) -> tuple[TargetVectors, torch.Tensor]:
-    """Return what ``target_vectors`` does, and the mean loss of each target's rows, by the same pass (collective)."""
     builder = TargetBuilder(engine, num_targets=len(targets), normalize_rows=normalize_rows)
     with engine.observing():
         for number, sweep in enumerate(targets):
@@ -218,7 +212,7 @@ def vectors_and_losses(
                 # A rank that only keeps step with the others adds nothing.
                 with around(number, turn):
                     builder.add(turn.batch, torch.full((len(turn.positions),), number if turn.mine else -1))
-    return builder.finish(), builder.losses()
+    return builder
 
 
 def responses_digest(responses: Sequence[WeightedResponse]) -> str:
