@@ -40,7 +40,7 @@ TARGET_ROWS = 32
 def methods(reference: Path, steps: int) -> dict[str, Any]:
     """Weighter blocks by name."""
     model = {"reference": str(reference)}
-    loss = {"name": "loss", "burn_in_steps": steps // 20}
+    loss = {"name": "loss", "warmup_steps": steps // 20}
     return {
         "plain": "none",
         "sequence means": {**loss, "r": 1e9},  # equal weights: what the loss family does by its denominator alone

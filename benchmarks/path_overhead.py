@@ -32,7 +32,7 @@ CASES = {
     "all": {"selector": "all"},
     "mixture": {"domain_column": "source", "mixer": "size"},
     "column": {"weighter": "column"},
-    "loss weights": {"weighter": {"name": "loss", "burn_in_steps": 0}},
+    "loss weights": {"weighter": {"name": "loss", "warmup_steps": 0}},
 }
 
 

@@ -30,7 +30,7 @@ from path_overhead import ROOT, run_settings, step_seconds, told, watched_run
 MODEL = ROOT / "examples/models/base-4m"
 NEVER = 10**6
 CASES = {
-    "loss": {"name": "loss", "burn_in_steps": 0},
+    "loss": {"name": "loss", "warmup_steps": 0},
     "adapt": {"name": "adapt", "targets": ["goal"], "refresh_steps": NEVER},
     "joint": {"name": "joint_update_aware", "targets": ["goal"], "refresh_steps": NEVER},
     "slm, cached": {"name": "slm", "reference": str(MODEL)},

@@ -17,7 +17,7 @@ class HuberWeighter(Weighter):
     card = Card(summary="Plays down sequences of outlying loss.", paper="baseline (Huber, 1964)", cost="none")
 
     @dataclass(frozen=True, kw_only=True)
-    class Params(WeighterParams):  # brings burn_in_steps
+    class Params(WeighterParams):  # brings warmup_steps
         """Parameters, checked and converted before anything is loaded."""
 
         limit: float = field(default=2.0, metadata={"help": "standard deviations that count in full", "above": 0.0})

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 BLOCKS = {
     "selector": {"selector": {"name": "less", "targets": ["gsm8k_valid"]}, "warmup_steps": 2, "interval_steps": 4},
     "mixer": {"mixer": {"name": "odm"}, "interval_steps": 2},
-    "weighter": {"weighter": {"name": "loss", "burn_in_steps": 2}},
+    "weighter": {"weighter": {"name": "loss", "warmup_steps": 2}},
 }
 
 

@@ -68,7 +68,7 @@ _ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss_normalizer": ("'weight_sum' or 'domain'", lambda value: value in typing.get_args(DomainNormalizer)),
     "active": ("True or False", _switch),
     "due": ("True or False", _switch),
-    "burn_in": (
+    "warmup": (
         "a whole number of steps",
         lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool),
     ),

@@ -385,7 +385,7 @@ class DomainWeighter(Mixer):
 class WeighterParams(Params):
     """Base of the parameters of weighters."""
 
-    burn_in_steps: int = param(0, "optimizer steps with the plain loss at first", minimum=0)
+    warmup_steps: int = param(0, "optimizer steps with the plain loss at first", minimum=0)
 
 
 class Weighter(Method):
@@ -412,24 +412,24 @@ class Weighter(Method):
         """Require a stage that trains on the losses of tokens."""
         return Requires(stages=("pt", "sft"))
 
-    def burn_in(self, total_steps: int) -> int:
+    def warmup(self, total_steps: int) -> int:
         """Return the number of optimizer steps at first that use the plain loss."""
-        return getattr(self.params, "burn_in_steps", 0)
+        return getattr(self.params, "warmup_steps", 0)
 
     def check(self, run: RunFacts) -> Iterator[Problem]:
-        """Yield a burn-in that takes the whole run, in which the weights would never act."""
-        steps, total = 0 if run.total_steps is None else self.burn_in(run.total_steps), run.total_steps or 0
+        """Yield a warm-up that takes the whole run, in which the weights would never act."""
+        steps, total = 0 if run.total_steps is None else self.warmup(run.total_steps), run.total_steps or 0
         if 0 < steps >= total:
-            told = " (its default)" if getattr(self.params, "burn_in_steps", None) is None else ""
+            told = " (its default)" if getattr(self.params, "warmup_steps", None) is None else ""
             yield Problem(
-                "burn_in_steps",
+                "warmup_steps",
                 f"{steps} steps of plain loss{told} take up the whole run of {total} steps, so the weights would never "
-                f"act; write burn_in_steps: {total // 20}",
+                f"act; write warmup_steps: {total // 20}",
             )
 
     def active(self, step: int, total_steps: int) -> bool:
         """Whether weights act at ``step``; where they do not, the plain token-mean loss is used."""
-        return step >= self.burn_in(total_steps)
+        return step >= self.warmup(total_steps)
 
     def due(self, step: int) -> bool:
         """Whether ``prepare`` is to be called before optimizer step ``step`` (counted from 0)."""

@@ -63,7 +63,7 @@ Configuration
       temperature: 1.0
       replacement: false
     mixer: null
-    weighter: {name: column, burn_in_steps: 0, column: w, normalizer: weight_sum}
+    weighter: {name: column, warmup_steps: 10, column: w, normalizer: weight_sum}
     warmup_steps: 10
     interval_steps: 15
     candidate_batches: null
@@ -178,9 +178,9 @@ def test_epochs_per_domain(plan: Plan) -> None:
     [
         # 40 steps of 2 rows train on 80 of 150: 240 F in all, a B counted as two
         ({"name": "slm"}, "80 F of the reference, kept on disk", 80),
-        ({"name": "slm", "burn_in_steps": 10}, "60 F of the reference, kept on disk", 60),
+        ({"name": "slm", "warmup_steps": 10}, "60 F of the reference, kept on disk", 60),
         ({"name": "slm", "reference_cache": False}, "80 F of the reference, in every step", 80),
-        ({"name": "rho", "reference_cache": False, "burn_in_steps": 10}, "60 F of the reference, in every step", 60),
+        ({"name": "rho", "reference_cache": False, "warmup_steps": 10}, "60 F of the reference, in every step", 60),
         ({"name": "presence"}, "80 F + 80 B (80 rows x 1 F + 1 B;", 240),
         ({"name": "focal"}, "none", 0),
     ],

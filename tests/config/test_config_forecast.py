@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dataflex.config.args import LlamaFactoryArgs, data_set_names
 from dataflex.config.build import parse_dynamic
 from dataflex.config.data import Source, count_bytes, count_rows, find_sources, train_rows
-from dataflex.config.forecast import Forecast, batch_of, forecast, schedule_of, total_steps
+from dataflex.config.forecast import Forecast, batch_of, forecast, total_steps
 from dataflex.errors import UnsupportedError
 
 Config = Callable[..., dict[str, Any]]
@@ -200,8 +200,8 @@ def test_mixture_over_warm_up_and_stages(project: Path) -> None:
     view = view_of(block, project)
     # 10 steps half and half, 10-30 and 30-50 all a (the stage of step 40 begins inside), 50-60 a quarter a
     assert view.served().tolist() == [10 + 80 + 5, 10 + 15]
-    assert view.num_decisions == 3
-    assert view.warmup_steps == 10
+    assert view.num_decisions("selector") == 3
+    assert view.schedule.all_warmup_steps == 10
 
 
 def test_floors_are_held(project: Path) -> None:
@@ -237,11 +237,11 @@ def test_counts_of_intervals_against_listing_them(warmup: int, interval: int, to
     view = Forecast(
         dynamic=dynamic, batch=batch_of(LlamaFactoryArgs.read({})), counts={}, packs=False, rows=None, steps=total
     )
-    listed = list(schedule_of(dynamic, total).intervals())
-    assert view.num_decisions == sum(one.kind == "dynamic" for one in listed)
-    assert view.warmup_steps == sum(one.steps for one in listed if one.kind == "warmup")
+    listed = list(dynamic.schedule(total).intervals())
+    assert view.num_decisions("selector") == sum(one.kind == "dynamic" for one in listed)
+    assert view.schedule.all_warmup_steps == sum(one.steps for one in listed if one.kind == "warmup")
     decided = [one for one in listed if one.kind == "dynamic"]
-    assert view.first_decision == (decided[0] if decided else None)
+    assert view.first_decision("selector") == (decided[0] if decided else None)
     assert all(one.steps <= decided[0].steps for one in decided)
 
 

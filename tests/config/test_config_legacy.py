@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.config.forecast import schedule_of
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, MethodConfig
 from dataflex.config.split import Split, resolve, split
 from dataflex.errors import ConfigError
@@ -206,7 +205,7 @@ def test_schedule_of_select_against_a_step_by_step_reading(
             warmed.append(step)
         elif within >= warmup and (within - warmup) % interval == 0:
             decided.append(step)
-    intervals = list(schedule_of(dynamic_of(parts), total).intervals())
+    intervals = list(dynamic_of(parts).schedule(total).intervals())
     assert [i.start_step for i in intervals if i.kind == "dynamic"] == decided
     assert [i.start_step for i in intervals if i.kind == "warmup"] == warmed
 
@@ -298,14 +297,14 @@ def test_fixed_mixtures(
 def test_weight(flat: Config, project: Path) -> None:
     for name in ("dynamic_weight", "dynamic_weighting"):
         parts = resolve(flat(train_type=name, component_name="loss", warmup_step=100, train_step=500), project)
-        weighter = method("weighter", "loss", strategy="quadratic", delta=2.0, burn_in_steps=100)
+        weighter = method("weighter", "loss", strategy="quadratic", delta=2.0, warmup_steps=100)
         assert dynamic_of(parts) == DynamicConfig(weighter=weighter, total_steps=500)
         assert parts.lf["max_steps"] == 500
 
 
 def test_weight_called_uniform_there(flat: Config, project: Path) -> None:
     parts = resolve(flat(train_type="dynamic_weight", component_name="softmax", max_steps=60), project)
-    assert dynamic_of(parts).weighter == method("weighter", "loss", strategy="softmax_loss", burn_in_steps=0)
+    assert dynamic_of(parts).weighter == method("weighter", "loss", strategy="softmax_loss", warmup_steps=0)
     assert parts.lf["max_steps"] == 60
     assert any("softmax_loss" in note for note in parts.notes)
 
@@ -319,7 +318,7 @@ def test_weight_by_likeness(flat: Config, project: Path) -> None:
     assert any("not a sum over the batch" in note for note in parts.notes)
     warmed = resolve(flat(**keys, component_name="adapt", warmup_step=12), project)
     assert dynamic_of(warmed).weighter == method(
-        "weighter", "adapt", ("t",), tau=0.5, refresh_steps=20, burn_in_steps=12
+        "weighter", "adapt", ("t",), tau=0.5, refresh_steps=20, warmup_steps=12
     )
     parts = resolve(flat(**keys, component_name="joint_update_aware"), project)
     params = {"beta": 0.2, "tau": 0.1, "refresh_steps": 7, "layer": -2, "mode": "diverse_only"}

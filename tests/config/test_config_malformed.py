@@ -21,7 +21,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "unknown parameter": (
         {"dynamic": {"selector": {"name": "loss", "focs": "high"}, "interval_steps": 5}},
-        ["dynamic.selector.focs: unknown key; did you mean 'focus'? (loss selector accepts: aggregate, rule, focus"],
+        ["dynamic.selector.focs: unknown key; did you mean 'focus'? (loss selector accepts: every, warmup_steps, aggregate, rule, focus"],
     ),
     "parameter of a method without any": (
         {"dynamic": {"selector": {"name": "all", "k": 3}}},
@@ -286,7 +286,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "stage ppo": ({"stage": "ppo"}, ["stage: ppo is not supported: the policy writes its own training batches"]),
     "unknown stage": ({"stage": "stf"}, ["stage: 'stf' is not one of the 6 choices; did you mean 'sft'?"]),
     "weighter under dpo": (
-        {"stage": "dpo", "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
+        {"stage": "dpo", "dynamic": {"weighter": {"name": "loss", "warmup_steps": 0}}},
         ["dynamic.weighter: reweighting needs per-token losses of a causal LM, and stage dpo"],
     ),
     "method under the wrong stage": (
@@ -327,20 +327,20 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sequence parallel": ({"sequence_parallel_size": 2}, ["sequence_parallel_size: one row would be spread over"]),
     "context parallel": ({"parallelism_config": {"cp_size": 2}}, ["parallelism_config: one row would be spread over"]),
     "loss of its own": (
-        {"use_dft_loss": True, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
+        {"use_dft_loss": True, "dynamic": {"weighter": {"name": "loss", "warmup_steps": 0}}},
         ["use_dft_loss: it computes a loss of its own, and so does the loss weighter"],
     ),
     "smoothed loss": (
-        {"label_smoothing_factor": 0.1, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
+        {"label_smoothing_factor": 0.1, "dynamic": {"weighter": {"name": "loss", "warmup_steps": 0}}},
         ["label_smoothing_factor: smoothing replaces the loss that the loss weighter looks at"],
     ),
     "fused loss": (
-        {"enable_liger_kernel": True, "dynamic": {"weighter": {"name": "loss", "burn_in_steps": 0}}},
+        {"enable_liger_kernel": True, "dynamic": {"weighter": {"name": "loss", "warmup_steps": 0}}},
         ["enable_liger_kernel: its fused loss gives no loss per token"],
     ),
     "weights that never act": (
-        {"dynamic": {"weighter": {"name": "loss", "burn_in_steps": 1000}}},
-        ["dynamic.weighter.burn_in_steps: 1000"],
+        {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1000}}},
+        ["dynamic.weighter.warmup_steps: 1000"],
     ),
     "packed column": (
         {"packing": True, "dynamic": {"weighter": "column"}},

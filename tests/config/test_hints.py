@@ -106,7 +106,7 @@ def test_a_suggested_key_of_the_block_is_accepted(word, signal):
 
 def test_the_nearest_key_is_suggested():
     (told,) = unknown(problems({"selector": {"name": "less", "target": "x"}, "interval_steps": 3}))
-    assert "did you mean 'targets'? (less selector accepts: targets, aggregate, rule, " in told
+    assert "did you mean 'targets'? (less selector accepts: targets, every, warmup_steps, aggregate, rule, " in told
     # Whether there are targets depends on the parameters here.
     block = {"represent": "rds_plus", "aggregate": "round_robin", "rule": "top_k", "target": "x"}
     (told,) = unknown(problems({"selector": block, "interval_steps": 3}))

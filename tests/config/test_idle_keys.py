@@ -18,7 +18,7 @@ WEIGHTER = {"weighter": "focal"}
 RANDOM = {"selector": "random", "interval_steps": 5}
 # Key: changes to a configuration in which it would have no effect, and what is told.
 REFUSED: dict[str, dict[str, Any]] = {
-    "warmup_steps": {"dynamic": {**WEIGHTER, "warmup_steps": 3}},
+    "warmup_steps": {"dynamic": {"selector": {"name": "random", "every": 5, "warmup_steps": 2}, "warmup_steps": 3}},
     "candidate_batches": {"dynamic": {"mixer": "uniform", "candidate_batches": 2}},
     "keep_ratio": {"dynamic": {"selector": "all", "keep_ratio": 0.5}},
     "exclude_seen": {"dynamic": {"selector": "all", "exclude_seen": True}},

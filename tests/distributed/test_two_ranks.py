@@ -24,7 +24,7 @@ CASES = {
         "dynamic": {"interval_steps": 4, "selector": {"name": "tacs", "targets": ["goal"], "learning_rate": 0.01}},
     },
     "column": {"dataset": "alpha", "dynamic": {"weighter": {"name": "column"}}},
-    "lossweight": {"dynamic": {"weighter": {"name": "loss", "burn_in_steps": 1, "r": 0.5}}},
+    "lossweight": {"dynamic": {"weighter": {"name": "loss", "warmup_steps": 1, "r": 0.5}}},
 }
 MAX_STEPS = 8
 

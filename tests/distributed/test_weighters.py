@@ -19,7 +19,7 @@ ANCHORED = {"targets": ["goal"], "refresh_steps": 2}
 def blocks(model):
     reference = {"reference": str(model)}
     return {
-        "loss": {"name": "loss", "burn_in_steps": 0, "r": 0.5},
+        "loss": {"name": "loss", "warmup_steps": 0, "r": 0.5},
         "adapt": {"name": "adapt", **ANCHORED, "tau": 0.1, "rescale": "mean1"},
         "joint": {"name": "joint_update_aware", **ANCHORED},
         "slm": {"name": "slm", **reference, "keep": 0.4},

@@ -206,7 +206,7 @@ def test_nan_losses_end_a_loss_weighted_run(run, tiny_model, tmp_path):
             "out",
             model_name_or_path=str(broken),
             max_steps=2,
-            dynamic={"weighter": {"name": "loss", "burn_in_steps": 0}},
+            dynamic={"weighter": {"name": "loss", "warmup_steps": 0}},
         )
     with pytest.raises(DataError, match="no finite loss"):
         run("out", model_name_or_path=str(broken), max_steps=2, dynamic={"interval_steps": 1, "selector": "loss"})

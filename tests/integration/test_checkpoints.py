@@ -90,7 +90,7 @@ def test_an_older_runs_checkpoint_that_is_named_is_gone_on_from_as_that_run(run)
     assert at_8["run"] == first
 
 
-@pytest.mark.parametrize("weighter", [None, {"name": "loss", "burn_in_steps": 1}])
+@pytest.mark.parametrize("weighter", [None, {"name": "loss", "warmup_steps": 1}])
 def test_logs_between_checkpoints_are_the_same_after_a_resume(run, weighter):
     """Sums since the last log are part of the checkpoint: the loss, what a weighter and a mixer tell beside it."""
     block = {"weighter": weighter} if weighter else {"interval_steps": 2, "mixer": "odm"}

@@ -87,7 +87,7 @@ CASES = {
         }
     },
     "reference, part of the pool": {"dynamic": {"weighter": {"name": "slm", "reference": "MODEL"}}},
-    "reference, burn-in": {"dynamic": {"weighter": {"name": "rho", "reference": "MODEL", "burn_in_steps": 3}}},
+    "reference, warm-up": {"dynamic": {"weighter": {"name": "rho", "reference": "MODEL", "warmup_steps": 3}}},
     "reference, short last step": {
         "dataset": "ones",
         "max_steps": 12,
@@ -100,7 +100,7 @@ CASES = {
         "dynamic": {"weighter": {"name": "slm", "reference": "MODEL"}},
     },
     "reference, in every step": {
-        "dynamic": {"weighter": {"name": "slm", "reference": "MODEL", "reference_cache": False, "burn_in_steps": 1}}
+        "dynamic": {"weighter": {"name": "slm", "reference": "MODEL", "reference_cache": False, "warmup_steps": 1}}
     },
     "reference, mixture": {"dynamic": {"mixer": {"name": "doremi", "reference": "MODEL"}}},
     "reference, few rows of a domain": {

@@ -44,7 +44,7 @@ def test_preference_stages(run, stage, block):
         assert planned(outcome)[1]["scores"]["scored"] == 24
 
 
-@pytest.mark.parametrize("weighter", [{"name": "loss", "burn_in_steps": 0}, {"name": "column"}])
+@pytest.mark.parametrize("weighter", [{"name": "loss", "warmup_steps": 0}, {"name": "column"}])
 @pytest.mark.parametrize("stage", ["sft", "pt"])
 def test_reweighting_changes_the_run(run, stage, weighter):
     data = {"dataset": "alpha"} if stage == "sft" else {"dataset": "weighted_text", "packing": False}
@@ -97,7 +97,7 @@ def test_tuning_types(run, tuning):
             **MIXTURE,
             "keep_ratio": 0.5,
             "repeat": True,
-            "weighter": {"name": "loss", "burn_in_steps": 1},
+            "weighter": {"name": "loss", "warmup_steps": 1},
         },
     )
     assert len(outcome.series()) == 5

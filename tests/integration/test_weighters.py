@@ -17,7 +17,7 @@ def blocks(tiny_model):
     """Weighter blocks by name; the reference model is the tiny model itself, before training."""
     reference = {"reference": str(tiny_model)}
     return {
-        "loss": {"name": "loss", "burn_in_steps": 0},
+        "loss": {"name": "loss", "warmup_steps": 0},
         "adapt": {"name": "adapt", **ANCHORED, "tau": 0.1, "refresh_steps": 2},
         "adapt-words": {"name": "adapt", **ANCHORED, "similarity": "bm25", "rescale": "mean1"},
         "joint": {"name": "joint_update_aware", **ANCHORED, "refresh_steps": 3},
@@ -32,7 +32,7 @@ def blocks(tiny_model):
         "entropy": {"name": "token", "function": "entropy"},
         "clip": {"name": "token", "function": "clip_quantile", "quantile": 0.8, "normalizer": "weight_sum"},
         "excess": {"name": "token", "function": "excess", **reference},
-        "product": [{"name": "slm", **reference, "burn_in_steps": 1}, {"name": "adapt", **ANCHORED}],
+        "product": [{"name": "slm", **reference, "warmup_steps": 1}, {"name": "adapt", **ANCHORED}],
         "meta": {"name": "meta", **ANCHORED},
         "presence": {"name": "presence", "group_rows": 2, "direct_share": 0.5},
     }
@@ -78,10 +78,10 @@ def test_it_changes_the_run_and_a_resumed_run_goes_on_the_same(run, blocks, name
 
 
 @pytest.mark.parametrize("name", ["adapt", "adapt-words", "slm", "slm-live", "dro", "focal", "meta", "presence"])
-def test_burn_in_is_plain_training(run, blocks, name):
+def test_the_warmup_is_plain_training(run, blocks, name):
     """Two steps to the bit, with nothing weighed or asked; from the third on weights act."""
     plain = run("plain", **SETTINGS, dynamic={"selector": "all"})
-    outcome = run("out", **SETTINGS, dynamic={"weighter": {**blocks[name], "burn_in_steps": 2}})
+    outcome = run("out", **SETTINGS, dynamic={"weighter": {**blocks[name], "warmup_steps": 2}})
     for key in ("loss", "grad_norm"):
         assert outcome.series(key)[:2] == plain.series(key)[:2]
     assert outcome.series()[2:] != plain.series()[2:]

@@ -49,7 +49,7 @@ def test_ratios_multiply_under_a_weighted_mean():
 
 def test_shares_of_a_micro_batch_keep_their_sum():
     batch = batch_with()
-    weighter = product(Factor.of("loss", burn_in_steps=0, strategy="softmax_loss"), Factor.of("column"))
+    weighter = product(Factor.of("loss", warmup_steps=0, strategy="softmax_loss"), Factor.of("column"))
     assert weighter.normalizer == "num_sequences"
     h = [2 * (loss - 2.0) / 2.0 if n else None for loss, n in zip(LOSSES, TOKENS, strict=True)]  # losses 1 to 3
     raised = [0.0 if x is None else np.exp(x) * w for x, w in zip(h, WEIGHTS, strict=True)]
@@ -71,7 +71,7 @@ def test_ratios_do_not_change_the_size_of_the_step():
 
 @pytest.mark.parametrize("name", [name for name in names("weighter") if name not in ("none", "product")])
 def test_a_factor_of_ones_changes_nothing(name):
-    params = {"reference": "r"} if name in ("slm", "rho") else {"burn_in_steps": 0} if name == "loss" else {}
+    params = {"reference": "r"} if name in ("slm", "rho") else {"warmup_steps": 0} if name == "loss" else {}
     alone, both = Factor.of(name, **params).build(), product(Factor.of("column"), Factor.of(name, **params))
     rows = np.arange(5, dtype=np.int64)
     for weighter in (alone, both):
@@ -91,9 +91,9 @@ def test_a_factor_of_ones_changes_nothing(name):
 
 
 @pytest.mark.parametrize("step", [0, 4, 5])
-def test_factors_have_burn_ins_of_their_own(step):
-    weighter = product(Factor.of("column"), Factor.of("focal", burn_in_steps=5))
-    assert weighter.burn_in(100) == 0
+def test_factors_have_warmups_of_their_own(step):
+    weighter = product(Factor.of("column"), Factor.of("focal", warmup_steps=5))
+    assert weighter.warmup(100) == 0
     assert weighter.static_weights(np.arange(5), {"sample_weight": WEIGHTS}) is None
     batch = batch_with(step=step)
     column = WEIGHTS / (np.array(WEIGHTS) @ TOKENS / sum(TOKENS))
@@ -104,12 +104,12 @@ def test_factors_have_burn_ins_of_their_own(step):
     np.testing.assert_allclose(weighter.weigh(batch), wanted, rtol=1e-6)
 
 
-def test_a_burn_in_of_shares_is_the_mean_of_the_sequences():
-    weighter = product(Factor.of("column"), Factor.of("loss", burn_in_steps=5))
+def test_a_warmup_of_shares_is_the_mean_of_the_sequences():
+    weighter = product(Factor.of("column"), Factor.of("loss", warmup_steps=5))
     kept = np.where(np.array(TOKENS) > 0, WEIGHTS, 0.0)
     np.testing.assert_allclose(weighter.weigh(batch_with()), kept / kept.sum(), rtol=1e-6)
     (problem,) = weighter.check(RunFacts(total_steps=5))
-    assert problem.key == "of[1].burn_in_steps"
+    assert problem.key == "of[1].warmup_steps"
     assert problem.text.startswith("5 steps of plain loss take up the whole run of 5 steps")
 
 

@@ -71,7 +71,7 @@ def relative_weights(strategy, seed):
     """Mean weight of the noise rows, in units of the mean weight, after training on the mixture."""
     tokens, noise = mixed(seed, 0.1, tail=0.1)
     table = train(tokens, 150, seed)
-    weighter = LossWeighter(LossWeighter.Params(strategy=strategy, burn_in_steps=0))
+    weighter = LossWeighter(LossWeighter.Params(strategy=strategy, warmup_steps=0))
     weights = torch.cat([weighter.weigh(batch) for batch in batches(table, tokens, 10)]).numpy()
     return float(weights[noise].mean() / weights.mean())
 

@@ -30,7 +30,7 @@ def weights(losses, tokens=None, strategy="linupper", delta=1.0, r=1.0):
 
 
 def loss_weighter(**params):
-    return LossWeighter(LossWeighter.Params(**{"burn_in_steps": 0, **params}))
+    return LossWeighter(LossWeighter.Params(**{"warmup_steps": 0, **params}))
 
 
 # ---------------------------------------------------------------- none
@@ -195,23 +195,23 @@ def test_a_loss_that_is_not_finite_is_an_error_on_every_rank():
             loss_weighter().weigh(batch)
 
 
-def test_burn_in_keeps_the_plain_loss_at_first():
-    weighter = loss_weighter(burn_in_steps=3)
+def test_the_warmup_keeps_the_plain_loss_at_first():
+    weighter = loss_weighter(warmup_steps=3)
     assert [weighter.active(step, 10) for step in (0, 2, 3, 9)] == [False, False, True, True]
     assert loss_weighter().active(0, 10)
 
 
-def test_burn_in_by_default_is_1000_steps_or_a_twentieth_of_the_run():
-    weighter = loss_weighter(burn_in_steps=None)
-    assert [weighter.burn_in(total) for total in (1001, 20_000, 100_000)] == [1000, 1000, 5000]
+def test_the_warmup_by_default_is_1000_steps_or_a_twentieth_of_the_run():
+    weighter = loss_weighter(warmup_steps=None)
+    assert [weighter.warmup(total) for total in (1001, 20_000, 100_000)] == [1000, 1000, 5000]
 
 
 @pytest.mark.parametrize("steps", [None, 1000])
-def test_a_burn_in_over_the_whole_run_is_refused(steps):
-    (problem,) = loss_weighter(burn_in_steps=steps).check(RunFacts(total_steps=600))
-    assert problem.key == "burn_in_steps"
-    assert re.match(r"1000 steps of plain loss.* of 600 steps, .*write burn_in_steps: 30", problem.text)
-    assert not list(loss_weighter(burn_in_steps=steps).check(RunFacts(total_steps=60_000)))
+def test_a_warmup_over_the_whole_run_is_refused(steps):
+    (problem,) = loss_weighter(warmup_steps=steps).check(RunFacts(total_steps=600))
+    assert problem.key == "warmup_steps"
+    assert re.match(r"1000 steps of plain loss.* of 600 steps, .*write warmup_steps: 30", problem.text)
+    assert not list(loss_weighter(warmup_steps=steps).check(RunFacts(total_steps=60_000)))
 
 
 def test_r_follows_its_schedule():

@@ -108,7 +108,7 @@ def grouped(**params):
 WEIGHTERS = {
     "column": lambda: Column(Column.Params()),
     "column-count": lambda: Column(Column.Params(normalizer="num_tokens")),
-    "loss": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=0)),
+    "loss": lambda: LossWeighter(LossWeighter.Params(warmup_steps=0)),
     "adapt": lambda: anchored(Adapt, rescale="mean1"),
     "joint": lambda: anchored(JointUpdateAware),
     "slm": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=0.8)),
@@ -119,7 +119,7 @@ WEIGHTERS = {
     "focal": lambda: Focal(Focal.Params()),
     "clip": lambda: TokenWeighter(TokenWeighter.Params(function="clip_quantile", quantile=0.6)),
     "product": lambda: Product(Product.Params(of=(Factor.of("column"), Factor.of("slm", reference="r", keep=0.5)))),
-    "product-sample": lambda: Product(Product.Params(of=(Factor.of("loss", burn_in_steps=0), Factor.of("column")))),
+    "product-sample": lambda: Product(Product.Params(of=(Factor.of("loss", warmup_steps=0), Factor.of("column")))),
     "product-count": lambda: Product(Product.Params(of=(Factor.of("focal"), Factor.of("column")))),
     "entropy": lambda: TokenWeighter(TokenWeighter.Params(function="entropy")),
 }
@@ -142,7 +142,7 @@ UNIT = {
     "num_tokens": lambda: Column(Column.Params(column="ones", normalizer="num_tokens")),
     "equal domains": lambda: grouped(power=0.0),
     "all tokens": lambda: SelectiveLanguageModelling(SelectiveLanguageModelling.Params(reference="r", keep=1.0)),
-    "burn-in": lambda: LossWeighter(LossWeighter.Params(burn_in_steps=5)),
+    "warm-up": lambda: LossWeighter(LossWeighter.Params(warmup_steps=5)),
 }
 
 
@@ -284,9 +284,9 @@ def test_weights_multiply_before_one_normalization(monkeypatch, normalizer, over
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_in_the_burn_in_the_mixer_weighs_alone():
+def test_in_the_warmup_the_mixer_weighs_alone():
     data, mixer = Data(), mixer_with([0.9, 0.1])
     alone = step_of(data, None, PARTS, mixer=mixer)
-    together = step_of(data, UNIT["burn-in"], PARTS, mixer=mixer)
+    together = step_of(data, UNIT["warm-up"], PARTS, mixer=mixer)
     assert torch.equal(together[0], alone[0])
     assert torch.equal(together[1], alone[1])

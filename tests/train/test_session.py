@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = {
     "selector": {"selector": {"name": "loss"}, "warmup_steps": 2, "interval_steps": 3},
     "mixer": {"mixer": {"name": "odm"}, "interval_steps": 2},
-    "weighter": {"weighter": {"name": "loss", "burn_in_steps": 2}},
+    "weighter": {"weighter": {"name": "loss", "warmup_steps": 2}},
 }
 TWO_RANKS = """
 import importlib.util, json, sys

@@ -18,7 +18,7 @@ from dataflex.config.schema import DynamicConfig, LedgerConfig, MethodConfig
 from dataflex.config.split import Split, resolve
 from dataflex.errors import DataError, UnsupportedError
 from dataflex.method import Method, Weighter
-from dataflex.plan.schedule import pilot_rows, wanted_rows
+from dataflex.plan.schedule import Schedule, pilot_rows, wanted_rows
 from dataflex.printable import redacted
 from dataflex.record.text import duration, rows_of
 
@@ -94,23 +94,36 @@ def _schedule_lines(view: Forecast, lf: LlamaFactoryArgs) -> Lines:
 
 
 def _interval_lines(view: Forecast) -> Lines:
-    dynamic, first = view.dynamic, view.first_decision
+    """Return warm-up and intervals, of each method where they have cadences of their own."""
+    schedule = view.schedule
+    assert schedule is not None
+    if not schedule.own:
+        return _cadence_lines(view, schedule, "", mixes=view.dynamic.mixer is not None)
     lines: Lines = []
-    if dynamic.warmup_steps:
-        what = "rows drawn uniformly" if dynamic.mixer is None else "at the mixer's proportions of step 0"
-        if dynamic.initial_proportions is not None:
+    for kind, own in schedule.own.items():
+        lines += _cadence_lines(view, own, f"{kind}: ", mixes=kind == "mixer")
+    return [*lines, ("plans", f"{schedule.num_intervals:,}, a new one whenever a method decides")]
+
+
+def _cadence_lines(view: Forecast, schedule: Schedule, of: str, *, mixes: bool) -> Lines:
+    dynamic, first = view.dynamic, schedule.first_decision
+    lines: Lines = []
+    if schedule.warmup_steps:
+        what = "at the mixer's proportions of step 0" if mixes else "rows drawn uniformly"
+        if dynamic.initial_proportions is not None and mixes:
             what = "at initial_proportions"
-        lines.append(("warm-up", f"{dynamic.warmup_steps:,} steps, {what}"))
+        if of and not mixes and dynamic.mixer is not None:
+            what = "the whole pool"
+        lines.append(("warm-up", f"{of}{schedule.warmup_steps:,} steps, {what}"))
     if dynamic.cycle_steps is not None:
         lines.append(("cycle", f"warm-up and intervals start again every {dynamic.cycle_steps:,} steps"))
     if first is None:
-        lines.append(("intervals", "none: the run ends with the warm-up, and no method ever decides"))
-    elif dynamic.interval_steps is not None:
-        assert view.steps is not None
-        rest = ((dynamic.cycle_steps or view.steps) - dynamic.warmup_steps) % first.steps
+        lines.append(("intervals", f"{of}none: the run ends with the warm-up, and no method ever decides"))
+    elif any(dynamic.every(method) is not None for method in dynamic.methods if method.decides):
+        rest = ((dynamic.cycle_steps or schedule.total_steps) - schedule.warmup_steps) % first.steps
         last = f"; the last{' of a cycle' if dynamic.cycle_steps else ''} has {rest:,} steps" if rest else ""
         each = f"{first.steps:,} steps, {first.steps * view.batch.global_batch:,} sequences each"
-        lines.append(("intervals", f"{view.num_decisions:,} of {each}{last}"))
+        lines.append(("intervals", f"{of}{schedule.num_decisions:,} of {each}{last}"))
     elif dynamic.selector is not None or dynamic.mixer is not None:
         lines.append(("intervals", "interval_steps is not set: one decision holds for the whole run"))
     return lines
@@ -118,7 +131,8 @@ def _interval_lines(view: Forecast) -> Lines:
 
 def _pool_lines(view: Forecast) -> Lines:
     """Return what the selector is given and keeps in an interval, and how often that is served."""
-    dynamic, options, first, pool = view.dynamic, view.dynamic.signals, view.first_decision, view.pool
+    dynamic, options, pool = view.dynamic, view.dynamic.signals, view.pool
+    first, decisions = view.first_decision("selector"), view.num_decisions("selector")
     if pool is None or first is None:
         return []
     lines: Lines = []
@@ -139,8 +153,9 @@ def _pool_lines(view: Forecast) -> Lines:
     if dynamic.mixer is None and kept < sequences:
         told += f": each {sequences / kept:.3g} times"
     lines.append(("kept", told))
-    if dynamic.mixer is None and not dynamic.exclude_seen and view.num_decisions > 1 and kept:
-        again = sum(each.steps for each in view.decided()) * view.batch.global_batch / kept
+    if dynamic.mixer is None and not dynamic.exclude_seen and decisions > 1 and kept:
+        assert view.schedule is not None
+        again = sum(each.steps for each in view.schedule.of("selector").decided()) * view.batch.global_batch / kept
         lines.append(("repeats", f"{again:.3g} times a row over the run if every decision kept the same rows"))
     return lines
 
@@ -279,7 +294,7 @@ def _seconds_per_step(output_dir: str | None, view: Forecast) -> float | None:
 
 def _screening(view: Forecast) -> Cost | None:
     """Return the passes by which a pool is screened before the selector sees it."""
-    options, pool, decisions = view.dynamic.signals, view.pool, view.num_decisions
+    options, pool, decisions = view.dynamic.signals, view.pool, view.num_decisions("selector")
     if options.screen_fraction >= 1.0 or not view.dynamic.narrows or view.dynamic.candidate_batches is not None:
         return None
     by_embeddings = options.screen_by == "embeddings"
@@ -334,12 +349,14 @@ def _pool(method: MethodConfig, view: Forecast) -> Cost | None:
         return Cost(text=told, forward=passes, backward=passes or 0.0)
     if view.rows is None:
         return Cost(text=f"{_passes(*each)} per row of the pool and interval ({method.cost})")
-    pool, decisions = view.pool, view.num_decisions
+    pool, decisions = view.pool, view.num_decisions(method.kind)
     size = view.rows if pool is None else pool.left
     rows, told = decisions * size, f"{decisions:,} intervals x {size:,} rows"
     if pool is not None and view.dynamic.candidate_batches is not None:
         batches = view.dynamic.candidate_batches * view.batch.global_batch
-        rows = sum(min(view.rows, batches * interval.steps) for interval in view.decided())
+        assert view.schedule is not None
+        decided = view.schedule.of(method.kind).decided()
+        rows = sum(min(view.rows, batches * interval.steps) for interval in decided)
         told = told if rows == decisions * size else f"{rows:,} candidates in {decisions:,} intervals"
     bound = "at most " if view.dynamic.exclude_seen else ""
     return _cost(rows, each, f"{told} x {_passes(*each)}; {method.cost}", bound)
@@ -352,7 +369,7 @@ def _once(method: MethodConfig, view: Forecast) -> Cost | None:
         return None
     if pool is None:
         return Cost(text=f"{each:g} F of another model of each row of the pool, once")
-    decisions = view.num_decisions
+    decisions = view.num_decisions(method.kind)
     bound, rows = "", float(min(pool.rows, decisions * pool.left))
     if pool.left < pool.drawn or view.dynamic.exclude_seen:
         bound = "at most "
@@ -366,8 +383,9 @@ def _targets(method: MethodConfig, view: Forecast) -> Cost | None:
     each, rows = method.requires.passes.targets, _target_rows(view, method.targets)
     if not rows or not any(each) or (view.dynamic.signals.budget is not None and method.kind == "selector"):
         return None
-    told = f"{view.num_decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
-    return _cost(view.num_decisions * rows, each, told)
+    decisions = view.num_decisions(method.kind)
+    told = f"{decisions:,} intervals x {rows:,} target rows x {_passes(*each)}"
+    return _cost(decisions * rows, each, told)
 
 
 def _leaves_targets_out(method: MethodConfig) -> bool:
@@ -416,7 +434,7 @@ def _distinct(method: Method, view: Forecast, served: int) -> tuple[int, str]:
     dynamic, most = view.dynamic, min(view.rows, served)
     if dynamic.mixer is None and not dynamic.narrows:  # less than an epoch, or ``serves_all_again``
         return most, ""
-    begins_late = isinstance(method, Weighter) and method.burn_in(view.steps) > 0
+    begins_late = isinstance(method, Weighter) and method.warmup(view.steps) > 0
     known = not dynamic.narrows and view.domains is not None and dynamic.unit == "sequences" and not begins_late
     if not known or dynamic.mixer is None or dynamic.mixer.requires.needs_interval:
         return most, "at most "
@@ -435,4 +453,4 @@ def _acting(method: Method, view: Forecast) -> int:
     assert view.sequences is not None
     if not isinstance(method, Weighter):
         return view.sequences
-    return max(view.sequences - min(method.burn_in(view.steps), view.steps) * view.batch.global_batch, 0)
+    return max(view.sequences - min(method.warmup(view.steps), view.steps) * view.batch.global_batch, 0)

@@ -15,7 +15,16 @@ from typing import Any
 from dataflex.config.mappings import UNKNOWN_KEY, collect, dotted, field_hints, key_of, name_in, parts_in, shown, values
 from dataflex.config.needs import without_targets
 from dataflex.config.rules import rule_problems
-from dataflex.config.schema import FLAT_KEYS, DynamicConfig, LedgerConfig, MethodConfig, SignalsConfig, block_keys
+from dataflex.config.schema import (
+    FLAT_KEYS,
+    Cadence,
+    DynamicConfig,
+    LedgerConfig,
+    MethodConfig,
+    SignalsConfig,
+    block_keys,
+    decides,
+)
 from dataflex.config.table import table
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.method import Method, Requires, RunFacts
@@ -50,7 +59,8 @@ def parse_dynamic(mapping: Any, base_dir: Path) -> DynamicConfig:
     for kind in KINDS:
         if mapping.get(kind) is not None:
             found: list[str] = []
-            given[kind] = method_block(kind, mapping[kind], f"dynamic.{kind}", found)
+            block = mapping[kind] if kind != "weighter" else _after_warmup(mapping[kind], given.get("warmup_steps", 0))
+            given[kind] = method_block(kind, block, f"dynamic.{kind}", found)
             # A method that seems unknown is probably the one of the plugin that could not be loaded.
             whole = len(given["plugins"]) == len(plugins)
             problems += [problem for problem in found if whole or f": unknown {kind} " not in problem]
@@ -97,10 +107,12 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
     needs = half_read(cls, block)
     also = ("targets",) if needs is None or needs.targets else ()
     found: list[str] = []
-    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=also)
+    keys = cadence_keys(cls)
+    cadence = values(Cadence, {key: rest.pop(key) for key in keys if key in rest}, path, found)
+    params = collect(cls.Params, rest, path, found, subject=f"{name} {kind}", extra=(*also, *keys))
     method: MethodConfig | None = None
     if params is not None:
-        method = MethodConfig(kind=kind, name=name, params=params)
+        method = MethodConfig(kind=kind, name=name, params=params, **cadence)
         try:
             needs = method.requires
             found += [f"{path}.{problem.key}: {problem.text}" for problem in method.build().check(RunFacts())]
@@ -116,6 +128,34 @@ def method_block(kind: str, block: Any, path: str, problems: list[str]) -> Metho
         problems.append(f"{path}.targets: the {cls.name} {kind} takes no targets; remove the key")
     problems += found
     return None if method is None or len(problems) > before else replace(method, targets=targets)
+
+
+def cadence_keys(cls: type[Method]) -> tuple[str, ...]:
+    """Return the keys that say when a method decides: only what decides which rows are served has them.
+
+    A parameter of the method's own that has the same name comes first.
+    """
+    own = {key_of(each) for each in fields(cls.Params)}
+    return tuple(each.name for each in fields(Cadence) if decides(cls) and each.name not in own)
+
+
+def _after_warmup(block: Any, steps: int) -> Any:
+    """Return a weighter's block, or a list of them, with the ``dynamic`` block's ``warmup_steps`` if it has none."""
+    if steps == 0:
+        return block
+    if isinstance(block, list | tuple):
+        return [_after_warmup(each, steps) for each in block]
+    block = {"name": block} if isinstance(block, str) else block
+    if not isinstance(block, Mapping):
+        return block
+    if block.get("name") == "product":
+        return {**block, "of": _after_warmup(block.get("of"), steps)}
+    try:
+        cls = find("weighter", str(block.get("name")))
+    except (ConfigError, ComponentError, ImportError):
+        return block  # told when it is read
+    takes = any(each.name == "warmup_steps" for each in fields(cls.Params))
+    return {"warmup_steps": steps, **block} if takes else block
 
 
 def _spelt_out(kind: str, block: Any, path: str, problems: list[str]) -> Any:
@@ -253,6 +293,7 @@ def _paths(block: Mapping[str, Any], ours: bool) -> Iterator[str]:
         cls = method_class(kind, name, "", []) if isinstance(name, str) else None
         if cls is not None and (not ours or cls.__module__.startswith("dataflex.")):
             path = f"dynamic.{kind}"
+            yield from (f"{path}.{key}" for key in cadence_keys(cls))
             yield from [f"{path}.targets"] if takes_targets(cls, given) else []
             yield from _paths_below(cls.Params, given, path)
 

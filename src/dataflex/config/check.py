@@ -416,7 +416,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
     assert dynamic.mixer is not None
     mixer = dynamic.mixer.build()
     assert isinstance(mixer, Mixer)
-    interval = view.first_decision or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
+    interval = view.first_decision("mixer") or Interval(index=0, kind="dynamic", start_step=0, stop_step=1)
     try:
         check_mix(mixer, mixer.mix(view.context(interval, domains)), domains.names)
         yield from _too_small_domains(dynamic, view, mixer)
@@ -431,7 +431,7 @@ def _mixture_problems(dynamic: DynamicConfig, view: Forecast, names: list[str]) 
 
 def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     """Yield that a selector without a mixer cannot fill an interval."""
-    selector, first = dynamic.selector, view.first_decision
+    selector, first = dynamic.selector, view.first_decision("selector")
     if selector is None or not dynamic.narrows or dynamic.mixer is not None or view.rows is None or first is None:
         return
     size, pool = view.batch.global_batch, view.pool
@@ -451,24 +451,25 @@ def _too_few_rows(dynamic: DynamicConfig, view: Forecast) -> Iterator[str]:
     fitting = pool.left // size
     narrowed = "pool_fraction and screen_fraction leave"
     left = f", of which dynamic.signals.{narrowed} {pool.left:,}" if pool.left < pool.rows else ""
-    way = "Set" if dynamic.interval_steps is None else "Lower"
-    advice = f"{way} interval_steps to {fitting:,} or less, or set" if fitting else "Use smaller batches, or set"
+    own, fixed = selector.every is not None, dynamic.every(selector) is not None
+    way, key = "Lower" if fixed else "Set", "every" if own else "interval_steps"
+    advice = f"{way} {key} to {fitting:,} or less, or set" if fitting else "Use smaller batches, or set"
     yield (
-        f"dynamic.interval_steps: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data sets "
-        f"hold {view.rows:,}{left}. {advice} 'repeat: true'."
+        f"dynamic.{'selector.' * own}{key}: an interval of {first.steps:,} steps wants {wanted:,} rows, and the data "
+        f"sets hold {view.rows:,}{left}. {advice} 'repeat: true'."
     )
 
 
 def _too_small_domains(dynamic: DynamicConfig, view: Forecast, mixer: Mixer) -> Iterator[str]:
     """Yield the domains that cannot fill their share of an interval: a selected row is served once."""
-    first, domains, pool = view.first_decision, view.domains, view.pool
+    first, domains, pool = view.first_decision("selector"), view.domains, view.pool
     if not dynamic.narrows or dynamic.repeat or dynamic.unit == "tokens" or domains is None or first is None:
         return
     total = len(domains.domain_of)
     kept = max(1, round((dynamic.keep_ratio or 1.0) * (total if pool is None else pool.left)))
     stretches = [(first.steps, view.mixed(mixer, first), kept)]
-    if dynamic.warmup_steps:
-        stretches.append((dynamic.warmup_steps, view.warmup_shares(domains, mixer), total))
+    if warmup := dynamic.warmup("mixer"):
+        stretches.append((warmup, view.warmup_shares(domains, mixer), total))
     for steps, shares, most in stretches:
         for name, share, rows in zip(domains.names, shares, domains.num_rows, strict=True):
             wanted, there = int(steps * view.batch.global_batch * share), min(int(rows), most)
@@ -503,11 +504,12 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
 def _notes_on_the_block(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterator[str]:
     mixer, signals = dynamic.mixer, dynamic.signals
     if not dynamic.narrows and not (mixer is not None and mixer.requires.needs_interval):
-        if dynamic.interval_steps is not None:
+        if dynamic.interval_steps is not None or (mixer is not None and mixer.every is not None):
+            key = "interval_steps" if dynamic.interval_steps is not None else "mixer.every"
             alone = mixer is None and dynamic.selector is None
             told = "a weighter alone" if alone else "methods that decide once for all"
-            yield f"dynamic.interval_steps: no effect with {told}"
-        if dynamic.warmup_steps and mixer is not None and dynamic.initial_proportions is None:
+            yield f"dynamic.{key}: no effect with {told}"
+        if dynamic.warmup("mixer") and mixer is not None and dynamic.initial_proportions is None:
             yield f"dynamic.warmup_steps: no effect, since the {mixer.name} mixer has the same proportions throughout"
     asks = dynamic.requires.signals - {"texts"} or signals.screen_fraction < 1.0
     for key, given in (("max_age_steps", signals.max_age_steps > 0), ("store", signals.store is not None)):

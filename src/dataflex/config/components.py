@@ -49,7 +49,7 @@ class ComponentReader:
     notes: list[str]
     targets: tuple[str, ...] = ()  # data sets; for selectors and weighters they are one target
     num_domains: int = 1  # number of data sets
-    burn_in_steps: int = 0  # steps of plain loss before a weighter acts
+    warmup_steps: int = 0  # steps of plain loss before a weighter acts
     updates: int = 1  # decisions of a selector after each warm-up (update_times)
     model: str | None = None  # model_name_or_path
     seed: int | None = None  # the seed that the component carried, once it was read
@@ -126,9 +126,9 @@ class ComponentReader:
                     self.refuse(f"{shown(value)} is not a choice (choices: {', '.join(choices)})", key)
         renamed = rules["renamed"]
         params = {renamed.get(key, key): value for key, value in params.items()}
-        # The loss weighter's own default is a burn-in of many steps.
-        if self.kind == "weighter" and (self.burn_in_steps > 0 or name == "loss"):
-            params = {"burn_in_steps": self.burn_in_steps, **params}
+        # The loss weighter's own default is a warm-up of many steps.
+        if self.kind == "weighter" and (self.warmup_steps > 0 or name == "loss"):
+            params = {"warmup_steps": self.warmup_steps, **params}
         if "note" in rules:
             self.note(rules["note"])
         return name, params

@@ -64,20 +64,6 @@ def total_steps(lf: LlamaFactoryArgs, rows: int | None) -> int | None:
     return None if epoch is None else math.ceil(lf.num_train_epochs * epoch)
 
 
-def schedule_of(dynamic: DynamicConfig, total: int) -> Schedule:
-    """Return the intervals of a run of ``total`` optimizer steps; without ``interval_steps`` there is one decision.
-
-    Raises:
-        ConfigError: The numbers do not fit together.
-    """
-    return Schedule(
-        warmup_steps=dynamic.warmup_steps,
-        interval_steps=dynamic.interval_steps or max(1, total - dynamic.warmup_steps),
-        total_steps=total,
-        cycle_steps=dynamic.cycle_steps,
-    )
-
-
 _MOST_DECISIONS = 2_000
 _MOST_ROWS = 200_000_000  # beyond it, an array with the domain of every row is not quick to make
 
@@ -128,7 +114,7 @@ class Forecast:
     @property
     def pool(self) -> Pool | None:
         """The selector's pool in the first interval that it decides for; None without a selector, or unknown."""
-        first, options, batches = self.first_decision, self.dynamic.signals, self.dynamic.candidate_batches
+        first, options, batches = self.first_decision("selector"), self.dynamic.signals, self.dynamic.candidate_batches
         if not self.dynamic.narrows or not self.rows or first is None:
             return None
         drawn, left = pool_sizes(self.rows, options.pool_fraction, options.screen_fraction)
@@ -136,15 +122,18 @@ class Forecast:
             drawn = left = min(self.rows, batches * first.steps * self.batch.global_batch)
         return Pool(rows=self.rows, drawn=drawn, left=left)
 
-    def decided(self) -> Iterator[Interval]:
-        """Yield the intervals that have a decision."""
-        assert self.schedule is not None
-        return (interval for interval in self.schedule.intervals() if interval.kind == "dynamic")
-
     @cached_property
     def schedule(self) -> Schedule | None:
         """The intervals of the run; None where its length is not known."""
-        return None if self.steps is None else schedule_of(self.dynamic, self.steps)
+        return None if self.steps is None else self.dynamic.schedule(self.steps)
+
+    def first_decision(self, kind: str) -> Interval | None:
+        """Return the first interval that the method of a kind decides; None where none is known."""
+        return None if self.schedule is None else self.schedule.of(kind).first_decision
+
+    def num_decisions(self, kind: str) -> int:
+        """Return the number of decisions of the method of a kind; 0 where the run's length is not known."""
+        return 0 if self.schedule is None else self.schedule.of(kind).num_decisions
 
     @cached_property
     def domains(self) -> Domains | None:
@@ -155,33 +144,6 @@ class Forecast:
             return None
         left = [max(1, round(size * self.rows / total)) for size in sizes]
         return Domains.from_sizes(list(self.counts), left)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps of all warm-ups together."""
-        schedule = self.schedule
-        if schedule is None:
-            return 0
-        period = schedule.cycle_steps or schedule.total_steps
-        cycles, rest = divmod(schedule.total_steps, period)
-        return cycles * min(schedule.warmup_steps, period) + min(schedule.warmup_steps, rest)
-
-    @property
-    def num_decisions(self) -> int:
-        """Number of intervals that have a decision."""
-        schedule = self.schedule
-        if schedule is None:
-            return 0
-        period = schedule.cycle_steps or schedule.total_steps
-        return schedule.num_intervals - (math.ceil(schedule.total_steps / period) if schedule.warmup_steps else 0)
-
-    @property
-    def first_decision(self) -> Interval | None:
-        """The first interval that has a decision; none is longer."""
-        schedule = self.schedule
-        if schedule is None or schedule.warmup_steps >= schedule.total_steps:
-            return None
-        return schedule.interval(schedule.warmup_steps)
 
     def context(self, interval: Interval, domains: Domains) -> Context:
         """Return the context of a mixer before training."""
@@ -203,22 +165,24 @@ class Forecast:
             DataError: Domains that cannot be served as asked.
             UnsupportedError: The mixer looks at the model, or decides too often to add it up.
         """
-        dynamic, domains, schedule, first = self.dynamic, self.domains, self.schedule, self.first_decision
+        dynamic, domains = self.dynamic, self.domains
         assert dynamic.mixer is not None
         assert domains is not None
-        assert schedule is not None
+        assert self.schedule is not None
+        schedule = self.schedule.of("mixer")
+        first, warmup_steps = schedule.first_decision, schedule.all_warmup_steps
         mixer = dynamic.mixer.build()
         assert isinstance(mixer, Mixer)
-        if self.warmup_steps:
-            yield self.warmup_steps, self.warmup_shares(domains, mixer)
+        if warmup_steps:
+            yield warmup_steps, self.warmup_shares(domains, mixer)
         if first is None:
             return
         if not dynamic.mixer.requires.needs_interval:
-            yield schedule.total_steps - self.warmup_steps, self.mixed(mixer, first)
+            yield schedule.total_steps - warmup_steps, self.mixed(mixer, first)
             return
-        if self.num_decisions > _MOST_DECISIONS:
+        if schedule.num_decisions > _MOST_DECISIONS:
             raise UnsupportedError("it decides too often to add it up")
-        yield from ((interval.steps, self.mixed(mixer, interval)) for interval in self.decided())
+        yield from ((interval.steps, self.mixed(mixer, interval)) for interval in schedule.decided())
 
     def mixed(self, mixer: Mixer, interval: Interval) -> NDArray[np.float64]:
         """Return the mixer's proportions in an interval, with minimum proportions applied, float64 [K]."""
@@ -231,7 +195,7 @@ class Forecast:
         if self.dynamic.initial_proportions is not None:
             return by_domain(self.dynamic.initial_proportions, domains.names, "dynamic.initial_proportions")
         assert self.schedule is not None
-        return self.mixed(mixer, self.schedule.interval(0))
+        return self.mixed(mixer, self.schedule.of("mixer").interval(0))
 
     def served(self) -> NDArray[np.float64]:
         """Return the expected sequences of each domain over the whole run, caps followed, float64 [K].

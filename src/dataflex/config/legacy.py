@@ -94,7 +94,7 @@ class _Translation:
             notes=self.notes,
             targets=targets,
             num_domains=len(self.data_sets),
-            burn_in_steps=keys.warmup_step,
+            warmup_steps=keys.warmup_step,
             updates=keys.update_times,
             model=str(self.lf["model_name_or_path"]) if self.lf.get("model_name_or_path") else None,
         )

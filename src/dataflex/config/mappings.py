@@ -41,6 +41,7 @@ _LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "above": (operator.le, "above"),
     "maximum": (operator.gt, "at most"),
 }
+_RENAMED_KEYS = {"burn_in_steps": "warmup_steps"}  # a key's former name and its name
 # Denominators of weighted losses: a choice's former name and its name.
 _RENAMED_CHOICES = {"token": "weight_sum", "count": "num_tokens", "sample": "num_sequences"}
 
@@ -107,7 +108,7 @@ def values(
     takes = f"accepts: {', '.join(accepted)}" if accepted else "takes no parameters"
     for key in mapping:
         if key not in accepted:
-            near = did_you_mean(str(key), accepted)
+            near = did_you_mean(_RENAMED_KEYS.get(str(key), str(key)), accepted)
             problems.append(f"{dotted(path, key)}: unknown key{near} ({subject or path} {takes})")
     types_of = field_hints(cls)
     result: dict[str, Any] = {}
@@ -357,7 +358,9 @@ def plain(value: Any) -> Any:
     """Return dataclasses as dicts and tuples as lists, all the way down; a method as its block."""
     if isinstance(value, MethodConfig):
         targets = {"targets": list(value.targets)} if value.targets else {}
-        return {"name": value.name, **targets, **plain(value.params)}
+        own = {"every": value.every, "warmup_steps": value.warmup_steps} if value.decides else {}
+        cadence = {key: steps for key, steps in own.items() if steps is not None}
+        return {"name": value.name, **targets, **cadence, **plain(value.params)}
     if isinstance(value, Part):
         own = plain(value.params)
         return {"name": value.name, **own} if own else value.name

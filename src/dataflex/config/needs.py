@@ -127,7 +127,7 @@ def _block(dynamic: DynamicConfig, method: MethodConfig, needs: Requires, unread
     """Yield keys of the block that are missing or conflict with the requirements."""
     if needs.targets and not method.targets:
         yield f"dynamic.{method.kind}: {without_targets(method.cls)}"
-    if needs.needs_interval and dynamic.interval_steps is None and "interval_steps" not in unread:
+    if needs.needs_interval and dynamic.every(method) is None and "interval_steps" not in unread:
         yield (
             f"dynamic.interval_steps: missing; the {method.name} {method.kind} decides from the model as it is at "
             "that moment, so say after how many optimizer steps it decides again "

@@ -57,12 +57,19 @@ def _idle(given: Collection[str], keys: Collection[str], why: str) -> Iterator[s
 
 def _idle_keys(dynamic: DynamicConfig, given: Collection[str]) -> Iterator[str]:
     """Yield the keys that have no effect with these methods."""
-    if "warmup_steps" in given and dynamic.mixer is None and not dynamic.narrows:
-        burn_in = "; 'burn_in_steps' of the weighter are steps of plain loss" if dynamic.weighter is not None else ""
+    followers = [
+        each
+        for each in dynamic.methods
+        if (each.warmup_steps is None if each.decides else hasattr(each.params, "warmup_steps"))
+    ]
+    if "warmup_steps" in given and not followers:
         yield (
-            "dynamic.warmup_steps: has no effect without a mixer, or a selector that leaves rows out; "
-            f"remove the key{burn_in}"
+            "dynamic.warmup_steps: has no effect without a mixer, a weighter, or a selector that leaves rows out, that "
+            "has no warmup_steps of its own; remove the key"
         )
+    own = [each.every for each in dynamic.methods if each.decides]
+    if "interval_steps" in given and own and None not in own:
+        yield "dynamic.interval_steps: has no effect, as each method that decides has its own 'every'; remove the key"
     if "interleave" in given and dynamic.mixer is not None and dynamic.selector is not None and dynamic.narrows:
         yield (
             f"dynamic.interleave: has no effect beside the {dynamic.selector.name} selector, whose rows fill each "
@@ -128,7 +135,7 @@ def _selector_rules(dynamic: DynamicConfig, given: Collection[str], unread: Coll
 
 def _candidate_rules(dynamic: DynamicConfig, selector: MethodConfig, given: Collection[str]) -> Iterator[str]:
     key = "dynamic.candidate_batches"
-    if dynamic.interval_steps is None and not selector.requires.needs_interval:  # else it is told already
+    if dynamic.every(selector) is None and not selector.requires.needs_interval:  # else it is told already
         yield f"{key}: candidates are those of an interval, so interval_steps must be given (for example 1)"
     if dynamic.mixer is not None:
         yield f"{key}: does not work with a mixer: a batch of candidates may not fill its quotas; remove one of the two"
@@ -169,7 +176,7 @@ def _mixer_rules(dynamic: DynamicConfig, given: Collection[str], unread: Collect
             check_numbers(dynamic.initial_proportions, "dynamic.initial_proportions")
         except ValueError as error:
             yield str(error)
-        if dynamic.warmup_steps == 0 and "warmup_steps" not in unread:
+        if dynamic.warmup("mixer") == 0 and "warmup_steps" not in unread:
             yield (
                 "dynamic.initial_proportions: hold during warm-up, and warmup_steps is 0; set warmup_steps, or "
                 "remove the key"

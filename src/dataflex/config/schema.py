@@ -7,19 +7,37 @@ a resumed run has another value than its checkpoint (see ``resuming``; the defau
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
 from dataflex.method import IN_RUN, Method, Params, Requires, Selector, param
+from dataflex.plan.schedule import Schedule
 from dataflex.registry import find
 
 _NEXT = "holds from the next decision on"
 
 
+def decides(cls: type[Method]) -> bool:
+    """Whether methods of a class decide which rows are served, and so have a cadence."""
+    return cls.kind != "weighter" and getattr(cls, "selects_subset", True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """One method of a run: which, with what parameters, towards which targets."""
+class Cadence:
+    """When a method decides, where it does not follow the block."""
+
+    every: int | None = param(
+        None, "optimizer steps between two decisions of the method; null: the block's interval_steps", minimum=1
+    )
+    warmup_steps: int | None = param(
+        None, "optimizer steps before its first decision; null: the block's warmup_steps", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Cadence):
+    """One method of a run: which, with what parameters, towards which targets, and when it decides."""
 
     kind: str  # "selector", "mixer" or "weighter"
     name: str  # in the registry
@@ -39,6 +57,11 @@ class MethodConfig:
     def requires(self) -> Requires:
         """What the method requires of a run."""
         return self.build().requires()
+
+    @property
+    def decides(self) -> bool:
+        """Whether it decides which rows are served, and so has a cadence."""
+        return decides(self.cls)
 
     @property
     def cost(self) -> str:
@@ -195,6 +218,39 @@ class DynamicConfig:
         """Whether a selector leaves rows out."""
         selector = self.selector
         return selector is not None and issubclass(selector.cls, Selector) and selector.cls.selects_subset
+
+    def every(self, method: MethodConfig) -> int | None:
+        """Return the optimizer steps between two decisions of a method; None: one holds for the whole run."""
+        return self.interval_steps if method.every is None else method.every
+
+    def warmup(self, kind: str) -> int:
+        """Return the optimizer steps before the first decision of the method of a kind."""
+        own = next((method.warmup_steps for method in self.methods if method.kind == kind and method.decides), None)
+        return self.warmup_steps if own is None else own
+
+    def schedule(self, total_steps: int, longest: int | None = None) -> Schedule:
+        """Return the intervals of a run.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            longest: Steps of an interval where no key gives them; None: one decision holds for the rest of the run.
+
+        Raises:
+            ConfigError: The numbers do not fit together.
+        """
+
+        def of(every: int | None, warmup: int) -> Schedule:
+            return Schedule(
+                warmup_steps=warmup,
+                interval_steps=every or longest or max(1, total_steps - warmup),
+                total_steps=total_steps,
+                cycle_steps=self.cycle_steps,
+            )
+
+        block = of(self.interval_steps, self.warmup_steps)
+        own = {each.kind: of(self.every(each), self.warmup(each.kind)) for each in self.methods if each.decides}
+        first = next(iter(own.values()), block)
+        return first if all(each == first for each in own.values()) else replace(block, own=own)
 
     @property
     def watches(self) -> MethodConfig | None:

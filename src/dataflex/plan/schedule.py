@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 
@@ -28,6 +33,9 @@ class Interval:
 class Schedule:
     """Warm-up, then intervals of equal length; the last one is cut at the end.
 
+    Where methods have cadences of their own (``own``), an interval ends whenever one of them decides anew, and the
+    other numbers are those of the ``dynamic`` block.
+
     Raises:
         ConfigError: There is no step, or no interval in a cycle.
     """
@@ -36,6 +44,7 @@ class Schedule:
     interval_steps: int  # optimizer steps between decisions
     total_steps: int  # optimizer steps of the run
     cycle_steps: int | None = None  # steps after which warm-up and intervals start again; None: never
+    own: Mapping[str, Schedule] = field(default_factory=dict)  # schedules that differ, by kind of method; all or none
 
     def __post_init__(self) -> None:
         assert self.warmup_steps >= 0, self
@@ -48,6 +57,27 @@ class Schedule:
                 f"(dynamic.warmup_steps is {self.warmup_steps}); make it longer or lower warmup_steps"
             )
 
+    def of(self, kind: str) -> Schedule:
+        """Return the schedule of one kind of method."""
+        return self.own.get(kind, self)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """First steps of all intervals, where methods have schedules of their own."""
+        each = [np.arange(own.warmup_steps, self.total_steps, own.interval_steps) for own in self.own.values()]
+        return np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *each]))
+
+    def _merged(self, step: int) -> Interval:
+        starts, total = self._starts, self.total_steps
+        index = int(np.searchsorted(starts, step, side="right")) - 1
+        kinds = {own.interval(step).kind for own in self.own.values()}
+        return Interval(
+            index=index,
+            kind="dynamic" if "dynamic" in kinds else "warmup",
+            start_step=int(starts[index]),
+            stop_step=int(starts[index + 1]) if index + 1 < len(starts) else total,
+        )
+
     def _index_in_cycle(self, step: int) -> int:
         if step < self.warmup_steps:
             return 0
@@ -56,6 +86,8 @@ class Schedule:
     def interval(self, step: int) -> Interval:
         """Return the interval that holds optimizer step ``step``, in constant time."""
         assert 0 <= step < self.total_steps, f"step {step} is outside the run of {self.total_steps} steps"
+        if self.own:
+            return self._merged(step)
         period = self.total_steps if self.cycle_steps is None else self.cycle_steps
         cycle, local = divmod(step, period)
         start = cycle * period
@@ -80,6 +112,28 @@ class Schedule:
     def num_intervals(self) -> int:
         """Number of intervals of the run."""
         return self.interval(self.total_steps - 1).index + 1
+
+    @property
+    def all_warmup_steps(self) -> int:
+        """Optimizer steps of all warm-ups together."""
+        period = self.cycle_steps or self.total_steps
+        cycles, rest = divmod(self.total_steps, period)
+        return cycles * min(self.warmup_steps, period) + min(self.warmup_steps, rest)
+
+    @property
+    def num_decisions(self) -> int:
+        """Number of intervals that have a decision."""
+        period = self.cycle_steps or self.total_steps
+        return self.num_intervals - (math.ceil(self.total_steps / period) if self.warmup_steps else 0)
+
+    @property
+    def first_decision(self) -> Interval | None:
+        """The first interval that has a decision; none is longer."""
+        return None if self.warmup_steps >= self.total_steps else self.interval(self.warmup_steps)
+
+    def decided(self) -> Iterator[Interval]:
+        """Yield the intervals that have a decision."""
+        return (interval for interval in self.intervals() if interval.kind == "dynamic")
 
 
 _PILOT_SHARE = 0.05

@@ -122,19 +122,24 @@ def quota_rows(
     repeat: bool,
     shuffle: bool,
     earlier: Rows,
-) -> Rows:
+    carried: NDArray[np.float64],
+) -> tuple[Rows, NDArray[np.float64]]:
     """Serve each domain's quota of ``total`` rows from the kept rows, without replacement while they last.
 
     ``shares`` are proportions of sequences by domain [K]. Domains come in random order, and so do the rows of a domain
     with ``shuffle``, else in the selector's order. With ``repeat`` rows are served again when a quota is larger than
-    what was kept. Rows that the interval served before the end of a shorter run cut it (``earlier``) come last.
+    what was kept. Rows that were served since the selection was made (``earlier``) come last, by how often they were.
+    ``carried`` is what quotas were rounded off since then [K]; it is added, and what is carried on is returned beside.
 
     Raises:
         DataError: A domain cannot fill its quota.
     """
     domain_of = domains.domain_of[kept]
+    wanted = np.where(shares > 0, shares * total + carried, 0.0)
+    counts = largest_remainder(total, np.maximum(wanted, 0.0) if carried.any() else shares)
+    times = np.bincount(earlier, minlength=len(domains.domain_of))
     parts = []
-    for index, count in enumerate(largest_remainder(total, shares).tolist()):
+    for index, count in enumerate(counts.tolist()):
         if count == 0:
             continue
         name = domains.names[index]
@@ -151,12 +156,11 @@ def quota_rows(
             )
         order = stream(seed, f"quota/{name}", interval.index)
         copies = [order.permutation(rows) if shuffle else rows for _ in range(-(-count // len(rows)))]
-        before = np.isin(copies[0], earlier)
-        copies[0] = np.concatenate([copies[0][~before], copies[0][before]])
+        copies = [copy[np.argsort(times[copy], kind="stable")] for copy in copies]
         parts.append(np.concatenate(copies)[:count])
     rows = np.concatenate(parts)
     places = stream(seed, "order", interval.index).permutation(len(rows))
     if not shuffle:  # the places that were drawn for a domain's rows take them in their order
         ends = np.cumsum([len(part) for part in parts])
         places[:] = np.argsort(np.searchsorted(ends, places, side="right"), kind="stable").argsort()
-    return rows[places]
+    return rows[places], wanted - counts

@@ -103,7 +103,8 @@ def _method(config: MethodConfig | None) -> dict[str, Any] | None:
         return None
     values = redacted(json.loads(json.dumps(asdict(config.params), default=str)))
     params = {key_of(field): values[field.name] for field in fields(config.params)}
-    return {"name": config.name, "params": params, "targets": list(config.targets)}
+    cadence = {"every": config.every, "warmup_steps": config.warmup_steps} if config.decides else {}
+    return {"name": config.name, "params": params, "targets": list(config.targets), **cadence}
 
 
 def _compared(described: dict[str, Any]) -> dict[str, Any]:

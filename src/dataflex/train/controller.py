@@ -1,7 +1,8 @@
 """Decides the next stretch of the id stream: runs the methods of an interval and lays out the plan.
 
-The order of decisions is fixed: pool, selector, then the mixer's quotas over what the selector kept. Everything that
-is decided is a function of (seed, interval, state of the methods, signals), equal on every rank.
+The order of decisions is fixed: pool, selector, then the mixer's quotas over what the selector kept. A method that has
+a slower cadence than another is not asked in between: what it decided last stands. Everything that is decided is a
+function of (seed, interval, state of the methods, signals), equal on every rank.
 """
 
 from __future__ import annotations
@@ -181,8 +182,12 @@ class Controller:
         usable = self.space.supervised > 0
         self.totals = DomainTotals(domains)
         self._shares: tuple[DataPlan, NDArray[np.float64]] | None = None
-        # Rows of the interval in progress from before a longer run took it up where a shorter one had cut it.
+        # Rows served since the selector's interval began: another method decided since then, or a longer run took it
+        # up where a shorter one had cut it.
         self._earlier: Rows = np.empty(0, dtype=np.int64)
+        self._kept: Rows | None = None  # what the selector chose last
+        self._nominal: NDArray[np.float64] | None = None  # what the mixer said last [K]
+        self._carried = np.zeros(len(domains.names))  # what quotas were rounded off since the selection was made [K]
         # Sampling proportions of sequences in the plan in progress.
         self.proportions: NDArray[np.float64] = np.asarray(domains.num_rows / domains.num_rows.sum())
         self.sampler: MixtureSampler | None = None
@@ -240,7 +245,7 @@ class Controller:
                 np.flatnonzero(usable),
                 batches=config.candidate_batches,
                 global_batch=batch,
-                schedule=self.schedule,
+                schedule=self.schedule.of("selector"),
                 seed=self.seed,
             )
         self.initial: NDArray[np.float64] | None = None
@@ -288,12 +293,24 @@ class Controller:
         running number, so that streams, files and lines of the record are those of one decision.
         """
         whole = self.schedule.interval(step)
-        if self.plan is None or step == whole.start_step:
-            self._earlier = self._earlier[:0]
+        if self.plan is None or step == self.schedule.of("selector").interval(step).start_step:
+            self._earlier, self._carried = self._earlier[:0], np.zeros_like(self._carried)
         elif self.selects_subset:
             self._earlier = np.concatenate([self._earlier, self.plan.rows])
         index = max(whole.index, self.decided) if self.plan is None else self.plan.interval.index + 1
         return replace(whole, index=index, start_step=step)
+
+    def _own(self, kind: str, interval: Interval) -> tuple[Interval, bool]:
+        """Return the rest of a method's own interval, and whether it is asked at the beginning of ``interval``.
+
+        It is not while its last decision stands and another method's interval begins.
+        """
+        step = interval.start_step
+        own = self.schedule.of(kind).interval(step)
+        cut = all(self.schedule.of(each).interval(step).start_step < step for each in self.schedule.own or (kind,))
+        stands = self._kept if kind == "selector" else self._nominal
+        asked = own.start_step == step or cut or (stands is None and (own.kind == "dynamic" or kind == "mixer"))
+        return replace(own, index=interval.index, start_step=step), asked
 
     def _decide(self, interval: Interval) -> DataPlan | None:
         # A method may be a user's: its draws and switches must not affect the training.
@@ -304,19 +321,26 @@ class Controller:
         """Decide an interval; None where domains at their caps leave no step of it (at_cap: stop)."""
         started = time.perf_counter()
         self.signals.begin(interval.start_step)
-        ctx = self._context(interval, self.config.selector)
+        own, asked = self._own("selector", interval)
+        ctx = self._context(own, self.config.selector)
         pool = self.space.all_rows()
         selection = None
-        if self.in_run is not None:
-            self.in_run.decide(interval, self.shape.global_batch)
-        if self.selects_subset and interval.kind == "dynamic":
-            pool, note = self._pool(ctx)
-            selection = self._select(pool, ctx)
-            if note:
-                selection = replace(selection, reason=f"{selection.reason}; {note}")
-        rows, proportions, reason = self._lay_out(ctx, pool, selection)
+        if self.in_run is not None and (asked or self.in_run.budget is None):
+            self.in_run.decide(own, self.shape.global_batch)
+        if self.selects_subset and own.kind == "dynamic":
+            if asked:
+                pool, note = self._pool(ctx)
+                selection = self._select(pool, ctx)
+                if note:
+                    selection = replace(selection, reason=f"{selection.reason}; {note}")
+                self._kept = selection.rows
+            else:
+                assert self._kept is not None
+                selection = Selection(rows=self._kept, reason="the selection stands")
+        rows, proportions, reason = self._lay_out(interval, ctx, pool, selection)
         if self.in_run is not None and selection is None:
-            self.in_run.explored = np.unique(rows[rows >= 0])
+            before = self._earlier if self.selects_subset else self._earlier[:0]
+            self.in_run.explored = np.union1d(before, rows[rows >= 0])
         self.signals.end()
         whole_steps = len(rows) // self.shape.global_batch
         if whole_steps < interval.steps:  # at_cap: stop
@@ -428,7 +452,7 @@ class Controller:
 
     def _unserved(self, rows: Rows, interval: Interval) -> Rows:
         """Leave out the rows of an interval before it was cut, unless it would have repeated rows anyway."""
-        whole = self.schedule.interval(interval.start_step)
+        whole = self.schedule.of("selector").interval(interval.start_step)
         size = self._pool_sizes[1]
         once = self._wanted(whole, size) == whole.steps * self.shape.global_batch
         if self.mixer is not None or not once or len(np.unique(self._earlier)) < len(self._earlier):
@@ -438,25 +462,33 @@ class Controller:
         return left if enough else rows
 
     def _lay_out(
-        self, ctx: Context, pool: Rows, selection: Selection | None
+        self, interval: Interval, ctx: Context, pool: Rows, selection: Selection | None
     ) -> tuple[Rows, NDArray[np.float64] | None, str]:
-        """Return serving order, nominal proportions if a mixer set them, and the reason for the record."""
-        interval, batch = ctx.interval, self.shape.global_batch
+        """Return serving order, nominal proportions if a mixer set them, and the reason for the record.
+
+        ``ctx`` is the selector's.
+        """
+        batch = self.shape.global_batch
         total = interval.steps * batch
         reasons = [selection.reason] if selection is not None and selection.reason else []
         if self.mixer is not None:
-            proportions, why = self._mix(ctx)
-            reasons.append(why)
-            shares = self.space.domains.sequence_proportions(proportions, self.config.unit)
-            self.proportions = shares
+            own, asked = self._own("mixer", interval)
+            if asked:
+                self._nominal, why = self._mix(replace(ctx, interval=own))
+                reasons.append(why)
+            assert self._nominal is not None
+            proportions, step = self._nominal, interval.start_step
+            if asked or self.sampler is None:
+                self.proportions = self.space.domains.sequence_proportions(proportions, self.config.unit)
+            shares = self.proportions
             if self.sampler is not None:
-                step = interval.start_step
-                rest = step != self.schedule.interval(step).start_step
-                self.sampler.append(shares, start=step * batch, decided_at_step=step, reason=why, go_on=rest)
+                if asked:
+                    rest = step != self.schedule.of("mixer").interval(step).start_step
+                    self.sampler.append(shares, start=step * batch, decided_at_step=step, reason=why, go_on=rest)
                 rows = self.sampler.draw(total, whole=batch)
             else:
                 kept = selection.rows if selection is not None else self.space.all_rows()
-                rows = quota_rows(
+                rows, self._carried = quota_rows(
                     kept,
                     shares,
                     total,
@@ -466,6 +498,7 @@ class Controller:
                     repeat=self.config.repeat,
                     shuffle=self.shape.shuffle,
                     earlier=self._earlier,
+                    carried=self._carried,
                 )
             return rows, proportions, "; ".join(filter(None, reasons))
         if selection is not None:
@@ -588,6 +621,9 @@ class Controller:
             "unplanned": None if self._unplanned is None else np.packbits(self._unplanned),
             "earlier": self._earlier,
             "proportions": self.proportions,
+            "kept": self._kept,
+            "nominal": self._nominal,
+            "carried": self._carried,
         }
 
     def _parts(self) -> dict[str, Any]:
@@ -612,5 +648,6 @@ class Controller:
         same = self.sampler is not None and np.array_equal(state["limits"], self.sampler.limits)
         self.ends_at = state["ends_at"] if capped and same else None
         self._earlier, self.proportions = state["earlier"], state["proportions"]
+        self._kept, self._nominal, self._carried = state["kept"], state["nominal"], state["carried"]
         if self._unplanned is not None:
             self._unplanned = np.unpackbits(state["unplanned"], count=self.space.num_rows).astype(np.bool_)

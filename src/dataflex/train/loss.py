@@ -314,7 +314,7 @@ class Reweighter:
 
     def _compares_from(self, total_steps: int) -> int:
         """Return the first optimizer step whose losses are compared with the reference's."""
-        return 0 if self._mixer_compares or self.weighter is None else self.weighter.burn_in(total_steps)
+        return 0 if self._mixer_compares or self.weighter is None else self.weighter.warmup(total_steps)
 
     def cover(self, plan: DataPlan, total_steps: int) -> None:
         """Tell the reference the rows of a new plan that are compared with it (collective)."""

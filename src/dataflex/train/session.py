@@ -26,7 +26,6 @@ from dataflex.errors import CheckpointError, ConfigError, UnsupportedError
 from dataflex.method import DomainWeighter, Mixer, Rows, RunFacts
 from dataflex.plan.plan import BatchShape
 from dataflex.plan.proportions import write_proportions
-from dataflex.plan.schedule import Schedule
 from dataflex.plan.validate import check_state
 from dataflex.record.clock import OTHER, PhaseClock
 from dataflex.record.read import recorded_run, thinned
@@ -222,12 +221,7 @@ class Session:
         self.controller = Controller(
             config=config,
             space=space,
-            schedule=Schedule(
-                warmup_steps=config.warmup_steps,
-                interval_steps=config.interval_steps or max(1, _PLAN_IDS // shape.global_batch),
-                total_steps=loop.total_steps,
-                cycle_steps=config.cycle_steps,
-            ),
+            schedule=config.schedule(loop.total_steps, max(1, _PLAN_IDS // shape.global_batch)),
             shape=shape,
             seed=seed,
             signals=signal_runner(setup, loop, seed),
@@ -331,7 +325,8 @@ class Session:
         ledger, decides = self.controller.ledger, self.controller.decides_at(index)
         if ledger is not None and index < self.total_steps:
             ledger.before(index, decides=decides and self.mixer is not None and self.mixer.requires().ledger)
-            if decides and index and thinned(index // (self.config.interval_steps or 1), _LEDGERS):
+            before = self.controller.plan
+            if decides and before is not None and thinned(before.interval.index + 1, _LEDGERS):
                 self._write_ledger(index)
         plan = self._plan(index)
         if plan is None:

@@ -118,7 +118,7 @@ class LossWeighter(Weighter):
         r_interpolation: Literal["step", "linear", "exponential"] = param(
             "step", "what happens between the values of r_schedule"
         )
-        burn_in_steps: int | None = param(
+        warmup_steps: int | None = param(
             None,
             "optimizer steps with the plain loss at first; null is the larger of 1000 and 5 % of the run",
             minimum=0,
@@ -139,9 +139,9 @@ class LossWeighter(Weighter):
 
     params: Params
 
-    def burn_in(self, total_steps: int) -> int:
-        """Return ``burn_in_steps``; 1000 steps, or a twentieth of a long run, where it is null."""
-        given = self.params.burn_in_steps
+    def warmup(self, total_steps: int) -> int:
+        """Return ``warmup_steps``; 1000 steps, or a twentieth of a long run, where it is null."""
+        given = self.params.warmup_steps
         return max(1000, math.ceil(0.05 * total_steps)) if given is None else given
 
     def weigh(self, batch: BatchView) -> torch.Tensor:

@@ -6,7 +6,7 @@ all ranks is then that of those factors; weights of tokens have no place there. 
 the step (``adapt``, ``focal``, ``token``), the product is divided by the number of tokens, and factors of which only
 ratios matter are first made 1 in their mean over the micro-batch's tokens. Else it is a weighted mean.
 
-Each factor keeps its own ``burn_in_steps``; before that its weights are equal. Targets are given once, for all factors.
+Each factor keeps its own ``warmup_steps``; before that its weights are equal. Targets are given once, for all factors.
 A list, ``weighter: [column, {name: slm, ...}]``, is the same.
 """
 
@@ -132,8 +132,8 @@ class Product(Weighter):
         asked = (factor.refused_values(name, values) for factor in self.factors if name in factor.requires().columns)
         return next((found for found in asked if found is not None and found[0].any()), None)
 
-    def burn_in(self, total_steps: int) -> int:
-        return min(factor.burn_in(total_steps) for factor in self.factors)
+    def warmup(self, total_steps: int) -> int:
+        return min(factor.warmup(total_steps) for factor in self.factors)
 
     def due(self, step: int) -> bool:
         return any(factor.due(step) for factor in self.factors)
@@ -146,7 +146,7 @@ class Product(Weighter):
 
     def static_weights(self, rows: Rows, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
         """Return products [len(rows)] where all factors are known from the rows and are of one kind; else None."""
-        alike = {(factor.normalizer, factor.burn_in(0)) for factor in self.factors}
+        alike = {(factor.normalizer, factor.warmup(0)) for factor in self.factors}
         found = [factor.static_weights(rows, columns) for factor in self.factors] if len(alike) == 1 else [None]
         known = [weights for weights in found if weights is not None]
         return np.prod(known, axis=0, dtype=np.float32) if len(known) == len(found) else None
@@ -182,7 +182,7 @@ class Product(Weighter):
         return product * torch.where(after > 0, scale, torch.zeros_like(after)).to(product.dtype)
 
     def _weights(self, factor: Weighter, batch: BatchView) -> torch.Tensor:
-        """Return the weights of one factor, equal ones during its burn-in."""
+        """Return the weights of one factor, equal ones during its warm-up."""
         if not factor.active(batch.step, batch.total_steps):
             equal = (batch.tokens_B > 0).to(batch.loss_B.dtype)
             return equal / (batch.tokens_M > 0).sum().clamp(min=1) if factor.normalizer == "num_sequences" else equal

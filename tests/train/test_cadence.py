@@ -1,0 +1,175 @@
+"""Several methods in one run, each at its own pace: what is asked when, what stands in between, and what is served."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataflex.config.build import parse_dynamic
+from dataflex.config.schema import DynamicConfig
+from dataflex.errors import ConfigError
+from dataflex.plan.domains import Domains
+from dataflex.plan.plan import BatchShape, DataPlan
+from dataflex.plan.schedule import Schedule
+from dataflex.train.controller import Controller
+from dataflex.train.row_space import RowSpace
+from tests.train.test_controller import SIZES, signals
+
+STEPS, BATCH = 26, 8
+BLOCK = {
+    "keep_ratio": 0.6,
+    "repeat": True,
+    "selector": {"name": "random", "every": 10, "warmup_steps": 4},
+    "mixer": {"name": "random", "every": 3},
+}
+
+
+@given(
+    total=st.integers(1, 60),
+    cadences=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 20)), min_size=2, max_size=3),
+)
+def test_merged_intervals_end_whenever_a_method_decides(total, cadences):
+    own = {
+        f"method {i}": Schedule(warmup_steps=warmup, interval_steps=every, total_steps=total)
+        for i, (warmup, every) in enumerate(cadences)
+    }
+    merged = Schedule(interval_steps=1, total_steps=total, own=own)
+    starts = {interval.start_step for each in own.values() for interval in each.intervals()}
+    found = list(merged.intervals())
+    assert [interval.start_step for interval in found] == sorted(starts)
+    assert [interval.index for interval in found] == list(range(len(starts)))
+    assert [interval.stop_step for interval in found] == [*sorted(starts)[1:], total]
+    for interval in found:
+        warm = all(interval.start_step < each.warmup_steps for each in own.values())
+        assert interval.kind == ("warmup" if warm else "dynamic")
+
+
+def controller(block, world=1, rank=0):
+    config = parse_dynamic(block, None)
+    rows = sum(SIZES.values())
+    space = RowSpace(
+        dataset=None,
+        sources=SIZES,
+        domains=Domains.from_sizes(list(SIZES), list(SIZES.values()), lengths=np.full(rows, 5)),
+        supervised=np.full(rows, 5),
+        fingerprint="f",
+    )
+    shape = BatchShape(
+        micro_batch_size=2, accumulation=BATCH // 2 // world, world=world, rank=rank, drop_last=False, shuffle=True
+    )
+    return Controller(
+        config=config,
+        space=space,
+        schedule=config.schedule(STEPS),
+        shape=shape,
+        seed=3,
+        signals=signals(),
+        selector=config.selector.build() if config.selector else None,
+        mixer=config.mixer.build() if config.mixer else None,
+    )
+
+
+def served_at(one, step):
+    """Return the rows of a step [BATCH]."""
+    plan = one.plan_for(step)
+    first = (step - plan.interval.start_step) * BATCH
+    return plan.rows[first : first + BATCH]
+
+
+def listened(one):
+    """Note at which steps the selector and the mixer are asked, and what they say."""
+    asked = {"selector": {}, "mixer": {}}
+    for kind, name in (("selector", "select"), ("mixer", "mix")):
+        method = getattr(one, kind)
+        if method is None:
+            continue
+
+        def ask(*args, inner=getattr(method, name), kind=kind):
+            said = inner(*args)
+            asked[kind][args[-1].interval.start_step] = (said, args[-1].interval)
+            return said
+
+        setattr(method, name, ask)
+    return asked
+
+
+def test_each_method_is_asked_at_its_own_steps_and_stands_in_between():
+    one = controller(BLOCK)
+    asked = listened(one)
+    plans = {(plan := one.plan_for(step)).interval.start_step: plan for step in range(STEPS)}
+    assert list(plans) == [0, 3, 4, 6, 9, 12, 14, 15, 18, 21, 24]
+    assert list(asked["selector"]) == [4, 14, 24]
+    assert list(asked["mixer"]) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    spans = [(said[1].start_step, said[1].stop_step) for said in asked["selector"].values()]
+    assert spans == [(4, 14), (14, 24), (24, 26)]
+
+    domain_of = one.space.domains.domain_of
+    for start, (selection, own) in asked["selector"].items():
+        exact, times = np.zeros(len(SIZES)), np.zeros(len(domain_of), dtype=int)
+        for at in (at for at in plans if start <= at < own.stop_step):
+            rows = plans[at].rows
+            assert np.isin(rows, selection.rows).all()
+            last = max(step for step in asked["mixer"] if step <= at)
+            mix = asked["mixer"][last][0].proportions
+            exact += mix / mix.sum() * len(rows)
+            times += np.bincount(rows, minlength=len(times))
+            for domain in range(len(SIZES)):
+                mates = times[selection.rows[domain_of[selection.rows] == domain]]
+                assert mates.max() - mates.min() <= 1  # none again before all rows of its domain
+            served = np.bincount(domain_of, weights=times, minlength=len(SIZES))
+            assert np.abs(served - exact).max() < 1 + 1e-9
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_resumed_at_any_step_on_other_ranks_it_serves_the_same_rows(stop):
+    straight = controller(BLOCK)
+    rows = np.concatenate([served_at(straight, step) for step in range(STEPS)])
+    head = controller(BLOCK)
+    first = [served_at(head, step) for step in range(stop)]
+    tails = [controller(BLOCK, world=2, rank=rank) for rank in range(2)]
+    for tail in tails:
+        tail.plan = DataPlan.from_arrays(head.plan.to_arrays())
+        tail.load_state_dict(head.state_dict())
+    then = [[served_at(tail, step) for tail in tails] for step in range(stop, STEPS)]
+    assert all(np.array_equal(*pair) for pair in then)
+    assert np.array_equal(np.concatenate([*first, *(pair[0] for pair in then)]), rows)
+
+
+def test_a_mixture_without_a_selector_has_the_cadence_of_its_mixer():
+    own = controller({"mixer": {"name": "random", "every": 4, "warmup_steps": 2}})
+    block = controller({"mixer": "random", "interval_steps": 4, "warmup_steps": 2})
+    for step in range(STEPS):
+        assert np.array_equal(own.plan_for(step).rows, block.plan_for(step).rows)
+
+
+def test_the_block_gives_what_a_method_does_not_say():
+    config = parse_dynamic({**BLOCK, "warmup_steps": 7, "weighter": "focal"}, None)
+    assert (config.warmup("selector"), config.warmup("mixer")) == (4, 7)
+    assert (config.every(config.selector), config.every(config.mixer)) == (10, 3)
+    assert config.weighter.params.warmup_steps == 7
+    own = parse_dynamic({**BLOCK, "warmup_steps": 7, "weighter": {"name": "focal", "warmup_steps": 2}}, None)
+    assert own.weighter.params.warmup_steps == 2
+    both = parse_dynamic({**BLOCK, "warmup_steps": 7, "weighter": ["focal", {"name": "focal", "warmup_steps": 1}]}, None)
+    assert [each.params.warmup_steps for each in both.weighter.params.of] == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"selector": {"name": "random", "every": 0}}, "dynamic.selector.every: must be at least 1"),
+        ({"selector": {"name": "random", "evry": 3}}, "dynamic.selector.evry: unknown key; did you mean 'every'?"),
+        ({"weighter": {"name": "focal", "every": 3}}, "dynamic.weighter.every: unknown key"),
+        ({"weighter": {"name": "focal", "burn_in_steps": 3}}, "did you mean 'warmup_steps'?"),
+        ({"interval_steps": 5, "mixer": {"name": "random", "every": 3}}, "dynamic.interval_steps: has no effect"),
+    ],
+)
+def test_bad_cadences_are_told(change, told):
+    with pytest.raises(ConfigError) as error:
+        parse_dynamic({**BLOCK, **change}, None)
+    assert told in "\n".join(error.value.problems)
+
+
+def test_the_default_cadence_is_the_blocks():
+    assert DynamicConfig(interval_steps=4, warmup_steps=1).schedule(9).interval(5).start_step == 5
