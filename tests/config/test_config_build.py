@@ -277,7 +277,8 @@ def test_plugins_beside_the_configuration_come_first_then_the_working_directory(
     with pytest.raises(ConfigError) as caught:
         parse_dynamic({"plugins": ["every_work.py"], "selector": {"name": "every_work", "bost": 2, "n": 1}}, beside)
     assert caught.value.problems == [
-        "dynamic.selector.bost: unknown key; did you mean 'boost'? (every_work selector accepts: every, warmup_steps, n, boost)",
+        "dynamic.selector.bost: unknown key; did you mean 'boost'? "
+        "(every_work selector accepts: every, warmup_steps, n, boost)",
         "dynamic.selector.n: must be at least 2, found 1",
     ]
     with pytest.raises(ConfigError, match=r"dynamic.selector.n: missing; expected a whole number \(which rows\)"):

@@ -86,7 +86,9 @@ def listened(one):
         if method is None:
             continue
 
-        def ask(*args, inner=getattr(method, name), kind=kind):
+        said_by = getattr(method, name)
+
+        def ask(*args, inner=said_by, kind=kind):
             said = inner(*args)
             asked[kind][args[-1].interval.start_step] = (said, args[-1].interval)
             return said
@@ -151,7 +153,9 @@ def test_the_block_gives_what_a_method_does_not_say():
     assert config.weighter.params.warmup_steps == 7
     own = parse_dynamic({**BLOCK, "warmup_steps": 7, "weighter": {"name": "focal", "warmup_steps": 2}}, None)
     assert own.weighter.params.warmup_steps == 2
-    both = parse_dynamic({**BLOCK, "warmup_steps": 7, "weighter": ["focal", {"name": "focal", "warmup_steps": 1}]}, None)
+    both = parse_dynamic(
+        {**BLOCK, "warmup_steps": 7, "weighter": ["focal", {"name": "focal", "warmup_steps": 1}]}, None
+    )
     assert [each.params.warmup_steps for each in both.weighter.params.of] == [7, 1]
 
 
