@@ -37,6 +37,24 @@ def test_values_are_centred_within_groups():
     assert found.ravel().tolist() == [-1, 1, 0]
 
 
+def test_less_is_chosen_while_the_targets_losses_do_not_fall():
+    """Pool of 10 rows, 8 target rows; a row is compared with the time when it was looked at last, whenever that was."""
+    run = SimpleNamespace(space=SimpleNamespace(num_rows=10), told={}, share=1.0, _target_losses=np.full(8, np.nan))
+    looks = [  # rows, their losses, the share afterwards
+        (range(10, 16), [3.0] * 6, 1.0),  # nothing to compare with
+        (range(14, 18), [9.0] * 4, 1.0),  # two rows are too few
+        (range(10, 14), [2.9, 3.2, 3.0, 3.0], 0.5),
+        (range(14, 18), [9.0] * 4, 0.25),  # no change is no gain
+        (range(10, 18), [2.8] * 8, 0.5),
+        (range(10, 18), [2.7] * 8, 1.0),
+        (range(10, 18), [2.6] * 8, 1.0),
+    ]
+    for rows, losses, share in looks:
+        InRun._compare(run, [(np.array(rows)[::-1], np.array(losses)[::-1])])
+        assert run.share == share
+    assert run.told["target change"] == pytest.approx(-0.1)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_target_row_is_compared_with_the_direction_of_the_others(normalize):
     """Three target rows of one target after 10 rows of the pool, whose direction is their mean, twice as long."""

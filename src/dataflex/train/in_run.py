@@ -4,7 +4,8 @@ During an interval every row leaves a sketch of its gradient in its own backward
 decision comes, some target rows give the directions, in Adam's scale, and products of the sketches with those of the
 directions are scores of the rows that were served; where the budget allows, pilots leave sketches in a pass of their
 own. Ridge regression predicts the rest of the pool (``select.predict``). A part of every plan is drawn uniformly; how
-well its scores were predicted decides whether the next plan follows the predictions.
+well its scores were predicted decides whether the next plan follows the predictions. Where the targets' own losses fall
+no more, plans choose less and draw more.
 
 The budget is the most that all this may cost, in passes, relative to the training itself: a forward pass of a token
 counts 1, a backward pass 2, with adapters 1.
@@ -51,6 +52,7 @@ Floats = NDArray[np.float64]
 
 _LEAST_WEIGHT = 0.01
 _JUDGED_INTERVALS = 3
+_FEWEST_COMPARED = 4  # target rows whose losses are compared with earlier ones
 _LEAST_ROWS = 8
 _PARTS = 10
 _KEPT_ROWS, _KEPT_SKETCHES = 2**20, 4096  # newest observations that are kept, and those with sketches
@@ -153,6 +155,8 @@ class InRun:
         self._judged: list[Floats] = []
         sizes = [len(self.signals.access.corpus(name).lengths) for name in self.targets]
         self._firsts = self.space.num_rows + np.cumsum([0, *sizes])  # first row of each target, among all [K + 1]
+        self._target_losses = np.full(int(sum(sizes)), np.nan)  # of target rows when they were last looked at
+        self.share = 1.0  # of what predictions are trusted with; less where the targets' losses fall no more
         self._own = np.zeros(len(self.targets))  # share of a target row of the last decision in its direction [K]
         self._looked = np.zeros(len(self.targets), dtype=np.int64)  # where each target's rotation stands
         self._spent = 0.0  # on targets and pilots, in tokens times passes
@@ -317,12 +321,14 @@ class InRun:
             sweeps.append(access.target_sweep(name, np.sort(order[:count])))
         self._count(sum(len(sweep.rows) for sweep in sweeps))
         found: list[tuple[Rows, NDArray[np.float32]]] = []
-        gradients = targets_seen(
+        builder = targets_seen(
             scorers.engine,
             sweeps,
             normalize_rows=False,
             around=lambda k, turn: self._sketching(self._firsts[k] + sweeps[k].rows[turn.positions], turn, found),
-        ).finish()
+        )
+        gradients = builder.finish()
+        self._compare([(self._firsts[k] + sweeps[k].rows[at], losses) for k, at, losses in builder.row_losses])
         capture.end()
         moments = scorers.moments() if self.spec.precondition == "true_adam" else None
         names = [name for unit in capture.layers for name in unit.parameters.values()]
@@ -351,6 +357,25 @@ class InRun:
         self.told["coverage"] = float((inside / np.maximum(total, 1e-300)).min())
         self._note_goals(found, interval)
         return spent
+
+    def _compare(self, found: list[tuple[Rows, Floats]]) -> None:
+        """Compare target rows' losses with those of the last time that each was looked at (collective).
+
+        Where their mean does not fall, the rows that pay have been learnt: half as many are chosen from here on, and
+        twice as many again where it falls.
+        """
+        everyone = [part for parts in comm.gather_objects(found) for part in parts]
+        if not everyone:
+            return
+        rows, losses = (np.concatenate(column) for column in zip(*everyone, strict=True))
+        order = np.argsort(rows)
+        rows, losses = rows[order] - self.space.num_rows, losses[order]
+        change = losses - self._target_losses[rows]
+        self._target_losses[rows] = losses
+        change = change[np.isfinite(change)]
+        if len(change) >= _FEWEST_COMPARED:
+            self.share = self.share / 2 if change.mean() >= 0 else min(2 * self.share, 1.0)
+            self.told |= {"target change": float(change.mean()), "share": self.share}
 
     @contextmanager
     def _sketching(self, rows: Rows, turn: Turn, found: list[tuple[Rows, NDArray[np.float32]]]) -> Iterator[None]:
@@ -596,7 +621,7 @@ class InRun:
         if self._predicted is None:
             return 0
         explore = self.explore if interval.stop_step < self.total_steps else 0.0
-        return round(wanted * (1 - explore) * self.trust)
+        return round(wanted * (1 - explore) * self.trust * self.share)
 
     def drawn(self, pool: Rows, taken: Rows, count: int, interval: Interval) -> Rows:
         """Return ``count`` rows of the pool beside ``taken``, uniformly, rows that were never looked at first."""
@@ -624,6 +649,8 @@ class InRun:
             "aimed": self.aimed,
             "spent": self._spent,
             "trust": self.trust,
+            "target_losses": self._target_losses,
+            "share": self.share,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -631,6 +658,7 @@ class InRun:
         self.seen = Observations(**state["seen"]) if state["seen"] else None
         self.aims, self.explored, self._looked = state["aims"], state["explored"], state["looked"]
         self._interval, self._spent, self.trust = int(state["interval"]), float(state["spent"]), state["trust"]
+        self._target_losses, self.share = state["target_losses"], float(state["share"])
         self.aimed = state["aimed"]
         self._own, self._aimed_at = state["own"], int(state["aimed_at"])
         self._judged = list(state["judged"])
