@@ -42,7 +42,7 @@ def tables() -> dict[str, Any]:
 class ComponentReader:
     """Reads the component of a run and notes parameters that are dropped or differ in meaning."""
 
-    kind: str  # "selector", "mixer" or "weighter"
+    kind: str  # "selector", "mixer" or "weighter"; "pipeline" for ``entry`` alone
     file: str  # as written; looked up from the working directory, then from base_dir
     base_dir: Path  # folder of the configuration file
     problems: list[str]
@@ -57,7 +57,15 @@ class ComponentReader:
 
     def read(self, name: str | None) -> MethodConfig | None:
         """Return our method for the component ``name`` of the file, or None after noting why not."""
-        kind, before = self.kind, len(self.problems)
+        before, entry = len(self.problems), self.entry(name)
+        if entry is None:
+            return None
+        method = self._method(*self.translated(*entry))
+        return method if len(self.problems) == before else None
+
+    def entry(self, name: str | None) -> tuple[str, Mapping[str, Any]] | None:
+        """Return what the file says of the component ``name``: its class and parameters; None after noting why not."""
+        kind = self.kind
         if name is None:
             self.problems.append(f"component_name: missing; name a {kind} of the components file")
             return None
@@ -79,8 +87,7 @@ class ComponentReader:
         if not isinstance(params, Mapping):
             self.problems.append(f"{self.place}: expected a mapping with 'name' and 'params', found {shown(entry)}")
             return None
-        method = self._method(*self.translated(str(entry.get("name") or name), params))
-        return method if len(self.problems) == before else None
+        return str(entry.get("name") or name), params
 
     def _content(self) -> dict[str, Any]:
         for path in (Path(self.file), self.base_dir / self.file):

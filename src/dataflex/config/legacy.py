@@ -14,6 +14,7 @@ from typing import Any
 from dataflex.config.build import target_list
 from dataflex.config.components import ComponentReader
 from dataflex.config.mappings import collect, shown
+from dataflex.config.pipelines import pipeline
 from dataflex.config.rules import rule_problems
 from dataflex.config.schema import FLAT_KEYS, DynamicConfig, FlatKeys, MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
@@ -21,7 +22,7 @@ from dataflex.registry import find
 
 _DEFAULT_EPOCHS = 3.0  # of the Hugging Face Trainer
 _KIND_OF = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
-_TRAIN_TYPES = ("static", *_KIND_OF)
+_TRAIN_TYPES = ("static", *_KIND_OF, "dynamic_lego")
 
 
 def translate(
@@ -38,8 +39,9 @@ def translate(
     """
     lf = {key: value for key, value in mapping.items() if key not in FLAT_KEYS}
     flat = {key: value for key, value in mapping.items() if key in FLAT_KEYS}
-    if flat.get("train_type") == "dynamic_weighting":
-        flat["train_type"] = "dynamic_weight"
+    former = {"dynamic_weighting": "dynamic_weight", "static_full": "static"}
+    if isinstance(flat.get("train_type"), str):
+        flat["train_type"] = former.get(flat["train_type"], flat["train_type"])
     problems: list[str] = []
     kind = flat.get("train_type", "static")
     if isinstance(kind, str) and kind not in _TRAIN_TYPES:
@@ -69,6 +71,7 @@ class _Translation:
     def result(self) -> DynamicConfig:
         keys = self.keys
         ways = {"dynamic_select": self._select, "dynamic_mix": self._mix, "dynamic_weight": self._weigh}
+        ways["dynamic_lego"] = self._pipeline
         given = ways[keys.train_type]()
         if keys.freeze_gate and keys.train_type != "dynamic_mix":
             self.notes.append(f"freeze_gate: no effect with train_type {keys.train_type}")
@@ -85,8 +88,14 @@ class _Translation:
 
     def _component(self, targets: tuple[str, ...]) -> dict[str, Any]:
         """Return the method of the run and the component's seed, as keyword arguments."""
-        keys, kind = self.keys, _KIND_OF[self.keys.train_type]
-        reader = ComponentReader(
+        kind = _KIND_OF[self.keys.train_type]
+        reader = self._reader(kind, targets)
+        method = reader.read(self.keys.component_name)
+        return {} if method is None else {kind: method, "seed": reader.seed}
+
+    def _reader(self, kind: str, targets: tuple[str, ...]) -> ComponentReader:
+        keys = self.keys
+        return ComponentReader(
             kind=kind,
             file=keys.components_cfg_file,
             base_dir=self.base_dir,
@@ -98,8 +107,6 @@ class _Translation:
             updates=keys.update_times,
             model=str(self.lf["model_name_or_path"]) if self.lf.get("model_name_or_path") else None,
         )
-        method = reader.read(keys.component_name)
-        return {} if method is None else {kind: method, "seed": reader.seed}
 
     def _interval(self) -> int:
         """Return the steps between two decisions, at least 1."""
@@ -135,8 +142,11 @@ class _Translation:
 
         They are repeated over and over; ``num_train_epochs`` counts them.
         """
-        keys, interval = self.keys, self._interval()
         component = self._component(self._names("eval_dataset", self.problems))
+        return {**component, **self._selecting_steps()}
+
+    def _selecting_steps(self) -> dict[str, Any]:
+        keys, interval = self.keys, self._interval()
         cycle, steps = None, None
         told = "with update_times <= 0 the run lasts for num_train_epochs"
         if keys.update_times > 0:
@@ -147,7 +157,6 @@ class _Translation:
             if epochs != 1:
                 self.notes.append(f"steps: {told}; here an epoch is one such stage, not a pass over the data")
         return {
-            **component,
             "warmup_steps": keys.warmup_step,
             "interval_steps": interval,
             "cycle_steps": cycle,
@@ -206,6 +215,26 @@ class _Translation:
         if rule == "mixture" and written is not None and not self.problems:
             return _mixer("static", proportions=written)
         return _mixer("size" if rule == "stratified" else "uniform")
+
+    def _pipeline(self) -> dict[str, Any]:
+        """Run the stages of a pipeline, each at its own pace, for as long as a selection would run."""
+        given = self._selecting_steps()
+        if given["cycle_steps"] is not None and given["cycle_steps"] != given["total_steps"]:
+            self.notes.append("steps: the warm-up comes once, at the beginning; there it comes again in every stage")
+        targets, mixer_targets = self._names("eval_dataset", self.problems), self.keys.mixer_eval_dataset
+        if mixer_targets is not None:
+            self.notes.append("mixer_eval_dataset: a pipeline's methods have the targets of eval_dataset")
+        initial = self.keys.init_mixture_proportions
+        reader = self._reader("pipeline", targets)
+        found = pipeline(reader, self.keys.component_name, given["interval_steps"])
+        decide = [found[kind] for kind in ("selector", "mixer") if kind in found and found[kind].decides]
+        if all(method.every is not None for method in decide):
+            given["interval_steps"] = None
+        if "mixer" not in found or found["mixer"].warmup_steps == 0:
+            initial = None
+        own = all(method.warmup_steps is not None for method in decide) and "weighter" not in found
+        warmup = {"warmup_steps": 0} if own else {}
+        return {**given, **warmup, **found, "cycle_steps": None, "initial_proportions": initial, "seed": reader.seed}
 
     def _weigh(self) -> dict[str, Any]:
         """Use the plain loss for ``warmup_step`` steps, then weights."""
