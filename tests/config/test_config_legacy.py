@@ -75,7 +75,7 @@ def flat(project: Path, config: Config) -> Callable[..., dict[str, Any]]:
     (project / "components.yaml").write_text(COMPONENTS)
 
     def changed(**changes: Any) -> dict[str, Any]:
-        return config(dynamic=None, components_cfg_file="components.yaml", **changes)
+        return config(dynamic=None, **{"components_cfg_file": "components.yaml", **changes})
 
     return changed
 
@@ -404,7 +404,7 @@ def test_the_file_that_existing_examples_name_need_not_be_there(flat: Config, pr
             {"train_type": "dynamic_selct"},
             "train_type: 'dynamic_selct' is not available; did you mean 'dynamic_select'?",
         ),
-        ({"train_type": "dynamic_lego"}, "train_type: 'dynamic_lego' is not available"),
+        ({"train_type": "dynamic_legos"}, "train_type: 'dynamic_legos' is not available; did you mean 'dynamic_lego'?"),
         ({"train_type": 3}, "train_type: expected text, found 3"),
         ({"num_train_epochs": "many"}, "num_train_epochs: expected a number above 0, found 'many'"),
         (
@@ -446,3 +446,100 @@ def test_problems_of_flat_keys_and_of_the_rest_are_told_together(flat: Config, p
         resolve(keys, project)
     beginnings = {problem.split(":")[0] for problem in caught.value.problems}
     assert beginnings == {"update_step", "components_cfg_file", "group_by_length", "dataset"}
+
+
+# -- pipelines ------------------------------------------------------------------------------------
+
+STAGES = """
+pipelines:
+  three:
+    params:
+      cache_dir: x
+      stages:
+        - {family: mixer, component: random, every: 5}
+        - {family: selector, component: loss, mode: filter, keep_ratio: 0.4, warmup_step: 5, every: 8}
+        - {family: weighter, component: loss, warmup_step: 7}
+        - {family: weighter, component: adapt, enabled: false}
+  filter:
+    name: filter
+    params: {stages: [{family: selector, component: random}]}
+  draw:
+    params: {stages: [{family: selector, component: random, mode: draw, every: 1}]}
+  weights:
+    params: {stages: [{family: weighter, component: loss, warmup_step: 7}]}
+  twice:
+    params: {stages: [{family: mixer, component: random}, {family: mixer, component: even}]}
+  both:
+    params: {stages: [{family: selector, component: random, mode: draw}, {family: mixer, component: even}]}
+  strange:
+    params: {stages: [{family: selectr, component: random}, {family: mixer, component: evn}, {component: even}], n: 1}
+  none: {params: {stages: []}}
+"""
+
+
+@pytest.fixture
+def lego(flat: Config, project: Path) -> Callable[..., Split]:
+    file = project / "stages.yaml"
+    file.write_text(COMPONENTS + STAGES, encoding="utf-8")
+
+    def read(name: str) -> Split:
+        keys = {"train_type": "dynamic_lego", "component_name": name, "components_cfg_file": "stages.yaml"}
+        steps = {"warmup_step": 3, "update_step": 4, "update_times": 6, "num_train_epochs": 1.0}
+        return resolve(flat(**keys, **steps), project)
+
+    return read
+
+
+def test_every_stage_of_a_pipeline_has_its_own_pace(lego: Callable[..., Split]) -> None:
+    parts = lego("three")
+    dynamic = dynamic_of(parts)
+    selector, mixer, weighter = dynamic.selector, dynamic.mixer, dynamic.weighter
+    assert selector is not None
+    assert mixer is not None
+    assert weighter is not None
+    assert (selector.name, selector.every, selector.warmup_steps) == ("loss", 8, 7)
+    assert (mixer.name, mixer.every, mixer.warmup_steps) == ("static", 8, 3)
+    assert weighter.params.warmup_steps == 7  # type: ignore[attr-defined]
+    assert (dynamic.keep_ratio, dynamic.repeat, dynamic.cycle_steps) == (0.4, True, None)
+    assert parts.lf.max_steps == 3 + 4 * 6
+    schedule = dynamic.schedule(27)
+    assert [each.start_step for each in schedule.of("selector").decided()] == [7, 15, 23]
+    assert [each.start_step for each in schedule.of("mixer").decided()] == [3, 11, 19]
+
+
+def test_a_filter_alone_is_drawn_from_and_a_draw_takes_the_interval(lego: Callable[..., Split]) -> None:
+    dynamic = dynamic_of(lego("filter"))
+    assert dynamic.mixer is not None
+    assert (dynamic.mixer.name, dynamic.keep_ratio, dynamic.seed) == ("size", 0.5, 123)
+    dynamic = dynamic_of(lego("draw"))
+    assert dynamic.selector is not None
+    assert (dynamic.mixer, dynamic.keep_ratio, dynamic.selector.every) == (None, None, 4)
+    weights = dynamic_of(lego("weights"))
+    assert weights.methods == (weights.weighter,)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("twice", "one mixer at most, found random, even"),
+        ("both", "takes the whole interval, which leaves the mixer nothing to set; write 'mode: filter'"),
+        ("strange", "unknown family 'selectr'; did you mean 'selector'?"),
+        ("strange", "stages[2].family: missing"),
+        ("strange", "params.n: unknown key"),
+        ("none", "expected a list of stages"),
+        ("thre", "did you mean 'three'?"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_followed_is_told(lego: Callable[..., Split], name: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        lego(name)
+    assert told in "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("kind", ["selector", "weighter"])
+def test_a_custom_component_is_told_how_to_be_ported(flat: Config, project: Path, kind: str) -> None:
+    file = project / "own.yaml"
+    file.write_text(f"{kind}s: {{custom: {{name: custom, params: {{strategy: uniform}}}}}}", encoding="utf-8")
+    keys = {"train_type": f"dynamic_{kind.removesuffix('or').removesuffix('er')}", "components_cfg_file": "own.yaml"}
+    with pytest.raises(ConfigError, match=r"docs/writing-a-method.md has a table"):
+        resolve(flat(**keys, component_name="custom", update_step=2), project)

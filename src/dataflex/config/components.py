@@ -20,12 +20,14 @@ from dataflex.config.load import load_mapping
 from dataflex.config.mappings import shown
 from dataflex.config.schema import MethodConfig
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.registry import names
 
 _SHIPPED_THERE = "configs/components.yaml"
 _WITHOUT_EFFECT: dict[str, str | None] = dict.fromkeys(
     ("cache_dir", "save_interval", "score_batch_size", "score_num_workers")
 )
 _ODM_FLOOR = 0.03
+_OWN = "custom"  # what components of the user's own are called there
 _NO_END = 10**9  # updates that never end: the window stays where it starts
 
 
@@ -87,7 +89,15 @@ class ComponentReader:
         if not isinstance(params, Mapping):
             self.problems.append(f"{self.place}: expected a mapping with 'name' and 'params', found {shown(entry)}")
             return None
-        return str(entry.get("name") or name), params
+        found = str(entry.get("name") or name)
+        if found == _OWN and found not in names(kind):
+            self.problems.append(
+                f"{self.place}: {_OWN!r} is code that was written into existing DataFlex itself, which no key names; "
+                f"port the class to a {kind} in a file of its own (docs/writing-a-method.md has a table of the calls), "
+                f"and write 'dynamic: {{plugins: [my_{kind}.py], {kind}: {{name: ...}}}}' instead of the flat keys"
+            )
+            return None
+        return found, params
 
     def _content(self) -> dict[str, Any]:
         for path in (Path(self.file), self.base_dir / self.file):

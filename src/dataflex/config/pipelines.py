@@ -1,7 +1,7 @@
 """Pipelines of existing DataFlex: stages of several families, each a component with a pace of its own.
 
-There, a stage is asked anew at the first boundary (every ``update_step`` steps after ``warmup_step``) at which ``every``
-steps have passed since it was asked, and so are all stages after it. Here each method is asked at its own pace.
+There, a stage is asked anew at the first boundary (every ``update_step`` steps after ``warmup_step``) at which its
+``every`` steps have passed, and so are all stages after it. Here each method is asked at its own pace.
 """
 
 from __future__ import annotations
