@@ -305,8 +305,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dynamic.selector.precondition: true_adam needs Adam's moments for each element"],
     ),
     "streaming": (
-        {"streaming": True, "packing": True, "max_steps": 4},
-        ["packing: samples are packed after all of them were tokenized, which streaming does not do"],
+        {"streaming": True, "tokenized_path": "there", "max_steps": 4},
+        ["streaming: rows that are tokenized when served make no tokenized copy (tokenized_path)"],
     ),
     "grouped by length": (
         {"group_by_length": True},

@@ -86,6 +86,31 @@ def test_instructions_too(run):
     same(run("plain", **base), run("served", **base, streaming=True))
 
 
+@pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
+def test_packed_instructions_too(run, packing):
+    """Alpha and beta in groups of 7 rows: packs of several rows, and of rows of one length."""
+    base = {"dataset": "alpha,beta", "cutoff_len": 96, "preprocessing_batch_size": 7, "max_steps": 5, **packing}
+    plain, served = run("plain", **base, dynamic=MIX), run("served", **base, dynamic=MIX, streaming=True)
+    same(plain, served)
+    spaces = [outcome.events[0]["row_space"] for outcome in (plain, served)]
+    assert spaces[0]["domains"] == spaces[1]["domains"]
+    assert spaces[0]["tokens"] == spaces[1]["tokens"]
+
+
+def test_a_data_set_of_a_hub_is_served(run, corpus):
+    """A repository in the hub's layout: Parquet shards beside a card."""
+    hub = corpus / "hub"
+    (hub / "data").mkdir(parents=True)
+    for shard, file in enumerate(sorted((corpus / "parquet").iterdir())):
+        (hub / "data" / f"train-{shard:05d}-of-00003.parquet").write_bytes(file.read_bytes())
+    (hub / "README.md").write_text("---\nlicense: mit\n---\n")
+    local = run("local", **settings(corpus), streaming=True, dynamic=MIX)
+    info = json.loads((corpus / "dataset_info.json").read_text())
+    info["parquet"] = {"hf_hub_url": str(hub), "columns": {"prompt": "text"}}
+    (corpus / "dataset_info.json").write_text(json.dumps(info))
+    same(local, run("remote", **settings(corpus), streaming=True, dynamic=MIX))
+
+
 def test_a_streamed_run_is_resumed_exactly(run, corpus):
     base = settings(corpus, streaming=True, save_strategy="steps", save_steps=3)
     dynamic = {"mixer": "odm", "interval_steps": 1}
@@ -135,7 +160,6 @@ def test_domains_by_clusters(run, tiny_model):
     ("changes", "message"),
     [
         ({"stage": "dpo", "dataset": "pairs"}, "streaming: rows of stage dpo are not tokenized one by one"),
-        ({"packing": True}, "packing: samples are packed after all of them were tokenized"),
         ({"dynamic": {**MIX, "domain_clusters": 3}}, "dynamic.domain_encoder: missing"),
         ({"dynamic": {**MIX, "domain_encoder": "x"}}, "dynamic.domain_encoder: has no effect"),
         ({"dynamic": {**MIX, "domain_path": "x"}}, "dynamic.domain_path: 'x' has no '\\*'"),

@@ -173,8 +173,6 @@ def _streaming_problems(dynamic: DynamicConfig, lf: LlamaFactoryArgs) -> Iterato
         return
     if lf.stage not in ("pt", "sft"):
         yield f"streaming: rows of stage {lf.stage} are not tokenized one by one; remove it"
-    if lf.stage == "sft" and lf.packed:
-        yield "packing: samples are packed after all of them were tokenized, which streaming does not do; remove one"
     if lf.tokenized_path:
         yield "streaming: rows that are tokenized when served make no tokenized copy (tokenized_path); remove one"
     if dynamic.leakage != "warn" and dynamic.targets:
@@ -247,10 +245,6 @@ def data_sets(lf: LlamaFactoryArgs, base_dir: Path) -> tuple[list[Source], list[
         problems.append(f"dataset: names {', '.join(twice)} twice; to see rows more often, use a mixer or more epochs")
     sources, missing = find_sources(list(dict.fromkeys(names)), lf, "dataset", base_dir)
     problems += [*missing, *_without_rows(sources, lf, "dataset")]
-    remote = [source.name for source in sources if source.path is None and lf.streaming]
-    problems += [
-        f"streaming: {name!r} is not in local files, which alone can be read at any row; download it" for name in remote
-    ]
     if missing:
         return [], problems
     counts = [count_rows(source, lf) for source in sources]
@@ -495,6 +489,9 @@ def notes(dynamic: DynamicConfig, lf: LlamaFactoryArgs, base_dir: Path) -> Itera
     for key, usual in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):
         if config.get(key, usual) != usual:
             yield f"accelerator_config.{key}: {beside}, which deals out the rows itself"
+    sources, _ = find_sources(lf.train_sets, lf, "dataset", base_dir) if lf.streaming else ([], [])
+    for name in (source.name for source in sources if source.path is None):
+        yield f"streaming: the files of {name!r} are fetched first, whole: its rows are read at any place"
     if "buffer_size" in lf and lf.streaming:
         yield f"buffer_size: {beside}: streamed rows are read at any place, so all can be shuffled"
     if lf.dataloader_drop_last and (dynamic.mixer is not None or dynamic.narrows):

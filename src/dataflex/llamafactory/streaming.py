@@ -3,17 +3,20 @@
 Tables stay random-access, so that plans, mixtures and exact resume work as for any data: one pass counts the tokens of
 each row, and rows and their order are those that LLaMA-Factory would make beforehand. Upstream names relied upon:
 ``llamafactory.data.loader._get_preprocessed_dataset`` and ``_get_dataset_processor``, the processors'
-``preprocess_dataset``, how ``PretrainDatasetProcessor`` builds blocks.
+``preprocess_dataset``, how ``PretrainDatasetProcessor`` builds blocks, and how ``PackedSupervisedDatasetProcessor``
+takes rows from the end of those of one length (``greedy_knapsack``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from llamafactory.data import loader as lf_loader
+from llamafactory.data.processor.processor_utils import greedy_knapsack
 from numpy.typing import NDArray
 
 from dataflex.errors import DataError
@@ -26,8 +29,8 @@ _IGNORE = -100
 class _Counter:
     """Counts tokens of raw rows; an object of a class, so that the ``datasets`` cache can name and keep its work."""
 
-    def __init__(self, processor: Any, whole: bool) -> None:
-        self.processor, self.whole = processor, whole
+    def __init__(self, processor: Any, whole: bool, packs: bool) -> None:
+        self.processor, self.whole, self.packs = processor, whole, packs
 
     def __call__(self, examples: dict[str, list[Any]]) -> dict[str, list[int]]:
         counted: dict[str, list[int]] = {"length": [], "supervised": [], "digest": []}
@@ -44,7 +47,8 @@ class _Counter:
         ids, labels = made["input_ids"][0], made["labels"][0] if "labels" in made else None
         supervised = len(ids) if labels is None else sum(label != _IGNORE for label in labels)
         content = np.asarray([*ids, _IGNORE, *(labels or ())], dtype=np.int64).tobytes()
-        return len(ids), supervised, int.from_bytes(blake2b(content, size=7), "big")
+        length = max(made["position_ids"][0]) + 1 if self.packs else len(ids)  # a pack of one row is padded
+        return length, supervised, int.from_bytes(blake2b(content, size=7), "big")
 
 
 def _texts(processor: Any, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -62,19 +66,28 @@ class ServedRows:
         raw: Rows in LLaMA-Factory's own columns.
         processor: LLaMA-Factory's processor of the stage.
         block: Tokens of a block for packed pre-training text; None keeps rows as they are.
-        group: Raw rows that stock preprocessing cuts into blocks together.
+        group: Raw rows that stock preprocessing cuts into blocks, or packs, together.
+        pack: Tokens that instructions are packed into; None keeps rows as they are.
         num_proc: Processes that count tokens.
     """
 
     raw_rows: NDArray[np.int64]
-    """Raw row of each row; empty for blocks, which have none of their own."""
+    """Raw row of each row; empty for blocks and packs, which have none of their own."""
 
     def __init__(
-        self, raw: Dataset, processor: Any, *, block: int | None, group: int, num_proc: int | None = None
+        self,
+        raw: Dataset,
+        processor: Any,
+        *,
+        block: int | None,
+        group: int,
+        pack: int | None = None,
+        num_proc: int | None = None,
     ) -> None:
         self.raw, self._processor, self._block = raw, processor, block
+        self._packs: NDArray[np.int64] | None = None  # raw rows, pack after pack
         counted = raw.map(
-            _Counter(processor, block is not None),
+            _Counter(processor, block is not None, pack is not None),
             batched=True,
             batch_size=group,
             remove_columns=raw.column_names,
@@ -85,7 +98,14 @@ class ServedRows:
             counted.column(name).to_numpy().astype(np.int64) for name in ("length", "supervised", "digest")
         )
         self._fingerprint = blake2b(digests.tobytes(), lengths.tobytes(), size=8).hex()
-        if block is None:
+        if pack is not None:
+            self.raw_rows = np.zeros(0, dtype=np.int64)
+            packs = list(_packed(lengths, pack, group))
+            self._packs = np.concatenate([np.zeros(0, dtype=np.int64), *packs])
+            self._ends = np.cumsum([0, *map(len, packs)])
+            self._lengths = np.full(len(packs), pack + 1, dtype=np.int64)  # one longer, as there
+            self._supervised = np.add.reduceat(supervised[self._packs], self._ends[:-1]) if packs else self._lengths
+        elif block is None:
             self.raw_rows = np.flatnonzero(lengths >= 0)
             self._lengths, self._supervised = lengths[self.raw_rows], supervised[self.raw_rows]
         else:
@@ -119,10 +139,19 @@ class ServedRows:
             return []
         if self._block is not None:
             return [self._cut(int(row), self._block) for row in rows]
+        if self._packs is not None:
+            return list(map(partial(self._pack, self._packs), rows))
         made = self._processor.preprocess_dataset(self.raw[self.raw_rows[np.asarray(rows)].tolist()])
         if len(made["input_ids"]) != len(rows):
             raise DataError("a row that had tokens when they were counted has none now; the files have changed")
         return [{key: values[place] for key, values in made.items()} for place in range(len(rows))]
+
+    def _pack(self, packs: NDArray[np.int64], row: int) -> dict[str, Any]:
+        members = packs[self._ends[row] : self._ends[row + 1]].tolist()
+        made = self._processor.preprocess_dataset(self.raw[members])  # which puts them into one pack, in the same order
+        if len(made["input_ids"]) != 1:
+            raise DataError("a row has other tokens than when they were counted; the files have changed")
+        return {key: values[0] for key, values in made.items()}
 
     def _cut(self, row: int, block: int) -> dict[str, Any]:
         start = int(self._starts[row])
@@ -143,6 +172,17 @@ class ServedRows:
     def measures(self) -> Measures:
         """Return lengths, supervised tokens and the fingerprint, as ``measure`` does for tokenized rows."""
         return Measures(lengths=self._lengths, supervised=self._supervised, fingerprint=self._fingerprint)
+
+
+def _packed(lengths: NDArray[np.int64], size: int, group: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the raw rows of each pack, ascending, of rows of these lengths [N]; a length below 0 is of no row."""
+    for start in range(0, len(lengths), group):
+        own = lengths[start : start + group]
+        rows_of: dict[int, list[int]] = {}
+        for row in np.flatnonzero(own >= 0).tolist():
+            rows_of.setdefault(int(own[row]), []).append(start + row)
+        for pack in greedy_knapsack(own[own >= 0].tolist(), size):
+            yield np.sort([rows_of[length].pop() for length in pack])
 
 
 class JoinedRows(ServedRows):
@@ -193,5 +233,6 @@ def serve(dataset: Any, data_args: Any, training_args: Any, stage: Any, *rest: A
         lf_loader._get_dataset_processor(data_args, stage, *rest),
         block=data_args.cutoff_len if stage == "pt" and data_args.packing else None,
         group=data_args.preprocessing_batch_size,
+        pack=data_args.cutoff_len if stage == "sft" and data_args.packing else None,
         num_proc=data_args.preprocessing_num_workers,
     )
