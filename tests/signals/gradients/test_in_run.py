@@ -23,7 +23,7 @@ from dataflex.signals.gradients.in_run import (
 from dataflex.signals.gradients.layers import kind_of
 from dataflex.signals.gradients.parameters import Unit
 from dataflex.signals.gradients.precondition import Moments
-from dataflex.train.loss import token_losses, weighted_loss
+from dataflex.train.loss import document_sequences, token_losses, weighted_loss
 from tests.signals.gradients.small import MODELS, build, oracle, ragged
 
 
@@ -149,23 +149,58 @@ def test_hooks_are_gone_after_training():
     step_without.sum().backward()
 
 
-def test_documents_of_a_packed_row_have_scores_of_their_own():
-    """Documents that see one another's positions only through a mask: here each is a row of a batch of one."""
-    model = build("llama").eval()
-    engine, capture = prepared(model)
-    batch = ragged([9, 4], seed=3)
-    step(model, capture, batch)
-    documents = torch.zeros(2, 9, dtype=torch.int64)
-    documents[1] = 1
-    documents[0, 5:] = 2
-    rows = capture._dots.clone()
-    counts = capture._counts.clone()
-    scores, *_ = capture.take(documents)
-    parts = [rows[0, :5].sum(0) / counts[0, :5].sum(), rows[1].sum(0) / counts[1].sum()]
-    parts.append(rows[0, 5:].sum(0) / counts[0, 5:].sum())
-    torch.testing.assert_close(scores, torch.stack(parts))
-    dots, norms = expected(engine, model, batch, capture)
-    torch.testing.assert_close(scores[1].double(), dots[1], rtol=1e-5, atol=1e-5 * float(norms.max()))
+def packed(documents):
+    """Rows of documents (lengths) that do not see one another, as ``neat_packing`` makes them."""
+    batch = ragged([sum(lengths) for lengths in documents], seed=3)
+    own, positions = torch.full_like(batch["input_ids"], -1), torch.zeros_like(batch["input_ids"])
+    for i, lengths in enumerate(documents):
+        start = 0
+        for number, length in enumerate(lengths):
+            part = slice(start, start + length)
+            own[i, part], positions[i, part], start = number, torch.arange(length), start + length
+            batch["labels"][i, part] = batch["input_ids"][i, part]
+            batch["labels"][i, start - length : start - length + 1 + length // 3] = -100
+    seen = (own[:, :, None] == own[:, None, :]).tril() & (own >= 0)[:, None, :]
+    seen |= torch.eye(own.shape[1], dtype=torch.bool)  # padding sees itself
+    batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    return {**batch, "position_ids": positions}, own
+
+
+@pytest.mark.parametrize("name", ["llama", "lora", "qwen2"])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_packed_rows_have_the_scores_of_the_mean_over_their_tokens(name, weighed):
+    """However much each document counts; a document's gradient is that of a batch of its own."""
+    model = build(name).eval()
+    engine, capture = prepared(model, sketch=64)
+    batch, own = packed([[4, 7, 3], [6, 5], [8]])
+    capture.begin(tuple(own.shape), torch.device("cpu"))
+    logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}).logits
+    losses = token_losses(logits, batch["labels"])
+    capture.watch(losses.loss_BT, losses.mask_BT, own if weighed else None)
+    rows: Rows = np.arange(3)
+    sequences = document_sequences(own, losses.mask_BT, rows) if weighed else Sequences(rows_B=rows)
+    weights = torch.tensor([0.5, 2.0, 3.0, 0.25, 1.0, 0.0]) if weighed else torch.tensor([0.5, 2.0, 3.0])
+    kind = {"normalizer": "num_tokens", "num_micro_batches": 2, "step_scale": 0.7, "replicas": 1}
+    weighted_loss(losses, weights[:, None], sequences=sequences, num_items=31.0, **kind).backward()
+    scores, norms, _ = capture.take()
+    capture.end()
+    alone = [(row, torch.nonzero(own[row] == number).flatten()) for row, number in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]]
+    names = {name for unit in capture.layers for name in unit.parameters.values()}
+    aims = {name: vector.double() for name, vector in drawn(engine.shapes).tensors.items() if name in names}
+    length = sum(vector.flatten(1).square().sum(1) for vector in aims.values()).sqrt()
+    gradients, counts = [], []
+    for row, where in alone:
+        one = {key: batch[key][row : row + 1, where] for key in ("input_ids", "labels")}
+        gradients.append(oracle(model, {**one, "attention_mask": torch.ones_like(one["labels"])})[0])
+        counts.append(int((one["labels"][:, 1:] != -100).sum()))
+    for row, parts in ((0, [0, 1, 2]), (1, [3, 4])):
+        total = sum(counts[part] for part in parts)
+        mean = {name: sum(gradients[part][name].double() * counts[part] for part in parts) / total for name in names}
+        dots = sum(vector.flatten(1) @ mean[name].flatten() for name, vector in aims.items()) / length
+        norm = torch.sqrt(sum(vector.square().sum() for vector in mean.values()))
+        torch.testing.assert_close(scores[row].double(), dots, rtol=1e-5, atol=1e-5 * float(norm))
+        torch.testing.assert_close(norms[row].double(), norm, rtol=1e-4, atol=0)
+    assert bool(torch.isnan(scores[2]).all()) == weighed, "the only document of the row has weight 0"
 
 
 def test_full_rank_is_exact_and_energy_is_told():

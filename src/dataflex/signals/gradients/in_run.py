@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -277,7 +278,7 @@ def _sides(part: Part, draw: torch.Generator, sketch: int) -> tuple[_Side, _Side
 
 
 class Taken(NamedTuple):
-    """What was seen of the rows (or documents) of a micro-batch; NaN where nothing counted."""
+    """What was seen of the rows of a micro-batch; NaN where nothing counted."""
 
     scores: torch.Tensor  # fp32 [rows, K]: products of the gradient of each one's mean loss with the directions
     norms: torch.Tensor | None  # fp32 [rows]: lengths of those gradients, estimated
@@ -379,6 +380,21 @@ class StepHooks:
         return tensor.view(B, T, -1) if tensor.dim() == 2 and len(tensor) == B * T else None
 
 
+def _evened(counts_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor) -> torch.Tensor:
+    """Return factors of output gradients, fp32 [B, T], after which all tokens of a row count alike.
+
+    A position passes on what its document's losses count, so documents must not see one another. Factors keep the sum
+    of what a row's tokens count. A token's loss is of its own document, the position before it of the one before.
+    """
+    own = documents_BT.clamp(min=0)
+    predicted = F.pad(own[:, 1:], (0, 1))
+    empty = counts_BT.new_zeros(len(own), int(own.max()) + 1)
+    weights = empty.scatter_add(1, predicted, counts_BT)
+    tokens = empty.scatter_add(1, predicted, mask_BT.to(counts_BT.dtype)) * (weights != 0)
+    mean = weights.sum(dim=1, keepdim=True) / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+    return (mean * tokens / weights).nan_to_num(0.0).gather(1, own)
+
+
 class StepCapture(StepHooks):
     """Hooks that score the rows of micro-batches; what the forward pass keeps of a matrix's inputs is their projection.
 
@@ -396,6 +412,7 @@ class StepCapture(StepHooks):
         self._sides: dict[str, tuple[_Side, _Side]] = {}
         self._dots: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
+        self._factors: torch.Tensor | None = None  # of output gradients by position, fp32 [B, T]
         self._parts: dict[str, torch.Tensor] = {}
         self._folds: dict[str, torch.Tensor | None] = {}
 
@@ -464,50 +481,59 @@ class StepCapture(StepHooks):
 
     def begin(self, shape: tuple[int, int], device: torch.device) -> None:
         """Listen to the forward and backward pass of a micro-batch of ``shape`` (B, T)."""
+        self._forget()
         self._listen(shape)
-        self._counts, self._parts = None, {}
         self._dots = torch.zeros(*shape, self._num, dtype=torch.float32, device=device)
 
-    def watch(self, loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> None:
-        """Read what each supervised token's loss counts in the scalar that is differentiated."""
+    def watch(
+        self, loss_BT: torch.Tensor, mask_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
+    ) -> None:
+        """Read what each supervised token's loss counts in the scalar that is differentiated.
+
+        Args:
+            loss_BT: Token losses.
+            mask_BT: Positions whose next token is supervised.
+            documents_BT: Document of each position in its row, int64, -1 for none, where documents may be weighed
+                differently; None: a row's tokens count as they are weighed.
+        """
 
         def take(gradient: torch.Tensor) -> None:
             self._counts = gradient.detach().float() * mask_BT
+            if documents_BT is not None:
+                self._factors = _evened(self._counts, mask_BT, documents_BT)
 
         loss_BT.register_hook(take)
 
     def end(self) -> None:
         """Remove the hooks."""
         super().end()
-        self._dots, self._counts, self._parts = None, None, {}
+        self._forget()
 
-    def take(self, documents_BT: torch.Tensor | None = None, *, weights_B: torch.Tensor | None = None) -> Taken:
+    def _forget(self) -> None:
+        self._dots, self._counts, self._factors, self._parts = None, None, None, {}
+
+    def take(self, *, weights_B: torch.Tensor | None = None) -> Taken:
         """Return what was seen of the micro-batch whose backward pass is over, and forget it.
 
-        Rows count with the mean loss over their tokens, weighted as those are in training. With ``documents_BT``, the
-        int64 document of each position counted over the micro-batch, documents are scored, without sketches. Where no
-        token losses were watched, ``weights_B`` is what each row's mean loss counts.
+        Rows count with the mean loss over their tokens, weighted as those are in training; weights of documents are
+        undone, and documents of weight 0 are left out. Where no token losses were watched, ``weights_B`` is what each
+        row's mean loss counts.
         """
         assert self._dots is not None
         counts = self._counts if self._counts is not None else self._dots.new_zeros(self._shape)
         if weights_B is not None:
             counts = weights_B.to(counts)[:, None]
-        if documents_BT is None:
-            total, weight = self._dots.sum(dim=1), counts.sum(dim=1)
-        else:
-            size = int(documents_BT.max()) + 1
-            index = documents_BT.flatten()
-            total = self._dots.new_zeros(size, self._num).index_add_(0, index, self._dots.flatten(0, 1))
-            weight = self._dots.new_zeros(size).index_add_(0, index, counts.flatten())
+        total, weight = self._dots.sum(dim=1), counts.sum(dim=1)
         known = weight != 0
         safe = torch.where(known, weight, torch.ones_like(weight))
         scores = (total / safe[:, None]).masked_fill(~known[:, None], torch.nan)
         norms = sketches = None
-        if self.norms and documents_BT is None:
+        if self.norms:
             sketches = self._sketches(len(safe), safe.device) / safe[:, None]
             sketches = sketches.masked_fill(~known[:, None], torch.nan)
             norms = sketches.norm(dim=1)
-        self._dots, self._counts, self._parts, self._listening = None, None, {}, False
+        self._forget()
+        self._listening = False
         return Taken(scores, norms, sketches)
 
     def _keep(self, unit: Unit, kept: tuple[torch.Tensor, ...]) -> Any:
@@ -519,6 +545,8 @@ class StepCapture(StepHooks):
 
     def _see(self, unit: Unit, kept: Any, gradient: torch.Tensor) -> None:
         assert unit.kind is not None
+        if self._factors is not None:
+            gradient = gradient * self._factors[..., None].to(gradient.dtype)
         weight = self._matrix(unit)
         if weight is not None:
             self._add_matrix(weight, unit.kind.name == "conv1d", kept, gradient)
